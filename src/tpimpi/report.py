@@ -1,0 +1,109 @@
+"""What a run measured: a table for people, JSON for programs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import resource
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+
+from tpimpi.errors import StorageError
+
+
+@dataclass(frozen=True)
+class RankFigures:
+    """One rank's part of the report. Times in seconds, over the whole run."""
+
+    rank: int
+    host: str
+    heads: int
+    kv_heads: int
+    columns: int
+    peak_rss_bytes: int
+    bytes_read: int
+    read_wait_s: float
+    compute_s: float
+    star_s: float
+
+
+@dataclass
+class Report:
+    """A run, as `--report` writes it; `text`, `token_ids` and the times are those of the last prompt answered.
+
+    `load_s` is from the start of the program to being ready, `ttft_s` from the prompt being ready to the first token,
+    `s_per_token` the median time between two tokens (None with fewer than two).
+    """
+
+    model: str
+    format: str
+    backend: str
+    allreduce: str
+    load_s: float = 0.0
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    prompt_tokens: int = 0
+    prompts: int = 0
+    ttft_s: float | None = None
+    s_per_token: float | None = None
+    ranks: list[RankFigures] = field(default_factory=list)
+
+    def set_times(self, ready: float, token_times: list[float]) -> None:
+        """From the monotonic times of the prompt being ready and of each token."""
+        gaps = [b - a for a, b in itertools.pairwise(token_times)]
+        self.ttft_s = token_times[0] - ready if token_times else None
+        self.s_per_token = median(gaps) if gaps else None
+
+    def write(self, path: Path) -> None:
+        """Write JSON to `path`, whole or not at all. Raises StorageError."""
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            temporary.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise StorageError(f"cannot write the report {path}: {error.strerror}; choose another --report") from error
+
+    def print_table(self) -> None:
+        """The table, on stderr."""
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, header_style="none")
+        table.add_column("rank host")
+        for name in ("heads", "columns", "peak memory", "read", "compute", "disk wait", "star"):
+            table.add_column(name, justify="right")
+        for r in self.ranks:
+            table.add_row(
+                f"r{r.rank} {r.host}",
+                str(r.heads),
+                str(r.columns),
+                _size(r.peak_rss_bytes),
+                _size(r.bytes_read),
+                *(f"{seconds:.2f} s" for seconds in (r.compute_s, r.read_wait_s, r.star_s)),
+            )
+        times = [f"load {self.load_s:.2f} s"]
+        if self.ttft_s is not None:
+            times.append(f"first token {self.ttft_s:.2f} s")
+        if self.s_per_token is not None:
+            times.append(f"{self.s_per_token:.3f} s/token")
+        print(file=sys.stderr)
+        Console(file=sys.stderr, width=120, highlight=False, color_system=None).print(table)
+        print(
+            f"{self.model} {self.format} · {self.backend} · {self.allreduce} · {self.prompt_tokens} prompt tokens, "
+            f"{len(self.token_ids)} generated · " + " · ".join(times),
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process ever had resident."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"

@@ -1,0 +1,347 @@
+"""One run, from joining the star to the report: rank 0 decides and speaks, the others follow.
+
+The order of a run: every rank says who it is (host, version); rank 0 settles options, model and slices and tells the
+others what they need (never the prompt); every rank opens its slice and says whether it can; then rank 0 generates and
+the others follow; at the end each rank gives its figures. Whatever is wrong before generation begins is said once, by
+rank 0; after that, by the rank that it befalls, which ends the job.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from tpimpi import __version__
+from tpimpi.backends import load_backend
+from tpimpi.errors import InputError, SliceError, TpimpiError
+from tpimpi.generate import Sampler, follow, generate, to_text, until_stop
+from tpimpi.model import Model, block_order
+from tpimpi.plan import Plan
+from tpimpi.report import RankFigures, Report, peak_rss_bytes
+from tpimpi.slicefile import Header, SliceFile, slice_name
+from tpimpi.sources import Source
+from tpimpi.star import FINISH, Star
+from tpimpi.tokenizer import Tokenizer
+from tpimpi.window import SMALLEST_WINDOW, Window
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What rank 0 tells every rank. `folder` is where the slices are, or None: the cache folder `cache_name` of each host.
+
+    `window` is a number of blocks, "all", or "auto": all of them if they fit. `cores_shared_by[r]` is the number of ranks
+    on the host of rank r.
+    """
+
+    folder: str | None
+    cache_name: str | None
+    fingerprint: str
+    shares: list[float]
+    format: str
+    backend: str
+    window: int | str
+    threads: int | None
+    allreduce: str
+    timeout: float
+    cores_shared_by: list[int]
+
+    def slice_path(self, rank: int, ranks: int) -> Path:
+        folder = Path(self.folder) if self.folder is not None else cache_folder() / str(self.cache_name)
+        return folder / slice_name(rank, ranks)
+
+
+class Stopped(Exception):  # noqa: N818  (not an error of this rank)
+    """Rank 0 ended the run before it began; it has said why."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"stopped with exit code {code}")
+        self.code = code
+
+
+def cache_folder() -> Path:
+    """Where slices that a run makes by itself are kept, on this host: $TPIMPI_CACHE, or the user's cache folder."""
+    if chosen := os.environ.get("TPIMPI_CACHE"):
+        return Path(chosen)
+    import platformdirs
+
+    return platformdirs.user_cache_path("tpimpi")
+
+
+def cache_name(source: Source, plan: Plan, fmt: str) -> str:
+    """Folder, within the cache folder, of the slices of this model for this plan in this format."""
+    shares = plan.describe().replace(",", "-")
+    return f"{source.path.stem}-{source.fingerprint()[:12]}-{fmt}-{shares}"
+
+
+# Agreeing
+
+
+def _note(**values: Any) -> bytes:
+    return json.dumps(values).encode()
+
+
+def greet(star: Star) -> list[str]:
+    """Every rank says who it is. Rank 0 gets the hosts in rank order; raises InputError where versions differ."""
+    notes = star.collect(_note(version=__version__, host=star.rank.host))
+    hosts = []
+    for rank, note in enumerate(notes):
+        hello = json.loads(note)
+        if hello["version"] != __version__:
+            raise InputError(
+                f"rank {rank} on {hello['host']} runs tpimpi {hello['version']}, rank 0 runs {__version__}; "
+                "install the same version on every host"
+            )
+        hosts.append(hello["host"])
+    return hosts
+
+
+@contextmanager
+def stopping_others(star: Star) -> Iterator[None]:
+    """Rank 0: if what is inside fails, the other ranks, which wait for a note, end with the same exit code."""
+    try:
+        yield
+    except BaseException as error:
+        code = error.exit_code if isinstance(error, TpimpiError) else 1
+        if isinstance(error, SystemExit):
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        star.tell(_note(stop=code))
+        raise
+
+
+def settle(star: Star, settings: Settings) -> Seat:
+    """Rank 0: tell the others the settings, open our slice, and hear whether every rank could open its own."""
+    star.tell(_note(settings=asdict(settings)))
+    seat: Seat | None = None
+    problem: TpimpiError | None = None
+    try:
+        seat = Seat(star, settings)
+    except TpimpiError as error:
+        problem = error
+    notes = [json.loads(note) for note in star.collect(_note())]
+    try:
+        if problem is not None:
+            raise problem
+        for rank, note in enumerate(notes):
+            if "error" in note:
+                problem = (InputError if note["code"] == InputError.exit_code else TpimpiError)(note["error"])
+                problem.where = f"r{rank} {note['host']}"
+                raise problem
+        assert seat is not None
+        for rank, note in enumerate(notes[1:], start=1):
+            _check_alike(seat.header, rank, note)
+    except BaseException:
+        if seat is not None:
+            seat.close()
+        raise
+    return seat
+
+
+def go(star: Star) -> None:
+    """Rank 0: all is well; from now on the others follow."""
+    star.tell(_note(go=True))
+
+
+def _check_alike(header: Header, rank: int, note: dict[str, Any]) -> None:
+    ours = {"fingerprint": header.fingerprint, "format": header.format, "shares": list(header.plan.weights)}
+    for name, value in ours.items():
+        if note[name] != value:
+            raise SliceError(
+                f"the slice of rank {rank} on {note['host']} has {name} {note[name]}, rank 0's has {value}; "
+                "use slices that were made together"
+            )
+
+
+def take_part(star: Star) -> None:
+    """Ranks other than 0: the whole run. Raises Stopped where rank 0 called it off."""
+    greet(star)
+    settings = Settings(**_heard(star)["settings"])
+    try:
+        seat = Seat(star, settings)
+    except TpimpiError as error:
+        star.collect(_note(error=str(error), code=error.exit_code, host=star.rank.host))
+        _heard(star)  # raises Stopped
+        raise
+    header = seat.header
+    star.collect(
+        _note(
+            host=star.rank.host,
+            fingerprint=header.fingerprint,
+            format=header.format,
+            shares=list(header.plan.weights),
+        )
+    )
+    try:
+        _heard(star)
+        follow(seat.model, star)
+        star.collect(json.dumps(asdict(seat.figures())).encode())
+    finally:
+        seat.close()
+
+
+def _heard(star: Star) -> dict[str, Any]:
+    note: dict[str, Any] = json.loads(star.hear())
+    if "stop" in note:
+        raise Stopped(note["stop"])
+    return note
+
+
+# A rank's seat: its slice, window and model
+
+
+class Seat:
+    """What one rank holds for a run. Raises SliceError where its slice is not the one that the settings want."""
+
+    def __init__(self, star: Star, settings: Settings) -> None:
+        self.star = star
+        path = settings.slice_path(star.rank.index, star.rank.size)
+        self.file = SliceFile(path)
+        try:
+            self.header = self.file.header
+            self._check(path, settings)
+            star.timeout, star.algorithm = settings.timeout, settings.allreduce
+            neighbours = settings.cores_shared_by[star.rank.index]
+            threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // neighbours)
+            backend = load_backend(settings.backend, threads)
+            resident = self.file.load(self.file.records_of("resident")[0]).parts
+            order = block_order(self.header)
+            self.window = Window(self.file, order, self._blocks(settings.window, neighbours))
+            self.model = Model(self.header, resident, self.window, star, backend)
+        except BaseException:
+            self.file.close()
+            raise
+
+    def _check(self, path: Path, settings: Settings) -> None:
+        rank, size, header = self.star.rank.index, self.star.rank.size, self.header
+        if (header.rank, header.plan.ranks) != (rank, size):
+            raise SliceError(
+                f"slice file {path} is of rank {header.rank} of {header.plan.ranks}, needed is rank {rank} of {size}; "
+                f"make slices for {size} ranks with: python -m tpimpi slice --ranks {size}"
+            )
+        wanted = {"fingerprint": settings.fingerprint, "format": settings.format, "shares": settings.shares}
+        found = {"fingerprint": header.fingerprint, "format": header.format, "shares": list(header.plan.weights)}
+        for name, value in wanted.items():
+            if value and found[name] != value:
+                raise SliceError(
+                    f"slice file {path} has {name} {found[name]}, this run needs {value}; "
+                    "it is of another model or another slicing: make the slices again, or choose other --slices"
+                )
+
+    def _blocks(self, wanted: int | str, neighbours: int) -> int | None:
+        """Blocks to hold, None for all. "auto": all where this rank's slice takes no more than its part of half the memory
+        that is free on its host, else the smallest window."""
+        if isinstance(wanted, int):
+            return wanted
+        if wanted == "all":
+            return None
+        import psutil
+
+        weights = sum(record.nbytes for record in self.file.records)
+        return None if weights < psutil.virtual_memory().available / 2 / neighbours else SMALLEST_WINDOW
+
+    def figures(self) -> RankFigures:
+        share = self.header.share
+        return RankFigures(
+            rank=self.star.rank.index,
+            host=self.star.rank.host,
+            heads=share.heads.size,
+            kv_heads=share.kv_heads.size,
+            columns=share.columns.size,
+            peak_rss_bytes=peak_rss_bytes(),
+            bytes_read=self.window.bytes_read,
+            read_wait_s=self.window.wait_seconds,
+            compute_s=self.model.compute_seconds,
+            star_s=self.star.seconds,
+        )
+
+    def close(self) -> None:
+        self.window.close()
+        self.file.close()
+
+
+# Rank 0's work
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """How prompts are to be answered. `context` None: as much as prompt and answer need."""
+
+    sample: Callable[[], Sampler]  # a fresh sampler for each prompt, so that a seed means the same for each
+    max_tokens: int
+    context: int | None
+    raw: bool
+    stops: list[str]
+    ignore_eos: bool
+
+
+class Hub:
+    """Rank 0 once every rank has its slice: checks prompts and answers them, one after the other."""
+
+    def __init__(self, seat: Seat, tokenizer: Tokenizer, wishes: Wishes, report: Report) -> None:
+        """Raises InputError where the context that is wished for is beyond the model's."""
+        self.seat, self.tokenizer, self.wishes, self.report = seat, tokenizer, wishes, report
+        self._most = seat.header.config.context
+        if wishes.context is not None and wishes.context > self._most:
+            raise InputError(f"--context is {wishes.context}, this model has {self._most} positions; give at most that")
+        self._limit = wishes.context or self._most
+
+    def check(self, prompt: str) -> list[int]:
+        """Token ids of a prompt as the model gets it. Raises InputError where it is empty or too long."""
+        if not prompt.strip():
+            raise InputError("the prompt is empty; give some text")
+        raw = self.wishes.raw or not self.tokenizer.has_chat_template
+        ids = self.tokenizer.encode(prompt) if raw else self.tokenizer.encode_chat(prompt)
+        if not ids:
+            raise InputError("the prompt has no tokens; give some text")
+        if len(ids) >= self._limit:
+            remedy = "shorten it" + (f", or raise --context (up to {self._most})" if self._limit < self._most else "")
+            raise InputError(f"the prompt has {len(ids)} tokens, the context is {self._limit} positions; {remedy}")
+        return ids
+
+    def answer(self, ids: list[int]) -> Iterator[str]:
+        """Text that follows the prompt `ids`, as it comes; the report has its figures when it is done."""
+        wishes, report, model = self.wishes, self.report, self.seat.model
+        max_tokens = min(wishes.max_tokens, self._limit - len(ids))
+        made: list[int] = []
+        times: list[float] = []
+        ready = time.monotonic()
+
+        def noted(tokens: Iterator[int]) -> Iterator[int]:
+            for token in tokens:
+                times.append(time.monotonic())
+                made.append(token)
+                yield token
+
+        tokens = generate(
+            model,
+            self.seat.star,
+            self.seat.file.embedding_rows,
+            ids,
+            wishes.sample(),
+            max_tokens=max_tokens,
+            context=wishes.context or len(ids) + max_tokens,
+            end_ids=() if wishes.ignore_eos else self.tokenizer.end_ids,
+        )
+        text = ""
+        for piece in until_stop(to_text(noted(tokens), self.tokenizer.stream()), wishes.stops):
+            text += piece
+            yield piece
+        report.text, report.token_ids, report.prompt_tokens = text, made, len(ids)
+        report.prompts += 1
+        report.set_times(ready, times)
+
+    def finish(self) -> None:
+        """End the run on every rank and gather the figures."""
+        star = self.seat.star
+        star.command(FINISH)
+        notes = star.collect(json.dumps(asdict(self.seat.figures())).encode())
+        names = {field.name for field in fields(RankFigures)}
+        for note in notes:
+            values = json.loads(note)
+            self.report.ranks.append(RankFigures(**{name: values[name] for name in names}))
+        self.seat.close()

@@ -1,0 +1,140 @@
+"""From the logits of one position to the next token id: greedy, or drawn from the filtered distribution.
+
+The options and their order are those of transformers' `generate`: repetition penalty, temperature, top-k, top-p, min-p.
+A sampler is a function; everything it knows is in its closure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.floating[Any]]
+Sampler = Callable[[Floats, Sequence[int]], int]
+
+
+def make_sampler(
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+) -> Sampler:
+    """A function from logits (float32 [vocab]) and history (ids of prompt and answer so far) to the next id.
+
+    Temperature 0 is greedy: the largest logit, the lowest id among equals. The other defaults mean "off". The same
+    seed gives the same draws; None takes one from the system. The logits are not changed.
+
+    Raises ValueError, in one line, for an option out of its range. The function raises ValueError for logits with
+    NaN or +inf, or with nothing finite.
+    """
+    _check(temperature, top_k, top_p, min_p, repetition_penalty)
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
+        raise ValueError(f"seed is {seed}, must be a whole number, 0 or more")
+    rng = np.random.Generator(np.random.PCG64(seed))
+
+    def sample(logits: Floats, history: Sequence[int]) -> int:
+        scores = _penalized(logits, history, repetition_penalty)
+        if temperature == 0:
+            return int(scores.argmax())
+        ids, weights = _filtered(scores, temperature, top_k, top_p, min_p)
+        total = weights.cumsum()
+        # side="right" never lands on a weight of 0; the clip is for a product that rounds up to the total
+        drawn = int(np.searchsorted(total, rng.random() * total[-1], side="right"))
+        return int(ids[min(drawn, len(ids) - 1)])
+
+    return sample
+
+
+def distribution(
+    logits: Floats,
+    history: Sequence[int],
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+) -> npt.NDArray[np.float64]:
+    """What a sampler with these options draws from: probabilities, float64 [vocab]. Raises as `make_sampler`."""
+    _check(temperature, top_k, top_p, min_p, repetition_penalty)
+    scores = _penalized(logits, history, repetition_penalty)
+    probabilities = np.zeros(scores.shape, np.float64)
+    if temperature == 0:
+        probabilities[scores.argmax()] = 1.0
+    else:
+        ids, weights = _filtered(scores, temperature, top_k, top_p, min_p)
+        probabilities[ids] = weights / weights.sum()
+    return probabilities
+
+
+def _check(temperature: float, top_k: int, top_p: float, min_p: float, repetition_penalty: float) -> None:
+    def number(value: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    if not (number(temperature) and temperature >= 0):
+        raise ValueError(f"temperature is {temperature}, must be 0 or more (0 is greedy)")
+    if not (number(top_k) and isinstance(top_k, int) and top_k >= 0):
+        raise ValueError(f"top-k is {top_k}, must be a whole number, 0 or more (0 is off)")
+    if not (number(top_p) and 0 < top_p <= 1):
+        raise ValueError(f"top-p is {top_p}, must be above 0 and at most 1 (1 is off)")
+    if not (number(min_p) and 0 <= min_p <= 1):
+        raise ValueError(f"min-p is {min_p}, must be from 0 to 1 (0 is off)")
+    if not (number(repetition_penalty) and repetition_penalty > 0):
+        raise ValueError(f"repetition-penalty is {repetition_penalty}, must be above 0 (1 is off)")
+
+
+def _penalized(logits: Floats, history: Sequence[int], penalty: float) -> Floats:
+    """Scores [vocab]: the logits, or a float64 copy with every id of the history made less likely, once."""
+    scores = logits
+    if penalty != 1 and len(history) > 0:
+        scores = logits.astype(np.float64)
+        seen = np.unique(np.asarray(history, np.int64))
+        seen = seen[(seen >= 0) & (seen < len(scores))]  # a prompt may hold ids that the head has no row for
+        with np.errstate(over="ignore", invalid="ignore"):
+            scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+    best = float(scores.max())  # NaN if any is
+    if not math.isfinite(best):
+        raise ValueError(f"the largest logit is {best}, must be finite: the model or its weights are broken")
+    return scores
+
+
+def _filtered(
+    scores: Floats, temperature: float, top_k: int, top_p: float, min_p: float
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
+    """The ids that are left, ascending, and their weights, the largest 1: (int [left], float64 [left])."""
+    with np.errstate(over="ignore", under="ignore"):  # a tiny temperature only makes the weights 0
+        logs = (scores.astype(np.float64) - float(scores.max())) / temperature
+        ids = np.arange(len(logs))
+        if 0 < top_k < len(logs):
+            ids = np.flatnonzero(logs >= np.partition(logs, -top_k)[-top_k])
+        weights = np.exp(logs[ids])
+    if top_p < 1:
+        kept = _nucleus(weights, top_p * weights.sum())
+        ids, weights = ids[kept], weights[kept]
+    if min_p > 0:
+        kept = np.flatnonzero(weights >= min_p)
+        ids, weights = ids[kept], weights[kept]
+    return ids, weights
+
+
+def _nucleus(weights: npt.NDArray[np.float64], mass: float) -> npt.NDArray[np.intp]:
+    """Positions, ascending, of the fewest largest weights that add up to `mass`; the first ones among equals."""
+    size = 1024
+    while True:  # a sort of the whole vocabulary is seldom needed
+        size = min(size, len(weights))
+        largest = np.sort(np.partition(weights, -size)[-size:])[::-1]
+        total = largest.cumsum()
+        if total[-1] >= mass or size == len(weights):
+            break
+        size *= 16
+    count = min(int(np.searchsorted(total, mass, side="left")) + 1, size)
+    cut = largest[count - 1]
+    above, equal = np.flatnonzero(weights > cut), np.flatnonzero(weights == cut)
+    return np.sort(np.concatenate([above, equal[: count - len(above)]]))

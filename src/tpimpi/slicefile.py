@@ -1,0 +1,529 @@
+"""The slice file: one rank's part of a model, as one HDF5 file. Version 1 of the format is specified here.
+
+A slice file is named `rank-R-of-N.h5` and holds these objects:
+
+`/header` (uint8)
+    JSON, UTF-8: `tpimpi_slice` (this version, 1), `made_by`, `rank`, `format` (of the weights: f32 or bf16), `model` (a
+    name to show), `fingerprint` (of the source), `config` (ModelConfig), `plan` (`weights`, and for each rank
+    `[heads, kv_heads, columns]`, each `[start, stop]`), and `tiles`: a list of records, in the order in which a run
+    uses them. A record has `path` (of its group), `block` (`[kind, layer]`), `parts` (of `[name, format, shape]`), and
+    for an attention tile `heads`, `kv_heads`, `q_to_kv` (see plan.AttentionTile).
+`/checksums` (uint64)
+    XXH3-64 of `/header`, then of each record's tile. A tile's checksum is taken over the bytes of its parts, in the
+    order of the record, as they come out of the datasets: it stays true if another tool repacks or compresses them.
+`/layers/LLLL/attn/tile-TTT/{q,k,v,o,q_bias,k_bias,v_bias}`
+    Rows of the query, key and value projections of the tile's heads ([rows, hidden]), and its query heads' columns of
+    the output projection ([hidden, heads * head_dim]); biases of the rows. A tile without KV heads has no k and v.
+`/layers/LLLL/mlp/tile-TTT/{gate,up,down,gate_bias,up_bias}`
+    The tile's columns: rows of gate and up ([columns, hidden]), columns of down ([hidden, columns]).
+`/head/tile-TTT/rows` (rank 0 only)
+    A run of vocabulary rows of the output head ([rows, hidden]).
+`/resident/tile-000/{attn_norm,mlp_norm,q_norm,k_norm,o_bias,down_bias,norm}`
+    f32, small, kept in memory for the whole run: the norms of all layers ([layers, hidden], or [layers, head_dim] for
+    q_norm and k_norm); rank 0 alone has the biases of the output projections ([layers, hidden]), added once, and the
+    final norm ([hidden]).
+`/tokenizer/tile-000/NAME` (rank 0 only)
+    The tokenizer's files as they are (uint8).
+`/embedding/weight`, `/embedding/checksums` (rank 0 only)
+    The embedding table ([vocab, hidden]), of which a run reads single rows, and XXH3-64 of each row (uint64).
+
+f32 is stored as IEEE little-endian float, bf16 as uint16. The writer lays the parts of a tile next to each other, each
+at a multiple of 4096 bytes, so that a tile is one extent of the file and is read with one call; a reader must not rely
+on that (`h5repack` may move or chunk them). HDF5 metadata carries HDF5's own checksums (libver "latest").
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import mmap
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from tpimpi import __version__
+from tpimpi.config import ModelConfig
+from tpimpi.errors import SliceError, StorageError
+from tpimpi.formats import DTYPES, F32, Array, decode
+from tpimpi.plan import Block, Plan, Share, Span
+
+FORMAT_VERSION = 1
+NONE = Span(0, 0)
+ALIGNMENT = 4096  # of each dataset in the file, and of each part in a buffer
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor's piece within a tile."""
+
+    name: str
+    format: str  # f32, bf16, or bytes
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * DTYPES[self.format].itemsize
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the header says of one tile."""
+
+    path: str
+    block: Block
+    parts: tuple[Part, ...]
+    heads: Span = NONE
+    kv_heads: Span = NONE
+    q_to_kv: tuple[int, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Size in a buffer, where each part starts at a multiple of ALIGNMENT."""
+        return sum(_aligned(part.nbytes) for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile in memory: its record, and its parts by name as arrays whose dtype tells the format (uint16 is bf16)."""
+
+    record: Record
+    parts: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a slice file says of itself."""
+
+    rank: int
+    format: str
+    model: str
+    fingerprint: str
+    config: ModelConfig
+    plan: Plan
+    records: tuple[Record, ...]
+    made_by: str = __version__
+
+    @property
+    def share(self) -> Share:
+        return self.plan.shares[self.rank]
+
+    def to_json(self) -> bytes:
+        return json.dumps(
+            {
+                "tpimpi_slice": FORMAT_VERSION,
+                "made_by": self.made_by,
+                "rank": self.rank,
+                "format": self.format,
+                "model": self.model,
+                "fingerprint": self.fingerprint,
+                "config": self.config.to_dict(),
+                "plan": {
+                    "weights": self.plan.weights,
+                    "shares": [[share.heads, share.kv_heads, share.columns] for share in self.plan.shares],
+                },
+                "tiles": [_record_to_json(record) for record in self.records],
+            }
+        ).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Header:
+        """Undo `to_json`. Raises ValueError (naming the version, where it is another), KeyError, TypeError."""
+        values = json.loads(text)
+        if values["tpimpi_slice"] != FORMAT_VERSION:
+            raise ValueError(f"slice format version {values['tpimpi_slice']}, this tpimpi reads {FORMAT_VERSION}")
+        plan = values["plan"]
+        return cls(
+            rank=values["rank"],
+            format=values["format"],
+            model=values["model"],
+            fingerprint=values["fingerprint"],
+            config=ModelConfig.from_dict(values["config"]),
+            plan=Plan(tuple(plan["weights"]), tuple(Share(*(Span(*span) for span in s)) for s in plan["shares"])),
+            records=tuple(_record_from_json(record) for record in values["tiles"]),
+            made_by=values["made_by"],
+        )
+
+
+def _record_to_json(record: Record) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "path": record.path,
+        "block": record.block,
+        "parts": [[part.name, part.format, part.shape] for part in record.parts],
+    }
+    if record.block.kind == "attn":
+        values |= {"heads": record.heads, "kv_heads": record.kv_heads, "q_to_kv": record.q_to_kv}
+    return values
+
+
+def _record_from_json(values: dict[str, Any]) -> Record:
+    return Record(
+        path=values["path"],
+        block=Block(*values["block"]),
+        parts=tuple(Part(name, form, tuple(shape)) for name, form, shape in values["parts"]),
+        heads=Span(*values.get("heads", (0, 0))),
+        kv_heads=Span(*values.get("kv_heads", (0, 0))),
+        q_to_kv=tuple(values.get("q_to_kv", ())),
+    )
+
+
+def slice_name(rank: int, ranks: int) -> str:
+    """File name of one rank's slice."""
+    return f"rank-{rank}-of-{ranks}.h5"
+
+
+def aligned_buffer(nbytes: int) -> npt.NDArray[np.uint8]:
+    """Zeroed memory of its own, page-aligned, not touched until used. uint8 [nbytes]."""
+    return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=np.uint8)[:nbytes]
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+# Writing
+
+_ELSEWHERE = "free some space there, or choose another place with --out or TPIMPI_CACHE"
+
+
+@contextlib.contextmanager
+def _storage_errors(path: Path) -> Iterator[None]:
+    """Turn what the operating system says of a full or unwritable disk into one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(f"disk full while writing {path}: {error.strerror}; {_ELSEWHERE}") from error
+        raise StorageError(f"cannot write {path}: {error.strerror or error}; {_ELSEWHERE}") from error
+
+
+class SliceWriter:
+    """Writes one slice file under a temporary name beside `path`, and renames it when it is whole.
+
+    The file's skeleton (all names, shapes and extents) is made by HDF5 first and its space reserved, so that a full
+    disk is noticed before any work is done; then each part is written straight to its place. Parts of a tile must come
+    in the order of the record, since the checksum is taken as they pass; tiles may come in any order. Holds no weights.
+
+    Raises StorageError where the disk is full or cannot be written.
+    """
+
+    def __init__(self, path: Path, header: Header, *, embedding: tuple[int, int] | None = None) -> None:
+        """`embedding` is [vocab, hidden] of the table, for rank 0."""
+        self.path, self.header = path, header
+        self.temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self._hashes = [xxhash.xxh3_64() for _ in header.records]
+        self._next_part = [0] * len(header.records)
+        self._fd = -1
+        try:
+            with _storage_errors(path):
+                self._skeleton(embedding)
+                self._fd = os.open(self.temporary, os.O_RDWR)
+                os.posix_fallocate(self._fd, 0, os.fstat(self._fd).st_size)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _skeleton(self, embedding: tuple[int, int] | None) -> None:
+        header_json = np.frombuffer(self.header.to_json(), np.uint8)
+        datasets: list[tuple[str, tuple[int, ...], str]] = [
+            ("header", header_json.shape, "u1"),
+            ("checksums", (1 + len(self.header.records),), "<u8"),
+        ]
+        for record in self.header.records:
+            datasets += [(f"{record.path}/{part.name}", part.shape, DTYPES[part.format].str) for part in record.parts]
+        if embedding:
+            datasets += [("embedding/weight", embedding, DTYPES[self.header.format].str)]
+            datasets += [("embedding/checksums", embedding[:1], "<u8")]
+        create = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        create.set_layout(h5py.h5d.CONTIGUOUS)
+        create.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        create.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+        links.set_create_intermediate_group(True)
+        # Metadata is aligned like data, so it takes a page for each object; one block of that size for all of it keeps
+        # it from coming between the parts of a tile.
+        metadata = (len(datasets) + len(self.header.records) * 2 + 64) * 2 * ALIGNMENT
+        with h5py.File(
+            self.temporary,
+            "w",
+            libver="latest",
+            alignment_threshold=1,
+            alignment_interval=ALIGNMENT,
+            meta_block_size=metadata,
+        ) as file:
+            self._offsets: dict[str, int] = {}
+            for name, shape, dtype in datasets:
+                kind = h5py.h5t.py_create(np.dtype(dtype))
+                space = h5py.h5s.create_simple(shape)
+                dataset = h5py.h5d.create(file.id, name.encode(), kind, space, create, lcpl=links)
+                # A dataset of no bytes has no place in the file.
+                self._offsets[name] = dataset.get_offset() or 0
+            h5py.Dataset(h5py.h5d.open(file.id, b"header"))[...] = header_json
+        self._embedding_shape = embedding
+        self._header_hash = xxhash.xxh3_64_intdigest(header_json)
+
+    def write(self, index: int, name: str, values: Array) -> None:
+        """Write part `name` of record `index`; `values` must have the part's shape and dtype."""
+        record = self.header.records[index]
+        part = record.parts[self._next_part[index]]
+        assert part.name == name, f"part {name} of {record.path} written out of order, expected {part.name}"
+        assert values.shape == part.shape and values.dtype == DTYPES[part.format], (part, values.shape, values.dtype)
+        data = memoryview(np.ascontiguousarray(values)).cast("B") if values.size else memoryview(b"")
+        self._hashes[index].update(data)
+        self._next_part[index] += 1
+        self._pwrite(data, self._offsets[f"{record.path}/{name}"])
+
+    def write_embedding(self, first_row: int, rows: Array) -> None:
+        """Write rows [first_row, first_row + len(rows)) of the embedding table, [rows, hidden]."""
+        assert rows.dtype == DTYPES[self.header.format]
+        rows = np.ascontiguousarray(rows)
+        hashes = np.array([xxhash.xxh3_64_intdigest(row) for row in rows], dtype="<u8")
+        self._pwrite(memoryview(rows).cast("B"), self._offsets["embedding/weight"] + first_row * rows[0].nbytes)
+        self._pwrite(memoryview(hashes).cast("B"), self._offsets["embedding/checksums"] + first_row * 8)
+
+    def _pwrite(self, data: memoryview, offset: int) -> None:
+        with _storage_errors(self.path):
+            while data:
+                written = os.pwrite(self._fd, data, offset)
+                data, offset = data[written:], offset + written
+
+    def finish(self) -> None:
+        """Write the checksums; the file is now whole, still under its temporary name."""
+        for record, count in zip(self.header.records, self._next_part, strict=True):
+            assert count == len(record.parts), f"{record.path} has {count} of {len(record.parts)} parts"
+        sums = np.array([self._header_hash, *(h.intdigest() for h in self._hashes)], dtype="<u8")
+        self._pwrite(memoryview(sums).cast("B"), self._offsets["checksums"])
+        with _storage_errors(self.path):
+            os.fsync(self._fd)
+            os.close(self._fd)
+        self._fd = -1
+
+    def publish(self) -> None:
+        """Give the finished file its name."""
+        with _storage_errors(self.path):
+            self.temporary.replace(self.path)
+
+    def abort(self) -> None:
+        """Remove the temporary file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self.temporary.unlink(missing_ok=True)
+
+
+def stored_bytes(header: Header, *, embedding: bool) -> int:
+    """Space a slice file takes on disk, to within a few pages."""
+    table = header.config.vocab * (header.config.hidden * DTYPES[header.format].itemsize + 8) if embedding else 0
+    metadata = sum(len(record.parts) + 2 for record in header.records) * 2 * ALIGNMENT
+    return sum(record.nbytes for record in header.records) + table + metadata
+
+
+# Reading
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a record's parts lie: (offset of each part), or None where a part is chunked and h5py must read it."""
+
+    offsets: tuple[int, ...] | None
+
+
+class SliceFile:
+    """A slice file, opened and validated; reading a tile is one `pread` where the file is laid out as we write it.
+
+    Peak memory: the header, and HDF5's metadata while it opens. Raises SliceError for whatever is wrong with the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise SliceError(f"slice file {path} is missing; make it with: python -m tpimpi slice")
+        self._fd = os.open(path, os.O_RDONLY)
+        self._file: h5py.File | None = None
+        try:
+            self._open()
+        except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            self.close()
+            if isinstance(error, ValueError) and "slice format version" in str(error):
+                raise SliceError(
+                    f"slice file {path} has {error}; make the slices again with: python -m tpimpi slice"
+                ) from error
+            raise self._broken(f"{type(error).__name__}: {error}") from error
+        except SliceError:
+            self.close()
+            raise
+
+    def _broken(self, what: str) -> SliceError:
+        return SliceError(f"slice file {self.path} is broken ({what}); delete it and make the slices again")
+
+    def _open(self) -> None:
+        file = self._file = h5py.File(self.path, "r")
+        raw_header = np.asarray(file["header"][...])
+        self._sums = np.asarray(file["checksums"][...])
+        if xxhash.xxh3_64_intdigest(raw_header) != int(self._sums[0]):
+            raise self._broken("the header does not match its checksum")
+        self.header = Header.from_json(raw_header.tobytes())
+        if len(self._sums) != 1 + len(self.header.records):
+            raise self._broken(f"{len(self._sums)} checksums for {len(self.header.records)} tiles")
+        size = os.fstat(self._fd).st_size
+        self._places: dict[str, _Place] = {}
+        self._checked: set[str] = set()
+        self._index = {record.path: index for index, record in enumerate(self.header.records)}
+        chunked = False
+        for record in self.header.records:
+            offsets: list[int] = []
+            for part in record.parts:
+                dataset = file[f"{record.path}/{part.name}"]
+                if dataset.shape != part.shape or dataset.dtype != DTYPES[part.format]:
+                    found = f"{dataset.shape} {dataset.dtype}"
+                    raise self._broken(f"{dataset.name} is {found}, the header says {part.shape} {part.format}")
+                offset = dataset.id.get_offset()
+                if offset is None and part.nbytes:
+                    chunked = True
+                    break
+                if (offset or 0) + part.nbytes > size:
+                    raise self._broken(f"{dataset.name} ends beyond the file's {size} bytes")
+                offsets.append(offset or 0)
+            self._places[record.path] = _Place(tuple(offsets) if len(offsets) == len(record.parts) else None)
+        self.has_embedding = "embedding" in file
+        if self.has_embedding:
+            chunked |= self._open_embedding(file, size)
+        if not chunked:
+            # All that is left is plain reads at known places; HDF5's caches can go.
+            file.close()
+            self._file = None
+
+    def _open_embedding(self, file: h5py.File, size: int) -> bool:
+        config = self.header.config
+        weight, sums = file["embedding/weight"], file["embedding/checksums"]
+        if weight.shape != (config.vocab, config.hidden) or weight.dtype != DTYPES[self.header.format]:
+            raise self._broken(f"the embedding is {weight.shape} {weight.dtype}, must be {config.vocab, config.hidden}")
+        if sums.shape != (config.vocab,) or sums.dtype != np.dtype("<u8"):
+            raise self._broken(f"the embedding has {sums.shape} checksums, must be {config.vocab}")
+        self._embedding = (weight.id.get_offset(), sums.id.get_offset())
+        return None in self._embedding
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        return self.header.records
+
+    def records_of(self, kind: str) -> list[Record]:
+        """Records of one kind of block (attn, mlp, head, resident, tokenizer), in order."""
+        return [record for record in self.records if record.block.kind == kind]
+
+    def read(self, record: Record, buffer: npt.NDArray[np.uint8]) -> Tile:
+        """Read a tile into `buffer` (uint8, page-aligned, at least record.nbytes) and check it, the first time.
+
+        The arrays of the tile are views of the buffer. Raises SliceError where the file is cut short or a byte differs.
+        """
+        places, views, position = self._places[record.path].offsets, {}, 0
+        spans: list[tuple[int, int, Part]] = []
+        for part in record.parts:
+            spans.append((position, position + part.nbytes, part))
+            position += _aligned(part.nbytes)
+        if places is None:
+            self._read_chunked(record, buffer, spans)
+        else:
+            for offset, start, stop in _extents(places, spans):
+                self._pread(buffer[start:stop], offset)
+        for start, stop, part in spans:
+            views[part.name] = buffer[start:stop].view(DTYPES[part.format]).reshape(part.shape)
+        if record.path not in self._checked:
+            digest = xxhash.xxh3_64()
+            for start, stop, _ in spans:
+                digest.update(buffer[start:stop])
+            if digest.intdigest() != int(self._sums[1 + self._index[record.path]]):
+                raise self._broken(f"{record.path} does not match its checksum")
+            self._checked.add(record.path)
+        return Tile(record, views)
+
+    def load(self, record: Record) -> Tile:
+        """Read a tile into memory of its own."""
+        return self.read(record, aligned_buffer(record.nbytes))
+
+    def _read_chunked(
+        self, record: Record, buffer: npt.NDArray[np.uint8], spans: Sequence[tuple[int, int, Part]]
+    ) -> None:
+        assert self._file is not None
+        for start, stop, part in spans:
+            target = buffer[start:stop].view(DTYPES[part.format]).reshape(part.shape)
+            try:
+                self._file[f"{record.path}/{part.name}"].read_direct(target)
+            except (OSError, RuntimeError) as error:
+                raise self._broken(f"{record.path}/{part.name}: {error}") from error
+
+    def _pread(self, target: npt.NDArray[np.uint8], offset: int) -> None:
+        view = memoryview(target)
+        while view:
+            count = os.preadv(self._fd, [view], offset)
+            if count == 0:
+                raise self._broken(f"it ends at byte {offset}")
+            view, offset = view[count:], offset + count
+
+    def embedding_rows(self, ids: Iterable[int]) -> F32:
+        """Rows of the embedding table, read one by one and checked. Returns f32 [len(ids), hidden]."""
+        config, dtype = self.header.config, DTYPES[self.header.format]
+        row_bytes = config.hidden * dtype.itemsize
+        rows = []
+        for token in ids:
+            assert 0 <= token < config.vocab, f"token id {token} of a vocabulary of {config.vocab}"
+            if self._file is not None:
+                row = np.ascontiguousarray(self._file["embedding/weight"][token])
+                expected = int(self._file["embedding/checksums"][token])
+            else:
+                data, digest = np.empty(row_bytes, np.uint8), np.empty(8, np.uint8)
+                self._pread(data, self._embedding[0] + token * row_bytes)
+                self._pread(digest, self._embedding[1] + token * 8)
+                row, expected = data.view(dtype), int(digest.view("<u8")[0])
+            if xxhash.xxh3_64_intdigest(row) != expected:
+                raise self._broken("a row of the embedding does not match its checksum")
+            rows.append(decode(row))
+        return np.stack(rows)
+
+    def tokenizer_assets(self) -> dict[str, bytes]:
+        """The tokenizer's files, by name (rank 0's file only)."""
+        return {n: p.tobytes() for r in self.records_of("tokenizer") for n, p in self.load(r).parts.items()}
+
+    def verify(self) -> Iterator[int]:
+        """Read and check everything; yields the bytes read after each tile. Raises SliceError at the first mismatch."""
+        buffer = aligned_buffer(max(record.nbytes for record in self.records))
+        self._checked.clear()
+        for record in self.records:
+            self.read(record, buffer)
+            yield record.nbytes
+        if self.has_embedding:
+            for token in range(self.header.config.vocab):
+                self.embedding_rows([token])
+                if token % 4096 == 0:
+                    yield 4096 * self.header.config.hidden * DTYPES[self.header.format].itemsize
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _extents(offsets: Sequence[int], spans: Sequence[tuple[int, int, Part]]) -> Iterator[tuple[int, int, int]]:
+    """Join parts that lie in the file as they lie in the buffer: (file offset, buffer start, buffer stop) a read."""
+    run: tuple[int, int, int] | None = None
+    for offset, (start, stop, part) in zip(offsets, spans, strict=True):
+        if not part.nbytes:
+            continue
+        if run and offset - run[0] == start - run[1]:
+            run = (run[0], run[1], stop)
+        else:
+            if run:
+                yield run
+            run = (offset, start, stop)
+    if run:
+        yield run

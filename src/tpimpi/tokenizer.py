@@ -1,0 +1,617 @@
+"""Text to token ids and back, and the chat template. Only rank 0 has any of it.
+
+What a model brings is a dict of assets, file name to content, as a source hands it out and as rank 0's slice file
+keeps it:
+
+- a Hugging Face directory: `tokenizer.json` (run by `tokenizers`) or else `tokenizer.model` (run by `sentencepiece`),
+  and what stands beside it: `tokenizer_config.json`, `special_tokens_map.json`, `generation_config.json`,
+  `config.json`, `chat_template.jinja`;
+- a GGUF file: `gguf.json` alone (see gguf_vocabulary.py).
+
+Ids become text through the bytes of each token and an incremental UTF-8 decoder, so an answer streams at a constant
+cost a token and never shows half a character.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from tpimpi.errors import InputError, ModelError
+from tpimpi.gguf_vocabulary import (
+    CONTROL,
+    UNKNOWN,
+    USER_DEFINED,
+    GgufVocabulary,
+    build_byte_level,
+    build_sentencepiece,
+    read_gguf_vocabulary,
+)
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_SPACE = "▁"  # how SentencePiece spells a space
+_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+# What happens to spaces at the start of an answer: SentencePiece puts one before the first word of a text.
+_Leading = Literal["keep", "drop one", "drop all"]
+
+
+class TextStream:
+    """Turns ids, one at a time, into text that is certain: the pieces joined equal `decode` of all ids."""
+
+    def __init__(self, piece: Callable[[int], bytes], leading: _Leading) -> None:
+        self._piece = piece
+        self._leading: _Leading = leading
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that this id completes; "" while a character is incomplete."""
+        return self._trim(self._decoder.decode(self._piece(token_id)))
+
+    def flush(self) -> str:
+        """What is left at the end: a character that stays incomplete, as U+FFFD."""
+        return self._trim(self._decoder.decode(b"", final=True))
+
+    def _trim(self, text: str) -> str:
+        if self._leading == "keep" or not text:
+            return text
+        kept = text.removeprefix(" ") if self._leading == "drop one" else text.lstrip(" ")
+        if kept or self._leading == "drop one":
+            self._leading = "keep"
+        return kept
+
+
+class _Vocabulary(Protocol):
+    """The two kinds of vocabulary, seen from the Tokenizer."""
+
+    leading: _Leading
+
+    @property
+    def size(self) -> int: ...  # ids are below it
+
+    def encode(self, text: str) -> list[int]: ...  # the text's own ids, special tokens in it recognised
+
+    def piece(self, token_id: int) -> bytes: ...  # the bytes it stands for; b"" for a special or an unknown id
+
+    def find(self, token: str) -> int | None: ...
+
+
+class Tokenizer:
+    """One model's text ↔ ids.
+
+    vocab_size: number of ids the tokenizer knows (the model's table may have more rows, or fewer).
+    bos_id: the token that begins a text, or None.
+    end_ids: every id that ends an answer.
+    has_chat_template: whether `encode_chat` can be used.
+    """
+
+    def __init__(
+        self,
+        vocabulary: _Vocabulary,
+        vocab: int,
+        *,
+        prefix: list[int],
+        suffix: list[int],
+        bos_id: int | None,
+        end_ids: Iterable[int],
+        chat_template: str | None,
+        named: dict[str, str],
+    ) -> None:
+        self.vocab_size = vocabulary.size
+        self.bos_id = bos_id
+        self.end_ids = frozenset(end for end in end_ids if 0 <= end < vocab)
+        self.has_chat_template = chat_template is not None
+        self._vocabulary = vocabulary
+        self._vocab = vocab
+        self._prefix, self._suffix = prefix, suffix
+        self._chat_template = chat_template
+        self._named = named
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Ids of a text as it is; with `special`, BOS and EOS where the model's own tokenizer adds them.
+
+        Raises InputError for text that has no UTF-8 form, ModelError for an id that the model has no row for.
+        """
+        _check_unicode(text, InputError("the prompt holds bytes that are not UTF-8; write it in UTF-8"))
+        ids = self._vocabulary.encode(text)
+        if special:
+            ids = [*self._prefix, *ids, *self._suffix]
+        return self._checked(ids)
+
+    def encode_chat(self, prompt: str) -> list[int]:
+        """Ids of one user message in the model's own chat template, up to where the answer begins.
+
+        The rendered template is complete: BOS is there if and only if the template writes it, as in transformers.
+        Raises InputError for text that has no UTF-8 form, ModelError where the template is missing or fails.
+        """
+        _check_unicode(prompt, InputError("the prompt holds bytes that are not UTF-8; write it in UTF-8"))
+        if self._chat_template is None:
+            raise ModelError("the model has no chat template; use --raw to complete the prompt as it is")
+        text = _render(self._chat_template, prompt, self._named)
+        _check_unicode(text, ModelError("the model's chat template writes text that is not Unicode; use --raw"))
+        return self._checked(self._vocabulary.encode(text))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, special tokens skipped; bytes that are not UTF-8 become U+FFFD."""
+        stream = self.stream()
+        return "".join(map(stream.push, ids)) + stream.flush()
+
+    def stream(self) -> TextStream:
+        """A fresh TextStream, for one answer."""
+        return TextStream(self._vocabulary.piece, self._vocabulary.leading)
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        if max(ids, default=0) >= self._vocab:
+            raise ModelError(
+                f"the tokenizer gives id {max(ids)}, the model's vocabulary has {self._vocab}; "
+                f"put the tokenizer that belongs to the model beside it"
+            )
+        return ids
+
+
+def load_tokenizer(assets: dict[str, bytes], vocab: int) -> Tokenizer:
+    """The tokenizer in `assets` (file name → content), for a model with `vocab` rows in its embedding table.
+
+    Raises ModelError where there is none, or it is broken, or of a kind that is not known here.
+    """
+    if "gguf.json" in assets:
+        return _load_gguf(read_gguf_vocabulary(assets["gguf.json"]), vocab)
+    if "tokenizer.json" not in assets and "tokenizer.model" not in assets:
+        found = f"found only {', '.join(sorted(assets))}" if assets else "found no file of one"
+        raise ModelError(f"no tokenizer beside the model: {found}; put tokenizer.json or tokenizer.model there")
+    return _load_directory(assets, vocab)
+
+
+# --- a GGUF file -----------------------------------------------------------------------------------------------------
+
+
+def _load_gguf(gguf: GgufVocabulary, vocab: int) -> Tokenizer:
+    vocabulary: _Vocabulary
+    if gguf.model == "gpt2":
+        vocabulary = _TokenizersVocabulary(build_byte_level(gguf))
+    else:
+        # llama.cpp: every stretch of text between special tokens gets the prefix space.
+        pieces = _SentencePieceVocabulary(build_sentencepiece(gguf), "the vocabulary of the GGUF file", "every")
+        pieces.add(
+            _Added(token, index, special=kind != USER_DEFINED)
+            for index, (token, kind) in enumerate(zip(gguf.tokens, gguf.types, strict=True))
+            if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+        )
+        vocabulary = pieces
+    ids = {"bos_token": gguf.bos_id, "eos_token": gguf.eos_id, "unk_token": gguf.unknown_id}
+    ids["pad_token"] = gguf.padding_id
+    return Tokenizer(
+        vocabulary,
+        vocab,
+        prefix=[gguf.bos_id] if gguf.add_bos and gguf.bos_id is not None else [],
+        suffix=[gguf.eos_id] if gguf.add_eos and gguf.eos_id is not None else [],
+        bos_id=gguf.bos_id,
+        end_ids=gguf.end_ids,
+        chat_template=gguf.chat_template,
+        named={name: gguf.tokens[index] for name, index in ids.items() if index is not None},
+    )
+
+
+# --- a Hugging Face directory ----------------------------------------------------------------------------------------
+
+
+def _load_directory(assets: dict[str, bytes], vocab: int) -> Tokenizer:
+    config = _read_json(assets, "tokenizer_config.json")
+    special_map = _read_json(assets, "special_tokens_map.json")
+    named = {}
+    for name in _NAMED:
+        token = _token_text(name, config[name] if name in config else special_map.get(name))
+        if token is not None:
+            named[name] = token
+    add_bos, add_eos = _flag(config, "add_bos_token"), _flag(config, "add_eos_token")
+
+    vocabulary: _Vocabulary
+    if "tokenizer.json" in assets:
+        fast = _TokenizersVocabulary(_parse_tokenizer_json(assets["tokenizer.json"]))
+        fast.add(_added_tokens(config))
+        fast.mark_special([*named.values(), *_more_special(config), *_more_special(special_map)])
+        prefix, suffix = fast.affixes()
+        vocabulary = fast
+    else:
+        # Where the config does not say: legacy is false as in transformers 5, and BOS is added as Llama was trained.
+        spaced: _Prefix = "every" if _flag(config, "legacy") else "first"
+        if _flag(config, "add_prefix_space") is False:
+            spaced = "never"
+        pieces = _SentencePieceVocabulary(assets["tokenizer.model"], "tokenizer.model", spaced)
+        pieces.add(_added_tokens(config))
+        pieces.mark_special([*named.values(), *_more_special(config), *_more_special(special_map)])
+        named = {**pieces.named(), **named}
+        add_bos, prefix, suffix = True if add_bos is None else add_bos, [], []
+        vocabulary = pieces
+
+    bos_id, eos_id = (vocabulary.find(named[name]) if name in named else None for name in ("bos_token", "eos_token"))
+    if add_bos is not None:
+        prefix = [bos_id] if add_bos and bos_id is not None else []
+    if add_eos is not None:
+        suffix = [eos_id] if add_eos and eos_id is not None else []
+    ends = set() if eos_id is None else {eos_id}
+    for name in ("config.json", "generation_config.json"):
+        ends |= _eos_ids(name, _read_json(assets, name).get("eos_token_id"))
+    return Tokenizer(
+        vocabulary,
+        vocab,
+        prefix=prefix,
+        suffix=suffix,
+        bos_id=bos_id,
+        end_ids=ends,
+        chat_template=_chat_template(assets, config),
+        named=named,
+    )
+
+
+def _read_json(assets: dict[str, bytes], name: str) -> dict[str, Any]:
+    """The object in a JSON file; {} where there is no such file."""
+    if name not in assets:
+        return {}
+    try:
+        value = json.loads(assets[name])
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{name} is not valid JSON: {error}; download the model again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{name} holds a {type(value).__name__}, must hold an object; download the model again")
+    return value
+
+
+def _flag(config: dict[str, Any], name: str) -> bool | None:
+    value = config.get(name)
+    if not isinstance(value, bool | None):
+        raise ModelError(f"{name} in tokenizer_config.json is {value!r}, must be true or false")
+    return value
+
+
+def _token_text(name: str, value: object) -> str | None:
+    """A special token as the configs write it: its text, or an object with its text as "content"."""
+    text = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(text, str | None):
+        raise ModelError(f"{name} in tokenizer_config.json is {value!r}, must be a token's text")
+    return text
+
+
+def _more_special(config: dict[str, Any]) -> list[str]:
+    """The special tokens beyond the named ones."""
+    values: list[object] = []
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        value = config.get(name) or []
+        values += value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    texts = (_token_text("additional_special_tokens", value) for value in values)
+    return [text for text in texts if text is not None]
+
+
+@dataclass(frozen=True)
+class _Added:
+    """A token beside the vocabulary, cut out of the text before anything else; flags as in `tokenizers`."""
+
+    content: str
+    token_id: int
+    special: bool  # not part of the text that a user sees
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+
+
+def _added_tokens(config: dict[str, Any]) -> list[_Added]:
+    """`added_tokens_decoder` of tokenizer_config.json, in the order of ids."""
+    table = config.get("added_tokens_decoder") or {}
+    tokens = []
+    try:
+        for token_id, entry in sorted(table.items(), key=lambda item: int(item[0])):
+            flags = (bool(entry.get(flag)) for flag in ("special", "lstrip", "rstrip", "single_word"))
+            tokens.append(_Added(entry["content"], int(token_id), *flags))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ModelError(f"added_tokens_decoder in tokenizer_config.json is no table of tokens: {reason}") from error
+    for token in tokens:
+        if not isinstance(token.content, str) or not token.content or token.token_id < 0:
+            raise ModelError(f"added_tokens_decoder in tokenizer_config.json holds {token.token_id}: {token.content!r}")
+    return tokens
+
+
+def _eos_ids(name: str, value: object) -> set[int]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for token_id in ids:
+        if not isinstance(token_id, int) or isinstance(token_id, bool):
+            raise ModelError(f"eos_token_id in {name} is {value!r}, must be an id or a list of ids")
+    return set(ids)
+
+
+def _chat_template(assets: dict[str, bytes], config: dict[str, Any]) -> str | None:
+    if "chat_template.jinja" in assets:
+        try:
+            return assets["chat_template.jinja"].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ModelError(f"chat_template.jinja is not UTF-8: {error}; download the model again") from error
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = by_name.get("default")
+    if not isinstance(template, str | None):
+        raise ModelError(f"chat_template in tokenizer_config.json is a {type(template).__name__}, must be text")
+    return template
+
+
+# --- the two kinds of vocabulary -------------------------------------------------------------------------------------
+
+
+class _TokenizersVocabulary:
+    """A `tokenizers.Tokenizer`: from tokenizer.json, or built from a GGUF file's vocabulary."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        tokenizer.no_truncation()  # both may be saved in a tokenizer.json
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._special = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._byte_level, self.leading = _read_decoder(tokenizer)
+        self._bytes = _byte_alphabet() if self._byte_level else {}
+
+    @property
+    def size(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    def add(self, tokens: list[_Added]) -> None:
+        """Tokens of tokenizer_config.json that tokenizer.json may lack. Raises ModelError if the two contradict."""
+        import tokenizers
+
+        for token in tokens:
+            if self.find(token.content) is None:
+                flags = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word")}
+                self._tokenizer.add_tokens([tokenizers.AddedToken(token.content, normalized=False, **flags)])
+            if (found := self.find(token.content)) != token.token_id:
+                raise ModelError(
+                    f"token {token.content!r} has id {token.token_id} in tokenizer_config.json and {found} in "
+                    f"tokenizer.json; download the model again"
+                )
+            if token.special:
+                self.mark_special([token.content])
+
+    def mark_special(self, tokens: list[str]) -> None:
+        """Tokens, where they exist, are whole in a text and absent from an answer."""
+        import tokenizers
+
+        for token in tokens:
+            token_id = self.find(token)
+            if token_id is not None and token_id not in self._special:
+                self._special.add(token_id)
+                if token_id not in self._tokenizer.get_added_tokens_decoder():
+                    added = tokenizers.AddedToken(token, normalized=False, special=True)
+                    self._tokenizer.add_special_tokens([added])
+
+    def affixes(self) -> tuple[list[int], list[int]]:
+        """The ids that the tokenizer's own post-processor puts before and behind a text."""
+        bare = self.encode("a")
+        full: list[int] = self._tokenizer.encode("a").ids
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return full[:start], full[start + len(bare) :]
+        return [], []
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def piece(self, token_id: int) -> bytes:
+        token = None if token_id in self._special else self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
+        if not self._byte_level:
+            return _piece_bytes(token)
+        try:
+            return bytes(self._bytes[char] for char in token)
+        except KeyError:  # an added token, spelled as it is
+            return token.encode("utf-8")
+
+    def find(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+
+_Prefix = Literal["every", "first", "never"]  # which stretches of text get SentencePiece's space in front
+
+
+class _SentencePieceVocabulary:
+    """A SentencePiece model, and the tokens beside it that SentencePiece itself does not look for in a text."""
+
+    def __init__(self, model: bytes, name: str, prefix: _Prefix) -> None:
+        import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2
+
+        pb2: Any = sentencepiece_model_pb2  # its classes are made at import, unseen by mypy
+        sentencepiece.set_min_log_level(3)  # our line says it
+        try:
+            proto = pb2.ModelProto.FromString(model)
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+            dummy, collapse = proto.normalizer_spec.add_dummy_prefix, proto.normalizer_spec.remove_extra_whitespaces
+            self._every = prefix == "every" or not dummy
+            self._bare = self._model
+            if not self._every:
+                proto.normalizer_spec.add_dummy_prefix = False
+                self._bare = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        except Exception as error:  # DecodeError of the one, RuntimeError of the other
+            raise ModelError(f"{name} is not a SentencePiece model: {error}; download the model again") from error
+        if prefix == "never":
+            self._model, dummy = self._bare, False
+        self.leading: _Leading = "drop all" if collapse else "drop one" if dummy else "keep"
+
+        self._added: dict[str, _Added] = {}
+        self._by_id: dict[int, _Added] = {}
+        self._pattern: re.Pattern[str] | None = None
+        self._order: list[_Added] = []
+        self.add(
+            _Added(piece.piece, index, special=True)
+            for index, piece in enumerate(proto.pieces)
+            if piece.type in (piece.CONTROL, piece.UNKNOWN)
+        )
+
+    @property
+    def size(self) -> int:
+        return max(len(self._model), max(self._by_id, default=-1) + 1)
+
+    def named(self) -> dict[str, str]:
+        """The model's own special tokens, under the names that the configs use."""
+        ids = {"bos_token": self._model.bos_id(), "eos_token": self._model.eos_id()}
+        ids |= {"unk_token": self._model.unk_id(), "pad_token": self._model.pad_id()}
+        return {name: self._model.id_to_piece(index) for name, index in ids.items() if index >= 0}
+
+    def add(self, tokens: Iterable[_Added]) -> None:
+        """Tokens to cut out of a text; one with the id of a piece takes that piece's place."""
+        for token in tokens:
+            replaced = self._by_id.get(token.token_id)
+            if replaced is not None:
+                self._added.pop(replaced.content, None)
+            self._added[token.content] = self._by_id[token.token_id] = token
+        self._order = sorted(self._added.values(), key=lambda token: len(token.content), reverse=True)
+        self._pattern = re.compile("|".join(map(_token_pattern, self._order))) if self._order else None
+
+    def mark_special(self, tokens: list[str]) -> None:
+        """Tokens, where they exist, are whole in a text and absent from an answer."""
+        ids = {token: self.find(token) for token in tokens}
+        self.add(_Added(token, index, special=True) for token, index in ids.items() if index is not None)
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        end = 0
+        for match in self._pattern.finditer(text) if self._pattern else ():
+            ids += self._plain(text[end : match.start()], first=end == 0)
+            ids.append(self._order[(match.lastindex or 1) - 1].token_id)
+            end = match.end()
+        return ids + self._plain(text[end:], first=end == 0)
+
+    def _plain(self, text: str, *, first: bool) -> list[int]:
+        ids: list[int] = (self._model if first or self._every else self._bare).encode(text)
+        return ids
+
+    def piece(self, token_id: int) -> bytes:
+        added = self._by_id.get(token_id)
+        if added is not None:
+            return b"" if added.special else added.content.encode("utf-8")
+        return _piece_bytes(self._model.id_to_piece(token_id)) if 0 <= token_id < len(self._model) else b""
+
+    def find(self, token: str) -> int | None:
+        if token in self._added:
+            return self._added[token].token_id
+        index: int = self._model.piece_to_id(token)  # the unknown token's id where there is none
+        return index if self._model.id_to_piece(index) == token and index not in self._by_id else None
+
+
+def _token_pattern(token: _Added) -> str:
+    """A regex whose one group is the token."""
+    before, after = (r"(?<!\w)", r"(?!\w)") if token.single_word else ("", "")
+    before, after = r"\s*" * token.lstrip + before, after + r"\s*" * token.rstrip
+    return f"{before}({re.escape(token.content)}){after}"
+
+
+def _piece_bytes(piece: str) -> bytes:
+    """The bytes of a SentencePiece piece: text with its spaces spelled out, or one byte as <0x0A>."""
+    if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace(_SPACE, " ").encode("utf-8")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's byte alphabet: printable Latin-1 stands for itself, the other bytes for U+0100 and up."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(others)}
+
+
+def _parse_tokenizer_json(data: bytes) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the Rust library is no Exception
+        raise ModelError(f"tokenizer.json cannot be read: {error}; download the model again") from error
+
+
+def _read_decoder(tokenizer: tokenizers.Tokenizer) -> tuple[bool, _Leading]:
+    """Whether tokens are spelled in the byte alphabet (else SentencePiece's way), and the rule for leading spaces.
+
+    Raises ModelError for a decoder that does anything else.
+    """
+    if tokenizer.decoder is None:
+        raise ModelError("tokenizer.json has no decoder, so ids cannot become text; download the model again")
+    decoder = json.loads(tokenizer.decoder.__getstate__())
+    leading: _Leading = "keep"
+    byte_level = False
+    for step in decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]:
+        match step:
+            case {"type": "ByteLevel"}:
+                byte_level = True
+            case {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme}:
+                leading = "keep" if scheme == "never" else "drop one"
+            case {"type": "Strip", "content": " ", "start": 0 | 1 as start, "stop": 0}:
+                leading = "drop one" if start else leading
+            case {"type": "Replace", "pattern": {"String": "▁"}, "content": " "} | {"type": "ByteFallback" | "Fuse"}:
+                pass
+            case _:
+                raise ModelError(f"the decoder in tokenizer.json has a step that tpimpi does not know: {step}")
+    return byte_level, leading
+
+
+# --- the chat template -----------------------------------------------------------------------------------------------
+
+
+def _render(template: str, prompt: str, named: dict[str, str]) -> str:
+    """The chat template around one user message, in the environment that transformers gives templates.
+
+    A template is a program that came with the model, so it runs in Jinja's sandbox. Raises ModelError if it fails.
+    """
+    import jinja2
+    import jinja2.ext
+    from jinja2.exceptions import SecurityError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}…{% endgeneration %}` marks the answer for training; here it is only its content."""
+
+        tags = {"generation"}  # noqa: RUF012 (Jinja's own way)
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=line)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        def unsafe_undefined(self, obj: Any, attribute: str) -> Any:  # raised at once, not printed as nothing
+            raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__}")
+
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return environment.from_string(template).render(
+            messages=[{"role": "user", "content": prompt}],
+            tools=None,
+            documents=None,
+            add_generation_prompt=True,
+            **named,
+        )
+    except Exception as error:  # whatever a program can raise
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise ModelError(f"the model's chat template fails: {reason}; use --raw to do without it") from error
+
+
+def _check_unicode(text: str, error: InputError) -> None:
+    """Bytes that argv or stdin could not decode arrive as lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise error from None

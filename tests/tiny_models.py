@@ -1,0 +1,123 @@
+"""Tiny random models of every architecture, written the way transformers writes them.
+
+Weights are drawn wide enough that logits differ by tenths, and norms and biases are random too: a norm that is
+forgotten, or a bias that is added twice, must show in the numbers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.1,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+# kind -> (model_type, what differs from SMALL)
+TINY: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"num_key_value_heads": 4, "num_hidden_layers": 3}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-3.1": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama-linear": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
+    "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    # 5 x 20 = 100 is neither the hidden size nor a multiple of 32; nor are 70 and 90.
+    "llama-odd": (
+        "llama",
+        {
+            "hidden_size": 70,
+            "intermediate_size": 90,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "head_dim": 20,
+        },
+    ),
+    "smollm": (
+        "llama",
+        {
+            "hidden_size": 72,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+        },
+    ),
+    "yi": (
+        "llama",
+        {
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5000000.0},
+        },
+    ),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral-window": ("mistral", {"sliding_window": 7, "num_hidden_layers": 3}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True, "rms_norm_eps": 1e-6}),
+    "qwen2-window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "num_hidden_layers": 3},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 32, "rms_norm_eps": 1e-6}),
+    "mqa": ("llama", {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 1}),
+}
+
+
+def write_tiny_hf(
+    directory: Path | str,
+    kind: str,
+    seed: int = 0,
+    *,
+    dtype: str = "float32",
+    max_shard_size: str | int | None = None,
+    **overrides: Any,
+) -> Path:
+    """Write a random model of this kind as a Hugging Face directory (config.json, safetensors) and return it.
+
+    `overrides` are config keys; `max_shard_size` in bytes (or "20KB") gives a sharded checkpoint with its index.
+    The same kind, seed and overrides give the same numbers.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type, changes = TINY[kind]
+    config = AutoConfig.for_model(model_type, **{**SMALL, **changes, **overrides})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("norm.weight"):
+                    parameter.uniform_(0.5, 1.5)
+                elif name.endswith(".bias"):
+                    parameter.normal_(0.0, 0.3)
+                elif "embed_tokens" in name or "lm_head" in name:
+                    # A wide tied embedding would make every token predict itself.
+                    parameter.normal_(0.0, 0.1 if config.tie_word_embeddings else 0.3)
+    model = model.to(getattr(torch, dtype))
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    sharding = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    model.save_pretrained(directory, **sharding)
+    return directory
