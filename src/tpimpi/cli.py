@@ -149,6 +149,7 @@ def _lead(arguments: list[str], star: Star, place: _Place) -> int:
                 code = error.exit_code
                 print(f"{place.name()}: {error}", file=sys.stderr, flush=True)
     hub.finish()
+    place.in_job = False
     if ids is None and report.prompts == 0 and code == 0:
         raise _without_prompt()
     if parsed.report:

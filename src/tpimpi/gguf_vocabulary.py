@@ -15,8 +15,9 @@ Only rank 0 ever reads this.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,26 @@ _TEKKEN = (
 )
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turns whatever a tokenizer library raises over its input into a ModelError that begins with `what`."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of a Rust library is no Exception
+        raise ModelError(f"{what}: {error}; download or convert the model again") from error
+
+
+def is_unicode(text: str) -> bool:
+    """False for lone surrogates: undecodable bytes of argv arrive as such, and JSON can spell them."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -135,6 +156,8 @@ def read_gguf_vocabulary(data: bytes) -> GgufVocabulary:
         raise ModelError(f"tokenizer.ggml.tokens of the GGUF file holds {twice!r} twice; convert the model again")
     types = _list(keys, "token_type", int) or (NORMAL,) * len(tokens)
     _same_length("token_type", types, tokens)
+    if not set(types) <= {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE}:
+        raise ModelError(f"tokenizer.ggml.token_type of the GGUF file holds {sorted(set(types))}, must be from 1 to 6")
 
     pre = ""
     scores: tuple[float, ...] = ()
@@ -150,8 +173,8 @@ def read_gguf_vocabulary(data: bytes) -> GgufVocabulary:
     else:
         scores = _list(keys, "scores", (int, float))
         _same_length("scores", scores, tokens)
-        if not all(map(math.isfinite, scores)):
-            raise ModelError("tokenizer.ggml.scores of the GGUF file holds a value that is not finite")
+        if not all(abs(score) < 1e38 for score in scores):  # false for NaN as well
+            raise ModelError("tokenizer.ggml.scores of the GGUF file holds a value that is no float32")
 
     sentencepiece = model == "llama"
     bos_id = _token_id(keys, "bos_token_id", len(tokens), 1 if sentencepiece else None)
@@ -189,10 +212,8 @@ def build_byte_level(vocabulary: GgufVocabulary) -> tokenizers.Tokenizer:
 
     pre = _PRE_TOKENIZERS[vocabulary.pre]
     ids = {token: index for index, token in enumerate(vocabulary.tokens)}
-    try:
+    with refusing("tokenizer.ggml.merges of the GGUF file do not fit its tokens"):
         model = models.BPE(vocab=ids, merges=list(vocabulary.merges), ignore_merges=pre.ignore_merges)
-    except Exception as error:  # the library raises nothing narrower
-        raise ModelError(f"tokenizer.ggml.merges of the GGUF file: {error}; convert the model again") from error
     tokenizer = tokenizers.Tokenizer(model)
     if pre.nfc:
         tokenizer.normalizer = normalizers.NFC()
@@ -256,6 +277,8 @@ def _list(keys: dict[str, Any], name: str, kind: type | tuple[type, ...]) -> tup
     for index, value in enumerate(values):
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ModelError(f"tokenizer.ggml.{name}[{index}] of the GGUF file is {value!r}, of the wrong type")
+        if isinstance(value, str) and not is_unicode(value):
+            raise ModelError(f"tokenizer.ggml.{name}[{index}] of the GGUF file is {value!r}, must be Unicode text")
     return tuple(values)
 
 

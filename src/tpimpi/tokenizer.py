@@ -18,7 +18,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -30,7 +30,9 @@ from tpimpi.gguf_vocabulary import (
     GgufVocabulary,
     build_byte_level,
     build_sentencepiece,
+    is_unicode,
     read_gguf_vocabulary,
+    refusing,
 )
 
 if TYPE_CHECKING:
@@ -118,7 +120,7 @@ class Tokenizer:
 
         Raises InputError for text that has no UTF-8 form, ModelError for an id that the model has no row for.
         """
-        _check_unicode(text, InputError("the prompt holds bytes that are not UTF-8; write it in UTF-8"))
+        _check_prompt(text)
         ids = self._vocabulary.encode(text)
         if special:
             ids = [*self._prefix, *ids, *self._suffix]
@@ -130,11 +132,12 @@ class Tokenizer:
         The rendered template is complete: BOS is there if and only if the template writes it, as in transformers.
         Raises InputError for text that has no UTF-8 form, ModelError where the template is missing or fails.
         """
-        _check_unicode(prompt, InputError("the prompt holds bytes that are not UTF-8; write it in UTF-8"))
+        _check_prompt(prompt)
         if self._chat_template is None:
             raise ModelError("the model has no chat template; use --raw to complete the prompt as it is")
         text = _render(self._chat_template, prompt, self._named)
-        _check_unicode(text, ModelError("the model's chat template writes text that is not Unicode; use --raw"))
+        if not is_unicode(text):
+            raise ModelError("the model's chat template writes text that is not Unicode; use --raw to do without it")
         return self._checked(self._vocabulary.encode(text))
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -153,6 +156,11 @@ class Tokenizer:
                 f"put the tokenizer that belongs to the model beside it"
             )
         return ids
+
+
+def _check_prompt(prompt: str) -> None:
+    if not is_unicode(prompt):
+        raise InputError("the prompt holds bytes that are not UTF-8; write it in UTF-8")
 
 
 def load_tokenizer(assets: dict[str, bytes], vocab: int) -> Tokenizer:
@@ -273,7 +281,7 @@ def _flag(config: dict[str, Any], name: str) -> bool | None:
 def _token_text(name: str, value: object) -> str | None:
     """A special token as the configs write it: its text, or an object with its text as "content"."""
     text = value.get("content") if isinstance(value, dict) else value
-    if not isinstance(text, str | None):
+    if not isinstance(text, str | None) or not is_unicode(text or ""):
         raise ModelError(f"{name} in tokenizer_config.json is {value!r}, must be a token's text")
     return text
 
@@ -312,8 +320,9 @@ def _added_tokens(config: dict[str, Any]) -> list[_Added]:
         reason = f"{type(error).__name__}: {error}"
         raise ModelError(f"added_tokens_decoder in tokenizer_config.json is no table of tokens: {reason}") from error
     for token in tokens:
-        if not isinstance(token.content, str) or not token.content or token.token_id < 0:
-            raise ModelError(f"added_tokens_decoder in tokenizer_config.json holds {token.token_id}: {token.content!r}")
+        content = token.content
+        if not (isinstance(content, str) and content and is_unicode(content) and 0 <= token.token_id < 2**31):
+            raise ModelError(f"added_tokens_decoder in tokenizer_config.json holds {token.token_id}: {content!r}")
     return tokens
 
 
@@ -389,14 +398,16 @@ class _TokenizersVocabulary:
     def affixes(self) -> tuple[list[int], list[int]]:
         """The ids that the tokenizer's own post-processor puts before and behind a text."""
         bare = self.encode("a")
-        full: list[int] = self._tokenizer.encode("a").ids
+        with refusing("the post-processor in tokenizer.json fails"):
+            full: list[int] = self._tokenizer.encode("a").ids
         for start in range(len(full) - len(bare) + 1):
             if full[start : start + len(bare)] == bare:
                 return full[:start], full[start + len(bare) :]
         return [], []
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        with refusing("the tokenizer fails"):
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def piece(self, token_id: int) -> bytes:
@@ -426,7 +437,7 @@ class _SentencePieceVocabulary:
 
         pb2: Any = sentencepiece_model_pb2  # its classes are made at import, unseen by mypy
         sentencepiece.set_min_log_level(3)  # our line says it
-        try:
+        with refusing(f"{name} is not a SentencePiece model"):
             proto = pb2.ModelProto.FromString(model)
             self._model = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
             dummy, collapse = proto.normalizer_spec.add_dummy_prefix, proto.normalizer_spec.remove_extra_whitespaces
@@ -435,8 +446,7 @@ class _SentencePieceVocabulary:
             if not self._every:
                 proto.normalizer_spec.add_dummy_prefix = False
                 self._bare = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-        except Exception as error:  # DecodeError of the one, RuntimeError of the other
-            raise ModelError(f"{name} is not a SentencePiece model: {error}; download the model again") from error
+            pieces = [(piece.piece, piece.type in (CONTROL, UNKNOWN)) for piece in proto.pieces]  # all read: all UTF-8
         if prefix == "never":
             self._model, dummy = self._bare, False
         self.leading: _Leading = "drop all" if collapse else "drop one" if dummy else "keep"
@@ -445,11 +455,7 @@ class _SentencePieceVocabulary:
         self._by_id: dict[int, _Added] = {}
         self._pattern: re.Pattern[str] | None = None
         self._order: list[_Added] = []
-        self.add(
-            _Added(piece.piece, index, special=True)
-            for index, piece in enumerate(proto.pieces)
-            if piece.type in (piece.CONTROL, piece.UNKNOWN)
-        )
+        self.add(_Added(piece, index, special=True) for index, (piece, special) in enumerate(pieces) if special)
 
     @property
     def size(self) -> int:
@@ -464,9 +470,8 @@ class _SentencePieceVocabulary:
     def add(self, tokens: Iterable[_Added]) -> None:
         """Tokens to cut out of a text; one with the id of a piece takes that piece's place."""
         for token in tokens:
-            replaced = self._by_id.get(token.token_id)
-            if replaced is not None:
-                self._added.pop(replaced.content, None)
+            if token.token_id in self._by_id:
+                self._added.pop(self._by_id[token.token_id].content, None)
             self._added[token.content] = self._by_id[token.token_id] = token
         self._order = sorted(self._added.values(), key=lambda token: len(token.content), reverse=True)
         self._pattern = re.compile("|".join(map(_token_pattern, self._order))) if self._order else None
@@ -474,7 +479,10 @@ class _SentencePieceVocabulary:
     def mark_special(self, tokens: list[str]) -> None:
         """Tokens, where they exist, are whole in a text and absent from an answer."""
         ids = {token: self.find(token) for token in tokens}
-        self.add(_Added(token, index, special=True) for token, index in ids.items() if index is not None)
+        found = {token: index for token, index in ids.items() if index is not None}
+        self.add(
+            replace(self._added.get(t, _Added(t, index, special=True)), special=True) for t, index in found.items()
+        )
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -486,7 +494,8 @@ class _SentencePieceVocabulary:
         return ids + self._plain(text[end:], first=end == 0)
 
     def _plain(self, text: str, *, first: bool) -> list[int]:
-        ids: list[int] = (self._model if first or self._every else self._bare).encode(text)
+        with refusing("tokenizer.model fails"):
+            ids: list[int] = (self._model if first or self._every else self._bare).encode(text)
         return ids
 
     def piece(self, token_id: int) -> bytes:
@@ -499,7 +508,8 @@ class _SentencePieceVocabulary:
         if token in self._added:
             return self._added[token].token_id
         index: int = self._model.piece_to_id(token)  # the unknown token's id where there is none
-        return index if self._model.id_to_piece(index) == token and index not in self._by_id else None
+        known = 0 <= index < len(self._model) and index not in self._by_id
+        return index if known and self._model.id_to_piece(index) == token else None
 
 
 def _token_pattern(token: _Added) -> str:
@@ -526,12 +536,8 @@ def _byte_alphabet() -> dict[str, int]:
 def _parse_tokenizer_json(data: bytes) -> tokenizers.Tokenizer:
     import tokenizers
 
-    try:
+    with refusing("tokenizer.json cannot be read"):
         return tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic of the Rust library is no Exception
-        raise ModelError(f"tokenizer.json cannot be read: {error}; download the model again") from error
 
 
 def _read_decoder(tokenizer: tokenizers.Tokenizer) -> tuple[bool, _Leading]:
@@ -607,11 +613,3 @@ def _render(template: str, prompt: str, named: dict[str, str]) -> str:
     except Exception as error:  # whatever a program can raise
         reason = f"{type(error).__name__}: {error}"[:200]
         raise ModelError(f"the model's chat template fails: {reason}; use --raw to do without it") from error
-
-
-def _check_unicode(text: str, error: InputError) -> None:
-    """Bytes that argv or stdin could not decode arrive as lone surrogates."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise error from None

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# From a fresh checkout to a real model that answers through four ranks on this machine.
+set -euo pipefail
+. "$(dirname "$0")/setup.sh"
+setup run
+echo '+ mpirun -np 4 --hostfile hostfiles/local.txt python -m tpimpi --prompt "Why is the sky blue?"' >&2
+mpirun -np 4 --hostfile hostfiles/local.txt python -m tpimpi --prompt "Why is the sky blue?"

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Sets up and runs the checks and the tests: once under Open MPI, then what needs MPI again under MPICH.
+# Arguments go to pytest, which is then all that is run: bash jobs/test.sh tests/test_star.py -k hub
+set -euo pipefail
+. "$(dirname "$0")/setup.sh"
+setup test
+if [ $# -gt 0 ]; then
+  exec python -m pytest "$@"
+fi
+ruff check .
+ruff format --check .
+mypy
+lint-imports
+python -m pytest --mpi openmpi
+python -m pytest --mpi mpich -m mpi

@@ -1,0 +1,66 @@
+"""Run on every rank: logits of models, in one launch for many. Arguments: a JSON file of jobs, and where to write.
+
+A job: {"name", "slices", "ids", "window", "chunks": positions of each forward, "allreduce"}. Rank 0 writes the logits of
+every position, [len(ids), vocab], as NAME.npy; every rank writes a digest of its hidden vectors as NAME-rankR.txt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from tpimpi.run import Seat, Settings
+from tpimpi.star import connect
+
+
+def main() -> None:
+    jobs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    star = connect()
+    for job in jobs:
+        settings = Settings(
+            folder=job["slices"],
+            cache_name=None,
+            fingerprint="",
+            shares=[],
+            format="",
+            backend=job.get("backend", "torch"),
+            window=job.get("window", "all"),
+            threads=1,
+            allreduce=job.get("allreduce", "star"),
+            timeout=120.0,
+            cores_shared_by=[star.rank.size] * star.rank.size,
+        )
+        seat = Seat(star, settings)
+        seat.model.begin(len(job["ids"]))
+        position, logits, digest = 0, [], hashlib.sha256()
+        for count in job["chunks"]:
+            ids = job["ids"][position : position + count]
+            x = np.empty((count, seat.header.config.hidden), np.float32)
+            if star.rank.is_hub:
+                x[:] = seat.file.embedding_rows(ids)
+            star.broadcast(x)
+            hidden = seat.model.forward(x, position)
+            digest.update(hidden.tobytes())
+            if star.rank.is_hub and job.get("head", True):
+                logits.append(seat.model.logits(hidden))
+            position += count
+        seat.close()
+        if star.rank.is_hub and logits:
+            np.save(out / f"{job['name']}.npy", np.concatenate(logits))
+        (out / f"{job['name']}-rank{star.rank.index}.txt").write_text(digest.hexdigest())
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        from mpi4py import MPI
+
+        MPI.COMM_WORLD.Abort(1)

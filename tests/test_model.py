@@ -1,0 +1,93 @@
+"""The model across ranks against transformers, for every architecture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import PROGRAMS, Launcher
+from tiny_models import TINY, write_tiny_hf
+
+from tpimpi.plan import make_plan
+from tpimpi.slicing import slice_model
+from tpimpi.sources import open_source
+
+POSITIONS = 40
+CHUNKS = [17, 16, 1, 1, 1, 1, 1, 1, 1]  # a long prompt in parts, then tokens one by one
+TOLERANCE = 2e-4
+
+# kind of tiny model, ranks or shares -> beyond the 1, 2 and 3 equal ranks that every kind gets
+MORE = {
+    4: [("smollm", [4, 2, 2, 1]), ("llama-bias", [1, 1, 1, 1])],
+    7: [("mqa", [1] * 7), ("llama-odd", [1] * 7), ("qwen3", [5, 1, 1, 1, 1, 0, 1])],
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[int], np.ndarray]]:
+    """For each kind: its directory, token ids, and transformers' logits at every position, [positions, vocab]."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("models")
+    made = {}
+    for kind in TINY:
+        sharding = {"max_shard_size": "60KB"} if kind == "yi" else {}
+        path = write_tiny_hf(folder / kind, kind, **sharding)
+        (path / "tokenizer.json").write_text("{}")  # sliced along, not read here
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+        ids = np.random.default_rng(0).integers(3, model.config.vocab_size, POSITIONS).tolist()
+        with torch.no_grad():
+            made[kind] = (path, ids, model(torch.tensor([ids])).logits[0].numpy())
+    assert (folder / "yi" / "model.safetensors.index.json").exists(), "the sharded model is not sharded"
+    return made
+
+
+def _run(mpirun: Launcher, ranks: int, jobs: list[dict[str, object]], folder: Path) -> None:
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    result = mpirun(ranks, str(PROGRAMS / "logits.py"), str(folder / "jobs.json"), str(folder))
+    assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+def test_logits_are_those_of_transformers(mpirun: Launcher, models, ranks: int, tmp_path: Path) -> None:
+    wanted = MORE.get(ranks) or [(kind, [1] * ranks) for kind in TINY]
+    jobs = []
+    for kind, weights in wanted:
+        path, ids, _ = models[kind]
+        with open_source(path) as source:
+            slice_model(source, make_plan(source.config, weights), "f32", tmp_path / kind)
+        jobs.append({"name": kind, "slices": str(tmp_path / kind), "ids": ids, "chunks": CHUNKS})
+        if ranks == 2:  # the other backend, and a window that streams
+            jobs.append({**jobs[-1], "name": f"{kind}@numpy", "backend": "numpy", "window": 2})
+    _run(mpirun, ranks, jobs, tmp_path)
+    for job in jobs:
+        name = str(job["name"])
+        expected = models[name.split("@")[0]][2]
+        found = np.load(tmp_path / f"{name}.npy")
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).max() < TOLERANCE, name
+        digests = {(tmp_path / f"{name}-rank{rank}.txt").read_text() for rank in range(ranks)}
+        assert len(digests) == 1, f"{name}: hidden vectors differ between ranks"
+
+
+def test_bf16_slices_compute_with_rounded_weights(mpirun: Launcher, models, tmp_path: Path) -> None:
+    """The oracle is transformers in f32 on weights that torch rounded to bf16."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path, ids, exact = models["llama-3.1"]
+    with open_source(path) as source:
+        slice_model(source, make_plan(source.config, [1, 1]), "bf16", tmp_path / "slices")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and not name.endswith("norm.weight"):
+                parameter.copy_(parameter.to(torch.bfloat16).float())
+        expected = model(torch.tensor([ids])).logits[0].numpy()
+    _run(mpirun, 2, [{"name": "bf16", "slices": str(tmp_path / "slices"), "ids": ids, "chunks": CHUNKS}], tmp_path)
+    found = np.load(tmp_path / "bf16.npy")
+    assert np.abs(found - expected).max() < TOLERANCE
+    assert np.abs(found - exact).max() > 10 * TOLERANCE, "nothing was rounded: the test shows nothing"
