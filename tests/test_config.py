@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from tiny_models import LLAMA3_ROPE, SMALL, TINY
-from tpimpi.config import ModelConfig, RopeScaling, config_from_gguf, config_from_hf
+from tpimpi.config import ModelConfig, RopeScaling
+from tpimpi.config_gguf import config_from_gguf
+from tpimpi.config_hf import config_from_hf
 from tpimpi.errors import ModelError
 
 PATH = Path("some") / "config.json"

@@ -132,12 +132,12 @@ def test_rows_are_the_rows_of_the_whole(rows: slice, pristine: Path) -> None:
 
 
 def test_only_the_rows_asked_for_are_read(pristine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tpimpi import sources
+    from tpimpi.sources.source import WeightFile
 
     counts: list[int] = []
-    plain = sources._WeightFile.read
+    plain = WeightFile.read
     monkeypatch.setattr(
-        sources._WeightFile, "read", lambda self, offset, count: counts.append(count) or plain(self, offset, count)
+        WeightFile, "read", lambda self, offset, count: counts.append(count) or plain(self, offset, count)
     )
     with open_source(pristine) as source:
         counts.clear()
@@ -660,7 +660,7 @@ QUANTIZED = [
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_decode_is_gguf_dequantize_in_slabs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tpimpi.sources._SLAB_NUMBERS", 1024)
+    monkeypatch.setattr("tpimpi.sources.source._SLAB_NUMBERS", 1024)
     kind = gguf.GGMLQuantizationType[name]
     _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     blocks = np.random.default_rng(0).integers(0, 60, (7, 2 * block_bytes), np.uint8)

@@ -150,7 +150,7 @@ def _lead(arguments: list[str], star: Star, place: _Place) -> int:
                 print(f"{place.name()}: {error}", file=sys.stderr, flush=True)
     hub.finish()
     place.in_job = False
-    if ids is None and report.prompts == 0 and code == 0:
+    if ids is None and not report.answers and code == 0:
         raise _without_prompt()
     if parsed.report:
         report.write(Path(parsed.report))

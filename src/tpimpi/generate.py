@@ -90,13 +90,13 @@ def to_text(tokens: Iterable[int], stream: TextStream) -> Iterator[str]:
 
 
 def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """`pieces` up to the first of the strings `stops`, which is left out; text that may begin one is held back."""
+    """`pieces` up to the string of `stops` that is complete first, which is left out; what may begin one is held back."""
     held = ""
     for piece in pieces:
         held += piece
-        found = [place for stop in stops if (place := held.find(stop)) >= 0]
-        if found:
-            yield from filter(None, [held[: min(found)]])
+        found = [(place + len(stop), place) for stop in stops if (place := held.find(stop)) >= 0]
+        if found:  # the one that is complete first, so that it does not matter how the text came in pieces
+            yield from filter(None, [held[: min(found)[1]]])
             return
         keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
         if sure := held[: len(held) - keep]:

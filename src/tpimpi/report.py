@@ -30,12 +30,31 @@ class RankFigures:
     star_s: float
 
 
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one prompt. `ttft_s` is from the prompt being ready to the first token (None where there was none),
+    `s_per_token` the median time between two tokens (None with fewer than two)."""
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    ttft_s: float | None
+    s_per_token: float | None
+
+    @classmethod
+    def timed(cls, text: str, token_ids: list[int], prompt_tokens: int, ready: float, times: list[float]) -> Answer:
+        """From the monotonic times of the prompt being ready and of each token."""
+        gaps = [b - a for a, b in itertools.pairwise(times)]
+        first = times[0] - ready if times else None
+        return cls(text, token_ids, prompt_tokens, first, median(gaps) if gaps else None)
+
+
 @dataclass
 class Report:
-    """A run, as `--report` writes it; `text`, `token_ids` and the times are those of the last prompt answered.
+    """A run, as `--report` writes it.
 
-    `load_s` is from the start of the program to being ready, `ttft_s` from the prompt being ready to the first token,
-    `s_per_token` the median time between two tokens (None with fewer than two).
+    `load_s` is from the start of the program to being ready. Where several prompts were answered, `text` to `s_per_token`
+    are those of the last; `answers` has these keys for each.
     """
 
     model: str
@@ -46,16 +65,16 @@ class Report:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     prompt_tokens: int = 0
-    prompts: int = 0
     ttft_s: float | None = None
     s_per_token: float | None = None
+    answers: list[Answer] = field(default_factory=list)
     ranks: list[RankFigures] = field(default_factory=list)
 
-    def set_times(self, ready: float, token_times: list[float]) -> None:
-        """From the monotonic times of the prompt being ready and of each token."""
-        gaps = [b - a for a, b in itertools.pairwise(token_times)]
-        self.ttft_s = token_times[0] - ready if token_times else None
-        self.s_per_token = median(gaps) if gaps else None
+    def add(self, answer: Answer) -> None:
+        """Note the answer to one more prompt."""
+        self.answers.append(answer)
+        for key, value in asdict(answer).items():
+            setattr(self, key, value)
 
     def write(self, path: Path) -> None:
         """Write JSON to `path`, whole or not at all. Raises StorageError."""

@@ -23,7 +23,7 @@ from tpimpi.errors import InputError, SliceError, TpimpiError
 from tpimpi.generate import Sampler, follow, generate, to_text, until_stop
 from tpimpi.model import Model, block_order
 from tpimpi.plan import Plan
-from tpimpi.report import RankFigures, Report, peak_rss_bytes
+from tpimpi.report import Answer, RankFigures, Report, peak_rss_bytes
 from tpimpi.slicefile import Header, SliceFile, slice_name
 from tpimpi.sources import Source
 from tpimpi.star import FINISH, Star
@@ -305,7 +305,7 @@ class Hub:
 
     def answer(self, ids: list[int]) -> Iterator[str]:
         """Text that follows the prompt `ids`, as it comes; the report has its figures when it is done."""
-        wishes, report, model = self.wishes, self.report, self.seat.model
+        wishes, model = self.wishes, self.seat.model
         max_tokens = min(wishes.max_tokens, self._limit - len(ids))
         made: list[int] = []
         times: list[float] = []
@@ -331,9 +331,7 @@ class Hub:
         for piece in until_stop(to_text(noted(tokens), self.tokenizer.stream()), wishes.stops):
             text += piece
             yield piece
-        report.text, report.token_ids, report.prompt_tokens = text, made, len(ids)
-        report.prompts += 1
-        report.set_times(ready, times)
+        self.report.add(Answer.timed(text, made, len(ids), ready, times))
 
     def finish(self) -> None:
         """End the run on every rank and gather the figures."""

@@ -183,7 +183,7 @@ class _Dealer:
             self.writers[0].write_embedding(first, rows_of_table)
             self._count(rows_of_table.nbytes)
 
-    def _write(self, writer: SliceWriter, index: int, name: str, values: np.ndarray) -> None:  # type: ignore[type-arg]
+    def _write(self, writer: SliceWriter, index: int, name: str, values: np.ndarray) -> None:
         writer.write(index, name, values)
         self._count(values.nbytes)
 

@@ -441,12 +441,11 @@ class _SentencePieceVocabulary:
             proto = pb2.ModelProto.FromString(model)
             self._model = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
             dummy, collapse = proto.normalizer_spec.add_dummy_prefix, proto.normalizer_spec.remove_extra_whitespaces
-            self._every = prefix == "every" or not dummy
-            self._bare = self._model
-            if not self._every:
+            self._bare = self._model  # for the stretches that get no space
+            if dummy and prefix != "every":
                 proto.normalizer_spec.add_dummy_prefix = False
                 self._bare = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-            pieces = [(piece.piece, piece.type in (CONTROL, UNKNOWN)) for piece in proto.pieces]  # all read: all UTF-8
+            pieces = [self._model.id_to_piece(index) for index in range(len(self._model))]  # all read: all UTF-8
         if prefix == "never":
             self._model, dummy = self._bare, False
         self.leading: _Leading = "drop all" if collapse else "drop one" if dummy else "keep"
@@ -455,7 +454,11 @@ class _SentencePieceVocabulary:
         self._by_id: dict[int, _Added] = {}
         self._pattern: re.Pattern[str] | None = None
         self._order: list[_Added] = []
-        self.add(_Added(piece, index, special=True) for index, (piece, special) in enumerate(pieces) if special)
+        self.add(
+            _Added(piece, index, special=True)
+            for index, piece in enumerate(pieces)
+            if self._model.is_control(index) or self._model.is_unknown(index)
+        )
 
     @property
     def size(self) -> int:
@@ -495,7 +498,7 @@ class _SentencePieceVocabulary:
 
     def _plain(self, text: str, *, first: bool) -> list[int]:
         with refusing("tokenizer.model fails"):
-            ids: list[int] = (self._model if first or self._every else self._bare).encode(text)
+            ids: list[int] = (self._model if first else self._bare).encode(text)
         return ids
 
     def piece(self, token_id: int) -> bytes:

@@ -1,0 +1,119 @@
+"""Run on every rank: the star against comm.Allreduce, over sizes; then its other operations. Fails by a traceback."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import numpy as np
+from mpi4py import MPI
+
+from tpimpi.errors import StarError
+from tpimpi.star import BEGIN, FORWARD, Star, connect
+
+SIZES = (1, 2, 31, 576, 4096, 16_385, 262_144, 1_048_576)  # elements: up to 4 MiB
+
+
+def main() -> None:
+    star = connect()
+    world, rank, size = MPI.COMM_WORLD, star.rank.index, star.rank.size
+    assert (rank, size) == (world.rank, world.size)
+    for algorithm in ("star", "library"):
+        star.algorithm = algorithm
+        for count in SIZES:
+            partial = np.random.default_rng([rank, count]).standard_normal(count).astype(np.float32)
+            expected = np.empty_like(partial)
+            world.Allreduce(partial, expected)
+            for shape in ((count,), (1, count)):
+                total = partial.copy().reshape(shape)
+                star.allreduce(total)
+                error = np.abs(total.reshape(-1) - expected).max()
+                assert error < 1e-5 * size, f"{algorithm} {count}: off by {error}"
+            if algorithm == "star":
+                _same_bits_everywhere(world, total)
+                _is_the_sum_in_rank_order(world, partial, total)
+    star.algorithm = "star"
+    _many_in_a_row(star)
+    _broadcast_and_notes(star)
+    _silence_is_named(star)
+    if rank == 0:
+        print("all well", flush=True)
+
+
+def _same_bits_everywhere(world: MPI.Comm, total: np.ndarray) -> None:
+    hub = total.copy()
+    world.Bcast(hub, root=0)
+    assert hub.tobytes() == total.tobytes(), f"rank {world.rank} holds other bits than the hub"
+
+
+def _is_the_sum_in_rank_order(world: MPI.Comm, partial: np.ndarray, total: np.ndarray) -> None:
+    everyone = np.empty((world.size, partial.size), np.float32)
+    world.Allgather(partial, everyone)
+    expected = everyone[0].copy()
+    for row in everyone[1:]:
+        expected += row
+    assert expected.tobytes() == total.tobytes(), "not the sum in rank order"
+
+
+def _many_in_a_row(star: Star) -> None:
+    """Sizes that go up and down share the same buffers; a fast rank must not overtake a slow one."""
+    for turn in range(200):
+        count = 1 + turn * 37 % 500
+        values = np.full(count, star.rank.index + turn, np.float32)
+        under_way = star.start(values)
+        if star.rank.index == turn % star.rank.size:
+            time.sleep(0.001)
+        under_way.wait(time.monotonic() + 60)
+        assert (values == sum(range(star.rank.size)) + turn * star.rank.size).all(), turn
+
+
+def _broadcast_and_notes(star: Star) -> None:
+    hub = star.rank.is_hub
+    values = np.arange(6, dtype=np.float32).reshape(2, 3) if hub else np.zeros((2, 3), np.float32)
+    star.broadcast(values)
+    assert values.tolist() == [[0, 1, 2], [3, 4, 5]]
+    if hub:
+        star.command(BEGIN, 77)
+        star.command(FORWARD, 3, 12)
+        star.tell(b'{"a": 1}')
+    else:
+        assert star.next_command() == (BEGIN, 77, 0)
+        assert star.next_command() == (FORWARD, 3, 12)
+        assert star.hear() == b'{"a": 1}'
+    notes = star.collect(f"note of {star.rank.index}".encode())
+    assert notes == ([f"note of {r}".encode() for r in range(star.rank.size)] if hub else [])
+
+
+def _silence_is_named(star: Star) -> None:
+    """The last rank says nothing for a while: the hub's deadline passes, and its message names that rank and no other."""
+    world, last = MPI.COMM_WORLD, star.rank.size - 1
+    world.Barrier()
+    if last == 0:
+        return
+    values = np.ones(8, np.float32)
+    if star.rank.index == last:
+        world.Barrier()
+        return
+    under_way = star.start(values)
+    if star.rank.is_hub:
+        try:
+            under_way.wait(time.monotonic() + 0.3)
+        except StarError as error:
+            assert f"rank {last} " in str(error) and "rank 1 for" not in str(error).replace(f"rank {last} ", ""), error
+        else:
+            raise AssertionError("the hub did not notice")
+    world.Barrier()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        sys.stderr.flush()
+        MPI.COMM_WORLD.Abort(1)
+    # The sum that _silence_is_named left unfinished would be waited for in MPI_Finalize by some libraries.
+    MPI.COMM_WORLD.Barrier()
+    sys.stdout.flush()

@@ -1,0 +1,41 @@
+"""Run on every rank: one kind of trouble, by its name. What is said and the exit code are what a run would give."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import numpy as np
+
+from tpimpi.errors import TpimpiError
+from tpimpi.star import CONTROL, PARTIAL, Star, connect
+
+
+def trouble(star: Star, kind: str) -> None:
+    values = np.ones(4, np.float32)
+    if kind == "hang":
+        star.timeout = 1.0 if star.rank.is_hub else 50.0
+        if star.rank.index == star.rank.size - 1:
+            time.sleep(50)
+        star.allreduce(values)
+    elif kind == "short":
+        if star.rank.is_hub:
+            star.allreduce(values)
+        else:
+            star._comm.Send(values[:3], dest=0, tag=PARTIAL)  # type: ignore[union-attr]
+            time.sleep(50)
+    elif kind == "header":
+        if star.rank.is_hub:
+            star._comm.Send(np.array([1, 2, 3, 4], np.int64), dest=1, tag=CONTROL)  # type: ignore[union-attr]
+            time.sleep(50)
+        else:
+            star.next_command()
+
+
+if __name__ == "__main__":
+    here = connect()
+    try:
+        trouble(here, sys.argv[1])
+    except TpimpiError as error:
+        print(f"{here.rank}: {error}", file=sys.stderr, flush=True)
+        here.abort(error.exit_code)

@@ -1,0 +1,146 @@
+"""Dealing heads and columns: everything is owned once, whatever the model, the ranks and the shares."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tpimpi.config import ModelConfig
+from tpimpi.errors import InputError
+from tpimpi.plan import TILE_LIMIT, Span, attention_tiles, head_tiles, make_plan, mlp_tiles
+
+
+def config(
+    *,
+    hidden: int = 64,
+    intermediate: int = 96,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 16,
+    vocab: int = 160,
+) -> ModelConfig:
+    return ModelConfig(
+        architecture="llama",
+        hidden=hidden,
+        intermediate=intermediate,
+        layers=1,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab=vocab,
+        context=128,
+        norm_eps=1e-5,
+        rope_theta=1e4,
+        rope_scaling=None,
+        attention_windows=(0,),
+        tied_head=False,
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+    )
+
+
+LLAMA_70B = config(hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, vocab=32000)
+LLAMA_405B = config(hidden=16384, intermediate=53248, heads=128, kv_heads=8, head_dim=128, vocab=128256)
+
+models = st.builds(
+    lambda group, kv_heads, hidden, intermediate, head_dim: config(
+        heads=group * kv_heads, kv_heads=kv_heads, hidden=hidden, intermediate=intermediate, head_dim=head_dim
+    ),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.sampled_from([64, 100, 8192]),
+    st.integers(1, 30000),
+    st.sampled_from([20, 64, 128]),
+)
+weights = st.lists(st.floats(0, 10), min_size=1, max_size=9).filter(lambda w: sum(w) > 1e-3)
+
+
+@settings(max_examples=300, deadline=None)
+@given(models, weights, st.sampled_from([4, 2, 0.5625]))
+def test_everything_is_owned_exactly_once(model: ModelConfig, shares: list[float], weight_bytes: float) -> None:
+    plan = make_plan(model, shares)
+    group = model.heads // model.kv_heads
+    heads, columns = [], []
+    for share in plan.shares:
+        heads += range(*share.heads)
+        columns += range(*share.columns)
+        # A border between ranks never divides a run of 32 columns.
+        assert share.columns.start % 32 == 0 or not share.columns.size
+        tiles = attention_tiles(model, share, weight_bytes)
+        assert [h for tile in tiles for h in range(*tile.heads)] == list(range(*share.heads))
+        assert [k for tile in tiles for k in range(*tile.kv_heads)] == list(range(*share.kv_heads))
+        cached = 0
+        for tile in tiles:
+            cached += tile.kv_heads.size
+            expected = [head // group - share.kv_heads.start for head in range(*tile.heads)]
+            assert list(tile.q_to_kv) == expected
+            # What a tile reads from the cache was put there by itself or an earlier tile.
+            assert all(kv < cached for kv in tile.q_to_kv)
+            head_bytes = 2 * model.head_dim * model.hidden * weight_bytes
+            pieces = tile.heads.size + tile.kv_heads.size
+            assert pieces * head_bytes <= TILE_LIMIT or pieces == 1
+        runs = mlp_tiles(model, share, weight_bytes)
+        assert [c for run in runs for c in range(*run)] == list(range(*share.columns))
+        assert all(run.size * 3 * model.hidden * weight_bytes <= TILE_LIMIT or run.size <= 32 for run in runs)
+    assert heads == list(range(model.heads))
+    assert columns == list(range(model.intermediate))
+
+
+@pytest.mark.parametrize(
+    ("shares", "heads"),
+    [
+        ([4, 2, 2, 1], [4, 2, 2, 1]),
+        ([1, 1, 1], [3, 3, 3]),
+        ([1] * 9, [1] * 9),
+        ([0, 1], [0, 9]),
+    ],
+)
+def test_nine_heads_follow_the_shares(shares: list[float], heads: list[int]) -> None:
+    plan = make_plan(config(heads=9, kv_heads=3), shares)
+    assert [share.heads.size for share in plan.shares] == heads
+
+
+def test_a_divided_group_is_held_by_both_ranks() -> None:
+    plan = make_plan(config(heads=9, kv_heads=3), [4, 2, 2, 1])
+    assert [tuple(share.kv_heads) for share in plan.shares] == [(0, 2), (1, 2), (2, 3), (2, 3)]
+
+
+def test_a_rank_without_heads_still_has_columns() -> None:
+    plan = make_plan(config(heads=2, kv_heads=1), [1] * 7)
+    without = [share for share in plan.shares if not share.heads.size]
+    assert without
+    assert all(not share.kv_heads.size for share in without)
+    assert sum(share.columns.size for share in plan.shares) == 96
+
+
+def test_tile_borders_of_a_large_model_do_not_depend_on_the_ranks() -> None:
+    """Borders inside a share lie on one grid; only where a share ends may there be another."""
+    for model in (LLAMA_70B, LLAMA_405B):
+        whole = {run.start for run in mlp_tiles(model, make_plan(model, [1]).shares[0], 0.5625)}
+        for ranks in (2, 3, 8):
+            for share in make_plan(model, [1] * ranks).shares:
+                inside = {run.start for run in mlp_tiles(model, share, 0.5625)} - {share.columns.start}
+                assert inside <= whole
+
+
+def test_head_tiles_cover_the_vocabulary() -> None:
+    runs = head_tiles(LLAMA_70B, 4)
+    assert [runs[0].start, runs[-1].stop] == [0, 32000]
+    assert all(a.stop == b.start for a, b in zip(runs, runs[1:], strict=False))
+    assert all(run.size * 8192 * 4 <= TILE_LIMIT for run in runs)
+
+
+def test_a_small_model_has_one_tile_a_block() -> None:
+    smollm2 = config(hidden=576, intermediate=1536, heads=9, kv_heads=3, head_dim=64)
+    for share in make_plan(smollm2, [1, 1, 1, 1]).shares:
+        assert len(attention_tiles(smollm2, share, 4)) == 1
+        assert mlp_tiles(smollm2, share, 4) == [Span(share.columns.start, share.columns.stop)]
+
+
+@pytest.mark.parametrize("shares", [[], [0, 0], [1, -1], [float("nan"), 1], [float("inf")]])
+def test_shares_that_make_no_sense_are_refused(shares: list[float]) -> None:
+    with pytest.raises(InputError, match="shares are"):
+        make_plan(config(), shares)

@@ -1,0 +1,140 @@
+"""The main job on the real model: the same tokens as transformers, for every number of ranks, window and way to run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import PROGRAMS, Launcher, run_command
+
+from tpimpi.plan import make_plan
+from tpimpi.slicing import slice_model
+from tpimpi.sources import open_source
+
+PROMPTS = [
+    "Why is the sky blue?",
+    "Write a short poem about the sea.",
+    "List three prime numbers and explain why 9 is not one.",
+]
+TOKENS = 64
+CLOSE = 0.002  # two best logits nearer than this may change places when sums are ordered differently
+
+
+@pytest.fixture(scope="module")
+def oracle(smollm2: Path) -> list[tuple[list[int], int, int | None]]:
+    """For each prompt: transformers' greedy ids, how many of them are certain, and the token that ended it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(2)
+    where = {"pretrained_model_name_or_path": str(smollm2.parent), "gguf_file": smollm2.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    answers = []
+    for prompt in PROMPTS:
+        chat = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        ids, certain, end, past, tokens = [], None, None, None, chat["input_ids"]
+        with torch.no_grad():
+            for _ in range(TOKENS):
+                out = model(tokens, past_key_values=past, use_cache=True)
+                past, logits = out.past_key_values, out.logits[0, -1]
+                best = torch.topk(logits, 2)
+                if certain is None and (best.values[0] - best.values[1]).item() < CLOSE:
+                    certain = len(ids)
+                token = int(best.indices[0])
+                if token == tokenizer.eos_token_id:
+                    end = token
+                    break
+                ids.append(token)
+                tokens = best.indices[:1][None]
+        answers.append((ids, len(ids) if certain is None else certain, end))
+    assert sum(certain for _, certain, _ in answers) > 100, "too little is certain for the comparison to mean something"
+    return answers
+
+
+def _check(report: Path, oracle) -> None:
+    answers = json.loads(report.read_text())["answers"]
+    assert len(answers) == len(PROMPTS)
+    for answer, (ids, certain, end) in zip(answers, oracle, strict=True):
+        assert answer["token_ids"][:certain] == ids[:certain]
+        if certain == len(ids):
+            assert len(answer["token_ids"]) == len(ids), f"it should have ended with {end} here"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 7, "4,2,2,1"])
+def test_greedy_tokens_are_those_of_transformers(
+    mpirun: Launcher, cache: dict[str, str], oracle, ranks: int | str, tmp_path: Path
+) -> None:
+    shares = ["--shares", ranks] if isinstance(ranks, str) else []
+    count = len(ranks.split(",")) if isinstance(ranks, str) else ranks
+    report = tmp_path / "report.json"
+    result = mpirun(
+        count,
+        *("-m", "tpimpi", "--format", "f32", "--allreduce", "star", "--max-tokens", str(TOKENS), *shares),
+        *("--report", str(report)),
+        env=cache,
+        stdin="".join(f"{prompt}\n" for prompt in PROMPTS),
+        timeout=600,
+    )
+    assert result.code == 0, result.err
+    _check(report, oracle)
+    texts = [answer["text"] for answer in json.loads(report.read_text())["answers"]]
+    assert result.out == "".join(text if text.endswith("\n") else text + "\n" for text in texts)
+
+
+def test_without_a_launcher_it_answers_alone(cache: dict[str, str], oracle, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "tpimpi", "--max-tokens", str(TOKENS), "--report", str(report), "--window", "2"]
+    result = run_command(command, env=cache, stdin="\n".join(PROMPTS))  # the last line has no end
+    assert result.code == 0, result.err
+    _check(report, oracle)
+
+
+def test_logits_are_the_same_to_the_bit_for_every_window(mpirun: Launcher, smollm2: Path, tmp_path: Path) -> None:
+    with open_source(smollm2) as source:
+        slice_model(source, make_plan(source.config, [1, 1, 1]), "f32", tmp_path / "slices")
+    ids = np.random.default_rng(3).integers(3, 49152, 24).tolist()
+    job = {"slices": str(tmp_path / "slices"), "ids": ids, "chunks": [16, 4, 1, 1, 1, 1]}
+    windows = [2, 4, 7, "all"]
+    (tmp_path / "jobs.json").write_text(json.dumps([{**job, "name": f"w{w}", "window": w} for w in windows]))
+    result = mpirun(3, str(PROGRAMS / "logits.py"), str(tmp_path / "jobs.json"), str(tmp_path))
+    assert result.code == 0, result.err
+    logits = {window: np.load(tmp_path / f"w{window}.npy") for window in windows}
+    assert np.ptp(logits["all"]) > 1
+    for window in windows:
+        assert logits[window].tobytes() == logits["all"].tobytes(), f"window {window}"
+
+
+def test_the_report_says_what_was_done(mpirun: Launcher, cache: dict[str, str], tmp_path: Path) -> None:
+    report, prompt = tmp_path / "report.json", tmp_path / "prompt.txt"
+    prompt.write_text("Count to twenty.")
+    result = mpirun(
+        2,
+        *("-m", "tpimpi", "--prompt-file", str(prompt), "--max-tokens", "12", "--ignore-eos", "--window", "2"),
+        *("--report", str(report)),
+        env=cache,
+    )
+    assert result.code == 0, result.err
+    found = json.loads(report.read_text())
+    keys = "text token_ids prompt_tokens load_s ttft_s s_per_token model format backend allreduce ranks".split()
+    assert set(keys) <= set(found)
+    assert len(found["token_ids"]) == 12
+    assert (found["format"], found["backend"], found["allreduce"]) == ("f32", "torch", "star")
+    assert [(r["heads"], r["columns"]) for r in found["ranks"]] == [(5, 768), (4, 768)]
+    for rank in found["ranks"]:
+        slice_bytes = rank["columns"] * 3 * 576 * 4 * 30
+        # A window that streams reads every tile again for each token; the first needs a pass of its own.
+        assert rank["bytes_read"] > 11 * slice_bytes
+        assert 50e6 < rank["peak_rss_bytes"] < 2e9
+        assert min(rank[key] for key in ("compute_s", "star_s", "read_wait_s")) >= 0
+    assert found["ttft_s"] > 0
+    assert found["s_per_token"] > 0
+    # The table: a line for each rank.
+    lines = result.err.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith(("r0 ", "r1 "))] == ["r0", "r1"]
+    assert any("s/token" in line for line in lines)
