@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from conftest import PROGRAMS, Launcher
 from tiny_models import TINY, write_tiny_hf
-
 from tpimpi.plan import make_plan
 from tpimpi.slicing import slice_model
 from tpimpi.sources import open_source
@@ -65,7 +65,7 @@ def test_logits_are_those_of_transformers(mpirun: Launcher, models, ranks: int, 
     _run(mpirun, ranks, jobs, tmp_path)
     for job in jobs:
         name = str(job["name"])
-        expected = models[name.split("@")[0]][2]
+        expected = models[name.split("@", maxsplit=1)[0]][2]
         found = np.load(tmp_path / f"{name}.npy")
         assert found.shape == expected.shape
         assert np.abs(found - expected).max() < TOLERANCE, name

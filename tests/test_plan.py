@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -129,7 +131,7 @@ def test_tile_borders_of_a_large_model_do_not_depend_on_the_ranks() -> None:
 def test_head_tiles_cover_the_vocabulary() -> None:
     runs = head_tiles(LLAMA_70B, 4)
     assert [runs[0].start, runs[-1].stop] == [0, 32000]
-    assert all(a.stop == b.start for a, b in zip(runs, runs[1:], strict=False))
+    assert all(a.stop == b.start for a, b in itertools.pairwise(runs))
     assert all(run.size * 8192 * 4 <= TILE_LIMIT for run in runs)
 
 

@@ -11,9 +11,9 @@ import h5py
 import numpy as np
 import pytest
 import xxhash
+
 from conftest import run_command
 from tiny_models import write_tiny_hf
-
 from tpimpi.errors import SliceError, StorageError
 from tpimpi.plan import make_plan
 from tpimpi.slicefile import SliceFile, SliceWriter, slice_name

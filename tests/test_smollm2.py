@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PROGRAMS, Launcher, run_command
 
+from conftest import PROGRAMS, Launcher, run_command
 from tpimpi.plan import make_plan
 from tpimpi.slicing import slice_model
 from tpimpi.sources import open_source
@@ -121,7 +121,19 @@ def test_the_report_says_what_was_done(mpirun: Launcher, cache: dict[str, str], 
     )
     assert result.code == 0, result.err
     found = json.loads(report.read_text())
-    keys = "text token_ids prompt_tokens load_s ttft_s s_per_token model format backend allreduce ranks".split()
+    keys = [
+        "text",
+        "token_ids",
+        "prompt_tokens",
+        "load_s",
+        "ttft_s",
+        "s_per_token",
+        "model",
+        "format",
+        "backend",
+        "allreduce",
+        "ranks",
+    ]
     assert set(keys) <= set(found)
     assert len(found["token_ids"]) == 12
     assert (found["format"], found["backend"], found["allreduce"]) == ("f32", "torch", "star")

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PROGRAMS, Launcher
 
+from conftest import PROGRAMS, Launcher
 from tpimpi.star import Star
 
 FAULTS = str(PROGRAMS / "star_faults.py")

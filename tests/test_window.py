@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import write_tiny_hf
 
+from tiny_models import write_tiny_hf
 from tpimpi.errors import InputError, SliceError
 from tpimpi.model import block_order
 from tpimpi.plan import HEAD, make_plan
@@ -72,7 +72,7 @@ def test_it_never_reads_further_ahead_than_its_blocks(file: SliceFile, blocks: i
     window = Window.__new__(Window)
     furthest: list[int] = []
     turns = {record.path: order.index(record.block) for record in file.records if record.block in order}
-    reads = {path: 0 for path in turns}
+    reads = dict.fromkeys(turns, 0)
     original = file.read
 
     def watched(record, buffer):
