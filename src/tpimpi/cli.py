@@ -292,8 +292,13 @@ def _slice_into_cache(source: Source, plan: Plan, fmt: str, folder: Path, *, qui
         ) from error
     with lock:
         if not complete():
-            with progress_bar(f"slicing {source.path.name} for {plan.ranks} ranks, once", quiet=quiet) as update:
-                slice_model(source, plan, fmt, folder, update)
+            _slice_source(source, plan, fmt, folder, quiet=quiet)
+
+
+def _slice_source(source: Source, plan: Plan, fmt: str, folder: Path, *, quiet: bool) -> None:
+    load_tokenizer(source.tokenizer_assets(), source.config.vocab)  # what is wrong with it is said before the work
+    with progress_bar(f"slicing {source.path.name} for {plan.ranks} ranks as {fmt}", quiet=quiet) as update:
+        slice_model(source, plan, fmt, folder, update)
 
 
 def _without_prompt() -> InputError:
@@ -323,8 +328,7 @@ def _slice(parsed: argparse.Namespace) -> int:
     with open_source(_model(parsed.model)) as source:
         fmt = choose_format(source, parsed.format)
         plan = make_plan(source.config, weights)
-        with progress_bar(f"slicing {source.path.name} for {plan.ranks} ranks", quiet=parsed.quiet) as update:
-            slice_model(source, plan, fmt, Path(parsed.out), update)
+        _slice_source(source, plan, fmt, Path(parsed.out), quiet=parsed.quiet)
     if not parsed.quiet:
         files = f"{slice_name(0, plan.ranks)} to {slice_name(plan.ranks - 1, plan.ranks)}"
         print(f"{parsed.out}: {files} ({fmt}, shares {plan.describe()})", file=sys.stderr)
