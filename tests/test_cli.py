@@ -556,7 +556,7 @@ def test_a_sentencepiece_model_answers_like_transformers_and_sentencepiece(
     (path / "tokenizer_config.json").write_text(
         json.dumps({"add_bos_token": True, "add_eos_token": False, "legacy": False})
     )
-    prompt = "der Fuchs … springt"
+    prompt = "der Fuchs ☃ springt"
     tokenizer = LlamaTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
