@@ -577,4 +577,5 @@ def test_a_sentencepiece_model_answers_like_transformers_and_sentencepiece(
     assert found["token_ids"] == made.tolist()
     # Random weights make bytes that are no UTF-8, which transformers replaces otherwise than sentencepiece does.
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
-    assert found["text"].strip() == pieces.decode(made.tolist()).strip()
+    known = [token for token in made.tolist() if token < pieces.vocab_size()]  # the model's table has more rows
+    assert found["text"].strip() == pieces.decode(known).strip()
