@@ -47,4 +47,4 @@ def load_backend(name: str, threads: int) -> Backend:
         return TorchBackend(threads)
     from tpimpi.backends.numpy_twin import NumpyTwin
 
-    return NumpyTwin()
+    return NumpyTwin(threads)

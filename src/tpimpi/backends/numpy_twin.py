@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from tpimpi.formats import F32, Array, decode
 
@@ -11,6 +12,10 @@ class NumpyTwin:
     """See `Backend` for shapes and meaning."""
 
     name = "numpy"
+
+    def __init__(self, threads: int) -> None:
+        # The BLAS beneath NumPy would else take every core, in every rank.
+        self._limits = threadpool_limits(threads, user_api="blas")
 
     def linear(self, x: F32, weight: Array, bias: F32 | None = None) -> F32:
         y = x @ decode(weight).T
