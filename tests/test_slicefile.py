@@ -16,7 +16,8 @@ from conftest import run_command
 from tiny_models import write_tiny_hf
 from tpimpi.errors import SliceError, StorageError
 from tpimpi.plan import make_plan
-from tpimpi.slicefile import SliceFile, SliceWriter, slice_name
+from tpimpi.slicefile import SliceFile, slice_name
+from tpimpi.slicewriter import SliceWriter
 from tpimpi.slicing import make_header, slice_model
 from tpimpi.sources import open_source
 

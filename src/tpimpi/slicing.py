@@ -25,7 +25,8 @@ from tpimpi.plan import (
     head_tiles,
     mlp_tiles,
 )
-from tpimpi.slicefile import Header, Part, Record, SliceWriter, slice_name, stored_bytes
+from tpimpi.slicefile import Header, Part, Record, slice_name
+from tpimpi.slicewriter import SliceWriter, stored_bytes
 from tpimpi.sources import Source
 
 EMBEDDING_ROWS = 4096  # rows of the embedding table that are converted at a time
