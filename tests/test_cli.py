@@ -206,6 +206,13 @@ def test_slices_for_another_number_of_ranks(mpirun: Launcher, two: Path, cache) 
     assert_one_line(result, r"rank-0-of-3\.h5 is of rank 0 of 2, needed is rank 0 of 3; make slices for 3 ranks with")
 
 
+def test_a_folder_of_slices_for_another_number_of_ranks(mpirun: Launcher, slices: Path, cache) -> None:
+    result = mpirun(3, "-m", "tpimpi", *PROMPT, "--slices", str(slices), env=cache, timeout=60)
+    assert_one_line(
+        result, r"the slices in .* are for 2 ranks, this run has 3; start as many ranks, or make slices for 3"
+    )
+
+
 def test_a_slice_missing_on_one_rank(mpirun: Launcher, two: Path, cache) -> None:
     (two / slice_name(1, 2)).unlink()
     result = mpirun(2, "-m", "tpimpi", *PROMPT, "--slices", str(two), env=cache, timeout=60)

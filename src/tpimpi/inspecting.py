@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -13,10 +12,8 @@ from rich.table import Table
 from tpimpi.config import ModelConfig
 from tpimpi.errors import InputError, ModelError, SliceError
 from tpimpi.plan import Span
-from tpimpi.slicefile import SliceFile
+from tpimpi.slicefile import SliceFile, parse_slice_name, slice_name
 from tpimpi.sources import Source, open_source
-
-_SLICE_NAME = re.compile(r"rank-(\d+)-of-(\d+)\.h5")
 
 
 def inspect(path: Path, *, verify: bool) -> None:
@@ -26,7 +23,7 @@ def inspect(path: Path, *, verify: bool) -> None:
     """
     if path.suffix == ".h5":
         _slices([path], verify=verify)
-    elif path.is_dir() and (files := sorted(p for p in path.glob("*.h5") if _SLICE_NAME.fullmatch(p.name))):
+    elif path.is_dir() and (files := sorted(p for p in path.glob("*.h5") if parse_slice_name(p.name))):
         _slices(files, verify=verify)
         _whole_set(path, files)
     elif path.is_dir() and not (path / "config.json").exists() and not list(path.glob("*.gguf")):
@@ -132,12 +129,11 @@ def _slices(files: list[Path], *, verify: bool) -> None:
 
 def _whole_set(folder: Path, files: list[Path]) -> None:
     """Raise SliceError where a folder lacks some ranks of a set."""
-    matches = [match for path in files if (match := _SLICE_NAME.fullmatch(path.name))]
-    for ranks in {int(match[2]) for match in matches}:
-        there = {int(match[1]) for match in matches if int(match[2]) == ranks}
-        missing = sorted(set(range(ranks)) - there)
+    found = [parsed for path in files if (parsed := parse_slice_name(path.name))]
+    for ranks in {ranks for _, ranks in found}:
+        missing = sorted(set(range(ranks)) - {rank for rank, of in found if of == ranks})
         if missing:
-            names = ", ".join(f"rank-{rank}-of-{ranks}.h5" for rank in missing)
+            names = ", ".join(slice_name(rank, ranks) for rank in missing)
             raise SliceError(
                 f"{folder} lacks {names}; make the slices again, or copy them there if they are needed here"
             )

@@ -38,6 +38,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +179,26 @@ def slice_name(rank: int, ranks: int) -> str:
     return f"rank-{rank}-of-{ranks}.h5"
 
 
+def parse_slice_name(name: str) -> tuple[int, int] | None:
+    """Undo `slice_name`: (rank, ranks), or None for a name of another form."""
+    match = re.fullmatch(r"rank-(\d+)-of-(\d+)\.h5", name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def _missing(path: Path) -> SliceError:
+    wanted = parse_slice_name(path.name)
+    found = {parsed[1] for other in path.parent.glob("*.h5") if (parsed := parse_slice_name(other.name))}
+    if wanted and found and wanted[1] not in found:
+        made_for = " and ".join(str(ranks) for ranks in sorted(found))
+        return SliceError(
+            f"the slices in {path.parent} are for {made_for} ranks, this run has {wanted[1]}; start as many ranks, "
+            f"or make slices for {wanted[1]} with: python -m tpimpi slice --ranks {wanted[1]}"
+        )
+    return SliceError(
+        f"slice file {path} is missing; make it with: python -m tpimpi slice, or copy it there from the host that has it"
+    )
+
+
 def aligned_buffer(nbytes: int) -> npt.NDArray[np.uint8]:
     """Zeroed memory of its own, page-aligned, not touched until used. uint8 [nbytes]."""
     return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=np.uint8)[:nbytes]
@@ -203,7 +224,7 @@ class SliceFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_file():
-            raise SliceError(f"slice file {path} is missing; make it with: python -m tpimpi slice")
+            raise _missing(path)
         self._fd = os.open(path, os.O_RDONLY)
         self._file: h5py.File | None = None
         try:
