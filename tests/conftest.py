@@ -17,7 +17,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = Path(__file__).resolve().parent / "programs"
-OUR_LINE = re.compile(r"^(r\d+ \S+|tpimpi): ")
+# Open MPI may end its banner without a line end, so that ours follows on the same line.
+OUR_LINE = re.compile(r"^[\s\0]*((?:r\d+ \S+|tpimpi): .*)")
 
 # Long enough for a machine that is busy with something else; nothing below waits for a timeout to pass.
 TIMEOUT = 240.0
@@ -48,7 +49,7 @@ class Result:
     @property
     def our_lines(self) -> list[str]:
         """The lines on stderr that are tpimpi's own messages, not the launcher's."""
-        return [line for line in self.err.splitlines() if OUR_LINE.match(line)]
+        return [match[1] for line in self.err.splitlines() if (match := OUR_LINE.match(line))]
 
 
 def run_command(

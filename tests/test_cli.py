@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +90,23 @@ def config_changed(model: Path, **values: object) -> None:
         ([*PROMPT, "--max-tokens", "ten"], "--max-tokens.*'ten'"),
         ([*PROMPT, "--context", "0"], "--context is 0, must be 1 or more"),
         ([*PROMPT, "--threads", "0"], "--threads is 0"),
+        ([*PROMPT, "--threads", "100000"], "--threads is 100000, must be 1 to 1024"),
+        ([*PROMPT, "--window", "9" * 5000], "--window is '99"),
+        ([*PROMPT, "--max-tokens", "9" * 5000], "--max-tokens: invalid int value"),
+        ([*PROMPT, "--shares", "1e400"], "--shares is inf; give one number of 0 or more"),
+        ([*PROMPT, "--report", "/"], "--report / is a folder"),
+        ([*PROMPT, "--report", ""], "--report .* is a folder"),
+        ([*PROMPT, "--report", "/nowhere/report.json"], "--report /nowhere/report.json: there is no folder /nowhere"),
+        ([*PROMPT, "--report", "r" * 300], "--report rrr.*: File name too long"),
+        ([*PROMPT, "--slices", "l" * 5000], "File name too long"),
+        (["--prompt-file", "/dev/zero"], "--prompt-file /dev/zero has over 4194304 bytes"),
+        (["--prompt", "-x"], "--prompt: expected one argument .*--option=-value"),
+        ([*PROMPT, "--stop", "a\udcff"], "--stop holds bytes that are not UTF-8"),
+        (["--prompt", "a\udcff"], "the prompt holds bytes that are not UTF-8"),
+        (
+            [*PROMPT, "--temperature", "1", "--repetition-penalty", "1e-320"],
+            "repetition-penalty|no token can be chosen",
+        ),
         ([*PROMPT, "--timeout", "-1"], "--timeout is -1"),
         (
             [*PROMPT, "--shares", "1,1,1"],
@@ -375,7 +396,7 @@ def test_two_first_runs_at_once(cache, tiny: Path, tmp_path: Path) -> None:
     outputs = [run.communicate(timeout=120) for run in runs]
     assert [run.returncode for run in runs] == [0, 0, 0], outputs
     assert len({out for out, _ in outputs}) == 1
-    assert sum(b"slicing" in err for _, err in outputs) == 1, "one of them slices, the others wait"
+    assert sum(b"100 % of" in err for _, err in outputs) == 1, "one of them slices, the others wait"
     files = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
     assert files == ["rank-0-of-1.h5"]
 
@@ -586,3 +607,213 @@ def test_a_sentencepiece_model_answers_like_transformers_and_sentencepiece(
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
     known = [token for token in made.tolist() if token < pieces.vocab_size()]  # the model's table has more rows
     assert found["text"].strip() == pieces.decode(known).strip()
+
+
+# Streams, signals and what else surrounds a run
+
+
+def test_a_byte_order_mark_is_not_part_of_a_prompt(tpimpi, tiny: Path, tmp_path: Path) -> None:
+    env, options = {"TPIMPI_MODEL": str(tiny)}, ["--max-tokens", "9", "--ignore-eos", "--quiet"]
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"\xef\xbb\xbfthe fox\r\n")
+    plain = tpimpi("--prompt", "the fox", *options, env=env).out
+    assert tpimpi("--prompt-file", str(file), *options, env=env).out == plain
+    assert tpimpi(*options, env=env, stdin="\ufeffthe fox\r\n").out == plain
+    file.write_bytes(b"\xef\xbb\xbf")
+    assert_one_line(tpimpi("--prompt-file", str(file), *options, env=env), "the prompt is empty")
+
+
+def test_a_changed_tokenizer_is_noticed(tpimpi, model: Path) -> None:
+    """Slices carry the tokenizer, so those in the cache must not be used with another."""
+    options = ["--model", str(model), *PROMPT, "--max-tokens", "20", "--ignore-eos", "--quiet"]
+    before = tpimpi(*options).out
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{% for m in messages %}{{ m['content'] }}, {{ m['content'] }}{% endfor %}"
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    assert tpimpi(*options).out != before
+
+
+def test_shares_that_differ_a_little_are_sliced_apart(mpirun: Launcher, cache, tiny: Path) -> None:
+    for shares in ("1,1", "1.0000001,1"):
+        options = [*PROMPT, "--max-tokens", "3", "--shares", shares]
+        result = mpirun(2, "-m", "tpimpi", *options, env={**cache, "TPIMPI_MODEL": str(tiny)}, timeout=60)
+        assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize("redirection", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "0>{folder}/zero"])
+def test_closed_streams_do_no_harm(cache, tiny: Path, tmp_path: Path, redirection: str) -> None:
+    """A file that is opened later would take the place of a closed stream: a slice was once read as prompts."""
+    prompt = "" if "0>" in redirection or "<&-" in redirection else "--prompt fox"
+    command = f"{sys.executable} -m tpimpi {prompt} --max-tokens 3 --quiet {redirection.format(folder=tmp_path)}"
+    result = run_command(["bash", "-c", command], env={**cache, "TPIMPI_MODEL": str(tiny)}, timeout=60)
+    assert "Traceback" not in result.err
+    if prompt:
+        assert result.code == 0, result.err
+    else:
+        assert result.code == 2
+        assert result.out == ""
+        assert "2>&-" in redirection or "no prompt: standard input ended" in result.err
+
+
+def test_closed_input_of_the_launcher(mpirun: Launcher, cache, tiny: Path) -> None:
+    command = " ".join(mpirun.command(2, ["-m", "tpimpi", "--quiet"])) + " <&-"
+    env = {**mpirun.env, **cache, "TPIMPI_MODEL": str(tiny)}
+    assert_one_line(run_command(["bash", "-c", command], env=env, timeout=60), "no prompt: standard input ended")
+
+
+def test_much_input_at_once_is_no_trouble(mpirun: Launcher, cache, tiny: Path) -> None:
+    """MPICH ends a job whose rank 0 leaves more than 64 KB of input lying while it loads."""
+    lines = "".join(f"{number:0100d}\n" for number in range(2, 4000))
+    options = ["--max-tokens", "1", "--context", "80", "--quiet", "--backend", "numpy"]
+    result = mpirun(2, "-m", "tpimpi", *options, env={**cache, "TPIMPI_MODEL": str(tiny)}, stdin="fox\n" + lines)
+    # Every line but the first is longer than this context: each is refused, and none is lost.
+    assert len(result.our_lines) == 3998, result.err[-2000:]
+    assert result.code == 2
+
+
+def test_a_full_standard_output_is_one_line(tpimpi, tiny: Path, cache) -> None:
+    command = f"{sys.executable} -m tpimpi --prompt fox --max-tokens 3 >/dev/full"
+    result = run_command(["bash", "-c", command], env={**cache, "TPIMPI_MODEL": str(tiny)}, timeout=60)
+    assert_one_line(result, "cannot write the answer to standard output: No space left", code=1)
+
+
+def test_the_report_may_be_a_device_or_a_link(tpimpi, tiny: Path, tmp_path: Path) -> None:
+    target, link = tmp_path / "report.json", tmp_path / "link.json"
+    link.symlink_to(target)
+    options = [*PROMPT, "--max-tokens", "3", "--quiet"]
+    assert tpimpi(*options, "--report", str(link), env={"TPIMPI_MODEL": str(tiny)}).code == 0
+    assert link.is_symlink()
+    assert json.loads(target.read_text())["model"] == "tiny"
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = subprocess.Popen(["cat", str(fifo)], stdout=subprocess.PIPE)
+    assert tpimpi(*options, "--report", str(fifo), env={"TPIMPI_MODEL": str(tiny)}).code == 0
+    assert json.loads(reader.communicate(timeout=30)[0])["model"] == "tiny"
+    assert fifo.is_fifo()
+
+
+@pytest.mark.parametrize("place", ["/proc", "{folder}/file"])
+def test_a_cache_that_cannot_be_is_one_line(tpimpi, tiny: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    env = {"TPIMPI_MODEL": str(tiny), "TPIMPI_CACHE": place.format(folder=tmp_path)}
+    assert_one_line(tpimpi(*PROMPT, env=env, timeout=60), "cannot write to .*; set TPIMPI_CACHE to another", code=1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_slicing_leaves_nothing(smollm2: Path, tmp_path: Path, number: signal.Signals) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "tpimpi",
+        "slice",
+        "--model",
+        str(smollm2),
+        "--ranks",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out/.rank-1*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert b"Traceback" not in err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("package", ["h5py", "torch"])
+def test_a_package_missing_on_one_rank_is_one_line(
+    mpirun: Launcher, cache, tiny: Path, tmp_path: Path, package: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if os.environ.get('OMPI_COMM_WORLD_RANK', os.environ.get('PMI_RANK')) == '1':\n"
+        f"    sys.modules['{package}'] = None\n"
+    )
+    env = {**cache, "TPIMPI_MODEL": str(tiny), "PYTHONPATH": str(tmp_path)}
+    result = mpirun(2, "-m", "tpimpi", *PROMPT, env=env, timeout=60)
+    assert_one_line(
+        result, f"package {package} is missing on this host; install tpimpi there|import of {package} halted", code=1
+    )
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"},
+        {"SLURM_STEP_NUM_TASKS": "x", "SLURM_PROCID": "x"},
+        {"PMI_RANK": "²", "PMI_SIZE": "²"},
+        {"PMI_RANK": "-1"},
+    ],
+)
+def test_odd_variables_of_launchers_are_not_a_launcher(tpimpi, tiny: Path, variables: dict[str, str]) -> None:
+    result = tpimpi(*PROMPT, "--max-tokens", "3", env={"TPIMPI_MODEL": str(tiny), **variables})
+    assert result.code == 0, result.err
+
+
+def test_at_a_terminal_it_shows_a_prompt_streams_and_ends_with_ctrl_d(mpirun: Launcher, cache, smollm2: Path) -> None:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        mpirun.command(2, ["-m", "tpimpi", "--max-tokens", "30", "--raw", "--ignore-eos"]),
+        env={**os.environ, **mpirun.env, **cache},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(theirs, termios.TIOCSCTTY, 0),  # noqa: PLW1509  (nothing else runs yet)
+    )
+    os.close(theirs)
+    pieces: list[bytes] = []
+
+    def until(done: Callable[[bytes], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not done(b"".join(pieces)) and time.monotonic() < deadline:
+            if select.select([ours], [], [], 0.2)[0]:
+                try:
+                    pieces.append(os.read(ours, 4096))
+                except OSError:  # the other side is gone
+                    return
+
+    try:
+        until(lambda seen: seen.endswith(b"> "))
+        assert b"".join(pieces).endswith(b"> "), b"".join(pieces)
+        del pieces[:]
+        os.write(ours, b"One, two, three,\n")
+        until(lambda seen: seen.endswith(b"> "))
+        assert len(pieces) > 8, f"the answer did not stream: {pieces}"
+        os.write(ours, b"\x04")
+        until(lambda seen: process.poll() is not None)
+        assert process.wait(30) == 0
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        os.close(ours)
+
+
+def test_an_answer_streams_into_a_pipe(mpirun: Launcher, cache, smollm2: Path) -> None:
+    process = subprocess.Popen(
+        mpirun.command(2, ["-m", "tpimpi", "--prompt", "Count: 1, 2, 3,", "--raw", "--max-tokens", "40", "--quiet"]),
+        env={**os.environ, **mpirun.env, **cache},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        bufsize=0,
+    )
+    assert process.stdout
+    pieces = list(iter(lambda: process.stdout.read(4096), b""))
+    assert process.wait(60) == 0
+    assert len(pieces) > 8, f"the answer came at once: {pieces}"
+
+
+def test_a_run_ends_when_nobody_reads_it(mpirun: Launcher, cache, smollm2: Path) -> None:
+    mark = f"--seed={time.time_ns()}"
+    options = f"-m tpimpi --prompt story --max-tokens 8000 --ignore-eos --quiet {mark}".split()
+    command = f"{' '.join(mpirun.command(2, options))} | head -c 5"
+    result = run_command(["bash", "-c", command], env={**mpirun.env, **cache}, timeout=100)
+    assert len(result.out) == 5
+    assert "Traceback" not in result.err
+    assert not _with_argument(mark)

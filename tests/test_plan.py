@@ -71,7 +71,7 @@ def test_everything_is_owned_exactly_once(model: ModelConfig, shares: list[float
         columns += range(*share.columns)
         # A border between ranks never divides a run of 32 columns.
         assert share.columns.start % 32 == 0 or not share.columns.size
-        tiles = attention_tiles(model, share, weight_bytes)
+        tiles = list(attention_tiles(model, share, weight_bytes))
         assert [h for tile in tiles for h in range(*tile.heads)] == list(range(*share.heads))
         assert [k for tile in tiles for k in range(*tile.kv_heads)] == list(range(*share.kv_heads))
         cached = 0
@@ -84,7 +84,7 @@ def test_everything_is_owned_exactly_once(model: ModelConfig, shares: list[float
             head_bytes = 2 * model.head_dim * model.hidden * weight_bytes
             pieces = tile.heads.size + tile.kv_heads.size
             assert pieces * head_bytes <= TILE_LIMIT or pieces == 1
-        runs = mlp_tiles(model, share, weight_bytes)
+        runs = list(mlp_tiles(model, share, weight_bytes))
         assert [c for run in runs for c in range(*run)] == list(range(*share.columns))
         assert all(run.size * 3 * model.hidden * weight_bytes <= TILE_LIMIT or run.size <= 32 for run in runs)
     assert heads == list(range(model.heads))
@@ -129,7 +129,7 @@ def test_tile_borders_of_a_large_model_do_not_depend_on_the_ranks() -> None:
 
 
 def test_head_tiles_cover_the_vocabulary() -> None:
-    runs = head_tiles(LLAMA_70B, 4)
+    runs = list(head_tiles(LLAMA_70B, 4))
     assert [runs[0].start, runs[-1].stop] == [0, 32000]
     assert all(a.stop == b.start for a, b in itertools.pairwise(runs))
     assert all(run.size * 8192 * 4 <= TILE_LIMIT for run in runs)
@@ -138,11 +138,42 @@ def test_head_tiles_cover_the_vocabulary() -> None:
 def test_a_small_model_has_one_tile_a_block() -> None:
     smollm2 = config(hidden=576, intermediate=1536, heads=9, kv_heads=3, head_dim=64)
     for share in make_plan(smollm2, [1, 1, 1, 1]).shares:
-        assert len(attention_tiles(smollm2, share, 4)) == 1
-        assert mlp_tiles(smollm2, share, 4) == [Span(share.columns.start, share.columns.stop)]
+        assert len(list(attention_tiles(smollm2, share, 4))) == 1
+        assert list(mlp_tiles(smollm2, share, 4)) == [Span(share.columns.start, share.columns.stop)]
 
 
 @pytest.mark.parametrize("shares", [[], [0, 0], [1, -1], [float("nan"), 1], [float("inf")]])
 def test_shares_that_make_no_sense_are_refused(shares: list[float]) -> None:
-    with pytest.raises(InputError, match="shares are"):
+    with pytest.raises(InputError, match="--shares is"):
         make_plan(config(), shares)
+
+
+@pytest.mark.parametrize("shares", [[1e308, 1e308], [10**400, 1], [float("inf"), 1]])
+def test_shares_beyond_all_numbers_are_refused(shares: list[float]) -> None:
+    with pytest.raises(InputError, match=r"--shares is .*; give one number of 0 or more for each rank"):
+        make_plan(config(), shares)
+
+
+def test_very_large_and_very_small_shares_are_proportions_too() -> None:
+    for shares in ([1e308, 5e307], [1e308, 1], [5e-324, 5e-324], [1e308, 0, 5e-324]):
+        assert sum(share.columns.size for share in make_plan(config(), shares).shares) == 96
+
+
+def test_a_border_that_lies_half_way_is_the_same_on_every_python() -> None:
+    """Ten times 0.1 is 1.0 or a little less, as the floats are added: borders must not depend on it."""
+    plan = make_plan(config(heads=5, kv_heads=5), [0.1] * 10)
+    assert [share.heads.start for share in plan.shares] == [(rank + 1) // 2 for rank in range(10)]
+
+
+def test_other_shares_have_another_name() -> None:
+    lists = ([1, 1], [1.0000001, 1], [1, 1.0000001], [0.1, 1], [1e-7, 1], [1234567, 1], [1234568, 1], [1e22, 1])
+    described = [make_plan(config(), shares).describe() for shares in lists]
+    assert len(set(described)) == len(lists)
+    assert make_plan(config(), [4, 2.0, 0.5, -0.0]).describe() == "4,2,0.5,0"
+
+
+def test_tiles_of_a_hostile_size_are_not_made_before_they_are_asked_for() -> None:
+    vast = config(hidden=1, intermediate=2**31 - 1, heads=2**31 - 1, kv_heads=1, head_dim=2, vocab=2**31 - 1)
+    share = make_plan(vast, [1]).shares[0]
+    for tiles in (attention_tiles(vast, share, 4), mlp_tiles(vast, share, 4), head_tiles(vast, 4)):
+        assert next(tiles)

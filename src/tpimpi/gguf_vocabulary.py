@@ -72,6 +72,18 @@ def refusing(what: str) -> Iterator[None]:
         raise ModelError(f"{what}: {error}; download or convert the model again") from error
 
 
+@contextmanager
+def needing(packages: str) -> Iterator[None]:
+    """Turns an import that fails into a ModelError that says which packages to install."""
+    try:
+        yield
+    except Exception as error:  # a package that is broken, or of another version, fails as it likes
+        raise ModelError(
+            f"the model's tokenizer needs a package that cannot be imported ({type(error).__name__}: {error}); "
+            f"pip install {packages}"
+        ) from error
+
+
 def is_unicode(text: str) -> bool:
     """False for lone surrogates: undecodable bytes of argv arrive as such, and JSON can spell them."""
     try:
@@ -207,8 +219,9 @@ def read_gguf_vocabulary(data: bytes) -> GgufVocabulary:
 
 def build_byte_level(vocabulary: GgufVocabulary) -> tokenizers.Tokenizer:
     """A byte-level BPE of `tokenizers` from a "gpt2" vocabulary. Raises ModelError if the merges do not fit."""
-    import tokenizers
-    from tokenizers import decoders, models, normalizers, pre_tokenizers
+    with needing("tokenizers"):
+        import tokenizers
+        from tokenizers import decoders, models, normalizers, pre_tokenizers
 
     pre = _PRE_TOKENIZERS[vocabulary.pre]
     ids = {token: index for index, token in enumerate(vocabulary.tokens)}
@@ -237,7 +250,8 @@ def build_byte_level(vocabulary: GgufVocabulary) -> tokenizers.Tokenizer:
 
 def build_sentencepiece(vocabulary: GgufVocabulary) -> bytes:
     """A serialized SentencePiece ModelProto (type BPE) from a "llama" vocabulary."""
-    from sentencepiece import sentencepiece_model_pb2
+    with needing("sentencepiece protobuf"):
+        from sentencepiece import sentencepiece_model_pb2
 
     pb2: Any = sentencepiece_model_pb2  # its classes are made at import, unseen by mypy
     proto = pb2.ModelProto()

@@ -8,8 +8,13 @@ from typing import NoReturn
 
 from tpimpi import __version__
 from tpimpi.errors import InputError
+from tpimpi.report import check_writable
 from tpimpi.star import ALLREDUCES, DEFAULT_TIMEOUT
 from tpimpi.window import SMALLEST_WINDOW
+
+MOST_THREADS = 1024
+MOST_RANKS = 4096
+MOST_TEXT = 4 << 20  # bytes of a prompt file
 
 DESCRIPTION = """\
 Run a large language model across the machines you own.
@@ -24,6 +29,9 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, like every other error of ours."""
 
     def error(self, message: str) -> NoReturn:
+        message = message if len(message) < 300 else f"{message[:300]}…"
+        if "expected one argument" in message:
+            message += " (a value that begins with - is given as --option=-value)"
         raise InputError(f"{message}; see: {self.prog} --help")
 
 
@@ -58,7 +66,9 @@ def run_parser() -> argparse.ArgumentParser:
         "--prompt", metavar="TEXT", help="stands in the process list of every host, so only for one host"
     )
     group.add_argument(
-        "--prompt-file", metavar="FILE", help="read by rank 0 alone (default: standard input, one prompt a line)"
+        "--prompt-file",
+        metavar="FILE",
+        help="one prompt, read by rank 0 alone (default: standard input, one prompt a line)",
     )
     group.add_argument(
         "--raw", action="store_true", help="complete the text as it is, without the model's chat template"
@@ -133,12 +143,12 @@ def slice_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m tpimpi slice", description="Make the ranks' slices of a model.", allow_abbrev=False
     )
-    parser.add_argument("--model", metavar="PATH", help="Hugging Face directory or .gguf file")
-    parser.add_argument("--ranks", type=int, required=True, metavar="N")
+    parser.add_argument("--model", metavar="PATH", help="Hugging Face directory or .gguf file (default: as in a run)")
+    parser.add_argument("--ranks", type=int, required=True, metavar="N", help="how many slices to make")
     parser.add_argument("--shares", metavar="3,1,1,1", help="proportion of the model for each rank (default: equal)")
     parser.add_argument("--format", default="auto", help="auto, f32 or bf16")
     parser.add_argument("--out", required=True, metavar="DIR", help="gets rank-R-of-N.h5 for each rank R")
-    parser.add_argument("--quiet", action="store_true")
+    parser.add_argument("--quiet", action="store_true", help="only errors")
     return parser
 
 
@@ -159,22 +169,26 @@ def inspect_parser() -> argparse.ArgumentParser:
 
 def check_run(options: argparse.Namespace) -> None:
     """Raise InputError for a run's option that is out of range."""
-    for name, least in (("max_tokens", 1), ("context", 1), ("threads", 1)):
+    for name in ("max_tokens", "context"):
         value = getattr(options, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name.replace('_', '-')} is {value}, must be {least} or more")
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {value}, must be 1 or more")
+    if options.threads is not None and not 1 <= options.threads <= MOST_THREADS:
+        raise InputError(f"--threads is {options.threads}, must be 1 to {MOST_THREADS}")
     if not 0 < options.timeout < float("inf"):
         raise InputError(f"--timeout is {options.timeout:g}, must be a number of seconds over 0")
     window_blocks(options.window)
+    if options.report is not None:
+        check_writable(Path(options.report))
 
 
 def window_blocks(text: str) -> int | str:
     """The meaning of `--window`: a number of blocks, "all" or "auto"."""
     if text in ("all", "auto"):
         return text
-    if not text.isascii() or not text.isdigit() or int(text) < SMALLEST_WINDOW:
+    if not text.isascii() or not text.isdecimal() or len(text) > 9 or int(text) < SMALLEST_WINDOW:
         raise InputError(
-            f"--window is {text!r}, must be a number of blocks, {SMALLEST_WINDOW} or more, or all, or auto"
+            f"--window is {text[:40]!r}, must be a number of blocks, {SMALLEST_WINDOW} or more, or all, or auto"
         )
     return int(text)
 
@@ -192,11 +206,27 @@ def share_weights(text: str | None, ranks: int) -> list[float]:
     return weights
 
 
+def ranks_of_slices(options: argparse.Namespace) -> int:
+    """The meaning of `slice --ranks`, and a check of `--out`."""
+    if not 1 <= options.ranks <= MOST_RANKS:
+        raise InputError(f"--ranks is {options.ranks}, must be 1 to {MOST_RANKS}")
+    if not options.out:
+        raise InputError("--out is empty; give the folder that gets the slices")
+    ranks: int = options.ranks
+    return ranks
+
+
 def read_text(option: str, path: str) -> str:
-    """A UTF-8 file named by an option. Raises InputError where it cannot be read."""
+    """A UTF-8 file of at most MOST_TEXT bytes, named by an option. Raises InputError where it cannot be read."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        with Path(path).open("rb") as file:
+            data = file.read(MOST_TEXT + 1)
+        if len(data) > MOST_TEXT:
+            raise InputError(f"{option} {path} has over {MOST_TEXT} bytes, more than any prompt; give a shorter file")
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
-        raise InputError(f"{option} {path}: {error.strerror}; give a file that rank 0 can read") from error
+        raise InputError(f"{option} {path[:80]}: {error.strerror}; give a file that rank 0 can read") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{option} {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+    except ValueError as error:  # a NUL in the name
+        raise InputError(f"{option} {path!r}: {error}; give a file that rank 0 can read") from error

@@ -9,8 +9,10 @@ quantized formats), so that no quantized block ever crosses from one rank, or on
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import NamedTuple
 
 from tpimpi.config import ModelConfig
@@ -66,8 +68,8 @@ class Plan:
         return len(self.shares)
 
     def describe(self) -> str:
-        """The proportions as the user writes them: 4,2,2,1."""
-        return ",".join(f"{weight:g}" for weight in self.weights)
+        """The proportions as the user writes them: 4,2,2,1. Other proportions have another text."""
+        return _written(self.weights)
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,17 @@ class AttentionTile:
 def make_plan(config: ModelConfig, weights: Sequence[float]) -> Plan:
     """Deal the heads and columns of `config` to len(weights) ranks, in proportion to `weights`.
 
-    Raises InputError where the weights are not non-negative numbers with a positive sum.
+    Raises InputError where the weights are not non-negative numbers with a positive, finite sum.
     """
-    if not weights or any(not (0 <= weight < float("inf")) for weight in weights) or sum(weights) <= 0:
-        raise InputError(f"shares are {list(weights)}, must be one number of 0 or more for each rank, not all 0")
+    try:
+        weights = [float(weight) + 0.0 for weight in weights]  # and -0.0 is 0.0
+    except OverflowError:
+        weights = [math.inf]
+    if any(not 0 <= weight < math.inf for weight in weights) or not 0 < sum(weights) < math.inf:
+        raise InputError(
+            f"--shares is {_written(weights) or 'empty'}; give one number of 0 or more for each rank, not all 0, "
+            "such as --shares 2,1,1"
+        )
     head_cuts = _cuts(config.heads, weights)
     run_cuts = _cuts(-(-config.intermediate // COLUMN_RUN), weights)
     column_cuts = [min(cut * COLUMN_RUN, config.intermediate) for cut in run_cuts]
@@ -100,19 +109,23 @@ def make_plan(config: ModelConfig, weights: Sequence[float]) -> Plan:
         heads = Span(head_cuts[rank], head_cuts[rank + 1])
         kv_heads = Span(heads.start // group, -(-heads.stop // group)) if heads.size else Span(0, 0)
         shares.append(Share(heads, kv_heads, Span(column_cuts[rank], column_cuts[rank + 1])))
-    return Plan(tuple(float(weight) for weight in weights), tuple(shares))
+    return Plan(tuple(weights), tuple(shares))
+
+
+def _written(weights: Sequence[float]) -> str:
+    return ",".join(repr(weight).removesuffix(".0") for weight in weights)
 
 
 def _cuts(items: int, weights: Sequence[float]) -> list[int]:
-    """Borders of len(weights) contiguous parts of `items`, each border rounded from its exact place."""
-    total, passed, cuts = sum(weights), 0.0, [0]
-    for weight in weights[:-1]:
-        passed += weight
-        cuts.append(int(items * passed / total + 0.5))
-    return [*cuts, items]
+    """Borders of len(weights) contiguous parts of `items`, each border rounded from its exact place.
+
+    Exact arithmetic: the same weights give the same borders on every host (Python 3.12 sums floats otherwise than 3.11).
+    """
+    passed = list(itertools.accumulate(map(Fraction, weights)))
+    return [0, *(math.floor(items * part / passed[-1] + Fraction(1, 2)) for part in passed[:-1]), items]
 
 
-def attention_tiles(config: ModelConfig, share: Share, weight_bytes: float) -> list[AttentionTile]:
+def attention_tiles(config: ModelConfig, share: Share, weight_bytes: float) -> Iterator[AttentionTile]:
     """Tiles of one rank's attention, in order; `weight_bytes` is the size of one stored weight.
 
     A share that is small is one tile. Otherwise tile borders lie on a grid of KV heads that depends on the model and
@@ -122,54 +135,51 @@ def attention_tiles(config: ModelConfig, share: Share, weight_bytes: float) -> l
     head_bytes = 2 * config.head_dim * config.hidden * weight_bytes  # rows of q and columns of o; the same for k and v
     whole = head_bytes * (share.heads.size + share.kv_heads.size) <= TILE_TARGET
     together = _power_of_two_below(TILE_TARGET / (head_bytes * (group + 1)))
-    tiles: list[AttentionTile] = []
     heads: list[int] = []
     kv_heads: list[int] = []
     next_head, next_kv = share.heads.start, share.kv_heads.start
 
-    def close() -> None:
+    def close() -> Iterator[AttentionTile]:
         nonlocal next_head, next_kv
         if heads or kv_heads:
             span, kv_span = Span(next_head, next_head + len(heads)), Span(next_kv, next_kv + len(kv_heads))
-            tiles.append(AttentionTile(span, kv_span, tuple(h // group - share.kv_heads.start for h in heads)))
+            yield AttentionTile(span, kv_span, tuple(h // group - share.kv_heads.start for h in heads))
             next_head, next_kv = span.stop, kv_span.stop
             heads.clear()
             kv_heads.clear()
 
     for kv_head in range(*share.kv_heads):
         if kv_head % together == 0 and not whole:
-            close()
-        for head in (
-            None,
-            *range(max(kv_head * group, share.heads.start), min((kv_head + 1) * group, share.heads.stop)),
-        ):
+            yield from close()
+        mine = range(max(kv_head * group, share.heads.start), min((kv_head + 1) * group, share.heads.stop))
+        for head in itertools.chain([None], mine):
             if (len(heads) + len(kv_heads) + 1) * head_bytes > TILE_LIMIT:
-                close()
+                yield from close()
             if head is None:
                 kv_heads.append(kv_head)
             else:
                 heads.append(head)
-    close()
-    return tiles
+    yield from close()
 
 
-def mlp_tiles(config: ModelConfig, share: Share, weight_bytes: float) -> list[Span]:
+def mlp_tiles(config: ModelConfig, share: Share, weight_bytes: float) -> Iterator[Span]:
     """Runs of columns of one rank's MLP, in order: each with its rows of gate and up and its columns of down."""
     return _runs(share.columns, 3 * config.hidden * weight_bytes)
 
 
-def head_tiles(config: ModelConfig, weight_bytes: float) -> list[Span]:
+def head_tiles(config: ModelConfig, weight_bytes: float) -> Iterator[Span]:
     """Runs of vocabulary rows of the output head, in order (rank 0 only)."""
     return _runs(Span(0, config.vocab), config.hidden * weight_bytes)
 
 
-def _runs(span: Span, item_bytes: float) -> list[Span]:
+def _runs(span: Span, item_bytes: float) -> Iterator[Span]:
     """`span` whole if it is at most TILE_TARGET bytes; else cut at multiples of as many items, a multiple of 32."""
     if span.size * item_bytes <= TILE_TARGET:
-        return [span] if span.size else []
+        return iter([span] if span.size else [])
     step = max(COLUMN_RUN, int(TILE_TARGET / item_bytes) // COLUMN_RUN * COLUMN_RUN)
-    cuts = [span.start, *range((span.start // step + 1) * step, span.stop, step), span.stop]
-    return [Span(a, b) for a, b in itertools.pairwise(cuts) if a < b]
+    inside = range((span.start // step + 1) * step, span.stop, step)
+    cuts = itertools.chain([span.start], inside, [span.stop])
+    return (Span(a, b) for a, b in itertools.pairwise(cuts) if a < b)
 
 
 def _power_of_two_below(value: float) -> int:

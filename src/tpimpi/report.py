@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
-from tpimpi.errors import StorageError
+from tpimpi.errors import InputError, StorageError
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,22 @@ class Answer:
         return cls(text, token_ids, prompt_tokens, first, median(gaps) if gaps else None)
 
 
+def check_writable(path: Path) -> None:
+    """Raise InputError, before any work is done, where a report could not be written to `path`."""
+    try:
+        target = path.resolve()
+        if path.is_dir():
+            raise InputError(f"--report {path} is a folder; give the name of a file")
+        if path.exists() and not path.is_file():
+            return  # a device or a pipe
+        if not target.parent.is_dir():
+            raise InputError(f"--report {path}: there is no folder {target.parent}; make it, or choose another place")
+        if not os.access(target if target.exists() else target.parent, os.W_OK):
+            raise InputError(f"--report {path} cannot be written: permission denied; choose another place")
+    except OSError as error:
+        raise InputError(f"--report {str(path)[:80]}: {error.strerror}; choose another place") from error
+
+
 @dataclass
 class Report:
     """A run, as `--report` writes it.
@@ -77,13 +93,21 @@ class Report:
             setattr(self, key, value)
 
     def write(self, path: Path) -> None:
-        """Write JSON to `path`, whole or not at all. Raises StorageError."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        """Write JSON to `path`: a regular file whole or not at all, a device or pipe as it is. Raises StorageError."""
+        text = json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n"
         try:
-            temporary.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(path)
+            if path.exists() and not path.is_file():
+                with path.open("w", encoding="utf-8") as stream:
+                    stream.write(text)
+                return
+            target = path.resolve()  # a link stays a link
+            temporary = target.with_name(f".{os.getpid()}.report.partial")
+            try:
+                temporary.write_text(text, encoding="utf-8")
+                temporary.replace(target)
+            finally:
+                temporary.unlink(missing_ok=True)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise StorageError(f"cannot write the report {path}: {error.strerror}; choose another --report") from error
 
     def print_table(self) -> None:

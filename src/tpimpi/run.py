@@ -17,9 +17,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from tpimpi import __version__
 from tpimpi.backends import load_backend
-from tpimpi.errors import InputError, SliceError, TpimpiError
+from tpimpi.errors import InputError, SliceError, TpimpiError, as_ours
 from tpimpi.generate import Sampler, follow, generate, to_text, until_stop
 from tpimpi.model import Model, block_order
 from tpimpi.plan import Plan
@@ -29,6 +31,8 @@ from tpimpi.sources import Source
 from tpimpi.star import FINISH, Star
 from tpimpi.tokenizer import Tokenizer
 from tpimpi.window import SMALLEST_WINDOW, Window
+
+LONGEST_NAME = 40  # characters of a model's name, and of the shares, in the name of its cache folder
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Stopped(Exception):  # noqa: N818  (not an error of this rank)
 def cache_folder() -> Path:
     """Where slices that a run makes by itself are kept, on this host: $TPIMPI_CACHE, or the user's cache folder."""
     if chosen := os.environ.get("TPIMPI_CACHE"):
-        return Path(chosen)
+        return Path(chosen).expanduser()
     import platformdirs
 
     return platformdirs.user_cache_path("tpimpi")
@@ -76,7 +80,9 @@ def cache_folder() -> Path:
 def cache_name(source: Source, plan: Plan, fmt: str) -> str:
     """Folder, within the cache folder, of the slices of this model for this plan in this format."""
     shares = plan.describe().replace(",", "-")
-    return f"{source.path.stem}-{source.fingerprint()[:12]}-{fmt}-{shares}"
+    if len(shares) > LONGEST_NAME:
+        shares = f"{plan.ranks}-ranks-{xxhash.xxh3_64_hexdigest(shares.encode())}"
+    return f"{source.path.stem[:LONGEST_NAME]}-{source.fingerprint()[:12]}-{fmt}-{shares}"
 
 
 # Agreeing
@@ -107,7 +113,7 @@ def stopping_others(star: Star) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        code = error.exit_code if isinstance(error, TpimpiError) else 1
+        code = as_ours(error).exit_code if isinstance(error, Exception) else 1
         if isinstance(error, SystemExit):
             code = error.code if isinstance(error.code, int) else int(error.code is not None)
         star.tell(_note(stop=code))
@@ -121,8 +127,8 @@ def settle(star: Star, settings: Settings) -> Seat:
     problem: TpimpiError | None = None
     try:
         seat = Seat(star, settings)
-    except TpimpiError as error:
-        problem = error
+    except Exception as error:
+        problem = as_ours(error)
     notes = [json.loads(note) for note in star.collect(_note())]
     try:
         if problem is not None:
@@ -163,8 +169,9 @@ def take_part(star: Star) -> None:
     settings = Settings(**_heard(star)["settings"])
     try:
         seat = Seat(star, settings)
-    except TpimpiError as error:
-        star.collect(_note(error=str(error), code=error.exit_code, host=star.rank.host))
+    except Exception as error:
+        ours = as_ours(error)
+        star.collect(_note(error=str(ours), code=ours.exit_code, host=star.rank.host))
         _heard(star)  # raises Stopped
         raise
     header = seat.header

@@ -35,10 +35,14 @@ slicewriter writes the file, SliceFile here reads it.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import itertools
 import json
 import mmap
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,44 +54,22 @@ import numpy.typing as npt
 import xxhash
 
 from tpimpi import __version__
-from tpimpi.config import ModelConfig
-from tpimpi.errors import SliceError
-from tpimpi.formats import DTYPES, F32, Array, decode
-from tpimpi.plan import Block, Plan, Share, Span
+from tpimpi.config import ModelConfig, show
+from tpimpi.errors import InputError, SliceError, StorageError
+from tpimpi.formats import DTYPES, F32, WEIGHT_FORMATS, Array, decode
+from tpimpi.plan import Block, Plan, Share, Span, make_plan
+from tpimpi.slicelayout import Part, Record, aligned, slice_records
+
+__all__ = ["Header", "Record", "SliceFile", "Tile", "aligned_buffer", "parse_slice_name", "slice_name"]
 
 FORMAT_VERSION = 1
-NONE = Span(0, 0)
-ALIGNMENT = 4096  # of each dataset in the file, and of each part in a buffer
-
-
-@dataclass(frozen=True)
-class Part:
-    """One tensor's piece within a tile."""
-
-    name: str
-    format: str  # f32, bf16, or bytes
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * DTYPES[self.format].itemsize
-
-
-@dataclass(frozen=True)
-class Record:
-    """What the header says of one tile."""
-
-    path: str
-    block: Block
-    parts: tuple[Part, ...]
-    heads: Span = NONE
-    kv_heads: Span = NONE
-    q_to_kv: tuple[int, ...] = ()
-
-    @property
-    def nbytes(self) -> int:
-        """Size in a buffer, where each part starts at a multiple of ALIGNMENT."""
-        return sum(aligned(part.nbytes) for part in self.parts)
+_MOST_HEADER_BYTES = 2**28  # far above any model's; a hostile file may promise to unpack to anything
+_MOST_TOKENIZER_BYTES = 2**30
+# What the operating system says of a disk, a network or a limit, and not of what is in the file.
+_NOT_THE_FILE = {
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EAGAIN, errno.ENODEV, errno.ENXIO),
+    *(errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENAMETOOLONG),
+}
 
 
 @dataclass(frozen=True)
@@ -135,19 +117,30 @@ class Header:
 
     @classmethod
     def from_json(cls, text: bytes) -> Header:
-        """Undo `to_json`. Raises ValueError (naming the version, where it is another), KeyError, TypeError."""
+        """Undo `to_json`, and refuse what no slicing writes: the plan and the tiles are made again and must be the same.
+
+        Raises InputError or ValueError (naming the version, where it is another), KeyError, TypeError.
+        """
         values = json.loads(text)
         if values["tpimpi_slice"] != FORMAT_VERSION:
-            raise ValueError(f"slice format version {values['tpimpi_slice']}, this tpimpi reads {FORMAT_VERSION}")
-        plan = values["plan"]
+            raise ValueError(f"slice format version {show(values['tpimpi_slice'])}, this tpimpi reads {FORMAT_VERSION}")
+        config = ModelConfig.from_dict(values["config"])
+        for name in ("made_by", "model", "fingerprint"):
+            if not isinstance(values[name], str):
+                raise ValueError(f"{name} is {show(values[name])}, must be a text")
+        if values["format"] not in WEIGHT_FORMATS:
+            raise ValueError(f"format is {show(values['format'])}, must be {' or '.join(WEIGHT_FORMATS)}")
+        plan, rank = _plan_from_json(values["plan"], config), values["rank"]
+        if type(rank) is not int or not 0 <= rank < plan.ranks:
+            raise ValueError(f"rank is {show(rank)} of {plan.ranks}")
         return cls(
-            rank=values["rank"],
+            rank=rank,
             format=values["format"],
             model=values["model"],
             fingerprint=values["fingerprint"],
-            config=ModelConfig.from_dict(values["config"]),
-            plan=Plan(tuple(plan["weights"]), tuple(Share(*(Span(*span) for span in s)) for s in plan["shares"])),
-            records=tuple(_record_from_json(record) for record in values["tiles"]),
+            config=config,
+            plan=plan,
+            records=_records_from_json(values["tiles"], config, plan.shares[rank], rank, values["format"]),
             made_by=values["made_by"],
         )
 
@@ -174,15 +167,82 @@ def _record_from_json(values: dict[str, Any]) -> Record:
     )
 
 
+def _plan_from_json(values: dict[str, Any], config: ModelConfig) -> Plan:
+    """The plan that the weights in the header give; raises ValueError where the shares beside them are others."""
+    weights = values["weights"]
+    if not isinstance(weights, list) or not all(type(weight) in (int, float) for weight in weights):
+        raise ValueError(f"weights are {show(weights)}, must be numbers")
+    plan = make_plan(config, weights)
+    if plan.shares != tuple(Share(*(Span(*span) for span in share)) for share in values["shares"]):
+        raise ValueError("its shares do not fit its plan")
+    return plan
+
+
+def _records_from_json(
+    values: list[dict[str, Any]], config: ModelConfig, share: Share, rank: int, fmt: str
+) -> tuple[Record, ...]:
+    """The tiles that this rank must have; raises ValueError where the header's differ in any way."""
+    tokenizer = _tokenizer_sizes(_record_from_json(values[-1])) if rank == 0 else {}
+    records = []
+    wanted = slice_records(config, share, rank, fmt, tokenizer)
+    for found, record in itertools.zip_longest(values, wanted):  # no further than the first that is missing
+        if found is None or record is None or _record_from_json(found) != record:
+            raise ValueError("its tiles do not fit its plan")
+        records.append(record)
+    return tuple(records)
+
+
+def _tokenizer_sizes(record: Record) -> dict[str, int]:
+    """Sizes of the tokenizer's files by name: all that a header may choose by itself."""
+    sizes: dict[str, int] = {}
+    for part in record.parts:
+        size = part.shape[0] if len(part.shape) == 1 else None
+        name = part.name
+        if not isinstance(name, str) or not name or not name.isprintable() or "/" in name or name in sizes:
+            raise ValueError(f"a tokenizer file is named {show(name)}")
+        if type(size) is not int or not 0 <= size <= _MOST_TOKENIZER_BYTES:
+            raise ValueError(f"tokenizer file {name} has {show(part.shape)} bytes")
+        sizes[name] = size
+    return sizes
+
+
 def slice_name(rank: int, ranks: int) -> str:
     """File name of one rank's slice."""
     return f"rank-{rank}-of-{ranks}.h5"
 
 
 def parse_slice_name(name: str) -> tuple[int, int] | None:
-    """Undo `slice_name`: (rank, ranks), or None for a name of another form."""
-    match = re.fullmatch(r"rank-(\d+)-of-(\d+)\.h5", name)
-    return (int(match[1]), int(match[2])) if match else None
+    """Undo `slice_name`: (rank, ranks), or None for a name that no slice has, such as rank-2-of-2.h5."""
+    match = re.fullmatch(r"rank-([0-9]{1,9})-of-([0-9]{1,9})\.h5", name)
+    parsed = (int(match[1]), int(match[2])) if match else None
+    return parsed if parsed and parsed[0] < parsed[1] and slice_name(*parsed) == name else None
+
+
+def error_number(error: Exception) -> int | None:
+    """The errno of what the operating system or HDF5 raised; HDF5 may give it in its text alone."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    match = re.search(r"errno = ([1-9][0-9]*)", str(error))
+    return int(match[1]) if match else None
+
+
+def _not_a_file(path: Path, mode: int) -> SliceError | None:
+    """What stands in a slice's place, where that is no file."""
+    if stat.S_ISREG(mode):
+        return None
+    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+    kind = kinds.get(stat.S_IFMT(mode), "a device")
+    return SliceError(f"{path} is {kind} where a slice file is needed; remove it, and make the slices again")
+
+
+def _unreadable(path: Path, number: int) -> SliceError:
+    remedy = {
+        errno.EACCES: "let this user read it, or use slices elsewhere (--slices)",
+        errno.EMFILE: "raise the limit of open files (ulimit -n 4096)",
+        errno.ENAMETOOLONG: "use a shorter path",
+    }
+    what = remedy.get(number, "check the disk or network it is on, or use slices elsewhere (--slices)")
+    return SliceError(f"slice file {path} cannot be read: {os.strerror(number)}; {what}")
 
 
 def _missing(path: Path) -> SliceError:
@@ -201,11 +261,10 @@ def _missing(path: Path) -> SliceError:
 
 def aligned_buffer(nbytes: int) -> npt.NDArray[np.uint8]:
     """Zeroed memory of its own, page-aligned, not touched until used. uint8 [nbytes]."""
-    return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=np.uint8)[:nbytes]
-
-
-def aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+    try:
+        return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=np.uint8)[:nbytes]
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"no memory for {nbytes} bytes") from error
 
 
 @dataclass(frozen=True)
@@ -218,41 +277,55 @@ class _Place:
 class SliceFile:
     """A slice file, opened and validated; reading a tile is one `pread` where the file is laid out as we write it.
 
-    Peak memory: the header, and HDF5's metadata while it opens. Raises SliceError for whatever is wrong with the file.
+    Peak memory: the header, and HDF5's metadata while it opens. Raises SliceError for whatever is wrong with the file;
+    reading it later may also raise StorageError, where the disk fails.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():
-            raise _missing(path)
-        self._fd = os.open(path, os.O_RDONLY)
+        self._fd = -1
         self._file: h5py.File | None = None
         try:
+            if (other := _not_a_file(path, path.stat().st_mode)) is not None:
+                raise other
+            self._fd = os.open(path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise _missing(path) from error
+        except OSError as error:
+            raise _unreadable(path, error.errno or errno.EIO) from error
+        try:
             self._open()
-        except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        except SliceError:
+            self.close()
+            raise
+        except InputError as error:  # of the config or the shares in the header
+            self.close()
+            raise self._broken(str(error)) from error
+        except (OSError, LookupError, ValueError, TypeError, RuntimeError, AttributeError, OverflowError) as error:
             self.close()
             if isinstance(error, ValueError) and "slice format version" in str(error):
                 raise SliceError(
                     f"slice file {path} has {error}; make the slices again with: python -m tpimpi slice"
                 ) from error
-            raise self._broken(f"{type(error).__name__}: {error}") from error
-        except SliceError:
-            self.close()
-            raise
+            number = error_number(error) if isinstance(error, OSError) else None
+            if number in _NOT_THE_FILE:
+                raise _unreadable(path, number) from error
+            kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+            raise self._broken(f"{kind}{error}") from error
 
     def _broken(self, what: str) -> SliceError:
         return SliceError(f"slice file {self.path} is broken ({what}); delete it and make the slices again")
 
     def _open(self) -> None:
         file = self._file = h5py.File(self.path, "r")
-        raw_header = np.asarray(file["header"][...])
-        self._sums = np.asarray(file["checksums"][...])
+        raw_header = self._small(file["header"], np.dtype("u1"))
+        self._sums = self._small(file["checksums"], np.dtype("<u8"))
         if xxhash.xxh3_64_intdigest(raw_header) != int(self._sums[0]):
             raise self._broken("the header does not match its checksum")
         self.header = Header.from_json(raw_header.tobytes())
         if len(self._sums) != 1 + len(self.header.records):
             raise self._broken(f"{len(self._sums)} checksums for {len(self.header.records)} tiles")
-        size = os.fstat(self._fd).st_size
+        self.size = size = os.fstat(self._fd).st_size
         self._places: dict[str, _Place] = {}
         self._checked: set[str] = set()
         self._index = {record.path: index for index, record in enumerate(self.header.records)}
@@ -266,6 +339,8 @@ class SliceFile:
                     raise self._broken(f"{dataset.name} is {found}, the header says {part.shape} {part.format}")
                 offset = dataset.id.get_offset()
                 if offset is None and part.nbytes:
+                    if not dataset.id.get_storage_size():  # or a few bytes could promise any amount of zeros
+                        raise self._broken(f"{dataset.name} has no data")
                     chunked = True
                     break
                 if (offset or 0) + part.nbytes > size:
@@ -273,6 +348,9 @@ class SliceFile:
                 offsets.append(offset or 0)
             self._places[record.path] = _Place(tuple(offsets) if len(offsets) == len(record.parts) else None)
         self.has_embedding = "embedding" in file
+        if self.has_embedding != (self.header.rank == 0):
+            has = "has an" if self.has_embedding else "has no"
+            raise self._broken(f"rank {self.header.rank} {has} embedding, which is rank 0's alone")
         if self.has_embedding:
             chunked |= self._open_embedding(file, size)
         if not chunked:
@@ -288,7 +366,16 @@ class SliceFile:
         if sums.shape != (config.vocab,) or sums.dtype != np.dtype("<u8"):
             raise self._broken(f"the embedding has {sums.shape} checksums, must be {config.vocab}")
         self._embedding = (weight.id.get_offset(), sums.id.get_offset())
+        for dataset, offset in zip((weight, sums), self._embedding, strict=True):
+            if offset is not None and offset + dataset.nbytes > size:
+                raise self._broken(f"{dataset.name} ends beyond the file's {size} bytes")
         return None in self._embedding
+
+    def _small(self, dataset: h5py.Dataset, dtype: np.dtype[Any]) -> Array:
+        """All of a dataset that is no tile. [n]"""
+        if dataset.ndim != 1 or dataset.dtype != dtype or dataset.nbytes > _MOST_HEADER_BYTES:
+            raise self._broken(f"{dataset.name} is {dataset.shape} {dataset.dtype}")
+        return np.asarray(dataset[...])
 
     @property
     def records(self) -> tuple[Record, ...]:
@@ -333,16 +420,35 @@ class SliceFile:
     ) -> None:
         assert self._file is not None
         for start, stop, part in spans:
-            target = buffer[start:stop].view(DTYPES[part.format]).reshape(part.shape)
-            try:
-                self._file[f"{record.path}/{part.name}"].read_direct(target)
-            except (OSError, RuntimeError) as error:
-                raise self._broken(f"{record.path}/{part.name}: {error}") from error
+            if part.nbytes:
+                target = buffer[start:stop].view(DTYPES[part.format]).reshape(part.shape)
+                with self._reading(f"{record.path}/{part.name}"):
+                    self._file[f"{record.path}/{part.name}"].read_direct(target)
+
+    @contextlib.contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        """Turn what HDF5 says while reading into one line: the file is broken, or the disk fails."""
+        try:
+            yield
+        except (OSError, RuntimeError, ValueError) as error:
+            number = error_number(error)
+            if number in _NOT_THE_FILE:
+                raise self._failing(number) from error
+            raise self._broken(f"{what}: {error}") from error
+
+    def _failing(self, number: int) -> StorageError:
+        return StorageError(
+            f"slice file {self.path} can no longer be read: {os.strerror(number)}; "
+            "check the disk or network it is on, and start again"
+        )
 
     def _pread(self, target: npt.NDArray[np.uint8], offset: int) -> None:
         view = memoryview(target)
         while view:
-            count = os.preadv(self._fd, [view], offset)
+            try:
+                count = os.preadv(self._fd, [view], offset)
+            except OSError as error:
+                raise self._failing(error.errno or errno.EIO) from error
             if count == 0:
                 raise self._broken(f"it ends at byte {offset}")
             view, offset = view[count:], offset + count
@@ -355,8 +461,9 @@ class SliceFile:
         for token in ids:
             assert 0 <= token < config.vocab, f"token id {token} of a vocabulary of {config.vocab}"
             if self._file is not None:
-                row = np.ascontiguousarray(self._file["embedding/weight"][token])
-                expected = int(self._file["embedding/checksums"][token])
+                with self._reading("embedding"):
+                    row = np.ascontiguousarray(self._file["embedding/weight"][token])
+                    expected = int(self._file["embedding/checksums"][token])
             else:
                 data, digest = np.empty(row_bytes, np.uint8), np.empty(8, np.uint8)
                 self._pread(data, self._embedding[0] + token * row_bytes)

@@ -14,20 +14,33 @@ import xxhash
 
 from tpimpi.errors import StorageError
 from tpimpi.formats import DTYPES, Array
-from tpimpi.slicefile import ALIGNMENT, Header
+from tpimpi.slicefile import Header, error_number
+from tpimpi.slicelayout import ALIGNMENT
 
-_ELSEWHERE = "free some space there, or choose another place with --out or TPIMPI_CACHE"
+
+def storage_error(path: Path, error: Exception) -> StorageError:
+    """What the operating system, or HDF5, says of a full or unwritable disk, in one line with its remedy."""
+    number = error_number(error)
+    said = os.strerror(number) if number else str(error)
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(
+            f"disk full while writing {path}: {said}; "
+            "free some space there, or choose another place with --out or TPIMPI_CACHE"
+        )
+    if number in (errno.EMFILE, errno.ENFILE):
+        return StorageError(
+            f"cannot write {path}: {said}; slicing has a file open for each rank: raise the limit (ulimit -n 4096), "
+            "or slice for fewer ranks"
+        )
+    return StorageError(f"cannot write {path}: {said}; choose another place with --out or TPIMPI_CACHE")
 
 
 @contextlib.contextmanager
 def _storage_errors(path: Path) -> Iterator[None]:
-    """Turn what the operating system says of a full or unwritable disk into one line."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(f"disk full while writing {path}: {error.strerror}; {_ELSEWHERE}") from error
-        raise StorageError(f"cannot write {path}: {error.strerror or error}; {_ELSEWHERE}") from error
+        raise storage_error(path, error) from error
 
 
 class SliceWriter:
@@ -49,7 +62,10 @@ class SliceWriter:
         self._fd = -1
         try:
             with _storage_errors(path):
-                self._skeleton(embedding)
+                try:
+                    self._skeleton(embedding)
+                except (RuntimeError, ValueError) as error:  # what HDF5 raises besides OSError
+                    raise storage_error(path, error) from error
                 self._fd = os.open(self.temporary, os.O_RDWR)
                 os.posix_fallocate(self._fd, 0, os.fstat(self._fd).st_size)
         except BaseException:
@@ -141,7 +157,8 @@ class SliceWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        self.temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong before is said instead
+            self.temporary.unlink()
 
 
 def stored_bytes(header: Header, *, embedding: bool) -> int:

@@ -6,6 +6,7 @@ by runs of rows that are at most a tile.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -13,20 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tpimpi.config import ModelConfig
 from tpimpi.errors import InputError, StorageError
-from tpimpi.formats import DTYPES, F32, WEIGHT_FORMATS, encode
-from tpimpi.plan import (
-    HEAD,
-    Block,
-    Plan,
-    Span,
-    attention_tiles,
-    head_tiles,
-    mlp_tiles,
-)
-from tpimpi.slicefile import Header, Part, Record, slice_name
-from tpimpi.slicewriter import SliceWriter, stored_bytes
+from tpimpi.formats import F32, WEIGHT_FORMATS, encode
+from tpimpi.plan import Block, Plan, Span
+from tpimpi.slicefile import Header, slice_name
+from tpimpi.slicelayout import Part, Record, slice_records
+from tpimpi.slicewriter import SliceWriter, storage_error, stored_bytes
 from tpimpi.sources import Source
 
 EMBEDDING_ROWS = 4096  # rows of the embedding table that are converted at a time
@@ -45,48 +38,10 @@ def choose_format(source: Source, wanted: str) -> str:
 
 def make_header(source: Source, plan: Plan, rank: int, fmt: str) -> Header:
     """The header of one rank's slice: every tile with its parts, in the order of use."""
-    config, share, weight = source.config, plan.shares[rank], DTYPES[fmt].itemsize
-    records: list[Record] = [_resident(config, rank)]
-    for layer in range(config.layers):
-        attn, mlp = Block("attn", layer), Block("mlp", layer)
-        for index, tile in enumerate(attention_tiles(config, share, weight)):
-            rows = {"q": tile.heads.size, "k": tile.kv_heads.size, "v": tile.kv_heads.size}
-            rows = {name: heads * config.head_dim for name, heads in rows.items() if heads}
-            parts = [Part(name, fmt, (size, config.hidden)) for name, size in rows.items()]
-            if config.qkv_bias:
-                parts += [Part(f"{name}_bias", "f32", (size,)) for name, size in rows.items()]
-            if tile.heads.size:
-                parts.append(Part("o", fmt, (config.hidden, rows["q"])))
-            path = f"layers/{layer:04d}/attn/tile-{index:03d}"
-            records.append(Record(path, attn, tuple(parts), tile.heads, tile.kv_heads, tile.q_to_kv))
-        for index, columns in enumerate(mlp_tiles(config, share, weight)):
-            parts = [Part(name, fmt, (columns.size, config.hidden)) for name in ("gate", "up")]
-            if config.mlp_bias:
-                parts += [Part(f"{name}_bias", "f32", (columns.size,)) for name in ("gate", "up")]
-            parts.append(Part("down", fmt, (config.hidden, columns.size)))
-            records.append(Record(f"layers/{layer:04d}/mlp/tile-{index:03d}", mlp, tuple(parts)))
-    if rank == 0:
-        for index, rows_of_head in enumerate(head_tiles(config, weight)):
-            part = Part("rows", fmt, (rows_of_head.size, config.hidden))
-            records.append(Record(f"head/tile-{index:03d}", HEAD, (part,)))
-        assets = source.tokenizer_assets()
-        texts = tuple(Part(name, "bytes", (len(content),)) for name, content in assets.items())
-        records.append(Record("tokenizer/tile-000", Block("tokenizer", -1), texts))
+    config = source.config
+    tokenizer = {name: len(content) for name, content in source.tokenizer_assets().items()} if rank == 0 else {}
+    records = slice_records(config, plan.shares[rank], rank, fmt, tokenizer)
     return Header(rank, fmt, source.path.stem, source.fingerprint(), config, plan, tuple(records))
-
-
-def _resident(config: ModelConfig, rank: int) -> Record:
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("attn_norm", "mlp_norm"), (config.layers, config.hidden))
-    if config.qk_norm:
-        shapes |= dict.fromkeys(("q_norm", "k_norm"), (config.layers, config.head_dim))
-    if rank == 0:
-        if config.o_bias:
-            shapes["o_bias"] = (config.layers, config.hidden)
-        if config.mlp_bias:
-            shapes["down_bias"] = (config.layers, config.hidden)
-        shapes["norm"] = (config.hidden,)
-    parts = tuple(Part(name, "f32", shape) for name, shape in shapes.items())
-    return Record("resident/tile-000", Block("resident", -1), parts)
 
 
 _RESIDENT_TENSORS = {
@@ -107,15 +62,14 @@ def slice_model(
 
     All files are written under temporary names and renamed once the last is whole. Raises ModelError, StorageError.
     """
+    _refuse_what_cannot_be_replaced(folder, plan.ranks)
     headers = [make_header(source, plan, rank, fmt) for rank in range(plan.ranks)]
     total = sum(stored_bytes(header, embedding=header.rank == 0) for header in headers)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise StorageError(
-            f"cannot write to {folder}: {error.strerror}; choose another --out or TPIMPI_CACHE"
-        ) from error
+        raise storage_error(folder, error) from error
     if free < total:
         raise StorageError(
             f"disk full: the slices need {total / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free; "
@@ -138,12 +92,27 @@ def slice_model(
     progress(total, total)
 
 
+def _refuse_what_cannot_be_replaced(folder: Path, ranks: int) -> None:
+    """Raise StorageError where a directory has the name of a slice: found while renaming, it would leave a mixed set."""
+    for rank in range(ranks):
+        path = folder / slice_name(rank, ranks)
+        try:
+            in_the_way = path.is_dir() and not path.is_symlink()
+        except OSError as error:
+            raise storage_error(path, error) from error
+        if in_the_way:
+            raise StorageError(
+                f"cannot write {path}: a directory of that name is there; remove it, or choose another --out"
+            )
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete temporary files that a killed slicing left; those of a live process stay."""
     for path in folder.glob(".rank-*.partial"):
         pid = path.name.split(".")[-2]
         if not (pid.isdigit() and Path("/proc", pid).exists() and int(pid) != os.getpid()):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it is in nobody's way
+                path.unlink()
 
 
 class _Dealer:

@@ -43,9 +43,11 @@ DEFAULT_TIMEOUT = 600.0  # seconds a rank waits for another's message in mid-run
 LONGEST_SLEEP = 0.001  # seconds between two tests while others compute
 LONGEST_IDLE_SLEEP = 0.02  # seconds between two tests while a user types or a model is sliced
 
-# Variables by which the launchers tell a process its rank.
+# Variables by which the launchers tell a process its rank, and how many there are.
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PALS_RANKID")
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE")
+# srun without a plugin for MPI sets these alone; they also stand in an interactive allocation, where there is one task.
+_SLURM_RANK, _SLURM_SIZE = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"
 
 
 @dataclass(frozen=True)
@@ -64,15 +66,22 @@ class Rank:
         return f"r{self.index} {self.host}"
 
 
+def _number(variable: str) -> int | None:
+    value = os.environ.get(variable, "")
+    return int(value) if value.isascii() and value.isdecimal() and len(value) < 10 else None
+
+
+def _launched_size() -> int:
+    """How many ranks the launcher says it started; 1 where it does not say."""
+    return max((size for name in (*_SIZE_VARIABLES, _SLURM_SIZE) if (size := _number(name)) is not None), default=1)
+
+
 def launched_rank() -> int | None:
     """The rank that an MPI launcher gave this process, or None where there is no launcher. Does not start MPI."""
     for name in _RANK_VARIABLES:
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    # srun with its PMI-2 or PMIx plugin sets one of the above only within MPI; SLURM_PROCID stands alone then.
-    if "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        return int(os.environ["SLURM_PROCID"])
-    return None
+        if (rank := _number(name)) is not None:
+            return rank
+    return _number(_SLURM_RANK) if (_number(_SLURM_SIZE) or 1) > 1 else None
 
 
 def connect() -> Star:
@@ -88,7 +97,7 @@ def connect() -> Star:
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
-    wanted = max((int(os.environ[n]) for n in _SIZE_VARIABLES if os.environ.get(n, "").isdigit()), default=1)
+    wanted = _launched_size()
     if wanted != world.size:
         library = MPI.Get_library_version().split(",")[0].split("\n")[0].strip()
         raise InputError(

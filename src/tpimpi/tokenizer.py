@@ -29,6 +29,7 @@ from tpimpi.gguf_vocabulary import (
     build_byte_level,
     build_sentencepiece,
     is_unicode,
+    needing,
     read_gguf_vocabulary,
 )
 from tpimpi.vocabularies import (
@@ -75,7 +76,7 @@ class Tokenizer:
     vocab_size: number of ids the tokenizer knows (the model's table may have more rows, or fewer).
     bos_id: the token that begins a text, or None.
     end_ids: every id that ends an answer.
-    has_chat_template: whether `encode_chat` can be used.
+    has_chat_template: whether `encode_chat` can be used; an empty template, which would leave the prompt out, is none.
     """
 
     def __init__(
@@ -93,11 +94,11 @@ class Tokenizer:
         self.vocab_size = vocabulary.size
         self.bos_id = bos_id
         self.end_ids = frozenset(end for end in end_ids if 0 <= end < vocab)
-        self.has_chat_template = chat_template is not None
+        self._chat_template = chat_template if chat_template and chat_template.strip() else None
+        self.has_chat_template = self._chat_template is not None
         self._vocabulary = vocabulary
         self._vocab = vocab
         self._prefix, self._suffix = prefix, suffix
-        self._chat_template = chat_template
         self._named = named
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
@@ -330,10 +331,11 @@ def _render(template: str, prompt: str, named: dict[str, str]) -> str:
 
     A template is a program that came with the model, so it runs in Jinja's sandbox. Raises ModelError if it fails.
     """
-    import jinja2
-    import jinja2.ext
-    from jinja2.exceptions import SecurityError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    with needing("jinja2"):
+        import jinja2
+        import jinja2.ext
+        from jinja2.exceptions import SecurityError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
         """`{% generation %}…{% endgeneration %}` marks the answer for training; here it is only its content."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from tpimpi.errors import ModelError
-from tpimpi.gguf_vocabulary import refusing
+from tpimpi.gguf_vocabulary import needing, refusing
 
 if TYPE_CHECKING:
     import tokenizers
@@ -126,8 +126,9 @@ class SentencePieceVocabulary:
     """A SentencePiece model, and the tokens beside it that SentencePiece itself does not look for in a text."""
 
     def __init__(self, model: bytes, name: str, prefix: Prefix) -> None:
-        import sentencepiece
-        from sentencepiece import sentencepiece_model_pb2
+        with needing("sentencepiece protobuf"):
+            import sentencepiece
+            from sentencepiece import sentencepiece_model_pb2
 
         pb2: Any = sentencepiece_model_pb2  # its classes are made at import, unseen by mypy
         sentencepiece.set_min_log_level(3)  # our line says it
@@ -231,8 +232,8 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def parse_tokenizer_json(data: bytes) -> tokenizers.Tokenizer:
-    import tokenizers
-
+    with needing("tokenizers"):
+        import tokenizers
     with refusing("tokenizer.json cannot be read"):
         return tokenizers.Tokenizer.from_str(data.decode("utf-8"))
 

@@ -16,7 +16,18 @@ from pathlib import Path
 from tpimpi.errors import ModelError
 from tpimpi.sources.gguf_model import open_gguf
 from tpimpi.sources.safetensors_model import TOKENIZER_FILES, open_hf
-from tpimpi.sources.source import FLOAT_FORMATS, Source, TensorInfo, decode, expected_tensors, unreadable
+from tpimpi.sources.source import (
+    FLOAT_FORMATS,
+    Source,
+    TensorInfo,
+    decode,
+    expected_tensors,
+    is_file,
+    listed,
+    open_file,
+    unreadable,
+    what_is,
+)
 
 __all__ = ["FLOAT_FORMATS", "TOKENIZER_FILES", "Source", "TensorInfo", "decode", "expected_tensors", "open_source"]
 
@@ -29,23 +40,27 @@ def open_source(path: str | Path) -> Source:
     """
     path = Path(path)
     try:
-        if not path.exists():
-            raise ModelError(f"model not found: {path}; give --model a Hugging Face directory or a .gguf file")
-        if path.is_dir():
-            if (path / "config.json").exists():
-                return open_hf(path)
-            found = sorted(path.glob("*.gguf"))
-            if len(found) == 1:
-                return open_gguf(found[0])
-            what = (
-                f"{len(found)} .gguf files ({', '.join(file.name for file in found[:3])}, …)" if found else "no .gguf"
-            )
-            raise ModelError(
-                f"{path}: holds no config.json and {what}; give --model a Hugging Face directory or one .gguf file"
-            )
-        if not path.is_file():
-            raise ModelError(f"{path}: is neither a directory nor a file; give --model one of the two")
-        with path.open("rb") as file:
+        kind = what_is(path)
+    except ValueError as error:  # a NUL, or what the file system's encoding has not
+        raise ModelError(
+            f"{str(path)!a} is no path ({error}); give --model a Hugging Face directory or a .gguf file"
+        ) from error
+    if kind == "nothing":
+        raise ModelError(f"model not found: {path}; give --model a Hugging Face directory or a .gguf file")
+    if kind == "a directory":
+        if is_file(path / "config.json"):
+            return open_hf(path)
+        found = listed(path, ".gguf")
+        if len(found) == 1:
+            return open_gguf(found[0])
+        what = f"{len(found)} .gguf files ({', '.join(file.name for file in found[:3])}, …)" if found else "no .gguf"
+        raise ModelError(
+            f"{path}: holds no config.json and {what}; give --model a Hugging Face directory or one .gguf file"
+        )
+    if kind != "a file":
+        raise ModelError(f"{path}: is {kind}, neither a directory nor a file; give --model one of the two")
+    try:
+        with open_file(path) as file:
             magic = file.read(4)
     except OSError as error:
         raise unreadable(path, error) from error

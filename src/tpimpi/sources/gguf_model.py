@@ -31,6 +31,7 @@ from tpimpi.sources.source import (
     WeightFile,
     check_tensors,
     decode,
+    open_file,
     shown,
     unreadable,
 )
@@ -87,11 +88,13 @@ def open_gguf(path: Path) -> Source:
 
 def _open_gguf_file(file: WeightFile) -> Source:
     path = file.path
-    with path.open("rb", buffering=1 << 20) as stream:
+    with open_file(path, buffering=1 << 20) as stream:
         header = _GgufHeader(stream, file.size, path)
         try:
             metadata, tensors = header.parse()
-        except (OSError, struct.error) as error:
+        except OSError as error:
+            raise unreadable(path, error) from error
+        except struct.error as error:
             raise header.broken(str(error)) from error
     split = metadata.get("split.count", 0)
     if split not in (0, 1):
@@ -114,7 +117,7 @@ def _open_gguf_file(file: WeightFile) -> Source:
         stored[canonical] = _gguf_stored(tensor, canonical, file, heads)
     checked = check_tensors(config, stored, _gguf_name, path)
     _check_decodable(checked, path)
-    return Source(path, config, checked, [file], lambda: _gguf_assets(path, file.size, metadata))
+    return Source(path, config, checked, [file], lambda: _gguf_assets(path, file.size, metadata), assets_in_header=True)
 
 
 def _gguf_data_start(header_end: int, metadata: Mapping[str, Any], path: Path) -> int:
@@ -203,7 +206,7 @@ def _check_decodable(stored: Mapping[str, Stored], path: Path) -> None:
 def _gguf_assets(path: Path, size: int, metadata: Mapping[str, Any]) -> dict[str, bytes]:
     values = {}
     try:
-        with path.open("rb", buffering=1 << 20) as stream:
+        with open_file(path, buffering=1 << 20) as stream:
             for key, value in metadata.items():
                 if key.startswith("tokenizer."):
                     header = _GgufHeader(stream, size, path)

@@ -28,6 +28,9 @@ from tpimpi.sources.source import (
     WeightFile,
     check_tensors,
     decode,
+    is_file,
+    listed,
+    open_file,
     shown,
     unreadable,
 )
@@ -61,7 +64,7 @@ def open_hf(directory: Path) -> Source:
         for file in files:
             file.file.close()
         raise
-    return Source(directory, config, stored, files, lambda: _hf_assets(directory))
+    return Source(directory, config, stored, files, lambda: _hf_assets(directory), assets_in_header=False)
 
 
 def _hf_name(name: str) -> str:
@@ -73,8 +76,9 @@ def _hf_assets(directory: Path) -> dict[str, bytes]:
     for name in TOKENIZER_FILES:
         path = directory / name
         try:
-            if path.is_file():
-                assets[name] = path.read_bytes()
+            if is_file(path):
+                with open_file(path) as file:
+                    assets[name] = file.read()
         except OSError as error:
             raise unreadable(path, error) from error
     return assets
@@ -84,20 +88,22 @@ def _hf_tensors(directory: Path, files: list[WeightFile]) -> dict[str, Stored]:
     """Canonical name -> tensor, of every weight file; each is opened and appended to `files`."""
     index_path = directory / "model.safetensors.index.json"
     placed: dict[str, str] = {}
-    if (directory / "model.safetensors").exists():
+    if is_file(directory / "model.safetensors"):
         names = ["model.safetensors"]
-    elif index_path.exists():
+    elif is_file(index_path):
         placed = _read_index(index_path)
         names = sorted(set(placed.values()))
     else:
         # consolidated.*: the same weights once more, under the names of Meta's and Mistral's own code.
-        names = sorted(file.name for file in directory.glob("*.safetensors") if not file.match("consolidated*"))
+        names = sorted(
+            file.name for file in listed(directory, ".safetensors") if not file.name.startswith("consolidated")
+        )
     if not names:
         raise _no_safetensors(directory)
     found: dict[str, Stored] = {}
     for file_name in names:
         path = directory / file_name
-        if not path.exists():
+        if not is_file(path):
             raise ModelError(f"{path}: is missing, and {index_path.name} places tensors in it; download it")
         file = WeightFile(path)
         files.append(file)
@@ -121,19 +127,19 @@ def _hf_tensors(directory: Path, files: list[WeightFile]) -> dict[str, Stored]:
 
 
 def _no_safetensors(directory: Path) -> ModelError:
-    if any(directory.glob("*.bin")) or any(directory.glob("*.pth")):
+    if listed(directory, ".bin", ".pth"):
         return ModelError(
             f"{directory}: holds PyTorch weights (.bin, .pth) and no safetensors, and tpimpi reads no pickles; "
             f"convert it: load it with transformers and save_pretrained()"
         )
-    if any(directory.glob("*.gguf")):
+    if listed(directory, ".gguf"):
         return ModelError(f"{directory}: holds config.json and no safetensors; give --model the .gguf file itself")
     return ModelError(f"{directory}: holds config.json and no safetensors file; download the model's weights")
 
 
 def _read_json(path: Path) -> Any:
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             data = file.read(_MAX_JSON + 1)
     except OSError as error:
         raise unreadable(path, error) from error

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,20 @@ from tpimpi.errors import ModelError
 
 FLOAT_FORMATS = MappingProxyType({"f32": 4, "bf16": 2, "f16": 2})  # bytes a number
 DOWNLOAD_AGAIN = "it is cut short or broken; download it again"
+
+_KINDS = (
+    (stat.S_ISREG, "a file"),
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+)
+_REMEDIES = {
+    errno.EACCES: "let your user read it (chmod, chown)",
+    errno.EPERM: "let your user read it (chmod, chown)",
+    errno.EMFILE: "allow more (ulimit -n)",
+    errno.ENFILE: "close other programs, or allow more (sysctl fs.file-max)",
+    errno.ENAMETOOLONG: "give a shorter path",
+}
 
 _SAMPLES = 64  # of each weight file, in a fingerprint
 _SAMPLE_BYTES = 4096
@@ -46,10 +62,7 @@ class WeightFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self.file = path.open("rb", buffering=0)
-        except OSError as error:
-            raise unreadable(path, error) from error
+        self.file = open_file(path, buffering=0)
         self.size = os.fstat(self.file.fileno()).st_size
         self.header_end = 0
 
@@ -101,12 +114,15 @@ class Source:
         stored: Mapping[str, Stored],
         files: Iterable[WeightFile],
         assets: Callable[[], dict[str, bytes]],
+        *,
+        assets_in_header: bool,
     ) -> None:
         self.path = path
         self.config = config
         self._stored = dict(stored)
         self._files = list(files)
         self._assets = assets
+        self._assets_in_header = assets_in_header
         self._infos = MappingProxyType({name: tensor.info for name, tensor in self._stored.items()})
 
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -149,12 +165,15 @@ class Source:
     def fingerprint(self) -> str:
         """32 hex digits: the same for a copy, whatever its files are called; another for another model or fine-tune.
 
-        Of each weight file its size, header and 64 evenly spaced samples of 4 KiB (so little is read of 140 GB), and
-        the config.
+        Of each weight file its size, header and 64 evenly spaced samples of 4 KiB (so little is read of 140 GB), the
+        config, and the tokenizer's assets whole, names and bytes (of a GGUF file they are in the header).
         """
-        digests = sorted(_file_digest(file) for file in self._files)
-        config = json.dumps(self.config.to_dict(), sort_keys=True)
-        return xxhash.xxh3_128_hexdigest(b"".join(digests) + config.encode())
+        digest = xxhash.xxh3_128(b"".join(sorted(_file_digest(file) for file in self._files)))
+        digest.update(json.dumps(self.config.to_dict(), sort_keys=True).encode())
+        assets = {} if self._assets_in_header else self._assets()
+        for name, content in sorted(assets.items()):
+            digest.update(f"\n{name} {len(content)}\n".encode() + content)
+        return digest.hexdigest()
 
     def tokenizer_assets(self) -> dict[str, bytes]:
         """What the tokenizer is made of, by file name: see TOKENIZER_FILES; for GGUF {"gguf.json": its metadata}.
@@ -249,8 +268,54 @@ def _in_slabs(
     return out
 
 
+def what_is(path: Path) -> str:
+    """What stands there: "a file", "a directory", "nothing", "a dangling link", "a pipe", …; ModelError if no one can say.
+
+    Links are followed.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "a dangling link" if path.is_symlink() else "nothing"
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a link that leads in a circle"
+        raise unreadable(path, error) from error
+    return next((kind for test, kind in _KINDS if test(mode)), "a device")
+
+
+def is_file(path: Path) -> bool:
+    """Whether this file of a model is there; ModelError for what is there and no file.
+
+    A download whose blobs are gone is all dangling links, which must not count as absent; a pipe would make us wait.
+    """
+    kind = what_is(path)
+    if kind not in ("a file", "nothing"):
+        raise ModelError(f"{path}: is {kind}, and a file is needed; download the model again")
+    return kind == "a file"
+
+
+def open_file(path: Path, buffering: int = -1) -> BinaryIO:
+    """A file of a model, opened to be read; ModelError if it is no file, or cannot be."""
+    try:
+        is_file(path)
+        return path.open("rb", buffering=buffering)
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def listed(directory: Path, *suffixes: str) -> list[Path]:
+    """What a directory holds with one of these suffixes, by name; ModelError if it cannot be listed."""
+    try:
+        return sorted(path for path in directory.iterdir() if path.suffix in suffixes)
+    except OSError as error:
+        raise unreadable(directory, error) from error
+
+
 def unreadable(path: Path, error: OSError) -> ModelError:
-    return ModelError(f"{path}: cannot be read: {error.strerror or error}")
+    name = f"{str(path)[:200]}…" if error.errno == errno.ENAMETOOLONG else path
+    remedy = _REMEDIES.get(error.errno or 0, "check its disk, or download the model again")
+    return ModelError(f"{name}: cannot be read: {error.strerror or error}; {remedy}")
 
 
 def _file_digest(file: WeightFile) -> bytes:
