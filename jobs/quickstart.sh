@@ -3,5 +3,5 @@
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 setup run
-echo '+ mpirun -np 4 --hostfile hostfiles/local.txt python -m tpimpi --prompt "Why is the sky blue?"' >&2
-mpirun -np 4 --hostfile hostfiles/local.txt python -m tpimpi --prompt "Why is the sky blue?"
+set -x
+mpirun -np 4 --hostfile hostfiles/local.txt python -m tpimpi --prompt "Why is the sky blue?" --max-tokens 80
