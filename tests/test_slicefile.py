@@ -24,7 +24,8 @@ from test_plan import config
 from tiny_models import write_tiny_hf
 from tpimpi.errors import SliceError, StorageError
 from tpimpi.plan import make_plan
-from tpimpi.slicefile import Header, SliceFile, parse_slice_name, slice_name
+from tpimpi.slicefile import SliceFile, parse_slice_name, slice_name
+from tpimpi.sliceheader import Header
 from tpimpi.slicelayout import slice_records
 from tpimpi.slicewriter import SliceWriter
 from tpimpi.slicing import make_header, slice_model

@@ -18,7 +18,7 @@ from typing import NoReturn
 from tpimpi import options, run
 from tpimpi.errors import InputError, ModelError, StorageError, as_ours
 from tpimpi.formats import F32
-from tpimpi.plan import Plan, make_plan
+from tpimpi.plan import Plan, describe_shares, make_plan
 from tpimpi.report import Report
 from tpimpi.sampling import make_sampler
 from tpimpi.slicefile import slice_name
@@ -295,7 +295,7 @@ def _settings(parsed: argparse.Namespace, star: Star, hosts: list[str]) -> run.S
         folder=parsed.slices,
         cache_name=cache_name,
         fingerprint=fingerprint,
-        shares=weights if parsed.shares is not None or parsed.slices is None else [],
+        shares=describe_shares(weights) if parsed.shares is not None or parsed.slices is None else "",
         format=fmt,
         backend=parsed.backend,
         window=options.window_blocks(parsed.window),

@@ -18,8 +18,9 @@ class TpimpiError(Exception):
     where: str | None = None  # the rank that it befell ("r2 home-pi"), where that is not the one that says it
 
     def __str__(self) -> str:
-        # One line, whatever a library put into the text that we pass on.
-        return " ".join(super().__str__().split())
+        # One line, and nothing that a terminal would obey, whatever a library or a file name put into the text.
+        line = " ".join(super().__str__().split())
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 class InputError(TpimpiError):

@@ -12,7 +12,8 @@ from rich.table import Table
 from tpimpi.config import ModelConfig, show
 from tpimpi.errors import InputError, ModelError, SliceError, StorageError, TpimpiError
 from tpimpi.plan import Span
-from tpimpi.slicefile import Header, SliceFile, slice_name
+from tpimpi.slicefile import SliceFile, slice_name
+from tpimpi.sliceheader import Header
 from tpimpi.sources import Source, open_source
 
 _MOST_NAMES = 8  # in one message

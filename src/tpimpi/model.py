@@ -21,7 +21,8 @@ from tpimpi.layers import (
     rope_frequencies,
 )
 from tpimpi.plan import HEAD, Block
-from tpimpi.slicefile import Header, Tile
+from tpimpi.slicefile import Tile
+from tpimpi.sliceheader import Header
 from tpimpi.star import Star
 from tpimpi.window import Window
 

@@ -69,7 +69,7 @@ class Plan:
 
     def describe(self) -> str:
         """The proportions as the user writes them: 4,2,2,1. Other proportions have another text."""
-        return _written(self.weights)
+        return describe_shares(self.weights)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def make_plan(config: ModelConfig, weights: Sequence[float]) -> Plan:
         weights = [math.inf]
     if any(not 0 <= weight < math.inf for weight in weights) or not 0 < sum(weights) < math.inf:
         raise InputError(
-            f"--shares is {_written(weights) or 'empty'}; give one number of 0 or more for each rank, not all 0, "
+            f"--shares is {describe_shares(weights) or 'empty'}; give one number of 0 or more for each rank, not all 0, "
             "such as --shares 2,1,1"
         )
     head_cuts = _cuts(config.heads, weights)
@@ -112,7 +112,8 @@ def make_plan(config: ModelConfig, weights: Sequence[float]) -> Plan:
     return Plan(tuple(weights), tuple(shares))
 
 
-def _written(weights: Sequence[float]) -> str:
+def describe_shares(weights: Sequence[float]) -> str:
+    """Proportions as the user writes them, "4,2,2,1"; other proportions have another text."""
     return ",".join(repr(weight).removesuffix(".0") for weight in weights)
 
 

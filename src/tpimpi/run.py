@@ -26,7 +26,8 @@ from tpimpi.generate import Sampler, follow, generate, to_text, until_stop
 from tpimpi.model import Model, block_order
 from tpimpi.plan import Plan
 from tpimpi.report import Answer, RankFigures, Report, peak_rss_bytes
-from tpimpi.slicefile import Header, SliceFile, slice_name
+from tpimpi.slicefile import SliceFile, slice_name
+from tpimpi.sliceheader import Header
 from tpimpi.sources import Source
 from tpimpi.star import FINISH, Star
 from tpimpi.tokenizer import Tokenizer
@@ -40,13 +41,13 @@ class Settings:
     """What rank 0 tells every rank. `folder` is where the slices are, or None: the cache folder `cache_name` of each host.
 
     `window` is a number of blocks, "all", or "auto": all of them if they fit. `cores_shared_by[r]` is the number of ranks
-    on the host of rank r.
+    on the host of rank r. An empty `fingerprint`, `format` or `shares` is whatever the slices have.
     """
 
     folder: str | None
     cache_name: str | None
     fingerprint: str
-    shares: list[float]
+    shares: str
     format: str
     backend: str
     window: int | str
@@ -153,9 +154,13 @@ def go(star: Star) -> None:
     star.tell(_note(go=True))
 
 
+def _identity(header: Header) -> dict[str, str]:
+    """What the slices of a run have in common."""
+    return {"fingerprint": header.fingerprint, "format": header.format, "shares": header.plan.describe()}
+
+
 def _check_alike(header: Header, rank: int, note: dict[str, Any]) -> None:
-    ours = {"fingerprint": header.fingerprint, "format": header.format, "shares": list(header.plan.weights)}
-    for name, value in ours.items():
+    for name, value in _identity(header).items():
         if note[name] != value:
             raise SliceError(
                 f"the slice of rank {rank} on {note['host']} has {name} {note[name]}, rank 0's has {value}; "
@@ -174,15 +179,7 @@ def take_part(star: Star) -> None:
         star.collect(_note(error=str(ours), code=ours.exit_code, host=star.rank.host))
         _heard(star)  # raises Stopped
         raise
-    header = seat.header
-    star.collect(
-        _note(
-            host=star.rank.host,
-            fingerprint=header.fingerprint,
-            format=header.format,
-            shares=list(header.plan.weights),
-        )
-    )
+    star.collect(_note(host=star.rank.host, **_identity(seat.header)))
     try:
         _heard(star)
         follow(seat.model, star)
@@ -231,11 +228,10 @@ class Seat:
                 f"make slices for {size} ranks with: python -m tpimpi slice --ranks {size}"
             )
         wanted = {"fingerprint": settings.fingerprint, "format": settings.format, "shares": settings.shares}
-        found = {"fingerprint": header.fingerprint, "format": header.format, "shares": list(header.plan.weights)}
-        for name, value in wanted.items():
-            if value and found[name] != value:
+        for name, value in _identity(header).items():
+            if wanted[name] and wanted[name] != value:
                 raise SliceError(
-                    f"slice file {path} has {name} {found[name]}, this run needs {value}; "
+                    f"slice file {path} has {name} {value}, this run needs {wanted[name]}; "
                     "it is of another model or another slicing: make the slices again, or choose other --slices"
                 )
 

@@ -14,7 +14,8 @@ import xxhash
 
 from tpimpi.errors import StorageError
 from tpimpi.formats import DTYPES, Array
-from tpimpi.slicefile import Header, error_number
+from tpimpi.slicefile import error_number
+from tpimpi.sliceheader import Header
 from tpimpi.slicelayout import ALIGNMENT
 
 

@@ -17,7 +17,8 @@ import numpy as np
 from tpimpi.errors import InputError, StorageError
 from tpimpi.formats import F32, WEIGHT_FORMATS, encode
 from tpimpi.plan import Block, Plan, Span
-from tpimpi.slicefile import Header, slice_name
+from tpimpi.slicefile import slice_name
+from tpimpi.sliceheader import Header
 from tpimpi.slicelayout import Part, Record, slice_records
 from tpimpi.slicewriter import SliceWriter, storage_error, stored_bytes
 from tpimpi.sources import Source

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 
 from tpimpi.errors import InputError
 from tpimpi.plan import Block
-from tpimpi.slicefile import Record, SliceFile, Tile, aligned_buffer
+from tpimpi.slicefile import SliceFile, Tile, aligned_buffer
+from tpimpi.slicelayout import Record
 
 SMALLEST_WINDOW = 2  # one block computes while the next is read
 

@@ -25,7 +25,7 @@ def main() -> None:
             folder=job["slices"],
             cache_name=None,
             fingerprint="",
-            shares=[],
+            shares="",
             format="",
             backend=job.get("backend", "torch"),
             window=job.get("window", "all"),
