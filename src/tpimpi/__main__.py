@@ -1,5 +1,6 @@
 """`python -m tpimpi`."""
 
+import contextlib
 import sys
 
 if __name__ == "__main__":
@@ -8,6 +9,11 @@ if __name__ == "__main__":
     except ImportError as error:
         from tpimpi.errors import as_ours
 
-        print(f"tpimpi: {as_ours(error)}", file=sys.stderr)
+        print(f"tpimpi: {as_ours(error)}", file=sys.stderr, flush=True)
+        # A rank that leaves before it has joined the others can leave the launcher waiting; join, and end them all.
+        with contextlib.suppress(Exception):
+            from tpimpi.star import connect
+
+            connect().abort(1)
         sys.exit(1)
     main()

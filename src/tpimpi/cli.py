@@ -57,7 +57,6 @@ def _guarded(command: Callable[[list[str], _Place], int], arguments: list[str]) 
         return command(arguments, place)
     except BrokenPipeError:
         code, line, where = 1, "", ""  # whoever read our output has gone; there is nobody to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
     except Exception as error:
         ours = as_ours(error)
         code, line, where = ours.exit_code, str(ours), ours.where or place.name()
@@ -65,9 +64,11 @@ def _guarded(command: Callable[[list[str], _Place], int], arguments: list[str]) 
             traceback.print_exc()
     if line:
         print(f"{where}: {line}", file=sys.stderr, flush=True)
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would try again at its end, and say so
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
     if place.in_job and place.star is not None:
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
         time.sleep(0.2)  # the launcher relays our line; its own banner would else come before or within it
         place.star.abort(code)
     return code
