@@ -132,7 +132,7 @@ def _is_watched_no_more(stream: Path) -> bool:
 
 
 class Input:
-    """Standard input, read on a thread of its own from the start: MPICH ends a job whose rank 0 leaves input lying."""
+    """Standard input, read on a thread of its own from the start: MPICH ends a job whose rank 0 leaves 64 KB lying."""
 
     def __init__(self) -> None:
         self._pieces: queue.Queue[bytes] = queue.Queue()
