@@ -25,7 +25,3 @@ class KVCache:
     def read(self, layer: int, stop: int) -> tuple[F32, F32]:
         """Keys and values of positions [0, stop), each [kv_heads, stop, head_dim]; views, not copies."""
         return self.k[layer, :, :stop], self.v[layer, :, :stop]
-
-    @property
-    def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes

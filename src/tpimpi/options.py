@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from tpimpi import __version__
+from tpimpi.backends import NAMES
 from tpimpi.errors import InputError
 from tpimpi.report import check_writable
 from tpimpi.star import ALLREDUCES, DEFAULT_TIMEOUT
@@ -111,7 +112,7 @@ def run_parser() -> argparse.ArgumentParser:
     group.add_argument("--stop-file", metavar="FILE", help="one such text a line, read by rank 0 alone")
     group.add_argument("--ignore-eos", action="store_true", help="go on past the model's end of text")
     group = parser.add_argument_group("computing")
-    group.add_argument("--backend", default="torch", choices=("torch", "numpy"), help="what computes (default torch)")
+    group.add_argument("--backend", default="torch", choices=NAMES, help="what computes (default torch)")
     group.add_argument(
         "--window",
         default="auto",

@@ -109,7 +109,6 @@ class SliceWriter:
                 # A dataset of no bytes has no place in the file.
                 self._offsets[name] = dataset.get_offset() or 0
             h5py.Dataset(h5py.h5d.open(file.id, b"header"))[...] = header_json
-        self._embedding_shape = embedding
         self._header_hash = xxhash.xxh3_64_intdigest(header_json)
 
     def write(self, index: int, name: str, values: Array) -> None:
