@@ -1,0 +1,334 @@
+// Grouped-query attention for one level: softmax(q k) v, a block of keys at a time (Milakov and Gimelshein 2018; Dao 2022).
+//
+// Queries that read the same KV head are taken together, so that keys and values are read from memory once for them. Two
+// ways: for few queries (decoding) the 16 lanes run along head_dim; for many (prefill) each lane is a query, and elements of
+// keys and values are broadcast to them. The second does 16 lanes' work for any number of queries, and needs no sums across
+// lanes.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+#include "layer.h"
+
+namespace tpimpi {
+namespace {  // each level is compiled with flags of its own: nothing of it may be shared with another
+
+constexpr int kKeys = 64;       // of a block: its keys and values stay in the first cache
+constexpr int kMost = kLanes;   // queries that are taken together
+constexpr float kNone = -3e38f; // the greatest score before there is one: finite, so that no infinity is taken from another
+
+// A query: where it comes from and goes to, and the keys [first, last) that it sees.
+struct Query {
+  const float* q;
+  float* y;
+  int64_t first, last;
+};
+
+// Queries that read one KV head.
+struct Group {
+  Query query[kMost];
+  int count = 0;
+  int64_t first = 0, last = 0;  // the keys that any of them sees
+  int64_t all_first = 0, all_last = 0;  // and that all of them see
+  int64_t kv_head = 0;
+
+  void add(const Query& added) {
+    if (count == 0) {
+      first = all_first = added.first;
+      last = all_last = added.last;
+    }
+    if (added.first < first) first = added.first;
+    if (added.last > last) last = added.last;
+    if (added.first > all_first) all_first = added.first;
+    if (added.last < all_last) all_last = added.last;
+    query[count++] = added;
+  }
+};
+
+// Keys or values of one KV head, in either format.
+template <class S, bool f16>
+struct Rows {
+  static constexpr int kBytes = f16 ? 2 : 4;
+  const uint8_t* data;
+  int64_t head_dim;
+
+  Rows(const void* of, const Attention& a, int64_t kv_head)
+      : data(static_cast<const uint8_t*>(of) + kv_head * a.kv_stride * kBytes), head_dim(a.head_dim) {}
+
+  const uint8_t* at(int64_t row, int64_t column = 0) const { return data + (row * head_dim + column) * kBytes; }
+
+  static typename S::F load(const uint8_t* p) {
+    if constexpr (f16) return S::load_f16(p);
+    return S::load(reinterpret_cast<const float*>(p));
+  }
+  static typename S::F load_some(const uint8_t* p, int64_t n) {
+    if constexpr (f16) return S::load_f16_some(p, n);
+    return S::load_some(reinterpret_cast<const float*>(p), n);
+  }
+
+  // Rows [row, row + n) as f32, [n, head_dim]; in `scratch` unless they are f32 already.
+  const float* widened(int64_t row, int64_t n, float* scratch) const {
+    if constexpr (!f16) return reinterpret_cast<const float*>(at(row));
+    each_run(n * head_dim, [&](int64_t i, int64_t lanes) {
+      const uint8_t* p = at(row) + i * kBytes;
+      S::store(scratch + i, lanes == kLanes ? load(p) : load_some(p, lanes));
+    });
+    return scratch;
+  }
+};
+
+// Many queries: lane t of everything is query t.
+
+struct ManyScratch {
+  float *q, *sums;           // [head_dim][16] each
+  float *scores;             // [kKeys][16]
+  float *rows;               // [kKeys][head_dim], and room for 16 more
+};
+
+// scores [keys][16] of R keys, which are `stride` apart.
+template <class S, int R>
+inline void many_scores(const float* q, const float* k, int64_t head_dim, float* scores) {
+  typename S::F sum[R];
+  for (int r = 0; r < R; ++r) sum[r] = S::zero();
+  for (int64_t i = 0; i < head_dim; ++i) {
+    const auto v = S::load(q + i * kLanes);
+    for (int r = 0; r < R; ++r) sum[r] = S::fma(v, S::set(k[r * head_dim + i]), sum[r]);
+  }
+  for (int r = 0; r < R; ++r) S::store(scores + r * kLanes, sum[r]);
+}
+
+// sums [R][16] = themselves times `rescale` + weights [keys][16] times R columns of v, whose rows are head_dim apart.
+template <class S, int R>
+inline void many_sums(const float* weights, const float* v, int64_t keys, int64_t head_dim, typename S::F rescale, float* sums) {
+  typename S::F sum[R];
+  for (int r = 0; r < R; ++r) sum[r] = S::mul(S::load(sums + r * kLanes), rescale);
+  for (int64_t key = 0; key < keys; ++key) {
+    const auto w = S::load(weights + key * kLanes);
+    for (int r = 0; r < R; ++r) sum[r] = S::fma(w, S::set(v[key * head_dim + r]), sum[r]);
+  }
+  for (int r = 0; r < R; ++r) S::store(sums + r * kLanes, sum[r]);
+}
+
+template <class S, bool f16>
+void attend_many(const Attention& a, const Group& group, const ManyScratch& scratch) {
+  using F = typename S::F;
+  constexpr int R = S::parts;
+  const Rows<S, f16> k(a.k, a, group.kv_head), v(a.v, a, group.kv_head);
+  const int64_t head_dim = a.head_dim;
+  const float scale = 1 / std::sqrt(float(head_dim));
+  for (int64_t i = 0; i < head_dim; ++i)
+    for (int t = 0; t < kLanes; ++t)
+      scratch.q[i * kLanes + t] = t < group.count ? group.query[t].q[i] * scale : 0;
+  std::memset(scratch.sums, 0, size_t(head_dim) * kLanes * sizeof(float));
+
+  F greatest = S::set(kNone), total = S::zero();
+  for (int64_t first = group.first; first < group.last; first += kKeys) {
+    const int64_t keys = group.last - first < kKeys ? group.last - first : kKeys;
+    const float* block = k.widened(first, keys, scratch.rows);
+    int64_t key = 0;
+    for (; key + R <= keys; key += R)
+      many_scores<S, R>(scratch.q, block + key * head_dim, head_dim, scratch.scores + key * kLanes);
+    for (; key < keys; ++key)
+      many_scores<S, 1>(scratch.q, block + key * head_dim, head_dim, scratch.scores + key * kLanes);
+    if (first < group.all_first || first + keys > group.all_last)
+      for (int t = 0; t < group.count; ++t)
+        for (key = 0; key < keys; ++key)
+          if (first + key < group.query[t].first || first + key >= group.query[t].last)
+            scratch.scores[key * kLanes + t] = -INFINITY;
+
+    F greater = greatest;
+    for (key = 0; key < keys; ++key) greater = S::max(greater, S::load(scratch.scores + key * kLanes));
+    const F rescale = exponential<S>(S::sub(greatest, greater));
+    greatest = greater;
+    total = S::mul(total, rescale);
+    for (key = 0; key < keys; ++key) {
+      const F weight = exponential<S>(S::sub(S::load(scratch.scores + key * kLanes), greatest));
+      S::store(scratch.scores + key * kLanes, weight);
+      total = S::add(total, weight);
+    }
+
+    block = v.widened(first, keys, scratch.rows);
+    int64_t i = 0;
+    for (; i + R <= head_dim; i += R)
+      many_sums<S, R>(scratch.scores, block + i, keys, head_dim, rescale, scratch.sums + i * kLanes);
+    for (; i < head_dim; ++i)
+      many_sums<S, 1>(scratch.scores, block + i, keys, head_dim, rescale, scratch.sums + i * kLanes);
+  }
+
+  float totals[kLanes];
+  S::store(totals, total);
+  for (int t = 0; t < group.count; ++t)
+    for (int64_t i = 0; i < head_dim; ++i) group.query[t].y[i] = scratch.sums[i * kLanes + t] / totals[t];
+}
+
+// Few queries: lanes run along head_dim, which is filled up to whole runs of 16.
+
+constexpr int kScores = kKeys + 4;
+
+struct FewScratch {
+  float *q, *sums;     // [kMost][filled] each; filled is head_dim up to a multiple of 16
+  float *scores;       // [S::queries][kScores]
+};
+
+// Of `Q` queries, q [Q][filled], the scores [Q][kScores] of N keys (N is 4 or 1; 4 are written).
+template <class S, bool f16, int Q, int N>
+inline void few_scores(const Rows<S, f16>& k, int64_t row, const float* q, int64_t filled, float* scores) {
+  typename S::F sum[Q][4];
+  for (int t = 0; t < Q; ++t)
+    for (int r = 0; r < 4; ++r) sum[t][r] = S::zero();
+  int64_t i = 0;
+  for (; i + kLanes <= k.head_dim; i += kLanes)
+    for (int r = 0; r < N; ++r) {
+      const auto key = k.load(k.at(row + r, i));
+      for (int t = 0; t < Q; ++t) sum[t][r] = S::fma(key, S::load(q + t * filled + i), sum[t][r]);
+    }
+  if (i < k.head_dim)
+    for (int r = 0; r < N; ++r) {
+      const auto key = k.load_some(k.at(row + r, i), k.head_dim - i);
+      for (int t = 0; t < Q; ++t) sum[t][r] = S::fma(key, S::load(q + t * filled + i), sum[t][r]);
+    }
+  for (int t = 0; t < Q; ++t) S::sums4(sum[t], scores + t * kScores);
+}
+
+// sums [Q][filled] from column i, C runs of 16 columns = themselves times rescale [Q] + weights [Q][kScores] times v. The last
+// run may have `lanes` columns only, where C is 1.
+template <class S, bool f16, int Q, int C>
+inline void few_sums(const Rows<S, f16>& v, int64_t row, int64_t keys, int64_t i, int64_t lanes, const float* weights,
+                     const float* rescale, int64_t filled, float* sums) {
+  typename S::F sum[Q][C];
+  for (int t = 0; t < Q; ++t)
+    for (int c = 0; c < C; ++c) sum[t][c] = S::mul(S::load(sums + t * filled + i + c * kLanes), S::set(rescale[t]));
+  for (int64_t key = 0; key < keys; ++key) {
+    const uint8_t* p = v.at(row + key, i);
+    for (int c = 0; c < C; ++c) {
+      const auto value =
+          C > 1 || lanes == kLanes ? v.load(p + c * kLanes * v.kBytes) : v.load_some(p, lanes);
+      for (int t = 0; t < Q; ++t) sum[t][c] = S::fma(S::set(weights[t * kScores + key]), value, sum[t][c]);
+    }
+  }
+  for (int t = 0; t < Q; ++t)
+    for (int c = 0; c < C; ++c) S::store(sums + t * filled + i + c * kLanes, sum[t][c]);
+}
+
+// Queries [t, t + Q) of a group and a block of keys; `greatest` and `total` [kMost] go from block to block.
+template <class S, bool f16, int Q>
+void few_block(const Rows<S, f16>& k, const Rows<S, f16>& v, const Group& group, int t, int64_t first, int64_t keys,
+               int64_t filled, const FewScratch& scratch, float* greatest, float* total) {
+  const float* q = scratch.q + t * filled;
+  int64_t key = 0;
+  for (; key + 4 <= keys; key += 4) few_scores<S, f16, Q, 4>(k, first + key, q, filled, scratch.scores + key);
+  for (; key < keys; ++key) few_scores<S, f16, Q, 1>(k, first + key, q, filled, scratch.scores + key);
+
+  float rescale[Q];
+  for (int r = 0; r < Q; ++r) {
+    float* scores = scratch.scores + r * kScores;
+    const Query& query = group.query[t + r];
+    // Keys that are not there, or not seen; all up to whole runs of 16.
+    const int64_t seen = query.first > first ? query.first - first : 0;
+    const int64_t end = query.last - first < keys ? query.last - first : keys;
+    for (key = 0; key < seen && key < keys; ++key) scores[key] = -INFINITY;
+    for (key = end > 0 ? end : 0; key < keys || key % kLanes; ++key) scores[key] = -INFINITY;
+
+    auto greater = S::set(greatest[t + r]);
+    for (key = 0; key < keys; key += kLanes) greater = S::max(greater, S::load(scores + key));
+    float lanes[kLanes], most = kNone;
+    S::store(lanes, greater);
+    for (float lane : lanes) most = lane > most || lane != lane ? lane : most;
+    const auto now = S::set(most);
+    S::store(lanes, exponential<S>(S::sub(S::set(greatest[t + r]), now)));
+    rescale[r] = lanes[0];
+    greatest[t + r] = most;
+    typename S::F sum[4] = {S::zero(), S::zero(), S::zero(), S::zero()};
+    for (key = 0; key < keys; key += kLanes) {
+      const auto weight = exponential<S>(S::sub(S::load(scores + key), now));
+      S::store(scores + key, weight);
+      sum[0] = S::add(sum[0], weight);
+    }
+    float sums[4];
+    S::sums4(sum, sums);
+    total[t + r] = total[t + r] * rescale[r] + sums[0];
+  }
+
+  float* sums = scratch.sums + t * filled;
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= v.head_dim; i += 4 * kLanes)
+    few_sums<S, f16, Q, 4>(v, first, keys, i, kLanes, scratch.scores, rescale, filled, sums);
+  for (; i + kLanes <= v.head_dim; i += kLanes)
+    few_sums<S, f16, Q, 1>(v, first, keys, i, kLanes, scratch.scores, rescale, filled, sums);
+  if (i < v.head_dim) few_sums<S, f16, Q, 1>(v, first, keys, i, v.head_dim - i, scratch.scores, rescale, filled, sums);
+}
+
+constexpr int64_t filled_up(int64_t size) { return divided_up(size, kLanes) * kLanes; }
+
+template <class S, bool f16>
+void attend_few(const Attention& a, const Group& group, const FewScratch& scratch) {
+  using Block = void (*)(const Rows<S, f16>&, const Rows<S, f16>&, const Group&, int, int64_t, int64_t, int64_t,
+                         const FewScratch&, float*, float*);
+  const Rows<S, f16> k(a.k, a, group.kv_head), v(a.v, a, group.kv_head);
+  const int64_t head_dim = a.head_dim, filled = filled_up(head_dim);
+  const float scale = 1 / std::sqrt(float(head_dim));
+  float greatest[kMost], total[kMost];
+  for (int t = 0; t < group.count; ++t) {
+    for (int64_t i = 0; i < filled; ++i) {
+      scratch.q[t * filled + i] = i < head_dim ? group.query[t].q[i] * scale : 0;
+      scratch.sums[t * filled + i] = 0;
+    }
+    greatest[t] = kNone;
+    total[t] = 0;
+  }
+  static constexpr Block blocks[] = {few_block<S, f16, 1>, few_block<S, f16, S::queries >= 2 ? 2 : 1>,
+                                     few_block<S, f16, S::queries >= 3 ? 3 : 1>, few_block<S, f16, S::queries >= 4 ? 4 : 1>};
+  for (int64_t first = group.first; first < group.last; first += kKeys) {
+    const int64_t keys = group.last - first < kKeys ? group.last - first : kKeys;
+    for (int t = 0, n; t < group.count; t += n) {
+      n = group.count - t < S::queries ? group.count - t : S::queries;
+      blocks[n - 1](k, v, group, t, first, keys, filled, scratch, greatest, total);
+    }
+  }
+  for (int t = 0; t < group.count; ++t)
+    for (int64_t i = 0; i < head_dim; ++i) group.query[t].y[i] = scratch.sums[t * filled + i] / total[t];
+}
+
+// From so many queries on, the second way is faster.
+constexpr int kMany = 7;
+
+template <class S>
+int64_t attention_scratch(const Attention& a) {
+  const int64_t many = (2 * a.head_dim + kKeys) * kLanes + kKeys * a.head_dim + kLanes;
+  const int64_t few = 2 * kMost * filled_up(a.head_dim) + S::queries * kScores;
+  return (many > few ? many : few) + kLanes;  // and room to begin at a line
+}
+
+template <class S, bool f16>
+void attention_of(const Attention& a, int64_t first, int64_t last, float* scratch) {
+  while (reinterpret_cast<uintptr_t>(scratch) % kLine) ++scratch;
+  const ManyScratch many = {scratch, scratch + a.head_dim * kLanes, scratch + 2 * a.head_dim * kLanes,
+                            scratch + (2 * a.head_dim + kKeys) * kLanes};
+  const int64_t filled = filled_up(a.head_dim);
+  const FewScratch few = {scratch, scratch + kMost * filled, scratch + 2 * kMost * filled};
+  for (int64_t item = first; item < last;) {
+    Group group;
+    group.kv_head = a.q_to_kv[item / a.n];
+    for (; item < last && group.count < kMost && a.q_to_kv[item / a.n] == group.kv_head; ++item) {
+      const int64_t head = item / a.n, n = item % a.n, end = a.start + n + 1, at = (n * a.heads + head) * a.head_dim;
+      group.add({a.q + at, a.y + at, a.window && end > a.window ? end - a.window : 0, end});
+    }
+    if (group.count < kMany)
+      attend_few<S, f16>(a, group, few);
+    else
+      attend_many<S, f16>(a, group, many);
+  }
+}
+
+template <class S>
+void attention(const Attention& a, int64_t first, int64_t last, float* scratch) {
+  if (a.f16)
+    attention_of<S, true>(a, first, last, scratch);
+  else
+    attention_of<S, false>(a, first, last, scratch);
+}
+
+}  // namespace
+}  // namespace tpimpi

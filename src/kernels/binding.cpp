@@ -1,0 +1,140 @@
+// tpimpi._native: hands NumPy's buffers to the kernels. It checks shapes and releases the GIL; see backends/native.py.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+
+#include "session.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace tpimpi;
+
+namespace {
+
+template <class... Traits>
+using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu, Traits...>;
+using Result = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
+using Cached = nb::ndarray<nb::ndim<3>, nb::device::cpu, nb::ro>;
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void check(bool fits, const char* what) {
+  if (!fits) throw nb::value_error(what);
+}
+
+const Level& level_called(const std::string& name) {
+  int count;
+  const Level* const* all = levels(&count);
+  for (int i = 0; i < count; ++i)
+    if (name.empty() || name == all[i]->name) return *all[i];
+  throw nb::value_error(("this processor has no level " + name).c_str());
+}
+
+std::vector<std::string> level_names() {
+  int count;
+  const Level* const* all = levels(&count);
+  std::vector<std::string> names;
+  for (int i = 0; i < count; ++i) names.emplace_back(all[i]->name);
+  return names;
+}
+
+void linear(Session& session, int format, int64_t rows, int64_t columns, const Bytes& data, const Floats<nb::ndim<2>>& x,
+            std::optional<Floats<nb::ndim<1>>> bias, const Result& y) {
+  check(format >= 0 && format <= int(Format::q4_1), "format is unknown");
+  check(rows >= 0 && columns >= 0, "rows and columns may not be negative");
+  const Matrix w{Format(format), rows, columns, data.data()};
+  check(int64_t(data.size()) == divided_up(rows, kPanelRows) * panel_bytes(w.format, columns), "weights have another size");
+  check(int64_t(x.shape(1)) == columns, "x has another number of columns than the weights");
+  check(y.ndim() == 2 && y.shape(0) == x.shape(0) && int64_t(y.shape(1)) == rows, "y must be [positions, rows]");
+  check(!bias || int64_t(bias->size()) == rows, "bias must be [rows]");
+  nb::gil_scoped_release free;
+  session.linear(w, int64_t(x.shape(0)), x.data(), bias ? bias->data() : nullptr, y.data());
+}
+
+void rms_norm(Session& session, const Floats<>& x, const Floats<nb::ndim<1>>& weight, float eps, const Result& y) {
+  check(x.ndim() > 0 && x.shape(x.ndim() - 1) == weight.size(), "x must be [..., size], weight [size]");
+  check(y.size() == x.size(), "y must have the shape of x");
+  const int64_t size = int64_t(weight.size());
+  nb::gil_scoped_release free;
+  session.rms_norm(size ? int64_t(x.size()) / size : 0, size, x.data(), weight.data(), eps, y.data());
+}
+
+void rope(Session& session, const Floats<nb::ndim<3>>& x, const Floats<nb::ndim<2>>& cos, const Floats<nb::ndim<2>>& sin,
+          const Result& y) {
+  check(cos.shape(0) == x.shape(0) && 2 * cos.shape(1) == x.shape(2), "cos must be [n, head_dim / 2]");
+  check(sin.shape(0) == cos.shape(0) && sin.shape(1) == cos.shape(1), "sin must have the shape of cos");
+  check(y.size() == x.size(), "y must have the shape of x");
+  nb::gil_scoped_release free;
+  session.rope(int64_t(x.shape(0)), int64_t(x.shape(1)), int64_t(x.shape(2)), x.data(), cos.data(), sin.data(), y.data());
+}
+
+void swiglu(Session& session, const Floats<>& gate, const Floats<>& up, const Result& y) {
+  check(gate.size() == up.size() && gate.size() == y.size(), "gate, up and y must have one shape");
+  nb::gil_scoped_release free;
+  session.swiglu(int64_t(gate.size()), gate.data(), up.data(), y.data());
+}
+
+void attention(Session& session, const Floats<nb::ndim<3>>& q, const Cached& k, const Cached& v,
+               const std::vector<int64_t>& q_to_kv, int64_t start, int64_t window, const Result& y) {
+  const bool f16 = k.dtype() == nb::dlpack::dtype{uint8_t(nb::dlpack::dtype_code::Float), 16, 1};
+  check(f16 || k.dtype() == nb::dtype<float>(), "k must be f16 or f32");
+  check(v.dtype() == k.dtype(), "k and v must be of one type");
+  for (int i = 0; i < 3; ++i) check(k.shape(i) == v.shape(i) && k.stride(i) == v.stride(i), "k and v must be laid out alike");
+  check(k.shape(2) == q.shape(2), "q and k must have one head_dim");
+  check(k.stride(2) == 1 && k.stride(1) == int64_t(k.shape(2)), "the positions of a KV head must be contiguous");
+  check(int64_t(k.shape(1)) == start + int64_t(q.shape(0)) && start >= 0, "k must be [kv_heads, start + n, head_dim]");
+  check(q_to_kv.size() == q.shape(1), "q_to_kv must name a KV head for each query head");
+  for (int64_t head : q_to_kv) check(head >= 0 && head < int64_t(k.shape(0)), "q_to_kv names a KV head that is not there");
+  check(window >= 0, "window may not be negative");
+  check(y.size() == q.size(), "y must have the shape of q");
+  const Attention a{int64_t(q.shape(0)), int64_t(q.shape(1)), int64_t(q.shape(2)), start, window, q.data(), k.data(),
+                    v.data(), f16, k.stride(0), q_to_kv.data(), y.data()};
+  nb::gil_scoped_release free;
+  session.attention(a);
+}
+
+bool quantize(Session& session, int format, const Floats<nb::ndim<2>>& values,
+              const nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>& out) {
+  check(format >= int(Format::q8_0) && format <= int(Format::q4_1), "format must be a quantized one");
+  check(values.shape(1) % kBlock == 0, "columns must be a multiple of 32");
+  const int64_t blocks = int64_t(values.size()) / kBlock;
+  check(out.shape(0) == values.shape(0) && int64_t(out.size()) == blocks * block_bytes(Format(format)), "out has another size");
+  nb::gil_scoped_release free;
+  return session.quantize(Format(format), blocks, values.data(), out.data());
+}
+
+uint64_t read_all(Session& session, const Bytes& data) {
+  nb::gil_scoped_release free;
+  return session.read(data.data(), int64_t(data.size()));
+}
+
+double multiply_peak(Session& session, int format, double seconds) {
+  check(format >= 0 && format <= int(Format::q4_1), "format is unknown");
+  nb::gil_scoped_release free;
+  return session.multiply_peak(Format(format), seconds);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.def("levels", &level_names, "Levels (instruction sets) that this build has and this processor runs, best first.");
+  nb::class_<Session>(m, "Session")
+      .def("__init__", [](Session* self, const std::string& level, int threads) {
+             check(threads >= 1, "threads must be 1 or more");
+             new (self) Session(level_called(level), threads);
+           }, "level"_a, "threads"_a)
+      .def_prop_ro("level", [](const Session& self) { return std::string(self.level().name); })
+      .def_prop_ro("threads", &Session::threads)
+      .def("linear", &linear, "format"_a, "rows"_a, "columns"_a, "data"_a, "x"_a, "bias"_a.none(), "y"_a)
+      .def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "y"_a)
+      .def("rope", &rope, "x"_a, "cos"_a, "sin"_a, "y"_a)
+      .def("swiglu", &swiglu, "gate"_a, "up"_a, "y"_a)
+      .def("attention", &attention, "q"_a, "k"_a, "v"_a, "q_to_kv"_a, "start"_a, "window"_a, "y"_a)
+      .def("quantize", &quantize, "format"_a, "values"_a, "out"_a, "False where a value is not finite.")
+      .def("read", &read_all, "data"_a, "Read all of data, with all threads, and return the sum of its 8-byte words.")
+      .def("multiply_peak", &multiply_peak, "format"_a, "seconds"_a,
+           "Operations a second (a product and a sum are two) of one thread that multiplies numbers in registers.");
+}

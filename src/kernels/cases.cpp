@@ -1,0 +1,154 @@
+// Runs the kernels of every level that this processor has on cases from a file, for tests/test_kernels.py: with sanitizers,
+// which see an access beyond an array because each is allocated with its exact size; and on other processors, emulated.
+//
+//     cases INPUT OUTPUT
+//
+// Input: cases one after another, all numbers little-endian int64. A case: operation; number of parameters, parameters; number
+// of arrays, and each as its bytes' number and the bytes; number of bytes of the result. Output: for each level the length of
+// its name, its name, and the results, one after another.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+
+using namespace tpimpi;
+
+namespace {
+
+[[noreturn]] void fail(const char* what) {
+  std::fprintf(stderr, "cases: %s\n", what);
+  std::exit(1);
+}
+
+// Memory of exactly so many bytes; what is not written to is 0xff, a NaN.
+struct Buffer {
+  explicit Buffer(int64_t bytes) : size(bytes), data(static_cast<uint8_t*>(std::malloc(size_t(bytes))), std::free) {
+    if (bytes > 0) std::memset(data.get(), 0xff, size_t(bytes));
+  }
+
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(data.get());
+  }
+
+  int64_t size;
+  std::unique_ptr<uint8_t, void (*)(void*)> data;
+};
+
+enum Operation { kLinear, kRmsNorm, kRope, kSwiglu, kAttention, kToF16, kQuantize, kRead };
+
+struct Case {
+  int64_t operation;
+  std::vector<int64_t> parameters;
+  std::vector<Buffer> arrays;
+  int64_t result_bytes;
+
+  const float* floats(size_t i) const { return arrays.at(i).as<const float>(); }
+};
+
+// Call work(first, last) for `parts` runs of [0, items).
+template <class Work>
+void in_parts(int64_t parts, int64_t items, Work work) {
+  for (int64_t i = 0; i < parts; ++i) work(items * i / parts, items * (i + 1) / parts);
+}
+
+void run(const Level& level, const Case& c, const Buffer& result) {
+  const auto& p = c.parameters;
+  float* y = result.as<float>();
+  switch (c.operation) {
+    case kLinear: {  // format, rows, columns, positions, parts; data, x, and bias or nothing
+      const Matrix w{Format(p.at(0)), p.at(1), p.at(2), c.arrays.at(0).as<const uint8_t>()};
+      const Buffer prepared(level.prepared_words(w.format, w.columns) * 4 * p.at(3));
+      level.prepare(w.format, w.columns, p[3], c.floats(1), prepared.as<uint8_t>());
+      in_parts(p.at(4), divided_up(w.rows, kPanelRows), [&](int64_t first, int64_t last) {
+        level.multiply(w, first, last, p[3], prepared.as<const uint8_t>(), c.arrays.at(2).size ? c.floats(2) : nullptr, y);
+      });
+      return;
+    }
+    case kRmsNorm: {  // rows, size, whether in place; x, weight, eps
+      if (p.at(2)) std::memcpy(y, c.floats(0), size_t(result.size));
+      return level.rms_norm(p.at(0), p.at(1), p[2] ? y : c.floats(0), c.floats(1), *c.floats(2), y);
+    }
+    case kRope: {  // n, heads, head_dim, whether in place; x, cos, sin
+      if (p.at(3)) std::memcpy(y, c.floats(0), size_t(result.size));
+      return level.rope(p.at(0), p.at(1), p.at(2), p[3] ? y : c.floats(0), c.floats(1), c.floats(2), y);
+    }
+    case kSwiglu: {  // size, which array is the result's too (2: neither); gate, up
+      if (p.at(1) < 2) std::memcpy(y, c.floats(size_t(p[1])), size_t(result.size));
+      return level.swiglu(p.at(0), p[1] == 0 ? y : c.floats(0), p[1] == 1 ? y : c.floats(1), y);
+    }
+    case kAttention: {  // n, heads, head_dim, start, window, whether f16, kv_stride, parts; q, k, v, q_to_kv
+      const Attention a{p.at(0), p.at(1), p.at(2), p.at(3), p.at(4), c.floats(0), c.floats(1), c.floats(2), p.at(5) != 0,
+                        p.at(6), c.arrays.at(3).as<const int64_t>(), y};
+      const Buffer scratch(level.attention_scratch(a) * 4);
+      in_parts(p.at(7), a.n * a.heads, [&](int64_t first, int64_t last) { level.attention(a, first, last, scratch.as<float>()); });
+      return;
+    }
+    case kToF16:  // size; x
+      return level.to_f16(p.at(0), c.floats(0), result.as<uint16_t>());
+    case kQuantize:  // format, blocks; x
+      if (!level.quantize(Format(p.at(0)), p.at(1), c.floats(0), result.as<uint8_t>()))
+        std::memset(result.as<uint8_t>(), 0xff, size_t(result.size));
+      return;
+    case kRead: {  // bytes; data
+      const uint64_t sum = level.read(c.arrays.at(0).as<const uint8_t>(), p.at(0));
+      std::memcpy(result.as<uint8_t>(), &sum, sizeof sum);
+      return;
+    }
+  }
+  fail("an operation is unknown");
+}
+
+bool read_int(std::FILE* file, int64_t& value) { return std::fread(&value, 8, 1, file) == 1; }
+
+int64_t read_count(std::FILE* file) {
+  int64_t value;
+  if (!read_int(file, value) || value < 0) fail("the input ends early");
+  return value;
+}
+
+std::vector<Case> read_cases(const char* path) {
+  std::FILE* file = std::fopen(path, "rb");
+  if (!file) fail("cannot open the input");
+  std::vector<Case> cases;
+  for (int64_t operation; read_int(file, operation);) {
+    Case c{operation, std::vector<int64_t>(size_t(read_count(file))), {}, 0};
+    for (auto& parameter : c.parameters) parameter = read_count(file);
+    const int64_t arrays = read_count(file);
+    for (int64_t i = 0; i < arrays; ++i) {
+      const Buffer& array = c.arrays.emplace_back(read_count(file));
+      if (std::fread(array.as<uint8_t>(), 1, size_t(array.size), file) != size_t(array.size)) fail("the input ends early");
+    }
+    c.result_bytes = read_count(file);
+    cases.push_back(std::move(c));
+  }
+  std::fclose(file);
+  return cases;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 3) fail("give an input and an output file");
+  const std::vector<Case> cases = read_cases(argv[1]);
+  std::FILE* out = std::fopen(argv[2], "wb");
+  if (!out) fail("cannot open the output");
+  int count;
+  const Level* const* all = levels(&count);
+  for (int i = 0; i < count; ++i) {
+    const Level& level = *all[i];
+    const int64_t length = int64_t(std::strlen(level.name));
+    bool written = std::fwrite(&length, 8, 1, out) == 1 && std::fwrite(level.name, size_t(length), 1, out) == 1;
+    for (const Case& c : cases) {
+      const Buffer result(c.result_bytes);
+      run(level, c, result);
+      written &= std::fwrite(result.as<uint8_t>(), 1, size_t(result.size), out) == size_t(result.size);
+    }
+    if (!written) fail("cannot write the output");
+  }
+  if (std::fclose(out) != 0) fail("cannot write the output");
+}

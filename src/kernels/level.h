@@ -1,0 +1,39 @@
+// The table of one level, made from its SIMD layer.
+//
+// A level's table is the only thing that its object file shows to the linker, and is a constant: nothing of a level runs
+// before it is chosen.
+#pragma once
+
+#include "attention.h"
+#include "kernels.h"
+#include "layer.h"
+#include "limits.h"
+#include "linear.h"
+#include "quantize.h"
+
+namespace tpimpi {
+namespace {  // each level is compiled with flags of its own: nothing of it may be shared with another
+
+template <class S>
+constexpr Level level_of() {
+  return {.name = S::name,
+          .prepared_words = prepared_words,
+          .prepare = prepare<S>,
+          .multiply = multiply<S>,
+          .rms_norm = rms_norm<S>,
+          .rope = rope<S>,
+          .swiglu = swiglu<S>,
+          .attention = attention<S>,
+          .attention_scratch = attention_scratch<S>,
+          .to_f16 = to_f16<S>,
+          .quantize = quantize,
+          .read = read,
+          .multiply_round = multiply_round<S>};
+}
+
+}  // namespace
+
+// Those that are built for this processor's architecture.
+extern const Level kAvx512Bf16, kAvx512, kAvx2, kNeonDot, kNeon, kPortable;
+
+}  // namespace tpimpi

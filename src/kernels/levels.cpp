@@ -1,0 +1,53 @@
+// The choice of a level by what this processor can do.
+#include <cstddef>
+
+#include "kernels.h"
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
+namespace tpimpi {
+
+extern const Level kAvx512Bf16, kAvx512, kAvx2, kNeonDot, kNeon, kPortable;
+
+namespace {
+
+struct Found {
+  const Level* levels[4];
+  int count = 0;
+
+  Found() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512vnni");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) add(kAvx512Bf16);
+    if (avx512) add(kAvx512);
+    if (avx2) add(kAvx2);
+#elif defined(__aarch64__)
+#if defined(__APPLE__)
+    add(kNeonDot);
+#elif defined(__linux__)
+    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) add(kNeonDot);
+#endif
+    add(kNeon);
+#endif
+    add(kPortable);
+  }
+
+  void add(const Level& level) { levels[count++] = &level; }
+};
+
+}  // namespace
+
+const Level* const* levels(int* count) {
+  static const Found found;
+  *count = found.count;
+  return found.levels;
+}
+
+}  // namespace tpimpi

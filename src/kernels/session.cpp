@@ -1,0 +1,104 @@
+#include "session.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+
+namespace tpimpi {
+namespace {
+
+// Operations below which another thread costs more time than it saves: it takes about 2 us to call one.
+constexpr int64_t kWorthAThread = 1 << 18;
+
+}  // namespace
+
+Session::Session(const Level& level, int threads) : level_(level), pool_(threads) {}
+
+int Session::parts(int64_t items, int64_t work) const {
+  return int(std::max<int64_t>(1, std::min({int64_t(threads()), items, work / kWorthAThread})));
+}
+
+template <class Work>
+void Session::deal(int parts, int64_t items, Work work) {
+  if (parts == 1) return work(0, int64_t(0), items);
+  pool_.run(parts, [&](int part) { work(part, items * part / parts, items * (part + 1) / parts); });
+}
+
+uint8_t* Session::scratch(int64_t bytes) {
+  if (bytes > scratch_bytes_) {
+    scratch_.reset();
+    scratch_.reset(new uint8_t[size_t(bytes) + kLine]);
+    scratch_bytes_ = bytes;
+  }
+  const auto address = reinterpret_cast<uintptr_t>(scratch_.get());
+  return reinterpret_cast<uint8_t*>((address + kLine - 1) / kLine * kLine);
+}
+
+void Session::linear(const Matrix& w, int64_t positions, const float* x, const float* bias, float* y) {
+  const int64_t panels = divided_up(w.rows, kPanelRows);
+  uint8_t* prepared = scratch(level_.prepared_words(w.format, w.columns) * 4 * positions);
+  level_.prepare(w.format, w.columns, positions, x, prepared);
+  deal(parts(panels, w.rows * w.columns * positions), panels, [&](int, int64_t first, int64_t last) {
+    level_.multiply(w, first, last, positions, prepared, bias, y);
+  });
+}
+
+void Session::attention(const Attention& a) {
+  const int64_t items = a.heads * a.n, own = divided_up(level_.attention_scratch(a), kLine / 4) * (kLine / 4);
+  const int count = parts(items, items * (a.start + a.n) * a.head_dim * 2);
+  float* memory = reinterpret_cast<float*>(scratch(own * 4 * count));
+  deal(count, items, [&](int part, int64_t first, int64_t last) { level_.attention(a, first, last, memory + part * own); });
+}
+
+void Session::rms_norm(int64_t rows, int64_t size, const float* x, const float* weight, float eps, float* y) {
+  deal(parts(rows, rows * size * 4), rows, [&](int, int64_t first, int64_t last) {
+    level_.rms_norm(last - first, size, x + first * size, weight, eps, y + first * size);
+  });
+}
+
+void Session::rope(int64_t n, int64_t heads, int64_t head_dim, const float* x, const float* cos, const float* sin, float* y) {
+  const int64_t size = heads * head_dim, half = head_dim / 2;
+  deal(parts(n, n * size * 4), n, [&](int, int64_t first, int64_t last) {
+    level_.rope(last - first, heads, head_dim, x + first * size, cos + first * half, sin + first * half, y + first * size);
+  });
+}
+
+void Session::swiglu(int64_t size, const float* gate, const float* up, float* y) {
+  deal(parts(size, size * 16), size, [&](int, int64_t first, int64_t last) {
+    level_.swiglu(last - first, gate + first, up + first, y + first);
+  });
+}
+
+bool Session::quantize(Format format, int64_t blocks, const float* x, uint8_t* out) {
+  std::atomic<bool> finite{true};
+  deal(parts(blocks / 16, blocks * 10000), blocks, [&](int, int64_t first, int64_t last) {
+    if (!level_.quantize(format, last - first, x + first * kBlock, out + first * block_bytes(format))) finite = false;
+  });
+  return finite;
+}
+
+uint64_t Session::read(const uint8_t* data, int64_t bytes) {
+  constexpr int64_t kPiece = 256;
+  const int64_t pieces = bytes / kPiece;
+  std::atomic<uint64_t> sum{0};
+  deal(parts(pieces, bytes), pieces, [&](int, int64_t first, int64_t last) {
+    sum += level_.read(data + first * kPiece, (last - first) * kPiece);
+  });
+  return sum;
+}
+
+double Session::multiply_peak(Format format, double seconds) const {
+  using Clock = std::chrono::steady_clock;
+  constexpr int64_t kRounds = 20000;
+  float sink;
+  double best = 0;
+  const auto until = Clock::now() + std::chrono::duration<double>(seconds);
+  while (Clock::now() < until) {  // the best of many short runs: the rest was somebody else's
+    const auto began = Clock::now();
+    const int64_t operations = level_.multiply_round(format, kRounds, &sink);
+    best = std::max(best, double(operations) / std::chrono::duration<double>(Clock::now() - began).count());
+  }
+  return best;
+}
+
+}  // namespace tpimpi

@@ -1,0 +1,125 @@
+// 16 lanes by AVX2, FMA and F16C, two registers of 8 each. See simd_portable.h for what each function means.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace tpimpi {
+namespace {  // each level is compiled with flags of its own: nothing of it may be shared with another
+
+struct Avx2 {
+  static constexpr const char* name = "avx2";
+  static constexpr int together = 6;
+  static constexpr int parts = 4;
+  static constexpr int queries = 1;
+  static constexpr int kQ8Offset = 0;  // dot_u8 makes the weights signed
+
+  struct F { __m256 a, b; };
+  struct I { __m256i a, b; };
+  struct W { __m256i a, b; };
+
+  static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+  static F set(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
+  static F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static void store(float* p, F v) {
+    _mm256_storeu_ps(p, v.a);
+    _mm256_storeu_ps(p + 8, v.b);
+  }
+  static F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+  static F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+  static F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+  static F div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+  static F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+  static F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+  static F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+
+  static F round(F v) { return {_mm256_round_ps(v.a, kNearest), _mm256_round_ps(v.b, kNearest)}; }
+  static F scale2(F v, F n) { return {scale2(v.a, n.a), scale2(v.b, n.b)}; }
+
+  static F load_some(const float* p, int64_t n) {
+    float lanes[16] = {};
+    std::memcpy(lanes, p, size_t(n) * 4);
+    return load(lanes);
+  }
+  static void store_some(float* p, F v, int64_t n) {
+    float lanes[16];
+    store(lanes, v);
+    std::memcpy(p, lanes, size_t(n) * 4);
+  }
+
+  static F load_f16(const uint8_t* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
+  }
+  static F load_f16_some(const uint8_t* p, int64_t n) {
+    uint8_t lanes[32] = {};
+    std::memcpy(lanes, p, size_t(n) * 2);
+    return load_f16(lanes);
+  }
+  static void store_f16(uint16_t* p, F v) {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v.a, kNearest));
+    _mm_storeu_si128((__m128i*)p + 1, _mm256_cvtps_ph(v.b, kNearest));
+  }
+
+  static void sums4(const F* v, float* out) {
+    const __m256 first = _mm256_hadd_ps(_mm256_add_ps(v[0].a, v[0].b), _mm256_add_ps(v[1].a, v[1].b));
+    const __m256 second = _mm256_hadd_ps(_mm256_add_ps(v[2].a, v[2].b), _mm256_add_ps(v[3].a, v[3].b));
+    const __m256 all = _mm256_hadd_ps(first, second);
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+  }
+
+  static I set_int(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
+  static F to_float(I v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
+
+  static W load_line(const uint8_t* p) {
+    return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
+  }
+  static W low_nibbles(W w) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(w.a, mask), _mm256_and_si256(w.b, mask)};
+  }
+  static W high_nibbles(W w) { return low_nibbles({_mm256_srli_epi16(w.a, 4), _mm256_srli_epi16(w.b, 4)}); }
+  static F as_float(W w) { return {_mm256_castsi256_ps(w.a), _mm256_castsi256_ps(w.b)}; }
+
+  static I dot_u4(I sum, W w, const int32_t* x) {
+    const __m256i xs = _mm256_set1_epi32(*x);
+    return {add_products(sum.a, w.a, xs), add_products(sum.b, w.b, xs)};
+  }
+  // The instruction multiplies unsigned by signed and saturates sums of two in 16 bits: |w| and x with the sign of w stay
+  // within them (2 * 128 * 127), while w + 128 would not.
+  static I dot_u8(I sum, W w, const int32_t* x) {
+    const __m256i xs = _mm256_set1_epi32(*x), sign = _mm256_set1_epi8(-128);
+    const __m256i a = _mm256_xor_si256(w.a, sign), b = _mm256_xor_si256(w.b, sign);
+    return {add_products(sum.a, _mm256_abs_epi8(a), _mm256_sign_epi8(xs, a)),
+            add_products(sum.b, _mm256_abs_epi8(b), _mm256_sign_epi8(xs, b))};
+  }
+
+  static F dot_bf16(F sum, W w, const int32_t* x) {
+    const __m256i high = _mm256_set1_epi32(int32_t(0xffff0000)), xs = _mm256_set1_epi32(*x);
+    const __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(xs, 16));
+    const __m256 second = _mm256_castsi256_ps(_mm256_and_si256(xs, high));
+    const W low = {_mm256_slli_epi32(w.a, 16), _mm256_slli_epi32(w.b, 16)};
+    sum = fma(as_float(low), {first, first}, sum);
+    return fma(as_float({_mm256_and_si256(w.a, high), _mm256_and_si256(w.b, high)}), {second, second}, sum);
+  }
+
+  static void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+
+ private:
+  static constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+
+  static __m256i add_products(__m256i sum, __m256i w, __m256i x) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+  }
+  static __m256 scale2(__m256 v, __m256 n) {  // in two steps: 2^n itself may be out of range
+    const __m256i power = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(power, 1);
+    return _mm256_mul_ps(_mm256_mul_ps(v, power_of_2(half)), power_of_2(_mm256_sub_epi32(power, half)));
+  }
+  static __m256 power_of_2(__m256i n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+  }
+};
+
+}  // namespace
+}  // namespace tpimpi

@@ -1,0 +1,99 @@
+// 16 lanes by AVX-512 (F, BW, DQ, VL, VNNI), and BF16 where the compiler is allowed it. See simd_portable.h for what each
+// function means.
+#pragma once
+
+// GCC 12 warns of its own intrinsics (its bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include <cstdint>
+#include <cstring>
+
+namespace tpimpi {
+namespace {  // each level is compiled with flags of its own: nothing of it may be shared with another
+
+struct Avx512 {
+#ifdef __AVX512BF16__
+  static constexpr const char* name = "avx512-bf16";
+#else
+  static constexpr const char* name = "avx512";
+#endif
+  static constexpr int together = 16;     // positions whose sums fit the registers
+  static constexpr int parts = 8;         // and of how many the parts of a block beside them
+  static constexpr int queries = 4;       // of attention, whose sums with 4 keys fit the registers
+  static constexpr int kQ8Offset = 128;   // dot_u8 takes weights as they are stored: q + 128
+
+  using F = __m512;   // 16 f32
+  using I = __m512i;  // 16 int32
+  using W = __m512i;  // a line: 16 words of 4 bytes
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set(float v) { return _mm512_set1_ps(v); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+
+  static F round(F v) { return _mm512_roundscale_ps(v, kNearest); }
+  static F scale2(F v, F n) { return _mm512_scalef_ps(v, n); }
+
+  static F load_some(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
+  static void store_some(float* p, F v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
+
+  static F load_f16(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+  static F load_f16_some(const uint8_t* p, int64_t n) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
+  }
+  static void store_f16(uint16_t* p, F v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, kNearest)); }
+
+  static void sums4(const F* v, float* out) {
+    const __m256 all = pairs(pairs(folded(v[0]), folded(v[2])), pairs(folded(v[1]), folded(v[3])));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+  }
+
+  static I set_int(int32_t v) { return _mm512_set1_epi32(v); }
+  static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+
+  static W load_line(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static W low_nibbles(W w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
+  static W high_nibbles(W w) { return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(15)); }
+  static F as_float(W w) { return _mm512_castsi512_ps(w); }
+
+  // Each lane: sum + the four bytes of w (unsigned) times the four bytes of x (signed).
+  static I dot(I sum, W w, const int32_t* x) { return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(*x)); }
+  static I dot_u4(I sum, W w, const int32_t* x) { return dot(sum, w, x); }
+  static I dot_u8(I sum, W w, const int32_t* x) { return dot(sum, w, x); }
+
+  // Each lane: sum + the two bf16 of w times the two of x.
+  static F dot_bf16(F sum, W w, const int32_t* x) {
+#ifdef __AVX512BF16__
+    return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(*x));
+#else
+    const I xs = _mm512_set1_epi32(*x);
+    const I high = _mm512_set1_epi32(int32_t(0xffff0000));
+    sum = fma(as_float(_mm512_slli_epi32(w, 16)), as_float(_mm512_slli_epi32(xs, 16)), sum);
+    return fma(as_float(_mm512_and_si512(w, high)), as_float(_mm512_and_si512(xs, high)), sum);
+#endif
+  }
+
+  static void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+
+ private:
+  static constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+
+  static __mmask16 first(int64_t n) { return __mmask16((1 << n) - 1); }
+  static __m256 folded(F v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+  // In each half: a0 + a2, b0 + b2, a1 + a3, b1 + b3.
+  static __m256 pairs(__m256 a, __m256 b) { return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); }
+};
+
+}  // namespace
+}  // namespace tpimpi

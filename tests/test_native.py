@@ -1,0 +1,208 @@
+"""The extension's kernels against their NumPy twins, at every level that this processor runs, and what the binding refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tpimpi.backends import load_backend
+from tpimpi.backends.native import NativeBackend, quantize
+from tpimpi.errors import InputError
+from tpimpi.formats import WEIGHT_FORMATS, Matrix, encode, pack, packed_bytes, values
+from tpimpi.quantize import quantize as twin_quantize
+
+native = pytest.importorskip("tpimpi._native", reason="tpimpi was installed without its native kernels")
+LEVELS = native.levels()
+TWIN = load_backend("numpy", 1)
+BACKENDS = {level: NativeBackend(1, level) for level in LEVELS}
+
+
+def matrix(random: np.random.Generator, fmt: str, rows: int, columns: int) -> Matrix:
+    return pack(encode(random.standard_normal((rows, columns), dtype=np.float32), fmt), fmt, columns)
+
+
+def assert_same(found: np.ndarray, expected: np.ndarray, size: float, what: str = "") -> None:
+    """Equal to within rounding, where numbers of about `size` were summed."""
+    assert found.shape == expected.shape and found.dtype == np.float32
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(expected), err_msg=what)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6 * size, err_msg=what)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@settings(max_examples=60, deadline=None)
+@given(
+    fmt=st.sampled_from(WEIGHT_FORMATS),
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 200),
+    positions=st.integers(1, 40),
+    bias=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_linear(level: str, fmt: str, rows: int, columns: int, positions: int, bias: bool, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    w, x = matrix(random, fmt, rows, columns), random.standard_normal((positions, columns), dtype=np.float32)
+    b = random.standard_normal(rows, dtype=np.float32) if bias else None
+    found, expected = BACKENDS[level].linear(x, w, b), TWIN.linear(x, w, b)
+    assert_same(found, expected, float(np.abs(values(w)).sum(axis=1).max() * np.abs(x).max()), f"{fmt} {level}")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("fmt", WEIGHT_FORMATS)
+def test_linear_of_many_rows_with_any_number_of_threads(level: str, fmt: str) -> None:
+    random = np.random.default_rng(3)
+    w, x = matrix(random, fmt, 1111, 544), random.standard_normal((19, 544), dtype=np.float32)
+    alone = BACKENDS[level].linear(x, w)
+    for threads in (2, 3, 7):
+        np.testing.assert_array_equal(NativeBackend(threads, level).linear(x, w), alone)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("fmt", WEIGHT_FORMATS)
+def test_linear_with_hostile_values(level: str, fmt: str) -> None:
+    """Zeros, all-zero blocks, weights at the ends of the format; a position that is not finite spoils itself alone."""
+    weights = np.zeros((48, 96), np.float32)
+    weights[1, :32] = 3
+    weights[2] = np.linspace(-65504, 65504, 96)
+    weights[3, 5] = 65504 * 7  # q4_0's largest scale, nearly
+    weights[4, 64:] = -1e-7  # f16 scales below its normal numbers
+    x = np.random.default_rng(0).standard_normal((7, 96)).astype(np.float32)
+    x[1] = 0
+    x[2, 32:64] = 0
+    x[3, 70] = np.nan
+    x[4, 3] = np.inf
+    x[5] *= 1e-35
+    x[6] *= 1e30 if fmt not in ("f32", "bf16") else 1
+    w = pack(encode(weights, fmt), fmt, 96)
+    found, expected = BACKENDS[level].linear(x, w), TWIN.linear(x, w)
+    if fmt in ("f32", "bf16"):  # inf times zero is NaN there too, but which rows of an infinity are NaN is the format's
+        assert np.isnan(found[3]).all() and not np.isfinite(found[4]).any()
+    else:
+        assert np.isnan(found[3]).all() and np.isnan(found[4]).all()
+    for row in (0, 1, 2, 5, 6):
+        assert np.isfinite(found[row]).all()
+        assert_same(found[row], expected[row], float(np.abs(weights).sum(axis=1).max() * np.abs(x[row]).max()))
+
+
+@pytest.mark.parametrize("fmt", ["q8_0", "q4_0", "q4_1"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_largest_scale(level: str, fmt: str) -> None:
+    """d = 65504 in every block, put there by hand: nothing overflows on the way."""
+    stored = encode(np.ones((16, 32), np.float32), fmt)
+    stored[:, :2] = np.frombuffer(np.float16(65504).tobytes(), np.uint8)
+    stored[:, 4:] = 0x77  # codes that are not zero in any format
+    w, x = pack(stored, fmt, 32), np.full((1, 32), 1e20, np.float32)
+    expected = TWIN.linear(x, w)
+    assert np.isfinite(expected).all() and np.abs(expected).max() > 1e25
+    assert_same(BACKENDS[level].linear(x, w), expected, float(np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@settings(max_examples=30, deadline=None)
+@given(
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 4),
+    half_dim=st.integers(1, 70),
+    start=st.integers(0, 70),
+    positions=st.integers(1, 20),
+    window=st.integers(0, 40),
+    f16=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_attention(  # noqa: PLR0917
+    level: str, kv_heads: int, group: int, half_dim: int, start: int, positions: int, window: int, f16: bool, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    heads, head_dim, stop = kv_heads * group, 2 * half_dim, start + positions
+    cache = random.standard_normal((2, kv_heads, stop + 5, head_dim)).astype(np.float16 if f16 else np.float32)
+    k, v = cache[0, :, :stop], cache[1, :, :stop]  # views with room behind them, as in the cache
+    q = 2 * random.standard_normal((positions, heads, head_dim), dtype=np.float32)
+    q_to_kv = tuple(random.integers(0, kv_heads, heads).tolist())
+    expected = TWIN.attention(q, k, v, q_to_kv, start, window)
+    for threads in (1, 3):
+        found = NativeBackend(threads, level).attention(q, k, v, q_to_kv, start, window)
+        np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("shape", [(1, 576), (3, 70), (4, 5, 64), (1, 1)])
+def test_norm_and_swiglu(level: str, shape: tuple[int, ...]) -> None:
+    random = np.random.default_rng(1)
+    x, weight = 4 * random.standard_normal(shape, dtype=np.float32), random.standard_normal(shape[-1]).astype(np.float32)
+    assert_same(BACKENDS[level].rms_norm(x, weight, 1e-5), TWIN.rms_norm(x, weight, 1e-5), 1)
+    gate = np.concatenate([x.ravel(), np.array([0, -200, 200, -1e30, 1e30, -87.5, -0.0], np.float32)])
+    up = np.concatenate([x.ravel()[::-1], np.full(7, 2, np.float32)])
+    assert_same(BACKENDS[level].swiglu(gate, up), TWIN.swiglu(gate, up), 1)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("head_dim", [2, 20, 64, 70, 128])
+def test_rope(level: str, head_dim: int) -> None:
+    random = np.random.default_rng(2)
+    x = random.standard_normal((5, 3, head_dim), dtype=np.float32)
+    phases = random.uniform(0, 100, (5, head_dim // 2)).astype(np.float32)
+    cos, sin = np.cos(phases), np.sin(phases)
+    assert_same(BACKENDS[level].rope(x, cos, sin), TWIN.rope(x, cos, sin), 1)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("fmt", ["q8_0", "q4_0", "q4_1"])
+def test_quantize_gives_the_bytes_of_its_twin(level: str, fmt: str) -> None:
+    random = np.random.default_rng(5)
+    sizes = 10.0 ** random.uniform(-12, 9, (300, 1))
+    x = (random.standard_normal((300, 96)) * sizes).astype(np.float32)
+    x[:5, :32] = 0
+    x[5:40] = np.round(x[5:40] / sizes[5:40] * 4)
+    x[40:50] = 7
+    np.testing.assert_array_equal(quantize(x, fmt, level=level), twin_quantize(x, fmt))
+    for bad in (np.nan, np.inf, -np.inf):
+        with pytest.raises(ValueError, match="not finite"):
+            quantize(np.where(np.arange(96) == 77, np.float32(bad), x).astype(np.float32), fmt, level=level)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    session, x = native.Session("", 1), np.zeros((2, 64), np.float32)
+    data, y = np.zeros(packed_bytes("f32", 16, 64), np.uint8), np.zeros((2, 16), np.float32)
+    for arguments, what in [
+        ((0, 16, 64, data[:-1], x, None, y), "weights have another size"),
+        ((0, 17, 64, data, x, None, y), "weights have another size"),
+        ((0, 16, 64, data, x[:, :32].copy(), None, y), "another number of columns"),
+        ((0, 16, 64, data, x, np.zeros(15, np.float32), y), "bias"),
+        ((0, 16, 64, data, x, None, y[:1]), "y must be"),
+        ((9, 16, 64, data, x, None, y), "format is unknown"),
+        ((-1, 16, 64, data, x, None, y), "format is unknown"),
+    ]:
+        with pytest.raises(ValueError, match=what):
+            session.linear(*arguments)
+    q, k = np.zeros((1, 2, 8), np.float32), np.zeros((1, 4, 8), np.float32)
+    for q_to_kv, start, what in [((0, 1), 3, "not there"), ((0,), 3, "each query head"), ((0, 0), 2, "start")]:
+        with pytest.raises(ValueError, match=what):
+            session.attention(q, k, k, q_to_kv, start, 0, np.zeros_like(q))
+    with pytest.raises(InputError, match="this processor has .*portable"):
+        NativeBackend(1, "mmx")
+
+
+def test_a_native_run_never_imports_torch(smollm2, cache) -> None:
+    """In a process of its own: the package, and then a whole run, whose modules are looked through at its end."""
+    program = """
+import sys, atexit
+import tpimpi
+assert "torch" not in sys.modules
+import tpimpi.cli
+def look():
+    found = sorted(name for name in sys.modules if name.split(".")[0] in ("torch", "transformers"))
+    print("imported:", found, file=sys.stderr)
+atexit.register(look)
+tpimpi.cli.main(["--model", sys.argv[1], "--backend", "native", "--prompt", "Hi", "--max-tokens", "3", "--quiet"])
+"""
+    environment = {**__import__("os").environ, **cache}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(smollm2)],
+        env=environment, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    assert "imported: []" in done.stderr, done.stderr
