@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tpimpi.backends import load_backend
-from tpimpi.formats import decode, encode
+from tpimpi.backends.numpy_twin import rounded_activations
+from tpimpi.formats import WEIGHT_FORMATS, decode, encode, is_quantized, pack, row_bytes
 
 TWIN, TORCH = load_backend("numpy", 1), load_backend("torch", 1)
 
@@ -21,15 +22,80 @@ def normal(random: np.random.Generator, *shape: int) -> np.ndarray:
     return random.standard_normal(shape, dtype=np.float32)
 
 
+def product_as_specified(x: np.ndarray, stored: np.ndarray, fmt: str, columns: int) -> np.ndarray:
+    """x times blocks in row form, with x in int8: exact integer sums of each block, then scales."""
+    numbers = 2 if fmt == "q4_1" else 1
+    blocks = stored.reshape(stored.shape[0], -1, row_bytes(fmt, 32))
+    d = np.ascontiguousarray(blocks[:, :, :2]).view(np.float16).astype(np.float64)[:, :, 0]
+    codes = blocks[:, :, 2 * numbers :]
+    if fmt == "q8_0":
+        weights = codes.view(np.int8).astype(np.int64)
+    else:
+        weights = np.concatenate([codes & 15, codes >> 4], axis=2).astype(np.int64) - (8 if fmt == "q4_0" else 0)
+    out = np.zeros((x.shape[0], stored.shape[0]))
+    for block in range(blocks.shape[1]):
+        cut = np.zeros((x.shape[0], 32), np.float32)
+        part = x[:, block * 32 : (block + 1) * 32]
+        cut[:, : part.shape[1]] = part
+        largest = np.abs(cut).max(axis=1, keepdims=True)
+        scale = (largest / np.float32(127)).astype(np.float64)
+        q = np.rint(cut * (np.float32(127) / largest)).astype(np.int64)
+        out += scale * d[:, block] * (q @ weights[:, block].T)
+        if fmt == "q4_1":
+            m = np.ascontiguousarray(blocks[:, block, 2:4]).view(np.float16).astype(np.float64)[:, 0]
+            out += scale * m * q.sum(axis=1, keepdims=True)
+    return out
+
+
 @pytest.mark.parametrize("positions", [1, 5])
-@pytest.mark.parametrize("fmt", ["f32", "bf16"])
+@pytest.mark.parametrize("fmt", WEIGHT_FORMATS)
 @pytest.mark.parametrize("bias", [False, True])
-def test_linear(random: np.random.Generator, positions: int, fmt: str, bias: bool) -> None:
-    x, weight = normal(random, positions, 40), encode(normal(random, 24, 40), fmt)
-    b = normal(random, 24) if bias else None
-    expected = x.astype(np.float64) @ decode(weight).astype(np.float64).T + (0 if b is None else b)
+@pytest.mark.parametrize(("rows", "columns"), [(24, 40), (1, 1), (16, 96), (33, 129)])
+def test_linear(random: np.random.Generator, positions: int, fmt: str, bias: bool, rows: int, columns: int) -> None:
+    x, stored = normal(random, positions, columns), encode(normal(random, rows, columns), fmt)
+    matrix, numbers = pack(stored, fmt, columns), decode(stored, fmt, columns).astype(np.float64)
+    b = normal(random, rows) if bias else np.zeros(rows, np.float32)
+    exact = x.astype(np.float64) @ numbers.T + b
+    if fmt == "f32":
+        rounded = exact
+    elif fmt == "bf16":
+        rounded = torch.from_numpy(x).to(torch.bfloat16).double().numpy() @ numbers.T + b
+    else:
+        rounded = product_as_specified(x, stored, fmt, columns) + b
+    for backend, expected in ((TWIN, rounded), (TORCH, exact)):
+        found = backend.linear(x, matrix, b if bias else None)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, atol=1e-4, err_msg=backend.name)
+    if fmt != "f32" and rows > 20:
+        assert np.abs(rounded - exact).max() > 1e-3, "nothing was rounded: the test shows nothing"
+
+
+@pytest.mark.parametrize("fmt", WEIGHT_FORMATS)
+def test_linear_of_a_large_matrix_goes_in_runs(random: np.random.Generator, fmt: str) -> None:
+    x, stored = normal(random, 2, 1024), encode(normal(random, 5000, 1024), fmt)
+    expected = x @ decode(stored, fmt, 1024).T
     for backend in (TWIN, TORCH):
-        np.testing.assert_allclose(backend.linear(x, weight, b), expected, atol=1e-4)
+        found = backend.linear(x, pack(stored, fmt, 1024))
+        assert np.abs(found - expected).max() < (1e-3 if fmt == "f32" or backend is TORCH else 1.5)
+
+
+@pytest.mark.parametrize("fmt", [fmt for fmt in WEIGHT_FORMATS if is_quantized(fmt)])
+@pytest.mark.parametrize("hostile", [float("nan"), float("inf"), float("-inf")])
+def test_a_position_that_is_not_finite_stays_so(random: np.random.Generator, fmt: str, hostile: float) -> None:
+    x, weight = normal(random, 3, 70), pack(encode(normal(random, 20, 70), fmt), fmt, 70)
+    expected = TWIN.linear(x, weight)
+    x[1, 66] = hostile
+    found = TWIN.linear(x, weight)
+    assert np.isnan(found[1]).all()
+    np.testing.assert_array_equal(found[[0, 2]], expected[[0, 2]])
+
+
+def test_activations_of_zeros_and_of_next_to_nothing() -> None:
+    x = np.zeros((3, 64), np.float32)
+    x[1, 5], x[2, 40] = 1e-31, 3e-30
+    found = rounded_activations(x, "q8_0")
+    assert not found[:2].any()
+    np.testing.assert_allclose(found[2], x[2], rtol=1e-6)
 
 
 def test_rms_norm(random: np.random.Generator) -> None:
@@ -72,15 +138,3 @@ def test_swiglu_also_far_from_zero() -> None:
     expected = (torch.nn.functional.silu(torch.from_numpy(gate)) * 2).numpy()
     for backend in (TWIN, TORCH):
         np.testing.assert_allclose(backend.swiglu(gate, up), expected, atol=1e-6)
-
-
-def test_bf16_rounds_as_torch_does() -> None:
-    bits = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32)
-    special = np.array([0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x00000001], np.uint32)
-    values = np.concatenate([bits, special]).view(np.float32)
-    expected = torch.from_numpy(values).to(torch.bfloat16)
-    found = torch.from_numpy(encode(values, "bf16").view(np.int16)).view(torch.bfloat16)
-    nan = torch.isnan(expected)
-    assert torch.equal(torch.isnan(found), nan)
-    assert torch.equal(found[~nan], expected[~nan])
-    np.testing.assert_array_equal(decode(encode(values, "bf16"))[~nan.numpy()], expected[~nan].float().numpy())

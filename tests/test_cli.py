@@ -25,7 +25,7 @@ from conftest import Launcher, Result, run_command
 from tiny_models import write_tiny_hf
 from tpimpi.plan import make_plan
 from tpimpi.slicefile import SliceFile, slice_name
-from tpimpi.slicing import slice_model
+from tpimpi.slicing import choose_formats, slice_model
 from tpimpi.sources import open_source
 
 PROMPT = ["--prompt", "the quick brown fox"]
@@ -36,7 +36,7 @@ def slices(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Slices of the tiny model for two ranks."""
     folder = tmp_path_factory.mktemp("slices") / "two"
     with open_source(tiny) as source:
-        slice_model(source, make_plan(source.config, [1, 1]), "f32", folder)
+        slice_model(source, make_plan(source.config, [1, 1]), choose_formats(source, "f32"), folder)
     return folder
 
 
@@ -112,7 +112,7 @@ def config_changed(model: Path, **values: object) -> None:
             [*PROMPT, "--shares", "1,1,1"],
             "--shares is '1,1,1', must be 1 numbers|--shares is '1,1,1', must be 2 numbers",
         ),
-        ([*PROMPT, "--format", "q9"], "format is 'q9', must be auto, f32 or bf16"),
+        ([*PROMPT, "--format", "q9"], "format is 'q9', must be auto, f32, bf16, q8_0, q4_0 or q4_1"),
         ([*PROMPT, "--nonsense"], "unrecognized arguments: --nonsense"),
         ([*PROMPT, "--backend", "cuda"], "--backend: invalid choice: 'cuda'"),
         ([*PROMPT, "--stop", ""], "--stop is empty"),
@@ -267,7 +267,7 @@ def test_a_slice_of_another_model(mpirun: Launcher, two: Path, tmp_path: Path, c
     other = write_tiny_hf(tmp_path / "other", "llama-bias", seed=1, vocab_size=300)
     (other / "tokenizer.json").write_text("{}")
     with open_source(other) as source:
-        slice_model(source, make_plan(source.config, [1, 1]), "f32", tmp_path / "others")
+        slice_model(source, make_plan(source.config, [1, 1]), choose_formats(source, "f32"), tmp_path / "others")
     shutil.copy(tmp_path / "others" / slice_name(1, 2), two / slice_name(1, 2))
     result = mpirun(2, "-m", "tpimpi", *PROMPT, "--slices", str(two), env=cache, timeout=60)
     assert_one_line(result, "the slice of rank 1 on .* has fingerprint .*; use slices that were made together")
@@ -275,7 +275,7 @@ def test_a_slice_of_another_model(mpirun: Launcher, two: Path, tmp_path: Path, c
 
 def test_slices_of_another_model_than_the_one_given(tpimpi, tiny: Path, smollm2: Path, tmp_path: Path) -> None:
     with open_source(tiny) as source:
-        slice_model(source, make_plan(source.config, [1]), "f32", tmp_path)
+        slice_model(source, make_plan(source.config, [1]), choose_formats(source, "f32"), tmp_path)
     result = tpimpi(*PROMPT, "--slices", str(tmp_path), "--model", str(smollm2))
     assert_one_line(result, "has fingerprint .*, this run needs .*; it is of another model")
 

@@ -14,7 +14,7 @@ from tpimpi.errors import InputError, SliceError
 from tpimpi.inspecting import inspect
 from tpimpi.plan import make_plan
 from tpimpi.slicefile import SliceFile, slice_name
-from tpimpi.slicing import slice_model
+from tpimpi.slicing import choose_formats, slice_model
 from tpimpi.sources import open_source
 
 
@@ -32,7 +32,7 @@ def make(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
     def made(*, shares: tuple[float, ...] = (1, 1), fmt: str = "f32", of: Path = model) -> Path:
         folder = tmp_path_factory.mktemp("set")
         with open_source(of) as source:
-            slice_model(source, make_plan(source.config, shares), fmt, folder)
+            slice_model(source, make_plan(source.config, shares), choose_formats(source, fmt), folder)
         return folder
 
     return made

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from conftest import PROGRAMS, Launcher
+from test_slicing import joined
 from tiny_models import TINY, write_tiny_hf
 from tpimpi.plan import make_plan
-from tpimpi.slicing import slice_model
+from tpimpi.slicing import choose_formats, slice_model
 from tpimpi.sources import open_source
 
 POSITIONS = 40
@@ -58,7 +59,7 @@ def test_logits_are_those_of_transformers(mpirun: Launcher, models, ranks: int, 
     for kind, weights in wanted:
         path, ids, _ = models[kind]
         with open_source(path) as source:
-            slice_model(source, make_plan(source.config, weights), "f32", tmp_path / kind)
+            slice_model(source, make_plan(source.config, weights), choose_formats(source, "f32"), tmp_path / kind)
         jobs.append({"name": kind, "slices": str(tmp_path / kind), "ids": ids, "chunks": CHUNKS})
         if ranks == 2:  # the other backend, and a window that streams
             jobs.append({**jobs[-1], "name": f"{kind}@numpy", "backend": "numpy", "window": 2})
@@ -80,7 +81,7 @@ def test_bf16_slices_compute_with_rounded_weights(mpirun: Launcher, models, tmp_
 
     path, ids, exact = models["llama-3.1"]
     with open_source(path) as source:
-        slice_model(source, make_plan(source.config, [1, 1]), "bf16", tmp_path / "slices")
+        slice_model(source, make_plan(source.config, [1, 1]), choose_formats(source, "bf16"), tmp_path / "slices")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -91,3 +92,41 @@ def test_bf16_slices_compute_with_rounded_weights(mpirun: Launcher, models, tmp_
     found = np.load(tmp_path / "bf16.npy")
     assert np.abs(found - expected).max() < TOLERANCE
     assert np.abs(found - exact).max() > 10 * TOLERANCE, "nothing was rounded: the test shows nothing"
+
+
+HF_NAMES = {
+    **{f"attn_{part}": f"self_attn.{part}_proj" for part in "qkv"},
+    "attn_output": "self_attn.o_proj",
+    **{f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
+}
+
+
+@pytest.mark.parametrize("fmt", ["q8_0", "q4_0", "q4_1"])
+def test_quantized_slices_compute_with_their_own_numbers(mpirun: Launcher, models, fmt: str, tmp_path: Path) -> None:
+    """The oracle is transformers in f32 on the numbers that the slices hold; widths of 70, 90 and 20 fill no blocks."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path, ids, exact = models["llama-odd"]
+    with open_source(path) as source:
+        slice_model(source, make_plan(source.config, [2, 1, 1]), choose_formats(source, fmt), tmp_path / "slices")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, numbers in joined(tmp_path / "slices", 3).items():
+            if name.startswith("blk."):
+                _, layer, part = name.split(".")
+                spelled = f"model.layers.{layer}.{HF_NAMES[part]}.weight"
+            else:
+                spelled = {"token_embd": "model.embed_tokens.weight", "output": "lm_head.weight"}[name]
+            parameters.pop(spelled).copy_(torch.from_numpy(numbers))
+        assert all(parameter.dim() == 1 for parameter in parameters.values()), "a matrix is in no tile"
+        expected = model(torch.tensor([ids])).logits[0].numpy()
+    job = {"slices": str(tmp_path / "slices"), "ids": ids, "chunks": CHUNKS}
+    _run(mpirun, 3, [{**job, "name": name, "backend": name} for name in ("torch", "numpy")], tmp_path)
+    found = np.load(tmp_path / "torch.npy")
+    assert np.abs(found - expected).max() < TOLERANCE
+    assert np.abs(found - exact).max() > 10 * TOLERANCE, "nothing was rounded: the test shows nothing"
+    # The twin's activations are quantized too, to int8.
+    error = np.abs(np.load(tmp_path / "numpy.npy") - expected).max()
+    assert 10 * TOLERANCE < error < 0.1 * np.ptp(expected)

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from tpimpi.config import ModelConfig
 from tpimpi.errors import InputError
+from tpimpi.formats import WEIGHT_FORMATS, packed_bytes, weight_bytes
+from tpimpi.model_formats import LayerFormats, ModelFormats
 from tpimpi.plan import TILE_LIMIT, Span, attention_tiles, head_tiles, make_plan, mlp_tiles
 
 
@@ -57,12 +59,13 @@ models = st.builds(
     st.integers(1, 30000),
     st.sampled_from([20, 64, 128]),
 )
+layer_formats = st.builds(LayerFormats, *[st.sampled_from(WEIGHT_FORMATS)] * 7)
 weights = st.lists(st.floats(0, 10), min_size=1, max_size=9).filter(lambda w: sum(w) > 1e-3)
 
 
 @settings(max_examples=300, deadline=None)
-@given(models, weights, st.sampled_from([4, 2, 0.5625]))
-def test_everything_is_owned_exactly_once(model: ModelConfig, shares: list[float], weight_bytes: float) -> None:
+@given(models, weights, layer_formats)
+def test_everything_is_owned_exactly_once(model: ModelConfig, shares: list[float], formats: LayerFormats) -> None:
     plan = make_plan(model, shares)
     group = model.heads // model.kv_heads
     heads, columns = [], []
@@ -71,7 +74,7 @@ def test_everything_is_owned_exactly_once(model: ModelConfig, shares: list[float
         columns += range(*share.columns)
         # A border between ranks never divides a run of 32 columns.
         assert share.columns.start % 32 == 0 or not share.columns.size
-        tiles = list(attention_tiles(model, share, weight_bytes))
+        tiles = list(attention_tiles(model, share, formats))
         assert [h for tile in tiles for h in range(*tile.heads)] == list(range(*share.heads))
         assert [k for tile in tiles for k in range(*tile.kv_heads)] == list(range(*share.kv_heads))
         cached = 0
@@ -81,12 +84,16 @@ def test_everything_is_owned_exactly_once(model: ModelConfig, shares: list[float
             assert list(tile.q_to_kv) == expected
             # What a tile reads from the cache was put there by itself or an earlier tile.
             assert all(kv < cached for kv in tile.q_to_kv)
-            head_bytes = 2 * model.head_dim * model.hidden * weight_bytes
-            pieces = tile.heads.size + tile.kv_heads.size
-            assert pieces * head_bytes <= TILE_LIMIT or pieces == 1
-        runs = list(mlp_tiles(model, share, weight_bytes))
+            query = weight_bytes(formats.q) + weight_bytes(formats.o)
+            key_and_value = weight_bytes(formats.k) + weight_bytes(formats.v)
+            size = (tile.heads.size * query + tile.kv_heads.size * key_and_value) * model.head_dim * model.hidden
+            assert size <= TILE_LIMIT or tile.heads.size + tile.kv_heads.size == 1
+        runs = list(mlp_tiles(model, share, formats))
         assert [c for run in runs for c in range(*run)] == list(range(*share.columns))
-        assert all(run.size * 3 * model.hidden * weight_bytes <= TILE_LIMIT or run.size <= 32 for run in runs)
+        # Nor does a border between tiles divide a pair of blocks, which are packed together.
+        assert all(run.start % 64 == 0 for run in runs[1:])
+        column = (weight_bytes(formats.gate) + weight_bytes(formats.up) + weight_bytes(formats.down)) * model.hidden
+        assert all(run.size * column <= TILE_LIMIT or run.size <= 64 for run in runs)
     assert heads == list(range(model.heads))
     assert columns == list(range(model.intermediate))
 
@@ -120,26 +127,35 @@ def test_a_rank_without_heads_still_has_columns() -> None:
 
 def test_tile_borders_of_a_large_model_do_not_depend_on_the_ranks() -> None:
     """Borders inside a share lie on one grid; only where a share ends may there be another."""
+    q4_0 = ModelFormats.of("q4_0", 1).layers[0]
     for model in (LLAMA_70B, LLAMA_405B):
-        whole = {run.start for run in mlp_tiles(model, make_plan(model, [1]).shares[0], 0.5625)}
+        whole = {run.start for run in mlp_tiles(model, make_plan(model, [1]).shares[0], q4_0)}
         for ranks in (2, 3, 8):
             for share in make_plan(model, [1] * ranks).shares:
-                inside = {run.start for run in mlp_tiles(model, share, 0.5625)} - {share.columns.start}
+                inside = {run.start for run in mlp_tiles(model, share, q4_0)} - {share.columns.start}
                 assert inside <= whole
 
 
 def test_head_tiles_cover_the_vocabulary() -> None:
-    runs = list(head_tiles(LLAMA_70B, 4))
+    runs = list(head_tiles(LLAMA_70B, "f32"))
     assert [runs[0].start, runs[-1].stop] == [0, 32000]
     assert all(a.stop == b.start for a, b in itertools.pairwise(runs))
     assert all(run.size * 8192 * 4 <= TILE_LIMIT for run in runs)
+    assert len(list(head_tiles(LLAMA_70B, "q4_0"))) < len(runs) / 6
+
+
+def test_the_bytes_of_a_weight_are_those_of_a_packed_matrix() -> None:
+    assert [weight_bytes(fmt) for fmt in WEIGHT_FORMATS] == [4, 2, 1.0625, 0.5625, 0.625]
+    for fmt in WEIGHT_FORMATS:
+        assert packed_bytes(fmt, 160, 640) == 160 * 640 * weight_bytes(fmt)
 
 
 def test_a_small_model_has_one_tile_a_block() -> None:
     smollm2 = config(hidden=576, intermediate=1536, heads=9, kv_heads=3, head_dim=64)
+    f32 = ModelFormats.of("f32", 1).layers[0]
     for share in make_plan(smollm2, [1, 1, 1, 1]).shares:
-        assert len(list(attention_tiles(smollm2, share, 4))) == 1
-        assert list(mlp_tiles(smollm2, share, 4)) == [Span(share.columns.start, share.columns.stop)]
+        assert len(list(attention_tiles(smollm2, share, f32))) == 1
+        assert list(mlp_tiles(smollm2, share, f32)) == [Span(share.columns.start, share.columns.stop)]
 
 
 @pytest.mark.parametrize("shares", [[], [0, 0], [1, -1], [float("nan"), 1], [float("inf")]])
@@ -175,5 +191,6 @@ def test_other_shares_have_another_name() -> None:
 def test_tiles_of_a_hostile_size_are_not_made_before_they_are_asked_for() -> None:
     vast = config(hidden=1, intermediate=2**31 - 1, heads=2**31 - 1, kv_heads=1, head_dim=2, vocab=2**31 - 1)
     share = make_plan(vast, [1]).shares[0]
-    for tiles in (attention_tiles(vast, share, 4), mlp_tiles(vast, share, 4), head_tiles(vast, 4)):
+    f32 = ModelFormats.of("f32", 1).layers[0]
+    for tiles in (attention_tiles(vast, share, f32), mlp_tiles(vast, share, f32), head_tiles(vast, "f32")):
         assert next(tiles)

@@ -23,12 +23,13 @@ from conftest import run_command
 from test_plan import config
 from tiny_models import write_tiny_hf
 from tpimpi.errors import SliceError, StorageError
+from tpimpi.model_formats import ModelFormats
 from tpimpi.plan import make_plan
 from tpimpi.slicefile import SliceFile, parse_slice_name, slice_name
 from tpimpi.sliceheader import Header
 from tpimpi.slicelayout import slice_records
 from tpimpi.slicewriter import SliceWriter
-from tpimpi.slicing import make_header, slice_model
+from tpimpi.slicing import choose_formats, make_header, slice_model
 from tpimpi.sources import open_source
 
 SHARES = [2, 1, 1]
@@ -45,8 +46,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def slices(model: Path) -> Path:
     folder = model.parent / "slices"
     with open_source(model) as source:
-        slice_model(source, make_plan(source.config, SHARES), "f32", folder)
+        slice_model(source, make_plan(source.config, SHARES), choose_formats(source, "f32"), folder)
     return folder
+
+
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down", "rows")
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -55,8 +59,11 @@ def contents(path: Path) -> dict[str, bytes]:
     try:
         found = {"header": repr(file.header).encode()}
         for record in file.records:
-            for name, part in file.load(record).parts.items():
+            tile = file.load(record)
+            for name, part in tile.parts.items():
                 found[f"{record.path}/{name}"] = part.tobytes()
+            for name, matrix in tile.matrices.items():
+                found[f"{record.path}/{name}"] = matrix.data.tobytes()
         if file.has_embedding:
             found["embedding"] = file.embedding_rows(range(file.header.config.vocab)).tobytes()
         return found
@@ -74,16 +81,22 @@ def test_it_is_what_the_specification_says(slices: Path, model: Path) -> None:
         with h5py.File(slices / slice_name(rank, 3)) as file:
             header_bytes = file["header"][...].tobytes()
             header, sums = json.loads(header_bytes), file["checksums"][...]
-            assert header["tpimpi_slice"] == 1
+            assert header["tpimpi_slice"] == 2
             assert header["rank"] == rank
             assert sums[0] == xxhash.xxh3_64_intdigest(header_bytes)
             assert ("embedding" in file) == ("head" in file) == ("tokenizer" in file) == (rank == 0)
             for record, digest in zip(header["tiles"], sums[1:], strict=True):
                 parts = [file[f"{record['path']}/{name}"] for name, _, _ in record["parts"]]
-                assert [list(part.shape) for part in parts] == [shape for _, _, shape in record["parts"]]
                 assert digest == xxhash.xxh3_64_intdigest(b"".join(part[...].tobytes() for part in parts))
-                for (name, _, _), part in zip(record["parts"], parts, strict=True):
-                    whole.setdefault(f"{record['path'].rsplit('/', 1)[0]}/{name}", []).append(part[...])
+                for (name, _, shape), part in zip(record["parts"], parts, strict=True):
+                    numbers = part[...]
+                    if name in MATRICES:  # panels of 16 rows, [panels, columns, 16]
+                        assert part.shape == (-(-shape[0] // 16), shape[1], 16)
+                        rows = numbers.transpose(0, 2, 1).reshape(-1, shape[1])
+                        assert not rows[shape[0] :].any()
+                        numbers = rows[: shape[0]]
+                    assert list(numbers.shape) == shape
+                    whole.setdefault(f"{record['path'].rsplit('/', 1)[0]}/{name}", []).append(numbers)
             if rank == 0:
                 table = file["embedding/weight"][...]
                 np.testing.assert_array_equal(table, tensors["embed_tokens.weight"])
@@ -194,16 +207,17 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
         SliceFile(target)
 
 
-def test_another_version_of_the_format_is_named(slices: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 9])
+def test_another_version_of_the_format_is_named(slices: Path, tmp_path: Path, version: int) -> None:
     target = tmp_path / "rank-1-of-3.h5"
     target.write_bytes((slices / slice_name(1, 3)).read_bytes())
     with h5py.File(target, "r+") as file:
-        header = file["header"][...].tobytes().replace(b'"tpimpi_slice": 1,', b'"tpimpi_slice": 9,')
+        header = file["header"][...].tobytes().replace(b'"tpimpi_slice": 2,', b'"tpimpi_slice": %d,' % version)
         file["header"][...] = np.frombuffer(header, np.uint8)
         sums = file["checksums"][...]
         sums[0] = xxhash.xxh3_64_intdigest(header)
         file["checksums"][...] = sums
-    with pytest.raises(SliceError, match="slice format version 9, this tpimpi reads 1; make the slices again"):
+    with pytest.raises(SliceError, match=f"slice format version {version}, this tpimpi reads 2; make the slices again"):
         SliceFile(target)
 
 
@@ -215,7 +229,8 @@ def test_a_missing_file_names_the_command(tmp_path: Path) -> None:
 def test_an_abandoned_writer_leaves_nothing(model: Path, tmp_path: Path) -> None:
     with open_source(model) as source:
         writer = SliceWriter(
-            tmp_path / "rank-1-of-3.h5", make_header(source, make_plan(source.config, SHARES), 1, "f32")
+            tmp_path / "rank-1-of-3.h5",
+            make_header(source, make_plan(source.config, SHARES), 1, choose_formats(source, "f32")),
         )
         assert len(list(tmp_path.iterdir())) == 1
         writer.abort()
@@ -228,7 +243,7 @@ def test_what_a_killed_slicing_left_is_removed_by_the_next(model: Path, tmp_path
     leftover = tmp_path / f".rank-0-of-3.h5.{gone.pid}.partial"
     leftover.write_bytes(b"half")
     with open_source(model) as source:
-        slice_model(source, make_plan(source.config, SHARES), "f32", tmp_path)
+        slice_model(source, make_plan(source.config, SHARES), choose_formats(source, "f32"), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [slice_name(rank, 3) for rank in range(3)]
 
 
@@ -236,22 +251,22 @@ def test_a_broken_tensor_leaves_nothing_half_written(model: Path, tmp_path: Path
     from tpimpi.errors import ModelError
 
     with open_source(model) as source:
-        read = source.read
+        read = source.read_blocks
 
         def failing(name: str, rows: slice | None = None):
             if name == "layers.1.mlp.down_proj.weight":
                 raise ModelError("the file is gone")
             return read(name, rows)
 
-        monkeypatch.setattr(source, "read", failing)
+        monkeypatch.setattr(source, "read_blocks", failing)
         with pytest.raises(ModelError):
-            slice_model(source, make_plan(source.config, SHARES), "f32", tmp_path / "out")
+            slice_model(source, make_plan(source.config, SHARES), choose_formats(source, "f32"), tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(model: Path) -> None:
     with open_source(model) as source, pytest.raises(StorageError, match="/proc/nowhere"):
-        slice_model(source, make_plan(source.config, SHARES), "f32", Path("/proc/nowhere"))
+        slice_model(source, make_plan(source.config, SHARES), choose_formats(source, "f32"), Path("/proc/nowhere"))
 
 
 # A header that does not fit its plan: every checksum is right, what it says is wrong
@@ -329,9 +344,23 @@ TILES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "rank 3": lambda v: v.update(rank=3),
     "rank -1": lambda v: v.update(rank=-1),
     "rank true": lambda v: v.update(rank=True),
-    "format": lambda v: v.update(format="bf16"),
-    "format unknown": lambda v: v.update(format="bytes"),
-    "format list": lambda v: v.update(format=[]),
+    "formats": lambda v: v["formats"]["layers"][0][1].update(gate="bf16"),
+    "formats none": lambda v: v.pop("formats"),
+    "formats null": lambda v: v.update(formats=None),
+    "formats text": lambda v: v.update(formats="f32"),
+    "formats more": lambda v: v["formats"].update(norm="f32"),
+    "format unknown": lambda v: v["formats"].update(head="bytes"),
+    "format list": lambda v: v["formats"].update(head=[]),
+    "format of the embedding": lambda v: v["formats"].update(embedding="bf16"),
+    "format of the head": lambda v: v["formats"].update(head="q8_0"),
+    "formats of no layers": lambda v: v["formats"].update(layers=[]),
+    "formats of a layer more": lambda v: v["formats"]["layers"].append(v["formats"]["layers"][0]),
+    "formats of all layers": lambda v: v["formats"]["layers"][0].__setitem__(0, 10**18),
+    "formats of 0 layers": lambda v: v["formats"]["layers"].insert(0, [0, v["formats"]["layers"][0][1]]),
+    "formats in two runs": lambda v: v["formats"].update(layers=[[1, v["formats"]["layers"][0][1]]] * 2),
+    "formats of true layers": lambda v: v["formats"].update(layers=[[True, v["formats"]["layers"][0][1]]] * 2),
+    "formats lack a part": lambda v: v["formats"]["layers"][0][1].pop("o"),
+    "formats of a part more": lambda v: v["formats"]["layers"][0][1].update(x="f32"),
     "model": lambda v: v.update(model=5),
     "fingerprint": lambda v: v.update(fingerprint=None),
     "weights": lambda v: v["plan"].update(weights=[1, 1, 2]),
@@ -456,9 +485,10 @@ def test_the_plan_of_a_large_model_is_checked_in_no_time() -> None:
     large = config(hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, vocab=32000)
     large = replace(large, layers=80, attention_windows=(0,) * 80)
     plan = make_plan(large, [1])
-    records = tuple(slice_records(large, plan.shares[0], 0, "f32", {"tokenizer.json": 10}))
+    formats = ModelFormats.of("f32", 80)
+    records = tuple(slice_records(large, plan.shares[0], 0, formats, {"tokenizer.json": 10}))
     assert len(records) > 80 * 60
-    header = Header(0, "f32", "large", "f" * 32, large, plan, records)
+    header = Header(0, formats, "large", "f" * 32, large, plan, records)
     text = header.to_json()
     began = time.monotonic()
     assert Header.from_json(text) == header

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import PROGRAMS, Launcher, run_command
 from tpimpi.plan import make_plan
-from tpimpi.slicing import slice_model
+from tpimpi.slicing import choose_formats, slice_model
 from tpimpi.sources import open_source
 
 PROMPTS = [
@@ -89,7 +89,8 @@ def test_greedy_tokens_are_those_of_transformers(
 
 def test_without_a_launcher_it_answers_alone(cache: dict[str, str], oracle, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    command = [sys.executable, "-m", "tpimpi", "--max-tokens", str(TOKENS), "--report", str(report), "--window", "2"]
+    command = [sys.executable, "-m", "tpimpi", "--format", "f32", "--max-tokens", str(TOKENS), "--report", str(report)]
+    command += ["--window", "2"]
     result = run_command(command, env=cache, stdin="\n".join(PROMPTS))  # the last line has no end
     assert result.code == 0, result.err
     _check(report, oracle)
@@ -97,7 +98,7 @@ def test_without_a_launcher_it_answers_alone(cache: dict[str, str], oracle, tmp_
 
 def test_logits_are_the_same_to_the_bit_for_every_window(mpirun: Launcher, smollm2: Path, tmp_path: Path) -> None:
     with open_source(smollm2) as source:
-        slice_model(source, make_plan(source.config, [1, 1, 1]), "f32", tmp_path / "slices")
+        slice_model(source, make_plan(source.config, [1, 1, 1]), choose_formats(source, "f32"), tmp_path / "slices")
     ids = np.random.default_rng(3).integers(3, 49152, 24).tolist()
     job = {"slices": str(tmp_path / "slices"), "ids": ids, "chunks": [16, 4, 1, 1, 1, 1]}
     windows = [2, 4, 7, "all"]
@@ -116,6 +117,7 @@ def test_the_report_says_what_was_done(mpirun: Launcher, cache: dict[str, str], 
     result = mpirun(
         2,
         *("-m", "tpimpi", "--prompt-file", str(prompt), "--max-tokens", "12", "--ignore-eos", "--window", "2"),
+        *("--format", "f32", "--backend", "torch"),
         *("--report", str(report)),
         env=cache,
     )

@@ -13,8 +13,8 @@ from tiny_models import write_tiny_hf
 from tpimpi.errors import InputError, SliceError
 from tpimpi.model import block_order
 from tpimpi.plan import HEAD, make_plan
-from tpimpi.slicefile import SliceFile, slice_name
-from tpimpi.slicing import slice_model
+from tpimpi.slicefile import SliceFile, Tile, slice_name
+from tpimpi.slicing import choose_formats, slice_model
 from tpimpi.sources import open_source
 from tpimpi.window import Window, _Ring
 
@@ -25,7 +25,7 @@ def slice_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = write_tiny_hf(folder / "model", "llama", num_hidden_layers=6)
     (model / "tokenizer.json").write_text("{}")
     with open_source(model) as source:
-        slice_model(source, make_plan(source.config, [1, 1]), "f32", folder)
+        slice_model(source, make_plan(source.config, [1, 1]), choose_formats(source, "f32"), folder)
     return folder / slice_name(0, 2)
 
 
@@ -36,24 +36,24 @@ def file(slice_path: Path):
     file.close()
 
 
+def _bytes(tile: Tile) -> bytes:
+    return b"".join(array.tobytes() for array in [*tile.parts.values(), *(m.data for m in tile.matrices.values())])
+
+
 def _token(window: Window, order, *, skip_head: bool = False) -> dict[str, bytes]:
     seen = {}
     for block in order:
         if block == HEAD and skip_head:
             continue
         for tile in window.tiles(block):
-            seen[tile.record.path] = b"".join(part.tobytes() for part in tile.parts.values())
+            seen[tile.record.path] = _bytes(tile)
     return seen
 
 
 @pytest.mark.parametrize("blocks", [2, 3, 4, 12, 13, 100, None])
 def test_every_window_gives_the_same_tiles(file: SliceFile, blocks: int | None) -> None:
     order = block_order(file.header)
-    expected = {
-        record.path: b"".join(part.tobytes() for part in file.load(record).parts.values())
-        for record in file.records
-        if record.block in order
-    }
+    expected = {record.path: _bytes(file.load(record)) for record in file.records if record.block in order}
     window = Window(file, order, blocks)
     # The head is passed over while a long prompt is read; the cycle must go on.
     for skip_head in (False, True, True, False, True, False):

@@ -2,26 +2,53 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
-from tpimpi.formats import F32
+import numpy as np
+import numpy.typing as npt
+
+from tpimpi.formats import F32, Array
+
+_MOST_F16 = np.float32(65504)  # the largest finite f16
 
 
 class KVCache:
-    """f32 keys and values, each [layers, kv_heads of this rank, context, head_dim]; memory is touched as it fills."""
+    """Keys and values, each [layers, kv_heads of this rank, context, head_dim], f32 or f16 (see `to_f16`).
 
-    def __init__(self, layers: int, kv_heads: int, context: int, head_dim: int) -> None:
+    Memory is touched as it fills.
+    """
+
+    def __init__(
+        self, layers: int, kv_heads: int, context: int, head_dim: int, dtype: npt.DTypeLike = np.float32
+    ) -> None:
         self.context = context
-        self.k: F32 = np.zeros((layers, kv_heads, context, head_dim), np.float32)
-        self.v: F32 = np.zeros((layers, kv_heads, context, head_dim), np.float32)
+        self.filled = 0  # positions that were ever written
+        self.k: Array = np.zeros((layers, kv_heads, context, head_dim), dtype)
+        self.v: Array = np.zeros((layers, kv_heads, context, head_dim), dtype)
 
     def write(self, layer: int, first_head: int, start: int, k: F32, v: F32) -> None:
         """Put k and v, [positions, heads, head_dim], at positions from `start` of KV heads from `first_head`."""
         heads = slice(first_head, first_head + k.shape[1])
         positions = slice(start, start + k.shape[0])
-        self.k[layer, heads, positions] = k.transpose(1, 0, 2)
-        self.v[layer, heads, positions] = v.transpose(1, 0, 2)
+        self.filled = max(self.filled, positions.stop)
+        for cache, new in ((self.k, k), (self.v, v)):
+            fitting: Array = to_f16(new) if cache.dtype == np.float16 else new
+            cache[layer, heads, positions] = fitting.transpose(1, 0, 2)
 
-    def read(self, layer: int, stop: int) -> tuple[F32, F32]:
+    @property
+    def filled_bytes(self) -> int:
+        """Memory that the positions written so far take."""
+        return (self.k.nbytes + self.v.nbytes) // max(self.context, 1) * self.filled
+
+    def read(self, layer: int, stop: int) -> tuple[Array, Array]:
         """Keys and values of positions [0, stop), each [kv_heads, stop, head_dim]; views, not copies."""
         return self.k[layer, :, :stop], self.v[layer, :, :stop]
+
+
+def to_f16(values: F32) -> npt.NDArray[Any]:
+    """The nearest f16 of each number, ties to even. Same shape.
+
+    What is beyond the range of f16, an infinity too, becomes +-65504, the largest that is finite: an infinite key or value
+    would make NaN of every position after it. NaN stays NaN.
+    """
+    return np.maximum(np.minimum(values, _MOST_F16), -_MOST_F16).astype(np.float16)

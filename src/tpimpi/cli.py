@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import os
@@ -16,20 +17,22 @@ from pathlib import Path
 from typing import NoReturn
 
 from tpimpi import options, run
+from tpimpi.backends import load_quantizer
 from tpimpi.errors import InputError, ModelError, StorageError, as_ours
 from tpimpi.formats import F32
+from tpimpi.model_formats import ModelFormats
 from tpimpi.plan import Plan, describe_shares, make_plan
-from tpimpi.report import Report
+from tpimpi.report import Report, write_json
 from tpimpi.sampling import make_sampler
 from tpimpi.slicefile import slice_name
-from tpimpi.slicing import choose_format, slice_model
+from tpimpi.slicing import choose_formats, requantized, slice_model, wanted_formats
 from tpimpi.sources import Source, open_source
 from tpimpi.star import Star, connect, launched_rank
 from tpimpi.terminal import STDOUT, Input, progress_bar, repair_streams, write_past_the_launcher
 from tpimpi.tokenizer import load_tokenizer
 
 _STARTED = time.monotonic()
-COMMANDS = ("slice", "inspect")
+COMMANDS = ("slice", "inspect", "bench")  # of one process
 
 
 # The program
@@ -143,6 +146,8 @@ def _spmd(arguments: list[str], place: _Place) -> int:
             place.in_job = False
             return stopped.code
         return 0
+    if arguments[:1] == ["perplexity"]:
+        return _measure_perplexity(arguments[1:], star, place)
     return _lead(arguments, star, place, typed)
 
 
@@ -150,13 +155,15 @@ def _lead(arguments: list[str], star: Star, place: _Place, typed: Input | None) 
     """Rank 0. `typed` is standard input where it is read already."""
     place.in_job = False  # until generation begins the others are told to stop, and end by themselves
     with run.stopping_others(star):
-        hosts = run.greet(star)
+        guests = run.greet(star)
         parsed = options.run_parser().parse_args(arguments)
         options.check_run(parsed)
+        hosts = [guest.host for guest in guests]
         prompt = _prompt(parsed, hosts)
         wishes = _wishes(parsed, hosts)
-        seat = run.settle(star, _settings(parsed, star, hosts))
-        tokenizer = load_tokenizer(seat.file.tokenizer_assets(), seat.header.config.vocab)
+        _remark(parsed, guests)
+        seat = run.settle(star, _settings(parsed, guests))
+        tokenizer = seat.load_tokenizer()
         report = Report(seat.header.model, seat.header.format, seat.model.backend.name, star.algorithm)
         hub = run.Hub(seat, tokenizer, wishes, report)
         ids = None if prompt is None else hub.check(prompt)
@@ -275,20 +282,28 @@ def _wishes(parsed: argparse.Namespace, hosts: list[str]) -> run.Wishes:
     return run.Wishes(sampler, parsed.max_tokens, parsed.context, parsed.raw, stops, parsed.ignore_eos)
 
 
-def _settings(parsed: argparse.Namespace, star: Star, hosts: list[str]) -> run.Settings:
+def _remark(parsed: argparse.Namespace, guests: Sequence[run.Guest]) -> None:
+    """Say on stderr what makes this run slower than it could be."""
+    remarks = [run.without_native(guests) if parsed.backend == "auto" else None]
+    remarks.append(run.bound_to_one_core(guests) if parsed.threads is None else None)
+    for remark in filter(None, [] if parsed.quiet else remarks):
+        print(remark, file=sys.stderr, flush=True)
+
+
+def _settings(parsed: argparse.Namespace, guests: Sequence[run.Guest]) -> run.Settings:
     """Find or make the slices, and say how to use them."""
-    ranks = star.rank.size
+    ranks = len(guests)
     fingerprint, fmt, weights, cache_name = "", "", options.share_weights(parsed.shares, ranks), None
     if parsed.slices is None:
         with open_source(_model(parsed.model)) as source:
-            fmt = choose_format(source, parsed.format)
+            formats = choose_formats(source, parsed.format)
             plan = make_plan(source.config, weights)
-            fingerprint = source.fingerprint()
-            cache_name = run.cache_name(source, plan, fmt)
-            _slice_into_cache(source, plan, fmt, run.cache_folder() / cache_name, quiet=parsed.quiet)
+            fingerprint, fmt = source.fingerprint(), formats.key()
+            cache_name = run.cache_name(source, plan, formats)
+            _slice_into_cache(source, plan, formats, run.cache_folder() / cache_name, quiet=parsed.quiet)
     else:
         if parsed.format != "auto":
-            fmt = parsed.format
+            fmt = wanted_formats(parsed.format, layers=1).key()
         if parsed.model is not None:
             with open_source(_model(parsed.model)) as source:
                 fingerprint = source.fingerprint()
@@ -303,7 +318,7 @@ def _settings(parsed: argparse.Namespace, star: Star, hosts: list[str]) -> run.S
         threads=parsed.threads,
         allreduce=parsed.allreduce,
         timeout=parsed.timeout,
-        cores_shared_by=[hosts.count(host) for host in hosts],
+        cores_shared_by=[sum(map(guest.shares_cores_with, guests)) for guest in guests],
     )
 
 
@@ -321,7 +336,7 @@ def _model(given: str | None) -> Path:
     )
 
 
-def _slice_into_cache(source: Source, plan: Plan, fmt: str, folder: Path, *, quiet: bool) -> None:
+def _slice_into_cache(source: Source, plan: Plan, formats: ModelFormats, folder: Path, *, quiet: bool) -> None:
     """Make the slices in `folder` if they are not there; one process at a time, the others wait for it."""
     from filelock import FileLock, Timeout
 
@@ -346,21 +361,59 @@ def _slice_into_cache(source: Source, plan: Plan, fmt: str, folder: Path, *, qui
         ) from error
     with lock:
         if not complete():
-            _slice_source(source, plan, fmt, folder, quiet=quiet)
+            _slice_source(source, plan, formats, folder, quiet=quiet)
 
 
-def _slice_source(source: Source, plan: Plan, fmt: str, folder: Path, *, quiet: bool) -> None:
+def _slice_source(source: Source, plan: Plan, formats: ModelFormats, folder: Path, *, quiet: bool) -> None:
     load_tokenizer(source.tokenizer_assets(), source.config.vocab)  # what is wrong with it is said before the work
     ranks = f"{plan.ranks} rank{'s' if plan.ranks > 1 else ''}"
+    if not quiet and (again := requantized(source, plan, formats)):
+        print(again, file=sys.stderr, flush=True)
     with (
-        progress_bar(f"slicing {source.path.name} for {ranks} as {fmt}", quiet=quiet) as update,
+        progress_bar(f"slicing {source.path.name} for {ranks} as {formats.describe()}", quiet=quiet) as update,
         _cleaning_up_on_signals(),
     ):
-        slice_model(source, plan, fmt, folder, update)
+        slice_model(source, plan, formats, folder, update, load_quantizer(len(os.sched_getaffinity(0))))
 
 
 def _without_prompt() -> InputError:
     return InputError("no prompt: standard input ended without a line; give --prompt, --prompt-file, or lines of text")
+
+
+# Perplexity
+
+
+def _measure_perplexity(arguments: list[str], star: Star, place: _Place) -> int:
+    """Rank 0 of `perplexity`; the other ranks follow as they do in a run."""
+    from tpimpi.perplexity import Measurement
+
+    with run.stopping_others(star):
+        guests = run.greet(star)
+        parsed = options.perplexity_parser().parse_args(arguments)
+        options.check_perplexity(parsed)
+        text = options.read_text("the text", parsed.text)
+        _remark(parsed, guests)
+        wanted = [_settings(parsed, guests)]
+        if parsed.against is not None:
+            reference = {**vars(parsed), "format": parsed.against, "kv": "auto", "slices": None}
+            wanted.append(_settings(argparse.Namespace(**reference), guests))
+        seats = [run.settle(star, dataclasses.replace(settings, models=len(wanted))) for settings in wanted]
+        tokenizer = seats[0].load_tokenizer()
+        limits = {"context": parsed.context, "max_tokens": parsed.max_tokens}
+        measurement = Measurement(seats, tokenizer, parsed.text, text, **limits)
+    place.in_job = star.rank.size > 1
+    run.go(star)
+    load_s = time.monotonic() - _STARTED
+    result = measurement.run(quiet=parsed.quiet)
+    result.load_s, result.ranks = load_s, run.finish(star, seats)[0]
+    place.in_job = False
+    _print(result.line() + "\n")
+    if parsed.report is not None:
+        write_json(Path(parsed.report), result.as_json())
+    if not parsed.quiet:
+        with contextlib.suppress(OSError):
+            result.print_table()
+    return 0
 
 
 # Commands of one process
@@ -372,6 +425,8 @@ def _tool(arguments: list[str], place: _Place) -> int:
         return 0
     if arguments[0] == "slice":
         return _slice(options.slice_parser().parse_args(arguments[1:]))
+    if arguments[0] == "bench":
+        return _bench(options.bench_parser().parse_args(arguments[1:]))
     from tpimpi.inspecting import inspect
 
     parsed = options.inspect_parser().parse_args(arguments[1:])
@@ -382,10 +437,29 @@ def _tool(arguments: list[str], place: _Place) -> int:
 def _slice(parsed: argparse.Namespace) -> int:
     weights = options.share_weights(parsed.shares, options.ranks_of_slices(parsed))
     with open_source(_model(parsed.model)) as source:
-        fmt = choose_format(source, parsed.format)
+        formats = choose_formats(source, parsed.format)
         plan = make_plan(source.config, weights)
-        _slice_source(source, plan, fmt, Path(parsed.out), quiet=parsed.quiet)
+        _slice_source(source, plan, formats, Path(parsed.out), quiet=parsed.quiet)
     if not parsed.quiet:
         files = f"{slice_name(0, plan.ranks)} to {slice_name(plan.ranks - 1, plan.ranks)}"
-        print(f"{parsed.out}: {files} ({fmt}, shares {plan.describe()})", file=sys.stderr)
+        print(f"{parsed.out}: {files} ({formats.describe()}, shares {plan.describe()})", file=sys.stderr)
+    return 0
+
+
+def _bench(parsed: argparse.Namespace) -> int:
+    from tpimpi import benching
+
+    options.check_bench(parsed)
+    formats, positions = options.bench_formats(parsed.formats), options.bench_positions(parsed.positions)
+    backend, remark = benching.choose_backend(parsed.backend)
+    if remark:
+        print(remark, file=sys.stderr, flush=True)
+    bench = benching.Bench(backend, formats, positions, options.bench_shape(parsed.shape), parsed.threads)
+    table, limits = bench.run(
+        parsed.seconds,
+        lambda number, rounds: print(f"round {number} of {rounds}", file=sys.stderr, flush=True),
+    )
+    benching.print_table(table, bench.title(), limits)
+    if parsed.json is not None:
+        write_json(Path(parsed.json), bench.as_json(table, limits), "--json")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Protocol
 
@@ -32,9 +33,12 @@ def step(model: Model, star: Star, x: F32, start: int) -> F32:
     return model.forward(x, start)
 
 
-def follow(model: Model, star: Star) -> None:
-    """Other ranks: do what rank 0 says until it says that the run is over. They see hidden vectors, never ids or text."""
-    while True:
+def follow(models: Sequence[Model], star: Star) -> None:
+    """Other ranks: do what rank 0 says until it says that the run is over. They see hidden vectors, never ids or text.
+
+    Where there are several models the commands are for them in turn, the first for the first.
+    """
+    for model in itertools.cycle(models):
         operation, positions, start = star.next_command()
         if operation == FINISH:
             return

@@ -187,7 +187,7 @@ def _check_alike(first: Path, header: Header, path: Path, other: Header) -> None
     pairs = {
         "shares": (other.plan.describe(), header.plan.describe()),
         "fingerprint": (show(other.fingerprint), show(header.fingerprint)),
-        "format": (other.format, header.format),
+        "format": (other.formats.key(), header.formats.key()),
         "config": (other.config, header.config),
     }
     for name, (found, wanted) in pairs.items():

@@ -8,15 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from tpimpi.backends import Backend
 from tpimpi.cache import KVCache
 from tpimpi.config import ModelConfig, RopeScaling
-from tpimpi.formats import F32, Array
+from tpimpi.formats import F32, Array, Matrix
 
-Parts = Mapping[str, Array]  # a tile's arrays by name; shapes in slicefile
+
+class Parts(Protocol):
+    """What a tile holds, by name; shapes in slicefile."""
+
+    @property
+    def parts(self) -> Mapping[str, Array]:
+        """Biases."""
+
+    @property
+    def matrices(self) -> Mapping[str, Matrix]:
+        """Weight matrices."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,7 @@ def attention_partial(
     n, head_dim = x.shape[0], rotary.cos.shape[1] * 2
 
     def heads(name: str) -> F32:
-        return backend.linear(x, tile[name], tile.get(f"{name}_bias")).reshape(n, -1, head_dim)
+        return backend.linear(x, tile.matrices[name], tile.parts.get(f"{name}_bias")).reshape(n, -1, head_dim)
 
     def turned(name: str) -> F32:
         y = heads(name)
@@ -92,22 +103,22 @@ def attention_partial(
             y = backend.rms_norm(y, qk_norm.q if name == "q" else qk_norm.k, qk_norm.eps)
         return backend.rope(y, rotary.cos, rotary.sin)
 
-    if "k" in tile:
+    if "k" in tile.matrices:
         cache.write(layer, first_kv, rotary.start, turned("k"), heads("v"))
-    if "q" not in tile:
+    if "q" not in tile.matrices:
         return np.zeros_like(x)
     k, v = cache.read(layer, rotary.start + n)
     seen = backend.attention(turned("q"), k, v, q_to_kv, rotary.start, window)
-    return backend.linear(seen.reshape(n, -1), tile["o"])
+    return backend.linear(seen.reshape(n, -1), tile.matrices["o"])
 
 
 def mlp_partial(backend: Backend, x: F32, tile: Parts) -> F32:
     """SwiGLU of one tile's columns, x [n, hidden] normed: [n, hidden]."""
-    gate = backend.linear(x, tile["gate"], tile.get("gate_bias"))
-    up = backend.linear(x, tile["up"], tile.get("up_bias"))
-    return backend.linear(backend.swiglu(gate, up), tile["down"])
+    gate = backend.linear(x, tile.matrices["gate"], tile.parts.get("gate_bias"))
+    up = backend.linear(x, tile.matrices["up"], tile.parts.get("up_bias"))
+    return backend.linear(backend.swiglu(gate, up), tile.matrices["down"])
 
 
 def head_logits(backend: Backend, x: F32, tile: Parts) -> F32:
     """Logits of one tile's run of the vocabulary, x [n, hidden] normed: [n, rows]."""
-    return backend.linear(x, tile["rows"])
+    return backend.linear(x, tile.matrices["rows"])

@@ -69,7 +69,7 @@ class Model:
                     if block.kind == "attn":
                         partial += self._attention(h, tile, rotary)
                     else:
-                        partial += mlp_partial(self.backend, h, tile.parts)
+                        partial += mlp_partial(self.backend, h, tile)
                 self._add_bias(partial, block)
                 self.star.allreduce(partial)
                 x += partial
@@ -80,7 +80,7 @@ class Model:
         with self._computing():
             h = self.backend.rms_norm(x, self.resident["norm"], self.config.norm_eps)
             tiles = self.window.tiles(HEAD)
-            return np.concatenate([head_logits(self.backend, h, tile.parts) for tile in tiles], axis=1)
+            return np.concatenate([head_logits(self.backend, h, tile) for tile in tiles], axis=1)
 
     def _attention(self, h: F32, tile: Tile, rotary: Angles) -> F32:
         assert self.cache is not None, "forward before begin"
@@ -91,7 +91,7 @@ class Model:
         return attention_partial(
             self.backend,
             h,
-            tile.parts,
+            tile,
             self.cache,
             layer,
             record.kv_heads.start - self.share.kv_heads.start,

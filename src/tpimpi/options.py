@@ -9,13 +9,18 @@ from typing import NoReturn
 from tpimpi import __version__
 from tpimpi.backends import NAMES
 from tpimpi.errors import InputError
+from tpimpi.formats import WEIGHT_FORMATS
 from tpimpi.report import check_writable
 from tpimpi.star import ALLREDUCES, DEFAULT_TIMEOUT
 from tpimpi.window import SMALLEST_WINDOW
 
 MOST_THREADS = 1024
 MOST_RANKS = 4096
-MOST_TEXT = 4 << 20  # bytes of a prompt file
+MOST_POSITIONS = 1 << 16  # that are benched at once
+MOST_SIDE = 1 << 20  # rows or columns of a matrix that is benched
+MOST_SECONDS = 3600  # of each measurement
+MOST_TEXT = 4 << 20  # bytes of a prompt file, or of a text that is measured
+CHUNK = 512  # positions of a chunk of such a text, where the model has as many
 
 DESCRIPTION = """\
 Run a large language model across the machines you own.
@@ -23,6 +28,8 @@ Run a large language model across the machines you own.
     mpirun -np 4 --hostfile home.txt python -m tpimpi [options]      answer a prompt, or lines of standard input
     python -m tpimpi slice --model PATH --ranks N --out DIR          make the ranks' slices of a model
     python -m tpimpi inspect PATH [--verify]                         what a model, a slice file or a folder holds
+    python -m tpimpi perplexity FILE [--against f32]                 how well a model predicts a text; what a format costs
+    python -m tpimpi bench kernels                                   how fast the kernels are on this machine
 """
 
 
@@ -45,6 +52,16 @@ def run_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"tpimpi {__version__}")
+    _add_model(parser)
+    _add_prompt_and_answer(parser)
+    _add_computing(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("--quiet", action="store_true", help="only the text, and errors")
+    group.add_argument("--report", metavar="FILE", help="write text, token ids and times as JSON")
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -59,9 +76,13 @@ def run_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--format",
         default="auto",
-        help="format of the weights: auto, f32, bf16 (default auto: bf16 for a 16-bit model, else f32)",
+        help=f"format of the weights: auto, {', '.join(WEIGHT_FORMATS)}; beside q4_0 and q4_1 the head and the embedding "
+        "are q8_0 (default auto: each tensor's own, or the nearest that there is)",
     )
     group.add_argument("--shares", metavar="3,1,1,1", help="proportion of the model for each rank (default: equal)")
+
+
+def _add_prompt_and_answer(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("prompt")
     group.add_argument(
         "--prompt", metavar="TEXT", help="stands in the process list of every host, so only for one host"
@@ -111,8 +132,13 @@ def run_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--stop-file", metavar="FILE", help="one such text a line, read by rank 0 alone")
     group.add_argument("--ignore-eos", action="store_true", help="go on past the model's end of text")
+
+
+def _add_computing(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("computing")
-    group.add_argument("--backend", default="torch", choices=NAMES, help="what computes (default torch)")
+    group.add_argument(
+        "--backend", default="auto", choices=NAMES, help="what computes (default auto: native if installed, else torch)"
+    )
     group.add_argument(
         "--window",
         default="auto",
@@ -133,9 +159,68 @@ def run_parser() -> argparse.ArgumentParser:
         metavar="S",
         help=f"seconds a rank waits for another before it ends the job (default {DEFAULT_TIMEOUT:.0f})",
     )
+
+
+def perplexity_parser() -> argparse.ArgumentParser:
+    """Options of `perplexity`: those of a run, as far as they say how to compute."""
+    parser = _Parser(
+        prog="python -m tpimpi perplexity",
+        description="How well a model predicts a text, and what a format costs against another. Works under mpirun too.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("text", metavar="FILE", help="a text in UTF-8, read by rank 0 alone")
+    group = parser.add_argument_group("measuring")
+    group.add_argument(
+        "--against",
+        metavar="FORMAT",
+        help="run the model in this format too, f32 say, and give the mean KL divergence from it; both are held in memory",
+    )
+    group.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help=f"positions of each chunk, 2 or more (default {CHUNK}, or what the model has)",
+    )
+    group.add_argument("--max-tokens", type=int, metavar="N", help="use the first N tokens of the text (default: all)")
+    _add_model(parser)
+    _add_computing(parser)
     group = parser.add_argument_group("output")
-    group.add_argument("--quiet", action="store_true", help="only the text, and errors")
-    group.add_argument("--report", metavar="FILE", help="write text, token ids and times as JSON")
+    group.add_argument("--quiet", action="store_true", help="only the result, and errors")
+    group.add_argument("--report", metavar="FILE", help="write everything that was measured as JSON")
+    return parser
+
+
+def bench_parser() -> argparse.ArgumentParser:
+    """Options of `bench`."""
+    parser = _Parser(
+        prog="python -m tpimpi bench",
+        description="Time the kernels on matrices that the caches do not hold, beside torch where it is installed.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("what", choices=("kernels",), help="what is timed")
+    parser.add_argument(
+        "--formats", default=",".join(WEIGHT_FORMATS), metavar="F,F", help="weight formats (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--positions",
+        default="1,4,8,16,128,512",
+        metavar="N,N",
+        help="numbers of positions computed at once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shape",
+        default="11008x4096",
+        metavar="OUTxIN",
+        help="rows and columns of the matrix (default: %(default)s, Llama 7B's)",
+    )
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="default 1")
+    parser.add_argument(
+        "--backend", choices=NAMES, help="bench this one (default: native where it is installed, else the others)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, metavar="S", help="of each measurement, at least one call (default 1)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write everything that was measured as JSON")
     return parser
 
 
@@ -147,7 +232,7 @@ def slice_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="PATH", help="Hugging Face directory or .gguf file (default: as in a run)")
     parser.add_argument("--ranks", type=int, required=True, metavar="N", help="how many slices to make")
     parser.add_argument("--shares", metavar="3,1,1,1", help="proportion of the model for each rank (default: equal)")
-    parser.add_argument("--format", default="auto", help="auto, f32 or bf16")
+    parser.add_argument("--format", default="auto", help=f"auto, {', '.join(WEIGHT_FORMATS)} (default: as in a run)")
     parser.add_argument("--out", required=True, metavar="DIR", help="gets rank-R-of-N.h5 for each rank R")
     parser.add_argument("--quiet", action="store_true", help="only errors")
     return parser
@@ -181,6 +266,63 @@ def check_run(options: argparse.Namespace) -> None:
     window_blocks(options.window)
     if options.report is not None:
         check_writable(Path(options.report))
+
+
+def check_perplexity(options: argparse.Namespace) -> None:
+    """Raise InputError for an option of `perplexity` that is out of range."""
+    check_run(options)
+    for name in ("max_tokens", "context"):
+        value = getattr(options, name)
+        if value == 1:
+            raise InputError(
+                f"--{name.replace('_', '-')} is 1, must be 2 or more: a token is predicted from those before it"
+            )
+    if options.against is not None and options.against not in WEIGHT_FORMATS:
+        raise InputError(f"--against is {options.against!r}, must be one of {', '.join(WEIGHT_FORMATS)}")
+    if options.against is not None and options.slices is not None and options.model is None:
+        raise InputError("--against makes slices of its own, for which --slices is not enough; give --model too")
+
+
+def check_bench(options: argparse.Namespace) -> None:
+    """Raise InputError for an option of `bench` that is out of range."""
+    bench_formats(options.formats)
+    bench_positions(options.positions)
+    bench_shape(options.shape)
+    if not 1 <= options.threads <= MOST_THREADS:
+        raise InputError(f"--threads is {options.threads}, must be 1 to {MOST_THREADS}")
+    if not 0 < options.seconds <= MOST_SECONDS:
+        raise InputError(f"--seconds is {options.seconds:g}, must be a number over 0, at most {MOST_SECONDS}")
+    if options.json is not None:
+        check_writable(Path(options.json), "--json")
+
+
+def bench_formats(text: str) -> list[str]:
+    """The meaning of `bench --formats`: some of WEIGHT_FORMATS, each once."""
+    formats = text.split(",")
+    for fmt in formats:
+        if fmt not in WEIGHT_FORMATS:
+            raise InputError(f"--formats has {fmt[:40]!r}, must be some of {', '.join(WEIGHT_FORMATS)}")
+    return list(dict.fromkeys(formats))
+
+
+def bench_positions(text: str) -> list[int]:
+    """The meaning of `bench --positions`, in ascending order."""
+    return sorted({_count(number, "--positions", MOST_POSITIONS) for number in text.split(",")})
+
+
+def bench_shape(text: str) -> tuple[int, int]:
+    """The meaning of `bench --shape`: (rows, columns)."""
+    parts = text.split("x")
+    if len(parts) != 2:
+        raise InputError(f"--shape is {text[:40]!r}, must be rows and columns, such as 11008x4096")
+    rows, columns = (_count(number, "--shape", MOST_SIDE) for number in parts)
+    return rows, columns
+
+
+def _count(text: str, option: str, most: int) -> int:
+    if not text.isascii() or not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= most:
+        raise InputError(f"{option} has {text[:40]!r}, must be a whole number from 1 to {most}")
+    return int(text)
 
 
 def window_blocks(text: str) -> int | str:
@@ -223,7 +365,7 @@ def read_text(option: str, path: str) -> str:
         with Path(path).open("rb") as file:
             data = file.read(MOST_TEXT + 1)
         if len(data) > MOST_TEXT:
-            raise InputError(f"{option} {path} has over {MOST_TEXT} bytes, more than any prompt; give a shorter file")
+            raise InputError(f"{option} {path} has over {MOST_TEXT} bytes, more than is read; give a shorter file")
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
         raise InputError(f"{option} {path[:80]}: {error.strerror}; give a file that rank 0 can read") from error

@@ -3,7 +3,8 @@
 Pure arithmetic on a `ModelConfig`; nothing here reads or writes. Query heads are dealt out contiguously in proportion
 to the shares; a KV head whose group of query heads is divided is held by each rank that needs it, so any number of
 ranks works, also more ranks than KV heads or than query heads. Columns are dealt in runs of 32 (the block of the
-quantized formats), so that no quantized block ever crosses from one rank, or one tile, to another.
+quantized formats), so that no quantized block ever crosses from one rank, or one tile, to another. Within a share, tiles
+are cut at multiples of 64, so that pairs of blocks, which are packed together, stay together.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from typing import NamedTuple
 
 from tpimpi.config import ModelConfig
 from tpimpi.errors import InputError
+from tpimpi.formats import weight_bytes
+from tpimpi.model_formats import LayerFormats
 
 COLUMN_RUN = 32
-TILE_LIMIT = 16 * 2**20  # bytes; a tile is never larger unless a single head or run of 32 columns already is
+TILE_RUN = 64  # tiles of columns or of the head are cut at multiples of it: pairs of blocks, and panels of 16 rows
+TILE_LIMIT = 16 * 2**20  # bytes; a tile is never larger unless a single head or run of 64 columns already is
 TILE_TARGET = 8 * 2**20  # bytes; below this, neighbouring KV heads (or columns) share a tile
 
 
@@ -126,16 +130,16 @@ def _cuts(items: int, weights: Sequence[float]) -> list[int]:
     return [0, *(math.floor(items * part / passed[-1] + Fraction(1, 2)) for part in passed[:-1]), items]
 
 
-def attention_tiles(config: ModelConfig, share: Share, weight_bytes: float) -> Iterator[AttentionTile]:
-    """Tiles of one rank's attention, in order; `weight_bytes` is the size of one stored weight.
+def attention_tiles(config: ModelConfig, share: Share, formats: LayerFormats) -> Iterator[AttentionTile]:
+    """Tiles of one rank's attention, in order.
 
     A share that is small is one tile. Otherwise tile borders lie on a grid of KV heads that depends on the model and
-    the format, not on the plan, and where a share ends.
+    the formats, not on the plan, and where a share ends.
     """
     group = config.heads // config.kv_heads
-    head_bytes = 2 * config.head_dim * config.hidden * weight_bytes  # rows of q and columns of o; the same for k and v
-    whole = head_bytes * (share.heads.size + share.kv_heads.size) <= TILE_TARGET
-    together = _power_of_two_below(TILE_TARGET / (head_bytes * (group + 1)))
+    head_bytes, kv_bytes = _attention_bytes(config, formats)
+    whole = head_bytes * share.heads.size + kv_bytes * share.kv_heads.size <= TILE_TARGET
+    together = _power_of_two_below(TILE_TARGET / (head_bytes * group + kv_bytes))
     heads: list[int] = []
     kv_heads: list[int] = []
     next_head, next_kv = share.heads.start, share.kv_heads.start
@@ -154,7 +158,8 @@ def attention_tiles(config: ModelConfig, share: Share, weight_bytes: float) -> I
             yield from close()
         mine = range(max(kv_head * group, share.heads.start), min((kv_head + 1) * group, share.heads.stop))
         for head in itertools.chain([None], mine):
-            if (len(heads) + len(kv_heads) + 1) * head_bytes > TILE_LIMIT:
+            more = kv_bytes if head is None else head_bytes
+            if len(heads) * head_bytes + len(kv_heads) * kv_bytes + more > TILE_LIMIT:
                 yield from close()
             if head is None:
                 kv_heads.append(kv_head)
@@ -163,21 +168,31 @@ def attention_tiles(config: ModelConfig, share: Share, weight_bytes: float) -> I
     yield from close()
 
 
-def mlp_tiles(config: ModelConfig, share: Share, weight_bytes: float) -> Iterator[Span]:
+def _attention_bytes(config: ModelConfig, formats: LayerFormats) -> tuple[float, float]:
+    """Bytes of a query head (its rows of q and columns of o), and of a KV head (its rows of k and v)."""
+    weights = config.head_dim * config.hidden
+    return (
+        weights * (weight_bytes(formats.q) + weight_bytes(formats.o)),
+        weights * (weight_bytes(formats.k) + weight_bytes(formats.v)),
+    )
+
+
+def mlp_tiles(config: ModelConfig, share: Share, formats: LayerFormats) -> Iterator[Span]:
     """Runs of columns of one rank's MLP, in order: each with its rows of gate and up and its columns of down."""
-    return _runs(share.columns, 3 * config.hidden * weight_bytes)
+    column = sum(map(weight_bytes, (formats.gate, formats.up, formats.down)))
+    return _runs(share.columns, config.hidden * column)
 
 
-def head_tiles(config: ModelConfig, weight_bytes: float) -> Iterator[Span]:
+def head_tiles(config: ModelConfig, fmt: str) -> Iterator[Span]:
     """Runs of vocabulary rows of the output head, in order (rank 0 only)."""
-    return _runs(Span(0, config.vocab), config.hidden * weight_bytes)
+    return _runs(Span(0, config.vocab), config.hidden * weight_bytes(fmt))
 
 
 def _runs(span: Span, item_bytes: float) -> Iterator[Span]:
-    """`span` whole if it is at most TILE_TARGET bytes; else cut at multiples of as many items, a multiple of 32."""
+    """`span` whole if it is at most TILE_TARGET bytes; else cut at multiples of as many items, a multiple of 64."""
     if span.size * item_bytes <= TILE_TARGET:
         return iter([span] if span.size else [])
-    step = max(COLUMN_RUN, int(TILE_TARGET / item_bytes) // COLUMN_RUN * COLUMN_RUN)
+    step = max(TILE_RUN, int(TILE_TARGET / item_bytes) // TILE_RUN * TILE_RUN)
     inside = range((span.start // step + 1) * step, span.stop, step)
     cuts = itertools.chain([span.start], inside, [span.stop])
     return (Span(a, b) for a, b in itertools.pairwise(cuts) if a < b)

@@ -7,16 +7,22 @@ import json
 import os
 import resource
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from tpimpi.errors import InputError, StorageError
 
 
 @dataclass(frozen=True)
 class RankFigures:
-    """One rank's part of the report. Times in seconds, over the whole run."""
+    """One rank's part of the report. Times in seconds, over the whole run.
+
+    Of the peak memory, `weights_bytes` are tiles in the window, `cache_bytes` keys and values, `tokenizer_bytes` what the
+    tokenizer took (rank 0), and `base_bytes` all the rest: Python, libraries, activations.
+    """
 
     rank: int
     host: str
@@ -24,6 +30,10 @@ class RankFigures:
     kv_heads: int
     columns: int
     peak_rss_bytes: int
+    weights_bytes: int
+    cache_bytes: int
+    tokenizer_bytes: int
+    base_bytes: int
     bytes_read: int
     read_wait_s: float
     compute_s: float
@@ -49,20 +59,42 @@ class Answer:
         return cls(text, token_ids, prompt_tokens, first, median(gaps) if gaps else None)
 
 
-def check_writable(path: Path) -> None:
-    """Raise InputError, before any work is done, where a report could not be written to `path`."""
+def check_writable(path: Path, option: str = "--report") -> None:
+    """Raise InputError, before any work is done, where a report could not be written to `path`, which `option` gave."""
     try:
         target = path.resolve()
         if path.is_dir():
-            raise InputError(f"--report {path} is a folder; give the name of a file")
+            raise InputError(f"{option} {path} is a folder; give the name of a file")
         if path.exists() and not path.is_file():
             return  # a device or a pipe
         if not target.parent.is_dir():
-            raise InputError(f"--report {path}: there is no folder {target.parent}; make it, or choose another place")
+            raise InputError(f"{option} {path}: there is no folder {target.parent}; make it, or choose another place")
         if not os.access(target if target.exists() else target.parent, os.W_OK):
-            raise InputError(f"--report {path} cannot be written: permission denied; choose another place")
+            raise InputError(f"{option} {path} cannot be written: permission denied; choose another place")
     except OSError as error:
-        raise InputError(f"--report {str(path)[:80]}: {error.strerror}; choose another place") from error
+        raise InputError(f"{option} {str(path)[:80]}: {error.strerror}; choose another place") from error
+
+
+def write_json(path: Path, values: Mapping[str, Any], option: str = "--report") -> None:
+    """Write JSON to `path`, which `option` gave: a regular file whole or not at all, a device or pipe as it is.
+
+    Raises StorageError.
+    """
+    text = json.dumps(values, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    try:
+        if path.exists() and not path.is_file():
+            with path.open("w", encoding="utf-8") as stream:
+                stream.write(text)
+            return
+        target = path.resolve()  # a link stays a link
+        temporary = target.with_name(f".{os.getpid()}.report.partial")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write the report {path}: {error.strerror}; choose another {option}") from error
 
 
 @dataclass
@@ -93,22 +125,8 @@ class Report:
             setattr(self, key, value)
 
     def write(self, path: Path) -> None:
-        """Write JSON to `path`: a regular file whole or not at all, a device or pipe as it is. Raises StorageError."""
-        text = json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n"
-        try:
-            if path.exists() and not path.is_file():
-                with path.open("w", encoding="utf-8") as stream:
-                    stream.write(text)
-                return
-            target = path.resolve()  # a link stays a link
-            temporary = target.with_name(f".{os.getpid()}.report.partial")
-            try:
-                temporary.write_text(text, encoding="utf-8")
-                temporary.replace(target)
-            finally:
-                temporary.unlink(missing_ok=True)
-        except OSError as error:
-            raise StorageError(f"cannot write the report {path}: {error.strerror}; choose another --report") from error
+        """Write JSON to `path`; see write_json. Raises StorageError."""
+        write_json(path, asdict(self))
 
     def print_table(self) -> None:
         """The table, on stderr."""
@@ -117,7 +135,7 @@ class Report:
 
         table = Table(box=None, pad_edge=False, header_style="none")
         table.add_column("rank host")
-        for name in ("heads", "columns", "peak memory", "read", "compute", "disk wait", "star"):
+        for name in ("heads", "columns", "peak memory", "without weights", "read", "compute", "disk wait", "star"):
             table.add_column(name, justify="right")
         for r in self.ranks:
             table.add_row(
@@ -125,6 +143,7 @@ class Report:
                 str(r.heads),
                 str(r.columns),
                 _size(r.peak_rss_bytes),
+                _size(r.peak_rss_bytes - r.weights_bytes),
                 _size(r.bytes_read),
                 *(f"{seconds:.2f} s" for seconds in (r.compute_s, r.read_wait_s, r.star_s)),
             )
@@ -145,7 +164,11 @@ class Report:
 
 def peak_rss_bytes() -> int:
     """The most memory this process ever had resident."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:  # getrusage would count the process that started this one, before it became Python
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _size(nbytes: int) -> str:

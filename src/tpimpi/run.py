@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,18 @@ from typing import Any
 import xxhash
 
 from tpimpi import __version__
-from tpimpi.backends import load_backend
+from tpimpi.backends import NOT_INSTALLED, has_native, load_backend
 from tpimpi.errors import InputError, SliceError, TpimpiError, as_ours
 from tpimpi.generate import Sampler, follow, generate, to_text, until_stop
 from tpimpi.model import Model, block_order
+from tpimpi.model_formats import ModelFormats
 from tpimpi.plan import Plan
 from tpimpi.report import Answer, RankFigures, Report, peak_rss_bytes
 from tpimpi.slicefile import SliceFile, slice_name
-from tpimpi.sliceheader import Header
+from tpimpi.sliceheader import FORMAT_VERSION, Header
 from tpimpi.sources import Source
 from tpimpi.star import FINISH, Star
-from tpimpi.tokenizer import Tokenizer
+from tpimpi.tokenizer import Tokenizer, load_tokenizer
 from tpimpi.window import SMALLEST_WINDOW, Window
 
 LONGEST_NAME = 40  # characters of a model's name, and of the shares, in the name of its cache folder
@@ -41,7 +42,7 @@ class Settings:
     """What rank 0 tells every rank. `folder` is where the slices are, or None: the cache folder `cache_name` of each host.
 
     `window` is a number of blocks, "all", or "auto": all of them if they fit. `cores_shared_by[r]` is the number of ranks
-    on the host of rank r. An empty `fingerprint`, `format` or `shares` is whatever the slices have.
+    on the host of rank r that use the same cores. An empty `fingerprint`, `format` or `shares` is whatever the slices have.
     """
 
     folder: str | None
@@ -55,6 +56,7 @@ class Settings:
     allreduce: str
     timeout: float
     cores_shared_by: list[int]
+    models: int = 1  # held in memory at the same time
 
     def slice_path(self, rank: int, ranks: int) -> Path:
         folder = Path(self.folder) if self.folder is not None else cache_folder() / str(self.cache_name)
@@ -78,12 +80,13 @@ def cache_folder() -> Path:
     return platformdirs.user_cache_path("tpimpi")
 
 
-def cache_name(source: Source, plan: Plan, fmt: str) -> str:
-    """Folder, within the cache folder, of the slices of this model for this plan in this format."""
+def cache_name(source: Source, plan: Plan, formats: ModelFormats) -> str:
+    """Folder, within the cache folder, of the slices of this model for this plan in these formats."""
     shares = plan.describe().replace(",", "-")
     if len(shares) > LONGEST_NAME:
         shares = f"{plan.ranks}-ranks-{xxhash.xxh3_64_hexdigest(shares.encode())}"
-    return f"{source.path.stem[:LONGEST_NAME]}-{source.fingerprint()[:12]}-{fmt}-{shares}"
+    name = f"{source.path.stem[:LONGEST_NAME]}-{source.fingerprint()[:12]}"
+    return f"{name}-{formats.key()}-{shares}-v{FORMAT_VERSION}"
 
 
 # Agreeing
@@ -93,10 +96,25 @@ def _note(**values: Any) -> bytes:
     return json.dumps(values).encode()
 
 
-def greet(star: Star) -> list[str]:
-    """Every rank says who it is. Rank 0 gets the hosts in rank order; raises InputError where versions differ."""
-    notes = star.collect(_note(version=__version__, host=star.rank.host))
-    hosts = []
+@dataclass(frozen=True)
+class Guest:
+    """What a rank says of itself: its host, the cores it may use, how many that host has, whether it has native kernels."""
+
+    host: str
+    cores: frozenset[int]
+    host_cores: int
+    native: bool
+
+    def shares_cores_with(self, other: Guest) -> bool:
+        return self.host == other.host and bool(self.cores & other.cores)
+
+
+def greet(star: Star) -> list[Guest]:
+    """Every rank says who it is. Rank 0 gets them in rank order; raises InputError where versions differ."""
+    cores = sorted(os.sched_getaffinity(0))
+    about = {"cores": cores, "host_cores": os.cpu_count() or 1, "native": has_native()}
+    notes = star.collect(_note(version=__version__, host=star.rank.host, **about))
+    guests = []
     for rank, note in enumerate(notes):
         hello = json.loads(note)
         if hello["version"] != __version__:
@@ -104,8 +122,25 @@ def greet(star: Star) -> list[str]:
                 f"rank {rank} on {hello['host']} runs tpimpi {hello['version']}, rank 0 runs {__version__}; "
                 "install the same version on every host"
             )
-        hosts.append(hello["host"])
-    return hosts
+        guests.append(Guest(hello["host"], frozenset(hello["cores"]), hello["host_cores"], hello["native"]))
+    return guests
+
+
+def bound_to_one_core(guests: Sequence[Guest]) -> str | None:
+    """What to tell a user whose launcher gave some ranks a single core each, of several; None where it did not."""
+    bound = [f"r{rank} {guest.host}" for rank, guest in enumerate(guests) if len(guest.cores) == 1 < guest.host_cores]
+    if not bound:
+        return None
+    return (
+        f"{', '.join(bound)}: bound to one core by the launcher, which computing and reading then share; "
+        "mpirun --bind-to none frees all of them"
+    )
+
+
+def without_native(guests: Sequence[Guest]) -> str | None:
+    """What to tell a user of --backend auto where some ranks have no native kernels; None where all do."""
+    without = [f"r{rank} {guest.host}" for rank, guest in enumerate(guests) if not guest.native]
+    return f"{', '.join(without)}: {NOT_INSTALLED}; computing with torch, which is slower" if without else None
 
 
 @contextmanager
@@ -154,9 +189,22 @@ def go(star: Star) -> None:
     star.tell(_note(go=True))
 
 
+def finish(star: Star, seats: Sequence[Seat]) -> list[list[RankFigures]]:
+    """Rank 0: end the run on every rank. For each seat the figures of every rank, in rank order."""
+    star.command(FINISH)
+    names = {field.name for field in fields(RankFigures)}
+    figures = []
+    for seat in seats:
+        notes = star.collect(json.dumps(asdict(seat.figures())).encode())
+        values = [json.loads(note) for note in notes]
+        figures.append([RankFigures(**{name: value[name] for name in names}) for value in values])
+        seat.close()
+    return figures
+
+
 def _identity(header: Header) -> dict[str, str]:
     """What the slices of a run have in common."""
-    return {"fingerprint": header.fingerprint, "format": header.format, "shares": header.plan.describe()}
+    return {"fingerprint": header.fingerprint, "format": header.formats.key(), "shares": header.plan.describe()}
 
 
 def _check_alike(header: Header, rank: int, note: dict[str, Any]) -> None:
@@ -169,9 +217,22 @@ def _check_alike(header: Header, rank: int, note: dict[str, Any]) -> None:
 
 
 def take_part(star: Star) -> None:
-    """Ranks other than 0: the whole run. Raises Stopped where rank 0 called it off."""
+    """Ranks other than 0: the whole run, with a seat for each model that rank 0 settles (a run has one).
+
+    Raises Stopped where rank 0 called it off.
+    """
     greet(star)
-    settings = Settings(**_heard(star)["settings"])
+    with ExitStack() as stack:
+        seats: list[Seat] = []
+        while "settings" in (note := _heard(star)):
+            seats.append(stack.enter_context(closing(_take_seat(star, Settings(**note["settings"])))))
+        follow([seat.model for seat in seats], star)
+        for seat in seats:
+            star.collect(json.dumps(asdict(seat.figures())).encode())
+
+
+def _take_seat(star: Star, settings: Settings) -> Seat:
+    """Open our slice, and tell rank 0 whether we could."""
     try:
         seat = Seat(star, settings)
     except Exception as error:
@@ -180,12 +241,7 @@ def take_part(star: Star) -> None:
         _heard(star)  # raises Stopped
         raise
     star.collect(_note(host=star.rank.host, **_identity(seat.header)))
-    try:
-        _heard(star)
-        follow(seat.model, star)
-        star.collect(json.dumps(asdict(seat.figures())).encode())
-    finally:
-        seat.close()
+    return seat
 
 
 def _heard(star: Star) -> dict[str, Any]:
@@ -201,6 +257,8 @@ def _heard(star: Star) -> dict[str, Any]:
 class Seat:
     """What one rank holds for a run. Raises SliceError where its slice is not the one that the settings want."""
 
+    tokenizer_bytes = 0  # memory that loading the tokenizer took, on rank 0
+
     def __init__(self, star: Star, settings: Settings) -> None:
         self.star = star
         path = settings.slice_path(star.rank.index, star.rank.size)
@@ -214,7 +272,7 @@ class Seat:
             backend = load_backend(settings.backend, threads)
             resident = self.file.load(self.file.records_of("resident")[0]).parts
             order = block_order(self.header)
-            self.window = Window(self.file, order, self._blocks(settings.window, neighbours))
+            self.window = Window(self.file, order, self._blocks(settings.window, neighbours * settings.models))
             self.model = Model(self.header, resident, self.window, star, backend)
         except BaseException:
             self.file.close()
@@ -247,15 +305,29 @@ class Seat:
         weights = sum(record.nbytes for record in self.file.records)
         return None if weights < psutil.virtual_memory().available / 2 / neighbours else SMALLEST_WINDOW
 
+    def load_tokenizer(self) -> Tokenizer:
+        """Rank 0: the tokenizer that its slice carries."""
+        import psutil
+
+        before = psutil.Process().memory_info().rss
+        tokenizer = load_tokenizer(self.file.tokenizer_assets(), self.header.config.vocab)
+        self.tokenizer_bytes = max(0, psutil.Process().memory_info().rss - before)
+        return tokenizer
+
     def figures(self) -> RankFigures:
-        share = self.header.share
+        share, peak = self.header.share, peak_rss_bytes()
+        weights, cache = self.window.held_bytes(), 0 if self.model.cache is None else self.model.cache.filled_bytes
         return RankFigures(
             rank=self.star.rank.index,
             host=self.star.rank.host,
             heads=share.heads.size,
             kv_heads=share.kv_heads.size,
             columns=share.columns.size,
-            peak_rss_bytes=peak_rss_bytes(),
+            peak_rss_bytes=peak,
+            weights_bytes=weights,
+            cache_bytes=cache,
+            tokenizer_bytes=self.tokenizer_bytes,
+            base_bytes=peak - weights - cache - self.tokenizer_bytes,
             bytes_read=self.window.bytes_read,
             read_wait_s=self.window.wait_seconds,
             compute_s=self.model.compute_seconds,
@@ -338,11 +410,4 @@ class Hub:
 
     def finish(self) -> None:
         """End the run on every rank and gather the figures."""
-        star = self.seat.star
-        star.command(FINISH)
-        notes = star.collect(json.dumps(asdict(self.seat.figures())).encode())
-        names = {field.name for field in fields(RankFigures)}
-        for note in notes:
-            values = json.loads(note)
-            self.report.ranks.append(RankFigures(**{name: values[name] for name in names}))
-        self.seat.close()
+        self.report.ranks += finish(self.seat.star, [self.seat])[0]

@@ -1,9 +1,10 @@
-"""The slice file: one rank's part of a model, as one HDF5 file. Version 1 of the format is specified here.
+"""The slice file: one rank's part of a model, as one HDF5 file. Version 2 of the format is specified here.
 
 A slice file is named `rank-R-of-N.h5` and holds these objects:
 
 `/header` (uint8)
-    JSON, UTF-8: `tpimpi_slice` (this version, 1), `made_by`, `rank`, `format` (of the weights: f32 or bf16), `model` (a
+    JSON, UTF-8: `tpimpi_slice` (this version, 2), `made_by`, `rank`, `formats` (of the weights: `layers`, a list of runs of
+    layers that are alike, `[count, {part: format}]`; `head`; `embedding`; each f32, bf16, q8_0, q4_0 or q4_1), `model` (a
     name to show), `fingerprint` (of the source), `config` (ModelConfig), `plan` (`weights`, and for each rank
     `[heads, kv_heads, columns]`, each `[start, stop]`), and `tiles`: a list of records, in the order in which a run
     uses them. A record has `path` (of its group), `block` (`[kind, layer]`), `parts` (of `[name, format, shape]`), and
@@ -19,17 +20,24 @@ A slice file is named `rank-R-of-N.h5` and holds these objects:
 `/head/tile-TTT/rows` (rank 0 only)
     A run of vocabulary rows of the output head ([rows, hidden]).
 `/resident/tile-000/{attn_norm,mlp_norm,q_norm,k_norm,o_bias,down_bias,norm}`
-    f32, small, kept in memory for the whole run: the norms of all layers ([layers, hidden], or [layers, head_dim] for
-    q_norm and k_norm); rank 0 alone has the biases of the output projections ([layers, hidden]), added once, and the
-    final norm ([hidden]).
+    f32, not packed, small, kept in memory for the whole run: the norms of all layers ([layers, hidden], or [layers,
+    head_dim] for q_norm and k_norm); rank 0 alone has the biases of the output projections ([layers, hidden]), added
+    once, and the final norm ([hidden]).
 `/tokenizer/tile-000/NAME` (rank 0 only)
     The tokenizer's files as they are (uint8).
 `/embedding/weight`, `/embedding/checksums` (rank 0 only)
-    The embedding table ([vocab, hidden]), of which a run reads single rows, and XXH3-64 of each row (uint64).
+    The embedding table in row form, of which a run reads single rows: f32 or bf16 [vocab, hidden], or blocks, uint8
+    [vocab, bytes a row]; and XXH3-64 of each row's bytes (uint64).
 
-f32 is stored as IEEE little-endian float, bf16 as uint16. The writer lays the parts of a tile next to each other, each
-at a multiple of 4096 bytes, so that a tile is one extent of the file and is read with one call; a reader must not rely
-on that (`h5repack` may move or chunk them). HDF5 metadata carries HDF5's own checksums (libver "latest").
+Matrices (q, k, v, o, gate, up, down, rows; the shapes given above are those of the numbers, as in the header) are stored in
+packed form: panels of 16 rows, as `tpimpi.formats` specifies. The dataset is float32 [panels, columns, 16] for f32, uint16
+[panels, ceil(columns / 2), 16, 2] for bf16, and uint8 [panels, bytes a panel] for the quantized formats. Where the number of
+rows is no multiple of 16, or that of columns no multiple of 32 (of 2, in bf16), the numbers that are not there are zeros.
+Biases are f32, not packed. f32 is stored as IEEE little-endian float, bf16 as uint16.
+
+The writer lays the parts of a tile next to each other, each at a multiple of 4096 bytes, so that a tile is one extent of
+the file and is read with one call; a reader must not rely on that (`h5repack` may move or chunk them). HDF5 metadata
+carries HDF5's own checksums (libver "latest").
 slicewriter writes the file, SliceFile here reads it.
 """
 
@@ -52,9 +60,9 @@ import numpy.typing as npt
 import xxhash
 
 from tpimpi.errors import InputError, SliceError, StorageError
-from tpimpi.formats import DTYPES, F32, Array, decode
+from tpimpi.formats import F32, Array, Matrix, decode, row_bytes
 from tpimpi.sliceheader import Header
-from tpimpi.slicelayout import Part, Record, aligned
+from tpimpi.slicelayout import Part, Record, aligned, embedding_dataset
 
 _MOST_HEADER_BYTES = 2**28  # far above any model's; a hostile file may promise to unpack to anything
 # What the operating system says of a disk, a network or a limit, and not of what is in the file.
@@ -66,10 +74,11 @@ _NOT_THE_FILE = {
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile in memory: its record, and its parts by name as arrays whose dtype tells the format (uint16 is bf16)."""
+    """A tile in memory: its record, and its parts by name, which are views of one buffer."""
 
     record: Record
-    parts: Mapping[str, Array]
+    parts: Mapping[str, Array]  # biases, norms (f32) and files (uint8), in their shapes
+    matrices: Mapping[str, Matrix]
 
 
 def slice_name(rank: int, ranks: int) -> str:
@@ -200,9 +209,9 @@ class SliceFile:
             offsets: list[int] = []
             for part in record.parts:
                 dataset = file[f"{record.path}/{part.name}"]
-                if dataset.shape != part.shape or dataset.dtype != DTYPES[part.format]:
-                    found = f"{dataset.shape} {dataset.dtype}"
-                    raise self._broken(f"{dataset.name} is {found}, the header says {part.shape} {part.format}")
+                if dataset.shape != part.dataset_shape or dataset.dtype != part.dtype:
+                    wanted = f"{part.dataset_shape} {part.dtype}"
+                    raise self._broken(f"{dataset.name} is {dataset.shape} {dataset.dtype}, must be {wanted}")
                 offset = dataset.id.get_offset()
                 if offset is None and part.nbytes:
                     if not dataset.id.get_storage_size():  # or a few bytes could promise any amount of zeros
@@ -227,8 +236,9 @@ class SliceFile:
     def _open_embedding(self, file: h5py.File, size: int) -> bool:
         config = self.header.config
         weight, sums = file["embedding/weight"], file["embedding/checksums"]
-        if weight.shape != (config.vocab, config.hidden) or weight.dtype != DTYPES[self.header.format]:
-            raise self._broken(f"the embedding is {weight.shape} {weight.dtype}, must be {config.vocab, config.hidden}")
+        shape, dtype = embedding_dataset(config, self.header.formats.embedding)
+        if weight.shape != shape or weight.dtype != dtype:
+            raise self._broken(f"the embedding is {weight.shape} {weight.dtype}, must be {shape} {dtype}")
         if sums.shape != (config.vocab,) or sums.dtype != np.dtype("<u8"):
             raise self._broken(f"the embedding has {sums.shape} checksums, must be {config.vocab}")
         self._embedding = (weight.id.get_offset(), sums.id.get_offset())
@@ -254,9 +264,9 @@ class SliceFile:
     def read(self, record: Record, buffer: npt.NDArray[np.uint8]) -> Tile:
         """Read a tile into `buffer` (uint8, page-aligned, at least record.nbytes) and check it, the first time.
 
-        The arrays of the tile are views of the buffer. Raises SliceError where the file is cut short or a byte differs.
+        What the tile holds are views of the buffer. Raises SliceError where the file is cut short or a byte differs.
         """
-        places, views, position = self._places[record.path].offsets, {}, 0
+        places, position = self._places[record.path].offsets, 0
         spans: list[tuple[int, int, Part]] = []
         for part in record.parts:
             spans.append((position, position + part.nbytes, part))
@@ -266,8 +276,14 @@ class SliceFile:
         else:
             for offset, start, stop in _extents(places, spans):
                 self._pread(buffer[start:stop], offset)
+        parts: dict[str, Array] = {}
+        matrices: dict[str, Matrix] = {}
         for start, stop, part in spans:
-            views[part.name] = buffer[start:stop].view(DTYPES[part.format]).reshape(part.shape)
+            if part.is_matrix:
+                rows, columns = part.shape
+                matrices[part.name] = Matrix(part.format, rows, columns, buffer[start:stop])
+            else:
+                parts[part.name] = buffer[start:stop].view(part.dtype).reshape(part.shape)
         if record.path not in self._checked:
             digest = xxhash.xxh3_64()
             for start, stop, _ in spans:
@@ -275,7 +291,7 @@ class SliceFile:
             if digest.intdigest() != int(self._sums[1 + self._index[record.path]]):
                 raise self._broken(f"{record.path} does not match its checksum")
             self._checked.add(record.path)
-        return Tile(record, views)
+        return Tile(record, parts, matrices)
 
     def load(self, record: Record) -> Tile:
         """Read a tile into memory of its own."""
@@ -287,7 +303,7 @@ class SliceFile:
         assert self._file is not None
         for start, stop, part in spans:
             if part.nbytes:
-                target = buffer[start:stop].view(DTYPES[part.format]).reshape(part.shape)
+                target = buffer[start:stop].view(part.dtype).reshape(part.dataset_shape)
                 with self._reading(f"{record.path}/{part.name}"):
                     self._file[f"{record.path}/{part.name}"].read_direct(target)
 
@@ -321,24 +337,24 @@ class SliceFile:
 
     def embedding_rows(self, ids: Iterable[int]) -> F32:
         """Rows of the embedding table, read one by one and checked. Returns f32 [len(ids), hidden]."""
-        config, dtype = self.header.config, DTYPES[self.header.format]
-        row_bytes = config.hidden * dtype.itemsize
-        rows = []
+        config, fmt = self.header.config, self.header.formats.embedding
+        width = row_bytes(fmt, config.hidden)
+        rows: list[Array] = []
         for token in ids:
             assert 0 <= token < config.vocab, f"token id {token} of a vocabulary of {config.vocab}"
             if self._file is not None:
                 with self._reading("embedding"):
-                    row = np.ascontiguousarray(self._file["embedding/weight"][token])
+                    row = np.ascontiguousarray(self._file["embedding/weight"][token]).view(np.uint8)
                     expected = int(self._file["embedding/checksums"][token])
             else:
-                data, digest = np.empty(row_bytes, np.uint8), np.empty(8, np.uint8)
-                self._pread(data, self._embedding[0] + token * row_bytes)
+                row, digest = np.empty(width, np.uint8), np.empty(8, np.uint8)
+                self._pread(row, self._embedding[0] + token * width)
                 self._pread(digest, self._embedding[1] + token * 8)
-                row, expected = data.view(dtype), int(digest.view("<u8")[0])
+                expected = int(digest.view("<u8")[0])
             if xxhash.xxh3_64_intdigest(row) != expected:
                 raise self._broken("a row of the embedding does not match its checksum")
-            rows.append(decode(row))
-        return np.stack(rows)
+            rows.append(row)
+        return decode(np.stack(rows), fmt, config.hidden)
 
     def tokenizer_assets(self) -> dict[str, bytes]:
         """The tokenizer's files, by name (rank 0's file only)."""
@@ -352,10 +368,11 @@ class SliceFile:
             self.read(record, buffer)
             yield record.nbytes
         if self.has_embedding:
+            width = row_bytes(self.header.formats.embedding, self.header.config.hidden)
             for token in range(self.header.config.vocab):
                 self.embedding_rows([token])
                 if token % 4096 == 0:
-                    yield 4096 * self.header.config.hidden * DTYPES[self.header.format].itemsize
+                    yield 4096 * width
 
     def close(self) -> None:
         if self._file is not None:

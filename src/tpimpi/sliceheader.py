@@ -9,11 +9,11 @@ from typing import Any
 
 from tpimpi import __version__
 from tpimpi.config import ModelConfig, show
-from tpimpi.formats import WEIGHT_FORMATS
+from tpimpi.model_formats import ModelFormats
 from tpimpi.plan import Block, Plan, Share, Span, make_plan
 from tpimpi.slicelayout import Part, Record, slice_records
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MOST_TOKENIZER_BYTES = 2**30
 
 
@@ -22,13 +22,18 @@ class Header:
     """What a slice file says of itself."""
 
     rank: int
-    format: str
+    formats: ModelFormats
     model: str
     fingerprint: str
     config: ModelConfig
     plan: Plan
     records: tuple[Record, ...]
     made_by: str = __version__
+
+    @property
+    def format(self) -> str:
+        """The formats of the weights, as a short text."""
+        return self.formats.describe()
 
     @property
     def share(self) -> Share:
@@ -40,7 +45,7 @@ class Header:
                 "tpimpi_slice": FORMAT_VERSION,
                 "made_by": self.made_by,
                 "rank": self.rank,
-                "format": self.format,
+                "formats": self.formats.to_dict(),
                 "model": self.model,
                 "fingerprint": self.fingerprint,
                 "config": self.config.to_dict(),
@@ -65,19 +70,18 @@ class Header:
         for name in ("made_by", "model", "fingerprint"):
             if not isinstance(values[name], str):
                 raise ValueError(f"{name} is {show(values[name])}, must be a text")
-        if values["format"] not in WEIGHT_FORMATS:
-            raise ValueError(f"format is {show(values['format'])}, must be {' or '.join(WEIGHT_FORMATS)}")
+        formats = ModelFormats.from_dict(values["formats"], config.layers)
         plan, rank = _plan_from_json(values["plan"], config), values["rank"]
         if type(rank) is not int or not 0 <= rank < plan.ranks:
             raise ValueError(f"rank is {show(rank)} of {plan.ranks}")
         return cls(
             rank=rank,
-            format=values["format"],
+            formats=formats,
             model=values["model"],
             fingerprint=values["fingerprint"],
             config=config,
             plan=plan,
-            records=_records_from_json(values["tiles"], config, plan.shares[rank], rank, values["format"]),
+            records=_records_from_json(values["tiles"], config, plan.shares[rank], rank, formats),
             made_by=values["made_by"],
         )
 
@@ -116,12 +120,12 @@ def _plan_from_json(values: dict[str, Any], config: ModelConfig) -> Plan:
 
 
 def _records_from_json(
-    values: list[dict[str, Any]], config: ModelConfig, share: Share, rank: int, fmt: str
+    values: list[dict[str, Any]], config: ModelConfig, share: Share, rank: int, formats: ModelFormats
 ) -> tuple[Record, ...]:
     """The tiles that this rank must have; raises ValueError where the header's differ in any way."""
     tokenizer = _tokenizer_sizes(_record_from_json(values[-1])) if rank == 0 else {}
     records = []
-    wanted = slice_records(config, share, rank, fmt, tokenizer)
+    wanted = slice_records(config, share, rank, formats, tokenizer)
     for found, record in itertools.zip_longest(values, wanted):  # no further than the first that is missing
         if found is None or record is None or _record_from_json(found) != record:
             raise ValueError("its tiles do not fit its plan")

@@ -7,16 +7,17 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import xxhash
 
 from tpimpi.errors import StorageError
-from tpimpi.formats import DTYPES, Array
+from tpimpi.formats import Array, row_bytes
 from tpimpi.slicefile import error_number
 from tpimpi.sliceheader import Header
-from tpimpi.slicelayout import ALIGNMENT
+from tpimpi.slicelayout import ALIGNMENT, embedding_dataset
 
 
 def storage_error(path: Path, error: Exception) -> StorageError:
@@ -49,22 +50,23 @@ class SliceWriter:
 
     The file's skeleton (all names, shapes and extents) is made by HDF5 first and its space reserved, so that a full
     disk is noticed before any work is done; then each part is written straight to its place. Parts of a tile must come
-    in the order of the record, since the checksum is taken as they pass; tiles may come in any order. Holds no weights.
+    in the order of the record, and the pieces of a part from front to back, since the checksum is taken as they pass; tiles
+    may come in any order. Holds no weights.
 
     Raises StorageError where the disk is full or cannot be written.
     """
 
-    def __init__(self, path: Path, header: Header, *, embedding: tuple[int, int] | None = None) -> None:
-        """`embedding` is [vocab, hidden] of the table, for rank 0."""
+    def __init__(self, path: Path, header: Header) -> None:
         self.path, self.header = path, header
         self.temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
         self._hashes = [xxhash.xxh3_64() for _ in header.records]
         self._next_part = [0] * len(header.records)
+        self._written = [0] * len(header.records)  # bytes of the next part
         self._fd = -1
         try:
             with _storage_errors(path):
                 try:
-                    self._skeleton(embedding)
+                    self._skeleton()
                 except (RuntimeError, ValueError) as error:  # what HDF5 raises besides OSError
                     raise storage_error(path, error) from error
                 self._fd = os.open(self.temporary, os.O_RDWR)
@@ -73,17 +75,17 @@ class SliceWriter:
             self.abort()
             raise
 
-    def _skeleton(self, embedding: tuple[int, int] | None) -> None:
+    def _skeleton(self) -> None:
         header_json = np.frombuffer(self.header.to_json(), np.uint8)
-        datasets: list[tuple[str, tuple[int, ...], str]] = [
-            ("header", header_json.shape, "u1"),
-            ("checksums", (1 + len(self.header.records),), "<u8"),
+        datasets: list[tuple[str, tuple[int, ...], np.dtype[Any]]] = [
+            ("header", header_json.shape, np.dtype("u1")),
+            ("checksums", (1 + len(self.header.records),), np.dtype("<u8")),
         ]
         for record in self.header.records:
-            datasets += [(f"{record.path}/{part.name}", part.shape, DTYPES[part.format].str) for part in record.parts]
-        if embedding:
-            datasets += [("embedding/weight", embedding, DTYPES[self.header.format].str)]
-            datasets += [("embedding/checksums", embedding[:1], "<u8")]
+            datasets += [(f"{record.path}/{part.name}", part.dataset_shape, part.dtype) for part in record.parts]
+        if self.header.rank == 0:
+            table, dtype = embedding_dataset(self.header.config, self.header.formats.embedding)
+            datasets += [("embedding/weight", table, dtype), ("embedding/checksums", table[:1], np.dtype("<u8"))]
         create = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         create.set_layout(h5py.h5d.CONTIGUOUS)
         create.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -103,7 +105,7 @@ class SliceWriter:
         ) as file:
             self._offsets: dict[str, int] = {}
             for name, shape, dtype in datasets:
-                kind = h5py.h5t.py_create(np.dtype(dtype))
+                kind = h5py.h5t.py_create(dtype)
                 space = h5py.h5s.create_simple(shape)
                 dataset = h5py.h5d.create(file.id, name.encode(), kind, space, create, lcpl=links)
                 # A dataset of no bytes has no place in the file.
@@ -112,20 +114,26 @@ class SliceWriter:
         self._header_hash = xxhash.xxh3_64_intdigest(header_json)
 
     def write(self, index: int, name: str, values: Array) -> None:
-        """Write part `name` of record `index`; `values` must have the part's shape and dtype."""
+        """Write part `name` of record `index`, or the next piece of it: the bytes of `values`, as the dataset has them."""
         record = self.header.records[index]
         part = record.parts[self._next_part[index]]
         assert part.name == name, f"part {name} of {record.path} written out of order, expected {part.name}"
-        assert values.shape == part.shape and values.dtype == DTYPES[part.format], (part, values.shape, values.dtype)
+        before = self._written[index]
+        assert before + values.nbytes <= part.nbytes, (part, before, values.nbytes)
         data = memoryview(np.ascontiguousarray(values)).cast("B") if values.size else memoryview(b"")
         self._hashes[index].update(data)
-        self._next_part[index] += 1
-        self._pwrite(data, self._offsets[f"{record.path}/{name}"])
+        self._pwrite(data, self._offsets[f"{record.path}/{name}"] + before)
+        self._written[index] = before + values.nbytes
+        if self._written[index] == part.nbytes:
+            self._next_part[index] += 1
+            self._written[index] = 0
 
     def write_embedding(self, first_row: int, rows: Array) -> None:
-        """Write rows [first_row, first_row + len(rows)) of the embedding table, [rows, hidden]."""
-        assert rows.dtype == DTYPES[self.header.format]
+        """Write rows [first_row, first_row + len(rows)) of the embedding table, in row form: uint8 [rows, bytes a row]."""
         rows = np.ascontiguousarray(rows)
+        assert rows.dtype == np.uint8 and rows.shape[1] == row_bytes(
+            self.header.formats.embedding, self.header.config.hidden
+        )
         hashes = np.array([xxhash.xxh3_64_intdigest(row) for row in rows], dtype="<u8")
         self._pwrite(memoryview(rows).cast("B"), self._offsets["embedding/weight"] + first_row * rows[0].nbytes)
         self._pwrite(memoryview(hashes).cast("B"), self._offsets["embedding/checksums"] + first_row * 8)
@@ -161,8 +169,9 @@ class SliceWriter:
             self.temporary.unlink()
 
 
-def stored_bytes(header: Header, *, embedding: bool) -> int:
+def stored_bytes(header: Header) -> int:
     """Space a slice file takes on disk, to within a few pages."""
-    table = header.config.vocab * (header.config.hidden * DTYPES[header.format].itemsize + 8) if embedding else 0
+    row = row_bytes(header.formats.embedding, header.config.hidden) + 8
+    table = header.config.vocab * row if header.rank == 0 else 0
     metadata = sum(len(record.parts) + 2 for record in header.records) * 2 * ALIGNMENT
     return sum(record.nbytes for record in header.records) + table + metadata

@@ -1,7 +1,8 @@
-"""From a model to its slices: each tensor is read once (or a run of its rows at a time) and dealt to the tiles that own it.
+"""From a model to its slices: each tensor is read once, a run of its rows at a time, and dealt to the tiles that own it.
 
-Peak memory: one tensor as f32 and one part of it (o_proj or down_proj, whose columns are dealt); everything else is read
-by runs of rows that are at most a tile.
+A matrix that is stored in the format it shall have is taken over as it is, whole rows always, and columns where their
+borders are borders of the format's blocks; else its numbers are rounded or quantized. Peak memory: a run of rows of
+SLAB_NUMBERS numbers, as stored and as f32, and what quantizing them needs: 32 MB, whatever the size of the tensors.
 """
 
 from __future__ import annotations
@@ -9,42 +10,49 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from tpimpi.errors import InputError, StorageError
-from tpimpi.formats import F32, WEIGHT_FORMATS, encode
-from tpimpi.plan import Block, Plan, Span
+from tpimpi.errors import InputError, ModelError, StorageError
+from tpimpi.formats import (
+    BLOCK_WEIGHTS,
+    F32,
+    PANEL_ROWS,
+    WEIGHT_FORMATS,
+    Bytes,
+    encode,
+    holds_infinities,
+    is_quantized,
+    pack,
+    row_bytes,
+)
+from tpimpi.model_formats import LayerFormats, ModelFormats
+from tpimpi.plan import Block, Plan, Span, attention_tiles
+from tpimpi.quantize import Quantizer, quantize
 from tpimpi.slicefile import slice_name
 from tpimpi.sliceheader import Header
-from tpimpi.slicelayout import Part, Record, slice_records
+from tpimpi.slicelayout import Record, slice_records
 from tpimpi.slicewriter import SliceWriter, storage_error, stored_bytes
-from tpimpi.sources import Source
+from tpimpi.sources import FLOAT_FORMATS, Source, decode
 
-EMBEDDING_ROWS = 4096  # rows of the embedding table that are converted at a time
+SLAB_NUMBERS = 1 << 20  # of a tensor, worked on at a time; at least 16 rows
 
 Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
 
-
-def choose_format(source: Source, wanted: str) -> str:
-    """The slice format for `--format`: `auto` is bf16 for bf16 and f16 sources, else f32 (which loses nothing)."""
-    if wanted == "auto":
-        return "bf16" if source.native_format() in ("bf16", "f16") else "f32"
-    if wanted not in WEIGHT_FORMATS:
-        raise InputError(f"format is {wanted!r}, must be auto, {' or '.join(WEIGHT_FORMATS)}")
-    return wanted
-
-
-def make_header(source: Source, plan: Plan, rank: int, fmt: str) -> Header:
-    """The header of one rank's slice: every tile with its parts, in the order of use."""
-    config = source.config
-    tokenizer = {name: len(content) for name, content in source.tokenizer_assets().items()} if rank == 0 else {}
-    records = slice_records(config, plan.shares[rank], rank, fmt, tokenizer)
-    return Header(rank, fmt, source.path.stem, source.fingerprint(), config, plan, tuple(records))
-
-
+_KEPT = {"f32": "f32", "bf16": "bf16", "f16": "bf16", "q8_0": "q8_0", "q4_0": "q4_0", "q4_1": "q4_1"}
+# Uniform steps of at most 4 bits, which q4_1 has too; every other type of a GGUF file becomes q8_0.
+_FINE_IN_Q4_1 = ("q4_k", "q3_k", "q2_k", "tq1_0", "tq2_0")
+_MATRICES = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
 _RESIDENT_TENSORS = {
     "attn_norm": "layers.{}.input_layernorm.weight",
     "mlp_norm": "layers.{}.post_attention_layernorm.weight",
@@ -54,18 +62,108 @@ _RESIDENT_TENSORS = {
     "down_bias": "layers.{}.mlp.down_proj.bias",
     "norm": "norm.weight",
 }
+_EMBEDDING = "embed_tokens.weight"
+
+
+def choose_formats(source: Source, wanted: str) -> ModelFormats:
+    """The formats of a source's slices for `--format`. Raises InputError for a format that there is not.
+
+    `auto` keeps each tensor's own; f16 becomes bf16, and the types of GGUF that slices do not have become q4_1 (those of at
+    most 4 bits and uniform steps: q4_k, q3_k, q2_k) or q8_0 (all others).
+    """
+    config = source.config
+    if wanted == "auto":
+        layers = [
+            LayerFormats(**{part: _own(source, _tensor(layer, part)) for part in LayerFormats._fields})
+            for layer in range(config.layers)
+        ]
+        return ModelFormats(tuple(layers), _own(source, _head(source)), _own(source, _EMBEDDING))
+    return wanted_formats(wanted, config.layers)
+
+
+def wanted_formats(wanted: str, layers: int) -> ModelFormats:
+    """The formats of a model of so many layers for a `--format` other than auto. Raises InputError as choose_formats."""
+    if wanted not in WEIGHT_FORMATS:
+        raise InputError(
+            f"format is {wanted!r}, must be auto, {', '.join(WEIGHT_FORMATS[:-1])} or {WEIGHT_FORMATS[-1]}"
+        )
+    return ModelFormats.of(wanted, layers)
+
+
+def _own(source: Source, tensor: str) -> str:
+    stored = source.tensors()[tensor].format
+    return _KEPT.get(stored) or ("q4_1" if stored in _FINE_IN_Q4_1 else "q8_0")
+
+
+def _tensor(layer: int, part: str) -> str:
+    return f"layers.{layer}.{_MATRICES[part]}.weight"
+
+
+def _head(source: Source) -> str:
+    return _EMBEDDING if source.config.tied_head else "lm_head.weight"
+
+
+def requantized(source: Source, plan: Plan, formats: ModelFormats) -> str:
+    """What slicing quantizes a second time, in one line: "q4_k is re-quantized to q4_1, q6_k to q8_0"; "" if nothing."""
+    pairs: dict[tuple[str, str], None] = {}
+    divided: set[str] = set()
+    seen: set[tuple[str, LayerFormats]] = set()
+    for layer, here in enumerate(formats.layers):
+        for part, fmt in zip(LayerFormats._fields, here, strict=True):
+            pairs[source.tensors()[_tensor(layer, part)].format, fmt] = None
+        stored = source.tensors()[_tensor(layer, "o")].format
+        if stored == here.o and is_quantized(stored) and (stored, here) not in seen:
+            seen.add((stored, here))
+            if not all(_on_blocks(columns, source, _tensor(layer, "o")) for columns in _o_columns(source, plan, here)):
+                divided.add(stored)
+    pairs[source.tensors()[_head(source)].format, formats.head] = None
+    pairs[source.tensors()[_EMBEDDING].format, formats.embedding] = None
+    changes = [f"{old} to {new}" for old, new in pairs if old not in FLOAT_FORMATS and is_quantized(new) and old != new]
+    words = [changes[0].replace(" to ", " is re-quantized to "), *changes[1:]] if changes else []
+    for stored in sorted(divided):
+        words.append(
+            f"o_proj is re-quantized in its own {stored}, as heads of {source.config.head_dim} columns are cut "
+            f"within its blocks of {BLOCK_WEIGHTS}"
+        )
+    return ", ".join(words)
+
+
+def _o_columns(source: Source, plan: Plan, formats: LayerFormats) -> Iterator[Span]:
+    for share in plan.shares:
+        for tile in attention_tiles(source.config, share, formats):
+            yield _times(tile.heads, source.config.head_dim)
+
+
+def _on_blocks(columns: Span, source: Source, tensor: str) -> bool:
+    """Whether these columns of a tensor are whole blocks."""
+    whole = source.tensors()[tensor].shape[1]
+    return columns.start % BLOCK_WEIGHTS == 0 and (columns.stop % BLOCK_WEIGHTS == 0 or columns.stop == whole)
+
+
+def make_header(source: Source, plan: Plan, rank: int, formats: ModelFormats) -> Header:
+    """The header of one rank's slice: every tile with its parts, in the order of use."""
+    config = source.config
+    tokenizer = {name: len(content) for name, content in source.tokenizer_assets().items()} if rank == 0 else {}
+    records = slice_records(config, plan.shares[rank], rank, formats, tokenizer)
+    return Header(rank, formats, source.path.stem, source.fingerprint(), config, plan, tuple(records))
 
 
 def slice_model(
-    source: Source, plan: Plan, fmt: str, folder: Path, progress: Progress = lambda done, total: None
+    source: Source,
+    plan: Plan,
+    formats: ModelFormats,
+    folder: Path,
+    progress: Progress = lambda done, total: None,
+    quantizer: Quantizer = quantize,
 ) -> None:
     """Write `rank-R-of-N.h5` for every rank of `plan` into `folder`.
 
-    All files are written under temporary names and renamed once the last is whole. Raises ModelError, StorageError.
+    All files are written under temporary names and renamed once the last is whole. `quantizer` may be another
+    implementation of `quantize`. Raises ModelError, StorageError.
     """
     _refuse_what_cannot_be_replaced(folder, plan.ranks)
-    headers = [make_header(source, plan, rank, fmt) for rank in range(plan.ranks)]
-    total = sum(stored_bytes(header, embedding=header.rank == 0) for header in headers)
+    headers = [make_header(source, plan, rank, formats) for rank in range(plan.ranks)]
+    total = sum(map(stored_bytes, headers))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
@@ -80,9 +178,8 @@ def slice_model(
     writers: list[SliceWriter] = []
     try:
         for header in headers:
-            embedding = (source.config.vocab, source.config.hidden) if header.rank == 0 else None
-            writers.append(SliceWriter(folder / slice_name(header.rank, plan.ranks), header, embedding=embedding))
-        _Dealer(source, writers, lambda done: progress(min(done, total), total)).deal()
+            writers.append(SliceWriter(folder / slice_name(header.rank, plan.ranks), header))
+        _Dealer(source, writers, lambda done: progress(min(done, total), total), quantizer).deal()
         for writer in writers:
             writer.finish()
         for writer in writers:
@@ -116,17 +213,46 @@ def remove_leftovers(folder: Path) -> None:
                 path.unlink()
 
 
+_Place = tuple[SliceWriter, int, Record]  # a tile in its file
+
+
+class _Slab:
+    """A run of rows of a matrix of the source, read when it is first asked for."""
+
+    def __init__(self, source: Source, tensor: str, rows: slice, quantizer: Quantizer) -> None:
+        self.source, self.tensor, self.quantizer = source, tensor, quantizer
+        self.info = source.tensors()[tensor]
+        self._blocks = source.read_blocks(tensor, rows)
+        self._numbers: F32 | None = None
+
+    def stored(self, fmt: str, columns: Span) -> Bytes:
+        """These columns in row form: uint8 [rows, bytes a row]. Raises ModelError for numbers that blocks cannot hold."""
+        try:
+            if self.info.format == fmt and (not is_quantized(fmt) or _on_blocks(columns, self.source, self.tensor)):
+                first = row_bytes(fmt, columns.start)
+                cut = self._blocks[:, first : first + row_bytes(fmt, columns.size)]
+                if is_quantized(fmt) and holds_infinities(cut, fmt):
+                    raise ValueError("holds scales that are not finite")
+                return cut
+            if self._numbers is None:
+                self._numbers = decode(self.info.format, self._blocks)
+            return encode(self._numbers[:, slice(*columns)], fmt, self.quantizer)
+        except ValueError as error:
+            raise ModelError(f"{self.source.path}: tensor {self.tensor} {error}; download it again") from error
+
+
 class _Dealer:
     """Reads the source in the order of the model and hands every tile its parts."""
 
-    def __init__(self, source: Source, writers: Sequence[SliceWriter], report: Callable[[int], None]) -> None:
-        self.source, self.writers, self.report = source, writers, report
+    def __init__(
+        self, source: Source, writers: Sequence[SliceWriter], report: Callable[[int], None], quantizer: Quantizer
+    ) -> None:
+        self.source, self.writers, self.report, self.quantizer = source, writers, report, quantizer
         self.config = source.config
         self.done = 0
 
     def deal(self) -> None:
-        fmt, config = self.writers[0].header.format, self.config
-        by_block: dict[Block, list[tuple[SliceWriter, int, Record]]] = {}
+        by_block: dict[Block, list[_Place]] = {}
         for writer in self.writers:
             for index, record in enumerate(writer.header.records):
                 by_block.setdefault(record.block, []).append((writer, index, record))
@@ -134,27 +260,22 @@ class _Dealer:
             if block.kind == "resident":
                 self._resident(tiles)
             elif block.kind == "tokenizer":
-                assets = self.source.tokenizer_assets()
-                for name, content in assets.items():
-                    self._write(*tiles[0][:2], name, np.frombuffer(content, np.uint8))
+                for name, content in self.source.tokenizer_assets().items():
+                    self._write(tiles[0], name, np.frombuffer(content, np.uint8))
             elif block.kind == "head":
-                name = "embed_tokens.weight" if config.tied_head else "lm_head.weight"
                 first = 0
-                for writer, index, record in tiles:
-                    rows = record.parts[0].shape[0]
-                    self._write(writer, index, "rows", encode(self.source.read(name, slice(first, first + rows)), fmt))
-                    first += rows
+                for tile in tiles:
+                    last = first + tile[2].parts[0].shape[0]
+                    self._rows(tile, "rows", _head(self.source), Span(first, last))
+                    first = last
             elif block.kind == "attn":
-                self._attention(block.layer, tiles, fmt)
+                self._attention(block.layer, tiles)
             else:
-                self._mlp(block.layer, tiles, fmt)
-        for first in range(0, config.vocab, EMBEDDING_ROWS):
-            last = min(first + EMBEDDING_ROWS, config.vocab)
-            rows_of_table = encode(self.source.read("embed_tokens.weight", slice(first, last)), fmt)
-            self.writers[0].write_embedding(first, rows_of_table)
-            self._count(rows_of_table.nbytes)
+                self._mlp(block.layer, tiles)
+        self._embedding()
 
-    def _write(self, writer: SliceWriter, index: int, name: str, values: np.ndarray) -> None:
+    def _write(self, place: _Place, name: str, values: np.ndarray) -> None:
+        writer, index, _ = place
         writer.write(index, name, values)
         self._count(values.nbytes)
 
@@ -162,13 +283,20 @@ class _Dealer:
         self.done += nbytes
         self.report(self.done)
 
+    def _slabs(self, tensor: str, rows: Span) -> Iterator[tuple[int, _Slab]]:
+        """Runs of whole panels of these rows of a matrix, each with its first row."""
+        columns = self.source.tensors()[tensor].shape[1]
+        step = max(1, SLAB_NUMBERS // columns // PANEL_ROWS) * PANEL_ROWS
+        for first in range(rows.start, rows.stop, step):
+            yield first, _Slab(self.source, tensor, slice(first, min(first + step, rows.stop)), self.quantizer)
+
     def _vector(self, name: str) -> F32:
         return self.source.read(name).reshape(-1)
 
-    def _resident(self, tiles: list[tuple[SliceWriter, int, Record]]) -> None:
+    def _resident(self, tiles: list[_Place]) -> None:
         values: dict[str, F32] = {}
-        for writer, index, record in tiles:
-            for part in record.parts:
+        for tile in tiles:
+            for part in tile[2].parts:
                 if part.name not in values:
                     name = _RESIDENT_TENSORS[part.name]
                     if "{}" in name:
@@ -176,39 +304,53 @@ class _Dealer:
                         values[part.name] = np.stack([self._vector(name.format(layer)) for layer in layers])
                     else:
                         values[part.name] = self._vector(name)
-                self._write(writer, index, part.name, values[part.name])
+                self._write(tile, part.name, values[part.name])
 
-    def _attention(self, layer: int, tiles: list[tuple[SliceWriter, int, Record]], fmt: str) -> None:
-        prefix, size = f"layers.{layer}.self_attn.", self.config.head_dim
-        for writer, index, record in tiles:
-            for part in record.parts[:-1] if record.heads.size else record.parts:
-                heads = record.heads if part.name.startswith("q") else record.kv_heads
-                self._rows(writer, index, part, prefix + part.name[0] + "_proj", _times(heads, size), fmt)
-        columns = [(writer, index, _times(record.heads, size)) for writer, index, record in tiles if record.heads.size]
-        self._columns(columns, "o", prefix + "o_proj.weight", fmt)
+    def _attention(self, layer: int, tiles: list[_Place]) -> None:
+        size = self.config.head_dim
+        for tile in tiles:
+            record = tile[2]
+            for part in record.parts:
+                if part.name != "o":
+                    heads = record.heads if part.name.startswith("q") else record.kv_heads
+                    self._rows(tile, part.name, _tensor(layer, part.name[0]), _times(heads, size))
+        self._columns([(tile, _times(tile[2].heads, size)) for tile in tiles if tile[2].heads.size], "o", layer)
 
-    def _mlp(self, layer: int, tiles: list[tuple[SliceWriter, int, Record]], fmt: str) -> None:
-        prefix = f"layers.{layer}.mlp."
-        columns: list[tuple[SliceWriter, int, Span]] = []
+    def _mlp(self, layer: int, tiles: list[_Place]) -> None:
+        columns: list[tuple[_Place, Span]] = []
         first = 0  # tiles come in rank order and cover the columns without a gap
-        for writer, index, record in tiles:
-            span = Span(first, first + record.parts[0].shape[0])
-            for part in record.parts[:-1]:
-                self._rows(writer, index, part, prefix + part.name.removesuffix("_bias") + "_proj", span, fmt)
-            columns.append((writer, index, span))
+        for tile in tiles:
+            span = Span(first, first + tile[2].parts[0].shape[0])
+            for part in tile[2].parts[:-1]:
+                self._rows(tile, part.name, _tensor(layer, part.name.removesuffix("_bias")), span)
+            columns.append((tile, span))
             first = span.stop
-        self._columns(columns, "down", prefix + "down_proj.weight", fmt)
+        self._columns(columns, "down", layer)
 
-    def _rows(self, writer: SliceWriter, index: int, part: Part, tensor: str, rows: Span, fmt: str) -> None:
-        if part.name.endswith("_bias"):
-            self._write(writer, index, part.name, self._vector(tensor + ".bias")[slice(*rows)])
-        else:
-            self._write(writer, index, part.name, encode(self.source.read(tensor + ".weight", slice(*rows)), fmt))
+    def _rows(self, tile: _Place, name: str, tensor: str, rows: Span) -> None:
+        """A part that is a run of rows of a matrix, or of the bias beside it."""
+        if name.endswith("_bias"):
+            bias = self._vector(tensor.removesuffix("weight") + "bias")
+            self._write(tile, name, bias[slice(*rows)])
+            return
+        part = next(part for part in tile[2].parts if part.name == name)
+        columns = part.shape[1]
+        for _, slab in self._slabs(tensor, rows):
+            self._write(tile, name, pack(slab.stored(part.format, Span(0, columns)), part.format, columns).data)
 
-    def _columns(self, tiles: list[tuple[SliceWriter, int, Span]], part: str, tensor: str, fmt: str) -> None:
-        whole = self.source.read(tensor)
-        for writer, index, columns in tiles:
-            self._write(writer, index, part, encode(np.ascontiguousarray(whole[:, slice(*columns)]), fmt))
+    def _columns(self, tiles: list[tuple[_Place, Span]], name: str, layer: int) -> None:
+        """The tiles' columns of a matrix, all of its rows: the last part of each tile."""
+        for _, slab in self._slabs(_tensor(layer, name), Span(0, self.config.hidden)):
+            for tile, columns in tiles:
+                fmt = tile[2].parts[-1].format
+                self._write(tile, name, pack(slab.stored(fmt, columns), fmt, columns.size).data)
+
+    def _embedding(self) -> None:
+        fmt = self.writers[0].header.formats.embedding
+        for first, slab in self._slabs(_EMBEDDING, Span(0, self.config.vocab)):
+            rows = slab.stored(fmt, Span(0, self.config.hidden))
+            self.writers[0].write_embedding(first, rows)
+            self._count(rows.nbytes)
 
 
 def _times(heads: Span, size: int) -> Span:

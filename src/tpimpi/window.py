@@ -58,6 +58,10 @@ class Window:
         runs = (sum((sizes * 2)[start : start + self.blocks]) for start in range(len(sizes)))
         return max(runs) + max((r.nbytes for records in self._records.values() for r in records), default=0)
 
+    def held_bytes(self) -> int:
+        """Memory that tiles take, or took at most."""
+        return min(self.bytes_read, self.window_bytes())
+
     def tiles(self, block: Block) -> Iterator[Tile]:
         """The tiles of `block`, in order. Blocks of the cycle that lie before it and were not asked for are passed over."""
         if self.keeps_all:

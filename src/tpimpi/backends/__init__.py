@@ -1,17 +1,20 @@
 """The operations that a layer is made of, behind one small surface.
 
-A backend is a module or object with the functions of `Backend`. All arrays are NumPy; f32 comes in and goes out, and the
-dtype of a weight tells its format (see tpimpi.formats). `numpy_twin` is the plain statement of each operation, which
-tests compare the others against.
+A backend is a module or object with the functions of `Backend`. All arrays are NumPy; f32 comes in and goes out; weight
+matrices are packed, in a format of their own (see tpimpi.formats). `numpy_twin` is the plain statement of each operation,
+which tests compare the others against.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Protocol
 
-from tpimpi.formats import F32, Array
+from tpimpi.errors import InputError
+from tpimpi.formats import F32, Matrix
+from tpimpi.quantize import Quantizer, quantize
 
-NAMES = ("torch", "numpy")
+NAMES = ("auto", "native", "torch", "numpy")  # what --backend takes
 
 
 class Backend(Protocol):
@@ -19,8 +22,11 @@ class Backend(Protocol):
 
     name: str
 
-    def linear(self, x: F32, weight: Array, bias: F32 | None = None) -> F32:
-        """x [n, in] times the transpose of weight [out, in] (f32 or bf16), plus bias [out]: [n, out]."""
+    def linear(self, x: F32, weight: Matrix, bias: F32 | None = None) -> F32:
+        """x [n, columns] times the transpose of weight [rows, columns], plus bias [rows]: [n, rows].
+
+        A backend may round x as numpy_twin does: to bf16 beside bf16 weights, to int8 in blocks of 32 beside quantized ones.
+        """
 
     def rms_norm(self, x: F32, weight: F32, eps: float) -> F32:
         """x [..., size] over the root of its mean square, times weight [size] (Zhang and Sennrich 2019)."""
@@ -40,7 +46,18 @@ class Backend(Protocol):
 
 
 def load_backend(name: str, threads: int) -> Backend:
-    """The backend `name` (one of NAMES), computing with `threads` threads."""
+    """The backend `name` (one of NAMES), computing with `threads` threads; "auto" is native where it is installed, or torch.
+
+    Raises InputError where native is asked for and not installed, ImportError where torch is missing.
+    """
+    if name == "auto":
+        name = "native" if has_native() else "torch"
+    if name == "native":
+        if not has_native():
+            raise InputError(f"--backend is native, but {NOT_INSTALLED}; or give --backend torch")
+        from tpimpi.backends.native import NativeBackend
+
+        return NativeBackend(threads)
     if name == "torch":
         from tpimpi.backends.torch_backend import TorchBackend
 
@@ -48,3 +65,22 @@ def load_backend(name: str, threads: int) -> Backend:
     from tpimpi.backends.numpy_twin import NumpyTwin
 
     return NumpyTwin(threads)
+
+
+def load_quantizer(threads: int) -> Quantizer:
+    """The native kernel where it is installed, else its NumPy twin: they give the same bytes."""
+    if not has_native():
+        return quantize
+    from tpimpi.backends.native import NativeBackend
+
+    return NativeBackend(threads).quantize
+
+
+NOT_INSTALLED = (
+    "the native kernels are not installed (there was no C++ compiler when tpimpi was): install g++ and tpimpi again"
+)
+
+
+def has_native() -> bool:
+    """Whether the extension with the kernels was built when tpimpi was installed."""
+    return importlib.util.find_spec("tpimpi._native") is not None

@@ -51,11 +51,20 @@ class NativeBackend:
         self._session.swiglu(gate, up, y)
         return y
 
+    def read(self, data: Bytes) -> int:
+        """Read all of `data` with all threads, and do nothing else: for measuring. Returns the sum of its 8-byte words."""
+        total: int = self._session.read(data)
+        return total
 
-def quantize(values: F32, fmt: str, level: str = "", threads: int = 1) -> Bytes:
-    """As tpimpi.quantize.quantize, to the same bytes, thirty times as fast. ValueError for numbers that are not finite."""
-    rows, columns = values.shape
-    out = np.empty((rows, row_bytes(fmt, columns)), np.uint8)
-    if not Session(level, threads).quantize(_FORMAT_CODES[fmt], np.ascontiguousarray(values), out):
-        raise ValueError("holds numbers that are not finite")
-    return out
+    def multiply_peak(self, fmt: str, seconds: float) -> float:
+        """Operations a second (a product and its sum are two) of one thread that multiplies in registers as for `fmt`."""
+        rate: float = self._session.multiply_peak(_FORMAT_CODES[fmt], seconds)
+        return rate
+
+    def quantize(self, values: F32, fmt: str) -> Bytes:
+        """As tpimpi.quantize.quantize, to the same bytes. ValueError for numbers that are not finite."""
+        rows, columns = values.shape
+        out = np.empty((rows, row_bytes(fmt, columns)), np.uint8)
+        if not self._session.quantize(_FORMAT_CODES[fmt], np.ascontiguousarray(values), out):
+            raise ValueError("holds numbers that are not finite")
+        return out

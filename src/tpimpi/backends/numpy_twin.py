@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from tpimpi.formats import F32, Array, decode
+from tpimpi.formats import BLOCK_WEIGHTS, F32, Matrix, from_bf16, is_quantized, runs_of_rows, to_bf16, values
+
+_RUN_NUMBERS = 1 << 22  # of a weight, as f32 at a time
 
 
 class NumpyTwin:
@@ -17,8 +19,11 @@ class NumpyTwin:
         # The BLAS beneath NumPy would else take every core, in every rank.
         self._limits = threadpool_limits(threads, user_api="blas")
 
-    def linear(self, x: F32, weight: Array, bias: F32 | None = None) -> F32:
-        y = x @ decode(weight).T
+    def linear(self, x: F32, weight: Matrix, bias: F32 | None = None) -> F32:
+        x = rounded_activations(x, weight.format)
+        y = np.empty((x.shape[0], weight.rows), np.float32)
+        for first, run in runs_of_rows(weight, _RUN_NUMBERS):
+            np.matmul(x, values(run).T, out=y[:, first : first + run.rows])
         return y if bias is None else y + bias
 
     def rms_norm(self, x: F32, weight: F32, eps: float) -> F32:
@@ -46,3 +51,24 @@ class NumpyTwin:
     def swiglu(self, gate: F32, up: F32) -> F32:
         with np.errstate(over="ignore"):  # exp(-gate) may be infinite: gate / inf is the right limit, 0
             return gate / (1 + np.exp(-gate)) * up
+
+
+def rounded_activations(x: F32, fmt: str) -> F32:
+    """x [n, columns] as it is multiplied with weights of a format: as it is (f32), rounded to bf16 (bf16), or quantized.
+
+    Quantized: in blocks of 32 along a row, to scale * q with scale = max |x| / 127 and q = x * (127 / max |x|) as the
+    nearest integer, ties to even; zeros where max |x| < 1e-30. A block that holds an infinity or a NaN becomes NaN.
+    """
+    if fmt == "bf16":
+        return from_bf16(to_bf16(x))
+    if not is_quantized(fmt):
+        return x
+    n, columns = x.shape
+    blocks = np.pad(x, ((0, 0), (0, -columns % BLOCK_WEIGHTS))).reshape(n, -1, BLOCK_WEIGHTS)
+    largest = np.abs(blocks).max(axis=2, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        q = np.rint(blocks * (np.float32(127) / largest))
+        rounded = q * (largest / np.float32(127))
+    rounded = np.where(largest < 1e-30, np.float32(0), rounded)
+    rounded = np.where(np.isfinite(largest), rounded, np.float32(np.nan))
+    return rounded.reshape(n, -1)[:, :columns]

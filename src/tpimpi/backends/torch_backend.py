@@ -6,11 +6,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  (the name that torch's own documentation uses)
 
-from tpimpi.formats import DTYPES, F32, Array
+from tpimpi.formats import F32, PANEL_ROWS, Matrix, runs_of_rows, values
+
+_RUN_NUMBERS = 1 << 19  # of a weight, widened to f32 at a time: stays in the cache
 
 
 class TorchBackend:
-    """See `Backend` for shapes and meaning. Sums are in f32; bf16 weights are widened a tile at a time."""
+    """See `Backend` for shapes and meaning. Weights are widened to f32, a run of rows at a time; sums are in f32."""
 
     name = "torch"
 
@@ -18,8 +20,13 @@ class TorchBackend:
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
 
-    def linear(self, x: F32, weight: Array, bias: F32 | None = None) -> F32:
-        return F.linear(_tensor(x), _weight(weight), None if bias is None else _tensor(bias)).numpy()
+    def linear(self, x: F32, weight: Matrix, bias: F32 | None = None) -> F32:
+        positions, y = _tensor(x), torch.empty(x.shape[0], weight.rows)
+        for first, run in runs_of_rows(
+            weight, weight.rows * weight.columns if weight.format == "f32" else _RUN_NUMBERS
+        ):
+            y[:, first : first + run.rows] = _product(positions, run)
+        return (y if bias is None else y + _tensor(bias)).numpy()
 
     def rms_norm(self, x: F32, weight: F32, eps: float) -> F32:
         return F.rms_norm(_tensor(x), weight.shape, _tensor(weight), eps).numpy()
@@ -58,7 +65,19 @@ def _tensor(array: F32) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-def _weight(array: Array) -> torch.Tensor:
-    if array.dtype == DTYPES["bf16"]:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).float()
-    return torch.from_numpy(array)
+def _product(x: torch.Tensor, weight: Matrix) -> torch.Tensor:
+    """x [n, columns] times the transpose of weight [rows, columns]: [n, rows]. f32 and bf16 are used as they are packed."""
+    if weight.format == "f32":
+        panels = torch.from_numpy(weight.data.view(np.float32).reshape(-1, weight.columns, PANEL_ROWS))
+        return _joined(torch.matmul(x, panels), weight.rows)
+    if weight.format == "bf16":
+        words = torch.from_numpy(weight.data.view(np.int32).reshape(-1, -(-weight.columns // 2), PANEL_ROWS))
+        even, odd = (words << 16).view(torch.float32), (words & -0x10000).view(torch.float32)
+        padded = F.pad(x, (0, weight.columns % 2))
+        return _joined(torch.matmul(padded[:, 0::2], even) + torch.matmul(padded[:, 1::2], odd), weight.rows)
+    return F.linear(x, torch.from_numpy(values(weight)))
+
+
+def _joined(panels: torch.Tensor, rows: int) -> torch.Tensor:
+    """Products [panels, n, 16] as [n, rows]."""
+    return panels.transpose(0, 1).reshape(panels.shape[1], -1)[:, :rows]

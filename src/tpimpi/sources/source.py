@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import stat
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,14 +180,6 @@ class Source:
         """
         return self._assets()
 
-    def native_format(self) -> str:
-        """The format in which most numbers of the weight matrices are stored."""
-        counts: Counter[str] = Counter()
-        for info in self._infos.values():
-            if len(info.shape) > 1:
-                counts[info.format] += math.prod(info.shape)
-        return max(sorted(counts), key=counts.__getitem__)
-
     def close(self) -> None:
         """Close the files; reading afterwards is a ValueError."""
         for file in self._files:
@@ -242,12 +232,12 @@ def decode(format: str, blocks: Bytes) -> Floats:
     Peak memory: the result, and what a slab of rows (a million numbers at most, or one row) needs to be decoded.
     """
     if format == "f32":
-        return formats.decode(blocks.view("<f4"))
+        return blocks.view("<f4")
     if format == "f16":
         return blocks.view("<f2").astype(np.float32)
     if format == "bf16":
         stored = blocks.view("<u2")
-        return _in_slabs(formats.decode, stored, stored.shape[1], _BF16_SLAB_NUMBERS)
+        return _in_slabs(formats.from_bf16, stored, stored.shape[1], _BF16_SLAB_NUMBERS)
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
 
