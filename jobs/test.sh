@@ -9,7 +9,7 @@ if [ $# -gt 0 ]; then
 fi
 ruff check .
 ruff format --check .
-mypy
-lint-imports
-python -m pytest --mpi openmpi
-python -m pytest --mpi mpich -m mpi
+part mypy mypy
+part lint-imports lint-imports
+part "tests under Open MPI" python -m pytest --mpi openmpi
+part "tests under MPICH" python -m pytest --mpi mpich -m mpi

@@ -179,6 +179,14 @@ inline void few_scores(const Rows<S, f16>& k, int64_t row, const float* q, int64
   for (int t = 0; t < Q; ++t)
     for (int r = 0; r < 4; ++r) sum[t][r] = S::zero();
   int64_t i = 0;
+#ifdef SWAP
+  if constexpr (Q == 1) {
+  for (int r = 0; r < N; ++r) {
+  for (i=0; i + kLanes <= k.head_dim; i += kLanes) {
+      const auto key = k.load(k.at(row + r, i));
+      for (int t = 0; t < Q; ++t) sum[t][r] = S::fma(key, S::load(q + t * filled + i), sum[t][r]);
+    } } } else
+#endif
   for (; i + kLanes <= k.head_dim; i += kLanes)
     for (int r = 0; r < N; ++r) {
       const auto key = k.load(k.at(row + r, i));
@@ -202,6 +210,9 @@ inline void few_sums(const Rows<S, f16>& v, int64_t row, int64_t keys, int64_t i
     for (int c = 0; c < C; ++c) sum[t][c] = S::mul(S::load(sums + t * filled + i + c * kLanes), S::set(rescale[t]));
   for (int64_t key = 0; key < keys; ++key) {
     const uint8_t* p = v.at(row + key, i);
+    // Half a row after half a row is no pattern that the hardware fetches ahead: fetch the other half too.
+    if (i == 0)
+      for (const uint8_t* other = p + C * kLanes * v.kBytes; other < p + v.head_dim * v.kBytes; other += kLine) S::prefetch(other);
     for (int c = 0; c < C; ++c) {
       const auto value =
           C > 1 || lanes == kLanes ? v.load(p + c * kLanes * v.kBytes) : v.load_some(p, lanes);
@@ -251,10 +262,15 @@ void few_block(const Rows<S, f16>& k, const Rows<S, f16>& v, const Group& group,
     total[t + r] = total[t + r] * rescale[r] + sums[0];
   }
 
+  constexpr int C = S::together / Q >= 8 ? 8 : 4;
   float* sums = scratch.sums + t * filled;
   int64_t i = 0;
-  for (; i + 4 * kLanes <= v.head_dim; i += 4 * kLanes)
+  for (; i + C * kLanes <= v.head_dim; i += C * kLanes)
+    few_sums<S, f16, Q, C>(v, first, keys, i, kLanes, scratch.scores, rescale, filled, sums);
+  if (C > 4 && i + 4 * kLanes <= v.head_dim) {
     few_sums<S, f16, Q, 4>(v, first, keys, i, kLanes, scratch.scores, rescale, filled, sums);
+    i += 4 * kLanes;
+  }
   for (; i + kLanes <= v.head_dim; i += kLanes)
     few_sums<S, f16, Q, 1>(v, first, keys, i, kLanes, scratch.scores, rescale, filled, sums);
   if (i < v.head_dim) few_sums<S, f16, Q, 1>(v, first, keys, i, v.head_dim - i, scratch.scores, rescale, filled, sums);

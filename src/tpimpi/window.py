@@ -130,11 +130,13 @@ class Window:
                 self._changed.notify_all()
 
     def _read_once(self) -> None:
+        memory, place = aligned_buffer(self.window_bytes()), 0
         for block in self._order:
             for record in self._records[block]:
                 if self._closed:
                     return
-                tile = self._file.load(record)
+                tile = self._file.read(record, memory[place : place + record.nbytes])
+                place += record.nbytes
                 with self._changed:
                     self.bytes_read += record.nbytes
                     self._kept[record.path] = tile
