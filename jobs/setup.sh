@@ -24,6 +24,7 @@ pip_install() {
 # What decides whether, and how, the extension is built, beside the files of the checkout.
 build_tools() {
   local compiler
+  echo "CXX=${CXX:-}"
   for compiler in ${CXX:+"$CXX"} c++ g++ clang++; do
     command -v "$compiler" && "$compiler" --version 2>/dev/null
   done

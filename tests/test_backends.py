@@ -116,19 +116,23 @@ def test_rope_turns_pairs_by_their_angle(random: np.random.Generator) -> None:
 @pytest.mark.parametrize("q_to_kv", [(0, 1, 2), (1, 2), (0, 0, 1, 2, 2), (2,), (1, 1)])
 @pytest.mark.parametrize(("start", "positions"), [(0, 6), (5, 1), (3, 4)])
 @pytest.mark.parametrize("window", [0, 3])
-def test_attention(random, q_to_kv: tuple[int, ...], start: int, positions: int, window: int) -> None:
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_attention(
+    random, q_to_kv: tuple[int, ...], start: int, positions: int, window: int, dtype: type[np.floating]
+) -> None:
     q = normal(random, positions, len(q_to_kv), 8)
-    k, v = normal(random, 3, start + positions, 8), normal(random, 3, start + positions, 8)
+    k, v = normal(random, 2, 3, start + positions, 8).astype(dtype)
     expected = np.empty_like(q)
     for n in range(positions):
         last = start + n
         first = max(0, last - window + 1) if window else 0
         for head, kv in enumerate(q_to_kv):
-            scores = k[kv, first : last + 1] @ q[n, head] / np.sqrt(8)
+            scores = k[kv, first : last + 1].astype(float) @ q[n, head] / np.sqrt(8)
             weights = np.exp(scores - scores.max())
-            expected[n, head] = weights / weights.sum() @ v[kv, first : last + 1]
+            expected[n, head] = weights / weights.sum() @ v[kv, first : last + 1].astype(float)
     for backend in (TWIN, TORCH):
         found = backend.attention(q, k, v, q_to_kv, start, window)
+        assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=backend.name)
 
 

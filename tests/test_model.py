@@ -88,9 +88,13 @@ def test_bf16_slices_compute_with_rounded_weights(mpirun: Launcher, models, tmp_
             if parameter.dim() > 1 and not name.endswith("norm.weight"):
                 parameter.copy_(parameter.to(torch.bfloat16).float())
         expected = model(torch.tensor([ids])).logits[0].numpy()
-    _run(mpirun, 2, [{"name": "bf16", "slices": str(tmp_path / "slices"), "ids": ids, "chunks": CHUNKS}], tmp_path)
-    found = np.load(tmp_path / "bf16.npy")
+    job = {"slices": str(tmp_path / "slices"), "ids": ids, "chunks": CHUNKS}
+    _run(mpirun, 2, [{**job, "name": kv, "kv": kv} for kv in ("auto", "f16", "f32")], tmp_path)
+    found = np.load(tmp_path / "f32.npy")
     assert np.abs(found - expected).max() < TOLERANCE
+    # The cache is f16 unless it is asked for in f32: keys and values keep 11 bits.
+    np.testing.assert_array_equal(np.load(tmp_path / "auto.npy"), np.load(tmp_path / "f16.npy"))
+    assert 2 * TOLERANCE < np.abs(np.load(tmp_path / "f16.npy") - expected).max() < 0.01
     assert np.abs(found - exact).max() > 10 * TOLERANCE, "nothing was rounded: the test shows nothing"
 
 
@@ -122,7 +126,7 @@ def test_quantized_slices_compute_with_their_own_numbers(mpirun: Launcher, model
             parameters.pop(spelled).copy_(torch.from_numpy(numbers))
         assert all(parameter.dim() == 1 for parameter in parameters.values()), "a matrix is in no tile"
         expected = model(torch.tensor([ids])).logits[0].numpy()
-    job = {"slices": str(tmp_path / "slices"), "ids": ids, "chunks": CHUNKS}
+    job = {"slices": str(tmp_path / "slices"), "ids": ids, "chunks": CHUNKS, "kv": "f32"}
     _run(mpirun, 3, [{**job, "name": name, "backend": name} for name in ("torch", "numpy")], tmp_path)
     found = np.load(tmp_path / "torch.npy")
     assert np.abs(found - expected).max() < TOLERANCE

@@ -15,9 +15,9 @@
 namespace tpimpi {
 namespace {  // each level is compiled with flags of its own: nothing of it may be shared with another
 
-constexpr int kKeys = 64;       // of a block: its keys and values stay in the first cache
-constexpr int kMost = kLanes;   // queries that are taken together
-constexpr float kNone = -3e38f; // the greatest score before there is one: finite, so that no infinity is taken from another
+constexpr int kKeys = 64;        // of a block: its keys and values stay in the first cache
+constexpr int kMost = kLanes;    // queries that are taken together
+constexpr float kNone = -3e38f;  // the greatest score before there is one: finite, so that no infinity is taken from another
 
 // A query: where it comes from and goes to, and the keys [first, last) that it sees.
 struct Query {
@@ -59,22 +59,18 @@ struct Rows {
 
   const uint8_t* at(int64_t row, int64_t column = 0) const { return data + (row * head_dim + column) * kBytes; }
 
-  static typename S::F load(const uint8_t* p) {
-    if constexpr (f16) return S::load_f16(p);
-    return S::load(reinterpret_cast<const float*>(p));
-  }
-  static typename S::F load_some(const uint8_t* p, int64_t n) {
-    if constexpr (f16) return S::load_f16_some(p, n);
-    return S::load_some(reinterpret_cast<const float*>(p), n);
+  static typename S::F load_run(const uint8_t* p, int64_t n) {
+    const float* floats = reinterpret_cast<const float*>(p);
+    if constexpr (f16)
+      return n == kLanes ? S::load_f16(p) : S::load_f16_some(p, n);
+    else
+      return n == kLanes ? S::load(floats) : S::load_some(floats, n);
   }
 
   // Rows [row, row + n) as f32, [n, head_dim]; in `scratch` unless they are f32 already.
   const float* widened(int64_t row, int64_t n, float* scratch) const {
     if constexpr (!f16) return reinterpret_cast<const float*>(at(row));
-    each_run(n * head_dim, [&](int64_t i, int64_t lanes) {
-      const uint8_t* p = at(row) + i * kBytes;
-      S::store(scratch + i, lanes == kLanes ? load(p) : load_some(p, lanes));
-    });
+    each_run(n * head_dim, [&](int64_t i, int64_t lanes) { S::store(scratch + i, load_run(at(row, i), lanes)); });
     return scratch;
   }
 };
@@ -82,9 +78,9 @@ struct Rows {
 // Many queries: lane t of everything is query t.
 
 struct ManyScratch {
-  float *q, *sums;           // [head_dim][16] each
-  float *scores;             // [kKeys][16]
-  float *rows;               // [kKeys][head_dim], and room for 16 more
+  float *q, *sums;  // [head_dim][16] each
+  float* scores;    // [kKeys][16]
+  float* rows;      // [kKeys][head_dim], and room for 16 more
 };
 
 // scores [keys][16] of R keys, which are `stride` apart.
@@ -168,8 +164,8 @@ void attend_many(const Attention& a, const Group& group, const ManyScratch& scra
 constexpr int kScores = kKeys + 4;
 
 struct FewScratch {
-  float *q, *sums;     // [kMost][filled] each; filled is head_dim up to a multiple of 16
-  float *scores;       // [S::queries][kScores]
+  float *q, *sums;  // [kMost][filled] each; filled is head_dim up to a multiple of 16
+  float* scores;    // [S::queries][kScores]
 };
 
 // Of `Q` queries, q [Q][filled], the scores [Q][kScores] of N keys (N is 4 or 1; 4 are written).
@@ -178,30 +174,22 @@ inline void few_scores(const Rows<S, f16>& k, int64_t row, const float* q, int64
   typename S::F sum[Q][4];
   for (int t = 0; t < Q; ++t)
     for (int r = 0; r < 4; ++r) sum[t][r] = S::zero();
-  int64_t i = 0;
-#ifdef SWAP
-  if constexpr (Q == 1) {
-  for (int r = 0; r < N; ++r) {
-  for (i=0; i + kLanes <= k.head_dim; i += kLanes) {
-      const auto key = k.load(k.at(row + r, i));
-      for (int t = 0; t < Q; ++t) sum[t][r] = S::fma(key, S::load(q + t * filled + i), sum[t][r]);
-    } } } else
-#endif
-  for (; i + kLanes <= k.head_dim; i += kLanes)
-    for (int r = 0; r < N; ++r) {
-      const auto key = k.load(k.at(row + r, i));
-      for (int t = 0; t < Q; ++t) sum[t][r] = S::fma(key, S::load(q + t * filled + i), sum[t][r]);
-    }
-  if (i < k.head_dim)
-    for (int r = 0; r < N; ++r) {
-      const auto key = k.load_some(k.at(row + r, i), k.head_dim - i);
-      for (int t = 0; t < Q; ++t) sum[t][r] = S::fma(key, S::load(q + t * filled + i), sum[t][r]);
-    }
+  auto add = [&](int r, int64_t i, int64_t lanes) {
+    const auto key = k.load_run(k.at(row + r, i), lanes);
+    for (int t = 0; t < Q; ++t) sum[t][r] = S::fma(key, S::load(q + t * filled + i), sum[t][r]);
+  };
+  if constexpr (Q == 1) {  // row after row, as the hardware fetches memory best
+    for (int r = 0; r < N; ++r) each_run(k.head_dim, [&](int64_t i, int64_t lanes) { add(r, i, lanes); });
+  } else {  // the rows side by side, so that each part of q is loaded once for them
+    each_run(k.head_dim, [&](int64_t i, int64_t lanes) {
+      for (int r = 0; r < N; ++r) add(r, i, lanes);
+    });
+  }
   for (int t = 0; t < Q; ++t) S::sums4(sum[t], scores + t * kScores);
 }
 
-// sums [Q][filled] from column i, C runs of 16 columns = themselves times rescale [Q] + weights [Q][kScores] times v. The last
-// run may have `lanes` columns only, where C is 1.
+// sums [Q][filled] from column i, C runs of 16 columns = themselves times rescale [Q] + weights [Q][kScores] times v. Where C is
+// 1, the run may have fewer lanes.
 template <class S, bool f16, int Q, int C>
 inline void few_sums(const Rows<S, f16>& v, int64_t row, int64_t keys, int64_t i, int64_t lanes, const float* weights,
                      const float* rescale, int64_t filled, float* sums) {
@@ -210,12 +198,12 @@ inline void few_sums(const Rows<S, f16>& v, int64_t row, int64_t keys, int64_t i
     for (int c = 0; c < C; ++c) sum[t][c] = S::mul(S::load(sums + t * filled + i + c * kLanes), S::set(rescale[t]));
   for (int64_t key = 0; key < keys; ++key) {
     const uint8_t* p = v.at(row + key, i);
-    // Half a row after half a row is no pattern that the hardware fetches ahead: fetch the other half too.
+    // Part of a row after part of a row is no pattern that the hardware fetches ahead: fetch the others with the first.
     if (i == 0)
-      for (const uint8_t* other = p + C * kLanes * v.kBytes; other < p + v.head_dim * v.kBytes; other += kLine) S::prefetch(other);
+      for (const uint8_t *other = v.at(row + key, C * kLanes), *end = v.at(row + key + 1); other < end; other += kLine)
+        S::prefetch(other);
     for (int c = 0; c < C; ++c) {
-      const auto value =
-          C > 1 || lanes == kLanes ? v.load(p + c * kLanes * v.kBytes) : v.load_some(p, lanes);
+      const auto value = v.load_run(p + c * kLanes * v.kBytes, C > 1 ? kLanes : lanes);
       for (int t = 0; t < Q; ++t) sum[t][c] = S::fma(S::set(weights[t * kScores + key]), value, sum[t][c]);
     }
   }
@@ -308,7 +296,8 @@ void attend_few(const Attention& a, const Group& group, const FewScratch& scratc
 }
 
 // From so many queries on, the second way is faster.
-constexpr int kMany = 7;
+template <class S>
+constexpr int kMany = S::queries > 1 ? 12 : 8;
 
 template <class S>
 int64_t attention_scratch(const Attention& a) {
@@ -331,7 +320,7 @@ void attention_of(const Attention& a, int64_t first, int64_t last, float* scratc
       const int64_t head = item / a.n, n = item % a.n, end = a.start + n + 1, at = (n * a.heads + head) * a.head_dim;
       group.add({a.q + at, a.y + at, a.window && end > a.window ? end - a.window : 0, end});
     }
-    if (group.count < kMany)
+    if (group.count < kMany<S>)
       attend_few<S, f16>(a, group, few);
     else
       attend_many<S, f16>(a, group, many);

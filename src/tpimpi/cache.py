@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy.typing as npt
 
 from tpimpi.formats import F32, Array
 
+KV_FORMATS = ("auto", "f16", "f32")  # what --kv takes; auto is as precise as the weights deserve, see `kv_dtype`
 _MOST_F16 = np.float32(65504)  # the largest finite f16
 
 
@@ -43,6 +45,13 @@ class KVCache:
     def read(self, layer: int, stop: int) -> tuple[Array, Array]:
         """Keys and values of positions [0, stop), each [kv_heads, stop, head_dim]; views, not copies."""
         return self.k[layer, :, :stop], self.v[layer, :, :stop]
+
+
+def kv_dtype(kv: str, weight_formats: Iterable[str]) -> np.dtype[Any]:
+    """The dtype of the cache for one of KV_FORMATS: auto is f32 where all of the layers' weights are f32, else f16."""
+    if kv == "auto":
+        kv = "f32" if set(weight_formats) == {"f32"} else "f16"
+    return np.dtype({"f16": np.float16, "f32": np.float32}[kv])
 
 
 def to_f16(values: F32) -> npt.NDArray[Any]:

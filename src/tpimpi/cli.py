@@ -318,6 +318,7 @@ def _settings(parsed: argparse.Namespace, guests: Sequence[run.Guest]) -> run.Se
         threads=parsed.threads,
         allreduce=parsed.allreduce,
         timeout=parsed.timeout,
+        kv=parsed.kv,
         cores_shared_by=[sum(map(guest.shares_cores_with, guests)) for guest in guests],
     )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from tpimpi.backends import Backend
-from tpimpi.cache import KVCache
+from tpimpi.cache import KVCache, kv_dtype
 from tpimpi.formats import F32, Array
 from tpimpi.layers import (
     Angles,
@@ -37,12 +38,19 @@ class Model:
     """One rank's part of a model; all ranks call `begin` and then `forward` together."""
 
     def __init__(
-        self, header: Header, resident: Mapping[str, Array], window: Window, star: Star, backend: Backend
+        self,
+        header: Header,
+        resident: Mapping[str, Array],
+        window: Window,
+        star: Star,
+        backend: Backend,
+        kv: str = "auto",
     ) -> None:
-        """`resident` are the small arrays that are kept in memory (see slicefile)."""
+        """`resident` are the small arrays that are kept in memory (see slicefile); `kv` is one of KV_FORMATS."""
         self.config, self.share = header.config, header.share
         self.resident, self.window, self.star, self.backend = resident, window, star, backend
         self.cache: KVCache | None = None
+        self._kv_dtype = kv_dtype(kv, itertools.chain(*header.formats.layers))
         self.compute_seconds = 0.0
         self._blocks = [block for block in block_order(header) if block != HEAD]
         self._frequencies = rope_frequencies(self.config)
@@ -51,7 +59,8 @@ class Model:
         """Start a new sequence of at most `context` positions."""
         if self.cache is None or self.cache.context != context:
             self.cache = None  # give the old one back before the new one is made
-            self.cache = KVCache(self.config.layers, self.share.kv_heads.size, context, self.config.head_dim)
+            shape = (self.config.layers, self.share.kv_heads.size, context, self.config.head_dim)
+            self.cache = KVCache(*shape, self._kv_dtype)
 
     def forward(self, x: F32, start: int) -> F32:
         """Run hidden vectors `x` [n, hidden], the same on every rank, through all layers, at positions from `start`.

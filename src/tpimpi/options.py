@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from tpimpi import __version__
 from tpimpi.backends import NAMES
+from tpimpi.cache import KV_FORMATS
 from tpimpi.errors import InputError
 from tpimpi.formats import WEIGHT_FORMATS
 from tpimpi.report import check_writable
@@ -145,7 +146,12 @@ def _add_computing(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="blocks held in memory, at least 2, or all (default auto: all if they fit, else 2)",
     )
-    group.add_argument("--kv", default="auto", choices=("auto", "f32"), help="format of the cache (auto is f32)")
+    group.add_argument(
+        "--kv",
+        default="auto",
+        choices=KV_FORMATS,
+        help="format of the cache of keys and values (default auto: f32 where the layers' weights are f32, else f16)",
+    )
     group.add_argument(
         "--threads", type=int, metavar="N", help="of each rank (default: its cores, shared among the ranks on its host)"
     )

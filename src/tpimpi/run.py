@@ -56,6 +56,7 @@ class Settings:
     allreduce: str
     timeout: float
     cores_shared_by: list[int]
+    kv: str = "auto"  # one of KV_FORMATS
     models: int = 1  # held in memory at the same time
 
     def slice_path(self, rank: int, ranks: int) -> Path:
@@ -273,7 +274,7 @@ class Seat:
             resident = self.file.load(self.file.records_of("resident")[0]).parts
             order = block_order(self.header)
             self.window = Window(self.file, order, self._blocks(settings.window, neighbours * settings.models))
-            self.model = Model(self.header, resident, self.window, star, backend)
+            self.model = Model(self.header, resident, self.window, star, backend, settings.kv)
         except BaseException:
             self.file.close()
             raise

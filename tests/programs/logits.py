@@ -1,7 +1,8 @@
 """Run on every rank: logits of models, in one launch for many. Arguments: a JSON file of jobs, and where to write.
 
-A job: {"name", "slices", "ids", "window", "chunks": positions of each forward, "allreduce"}. Rank 0 writes the logits of
-every position, [len(ids), vocab], as NAME.npy; every rank writes a digest of its hidden vectors as NAME-rankR.txt.
+A job: {"name", "slices", "ids", "window", "chunks": positions of each forward, "allreduce", "kv"}. Rank 0 writes the
+logits of every position, [len(ids), vocab], as NAME.npy; every rank writes a digest of its hidden vectors as
+NAME-rankR.txt.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def main() -> None:
             threads=1,
             allreduce=job.get("allreduce", "star"),
             timeout=120.0,
+            kv=job.get("kv", "auto"),
             cores_shared_by=[star.rank.size] * star.rank.size,
         )
         seat = Seat(star, settings)

@@ -11,7 +11,7 @@ import importlib.util
 from typing import Protocol
 
 from tpimpi.errors import InputError
-from tpimpi.formats import F32, Matrix
+from tpimpi.formats import F32, Array, Matrix
 from tpimpi.quantize import Quantizer, quantize
 
 NAMES = ("auto", "native", "torch", "numpy")  # what --backend takes
@@ -34,9 +34,10 @@ class Backend(Protocol):
     def rope(self, x: F32, cos: F32, sin: F32) -> F32:
         """Rotate x [n, heads, head_dim] by angles cos, sin [n, head_dim / 2]; element i pairs with i + head_dim / 2."""
 
-    def attention(self, q: F32, k: F32, v: F32, q_to_kv: tuple[int, ...], start: int, window: int) -> F32:
+    def attention(self, q: F32, k: Array, v: Array, q_to_kv: tuple[int, ...], start: int, window: int) -> F32:
         """Causal attention of q [n, heads, head_dim] at positions from `start` over k, v [kv_heads, start + n, head_dim].
 
+        k and v are both f32 or both f16, which is widened; a head's positions are contiguous.
         Query head i reads KV head q_to_kv[i]. A position sees `window` positions, itself included; 0: all before it.
         Returns [n, heads, head_dim].
         """

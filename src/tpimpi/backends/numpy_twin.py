@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from tpimpi.formats import BLOCK_WEIGHTS, F32, Matrix, from_bf16, is_quantized, runs_of_rows, to_bf16, values
+from tpimpi.formats import BLOCK_WEIGHTS, F32, Array, Matrix, from_bf16, is_quantized, runs_of_rows, to_bf16, values
 
 _RUN_NUMBERS = 1 << 22  # of a weight, as f32 at a time
 
@@ -36,17 +36,18 @@ class NumpyTwin:
         cos, sin = cos[:, None], sin[:, None]
         return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
-    def attention(self, q: F32, k: F32, v: F32, q_to_kv: tuple[int, ...], start: int, window: int) -> F32:
+    def attention(self, q: F32, k: Array, v: Array, q_to_kv: tuple[int, ...], start: int, window: int) -> F32:
         n, _, head_dim = q.shape
         position = start + np.arange(n)[:, None]
         key = np.arange(start + n)[None]
         seen = (key <= position) & ((key > position - window) if window else True)
         heads = list(q_to_kv)
-        scores = np.einsum("nhd,hkd->hnk", q, k[heads]) * np.float32(head_dim**-0.5)
+        k, v = k[heads].astype(np.float32), v[heads].astype(np.float32)  # [heads, start + n, head_dim]
+        scores = np.einsum("nhd,hkd->hnk", q, k) * np.float32(head_dim**-0.5)
         scores = np.where(seen, scores, -np.inf)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
-        return np.einsum("hnk,hkd->nhd", weights, v[heads])
+        return np.einsum("hnk,hkd->nhd", weights, v)
 
     def swiglu(self, gate: F32, up: F32) -> F32:
         with np.errstate(over="ignore"):  # exp(-gate) may be infinite: gate / inf is the right limit, 0

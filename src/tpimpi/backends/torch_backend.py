@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  (the name that torch's own documentation uses)
 
-from tpimpi.formats import F32, PANEL_ROWS, Matrix, runs_of_rows, values
+from tpimpi.formats import F32, PANEL_ROWS, Array, Matrix, runs_of_rows, values
 
 _RUN_NUMBERS = 1 << 19  # of a weight, widened to f32 at a time: stays in the cache
 
@@ -36,7 +36,7 @@ class TorchBackend:
         c, s = _tensor(cos)[:, None], _tensor(sin)[:, None]
         return torch.cat([first * c - second * s, second * c + first * s], dim=-1).numpy()
 
-    def attention(self, q: F32, k: F32, v: F32, q_to_kv: tuple[int, ...], start: int, window: int) -> F32:
+    def attention(self, q: F32, k: Array, v: Array, q_to_kv: tuple[int, ...], start: int, window: int) -> F32:
         n, heads, _ = q.shape
         mask = None
         if n > 1 or window:
@@ -48,20 +48,20 @@ class TorchBackend:
         queries, keys, values = _tensor(q).transpose(0, 1), _tensor(k), _tensor(v)  # [heads, positions, head_dim]
         if q_to_kv == tuple(range(q_to_kv[0], q_to_kv[0] + heads)):  # a KV head for each query head
             own = slice(q_to_kv[0], q_to_kv[0] + heads)
-            y = F.scaled_dot_product_attention(queries, keys[own], values[own], mask)
-        else:  # a KV head at a time with the query heads that read it, so that no key is copied
+            y = F.scaled_dot_product_attention(queries, keys[own].float(), values[own].float(), mask)
+        else:  # a KV head at a time with the query heads that read it, so that no f32 key is copied
             y = torch.empty_like(queries)
             for kv_head in sorted(set(q_to_kv)):
                 group = [head for head, own_kv in enumerate(q_to_kv) if own_kv == kv_head]
-                shared = (keys[kv_head].expand(len(group), -1, -1), values[kv_head].expand(len(group), -1, -1))
-                y[group] = F.scaled_dot_product_attention(queries[group], *shared, mask)
+                k_group, v_group = (kv[kv_head].float().expand(len(group), -1, -1) for kv in (keys, values))
+                y[group] = F.scaled_dot_product_attention(queries[group], k_group, v_group, mask)
         return y.transpose(0, 1).contiguous().numpy()
 
     def swiglu(self, gate: F32, up: F32) -> F32:
         return (F.silu(_tensor(gate)) * _tensor(up)).numpy()
 
 
-def _tensor(array: F32) -> torch.Tensor:
+def _tensor(array: Array) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
