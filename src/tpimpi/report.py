@@ -151,7 +151,7 @@ class Report:
         if self.ttft_s is not None:
             times.append(f"first token {self.ttft_s:.2f} s")
         if self.s_per_token is not None:
-            times.append(f"{self.s_per_token:.3f} s/token")
+            times.append(f"{self.s_per_token:.3g} s/token")
         print(file=sys.stderr)
         Console(file=sys.stderr, width=120, highlight=False, color_system=None).print(table)
         print(

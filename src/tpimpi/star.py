@@ -324,7 +324,7 @@ class _Pause:
 
     def sleep(self) -> None:
         elapsed = self.elapsed()
-        if elapsed < 20e-6:
+        if elapsed < 200e-6:
             os.sched_yield()
         else:
             time.sleep(min(elapsed / 8, self.longest))
