@@ -30,33 +30,38 @@ inline uint32_t bits_of(float v) {
   return b;
 }
 
-inline uint16_t round_to_bf16(float v) {
-  const uint32_t b = bits_of(v);
-  if (std::isnan(v)) return uint16_t((b >> 16) | 0x40);
-  return uint16_t((b + 0x7fff + ((b >> 16) & 1)) >> 16);
+// Two numbers rounded to bf16, the first in the low half.
+inline uint32_t bf16_pair(float low, float high) {
+  uint32_t b[2] = {bits_of(low), bits_of(high)};
+  for (uint32_t& v : b) {
+    const bool nan = (v & 0x7fffffff) > 0x7f800000;
+    v = nan ? v >> 16 | 0x40 : (v + 0x7fff + (v >> 16 & 1)) >> 16;
+  }
+  return b[0] | b[1] << 16;
 }
 
-// Quantize one block of one position: `count` values of x, zeros after them.
+// Quantize one block of one position, 32 numbers, to words [10][n]. The loops are such that compilers make vector code of them.
 template <class S>
-void prepare_block(Format format, const float* x, int64_t count, int32_t* words, int n) {
-  float amax = 0;
-  bool finite = true;
-  for (int i = 0; i < count; ++i) {
-    finite &= std::isfinite(x[i]);
-    amax = std::max(amax, std::fabs(x[i]));
+void prepare_block(Format format, const float* x, int32_t* words, int64_t n) {
+  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, ties to even, in its last places
+  uint32_t greatest = 0;                // magnitudes are ordered as their bits are
+  for (int i = 0; i < kBlock; ++i) {
+    const uint32_t magnitude = bits_of(x[i]) & 0x7fffffff;
+    greatest = greatest > magnitude ? greatest : magnitude;
   }
+  float amax, scale = 0;
+  std::memcpy(&amax, &greatest, 4);
   int8_t q[kBlock] = {};
   int32_t sum = 0;
-  float scale = 0;
-  if (!finite) {
+  if (greatest >= 0x7f800000) {
     scale = NAN;
   } else if (amax >= 1e-30f) {
     scale = amax / 127;
     const float inverse = 127 / amax;
-    for (int i = 0; i < count; ++i) {
-      q[i] = int8_t(std::nearbyint(x[i] * inverse));
-      sum += q[i];
-    }
+    int32_t rounded[kBlock];
+    for (int i = 0; i < kBlock; ++i) rounded[i] = int32_t(bits_of(x[i] * inverse + magic) - bits_of(magic));
+    for (int i = 0; i < kBlock; ++i) sum += rounded[i];
+    for (int i = 0; i < kBlock; ++i) q[i] = int8_t(rounded[i]);
   }
   for (int j = 0; j < 8; ++j) std::memcpy(words + j * n, q + 4 * j, 4);
   std::memcpy(words + 8 * n, &scale, 4);
@@ -64,8 +69,7 @@ void prepare_block(Format format, const float* x, int64_t count, int32_t* words,
     const float scaled = scale * float(sum);
     std::memcpy(words + 9 * n, &scaled, 4);
   } else {
-    const int32_t start = -sum * (format == Format::q8_0 ? S::kQ8Offset : 8);
-    std::memcpy(words + 9 * n, &start, 4);
+    words[9 * n] = -sum * (format == Format::q8_0 ? S::kQ8Offset : 8);
   }
 }
 
@@ -77,30 +81,47 @@ int64_t next_group(int64_t left) {
 
 template <class S>
 void prepare(Format format, int64_t columns, int64_t positions, const float* x, uint8_t* prepared) {
+  constexpr int64_t run = 4 * kBlock;  // columns after which the next position comes: what is written stays in the cache
   const int64_t size = prepared_words(format, columns);
   for (int64_t first = 0, n; first < positions; first += n) {
     n = next_group<S>(positions - first);
     int32_t* group = reinterpret_cast<int32_t*>(prepared) + first * size;
-    for (int64_t p = 0; p < n; ++p) {
-      const float* row = x + (first + p) * columns;
-      if (format == Format::f32) {
-        for (int64_t k = 0; k < columns; ++k) group[k * n + p] = int32_t(bits_of(row[k]));
-      } else if (format == Format::bf16) {
-        for (int64_t k = 0; k < columns; k += 2) {
-          const uint32_t high = k + 1 < columns ? round_to_bf16(row[k + 1]) : 0;
-          group[k / 2 * n + p] = int32_t(round_to_bf16(row[k]) | high << 16);
+    for (int64_t column = 0; column < columns; column += run) {
+      const int64_t end = column + run < columns ? column + run : columns;
+      for (int64_t p = 0; p < n; ++p) {
+        const float* row = x + (first + p) * columns;
+        int64_t k = column;
+        if (format == Format::f32) {
+          for (; k < end; ++k) group[k * n + p] = int32_t(bits_of(row[k]));
+        } else if (format == Format::bf16) {
+          for (; k + 1 < end; k += 2) group[k / 2 * n + p] = int32_t(bf16_pair(row[k], row[k + 1]));
+          if (k < end) group[k / 2 * n + p] = int32_t(bf16_pair(row[k], 0));
+        } else {
+          int32_t* words = group + k / kBlock * kBlockWords * n + p;
+          for (; k + kBlock <= end; k += kBlock, words += kBlockWords * n) prepare_block<S>(format, row + k, words, n);
+          if (k < end) {
+            float last[kBlock] = {};
+            std::memcpy(last, row + k, size_t(end - k) * sizeof(float));
+            prepare_block<S>(format, last, words, n);
+          }
         }
-      } else {
-        for (int64_t k = 0; k < columns; k += kBlock)
-          prepare_block<S>(format, row + k, std::min<int64_t>(kBlock, columns - k), group + k / kBlock * kBlockWords * n + p, int(n));
       }
     }
   }
 }
 
-// How far ahead weights are fetched into the cache while those before them are used. The hardware's own prefetching stops
-// at page ends and falls behind the multipliers.
-constexpr int64_t kAhead = 2048;
+// Have memory send weights that will be used some time after the line at w, of which `products` vector products are made. The
+// hardware's own fetching stops at page ends, and falls behind where there is much to multiply. (Measured on Zen 4.)
+template <int products>
+inline void fetch_ahead(const uint8_t* w) {
+  constexpr int second_cache = 2, first_cache = 3;
+  if constexpr (products <= 4) {
+    __builtin_prefetch(w + 2048, 0, first_cache);
+  } else {  // so slow that few of the first cache's own requests would be under way: let the second cache run ahead of it
+    __builtin_prefetch(w + 8192, 0, second_cache);
+    __builtin_prefetch(w + 512, 0, first_cache);
+  }
+}
 
 // What `lines` lines of f32 or bf16 weights give with N positions: sums [N], 16 rows each.
 template <class S, Format format, int N>
@@ -112,7 +133,7 @@ inline void sum_lines(const uint8_t* w, int64_t lines, const int32_t* x, typenam
     for (int p = 0; p < N; ++p) part[c][p] = S::zero();
   auto line = [&](int c, int64_t i) {
     const auto v = S::load_line(w + i * kLine);
-    S::prefetch(w + i * kLine + kAhead);
+    fetch_ahead<N>(w + i * kLine);
     for (int p = 0; p < N; ++p) {
       if constexpr (format == Format::bf16)
         part[c][p] = S::dot_bf16(part[c][p], v, x + i * N + p);
@@ -170,7 +191,7 @@ inline void sum_blocks(const uint8_t* w, int64_t blocks, const int32_t* x, typen
   for (; blocks > 0; blocks -= 2) {
     const uint8_t* q = w + heads * kLine;
     for (int b = 0; b < (blocks > 1 ? 2 : 1); ++b) {
-      for (int i = 0; i < lines + heads; ++i) S::prefetch(q + i * kLine + kAhead);
+      for (int i = 0; i < lines + heads; ++i) fetch_ahead<format == Format::q8_0 ? N : 2 * N>(q + i * kLine);
       const auto scale = S::load_f16(w + b * 32), minimum = S::load_f16(w + (heads - 1) * kLine + b * 32);
       add_block<S, format, N, 0, half>(q, scale, minimum, x, sums);
       if constexpr (half < N) add_block<S, format, N, half, N - half>(q, scale, minimum, x, sums + half);
