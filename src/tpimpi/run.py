@@ -141,7 +141,8 @@ def bound_to_one_core(guests: Sequence[Guest]) -> str | None:
 def without_native(guests: Sequence[Guest]) -> str | None:
     """What to tell a user of --backend auto where some ranks have no native kernels; None where all do."""
     without = [f"r{rank} {guest.host}" for rank, guest in enumerate(guests) if not guest.native]
-    return f"{', '.join(without)}: {NOT_INSTALLED}; computing with torch, which is slower" if without else None
+    slow = "computing with torch, which is slow with quantized weights (--format bf16 helps)"
+    return f"{', '.join(without)}: {NOT_INSTALLED}; {slow}" if without else None
 
 
 @contextmanager
