@@ -66,9 +66,12 @@ def _check(report: Path, oracle) -> None:
             assert len(answer["token_ids"]) == len(ids), f"it should have ended with {end} here"
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 7, "4,2,2,1"])
+@pytest.mark.parametrize(
+    ("ranks", "backend"),
+    [*((ranks, "native") for ranks in (1, 2, 3, 4, 5, 7, "4,2,2,1")), (1, "torch"), (3, "torch")],
+)
 def test_greedy_tokens_are_those_of_transformers(
-    mpirun: Launcher, cache: dict[str, str], oracle, ranks: int | str, tmp_path: Path
+    mpirun: Launcher, cache: dict[str, str], oracle, ranks: int | str, backend: str, tmp_path: Path
 ) -> None:
     shares = ["--shares", ranks] if isinstance(ranks, str) else []
     count = len(ranks.split(",")) if isinstance(ranks, str) else ranks
@@ -76,7 +79,7 @@ def test_greedy_tokens_are_those_of_transformers(
     result = mpirun(
         count,
         *("-m", "tpimpi", "--format", "f32", "--allreduce", "star", "--max-tokens", str(TOKENS), *shares),
-        *("--report", str(report)),
+        *("--backend", backend, "--report", str(report)),
         env=cache,
         stdin="".join(f"{prompt}\n" for prompt in PROMPTS),
         timeout=600,
@@ -96,11 +99,14 @@ def test_without_a_launcher_it_answers_alone(cache: dict[str, str], oracle, tmp_
     _check(report, oracle)
 
 
-def test_logits_are_the_same_to_the_bit_for_every_window(mpirun: Launcher, smollm2: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("fmt", "backend"), [("f32", "torch"), ("auto", "native")])
+def test_logits_are_the_same_to_the_bit_for_every_window(
+    mpirun: Launcher, smollm2: Path, tmp_path: Path, fmt: str, backend: str
+) -> None:
     with open_source(smollm2) as source:
-        slice_model(source, make_plan(source.config, [1, 1, 1]), choose_formats(source, "f32"), tmp_path / "slices")
+        slice_model(source, make_plan(source.config, [1, 1, 1]), choose_formats(source, fmt), tmp_path / "slices")
     ids = np.random.default_rng(3).integers(3, 49152, 24).tolist()
-    job = {"slices": str(tmp_path / "slices"), "ids": ids, "chunks": [16, 4, 1, 1, 1, 1]}
+    job = {"slices": str(tmp_path / "slices"), "ids": ids, "chunks": [16, 4, 1, 1, 1, 1], "backend": backend}
     windows = [2, 4, 7, "all"]
     (tmp_path / "jobs.json").write_text(json.dumps([{**job, "name": f"w{w}", "window": w} for w in windows]))
     result = mpirun(3, str(PROGRAMS / "logits.py"), str(tmp_path / "jobs.json"), str(tmp_path))
@@ -152,3 +158,33 @@ def test_the_report_says_what_was_done(mpirun: Launcher, cache: dict[str, str], 
     lines = result.err.splitlines()
     assert [line.split()[0] for line in lines if line.startswith(("r0 ", "r1 "))] == ["r0", "r1"]
     assert any("s/token" in line for line in lines)
+
+
+@pytest.mark.parametrize("window", ["2", "all"])
+def test_a_native_rank_is_light(mpirun: Launcher, cache: dict[str, str], window: str, tmp_path: Path) -> None:
+    """At most 90 MB beside weights, cache and tokenizer, which the report tells apart."""
+    report = tmp_path / "report.json"
+    arguments = (
+        "-m",
+        "tpimpi",
+        "--backend",
+        "native",
+        "--window",
+        window,
+        "--max-tokens",
+        "12",
+        "--report",
+        str(report),
+    )
+    for prepare in (True, False):  # the first run makes the slices, in rank 0's memory
+        result = mpirun(2, *arguments, env=cache, stdin=f"{PROMPTS[0]}\n")
+        assert result.code == 0, (prepare, result.err)
+    ranks = json.loads(report.read_text())["ranks"]
+    for rank in ranks:
+        assert 20e6 < rank["base_bytes"] <= 90e6, rank
+        parts = ("weights_bytes", "cache_bytes", "tokenizer_bytes", "base_bytes")
+        assert sum(rank[part] for part in parts) == rank["peak_rss_bytes"]
+        assert rank["cache_bytes"] > 0
+    assert ranks[0]["tokenizer_bytes"] > 10e6 and ranks[1]["tokenizer_bytes"] == 0
+    if window == "all":  # every weight once: some 0.7 bytes each of the 106 M in the layers, and rank 0's head
+        assert 90e6 < sum(rank["weights_bytes"] for rank in ranks) < 120e6
