@@ -95,7 +95,7 @@ def config_changed(model: Path, **values: object) -> None:
         ([*PROMPT, "--max-tokens", "9" * 5000], "--max-tokens: invalid int value"),
         ([*PROMPT, "--shares", "1e400"], "--shares is inf; give one number of 0 or more"),
         ([*PROMPT, "--report", "/"], "--report / is a folder"),
-        ([*PROMPT, "--report", ""], "--report .* is a folder"),
+        ([*PROMPT, "--report", ""], "--report is empty"),
         ([*PROMPT, "--report", "/nowhere/report.json"], "--report /nowhere/report.json: there is no folder /nowhere"),
         ([*PROMPT, "--report", "r" * 300], "--report rrr.*: File name too long"),
         ([*PROMPT, "--slices", "l" * 5000], "File name too long"),
@@ -820,3 +820,19 @@ def test_a_run_ends_when_nobody_reads_it(mpirun: Launcher, cache, smollm2: Path)
     assert len(result.out) == 5
     assert "Traceback" not in result.err
     _assert_gone(mark)
+
+
+def test_a_report_is_not_written_over_something_else(tpimpi, tiny: Path, tmp_path: Path) -> None:
+    prompt, other, earlier = tmp_path / "prompt.json", tmp_path / "weights.h5", tmp_path / "report.json"
+    prompt.write_text("{the fox}")
+    other.write_bytes(b"\x89HDF")
+    earlier.write_text('{"text": "of an earlier run"}')
+    run = ("--model", str(tiny), "--prompt-file", str(prompt), "--max-tokens", "2", "--quiet", "--report")
+    for target, what in [(prompt, "is a file that this run reads"), (other, "is there, and is no report")]:
+        before = target.read_bytes()
+        result = tpimpi(*run, str(target))
+        assert result.code == 2 and len(result.our_lines) == 1, result.err
+        assert what in result.our_lines[0] and str(target) in result.our_lines[0]
+        assert target.read_bytes() == before
+    assert tpimpi(*run, str(earlier)).code == 0
+    assert "token_ids" in json.loads(earlier.read_text())

@@ -178,3 +178,20 @@ def test_converting_needs_little_beside_its_result(fmt: str) -> None:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak < size + 8e6
+
+
+@pytest.mark.parametrize("fmt", WEIGHT_FORMATS)
+def test_decoded_rows_can_be_sent_whatever_their_width(fmt: str) -> None:
+    """MPI sends contiguous memory only: also of rows that do not fill their last block."""
+    found = decode(encode(np.ones((3, 70), np.float32), fmt), fmt, 70)
+    assert found.shape == (3, 70) and found.flags.c_contiguous
+
+
+@pytest.mark.parametrize(("fmt", "most"), [("q8_0", 65504 * 127), ("q4_0", 65504 * 8), ("q4_1", 65504)])
+def test_numbers_that_a_format_does_not_have_are_refused(fmt: str, most: float) -> None:
+    values = np.zeros((2, 64), np.float32)
+    values[1, 40] = -most
+    assert np.abs(decode(encode(values, fmt), fmt, 64)[1, 40]) == pytest.approx(most, rel=0.01)
+    values[1, 40] = 1.01 * most
+    with pytest.raises(ValueError, match=f"{fmt} nothing over"):
+        encode(values, fmt)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tpimpi.backends import load_backend
 from tpimpi.backends.native import NativeBackend
 from tpimpi.errors import InputError
-from tpimpi.formats import WEIGHT_FORMATS, Matrix, encode, pack, packed_bytes, values
+from tpimpi.formats import LARGEST, WEIGHT_FORMATS, Matrix, encode, pack, packed_bytes, values
 from tpimpi.quantize import quantize
 
 native = pytest.importorskip("tpimpi._native", reason="tpimpi was installed without its native kernels")
@@ -69,7 +69,7 @@ def test_linear_with_hostile_values(level: str, fmt: str) -> None:
     weights = np.zeros((48, 96), np.float32)
     weights[1, :32] = 3
     weights[2] = np.linspace(-65504, 65504, 96)
-    weights[3, 5] = 65504 * 7  # q4_0's largest scale, nearly
+    weights[3, 5] = 0.9 * LARGEST.get(fmt, 1e7)  # nearly the largest scale
     weights[4, 64:] = -1e-7  # f16 scales below its normal numbers
     x = np.random.default_rng(0).standard_normal((7, 96)).astype(np.float32)
     x[1] = 0
@@ -188,6 +188,48 @@ def test_what_does_not_fit_is_refused() -> None:
             session.attention(q, k, k, q_to_kv, start, 0, np.zeros_like(q))
     with pytest.raises(InputError, match=r"this processor has .*portable"):
         NativeBackend(1, "mmx")
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((2, 16)), np.zeros((2, 32), np.float32)[:, ::2]], ids=["f64", "strided"])
+def test_a_result_is_never_written_into_a_copy(wrong: np.ndarray) -> None:
+    session, data = native.Session("", 1), np.zeros(packed_bytes("f32", 16, 64), np.uint8)
+    with pytest.raises(TypeError):
+        session.linear(0, 16, 64, data, np.zeros((2, 64), np.float32), None, wrong)
+
+
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer needs all of the address space")
+def test_a_host_without_enough_threads_or_memory() -> None:
+    """In a process of its own with little address space: one line for the user, and kernels that still work afterwards."""
+    program = """
+import resource
+import numpy as np
+from tpimpi.backends.native import NativeBackend
+from tpimpi.errors import InputError
+from tpimpi.formats import encode, pack
+
+one = NativeBackend(1)
+w = pack(encode(np.ones((16, 64), np.float32), "q8_0"), "q8_0", 64)
+x = np.ones((1, 64), np.float32)
+expected = one.linear(x, w)
+many = np.broadcast_to(x, (4_000_000, 64)).copy()
+resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+try:
+    NativeBackend(1024)
+    raise SystemExit("it started 1024 threads in 3 GiB")
+except InputError as error:
+    assert "--threads is 1024" in str(error), error
+y = np.zeros((4_000_000, 16), np.float32)
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 3 << 30))
+try:
+    one._session.linear(2, 16, 64, w.data, many, None, y)
+    raise SystemExit("it had memory")
+except MemoryError:
+    pass
+resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+np.testing.assert_array_equal(one.linear(x, w), expected)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_native_run_never_imports_torch(smollm2, cache) -> None:

@@ -283,7 +283,7 @@ def test_slices_already_made(tpimpi: Callable[..., Result], tiny: Path, text: Pa
         (b"x", [], r"the text .*text.txt has 1 token\(s\), must have 2 or more"),
         (b"the fox \xff", [], "the text .*text.txt: not UTF-8 at byte 8"),
         (b"the quick fox", ["--context", "1"], "--context is 1, must be 2 or more"),
-        (b"the quick fox", ["--context", "0"], "--context is 0, must be 1 or more"),
+        (b"the quick fox", ["--context", "0"], "--context is 0, must be 2 or more"),
         (b"the quick fox", ["--context", "129"], "--context is 129, this model has 128 positions; give at most that"),
         (b"the quick fox", ["--max-tokens", "1"], "--max-tokens is 1, must be 2 or more"),
         (b"the quick fox", ["--against", "q9"], "--against is 'q9', must be one of f32, bf16"),

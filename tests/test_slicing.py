@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
 import sys
 import tracemalloc
 from pathlib import Path
@@ -392,3 +394,20 @@ def test_a_leftover_that_cannot_be_removed_is_in_nobodys_way(model: Path, tmp_pa
     with open_source(model) as source:
         slice_model(source, make_plan(source.config, [1]), choose_formats(source, "f32"), tmp_path)
     assert (tmp_path / slice_name(0, 1)).is_file()
+
+
+def test_two_slicings_do_not_mix_their_files_in_one_folder(tmp_path: Path) -> None:
+    model, out = write_tiny_hf(tmp_path / "tiny", "smollm"), tmp_path / "slices"
+    (model / "tokenizer.json").write_text("{}")
+    out.mkdir()
+    with open_source(model) as source:
+        arguments = (source, make_plan(source.config, [1, 1]), choose_formats(source, "q8_0"), out)
+        held = os.open(out, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX)  # as another process that is slicing holds it
+        with pytest.raises(InputError, match="another tpimpi is slicing into"):
+            slice_model(*arguments)
+        assert list(out.iterdir()) == []
+        os.close(held)
+        slice_model(*arguments)
+        slice_model(*arguments)  # the first let go
+    assert sorted(path.name for path in out.iterdir()) == ["rank-0-of-2.h5", "rank-1-of-2.h5"]

@@ -21,6 +21,8 @@ using Result = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 using Cached = nb::ndarray<nb::ndim<3>, nb::device::cpu, nb::ro>;
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
+constexpr int64_t kMost = int64_t(1) << 28;  // rows, columns, positions: their products with a few bytes fit int64
+
 void check(bool fits, const char* what) {
   if (!fits) throw nb::value_error(what);
 }
@@ -44,7 +46,8 @@ std::vector<std::string> level_names() {
 void linear(Session& session, int format, int64_t rows, int64_t columns, const Bytes& data, const Floats<nb::ndim<2>>& x,
             std::optional<Floats<nb::ndim<1>>> bias, const Result& y) {
   check(format >= 0 && format <= int(Format::q4_1), "format is unknown");
-  check(rows >= 0 && columns >= 0, "rows and columns may not be negative");
+  check(rows >= 0 && columns >= 1, "rows must be 0 or more, columns 1 or more");
+  check(rows <= kMost && columns <= kMost && int64_t(x.shape(0)) <= kMost, "a size is beyond all measure");
   const Matrix w{Format(format), rows, columns, data.data()};
   check(int64_t(data.size()) == divided_up(rows, kPanelRows) * panel_bytes(w.format, columns), "weights have another size");
   check(int64_t(x.shape(1)) == columns, "x has another number of columns than the weights");
@@ -128,13 +131,13 @@ NB_MODULE(_native, m) {
            }, "level"_a, "threads"_a)
       .def_prop_ro("level", [](const Session& self) { return std::string(self.level().name); })
       .def_prop_ro("threads", &Session::threads)
-      .def("linear", &linear, "format"_a, "rows"_a, "columns"_a, "data"_a, "x"_a, "bias"_a.none(), "y"_a)
-      .def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "y"_a)
-      .def("rope", &rope, "x"_a, "cos"_a, "sin"_a, "y"_a)
-      .def("swiglu", &swiglu, "gate"_a, "up"_a, "y"_a)
-      .def("attention", &attention, "q"_a, "k"_a, "v"_a, "q_to_kv"_a, "start"_a, "window"_a, "y"_a)
-      .def("quantize", &quantize, "format"_a, "values"_a, "out"_a, "False where a value is not finite.")
-      .def("read", &read_all, "data"_a, "Read all of data, with all threads, and return the sum of its 8-byte words.")
+      .def("linear", &linear, "format"_a, "rows"_a, "columns"_a, "data"_a, "x"_a, "bias"_a.none(), "y"_a.noconvert())
+      .def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "y"_a.noconvert())
+      .def("rope", &rope, "x"_a, "cos"_a, "sin"_a, "y"_a.noconvert())
+      .def("swiglu", &swiglu, "gate"_a, "up"_a, "y"_a.noconvert())
+      .def("attention", &attention, "q"_a, "k"_a, "v"_a, "q_to_kv"_a, "start"_a, "window"_a, "y"_a.noconvert())
+      .def("quantize", &quantize, "format"_a, "values"_a, "out"_a.noconvert(), "False where a value is not finite.")
+      .def("read", &read_all, "data"_a, "Read data (whole pieces of 256 bytes) with all threads, and return the sum of its 8-byte words.")
       .def("multiply_peak", &multiply_peak, "format"_a, "seconds"_a,
            "Operations a second (a product and a sum are two) of one thread that multiplies numbers in registers.");
 }

@@ -35,10 +35,17 @@ void wait_for_change(const std::atomic<T>& value, T old) {
 }  // namespace
 
 Pool::Pool(int threads) {
-  for (int index = 1; index < threads; ++index) others_.emplace_back([this, index] { serve(index); });
+  try {
+    for (int index = 1; index < threads; ++index) others_.emplace_back([this, index] { serve(index); });
+  } catch (...) {
+    end();
+    throw;
+  }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { end(); }
+
+void Pool::end() {
   closed_ = true;
   turn_.fetch_add(1, std::memory_order_release);
   turn_.notify_all();

@@ -13,7 +13,7 @@ namespace tpimpi {
 // once), then sleeps in the kernel: an idle rank takes no processor time. Only one thread may call `run`.
 class Pool {
  public:
-  explicit Pool(int threads);
+  explicit Pool(int threads);  // throws std::system_error where the system has not so many
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -25,6 +25,7 @@ class Pool {
 
  private:
   void serve(int index);
+  void end();
 
   std::vector<std::thread> others_;
   const std::function<void(int)>* work_ = nullptr;

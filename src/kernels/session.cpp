@@ -27,6 +27,7 @@ void Session::deal(int parts, int64_t items, Work work) {
 uint8_t* Session::scratch(int64_t bytes) {
   if (bytes > scratch_bytes_) {
     scratch_.reset();
+    scratch_bytes_ = 0;
     scratch_.reset(new uint8_t[size_t(bytes) + kLine]);
     scratch_bytes_ = bytes;
   }
@@ -78,7 +79,7 @@ bool Session::quantize(Format format, int64_t blocks, const float* x, uint8_t* o
 }
 
 uint64_t Session::read(const uint8_t* data, int64_t bytes) {
-  constexpr int64_t kPiece = 256;
+  constexpr int64_t kPiece = 256;  // what is left over is not read
   const int64_t pieces = bytes / kPiece;
   std::atomic<uint64_t> sum{0};
   deal(parts(pieces, bytes), pieces, [&](int, int64_t first, int64_t last) {
@@ -93,11 +94,11 @@ double Session::multiply_peak(Format format, double seconds) const {
   float sink;
   double best = 0;
   const auto until = Clock::now() + std::chrono::duration<double>(seconds);
-  while (Clock::now() < until) {  // the best of many short runs: the rest was somebody else's
+  do {  // the best of many short runs: the rest was somebody else's
     const auto began = Clock::now();
     const int64_t operations = level_.multiply_round(format, kRounds, &sink);
     best = std::max(best, double(operations) / std::chrono::duration<double>(Clock::now() - began).count());
-  }
+  } while (Clock::now() < until);
   return best;
 }
 

@@ -111,7 +111,7 @@ def make_rows(timings: Sequence[Timing], rows: int, columns: int, limits: Limits
 
 
 def _over(value: float, limit: float | None) -> float | None:
-    return None if limit is None else value / limit
+    return value / limit if limit else None
 
 
 def print_table(table: Sequence[Row], title: str, limits: Limits) -> None:

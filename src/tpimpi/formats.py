@@ -45,6 +45,8 @@ WEIGHT_FORMATS = ("f32", "bf16", "q8_0", "q4_0", "q4_1")
 PANEL_ROWS = 16
 BLOCK_WEIGHTS = 32
 _LINE_BYTES = 64
+# Magnitudes that a quantized format has at the largest f16 scale (of either sign, q4_1: and minimum).
+LARGEST = {"q8_0": 65504.0 * 127, "q4_0": 65504.0 * 8, "q4_1": 65504.0}
 _PLAIN_BYTES = {"f32": 4, "bf16": 2}  # of one number
 _SLAB_BYTES = 1 << 20  # converted at a time: stays in the cache, and bounds what is needed beside the result
 
@@ -239,7 +241,7 @@ def encode(values: F32, fmt: str, quantizer: Quantizer = quantize) -> Bytes:
     """Numbers [rows, columns] in row form, uint8 [rows, row_bytes]: f32 as it is, bf16 rounded, the others quantized.
 
     Peak memory: the result and a few MB; where columns are no multiple of 32, also a copy of the values.
-    ValueError for numbers that are not finite, in the quantized formats.
+    In the quantized formats ValueError for numbers that are not finite, or larger than any that the format has.
     """
     values = np.ascontiguousarray(values, dtype="<f4")
     if fmt == "f32":
@@ -248,11 +250,13 @@ def encode(values: F32, fmt: str, quantizer: Quantizer = quantize) -> Bytes:
         return to_bf16(values).view(np.uint8)
     if missing := -values.shape[1] % BLOCK_WEIGHTS:
         values = np.pad(values, ((0, 0), (0, missing)))
+    if (greatest := max(values.max(initial=0), -values.min(initial=0))) > LARGEST[fmt]:
+        raise ValueError(f"holds {greatest:g}, and {fmt} nothing over {LARGEST[fmt]:g}")
     return quantizer(values, fmt)
 
 
 def decode(stored: Bytes, fmt: str, columns: int) -> F32:
-    """Row form, uint8 [rows, row_bytes], as numbers: f32 [rows, columns]. Exact; f32 is not copied.
+    """Row form, uint8 [rows, row_bytes], as numbers: f32 [rows, columns], contiguous. Exact; f32 is not copied.
 
     Peak memory: the result and a few MB.
     """
@@ -264,7 +268,7 @@ def decode(stored: Bytes, fmt: str, columns: int) -> F32:
     step = max(1, _SLAB_BYTES // 4 // max(1, out.shape[1]))
     for first in range(0, stored.shape[0], step):
         _dequantize(np.ascontiguousarray(stored[first : first + step]), fmt, out[first : first + step])
-    return out[:, :columns]
+    return np.ascontiguousarray(out[:, :columns])
 
 
 def _dequantize(stored: Bytes, fmt: str, out: F32) -> None:

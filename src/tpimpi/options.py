@@ -259,30 +259,26 @@ def inspect_parser() -> argparse.ArgumentParser:
 # What argparse cannot check
 
 
-def check_run(options: argparse.Namespace) -> None:
-    """Raise InputError for a run's option that is out of range."""
+def check_run(options: argparse.Namespace, least: int = 1) -> None:
+    """Raise InputError for a run's option that is out of range; `least` is how few tokens, or positions, make sense."""
     for name in ("max_tokens", "context"):
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {value}, must be 1 or more")
+        if value is not None and value < least:
+            why = ": a token is predicted from those before it" if least > 1 else ""
+            raise InputError(f"--{name.replace('_', '-')} is {value}, must be {least} or more{why}")
     if options.threads is not None and not 1 <= options.threads <= MOST_THREADS:
         raise InputError(f"--threads is {options.threads}, must be 1 to {MOST_THREADS}")
     if not 0 < options.timeout < float("inf"):
         raise InputError(f"--timeout is {options.timeout:g}, must be a number of seconds over 0")
     window_blocks(options.window)
     if options.report is not None:
-        check_writable(Path(options.report))
+        inputs = [getattr(options, name, None) for name in ("model", "prompt_file", "stop_file", "text")]
+        check_writable(options.report, inputs=[path for path in inputs if path])
 
 
 def check_perplexity(options: argparse.Namespace) -> None:
     """Raise InputError for an option of `perplexity` that is out of range."""
-    check_run(options)
-    for name in ("max_tokens", "context"):
-        value = getattr(options, name)
-        if value == 1:
-            raise InputError(
-                f"--{name.replace('_', '-')} is 1, must be 2 or more: a token is predicted from those before it"
-            )
+    check_run(options, least=2)
     if options.against is not None and options.against not in WEIGHT_FORMATS:
         raise InputError(f"--against is {options.against!r}, must be one of {', '.join(WEIGHT_FORMATS)}")
     if options.against is not None and options.slices is not None and options.model is None:
@@ -299,7 +295,7 @@ def check_bench(options: argparse.Namespace) -> None:
     if not 0 < options.seconds <= MOST_SECONDS:
         raise InputError(f"--seconds is {options.seconds:g}, must be a number over 0, at most {MOST_SECONDS}")
     if options.json is not None:
-        check_writable(Path(options.json), "--json")
+        check_writable(options.json, "--json")
 
 
 def bench_formats(text: str) -> list[str]:

@@ -7,7 +7,7 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -59,8 +59,14 @@ class Answer:
         return cls(text, token_ids, prompt_tokens, first, median(gaps) if gaps else None)
 
 
-def check_writable(path: Path, option: str = "--report") -> None:
-    """Raise InputError, before any work is done, where a report could not be written to `path`, which `option` gave."""
+def check_writable(given: str, option: str = "--report", inputs: Sequence[str] = ()) -> None:
+    """Raise InputError, before any work is done, where a report could not be written to `given`, the value of `option`.
+
+    Nor is a file written over that is one of `inputs`, or that is no JSON and so no earlier report.
+    """
+    if not given:
+        raise InputError(f"{option} is empty; give the name of a file")
+    path = Path(given)
     try:
         target = path.resolve()
         if path.is_dir():
@@ -71,6 +77,12 @@ def check_writable(path: Path, option: str = "--report") -> None:
             raise InputError(f"{option} {path}: there is no folder {target.parent}; make it, or choose another place")
         if not os.access(target if target.exists() else target.parent, os.W_OK):
             raise InputError(f"{option} {path} cannot be written: permission denied; choose another place")
+        if target.exists():
+            if any(Path(other).exists() and target.samefile(other) for other in inputs):
+                raise InputError(f"{option} {path} is a file that this run reads; choose another name")
+            with target.open("rb") as file:
+                if file.read(1) not in (b"", b"{"):
+                    raise InputError(f"{option} {path} is there, and is no report; remove it, or choose another name")
     except OSError as error:
         raise InputError(f"{option} {str(path)[:80]}: {error.strerror}; choose another place") from error
 

@@ -64,7 +64,7 @@ class Header:
         Raises InputError or ValueError (naming the version, where it is another), KeyError, TypeError.
         """
         values = json.loads(text)
-        if values["tpimpi_slice"] != FORMAT_VERSION:
+        if type(values["tpimpi_slice"]) is not int or values["tpimpi_slice"] != FORMAT_VERSION:
             raise ValueError(f"slice format version {show(values['tpimpi_slice'])}, this tpimpi reads {FORMAT_VERSION}")
         config = ModelConfig.from_dict(values["config"])
         for name in ("made_by", "model", "fingerprint"):

@@ -8,6 +8,7 @@ SLAB_NUMBERS numbers, as stored and as f32, and what quantizing them needs: 32 M
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -174,9 +175,10 @@ def slice_model(
             f"disk full: the slices need {total / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free; "
             "free some space there, or choose another place with --out or TPIMPI_CACHE"
         )
-    remove_leftovers(folder)
     writers: list[SliceWriter] = []
+    alone = _lock(folder)
     try:
+        remove_leftovers(folder)
         for header in headers:
             writers.append(SliceWriter(folder / slice_name(header.rank, plan.ranks), header))
         _Dealer(source, writers, lambda done: progress(min(done, total), total), quantizer).deal()
@@ -187,7 +189,26 @@ def slice_model(
     finally:
         for writer in writers:
             writer.abort()
+        os.close(alone)
     progress(total, total)
+
+
+def _lock(folder: Path) -> int:
+    """Keep other slicings, whose files would mix with ours, out of `folder` until the descriptor that it returns is closed."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise storage_error(folder, error) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise InputError(
+            f"another tpimpi is slicing into {folder}; wait until it is done, or choose another --out"
+        ) from error
+    except OSError:
+        pass  # a file system without locks
+    return descriptor
 
 
 def _refuse_what_cannot_be_replaced(folder: Path, ranks: int) -> None:
@@ -238,7 +259,8 @@ class _Slab:
                 self._numbers = decode(self.info.format, self._blocks)
             return encode(self._numbers[:, slice(*columns)], fmt, self.quantizer)
         except ValueError as error:
-            raise ModelError(f"{self.source.path}: tensor {self.tensor} {error}; download it again") from error
+            remedy = "download it again, or choose another --format" if "over" in str(error) else "download it again"
+            raise ModelError(f"{self.source.path}: tensor {self.tensor} {error}; {remedy}") from error
 
 
 class _Dealer:

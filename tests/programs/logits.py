@@ -41,9 +41,8 @@ def main() -> None:
         position, logits, digest = 0, [], hashlib.sha256()
         for count in job["chunks"]:
             ids = job["ids"][position : position + count]
-            x = np.empty((count, seat.header.config.hidden), np.float32)
-            if star.rank.is_hub:
-                x[:] = seat.file.embedding_rows(ids)
+            hidden_size = seat.header.config.hidden
+            x = seat.file.embedding_rows(ids) if star.rank.is_hub else np.empty((count, hidden_size), np.float32)
             star.broadcast(x)
             hidden = seat.model.forward(x, position)
             digest.update(hidden.tobytes())

@@ -23,7 +23,10 @@ class NativeBackend:
     def __init__(self, threads: int, level: str = "") -> None:
         if level and level not in levels():
             raise InputError(f"kernel level is {level!r}, this processor has {', '.join(levels())}; give one of those")
-        self._session = Session(level, threads)
+        try:
+            self._session = Session(level, threads)
+        except RuntimeError as error:
+            raise InputError(f"--threads is {threads}, more than this host starts ({error}); give fewer") from error
         self.level: str = self._session.level
 
     def linear(self, x: F32, weight: Matrix, bias: F32 | None = None) -> F32:

@@ -23,7 +23,8 @@ class NumpyTwin:
         x = rounded_activations(x, weight.format)
         y = np.empty((x.shape[0], weight.rows), np.float32)
         for first, run in runs_of_rows(weight, _RUN_NUMBERS):
-            np.matmul(x, values(run).T, out=y[:, first : first + run.rows])
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite shows in the result
+                np.matmul(x, values(run).T, out=y[:, first : first + run.rows])
         return y if bias is None else y + bias
 
     def rms_norm(self, x: F32, weight: F32, eps: float) -> F32:
