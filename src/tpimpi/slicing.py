@@ -194,7 +194,7 @@ def slice_model(
 
 
 def _lock(folder: Path) -> int:
-    """Keep other slicings, whose files would mix with ours, out of `folder` until the descriptor that it returns is closed."""
+    """Keep other slicings, whose files would mix with ours, out of `folder`, until the descriptor it returns is closed."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
