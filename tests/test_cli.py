@@ -118,7 +118,7 @@ def config_changed(model: Path, **values: object) -> None:
         ([*PROMPT, "--stop", ""], "--stop is empty"),
         ([*PROMPT, "--prompt-file", "x"], "both given"),
         (["--prompt-file", "/nowhere/prompt.txt"], "--prompt-file /nowhere/prompt.txt: No such file"),
-        ([*PROMPT, "--model", "/nowhere/model"], "model not found: /nowhere/model; give --model"),
+        ([*PROMPT, "--model", "/nowhere/model"], "model not found: /nowhere/model; give a Hugging Face directory"),
         ([*PROMPT, "--slices", "/nowhere"], "slice file /nowhere/rank-0-of-[12].h5 is missing; make it with"),
         ([*PROMPT, "--context", "9000"], "--context is 9000, this model has 128 positions"),
         (["--prompt", "fox " * 200], "the prompt has [0-9]+ tokens, the context is 128 positions; shorten it"),

@@ -248,7 +248,7 @@ def test_importing_and_reading_never_imports_torch(pristine: Path, tmp_path: Pat
 
 def test_missing_model(tmp_path: Path) -> None:
     path = tmp_path / "none"
-    assert refusal(path) == f"model not found: {path}; give --model a Hugging Face directory or a .gguf file"
+    assert refusal(path) == f"model not found: {path}; give a Hugging Face directory or a .gguf file"
 
 
 def test_paths_that_are_no_model(tmp_path: Path, pristine: Path) -> None:
@@ -323,7 +323,7 @@ def test_gguf_files_that_are_no_files(make: Callable[[Path], None], what: str, t
         if what == "a directory":
             assert "holds no config.json and no .gguf" in refusal(path)
         else:
-            assert f"{path}: is {what}, neither a directory nor a file; give --model" in refusal(path)
+            assert f"{path}: is {what}, neither a directory nor a file; give one of the two" in refusal(path)
 
 
 def test_links_to_files_are_files(tiny: Path, tmp_path: Path) -> None:
@@ -348,7 +348,12 @@ def test_path_that_no_file_can_have(path: str) -> None:
     with pytest.raises(ModelError) as caught:
         open_source(path)
     message = str(caught.value)
-    assert message.isascii() and message.isprintable() and "is no path" in message and "give --model" in message
+    assert (
+        message.isascii()
+        and message.isprintable()
+        and "is no path" in message
+        and "give a Hugging Face directory" in message
+    )
 
 
 REMEDIES = [

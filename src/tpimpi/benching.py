@@ -141,6 +141,9 @@ def print_table(table: Sequence[Row], title: str, limits: Limits) -> None:
     if limits.read_bandwidth is not None:
         peaks = ", ".join(f"{kind} {rate / 1e9:.0f}" for kind, rate in limits.multiply_peak.items())
         print(f"read bandwidth {limits.read_bandwidth / 1e9:.2f} GB/s; multiply peak, GFLOP/s: {peaks}")
+    print(
+        "/ 1 position: of the time for one; / read, / peak: of the bandwidth and the peak (a noisy machine may exceed them)"
+    )
     print()
     Console(width=120, highlight=False, color_system=None).print(shown)
 

@@ -163,7 +163,8 @@ def _lead(arguments: list[str], star: Star, place: _Place, typed: Input | None) 
         wishes = _wishes(parsed, hosts)
         _remark(parsed, guests)
         seat = run.settle(star, _settings(parsed, guests))
-        tokenizer = seat.load_tokenizer()
+        tokenizer = seat.tokenizer
+        assert tokenizer is not None
         report = Report(seat.header.model, seat.header.format, seat.model.backend.name, star.algorithm)
         hub = run.Hub(seat, tokenizer, wishes, report)
         ids = None if prompt is None else hub.check(prompt)
@@ -398,8 +399,12 @@ def _measure_perplexity(arguments: list[str], star: Star, place: _Place) -> int:
         if parsed.against is not None:
             reference = {**vars(parsed), "format": parsed.against, "kv": "auto", "slices": None}
             wanted.append(_settings(argparse.Namespace(**reference), guests))
-        seats = [run.settle(star, dataclasses.replace(settings, models=len(wanted))) for settings in wanted]
-        tokenizer = seats[0].load_tokenizer()
+        seats: list[run.Seat] = []
+        for settings in wanted:
+            apart = dataclasses.replace(settings, models=len(wanted))
+            seats.append(run.settle(star, apart, with_tokenizer=not seats))
+        tokenizer = seats[0].tokenizer
+        assert tokenizer is not None
         limits = {"context": parsed.context, "max_tokens": parsed.max_tokens}
         measurement = Measurement(seats, tokenizer, parsed.text, text, **limits)
     place.in_job = star.rank.size > 1

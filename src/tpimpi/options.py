@@ -203,7 +203,7 @@ def bench_parser() -> argparse.ArgumentParser:
         description="Time the kernels on matrices that the caches do not hold, beside torch where it is installed.",
         allow_abbrev=False,
     )
-    parser.add_argument("what", choices=("kernels",), help="what is timed")
+    parser.add_argument("what", choices=("kernels",), metavar="kernels", help="what is timed")
     parser.add_argument(
         "--formats", default=",".join(WEIGHT_FORMATS), metavar="F,F", help="weight formats (default: %(default)s)"
     )

@@ -141,7 +141,7 @@ def bound_to_one_core(guests: Sequence[Guest]) -> str | None:
 def without_native(guests: Sequence[Guest]) -> str | None:
     """What to tell a user of --backend auto where some ranks have no native kernels; None where all do."""
     without = [f"r{rank} {guest.host}" for rank, guest in enumerate(guests) if not guest.native]
-    slow = "computing with torch, which is slow with quantized weights (--format bf16 helps)"
+    slow = "computing with torch, which is slow with quantized weights (--format f32 helps, and takes more memory)"
     return f"{', '.join(without)}: {NOT_INSTALLED}; {slow}" if without else None
 
 
@@ -158,13 +158,16 @@ def stopping_others(star: Star) -> Iterator[None]:
         raise
 
 
-def settle(star: Star, settings: Settings) -> Seat:
-    """Rank 0: tell the others the settings, open our slice, and hear whether every rank could open its own."""
+def settle(star: Star, settings: Settings, *, with_tokenizer: bool = True) -> Seat:
+    """Rank 0: tell the others the settings, open our slice, and hear whether every rank could open its own.
+
+    The seat has the slice's tokenizer unless another seat has it already.
+    """
     star.tell(_note(settings=asdict(settings)))
     seat: Seat | None = None
     problem: TpimpiError | None = None
     try:
-        seat = Seat(star, settings)
+        seat = Seat(star, settings, with_tokenizer=with_tokenizer)
     except Exception as error:
         problem = as_ours(error)
     notes = [json.loads(note) for note in star.collect(_note())]
@@ -259,9 +262,10 @@ def _heard(star: Star) -> dict[str, Any]:
 class Seat:
     """What one rank holds for a run. Raises SliceError where its slice is not the one that the settings want."""
 
-    tokenizer_bytes = 0  # memory that loading the tokenizer took, on rank 0
+    tokenizer: Tokenizer | None = None
+    tokenizer_bytes = 0  # memory that it takes
 
-    def __init__(self, star: Star, settings: Settings) -> None:
+    def __init__(self, star: Star, settings: Settings, *, with_tokenizer: bool = False) -> None:
         self.star = star
         path = settings.slice_path(star.rank.index, star.rank.size)
         self.file = SliceFile(path)
@@ -272,6 +276,8 @@ class Seat:
             neighbours = settings.cores_shared_by[star.rank.index]
             threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // neighbours)
             backend = load_backend(settings.backend, threads)
+            if with_tokenizer:
+                self.tokenizer = self._load_tokenizer()
             resident = self.file.load(self.file.records_of("resident")[0]).parts
             order = block_order(self.header)
             self.window = Window(self.file, order, self._blocks(settings.window, neighbours * settings.models))
@@ -285,15 +291,17 @@ class Seat:
         if (header.rank, header.plan.ranks) != (rank, size):
             raise SliceError(
                 f"slice file {path} is of rank {header.rank} of {header.plan.ranks}, needed is rank {rank} of {size}; "
-                f"make slices for {size} ranks with: python -m tpimpi slice --ranks {size}"
+                f"make slices for {size} ranks with: python -m tpimpi slice --ranks {size} --out DIR"
             )
         wanted = {"fingerprint": settings.fingerprint, "format": settings.format, "shares": settings.shares}
         for name, value in _identity(header).items():
             if wanted[name] and wanted[name] != value:
-                raise SliceError(
-                    f"slice file {path} has {name} {value}, this run needs {wanted[name]}; "
-                    "it is of another model or another slicing: make the slices again, or choose other --slices"
-                )
+                what = {
+                    "fingerprint": "it is of another model: choose its --slices, or leave --slices out",
+                    "format": "leave --format out, or make slices in that format",
+                    "shares": "leave --shares out, or make slices with those",
+                }[name]
+                raise SliceError(f"slice file {path} has {name} {value}, this run needs {wanted[name]}; {what}")
 
     def _blocks(self, wanted: int | str, neighbours: int) -> int | None:
         """Blocks to hold, None for all. "auto": all where this rank's slice takes no more than its part of half the memory
@@ -307,8 +315,8 @@ class Seat:
         weights = sum(record.nbytes for record in self.file.records)
         return None if weights < psutil.virtual_memory().available / 2 / neighbours else SMALLEST_WINDOW
 
-    def load_tokenizer(self) -> Tokenizer:
-        """Rank 0: the tokenizer that its slice carries."""
+    def _load_tokenizer(self) -> Tokenizer:
+        """The tokenizer that rank 0's slice carries; what memory it takes is noted, so nothing else may be loading now."""
         import psutil
 
         before = psutil.Process().memory_info().rss

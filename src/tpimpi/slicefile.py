@@ -127,10 +127,10 @@ def _missing(path: Path) -> SliceError:
         made_for = " and ".join(str(ranks) for ranks in sorted(found))
         return SliceError(
             f"the slices in {path.parent} are for {made_for} ranks, this run has {wanted[1]}; start as many ranks, "
-            f"or make slices for {wanted[1]} with: python -m tpimpi slice --ranks {wanted[1]}"
+            f"or make slices for {wanted[1]} with: python -m tpimpi slice --ranks {wanted[1]} --out {path.parent}"
         )
     return SliceError(
-        f"slice file {path} is missing; make it with: python -m tpimpi slice, or copy it there from the host that has it"
+        f"slice file {path} is missing; make it with: python -m tpimpi slice (see --help), or copy it there from the host that has it"
     )
 
 
@@ -187,7 +187,7 @@ class SliceFile:
             self.close()
             if isinstance(error, ValueError) and "slice format version" in str(error):
                 raise SliceError(
-                    f"slice file {path} has {error}; make the slices again with: python -m tpimpi slice"
+                    f"slice file {path} has {error}; make the slices again with: python -m tpimpi slice (see --help)"
                 ) from error
             number = error_number(error) if isinstance(error, OSError) else None
             if number in _NOT_THE_FILE:

@@ -43,10 +43,10 @@ def open_source(path: str | Path) -> Source:
         kind = what_is(path)
     except ValueError as error:  # a NUL, or what the file system's encoding has not
         raise ModelError(
-            f"{str(path)!a} is no path ({error}); give --model a Hugging Face directory or a .gguf file"
+            f"{str(path)!a} is no path ({error}); give a Hugging Face directory or a .gguf file"
         ) from error
     if kind == "nothing":
-        raise ModelError(f"model not found: {path}; give --model a Hugging Face directory or a .gguf file")
+        raise ModelError(f"model not found: {path}; give a Hugging Face directory or a .gguf file")
     if kind == "a directory":
         if is_file(path / "config.json"):
             return open_hf(path)
@@ -54,16 +54,14 @@ def open_source(path: str | Path) -> Source:
         if len(found) == 1:
             return open_gguf(found[0])
         what = f"{len(found)} .gguf files ({', '.join(file.name for file in found[:3])}, …)" if found else "no .gguf"
-        raise ModelError(
-            f"{path}: holds no config.json and {what}; give --model a Hugging Face directory or one .gguf file"
-        )
+        raise ModelError(f"{path}: holds no config.json and {what}; give a Hugging Face directory or one .gguf file")
     if kind != "a file":
-        raise ModelError(f"{path}: is {kind}, neither a directory nor a file; give --model one of the two")
+        raise ModelError(f"{path}: is {kind}, neither a directory nor a file; give one of the two")
     try:
         with open_file(path) as file:
             magic = file.read(4)
     except OSError as error:
         raise unreadable(path, error) from error
     if magic != b"GGUF" and path.suffix != ".gguf":
-        raise ModelError(f"{path}: is no GGUF file; give --model a .gguf file, or the directory that holds config.json")
+        raise ModelError(f"{path}: is no GGUF file; give a .gguf file, or the directory that holds config.json")
     return open_gguf(path)
