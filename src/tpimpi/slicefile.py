@@ -130,7 +130,8 @@ def _missing(path: Path) -> SliceError:
             f"or make slices for {wanted[1]} with: python -m tpimpi slice --ranks {wanted[1]} --out {path.parent}"
         )
     return SliceError(
-        f"slice file {path} is missing; make it with: python -m tpimpi slice (see --help), or copy it there from the host that has it"
+        f"slice file {path} is missing; make it with: python -m tpimpi slice (see --help), or copy it there from the host "
+        "that has it"
     )
 
 
