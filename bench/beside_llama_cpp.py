@@ -5,8 +5,8 @@
     python bench/random_gguf.py 1b.gguf
     python bench/beside_llama_cpp.py --llama-bench build/llama.cpp/bin/llama-bench --model 1b.gguf
 
-It compares 1 rank of one thread with llama.cpp's one thread, and 2 ranks of one thread with its two. Rank 0 has the output
-head besides its blocks: --shares says how little of the blocks it gets.
+It compares 1 rank of one thread with llama.cpp's one thread, and 2 ranks of one thread with its two. Equal shares are the
+fastest: rank 0's output head is computed when all blocks are done, so less of the blocks would only let it wait for the others.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-bench", required=True, help="the program llama-bench")
     parser.add_argument("--model", type=Path, help="a GGUF file (default: SmolLM2)")
-    parser.add_argument("--shares", default="2,3", help="of two ranks (default 2,3)")
+    parser.add_argument("--shares", default="1,1", help="of two ranks (default 1,1)")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
