@@ -5,8 +5,8 @@
     python bench/random_gguf.py 1b.gguf
     python bench/beside_llama_cpp.py --llama-bench build/llama.cpp/bin/llama-bench --model 1b.gguf
 
-It compares 1 rank of one thread with llama.cpp's one thread, and 2 ranks of one thread with its two. Equal shares are the
-fastest: rank 0's output head is computed when all blocks are done, so less of the blocks would only let it wait for the others.
+It compares 1 rank of one thread with llama.cpp's one thread, and 2 ranks of one thread with its two. Equal shares are
+the fastest: rank 0's output head is computed when all blocks are done, so with less of the blocks it would only wait longer.
 """
 
 from __future__ import annotations

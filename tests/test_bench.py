@@ -98,7 +98,7 @@ def test_every_row_is_there(tpimpi: Callable[..., Result], tmp_path: Path, backe
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
-        (["bench"], "the following arguments are required: what"),
+        (["bench"], "the following arguments are required: kernels"),
         (["bench", "disks"], "invalid choice: 'disks'"),
         ([*SMALL, "--formats", "f32,q9"], "--formats has 'q9', must be some of f32, bf16, q8_0, q4_0, q4_1"),
         ([*SMALL, "--formats", ""], "--formats has ''"),

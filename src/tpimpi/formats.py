@@ -250,7 +250,7 @@ def encode(values: F32, fmt: str, quantizer: Quantizer = quantize) -> Bytes:
         return to_bf16(values).view(np.uint8)
     if missing := -values.shape[1] % BLOCK_WEIGHTS:
         values = np.pad(values, ((0, 0), (0, missing)))
-    if (greatest := max(values.max(initial=0), -values.min(initial=0))) > LARGEST[fmt]:
+    if (greatest := max(values.max(initial=0), -values.min(initial=0))) > LARGEST[fmt] and np.isfinite(greatest):
         raise ValueError(f"holds {greatest:g}, and {fmt} nothing over {LARGEST[fmt]:g}")
     return quantizer(values, fmt)
 
