@@ -17,12 +17,11 @@ import pytest
 
 from conftest import ROOT
 from tpimpi.backends.numpy_twin import NumpyTwin, rounded_activations
-from tpimpi.cache import to_f16
 from tpimpi.formats import WEIGHT_FORMATS, Matrix, encode, pack, row_bytes, values
 from tpimpi.quantize import quantize
 
 TWIN = NumpyTwin(1)
-LINEAR, RMS_NORM, ROPE, SWIGLU, ATTENTION, TO_F16, QUANTIZE, READ = range(8)
+LINEAR, RMS_NORM, ROPE, SWIGLU, ATTENTION, QUANTIZE, READ = range(7)
 NOTHING = np.zeros(0, np.float32)
 EPS = np.finfo(np.float32).eps
 
@@ -259,28 +258,6 @@ def attention_cases(random: np.random.Generator) -> list[Case]:
     return cases
 
 
-def to_f16_cases(random: np.random.Generator) -> list[Case]:
-    """Every f16, the numbers halfway between two and beside them, and any bits at all: the twin to the bit."""
-    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
-    halves = halves[np.isfinite(halves)]
-    with np.errstate(over="ignore"):  # above the largest
-        middles = halves + np.spacing(halves.astype(np.float16)).astype(np.float32) / 2
-    beside = [np.nextafter(middles, np.float32(side)) for side in (-np.inf, np.inf)]
-    anything = random.integers(0, 1 << 32, 5003, np.uint32).view(np.float32)
-    hostile = np.array(
-        [np.inf, -np.inf, np.nan, 65504, 65519.99, 65520, -1e30, 0, -0.0, 1e-45, 2.9e-8, 3e-8], np.float32
-    )
-    x = np.concatenate([halves, middles, *beside, anything, hostile])
-    expected = to_f16(x)
-
-    def check(found: np.ndarray) -> None:
-        np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
-        there = ~np.isnan(expected)
-        np.testing.assert_array_equal(found[there].view(np.uint16), expected[there].view(np.uint16))
-
-    return [Case("to_f16", TO_F16, [x.size], [x], x.shape, check, np.dtype(np.float16))]
-
-
 def quantize_cases(random: np.random.Generator) -> list[Case]:
     cases = []
     for code, fmt in enumerate(WEIGHT_FORMATS):
@@ -357,7 +334,6 @@ def run(program: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callabl
         rope_cases,
         swiglu_cases,
         attention_cases,
-        to_f16_cases,
         quantize_cases,
         read_cases,
     ],

@@ -39,7 +39,7 @@ struct Buffer {
   std::unique_ptr<uint8_t, void (*)(void*)> data;
 };
 
-enum Operation { kLinear, kRmsNorm, kRope, kSwiglu, kAttention, kToF16, kQuantize, kRead };
+enum Operation { kLinear, kRmsNorm, kRope, kSwiglu, kAttention, kQuantize, kRead };
 
 struct Case {
   int64_t operation;
@@ -88,8 +88,6 @@ void run(const Level& level, const Case& c, const Buffer& result) {
       in_parts(p.at(7), a.n * a.heads, [&](int64_t first, int64_t last) { level.attention(a, first, last, scratch.as<float>()); });
       return;
     }
-    case kToF16:  // size; x
-      return level.to_f16(p.at(0), c.floats(0), result.as<uint16_t>());
     case kQuantize:  // format, blocks; x
       if (!level.quantize(Format(p.at(0)), p.at(1), c.floats(0), result.as<uint8_t>()))
         std::memset(result.as<uint8_t>(), 0xff, size_t(result.size));

@@ -86,9 +86,6 @@ struct Level {
   void (*attention)(const Attention& a, int64_t first, int64_t last, float* scratch);
   int64_t (*attention_scratch)(const Attention& a);
 
-  // f16 of values [size], rounded to nearest even; beyond +-65504 the nearer of these two, also for infinities; NaN stays NaN.
-  void (*to_f16)(int64_t size, const float* x, uint16_t* y);
-
   // Blocks of 32 numbers to GGML's row form; false where a number is not finite. See quantize.h.
   bool (*quantize)(Format format, int64_t blocks, const float* x, uint8_t* out);
 

@@ -1,4 +1,4 @@
-// What a layer computes beside its matrix products, for one level: norm, rotation, activation, attention, and f16.
+// What a layer computes beside its matrix products, for one level: norm, rotation, activation.
 //
 // S is a SIMD layer (see simd_portable.h). All sums are in f32.
 #pragma once
@@ -89,18 +89,6 @@ void swiglu(int64_t size, const float* gate, const float* up, float* y) {
     const auto g = load_run<S>(gate + i, n), one = S::set(1);
     const auto silu = S::div(g, S::add(one, exponential<S>(S::sub(S::zero(), g))));
     store_run<S>(y + i, S::mul(silu, load_run<S>(up + i, n)), n);
-  });
-}
-
-template <class S>
-void to_f16(int64_t size, const float* x, uint16_t* y) {
-  each_run(size, [&](int64_t i, int64_t n) {
-    const auto most = S::set(65504), least = S::set(-65504);
-    const auto v = S::max(least, S::min(most, load_run<S>(x + i, n)));  // the bounds first: a NaN passes
-    if (n == kLanes) return S::store_f16(y + i, v);
-    uint16_t last[kLanes];
-    S::store_f16(last, v);
-    std::memcpy(y + i, last, size_t(n) * 2);
   });
 }
 

@@ -25,7 +25,6 @@ constexpr Level level_of() {
           .swiglu = swiglu<S>,
           .attention = attention<S>,
           .attention_scratch = attention_scratch<S>,
-          .to_f16 = to_f16<S>,
           .quantize = quantize,
           .read = read,
           .multiply_round = multiply_round<S>};

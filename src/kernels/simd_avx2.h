@@ -57,11 +57,6 @@ struct Avx2 {
     std::memcpy(lanes, p, size_t(n) * 2);
     return load_f16(lanes);
   }
-  static void store_f16(uint16_t* p, F v) {
-    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v.a, kNearest));
-    _mm_storeu_si128((__m128i*)p + 1, _mm256_cvtps_ph(v.b, kNearest));
-  }
-
   static void sums4(const F* v, float* out) {
     const __m256 first = _mm256_hadd_ps(_mm256_add_ps(v[0].a, v[0].b), _mm256_add_ps(v[1].a, v[1].b));
     const __m256 second = _mm256_hadd_ps(_mm256_add_ps(v[2].a, v[2].b), _mm256_add_ps(v[3].a, v[3].b));

@@ -52,7 +52,6 @@ struct Avx512 {
   static F load_f16_some(const uint8_t* p, int64_t n) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
   }
-  static void store_f16(uint16_t* p, F v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, kNearest)); }
 
   static void sums4(const F* v, float* out) {
     const __m256 all = pairs(pairs(folded(v[0]), folded(v[2])), pairs(folded(v[1]), folded(v[3])));

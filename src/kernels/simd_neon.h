@@ -66,10 +66,6 @@ struct Neon {
     std::memcpy(lanes, p, size_t(n) * 2);
     return load_f16(lanes);
   }
-  static void store_f16(uint16_t* p, F v) {
-    for (int i = 0; i < 4; ++i) vst1_u16(p + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(v.v[i])));
-  }
-
   static void sums4(const F* v, float* out) {
     const float32x4_t first = vpaddq_f32(quarter(v[0]), quarter(v[1])), second = vpaddq_f32(quarter(v[2]), quarter(v[3]));
     vst1q_f32(out, vpaddq_f32(first, second));

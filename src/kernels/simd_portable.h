@@ -59,10 +59,6 @@ struct Portable {
     std::memcpy(h, p, size_t(n) * 2);
     return load_f16(h);
   }
-  static void store_f16(uint16_t* p, F v) {
-    for (int i = 0; i < 16; ++i) p[i] = to_f16(v.v[i]);
-  }
-
   // out[i] = the sum of the lanes of v[i], for 4 of them.
   static void sums4(const F* v, float* out) {
     for (int i = 0; i < 4; ++i) {
@@ -141,18 +137,6 @@ struct Portable {
     const uint32_t b = uint32_t(h & 0x7fff) << 13, sign = uint32_t(h & 0x8000) << 16;
     if (b >= 0x7c00u << 13) return bits(b | 0x7f800000 | sign);  // infinity, NaN
     return bits(bits(bits(b) * 0x1p112f) | sign);                // the exponent's bias; makes subnormals normal
-  }
-  static uint16_t to_f16(float v) {
-    const uint32_t sign = bits(v) & 0x80000000;
-    uint32_t b = bits(v) ^ sign;
-    if (b >= 143u << 23) {  // 65536 and more, infinity, NaN
-      b = b > 0x7f800000 ? 0x7e00 : 0x7c00;
-    } else if (b < 113u << 23) {  // subnormal: adding 0.5 leaves the bits that count at the end
-      b = bits(bits(b) + 0.5f) - bits(0.5f);
-    } else {
-      b = (b - (112u << 23) + 0xfff + (b >> 13 & 1)) >> 13;
-    }
-    return uint16_t(b | sign >> 16);
   }
 };
 
