@@ -30,9 +30,9 @@ import psutil
 
 from tpimpi import __version__
 from tpimpi.backends import Backend, has_native, load_backend
+from tpimpi.buffers import aligned_buffer
 from tpimpi.errors import InputError
 from tpimpi.formats import F32, Matrix, encode, pack, packed_bytes, row_bytes
-from tpimpi.slicefile import aligned_buffer
 
 if TYPE_CHECKING:
     from tpimpi.backends.native import NativeBackend

@@ -47,6 +47,11 @@ class KVCache:
         return self.k[layer, :, :stop], self.v[layer, :, :stop]
 
 
+def cache_bytes(layers: int, kv_heads: int, context: int, head_dim: int, dtype: npt.DTypeLike) -> int:
+    """Memory that a KVCache of this shape takes when it is full."""
+    return 2 * layers * kv_heads * context * head_dim * np.dtype(dtype).itemsize
+
+
 def kv_dtype(kv: str, weight_formats: Iterable[str]) -> np.dtype[Any]:
     """The dtype of the cache for one of KV_FORMATS: auto is f32 where all of the layers' weights are f32, else f16."""
     if kv == "auto":

@@ -20,19 +20,23 @@ from tpimpi import options, run
 from tpimpi.backends import load_quantizer
 from tpimpi.errors import InputError, ModelError, StorageError, as_ours
 from tpimpi.formats import F32
+from tpimpi.memory import per_rank
+from tpimpi.model import PREFILL_CHUNK
 from tpimpi.model_formats import ModelFormats
 from tpimpi.plan import Plan, describe_shares, make_plan
 from tpimpi.report import Report, write_json
 from tpimpi.sampling import make_sampler
+from tpimpi.seat import Seat, Settings, cache_folder, print_memory
 from tpimpi.slicefile import slice_name
 from tpimpi.slicing import choose_formats, requantized, slice_model, wanted_formats
 from tpimpi.sources import Source, open_source
 from tpimpi.star import Star, connect, launched_rank
 from tpimpi.terminal import STDOUT, Input, progress_bar, repair_streams, write_past_the_launcher
 from tpimpi.tokenizer import load_tokenizer
+from tpimpi.trace import left_out, write_trace
 
 _STARTED = time.monotonic()
-COMMANDS = ("slice", "inspect", "bench")  # of one process
+COMMANDS = ("slice", "synth", "inspect", "bench")  # of one process
 
 
 # The program
@@ -165,9 +169,14 @@ def _lead(arguments: list[str], star: Star, place: _Place, typed: Input | None) 
         seat = run.settle(star, _settings(parsed, guests))
         tokenizer = seat.tokenizer
         assert tokenizer is not None
-        report = Report(seat.header.model, seat.header.format, seat.model.backend.name, star.algorithm)
+        report = Report(seat.header.model, seat.header.format, seat.backend.name, star.algorithm)
         hub = run.Hub(seat, tokenizer, wishes, report)
         ids = None if prompt is None else hub.check(prompt)
+        furnished = hub.furnish(ids)
+        if ids is not None:
+            hub.check(str(prompt))
+        if not parsed.quiet:
+            print_memory(furnished, always=parsed.memory is not None)
     place.in_job = star.rank.size > 1
     run.go(star)
     report.load_s = time.monotonic() - _STARTED
@@ -183,16 +192,32 @@ def _lead(arguments: list[str], star: Star, place: _Place, typed: Input | None) 
             except InputError as error:
                 code = error.exit_code
                 print(f"{place.name()}: {error}", file=sys.stderr, flush=True)
-    hub.finish()
+    traces = hub.finish()
     place.in_job = False
     if ids is None and not report.answers and code == 0:
         raise _without_prompt()
     if parsed.report is not None:
         report.write(Path(parsed.report))
+    if parsed.trace is not None:
+        write_trace(Path(parsed.trace), traces, [str(block) for block in seat.order])
+        _say(left_out(traces))
+    if parsed.plot is not None:
+        _plot_memory(report, Path(parsed.plot))
     if not parsed.quiet:
         with contextlib.suppress(OSError):  # the answer stands, though nobody reads the table
             report.print_table()
     return code
+
+
+def _say(line: str | None) -> None:
+    if line:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _plot_memory(report: Report, path: Path) -> None:
+    from tpimpi.plotting import Timeline, plot_memory
+
+    plot_memory([Timeline(f"r{r.rank} {r.host}", r.timeline, r.memory_bytes) for r in report.ranks], path)
 
 
 def _answer(hub: run.Hub, ids: list[int]) -> None:
@@ -287,13 +312,13 @@ def _remark(parsed: argparse.Namespace, guests: Sequence[run.Guest]) -> None:
     """Say on stderr what makes this run slower than it could be."""
     remarks = [run.without_native(guests) if parsed.backend == "auto" else None]
     remarks.append(run.bound_to_one_core(guests) if parsed.threads is None else None)
-    for remark in filter(None, [] if parsed.quiet else remarks):
-        print(remark, file=sys.stderr, flush=True)
+    for remark in [] if parsed.quiet else remarks:
+        _say(remark)
 
 
-def _settings(parsed: argparse.Namespace, guests: Sequence[run.Guest]) -> run.Settings:
+def _settings(parsed: argparse.Namespace, guests: Sequence[run.Guest]) -> Settings:
     """Find or make the slices, and say how to use them."""
-    ranks = len(guests)
+    ranks, memory = len(guests), options.memory_sizes(parsed.memory)
     fingerprint, fmt, weights, cache_name = "", "", options.share_weights(parsed.shares, ranks), None
     if parsed.slices is None:
         with open_source(_model(parsed.model)) as source:
@@ -301,26 +326,28 @@ def _settings(parsed: argparse.Namespace, guests: Sequence[run.Guest]) -> run.Se
             plan = make_plan(source.config, weights)
             fingerprint, fmt = source.fingerprint(), formats.key()
             cache_name = run.cache_name(source, plan, formats)
-            _slice_into_cache(source, plan, formats, run.cache_folder() / cache_name, quiet=parsed.quiet)
+            _slice_into_cache(source, plan, formats, cache_folder() / cache_name, quiet=parsed.quiet)
     else:
         if parsed.format != "auto":
             fmt = wanted_formats(parsed.format, layers=1).key()
         if parsed.model is not None:
             with open_source(_model(parsed.model)) as source:
                 fingerprint = source.fingerprint()
-    return run.Settings(
+    return Settings(
         folder=parsed.slices,
         cache_name=cache_name,
         fingerprint=fingerprint,
         shares=describe_shares(weights) if parsed.shares is not None or parsed.slices is None else "",
         format=fmt,
         backend=parsed.backend,
-        window=options.window_blocks(parsed.window),
         threads=parsed.threads,
         allreduce=parsed.allreduce,
         timeout=parsed.timeout,
-        kv=parsed.kv,
         cores_shared_by=[sum(map(guest.shares_cores_with, guests)) for guest in guests],
+        memory=None if memory is None else per_rank(memory, ranks),
+        window=options.window_blocks(parsed.window),
+        kv=parsed.kv,
+        trace=getattr(parsed, "trace", None) is not None,
     )
 
 
@@ -399,19 +426,22 @@ def _measure_perplexity(arguments: list[str], star: Star, place: _Place) -> int:
         if parsed.against is not None:
             reference = {**vars(parsed), "format": parsed.against, "kv": "auto", "slices": None}
             wanted.append(_settings(argparse.Namespace(**reference), guests))
-        seats: list[run.Seat] = []
+        seats: list[Seat] = []
         for settings in wanted:
-            apart = dataclasses.replace(settings, models=len(wanted))
+            apart = dataclasses.replace(settings, logits_of=PREFILL_CHUNK)
             seats.append(run.settle(star, apart, with_tokenizer=not seats))
         tokenizer = seats[0].tokenizer
         assert tokenizer is not None
         limits = {"context": parsed.context, "max_tokens": parsed.max_tokens}
         measurement = Measurement(seats, tokenizer, parsed.text, text, **limits)
+        memory, furnished = run.furnish(star, seats, measurement.context)
+        if not parsed.quiet:
+            print_memory(furnished, always=parsed.memory is not None)
     place.in_job = star.rank.size > 1
     run.go(star)
     load_s = time.monotonic() - _STARTED
     result = measurement.run(quiet=parsed.quiet)
-    result.load_s, result.ranks = load_s, run.finish(star, seats)[0]
+    result.load_s, result.ranks = load_s, run.finish(star, memory)[0][0]
     place.in_job = False
     _print(result.line() + "\n")
     if parsed.report is not None:
@@ -431,6 +461,12 @@ def _tool(arguments: list[str], place: _Place) -> int:
         return 0
     if arguments[0] == "slice":
         return _slice(options.slice_parser().parse_args(arguments[1:]))
+    if arguments[0] == "synth":
+        from tpimpi.synthesizing import synthesize
+
+        with _cleaning_up_on_signals():
+            synthesize(options.synth_parser().parse_args(arguments[1:]))
+        return 0
     if arguments[0] == "bench":
         return _bench(options.bench_parser().parse_args(arguments[1:]))
     from tpimpi.inspecting import inspect
@@ -453,19 +489,35 @@ def _slice(parsed: argparse.Namespace) -> int:
 
 
 def _bench(parsed: argparse.Namespace) -> int:
+    options.check_bench(parsed)
+    if parsed.what == "disk":
+        return _bench_disk(parsed)
     from tpimpi import benching
 
-    options.check_bench(parsed)
     formats, positions = options.bench_formats(parsed.formats), options.bench_positions(parsed.positions)
     backend, remark = benching.choose_backend(parsed.backend)
     if remark:
         print(remark, file=sys.stderr, flush=True)
     bench = benching.Bench(backend, formats, positions, options.bench_shape(parsed.shape), parsed.threads)
-    table, limits = bench.run(
-        parsed.seconds,
-        lambda number, rounds: print(f"round {number} of {rounds}", file=sys.stderr, flush=True),
-    )
+    table, limits = bench.run(parsed.seconds, _say_round)
     benching.print_table(table, bench.title(), limits)
     if parsed.json is not None:
         write_json(Path(parsed.json), bench.as_json(table, limits), "--json")
+    return 0
+
+
+def _say_round(number: int, rounds: int) -> None:
+    print(f"round {number} of {rounds}", file=sys.stderr, flush=True)
+
+
+def _bench_disk(parsed: argparse.Namespace) -> int:
+    from tpimpi import disk_bench
+    from tpimpi.seat import cache_folder
+
+    path = cache_folder() if parsed.path is None else Path(parsed.path)
+    with disk_bench.Bench(path, parsed.readers, options.read_size(parsed.size)) as bench:
+        table = bench.run(parsed.seconds, _say_round)
+        disk_bench.print_table(table, bench.title())
+        if parsed.json is not None:
+            write_json(Path(parsed.json), bench.as_json(table), "--json")
     return 0

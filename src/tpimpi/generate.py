@@ -10,10 +10,8 @@ import numpy as np
 
 from tpimpi.errors import StarError
 from tpimpi.formats import F32
-from tpimpi.model import Model
+from tpimpi.model import PREFILL_CHUNK, Model
 from tpimpi.star import BEGIN, FINISH, FORWARD, Star
-
-PREFILL_CHUNK = 128  # positions computed at once while the prompt is read
 
 Sampler = Callable[[F32, Sequence[int]], int]  # logits [vocab] and the ids so far -> the next id
 
@@ -26,11 +24,14 @@ class TextStream(Protocol):
     def flush(self) -> str: ...
 
 
-def step(model: Model, star: Star, x: F32, start: int) -> F32:
-    """Rank 0: have every rank run `x` [n, hidden] through the layers at positions from `start`; returns [n, hidden]."""
+def step(model: Model, star: Star, x: F32, start: int, *, head: bool = True) -> F32:
+    """Rank 0: have every rank run `x` [n, hidden] through the layers at positions from `start`; returns [n, hidden].
+
+    Unless `head`, no logits will be asked for.
+    """
     star.command(FORWARD, x.shape[0], start)
     star.broadcast(x)
-    return model.forward(x, start)
+    return model.forward(x, start, head=head)
 
 
 def follow(models: Sequence[Model], star: Star) -> None:
@@ -73,7 +74,8 @@ def generate(
     history = list(prompt)
     hidden = np.empty((0, model.config.hidden), np.float32)
     for start in range(0, len(prompt), PREFILL_CHUNK):
-        hidden = step(model, star, embed(prompt[start : start + PREFILL_CHUNK]), start)
+        chunk = prompt[start : start + PREFILL_CHUNK]
+        hidden = step(model, star, embed(chunk), start, head=start + len(chunk) == len(prompt))
     for made in range(max_tokens):
         if made:
             hidden = step(model, star, embed(history[-1:]), len(history) - 1)

@@ -132,6 +132,8 @@ def _slices(files: list[Path], *, verify: bool) -> dict[Path, Header]:
             file.close()
         header, share = file.header, file.header.share
         headers[path] = header
+        if header.rank == 0 and not header.records[-1].parts:
+            state += ", no tokenizer"
         tiles = [record.nbytes for record in header.records if record.block.kind in ("attn", "mlp", "head")]
         table.add_row(
             _shown(path.name),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -24,14 +25,46 @@ from tpimpi.layers import (
 from tpimpi.plan import HEAD, Block
 from tpimpi.slicefile import Tile
 from tpimpi.sliceheader import Header
+from tpimpi.slicelayout import Record
 from tpimpi.star import Star
+from tpimpi.trace import COMPUTE, STAR, Recorder
 from tpimpi.window import Window
+
+_NOT_RECORDED = contextlib.nullcontext()
+
+
+PREFILL_CHUNK = 128  # positions computed at once while a prompt is read
 
 
 def block_order(header: Header) -> list[Block]:
     """The cycle of blocks that a rank goes through for each token; only rank 0 has the head."""
     layers = [Block(kind, layer) for layer in range(header.config.layers) for kind in ("attn", "mlp")]
     return [*layers, HEAD] if header.rank == 0 else layers
+
+
+def work_bytes(header: Header, records: Sequence[Record], backend: str, context: int, logits_of: int) -> int:
+    """Memory, at most, of activations and messages on this rank, beside cache and weights.
+
+    Counted for a step of PREFILL_CHUNK positions (or `context`, if that is less), through the `records` of a cycle; and
+    on rank 0 the logits of `logits_of` positions.
+    """
+    config, ranks = header.config, header.plan.ranks
+    positions = min(PREFILL_CHUNK, context)
+    # Hidden vectors at once: in step or follow, forward, norm and partial; each partial and sum on the star, and MPI's copy.
+    vectors = 8 + 2 * (ranks if header.rank == 0 else 2)
+    inner = largest = 0
+    for record in records:
+        rows = {part.name: part.shape[0] for part in record.parts if part.is_matrix}
+        inner = max(inner, 3 * rows.get("q", 0) + 4 * rows.get("k", 0), 3 * rows.get("gate", 0))
+        largest = max(largest, *(math.prod(part.shape) for part in record.parts if part.is_matrix))
+    work = 4 * positions * (vectors * config.hidden + inner + max(config.hidden, inner) // 2)
+    if (
+        backend != "native"
+    ):  # which decodes a matrix to use it, and whose library takes memory of its own when it begins
+        work += 12 * largest + 48_000_000
+    if header.rank == 0:
+        work += (12 + 24 * (logits_of > 1)) * logits_of * config.vocab + 64 * config.vocab
+    return work
 
 
 class Model:
@@ -45,13 +78,18 @@ class Model:
         star: Star,
         backend: Backend,
         kv: str = "auto",
+        *,
+        make_room: Callable[[int], None] = lambda context: None,
+        recorder: Recorder | None = None,
     ) -> None:
-        """`resident` are the small arrays that are kept in memory (see slicefile); `kv` is one of KV_FORMATS."""
+        """`resident` are the small arrays that are kept in memory (see slicefile); `kv` is one of KV_FORMATS; `make_room` is
+        called with the number of positions before a cache for them is made."""
         self.config, self.share = header.config, header.share
         self.resident, self.window, self.star, self.backend = resident, window, star, backend
         self.cache: KVCache | None = None
         self._kv_dtype = kv_dtype(kv, itertools.chain(*header.formats.layers))
         self.compute_seconds = 0.0
+        self._make_room, self._recorder = make_room, recorder
         self._blocks = [block for block in block_order(header) if block != HEAD]
         self._frequencies = rope_frequencies(self.config)
 
@@ -59,28 +97,34 @@ class Model:
         """Start a new sequence of at most `context` positions."""
         if self.cache is None or self.cache.context != context:
             self.cache = None  # give the old one back before the new one is made
+            self._make_room(context)
             shape = (self.config.layers, self.share.kv_heads.size, context, self.config.head_dim)
             self.cache = KVCache(*shape, self._kv_dtype)
 
-    def forward(self, x: F32, start: int) -> F32:
+    def forward(self, x: F32, start: int, *, head: bool = True) -> F32:
         """Run hidden vectors `x` [n, hidden], the same on every rank, through all layers, at positions from `start`.
 
-        Returns the hidden vectors after the last layer, [n, hidden], the same bits on every rank.
+        Returns the hidden vectors after the last layer, [n, hidden], the same bits on every rank. Unless `head`, their
+        logits will not be asked for.
         """
+        if not head:
+            self.window.skip(HEAD)
         x = x.copy()
         rotary = angles(self._frequencies, start, x.shape[0])
         with self._computing():
-            for block in self._blocks:
+            for place, block in enumerate(self._blocks):
                 weight = self.resident[f"{block.kind}_norm"][block.layer]
                 h = self.backend.rms_norm(x, weight, self.config.norm_eps)
                 partial = np.zeros_like(x)
-                for tile in self.window.tiles(block):
-                    if block.kind == "attn":
-                        partial += self._attention(h, tile, rotary)
-                    else:
-                        partial += mlp_partial(self.backend, h, tile)
+                for number, tile in enumerate(self.window.tiles(block)):
+                    with self._recorded(COMPUTE, place, number):
+                        if block.kind == "attn":
+                            partial += self._attention(h, tile, rotary)
+                        else:
+                            partial += mlp_partial(self.backend, h, tile)
                 self._add_bias(partial, block)
-                self.star.allreduce(partial)
+                with self._recorded(STAR, place):
+                    self.star.allreduce(partial)
                 x += partial
         return x
 
@@ -88,8 +132,11 @@ class Model:
         """Rank 0: final norm and output head of hidden vectors `x` [n, hidden]; returns [n, vocab]."""
         with self._computing():
             h = self.backend.rms_norm(x, self.resident["norm"], self.config.norm_eps)
-            tiles = self.window.tiles(HEAD)
-            return np.concatenate([head_logits(self.backend, h, tile) for tile in tiles], axis=1)
+            found = []
+            for number, tile in enumerate(self.window.tiles(HEAD)):
+                with self._recorded(COMPUTE, len(self._blocks), number):
+                    found.append(head_logits(self.backend, h, tile))
+            return np.concatenate(found, axis=1)
 
     def _attention(self, h: F32, tile: Tile, rotary: Angles) -> F32:
         assert self.cache is not None, "forward before begin"
@@ -115,6 +162,10 @@ class Model:
         bias = self.resident.get("o_bias" if block.kind == "attn" else "down_bias")
         if bias is not None:
             partial += bias[block.layer]
+
+    def _recorded(self, kind: int, place: int, tile: int = -1) -> contextlib.AbstractContextManager[None]:
+        """For the trace: what is inside is done for the block at `place` in the order."""
+        return _NOT_RECORDED if self._recorder is None else self._recorder.span(kind, place, tile)
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:

@@ -8,11 +8,16 @@ from typing import NoReturn
 
 from tpimpi import __version__
 from tpimpi.backends import NAMES
+from tpimpi.buffers import PAGE
 from tpimpi.cache import KV_FORMATS
 from tpimpi.errors import InputError
 from tpimpi.formats import WEIGHT_FORMATS
+from tpimpi.memory import parse_size
+from tpimpi.plotting import check_plot
 from tpimpi.report import check_writable
+from tpimpi.shapes import SHAPES
 from tpimpi.star import ALLREDUCES, DEFAULT_TIMEOUT
+from tpimpi.trace import BEGINNING
 from tpimpi.window import SMALLEST_WINDOW
 
 MOST_THREADS = 1024
@@ -20,6 +25,8 @@ MOST_RANKS = 4096
 MOST_POSITIONS = 1 << 16  # that are benched at once
 MOST_SIDE = 1 << 20  # rows or columns of a matrix that is benched
 MOST_SECONDS = 3600  # of each measurement
+MOST_READERS = 64  # of a disk that is benched
+MOST_READ = 64 << 20  # bytes of each of their reads
 MOST_TEXT = 4 << 20  # bytes of a prompt file, or of a text that is measured
 CHUNK = 512  # positions of a chunk of such a text, where the model has as many
 
@@ -28,9 +35,11 @@ Run a large language model across the machines you own.
 
     mpirun -np 4 --hostfile home.txt python -m tpimpi [options]      answer a prompt, or lines of standard input
     python -m tpimpi slice --model PATH --ranks N --out DIR          make the ranks' slices of a model
+    python -m tpimpi synth --shape llama-2-70b --ranks N --out DIR   slices with random weights, to measure with
     python -m tpimpi inspect PATH [--verify]                         what a model, a slice file or a folder holds
     python -m tpimpi perplexity FILE [--against f32]                 how well a model predicts a text; what a format costs
     python -m tpimpi bench kernels                                   how fast the kernels are on this machine
+    python -m tpimpi bench disk [PATH] [--readers N]                 how fast the disk under the slices is
 """
 
 
@@ -59,6 +68,10 @@ def run_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("output")
     group.add_argument("--quiet", action="store_true", help="only the text, and errors")
     group.add_argument("--report", metavar="FILE", help="write text, token ids and times as JSON")
+    group.add_argument(
+        "--trace", metavar="FILE", help="write what each rank did when, for ui.perfetto.dev or chrome://tracing"
+    )
+    group.add_argument("--plot", metavar="FILE", help="draw each rank's memory over time as a PNG (needs matplotlib)")
     return parser
 
 
@@ -141,10 +154,13 @@ def _add_computing(parser: argparse.ArgumentParser) -> None:
         "--backend", default="auto", choices=NAMES, help="what computes (default auto: native if installed, else torch)"
     )
     group.add_argument(
-        "--window",
-        default="auto",
-        metavar="N",
-        help="blocks held in memory, at least 2, or all (default auto: all if they fit, else 2)",
+        "--memory",
+        metavar="SIZE",
+        help="all that each rank may take, 700M or 512MiB say, or one size for each: 900M,700M,700M (default auto: what "
+        "its host has free)",
+    )
+    group.add_argument(
+        "--window", metavar="N", help="instead: hold N consecutive blocks in memory, at least 2, and pin none; or all"
     )
     group.add_argument(
         "--kv",
@@ -197,13 +213,25 @@ def perplexity_parser() -> argparse.ArgumentParser:
 
 
 def bench_parser() -> argparse.ArgumentParser:
-    """Options of `bench`."""
+    """Options of `bench`: `what` is kernels or disk."""
     parser = _Parser(
         prog="python -m tpimpi bench",
-        description="Time the kernels on matrices that the caches do not hold, beside torch where it is installed.",
+        description="Measure what this machine gives.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("what", choices=("kernels",), metavar="kernels", help="what is timed")
+    commands = parser.add_subparsers(dest="what", required=True, metavar="kernels|disk", help="what is measured")
+    kernels = "Time the kernels on matrices that the caches do not hold, beside torch where it is installed."
+    disk = "Read as the ranks of a run do: through the page cache, and past it with 1 to 8 reads in flight."
+    for name, about, add in (("kernels", kernels, _add_kernels), ("disk", disk, _add_disk)):
+        command = commands.add_parser(name, description=about, help=about, allow_abbrev=False)
+        add(command)
+        command.add_argument("--json", metavar="FILE", help="write everything that was measured as JSON")
+        parser.epilog = f"{parser.epilog or ''}{command.format_help()}\n"
+    return parser
+
+
+def _add_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--formats", default=",".join(WEIGHT_FORMATS), metavar="F,F", help="weight formats (default: %(default)s)"
     )
@@ -226,8 +254,20 @@ def bench_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seconds", type=float, default=1.0, metavar="S", help="of each measurement, at least one call (default 1)"
     )
-    parser.add_argument("--json", metavar="FILE", help="write everything that was measured as JSON")
-    return parser
+
+
+def _add_disk(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "path",
+        nargs="?",
+        metavar="PATH",
+        help="a slice file, a folder of slices, or any file (default: the cache folder)",
+    )
+    parser.add_argument(
+        "--readers", type=int, default=1, metavar="N", help="that read at once, as ranks do (default 1)"
+    )
+    parser.add_argument("--size", default="8MiB", metavar="SIZE", help="of a read (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="of each measurement (default 2)")
 
 
 def slice_parser() -> argparse.ArgumentParser:
@@ -240,6 +280,35 @@ def slice_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shares", metavar="3,1,1,1", help="proportion of the model for each rank (default: equal)")
     parser.add_argument("--format", default="auto", help=f"auto, {', '.join(WEIGHT_FORMATS)} (default: as in a run)")
     parser.add_argument("--out", required=True, metavar="DIR", help="gets rank-R-of-N.h5 for each rank R")
+    parser.add_argument("--quiet", action="store_true", help="only errors")
+    return parser
+
+
+def synth_parser() -> argparse.ArgumentParser:
+    """Options of `synth`."""
+    parser = _Parser(
+        prog="python -m tpimpi synth",
+        description="Write random weights in a known model's shape, to measure speed and memory with: no tokenizer, and "
+        "answers without sense.",
+        allow_abbrev=False,
+    )
+    shapes = f"{', '.join(SHAPES)}, or the path of a config.json or of its folder"
+    parser.add_argument("--shape", required=True, metavar="NAME", help=shapes)
+    parser.add_argument("--layers", type=int, metavar="N", help="so many layers (default: as the shape has)")
+    parser.add_argument("--format", default="q4_0", help=f"{', '.join(WEIGHT_FORMATS)} (default q4_0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="other weights for another one (default 0)")
+    parser.add_argument(
+        "--as",
+        dest="kind",
+        default="slices",
+        choices=("slices", "hf", "gguf"),
+        help="slices (the default), or the same weights as a Hugging Face folder in bf16 or as a GGUF file",
+    )
+    parser.add_argument("--ranks", type=int, metavar="N", help="how many slices to make")
+    parser.add_argument("--shares", metavar="3,1,1,1", help="proportion of the model for each rank (default: equal)")
+    parser.add_argument(
+        "--out", required=True, metavar="PATH", help="folder of the slices, or of hf; or the .gguf file"
+    )
     parser.add_argument("--quiet", action="store_true", help="only errors")
     return parser
 
@@ -271,9 +340,28 @@ def check_run(options: argparse.Namespace, least: int = 1) -> None:
     if not 0 < options.timeout < float("inf"):
         raise InputError(f"--timeout is {options.timeout:g}, must be a number of seconds over 0")
     window_blocks(options.window)
+    memory_sizes(options.memory)
+    if options.window is not None and options.memory is not None:
+        raise InputError(f"--window {options.window} and --memory {options.memory} are both given; give one of them")
+    _check_outputs(options)
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Raise InputError where a file that is to be written cannot be, or would replace another that this run uses."""
+    named = [getattr(options, name, None) for name in ("model", "prompt_file", "stop_file", "text")]
+    inputs = [path for path in named if path]
     if options.report is not None:
-        inputs = [getattr(options, name, None) for name in ("model", "prompt_file", "stop_file", "text")]
-        check_writable(options.report, inputs=[path for path in inputs if path])
+        check_writable(options.report, inputs=inputs)
+    if (trace := getattr(options, "trace", None)) is not None:
+        check_writable(trace, "--trace", inputs, start=BEGINNING, kind="trace")
+    if (plot := getattr(options, "plot", None)) is not None:
+        check_plot(plot, "--plot", inputs)
+    taken: dict[Path, str] = {}
+    for option, given in (("--report", options.report), ("--trace", trace), ("--plot", plot)):
+        if given is not None and not (Path(given).exists() and not Path(given).is_file()):  # a device takes anything
+            other = taken.setdefault(Path(given).resolve(), option)
+            if other != option:
+                raise InputError(f"{other} and {option} are both {given}; give each a file of its own")
 
 
 def check_perplexity(options: argparse.Namespace) -> None:
@@ -287,11 +375,16 @@ def check_perplexity(options: argparse.Namespace) -> None:
 
 def check_bench(options: argparse.Namespace) -> None:
     """Raise InputError for an option of `bench` that is out of range."""
-    bench_formats(options.formats)
-    bench_positions(options.positions)
-    bench_shape(options.shape)
-    if not 1 <= options.threads <= MOST_THREADS:
-        raise InputError(f"--threads is {options.threads}, must be 1 to {MOST_THREADS}")
+    if options.what == "disk":
+        read_size(options.size)
+        if not 1 <= options.readers <= MOST_READERS:
+            raise InputError(f"--readers is {options.readers}, must be 1 to {MOST_READERS}")
+    else:
+        bench_formats(options.formats)
+        bench_positions(options.positions)
+        bench_shape(options.shape)
+        if not 1 <= options.threads <= MOST_THREADS:
+            raise InputError(f"--threads is {options.threads}, must be 1 to {MOST_THREADS}")
     if not 0 < options.seconds <= MOST_SECONDS:
         raise InputError(f"--seconds is {options.seconds:g}, must be a number over 0, at most {MOST_SECONDS}")
     if options.json is not None:
@@ -321,21 +414,34 @@ def bench_shape(text: str) -> tuple[int, int]:
     return rows, columns
 
 
+def read_size(text: str) -> int:
+    """The meaning of `bench disk --size`: bytes, as O_DIRECT wants them."""
+    size = parse_size(text, "--size")
+    if size % PAGE or size > MOST_READ:
+        raise InputError(f"--size is {text[:40]}, must be a multiple of {PAGE} bytes, at most {MOST_READ >> 20}MiB")
+    return size
+
+
 def _count(text: str, option: str, most: int) -> int:
     if not text.isascii() or not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= most:
         raise InputError(f"{option} has {text[:40]!r}, must be a whole number from 1 to {most}")
     return int(text)
 
 
-def window_blocks(text: str) -> int | str:
-    """The meaning of `--window`: a number of blocks, "all" or "auto"."""
-    if text in ("all", "auto"):
+def window_blocks(text: str | None) -> int | str | None:
+    """The meaning of `--window`: a number of blocks, "all", or None where it is not given."""
+    if text in (None, "all"):
         return text
     if not text.isascii() or not text.isdecimal() or len(text) > 9 or int(text) < SMALLEST_WINDOW:
-        raise InputError(
-            f"--window is {text[:40]!r}, must be a number of blocks, {SMALLEST_WINDOW} or more, or all, or auto"
-        )
+        raise InputError(f"--window is {text[:40]!r}, must be a number of blocks, {SMALLEST_WINDOW} or more, or all")
     return int(text)
+
+
+def memory_sizes(text: str | None) -> list[int] | None:
+    """The meaning of `--memory`: bytes of all ranks, or of each; None for auto."""
+    if text in (None, "auto"):
+        return None
+    return [parse_size(size, "--memory") for size in text.split(",")]
 
 
 def share_weights(text: str | None, ranks: int) -> list[float]:

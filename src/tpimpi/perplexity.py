@@ -27,12 +27,13 @@ import numpy.typing as npt
 
 from tpimpi.errors import InputError, ModelError
 from tpimpi.formats import F32
-from tpimpi.generate import PREFILL_CHUNK, step
+from tpimpi.generate import step
+from tpimpi.model import PREFILL_CHUNK
 from tpimpi.options import CHUNK
 from tpimpi.report import RankFigures
-from tpimpi.run import Seat
+from tpimpi.seat import Seat
 from tpimpi.star import BEGIN
-from tpimpi.tokenizer import Tokenizer
+from tpimpi.tokenizer import TokenIds, Tokenizer
 
 F64 = npt.NDArray[np.float64]
 
@@ -200,7 +201,7 @@ class Measurement:
     def __init__(
         self,
         seats: Sequence[Seat],
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | TokenIds,
         name: str,
         text: str,
         *,

@@ -20,8 +20,11 @@ from tpimpi.errors import InputError, StorageError
 class RankFigures:
     """One rank's part of the report. Times in seconds, over the whole run.
 
-    Of the peak memory, `weights_bytes` are tiles in the window, `cache_bytes` keys and values, `tokenizer_bytes` what the
-    tokenizer took (rank 0), and `base_bytes` all the rest: Python, libraries, activations.
+    `memory_bytes` is what --memory promised or found, None under --window. `pinned_bytes` and `buffer_bytes` are the
+    tiles that were kept at the end, and the ring; `streamed_bytes_per_token` is what was not kept, `disk_bytes_per_s`
+    what the disk gave at the start (0 where it was not measured). `timeline` has [seconds, resident, pinned, buffers], in
+    bytes. Of the peak memory, `weights_bytes` are tiles in the window, `cache_bytes` keys and values, `tokenizer_bytes`
+    what the tokenizer took (rank 0), and `base_bytes` all the rest: Python, libraries, activations.
     """
 
     rank: int
@@ -29,15 +32,21 @@ class RankFigures:
     heads: int
     kv_heads: int
     columns: int
+    memory_bytes: int | None
     peak_rss_bytes: int
     weights_bytes: int
     cache_bytes: int
     tokenizer_bytes: int
     base_bytes: int
+    pinned_bytes: int
+    buffer_bytes: int
+    streamed_bytes_per_token: int
+    disk_bytes_per_s: float
     bytes_read: int
     read_wait_s: float
     compute_s: float
     star_s: float
+    timeline: list[list[float]]
 
 
 @dataclass(frozen=True)
@@ -59,10 +68,12 @@ class Answer:
         return cls(text, token_ids, prompt_tokens, first, median(gaps) if gaps else None)
 
 
-def check_writable(given: str, option: str = "--report", inputs: Sequence[str] = ()) -> None:
+def check_writable(
+    given: str, option: str = "--report", inputs: Sequence[str] = (), *, start: bytes = b"{", kind: str = "report"
+) -> None:
     """Raise InputError, before any work is done, where a report could not be written to `given`, the value of `option`.
 
-    Nor is a file written over that is one of `inputs`, or that is no JSON and so no earlier report.
+    Nor is a file written over that is one of `inputs`, or that does not begin with `start` and so is no earlier `kind`.
     """
     if not given:
         raise InputError(f"{option} is empty; give the name of a file")
@@ -81,8 +92,8 @@ def check_writable(given: str, option: str = "--report", inputs: Sequence[str] =
             if any(Path(other).exists() and target.samefile(other) for other in inputs):
                 raise InputError(f"{option} {path} is a file that this run reads; choose another name")
             with target.open("rb") as file:
-                if file.read(1) not in (b"", b"{"):
-                    raise InputError(f"{option} {path} is there, and is no report; remove it, or choose another name")
+                if file.read(len(start)) not in (b"", start):
+                    raise InputError(f"{option} {path} is there, and is no {kind}; remove it, or choose another name")
     except OSError as error:
         raise InputError(f"{option} {str(path)[:80]}: {error.strerror}; choose another place") from error
 

@@ -1,9 +1,10 @@
 """One run, from joining the star to the report: rank 0 decides and speaks, the others follow.
 
 The order of a run: every rank says who it is (host, version); rank 0 settles options, model and slices and tells the
-others what they need (never the prompt); every rank opens its slice and says whether it can; then rank 0 generates and
-the others follow; at the end each rank gives its figures. Whatever is wrong before generation begins is said once, by
-rank 0; after that, by the rank that it befalls, which ends the job.
+others what they need (never the prompt); every rank opens its slice and says whether it can, and then what memory it
+needs and what its host has; rank 0 tells each what it may take; then rank 0 generates and the others follow; at the end
+each rank gives its figures. Whatever is wrong before generation begins is said once, by rank 0; after that, by the rank
+that it befalls, which ends the job.
 """
 
 from __future__ import annotations
@@ -13,55 +14,28 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, astuple, dataclass
+from typing import Any, TypeVar
 
 import xxhash
 
 from tpimpi import __version__
-from tpimpi.backends import NOT_INSTALLED, has_native, load_backend
+from tpimpi.backends import NOT_INSTALLED, has_native
 from tpimpi.errors import InputError, SliceError, TpimpiError, as_ours
 from tpimpi.generate import Sampler, follow, generate, to_text, until_stop
-from tpimpi.model import Model, block_order
+from tpimpi.memory import Needs, Place, allowances, places
 from tpimpi.model_formats import ModelFormats
 from tpimpi.plan import Plan
-from tpimpi.report import Answer, RankFigures, Report, peak_rss_bytes
-from tpimpi.slicefile import SliceFile, slice_name
+from tpimpi.report import Answer, RankFigures, Report
+from tpimpi.seat import CONTEXT, Furnished, RankMemory, Seat, Settings, identity
 from tpimpi.sliceheader import FORMAT_VERSION, Header
 from tpimpi.sources import Source
 from tpimpi.star import FINISH, Star
-from tpimpi.tokenizer import Tokenizer, load_tokenizer
-from tpimpi.window import SMALLEST_WINDOW, Window
+from tpimpi.tokenizer import TokenIds, Tokenizer
+from tpimpi.trace import RankTrace
 
+T = TypeVar("T")
 LONGEST_NAME = 40  # characters of a model's name, and of the shares, in the name of its cache folder
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What rank 0 tells every rank. `folder` is where the slices are, or None: the cache folder `cache_name` of each host.
-
-    `window` is a number of blocks, "all", or "auto": all of them if they fit. `cores_shared_by[r]` is the number of ranks
-    on the host of rank r that use the same cores. An empty `fingerprint`, `format` or `shares` is whatever the slices have.
-    """
-
-    folder: str | None
-    cache_name: str | None
-    fingerprint: str
-    shares: str
-    format: str
-    backend: str
-    window: int | str
-    threads: int | None
-    allreduce: str
-    timeout: float
-    cores_shared_by: list[int]
-    kv: str = "auto"  # one of KV_FORMATS
-    models: int = 1  # held in memory at the same time
-
-    def slice_path(self, rank: int, ranks: int) -> Path:
-        folder = Path(self.folder) if self.folder is not None else cache_folder() / str(self.cache_name)
-        return folder / slice_name(rank, ranks)
 
 
 class Stopped(Exception):  # noqa: N818  (not an error of this rank)
@@ -70,15 +44,6 @@ class Stopped(Exception):  # noqa: N818  (not an error of this rank)
     def __init__(self, code: int) -> None:
         super().__init__(f"stopped with exit code {code}")
         self.code = code
-
-
-def cache_folder() -> Path:
-    """Where slices that a run makes by itself are kept, on this host: $TPIMPI_CACHE, or the user's cache folder."""
-    if chosen := os.environ.get("TPIMPI_CACHE"):
-        return Path(chosen).expanduser()
-    import platformdirs
-
-    return platformdirs.user_cache_path("tpimpi")
 
 
 def cache_name(source: Source, plan: Plan, formats: ModelFormats) -> str:
@@ -161,7 +126,7 @@ def stopping_others(star: Star) -> Iterator[None]:
 def settle(star: Star, settings: Settings, *, with_tokenizer: bool = True) -> Seat:
     """Rank 0: tell the others the settings, open our slice, and hear whether every rank could open its own.
 
-    The seat has the slice's tokenizer unless another seat has it already.
+    `furnish` is to follow. The seat has the slice's tokenizer unless another seat has it already.
     """
     star.tell(_note(settings=asdict(settings)))
     seat: Seat | None = None
@@ -172,13 +137,7 @@ def settle(star: Star, settings: Settings, *, with_tokenizer: bool = True) -> Se
         problem = as_ours(error)
     notes = [json.loads(note) for note in star.collect(_note())]
     try:
-        if problem is not None:
-            raise problem
-        for rank, note in enumerate(notes):
-            if "error" in note:
-                problem = (InputError if note["code"] == InputError.exit_code else TpimpiError)(note["error"])
-                problem.where = f"r{rank} {note['host']}"
-                raise problem
+        _raise_first(problem, notes)
         assert seat is not None
         for rank, note in enumerate(notes[1:], start=1):
             _check_alike(seat.header, rank, note)
@@ -189,31 +148,91 @@ def settle(star: Star, settings: Settings, *, with_tokenizer: bool = True) -> Se
     return seat
 
 
+def _raise_first(problem: TpimpiError | None, notes: Sequence[dict[str, Any]]) -> None:
+    """Raise what went wrong on this rank, or else what a note says of another."""
+    if problem is not None:
+        raise problem
+    for rank, note in enumerate(notes):
+        if "error" in note:
+            problem = (InputError if note["code"] == InputError.exit_code else TpimpiError)(note["error"])
+            problem.where = f"r{rank} {note['host']}"
+            raise problem
+
+
+def _trouble(star: Star, error: Exception) -> bytes:
+    """The note with which a rank tells rank 0 of an error."""
+    ours = as_ours(error)
+    return _note(error=str(ours), code=ours.exit_code, host=star.rank.host)
+
+
+def furnish(star: Star, seats: Sequence[Seat], context: int) -> tuple[RankMemory, list[Furnished]]:
+    """Rank 0: every rank takes memory for `context` positions in all of its seats, as far as its promise allows, and
+    begins to read.
+
+    Returns our own, and what every rank's memory buys, in rank order. Raises InputError where a rank's promise is too small.
+    """
+    star.tell(_note(furnish=context))
+    memory = RankMemory(seats)
+    notes = [json.loads(note) for note in star.collect(_memory_note(memory, context))]
+    settings = memory.settings
+    promises: list[int | None] = [None] * star.rank.size
+    watched = [0] * star.rank.size
+    if settings.window is None and settings.memory is not None:
+        promises = list(settings.memory)
+    elif settings.window is None:
+        hosts = {rank: note["host"] for rank, note in enumerate(notes)}
+        needs = {rank: Needs(**note["needs"]) for rank, note in enumerate(notes)}
+        found = allowances({r: [Place(*p) for p in note["places"]] for r, note in enumerate(notes)}, hosts, needs)
+        promises = [found[rank] for rank in range(star.rank.size)]
+        watched = [list(hosts.values()).count(hosts[rank]) for rank in range(star.rank.size)]
+    star.tell(_note(promises=promises, watched=watched))
+    problem: TpimpiError | None = None
+    try:
+        furnished = memory.furnish(context, promises[0], watched[0])
+    except Exception as error:
+        problem = as_ours(error)
+    notes = [json.loads(note) for note in star.collect(_note())]
+    try:
+        _raise_first(problem, notes)
+    except BaseException:
+        memory.close()
+        raise
+    return memory, [furnished, *(Furnished(**note) for note in notes[1:])]
+
+
+def _memory_note(memory: RankMemory, context: int) -> bytes:
+    """What a rank needs, and what its host has."""
+    found = [astuple(place) for place in places()]
+    return _note(host=memory.star.rank.host, needs=asdict(memory.needs(context)), places=found)
+
+
 def go(star: Star) -> None:
     """Rank 0: all is well; from now on the others follow."""
     star.tell(_note(go=True))
 
 
-def finish(star: Star, seats: Sequence[Seat]) -> list[list[RankFigures]]:
-    """Rank 0: end the run on every rank. For each seat the figures of every rank, in rank order."""
+def finish(star: Star, memory: RankMemory) -> tuple[list[list[RankFigures]], list[RankTrace]]:
+    """Rank 0: end the run on every rank. For each seat the figures of every rank, in rank order; and their traces."""
     star.command(FINISH)
-    names = {field.name for field in fields(RankFigures)}
-    figures = []
-    for seat in seats:
-        notes = star.collect(json.dumps(asdict(seat.figures())).encode())
-        values = [json.loads(note) for note in notes]
-        figures.append([RankFigures(**{name: value[name] for name in names}) for value in values])
-        seat.close()
-    return figures
+    figures: list[list[RankFigures]] = [[] for _ in memory.seats]
+    for note in star.collect(_figures_note(memory)):
+        for found, values in zip(figures, json.loads(note), strict=True):
+            found.append(RankFigures(**values))
+    traces = []
+    if memory.settings.trace:
+        offsets = star.clock_offsets()
+        notes = enumerate(star.collect(memory.trace().note()))
+        traces = [RankTrace.from_note(rank, note, offsets[rank]) for rank, note in notes]
+    memory.close()
+    return figures, traces
 
 
-def _identity(header: Header) -> dict[str, str]:
-    """What the slices of a run have in common."""
-    return {"fingerprint": header.fingerprint, "format": header.formats.key(), "shares": header.plan.describe()}
+def _figures_note(memory: RankMemory) -> bytes:
+    return json.dumps([asdict(figures) for figures in memory.figures()]).encode()
 
 
 def _check_alike(header: Header, rank: int, note: dict[str, Any]) -> None:
-    for name, value in _identity(header).items():
+    for name, value in identity(header).items():
         if note[name] != value:
             raise SliceError(
                 f"the slice of rank {rank} on {note['host']} has {name} {note[name]}, rank 0's has {value}; "
@@ -230,23 +249,34 @@ def take_part(star: Star) -> None:
     with ExitStack() as stack:
         seats: list[Seat] = []
         while "settings" in (note := _heard(star)):
-            seats.append(stack.enter_context(closing(_take_seat(star, Settings(**note["settings"])))))
+            settings = Settings(**note["settings"])
+            seat = _or_tell(star, lambda settings=settings: Seat(star, settings))  # type: ignore[misc]
+            seats.append(stack.enter_context(closing(seat)))
+            star.collect(_note(host=star.rank.host, **identity(seat.header)))
+        memory = RankMemory(seats)
+        stack.enter_context(closing(memory))
+        context = note["furnish"]
+        star.collect(_memory_note(memory, context))
+        note = _heard(star)
+        rank = star.rank.index
+        furnished = _or_tell(star, lambda: memory.furnish(context, note["promises"][rank], note["watched"][rank]))
+        star.collect(_note(**asdict(furnished)))
+        _heard(star)
         follow([seat.model for seat in seats], star)
-        for seat in seats:
-            star.collect(json.dumps(asdict(seat.figures())).encode())
+        star.collect(_figures_note(memory))
+        if memory.settings.trace:
+            star.clock_offsets()
+            star.collect(memory.trace().note())
 
 
-def _take_seat(star: Star, settings: Settings) -> Seat:
-    """Open our slice, and tell rank 0 whether we could."""
+def _or_tell(star: Star, work: Callable[[], T]) -> T:
+    """What `work` returns; what it raises rank 0 is told, which then ends the run."""
     try:
-        seat = Seat(star, settings)
+        return work()
     except Exception as error:
-        ours = as_ours(error)
-        star.collect(_note(error=str(ours), code=ours.exit_code, host=star.rank.host))
+        star.collect(_trouble(star, error))
         _heard(star)  # raises Stopped
         raise
-    star.collect(_note(host=star.rank.host, **_identity(seat.header)))
-    return seat
 
 
 def _heard(star: Star) -> dict[str, Any]:
@@ -254,99 +284,6 @@ def _heard(star: Star) -> dict[str, Any]:
     if "stop" in note:
         raise Stopped(note["stop"])
     return note
-
-
-# A rank's seat: its slice, window and model
-
-
-class Seat:
-    """What one rank holds for a run. Raises SliceError where its slice is not the one that the settings want."""
-
-    tokenizer: Tokenizer | None = None
-    tokenizer_bytes = 0  # memory that it takes
-
-    def __init__(self, star: Star, settings: Settings, *, with_tokenizer: bool = False) -> None:
-        self.star = star
-        path = settings.slice_path(star.rank.index, star.rank.size)
-        self.file = SliceFile(path)
-        try:
-            self.header = self.file.header
-            self._check(path, settings)
-            star.timeout, star.algorithm = settings.timeout, settings.allreduce
-            neighbours = settings.cores_shared_by[star.rank.index]
-            threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // neighbours)
-            backend = load_backend(settings.backend, threads)
-            if with_tokenizer:
-                self.tokenizer = self._load_tokenizer()
-            resident = self.file.load(self.file.records_of("resident")[0]).parts
-            order = block_order(self.header)
-            self.window = Window(self.file, order, self._blocks(settings.window, neighbours * settings.models))
-            self.model = Model(self.header, resident, self.window, star, backend, settings.kv)
-        except BaseException:
-            self.file.close()
-            raise
-
-    def _check(self, path: Path, settings: Settings) -> None:
-        rank, size, header = self.star.rank.index, self.star.rank.size, self.header
-        if (header.rank, header.plan.ranks) != (rank, size):
-            raise SliceError(
-                f"slice file {path} is of rank {header.rank} of {header.plan.ranks}, needed is rank {rank} of {size}; "
-                f"make slices for {size} ranks with: python -m tpimpi slice --ranks {size} --out DIR"
-            )
-        wanted = {"fingerprint": settings.fingerprint, "format": settings.format, "shares": settings.shares}
-        for name, value in _identity(header).items():
-            if wanted[name] and wanted[name] != value:
-                what = {
-                    "fingerprint": "it is of another model: choose its --slices, or leave --slices out",
-                    "format": "leave --format out, or make slices in that format",
-                    "shares": "leave --shares out, or make slices with those",
-                }[name]
-                raise SliceError(f"slice file {path} has {name} {value}, this run needs {wanted[name]}; {what}")
-
-    def _blocks(self, wanted: int | str, neighbours: int) -> int | None:
-        """Blocks to hold, None for all. "auto": all where this rank's slice takes no more than its part of half the memory
-        that is free on its host, else the smallest window."""
-        if isinstance(wanted, int):
-            return wanted
-        if wanted == "all":
-            return None
-        import psutil
-
-        weights = sum(record.nbytes for record in self.file.records)
-        return None if weights < psutil.virtual_memory().available / 2 / neighbours else SMALLEST_WINDOW
-
-    def _load_tokenizer(self) -> Tokenizer:
-        """The tokenizer that rank 0's slice carries; what memory it takes is noted, so nothing else may be loading now."""
-        import psutil
-
-        before = psutil.Process().memory_info().rss
-        tokenizer = load_tokenizer(self.file.tokenizer_assets(), self.header.config.vocab)
-        self.tokenizer_bytes = max(0, psutil.Process().memory_info().rss - before)
-        return tokenizer
-
-    def figures(self) -> RankFigures:
-        share, peak = self.header.share, peak_rss_bytes()
-        weights, cache = self.window.held_bytes(), 0 if self.model.cache is None else self.model.cache.filled_bytes
-        return RankFigures(
-            rank=self.star.rank.index,
-            host=self.star.rank.host,
-            heads=share.heads.size,
-            kv_heads=share.kv_heads.size,
-            columns=share.columns.size,
-            peak_rss_bytes=peak,
-            weights_bytes=weights,
-            cache_bytes=cache,
-            tokenizer_bytes=self.tokenizer_bytes,
-            base_bytes=peak - weights - cache - self.tokenizer_bytes,
-            bytes_read=self.window.bytes_read,
-            read_wait_s=self.window.wait_seconds,
-            compute_s=self.model.compute_seconds,
-            star_s=self.star.seconds,
-        )
-
-    def close(self) -> None:
-        self.window.close()
-        self.file.close()
 
 
 # Rank 0's work
@@ -367,13 +304,30 @@ class Wishes:
 class Hub:
     """Rank 0 once every rank has its slice: checks prompts and answers them, one after the other."""
 
-    def __init__(self, seat: Seat, tokenizer: Tokenizer, wishes: Wishes, report: Report) -> None:
-        """Raises InputError where the context that is wished for is beyond the model's."""
+    memory: RankMemory
+
+    def __init__(self, seat: Seat, tokenizer: Tokenizer | TokenIds, wishes: Wishes, report: Report) -> None:
+        """`furnish` is to follow. Raises InputError for a context beyond the model's, and for wishes that need a tokenizer
+        where there is none."""
         self.seat, self.tokenizer, self.wishes, self.report = seat, tokenizer, wishes, report
         self._most = seat.header.config.context
         if wishes.context is not None and wishes.context > self._most:
             raise InputError(f"--context is {wishes.context}, this model has {self._most} positions; give at most that")
         self._limit = wishes.context or self._most
+        if isinstance(tokenizer, TokenIds):
+            tokenizer.check_wishes(raw=wishes.raw, stops=wishes.stops)
+
+    def furnish(self, prompt: list[int] | None) -> list[Furnished]:
+        """Have every rank take memory: for this prompt and its answer, or for what may come. What each has, in rank order.
+
+        Raises InputError where a rank's promise is too small.
+        """
+        wishes = self.wishes
+        context = wishes.context or min(self._limit, CONTEXT if prompt is None else len(prompt) + wishes.max_tokens)
+        self.memory, furnished = furnish(self.seat.star, [self.seat], context)
+        rooms = [rank.most_context for rank in furnished if rank.most_context is not None]
+        self._limit = min([self._limit, *rooms])
+        return furnished
 
     def check(self, prompt: str) -> list[int]:
         """Token ids of a prompt as the model gets it. Raises InputError where it is empty or too long."""
@@ -384,7 +338,11 @@ class Hub:
         if not ids:
             raise InputError("the prompt has no tokens; give some text")
         if len(ids) >= self._limit:
-            remedy = "shorten it" + (f", or raise --context (up to {self._most})" if self._limit < self._most else "")
+            remedy = "shorten it"
+            if self.wishes.context is not None and self._limit < self._most:
+                remedy += f", or raise --context (up to {self._most})"
+            elif self._limit < self._most:
+                remedy += ", or raise --memory"
             raise InputError(f"the prompt has {len(ids)} tokens, the context is {self._limit} positions; {remedy}")
         return ids
 
@@ -418,6 +376,8 @@ class Hub:
             yield piece
         self.report.add(Answer.timed(text, made, len(ids), ready, times))
 
-    def finish(self) -> None:
-        """End the run on every rank and gather the figures."""
-        self.report.ranks += finish(self.seat.star, [self.seat])[0]
+    def finish(self) -> list[RankTrace]:
+        """End the run on every rank and gather the figures; the traces, if they were wanted, are returned."""
+        figures, traces = finish(self.seat.star, self.memory)
+        self.report.ranks += figures[0]
+        return traces

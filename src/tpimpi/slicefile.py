@@ -45,10 +45,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 import os
 import re
 import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,11 +56,12 @@ from typing import Any
 
 import h5py
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
+from tpimpi.buffers import Bytes, aligned_buffer
 from tpimpi.errors import InputError, SliceError, StorageError
 from tpimpi.formats import F32, Array, Matrix, decode, row_bytes
+from tpimpi.reader import Descriptor, Extent, Speed, measure, pieces
 from tpimpi.sliceheader import Header
 from tpimpi.slicelayout import Part, Record, aligned, embedding_dataset
 
@@ -135,21 +136,6 @@ def _missing(path: Path) -> SliceError:
     )
 
 
-def aligned_buffer(nbytes: int) -> npt.NDArray[np.uint8]:
-    """Zeroed memory of its own, page-aligned, not touched until used. uint8 [nbytes].
-
-    In large pages where the system has them: kernels read those some 10 % faster.
-    """
-    try:
-        memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel built without them
-                memory.madvise(mmap.MADV_HUGEPAGE)
-        return np.frombuffer(memory, dtype=np.uint8)[:nbytes]
-    except (OSError, OverflowError) as error:
-        raise MemoryError(f"no memory for {nbytes} bytes") from error
-
-
 @dataclass(frozen=True)
 class _Place:
     """Where a record's parts lie: (offset of each part), or None where a part is chunked and h5py must read it."""
@@ -158,20 +144,23 @@ class _Place:
 
 
 class SliceFile:
-    """A slice file, opened and validated; reading a tile is one `pread` where the file is laid out as we write it.
+    """A slice file, opened and validated. A tile that is laid out as we write it is one extent, read without HDF5.
 
     Peak memory: the header, and HDF5's metadata while it opens. Raises SliceError for whatever is wrong with the file;
-    reading it later may also raise StorageError, where the disk fails.
+    reading it later may also raise StorageError, where the disk fails. Tiles may be read by several threads at once.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._fd = -1
+        self._data: Descriptor | None = None
+        self.waiting: tuple[float, str] | None = (
+            None  # while a row is read: since when (time.monotonic()), and for what
+        )
         self._file: h5py.File | None = None
         try:
             if (other := _not_a_file(path, path.stat().st_mode)) is not None:
                 raise other
-            self._fd = os.open(path, os.O_RDONLY)
+            self._data = Descriptor(path)
         except FileNotFoundError as error:
             raise _missing(path) from error
         except OSError as error:
@@ -208,9 +197,10 @@ class SliceFile:
         self.header = Header.from_json(raw_header.tobytes())
         if len(self._sums) != 1 + len(self.header.records):
             raise self._broken(f"{len(self._sums)} checksums for {len(self.header.records)} tiles")
-        self.size = size = os.fstat(self._fd).st_size
+        assert self._data is not None
+        self._found = self._data.stat()
+        self.size = size = self._found.st_size
         self._places: dict[str, _Place] = {}
-        self._checked: set[str] = set()
         self._index = {record.path: index for index, record in enumerate(self.header.records)}
         chunked = False
         for record in self.header.records:
@@ -240,6 +230,7 @@ class SliceFile:
             # All that is left is plain reads at known places; HDF5's caches can go.
             file.close()
             self._file = None
+        self._data.forget()  # what HDF5 read
 
     def _open_embedding(self, file: h5py.File, size: int) -> bool:
         config = self.header.config
@@ -269,51 +260,80 @@ class SliceFile:
         """Records of one kind of block (attn, mlp, head, resident, tokenizer), in order."""
         return [record for record in self.records if record.block.kind == kind]
 
-    def read(self, record: Record, buffer: npt.NDArray[np.uint8]) -> Tile:
-        """Read a tile into `buffer` (uint8, page-aligned, at least record.nbytes) and check it, the first time.
+    @property
+    def direct(self) -> bool:
+        """Whether tiles are read past the page cache."""
+        return self._opened().direct
 
-        What the tile holds are views of the buffer. Raises SliceError where the file is cut short or a byte differs.
-        """
-        places, position = self._places[record.path].offsets, 0
-        spans: list[tuple[int, int, Part]] = []
-        for part in record.parts:
-            spans.append((position, position + part.nbytes, part))
-            position += aligned(part.nbytes)
-        if places is None:
-            self._read_chunked(record, buffer, spans)
-        else:
-            for offset, start, stop in _extents(places, spans):
-                self._pread(buffer[start:stop], offset)
+    @property
+    def device(self) -> int:
+        """The disk that the file is on, as the system numbers it (st_dev)."""
+        return self._found.st_dev
+
+    def pieces(self, record: Record) -> list[Extent] | None:
+        """The reads that a tile is made of, for `read_piece`; None where it is chunked, and only `read` can read it."""
+        places = self._places[record.path].offsets
+        return None if places is None else list(pieces(_extents(places, _spans(record))))
+
+    def read_piece(self, record: Record, piece: Extent, buffer: Bytes) -> None:
+        """Read one of `pieces` into `buffer`, that of the tile. Raises SliceError where the file is cut short."""
+        try:
+            self._opened().read(piece, buffer)
+        except (OSError, EOFError) as error:
+            raise self._failing(record.path, error) from error
+
+    def tile(self, record: Record, buffer: Bytes) -> Tile:
+        """The tile whose pieces are all in `buffer`, of which it holds views. Raises SliceError where a byte differs."""
         parts: dict[str, Array] = {}
         matrices: dict[str, Matrix] = {}
-        for start, stop, part in spans:
+        digest = xxhash.xxh3_64()
+        for start, stop, part in _spans(record):
+            data = buffer[start:stop]
+            digest.update(data)
             if part.is_matrix:
                 rows, columns = part.shape
-                matrices[part.name] = Matrix(part.format, rows, columns, buffer[start:stop])
+                matrices[part.name] = Matrix(part.format, rows, columns, data)
             else:
-                parts[part.name] = buffer[start:stop].view(part.dtype).reshape(part.shape)
-        if record.path not in self._checked:
-            digest = xxhash.xxh3_64()
-            for start, stop, _ in spans:
-                digest.update(buffer[start:stop])
-            if digest.intdigest() != int(self._sums[1 + self._index[record.path]]):
-                raise self._broken(f"{record.path} does not match its checksum")
-            self._checked.add(record.path)
+                parts[part.name] = data.view(part.dtype).reshape(part.shape)
+        if digest.intdigest() != int(self._sums[1 + self._index[record.path]]):
+            raise self._changed(record.path) or self._broken(f"{record.path} does not match its checksum")
         return Tile(record, parts, matrices)
+
+    def read(self, record: Record, buffer: Bytes) -> Tile:
+        """Read and check a tile: all its pieces, one after another, into `buffer` (page-aligned, record.nbytes)."""
+        wanted = self.pieces(record)
+        if wanted is None:
+            self._read_chunked(record, buffer)
+        for piece in wanted or []:
+            self.read_piece(record, piece, buffer)
+        return self.tile(record, buffer)
+
+    def measure(self, records: Sequence[Record], buffer: Bytes) -> Speed:
+        """How fast the disk gives these tiles (see reader.measure); rate 0 where none of them can be read piece by piece."""
+        places = [self._places[record.path].offsets for record in records]
+        spans = [(record, offsets) for record, offsets in zip(records, places, strict=True) if offsets is not None]
+        try:
+            extents = [extent for record, offsets in spans for extent in _extents(offsets, _spans(record))]
+            return measure(self._opened(), extents, buffer)
+        except (OSError, EOFError) as error:
+            raise self._failing("tiles", error) from error
+
+    def _opened(self) -> Descriptor:
+        assert self._data is not None, "the slice file is closed"
+        return self._data
 
     def load(self, record: Record) -> Tile:
         """Read a tile into memory of its own."""
         return self.read(record, aligned_buffer(record.nbytes))
 
-    def _read_chunked(
-        self, record: Record, buffer: npt.NDArray[np.uint8], spans: Sequence[tuple[int, int, Part]]
-    ) -> None:
+    def _read_chunked(self, record: Record, buffer: Bytes) -> None:
         assert self._file is not None
-        for start, stop, part in spans:
+        for start, stop, part in _spans(record):
             if part.nbytes:
                 target = buffer[start:stop].view(part.dtype).reshape(part.dataset_shape)
                 with self._reading(f"{record.path}/{part.name}"):
                     self._file[f"{record.path}/{part.name}"].read_direct(target)
+        self._opened().forget()
 
     @contextlib.contextmanager
     def _reading(self, what: str) -> Iterator[None]:
@@ -321,27 +341,41 @@ class SliceFile:
         try:
             yield
         except (OSError, RuntimeError, ValueError) as error:
-            number = error_number(error)
-            if number in _NOT_THE_FILE:
-                raise self._failing(number) from error
-            raise self._broken(f"{what}: {error}") from error
+            raise self._failing(what, error) from error
 
-    def _failing(self, number: int) -> StorageError:
-        return StorageError(
-            f"slice file {self.path} can no longer be read: {os.strerror(number)}; "
-            "check the disk or network it is on, and start again"
+    def _failing(self, what: str, error: Exception) -> SliceError | StorageError:
+        """What to say of an error of the system, of HDF5 or EOFError while `what` was read."""
+        if changed := self._changed(what):
+            return changed
+        number = error_number(error)
+        of_the_system = isinstance(error, OSError) and error.errno is not None
+        if number is not None and (of_the_system or number in _NOT_THE_FILE):
+            return StorageError(
+                f"slice file {self.path} can no longer be read at {what}: {os.strerror(number)}; "
+                "check the disk or network it is on, and start again"
+            )
+        return self._broken(f"{what}: {error}")
+
+    def _changed(self, what: str) -> SliceError | None:
+        """What to say where another program has written to the file since it was opened."""
+        now = self._opened().stat()
+        if (now.st_size, now.st_mtime_ns) == (self._found.st_size, self._found.st_mtime_ns):
+            return None
+        return SliceError(
+            f"slice file {self.path} was changed while this run was using it: {what} is no longer what it was; make the "
+            "slices again if they are not whole (inspect --verify), and start when nothing writes to them"
         )
 
-    def _pread(self, target: npt.NDArray[np.uint8], offset: int) -> None:
-        view = memoryview(target)
-        while view:
-            try:
-                count = os.preadv(self._fd, [view], offset)
-            except OSError as error:
-                raise self._failing(error.errno or errno.EIO) from error
-            if count == 0:
-                raise self._broken(f"it ends at byte {offset}")
-            view, offset = view[count:], offset + count
+    def _small_read(self, target: Array, offset: int) -> None:
+        """Fill an array from any place in the file; pages that this brings into the page cache are not kept there."""
+        self.waiting = (time.monotonic(), "a row of the embedding")
+        try:
+            self._opened().read_plain(target.view(np.uint8).reshape(-1), offset)
+        except (OSError, EOFError) as error:
+            raise self._failing("the embedding", error) from error
+        finally:
+            self.waiting = None
+        self._opened().forget(offset, target.nbytes)
 
     def embedding_rows(self, ids: Iterable[int]) -> F32:
         """Rows of the embedding table, read one by one and checked. Returns f32 [len(ids), hidden]."""
@@ -356,11 +390,12 @@ class SliceFile:
                     expected = int(self._file["embedding/checksums"][token])
             else:
                 row, digest = np.empty(width, np.uint8), np.empty(8, np.uint8)
-                self._pread(row, self._embedding[0] + token * width)
-                self._pread(digest, self._embedding[1] + token * 8)
+                self._small_read(row, self._embedding[0] + token * width)
+                self._small_read(digest, self._embedding[1] + token * 8)
                 expected = int(digest.view("<u8")[0])
             if xxhash.xxh3_64_intdigest(row) != expected:
-                raise self._broken("a row of the embedding does not match its checksum")
+                what = "a row of the embedding"
+                raise self._changed(what) or self._broken(f"{what} does not match its checksum")
             rows.append(row)
         return decode(np.stack(rows), fmt, config.hidden)
 
@@ -371,7 +406,6 @@ class SliceFile:
     def verify(self) -> Iterator[int]:
         """Read and check everything; yields the bytes read after each tile. Raises SliceError at the first mismatch."""
         buffer = aligned_buffer(max(record.nbytes for record in self.records))
-        self._checked.clear()
         for record in self.records:
             self.read(record, buffer)
             yield record.nbytes
@@ -386,22 +420,30 @@ class SliceFile:
         if self._file is not None:
             self._file.close()
             self._file = None
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._data is not None:
+            self._data.close()
+            self._data = None
 
 
-def _extents(offsets: Sequence[int], spans: Sequence[tuple[int, int, Part]]) -> Iterator[tuple[int, int, int]]:
-    """Join parts that lie in the file as they lie in the buffer: (file offset, buffer start, buffer stop) a read."""
-    run: tuple[int, int, int] | None = None
+def _spans(record: Record) -> Iterator[tuple[int, int, Part]]:
+    """Where each part lies in the tile's buffer: (start, stop, part)."""
+    position = 0
+    for part in record.parts:
+        yield position, position + part.nbytes, part
+        position += aligned(part.nbytes)
+
+
+def _extents(offsets: Sequence[int], spans: Iterable[tuple[int, int, Part]]) -> Iterator[Extent]:
+    """Reads that bring a tile's parts, which lie at `offsets` in the file; neighbours there and in the buffer are one."""
+    run: Extent | None = None
     for offset, (start, stop, part) in zip(offsets, spans, strict=True):
         if not part.nbytes:
             continue
-        if run and offset - run[0] == start - run[1]:
-            run = (run[0], run[1], stop)
+        if run and offset - run.offset == start - run.start:
+            run = run._replace(stop=stop)
         else:
             if run:
                 yield run
-            run = (offset, start, stop)
+            run = Extent(offset, start, stop)
     if run:
         yield run

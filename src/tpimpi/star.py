@@ -9,8 +9,9 @@ has passed, until it is done or its deadline has passed. So a rank can notice th
 to its own reader, or to another rank, while it waits.
 
 What is on the wire, by tag: CONTROL (hub to all: int64 [4]: magic, operation, positions, start), HIDDEN (hub to all: f32
-[positions, hidden]), PARTIAL (to the hub) and SUM (from it), f32 [positions, hidden], and NOTE (settings, status and
-measurements as JSON). Prompt, token ids and text are in none of them.
+[positions, hidden]), PARTIAL (to the hub) and SUM (from it), f32 [positions, hidden], NOTE (settings, status and
+measurements as JSON), and CLOCK (both ways: float64 [1], the sender's clock in seconds; only where a run is traced). Prompt,
+token ids and text are in none of them.
 
 mpi4py is imported only by `connect` in a launched run; without mpirun a star of one rank needs no MPI.
 """
@@ -18,6 +19,7 @@ mpi4py is imported only by `connect` in a launched run; without mpirun a star of
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import platform
 import time
@@ -35,11 +37,12 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 ALLREDUCES = ("star", "library")
-CONTROL, HIDDEN, PARTIAL, SUM, NOTE = range(1, 6)
+CONTROL, HIDDEN, PARTIAL, SUM, NOTE, CLOCK = range(1, 7)
 BEGIN, FORWARD, FINISH = 1, 2, 3  # operations of a control header; BEGIN's positions are the context
 MAGIC = 0x7470696D7069  # "tpimpi"
 
 DEFAULT_TIMEOUT = 600.0  # seconds a rank waits for another's message in mid-run
+CLOCK_ROUNDS = 16  # round trips to each rank, to compare clocks
 LONGEST_SLEEP = 0.001  # seconds between two tests while others compute
 LONGEST_IDLE_SLEEP = 0.02  # seconds between two tests while a user types or a model is sliced
 
@@ -262,6 +265,44 @@ class Star:
         buffer = np.empty(status.Get_count(MPI.BYTE), np.uint8)
         self._await([message.Irecv(buffer)], [source], deadline)
         return buffer.tobytes()
+
+    # Clocks
+
+    def clock_offsets(self, clock: Callable[[], float] = time.monotonic) -> list[float]:
+        """Compare clocks; every rank calls it. The hub gets, in rank order, the seconds to add to each rank's `clock` to
+        have its own (the first is 0); the others get an empty list.
+
+        As NTP does, it takes of CLOCK_ROUNDS round trips the shortest, and the other's clock for the middle of it: wrong by
+        half of that trip at most, and by what the clocks drift apart afterwards.
+        """
+        if self._comm is None:
+            return [0.0]
+        deadline = time.monotonic() + self.timeout
+        if self.rank.is_hub:
+            return [0.0, *(self._clock_offset(rank, clock, deadline) for rank in self._others)]
+        asked, answer = np.empty(1, np.float64), np.empty(1, np.float64)
+        for _ in range(CLOCK_ROUNDS):
+            self._await([self._comm.Irecv(asked, source=0, tag=CLOCK)], [0], deadline, [asked.nbytes])
+            answer[0] = clock()
+            self._await([self._comm.Isend(answer, dest=0, tag=CLOCK)], [0], deadline)
+        return []
+
+    def _clock_offset(self, rank: int, clock: Callable[[], float], deadline: float) -> float:
+        """Hub: seconds to add to the clock of `rank`."""
+        assert self._comm is not None
+        here, there = np.empty(1, np.float64), np.empty(1, np.float64)
+        trips = []
+        for _ in range(CLOCK_ROUNDS):
+            reply = self._comm.Irecv(there, source=rank, tag=CLOCK)
+            here[0] = began = clock()
+            self._await(
+                [self._comm.Isend(here, dest=rank, tag=CLOCK), reply], [rank] * 2, deadline, [None, there.nbytes]
+            )
+            ended = clock()
+            if not math.isfinite(there[0]):
+                raise StarError(f"rank {rank} says that its clock shows {there[0]} s, which makes no sense")
+            trips.append((ended - began, (began + ended) / 2 - float(there[0])))
+        return min(trips)[1]
 
     # Waiting
 

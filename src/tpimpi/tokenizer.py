@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -144,9 +144,72 @@ class Tokenizer:
         return ids
 
 
+class TokenIds:
+    """Stands in for a Tokenizer where slices have none (those of `synth`): text is ids in decimal, one after another."""
+
+    bos_id = None
+    end_ids: frozenset[int] = frozenset()
+    has_chat_template = False
+
+    def __init__(self, vocab: int) -> None:
+        self.vocab_size = vocab
+
+    def check_wishes(self, *, raw: bool, stops: Sequence[str]) -> None:
+        """Raise InputError for what has no meaning without a tokenizer: a chat, and texts to stop before."""
+        if not raw:
+            raise InputError(
+                "these slices have no tokenizer (synth made them), so a prompt is token ids; give --raw, and ids such as "
+                '--prompt "1 15043 29871"'
+            )
+        if stops:
+            raise InputError("these slices have no tokenizer, so there is no text to stop before; leave --stop out")
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """The ids that a text holds, with blanks or commas between them. InputError for anything else."""
+        words = text.replace(",", " ").split()
+        for word in words:
+            if not (word.isascii() and word.isdecimal() and len(word) <= 10 and int(word) < self.vocab_size):
+                raise InputError(
+                    f"{word[:40]!r} is no token id; these slices have no tokenizer, so give whole numbers below "
+                    f"{self.vocab_size} with blanks or commas between them"
+                )
+        return [int(word) for word in words]
+
+    def encode_chat(self, prompt: str) -> list[int]:
+        """InputError always: there is no chat template."""
+        self.check_wishes(raw=False, stops=())
+        return []
+
+    def stream(self) -> IdStream:
+        """A fresh IdStream, for one answer."""
+        return IdStream()
+
+
+class IdStream:
+    """Ids as text, with blanks between them; like TextStream."""
+
+    def __init__(self) -> None:
+        self._between = ""
+
+    def push(self, token_id: int) -> str:
+        """The id, after a blank unless it is the first."""
+        text = f"{self._between}{token_id}"
+        self._between = " "
+        return text
+
+    def flush(self) -> str:
+        """Nothing is ever left."""
+        return ""
+
+
 def _check_prompt(prompt: str) -> None:
     if not is_unicode(prompt):
         raise InputError("the prompt holds bytes that are not UTF-8; write it in UTF-8")
+
+
+def tokenizer_of_slices(assets: dict[str, bytes], vocab: int) -> Tokenizer | TokenIds:
+    """The tokenizer that slices carry; TokenIds where they carry none, as those of `synth`. Errors as load_tokenizer."""
+    return load_tokenizer(assets, vocab) if assets else TokenIds(vocab)
 
 
 def load_tokenizer(assets: dict[str, bytes], vocab: int) -> Tokenizer:

@@ -1,8 +1,22 @@
-"""The window: streams this rank's tiles from its slice file into reused memory, ahead of the compute, on its own thread.
+"""The window: keeps some of this rank's tiles in memory and streams the others from its slice file, ahead of the compute.
 
-The blocks of a model are used in the same order for every token, so the order of reading is a cycle: while rank 0
-samples, the first tiles of the next token are already being read. At most `blocks` consecutive blocks are held, the one
-in use included; if that is all of them, each tile is read once and kept.
+The blocks of a model are used in the same order for every token, so the order of reading is a cycle. A cache that keeps
+what was used last would have dropped each tile just before its turn came, and read everything anew for every token. So
+the tiles that fit are *pinned*: read once, and kept. The others pass through a ring of memory that is used again and
+again, read by a few threads that go on across blocks and tokens, while the star waits and while rank 0 samples. A token
+then takes the larger of the time to compute it and the time to read what is not pinned; never their sum.
+
+Which tiles are pinned: any choice of so many bytes leaves as many to read, so what counts is that reading never stops. It
+would where a long run of pinned tiles is computed: the ring fills up, and the disk idles. So the pinned tiles are spread
+as evenly over the cycle as can be, and so that this holds for every number of them: in the order of van der Corput
+(1935), in which each further one halves a longest gap. Taking away the last again, under pressure, leaves the others as
+evenly spread.
+
+The head is spread like the rest. Rank 0 alone has it, and the other ranks wait meanwhile: where each rank has its own
+disk, a token takes as long as the rank that reads most, wherever its pinned tiles lie. So rank 0 wants the larger budget
+(tpimpi.memory divides a host's so) or a smaller share.
+
+`blocks` is the scheduler of arXiv 2410.00531 instead: nothing is pinned, and so many consecutive blocks are in memory.
 """
 
 from __future__ import annotations
@@ -11,176 +25,408 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
+from tpimpi.buffers import Bytes, Pages
 from tpimpi.errors import InputError
 from tpimpi.plan import Block
-from tpimpi.slicefile import SliceFile, Tile, aligned_buffer
+from tpimpi.reader import Extent
+from tpimpi.slicefile import SliceFile, Tile
 from tpimpi.slicelayout import Record
+from tpimpi.trace import READ, WAIT, Recorder
 
-SMALLEST_WINDOW = 2  # one block computes while the next is read
+SMALLEST_WINDOW = 2  # blocks: one computes while the next is read
+FEWEST_TILES = 2  # in the ring, of the largest size: one computes while the next is read
+USUAL_TILES = 5  # beyond these a larger ring was not seen to help
+DEFAULT_READS = 2  # in flight
+
+
+def pin_order(count: int) -> list[int]:
+    """The indices of `count` tiles in the order in which they are pinned: every beginning of it is spread evenly."""
+    bits = max(1, (count - 1).bit_length())
+    backwards = (int(format(number, f"0{bits}b")[::-1], 2) for number in range(1 << bits))
+    return [index for index in backwards if index < count]
+
+
+def records_of(file: SliceFile, order: Sequence[Block]) -> list[Record]:
+    """The tiles that a cycle of blocks goes through, in the order of use."""
+    by_block: dict[Block, list[Record]] = {block: [] for block in order}
+    for record in file.records:
+        if record.block in by_block:
+            by_block[record.block].append(record)
+    return [record for block in order for record in by_block[block]]
+
+
+def ring_bytes(records: Sequence[Record], tiles: int) -> int:
+    """Memory for a ring of so many tiles; not more than all of them take."""
+    sizes = [record.nbytes for record in records]
+    return min(sum(sizes), tiles * max(sizes, default=0))
+
+
+@dataclass
+class _Load:
+    """A tile on its way into memory, at one turn."""
+
+    index: int  # of the tile in the cycle
+    turn: int  # of its use, counted over all cycles
+    pages: Pages | None  # its own memory, of a pinned tile
+    buffer: Bytes
+    pieces: deque[Extent | None]  # to be read yet; None is a chunked tile as a whole
+    pending: int = 0  # pieces that are being read
+    over: bool = False  # used, or given up: its memory goes once nothing is read into it any more
+    tile: Tile | None = None
+    began: float = field(default_factory=time.monotonic)
 
 
 class Window:
     """`for tile in window.tiles(block)` yields the block's tiles in order; a tile is valid until the next is asked for.
 
-    Memory: the largest run of `blocks` consecutive blocks, plus one tile; it is taken as it is first used.
-    Raises InputError where `blocks` is under 2; `tiles` raises what reading raised (SliceError).
+    `tiles` is called by one thread; `pin_at_most` and what is only read may be called by another. Raises InputError where
+    `blocks` is under 2; `tiles` raises what reading raised (SliceError, StorageError).
     """
 
-    def __init__(self, file: SliceFile, order: Sequence[Block], blocks: int | None) -> None:
-        """`order` is the cycle of blocks; `blocks` how many of them are held, None for all."""
+    def __init__(
+        self,
+        file: SliceFile,
+        order: Sequence[Block],
+        *,
+        pinned_bytes: int | None = None,
+        ring: int | None = None,
+        blocks: int | None = None,
+        reads: int = DEFAULT_READS,
+        recorder: Recorder | None = None,
+    ) -> None:
+        """`order` is the cycle of blocks. `pinned_bytes` is how much may be pinned, None for everything; `ring` the bytes
+        of the ring, None for USUAL_TILES tiles; `blocks` the number of them in memory, for the scheduler that pins
+        nothing; `reads` those in flight."""
         if blocks is not None and blocks < SMALLEST_WINDOW:
             raise InputError(f"window is {blocks}, must be at least {SMALLEST_WINDOW} blocks; give --window 2 or more")
-        self._file, self._order = file, list(order)
-        self._records: dict[Block, list[Record]] = {block: [] for block in order}
-        for record in file.records:
-            if record.block in self._records:
-                self._records[record.block].append(record)
-        self.keeps_all = blocks is None or blocks >= len(self._order)
-        self.blocks = len(self._order) if self.keeps_all or blocks is None else blocks
+        self._file, self._order, self._recorder = file, list(order), recorder
+        self._records = records_of(file, order)
+        self._pieces = [file.pieces(record) for record in self._records]
+        self._spans: dict[Block, tuple[int, int]] = {}  # of a block: its tiles in the cycle
+        self._block_of: list[int] = []  # of a tile: its block's place in the order
+        for place, block in enumerate(self._order):
+            first = len(self._block_of)
+            self._block_of += [place] * sum(record.block == block for record in self._records_from(first, block))
+            self._spans[block] = (first, len(self._block_of))
+        self._n = len(self._records)
+        self.total_bytes = sum(record.nbytes for record in self._records)
+        if blocks is not None and blocks >= len(self._order):
+            blocks, pinned_bytes = None, None
+        self._blocks = blocks
+        self._pin_order = pin_order(self._n)
+        if ring is None:
+            ring = self._blocks_bytes(blocks) if blocks is not None else ring_bytes(self._records, USUAL_TILES)
+        assert ring >= ring_bytes(self._records, 1), "a tile would never find room"
+        self._ring = _Ring(ring)
         self.bytes_read = 0
         self.wait_seconds = 0.0
+        self.waiting_since: float | None = None  # time.monotonic(), while `tiles` waits for the disk
+        self.waiting_for = ""
         self._changed = threading.Condition()
-        self._kept: dict[str, Tile] = {}
-        self._loaded: deque[tuple[int, Tile]] = deque()  # (turn, tile) of the tiles in the ring, oldest first
-        self._ring = _Ring(0 if self.keeps_all else self.window_bytes())
-        self._turn = 0  # the block in use, or next to be used, counted over all cycles
+        self._pinned: list[Tile | None] = [None] * self._n
+        self._pin_loads: dict[int, _Load] = {}  # by index: pinned tiles, and those on their way
+        self._wanted: set[int] = set()  # indices that are to be pinned
+        self._skipped: set[int] = set()  # turns that will not come to be used
+        self.pinned_bytes = 0  # memory of pinned tiles, those on their way included
+        self.wanted_bytes = 0  # memory that pinned tiles are to take
+        self.most_bytes = 0  # memory that tiles took, at most
+        self._stream: deque[_Load] = deque()  # the ring's loads, oldest first
+        self._live: dict[int, _Load] = {}  # by turn: those of them that are of use
+        self._current: _Load | None = None  # whose pieces are being handed out
+        self._use = 0  # the turn in use, or next to be used
+        self._next = 0  # the turn that is to be read next
+        self._late: list[_Load] = []  # pinned loads to be released once they are not in use
         self._error: BaseException | None = None
         self._closed = False
-        self._thread = threading.Thread(target=self._read_all, name="tpimpi-window", daemon=True)
-        self._thread.start()
+        self.pin_at_most(0 if blocks is not None else pinned_bytes)
+        self._threads = [
+            threading.Thread(target=self._read, args=(lane,), name=f"tpimpi-read-{lane}", daemon=True)
+            for lane in range(reads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    def window_bytes(self) -> int:
-        """Size of the largest run of consecutive blocks that the window may hold, plus one tile for the ring's turn."""
-        sizes = [sum(record.nbytes for record in self._records[block]) for block in self._order]
-        if self.keeps_all:
-            return sum(sizes)
-        runs = (sum((sizes * 2)[start : start + self.blocks]) for start in range(len(sizes)))
-        return max(runs) + max((r.nbytes for records in self._records.values() for r in records), default=0)
+    def _records_from(self, first: int, block: Block) -> Iterator[Record]:
+        for record in self._records[first:]:
+            if record.block != block:
+                return
+            yield record
 
-    def held_bytes(self) -> int:
-        """Memory that tiles take, or took at most."""
-        return min(self.bytes_read, self.window_bytes())
+    def _blocks_bytes(self, blocks: int) -> int:
+        """Size of the largest run of so many consecutive blocks, plus one tile for the ring's turn."""
+        sizes = [sum(r.nbytes for r in self._records[slice(*self._spans[block])]) for block in self._order]
+        runs = (sum((sizes * 2)[start : start + blocks]) for start in range(len(sizes)))
+        return max(runs) + max((record.nbytes for record in self._records), default=0)
+
+    # What is held
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory of the ring, as far as it was ever used."""
+        return self._ring.touched
+
+    @property
+    def ring_bytes(self) -> int:
+        """Size of the ring, used or not."""
+        return len(self._ring.memory)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """What has to be read for each token."""
+        return self.total_bytes - self.wanted_bytes
+
+    def pin_at_most(self, nbytes: int | None) -> int:
+        """Pin as many tiles as `nbytes` hold (None: all); those that are pinned beyond that are given back before this
+        returns.
+
+        The tile in use goes when the next is asked for. Further ones are read when their turn comes. Returns the bytes
+        wanted.
+        """
+        with self._changed:
+            wanted: set[int] = set()
+            taken = 0
+            for index in self._pin_order:
+                size = self._records[index].nbytes
+                if nbytes is not None and taken + size > nbytes:
+                    break
+                taken += size
+                wanted.add(index)
+            self._wanted, self.wanted_bytes = wanted, taken
+            missing = [load for index, load in self._pin_loads.items() if index not in wanted]
+            for load in missing:
+                del self._pin_loads[load.index]
+                self.pinned_bytes -= self._records[load.index].nbytes
+                self._pinned[load.index] = None
+                load.over = True
+                load.pieces.clear()
+                self._late.append(load)
+            self._release_late()
+            self._read_again({load.index for load in missing})
+            self._reap()
+            self._changed.notify_all()
+        return taken
+
+    def _release_late(self) -> None:
+        """Give back the memory of pinned tiles that had to go; not of the one in use, nor of those still being read."""
+        late = [load for load in self._late if load.pending or load.index == self._use % self._n]
+        for load in self._late:
+            if load not in late:
+                assert load.pages is not None
+                load.pages.release()
+        self._late = late
+
+    def _read_again(self, indices: set[int]) -> None:
+        """Tiles that the readers passed over, since they were pinned, and that now are not: go back to the first of them."""
+        turns = [turn for turn in range(self._use, self._next) if turn % self._n in indices]
+        if not turns:
+            return
+        for turn in [turn for turn in self._live if turn >= turns[0]]:
+            self._over(self._live.pop(turn))
+        self._next = turns[0]
+        self._reap()
+
+    # Using tiles
 
     def tiles(self, block: Block) -> Iterator[Tile]:
         """The tiles of `block`, in order. Blocks of the cycle that lie before it and were not asked for are passed over."""
-        if self.keeps_all:
-            for record in self._records[block]:
-                yield self._wait_for_kept(record)
+        first, last = self._spans[block]
+        if first == last:
             return
+        turn = self._use + (first - self._use) % self._n
+        for turn_of_tile in range(turn, turn + last - first):
+            yield self._tile(turn_of_tile)
+        self._advance(turn + last - first)
+
+    def skip(self, block: Block) -> None:
+        """The next turn of `block` will not be used, so it need not be read."""
         with self._changed:
-            while self._order[self._turn % len(self._order)] != block:
-                self._turn += 1
-            turn = self._turn
-            self._drop_before(turn)
-            self._changed.notify_all()
-        for _ in self._records[block]:
-            yield self._wait_for_next(turn)
-            with self._changed:
-                self._loaded.popleft()
-                self._ring.free_oldest()
-                self._changed.notify_all()
-        with self._changed:
-            self._turn = turn + 1
-            self._changed.notify_all()
+            first, last = self._spans[block]
+            if first < last:
+                turn = self._use + (first - self._use) % self._n
+                if turn in self._skipped:  # it was, and is still the next
+                    turn += self._n
+                self._skipped.update(range(turn, turn + last - first))
 
-    def _drop_before(self, turn: int) -> None:
-        while self._loaded and self._loaded[0][0] < turn:
-            self._loaded.popleft()
-            self._ring.free_oldest()
-            self._changed.notify_all()  # the reader may wait for this room
+    def _tile(self, turn: int) -> Tile:
+        # First say what is in use, then look: pin_at_most does it the other way round, so one of the two sees the other.
+        if not self._stream and not self._late:
+            self._use = turn
+            tile = self._pinned[turn % self._n]
+            if tile is not None and len(self._wanted) == self._n:
+                return tile
+        self._advance(turn)
+        tile = self._loaded(turn)
+        return tile if tile is not None else self._wait(turn)
 
-    def _wait_for_kept(self, record: Record) -> Tile:
-        if record.path not in self._kept:
-            began = time.monotonic()
-            with self._changed:
-                while record.path not in self._kept:
-                    self._raise_error()
-                    self._changed.wait()
-            self.wait_seconds += time.monotonic() - began
-        return self._kept[record.path]
+    def _loaded(self, turn: int) -> Tile | None:
+        load = self._live.get(turn)
+        return self._pinned[turn % self._n] if load is None else load.tile
 
-    def _wait_for_next(self, turn: int) -> Tile:
+    def _wait(self, turn: int) -> Tile:
         began = time.monotonic()
-        with self._changed:
-            while True:
-                self._drop_before(turn)
-                if self._loaded:
-                    break
-                self._raise_error()
-                self._changed.wait()
-            self.wait_seconds += time.monotonic() - began
-            return self._loaded[0][1]
-
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    # The reader thread
-
-    def _read_all(self) -> None:
+        index = turn % self._n
+        self.waiting_for, self.waiting_since = self._records[index].path, began
         try:
-            if self.keeps_all:
-                self._read_once()
-            else:
-                self._read_around()
+            with self._changed:
+                while (tile := self._loaded(turn)) is None:
+                    if self._error is not None:
+                        raise self._error
+                    self._changed.wait()
+                return tile
+        finally:
+            ended = time.monotonic()
+            self.waiting_since = None
+            self.wait_seconds += ended - began
+            if self._recorder is not None:
+                self._recorder.add(WAIT, *self._name(index), began, ended)
+
+    def _name(self, index: int) -> tuple[int, int]:
+        """Of a tile: its block's place in the order, and its own in the block."""
+        place = self._block_of[index]
+        return place, index - self._spans[self._order[place]][0]
+
+    def _advance(self, turn: int) -> None:
+        """`turn` is next: what was used before it makes room."""
+        with self._changed:
+            self._use = turn
+            self._next = max(self._next, turn)
+            for live in [live for live in self._live if live < turn]:
+                self._over(self._live.pop(live))
+            self._reap()
+            self._release_late()
+            self._skipped = {skipped for skipped in self._skipped if skipped >= turn}
+            self._changed.notify_all()
+
+    def _over(self, load: _Load) -> None:
+        load.over = True
+        load.pieces.clear()
+
+    def _reap(self) -> None:
+        """Free the oldest places of the ring that are of no more use."""
+        while self._stream and self._stream[0].over and not self._stream[0].pending:
+            self._stream.popleft()
+            self._ring.free_oldest()
+        if not self._stream and len(self._pin_loads) == self._n and self._ring.touched:
+            self._ring.release()
+
+    # The readers
+
+    def _read(self, lane: int) -> None:
+        try:
+            while (job := self._take()) is not None:
+                load, piece = job
+                record = self._records[load.index]
+                began = time.monotonic()
+                if piece is not None:
+                    self._file.read_piece(record, piece, load.buffer)
+                    tile = None
+                else:
+                    tile = self._file.read(record, load.buffer)
+                if self._recorder is not None:
+                    self._recorder.add(READ, *self._name(load.index), began, time.monotonic(), lane)
+                self._took(load, record.nbytes if piece is None else piece.stop - piece.start, tile)
         except BaseException as error:
             with self._changed:
-                self._error = error
+                self._error = self._error or error
                 self._changed.notify_all()
 
-    def _read_once(self) -> None:
-        memory, place = aligned_buffer(self.window_bytes()), 0
-        for block in self._order:
-            for record in self._records[block]:
-                if self._closed:
-                    return
-                tile = self._file.read(record, memory[place : place + record.nbytes])
-                place += record.nbytes
-                with self._changed:
-                    self.bytes_read += record.nbytes
-                    self._kept[record.path] = tile
-                    self._changed.notify_all()
+    def _take(self) -> tuple[_Load, Extent | None] | None:
+        """The next piece to read, once there is one; None when the window is closed."""
+        with self._changed:
+            while not self._closed and self._error is None:
+                if self._current is None or not self._current.pieces:
+                    self._current = self._next_load()
+                if self._current is not None:
+                    self._current.pending += 1
+                    return self._current, self._current.pieces.popleft()
+                self._changed.wait()
+            return None
 
-    def _read_around(self) -> None:
-        turn = 0
-        while True:
-            with self._changed:
-                while not self._closed and turn >= self._turn + self.blocks:
-                    self._changed.wait()
-                turn = max(turn, self._turn)  # blocks that were passed over need not be read
-            for record in self._records[self._order[turn % len(self._order)]]:
-                with self._changed:
-                    while not self._closed and (place := self._ring.allocate(record.nbytes)) is None:
-                        self._changed.wait()
-                    if self._closed:
-                        return
-                    if turn < self._turn:
-                        self._ring.free_newest()
-                        break
-                assert place is not None
-                tile = self._file.read(record, self._ring.memory[place : place + record.nbytes])
-                with self._changed:
-                    self.bytes_read += record.nbytes
-                    self._loaded.append((turn, tile))
+    def _next_load(self) -> _Load | None:
+        """The next tile to read; None where there is nothing to do, or no room."""
+        if len(self._pin_loads) == self._n:
+            return None
+        self._next = max(self._next, self._use)
+        while self._next < self._limit():
+            turn = self._next
+            index = turn % self._n
+            if index not in self._pin_loads and turn not in self._skipped:
+                pages = None
+                if index in self._wanted:
+                    pages = Pages(self._records[index].nbytes)
+                    buffer = pages.array
+                else:
+                    place = self._ring.allocate(self._records[index].nbytes)
+                    if place is None:
+                        return None
+                    buffer = self._ring.memory[place : place + self._records[index].nbytes]
+                whole = self._pieces[index]
+                load = _Load(index, turn, pages, buffer, deque([None] if whole is None else whole))
+                if pages is not None:
+                    self._pin_loads[index] = load
+                    self.pinned_bytes += self._records[index].nbytes
+                else:
+                    self._stream.append(load)
+                    self._live[turn] = load
+                self.most_bytes = max(self.most_bytes, self.pinned_bytes + self._ring.touched)
+                self._next += 1
+                return load
+            self._next += 1
+        return None
+
+    def _limit(self) -> int:
+        """The turn before which the readers stop."""
+        if self._blocks is None:
+            return self._use + self._n
+        cycle, index = divmod(self._use, self._n)
+        cycles, place = divmod(self._block_of[index] + self._blocks, len(self._order))
+        return (cycle + cycles) * self._n + self._spans[self._order[place]][0]
+
+    def _took(self, load: _Load, nbytes: int, tile: Tile | None) -> None:
+        """A piece is in memory; with the last one the tile is checked and can be used."""
+        with self._changed:
+            self.bytes_read += nbytes
+            last = load.pending == 1 and not load.pieces and not load.over
+            if not last:
+                load.pending -= 1
+                if load.over:
+                    self._reap()
+                    self._release_late()
                     self._changed.notify_all()
-            if self._closed:
                 return
-            turn += 1
+        if tile is None:  # still counted as pending, so that its memory stays
+            tile = self._file.tile(self._records[load.index], load.buffer)
+        with self._changed:
+            load.pending -= 1
+            load.tile = tile
+            if load.pages is not None and not load.over:
+                self._pinned[load.index] = tile
+            self._reap()
+            self._release_late()
+            self._changed.notify_all()
 
     def close(self) -> None:
-        """Stop reading; the file may be closed afterwards."""
+        """Stop reading, and give all memory back; the file may be closed afterwards."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
+        for load in [*self._pin_loads.values(), *self._late]:
+            assert load.pages is not None
+            load.pages.release()
+        self._ring.release()
 
 
 class _Ring:
     """Places in one piece of memory, given out in order and freed in the same order; each is contiguous."""
 
     def __init__(self, nbytes: int) -> None:
-        self.memory = aligned_buffer(nbytes)
+        self._pages = Pages(nbytes)
+        self.memory = self._pages.array
+        self.touched = 0
         self._nbytes = nbytes
         self._live: deque[tuple[int, int]] = deque()
 
@@ -199,10 +445,13 @@ class _Ring:
                 if last + nbytes >= first:
                     return None
         self._live.append((start, start + nbytes))
+        self.touched = max(self.touched, start + nbytes)
         return start
 
     def free_oldest(self) -> None:
         self._live.popleft()
 
-    def free_newest(self) -> None:
-        self._live.pop()
+    def release(self) -> None:
+        """Give the memory back while nothing is in it."""
+        self._pages.release()
+        self.touched = 0
