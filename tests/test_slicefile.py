@@ -544,8 +544,13 @@ def test_a_disk_that_fails_while_running_is_one_line(slices: Path, monkeypatch, 
 
     file = SliceFile(slices / slice_name(0, 3))
     monkeypatch.setattr(os, "preadv", failing)
-    for read in (lambda: file.load(file.records[1]), lambda: file.embedding_rows([1])):
-        with pytest.raises(StorageError, match=rf"rank-0-of-3\.h5 can no longer be read: {os.strerror(number)}; check"):
+    reads = {
+        "layers/0000/attn/tile-000": lambda: file.load(file.records[1]),
+        "the embedding": lambda: file.embedding_rows([1]),
+    }
+    for what, read in reads.items():
+        said = rf"rank-0-of-3\.h5 can no longer be read at {what}: {os.strerror(number)}; check"
+        with pytest.raises(StorageError, match=said):
             read()
     file.close()
 

@@ -107,14 +107,16 @@ def test_logits_are_the_same_to_the_bit_for_every_window(
         slice_model(source, make_plan(source.config, [1, 1, 1]), choose_formats(source, fmt), tmp_path / "slices")
     ids = np.random.default_rng(3).integers(3, 49152, 24).tolist()
     job = {"slices": str(tmp_path / "slices"), "ids": ids, "chunks": [16, 4, 1, 1, 1, 1], "backend": backend}
-    windows = [2, 4, 7, "all"]
-    (tmp_path / "jobs.json").write_text(json.dumps([{**job, "name": f"w{w}", "window": w} for w in windows]))
+    windows = [2, 4, 7, "all", 0.0, 0.3, 0.9]  # blocks; or the part of the tiles for which the memory has room
+    ways = [{"pins" if isinstance(w, float) else "window": w} for w in windows]
+    jobs = [{**job, "name": f"w{w}", **way} for w, way in zip(windows, ways, strict=True)]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     result = mpirun(3, str(PROGRAMS / "logits.py"), str(tmp_path / "jobs.json"), str(tmp_path))
     assert result.code == 0, result.err
     logits = {window: np.load(tmp_path / f"w{window}.npy") for window in windows}
     assert np.ptp(logits["all"]) > 1
     for window in windows:
-        assert logits[window].tobytes() == logits["all"].tobytes(), f"window {window}"
+        assert logits[window].tobytes() == logits["all"].tobytes(), f"window or pins {window}"
 
 
 def test_the_report_says_what_was_done(mpirun: Launcher, cache: dict[str, str], tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Run on every rank: logits of models, in one launch for many. Arguments: a JSON file of jobs, and where to write.
 
-A job: {"name", "slices", "ids", "window", "chunks": positions of each forward, "allreduce", "kv"}. Rank 0 writes the
-logits of every position, [len(ids), vocab], as NAME.npy; every rank writes a digest of its hidden vectors as
-NAME-rankR.txt.
+A job: {"name", "slices", "ids", "chunks": positions of each forward, "allreduce", "kv", and one of "window" and "pins":
+the part of the tiles, 0 to 1, that the memory has room to pin beyond the least that works}. Rank 0 writes the logits of
+every position, [len(ids), vocab], as NAME.npy; every rank writes a digest of its hidden vectors as NAME-rankR.txt.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tpimpi.run import Seat, Settings
+from tpimpi.seat import RankMemory, Seat, Settings
 from tpimpi.star import connect
 
 
@@ -29,7 +29,8 @@ def main() -> None:
             shares="",
             format="",
             backend=job.get("backend", "torch"),
-            window=job.get("window", "all"),
+            window=None if "pins" in job else job.get("window", "all"),
+            memory=[0] * star.rank.size if "pins" in job else None,
             threads=1,
             allreduce=job.get("allreduce", "star"),
             timeout=120.0,
@@ -37,6 +38,9 @@ def main() -> None:
             cores_shared_by=[star.rank.size] * star.rank.size,
         )
         seat = Seat(star, settings)
+        memory = RankMemory([seat])
+        needs = memory.needs(len(job["ids"]))
+        memory.furnish(len(job["ids"]), int(needs.least + job["pins"] * needs.tiles) if "pins" in job else None, 0)
         seat.model.begin(len(job["ids"]))
         position, logits, digest = 0, [], hashlib.sha256()
         for count in job["chunks"]:
@@ -49,7 +53,7 @@ def main() -> None:
             if star.rank.is_hub and job.get("head", True):
                 logits.append(seat.model.logits(hidden))
             position += count
-        seat.close()
+        memory.close()
         if star.rank.is_hub and logits:
             np.save(out / f"{job['name']}.npy", np.concatenate(logits))
         (out / f"{job['name']}-rank{star.rank.index}.txt").write_text(digest.hexdigest())
