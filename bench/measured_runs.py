@@ -23,6 +23,7 @@ from limits import Group, RankGroups, available
 from rich.console import Console
 from rich.table import Table
 
+from tpimpi.disk_bench import BUFFERED, DIRECT
 from tpimpi.slicefile import SliceFile, slice_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -182,8 +183,19 @@ def groups_of(setup: Setup, memory: int | None) -> Iterator[RankGroups | None]:
         yield groups
 
 
-def figures(report: Values, groups: RankGroups | None = None, disks: Sequence[Values] = ()) -> Values:
-    """What is of interest in a report, in what the groups say, and of the disk before and after."""
+def direct_rate(disk: Values) -> float:
+    """Bytes a second of O_DIRECT with the number of reads in flight that suits it; without O_DIRECT of what there is."""
+    rates = {how: [float(row["rate"]) for row in disk["rows"] if row["how"] == how] for how in (DIRECT, BUFFERED)}
+    return max(rates[DIRECT] or rates[BUFFERED])
+
+
+def figures(
+    report: Values, groups: RankGroups | None = None, disks: Sequence[Values] = (), read_bps: int | None = None
+) -> Values:
+    """What is of interest in a report, in what the groups say, and of the disk before and after.
+
+    `read_bps` is what the disk was limited to: the kernel lets each short measurement read a little more than that.
+    """
     ranks = report["ranks"]
     streamed = sum(rank["streamed_bytes_per_token"] for rank in ranks)
     found = {
@@ -198,7 +210,7 @@ def figures(report: Values, groups: RankGroups | None = None, disks: Sequence[Va
         found["group_peak_bytes"] = [group.peak() for group in groups.groups]
         found["limit_hits"] = [group.limit_hits() for group in groups.groups]
     if disks:
-        found["disk_bytes_per_s"] = [disk["best"]["rate"] for disk in disks]
+        found["disk_bytes_per_s"] = [min(direct_rate(disk), read_bps or float("inf")) for disk in disks]
         found["disks"] = [disk["rows"] for disk in disks]
         found["reading_s"] = streamed / (sum(found["disk_bytes_per_s"]) / len(disks))
         found["of_disk"] = found["s_per_token"] / found["reading_s"] if streamed else None

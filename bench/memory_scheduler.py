@@ -31,7 +31,20 @@ from pathlib import Path
 from statistics import median
 
 from limits import Group, LimitError, available
-from measured_runs import ROOT, RefusedError, Setup, Values, figures, groups_of, mb, middle, peaks, prepare, show
+from measured_runs import (
+    ROOT,
+    RefusedError,
+    Setup,
+    Values,
+    direct_rate,
+    figures,
+    groups_of,
+    mb,
+    middle,
+    peaks,
+    prepare,
+    show,
+)
 
 from tpimpi.memory import parse_size
 from tpimpi.slicefile import slice_name
@@ -178,7 +191,7 @@ def overlap(options: argparse.Namespace) -> None:
         return float(report["s_per_token"])
 
     streamed = figures(setup.run("--memory", options.memory))["streamed_bytes_per_token"]
-    rate = setup.disk()["best"]["rate"]
+    rate = direct_rate(setup.disk())
     reading, one, four = streamed / rate, compute(1), compute(4)
     equal = max(1.0, 1 + (reading - one) / max((four - one) / 3, 1e-9))
     print(
@@ -192,9 +205,10 @@ def overlap(options: argparse.Namespace) -> None:
     ]
     why = available("io")
     if why is None:
-        half = int(rate / 2)
-        cases += [("disk half as fast", equal, half), ("disk half as fast, computing not slowed", 1, half)]
-        cases += [("disk half as fast, computing as slow", 2 * equal, half)]
+        limit = int(rate / 2) if options.read_bps is None else parse_size(options.read_bps, "--read-bps")
+        slower = equal * rate / limit
+        cases += [("disk slowed", equal, limit), ("disk slowed, computing not", 1, limit)]
+        cases += [("disk slowed, computing as slow", slower, limit)]
     else:
         print(f"without a slower disk: {why}", file=sys.stderr)
     for number in range(options.rounds):
@@ -206,7 +220,7 @@ def overlap(options: argparse.Namespace) -> None:
                     around = stack.enter_context(group)
                 computing, before = compute(times), setup.disk(around)
                 report = setup.run("--memory", options.memory, around=around, program=slowed(times))
-                found = figures(report, None, (before, setup.disk(around)))
+                found = figures(report, None, (before, setup.disk(around)), read_bps)
             larger = max(computing, found["reading_s"])
             found |= {"case": name, "times": times, "read_bps": read_bps, "computing_s": computing}
             found |= {"of_larger": found["s_per_token"] / larger, "sum_s": computing + found["reading_s"]}
@@ -320,6 +334,9 @@ def main() -> None:
         if experiment is not big:
             command.add_argument("--rounds", type=int, default=5 if experiment is line else 3)
             command.add_argument("--pinned", default="3G", help="a budget that pins everything (default 3G)")
+    commands.choices["overlap"].add_argument(
+        "--read-bps", metavar="SIZE", help="of the slowed disk (default: half its rate)"
+    )
     at_line, at_big = commands.choices["line"], commands.choices["big"]
     at_line.add_argument(
         "--budgets", default="700M,1G,1.5G,2G,3G", help="beside the smallest; the last pins everything"

@@ -334,7 +334,15 @@ def test_the_line_of_given_runs(limits: ModuleType) -> None:
                 for rank in range(2)
             ],
         }
-        disks = [{"best": {"rate": rate}, "rows": []} for rate in (900e6, 1100e6)]
+        disks = [
+            {
+                "rows": [
+                    {"how": how, "rate": rate}
+                    for how, rate in (("buffered", 9e9), ("O_DIRECT", 1e8), ("O_DIRECT", most))
+                ]
+            }
+            for most in (900e6, 1100e6)
+        ]
         found = scheduler.figures(report, None, disks)
         return {"budget": budget, "limit": limit, **found, "group_peak_bytes": [80, None], "limit_hits": [hits, 1]}
 

@@ -326,6 +326,13 @@ def test_what_is_made_is_said_and_shown(tpimpi: Cli, tmp_path: Path) -> None:
     assert "2 q8_0" in shown.out
 
 
+def test_help_names_the_shapes(tpimpi: Cli) -> None:
+    result = tpimpi("synth", "--help")
+    assert (result.code, result.err) == (0, "")
+    words = result.out.split()
+    assert {f"{name}," for name in SHAPES} <= set(words)
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -406,6 +413,8 @@ def test_nobodys_weights_are_written_over(tmp_path: Path) -> None:
     config.unlink()
     with pytest.raises(InputError, match=r"holds 'model-00001-of-00001\.safetensors' and no config"):
         exporting.write_hf(source, out, lambda done, total: None)
+    with pytest.raises(StorageError, match=r"cannot write .*: File name too long; choose another place with --out"):
+        exporting.write_hf(source, tmp_path / ("x" * 300), lambda done, total: None)
     with pytest.raises(InputError, match="is no folder"):
         exporting.write_hf(source, tmp_path / "shape" / "config.json", lambda done, total: None)
 

@@ -21,10 +21,11 @@ class Pages:
     all of it back: a large page of which a part is released stays with the process. Raises MemoryError.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, *, large: bool = True) -> None:
+        """Unless `large`, it is in pages of 4096, so that memory which is used here and there is taken where it is used."""
         # Large pages begin at multiples of their size, so there is room to begin at one; room that is not touched costs
         # nothing.
-        slack = _LARGE_PAGE if nbytes >= _LARGE_PAGE else 0
+        slack = _LARGE_PAGE if large and nbytes >= _LARGE_PAGE else 0
         try:
             self._memory = mmap.mmap(-1, max(nbytes + slack, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, OverflowError, ValueError) as error:
@@ -32,11 +33,11 @@ class Pages:
         whole = np.frombuffer(self._memory, dtype=np.uint8)
         start = -whole.ctypes.data % _LARGE_PAGE if slack else 0
         self.array: Bytes = whole[start : start + nbytes]
-        if slack and hasattr(mmap, "MADV_HUGEPAGE"):
-            large = nbytes // _LARGE_PAGE * _LARGE_PAGE
+        if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel built without them
                 self._memory.madvise(mmap.MADV_NOHUGEPAGE)
-                self._memory.madvise(mmap.MADV_HUGEPAGE, start, large)
+                if slack:
+                    self._memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _LARGE_PAGE * _LARGE_PAGE)
 
     def release(self) -> None:
         """Give the memory back to the system now; `array` is zeros afterwards, and takes memory again when it is written."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tpimpi.buffers import Pages
 from tpimpi.formats import F32, Array
 
 KV_FORMATS = ("auto", "f16", "f32")  # what --kv takes; auto is as precise as the weights deserve, see `kv_dtype`
@@ -23,10 +24,15 @@ class KVCache:
     def __init__(
         self, layers: int, kv_heads: int, context: int, head_dim: int, dtype: npt.DTypeLike = np.float32
     ) -> None:
+        self.k: Array
+        self.v: Array
         self.context = context
         self.filled = 0  # positions that were ever written
-        self.k: Array = np.zeros((layers, kv_heads, context, head_dim), dtype)
-        self.v: Array = np.zeros((layers, kv_heads, context, head_dim), dtype)
+        nbytes = cache_bytes(layers, kv_heads, context, head_dim, dtype) // 2
+        # np.zeros would take large pages, and with them the memory of positions that are not there yet.
+        self.k, self.v = (
+            Pages(nbytes, large=False).array.view(dtype).reshape(layers, kv_heads, context, head_dim) for _ in "kv"
+        )
 
     def write(self, layer: int, first_head: int, start: int, k: F32, v: F32) -> None:
         """Put k and v, [positions, heads, head_dim], at positions from `start` of KV heads from `first_head`."""

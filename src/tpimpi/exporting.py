@@ -70,10 +70,10 @@ def write_gguf(source: SyntheticSource, path: Path, progress: Progress) -> None:
     """Write one GGUF file, under a temporary name until it is whole. Raises InputError, StorageError."""
     from gguf import GGMLQuantizationType
 
-    check_gguf(source.config, source.formats.layers[0].q, path)
     tensors, factors = _gguf_tensors(source), _rope_factors(source.config)
     temporary = _temporary(path)
     with _storing(path, [temporary]):
+        check_gguf(source.config, source.formats.layers[0].q, path)
         path.parent.mkdir(parents=True, exist_ok=True)
         writer = _gguf_writer(source, temporary)
         if factors is not None:
@@ -177,12 +177,12 @@ def check_folder(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise InputError(f"--out {folder} is there and is no folder; give another name, or remove it")
+    found = sorted(path.name for path in folder.iterdir())
     try:
-        found = sorted(path.name for path in folder.iterdir())
-        marked = "config.json" in found and _MARK in json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, TypeError):
-        marked = False
-    if found and not marked:
+        ours = not found or _MARK in json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, TypeError):  # not there, no JSON, no object
+        ours = False
+    if not ours:
         raise InputError(
             f"--out {folder} holds {found[0]!r} and no config.json that synth wrote; give an empty folder, or another name"
         )
@@ -193,13 +193,13 @@ def write_hf(source: SyntheticSource, folder: Path, progress: Progress) -> None:
 
     Raises InputError, StorageError.
     """
-    check_folder(folder)
     files = _safetensors_files(source)
     names = [f"model-{number + 1:05}-of-{len(files):05}.safetensors" for number in range(len(files))]
     temporaries = [_temporary(folder / name) for name in names]
     weights = sum(tensor.nbytes for tensors in files for tensor in tensors)
     done = 0
     with _storing(folder, temporaries):
+        check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(folder).free) < weights:
             raise _too_full(folder, weights, free)

@@ -31,7 +31,7 @@ RESERVE = 24_000_000  # bytes; of page cache, page tables and sockets, 12 to 17 
 _HOST_RESERVE = Fraction(1, 16)  # of a host's or cgroup's memory, left to other programs by --memory auto
 _LEAST_HOST_RESERVE = 256_000_000  # bytes
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*(?:([kmgt]?)(i?)b?)", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*(?:([kmgt]?)(i?)b?)", re.IGNORECASE | re.ASCII)
 
 JOB = "job"
 MIN_SIZE = 1_000_000  # bytes; a smaller one is a unit that was forgotten

@@ -50,8 +50,8 @@ def work_bytes(header: Header, records: Sequence[Record], backend: str, context:
     """
     config, ranks = header.config, header.plan.ranks
     positions = min(PREFILL_CHUNK, context)
-    # Hidden vectors at once: in step or follow, forward, norm and partial; each partial and sum on the star, and MPI's copy.
-    vectors = 8 + 2 * (ranks if header.rank == 0 else 2)
+    # Hidden vectors at once: in step or follow, forward, norm and partial; and those on the star.
+    vectors = 7 + (ranks if header.rank == 0 else 2)
     inner = largest = 0
     for record in records:
         rows = {part.name: part.shape[0] for part in record.parts if part.is_matrix}

@@ -14,7 +14,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from tpimpi.buffers import PAGE, Bytes, aligned_buffer
 
 PIECE = 2 << 20  # bytes of one read: a few in flight keep a disk busy, and a tile is spread over them
 DEPTHS = (1, 2, 4, 8)  # reads in flight that are tried
-MEASURED = max(DEPTHS) * PIECE  # bytes of the buffer that `measure` wants
+MEASURED = max(DEPTHS) * PIECE  # bytes of the buffer that a Trial can use
 _TRIAL_SECONDS = 0.06  # of each depth
 _GOOD_ENOUGH = 0.9  # of the best rate: the fewest reads in flight that give it are used
 
@@ -92,7 +92,7 @@ class Descriptor:
         wanted = piece.stop - piece.start
         if self.direct and piece.offset % PAGE == 0 and piece.start % PAGE == 0:
             padded = min(piece.start + -(-wanted // PAGE) * PAGE, len(buffer))
-            if padded % PAGE == 0 or padded - piece.start == wanted:
+            if padded % PAGE == 0:
                 self._fill(self._direct, buffer[piece.start : padded], piece.offset, wanted)
                 return
         self._fill(self._plain, buffer[piece.start : piece.stop], piece.offset, wanted)
@@ -124,57 +124,49 @@ class Descriptor:
         os.close(self._direct)
 
 
-class Speed(NamedTuple):
-    """What a trial found."""
+class Trial:
+    """Reads pieces of some extents for a while, to find what the disk gives; what it reads is forgotten.
 
-    reads: int  # in flight
-    bytes_per_second: float
-
-
-def measure(file: Descriptor, extents: Sequence[Extent], buffer: Bytes, seconds: float = _TRIAL_SECONDS) -> Speed:
-    """The fewest reads in flight that give nearly the best rate, and the rate: each of DEPTHS is tried for `seconds`.
-
-    What is read goes into `buffer` and is forgotten. `extents` say where in the file there is something to read; their
-    places in a buffer are not used. Raises what Descriptor.read raises.
+    `places` in the file are gone through in turn, from a random one on: a disk's own cache might have what the last run
+    tried.
     """
-    cut = list(pieces(extents))
-    largest = max((piece.stop - piece.start for piece in cut), default=0)
-    places = [(piece.offset, piece.stop - piece.start) for piece in cut if piece.stop - piece.start >= largest // 2]
-    slots = len(buffer) // PIECE
-    if not places or not slots:
-        return Speed(1, 0.0)
-    rates: dict[int, float] = {}
-    turn = itertools.count(random.randrange(len(places)))  # or a disk's own cache might have what the last run tried
-    for depth in DEPTHS:
-        if depth <= slots:
-            rates[depth] = _rate(file, places, buffer, depth, seconds, turn)
-    best = max(rates.values())
-    reads = next(depth for depth, rate in rates.items() if rate >= _GOOD_ENOUGH * best)
-    return Speed(reads, rates[reads])
 
+    def __init__(self, file: Descriptor, extents: Iterable[Extent]) -> None:
+        cut = list(pieces(extents))
+        largest = max((piece.stop - piece.start for piece in cut), default=0)
+        self._file = file
+        self._places = [(p.offset, p.stop - p.start) for p in cut if p.stop - p.start >= largest // 2]
+        self._turn = itertools.count(random.randrange(len(self._places)) if self._places else 0)
 
-def _rate(
-    file: Descriptor, places: Sequence[tuple[int, int]], buffer: Bytes, depth: int, seconds: float, turn: Iterator[int]
-) -> float:
-    """Bytes a second of `depth` threads that read pieces, at `places` (offset, bytes), in turn."""
-    began = time.monotonic()
-    done = [0] * depth
-    errors: list[BaseException] = []
+    def depth(self, buffer: Bytes) -> int:
+        """The fewest of DEPTHS reads in flight that give nearly the best rate: those for which `buffer` (PIECE bytes
+        each) has room are tried for a moment. Raises what Descriptor.read raises."""
+        rates = {depth: self.rate(buffer, depth, _TRIAL_SECONDS) for depth in DEPTHS if depth * PIECE <= len(buffer)}
+        best = max(rates.values(), default=0.0)
+        return next((depth for depth, rate in rates.items() if rate >= _GOOD_ENOUGH * best), 1)
 
-    def work(slot: int) -> None:
-        try:
-            while not errors and (not done[slot] or time.monotonic() < began + seconds):
-                offset, nbytes = places[next(turn) % len(places)]
-                file.read(Extent(offset, slot * PIECE, slot * PIECE + nbytes), buffer)
-                done[slot] += nbytes
-        except BaseException as error:
-            errors.append(error)
+    def rate(self, buffer: Bytes, depth: int, seconds: float) -> float:
+        """Bytes a second with `depth` reads in flight, over about `seconds`. Raises what Descriptor.read raises."""
+        if not self._places:
+            return 0.0
+        began = time.monotonic()
+        done = [0] * depth
+        errors: list[BaseException] = []
 
-    threads = [threading.Thread(target=work, args=(slot,), name=f"tpimpi-disk-{slot}") for slot in range(depth)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return sum(done) / (time.monotonic() - began)
+        def work(slot: int) -> None:
+            try:
+                while not errors and (not done[slot] or time.monotonic() < began + seconds):
+                    offset, nbytes = self._places[next(self._turn) % len(self._places)]
+                    self._file.read(Extent(offset, slot * PIECE, slot * PIECE + nbytes), buffer)
+                    done[slot] += nbytes
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(slot,), name=f"tpimpi-disk-{slot}") for slot in range(depth)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return sum(done) / (time.monotonic() - began)

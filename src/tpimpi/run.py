@@ -129,20 +129,18 @@ def settle(star: Star, settings: Settings, *, with_tokenizer: bool = True) -> Se
     `furnish` is to follow. The seat has the slice's tokenizer unless another seat has it already.
     """
     star.tell(_note(settings=asdict(settings)))
-    seat: Seat | None = None
-    problem: TpimpiError | None = None
+    opened: list[Seat] = []
+
+    def take() -> Seat:
+        opened.append(Seat(star, settings, with_tokenizer=with_tokenizer))
+        return opened[0]
+
     try:
-        seat = Seat(star, settings, with_tokenizer=with_tokenizer)
-    except Exception as error:
-        problem = as_ours(error)
-    notes = [json.loads(note) for note in star.collect(_note())]
-    try:
-        _raise_first(problem, notes)
-        assert seat is not None
+        seat, notes = _together(star, take)
         for rank, note in enumerate(notes[1:], start=1):
             _check_alike(seat.header, rank, note)
     except BaseException:
-        if seat is not None:
+        for seat in opened:
             seat.close()
         raise
     return seat
@@ -186,18 +184,26 @@ def furnish(star: Star, seats: Sequence[Seat], context: int) -> tuple[RankMemory
         promises = [found[rank] for rank in range(star.rank.size)]
         watched = [list(hosts.values()).count(hosts[rank]) for rank in range(star.rank.size)]
     star.tell(_note(promises=promises, watched=watched))
-    problem: TpimpiError | None = None
     try:
-        furnished = memory.furnish(context, promises[0], watched[0])
-    except Exception as error:
-        problem = as_ours(error)
-    notes = [json.loads(note) for note in star.collect(_note())]
-    try:
-        _raise_first(problem, notes)
+        _together(star, lambda: memory.plan(context, promises[0], watched[0]))
+        star.tell(_note(measure=True))  # all at the same time, as they will read
+        furnished, notes = _together(star, memory.furnish)
     except BaseException:
         memory.close()
         raise
     return memory, [furnished, *(Furnished(**note) for note in notes[1:])]
+
+
+def _together(star: Star, work: Callable[[], T]) -> tuple[T, list[dict[str, Any]]]:
+    """Rank 0: do our part of what every rank does, and hear their notes. Raises the first error, ours or another's."""
+    problem, result = None, None
+    try:
+        result = work()
+    except Exception as error:
+        problem = as_ours(error)
+    notes = [json.loads(note) for note in star.collect(_note())]
+    _raise_first(problem, notes)
+    return result, notes  # type: ignore[return-value]
 
 
 def _memory_note(memory: RankMemory, context: int) -> bytes:
@@ -259,7 +265,10 @@ def take_part(star: Star) -> None:
         star.collect(_memory_note(memory, context))
         note = _heard(star)
         rank = star.rank.index
-        furnished = _or_tell(star, lambda: memory.furnish(context, note["promises"][rank], note["watched"][rank]))
+        _or_tell(star, lambda: memory.plan(context, note["promises"][rank], note["watched"][rank]))
+        star.collect(_note())
+        _heard(star)
+        furnished = _or_tell(star, memory.furnish)
         star.collect(_note(**asdict(furnished)))
         _heard(star)
         follow([seat.model for seat in seats], star)

@@ -6,16 +6,17 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tpimpi.backends import load_backend
-from tpimpi.buffers import aligned_buffer
+from tpimpi.buffers import Bytes, aligned_buffer
 from tpimpi.cache import cache_bytes, kv_dtype
 from tpimpi.errors import SliceError
 from tpimpi.keeper import Keeper
 from tpimpi.memory import RESERVE, Budget, Needs, make_budget, resident_bytes, show_size
 from tpimpi.model import Model, block_order, work_bytes
-from tpimpi.reader import MEASURED, Speed
+from tpimpi.reader import MEASURED, Trial
 from tpimpi.report import RankFigures, peak_rss_bytes
 from tpimpi.slicefile import SliceFile, slice_name
 from tpimpi.sliceheader import Header
@@ -24,6 +25,7 @@ from tpimpi.tokenizer import TokenIds, Tokenizer, tokenizer_of_slices
 from tpimpi.trace import RankTrace, Recorder
 from tpimpi.window import DEFAULT_READS, FEWEST_TILES, USUAL_TILES, Window, records_of, ring_bytes
 
+MEASURING = 0.4  # seconds for which all ranks read at once, to find what the disk gives
 CONTEXT = 2048  # positions that memory is planned for where nobody says how many there will be
 
 
@@ -82,6 +84,8 @@ class Seat:
     model: Model
     window: Window
     recorder: Recorder | None = None
+    trial: Trial | None = None  # where something will be streamed
+    reads = DEFAULT_READS
 
     def __init__(self, star: Star, settings: Settings, *, with_tokenizer: bool = False) -> None:
         self.star, self.settings = star, settings
@@ -140,9 +144,7 @@ class Seat:
         """Memory of all tiles that a token goes through."""
         return sum(record.nbytes for record in self.records)
 
-    def start(
-        self, pinned: int | None, ring: int | None, blocks: int | None, reads: int, make_room: Callable[[int], None]
-    ) -> None:
+    def start(self, pinned: int | None, ring: int | None, blocks: int | None, make_room: Callable[[int], None]) -> None:
         """Start reading; see Window and Model for the parameters."""
         self.window = Window(
             self.file,
@@ -150,7 +152,7 @@ class Seat:
             pinned_bytes=pinned,
             ring=ring,
             blocks=blocks,
-            reads=reads,
+            reads=self.reads,
             recorder=self.recorder,
         )
         self.model = Model(
@@ -193,8 +195,9 @@ class RankMemory:
         self.star, self.settings = seats[0].star, seats[0].settings
         self._base = resident_bytes()
         self._promise: int | None = None
-        self._context = 0
-        self._rings = 0
+        self._budget: Budget | None = None
+        self._needs: Needs
+        self._watched_by = self._context = self._rings = 0
         self.furnished: Furnished | None = None
         self.keeper: Keeper | None = None
 
@@ -211,66 +214,78 @@ class RankMemory:
             tiles=sum(seat.tile_bytes for seat in seats),
         )
 
-    def furnish(self, context: int, promise: int | None, watched_by: int) -> Furnished:
-        """Take memory for `context` positions, and start reading.
+    def plan(self, context: int, promise: int | None, watched_by: int) -> None:
+        """Find out what `promise` bytes buy for `context` positions, and how many reads in flight the disk wants.
 
-        `promise` are the bytes that this rank may take, None where --window decides. `watched_by` is how many ranks of
-        ours look after the host's free memory (--memory auto), 0 where none does. Raises InputError where the promise is
-        too small.
+        `promise` is None where --window decides. `watched_by` is how many ranks of ours look after the host's free memory
+        (--memory auto), 0 where none does. Raises InputError where the promise is too small.
         """
-        needs = self.needs(context)
-        self._promise, self._context = promise, context
-        whose = (
-            f"--memory auto finds {show_size(promise or 0)}" if watched_by else f"--memory is {show_size(promise or 0)}"
-        )
-        budget = None if promise is None else make_budget(needs, promise, whose)
-        speeds = [self._open(seat, needs, budget) for seat in self.seats]
+        self._needs = needs = self.needs(context)
+        self._promise, self._context, self._watched_by = promise, context, watched_by
+        if promise is not None:
+            whose = f"--memory {'auto finds' if watched_by else 'is'} {show_size(promise)}"
+            self._budget = make_budget(needs, promise, whose)
+        for seat in self.seats:
+            if self._streams(seat):
+                seat.trial = trial = seat.file.trial(seat.records)
+                seat.reads = seat.file.measure(partial(trial.depth, self._trial_buffer()))
+
+    def _streams(self, seat: Seat) -> bool:
+        blocks = isinstance(self.settings.window, int) and self.settings.window < len(seat.order)
+        return blocks or (self._budget is not None and self._budget.pinned < self._needs.tiles)
+
+    def _trial_buffer(self) -> Bytes:
+        return aligned_buffer(min(MEASURED, self._budget.buffers) if self._budget else MEASURED)
+
+    def furnish(self) -> Furnished:
+        """Measure what the disk gives, while the other ranks do, and start reading for good."""
+        needs, rates = self._needs, [0.0]
+        for seat in self.seats:
+            if seat.trial is not None:
+                rates.append(seat.file.measure(partial(seat.trial.rate, self._trial_buffer(), seat.reads, MEASURING)))
+        for seat in self.seats:
+            self._open(seat)
         self._rings = sum(seat.window.ring_bytes for seat in self.seats)
         self.keeper = Keeper(
             [seat.window for seat in self.seats],
-            promise=None if watched_by else promise,
-            shared_by=watched_by,
+            promise=None if self._watched_by else self._promise,
+            shared_by=self._watched_by,
             stalled=self._say,
             waiting=self._waiting_for_a_row,
         )
-        if watched_by:
+        if self._watched_by:
             self.keeper.plan(needs.tiles)  # if other programs end, there may be room for more
-        per_position = sum(seat.cache_bytes(1) for seat in self.seats)
-        room = None if promise is None or not per_position else (promise - needs.least + needs.cache) // per_position
+        per_position, room = sum(seat.cache_bytes(1) for seat in self.seats), None
+        if self._promise is not None and per_position:
+            room = (self._promise - needs.least + needs.cache) // per_position
         file = self.seats[0].file
         self.furnished = Furnished(
             rank=self.star.rank.index,
             host=self.star.rank.host,
-            promise=promise,
+            promise=self._promise,
             base=needs.base,
             cache=needs.cache,
             work=needs.work + RESERVE,
-            buffers=0 if budget and budget.pinned == needs.tiles else self._rings,
+            buffers=self._rings if any(map(self._streams, self.seats)) else 0,
             pinned=sum(seat.window.wanted_bytes for seat in self.seats),
             streamed=sum(seat.window.streamed_bytes for seat in self.seats),
-            reads=max((speed.reads for speed in speeds if speed), default=0),
-            disk_bytes_per_s=max((speed.bytes_per_second for speed in speeds if speed), default=0.0),
+            reads=max(seat.reads for seat in self.seats),
+            disk_bytes_per_s=max(rates),
             device=file.device,
             direct=file.direct,
             most_context=room,
         )
         return self.furnished
 
-    def _open(self, seat: Seat, needs: Needs, budget: Budget | None) -> Speed | None:
-        """Start the window of one seat, with its part of the budget. What the disk gives, where something is streamed."""
-        window = self.settings.window
-        blocks = window if isinstance(window, int) else None
+    def _open(self, seat: Seat) -> None:
+        """Start the window of one seat, with its part of the budget."""
+        needs, window = self._needs, self.settings.window
         pinned, ring = None, None
-        if budget is not None:
-            pinned = budget.pinned * seat.tile_bytes // max(1, needs.tiles)
+        if self._budget is not None:
+            pinned = self._budget.pinned * seat.tile_bytes // max(1, needs.tiles)
             least = ring_bytes(seat.records, FEWEST_TILES)
-            ring = max(least, budget.buffers * least // max(1, needs.least_buffers))
-        speed = None
-        if blocks is not None or (pinned is not None and pinned < seat.tile_bytes):
-            room = MEASURED if ring is None else min(ring, MEASURED)
-            speed = seat.file.measure(seat.records, aligned_buffer(room))
-        seat.start(pinned, ring, blocks, speed.reads if speed else DEFAULT_READS, self.make_room)
-        return speed
+            ring = max(least, self._budget.buffers * least // max(1, needs.least_buffers))
+        seat.start(pinned, ring, window if isinstance(window, int) else None, self.make_room)
 
     def make_room(self, context: int) -> None:
         """A longer sequence than was planned for begins: fewer tiles can be pinned. InputError where that is not enough."""

@@ -49,10 +49,10 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import h5py
 import numpy as np
@@ -61,10 +61,11 @@ import xxhash
 from tpimpi.buffers import Bytes, aligned_buffer
 from tpimpi.errors import InputError, SliceError, StorageError
 from tpimpi.formats import F32, Array, Matrix, decode, row_bytes
-from tpimpi.reader import Descriptor, Extent, Speed, measure, pieces
+from tpimpi.reader import Descriptor, Extent, Trial, pieces
 from tpimpi.sliceheader import Header
 from tpimpi.slicelayout import Part, Record, aligned, embedding_dataset
 
+T = TypeVar("T")
 _MOST_HEADER_BYTES = 2**28  # far above any model's; a hostile file may promise to unpack to anything
 # What the operating system says of a disk, a network or a limit, and not of what is in the file.
 _NOT_THE_FILE = {
@@ -308,13 +309,15 @@ class SliceFile:
             self.read_piece(record, piece, buffer)
         return self.tile(record, buffer)
 
-    def measure(self, records: Sequence[Record], buffer: Bytes) -> Speed:
-        """How fast the disk gives these tiles (see reader.measure); rate 0 where none of them can be read piece by piece."""
-        places = [self._places[record.path].offsets for record in records]
-        spans = [(record, offsets) for record, offsets in zip(records, places, strict=True) if offsets is not None]
+    def trial(self, records: Sequence[Record]) -> Trial:
+        """For measuring how fast the disk gives these tiles; those that are chunked are left out."""
+        placed = [(record, self._places[record.path].offsets) for record in records]
+        return Trial(self._opened(), (e for r, offsets in placed if offsets for e in _extents(offsets, _spans(r))))
+
+    def measure(self, what: Callable[[], T]) -> T:
+        """What a trial's method gives. Raises StorageError or SliceError where reading fails."""
         try:
-            extents = [extent for record, offsets in spans for extent in _extents(offsets, _spans(record))]
-            return measure(self._opened(), extents, buffer)
+            return what()
         except (OSError, EOFError) as error:
             raise self._failing("tiles", error) from error
 

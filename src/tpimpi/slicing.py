@@ -2,7 +2,8 @@
 
 A matrix that is stored in the format it shall have is taken over as it is, whole rows always, and columns where their
 borders are borders of the format's blocks; else its numbers are rounded or quantized. Peak memory: a run of rows of
-SLAB_NUMBERS numbers, as stored and as f32, and what quantizing them needs: 32 MB, whatever the size of the tensors.
+SLAB_NUMBERS numbers, as stored and as f32, and what quantizing them needs, or one of SLAB_BYTES: 32 MB, whatever the size
+of the tensors.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from tpimpi.formats import (
     is_quantized,
     pack,
     row_bytes,
+    weight_bytes,
 )
 from tpimpi.model_formats import LayerFormats, ModelFormats
 from tpimpi.plan import Block, Plan, Span, attention_tiles
@@ -39,6 +41,9 @@ from tpimpi.slicewriter import SliceWriter, storage_error, stored_bytes
 from tpimpi.sources import FLOAT_FORMATS, Source, decode
 
 SLAB_NUMBERS = 1 << 20  # of a tensor, worked on at a time; at least 16 rows
+SLAB_BYTES = (
+    8 << 20
+)  # the same, where columns are only taken over: many tiles have few of them, and each piece takes 0.1 ms
 
 Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
 
@@ -139,6 +144,12 @@ def _on_blocks(columns: Span, source: Source, tensor: str) -> bool:
     """Whether these columns of a tensor are whole blocks."""
     whole = source.tensors()[tensor].shape[1]
     return columns.start % BLOCK_WEIGHTS == 0 and (columns.stop % BLOCK_WEIGHTS == 0 or columns.stop == whole)
+
+
+def _is_taken_over(source: Source, tensor: str, fmt: str, columns: Span) -> bool:
+    """Whether these columns are stored as they shall be."""
+    same = source.tensors()[tensor].format == fmt
+    return same and (not is_quantized(fmt) or _on_blocks(columns, source, tensor))
 
 
 def make_header(source: Source, plan: Plan, rank: int, formats: ModelFormats) -> Header:
@@ -249,7 +260,7 @@ class _Slab:
     def stored(self, fmt: str, columns: Span) -> Bytes:
         """These columns in row form: uint8 [rows, bytes a row]. Raises ModelError for numbers that blocks cannot hold."""
         try:
-            if self.info.format == fmt and (not is_quantized(fmt) or _on_blocks(columns, self.source, self.tensor)):
+            if _is_taken_over(self.source, self.tensor, fmt, columns):
                 first = row_bytes(fmt, columns.start)
                 cut = self._blocks[:, first : first + row_bytes(fmt, columns.size)]
                 if is_quantized(fmt) and holds_infinities(cut, fmt):
@@ -305,10 +316,10 @@ class _Dealer:
         self.done += nbytes
         self.report(self.done)
 
-    def _slabs(self, tensor: str, rows: Span) -> Iterator[tuple[int, _Slab]]:
-        """Runs of whole panels of these rows of a matrix, each with its first row."""
+    def _slabs(self, tensor: str, rows: Span, numbers: int = SLAB_NUMBERS) -> Iterator[tuple[int, _Slab]]:
+        """Runs of whole panels of these rows of a matrix, of about so many numbers, each with its first row."""
         columns = self.source.tensors()[tensor].shape[1]
-        step = max(1, SLAB_NUMBERS // columns // PANEL_ROWS) * PANEL_ROWS
+        step = max(1, numbers // columns // PANEL_ROWS) * PANEL_ROWS
         for first in range(rows.start, rows.stop, step):
             yield first, _Slab(self.source, tensor, slice(first, min(first + step, rows.stop)), self.quantizer)
 
@@ -362,9 +373,11 @@ class _Dealer:
 
     def _columns(self, tiles: list[tuple[_Place, Span]], name: str, layer: int) -> None:
         """The tiles' columns of a matrix, all of its rows: the last part of each tile."""
-        for _, slab in self._slabs(_tensor(layer, name), Span(0, self.config.hidden)):
+        tensor, fmt, numbers = _tensor(layer, name), tiles[0][0][2].parts[-1].format, SLAB_NUMBERS
+        if all(_is_taken_over(self.source, tensor, fmt, columns) for _, columns in tiles):
+            numbers = int(SLAB_BYTES / weight_bytes(fmt))
+        for _, slab in self._slabs(tensor, Span(0, self.config.hidden), numbers):
             for tile, columns in tiles:
-                fmt = tile[2].parts[-1].format
                 self._write(tile, name, pack(slab.stored(fmt, columns), fmt, columns.size).data)
 
     def _embedding(self) -> None:

@@ -40,7 +40,8 @@ def main() -> None:
         seat = Seat(star, settings)
         memory = RankMemory([seat])
         needs = memory.needs(len(job["ids"]))
-        memory.furnish(len(job["ids"]), int(needs.least + job["pins"] * needs.tiles) if "pins" in job else None, 0)
+        memory.plan(len(job["ids"]), int(needs.least + job["pins"] * needs.tiles) if "pins" in job else None, 0)
+        memory.furnish()
         seat.model.begin(len(job["ids"]))
         position, logits, digest = 0, [], hashlib.sha256()
         for count in job["chunks"]:

@@ -1,0 +1,92 @@
+"""Memory for weights: aligned, zeroed, not touched before its time, and given back at once."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tpimpi.buffers import PAGE, Bytes, Pages, aligned_buffer
+from tpimpi.memory import resident_bytes
+
+LARGE = 2 << 20
+PAGEMAP = Path("/proc/self/pagemap")
+
+
+def _present(array: Bytes) -> int:
+    """How many of an array's pages, of 4096 bytes, are in memory."""
+    # Documentation/admin-guide/mm/pagemap.rst: a uint64 for each page, bit 63: present, bit 62: swapped.
+    first = array.ctypes.data // PAGE
+    last = -(-(array.ctypes.data + array.nbytes) // PAGE)
+    with PAGEMAP.open("rb", buffering=0) as file:
+        file.seek(first * 8)
+        entries = np.frombuffer(file.read((last - first) * 8), np.uint64)
+    assert entries.size == last - first
+    return int(np.count_nonzero(entries >> np.uint64(62)))
+
+
+pages_can_be_told = pytest.mark.skipif(
+    mmap.PAGESIZE != PAGE or not PAGEMAP.exists(), reason="needs pages of 4096 bytes, and /proc/self/pagemap"
+)
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 4095, 4096, 4097, LARGE - 1, LARGE, LARGE + 1, 3 * LARGE + 5000])
+@pytest.mark.parametrize("large", [True, False])
+def test_it_is_aligned_and_zero(nbytes: int, large: bool) -> None:
+    array = Pages(nbytes, large=large).array
+    assert (array.dtype, array.shape) == (np.uint8, (nbytes,))
+    assert array.ctypes.data % PAGE == 0
+    assert not array.any()
+    array[:] = 255
+    assert array.all()
+    assert aligned_buffer(nbytes).shape == (nbytes,) and aligned_buffer(nbytes).ctypes.data % PAGE == 0
+
+
+def test_two_never_overlap_and_one_outlives_its_pages() -> None:
+    arrays = [aligned_buffer(100_000) for _ in range(20)]
+    for number, array in enumerate(arrays):
+        array[:] = number
+    assert [set(array.tolist()) for array in arrays] == [{number} for number in range(20)]
+
+
+@pages_can_be_told
+@pytest.mark.parametrize("large", [True, False])
+def test_released_memory_is_the_systems_at_once(large: bool) -> None:
+    size = 64 << 20
+    pages = Pages(size, large=large)
+    for _ in range(3):
+        pages.array[:] = 7
+        with_it = resident_bytes()
+        assert _present(pages.array) == size // PAGE
+        pages.release()
+        assert _present(pages.array) == 0
+        assert with_it - resident_bytes() > size // 2  # the kernel's own count is not exact
+        assert not pages.array[:: PAGE // 2].any()  # which reads zeros
+    pages.array[5] = 1
+    assert pages.array[:10].tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 0, 0]
+
+
+@pages_can_be_told
+@pytest.mark.parametrize("nbytes", [PAGE, LARGE - PAGE, LARGE, 3 * LARGE + PAGE, 5 * LARGE - PAGE])
+@pytest.mark.parametrize("large", [True, False])
+def test_no_more_is_taken_than_was_asked_for(nbytes: int, large: bool) -> None:
+    pages = Pages(nbytes, large=large)
+    whole = np.frombuffer(pages._memory, np.uint8)
+    assert _present(whole) == 0, "nothing before it is used"
+    pages.array[:] = 1
+    assert _present(whole) == nbytes // PAGE
+
+
+@pages_can_be_told
+def test_small_pages_are_taken_one_by_one() -> None:
+    pages = Pages(8 * LARGE, large=False)
+    pages.array[:: 2 * LARGE] = 1
+    assert _present(pages.array) == 4
+
+
+@pytest.mark.parametrize("nbytes", [1 << 62, 1 << 70])
+def test_what_no_machine_has_is_a_memory_error(nbytes: int) -> None:
+    with pytest.raises(MemoryError):
+        Pages(nbytes)

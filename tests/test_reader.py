@@ -1,0 +1,379 @@
+"""Reading: pieces that cover what is wanted, the right bytes on every file system, and a page cache that stays empty."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tpimpi import reader
+from tpimpi.buffers import PAGE, Bytes, aligned_buffer
+from tpimpi.reader import DEPTHS, MEASURED, PIECE, Descriptor, Extent, Speed, measure, open_direct, pieces
+
+ODD = 1234  # bytes after the last whole page
+CONTENT = np.random.default_rng(3).integers(0, 256, 3 * PIECE + 5 * PAGE + ODD, np.uint8)
+SIZE = CONTENT.size
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reader") / "file"
+    path.write_bytes(CONTENT.tobytes())
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return path
+
+
+@pytest.fixture(scope="module")
+def in_memory() -> Iterator[Path]:
+    """The same file on tmpfs, which older kernels do not read with O_DIRECT."""
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("there is no /dev/shm")
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="tpimpi-test-"))
+    try:
+        path = folder / "file"
+        path.write_bytes(CONTENT.tobytes())
+        yield path
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["direct", "plain", "tmpfs"])
+def file(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Descriptor]:
+    """A descriptor of the file, past the page cache, through it because the system has no O_DIRECT, and on tmpfs."""
+    if request.param == "plain":
+        monkeypatch.delattr(os, "O_DIRECT", raising=False)
+    opened = Descriptor(request.getfixturevalue("in_memory" if request.param == "tmpfs" else "on_disk"))
+    if request.param == "direct" and not opened.direct:
+        opened.close()
+        pytest.skip("the file system of the temporary folder has no O_DIRECT")
+    assert not (request.param == "plain" and opened.direct)
+    yield opened
+    opened.close()
+
+
+# Pieces
+
+
+@given(st.lists(st.tuples(st.integers(0, 1 << 40), st.integers(0, 20 * PIECE), st.integers(1, 9 * PIECE)), max_size=5))
+def test_pieces_cover_extents_exactly(given_extents: list[tuple[int, int, int]]) -> None:
+    extents = [Extent(offset, start, start + size) for offset, start, size in given_extents]
+    cut = iter(pieces(extents))
+    for extent in extents:
+        position = extent.start
+        while position < extent.stop:
+            piece = next(cut)
+            assert piece.start == position < piece.stop <= min(position + PIECE, extent.stop)
+            assert piece.offset - extent.offset == piece.start - extent.start
+            position = piece.stop
+    assert next(cut, None) is None
+
+
+def test_a_piece_is_cut_only_where_it_must_be() -> None:
+    extent = Extent(PAGE, 2 * PAGE, 2 * PAGE + 2 * PIECE + 5)
+    assert list(pieces([extent])) == [
+        Extent(PAGE, 2 * PAGE, 2 * PAGE + PIECE),
+        Extent(PAGE + PIECE, 2 * PAGE + PIECE, 2 * PAGE + 2 * PIECE),
+        Extent(PAGE + 2 * PIECE, 2 * PAGE + 2 * PIECE, 2 * PAGE + 2 * PIECE + 5),
+    ]
+    assert list(pieces([Extent(7, 9, 9)])) == []
+
+
+# Reading
+
+
+def _read(file: Descriptor, extents: list[Extent], nbytes: int) -> Bytes:
+    buffer = aligned_buffer(nbytes)
+    for piece in pieces(extents):
+        file.read(piece, buffer)
+    return buffer
+
+
+def test_a_whole_file_whose_end_is_within_a_page(file: Descriptor) -> None:
+    assert file.stat().st_size == SIZE
+    for room in (SIZE, -(-SIZE // PAGE) * PAGE):
+        assert np.array_equal(_read(file, [Extent(0, 0, SIZE)], room)[:SIZE], CONTENT)
+
+
+@pytest.mark.parametrize(
+    "extent",
+    [
+        Extent(SIZE - ODD, 0, ODD),  # the end of the file, from a page on
+        Extent(SIZE - ODD - PAGE, PAGE, 2 * PAGE + ODD),
+        Extent(SIZE - 3, 0, 3),
+        Extent(PAGE, 0, 100),  # ends within a page
+        Extent(PAGE, PAGE, PAGE + PIECE + 1),
+        Extent(PAGE + 512, 0, PAGE),  # begins within a page of the file
+        Extent(77, 0, PIECE + 77),
+        Extent(PAGE, 100, PAGE + 100),  # begins within a page of the buffer
+        Extent(1, 1, 2),
+    ],
+)
+def test_any_place_and_length(file: Descriptor, extent: Extent) -> None:
+    room = -(-extent.stop // PAGE) * PAGE + 2 * PAGE
+    buffer = aligned_buffer(room)
+    buffer[:] = 170
+    for piece in pieces([extent]):
+        file.read(piece, buffer)
+    assert np.array_equal(buffer[extent.start : extent.stop], CONTENT[extent.offset :][: extent.stop - extent.start])
+    assert (buffer[: extent.start] == 170).all(), "nothing before it is written over"
+    assert (buffer[-(-extent.stop // PAGE) * PAGE :] == 170).all(), "nor after its last page"
+
+
+def test_a_buffer_that_ends_within_a_page(file: Descriptor) -> None:
+    for nbytes in (1, 511, 5000, PIECE + 5000):
+        assert np.array_equal(_read(file, [Extent(PAGE, 0, nbytes)], nbytes), CONTENT[PAGE:][:nbytes])
+
+
+@given(
+    st.integers(0, 5 * PAGE),
+    st.integers(0, 2 * PAGE),
+    st.one_of(st.integers(0, 3 * PAGE), st.integers(SIZE - 6 * PAGE, SIZE)),
+)
+def test_any_bytes_are_the_right_ones(on_disk: Path, offset: int, start: int, nbytes: int) -> None:
+    nbytes = min(nbytes, SIZE - offset)
+    file = Descriptor(on_disk)
+    try:
+        buffer = _read(file, [Extent(offset, start, start + nbytes)], start + nbytes)
+    finally:
+        file.close()
+    assert np.array_equal(buffer[start:], CONTENT[offset : offset + nbytes])
+
+
+@pytest.mark.parametrize(
+    ("extent", "end"),
+    [
+        (Extent(SIZE - ODD, 0, ODD + 1), SIZE),
+        (Extent(SIZE - ODD, 0, 2 * PAGE), SIZE),
+        (Extent(SIZE - 1, 0, 2), SIZE),
+        (Extent(SIZE - ODD + PAGE, 0, 1), SIZE - ODD + PAGE),
+        (Extent(1 << 40, 0, PAGE), 1 << 40),
+    ],
+)
+def test_a_file_that_ends_before_is_an_eof_error(file: Descriptor, extent: Extent, end: int) -> None:
+    with pytest.raises(EOFError, match=f"it ends at byte {end}$"):
+        _read(file, [extent], -(-extent.stop // PAGE) * PAGE)
+
+
+def test_a_file_that_is_cut_off_while_it_is_open(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(CONTENT.tobytes())
+    file = Descriptor(path)
+    os.truncate(path, PIECE + 10)
+    try:
+        with pytest.raises(EOFError, match=f"it ends at byte {PIECE + 10}$"):
+            _read(file, [Extent(0, 0, SIZE)], SIZE)
+        os.truncate(path, 0)
+        with pytest.raises(EOFError, match=r"it ends at byte 0$"):
+            _read(file, [Extent(0, 0, PAGE)], PAGE)
+    finally:
+        file.close()
+
+
+def test_it_goes_on_where_the_system_gave_less_than_was_asked(file: Descriptor, monkeypatch) -> None:
+    whole = os.preadv
+
+    def in_parts(descriptor: int, buffers: list[Bytes], offset: int) -> int:
+        return whole(descriptor, [buffers[0][: 3 * PAGE]], offset)
+
+    monkeypatch.setattr(os, "preadv", in_parts)
+    assert np.array_equal(_read(file, [Extent(0, 0, SIZE)], SIZE + PAGE)[:SIZE], CONTENT)
+
+
+def test_several_threads_at_once(file: Descriptor) -> None:
+    buffer, cut = aligned_buffer(-(-SIZE // PAGE) * PAGE), list(pieces([Extent(0, 0, SIZE)]))
+    for _ in range(5):
+        buffer[:] = 0
+        threads = [threading.Thread(target=file.read, args=(piece, buffer)) for piece in cut]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert np.array_equal(buffer[:SIZE], CONTENT)
+
+
+def test_a_row_from_any_place(file: Descriptor) -> None:
+    for offset, nbytes in ((0, 1), (5001, 3000), (SIZE - 7, 7)):
+        row = np.empty(nbytes, np.uint8)
+        file.read_plain(row, offset)
+        assert np.array_equal(row, CONTENT[offset : offset + nbytes])
+    with pytest.raises(EOFError):
+        file.read_plain(np.empty(8, np.uint8), SIZE - 7)
+
+
+def test_descriptors_are_closed(on_disk: Path) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    Descriptor(on_disk).close()
+    with pytest.raises(FileNotFoundError):
+        Descriptor(on_disk.with_name("gone"))
+    with pytest.raises(IsADirectoryError):
+        _read(Descriptor(on_disk.parent), [Extent(0, 0, 1)], 1)
+    descriptor, _ = open_direct(on_disk)
+    os.close(descriptor)
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2, "of the directory, until it is collected"
+
+
+# The page cache
+
+AHEAD = 32  # pages that the kernel reads ahead, by its usual setting (128 KB)
+
+
+def _cached(path: Path) -> int:
+    """Pages of a file that the page cache holds."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as memory:
+        address = ctypes.addressof(hold := ctypes.c_char.from_buffer(memory))
+        flags = (ctypes.c_ubyte * -(-len(memory) // mmap.PAGESIZE))()
+        failed = libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(memory)), flags)
+        del hold
+    if failed:
+        pytest.skip(f"mincore: {os.strerror(ctypes.get_errno())}")
+    return sum(flag & 1 for flag in flags)
+
+
+@pytest.fixture
+def cold(on_disk: Path) -> Path:
+    """The file on disk with none of it in the page cache; skips where that cannot be had or told."""
+    with on_disk.open("rb") as file:
+        file.read()
+        if _cached(on_disk) < SIZE // mmap.PAGESIZE:
+            pytest.skip("this file system does not tell what the page cache holds")
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if _cached(on_disk):
+        pytest.skip("this file system does not let go of the page cache")
+    return on_disk
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize(
+    ("extents", "left"),
+    [
+        ([Extent(0, 0, SIZE)], 0),
+        ([Extent(5 * PAGE, 0, PIECE)], 0),
+        ([Extent(SIZE - ODD, 0, ODD)], 0),
+        ([Extent(offset, 0, 3000) for offset in range(10_000, SIZE - 3000, 400_000)], 0),
+        # Not on a page, so not past the page cache; and of two reads in a row, after which the kernel reads ahead.
+        ([Extent(PIECE + 77, 0, PIECE + 77)], AHEAD),
+    ],
+)
+def test_reading_leaves_the_page_cache_empty(cold: Path, monkeypatch, direct: bool, extents, left: int) -> None:
+    if not direct:
+        monkeypatch.delattr(os, "O_DIRECT", raising=False)
+    file = Descriptor(cold)
+    try:
+        for extent in extents:
+            nbytes = extent.stop - extent.start
+            assert np.array_equal(_read(file, [extent], nbytes)[:nbytes], CONTENT[extent.offset :][:nbytes])
+    finally:
+        file.close()
+    assert _cached(cold) <= left
+
+
+def test_a_read_past_the_page_cache_fills_none_of_it_meanwhile(cold: Path, monkeypatch) -> None:
+    file = Descriptor(cold)
+    monkeypatch.setattr(file, "forget", lambda *place: None)
+    try:
+        if not file.direct:
+            pytest.skip("the file system of the temporary folder has no O_DIRECT")
+        _read(file, [Extent(0, 0, SIZE)], SIZE + PAGE)
+    finally:
+        file.close()
+    assert _cached(cold) == 0
+
+
+def test_rows_that_are_forgotten_leave_the_page_cache(cold: Path) -> None:
+    file = Descriptor(cold)
+    row = np.empty(2176, np.uint8)
+    for offset in range(3 * PAGE + 100, SIZE - 4096, 300_000):
+        file.read_plain(row, offset)
+        file.forget(offset, row.nbytes)
+    file.close()
+    assert _cached(cold) == 0
+
+
+# The speed of a disk
+
+
+class _Disk:
+    """Stands for a Descriptor: notes what is read, and fails if told to."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.seen: list[Extent] = []
+        self.error = error
+
+    def read(self, piece: Extent, buffer: Bytes) -> None:
+        if self.error is not None:
+            raise self.error
+        assert piece.stop <= len(buffer)
+        self.seen.append(piece)
+
+
+def test_a_speed_is_measured(file: Descriptor) -> None:
+    speed = measure(file, [Extent(0, 0, SIZE)], aligned_buffer(MEASURED), 0.005)
+    assert speed.reads in DEPTHS and 0 < speed.bytes_per_second < 1e13
+
+
+@pytest.mark.parametrize(
+    ("rates", "chosen"),
+    [
+        ([100, 100, 100, 100], 1),
+        ([89, 100, 99, 95], 2),
+        ([90, 100, 99, 95], 1),
+        ([50, 85, 95, 100], 4),
+        ([10, 20, 40, 80], 8),
+        ([100, 50, 20, 10], 1),
+    ],
+)
+def test_the_fewest_reads_that_are_nearly_the_best(monkeypatch, rates: list[float], chosen: int) -> None:
+    by_depth = dict(zip(DEPTHS, rates, strict=True))
+    monkeypatch.setattr(reader, "_rate", lambda file, places, buffer, depth, seconds, turn: by_depth[depth])
+    found = measure(_Disk(), [Extent(0, 0, SIZE)], aligned_buffer(MEASURED))  # type: ignore[arg-type]
+    assert found == Speed(chosen, by_depth[chosen])
+
+
+def test_a_small_buffer_allows_fewer_reads(monkeypatch) -> None:
+    monkeypatch.setattr(reader, "_rate", lambda file, places, buffer, depth, seconds, turn: float(depth))
+    disk = _Disk()
+    for slots, reads in ((1, 1), (2, 2), (3, 2), (4, 4), (7, 4), (8, 8), (9, 8)):
+        buffer = aligned_buffer(slots * PIECE + PAGE)
+        assert measure(disk, [Extent(0, 0, SIZE)], buffer).reads == reads  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("extents", "sizes"),
+    [
+        ([Extent(0, 0, PAGE)], {PAGE}),  # a tiny tile, again and again
+        ([Extent(n * PAGE, 0, 100 + n) for n in range(20)], set(range(100, 120))),
+        ([Extent(0, 0, PIECE), Extent(PIECE, 0, 10)], {PIECE}),  # what is small beside the largest says nothing
+        ([Extent(PAGE, 0, 5 * PIECE + 10)], {PIECE}),
+    ],
+)
+def test_what_is_tried_lies_where_there_is_something(extents: list[Extent], sizes: set[int]) -> None:
+    disk, buffer = _Disk(), aligned_buffer(MEASURED)
+    assert measure(disk, extents, buffer, 0.002).reads in DEPTHS  # type: ignore[arg-type]
+    assert {piece.stop - piece.start for piece in disk.seen} <= sizes
+    places = [(piece.offset, piece.stop - piece.start) for piece in pieces(extents)]
+    assert {(piece.offset, piece.stop - piece.start) for piece in disk.seen} <= set(places)
+    assert all(piece.start % PIECE == 0 and piece.stop - piece.start <= PIECE for piece in disk.seen)
+
+
+def test_nothing_to_measure() -> None:
+    assert measure(_Disk(), [], aligned_buffer(MEASURED)) == Speed(1, 0.0)  # type: ignore[arg-type]
+    assert measure(_Disk(), [Extent(0, 0, PAGE)], aligned_buffer(0)) == Speed(1, 0.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), EOFError("it ends at byte 7")])
+def test_what_a_trial_raises_is_raised(error: Exception) -> None:
+    with pytest.raises(type(error)):
+        measure(_Disk(error), [Extent(0, 0, SIZE)], aligned_buffer(MEASURED))  # type: ignore[arg-type]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tpimpi-disk")]
