@@ -18,7 +18,7 @@ from tpimpi.model_formats import ModelFormats
 from tpimpi.plan import Plan, make_plan
 from tpimpi.report import write_json
 from tpimpi.slicefile import slice_name
-from tpimpi.slicing import choose_formats, requantized
+from tpimpi.slicing import choose_formats, requantized, slice_model
 from tpimpi.sources import Source, open_source
 from tpimpi.star import launched_rank
 from tpimpi.terminal import progress_bar
