@@ -194,6 +194,7 @@ def overlap(options: argparse.Namespace) -> None:
     rate = direct_rate(setup.disk())
     reading, one, four = streamed / rate, compute(1), compute(4)
     equal = max(1.0, 1 + (reading - one) / max((four - one) / 3, 1e-9))
+    equal = max(1.0, 1 + (equal - 1) * (reading - one) / max(compute(equal) - one, 1e-9))  # nearer, from near there
     print(
         f"reading {reading:.2f} s, computing {one:.2f} s: {equal:.2f} times as much multiplying takes as long",
         file=sys.stderr,

@@ -123,6 +123,7 @@ double multiply_peak(Session& session, int format, double seconds) {
 }  // namespace
 
 NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false);  // a run that ends by an error leaves while its readers still hold what they hold
   m.def("levels", &level_names, "Levels (instruction sets) that this build has and this processor runs, best first.");
   nb::class_<Session>(m, "Session")
       .def("__init__", [](Session* self, const std::string& level, int threads) {

@@ -7,13 +7,14 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from tpimpi.errors import InputError, StorageError
+from tpimpi.memory import show_size
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,11 @@ class RankFigures:
     """One rank's part of the report. Times in seconds, over the whole run.
 
     `memory_bytes` is what --memory promised or found, None under --window. `pinned_bytes` and `buffer_bytes` are the
-    tiles that were kept at the end, and the ring; `streamed_bytes_per_token` is what was not kept, `disk_bytes_per_s`
-    what the disk gave at the start (0 where it was not measured). `timeline` has [seconds, resident, pinned, buffers], in
-    bytes. Of the peak memory, `weights_bytes` are tiles in the window, `cache_bytes` keys and values, `tokenizer_bytes`
-    what the tokenizer took (rank 0), and `base_bytes` all the rest: Python, libraries, activations.
+    tiles that were kept at the end, and the ring; `streamed_bytes_per_token` is what was not kept, `device` the disk it
+    is on (st_dev), `disk_bytes_per_s` what the disk gave at the start (0 where it was not measured). `timeline` has
+    [seconds, resident, pinned, buffers], in bytes. Of the peak memory, `weights_bytes` are tiles in the window,
+    `cache_bytes` keys and values, `tokenizer_bytes` what the tokenizer took (rank 0), and `base_bytes` all the rest:
+    Python, libraries, activations.
     """
 
     rank: int
@@ -41,6 +43,7 @@ class RankFigures:
     pinned_bytes: int
     buffer_bytes: int
     streamed_bytes_per_token: int
+    device: int
     disk_bytes_per_s: float
     bytes_read: int
     read_wait_s: float
@@ -165,9 +168,9 @@ class Report:
                 f"r{r.rank} {r.host}",
                 str(r.heads),
                 str(r.columns),
-                _size(r.peak_rss_bytes),
-                _size(r.peak_rss_bytes - r.weights_bytes),
-                _size(r.bytes_read),
+                show_size(r.peak_rss_bytes),
+                show_size(r.peak_rss_bytes - r.weights_bytes),
+                show_size(r.bytes_read),
                 *(f"{seconds:.2f} s" for seconds in (r.compute_s, r.read_wait_s, r.star_s)),
             )
         times = [f"load {self.load_s:.2f} s"]
@@ -181,8 +184,30 @@ class Report:
             f"{self.model} {self.format} · {self.backend} · {self.allreduce} · {self.prompt_tokens} prompt tokens, "
             f"{len(self.token_ids)} generated · " + " · ".join(times),
             file=sys.stderr,
-            flush=True,
         )
+        if self.s_per_token is not None:
+            rates = {rank.rank: rank.streamed_bytes_per_token / self.s_per_token for rank in self.ranks}
+            for line in disk_lines([(r.host, r.device, r.streamed_bytes_per_token, rates[r.rank]) for r in self.ranks]):
+                print(line, file=sys.stderr)
+        sys.stderr.flush()
+
+
+def disk_lines(streams: Sequence[tuple[str, int, int, float]]) -> Iterator[str]:
+    """What each disk gives to the ranks that stream from it, in a line, and what it would be if each had its own.
+
+    `streams` has for each rank: host, device, bytes for a token, and bytes a second.
+    """
+    disks: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    for host, device, nbytes, rate in streams:
+        if nbytes and rate:
+            disks.setdefault((host, device), []).append((nbytes, rate))
+    for (host, _), here in disks.items():
+        whole, rate = sum(nbytes for nbytes, _ in here), sum(rate for _, rate in here)
+        line = f"disk of {host}: {show_size(whole)} for a token, {show_size(rate)}/s, {whole / rate:.3g} s"
+        if len(here) > 1:
+            alone = max(nbytes for nbytes, _ in here) / rate
+            line += f"; {len(here)} ranks share it: with such a disk for each, {alone:.2g} s"
+        yield line
 
 
 def peak_rss_bytes() -> int:
@@ -192,7 +217,3 @@ def peak_rss_bytes() -> int:
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError, ValueError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from tpimpi.keeper import Keeper
 from tpimpi.memory import RESERVE, Budget, Needs, make_budget, resident_bytes, show_size
 from tpimpi.model import Model, block_order, work_bytes
 from tpimpi.reader import MEASURED, Trial
-from tpimpi.report import RankFigures, peak_rss_bytes
+from tpimpi.report import RankFigures, disk_lines, peak_rss_bytes
 from tpimpi.slicefile import SliceFile, slice_name
 from tpimpi.sliceheader import Header
 from tpimpi.star import Star
@@ -334,6 +334,7 @@ class RankMemory:
                 pinned_bytes=seat.window.pinned_bytes,
                 buffer_bytes=seat.window.buffer_bytes,
                 streamed_bytes_per_token=seat.window.streamed_bytes,
+                device=self.furnished.device,
                 disk_bytes_per_s=self.furnished.disk_bytes_per_s,
                 bytes_read=seat.window.bytes_read,
                 read_wait_s=seat.window.wait_seconds,
@@ -367,37 +368,31 @@ def print_memory(ranks: Sequence[Furnished], *, always: bool) -> None:
         return
     table = Table(box=None, pad_edge=False, header_style="none")
     table.add_column("rank host")
-    for name in ("memory", "program", "cache", "work", "buffers", "pinned", "streamed a token", "disk", "s/token"):
+    for name in (
+        "memory",
+        "program",
+        "cache",
+        "work",
+        "buffers",
+        "pinned",
+        "streamed a token",
+        "disk",
+        "s/token at least",
+    ):
         table.add_column(name, justify="right")
     for r in ranks:
         disk, seconds = "-", "-"
         if r.disk_bytes_per_s:
             disk = f"{show_size(r.disk_bytes_per_s)}/s"
-            seconds = f"{r.streamed / r.disk_bytes_per_s:.2g} or more"
+            seconds = f"{r.streamed / r.disk_bytes_per_s:.2g}"
         sizes = (r.base, r.cache, r.work, r.buffers, r.pinned, r.streamed)
         promise = "-" if r.promise is None else show_size(r.promise)
         table.add_row(f"r{r.rank} {r.host}", promise, *map(show_size, sizes), disk, seconds)
     console = Console(file=sys.stderr, width=140, highlight=False, color_system=None)
     console.print(table)
-    for line in _shared_disks(ranks):
+    for line in disk_lines([(r.host, r.device, r.streamed, r.disk_bytes_per_s) for r in ranks]):
         print(line, file=sys.stderr)
     if any(rank.streamed and not rank.direct for rank in ranks):
         names = ", ".join(f"r{rank.rank} {rank.host}" for rank in ranks if not rank.direct)
         print(f"{names}: this file system has no O_DIRECT, so reads go through the page cache, slower", file=sys.stderr)
     sys.stderr.flush()
-
-
-def _shared_disks(ranks: Sequence[Furnished]) -> Iterator[str]:
-    """What sharing a disk costs, for each that several ranks stream from."""
-    disks: dict[tuple[str, int], list[Furnished]] = {}
-    for rank in ranks:
-        if rank.streamed and rank.disk_bytes_per_s:
-            disks.setdefault((rank.host, rank.device), []).append(rank)
-    for (host, _), here in disks.items():
-        if len(here) > 1:
-            rate, whole = sum(rank.disk_bytes_per_s for rank in here), sum(rank.streamed for rank in here)
-            alone = max(rank.streamed for rank in here) / rate
-            yield (
-                f"{len(here)} ranks share one disk of {host}: {show_size(whole)} a token at {show_size(rate)}/s together "
-                f"take {whole / rate:.2g} s; with such a disk for each rank, {alone:.2g} s"
-            )
