@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -163,6 +164,27 @@ def test_a_tile_that_goes_bad_later_is_noticed_too(slice_path: Path, tmp_path: P
         _token(window, order)
     window.close()
     file.close()
+
+
+@pytest.mark.parametrize("memory", [{"blocks": 2}, {"pinned_bytes": 100_000, "reads": 3}, {}], ids=str)
+def test_a_file_that_another_tool_has_compressed_in_part(slice_path: Path, tmp_path: Path, memory) -> None:
+    packed = tmp_path / slice_path.name
+    with h5py.File(slice_path) as old, h5py.File(packed, "w", libver="latest") as new:
+
+        def copy(name: str, item: object) -> None:
+            if isinstance(item, h5py.Dataset):
+                compress = "mlp" in name and item.size
+                new.create_dataset(name, data=item[...], compression="gzip" if compress else None)
+
+        old.visititems(copy)
+    whole, file = SliceFile(slice_path), SliceFile(packed)
+    order = block_order(file.header)
+    window = Window(file, order, **memory)
+    for _ in range(3):
+        assert _token(window, order) == _expected(whole, order)
+    window.close()
+    for opened in (whole, file):
+        opened.close()
 
 
 # Pinning
