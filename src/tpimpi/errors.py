@@ -51,7 +51,7 @@ def as_ours(error: Exception) -> TpimpiError:
         return error
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError):
-        return TpimpiError("out of memory; give --window 2, a smaller --context, or more ranks")
+        return TpimpiError("out of memory; give a smaller --memory or --context, or more ranks")
     if isinstance(error, ImportError):
         hint = ", or give --backend numpy" if error.name == "torch" else ""
         what = f"package {error.name} is missing" if isinstance(error, ModuleNotFoundError) else text

@@ -25,7 +25,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tpimpi.buffers import Bytes, Pages
 from tpimpi.errors import InputError
@@ -63,7 +63,7 @@ def ring_bytes(records: Sequence[Record], tiles: int) -> int:
     return min(sum(sizes), tiles * max(sizes, default=0))
 
 
-@dataclass
+@dataclass(eq=False)
 class _Load:
     """A tile on its way into memory, at one turn."""
 
@@ -75,7 +75,6 @@ class _Load:
     pending: int = 0  # pieces that are being read
     over: bool = False  # used, or given up: its memory goes once nothing is read into it any more
     tile: Tile | None = None
-    began: float = field(default_factory=time.monotonic)
 
 
 class Window:
@@ -247,6 +246,7 @@ class Window:
                 turn = self._use + (first - self._use) % self._n
                 if turn in self._skipped:  # it was, and is still the next
                     turn += self._n
+                self._skipped = {skipped for skipped in self._skipped if skipped >= self._use}
                 self._skipped.update(range(turn, turn + last - first))
 
     def _tile(self, turn: int) -> Tile:
