@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import h5py
 import pytest
 
 from conftest import ROOT, TIMEOUT, Launcher, Result, run_command
@@ -129,9 +130,9 @@ class Running:
                 pytest.fail(f"no {what}; exit code {self.process.poll()}\nstdout: {out}\nstderr: {err}")
             time.sleep(0.005)
 
-    def finish(self) -> Result:
+    def finish(self, timeout: float = TIMEOUT) -> Result:
         try:
-            code = self.process.wait(max(1.0, self._deadline - time.monotonic()))
+            code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             pytest.fail(f"it did not end\nstdout: {self.texts[0]}\nstderr: {self.texts[1]}")
         for thread in self._threads:
@@ -306,6 +307,66 @@ def test_a_slice_that_is_replaced_is_used_to_the_end(runs: Runs, copies, slices,
     result = running.finish()
     assert (result.code, result.our_lines) == (0, []), result.err
     assert result.out.split() == runs.text[:SOME]
+
+
+# Slices that another tool has packed, which h5py reads
+
+
+@pytest.fixture(scope="module")
+def packed(folder: Path, slices: Callable[..., Path]) -> Path:
+    """The slice of one rank with every dataset compressed."""
+    out = folder / "packed"
+    out.mkdir()
+    (path,) = slices(1).iterdir()
+    with h5py.File(path) as old, h5py.File(out / path.name, "w") as new:
+
+        def copy(name: str, item: object) -> None:
+            if isinstance(item, h5py.Dataset):
+                new.create_dataset(name, data=item[...], compression="lzf")
+
+        old.visititems(copy)
+    return out
+
+
+HANGS = "a reader that is inside h5py when the program ends takes h5py's lock with it, and the end waits for that"
+
+
+@on_one_rank
+@pytest.mark.parametrize(
+    "fault",
+    [*(pytest.param(f, marks=pytest.mark.xfail(reason=HANGS)) for f in ("truncated", "written over")), "replaced"],
+)
+def test_packed_slices_under_a_fault(runs: Runs, packed: Path, tmp_path: Path, fault: str) -> None:
+    path = tmp_path / runs.slice_of_victim(packed).name
+    shutil.copy(runs.slice_of_victim(packed), path)
+    tokens = 10 if fault == "replaced" else MANY
+    running = runs.start(runs.command("--memory", f"{runs.least + 20}M", slices=tmp_path, tokens=tokens))
+    if fault == "truncated":
+        os.truncate(path, path.stat().st_size // 2)
+    elif fault == "written over":
+        with path.open("r+b") as file:
+            file.write(os.urandom(path.stat().st_size))
+    else:
+        path.unlink()
+    result = running.finish(30)
+    path.unlink(missing_ok=True)
+    if fault == "replaced":
+        assert (result.code, result.our_lines) == (0, []), result.err
+        assert result.out.split() == runs.text[:tokens]
+    else:
+        what = rf"({TILE}|layers/\d{{4}}/\w+/tile-\d{{3}}/\w+|head/tile-\d{{3}}/rows|embedding)"
+        runs.check_ended(result, rf"slice file {path} was changed while this run was using it: {what} is no .*")
+
+
+@on_one_rank
+@pytest.mark.parametrize(
+    "kind", ["as written", pytest.param("packed", marks=pytest.mark.xfail(strict=True, reason=HANGS))]
+)
+def test_a_run_whose_reader_goes_away_ends(runs: Runs, packed: Path, kind: str) -> None:
+    slices = runs.slices if kind == "as written" else packed
+    command = runs.command("--memory", f"{runs.least + 20}M", slices=slices, tokens=MANY)
+    result = run_command(["sh", "-c", '{ "$@"; echo "code $?" >&2; } | head -c 20', "sh", *command], env={}, timeout=30)
+    assert (result.err, len(result.out)) == ("code 1\n", 20)
 
 
 # The disk

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from conftest import PROGRAMS, Launcher
-from tpimpi.star import CONTROL, HIDDEN, NOTE, PARTIAL, SUM
+from tpimpi.star import CLOCK, CONTROL, HIDDEN, NOTE, PARTIAL, SUM
 
 PROMPT = "Zanzibar ornithologist whispers quixotic melodies about elderberries. Please continue the story."
 HIDDEN_SIZE, VOCAB, PROMPT_LIMIT = 576, 49152, 200
@@ -45,6 +45,9 @@ def leaks(messages: list[Message], words: set[str], ids: list[int]) -> list[str]
                 found.append("logits")
         elif tag == NOTE:
             json.loads(data)
+        elif tag == CLOCK:
+            if len(data) != 8:
+                found.append(f"a clock of {len(data)} bytes to rank {destination}")
         else:
             found.append(f"an unknown tag {tag}")
         found += [what for what, pattern in patterns if pattern in data]
@@ -60,6 +63,7 @@ def recorded(mpirun: Launcher, cache: dict[str, str], tmp_path_factory: pytest.T
         3,
         *(str(PROGRAMS / "recorded_run.py"), str(out), "--prompt-file", str(out / "prompt.txt")),
         *("--max-tokens", "24", "--report", str(out / "report.json"), "--stop-file", str(out / "stop.txt")),
+        *("--memory", "400M", "--trace", str(out / "trace.json")),
         env=cache,
     )
     assert result.code == 0, result.err

@@ -16,9 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpimpi import reader
 from tpimpi.buffers import PAGE, Bytes, aligned_buffer
-from tpimpi.reader import DEPTHS, MEASURED, PIECE, Descriptor, Extent, Speed, measure, open_direct, pieces
+from tpimpi.reader import DEPTHS, MEASURED, PIECE, Descriptor, Extent, Trial, open_direct, pieces
 
 ODD = 1234  # bytes after the last whole page
 CONTENT = np.random.default_rng(3).integers(0, 256, 3 * PIECE + 5 * PAGE + ODD, np.uint8)
@@ -319,34 +318,33 @@ class _Disk:
 
 
 def test_a_speed_is_measured(file: Descriptor) -> None:
-    speed = measure(file, [Extent(0, 0, SIZE)], aligned_buffer(MEASURED), 0.005)
-    assert speed.reads in DEPTHS and 0 < speed.bytes_per_second < 1e13
+    trial, buffer = Trial(file, [Extent(0, 0, SIZE)]), aligned_buffer(MEASURED)
+    assert trial.depth(buffer) in DEPTHS
+    for depth in (1, *DEPTHS):
+        assert 0 < trial.rate(buffer, depth, 0.005) < 1e13
 
 
 @pytest.mark.parametrize(
     ("rates", "chosen"),
     [
-        ([100, 100, 100, 100], 1),
-        ([89, 100, 99, 95], 2),
-        ([90, 100, 99, 95], 1),
-        ([50, 85, 95, 100], 4),
-        ([10, 20, 40, 80], 8),
-        ([100, 50, 20, 10], 1),
+        ({2: 100, 4: 100, 8: 100}, 2),
+        ({2: 89, 4: 100, 8: 95}, 4),
+        ({2: 90, 4: 100, 8: 95}, 2),
+        ({2: 50, 4: 85, 8: 100}, 8),
+        ({2: 100, 4: 50, 8: 10}, 2),
     ],
 )
-def test_the_fewest_reads_that_are_nearly_the_best(monkeypatch, rates: list[float], chosen: int) -> None:
-    by_depth = dict(zip(DEPTHS, rates, strict=True))
-    monkeypatch.setattr(reader, "_rate", lambda file, places, buffer, depth, seconds, turn: by_depth[depth])
-    found = measure(_Disk(), [Extent(0, 0, SIZE)], aligned_buffer(MEASURED))  # type: ignore[arg-type]
-    assert found == Speed(chosen, by_depth[chosen])
+def test_the_fewest_reads_that_are_nearly_the_best(monkeypatch, rates: dict[int, float], chosen: int) -> None:
+    trial = Trial(_Disk(), [Extent(0, 0, SIZE)])  # type: ignore[arg-type]
+    monkeypatch.setattr(trial, "rate", lambda buffer, depth, seconds: rates[depth])
+    assert trial.depth(aligned_buffer(MEASURED)) == chosen
 
 
-def test_a_small_buffer_allows_fewer_reads(monkeypatch) -> None:
-    monkeypatch.setattr(reader, "_rate", lambda file, places, buffer, depth, seconds, turn: float(depth))
-    disk = _Disk()
-    for slots, reads in ((1, 1), (2, 2), (3, 2), (4, 4), (7, 4), (8, 8), (9, 8)):
-        buffer = aligned_buffer(slots * PIECE + PAGE)
-        assert measure(disk, [Extent(0, 0, SIZE)], buffer).reads == reads  # type: ignore[arg-type]
+@pytest.mark.parametrize(("slots", "reads"), [(0, 1), (1, 1), (2, 2), (3, 2), (4, 4), (7, 4), (8, 8), (9, 8)])
+def test_a_small_buffer_allows_fewer_reads(monkeypatch, slots: int, reads: int) -> None:
+    trial = Trial(_Disk(), [Extent(0, 0, SIZE)])  # type: ignore[arg-type]
+    monkeypatch.setattr(trial, "rate", lambda buffer, depth, seconds: float(depth))
+    assert trial.depth(aligned_buffer(slots * PIECE + PAGE)) == reads
 
 
 @pytest.mark.parametrize(
@@ -359,21 +357,33 @@ def test_a_small_buffer_allows_fewer_reads(monkeypatch) -> None:
     ],
 )
 def test_what_is_tried_lies_where_there_is_something(extents: list[Extent], sizes: set[int]) -> None:
-    disk, buffer = _Disk(), aligned_buffer(MEASURED)
-    assert measure(disk, extents, buffer, 0.002).reads in DEPTHS  # type: ignore[arg-type]
+    disk = _Disk()
+    trial = Trial(disk, extents)  # type: ignore[arg-type]
+    for depth in DEPTHS:
+        assert trial.rate(aligned_buffer(MEASURED), depth, 0.002) > 0
+    assert {piece.start for piece in disk.seen} == {slot * PIECE for slot in range(max(DEPTHS))}
     assert {piece.stop - piece.start for piece in disk.seen} <= sizes
-    places = [(piece.offset, piece.stop - piece.start) for piece in pieces(extents)]
-    assert {(piece.offset, piece.stop - piece.start) for piece in disk.seen} <= set(places)
-    assert all(piece.start % PIECE == 0 and piece.stop - piece.start <= PIECE for piece in disk.seen)
+    places = {(piece.offset, piece.stop - piece.start) for piece in pieces(extents)}
+    assert {(piece.offset, piece.stop - piece.start) for piece in disk.seen} <= places
+
+
+def test_each_read_is_of_another_place() -> None:
+    disk = _Disk()
+    trial = Trial(disk, [Extent(0, 0, 10 * PIECE)])  # type: ignore[arg-type]
+    while len(disk.seen) < 20:
+        trial.rate(aligned_buffer(PIECE), 1, 0.0)
+    turns = [piece.offset // PIECE for piece in disk.seen[:20]]
+    assert turns == [(turns[0] + number) % 10 for number in range(20)]
 
 
 def test_nothing_to_measure() -> None:
-    assert measure(_Disk(), [], aligned_buffer(MEASURED)) == Speed(1, 0.0)  # type: ignore[arg-type]
-    assert measure(_Disk(), [Extent(0, 0, PAGE)], aligned_buffer(0)) == Speed(1, 0.0)  # type: ignore[arg-type]
+    trial = Trial(_Disk(), [])  # type: ignore[arg-type]
+    assert trial.rate(aligned_buffer(MEASURED), 4, 60.0) == 0.0
+    assert trial.depth(aligned_buffer(MEASURED)) in (1, *DEPTHS)
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), EOFError("it ends at byte 7")])
 def test_what_a_trial_raises_is_raised(error: Exception) -> None:
     with pytest.raises(type(error)):
-        measure(_Disk(error), [Extent(0, 0, SIZE)], aligned_buffer(MEASURED))  # type: ignore[arg-type]
+        Trial(_Disk(error), [Extent(0, 0, SIZE)]).depth(aligned_buffer(MEASURED))  # type: ignore[arg-type]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("tpimpi-disk")]
