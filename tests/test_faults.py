@@ -278,7 +278,6 @@ def test_a_slice_that_is_written_over(runs: Runs, copies, slices, by: str) -> No
 
 
 @on_one_rank
-@pytest.mark.xfail(strict=True, reason="rows of the embedding are checked against checksums that are read with them")
 def test_a_slice_that_is_written_over_while_all_tiles_are_pinned(runs: Runs, copies, slices) -> None:
     folder = copies(runs.ranks)
     path = runs.slice_of_victim(folder)
@@ -328,13 +327,10 @@ def packed(folder: Path, slices: Callable[..., Path]) -> Path:
     return out
 
 
-HANGS = "a reader that is inside h5py when the program ends takes h5py's lock with it, and the end waits for that"
-
-
 @on_one_rank
 @pytest.mark.parametrize(
     "fault",
-    [*(pytest.param(f, marks=pytest.mark.xfail(reason=HANGS)) for f in ("truncated", "written over")), "replaced"],
+    ["truncated", "written over", "replaced"],
 )
 def test_packed_slices_under_a_fault(runs: Runs, packed: Path, tmp_path: Path, fault: str) -> None:
     path = tmp_path / runs.slice_of_victim(packed).name
@@ -359,9 +355,7 @@ def test_packed_slices_under_a_fault(runs: Runs, packed: Path, tmp_path: Path, f
 
 
 @on_one_rank
-@pytest.mark.parametrize(
-    "kind", ["as written", pytest.param("packed", marks=pytest.mark.xfail(strict=True, reason=HANGS))]
-)
+@pytest.mark.parametrize("kind", ["as written", "packed"])
 def test_a_run_whose_reader_goes_away_ends(runs: Runs, packed: Path, kind: str) -> None:
     slices = runs.slices if kind == "as written" else packed
     command = runs.command("--memory", f"{runs.least + 20}M", slices=slices, tokens=MANY)
@@ -491,7 +485,6 @@ def _check_kept(runs: Runs, memory: str, report: Path) -> list[dict[str, Any]]:
 
 
 @on_one_and_two_ranks
-@pytest.mark.xfail(reason="a program is not always as large: the number is sometimes 1 MB too small")
 def test_the_smallest_that_is_named_works(runs: Runs, tmp_path: Path) -> None:
     _check_kept(runs, f"{runs.least} MB", tmp_path / "report")  # as it is written in the message
 

@@ -258,12 +258,13 @@ def test_the_parts_of_a_budget() -> None:
 
 @pytest.mark.parametrize("promise", [MB, 229 * MB, 230 * MB - 1])
 def test_a_budget_that_cannot_work_is_refused(promise: int) -> None:
+    # A megabyte more than the least is named, since the program is not always to the byte as large.
     with pytest.raises(
-        InputError, match=r"--memory is \d+ MB, this rank needs at least 230 MB \(.*\); give that"
+        InputError, match=r"--memory is \d+ MB, this rank needs at least 231 MB \(.*\); give that"
     ) as caught:
         make_budget(NEEDS, promise)
     assert len(str(caught.value).splitlines()) == 1
-    with pytest.raises(InputError, match="--memory auto finds 5 MB, this rank needs at least 230 MB"):
+    with pytest.raises(InputError, match="--memory auto finds 5 MB, this rank needs at least 231 MB"):
         make_budget(NEEDS, promise, "--memory auto finds 5 MB")
 
 
@@ -337,7 +338,6 @@ def test_what_is_streamed_is_as_level_as_can_be(each: list[tuple[int, int]], spa
     assert _streamed(needs, divide(fixed + spare, needs)) == best
 
 
-@pytest.mark.xfail(strict=True, reason="divide looks at `fixed`, not at `least`")
 def test_each_gets_what_works_where_there_is_enough_for_all() -> None:
     # Rank 0 has a head that is larger than all that is to spare; rank 1 still needs its buffers.
     needs = {0: _needs(100 * MB, tiles=1000 * MB, least=20 * MB), 1: _needs(80 * MB, tiles=400 * MB, least=20 * MB)}

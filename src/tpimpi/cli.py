@@ -56,7 +56,8 @@ def _guarded(command: Callable[[list[str], _Place], int], arguments: list[str]) 
     """The exit code of `command`; what it raises is said in one line, and ends the job if other ranks are at work."""
     place = _Place()
     try:
-        return command(arguments, place)
+        with place.at_end:
+            return command(arguments, place)
     except BrokenPipeError:
         code, line, where = 1, "", ""  # whoever read our output has gone; there is nobody to tell
     except Exception as error:
@@ -78,6 +79,11 @@ def _guarded(command: Callable[[list[str], _Place], int], arguments: list[str]) 
 
 class _Place:
     """Where an error would be said to have happened, and whether other ranks depend on this one."""
+
+    def __init__(self) -> None:
+        self.at_end = (
+            contextlib.ExitStack()
+        )  # what is to be closed, also after an error: readers, which Python waits for
 
     star: Star | None = None
     in_job = False  # other ranks are at work: an error here must end the job
@@ -143,6 +149,7 @@ def _lead(arguments: list[str], star: Star, place: _Place, typed: Input | None) 
         assert tokenizer is not None
         report = Report(seat.header.model, seat.header.format, seat.backend.name, star.algorithm)
         hub = run.Hub(seat, tokenizer, wishes, report)
+        place.at_end.callback(hub.close)
         ids = None if prompt is None else hub.check(prompt)
         furnished = hub.furnish(ids)
         if ids is not None:
@@ -160,10 +167,12 @@ def _lead(arguments: list[str], star: Star, place: _Place, typed: Input | None) 
             if not line.strip():
                 continue
             try:
-                _answer(hub, hub.check(line))
+                ids_of_line = hub.check(line)
             except InputError as error:
                 code = error.exit_code
                 print(f"{place.name()}: {error}", file=sys.stderr, flush=True)
+                continue
+            _answer(hub, ids_of_line)
     traces = hub.finish()
     place.in_job = False
     if ids is None and not report.answers and code == 0:
@@ -353,6 +362,7 @@ def _measure_perplexity(arguments: list[str], star: Star, place: _Place) -> int:
         limits = {"context": parsed.context, "max_tokens": parsed.max_tokens}
         measurement = Measurement(seats, tokenizer, parsed.text, text, **limits)
         memory, furnished = run.furnish(star, seats, measurement.context)
+        place.at_end.callback(memory.close)
         if not parsed.quiet:
             print_memory(furnished, always=parsed.memory is not None)
     place.in_job = star.rank.size > 1

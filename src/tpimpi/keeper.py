@@ -76,7 +76,7 @@ class Keeper:
     def plan(self, most: int) -> None:
         """From now on pin at most so many bytes."""
         with self._lock:
-            self._most = most
+            self._most = min(most, sum(window.total_bytes for window in self._windows))
             if self.wanted > most:
                 self._pin(most)
 

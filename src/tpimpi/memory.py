@@ -28,6 +28,7 @@ import psutil
 from tpimpi.errors import InputError
 
 RESERVE = 24_000_000  # bytes; of page cache, page tables and sockets, 12 to 17 MB were seen
+_VARIES = 1_000_000  # bytes; programs are not to the byte as large as when they were last started
 _HOST_RESERVE = Fraction(1, 16)  # of a host's or cgroup's memory, left to other programs by --memory auto
 _LEAST_HOST_RESERVE = 256_000_000  # bytes
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -199,8 +200,9 @@ def make_budget(needs: Needs, promise: int, whose: str = "") -> Budget:
     work.
     """
     if promise < needs.least:
+        whose = whose or f"--memory is {show_size(promise)}"
         raise InputError(
-            f"{whose or f'--memory is {show_size(promise)}'}, this rank needs at least {megabytes_up(needs.least)} "
+            f"{whose}, this rank needs at least {megabytes_up(needs.least + _VARIES)} "
             f"({show_size(needs.base)} for program and libraries, {show_size(needs.cache)} for keys and values, "
             f"{show_size(needs.work + RESERVE)} to work with, {show_size(needs.least_buffers)} for buffers); "
             "give that, or a smaller --context"
@@ -223,12 +225,12 @@ def divide(free: int, needs: Mapping[int, Needs]) -> dict[int, int]:
     A token waits for the rank that reads most. So the rank with most to keep, rank 0 with its head and tokenizer, gets more.
     What is beyond everyone's needs is divided evenly. A rank may get less than its least where there is not enough for all.
     """
-    spare = free - sum(need.fixed for need in needs.values())
-    if spare < 0:  # not enough in any case: in proportion
-        whole = sum(need.fixed for need in needs.values())
-        return {rank: free * need.fixed // whole for rank, need in needs.items()}
-    streamed = _level([need.tiles for need in needs.values()], spare)
-    shares = {rank: need.fixed + max(0, need.tiles - streamed) for rank, need in needs.items()}
+    whole = sum(need.least for need in needs.values())
+    if whole > free:  # not enough in any case: in proportion
+        return {rank: free * need.least // whole for rank, need in needs.items()}
+    beyond = {rank: max(0, need.most - need.least) for rank, need in needs.items()}
+    level = _level(list(beyond.values()), free - whole)
+    shares = {rank: need.least + max(0, beyond[rank] - level) for rank, need in needs.items()}
     rest = (free - sum(shares.values())) // max(1, len(needs))
     return {rank: share + max(0, rest) for rank, share in shares.items()}
 

@@ -313,7 +313,7 @@ class Wishes:
 class Hub:
     """Rank 0 once every rank has its slice: checks prompts and answers them, one after the other."""
 
-    memory: RankMemory
+    memory: RankMemory | None = None
 
     def __init__(self, seat: Seat, tokenizer: Tokenizer | TokenIds, wishes: Wishes, report: Report) -> None:
         """`furnish` is to follow. Raises InputError for a context beyond the model's, and for wishes that need a tokenizer
@@ -387,6 +387,13 @@ class Hub:
 
     def finish(self) -> list[RankTrace]:
         """End the run on every rank and gather the figures; the traces, if they were wanted, are returned."""
+        assert self.memory is not None, "furnish before finish"
         figures, traces = finish(self.seat.star, self.memory)
         self.report.ranks += figures[0]
         return traces
+
+    def close(self) -> None:
+        """Stop reading, however the run ends."""
+        if self.memory is not None:
+            self.memory.close()
+        self.seat.close()

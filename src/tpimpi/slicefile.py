@@ -241,11 +241,14 @@ class SliceFile:
             raise self._broken(f"the embedding is {weight.shape} {weight.dtype}, must be {shape} {dtype}")
         if sums.shape != (config.vocab,) or sums.dtype != np.dtype("<u8"):
             raise self._broken(f"the embedding has {sums.shape} checksums, must be {config.vocab}")
-        self._embedding = (weight.id.get_offset(), sums.id.get_offset())
-        for dataset, offset in zip((weight, sums), self._embedding, strict=True):
+        self._embedding = weight.id.get_offset()
+        for dataset in (weight, sums):
+            offset = dataset.id.get_offset()
             if offset is not None and offset + dataset.nbytes > size:
                 raise self._broken(f"{dataset.name} ends beyond the file's {size} bytes")
-        return None in self._embedding
+        # Kept: read with the rows they would match whatever file is written over this one.
+        self._row_sums = np.asarray(sums[...])
+        return self._embedding is None
 
     def _small(self, dataset: h5py.Dataset, dtype: np.dtype[Any]) -> Array:
         """All of a dataset that is no tile. [n]"""
@@ -390,13 +393,10 @@ class SliceFile:
             if self._file is not None:
                 with self._reading("embedding"):
                     row = np.ascontiguousarray(self._file["embedding/weight"][token]).view(np.uint8)
-                    expected = int(self._file["embedding/checksums"][token])
             else:
-                row, digest = np.empty(width, np.uint8), np.empty(8, np.uint8)
-                self._small_read(row, self._embedding[0] + token * width)
-                self._small_read(digest, self._embedding[1] + token * 8)
-                expected = int(digest.view("<u8")[0])
-            if xxhash.xxh3_64_intdigest(row) != expected:
+                row = np.empty(width, np.uint8)
+                self._small_read(row, self._embedding + token * width)
+            if xxhash.xxh3_64_intdigest(row) != int(self._row_sums[token]):
                 what = "a row of the embedding"
                 raise self._changed(what) or self._broken(f"{what} does not match its checksum")
             rows.append(row)

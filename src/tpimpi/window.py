@@ -39,6 +39,7 @@ SMALLEST_WINDOW = 2  # blocks: one computes while the next is read
 FEWEST_TILES = 2  # in the ring, of the largest size: one computes while the next is read
 USUAL_TILES = 5  # beyond these a larger ring was not seen to help
 DEFAULT_READS = 2  # in flight
+_PATIENCE = 2.0  # seconds
 
 
 def pin_order(count: int) -> list[int]:
@@ -413,7 +414,7 @@ class Window:
             self._closed = True
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join()
+            thread.join(_PATIENCE)  # one that waits for a disk which stalls is left behind
         for load in [*self._pin_loads.values(), *self._late]:
             assert load.pages is not None
             load.pages.release()
