@@ -81,6 +81,11 @@ def config_changed(model: Path, **values: object) -> None:
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "  \n"], "the prompt is empty"),
         ([*PROMPT, "--window", "1"], "--window is '1', must be a number of blocks, 2 or more"),
+        ([*PROMPT, "--memory", "100M,"], "--memory is '100M,', must be auto, or one size, or a size for each rank"),
+        (
+            [*PROMPT, "--memory", "auto,auto"],
+            "--memory is 'auto,auto', must be auto, or one size, or a size for each rank",
+        ),
         ([*PROMPT, "--window", "two"], "--window is 'two'"),
         ([*PROMPT, "--temperature", "-1"], "--temperature is -1.*must be 0 or more"),
         ([*PROMPT, "--temperature", "nan"], "--temperature is nan"),
@@ -836,3 +841,18 @@ def test_a_report_is_not_written_over_something_else(tpimpi, tiny: Path, tmp_pat
         assert target.read_bytes() == before
     assert tpimpi(*run, str(earlier)).code == 0
     assert "token_ids" in json.loads(earlier.read_text())
+
+
+def test_a_line_that_is_far_too_long_takes_no_memory(tpimpi, tiny: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    arguments = ("--model", str(tiny), "--raw", "--max-tokens", "4", "--ignore-eos", "--quiet", "--report", str(report))
+    lines = f"the fox\n{'the quick brown fox ' * 1_000_000}\nthe fox\n"
+    result = tpimpi(*arguments, stdin=lines)
+    assert result.code == 2, result.err
+    assert len(result.our_lines) == 1
+    assert "tokens, the context is 128 positions; shorten it" in result.our_lines[0]
+    found = json.loads(report.read_text())
+    assert [answer["prompt_tokens"] for answer in found["answers"]] == [found["answers"][0]["prompt_tokens"]] * 2
+    assert found["answers"][0]["text"] == found["answers"][1]["text"]
+    # The whole line, encoded, would take some 3 GB; what of it is kept at all is 4 MB, held a few times over.
+    assert found["ranks"][0]["base_bytes"] < 350e6

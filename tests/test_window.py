@@ -328,3 +328,12 @@ def test_places_in_the_ring_never_overlap(sizes: list[int], choices) -> None:
             start, stop, _ = live.pop(0)
             memory[start:stop] = 0
             ring.free_oldest()
+
+
+def test_a_place_is_given_out_again_where_it_fits_exactly() -> None:
+    ring = _Ring(100)
+    assert [ring.allocate(50), ring.allocate(50), ring.allocate(1)] == [0, 50, None]
+    for place in (0, 50, 0):
+        ring.free_oldest()
+        assert ring.allocate(50) == place, "two tiles of one size: one is used while the next is read"
+        assert ring.allocate(1) is None

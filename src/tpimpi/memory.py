@@ -38,16 +38,16 @@ JOB = "job"
 MIN_SIZE = 1_000_000  # bytes; a smaller one is a unit that was forgotten
 
 
-def parse_size(text: str, option: str) -> int:
+def parse_size(text: str, option: str, least: int = MIN_SIZE) -> int:
     """Bytes that a user writes: 700M and 2.5G are powers of ten, 512MiB and 2GiB (or Mi, Gi) of two, 700000000 bytes.
 
-    Raises InputError, which names `option`.
+    Raises InputError, which names `option`, also for less than `least`.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None or (match[3] and not match[2]):
         raise InputError(f"{option} is {text[:40]!r}, must be a size such as 700M, 2.5G, 512MiB or 2GiB")
     size = math.floor(Fraction(match[1]) * (1024 if match[3] else 1000) ** _UNITS[match[2].lower()])
-    if not MIN_SIZE <= size < 1 << 60:
+    if not least <= size < 1 << 60:
         raise InputError(f"{option} is {text[:40]!r}, which is {size} bytes; give a size such as 700M, 2.5G or 512MiB")
     return size
 

@@ -52,18 +52,22 @@ def work_bytes(header: Header, records: Sequence[Record], backend: str, context:
     positions = min(PREFILL_CHUNK, context)
     # Hidden vectors at once: in step or follow, forward, norm and partial; and those on the star.
     vectors = 7 + (ranks if header.rank == 0 else 2)
-    inner = largest = 0
+    inner = largest = heads = 0
     for record in records:
         rows = {part.name: part.shape[0] for part in record.parts if part.is_matrix}
         inner = max(inner, 3 * rows.get("q", 0) + 4 * rows.get("k", 0), 3 * rows.get("gate", 0))
+        heads = max(heads, record.heads.size)
         largest = max(largest, *(math.prod(part.shape) for part in record.parts if part.is_matrix))
     work = 4 * positions * (vectors * config.hidden + inner + max(config.hidden, inner) // 2)
     if (
         backend != "native"
     ):  # which decodes a matrix to use it, and whose library takes memory of its own when it begins
         work += 12 * largest + 48_000_000
+        # Nor does it go through the keys and values piece by piece: scores, mask and weights, and keys and values in f32.
+        kv_heads = header.share.kv_heads.size
+        work += 4 * context * (3 * heads * positions + 4 * max(heads, kv_heads) * config.head_dim)
     if header.rank == 0:
-        work += (12 + 24 * (logits_of > 1)) * logits_of * config.vocab + 64 * config.vocab
+        work += (12 + 12 * (logits_of > 1)) * logits_of * config.vocab + 64 * config.vocab
     return work
 
 

@@ -17,6 +17,7 @@ from tpimpi.plotting import check_plot
 from tpimpi.report import check_writable
 from tpimpi.shapes import SHAPES
 from tpimpi.star import ALLREDUCES, DEFAULT_TIMEOUT
+from tpimpi.terminal import MOST_LINE
 from tpimpi.trace import BEGINNING
 from tpimpi.window import SMALLEST_WINDOW
 
@@ -27,7 +28,7 @@ MOST_SIDE = 1 << 20  # rows or columns of a matrix that is benched
 MOST_SECONDS = 3600  # of each measurement
 MOST_READERS = 64  # of a disk that is benched
 MOST_READ = 64 << 20  # bytes of each of their reads
-MOST_TEXT = 4 << 20  # bytes of a prompt file, or of a text that is measured
+MOST_TEXT = MOST_LINE  # bytes of a prompt file, or of a text that is measured
 CHUNK = 512  # positions of a chunk of such a text, where the model has as many
 
 DESCRIPTION = """\
@@ -416,7 +417,7 @@ def bench_shape(text: str) -> tuple[int, int]:
 
 def read_size(text: str) -> int:
     """The meaning of `bench disk --size`: bytes, as O_DIRECT wants them."""
-    size = parse_size(text, "--size")
+    size = parse_size(text, "--size", least=PAGE)
     if size % PAGE or size > MOST_READ:
         raise InputError(f"--size is {text[:40]}, must be a multiple of {PAGE} bytes, at most {MOST_READ >> 20}MiB")
     return size
@@ -441,7 +442,12 @@ def memory_sizes(text: str | None) -> list[int] | None:
     """The meaning of `--memory`: bytes of all ranks, or of each; None for auto."""
     if text in (None, "auto"):
         return None
-    return [parse_size(size, "--memory") for size in text.split(",")]
+    sizes = text.split(",")
+    if len(sizes) > 1 and {"", "auto"} & {size.strip() for size in sizes}:
+        raise InputError(
+            f"--memory is {text[:40]!r}, must be auto, or one size, or a size for each rank: 900M,700M,700M"
+        )
+    return [parse_size(size, "--memory") for size in sizes]
 
 
 def share_weights(text: str | None, ranks: int) -> list[float]:

@@ -35,6 +35,7 @@ from tpimpi.tokenizer import TokenIds, Tokenizer
 from tpimpi.trace import RankTrace
 
 T = TypeVar("T")
+_MOST_BYTES_A_TOKEN = 16  # of usual text; with more, a prompt is looked at twice
 LONGEST_NAME = 40  # characters of a model's name, and of the shares, in the name of its cache folder
 
 
@@ -343,17 +344,25 @@ class Hub:
         if not prompt.strip():
             raise InputError("the prompt is empty; give some text")
         raw = self.wishes.raw or not self.tokenizer.has_chat_template
-        ids = self.tokenizer.encode(prompt) if raw else self.tokenizer.encode_chat(prompt)
+        encode = self.tokenizer.encode if raw else self.tokenizer.encode_chat
+        # Encoding takes 150 bytes of memory for each of the text, so what is far too long is not encoded whole to see that.
+        beginning = prompt[: self._limit * _MOST_BYTES_A_TOKEN]
+        if beginning != prompt and (found := len(encode(beginning))) > self._limit:
+            raise self._too_long(f"over {found}")
+        ids = encode(prompt)
         if not ids:
             raise InputError("the prompt has no tokens; give some text")
         if len(ids) >= self._limit:
-            remedy = "shorten it"
-            if self.wishes.context is not None and self._limit < self._most:
-                remedy += f", or raise --context (up to {self._most})"
-            elif self._limit < self._most:
-                remedy += ", or raise --memory"
-            raise InputError(f"the prompt has {len(ids)} tokens, the context is {self._limit} positions; {remedy}")
+            raise self._too_long(str(len(ids)))
         return ids
+
+    def _too_long(self, tokens: str) -> InputError:
+        remedy = "shorten it"
+        if self.wishes.context is not None and self._limit < self._most:
+            remedy += f", or raise --context (up to {self._most})"
+        elif self._limit < self._most:
+            remedy += ", or raise --memory"
+        return InputError(f"the prompt has {tokens} tokens, the context is {self._limit} positions; {remedy}")
 
     def answer(self, ids: list[int]) -> Iterator[str]:
         """Text that follows the prompt `ids`, as it comes; the report has its figures when it is done."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from tpimpi.backends import load_backend
 from tpimpi.buffers import Bytes, aligned_buffer
 from tpimpi.cache import cache_bytes, kv_dtype
-from tpimpi.errors import SliceError
+from tpimpi.errors import InputError, SliceError
 from tpimpi.keeper import Keeper
 from tpimpi.memory import RESERVE, Budget, Needs, make_budget, resident_bytes, show_size
 from tpimpi.model import Model, block_order, work_bytes
@@ -257,7 +257,7 @@ class RankMemory:
             self.keeper.plan(needs.tiles)  # if other programs end, there may be room for more
         per_position, room = sum(seat.cache_bytes(1) for seat in self.seats), None
         if self._promise is not None and per_position:
-            room = (self._promise - needs.least + needs.cache) // per_position
+            room = (self._promise - needs.fixed - self._rings + needs.cache) // per_position
         file = self.seats[0].file
         self.furnished = Furnished(
             rank=self.star.rank.index,
@@ -292,9 +292,13 @@ class RankMemory:
         if self._promise is None or context <= self._context or self.keeper is None:
             return
         self._context = context
-        needs = self.needs(context)
-        make_budget(needs, self._promise)
-        self.keeper.plan(max(0, self._promise - needs.fixed - self._rings))
+        left = self._promise - self.needs(context).fixed - self._rings
+        if left < 0:
+            raise InputError(
+                f"{context} positions need {show_size(-left)} more than the {show_size(self._promise)} of --memory; "
+                "give more, or a smaller --context"
+            )
+        self.keeper.plan(left)
 
     def _say(self, line: str) -> None:
         rank = self.star.rank

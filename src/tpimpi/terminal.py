@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import os
 import queue
 import stat
@@ -23,6 +24,8 @@ import psutil
 
 LAUNCHERS = ("mpirun", "mpiexec", "prterun", "prte", "orterun", "srun", "mpiexec.hydra", "ompirun_wrapper")
 STDIN, STDOUT, STDERR = 0, 1, 2
+MOST_LINE = 4 << 20  # bytes of a prompt
+_PIECE = 65536  # bytes read at a time
 _LOOK_EVERY = 0.2  # seconds between two looks at the launcher's input
 _GRACE = 1.0  # seconds in which what the launcher has read may still arrive
 _SAY_EVERY = 5.0  # seconds between two lines of progress
@@ -135,12 +138,12 @@ class Input:
     """Standard input, read on a thread of its own from the start: MPICH ends a job whose rank 0 leaves 64 KB lying."""
 
     def __init__(self) -> None:
-        self._pieces: queue.Queue[bytes] = queue.Queue()
+        self._pieces: queue.Queue[bytes] = queue.Queue(MOST_LINE // _PIECE)
         threading.Thread(target=self._read, name="tpimpi-input", daemon=True).start()
 
     def _read(self) -> None:
         try:
-            while data := os.read(STDIN, 65536):
+            while data := os.read(STDIN, _PIECE):
                 self._pieces.put(data)
         except OSError:
             pass  # it cannot be read, so there is none
@@ -149,11 +152,12 @@ class Input:
     def lines(self, prompt: str) -> Iterator[str]:
         """Lines as they come, decoded as UTF-8, without their ends; `prompt` is shown at a terminal.
 
-        Ends where the input does, also where the launcher does not say so.
+        What is beyond MOST_LINE bytes of a line is dropped: no model has room for it. Ends where the input does, also
+        where the launcher does not say so.
         """
         launcher = _launcher_stream(STDIN)
         shown = prompt if is_terminal(STDIN) and is_terminal(STDERR) else ""
-        held, ended_at = b"", None
+        held, ended_at = io.BytesIO(), None
         print(shown, end="", file=sys.stderr, flush=True)
         while True:
             try:
@@ -167,12 +171,15 @@ class Input:
             if not data:
                 break
             ended_at = None
-            *lines, held = (held + data).split(b"\n")
-            for line in lines:
-                yield _text(line)
+            piece, *following = data.split(b"\n")
+            held.write(piece[: MOST_LINE - held.tell()])
+            for piece in following:
+                yield _text(held.getvalue())
                 print(shown, end="", file=sys.stderr, flush=True)
-        if held:
-            yield _text(held)
+                held = io.BytesIO()
+                held.write(piece)
+        if held.tell():
+            yield _text(held.getvalue())
         elif shown:
             print(file=sys.stderr)
 

@@ -433,18 +433,17 @@ class _Ring:
 
     def allocate(self, nbytes: int) -> int | None:
         """Offset of `nbytes` free bytes, or None while there are none."""
-        if not self._live:
-            start = 0
-        else:
-            first, last = self._live[0][0], self._live[-1][1]
-            if last > first:  # the live places do not wrap: free are the end and the beginning
-                start = last if last + nbytes <= self._nbytes else 0
-                if start == 0 and nbytes >= first:
-                    return None
-            else:
+        start, stop = 0, self._nbytes
+        if self._live:
+            oldest, (newest, last) = self._live[0][0], self._live[-1]
+            if newest < oldest:  # the live places wrap: free is what lies between
+                start, stop = last, oldest
+            elif last + nbytes <= self._nbytes:
                 start = last
-                if last + nbytes >= first:
-                    return None
+            else:
+                stop = oldest
+        if start + nbytes > stop:
+            return None
         self._live.append((start, start + nbytes))
         self.touched = max(self.touched, start + nbytes)
         return start
