@@ -21,7 +21,7 @@ from typing import NamedTuple
 from tpimpi.buffers import PAGE, Bytes, aligned_buffer
 
 PIECE = 2 << 20  # bytes of one read: a few in flight keep a disk busy, and a tile is spread over them
-DEPTHS = (2, 4, 8)  # reads in flight that are tried; with one alone the disk idles between two
+DEPTHS = (4, 8)  # reads in flight that are tried; with fewer the disk idles while their threads wait for a busy core
 MEASURED = max(DEPTHS) * PIECE  # bytes of the buffer that a Trial can use
 _TRIAL_SECONDS = 0.06  # of each depth
 _GOOD_ENOUGH = 0.9  # of the best rate: the fewest reads in flight that give it are used
@@ -143,12 +143,16 @@ class Trial:
         each) has room are tried for a moment. Raises what Descriptor.read raises."""
         rates = {depth: self.rate(buffer, depth, _TRIAL_SECONDS) for depth in DEPTHS if depth * PIECE <= len(buffer)}
         best = max(rates.values(), default=0.0)
-        return next((depth for depth, rate in rates.items() if rate >= _GOOD_ENOUGH * best), 1)
+        return next((depth for depth, rate in rates.items() if rate >= _GOOD_ENOUGH * best), DEPTHS[0])
 
     def rate(self, buffer: Bytes, depth: int, seconds: float) -> float:
-        """Bytes a second with `depth` reads in flight, over about `seconds`. Raises what Descriptor.read raises."""
+        """Bytes a second with `depth` reads in flight (fewer, if `buffer` has no room for them), over about `seconds`.
+
+        Raises what Descriptor.read raises.
+        """
         if not self._places:
             return 0.0
+        depth = min(depth, len(buffer) // PIECE)
         began = time.monotonic()
         done = [0] * depth
         errors: list[BaseException] = []

@@ -16,6 +16,8 @@ from typing import Any
 from tpimpi.errors import InputError, StorageError
 from tpimpi.memory import show_size
 
+_LIMITED_BY_DISK = 0.3  # of a rank's time, waited for the disk
+
 
 @dataclass(frozen=True)
 class RankFigures:
@@ -186,14 +188,17 @@ class Report:
             file=sys.stderr,
         )
         if self.s_per_token is not None:
-            rates = {rank.rank: rank.streamed_bytes_per_token / self.s_per_token for rank in self.ranks}
-            for line in disk_lines([(r.host, r.device, r.streamed_bytes_per_token, rates[r.rank]) for r in self.ranks]):
-                print(line, file=sys.stderr)
+            used = [(r.host, r.device, r.streamed_bytes_per_token) for r in self.ranks]
+            rates = [(*what, what[2] / self.s_per_token) for what in used]
+            times = [(r.read_wait_s, r.read_wait_s + r.compute_s + r.star_s) for r in self.ranks]
+            limited = any(waited > _LIMITED_BY_DISK * whole for waited, whole in times)
+            for line in disk_lines(rates, alone=limited):
+                print(f"seen: {line}", file=sys.stderr)
         sys.stderr.flush()
 
 
-def disk_lines(streams: Sequence[tuple[str, int, int, float]]) -> Iterator[str]:
-    """What each disk gives to the ranks that stream from it, in a line, and what it would be if each had its own.
+def disk_lines(streams: Sequence[tuple[str, int, int, float]], *, alone: bool) -> Iterator[str]:
+    """What each disk gives to the ranks that stream from it, in a line; if `alone`, also what it would be with one for each.
 
     `streams` has for each rank: host, device, bytes for a token, and bytes a second.
     """
@@ -203,10 +208,10 @@ def disk_lines(streams: Sequence[tuple[str, int, int, float]]) -> Iterator[str]:
             disks.setdefault((host, device), []).append((nbytes, rate))
     for (host, _), here in disks.items():
         whole, rate = sum(nbytes for nbytes, _ in here), sum(rate for _, rate in here)
-        line = f"disk of {host}: {show_size(whole)} for a token, {show_size(rate)}/s, {whole / rate:.3g} s"
-        if len(here) > 1:
-            alone = max(nbytes for nbytes, _ in here) / rate
-            line += f"; {len(here)} ranks share it: with such a disk for each, {alone:.2g} s"
+        line = f"{show_size(whole)} a token from the disk of {host} at {show_size(rate)}/s, {whole / rate:.2g} s/token"
+        if len(here) > 1 and alone:
+            own = max(nbytes for nbytes, _ in here) / rate
+            line += f"; {len(here)} ranks share it: with such a disk for each {own:.2g} s"
         yield line
 
 

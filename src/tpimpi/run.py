@@ -151,11 +151,14 @@ def _raise_first(problem: TpimpiError | None, notes: Sequence[dict[str, Any]]) -
     """Raise what went wrong on this rank, or else what a note says of another."""
     if problem is not None:
         raise problem
-    for rank, note in enumerate(notes):
-        if "error" in note:
-            problem = (InputError if note["code"] == InputError.exit_code else TpimpiError)(note["error"])
-            problem.where = f"r{rank} {note['host']}"
-            raise problem
+    troubled = [(f"r{rank} {note['host']}", note) for rank, note in enumerate(notes) if "error" in note]
+    if troubled:
+        where, note = troubled[0]
+        others = ", ".join(other for other, _ in troubled[1:])
+        text = note["error"] + (f" (there is trouble on {others} too)" if others else "")
+        problem = (InputError if note["code"] == InputError.exit_code else TpimpiError)(text)
+        problem.where = where
+        raise problem
 
 
 def _trouble(star: Star, error: Exception) -> bytes:

@@ -16,7 +16,7 @@ from tpimpi.errors import InputError, SliceError
 from tpimpi.keeper import Keeper
 from tpimpi.memory import RESERVE, Budget, Needs, make_budget, resident_bytes, show_size
 from tpimpi.model import Model, block_order, work_bytes
-from tpimpi.reader import MEASURED, Trial
+from tpimpi.reader import MEASURED, PIECE, Trial
 from tpimpi.report import RankFigures, disk_lines, peak_rss_bytes
 from tpimpi.slicefile import SliceFile, slice_name
 from tpimpi.sliceheader import Header
@@ -235,7 +235,9 @@ class RankMemory:
         return blocks or (self._budget is not None and self._budget.pinned < self._needs.tiles)
 
     def _trial_buffer(self) -> Bytes:
-        return aligned_buffer(min(MEASURED, self._budget.buffers) if self._budget else MEASURED)
+        """Memory to measure with, not more than will be needed anyway."""
+        room = self._needs.least_buffers if self._budget is None else self._budget.buffers
+        return aligned_buffer(max(PIECE, min(MEASURED, room)))
 
     def furnish(self) -> Furnished:
         """Measure what the disk gives, while the other ranks do, and start reading for good."""
@@ -372,30 +374,16 @@ def print_memory(ranks: Sequence[Furnished], *, always: bool) -> None:
         return
     table = Table(box=None, pad_edge=False, header_style="none")
     table.add_column("rank host")
-    for name in (
-        "memory",
-        "program",
-        "cache",
-        "work",
-        "buffers",
-        "pinned",
-        "streamed a token",
-        "disk",
-        "s/token at least",
-    ):
+    for name in ("memory", "program", "cache", "work", "buffers", "pinned", "streamed a token"):
         table.add_column(name, justify="right")
     for r in ranks:
-        disk, seconds = "-", "-"
-        if r.disk_bytes_per_s:
-            disk = f"{show_size(r.disk_bytes_per_s)}/s"
-            seconds = f"{r.streamed / r.disk_bytes_per_s:.2g}"
         sizes = (r.base, r.cache, r.work, r.buffers, r.pinned, r.streamed)
         promise = "-" if r.promise is None else show_size(r.promise)
-        table.add_row(f"r{r.rank} {r.host}", promise, *map(show_size, sizes), disk, seconds)
+        table.add_row(f"r{r.rank} {r.host}", promise, *map(show_size, sizes))
     console = Console(file=sys.stderr, width=140, highlight=False, color_system=None)
     console.print(table)
-    for line in disk_lines([(r.host, r.device, r.streamed, r.disk_bytes_per_s) for r in ranks]):
-        print(line, file=sys.stderr)
+    for line in disk_lines([(r.host, r.device, r.streamed, r.disk_bytes_per_s) for r in ranks], alone=True):
+        print(f"expected: {line}", file=sys.stderr)
     if any(rank.streamed and not rank.direct for rank in ranks):
         names = ", ".join(f"r{rank.rank} {rank.host}" for rank in ranks if not rank.direct)
         print(f"{names}: this file system has no O_DIRECT, so reads go through the page cache, slower", file=sys.stderr)
