@@ -190,8 +190,8 @@ class Report:
         if self.s_per_token is not None:
             used = [(r.host, r.device, r.streamed_bytes_per_token) for r in self.ranks]
             rates = [(*what, what[2] / self.s_per_token) for what in used]
-            times = [(r.read_wait_s, r.read_wait_s + r.compute_s + r.star_s) for r in self.ranks]
-            limited = any(waited > _LIMITED_BY_DISK * whole for waited, whole in times)
+            busy = [(r.read_wait_s, r.read_wait_s + r.compute_s + r.star_s) for r in self.ranks]
+            limited = any(waited > _LIMITED_BY_DISK * whole for waited, whole in busy)
             for line in disk_lines(rates, alone=limited):
                 print(f"seen: {line}", file=sys.stderr)
         sys.stderr.flush()
