@@ -124,7 +124,9 @@ class Window:
         self.wait_seconds = 0.0
         self.waiting_since: float | None = None  # time.monotonic(), while `tiles` waits for the disk
         self.waiting_for = ""
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        self._changed = threading.Condition(lock)  # a tile is there, or never will be: `tiles` waits for it
+        self._room = threading.Condition(lock)  # there may be something to read: one reader is woken, which wakes the next
         self._pinned: list[Tile | None] = [None] * self._n
         self._pin_loads: dict[int, _Load] = {}  # by index: pinned tiles, and those on their way
         self._wanted: set[int] = set()  # indices that are to be pinned
@@ -205,7 +207,7 @@ class Window:
             self._release_late()
             self._read_again({load.index for load in missing})
             self._reap()
-            self._changed.notify_all()
+            self._room.notify()
         return taken
 
     def _release_late(self) -> None:
@@ -298,7 +300,7 @@ class Window:
             self._reap()
             self._release_late()
             self._skipped = {skipped for skipped in self._skipped if skipped >= turn}
-            self._changed.notify_all()
+            self._room.notify()
 
     def _over(self, load: _Load) -> None:
         load.over = True
@@ -332,6 +334,7 @@ class Window:
             with self._changed:
                 self._error = self._error or error
                 self._changed.notify_all()
+                self._room.notify_all()
 
     def _take(self) -> tuple[_Load, Extent | None] | None:
         """The next piece to read, once there is one; None when the window is closed."""
@@ -341,8 +344,9 @@ class Window:
                     self._current = self._next_load()
                 if self._current is not None:
                     self._current.pending += 1
+                    self._room.notify()
                     return self._current, self._current.pieces.popleft()
-                self._changed.wait()
+                self._room.wait()
             return None
 
     def _next_load(self) -> _Load | None:
@@ -395,7 +399,7 @@ class Window:
                 if load.over:
                     self._reap()
                     self._release_late()
-                    self._changed.notify_all()
+                    self._room.notify()
                 return
         if tile is None:  # still counted as pending, so that its memory stays
             tile = self._file.tile(self._records[load.index], load.buffer)
@@ -412,7 +416,7 @@ class Window:
         """Stop reading, and give all memory back; the file may be closed afterwards."""
         with self._changed:
             self._closed = True
-            self._changed.notify_all()
+            self._room.notify_all()
         for thread in self._threads:
             thread.join(_PATIENCE)  # one that waits for a disk which stalls is left behind
         for load in [*self._pin_loads.values(), *self._late]:
