@@ -126,7 +126,7 @@ class Window:
         self.waiting_for = ""
         lock = threading.Lock()
         self._changed = threading.Condition(lock)  # a tile is there, or never will be: `tiles` waits for it
-        self._room = threading.Condition(lock)  # there may be something to read: one reader is woken, which wakes the next
+        self._room = threading.Condition(lock)  # there may be something to read: wakes one reader, which wakes the next
         self._pinned: list[Tile | None] = [None] * self._n
         self._pin_loads: dict[int, _Load] = {}  # by index: pinned tiles, and those on their way
         self._wanted: set[int] = set()  # indices that are to be pinned
