@@ -131,7 +131,7 @@ def wait_until_settled(group: Group, run: Run) -> None:
 
 
 def given_back(timeline: Sequence[Sequence[float]]) -> tuple[float, float, float, float]:
-    """Of [seconds, resident, pinned, buffers]: pinned at most, the least after that, seconds to (nearly) there, and at the end."""
+    """Of [seconds, resident, pinned, buffers]: pinned at most, the least later, seconds to about there, at the end."""
     most = max(point[2] for point in timeline)
     last_full = next(i for i, point in enumerate(timeline) if point[2] == most)
     while last_full + 1 < len(timeline) and timeline[last_full + 1][2] == most:
