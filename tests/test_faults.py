@@ -518,8 +518,8 @@ def test_a_size_for_each_rank(runs: Runs) -> None:
     ("options", "line"),
     [
         (["--memory", "1G,1G,1G"], "--memory has 3 sizes, this run has 2 ranks; "),
-        (["--memory", "1G,"], "--memory is '', must be a size"),
-        (["--memory", "1G,auto"], "--memory is 'auto', must be a size"),
+        (["--memory", "1G,"], "--memory is '1G,', must be auto, or one size, or a size for each rank"),
+        (["--memory", "1G,auto"], "--memory is '1G,auto', must be auto, or one size, or a size for each rank"),
         (["--memory", "1G", "--window", "2"], "--window 2 and --memory 1G are both given; "),
         (["--memory", "auto", "--window", "all"], "--window all and --memory auto are both given; "),
     ],
