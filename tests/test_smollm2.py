@@ -156,9 +156,9 @@ def test_the_report_says_what_was_done(mpirun: Launcher, cache: dict[str, str], 
         assert min(rank[key] for key in ("compute_s", "star_s", "read_wait_s")) >= 0
     assert found["ttft_s"] > 0
     assert found["s_per_token"] > 0
-    # The table: a line for each rank.
+    # The tables of memory and of the run: a line for each rank in both.
     lines = result.err.splitlines()
-    assert [line.split()[0] for line in lines if line.startswith(("r0 ", "r1 "))] == ["r0", "r1"]
+    assert [line.split()[0] for line in lines if line.startswith(("r0 ", "r1 "))] == ["r0", "r1"] * 2
     assert any("s/token" in line for line in lines)
 
 
