@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from tpimpi import options, run
+from tpimpi.agree import Stopped, stopping_others
 from tpimpi.errors import InputError, ModelError, StorageError, as_ours
 from tpimpi.formats import F32
 from tpimpi.memory import per_rank
@@ -124,19 +125,19 @@ def _spmd(arguments: list[str], place: _Place) -> int:
     if not star.rank.is_hub:
         try:
             run.take_part(star)
-        except run.Stopped as stopped:
+        except Stopped as stopped:
             place.in_job = False
             return stopped.code
         return 0
-    if arguments[:1] == ["perplexity"]:
-        return _measure_perplexity(arguments[1:], star, place)
+    if arguments and arguments[0] in _TOGETHER:
+        return _TOGETHER[arguments[0]](arguments[1:], star, place)
     return _lead(arguments, star, place, typed)
 
 
 def _lead(arguments: list[str], star: Star, place: _Place, typed: Input | None) -> int:
     """Rank 0. `typed` is standard input where it is read already."""
     place.in_job = False  # until generation begins the others are told to stop, and end by themselves
-    with run.stopping_others(star):
+    with stopping_others(star):
         guests = run.greet(star)
         parsed = options.run_parser().parse_args(arguments)
         options.check_run(parsed)
@@ -343,7 +344,7 @@ def _measure_perplexity(arguments: list[str], star: Star, place: _Place) -> int:
     """Rank 0 of `perplexity`; the other ranks follow as they do in a run."""
     from tpimpi.perplexity import Measurement
 
-    with run.stopping_others(star):
+    with stopping_others(star):
         guests = run.greet(star)
         parsed = options.perplexity_parser().parse_args(arguments)
         options.check_perplexity(parsed)
@@ -378,3 +379,7 @@ def _measure_perplexity(arguments: list[str], star: Star, place: _Place) -> int:
         with contextlib.suppress(OSError):
             result.print_table()
     return 0
+
+
+# Commands that all ranks take part in; on rank 0, the others do what its notes say (run.take_part)
+_TOGETHER: dict[str, Callable[[list[str], Star, _Place], int]] = {"perplexity": _measure_perplexity}

@@ -13,15 +13,16 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import asdict, astuple, dataclass
 from typing import Any, TypeVar
 
 import xxhash
 
 from tpimpi import __version__
+from tpimpi.agree import as_note, heard, or_tell, together
 from tpimpi.backends import NOT_INSTALLED, has_native
-from tpimpi.errors import InputError, SliceError, TpimpiError, as_ours
+from tpimpi.errors import InputError, SliceError
 from tpimpi.generate import Sampler, follow, generate, to_text, until_stop
 from tpimpi.memory import Needs, Place, allowances, places
 from tpimpi.model_formats import ModelFormats
@@ -39,14 +40,6 @@ _MOST_BYTES_A_TOKEN = 16  # of usual text; with more, a prompt is looked at twic
 LONGEST_NAME = 40  # characters of a model's name, and of the shares, in the name of its cache folder
 
 
-class Stopped(Exception):  # noqa: N818  (not an error of this rank)
-    """Rank 0 ended the run before it began; it has said why."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(f"stopped with exit code {code}")
-        self.code = code
-
-
 def cache_name(source: Source, plan: Plan, formats: ModelFormats) -> str:
     """Folder, within the cache folder, of the slices of this model for this plan in these formats."""
     shares = plan.describe().replace(",", "-")
@@ -57,10 +50,6 @@ def cache_name(source: Source, plan: Plan, formats: ModelFormats) -> str:
 
 
 # Agreeing
-
-
-def _note(**values: Any) -> bytes:
-    return json.dumps(values).encode()
 
 
 @dataclass(frozen=True)
@@ -80,7 +69,7 @@ def greet(star: Star) -> list[Guest]:
     """Every rank says who it is. Rank 0 gets them in rank order; raises InputError where versions differ."""
     cores = sorted(os.sched_getaffinity(0))
     about = {"cores": cores, "host_cores": os.cpu_count() or 1, "native": has_native()}
-    notes = star.collect(_note(version=__version__, host=star.rank.host, **about))
+    notes = star.collect(as_note(version=__version__, host=star.rank.host, **about))
     guests = []
     for rank, note in enumerate(notes):
         hello = json.loads(note)
@@ -111,25 +100,12 @@ def without_native(guests: Sequence[Guest]) -> str | None:
     return f"{', '.join(without)}: {NOT_INSTALLED}; {slow}" if without else None
 
 
-@contextmanager
-def stopping_others(star: Star) -> Iterator[None]:
-    """Rank 0: if what is inside fails, the other ranks, which wait for a note, end with the same exit code."""
-    try:
-        yield
-    except BaseException as error:
-        code = as_ours(error).exit_code if isinstance(error, Exception) else 1
-        if isinstance(error, SystemExit):
-            code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        star.tell(_note(stop=code))
-        raise
-
-
 def settle(star: Star, settings: Settings, *, with_tokenizer: bool = True) -> Seat:
     """Rank 0: tell the others the settings, open our slice, and hear whether every rank could open its own.
 
     `furnish` is to follow. The seat has the slice's tokenizer unless another seat has it already.
     """
-    star.tell(_note(settings=asdict(settings)))
+    star.tell(as_note(settings=asdict(settings)))
     opened: list[Seat] = []
 
     def take() -> Seat:
@@ -137,7 +113,7 @@ def settle(star: Star, settings: Settings, *, with_tokenizer: bool = True) -> Se
         return opened[0]
 
     try:
-        seat, notes = _together(star, take)
+        seat, notes = together(star, take)
         for rank, note in enumerate(notes[1:], start=1):
             _check_alike(seat.header, rank, note)
     except BaseException:
@@ -147,33 +123,13 @@ def settle(star: Star, settings: Settings, *, with_tokenizer: bool = True) -> Se
     return seat
 
 
-def _raise_first(problem: TpimpiError | None, notes: Sequence[dict[str, Any]]) -> None:
-    """Raise what went wrong on this rank, or else what a note says of another."""
-    if problem is not None:
-        raise problem
-    troubled = [(f"r{rank} {note['host']}", note) for rank, note in enumerate(notes) if "error" in note]
-    if troubled:
-        where, note = troubled[0]
-        others = ", ".join(other for other, _ in troubled[1:])
-        text = note["error"] + (f" (there is trouble on {others} too)" if others else "")
-        problem = (InputError if note["code"] == InputError.exit_code else TpimpiError)(text)
-        problem.where = where
-        raise problem
-
-
-def _trouble(star: Star, error: Exception) -> bytes:
-    """The note with which a rank tells rank 0 of an error."""
-    ours = as_ours(error)
-    return _note(error=str(ours), code=ours.exit_code, host=star.rank.host)
-
-
 def furnish(star: Star, seats: Sequence[Seat], context: int) -> tuple[RankMemory, list[Furnished]]:
     """Rank 0: every rank takes memory for `context` positions in all of its seats, as far as its promise allows, and
     begins to read.
 
     Returns our own, and what every rank's memory buys, in rank order. Raises InputError where a rank's promise is too small.
     """
-    star.tell(_note(furnish=context))
+    star.tell(as_note(furnish=context))
     memory = RankMemory(seats)
     notes = [json.loads(note) for note in star.collect(_memory_note(memory, context))]
     settings = memory.settings
@@ -187,38 +143,26 @@ def furnish(star: Star, seats: Sequence[Seat], context: int) -> tuple[RankMemory
         found = allowances({r: [Place(*p) for p in note["places"]] for r, note in enumerate(notes)}, hosts, needs)
         promises = [found[rank] for rank in range(star.rank.size)]
         watched = [list(hosts.values()).count(hosts[rank]) for rank in range(star.rank.size)]
-    star.tell(_note(promises=promises, watched=watched))
+    star.tell(as_note(promises=promises, watched=watched))
     try:
-        _together(star, lambda: memory.plan(context, promises[0], watched[0]))
-        star.tell(_note(measure=True))  # all at the same time, as they will read
-        furnished, notes = _together(star, memory.furnish)
+        together(star, lambda: memory.plan(context, promises[0], watched[0]))
+        star.tell(as_note(measure=True))  # all at the same time, as they will read
+        furnished, notes = together(star, memory.furnish)
     except BaseException:
         memory.close()
         raise
     return memory, [furnished, *(Furnished(**note) for note in notes[1:])]
 
 
-def _together(star: Star, work: Callable[[], T]) -> tuple[T, list[dict[str, Any]]]:
-    """Rank 0: do our part of what every rank does, and hear their notes. Raises the first error, ours or another's."""
-    problem, result = None, None
-    try:
-        result = work()
-    except Exception as error:
-        problem = as_ours(error)
-    notes = [json.loads(note) for note in star.collect(_note())]
-    _raise_first(problem, notes)
-    return result, notes  # type: ignore[return-value]
-
-
 def _memory_note(memory: RankMemory, context: int) -> bytes:
     """What a rank needs, and what its host has."""
     found = [astuple(place) for place in places()]
-    return _note(host=memory.star.rank.host, needs=asdict(memory.needs(context)), places=found)
+    return as_note(host=memory.star.rank.host, needs=asdict(memory.needs(context)), places=found)
 
 
 def go(star: Star) -> None:
     """Rank 0: all is well; from now on the others follow."""
-    star.tell(_note(go=True))
+    star.tell(as_note(go=True))
 
 
 def finish(star: Star, memory: RankMemory) -> tuple[list[list[RankFigures]], list[RankTrace]]:
@@ -250,53 +194,43 @@ def _check_alike(header: Header, rank: int, note: dict[str, Any]) -> None:
             )
 
 
+# What rank 0 may ask for before a run, or instead of one: by a note with the `task` of that name, which the part gets.
+TASKS: dict[str, Callable[[Star, dict[str, Any]], None]] = {}
+
+
 def take_part(star: Star) -> None:
     """Ranks other than 0: the whole run, with a seat for each model that rank 0 settles (a run has one).
 
-    Raises Stopped where rank 0 called it off.
+    Raises Stopped where rank 0 ended it before it began.
     """
     greet(star)
     with ExitStack() as stack:
         seats: list[Seat] = []
-        while "settings" in (note := _heard(star)):
+        while "furnish" not in (note := heard(star)):
+            if "task" in note:
+                TASKS[note["task"]](star, note)
+                continue
             settings = Settings(**note["settings"])
-            seat = _or_tell(star, lambda settings=settings: Seat(star, settings))  # type: ignore[misc]
+            seat = or_tell(star, lambda settings=settings: Seat(star, settings))  # type: ignore[misc]
             seats.append(stack.enter_context(closing(seat)))
-            star.collect(_note(host=star.rank.host, **identity(seat.header)))
+            star.collect(as_note(host=star.rank.host, **identity(seat.header)))
         memory = RankMemory(seats)
         stack.enter_context(closing(memory))
         context = note["furnish"]
         star.collect(_memory_note(memory, context))
-        note = _heard(star)
+        note = heard(star)
         rank = star.rank.index
-        _or_tell(star, lambda: memory.plan(context, note["promises"][rank], note["watched"][rank]))
-        star.collect(_note())
-        _heard(star)
-        furnished = _or_tell(star, memory.furnish)
-        star.collect(_note(**asdict(furnished)))
-        _heard(star)
+        or_tell(star, lambda: memory.plan(context, note["promises"][rank], note["watched"][rank]))
+        star.collect(as_note())
+        heard(star)
+        furnished = or_tell(star, memory.furnish)
+        star.collect(as_note(**asdict(furnished)))
+        heard(star)
         follow([seat.model for seat in seats], star)
         star.collect(_figures_note(memory))
         if memory.settings.trace:
             star.clock_offsets()
             star.collect(memory.trace().note())
-
-
-def _or_tell(star: Star, work: Callable[[], T]) -> T:
-    """What `work` returns; what it raises rank 0 is told, which then ends the run."""
-    try:
-        return work()
-    except Exception as error:
-        star.collect(_trouble(star, error))
-        _heard(star)  # raises Stopped
-        raise
-
-
-def _heard(star: Star) -> dict[str, Any]:
-    note: dict[str, Any] = json.loads(star.hear())
-    if "stop" in note:
-        raise Stopped(note["stop"])
-    return note
 
 
 # Rank 0's work

@@ -7,7 +7,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-from tpimpi import options
+from tpimpi import options, tool_options
 from tpimpi.errors import InputError
 from tpimpi.exporting import write_gguf, write_hf
 from tpimpi.formats import WEIGHT_FORMATS
@@ -47,7 +47,7 @@ def _plan(parsed: argparse.Namespace, shape: Shape) -> Plan | None:
     if parsed.kind == "slices":
         if parsed.ranks is None:
             raise InputError("--ranks is missing; say how many slices to make, or write the model --as hf or gguf")
-        return make_plan(shape.config, options.share_weights(parsed.shares, options.ranks_of_slices(parsed)))
+        return make_plan(shape.config, options.share_weights(parsed.shares, tool_options.ranks_of_slices(parsed)))
     for name in ("ranks", "shares"):
         if getattr(parsed, name) is not None:
             raise InputError(f"--{name} is for slices; leave it out with --as {parsed.kind}")

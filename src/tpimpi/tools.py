@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tpimpi import options
+from tpimpi import options, tool_options
 from tpimpi.backends import load_quantizer
 from tpimpi.errors import ModelError, StorageError
 from tpimpi.model_formats import ModelFormats
@@ -33,24 +33,24 @@ def tool(arguments: list[str]) -> int:
     if launched_rank() not in (None, 0):
         return 0
     if arguments[0] == "slice":
-        return _slice(options.slice_parser().parse_args(arguments[1:]))
+        return _slice(tool_options.slice_parser().parse_args(arguments[1:]))
     if arguments[0] == "synth":
         from tpimpi.synthesizing import synthesize
 
         with cleaning_up_on_signals():
-            synthesize(options.synth_parser().parse_args(arguments[1:]))
+            synthesize(tool_options.synth_parser().parse_args(arguments[1:]))
         return 0
     if arguments[0] == "bench":
-        return _bench(options.bench_parser().parse_args(arguments[1:]))
+        return _bench(tool_options.bench_parser().parse_args(arguments[1:]))
     from tpimpi.inspecting import inspect
 
-    parsed = options.inspect_parser().parse_args(arguments[1:])
+    parsed = tool_options.inspect_parser().parse_args(arguments[1:])
     inspect(Path(parsed.path), verify=parsed.verify)
     return 0
 
 
 def _slice(parsed: argparse.Namespace) -> int:
-    weights = options.share_weights(parsed.shares, options.ranks_of_slices(parsed))
+    weights = options.share_weights(parsed.shares, tool_options.ranks_of_slices(parsed))
     with open_source(model_path(parsed.model)) as source:
         formats = choose_formats(source, parsed.format)
         plan = make_plan(source.config, weights)
@@ -62,16 +62,16 @@ def _slice(parsed: argparse.Namespace) -> int:
 
 
 def _bench(parsed: argparse.Namespace) -> int:
-    options.check_bench(parsed)
+    tool_options.check_bench(parsed)
     if parsed.what == "disk":
         return _bench_disk(parsed)
     from tpimpi import benching
 
-    formats, positions = options.bench_formats(parsed.formats), options.bench_positions(parsed.positions)
+    formats, positions = tool_options.bench_formats(parsed.formats), tool_options.bench_positions(parsed.positions)
     backend, remark = benching.choose_backend(parsed.backend)
     if remark:
         print(remark, file=sys.stderr, flush=True)
-    bench = benching.Bench(backend, formats, positions, options.bench_shape(parsed.shape), parsed.threads)
+    bench = benching.Bench(backend, formats, positions, tool_options.bench_shape(parsed.shape), parsed.threads)
     table, limits = bench.run(parsed.seconds, _say_round)
     benching.print_table(table, bench.title(), limits)
     if parsed.json is not None:
@@ -88,7 +88,7 @@ def _bench_disk(parsed: argparse.Namespace) -> int:
     from tpimpi.seat import cache_folder
 
     path = cache_folder() if parsed.path is None else Path(parsed.path)
-    with disk_bench.Bench(path, parsed.readers, options.read_size(parsed.size)) as bench:
+    with disk_bench.Bench(path, parsed.readers, tool_options.read_size(parsed.size)) as bench:
         table = bench.run(parsed.seconds, _say_round)
         disk_bench.print_table(table, bench.title())
         if parsed.json is not None:

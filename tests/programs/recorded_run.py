@@ -57,7 +57,7 @@ def main() -> None:
 
     def recorded_connect():
         found = connect()
-        found._comm = Recorder(found._comm)
+        found._comm = found._post.comm = Recorder(found._comm)
         here.append(found)
         return found
 

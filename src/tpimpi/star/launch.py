@@ -1,0 +1,46 @@
+"""How this process was launched: its rank, as the launcher tells it, before MPI is started."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+# Variables by which the launchers tell a process its rank, and how many there are.
+_RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PALS_RANKID")
+_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE")
+# srun without a plugin for MPI sets these alone; they also stand in an interactive allocation, where there is one task.
+_SLURM_RANK, _SLURM_SIZE = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Which rank this process is, of how many, and on which host."""
+
+    index: int
+    size: int
+    host: str
+
+    @property
+    def is_hub(self) -> bool:
+        return self.index == 0
+
+    def __str__(self) -> str:
+        return f"r{self.index} {self.host}"
+
+
+def _number(variable: str) -> int | None:
+    value = os.environ.get(variable, "")
+    return int(value) if value.isascii() and value.isdecimal() and len(value) < 10 else None
+
+
+def launched_size() -> int:
+    """How many ranks the launcher says it started; 1 where it does not say."""
+    return max((size for name in (*_SIZE_VARIABLES, _SLURM_SIZE) if (size := _number(name)) is not None), default=1)
+
+
+def launched_rank() -> int | None:
+    """The rank that an MPI launcher gave this process, or None where there is no launcher. Does not start MPI."""
+    for name in _RANK_VARIABLES:
+        if (rank := _number(name)) is not None:
+            return rank
+    return _number(_SLURM_RANK) if (_number(_SLURM_SIZE) or 1) > 1 else None

@@ -1,0 +1,207 @@
+"""One rank's end of the star."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from tpimpi.errors import InputError, StarError
+from tpimpi.formats import F32, Bytes
+from tpimpi.star.allreduce import ALGORITHMS, Allreduce
+from tpimpi.star.launch import Rank, launched_rank, launched_size
+from tpimpi.star.post import BULK, CLOCK, CONTROL, HIDDEN, NOTE, Pending, Post
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+ALLREDUCES = tuple(ALGORITHMS)
+BEGIN, FORWARD, FINISH = 1, 2, 3  # operations of a control header; BEGIN's positions are the context
+MAGIC = 0x7470696D7069  # "tpimpi"
+
+DEFAULT_TIMEOUT = 600.0  # seconds a rank waits for another's message in mid-run
+CLOCK_ROUNDS = 16  # round trips to each rank, to compare clocks
+
+
+def connect() -> Star:
+    """Join the run: MPI's world where a launcher started this process, else a star of one rank.
+
+    Raises InputError where the launcher and the MPI library are of two different kinds.
+    """
+    if launched_rank() is None:
+        return Star(None)
+    import mpi4py
+
+    mpi4py.rc.thread_level = "funneled"  # only the main thread talks
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    wanted = launched_size()
+    if wanted != world.size:
+        library = MPI.Get_library_version().split(",")[0].split("\n")[0].strip()
+        raise InputError(
+            f"mpirun started {wanted} ranks, but this process sees {world.size}: mpirun and the MPI library ({library}) "
+            "are of two kinds; use the mpirun of that library, or set MPI4PY_MPIABI=mpich (or openmpi) to change the library"
+        )
+    return Star(world.Clone())  # a communicator of our own, so that no other library's messages meet ours
+
+
+class Star:
+    """One rank's end of the star. `comm` is an MPI communicator, or None for a run of a single rank."""
+
+    def __init__(
+        self, comm: MPI.Intracomm | None, *, timeout: float = DEFAULT_TIMEOUT, allreduce: str = "star"
+    ) -> None:
+        self._post = Post(comm) if comm else None
+        self._comm = comm
+        self.rank = Rank(comm.rank, comm.size, platform.node()) if comm else Rank(0, 1, platform.node())
+        self.timeout = timeout
+        self.algorithm = allreduce
+        self.seconds = 0.0  # spent in allreduces and broadcasts
+        self._others = range(1, self.rank.size)
+        self._control = np.zeros(4, np.int64)
+
+    # Sums and hidden vectors
+
+    def allreduce(self, array: F32) -> None:
+        """Replace `array` (f32, contiguous, the same shape on every rank) by its sum over all ranks, in place."""
+        self.start(array).wait()
+
+    def start(self, array: F32) -> Allreduce:
+        """Begin the sum of `array` over all ranks; it may not be touched until the sum's `wait` has returned.
+
+        Several may be under way; every rank starts them in the same order, and ends them in that order.
+        """
+        assert array.dtype == np.float32 and array.flags.c_contiguous
+        if self._post is None or self.rank.size == 1 or array.size == 0:
+            return Allreduce(None, iter(()), 0, self._spent)
+        began = time.monotonic()
+        steps = ALGORITHMS[self.algorithm](self._post, array.reshape(-1))
+        allreduce = Allreduce(self._post, steps, self.timeout, self._spent)
+        self._spent(time.monotonic() - began)
+        return allreduce
+
+    def _spent(self, seconds: float) -> None:
+        self.seconds += seconds
+
+    def broadcast(self, array: F32) -> None:
+        """Fill `array` (f32, contiguous) on every rank with the hub's."""
+        began = time.monotonic()
+        self._from_hub(array, HIDDEN, began + self.timeout)
+        self.seconds += time.monotonic() - began
+
+    # Control: what to do next
+
+    def command(self, operation: int, positions: int = 0, start: int = 0) -> None:
+        """Hub: tell every rank what comes next."""
+        self._control[:] = MAGIC, operation, positions, start
+        self._from_hub(self._control, CONTROL, time.monotonic() + self.timeout)
+
+    def next_command(self) -> tuple[int, int, int]:
+        """Other ranks: wait, however long it takes, for the hub's next (operation, positions, start)."""
+        self._from_hub(self._control, CONTROL, None)
+        magic, operation, positions, start = (int(value) for value in self._control)
+        if magic != MAGIC or operation not in (BEGIN, FORWARD, FINISH) or positions < 0 or start < 0:
+            raise StarError(
+                f"rank 0 sent the control header {magic, operation, positions, start}, which makes no sense"
+            )
+        return operation, positions, start
+
+    def _from_hub(
+        self, array: npt.NDArray[np.float32] | npt.NDArray[np.int64], tag: int, deadline: float | None
+    ) -> None:
+        if self._post is None:
+            return
+        if self.rank.is_hub:
+            self._post.wait(self._post.send_to(array, self._others, tag), deadline)
+        else:
+            self._post.wait(self._post.receive(array, 0, tag), deadline)
+
+    # Notes: short JSON texts before and after the computing
+
+    def tell(self, note: bytes) -> None:
+        """Hub: send `note` to every other rank."""
+        if self._post is not None:
+            sends = self._post.send_to(np.frombuffer(note, np.uint8), self._others, NOTE)
+            self._post.wait(sends, time.monotonic() + self.timeout)
+
+    def hear(self) -> bytes:
+        """Other ranks: the hub's next note, however long it takes."""
+        assert self._post is not None
+        return self._post.take(0, NOTE, None).tobytes()
+
+    def collect(self, note: bytes) -> list[bytes]:
+        """Every rank gives a note; the hub gets all of them in rank order, the others an empty list."""
+        if self._post is None:
+            return [note]
+        deadline = time.monotonic() + self.timeout
+        if self.rank.is_hub:
+            return [note, *(self._post.take(rank, NOTE, deadline).tobytes() for rank in self._others)]
+        self._post.wait(self._post.send(np.frombuffer(note, np.uint8), 0, NOTE), deadline)
+        return []
+
+    # Bulk: tiles on their way to the rank that needs them
+
+    def start_bulk(self, data: Bytes, rank: int) -> Pending:
+        """Begin to send bytes (uint8 [n], untouched until they are gone) to a rank; `finish_bulk` is to follow."""
+        assert self._post is not None
+        return self._post.send(data, rank, BULK)
+
+    def finish_bulk(self, pending: Pending) -> None:
+        """Wait until what `start_bulk` began is gone."""
+        assert self._post is not None
+        self._post.wait(pending, time.monotonic() + self.timeout)
+
+    def take_bulk(self, source: int) -> Bytes:
+        """The next bytes that a rank sends with `start_bulk`, in the order in which it does: uint8 [n]."""
+        assert self._post is not None
+        return self._post.take(source, BULK, time.monotonic() + self.timeout)
+
+    # Clocks
+
+    def clock_offsets(self, clock: Callable[[], float] = time.monotonic) -> list[float]:
+        """Compare clocks; every rank calls it. The hub gets, in rank order, the seconds to add to each rank's `clock` to
+        have its own (the first is 0); the others get an empty list.
+
+        As NTP does, it takes of CLOCK_ROUNDS round trips the shortest, and the other's clock for the middle of it: wrong by
+        half of that trip at most, and by what the clocks drift apart afterwards.
+        """
+        if self._post is None:
+            return [0.0]
+        deadline = time.monotonic() + self.timeout
+        if self.rank.is_hub:
+            return [0.0, *(self._clock_offset(rank, clock, deadline) for rank in self._others)]
+        asked, answer = np.empty(1, np.float64), np.empty(1, np.float64)
+        for _ in range(CLOCK_ROUNDS):
+            self._post.wait(self._post.receive(asked, 0, CLOCK), deadline)
+            answer[0] = clock()
+            self._post.wait(self._post.send(answer, 0, CLOCK), deadline)
+        return []
+
+    def _clock_offset(self, rank: int, clock: Callable[[], float], deadline: float) -> float:
+        """Hub: seconds to add to the clock of `rank`."""
+        assert self._post is not None
+        here, there = np.empty(1, np.float64), np.empty(1, np.float64)
+        trips = []
+        for _ in range(CLOCK_ROUNDS):
+            reply = self._post.receive(there, rank, CLOCK)
+            here[0] = began = clock()
+            self._post.wait(self._post.send(here, rank, CLOCK), deadline)
+            self._post.wait(reply, deadline)
+            ended = clock()
+            if not math.isfinite(there[0]):
+                raise StarError(f"rank {rank} says that its clock shows {there[0]} s, which makes no sense")
+            trips.append((ended - began, (began + ended) / 2 - float(there[0])))
+        return min(trips)[1]
+
+    def abort(self, code: int) -> NoReturn:
+        """End the job on every rank, now."""
+        if self._comm is not None:
+            self._comm.Abort(code)
+        os._exit(code)
