@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import math
 import os
 import re
 import shlex
@@ -33,6 +34,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 CPU_PERIOD_US = 100_000
+LEAST_QUOTA_US = 1000  # the kernel refuses less
 LARGEST_CHARGE = 2 << 20  # bytes that are counted at once: a large page
 REMOVAL_S = 10.0  # for what is left in a group to die
 RANK = "${OMPI_COMM_WORLD_RANK:-${PMI_RANK:?mpirun gave no rank}}"
@@ -103,12 +105,12 @@ class _Tree1:
         with contextlib.suppress(LimitError):  # not every kernel counts swap
             _write(self.of["memory"] / "memory.memsw.limit_in_bytes", str(nbytes))
 
-    def set_cpu(self, cores: float) -> None:
-        _write(self.of["cpu"] / "cpu.cfs_period_us", str(CPU_PERIOD_US))
-        _write(self.of["cpu"] / "cpu.cfs_quota_us", str(round(cores * CPU_PERIOD_US)))
+    def set_cpu(self, quota_us: int, period_us: int) -> None:
+        _write(self.of["cpu"] / "cpu.cfs_period_us", str(period_us))
+        _write(self.of["cpu"] / "cpu.cfs_quota_us", str(quota_us))
 
-    def set_read_bps(self, disk: str, rate: int | None) -> None:
-        _write(self.of["io"] / "blkio.throttle.read_bps_device", f"{disk} {rate or 0}")  # 0 removes it
+    def set_bps(self, what: str, disk: str, rate: int | None) -> None:
+        _write(self.of["io"] / f"blkio.throttle.{what}_bps_device", f"{disk} {rate or 0}")  # 0 removes it
 
     def peak(self) -> int | None:
         return _number(self.of["memory"] / "memory.max_usage_in_bytes")
@@ -152,11 +154,11 @@ class _Tree2:
         with contextlib.suppress(LimitError):  # not every kernel counts swap
             _write(self._folder / "memory.swap.max", "0")
 
-    def set_cpu(self, cores: float) -> None:
-        _write(self._folder / "cpu.max", f"{round(cores * CPU_PERIOD_US)} {CPU_PERIOD_US}")
+    def set_cpu(self, quota_us: int, period_us: int) -> None:
+        _write(self._folder / "cpu.max", f"{quota_us} {period_us}")
 
-    def set_read_bps(self, disk: str, rate: int | None) -> None:
-        _write(self._folder / "io.max", f"{disk} rbps={rate or 'max'}")
+    def set_bps(self, what: str, disk: str, rate: int | None) -> None:
+        _write(self._folder / "io.max", f"{disk} {what[0]}bps={rate or 'max'}")
 
     def peak(self) -> int | None:
         return _number(self._folder / "memory.peak")
@@ -198,7 +200,8 @@ def _number(path: Path) -> int | None:
 class Group:
     """A control group; `with` makes it, and at the end kills what is left in it and removes it.
 
-    `memory` in bytes, `cpu` in cores, `read_bps` in bytes a second from the disk that `device` (any path) lies on.
+    `memory` in bytes; `cpu` in cores, handed out anew every `cpu_period_us`; `read_bps` and `write_bps` in bytes a second,
+    from and to the disk that `device` (any path on it, or its MAJOR:MINOR) means; v1 limits only direct writing.
     `controllers` are made ready besides those that these need. Raises LimitError.
     """
 
@@ -208,17 +211,22 @@ class Group:
         *,
         memory: int | None = None,
         cpu: float | None = None,
+        cpu_period_us: int = CPU_PERIOD_US,
         read_bps: int | None = None,
-        device: Path | None = None,
+        write_bps: int | None = None,
+        device: Path | str | None = None,
         controllers: Iterable[str] = (),
         trees: Trees | None = None,
     ) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
             raise LimitError(f"a group cannot be named {name!r}; use letters, digits, _ and -")
-        if read_bps is not None and device is None:
-            raise LimitError("read_bps needs device, a path on the disk that is meant")
-        self.name, self.memory, self.cpu, self.read_bps = name, memory, cpu, read_bps
-        self._disk = None if device is None else disk_number(device)
+        if (read_bps, write_bps) != (None, None) and device is None:
+            raise LimitError(
+                f"{'write' if read_bps is None else 'read'}_bps needs device, a path on the disk that is meant"
+            )
+        self.name, self.memory, self.cpu, self.read_bps, self.write_bps = name, memory, cpu, read_bps, write_bps
+        self._cpu_period_us = cpu_period_us
+        self._disk = disk_number(device) if isinstance(device, Path) else device
         needed = {"memory", *controllers} | ({"cpu"} if cpu is not None else set()) | ({"io"} if device else set())
         trees = trees or find_trees()
         self._tree: _Tree1 | _Tree2 = (_Tree1 if "memory" in trees.v1 else _Tree2)(trees, name, needed)
@@ -231,9 +239,12 @@ class Group:
             if self.memory is not None:
                 self._tree.set_memory(self.memory)
             if self.cpu is not None:
-                self._tree.set_cpu(self.cpu)
+                period = max(self._cpu_period_us, math.ceil(LEAST_QUOTA_US / self.cpu))
+                self._tree.set_cpu(round(self.cpu * period), period)
             if self.read_bps is not None:
                 self.set_read_bps(self.read_bps)
+            if self.write_bps is not None and self._disk is not None:
+                self._tree.set_bps("write", self._disk, self.write_bps)
         except BaseException:
             self.remove()
             raise
@@ -272,33 +283,48 @@ class Group:
         """Change how fast it may read, in mid-run; None: as fast as the disk can. `device` must have been given."""
         if self._disk is None:
             raise LimitError(f"group {self.name} was made without a device, so no reading can be limited")
-        self._tree.set_read_bps(self._disk, rate)
+        self._tree.set_bps("read", self._disk, rate)
 
     def pids(self) -> set[int]:
         """The processes in it."""
-        files = [folder / "cgroup.procs" for folder in self.folders]
-        return {int(pid) for file in files if file.exists() for pid in _read(file).split()}
+        return _pids(self.folders)
 
     def remove(self) -> None:
         """Kill what is left in it, and remove it. Raises LimitError where something does not die."""
-        deadline = time.monotonic() + REMOVAL_S
-        left = [folder for folder in self.folders if folder.exists()]
-        while left:
-            for pid in self.pids() - {os.getpid()}:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            for folder in list(left):
-                try:
-                    folder.rmdir()
-                except FileNotFoundError:
-                    left.remove(folder)
-                except OSError as error:  # EBUSY while a process is dying
-                    if error.errno != errno.EBUSY or time.monotonic() > deadline:
-                        raise LimitError(f"group {folder} cannot be removed: {error.strerror}") from error
-                else:
-                    left.remove(folder)
-            if left:
-                time.sleep(0.05)
+        _remove(self.folders)
+
+
+def remove_groups(prefix: str, trees: Trees | None = None) -> None:
+    """Kill what is in the groups whose names begin with `prefix`, whoever made them, and remove them. Raises LimitError."""
+    trees = trees or find_trees()
+    tops = {*trees.v1.values(), *([] if trees.v2 is None else [trees.v2])}
+    _remove([folder for top in sorted(tops) for folder in top.glob(f"{prefix}*") if folder.is_dir()])
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    deadline = time.monotonic() + REMOVAL_S
+    left = [folder for folder in folders if folder.exists()]
+    while left:
+        for pid in _pids(left) - {os.getpid()}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for folder in list(left):
+            try:
+                folder.rmdir()
+            except FileNotFoundError:
+                left.remove(folder)
+            except OSError as error:  # EBUSY while a process is dying
+                if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                    raise LimitError(f"group {folder} cannot be removed: {error.strerror}") from error
+            else:
+                left.remove(folder)
+        if left:
+            time.sleep(0.05)
+
+
+def _pids(folders: Iterable[Path]) -> set[int]:
+    files = [folder / "cgroup.procs" for folder in folders]
+    return {int(pid) for file in files if file.exists() for pid in _read(file).split()}
 
 
 def _make(folder: Path) -> None:

@@ -708,7 +708,7 @@ def test_a_cache_that_cannot_be_is_one_line(tpimpi, tiny: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_while_slicing_leaves_nothing(smollm2: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_while_slicing_leaves_what_can_go_on(smollm2: Path, tmp_path: Path, number: signal.Signals) -> None:
     command = [
         sys.executable,
         "-m",
@@ -729,7 +729,8 @@ def test_a_signal_while_slicing_leaves_nothing(smollm2: Path, tmp_path: Path, nu
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert b"Traceback" not in err
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert left <= {f".rank-{rank}-of-2.h5.partial" for rank in range(2)}
 
 
 @pytest.mark.parametrize("package", ["h5py", "torch"])

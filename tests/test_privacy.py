@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 from conftest import PROGRAMS, Launcher
-from tpimpi.star import CLOCK, CONTROL, HIDDEN, NOTE, PARTIAL, SUM
+from tpimpi import parcels
+from tpimpi.slicefile import SliceFile, slice_name
+from tpimpi.star import BULK, CLOCK, CONTROL, HIDDEN, NOTE, PARTIAL, SUM
 
 PROMPT = "Zanzibar ornithologist whispers quixotic melodies about elderberries. Please continue the story."
 HIDDEN_SIZE, VOCAB, PROMPT_LIMIT = 576, 49152, 200
@@ -20,8 +23,43 @@ HIDDEN_SIZE, VOCAB, PROMPT_LIMIT = 576, 49152, 200
 Message = tuple[int, int, bytes]
 
 
+def odd_parcels(messages: list[Message], slices: Path) -> list[str]:
+    """What there is in BULK messages beside the tiles of the receiver's own slice, each whole, and the end.
+
+    Weights hold any bytes there are, so these are not searched; that they are weights is what is checked.
+    """
+    found, tiles = [], {}
+    for destination, _, data in messages:
+        parcel = np.frombuffer(data, np.uint8)
+        size = sum(24 + -(-piece.nbytes // 8) * 8 for _, _, piece in parcels.frames(parcel))
+        if size != len(data):
+            found.append(f"a parcel of {len(data)} bytes with frames of {size}")
+        for index, kind, piece in parcels.frames(parcel):
+            if kind in (parcels.PIECE, parcels.SUM):
+                tiles.setdefault((destination, index), {parcels.PIECE: b"", parcels.SUM: b""})[kind] += piece.tobytes()
+            elif (index, kind, piece.nbytes) != (0, parcels.END, 0):
+                found.append(f"a frame of kind {kind} with {piece.nbytes} bytes to rank {destination}")
+    for (destination, index), sent in tiles.items():
+        file = SliceFile(slices / slice_name(destination, 3))
+        record = file.records[index]
+        wanted, checksum = b"", xxhash.xxh3_64()
+        tile = file.load(record)
+        for part in record.parts:
+            wanted += (tile.matrices[part.name].data if part.is_matrix else tile.parts[part.name]).tobytes()
+        checksum.update(wanted)
+        file.close()
+        if destination == 0 or record.block.kind not in ("attn", "mlp", "resident"):
+            found.append(f"{record.path} to rank {destination}")
+        if sent != {parcels.PIECE: wanted, parcels.SUM: checksum.intdigest().to_bytes(8, "little")}:
+            found.append(f"bytes that are not {record.path} of rank {destination}")
+    return found
+
+
 def leaks(messages: list[Message], words: set[str], ids: list[int]) -> list[str]:
-    """What `messages` give away: words in any usual encoding, runs of ids as any usual number, or odd shapes."""
+    """What `messages` give away: words in any usual encoding, runs of ids as any usual number, or odd shapes.
+
+    For BULK see `odd_parcels`.
+    """
     found = []
     patterns: list[tuple[str, bytes]] = []
     for word in words:
@@ -48,6 +86,8 @@ def leaks(messages: list[Message], words: set[str], ids: list[int]) -> list[str]
         elif tag == CLOCK:
             if len(data) != 8:
                 found.append(f"a clock of {len(data)} bytes to rank {destination}")
+        elif tag == BULK:
+            continue
         else:
             found.append(f"an unknown tag {tag}")
         found += [what for what, pattern in patterns if pattern in data]
@@ -64,7 +104,7 @@ def recorded(mpirun: Launcher, cache: dict[str, str], tmp_path_factory: pytest.T
         *(str(PROGRAMS / "recorded_run.py"), str(out), "--prompt-file", str(out / "prompt.txt")),
         *("--max-tokens", "24", "--report", str(out / "report.json"), "--stop-file", str(out / "stop.txt")),
         *("--memory", "400M", "--trace", str(out / "trace.json")),
-        env=cache,
+        env={**cache, "TPIMPI_CACHE": str(out / "cache")},  # so that slices are made, and sent
     )
     assert result.code == 0, result.err
     report = json.loads((out / "report.json").read_text())
@@ -95,6 +135,25 @@ def test_messages_give_nothing_away(recorded, smollm2: Path) -> None:
         sums = 60 * (len(report["token_ids"]))
         assert sum(tag in (SUM, PARTIAL) for _, tag, _ in messages) >= sums, "the recorder saw too little"
         assert leaks(messages, words, ids) == []
+
+
+def test_slices_bring_tiles_and_nothing_else(recorded) -> None:
+    out, _ = recorded
+    (slices,) = (out / "cache").glob("*-v2")
+    messages = pickle.loads((out / "messages-0.pickle").read_bytes())
+    bulk = [message for message in messages if message[1] == BULK]
+    assert {destination for destination, _, _ in bulk} == {1, 2}
+    assert sum(len(data) for _, _, data in bulk) > 30e6, "the recorder saw too little"
+    assert odd_parcels(bulk, slices) == []
+    for rank in (1, 2):
+        others = pickle.loads((out / f"messages-{rank}.pickle").read_bytes())
+        assert not [message for message in others if message[1] == BULK]
+    # The search finds what is not a tile.
+    destination, tag, data = bulk[0]
+    more = np.array([0, parcels.PIECE, 8], "<u8").tobytes() + b"Zanzibar"
+    assert odd_parcels([*bulk, (1, BULK, more)], slices)
+    assert odd_parcels([(3 - destination, tag, data), *bulk[1:]], slices)
+    assert odd_parcels([(destination, tag, data[:100] + bytes([data[100] ^ 1]) + data[101:]), *bulk[1:]], slices)
 
 
 def test_the_search_finds_what_it_looks_for(recorded, smollm2: Path) -> None:

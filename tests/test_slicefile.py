@@ -195,7 +195,7 @@ def test_a_file_cut_short_is_refused(slices: Path, tmp_path: Path, part: float) 
     original = slices / slice_name(1, 3)
     size = original.stat().st_size
     length = int(part * size) if isinstance(part, float) else part % size
-    with pytest.raises(SliceError, match=r"rank-1-of-3\.h5 is broken \(.*\); delete it and make the slices again"):
+    with pytest.raises(SliceError, match=r"rank-1-of-3\.h5 is broken \(.*\); delete it and make the slices again, or mend it"):
         contents(damaged(original, tmp_path, lambda data: data[:length]))
 
 
@@ -233,7 +233,7 @@ def test_an_abandoned_writer_leaves_nothing(model: Path, tmp_path: Path) -> None
             make_header(source, make_plan(source.config, SHARES), 1, choose_formats(source, "f32")),
         )
         assert len(list(tmp_path.iterdir())) == 1
-        writer.abort()
+        writer.close()
     assert not list(tmp_path.iterdir())
 
 
@@ -411,7 +411,7 @@ CONFIGS: list[dict[str, Any]] = [
 def refused(path: Path) -> str:
     began = time.monotonic()
     with pytest.raises(
-        SliceError, match=r"^slice file .* is broken \(.*\); delete it and make the slices again$"
+        SliceError, match=r"^slice file .* is broken \(.*\); delete it and make the slices again, or mend it with: python -m tpimpi slice"
     ) as seen:
         SliceFile(path)
     assert time.monotonic() - began < 5

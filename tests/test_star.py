@@ -43,7 +43,13 @@ def test_a_rank_that_hangs_is_named_and_the_job_ends(mpirun: Launcher) -> None:
 def test_a_message_of_the_wrong_size_is_an_error_not_an_answer(mpirun: Launcher) -> None:
     result = mpirun(2, FAULTS, "short", timeout=60)
     assert result.code == 1
-    assert "rank 1 sent 12 bytes where 16 were due" in result.err
+    assert "rank 1 sent 12 bytes where 24 were due" in result.err
+
+
+def test_a_damaged_message_is_an_error_not_an_answer(mpirun: Launcher) -> None:
+    result = mpirun(2, FAULTS, "damaged", timeout=60)
+    assert result.code == 1
+    assert "a message of rank 1 was damaged on its way" in result.err
 
 
 def test_a_control_header_that_makes_no_sense_is_refused(mpirun: Launcher) -> None:

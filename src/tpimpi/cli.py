@@ -15,21 +15,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from tpimpi import options, run
-from tpimpi.agree import Stopped, stopping_others
-from tpimpi.errors import InputError, ModelError, StorageError, as_ours
+from tpimpi import allreduce_bench, linking, options, planning, run, tool_options
+from tpimpi.agree import Stopped, as_note, stopping_others
+from tpimpi.config import ModelConfig
+from tpimpi.errors import InputError, LostError, ModelError, StorageError, as_ours
 from tpimpi.formats import F32
 from tpimpi.memory import per_rank
 from tpimpi.model import PREFILL_CHUNK
+from tpimpi.model_formats import ModelFormats
 from tpimpi.plan import describe_shares, make_plan
 from tpimpi.report import Report, write_json
 from tpimpi.sampling import make_sampler
-from tpimpi.seat import Seat, Settings, cache_folder, print_memory
+from tpimpi.seat import Seat, Settings, print_memory
+from tpimpi.session import Session, Turn
+from tpimpi.shapes import load_shape
 from tpimpi.slicing import choose_formats, wanted_formats
 from tpimpi.sources import open_source
-from tpimpi.star import Star, connect, launched_rank
+from tpimpi.spreading import Where
+from tpimpi.star import LEAVE_TO_OTHERS, Star, connect, launched_rank
 from tpimpi.terminal import STDOUT, Input, repair_streams, write_past_the_launcher
-from tpimpi.tools import COMMANDS, SIGNALS, model_path, slice_into_cache, tool
+from tpimpi.tools import COMMANDS, SIGNALS, model_path, slice_together, spread_slices, tool
 from tpimpi.trace import left_out, write_trace
 
 _STARTED = time.monotonic()
@@ -48,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    if arguments and arguments[0] in COMMANDS:
+    together = launched_rank() is not None and (arguments[:1] == ["slice"] or arguments[:2] == ["bench", "allreduce"])
+    if arguments and arguments[0] in COMMANDS and not together:
         sys.exit(_guarded(lambda given, place: tool(given), arguments))
     sys.exit(_guarded(_spmd, arguments))
 
@@ -62,6 +68,8 @@ def _guarded(command: Callable[[list[str], _Place], int], arguments: list[str]) 
     except BrokenPipeError:
         code, line, where = 1, "", ""  # whoever read our output has gone; there is nobody to tell
     except Exception as error:
+        if isinstance(error, LostError) and place.star is not None and not place.star.rank.is_hub:
+            time.sleep(LEAVE_TO_OTHERS)  # rank 0 or the launcher knows better who is gone, and ends us meanwhile
         ours = as_ours(error)
         code, line, where = ours.exit_code, str(ours), ours.where or place.name()
         if os.environ.get("TPIMPI_TRACEBACK"):
@@ -75,6 +83,8 @@ def _guarded(command: Callable[[list[str], _Place], int], arguments: list[str]) 
     if place.in_job and place.star is not None:
         time.sleep(0.2)  # the launcher relays our line; its own banner would else come before or within it
         place.star.abort(code)
+    if place.star is not None:
+        place.star.close()
     return code
 
 
@@ -141,42 +151,47 @@ def _lead(arguments: list[str], star: Star, place: _Place, typed: Input | None) 
         guests = run.greet(star)
         parsed = options.run_parser().parse_args(arguments)
         options.check_run(parsed)
+        star.allow_silence(parsed.silence)
+        session = None if parsed.session is None else Session(parsed.session)
+        if session is not None:
+            place.at_end.callback(session.close)
+            vars(parsed).update(session.options(options.given_sampling(arguments), vars(parsed)))
         hosts = [guest.host for guest in guests]
         prompt = _prompt(parsed, hosts)
         wishes = _wishes(parsed, hosts)
         _remark(parsed, guests)
-        seat = run.settle(star, _settings(parsed, guests))
+        _settle_allreduce(star, parsed)
+        seat = run.settle(star, _settings(star, parsed, guests))
         tokenizer = seat.tokenizer
         assert tokenizer is not None
         report = Report(seat.header.model, seat.header.format, seat.backend.name, star.algorithm)
-        hub = run.Hub(seat, tokenizer, wishes, report)
+        hub = run.Hub(seat, tokenizer, wishes, report, session)
         place.at_end.callback(hub.close)
-        ids = None if prompt is None else hub.check(prompt)
-        furnished = hub.furnish(ids)
-        if ids is not None:
-            hub.check(str(prompt))
+        turn = hub.interrupted() if prompt is None else hub.check(prompt)
+        furnished = hub.furnish(None if turn is None else turn.ids)
+        turn = hub.interrupted() if prompt is None else hub.check(prompt)  # is there still room?
         if not parsed.quiet:
             print_memory(furnished, always=parsed.memory is not None)
     place.in_job = star.rank.size > 1
     run.go(star)
     report.load_s = time.monotonic() - _STARTED
     code = 0
-    if ids is not None:
-        _answer(hub, ids)
-    else:
+    if turn is not None:
+        _answer(hub, turn)
+    if prompt is None:
         for line in (typed or Input()).lines("> "):
             if not line.strip():
                 continue
             try:
-                ids_of_line = hub.check(line)
+                turn = hub.check(line)
             except InputError as error:
                 code = error.exit_code
                 print(f"{place.name()}: {error}", file=sys.stderr, flush=True)
                 continue
-            _answer(hub, ids_of_line)
+            _answer(hub, turn)
     traces = hub.finish()
     place.in_job = False
-    if ids is None and not report.answers and code == 0:
+    if turn is None and code == 0:
         raise _without_prompt()
     if parsed.report is not None:
         report.write(Path(parsed.report))
@@ -202,10 +217,10 @@ def _plot_memory(report: Report, path: Path) -> None:
     plot_memory([Timeline(f"r{r.rank} {r.host}", r.timeline, r.memory_bytes) for r in report.ranks], path)
 
 
-def _answer(hub: run.Hub, ids: list[int]) -> None:
+def _answer(hub: run.Hub, turn: Turn) -> None:
     """Print the answer to one prompt as it comes, and end it with a line end."""
     last = ""
-    for piece in hub.answer(ids):
+    for piece in hub.answer(turn):
         last = piece
         _print(piece)
     if not last.endswith("\n"):
@@ -263,7 +278,7 @@ def _wishes(parsed: argparse.Namespace, hosts: list[str]) -> run.Wishes:
     except UnicodeEncodeError as error:
         raise InputError("--stop holds bytes that are not UTF-8; write it in UTF-8") from error
 
-    def sampler() -> Callable[[F32, Sequence[int]], int]:
+    def sampler(seed: int | None, drawn: int) -> Callable[[F32, Sequence[int]], int]:
         try:
             sample = make_sampler(
                 temperature=parsed.temperature,
@@ -271,7 +286,8 @@ def _wishes(parsed: argparse.Namespace, hosts: list[str]) -> run.Wishes:
                 top_p=parsed.top_p,
                 min_p=parsed.min_p,
                 repetition_penalty=parsed.repetition_penalty,
-                seed=parsed.seed,
+                seed=seed,
+                drawn=drawn,
             )
         except ValueError as error:
             raise InputError(f"--{error}") from error
@@ -286,8 +302,8 @@ def _wishes(parsed: argparse.Namespace, hosts: list[str]) -> run.Wishes:
 
         return checked
 
-    sampler()  # so that a bad value is said now
-    return run.Wishes(sampler, parsed.max_tokens, parsed.context, parsed.raw, stops, parsed.ignore_eos)
+    sampler(parsed.seed, 0)  # so that a bad value is said now
+    return run.Wishes(*(sampler, parsed.seed, parsed.max_tokens, parsed.context, parsed.raw, stops, parsed.ignore_eos))
 
 
 def _remark(parsed: argparse.Namespace, guests: Sequence[run.Guest]) -> None:
@@ -298,17 +314,30 @@ def _remark(parsed: argparse.Namespace, guests: Sequence[run.Guest]) -> None:
         _say(remark)
 
 
-def _settings(parsed: argparse.Namespace, guests: Sequence[run.Guest]) -> Settings:
+def _settle_allreduce(star: Star, parsed: argparse.Namespace) -> None:
+    """Measure the links; --allreduce is then a rule."""
+    parsed.allreduce, line = linking.settle_allreduce(star, parsed.allreduce, parsed.wire)
+    _say(None if parsed.quiet else line)
+
+
+def _settings(star: Star, parsed: argparse.Namespace, guests: Sequence[run.Guest]) -> Settings:
     """Find or make the slices, and say how to use them."""
     ranks, memory = len(guests), options.memory_sizes(parsed.memory)
-    fingerprint, fmt, weights, cache_name = "", "", options.share_weights(parsed.shares, ranks), None
+    fingerprint, fmt, cache_name = "", "", None
+    auto = parsed.shares == options.AUTO
+    if auto and parsed.slices is not None:
+        raise InputError("--shares auto chooses shares for slices that are yet to be made; leave out --slices, or --shares")
+    weights = [] if auto else options.share_weights(parsed.shares, ranks)
     if parsed.slices is None:
         with open_source(model_path(parsed.model)) as source:
             formats = choose_formats(source, parsed.format)
+            if auto:
+                names = run.cache_names(source, formats)
+                weights = planning.auto_shares(star, guests, parsed, source.config, formats, names)
             plan = make_plan(source.config, weights)
             fingerprint, fmt = source.fingerprint(), formats.key()
             cache_name = run.cache_name(source, plan, formats)
-            slice_into_cache(source, plan, formats, cache_folder() / cache_name, quiet=parsed.quiet)
+            spread_slices(star, source, plan, formats, Where(None, cache_name), quiet=parsed.quiet)
     else:
         if parsed.format != "auto":
             fmt = wanted_formats(parsed.format, layers=1).key()
@@ -324,6 +353,7 @@ def _settings(parsed: argparse.Namespace, guests: Sequence[run.Guest]) -> Settin
         backend=parsed.backend,
         threads=parsed.threads,
         allreduce=parsed.allreduce,
+        wire=parsed.wire,
         timeout=parsed.timeout,
         cores_shared_by=[sum(map(guest.shares_cores_with, guests)) for guest in guests],
         memory=None if memory is None else per_rank(memory, ranks),
@@ -348,12 +378,14 @@ def _measure_perplexity(arguments: list[str], star: Star, place: _Place) -> int:
         guests = run.greet(star)
         parsed = options.perplexity_parser().parse_args(arguments)
         options.check_perplexity(parsed)
+        star.allow_silence(parsed.silence)
         text = options.read_text("the text", parsed.text)
         _remark(parsed, guests)
-        wanted = [_settings(parsed, guests)]
+        _settle_allreduce(star, parsed)
+        wanted = [_settings(star, parsed, guests)]
         if parsed.against is not None:
             reference = {**vars(parsed), "format": parsed.against, "kv": "auto", "slices": None}
-            wanted.append(_settings(argparse.Namespace(**reference), guests))
+            wanted.append(_settings(star, argparse.Namespace(**reference), guests))
         seats: list[Seat] = []
         for settings in wanted:
             apart = dataclasses.replace(settings, logits_of=PREFILL_CHUNK)
@@ -381,5 +413,61 @@ def _measure_perplexity(arguments: list[str], star: Star, place: _Place) -> int:
     return 0
 
 
+def _slice(arguments: list[str], star: Star, place: _Place) -> int:
+    """Rank 0 of `slice` under mpirun."""
+    place.in_job = False  # the others are told to stop, and end by themselves
+    with stopping_others(star):
+        slice_together(arguments, star, run.greet(star))
+    star.tell(as_note(stop=0))
+    return 0
+
+
+def _bench(arguments: list[str], star: Star, place: _Place) -> int:
+    """Rank 0 of `bench allreduce`."""
+    place.in_job = False
+    with stopping_others(star):
+        allreduce_bench.bench(arguments, star, [guest.host for guest in run.greet(star)])
+    star.tell(as_note(stop=0))
+    return 0
+
+
+def _plan(arguments: list[str], star: Star, place: _Place) -> int:
+    """Rank 0 of `plan`; the other ranks measure when they are told to."""
+    place.in_job = False
+    with stopping_others(star):
+        guests = run.greet(star)
+        parsed = tool_options.plan_parser().parse_args(arguments)
+        tool_options.check_plan(parsed)
+        star.allow_silence(parsed.silence)
+        config, formats, name = _planned_model(parsed)
+        planning.plan(star, guests, parsed, config, formats, name)
+    star.tell(as_note(stop=0))
+    return 0
+
+
+def _doctor(arguments: list[str], star: Star, place: _Place) -> int:
+    """Rank 0 of `doctor`, and all of `doctor --hostfile`."""
+    from tpimpi import doctor
+
+    place.in_job = False
+    with stopping_others(star):
+        return doctor.lead(arguments, star)
+
+
+def _planned_model(parsed: argparse.Namespace) -> tuple[ModelConfig, ModelFormats, str]:
+    """What `plan` is about: the model's config, its formats and its name."""
+    if parsed.shape is not None:
+        shape = load_shape(parsed.shape, parsed.layers)
+        return shape.config, wanted_formats(parsed.format or "q4_0", shape.config.layers), shape.name
+    with open_source(model_path(parsed.model)) as source:
+        return source.config, choose_formats(source, parsed.format or "auto"), source.path.stem
+
+
 # Commands that all ranks take part in; on rank 0, the others do what its notes say (run.take_part)
-_TOGETHER: dict[str, Callable[[list[str], Star, _Place], int]] = {"perplexity": _measure_perplexity}
+_TOGETHER: dict[str, Callable[[list[str], Star, _Place], int]] = {
+    "perplexity": _measure_perplexity,
+    "bench": _bench,
+    "plan": _plan,
+    "slice": _slice,
+    "doctor": _doctor,
+}

@@ -5,6 +5,7 @@
     │   ├── ModelError     a model: its config, tensors, tokenizer
     │   └── SliceError     a slice file: broken, or of something else
     ├── StarError          another rank is gone, late, or says nonsense
+    │   └── LostError      the connection to another rank broke
     └── StorageError       a disk is full, or a file cannot be written
 
 A message is one line and names the thing, the value found, the value needed, and what to do about it.
@@ -39,6 +40,10 @@ class SliceError(InputError):
 
 class StarError(TpimpiError):
     """Another rank did not answer in time, or sent something that the protocol does not allow."""
+
+
+class LostError(StarError):
+    """The connection to another rank broke: its process died, or its machine or network is gone."""
 
 
 class StorageError(TpimpiError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,13 +15,16 @@ from tpimpi.formats import WEIGHT_FORMATS
 from tpimpi.memory import parse_size
 from tpimpi.plotting import check_plot
 from tpimpi.report import check_writable
-from tpimpi.star import ALLREDUCES, DEFAULT_TIMEOUT
+from tpimpi.session import SAMPLING
+from tpimpi.star import ALLREDUCES, DEFAULT_SILENCE, DEFAULT_TIMEOUT, LEAST_SILENCE, WIRES
 from tpimpi.terminal import MOST_LINE
 from tpimpi.trace import BEGINNING
 from tpimpi.window import SMALLEST_WINDOW
 
 MOST_THREADS = 1024
+MOST_SILENCE = 86400  # seconds
 MOST_TEXT = MOST_LINE  # bytes of a prompt file, or of a text that is measured
+AUTO = "auto"  # of --shares: those that are predicted to be fastest
 CHUNK = 512  # positions of a chunk of such a text, where the model has as many
 
 DESCRIPTION = """\
@@ -33,6 +37,9 @@ Run a large language model across the machines you own.
     python -m tpimpi perplexity FILE [--against f32]                 how well a model predicts a text; what a format costs
     python -m tpimpi bench kernels                                   how fast the kernels are on this machine
     python -m tpimpi bench disk [PATH] [--readers N]                 how fast the disk under the slices is
+    mpirun -np 4 --hostfile home.txt python -m tpimpi bench allreduce how fast the network between the ranks is
+    python -m tpimpi doctor --hostfile home.txt                      whether these machines can work together, and what to mend
+    mpirun -np 4 --hostfile home.txt python -m tpimpi doctor         what each rank has, and what is wrong
 """
 
 
@@ -55,9 +62,9 @@ def run_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"tpimpi {__version__}")
-    _add_model(parser)
+    add_model(parser)
     _add_prompt_and_answer(parser)
-    _add_computing(parser)
+    add_computing(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--quiet", action="store_true", help="only the text, and errors")
     group.add_argument("--report", metavar="FILE", help="write text, token ids and times as JSON")
@@ -68,7 +75,7 @@ def run_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -86,7 +93,16 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help=f"format of the weights: auto, {', '.join(WEIGHT_FORMATS)}; beside q4_0 and q4_1 the head and the embedding "
         "are q8_0 (default auto: each tensor's own, or the nearest that there is)",
     )
-    group.add_argument("--shares", metavar="3,1,1,1", help="proportion of the model for each rank (default: equal)")
+    add_shares(group)
+
+
+def add_shares(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--shares",
+        metavar="3,1,1,1",
+        help="proportion of the model for each rank; auto: measure the ranks, and choose what is predicted to be fastest "
+        "(default: equal)",
+    )
 
 
 def _add_prompt_and_answer(parser: argparse.ArgumentParser) -> None:
@@ -101,6 +117,12 @@ def _add_prompt_and_answer(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--raw", action="store_true", help="complete the text as it is, without the model's chat template"
+    )
+    group.add_argument(
+        "--session",
+        metavar="FILE",
+        help="keep the conversation in this file, and go on where it ends, in mid-answer too; read and written by rank 0 "
+        "alone, with the sampling options that it was begun with",
     )
     group = parser.add_argument_group("answer")
     group.add_argument("--max-tokens", type=int, default=256, metavar="N", help="at most so many (default 256)")
@@ -141,7 +163,7 @@ def _add_prompt_and_answer(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ignore-eos", action="store_true", help="go on past the model's end of text")
 
 
-def _add_computing(parser: argparse.ArgumentParser) -> None:
+def add_computing(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("computing")
     group.add_argument(
         "--backend", default="auto", choices=NAMES, help="what computes (default auto: native if installed, else torch)"
@@ -165,14 +187,33 @@ def _add_computing(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, metavar="N", help="of each rank (default: its cores, shared among the ranks on its host)"
     )
     group.add_argument(
-        "--allreduce", default="star", choices=ALLREDUCES, help="how partial results are added (default star)"
+        "--allreduce",
+        default="auto",
+        choices=ALLREDUCES,
+        help="how partial results are added (default auto: the fastest of star, exchange and mesh for each size, as "
+        "measured at the start; they give the same numbers)",
+    )
+    group.add_argument(
+        "--wire",
+        default="f32",
+        choices=WIRES,
+        help="how numbers travel: f32 (default), or rounded to bf16 or q8_0, which is less to send and less exact",
     )
     group.add_argument(
         "--timeout",
         type=float,
         default=DEFAULT_TIMEOUT,
         metavar="S",
-        help=f"seconds a rank waits for another before it ends the job (default {DEFAULT_TIMEOUT:.0f})",
+        help="seconds a rank that is there may keep another waiting before the run ends (default "
+        f"{DEFAULT_TIMEOUT:.0f})",
+    )
+    group.add_argument(
+        "--silence",
+        type=float,
+        default=DEFAULT_SILENCE,
+        metavar="S",
+        help="seconds without a sign of life, of its process, machine or network, after which a rank is gone, and the run "
+        f"ends (default {DEFAULT_SILENCE:.0f}, at least {LEAST_SILENCE:.0f})",
     )
 
 
@@ -197,12 +238,19 @@ def perplexity_parser() -> argparse.ArgumentParser:
         help=f"positions of each chunk, 2 or more (default {CHUNK}, or what the model has)",
     )
     group.add_argument("--max-tokens", type=int, metavar="N", help="use the first N tokens of the text (default: all)")
-    _add_model(parser)
-    _add_computing(parser)
+    add_model(parser)
+    add_computing(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--quiet", action="store_true", help="only the result, and errors")
     group.add_argument("--report", metavar="FILE", help="write everything that was measured as JSON")
     return parser
+
+
+def given_sampling(arguments: Sequence[str]) -> dict[str, object]:
+    """The options of a conversation (session.SAMPLING) that a run's arguments give; None for the others."""
+    left_out = argparse.Namespace(**dict.fromkeys(SAMPLING))
+    parsed = vars(run_parser().parse_args(arguments, left_out))
+    return {name: parsed[name] for name in SAMPLING}
 
 
 # What argparse cannot check
@@ -219,6 +267,10 @@ def check_run(options: argparse.Namespace, least: int = 1) -> None:
         raise InputError(f"--threads is {options.threads}, must be 1 to {MOST_THREADS}")
     if not 0 < options.timeout < float("inf"):
         raise InputError(f"--timeout is {options.timeout:g}, must be a number of seconds over 0")
+    if not LEAST_SILENCE <= options.silence <= MOST_SILENCE:
+        raise InputError(f"--silence is {options.silence:g}, must be {LEAST_SILENCE:.0f} to {MOST_SILENCE} seconds")
+    if options.allreduce == "library" and options.wire != "f32":
+        raise InputError(f"--allreduce library adds f32 alone, and --wire is {options.wire}; give another --allreduce")
     window_blocks(options.window)
     memory_sizes(options.memory)
     if options.window is not None and options.memory is not None:
@@ -228,7 +280,7 @@ def check_run(options: argparse.Namespace, least: int = 1) -> None:
 
 def _check_outputs(options: argparse.Namespace) -> None:
     """Raise InputError where a file that is to be written cannot be, or would replace another that this run uses."""
-    named = [getattr(options, name, None) for name in ("model", "prompt_file", "stop_file", "text")]
+    named = [getattr(options, name, None) for name in ("model", "prompt_file", "stop_file", "text", "session")]
     inputs = [path for path in named if path]
     if options.report is not None:
         check_writable(options.report, inputs=inputs)
@@ -237,7 +289,8 @@ def _check_outputs(options: argparse.Namespace) -> None:
     if (plot := getattr(options, "plot", None)) is not None:
         check_plot(plot, "--plot", inputs)
     taken: dict[Path, str] = {}
-    for option, given in (("--report", options.report), ("--trace", trace), ("--plot", plot)):
+    session = getattr(options, "session", None)
+    for option, given in (("--session", session), ("--report", options.report), ("--trace", trace), ("--plot", plot)):
         if given is not None and not (Path(given).exists() and not Path(given).is_file()):  # a device takes anything
             other = taken.setdefault(Path(given).resolve(), option)
             if other != option:
@@ -278,6 +331,8 @@ def share_weights(text: str | None, ranks: int) -> list[float]:
     """The meaning of `--shares` for so many ranks; equal shares where it is not given."""
     if text is None:
         return [1.0] * ranks
+    if text == AUTO:
+        raise InputError(f"--shares {AUTO} measures the ranks' machines: start it with mpirun, or give numbers such as 2,1")
     try:
         weights = [float(number) for number in text.split(",")]
     except ValueError:

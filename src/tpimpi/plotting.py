@@ -1,4 +1,4 @@
-"""Pictures: the memory of each rank over time (`--plot`), and a stretch of a trace (bench/draw_trace.py).
+"""Pictures: the memory of each rank over time (`--plot`), a stretch of a trace (bench/draw_trace.py), and lines.
 
 matplotlib is an optional extra, imported only when something is drawn: it takes 45 to 60 MB.
 """
@@ -31,6 +31,7 @@ LONGEST_LABEL = 24  # characters
 
 _INK, _GRID = "#1a202c", "#e2e8f0"
 _PINNED, _BUFFERS, _REST, _PROMISE = "#2b6cb0", "#ed8936", "#cbd5e0", "#c53030"
+_LINES = ("#c53030", "#2b6cb0", "#2f855a", "#ed8936", "#805ad5", "#718096", "#319795")
 # For each kind a shade for attention and the head, and one for the MLP.
 _SHADES = {
     "read": ("#ed8936", "#f6ad55"),
@@ -277,7 +278,56 @@ def _runs(bars: Sequence[_Bar], gap: float) -> Iterator[Sequence[_Bar]]:
             first = after
 
 
-# Both
+# Lines
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a panel: points (x[i], y[i]), over 0. A `limit` is drawn as one."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    limit: bool = False
+
+
+def plot_lines(
+    panels: Sequence[tuple[str, Sequence[Line]]],
+    path: Path,
+    axes_are: tuple[str, str],
+    option: str = "--plot",
+    *,
+    ticks: Sequence[float] = (),
+) -> None:
+    """Draw panels (title, lines) side by side as a PNG or SVG, both axes logarithmic and called `axes_are`; `ticks` are the
+    numbers along x, where not matplotlib's own. A label has the same colour in all of them. Raises StorageError."""
+    figure = _figure(1.4 + 4.4 * len(panels), 4.4)
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    labels = list(dict.fromkeys(line.label for _, lines in panels for line in lines if not line.limit))
+    handles: dict[str, Any] = {}
+    for axes, (title, lines) in zip(grid.flat, panels, strict=True):
+        for line in lines:
+            if line.limit:
+                look: dict[str, Any] = {"color": _INK, "linestyle": (0, (5, 3)), "linewidth": 1.3}
+            else:
+                look = {"color": _LINES[labels.index(line.label) % len(_LINES)], "marker": ".", "linewidth": 1.6}
+            handles[line.label] = axes.plot(line.x, line.y, label=_label(line.label), **look)[0]
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        if ticks:
+            axes.set_xticks(list(ticks), [f"{tick:g}" for tick in ticks])
+            axes.set_xticks([], minor=True)
+        axes.set_title(title, loc="left", fontsize=9.5, color=_INK, parse_math=False)
+        axes.set_xlabel(axes_are[0], color=_INK)
+        axes.grid(color=_GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+    grid.flat[0].set_ylabel(axes_are[1], color=_INK)
+    names = [_label(label) for label in handles]
+    figure.legend(list(handles.values()), names, loc="outside upper center", ncols=7, frameon=False)
+    _write(figure, path, path.suffix.lower().removeprefix(".") or "png", option)
+
+
+# All of them
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, astuple, dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import xxhash
 
-from tpimpi import __version__
+from tpimpi import __version__, allreduce_bench, examining, linking, measuring, spreading
 from tpimpi.agree import as_note, heard, or_tell, together
 from tpimpi.backends import NOT_INSTALLED, has_native
 from tpimpi.errors import InputError, SliceError
@@ -29,6 +31,7 @@ from tpimpi.model_formats import ModelFormats
 from tpimpi.plan import Plan
 from tpimpi.report import Answer, RankFigures, Report
 from tpimpi.seat import CONTEXT, Furnished, RankMemory, Seat, Settings, identity
+from tpimpi.session import Session, Turn
 from tpimpi.sliceheader import FORMAT_VERSION, Header
 from tpimpi.sources import Source
 from tpimpi.star import FINISH, Star
@@ -45,8 +48,14 @@ def cache_name(source: Source, plan: Plan, formats: ModelFormats) -> str:
     shares = plan.describe().replace(",", "-")
     if len(shares) > LONGEST_NAME:
         shares = f"{plan.ranks}-ranks-{xxhash.xxh3_64_hexdigest(shares.encode())}"
+    before, after = cache_names(source, formats)
+    return f"{before}{shares}{after}"
+
+
+def cache_names(source: Source, formats: ModelFormats) -> tuple[str, str]:
+    """What stands before and after the shares in such a name."""
     name = f"{source.path.stem[:LONGEST_NAME]}-{source.fingerprint()[:12]}"
-    return f"{name}-{formats.key()}-{shares}-v{FORMAT_VERSION}"
+    return f"{name}-{formats.key()}-", f"-v{FORMAT_VERSION}"
 
 
 # Agreeing
@@ -65,14 +74,17 @@ class Guest:
         return self.host == other.host and bool(self.cores & other.cores)
 
 
+def meet(star: Star) -> list[dict[str, Any]]:
+    """Every rank says who it is. Rank 0 gets what they say in rank order, whatever their versions, the others nothing."""
+    cores = sorted(os.sched_getaffinity(0))
+    about = {"cores": cores, "host_cores": os.cpu_count() or 1, "native": has_native(), "tasks": sorted(TASKS)}
+    return [json.loads(note) for note in star.collect(as_note(version=__version__, host=star.rank.host, **about))]
+
+
 def greet(star: Star) -> list[Guest]:
     """Every rank says who it is. Rank 0 gets them in rank order; raises InputError where versions differ."""
-    cores = sorted(os.sched_getaffinity(0))
-    about = {"cores": cores, "host_cores": os.cpu_count() or 1, "native": has_native()}
-    notes = star.collect(as_note(version=__version__, host=star.rank.host, **about))
     guests = []
-    for rank, note in enumerate(notes):
-        hello = json.loads(note)
+    for rank, hello in enumerate(meet(star)):
         if hello["version"] != __version__:
             raise InputError(
                 f"rank {rank} on {hello['host']} runs tpimpi {hello['version']}, rank 0 runs {__version__}; "
@@ -195,7 +207,13 @@ def _check_alike(header: Header, rank: int, note: dict[str, Any]) -> None:
 
 
 # What rank 0 may ask for before a run, or instead of one: by a note with the `task` of that name, which the part gets.
-TASKS: dict[str, Callable[[Star, dict[str, Any]], None]] = {}
+TASKS: dict[str, Callable[[Star, dict[str, Any]], None]] = {
+    spreading.TASK: spreading.take_slices,
+    linking.TASK: linking.follow,
+    examining.TASK: examining.take_part,
+    allreduce_bench.TASK: allreduce_bench.follow,
+    **measuring.TASKS,
+}
 
 
 def take_part(star: Star) -> None:
@@ -240,7 +258,8 @@ def take_part(star: Star) -> None:
 class Wishes:
     """How prompts are to be answered. `context` None: as much as prompt and answer need."""
 
-    sample: Callable[[], Sampler]  # a fresh sampler for each prompt, so that a seed means the same for each
+    sample: Callable[[int, int], Sampler]  # for each answer a fresh one: a seed, and how many draws were made before
+    seed: int | None  # the same for each answer; None: each has its own
     max_tokens: int
     context: int | None
     raw: bool
@@ -253,10 +272,22 @@ class Hub:
 
     memory: RankMemory | None = None
 
-    def __init__(self, seat: Seat, tokenizer: Tokenizer | TokenIds, wishes: Wishes, report: Report) -> None:
-        """`furnish` is to follow. Raises InputError for a context beyond the model's, and for wishes that need a tokenizer
-        where there is none."""
+    def __init__(
+        self,
+        seat: Seat,
+        tokenizer: Tokenizer | TokenIds,
+        wishes: Wishes,
+        report: Report,
+        session: Session | None = None,
+    ) -> None:
+        """`furnish` is to follow. With a session all prompts are turns of its conversation, else each stands for itself.
+
+        Raises InputError for a context beyond the model's, for wishes that need a tokenizer where there is none, and for a
+        session that was begun with another model."""
         self.seat, self.tokenizer, self.wishes, self.report = seat, tokenizer, wishes, report
+        self.session = session
+        if session is not None:
+            session.check_model(seat.header.model, seat.header.fingerprint, seat.header.config.vocab)
         self._most = seat.header.config.context
         if wishes.context is not None and wishes.context > self._most:
             raise InputError(f"--context is {wishes.context}, this model has {self._most} positions; give at most that")
@@ -276,12 +307,19 @@ class Hub:
         self._limit = min([self._limit, *rooms])
         return furnished
 
-    def check(self, prompt: str) -> list[int]:
-        """Token ids of a prompt as the model gets it. Raises InputError where it is empty or too long."""
+    def check(self, prompt: str) -> Turn:
+        """A prompt as the model gets it, with what was said before; or the turn that the session ends with, if that has the
+        same prompt and was interrupted. Raises InputError where the prompt is empty or too long, or is not that turn's."""
         if not prompt.strip():
             raise InputError("the prompt is empty; give some text")
-        raw = self.wishes.raw or not self.tokenizer.has_chat_template
-        encode = self.tokenizer.encode if raw else self.tokenizer.encode_chat
+        if (turn := self.interrupted()) is not None:
+            if turn.prompt != prompt:
+                raise InputError(
+                    "the session ends with an interrupted answer to another prompt; run without a prompt to go on with it "
+                    "(with --max-tokens 1 it ends where it is), then give this one"
+                )
+            return turn
+        encode = self._encoding()
         # Encoding takes 150 bytes of memory for each of the text, so what is far too long is not encoded whole to see that.
         beginning = prompt[: self._limit * _MOST_BYTES_A_TOKEN]
         if beginning != prompt and (found := len(encode(beginning))) > self._limit:
@@ -291,45 +329,77 @@ class Hub:
             raise InputError("the prompt has no tokens; give some text")
         if len(ids) >= self._limit:
             raise self._too_long(str(len(ids)))
-        return ids
+        return Turn(prompt, ids, secrets.randbits(63) if self.wishes.seed is None else self.wishes.seed)
+
+    def _encoding(self) -> Callable[[str], list[int]]:
+        """How a prompt becomes ids, what was said before included."""
+        said = [] if self.session is None else self.session.turns
+        if not self.wishes.raw and self.tokenizer.has_chat_template:
+            return partial(self.tokenizer.encode_chat, said=[(turn.prompt, turn.text) for turn in said])
+        if not said:
+            return self.tokenizer.encode
+        before = [*said[-1].ids, *said[-1].tokens]
+        return lambda prompt: [*before, *self.tokenizer.encode(prompt, special=False)]
+
+    def interrupted(self) -> Turn | None:
+        """The turn that the session ends with, if it was interrupted. Raises InputError where there is no room for it."""
+        turn = None if self.session is None else self.session.unfinished
+        if turn is not None and len(turn.ids) >= self._limit:
+            raise self._too_long(str(len(turn.ids)))
+        return turn
 
     def _too_long(self, tokens: str) -> InputError:
         remedy = "shorten it"
+        if self.session is not None and self.session.turns:
+            remedy = "begin another --session"
         if self.wishes.context is not None and self._limit < self._most:
             remedy += f", or raise --context (up to {self._most})"
         elif self._limit < self._most:
             remedy += ", or raise --memory"
-        return InputError(f"the prompt has {tokens} tokens, the context is {self._limit} positions; {remedy}")
+        what = "the prompt" if self.session is None or not self.session.turns else "the conversation"
+        return InputError(f"{what} has {tokens} tokens, the context is {self._limit} positions; {remedy}")
 
-    def answer(self, ids: list[int]) -> Iterator[str]:
-        """Text that follows the prompt `ids`, as it comes; the report has its figures when it is done."""
-        wishes, model = self.wishes, self.seat.model
-        max_tokens = min(wishes.max_tokens, self._limit - len(ids))
-        made: list[int] = []
+    def answer(self, turn: Turn) -> Iterator[str]:
+        """Text of the answer, as it comes, first what there is of it; the report has its figures when it is done."""
+        wishes, model, session = self.wishes, self.seat.model, self.session
+        if session is not None:
+            session.begin(turn)
+        room = self._limit - len(turn.ids)
+        max_tokens = min(wishes.max_tokens, room)
+        made = list(turn.tokens)
+        why = "stop"  # unless the tokens come to an end
         times: list[float] = []
         ready = time.monotonic()
 
-        def noted(tokens: Iterator[int]) -> Iterator[int]:
-            for token in tokens:
+        def noted() -> Iterator[int]:
+            nonlocal why
+            yield from turn.tokens[: len(made)]
+            history = [*turn.ids, *made]
+            tokens = generate(
+                model,
+                self.seat.star,
+                self.seat.file.embedding_rows,
+                history,
+                wishes.sample(turn.seed, len(made)),
+                max_tokens=max_tokens - len(made),
+                context=wishes.context or len(turn.ids) + max_tokens,
+                end_ids=() if wishes.ignore_eos else self.tokenizer.end_ids,
+            )
+            for token in tokens if len(made) < max_tokens else ():
                 times.append(time.monotonic())
                 made.append(token)
+                if session is not None:
+                    session.add(token)
                 yield token
+            why = "end" if len(made) < max_tokens else "max_tokens" if max_tokens < room else "context"
 
-        tokens = generate(
-            model,
-            self.seat.star,
-            self.seat.file.embedding_rows,
-            ids,
-            wishes.sample(),
-            max_tokens=max_tokens,
-            context=wishes.context or len(ids) + max_tokens,
-            end_ids=() if wishes.ignore_eos else self.tokenizer.end_ids,
-        )
         text = ""
-        for piece in until_stop(to_text(noted(tokens), self.tokenizer.stream()), wishes.stops):
+        for piece in until_stop(to_text(noted(), self.tokenizer.stream()), wishes.stops):
             text += piece
             yield piece
-        self.report.add(Answer.timed(text, made, len(ids), ready, times))
+        if session is not None:
+            session.end(why, text)
+        self.report.add(Answer.timed(text, made, len(turn.ids), ready, times))
 
     def finish(self) -> list[RankTrace]:
         """End the run on every rank and gather the figures; the traces, if they were wanted, are returned."""

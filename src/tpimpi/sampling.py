@@ -25,11 +25,13 @@ def make_sampler(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     seed: int | None = None,
+    drawn: int = 0,
 ) -> Sampler:
     """A function from logits (float32 [vocab]) and history (ids of prompt and answer so far) to the next id.
 
     Temperature 0 is greedy: the largest logit, the lowest id among equals. The other defaults mean "off". The same
-    seed gives the same draws; None takes one from the system. The logits are not changed.
+    seed gives the same draws, of which the first `drawn` are left out: a sampler that made so many tokens before goes on
+    as it would have. None takes a seed from the system. The logits are not changed.
 
     Raises ValueError, in one line, for an option out of its range. The function raises ValueError for logits with
     NaN or +inf, or with nothing finite.
@@ -37,7 +39,9 @@ def make_sampler(
     _check(temperature, top_k, top_p, min_p, repetition_penalty)
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
         raise ValueError(f"seed is {seed}, must be a whole number, 0 or more")
-    rng = np.random.Generator(np.random.PCG64(seed))
+    bits = np.random.PCG64(seed)
+    bits.advance(drawn)  # a draw takes one number of the generator
+    rng = np.random.Generator(bits)
 
     def sample(logits: Floats, history: Sequence[int]) -> int:
         scores = _penalized(logits, history, repetition_penalty)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tpimpi.backends import load_backend
+from tpimpi.backends import load_backend, load_quantizer
 from tpimpi.buffers import Bytes, aligned_buffer
 from tpimpi.cache import cache_bytes, kv_dtype
 from tpimpi.errors import InputError, SliceError
@@ -20,7 +20,7 @@ from tpimpi.reader import MEASURED, PIECE, Trial
 from tpimpi.report import RankFigures, disk_lines, peak_rss_bytes
 from tpimpi.slicefile import SliceFile, slice_name
 from tpimpi.sliceheader import Header
-from tpimpi.star import Star
+from tpimpi.star import Star, Wire
 from tpimpi.tokenizer import TokenIds, Tokenizer, tokenizer_of_slices
 from tpimpi.trace import RankTrace, Recorder
 from tpimpi.window import DEFAULT_READS, FEWEST_TILES, USUAL_TILES, Window, records_of, ring_bytes
@@ -45,12 +45,13 @@ class Settings:
     format: str
     backend: str
     threads: int | None
-    allreduce: str
+    allreduce: str  # a rule: see star.parse_rule
     timeout: float
     cores_shared_by: list[int]
     memory: list[int] | None = None
     window: int | str | None = None
     kv: str = "auto"  # one of KV_FORMATS
+    wire: str = "f32"  # one of WIRES
     trace: bool = False  # record what is done when
     logits_of: int = 1  # positions whose logits rank 0 holds at once
 
@@ -66,6 +67,11 @@ def cache_folder() -> Path:
     import platformdirs
 
     return platformdirs.user_cache_path("tpimpi")
+
+
+def wire_of(fmt: str) -> Wire:
+    """The wire that `--wire` names."""
+    return Wire(fmt, load_quantizer(1)) if fmt == "q8_0" else Wire(fmt)
 
 
 def identity(header: Header) -> dict[str, str]:
@@ -94,7 +100,7 @@ class Seat:
         try:
             self.header = self.file.header
             self._check(path, settings)
-            star.timeout, star.algorithm = settings.timeout, settings.allreduce
+            star.timeout, star.algorithm, star.wire = settings.timeout, settings.allreduce, wire_of(settings.wire)
             neighbours = settings.cores_shared_by[star.rank.index]
             threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // neighbours)
             self.backend = load_backend(settings.backend, threads)

@@ -56,6 +56,7 @@ from typing import Any, TypeVar
 
 import h5py
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from tpimpi.buffers import Bytes, aligned_buffer
@@ -66,6 +67,7 @@ from tpimpi.sliceheader import Header
 from tpimpi.slicelayout import Part, Record, aligned, embedding_dataset
 
 T = TypeVar("T")
+_ROWS_BYTES = 1 << 20  # of the embedding, read at a time to check it
 _MOST_HEADER_BYTES = 2**28  # far above any model's; a hostile file may promise to unpack to anything
 # What the operating system says of a disk, a network or a limit, and not of what is in the file.
 _NOT_THE_FILE = {
@@ -132,8 +134,8 @@ def _missing(path: Path) -> SliceError:
             f"or make slices for {wanted[1]} with: python -m tpimpi slice --ranks {wanted[1]} --out {path.parent}"
         )
     return SliceError(
-        f"slice file {path} is missing; make it with: python -m tpimpi slice (see --help), or copy it there from the host "
-        "that has it"
+        f"slice file {path} is missing; make it with: python -m tpimpi slice --out {path.parent} (under mpirun as in a run, "
+        "with its --model, --format and --shares), or copy it there from the host that has it"
     )
 
 
@@ -187,7 +189,10 @@ class SliceFile:
             raise self._broken(f"{kind}{error}") from error
 
     def _broken(self, what: str) -> SliceError:
-        return SliceError(f"slice file {self.path} is broken ({what}); delete it and make the slices again")
+        return SliceError(
+            f"slice file {self.path} is broken ({what}); delete it and make the slices again, or mend it with: "
+            "python -m tpimpi slice --verify (under mpirun as in a run, with its --model, --format and --shares)"
+        )
 
     def _open(self) -> None:
         file = self._file = h5py.File(self.path, "r")
@@ -369,7 +374,7 @@ class SliceFile:
             return None
         return SliceError(
             f"slice file {self.path} was changed while this run was using it: {what} is no longer what it was; make the "
-            "slices again if they are not whole (inspect --verify), and start when nothing writes to them"
+            "slices again if they are not whole (slice --verify), and start when nothing writes to them"
         )
 
     def _small_read(self, target: Array, offset: int) -> None:
@@ -412,12 +417,29 @@ class SliceFile:
         for record in self.records:
             self.read(record, buffer)
             yield record.nbytes
-        if self.has_embedding:
-            width = row_bytes(self.header.formats.embedding, self.header.config.hidden)
-            for token in range(self.header.config.vocab):
-                self.embedding_rows([token])
-                if token % 4096 == 0:
-                    yield 4096 * width
+        for first, broken, nbytes in self.check_rows():
+            if broken.any():
+                raise self._broken(f"row {first + int(np.argmax(broken))} of the embedding does not match its checksum")
+            yield nbytes
+
+    def check_rows(self) -> Iterator[tuple[int, npt.NDArray[np.bool_], int]]:
+        """Read the embedding, a run of rows at a time: (first row, bool [rows]: which do not match their checksum, bytes).
+
+        Nothing where there is none.
+        """
+        config = self.header.config
+        width = row_bytes(self.header.formats.embedding, config.hidden)
+        step = max(1, _ROWS_BYTES // width)
+        for first in range(0, config.vocab if self.has_embedding else 0, step):
+            sums = self._row_sums[first : first + step]
+            if self._file is not None:
+                with self._reading("embedding"):
+                    rows = np.ascontiguousarray(self._file["embedding/weight"][first : first + step]).view(np.uint8)
+            else:
+                rows = np.empty((len(sums), width), np.uint8)
+                self._small_read(rows, self._embedding + first * width)
+            found = [xxhash.xxh3_64_intdigest(row) for row in rows]
+            yield first, np.array(found, "<u8") != sums, rows.nbytes
 
     def close(self) -> None:
         if self._file is not None:

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import psutil
 
-LAUNCHERS = ("mpirun", "mpiexec", "prterun", "prte", "orterun", "srun", "mpiexec.hydra", "ompirun_wrapper")
+from tpimpi.star.launch import LAUNCHERS
+
 STDIN, STDOUT, STDERR = 0, 1, 2
 MOST_LINE = 4 << 20  # bytes of a prompt
 _PIECE = 65536  # bytes read at a time

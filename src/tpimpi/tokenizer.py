@@ -112,8 +112,9 @@ class Tokenizer:
             ids = [*self._prefix, *ids, *self._suffix]
         return self._checked(ids)
 
-    def encode_chat(self, prompt: str) -> list[int]:
-        """Ids of one user message in the model's own chat template, up to where the answer begins.
+    def encode_chat(self, prompt: str, said: Sequence[tuple[str, str]] = ()) -> list[int]:
+        """Ids of a user message in the model's own chat template, up to where the answer begins; before it are the prompts
+        and answers of `said`.
 
         The rendered template is complete: BOS is there if and only if the template writes it, as in transformers.
         Raises InputError for text that has no UTF-8 form, ModelError where the template is missing or fails.
@@ -121,7 +122,11 @@ class Tokenizer:
         _check_prompt(prompt)
         if self._chat_template is None:
             raise ModelError("the model has no chat template; use --raw to complete the prompt as it is")
-        text = _render(self._chat_template, prompt, self._named)
+        messages = []
+        for asked, answered in said:
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        messages.append({"role": "user", "content": prompt})
+        text = _render(self._chat_template, messages, self._named)
         if not is_unicode(text):
             raise ModelError("the model's chat template writes text that is not Unicode; use --raw to do without it")
         return self._checked(self._vocabulary.encode(text))
@@ -175,7 +180,7 @@ class TokenIds:
                 )
         return [int(word) for word in words]
 
-    def encode_chat(self, prompt: str) -> list[int]:
+    def encode_chat(self, prompt: str, said: Sequence[tuple[str, str]] = ()) -> list[int]:
         """InputError always: there is no chat template."""
         self.check_wishes(raw=False, stops=())
         return []
@@ -389,8 +394,8 @@ def _chat_template(assets: dict[str, bytes], config: dict[str, Any]) -> str | No
 # --- the chat template -----------------------------------------------------------------------------------------------
 
 
-def _render(template: str, prompt: str, named: dict[str, str]) -> str:
-    """The chat template around one user message, in the environment that transformers gives templates.
+def _render(template: str, messages: list[dict[str, str]], named: dict[str, str]) -> str:
+    """The chat template around the messages of a conversation, in the environment that transformers gives templates.
 
     A template is a program that came with the model, so it runs in Jinja's sandbox. Raises ModelError if it fails.
     """
@@ -426,7 +431,7 @@ def _render(template: str, prompt: str, named: dict[str, str]) -> str:
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
         return environment.from_string(template).render(
-            messages=[{"role": "user", "content": prompt}],
+            messages=messages,
             tools=None,
             documents=None,
             add_generation_prompt=True,

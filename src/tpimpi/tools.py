@@ -8,21 +8,30 @@ import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tpimpi import options, tool_options
 from tpimpi.backends import load_quantizer
-from tpimpi.errors import ModelError, StorageError
+from tpimpi.errors import InputError, ModelError, SliceError, StorageError
 from tpimpi.model_formats import ModelFormats
 from tpimpi.plan import Plan, make_plan
+from tpimpi.planning import auto_shares
 from tpimpi.report import write_json
+from tpimpi.run import Guest, cache_name, cache_names
 from tpimpi.slicefile import slice_name
-from tpimpi.slicing import choose_formats, requantized, slice_model
+from tpimpi.slicing import choose_formats, make_header, requantized, slice_model
 from tpimpi.sources import Source, open_source
-from tpimpi.star import launched_rank
+from tpimpi.spreading import Spread, Where, spread
+from tpimpi.star import Star, launched_rank
+from tpimpi.stock import Stock, is_good
 from tpimpi.terminal import progress_bar
 from tpimpi.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 COMMANDS = ("slice", "synth", "inspect", "bench")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -54,15 +63,42 @@ def _slice(parsed: argparse.Namespace) -> int:
     with open_source(model_path(parsed.model)) as source:
         formats = choose_formats(source, parsed.format)
         plan = make_plan(source.config, weights)
-        slice_source(source, plan, formats, Path(parsed.out), quiet=parsed.quiet)
+        stocks = slice_source(source, plan, formats, Path(parsed.out), quiet=parsed.quiet, verify=parsed.verify)
     if not parsed.quiet:
-        files = f"{slice_name(0, plan.ranks)} to {slice_name(plan.ranks - 1, plan.ranks)}"
-        print(f"{parsed.out}: {files} ({formats.describe()}, shares {plan.describe()})", file=sys.stderr)
+        _say_made(parsed.out, plan, formats, all(stock.good for stock in stocks), verified=parsed.verify)
     return 0
+
+
+def slice_together(arguments: list[str], star: Star, guests: Sequence[Guest]) -> None:
+    """Rank 0 of `slice` under mpirun: every rank gets its slice on its own disk."""
+    parsed = tool_options.slice_parser().parse_args(arguments)
+    ranks = tool_options.ranks_of_slices(parsed, star.rank.size)
+    auto = parsed.shares == options.AUTO
+    weights = [] if auto else options.share_weights(parsed.shares, ranks)
+    with open_source(model_path(parsed.model)) as source:
+        formats = choose_formats(source, parsed.format)
+        if auto:  # for a run without options
+            usual = options.run_parser().parse_args(["--quiet"] if parsed.quiet else [])
+            names = None if parsed.out else cache_names(source, formats)
+            weights = auto_shares(star, guests, usual, source.config, formats, names)
+        plan = make_plan(source.config, weights)
+        where = Where(parsed.out, cache_name(source, plan, formats))
+        made = spread_slices(star, source, plan, formats, where, verify=parsed.verify, quiet=parsed.quiet)
+    if not parsed.quiet:
+        folder = parsed.out or f"{where.cache_name} in the cache of each host"
+        _say_made(folder, plan, formats, all(rank.good for rank in made), verified=parsed.verify)
+
+
+def _say_made(folder: str, plan: Plan, formats: ModelFormats, there: bool, *, verified: bool) -> None:
+    files = f"{slice_name(0, plan.ranks)} to {slice_name(plan.ranks - 1, plan.ranks)}"
+    remark = f", there already{' and as they should be' if verified else ''}" if there else ""
+    print(f"{folder}: {files} ({formats.describe()}, shares {plan.describe()}){remark}", file=sys.stderr)
 
 
 def _bench(parsed: argparse.Namespace) -> int:
     tool_options.check_bench(parsed)
+    if parsed.what == "allreduce":
+        raise InputError("bench allreduce measures between ranks; start it with mpirun -np 2, or more")
     if parsed.what == "disk":
         return _bench_disk(parsed)
     from tpimpi import benching
@@ -113,16 +149,33 @@ def model_path(given: str | None) -> Path:
     )
 
 
-def slice_into_cache(source: Source, plan: Plan, formats: ModelFormats, folder: Path, *, quiet: bool) -> None:
-    """Make the slices in `folder` if they are not there; one process at a time, the others wait for it."""
+def spread_slices(
+    star: Star,
+    source: Source,
+    plan: Plan,
+    formats: ModelFormats,
+    where: Where,
+    *,
+    quiet: bool,
+    verify: bool = False,
+) -> list[Spread]:
+    """Rank 0: have every rank's slice on its host. Into the cache one run at a time; the others wait for it."""
+    before = partial(_before_slicing, source, plan, formats, quiet=quiet)
+    path, there = where.path(0, plan.ranks), False
+    with contextlib.suppress(SliceError):
+        there = is_good(path, make_header(source, plan, 0, formats))
+    with contextlib.ExitStack() as stack:
+        if where.folder is None and not there:
+            stack.enter_context(_alone(path.parent, quiet=quiet))
+        stack.enter_context(cleaning_up_on_signals())
+        return spread(star, source, plan, formats, where, verify=verify, quiet=quiet, before=before)
+
+
+def _alone(folder: Path, *, quiet: bool) -> FileLock:
+    """A lock, taken, that keeps other processes of this host from making the slices in a folder of the cache."""
     from filelock import FileLock, Timeout
 
-    def complete() -> bool:
-        return all((folder / slice_name(rank, plan.ranks)).exists() for rank in range(plan.ranks))
-
     try:
-        if complete():
-            return
         folder.parent.mkdir(parents=True, exist_ok=True)
         Path(f"{folder}.lock").touch()  # FileLock would wait for ever for a file that it cannot make
         lock = FileLock(f"{folder}.lock")
@@ -136,21 +189,29 @@ def slice_into_cache(source: Source, plan: Plan, formats: ModelFormats, folder: 
         raise StorageError(
             f"cannot write to {folder.parent}: {error.strerror}; set TPIMPI_CACHE to another place"
         ) from error
-    with lock:
-        if not complete():
-            slice_source(source, plan, formats, folder, quiet=quiet)
+    return lock
 
 
-def slice_source(source: Source, plan: Plan, formats: ModelFormats, folder: Path, *, quiet: bool) -> None:
-    load_tokenizer(source.tokenizer_assets(), source.config.vocab)  # what is wrong with it is said before the work
-    ranks = f"{plan.ranks} rank{'s' if plan.ranks > 1 else ''}"
+def _before_slicing(source: Source, plan: Plan, formats: ModelFormats, *, quiet: bool) -> None:
+    """What is wrong with the tokenizer is said before the work, and what is quantized a second time."""
+    load_tokenizer(source.tokenizer_assets(), source.config.vocab)
     if not quiet and (again := requantized(source, plan, formats)):
         print(again, file=sys.stderr, flush=True)
+
+
+def slice_source(
+    source: Source, plan: Plan, formats: ModelFormats, folder: Path, *, quiet: bool, verify: bool = False
+) -> list[Stock]:
+    """The slices of all ranks in one folder, by one process; what was there of each."""
+    _before_slicing(source, plan, formats, quiet=quiet)
+    ranks = f"{plan.ranks} rank{'s' if plan.ranks > 1 else ''}"
     with (
+        progress_bar("looking at what is there", quiet=quiet) as looking,
         progress_bar(f"slicing {source.path.name} for {ranks} as {formats.describe()}", quiet=quiet) as update,
         cleaning_up_on_signals(),
     ):
-        slice_model(source, plan, formats, folder, update, load_quantizer(len(os.sched_getaffinity(0))))
+        quantizer = load_quantizer(len(os.sched_getaffinity(0)))
+        return slice_model(source, plan, formats, folder, update, quantizer, verify=verify, looking=looking)
 
 
 @contextlib.contextmanager

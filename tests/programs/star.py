@@ -10,6 +10,7 @@ from mpi4py import MPI
 
 from tpimpi.errors import StarError
 from tpimpi.star import BEGIN, FORWARD, Star, connect
+from tpimpi.star.allreduce import ALGORITHMS, IN_RANK_ORDER
 
 SIZES = (1, 2, 31, 576, 4096, 16_385, 262_144, 1_048_576)  # elements: up to 4 MiB
 
@@ -18,7 +19,7 @@ def main() -> None:
     star = connect()
     world, rank, size = MPI.COMM_WORLD, star.rank.index, star.rank.size
     assert (rank, size) == (world.rank, world.size)
-    for algorithm in ("star", "library"):
+    for algorithm in ALGORITHMS:
         star.algorithm = algorithm
         for count in SIZES:
             partial = np.random.default_rng([rank, count]).standard_normal(count).astype(np.float32)
@@ -29,11 +30,11 @@ def main() -> None:
                 star.allreduce(total)
                 error = np.abs(total.reshape(-1) - expected).max()
                 assert error < 1e-5 * size, f"{algorithm} {count}: off by {error}"
-            if algorithm == "star":
-                _same_bits_everywhere(world, total)
+            _same_bits_everywhere(world, total)
+            if algorithm in IN_RANK_ORDER:
                 _is_the_sum_in_rank_order(world, partial, total)
+        _many_in_a_row(star)
     star.algorithm = "star"
-    _many_in_a_row(star)
     _broadcast_and_notes(star)
     _silence_is_named(star)
     if rank == 0:

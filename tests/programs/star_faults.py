@@ -6,6 +6,7 @@ import sys
 import time
 
 import numpy as np
+import xxhash
 
 from tpimpi.errors import TpimpiError
 from tpimpi.star import CONTROL, PARTIAL, Star, connect
@@ -24,9 +25,18 @@ def trouble(star: Star, kind: str) -> None:
         else:
             star._comm.Send(values[:3], dest=0, tag=PARTIAL)  # type: ignore[union-attr]
             time.sleep(50)
+    elif kind == "damaged":
+        if star.rank.is_hub:
+            star.allreduce(values)
+        else:  # of the right size, but a bit was flipped after it was sealed
+            message = np.append(values.view(np.uint8), np.zeros(8, np.uint8))
+            message[16:].view(np.uint64)[0] = xxhash.xxh3_64_intdigest(message[:16], PARTIAL)
+            message[3] ^= 1
+            star._comm.Send(message, dest=0, tag=PARTIAL)  # type: ignore[union-attr]
+            time.sleep(50)
     elif kind == "header":
         if star.rank.is_hub:
-            star._comm.Send(np.array([1, 2, 3, 4], np.int64), dest=1, tag=CONTROL)  # type: ignore[union-attr]
+            star._from_hub(np.array([1, 2, 3, 4], np.int64), CONTROL, None)
             time.sleep(50)
         else:
             star.next_command()

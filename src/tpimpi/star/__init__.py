@@ -9,30 +9,53 @@ What is on the wire, by tag: CONTROL (hub to all: int64 [4]: magic, operation, p
 measurements as JSON), CLOCK (both ways: float64 [1], the sender's clock in seconds; only where a run is traced), and BULK
 (tiles of slices, to the rank that needs them). Prompt, token ids and text are in none of them.
 
-`launch` knows the launchers, `post` single messages and waiting, `allreduce` the sums, `star` what other rooms use. mpi4py
-is imported only here, by `connect`, in a launched run; without mpirun a star of one rank needs no MPI.
+`launch` knows the launchers, `post` single messages and waiting, `allreduce` the sums, `watch` who is gone, `star` what
+other rooms use. mpi4py is imported only here, by `connect`, in a launched run; without mpirun a star of one rank needs no MPI.
 """
 
+from tpimpi.star.about import MPICH, OPEN_MPI, AboutMpi, about_mpi
+from tpimpi.star.allreduce import ALGORITHMS, parse_rule
 from tpimpi.star.launch import Rank, launched_rank
+from tpimpi.star.links import Links, choose, describe
+from tpimpi.star.pings import Ping, answer_link, ping_link
 from tpimpi.star.post import BULK, CLOCK, CONTROL, HIDDEN, NOTE, PARTIAL, SUM, Pending
 from tpimpi.star.star import ALLREDUCES, BEGIN, DEFAULT_TIMEOUT, FINISH, FORWARD, Star, connect
+from tpimpi.star.watch import DEFAULT_SILENCE, LEAST_SILENCE, LEAVE_TO_OTHERS
+from tpimpi.star.wire import WIRES, Wire
 
 __all__ = [
+    "ALGORITHMS",
     "ALLREDUCES",
     "BEGIN",
     "BULK",
     "CLOCK",
     "CONTROL",
+    "DEFAULT_SILENCE",
     "DEFAULT_TIMEOUT",
     "FINISH",
     "FORWARD",
     "HIDDEN",
+    "LEAST_SILENCE",
+    "MPICH",
+    "LEAVE_TO_OTHERS",
     "NOTE",
+    "OPEN_MPI",
     "PARTIAL",
     "SUM",
+    "WIRES",
+    "AboutMpi",
+    "Links",
     "Pending",
+    "Ping",
     "Rank",
     "Star",
+    "Wire",
+    "about_mpi",
+    "answer_link",
+    "choose",
     "connect",
+    "describe",
     "launched_rank",
+    "parse_rule",
+    "ping_link",
 ]

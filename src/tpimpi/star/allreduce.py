@@ -1,7 +1,17 @@
-"""Sums over all ranks: the star, and what it is measured against.
+"""Sums over all ranks: the star, its kin, and what it is measured against.
 
 An algorithm is a generator. It starts messages, yields what is to be done before it can go on, and is resumed when that
-is done; so several sums can be under way, and computing can go on in between (`Allreduce.poll`).
+is done; so several sums can be under way, and computing can go on in between (`Allreduce.poll`). After each of them every
+rank holds the same bits. With n ranks, S bytes, a latency L one way and B bytes a second each way through each rank's link:
+
+    star        2 L + (n - 1) S / B         to the hub and back, piece by piece
+    exchange      L + (n - 1) S / B         everyone sends all to everyone
+    mesh        2 L + 2 (n - 1) / n S / B   everyone is the hub of a part
+    ring        2 (n - 1) L + 2 (n - 1) / n S / B
+    tree        2 ceil(log2 n) L + log2 n S / B, about
+
+star, exchange and mesh add in rank order: the same numbers to the bit (with the f32 wire), so `auto` may choose among them
+by what it measures, and a run's answer does not depend on that. The star needs links to rank 0 alone.
 """
 
 from __future__ import annotations
@@ -13,6 +23,7 @@ import numpy as np
 
 from tpimpi.formats import F32
 from tpimpi.star.post import PARTIAL, SUM, Pending, Post
+from tpimpi.star.wire import Mail, parts, pieces
 
 Steps = Iterator[Pending]
 
@@ -30,6 +41,8 @@ class Allreduce:
 
     def poll(self) -> bool:
         """Go on as far as that is possible without waiting; whether the sum is done."""
+        if self._pending is None:
+            return True
         began = time.monotonic()
         while self._pending is not None and self._post is not None and self._post.test(self._pending):
             self._pending = self._next()
@@ -39,6 +52,8 @@ class Allreduce:
     def wait(self, deadline: float | None = None) -> None:
         """End it. `deadline` is a time.monotonic() value, None for the run's timeout. Raises StarError when it has
         passed."""
+        if self._pending is None:
+            return
         began = time.monotonic()
         deadline = began + self._timeout if deadline is None else deadline
         while self._pending is not None and self._post is not None:
@@ -47,32 +62,172 @@ class Allreduce:
         self._spent(time.monotonic() - began)
 
 
-def star(post: Post, flat: F32) -> Steps:
+def star(mail: Mail, flat: F32) -> Steps:
     """Everyone sends to rank 0, which adds in rank order and sends its own bytes back: two hops, whatever the number
     of ranks (arXiv 2410.00531, section 3.3).
     """
-    others = range(1, post.size)
-    if post.rank != 0:
-        # The sum may not be received into the array that is still being sent.
-        result = np.empty_like(flat)
-        answer = post.receive(result, 0, SUM)
-        yield post.send(flat, 0, PARTIAL)
-        yield answer
-        flat[:] = result
+    cut, others = pieces(0, flat.size), range(1, mail.size)
+    if mail.rank != 0:
+        answers = [mail.expect(piece, 0, SUM) for piece in cut]
+        sends = [mail.send(flat[piece], 0, PARTIAL) for piece in cut]
+        for piece, send, answer in zip(cut, sends, answers, strict=True):
+            yield send
+            yield answer.pending
+            flat[piece] = answer.values()
         return
-    partials = np.empty((len(others), flat.size), np.float32)
-    receives = [post.receive(partials[rank - 1], rank, PARTIAL) for rank in others]
-    for rank, pending in zip(others, receives, strict=True):
-        yield pending
-        np.add(flat, partials[rank - 1], out=flat)
-    yield post.send_to(flat, others, SUM)
+    inbox = [[mail.expect(piece, rank, PARTIAL) for rank in others] for piece in cut]
+    for piece, partials in zip(cut, inbox, strict=True):
+        total = flat[piece]
+        for partial in partials:
+            yield partial.pending
+            total += partial.values()
+        mail.publish(total, others, SUM)
+    yield mail.sent()
 
 
-def library(post: Post, flat: F32) -> Steps:
-    """MPI's own allreduce."""
+def exchange(mail: Mail, flat: F32) -> Steps:
+    """Everyone sends its partial to everyone, who all add in rank order: a single hop, for n - 1 times the bytes.
+
+    All add the same numbers in the same order, in IEEE f32, and so have the same bits.
+    """
+    cut = pieces(0, flat.size)
+    others = [(mail.rank + turn) % mail.size for turn in range(1, mail.size)]
+    inbox = {(piece.start, rank): mail.expect(piece, rank, PARTIAL) for piece in cut for rank in others}
+    partials = flat.copy()  # what is being sent, while the sum grows in `flat`
+    for piece in cut:
+        mail.publish(partials[piece], others, PARTIAL)
+    for piece in cut:
+        for rank in range(mail.size):
+            if rank == mail.rank:
+                values = partials[piece]
+            else:
+                coming = inbox[piece.start, rank]
+                yield coming.pending
+                values = coming.values()
+            if rank == 0:
+                flat[piece] = values
+            else:
+                flat[piece] += values
+    yield mail.sent()
+
+
+def mesh(mail: Mail, flat: F32) -> Steps:
+    """Everyone is the hub of a part: it gets that part of every partial, adds in rank order, and sends its own bytes to
+    everyone. Two hops, and no link carries more than another (a reduce-scatter and an all-gather, both direct; see Thakur,
+    Rabenseifner and Gropp, "Optimization of Collective Communication Operations in MPICH", 2005).
+    """
+    cut = parts(flat.size, mail.size)
+    # Each begins with another one, so that not all send to the same rank at once.
+    others = [(mail.rank + turn) % mail.size for turn in range(1, mail.size)]
+    inbox = [{rank: mail.expect(piece, rank, PARTIAL) for rank in others} for piece in cut[mail.rank]]
+    answers = [(piece, mail.expect(piece, owner, SUM)) for owner in others for piece in cut[owner]]
+    sends = [mail.send(flat[piece], owner, PARTIAL) for owner in others for piece in cut[owner]]
+    for piece, partials in zip(cut[mail.rank], inbox, strict=True):
+        own = flat[piece].copy()
+        for rank in range(mail.size):
+            if rank == mail.rank:
+                values = own
+            else:
+                yield partials[rank].pending
+                values = partials[rank].values()
+            if rank == 0:
+                flat[piece] = values
+            else:
+                flat[piece] += values
+        mail.publish(flat[piece], others, SUM)
+    for send, (piece, answer) in zip(sends, answers, strict=True):
+        yield send
+        yield answer.pending
+        flat[piece] = answer.values()
+    yield mail.sent()
+
+
+def ring(mail: Mail, flat: F32) -> Steps:
+    """Reduce-scatter, then all-gather, each n - 1 steps to the next rank: no link carries more than another, but 2 (n - 1)
+    hops (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009).
+
+    Part p is added up on its way from rank p to rank p - 1, which then passes its own bytes round.
+    """
+    n, rank = mail.size, mail.rank
+    cut, left, right = parts(flat.size, n), (rank - 1) % n, [(rank + 1) % n]
+    adding = [[mail.expect(piece, left, PARTIAL) for piece in cut[(rank - step) % n]] for step in range(1, n)]
+    gathering = [[mail.expect(piece, left, SUM) for piece in cut[(rank - step) % n]] for step in range(n - 1)]
+    sends = {piece.start: mail.send(flat[piece], right[0], PARTIAL) for piece in cut[rank]}
+    for step, comings in enumerate(adding, start=1):
+        for piece, coming in zip(cut[(rank - step) % n], comings, strict=True):
+            yield coming.pending
+            flat[piece] += coming.values()
+            if step < n - 1:
+                sends[piece.start] = mail.send(flat[piece], right[0], PARTIAL)
+            else:
+                mail.publish(flat[piece], right, SUM)
+    for step, comings in enumerate(gathering):
+        for piece, coming in zip(cut[(rank - step) % n], comings, strict=True):
+            yield coming.pending
+            yield sends[piece.start]
+            flat[piece] = coming.values()
+            if step < n - 2:
+                mail.forward(coming.data, right, SUM)
+    yield mail.sent()
+
+
+def tree(mail: Mail, flat: F32) -> Steps:
+    """A binomial tree: sums go up to rank 0, its own bytes down again, ceil(log2 n) hops each way (reduce and broadcast of
+    short messages in MPICH: Thakur, Rabenseifner and Gropp, 2005).
+    """
+    cut, rank = pieces(0, flat.size), mail.rank
+    lowest = rank & -rank if rank else 1 << mail.size.bit_length()  # the parent is `lowest` below
+    bits = [1 << bit for bit in range(mail.size.bit_length()) if 1 << bit < lowest]
+    children = [rank + bit for bit in bits if rank + bit < mail.size]
+    down = children[::-1]  # those with the most below them first
+    inbox = [[mail.expect(piece, child, PARTIAL) for child in children] for piece in cut]
+    answers = [mail.expect(piece, rank - lowest, SUM) for piece in cut] if rank else []
+    sends = []
+    for piece, partials in zip(cut, inbox, strict=True):
+        total = flat[piece]
+        for partial in partials:
+            yield partial.pending
+            total += partial.values()
+        if rank:
+            sends.append(mail.send(total, rank - lowest, PARTIAL))
+        else:
+            mail.publish(total, down, SUM)
+    for piece, send, answer in zip(cut if rank else [], sends, answers, strict=True):
+        yield answer.pending
+        mail.forward(answer.data, down, SUM)
+        yield send
+        flat[piece] = answer.values()
+    yield mail.sent()
+
+
+def library(mail: Mail, flat: F32) -> Steps:
+    """MPI's own allreduce; in f32 only."""
+    assert mail.wire.format == "f32"
     result = np.empty_like(flat)
-    yield Pending([post.comm.Iallreduce(flat, result)], [0], [None])
+    yield Pending([mail.post.comm.Iallreduce(flat, result)], [0], [None])
     flat[:] = result
 
 
-ALGORITHMS: dict[str, Callable[[Post, F32], Steps]] = {"star": star, "library": library}
+ALGORITHMS: dict[str, Callable[[Mail, F32], Steps]] = {
+    "star": star,
+    "exchange": exchange,
+    "mesh": mesh,
+    "ring": ring,
+    "tree": tree,
+    "library": library,
+}
+IN_RANK_ORDER = ("star", "exchange", "mesh")  # give the same numbers to the bit
+
+
+def parse_rule(rule: str) -> list[tuple[float, str]]:
+    """Which algorithm is for which sums: "star", or "exchange:8192,star:65536,mesh": up to 8192 numbers, up to 65536, above.
+
+    (most numbers, algorithm) each, in ascending order.
+    """
+    steps = []
+    for step in rule.split(","):
+        name, _, most = step.partition(":")
+        assert name in ALGORITHMS, rule
+        steps.append((float(most or "inf"), name))
+    assert steps == sorted(steps) and steps[-1][0] == float("inf"), rule
+    return steps

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+LAUNCHERS = ("mpirun", "mpiexec", "prterun", "prte", "orterun", "srun", "mpiexec.hydra", "ompirun_wrapper")
+DAEMONS = ("prted", "hydra_pmi_proxy")  # the launchers' own, one on each host
+
 # Variables by which the launchers tell a process its rank, and how many there are.
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PALS_RANKID")
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE")

@@ -8,15 +8,17 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
-from tpimpi.errors import StarError
+from tpimpi.errors import LostError, StarError
 from tpimpi.formats import Bytes
 
 if TYPE_CHECKING:
@@ -24,25 +26,47 @@ if TYPE_CHECKING:
 
 CONTROL, HIDDEN, PARTIAL, SUM, NOTE, CLOCK, BULK, ECHO = range(1, 9)  # tags; see the package's docstring
 
+SEAL = 8  # bytes
+LOOK = "see that it is up and reachable (python -m tpimpi doctor --hostfile FILE)"
+LONG_POLL, SHORT_POLL = (
+    200e-6,
+    20e-6,
+)  # seconds of polling before the first sleep: where the link is fast, and where not
+SHORTEST_SLEEP = 25e-6
 LONGEST_SLEEP = 0.001  # seconds between two tests while others compute
 LONGEST_IDLE_SLEEP = 0.01  # seconds between two tests while a user types or a model is sliced
 
 
 @dataclass
+class Frame:
+    """A message that is being received: `buffer` gets its bytes and seal; if that is right the bytes go to `target`."""
+
+    buffer: Bytes
+    target: Bytes
+
+
+@dataclass
 class Pending:
-    """Requests that are to be done before their owner can go on: of the ranks `peers`, each to bring so many bytes (None:
-    a send)."""
+    """Messages that are to be done before their owner can go on: of the ranks `peers`; `frames` says where those that are
+    received go (None: a send)."""
 
     requests: Sequence[MPI.Request]
     peers: Sequence[int]
-    sizes: Sequence[int | None]
+    frames: Sequence[Frame | None]
+    tag: int = 0
     done: int = 0  # so many of them, from the front, are
 
 
 class Post:
-    """One rank's messages, over the communicator `comm`."""
+    """One rank's messages, over the communicator `comm`.
+
+    Each message ends with a seal of SEAL bytes, the XXH3-64 of its other bytes with the tag as seed (BULK has none: tiles
+    have checksums of their own). So what was damaged, cut off or meant for something else is an error and never a number.
+    """
 
     latency: float | None = None  # seconds one way, once it was measured: sleeps are short against it
+    name: Callable[[int], str] = staticmethod("rank {}".format)  # of a rank, for messages
+    awaited: tuple[int, ...] = ()  # the ranks that are waited for right now, within a deadline
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         self.comm = comm
@@ -50,21 +74,28 @@ class Post:
         _fine_timers()
 
     def send(self, array: npt.NDArray[Any], to: int, tag: int) -> Pending:
-        """Begin to send a contiguous array, which may not change until that is done."""
-        return Pending([self.comm.Isend(_bytes(array), dest=to, tag=tag)], [to], [None])
+        """Begin to send a contiguous array. It is copied, but for BULK, which may not change until that is done."""
+        return self.send_to(array, (to,), tag)
 
     def send_to(self, array: npt.NDArray[Any], ranks: Sequence[int], tag: int) -> Pending:
         """Begin to send the same array to several ranks."""
         data = _bytes(array)
+        if tag != BULK:
+            frame = np.empty(data.size + SEAL, np.uint8)
+            frame[:-SEAL] = data
+            frame[-SEAL:].view(np.uint64)[0] = xxhash.xxh3_64_intdigest(data, tag)
+            data = frame
         requests = [self.comm.Isend(data, dest=rank, tag=tag) for rank in ranks]
-        return Pending(requests, list(ranks), [None] * len(requests))
+        return Pending(requests, ranks, [None] * len(requests), tag)
 
     def receive(self, array: npt.NDArray[Any], source: int, tag: int) -> Pending:
-        """Begin to receive into a contiguous array, which is to be filled exactly."""
-        return Pending([self.comm.Irecv(_bytes(array), source=source, tag=tag)], [source], [array.nbytes])
+        """Begin to receive into a contiguous array, which is filled exactly, once all of the message is there."""
+        target = _bytes(array)
+        frame = Frame(np.empty(target.size + SEAL, np.uint8), target)
+        return Pending([self.comm.Irecv(frame.buffer, source=source, tag=tag)], [source], [frame], tag)
 
     def test(self, pending: Pending) -> bool:
-        """Whether all of `pending` is done. Raises StarError where a message has another size than is due."""
+        """Whether all of `pending` is done. Raises StarError where a message is not what was sent, or not what is due."""
         from mpi4py import MPI
 
         status = MPI.Status()
@@ -72,30 +103,34 @@ class Post:
             while pending.done < len(pending.requests):
                 if not pending.requests[pending.done].Test(status):
                     return False
-                size, peer = pending.sizes[pending.done], pending.peers[pending.done]
-                if size is not None and (found := status.Get_count(MPI.BYTE)) != size:
-                    raise StarError(f"rank {peer} sent {found} bytes where {size} were due")
+                frame, peer = pending.frames[pending.done], pending.peers[pending.done]
+                if frame is not None:
+                    if (found := status.Get_count(MPI.BYTE)) != frame.buffer.size:
+                        raise StarError(f"rank {peer} sent {found} bytes where {frame.buffer.size} were due")
+                    frame.target[:] = _opened(frame.buffer, peer, pending.tag)
                 pending.done += 1
         except MPI.Exception as error:
-            raise StarError(
-                f"MPI failed while waiting for rank {pending.peers[pending.done]}: {error.Get_error_string()}"
+            raise LostError(
+                f"lost the connection to {self.name(pending.peers[pending.done])} ({error.Get_error_string()}): its process "
+                f"died, or the machine or its network is gone; {LOOK}; the run ends here"
             ) from error
         return True
 
     def wait(self, pending: Pending, deadline: float | None) -> None:
         """Wait until all of `pending` is done; however long it takes, where there is no deadline (a time.monotonic())."""
+        if self.test(pending):
+            return
         pause = self._pause(deadline)
-        while not self.test(pending):
-            if deadline is not None and time.monotonic() > deadline:
-                late = [
-                    peer
-                    for request, peer in zip(
-                        pending.requests[pending.done :], pending.peers[pending.done :], strict=True
-                    )
-                    if not request.Test()
-                ]
-                raise silence(late, pause.elapsed())
-            pause.sleep()
+        try:
+            while not self.test(pending):
+                if deadline is not None:
+                    self.awaited = tuple(pending.peers[pending.done :])
+                    if time.monotonic() > deadline:
+                        left = zip(pending.requests[pending.done :], self.awaited, strict=True)
+                        raise silence([peer for request, peer in left if not request.Test()], pause.elapsed())
+                pause.sleep()
+        finally:
+            self.awaited = ()
 
     def take(self, source: int, tag: int, deadline: float | None) -> Bytes:
         """The next message of that tag, of whatever size: uint8 [bytes]."""
@@ -103,16 +138,20 @@ class Post:
 
         status = MPI.Status()
         pause = self._pause(deadline)
-        while (message := self.comm.Improbe(source=source, tag=tag, status=status)) is None:
-            if deadline is not None and time.monotonic() > deadline:
-                raise silence([source], pause.elapsed())
-            pause.sleep()
+        self.awaited = (source,) if deadline is not None else ()
+        try:
+            while (message := self.comm.Improbe(source=source, tag=tag, status=status)) is None:
+                if deadline is not None and time.monotonic() > deadline:
+                    raise silence([source], pause.elapsed())
+                pause.sleep()
+        finally:
+            self.awaited = ()
         buffer = np.empty(status.Get_count(MPI.BYTE), np.uint8)
-        self.wait(Pending([message.Irecv(buffer)], [source], [buffer.nbytes]), deadline)
-        return buffer
+        self.wait(Pending([message.Irecv(buffer)], [source], [None]), deadline)
+        return buffer if tag == BULK else _opened(buffer, source, tag)
 
     def _pause(self, deadline: float | None) -> _Pause:
-        return _Pause(LONGEST_IDLE_SLEEP if deadline is None else LONGEST_SLEEP)
+        return _Pause(self.latency, LONGEST_IDLE_SLEEP if deadline is None else LONGEST_SLEEP)
 
 
 def silence(late: Sequence[int], seconds: float) -> StarError:
@@ -124,16 +163,37 @@ def silence(late: Sequence[int], seconds: float) -> StarError:
     )
 
 
+def _opened(frame: Bytes, source: int, tag: int) -> Bytes:
+    """The bytes of a message, without its seal, if that is right."""
+    if frame.size < SEAL:
+        raise StarError(f"rank {source} sent {frame.size} bytes where {SEAL} or more were due")
+    data = frame[:-SEAL]
+    seal = int.from_bytes(frame[-SEAL:].tobytes(), sys.byteorder)
+    if xxhash.xxh3_64_intdigest(data, tag) != seal:
+        raise StarError(
+            f"a message of rank {source} was damaged on its way ({frame.size} bytes, tag {tag}); check the network, and "
+            "that every host has the same tpimpi"
+        )
+    return data
+
+
 def _bytes(array: npt.NDArray[Any]) -> Bytes:
     assert array.flags.c_contiguous
     return array.reshape(-1).view(np.uint8)
 
 
 class _Pause:
-    """Sleeps between tests: none at first, then about an eighth of the time waited so far, up to `longest` seconds."""
+    """Polls first, as long as the fastest link takes, then sleeps in steps that are short against the link's latency, or the
+    time waited so far, up to `longest` seconds.
 
-    def __init__(self, longest: float) -> None:
-        self.longest = longest
+    Over a link of milliseconds polling would only take the core from this rank's reader, and from its processor share.
+    """
+
+    def __init__(self, latency: float | None, longest: float) -> None:
+        """`latency`: seconds one way, None where it was not measured."""
+        self._longest = longest
+        self._polls = SHORT_POLL if latency is not None and latency > LONG_POLL else LONG_POLL
+        self._step = SHORTEST_SLEEP if latency is None else max(SHORTEST_SLEEP, latency / 16)
         self.began = time.monotonic()
 
     def elapsed(self) -> float:
@@ -141,10 +201,10 @@ class _Pause:
 
     def sleep(self) -> None:
         elapsed = self.elapsed()
-        if elapsed < 200e-6:
+        if elapsed < self._polls:
             os.sched_yield()
         else:
-            time.sleep(min(elapsed / 8, self.longest))
+            time.sleep(min(max(self._step, elapsed / 24), self._longest))
 
 
 def _fine_timers() -> None:

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
+import select
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from tpimpi.errors import InputError, StarError
 from tpimpi.formats import F32, Bytes
-from tpimpi.star.allreduce import ALGORITHMS, Allreduce
+from tpimpi.star.allreduce import ALGORITHMS, Allreduce, parse_rule
 from tpimpi.star.launch import Rank, launched_rank, launched_size
-from tpimpi.star.post import BULK, CLOCK, CONTROL, HIDDEN, NOTE, Pending, Post
+from tpimpi.star.links import PATIENCE, Links, Measuring
+from tpimpi.star.post import BULK, CLOCK, CONTROL, ECHO, HIDDEN, NOTE, Pending, Post
+from tpimpi.star.watch import DEFAULT_SILENCE, Watch, leave_at_last
+from tpimpi.star.wire import Mail, Wire, pieces
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-ALLREDUCES = tuple(ALGORITHMS)
+ALLREDUCES = ("auto", *ALGORITHMS)
 BEGIN, FORWARD, FINISH = 1, 2, 3  # operations of a control header; BEGIN's positions are the context
 MAGIC = 0x7470696D7069  # "tpimpi"
 
 DEFAULT_TIMEOUT = 600.0  # seconds a rank waits for another's message in mid-run
+STARTING = 20.0  # seconds of MPI's start after which rank 0 says that it takes long
+ABORTING = 10.0  # seconds that MPI gets to end the job after an error
 CLOCK_ROUNDS = 16  # round trips to each rank, to compare clocks
 
 
@@ -38,8 +45,11 @@ def connect() -> Star:
         return Star(None)
     import mpi4py
 
-    mpi4py.rc.thread_level = "funneled"  # only the main thread talks
-    from mpi4py import MPI
+    mpi4py.rc.thread_level = "multiple"  # the main thread and the watch talk
+    # Else Open MPI ends this process where a connection is lost, before anybody can say who is gone.
+    os.environ.setdefault("OMPI_MCA_mpi_ft_enable", "1")
+    with _saying_if_slow():
+        from mpi4py import MPI
 
     world = MPI.COMM_WORLD
     wanted = launched_size()
@@ -49,11 +59,43 @@ def connect() -> Star:
             f"mpirun started {wanted} ranks, but this process sees {world.size}: mpirun and the MPI library ({library}) "
             "are of two kinds; use the mpirun of that library, or set MPI4PY_MPIABI=mpich (or openmpi) to change the library"
         )
-    return Star(world.Clone())  # a communicator of our own, so that no other library's messages meet ours
+    star = Star(world.Clone())  # a communicator of our own, so that no other library's messages meet ours
+    if world.size > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+        star.watch = Watch(world.Clone(), star.rank, DEFAULT_SILENCE, star.awaited)
+        star.name_by(star.watch.name)
+    return star
+
+
+@contextlib.contextmanager
+def _saying_if_slow() -> Iterator[None]:
+    """Rank 0: if MPI takes long to start, which it does for ever over a wrong network interface, a line says so.
+
+    MPI holds Python's lock meanwhile, so a process of its own waits for us.
+    """
+    if launched_rank() != 0:
+        yield
+        return
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        os.close(writer)
+        if not select.select([reader], [], [], STARTING)[0]:
+            line = (
+                f"tpimpi: MPI has not started the other ranks for {STARTING:.0f} s: is a host down, or a wrong network "
+                "interface in use? To find out: python -m tpimpi doctor --hostfile FILE\n"
+            )
+            os.write(2, line.encode())
+        os._exit(0)
+    os.close(reader)
+    try:
+        yield
+    finally:
+        os.close(writer)
 
 
 class Star:
     """One rank's end of the star. `comm` is an MPI communicator, or None for a run of a single rank."""
+
+    watch: Watch | None = None
 
     def __init__(
         self, comm: MPI.Intracomm | None, *, timeout: float = DEFAULT_TIMEOUT, allreduce: str = "star"
@@ -63,9 +105,20 @@ class Star:
         self.rank = Rank(comm.rank, comm.size, platform.node()) if comm else Rank(0, 1, platform.node())
         self.timeout = timeout
         self.algorithm = allreduce
+        self.wire = Wire()
+        self._turn = 0  # sums begun
         self.seconds = 0.0  # spent in allreduces and broadcasts
         self._others = range(1, self.rank.size)
         self._control = np.zeros(4, np.int64)
+
+    @property
+    def algorithm(self) -> str:
+        """How sums are made: an algorithm, or a rule (see `allreduce.parse_rule`)."""
+        return self._algorithm
+
+    @algorithm.setter
+    def algorithm(self, rule: str) -> None:
+        self._algorithm, self._rule = rule, parse_rule(rule)
 
     # Sums and hidden vectors
 
@@ -82,18 +135,36 @@ class Star:
         if self._post is None or self.rank.size == 1 or array.size == 0:
             return Allreduce(None, iter(()), 0, self._spent)
         began = time.monotonic()
-        steps = ALGORITHMS[self.algorithm](self._post, array.reshape(-1))
+        name = next(name for most, name in self._rule if array.size <= most)
+        steps = ALGORITHMS[name](self._mail(), array.reshape(-1))
         allreduce = Allreduce(self._post, steps, self.timeout, self._spent)
         self._spent(time.monotonic() - began)
         return allreduce
+
+    def _mail(self) -> Mail:
+        """The messages of the next sum."""
+        assert self._post is not None
+        self._turn += 1
+        return Mail(self._post, self.wire, self._turn - 1)
 
     def _spent(self, seconds: float) -> None:
         self.seconds += seconds
 
     def broadcast(self, array: F32) -> None:
-        """Fill `array` (f32, contiguous) on every rank with the hub's."""
+        """Fill `array` (f32, contiguous) on every rank with the hub's, as the wire has it: the same bits everywhere."""
+        if self._post is None or self.rank.size == 1:
+            return
         began = time.monotonic()
-        self._from_hub(array, HIDDEN, began + self.timeout)
+        deadline, flat, mail = began + self.timeout, array.reshape(-1), Mail(self._post, self.wire)
+        cut = pieces(0, flat.size)
+        if self.rank.is_hub:
+            for piece in cut:
+                mail.publish(flat[piece], self._others, HIDDEN)
+            self._post.wait(mail.sent(), deadline)
+        else:
+            for piece, coming in [(piece, mail.expect(piece, 0, HIDDEN)) for piece in cut]:
+                self._post.wait(coming.pending, deadline)
+                flat[piece] = coming.values()
         self.seconds += time.monotonic() - began
 
     # Control: what to do next
@@ -113,9 +184,7 @@ class Star:
             )
         return operation, positions, start
 
-    def _from_hub(
-        self, array: npt.NDArray[np.float32] | npt.NDArray[np.int64], tag: int, deadline: float | None
-    ) -> None:
+    def _from_hub(self, array: npt.NDArray[np.int64], tag: int, deadline: float | None) -> None:
         if self._post is None:
             return
         if self.rank.is_hub:
@@ -163,6 +232,57 @@ class Star:
         assert self._post is not None
         return self._post.take(source, BULK, time.monotonic() + self.timeout)
 
+    # Links
+
+    def measure_links(self, *, sums: bool = False) -> Links:
+        """Measure the links to rank 0; every rank calls it, and the hub alone says what is to be measured, and gets it.
+
+        Latency always, in a tenth of a second or a few round trips; and with `sums` how long sums take, over the wire that
+        is set, for `links.choose`. Afterwards every rank's waiting suits the latency.
+        """
+        if self._post is None or self.rank.size == 1:
+            return Links([])
+
+        def add(name: str, count: int) -> None:
+            steps = ALGORITHMS[name](self._mail(), np.zeros(count, np.float32))
+            Allreduce(self._post, steps, PATIENCE, lambda seconds: None).wait()
+
+        measuring = Measuring(self._post, add)
+        if self.rank.is_hub:
+            return measuring.lead(sums=sums)
+        measuring.follow()
+        return Links([])
+
+    def ping(self, rank: int, values: F32) -> float:
+        """Every rank calls it: seconds in which `values` (f32, flat, as long on every rank) go from the hub to `rank`, all
+        of them, and then back, cut and packed as sums are; 0 on other ranks than the hub."""
+        assert self._post is not None
+        mail, deadline = Mail(self._post, self.wire), time.monotonic() + self.timeout
+        if self.rank.index not in (0, rank):
+            return 0.0
+        other = rank if self.rank.is_hub else 0
+        comings = [mail.expect(piece, other, ECHO) for piece in pieces(0, values.size)]
+        began = time.monotonic()
+        for hub in (True, False):
+            if self.rank.is_hub == hub:
+                for piece in pieces(0, values.size):
+                    mail.publish(values[piece], [other], ECHO)
+                self._post.wait(mail.sent(), deadline)
+            else:
+                for coming in comings:
+                    self._post.wait(coming.pending, deadline)
+        return time.monotonic() - began if self.rank.is_hub else 0.0
+
+    @property
+    def library(self) -> str:
+        """The MPI library, and its version."""
+        if self._comm is None:
+            return "no MPI"
+        from mpi4py import MPI
+
+        name, version = MPI.get_vendor()
+        return f"{name} {'.'.join(map(str, version))}"
+
     # Clocks
 
     def clock_offsets(self, clock: Callable[[], float] = time.monotonic) -> list[float]:
@@ -200,8 +320,46 @@ class Star:
             trips.append((ended - began, (began + ended) / 2 - float(there[0])))
         return min(trips)[1]
 
+    # A smaller star
+
+    def first(self, ranks: int) -> Star | None:
+        """A star of the first so many ranks, over a communicator of its own; None on the others. Every rank calls it."""
+        if self._comm is None or self._post is None:
+            return Star(None)
+        from mpi4py import MPI
+
+        comm: Any = self._comm.Split(0 if self.rank.index < ranks else MPI.UNDEFINED, self.rank.index)
+        if comm == MPI.COMM_NULL:
+            return None
+        few = Star(comm, timeout=self.timeout, allreduce=self.algorithm)
+        few.wire = self.wire
+        if few._post is not None:
+            few._post.latency = self._post.latency
+        return few
+
+    def name_by(self, name: Callable[[int], str]) -> None:
+        """Ranks are named so in messages."""
+        if self._post is not None:
+            self._post.name = name
+
+    def awaited(self) -> list[int]:
+        """The ranks that this one waits for right now, with a deadline."""
+        return [] if self._post is None else list(self._post.awaited)
+
+    def allow_silence(self, seconds: float) -> None:
+        """Hub: a rank that gives no sign of life for so long is gone, on every rank."""
+        if self.watch is not None:
+            self.watch.allow(seconds)
+
+    def close(self) -> None:
+        """Leave in peace: the others are told that this rank ends."""
+        if self.watch is not None:
+            self.watch.close()
+
     def abort(self, code: int) -> NoReturn:
         """End the job on every rank, now."""
+        if self.rank.size > 1:
+            leave_at_last(self.rank, ABORTING)
         if self._comm is not None:
             self._comm.Abort(code)
         os._exit(code)

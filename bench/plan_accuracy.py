@@ -1,0 +1,147 @@
+"""How well `plan` predicts: a model of 1B shape, q4_0, on 1 to 4 hosts of an emulated home, at several latencies.
+
+    python bench/plan_accuracy.py [--latencies 0.3ms,1ms,5ms] [--hosts 4] [--cores 0.5] [--runs 3] [--json FILE]
+
+For each latency `plan` runs once on all hosts, then a generation on 1, 2, … hosts with equal shares, several times; figures are medians.
+A device has half a core, so four of them have the two cores that there are; with one thread each, as such a device would. Needs
+root, and 3 GB of disk in --folder for the slices, which stay there for the next time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from home import Home
+from home_devices import Device, Link, equal_devices, parse_duration
+
+# Llama 3.2 1B's, but untied and with SmolLM2's vocabulary: 1.17 B parameters.
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+}
+CONTEXT, PROMPT = 128, 16
+COMMON = ["--allreduce", "star", "--context", str(CONTEXT), "--threads", "1"]
+TIMEOUT = 300.0
+
+
+def make_slices(folder: Path, ranks: int) -> Path:
+    """The slices for so many ranks, made if they are not there; returns the config's place."""
+    shape = folder / "1b" / "config.json"
+    shape.parent.mkdir(parents=True, exist_ok=True)
+    shape.write_text(json.dumps(SHAPE))
+    if not (folder / f"rank-{ranks - 1}-of-{ranks}.h5").exists():
+        command = [sys.executable, "-m", "tpimpi", "synth", "--shape", str(shape), "--ranks", str(ranks)]
+        subprocess.run([*command, "--out", str(folder), "--quiet"], check=True)
+    return shape
+
+
+def finished(home: Home, ranks: int, arguments: list[str]) -> None:
+    """Run tpimpi on so many hosts. Raises RuntimeError, with what it said, where it fails."""
+    process = home.mpirun(
+        [sys.executable, "-m", "tpimpi", *arguments],
+        ranks=ranks,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    said, _ = process.communicate(timeout=TIMEOUT)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(arguments)} on {ranks}: exit code {process.returncode}\n{said}")
+
+
+def predict(home: Home, hosts: int, shape: Path, report: Path) -> dict[int, dict[str, Any]]:
+    """What `plan` says of equal shares, by the number of ranks."""
+    arguments = [
+        "plan",
+        "--shape",
+        str(shape),
+        "--prompt-tokens",
+        str(PROMPT),
+        *COMMON,
+        "--json",
+        str(report),
+        "--quiet",
+    ]
+    finished(home, hosts, arguments)
+    plans = json.loads(report.read_text())["plans"]
+    return {found["ranks"]: found for found in plans if found["kind"] == "equal"}
+
+
+def run(home: Home, ranks: int, slices: Path, tokens: int, report: Path) -> dict[str, Any]:
+    """The report of a generation."""
+    prompt = report.with_name("prompt.txt")
+    prompt.write_text(" ".join(map(str, range(100, 100 + PROMPT))))
+    arguments = ["--slices", str(slices), "--raw", "--prompt-file", str(prompt), "--ignore-eos", *COMMON]
+    finished(home, ranks, [*arguments, "--max-tokens", str(tokens), "--report", str(report), "--quiet"])
+    found: dict[str, Any] = json.loads(report.read_text())
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--latencies", default="0.3ms,1ms,5ms", help="one way (default %(default)s)")
+    parser.add_argument("--hosts", type=int, default=4, help="default 4")
+    parser.add_argument("--cores", type=float, default=0.5, help="of each (default 0.5); 0: no limit")
+    parser.add_argument("--runs", type=int, default=3, help="of each (default 3)")
+    parser.add_argument("--tokens", type=int, default=48, help="of each run (default 48)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("/var/tmp/tpimpi-plan-accuracy"), help="default %(default)s"
+    )
+    parser.add_argument("--json", type=Path, help="write the figures")
+    options = parser.parse_args()
+    for ranks in range(1, options.hosts + 1):
+        shape = make_slices(options.folder, ranks)
+    devices = [Device(device.name, cores=options.cores or None) for device in equal_devices(options.hosts)]
+    latencies = [parse_duration(text, "--latencies") for text in options.latencies.split(",")]
+    rows = []
+    print("latency  hosts  predicted  measured (least, most)  predicted/measured", flush=True)
+    with tempfile.TemporaryDirectory() as scratch, Home(devices, Link(latency_s=latencies[0])) as home:
+        report = Path(scratch) / "report.json"
+        for latency in latencies:
+            home.set_link(Link(latency_s=latency))
+            predicted = predict(home, options.hosts, shape, report)
+            for ranks in range(1, options.hosts + 1):
+                found = [run(home, ranks, options.folder, options.tokens, report) for _ in range(options.runs)]
+                times = [one["s_per_token"] for one in found]
+                row = {
+                    "latency_s": latency,
+                    "ranks": ranks,
+                    "predicted": predicted[ranks],
+                    "s_per_token": times,
+                    "first_token_s": [one["ttft_s"] for one in found],
+                    "ratio": predicted[ranks]["s_per_token"] / median(times),
+                }
+                rows.append(row)
+                spread = f"{median(times):.4f} ({min(times):.4f}, {max(times):.4f})"
+                print(
+                    f"{latency * 1e3:4.1f} ms  {ranks:5}  {predicted[ranks]['s_per_token']:9.4f}  {spread:>24}  {row['ratio']:6.2f}",
+                    flush=True,
+                )
+    if options.json is not None:
+        options.json.write_text(json.dumps({"cores": options.cores, "rows": rows}, indent=1))
+    worst = max(rows, key=lambda row: abs(row["ratio"] - 1))
+    print(f"worst: {worst['ratio']:.2f}, {worst['ranks']} hosts at {worst['latency_s'] * 1e3:g} ms")
+
+
+if __name__ == "__main__":
+    main()

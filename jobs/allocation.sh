@@ -1,0 +1,86 @@
+# Sourced by tpimpi.slurm and tpimpi.pbs, in the root of the checkout: what a job does on the machines that it was given.
+#
+#   enter               goes into the environment, and decides where slices are kept
+#   choose WAY...       takes the first of these launchers whose ranks find each other (each is one word here, "mpirun -n 4" say)
+#   answer_and_measure  lets the ranks answer the prompt, then measures; results go to the folder $OUT
+#
+# What the user may set is at the head of those files. $RANKS is the number of ranks; the array each_machine starts a program
+# once on every machine.
+
+. jobs/setup.sh
+umask 077 # the prompt and the answer are nobody else's
+
+enter() {
+  if [ -z "${VIRTUAL_ENV:-}" ]; then # else the job was given from inside one
+    if ! [ -x .venv/bin/python ]; then
+      echo "job: there is no .venv in $PWD; make it first, where there is a network: bash jobs/quickstart.sh" >&2
+      exit 1
+    fi
+    # shellcheck disable=SC1091
+    . .venv/bin/activate
+  fi
+  python="$(command -v python)"
+  # On the machine's own disk, since every rank reads its slice from here. Where the site removes $TMPDIR with the job, the
+  # slices go with it; else they serve the next job.
+  export TPIMPI_CACHE="${TPIMPI_CACHE:-${TMPDIR:-/tmp}/tpimpi-$(id -un)}"
+  # One rank computes with all the cores that the scheduler gives it: Open MPI (5, 4) else binds it to one.
+  export PRTE_MCA_hwloc_default_binding_policy=none OMPI_MCA_hwloc_base_binding_policy=none
+}
+
+# Not every launcher hands on the environment to other machines, so what matters is in the command.
+ranks() {
+  "${launch[@]}" env TPIMPI_CACHE="$TPIMPI_CACHE" TPIMPI_MODEL="${MODEL:-}" "$python" "$@" </dev/null
+}
+
+choose() {
+  local way ways=("$@")
+  if [ -n "${LAUNCH:-}" ]; then
+    read -ra launch <<<"$LAUNCH"
+    return
+  fi
+  for way in "${ways[@]}"; do
+    read -ra launch <<<"$way"
+    # A launcher of another MPI starts ranks that know nothing of each other, or none.
+    if command -v "${launch[0]}" >/dev/null && timeout --kill-after=10 120 "${launch[@]}" "$python" -c \
+      "from mpi4py import MPI; raise SystemExit(MPI.COMM_WORLD.size != $RANKS)" </dev/null >/dev/null 2>&1; then
+      echo "job: ranks are started with: $way" >&2
+      return
+    fi
+  done
+  echo "job: none of these starts $RANKS ranks that find each other: $(printf '%s; ' "${ways[@]}")give one that does as LAUNCH" >&2
+  exit 1
+}
+
+# A job that was interrupted and begins again in the same folder goes on in mid-answer.
+answer() {
+  if ! [ -e "$OUT/prompt.txt" ]; then
+    if [ -n "${PROMPT:-}" ]; then cat "$PROMPT"; else echo "Why is the sky blue?"; fi >"$OUT/prompt.new"
+    mv "$OUT/prompt.new" "$OUT/prompt.txt"
+  fi
+  local options=()
+  read -ra options <<<"${OPTIONS:-}"
+  ranks -m tpimpi --prompt-file "$OUT/prompt.txt" --session "$OUT/session" "${options[@]}" >"$OUT/answer.partial"
+  mv "$OUT/answer.partial" "$OUT/answer.txt"
+}
+
+# In a launcher's step rank 0 alone would measure, so what tells of one is taken out of the environment.
+alone='unset OMPI_COMM_WORLD_RANK PMIX_RANK PMI_RANK PALS_RANKID SLURM_PROCID
+"${@:2}" >"$1.${SLURMD_NODENAME:-$(hostname -s)}.txt"'
+
+each_machine_measures() { # each_machine_measures BENCHMARK: into a file for each machine
+  "${each_machine[@]}" env TPIMPI_CACHE="$TPIMPI_CACHE" bash -c "$alone" alone "$OUT/$1" \
+    "$python" -m tpimpi bench "$1" </dev/null
+}
+
+answer_and_measure() {
+  local name failed=0
+  mkdir -p "$OUT"
+  [ -e "$OUT/answer.txt" ] || part "answer" answer || failed=1
+  for name in ${BENCHMARKS-kernels disk allreduce}; do
+    case "$name" in
+      allreduce) part "bench $name" ranks -m tpimpi bench allreduce >"$OUT/$name.txt" || failed=1 ;;
+      *) part "bench $name" each_machine_measures "$name" || failed=1 ;;
+    esac
+  done
+  return "$failed"
+}

@@ -1,0 +1,41 @@
+"""How a run's ranks settle what the links between them are like, and which allreduce suits them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tpimpi.agree import as_note
+from tpimpi.seat import wire_of
+from tpimpi.star import Links, Star, choose, describe
+
+__all__ = ["AUTO", "TASK", "follow", "measure_links", "settle_allreduce", "wire_of"]
+
+TASK = "links"
+AUTO = "auto"
+
+
+def measure_links(star: Star, *, wire: str = "f32", sums: bool = False) -> Links:
+    """Rank 0: measure the links to the other ranks (see Star.measure_links), which listen for a note."""
+    star.tell(as_note(task=TASK, wire=wire))
+    star.wire = wire_of(wire)
+    return star.measure_links(sums=sums)
+
+
+def follow(star: Star, note: dict[str, Any]) -> None:
+    """Other ranks: their part of that."""
+    star.wire = wire_of(note["wire"])
+    star.measure_links()
+
+
+def settle_allreduce(star: Star, allreduce: str, wire: str) -> tuple[str, str | None]:
+    """Rank 0: the rule by which sums are made, and a line that says what was chosen, where that was left to us.
+
+    The links' latency is measured in any case, so that waiting suits it on every rank. Raises StarError.
+    """
+    if star.rank.size == 1:
+        return "star" if allreduce == AUTO else allreduce, None
+    links = measure_links(star, wire=wire, sums=allreduce == AUTO)
+    if allreduce != AUTO:
+        return allreduce, None
+    rule = choose(links.times)
+    return rule, describe(rule, links, star.rank.size)

@@ -1,0 +1,492 @@
+"""What a rank can do, measured in about a second, while the others do the same: a layer of the model, with weights made up.
+
+Nothing is read or sliced for it. The ranks run `Model.forward` together as in a run, over the star, on one layer whose
+weights lie at another place in memory each time, as large together as their share of a model is, or larger than the caches.
+That is done with two sizes of shares, so that what every block costs is told from what each byte costs, with one position
+and with those of a prompt. The rank that computes longest does not wait for others; the rest of its time is the allreduce's.
+
+A control group with a part of a core stops a rank only after it has computed for some milliseconds. So how much of a
+processor a rank gets in the long run is measured by itself, in SUSTAINED seconds of nothing but computing.
+
+Peak memory: MOST_WEIGHTS bytes or a third of what the rank may take; all is given back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
+from itertools import cycle, pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
+
+import numpy as np
+import xxhash
+
+from tpimpi.agree import as_note, heard, or_tell, together
+from tpimpi.backends import Backend, load_backend
+from tpimpi.benching import last_level_cache
+from tpimpi.buffers import Bytes, Pages, aligned_buffer
+from tpimpi.config import ModelConfig
+from tpimpi.errors import StorageError
+from tpimpi.formats import F32, Array, Matrix, packed_bytes
+from tpimpi.linking import wire_of
+from tpimpi.memory import headroom, places, resident_bytes
+from tpimpi.model import Model
+from tpimpi.model_formats import ModelFormats
+from tpimpi.plan import Block, Plan, make_plan
+from tpimpi.reader import DEPTHS, MEASURED, Descriptor, Extent, Trial
+from tpimpi.seat import MEASURING, cache_folder
+from tpimpi.slicefile import Tile, slice_name
+from tpimpi.sliceheader import Header
+from tpimpi.slicelayout import Record, aligned, slice_records
+from tpimpi.star import Rank, Star, choose
+from tpimpi.window import Window
+
+SUSTAINED = 0.4  # seconds of nothing but computing
+LAP = 0.15  # seconds of layers of one size, at least one layer in each turn
+_ROUNDS = 3
+MOST_LAYER = 24 << 20  # bytes of the layer on a rank; a larger one is reckoned from this
+MOST_WEIGHTS = 96 << 20  # bytes of made-up weights
+LEAST_WEIGHTS = 8 << 20
+_SMALLER = 4  # so many times smaller is the second size
+_COPIES = 256  # of a layer, at most
+_BYTE = 0x2C  # of which all weights are made: small normal numbers in every format
+_STALL = 4.0  # times as long as usual: the rank was stopped
+SCRATCH = 64 << 20  # bytes of a file to measure a disk with, where there is no slice
+SCRATCH_SECONDS = 0.4  # of writing it
+
+
+@dataclass(frozen=True)
+class Task:
+    """What rank 0 wants measured: of the first `ranks` ranks, with `positions` of a prompt at once, after `start` others."""
+
+    config: dict[str, Any]
+    formats: dict[str, Any]
+    ranks: int
+    positions: int
+    start: int
+    backend: str
+    threads: int | None
+    cores_shared_by: list[int]
+    allreduce: str
+    wire: str
+    kv: str
+    memory: list[int] | None  # of each rank, as --memory says
+
+
+@dataclass(frozen=True)
+class Lap:
+    """Some steps through one layer, in lockstep with the others: bytes of its tiles here, and seconds of a step."""
+
+    positions: int
+    nbytes: int
+    wall: float
+    compute: float
+    cpu: float
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one rank found. `places` are those of memory.places; `head` of rank 0: (bytes, seconds, processor seconds)."""
+
+    rank: int
+    host: str
+    threads: int
+    backend: str
+    processors: float
+    laps: list[Lap]
+    head: tuple[int, float, float] | None
+    base: int
+    places: list[tuple[str, int, int]]
+
+    @classmethod
+    def from_note(cls, note: Mapping[str, Any]) -> Finding:
+        values = {name: note[name] for name in cls.__dataclass_fields__}
+        return cls(**{**values, "laps": [Lap(**lap) for lap in note["laps"]]})
+
+
+# A layer of weights that are made up
+
+
+class _Carousel:
+    """Stands in for a Window: the tiles of a layer, at another place in memory each time, and those of the head."""
+
+    wait_seconds = 0.0
+
+    def __init__(self, records: Sequence[Record], memory: Bytes) -> None:
+        self._turns: dict[Block, Iterator[list[Tile]]] = {}
+        blocks = Counter[Block]()
+        for record in records:
+            blocks[record.block] += sum(aligned(part.nbytes) for part in record.parts)
+        # Attention and MLP of a layer lie one behind the other; the head, which is used apart, has all of the memory too.
+        layer = [block for block in blocks if block.kind != "head"]
+        self.layer_bytes = sum(blocks[block] for block in layer)
+        for group in (layer, [block for block in blocks if block.kind == "head"]):
+            mine = [record for record in records if record.block in group]
+            size = sum(blocks[block] for block in group)
+            copies = max(1, min(_COPIES, len(memory) // max(1, size)))
+            tiles: dict[Block, list[list[Tile]]] = {block: [] for block in group}
+            for copy in range(copies):
+                place = copy * size
+                for block in group:
+                    tiles[block].append([])
+                for record in mine:
+                    tile, place = _tile(record, memory, place)
+                    tiles[record.block][-1].append(tile)
+            self._turns |= {block: cycle(lists) for block, lists in tiles.items()}
+
+    def tiles(self, block: Block) -> Iterator[Tile]:
+        return iter(next(self._turns[block])) if block in self._turns else iter(())
+
+    def skip(self, block: Block) -> None:
+        pass
+
+
+def _tile(record: Record, memory: Bytes, place: int) -> tuple[Tile, int]:
+    """The tile whose bytes lie at `place`, going on at the front where the memory ends; and the place after it."""
+    parts: dict[str, Array] = {}
+    matrices: dict[str, Matrix] = {}
+    for part in record.parts:
+        if place + part.nbytes > len(memory):
+            place = 0
+        data = memory[place : place + part.nbytes]
+        place += aligned(part.nbytes)
+        if part.is_matrix:
+            rows, columns = part.shape
+            matrices[part.name] = Matrix(part.format, rows, columns, data)
+        else:
+            parts[part.name] = data.view(part.dtype).reshape(part.shape)
+    return Tile(record, parts, matrices), place
+
+
+class Rehearsal:
+    """One rank's layers, ready to be run with the others. Raises InputError where its backend cannot be had, MemoryError."""
+
+    def __init__(self, rank: Rank, task: Task) -> None:
+        self.task, self.rank = task, rank
+        config = ModelConfig.from_dict(task.config)
+        formats = ModelFormats.from_dict(task.formats, config.layers)
+        usual = Counter(formats.layers).most_common(1)[0][0]
+        self.threads = task.threads or max(1, len(os.sched_getaffinity(0)) // task.cores_shared_by[self.rank.index])
+        self.backend: Backend = load_backend(task.backend, self.threads)
+        most = _most_weights(task.memory[self.rank.index] if task.memory else None)
+        vocab = _rows_within(config, formats.head, most // 2)
+        self._config = replace(config, layers=1, vocab=vocab, attention_windows=(config.attention_windows[0],))
+        self._formats = replace(formats, layers=(usual,))
+        part = 1 / task.ranks
+        whole = self._records(part)[1]
+        largest = sum(record.nbytes for record in whole if record.block.kind != "head")
+        part *= min(1.0, MOST_LAYER / max(1, largest))
+        self._parts = [part, part / _SMALLER]
+        # In a run a rank goes through all of its share for each token: the caches keep what is smaller than they are.
+        room = min(config.layers * largest, 2 * last_level_cache(self.threads), most)
+        room = max(room, LEAST_WEIGHTS, *(record.nbytes for record in whole))
+        self._pages = Pages(room)
+        self._pages.array[:] = _BYTE
+        self._models = [self._model(part) for part in self._parts]
+
+    def _records(self, part: float) -> tuple[Plan, list[Record]]:
+        """The shares, all alike, of so large a part of the model; and a layer's tiles."""
+        config, ranks = self._config, self.task.ranks
+        share = make_plan(config, [part, 1 - part]).shares[0]
+        plan = Plan((1.0,) * ranks, (share,) * ranks)
+        records = slice_records(config, share, self.rank.index, self._formats, {})
+        return plan, [record for record in records if record.block.kind in ("attn", "mlp", "head")]
+
+    def _model(self, part: float) -> tuple[Model, int]:
+        """A model of one layer, and the bytes of its tiles."""
+        plan, records = self._records(part)
+        carousel = _Carousel(records, self._pages.array)
+        header = Header(self.rank.index, self._formats, "", "", self._config, plan, tuple(records))
+        config, hidden = self._config, self._config.hidden
+        ones = {name: np.ones((1, hidden), np.float32) for name in ("attn_norm", "mlp_norm")}
+        ones |= {name: np.ones((1, config.head_dim), np.float32) for name in ("q_norm", "k_norm") if config.qk_norm}
+        resident = {**ones, "norm": np.ones(hidden, np.float32)}
+        model = Model(header, resident, cast(Window, carousel), Star(None), self.backend, self.task.kv)
+        model.begin(self.task.start + self.task.positions + 1)
+        return model, carousel.layer_bytes
+
+    def close(self) -> None:
+        del self._models
+        self._pages.release()
+
+    # Measuring
+
+    def processors(self) -> float:
+        """Processor seconds a second, of nothing but computing; of whole periods, where the rank is stopped now and then."""
+        model, _ = self._models[0]
+        x = self._vectors(1)
+        model.forward(x, self.task.start)
+        marks = [(time.perf_counter(), time.process_time())]
+        while marks[-1][0] < marks[0][0] + SUSTAINED or len(marks) < 4:
+            model.forward(x, self.task.start)
+            marks.append((time.perf_counter(), time.process_time()))
+        return sustained(marks)
+
+    def laps(self, star: Star) -> list[Lap]:
+        """With each size, of one position and of the chunk, over the star `star` of those that take part; in turns, so that
+        whatever else the machines do befalls all of them alike."""
+        kinds = [
+            _Steps(model, self._vectors(positions), self.task.start if positions == 1 else self.task.start // 2, nbytes)
+            for positions in dict.fromkeys((1, self.task.positions))
+            for model, nbytes in self._models
+        ]
+        for kind in kinds:
+            kind.model.star = star
+            kind.warm_up()
+            took = kind.warm_up()
+            if star.rank.is_hub:
+                kind.count = max(1, math.ceil(LAP / _ROUNDS / max(took, 1e-6)))
+                star.tell(as_note(count=kind.count))
+            else:
+                kind.count = heard(star)["count"]
+        for _ in range(_ROUNDS):
+            for kind in kinds:
+                kind.run()
+        return [kind.lap() for kind in kinds]
+
+    def head(self) -> tuple[int, float, float]:
+        """Rank 0's head, for one position: (bytes of its tiles, seconds, processor seconds)."""
+        model, _ = self._models[0]
+        x = self._vectors(1)
+        nbytes = sum(record.nbytes for record in self._records(self._parts[0])[1] if record.block.kind == "head")
+        model.logits(x)
+        count, began, cpu = 0, time.perf_counter(), time.process_time()
+        while count < 3 or time.perf_counter() < began + LAP / 2:
+            model.logits(x)
+            count += 1
+        return nbytes, (time.perf_counter() - began) / count, (time.process_time() - cpu) / count
+
+    def _vectors(self, positions: int) -> F32:
+        shape = (positions, self._config.hidden)
+        return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+class _Steps:
+    """Steps through one layer, timed."""
+
+    count = 1  # of a turn
+
+    def __init__(self, model: Model, x: F32, start: int, nbytes: int) -> None:
+        self.model, self._x, self._start, self._bytes = model, x, start, nbytes
+        self._walls: list[float] = []
+        self._computes: list[float] = []
+        self._cpu = 0.0
+
+    def warm_up(self) -> float:
+        """A step that does not count; returns the seconds it took."""
+        began = time.perf_counter()
+        self.model.forward(self._x, self._start)
+        return time.perf_counter() - began
+
+    def run(self) -> None:
+        """A turn. The first step brings all ranks together, and does not count."""
+        self.warm_up()
+        cpu = time.process_time()
+        for _ in range(self.count):
+            began, before = time.perf_counter(), self.model.compute_seconds
+            self.model.forward(self._x, self._start)
+            self._walls.append(time.perf_counter() - began)
+            self._computes.append(self.model.compute_seconds - before)
+        self._cpu += time.process_time() - cpu
+
+    def lap(self) -> Lap:
+        """Medians, which leave out the times when the rank was stopped, or another program ran; but all processor time."""
+        cpu = self._cpu / len(self._walls)
+        return Lap(len(self._x), self._bytes, median(self._walls), median(self._computes), cpu)
+
+
+def _most_weights(promise: int | None) -> int:
+    """Bytes of made-up weights that this rank has room for."""
+    free = headroom(places()) if promise is None else promise - resident_bytes()
+    return min(MOST_WEIGHTS, max(LEAST_WEIGHTS, free // 3))
+
+
+def _rows_within(config: ModelConfig, fmt: str, nbytes: int) -> int:
+    """Rows of the head, all or as many as fit into so many bytes."""
+    whole = packed_bytes(fmt, config.vocab, config.hidden)
+    return max(64, min(config.vocab, config.vocab * nbytes // whole))
+
+
+def sustained(marks: Sequence[tuple[float, float]]) -> float:
+    """Processor seconds a second, from (wall clock, processor clock) after each of many equal pieces of work.
+
+    Where some took much longer than usual, since the rank was stopped, it is measured from the end of the first such piece
+    to that of the last, which are whole periods of being stopped: what was saved up before does not count then.
+    """
+    lengths = [after[0] - before[0] for before, after in pairwise(marks)]
+    usual = median(lengths)
+    stalls = [number for number, length in enumerate(lengths, start=1) if length > max(_STALL * usual, 1e-3)]
+    first, last = (stalls[0], stalls[-1]) if len(stalls) > 2 else (0, len(marks) - 1)
+    return (marks[last][1] - marks[first][1]) / max(marks[last][0] - marks[first][0], 1e-9)
+
+
+# All ranks together
+
+
+def measure(star: Star, task: Task) -> list[Finding]:
+    """Rank 0: have the first `task.ranks` ranks measured together; what each found, in rank order.
+
+    Raises InputError and the like where a rank cannot take part.
+    """
+    star.tell(as_note(task="measure", **asdict(task)))
+    rehearsal, _ = together(star, lambda: Rehearsal(star.rank, task))
+    star.tell(as_note(go=True))
+    notes = star.collect(as_note(**asdict(_rehearsed(star, rehearsal))))
+    return [Finding.from_note(json.loads(note)) for note in notes[: task.ranks]]
+
+
+def take_part_in_measuring(star: Star, note: Mapping[str, Any]) -> None:
+    """Another rank's side of `measure`."""
+    task = Task(**{name: note[name] for name in Task.__dataclass_fields__})
+    if star.rank.index >= task.ranks:  # idle, as in a run without it
+        star.collect(as_note())
+        heard(star)
+        star.first(task.ranks)
+        star.collect(as_note())
+        return
+    rehearsal = or_tell(star, lambda: Rehearsal(star.rank, task))
+    star.collect(as_note())
+    heard(star)
+    star.collect(as_note(**asdict(_rehearsed(star, rehearsal))))
+
+
+def _rehearsed(star: Star, rehearsal: Rehearsal) -> Finding:
+    """Every rank that takes part, at the same time: measure, and give the memory back."""
+    task = rehearsal.task
+    few = star.first(task.ranks)
+    assert few is not None
+    few.wire = wire_of(task.wire)
+    # Also so that a rank waits in the way that suits the links.
+    links = few.measure_links(sums=task.allreduce == "auto")
+    if few.rank.is_hub:
+        rule = task.allreduce if task.allreduce != "auto" else choose(links.times) if links.times else "star"
+        few.tell(as_note(rule=rule))
+    else:
+        rule = heard(few)["rule"]
+    few.algorithm = rule
+    with contextlib.closing(rehearsal):
+        processors, laps = rehearsal.processors(), rehearsal.laps(few)
+        head = rehearsal.head() if few.rank.is_hub else None
+    return Finding(
+        rank=star.rank.index,
+        host=star.rank.host,
+        threads=rehearsal.threads,
+        backend=rehearsal.backend.name,
+        processors=processors,
+        laps=laps,
+        head=head,
+        base=resident_bytes(),
+        places=[astuple(place) for place in places()],
+    )
+
+
+# Disks
+
+
+def measure_disks(star: Star) -> list[tuple[float, float]]:
+    """Rank 0: what every rank's disk gives while all read, in rank order: (bytes a second, processor seconds a byte).
+
+    Raises StorageError.
+    """
+    star.tell(as_note(task="disk"))
+    _, notes = together(star, lambda: None)
+    star.tell(as_note(go=True))
+    mine, notes = together(star, _disk)
+    return [mine, *((note["rate"], note["cpu"]) for note in notes[1:])]
+
+
+def take_part_in_disks(star: Star, note: Mapping[str, Any]) -> None:
+    """Another rank's side of `measure_disks`."""
+    star.collect(as_note())
+    heard(star)
+    rate, cpu = or_tell(star, _disk)
+    star.collect(as_note(rate=rate, cpu=cpu))
+
+
+def _disk() -> tuple[float, float]:
+    """Bytes a second from the disk of the cache folder, and the processor seconds that a byte takes, its check included."""
+    folder = cache_folder()
+    with _some_file(folder) as path:
+        try:
+            file = Descriptor(path)
+            try:
+                trial = Trial(file, [Extent(0, 0, path.stat().st_size)])
+                buffer = aligned_buffer(MEASURED)
+                trial.rate(buffer, DEPTHS[0], 0.05)
+                began = time.process_time()
+                wall = time.perf_counter()
+                rate = trial.rate(buffer, DEPTHS[0], MEASURING)
+                nbytes = rate * (time.perf_counter() - wall)
+                cpu = (time.process_time() - began) / max(nbytes, 1.0)
+            finally:
+                file.close()
+        except (OSError, EOFError) as error:
+            raise StorageError(f"cannot read {path}: {error}; check the disk that it is on") from error
+        began = time.perf_counter()
+        xxhash.xxh3_64_intdigest(buffer)
+        return rate, cpu + (time.perf_counter() - began) / len(buffer)
+
+
+@contextlib.contextmanager
+def _some_file(folder: Path) -> Iterator[Path]:
+    """The largest slice below the cache folder; or a file of our own, which is removed again."""
+    slices = [(path.stat().st_size, path) for path in folder.glob("*/rank-*.h5") if path.is_file()]
+    size, path = max(slices, default=(0, folder))
+    if size >= SCRATCH // 2:
+        yield path
+        return
+    path = folder / f".disk-{os.getpid()}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        began, piece = time.monotonic(), np.random.default_rng().bytes(4 << 20)
+        with path.open("wb") as file:
+            for _ in range(SCRATCH // len(piece)):
+                file.write(piece)
+                os.fdatasync(file.fileno())
+                if time.monotonic() > began + SCRATCH_SECONDS:
+                    break
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise StorageError(f"cannot write to {folder}: {error.strerror}; set TPIMPI_CACHE to another place") from error
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+# Slices that there are
+
+
+def find_slices(star: Star, prefix: str, suffix: str) -> list[str]:
+    """Rank 0: the shares, as they stand in the names of cache folders between `prefix` and `suffix`, of which every rank has
+    its slice."""
+    star.tell(as_note(task="find-slices", prefix=prefix, suffix=suffix))
+    notes = [json.loads(note)["shares"] for note in star.collect(as_note(shares=_shares(star, prefix, suffix)))]
+    return sorted(set(notes[0]).intersection(*notes[1:]))
+
+
+def tell_slices(star: Star, note: Mapping[str, Any]) -> None:
+    """Another rank's side of `find_slices`."""
+    star.collect(as_note(shares=_shares(star, note["prefix"], note["suffix"])))
+
+
+def _shares(star: Star, prefix: str, suffix: str) -> list[str]:
+    name = slice_name(star.rank.index, star.rank.size)
+    try:
+        folders = [path.name for path in cache_folder().iterdir() if (path / name).is_file()]
+    except OSError:
+        return []
+    found = [folder for folder in folders if folder.startswith(prefix) and folder.endswith(suffix)]
+    return [folder[len(prefix) : len(folder) - len(suffix)] for folder in found]
+
+
+# What the other ranks do for rank 0
+TASKS = {"measure": take_part_in_measuring, "disk": take_part_in_disks, "find-slices": tell_slices}

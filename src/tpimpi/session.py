@@ -1,0 +1,262 @@
+"""A conversation in a file (--session), kept token by token, so that a run that was ended in mid-answer can be continued.
+
+The file is text in UTF-8, a JSON object a line, and grows only at its end; each line is written at once. Whatever ends the
+program leaves whole lines, and at most a last one without its line end, which counts for nothing and is cut off. Lines:
+
+    {"tpimpi session": 1, "model": "NAME", "fingerprint": "HEX", "vocabulary": N, "options": {"temperature": 0.0, …}}
+    {"prompt": "TEXT", "ids": [1, 2], "seed": N}      a turn begins
+    {"token": 3}                                      a token of its answer
+    {"end": "end", "text": "TEXT"}                    the answer is done
+
+The first line is there once, as soon as there is a turn: the version of this format, the model (its fingerprint, and how
+many token ids it has), and the options of SAMPLING, which hold for the whole conversation; without --seed "seed" is null.
+Of a turn, "ids" is all that the model gets before the answer, what was said before included, and "seed" what its random
+draws begin with. "end" is "end" (the model's own end of text), "stop" (one of --stop; "text" ends before it, the tokens
+do not), "max_tokens", or "context" (no room is left). A turn without a line "end" was interrupted.
+
+One run at a time uses a file, which a lock (flock) sees to. Only its owner can read it. Only rank 0 knows of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tpimpi.errors import InputError, StorageError
+
+FORMAT_VERSION = 1
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "raw")  # options of a run
+ENDS = ("end", "stop", "max_tokens", "context")
+_BEGINNING = b'{"tpimpi session": '
+_MOST_FIRST = 4096  # bytes of the first line
+_FIRST: dict[str, type | None] = {  # what it holds
+    "tpimpi session": int,
+    "model": str,
+    "fingerprint": str,
+    "vocabulary": int,
+    "options": dict,
+}
+
+
+@dataclass
+class Turn:
+    """A prompt and its answer, as far as there is one. `ids` is all that the model gets before the answer."""
+
+    prompt: str
+    ids: list[int]
+    seed: int  # of the random draws, of which there is one for each of `tokens`
+    tokens: list[int] = field(default_factory=list)
+    ended: str | None = None  # one of ENDS
+    text: str = ""  # of an answer that has ended
+
+
+class Session:
+    """The file of a conversation, locked. `turns` are those in it; all but the last have ended."""
+
+    def __init__(self, given: str) -> None:
+        """Open the file, or make it. Raises InputError, having changed nothing, where it is no session or is in use."""
+        if not given:
+            raise InputError("--session is empty; give the name of a file")
+        self._path = Path(given)
+        self._header: dict[str, Any] | None = None
+        self._whose: dict[str, Any] = {}  # a first line to be written
+        self.turns: list[Turn] = []
+        self._file = -1
+        self._made = False
+        try:
+            self._open()
+            self._whole = self._read()
+        except OSError as error:
+            self.close()
+            raise self._wrong(f": {error.strerror}; give a file that rank 0 can read and write") from error
+        except ValueError as error:  # a NUL in the name
+            self.close()
+            raise InputError(f"--session {given!r}: {error}; give the name of a file") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _wrong(self, what: str) -> InputError:
+        return InputError(f"--session {str(self._path)[:200]}{what}")
+
+    def _open(self) -> None:
+        flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY
+        try:
+            if not stat.S_ISREG(kind := self._path.stat().st_mode):
+                what = "a folder" if stat.S_ISDIR(kind) else "no file that can be kept"
+                raise self._wrong(f" is {what}; give the name of a file")
+            self._file = os.open(self._path, flags)
+        except FileNotFoundError:
+            self._file = os.open(self._path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+            self._made = True
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise self._wrong(" is in use by another run; wait for its end, or give another file") from error
+        except OSError as error:
+            reason = f" cannot be locked: {error.strerror}; put it on a local disk"
+            raise self._wrong(reason) from error
+        if not self._path.exists() or not os.path.samestat(os.fstat(self._file), self._path.stat()):
+            raise self._wrong(" was removed by another run just now; try again")
+
+    # Reading
+
+    def _read(self) -> int:
+        """Take in what the file holds; returns how many of its bytes are whole lines."""
+        with open(self._file, "rb", closefd=False) as file:
+            first = file.readline(_MOST_FIRST)
+            if not first.startswith(_BEGINNING[: len(first)]) or (not first.endswith(b"\n") and file.read(1)):
+                raise self._wrong(" is there, and is no session; give the name of a new file, or of a session")
+            if not first.endswith(b"\n"):
+                return 0
+            whole, number, line = 0, 0, first
+            while line.endswith(b"\n"):
+                number += 1
+                try:
+                    self._take(json.loads(line))
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    found = line[:60].decode(errors="replace")
+                    remedy = "cut it off before that line, or give another file"
+                    raise self._wrong(f" is broken in line {number}, {found!r}; {remedy}") from error
+                whole += len(line)
+                line = file.readline()
+        return whole
+
+    def _take(self, value: dict[str, Any]) -> None:
+        """One line of the file. Raises ValueError, KeyError or TypeError where it is not what comes next."""
+        if self._header is None:
+            if (version := value["tpimpi session"]) != FORMAT_VERSION:
+                ours = (
+                    f"this tpimpi knows version {FORMAT_VERSION}; use the one that made the file, or give another file"
+                )
+                raise self._wrong(f" is of format version {version}, {ours}")
+            _require(value, _FIRST)
+            _require(value["options"], {**dict.fromkeys(SAMPLING), "raw": bool})
+            self._header = value
+            return
+        turn = self.unfinished
+        if turn is None:
+            _require(value, {"prompt": str, "ids": list, "seed": int})
+            value["prompt"].encode()  # a ValueError where it is not Unicode
+            if not value["ids"] or value["seed"] < 0:
+                raise ValueError(value)
+            self.turns.append(Turn(value["prompt"], [self._id(number) for number in value["ids"]], value["seed"]))
+        elif "token" in value:
+            _require(value, {"token": int})
+            turn.tokens.append(self._id(value["token"]))
+        else:
+            _require(value, {"end": str, "text": str})
+            value["text"].encode()
+            turn.ended, turn.text = ENDS[ENDS.index(value["end"])], value["text"]
+
+    def _id(self, number: object) -> int:
+        assert self._header is not None
+        if type(number) is not int or not 0 <= number < self._header["vocabulary"]:
+            raise ValueError(number)
+        return number
+
+    @property
+    def unfinished(self) -> Turn | None:
+        """The last turn, if its answer was interrupted."""
+        return self.turns[-1] if self.turns and self.turns[-1].ended is None else None
+
+    # What has to be the same throughout a conversation
+
+    def options(self, given: Mapping[str, Any], parsed: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of SAMPLING that hold: those of the session, or for a new one those `parsed`.
+
+        Raises InputError for one that the user has `given` (not None) and that is not the session's.
+        """
+        if self._header is None:
+            self._whose["options"] = {name: parsed[name] for name in SAMPLING}
+            return dict(self._whose["options"])
+        options: dict[str, Any] = self._header["options"]
+        for name in SAMPLING:
+            if (value := given.get(name)) is not None and value != options[name]:
+                option, begun = f"--{name.replace('_', '-')}", options[name]
+                found, wanted = f"{option} is {value}", f"with {begun}"
+                if isinstance(value, bool) or begun is None:
+                    found, wanted = f"{option} is given", "without it"
+                remedy = f"leave {option} out, or give another file"
+                raise self._wrong(f": {found}, and the conversation was begun {wanted}; {remedy}")
+        return dict(options)
+
+    def check_model(self, name: str, fingerprint: str, vocabulary: int) -> None:
+        """Raise InputError where the conversation was begun with another model."""
+        ours: dict[str, Any] = {"model": name, "fingerprint": fingerprint, "vocabulary": vocabulary}
+        self._whose |= ours
+        if self._header is None:
+            return
+        theirs = self._header
+        if (theirs["fingerprint"], theirs["vocabulary"]) != (fingerprint, vocabulary):
+            shown = [f"{m['model']} ({m['vocabulary']} token ids, {m['fingerprint'][:12]})" for m in (theirs, ours)]
+            remedy = "give that model, or another file"
+            raise self._wrong(f" was begun with the model {shown[0]}, this run has {shown[1]}; {remedy}")
+
+    # Writing
+
+    def begin(self, turn: Turn) -> None:
+        """A turn begins; one that was interrupted goes on."""
+        if turn is self.unfinished:
+            return
+        lines = _line({"prompt": turn.prompt, "ids": turn.ids, "seed": turn.seed})
+        if self._header is None:
+            self._whose["tpimpi session"] = FORMAT_VERSION
+            self._header = {key: self._whose[key] for key in _FIRST}
+            lines = _line(self._header) + lines
+        self._write(lines)
+        self.turns.append(turn)
+
+    def add(self, token: int) -> None:
+        """The last turn's answer has one more token."""
+        self._write(b'{"token": %d}\n' % token)
+        self.turns[-1].tokens.append(token)
+
+    def end(self, why: str, text: str) -> None:
+        """The last turn's answer is done, for one of ENDS."""
+        self._write(_line({"end": why, "text": text}))
+        self.turns[-1].ended, self.turns[-1].text = why, text
+
+    def _write(self, lines: bytes) -> None:
+        """Append to the file, after its whole lines. Raises StorageError."""
+        try:
+            if os.fstat(self._file).st_size != self._whole:
+                os.ftruncate(self._file, self._whole)
+            while lines:
+                done = os.write(self._file, lines)
+                lines, self._whole = lines[done:], self._whole + done
+        except OSError as error:
+            raise StorageError(
+                f"cannot write --session {self._path}: {error.strerror}; make room, and run with that session again"
+            ) from error
+
+    def close(self) -> None:
+        """Let other runs have the file, which is not left behind empty."""
+        if self._file < 0:
+            return
+        if self._made:
+            with contextlib.suppress(OSError):
+                if os.fstat(self._file).st_size == 0:
+                    self._path.unlink()
+        os.close(self._file)
+        self._file = -1
+
+
+def _line(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(values, ensure_ascii=False).encode() + b"\n"
+
+
+def _require(value: Mapping[str, Any], types: Mapping[str, type | None]) -> None:
+    """Raise ValueError unless `value` has just these keys, with values of these types (None: any)."""
+    if not isinstance(value, dict) or set(value) != set(types):
+        raise ValueError(value)
+    for key, kind in types.items():
+        if kind is not None and type(value[key]) is not kind:
+            raise ValueError(value[key])

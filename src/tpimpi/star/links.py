@@ -1,0 +1,198 @@
+"""What the links between the ranks give: measured by the hub, which the others follow; and which sum is best over them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tpimpi.errors import StarError
+from tpimpi.star.allreduce import IN_RANK_ORDER
+from tpimpi.star.post import ECHO, Pending, Post
+
+ROUNDS = 8  # pings of every rank
+ENOUGH = 0.12  # seconds of them after which fewer do
+
+SIZES = (4096, 16_384, 65_536)  # numbers of the sums that are timed
+REPEATS = 3  # sums in a row: the first is not counted
+SECOND_PASS = 0.2  # seconds of the first, up to which there is a second
+PATIENCE = 20.0  # seconds for a message of these
+MOST_EXCHANGED = 32_768  # numbers of a sum by exchange, at most: every rank holds all partials
+CLEARLY = 0.9  # of the star's time: what another way must take at most, to be preferred
+
+_PING, _LATENCY, _SUM, _END = range(4)  # what the hub asks for: float64 [4]: kind, and up to three numbers
+
+Times = Mapping[str, Sequence[tuple[int, float]]]  # algorithm -> (numbers, seconds) in ascending order
+
+
+@dataclass
+class Links:
+    """What was measured: seconds one way from rank 0 to ranks 1, 2, …; and the `times` of the sums that were tried."""
+
+    latencies: list[float]
+    times: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+
+    @property
+    def latency_s(self) -> float:
+        """Of the slowest link, one way."""
+        return max(self.latencies, default=0.0)
+
+
+class Measuring:
+    """One rank's part. `add(algorithm, numbers)` makes one sum of so many numbers, and returns when it has it."""
+
+    def __init__(self, post: Post, add: Callable[[str, int], None]) -> None:
+        self._post, self._add = post, add
+        self._ask, self._answer = np.zeros(4), np.zeros(1)
+
+    def lead(self, *, sums: bool) -> Links:
+        """Hub: measure latencies, and where wanted the sums among which `choose` does.
+
+        Raises StarError where a rank does not answer.
+        """
+        self._post.latency = None  # so that waiting suits any
+        latencies = self._latencies()
+        self._post.latency = max(latencies)
+        self._ask_all(_LATENCY, self._post.latency)
+        found = Links(latencies, self._sums() if sums else {})
+        self._ask_all(_END)
+        return found
+
+    def follow(self) -> None:
+        """Other ranks: do what the hub asks for, until it has all it wants."""
+        self._post.latency = None
+        while True:
+            self._wait(self._post.receive(self._ask, 0, ECHO))
+            kind, first, second, third = self._ask.tolist()
+            if kind == _END:
+                return
+            if kind == _LATENCY:
+                self._post.latency = first
+            elif kind == _SUM:
+                for _ in range(int(third)):
+                    self._add(IN_RANK_ORDER[int(first)], int(second))
+            else:
+                self._wait(self._post.send(self._answer, 0, ECHO))
+
+    def _wait(self, pending: Pending) -> None:
+        self._post.wait(pending, time.monotonic() + PATIENCE)
+
+    def _ask_all(self, kind: int, *numbers: float) -> None:
+        self._ask[:] = 0
+        self._ask[: 1 + len(numbers)] = kind, *numbers
+        self._wait(self._post.send_to(self._ask, range(1, self._post.size), ECHO))
+
+    def _latencies(self) -> list[float]:
+        """Half of the shortest round trip to each other rank; all are asked at once."""
+        shortest = [math.inf] * (self._post.size - 1)
+        answers = np.empty((len(shortest), 1))
+        start = time.monotonic()
+        for turn in range(ROUNDS):
+            pending = {n: self._post.receive(answers[n], n + 1, ECHO) for n in range(len(shortest))}
+            began = time.monotonic()
+            self._ask_all(_PING)
+            while pending:
+                for n, answer in list(pending.items()):
+                    if self._post.test(answer):
+                        shortest[n] = min(shortest[n], time.monotonic() - began)
+                        del pending[n]
+                if time.monotonic() - began > 1e-3:
+                    time.sleep(20e-6)
+                if time.monotonic() - began > PATIENCE:
+                    self._wait(next(iter(pending.values())))
+            if turn >= 2 and time.monotonic() - start > ENOUGH:
+                break
+        return [trip / 2 for trip in shortest]
+
+    def _sums(self) -> dict[str, list[tuple[int, float]]]:
+        """Time the algorithms that add in rank order."""
+        best: dict[tuple[str, int], float] = {}
+        start = time.monotonic()
+        for turn in range(2):
+            for count in reversed(SIZES):  # so that the links carry what they can before the small ones are timed
+                for index, name in enumerate(IN_RANK_ORDER):
+                    if name == "exchange" and count > MOST_EXCHANGED:
+                        continue
+                    self._ask_all(_SUM, index, count, REPEATS)
+                    try:
+                        ends = [self._end_of(name, count) for _ in range(REPEATS)]
+                    except StarError as error:
+                        if name == "star":
+                            raise
+                        hint = "where the ranks reach rank 0 but not one another, give --allreduce star"
+                        raise StarError(f"{error}; {hint}") from error
+                    trips = [b - a for a, b in itertools.pairwise(ends)]
+                    best[name, count] = min([*trips, best.get((name, count), math.inf)])
+            if turn == 0 and time.monotonic() - start > SECOND_PASS:
+                break
+        return {n: [(count, best[n, count]) for count in SIZES if (n, count) in best] for n in IN_RANK_ORDER}
+
+    def _end_of(self, name: str, count: int) -> float:
+        self._add(name, count)
+        return time.monotonic()
+
+
+def choose(times: Times) -> str:
+    """The rule (see `allreduce.parse_rule`) for what was measured: the exchange for the small, the mesh for the large, each
+    only as far as it is clearly faster than the star.
+
+    Between the sizes that were timed, and above them, time grows with size.
+    """
+    sizes = [1 << bits for bits in range(8, 25)]
+
+    def better(name: str, size: int) -> bool:
+        return expected(times[name], size) < CLEARLY * expected(times["star"], size)
+
+    small, large = 0, math.inf
+    for size in sizes:
+        if size > MOST_EXCHANGED or not better("exchange", size):
+            break
+        small = size
+    for size in reversed(sizes):
+        if not better("mesh", size):
+            break
+        large = size
+    if large <= sizes[0]:
+        return f"exchange:{small},mesh" if small else "mesh"
+    steps = [f"exchange:{small}"] if small else []
+    if large < math.inf and large // 2 > small:
+        steps.append(f"star:{int(large) // 2}")
+    return ",".join([*steps, "mesh" if large < math.inf else "star"])
+
+
+def expected(points: Sequence[tuple[int, float]], size: int) -> float:
+    """Seconds for `size` numbers, from what was timed: on straight lines, and not under the time of the smallest."""
+    if size <= points[0][0]:
+        return points[0][1]
+    (n0, t0), (n1, t1) = next(((a, b) for a, b in itertools.pairwise(points) if size <= b[0]), points[-2:])
+    return t0 + (size - n0) * max(0.0, t1 - t0) / (n1 - n0)
+
+
+def hub_rate(points: Sequence[tuple[int, float]], ranks: int) -> float | None:
+    """Bytes a second through the hub's link, each way, from the times of stars; None where they do not say."""
+    (n0, t0), (n1, t1) = points[0], points[-1]
+    return (ranks - 1) * 4 * (n1 - n0) / (t1 - t0) if t1 > t0 else None
+
+
+def describe(rule: str, links: Links, ranks: int) -> str:
+    """The line that tells the user what was chosen, and why."""
+    words: list[str] = []
+    for step in rule.split(","):
+        name, _, most = step.partition(":")
+        words.append(f"{name} up to {_size(int(most) * 4)}" if most else f"{name} above" if words else name)
+    why = f"latency {_time(links.latency_s)}"
+    if "star" in links.times and (rate := hub_rate(links.times["star"], ranks)) is not None:
+        why += f", {rate / 1e6:.0f} MB/s"
+    return f"allreduce: {', '.join(words)} ({why})"
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes >> 20} MiB" if nbytes >= 1 << 20 else f"{nbytes >> 10} KiB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.0f} us"
