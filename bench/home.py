@@ -128,7 +128,9 @@ class Home:
     def _start_device(self, rank: int) -> None:
         device = self.devices[rank]
         folder = (self._keep or self.folder / "devices").resolve() / device.name
-        (folder / "home").mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / "tmp" / device.name  # never kept
+        for path in (folder / "home", temporary):
+            path.mkdir(parents=True, exist_ok=True)
         cache = device.cache or folder / "home" / ".cache" / "tpimpi"
         loop = "" if device.disk is None else make_disk(self.folder / f"{device.name}.img", device.disk)
         holder = subprocess.Popen(
@@ -159,7 +161,7 @@ class Home:
         (self.folder / "where" / device.name).write_text(
             f"holder={holder.pid}; groups={shlex.quote(files)}; network='{network(holder.pid)}'\n"
         )
-        own = {"HOME": folder / "home", "TPIMPI_CACHE": cache, "TMPDIR": folder / "tmp", "HOSTNAME": device.name}
+        own = {"HOME": folder / "home", "TPIMPI_CACHE": cache, "TMPDIR": temporary, "HOSTNAME": device.name}
         exports = {**{key: str(value) for key, value in own.items()}, **device.env, TAG: self.id}
         lines = [f"export {key}={shlex.quote(value)}\n" for key, value in exports.items()]
         (self.folder / "env" / device.name).write_text("".join(lines))

@@ -108,7 +108,7 @@ def ours(home: Home, rank: int) -> dict[int, str]:
     return found
 
 
-def _rank_process(home: Home, rank: int) -> int:
+def rank_process(home: Home, rank: int) -> int:
     """The process of the rank on device `rank`, which has threads of ours; not the shells around it."""
     mine = [pid for pid, command in ours(home, rank).items() if Path(command.split()[0]).name.startswith("python")]
     return max(mine, key=lambda pid: len(list(Path(f"/proc/{pid}/task").iterdir())))
@@ -152,7 +152,7 @@ class Case:
         time.sleep(random.uniform(0, 0.3))
 
     def break_it(self, rank: int) -> None:
-        os.kill(_rank_process(self.home, rank), signal.SIGKILL)
+        os.kill(rank_process(self.home, rank), signal.SIGKILL)
 
     def mend(self, rank: int) -> None:
         """After the run."""
@@ -236,7 +236,7 @@ class Stop(Case):
     """SIGSTOP of a rank: it hangs."""
 
     def break_it(self, rank: int) -> None:
-        self._pid = _rank_process(self.home, rank)
+        self._pid = rank_process(self.home, rank)
         os.kill(self._pid, signal.SIGSTOP)
 
 
@@ -244,7 +244,7 @@ class StopIdle(KillIdle):
     """SIGSTOP of a rank while the user thinks."""
 
     def break_it(self, rank: int) -> None:
-        os.kill(_rank_process(self.home, rank), signal.SIGSTOP)
+        os.kill(rank_process(self.home, rank), signal.SIGSTOP)
 
 
 class FullDisk(KillSlicing):
@@ -323,6 +323,12 @@ KINDS: dict[str, type[Case]] = {
     "other-version": OtherVersion,
 }
 _BEFORE = ("full-disk", "corrupt-slice", "other-version")  # broken before the run begins: the time runs from its start
+
+
+NOT_RANK_0 = (
+    "full-disk",
+    "other-version",
+)  # its version is what the others are compared with; the others have small disks
 
 
 def try_once(kind: str, home: Home, mpi: str, rank: int, silence: float, whole: str) -> Outcome:
@@ -430,7 +436,7 @@ def main() -> None:
     with home_with_slices(options.mpi) as (home, whole):
         for number in range(options.rounds):
             for kind in options.kinds.split(","):
-                rank = random.randrange(1 if kind in ("full-disk", "other-version") else 0, RANKS)
+                rank = random.randrange(1 if kind in NOT_RANK_0 else 0, RANKS)
                 outcome = try_once(kind, home, options.mpi, rank, options.silence, whole)
                 outcomes.append(outcome)
                 said = f"{outcome.message_s:.1f} s" if outcome.message_s is not None else "-"

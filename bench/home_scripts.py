@@ -24,7 +24,6 @@ if [ -d /sys/fs/cgroup ]; then # /sys shows the interfaces of the namespace it w
 fi
 for f in all default; do echo 1 > /proc/sys/net/ipv6/conf/$f/disable_ipv6 || :; done 2>/dev/null
 if [ -n "$4" ]; then mount "$4" "$2/home"; fi
-mkdir -p "$2/home" "$2/tmp"
 echo ready
 exec sleep infinity
 """

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from home_wire import need
@@ -59,17 +59,26 @@ def do(program: str, *arguments: str, text: str | None = None) -> str:
     return done.stdout
 
 
-def _network(pid: int | str) -> str:
+def network(pid: int | str) -> str:
+    """The name of its network namespace, such as net:[4026532223]. Raises OSError."""
     return str(Path(f"/proc/{pid}/ns/net").readlink())
 
 
 def in_network(pid: int) -> set[int]:
     """The processes in the network namespace of that one."""
     try:
-        namespace = _network(pid)
+        name = network(pid)
     except OSError:
         return set()
-    return _where(lambda folder: _network(folder.name) == namespace)
+    return _where(lambda folder: network(folder.name) == name)
+
+
+def _networks(pids: Iterable[int]) -> set[str]:
+    found = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            found.add(network(pid))
+    return found
 
 
 def _where(test: Callable[[Path], bool]) -> set[int]:
@@ -100,10 +109,11 @@ def sweep(folder: Path) -> None:
     def tagged(place: Path) -> bool:
         return tag in (place / "environ").read_bytes().split(b"\0")
 
-    # A process may have lost its environment, but not its namespace.
-    outer = _network("self")
-    holders = {_network(pid) for pid in _where(tagged)} - {outer}
-    _kill(lambda: _where(lambda place: _network(place.name) in holders))
+    # A process may have lost its environment, but not its namespace. The number of a namespace that is gone is given out
+    # again: only where a tagged process lives in it is it still the device's.
+    written = "".join(file.read_text() for file in folder.glob("where/*"))
+    networks = {name for name in _networks(_where(tagged)) if f"network='{name}'" in written}
+    _kill(lambda: _where(lambda place: network(place.name) in networks))
     _kill(lambda: _where(tagged))
     _free_loops(folder)
     remove_groups(f"{folder.name}-")

@@ -54,12 +54,12 @@ choose() {
 # A job that was interrupted and begins again in the same folder goes on in mid-answer.
 answer() {
   if ! [ -e "$OUT/prompt.txt" ]; then
-    if [ -n "${PROMPT:-}" ]; then cat "$PROMPT"; else echo "Why is the sky blue?"; fi >"$OUT/prompt.new"
+    if [ -n "${PROMPT:-}" ]; then cat "$PROMPT"; else echo "Why is the sky blue?"; fi >"$OUT/prompt.new" || return
     mv "$OUT/prompt.new" "$OUT/prompt.txt"
   fi
   local options=()
   read -ra options <<<"${OPTIONS:-}"
-  ranks -m tpimpi --prompt-file "$OUT/prompt.txt" --session "$OUT/session" "${options[@]}" >"$OUT/answer.partial"
+  ranks -m tpimpi --prompt-file "$OUT/prompt.txt" --session "$OUT/session" "${options[@]}" >"$OUT/answer.partial" || return
   mv "$OUT/answer.partial" "$OUT/answer.txt"
 }
 

@@ -218,16 +218,17 @@ def test_an_interrupted_job_is_gone_on_with(cluster: Cluster, undisturbed: str, 
 
 @pytest.mark.mpi
 def test_what_is_wrong_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:
-    for number, (variables, said) in enumerate(
-        [
-            ({"MODEL": "/nowhere/model"}, "model not found: /nowhere/model"),
-            ({"LAUNCH": "false"}, "== answer: .*failed"),
-            (
-                {"PATH": "/usr/bin:/bin", "VIRTUAL_ENV": str(tmp_path)},
-                "none of these starts 4 ranks that find each other",
-            ),
-        ]
-    ):
+    broken = tmp_path / "bin" / "python"  # stands for an environment in which ranks do not find each other
+    broken.parent.mkdir()
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    wrong = [
+        ({"MODEL": "/nowhere/model"}, "model not found: /nowhere/model"),
+        ({"PROMPT": "/nowhere/prompt"}, "/nowhere/prompt: No such file"),
+        ({"LAUNCH": "false"}, "== answer: .*failed"),
+        ({"PATH": f"{broken.parent}:{cluster.env['PATH']}"}, "none of these starts 4 ranks that find each other"),
+    ]
+    for number, (variables, said) in enumerate(wrong):
         out = tmp_path / str(number)
         result = cluster.batch(out, "", "--wait", **variables)
         assert result.code != 0

@@ -93,7 +93,7 @@ def lead(
     for wire in wires:
         star.wire = wire_of(wire)
         links = star.measure_links(sums=True)
-        found.latencies, found.rules[wire] = links.latencies, choose(links.times)
+        found.latencies, found.rules[wire] = links.latencies, choose(links.times, star.rank.size)
     times: dict[tuple[str, int, str], list[float]] = {}
     for number in range(rounds):
         if not quiet:

@@ -212,8 +212,10 @@ def _hosts(checkup: Checkup) -> Iterator[Finding]:
     for host, machines in ranks_of.items():
         if len(machines) > 1:
             ranks = " and ".join(f"r{rank}" for rank in machines.values())
-            text = f"{ranks} are on different machines of the same name {host}, and would divide one's memory and cores; type on"
-            yield Finding("", f"{text} one of them: sudo hostnamectl set-hostname NAME")
+            text = (
+                f"{ranks} are on different machines of the same name {host}, and would divide one's memory and cores;"
+            )
+            yield Finding("", f"{text} type on one of them: sudo hostnamectl set-hostname NAME")
 
 
 def _rank(checkup: Checkup, rank: int) -> Iterator[Finding]:
@@ -228,8 +230,8 @@ def _rank(checkup: Checkup, rank: int) -> Iterator[Finding]:
         yield Finding(where, text, wrong=False)
     if each.memory_total and each.memory_headroom < 0:
         limit = "" if each.memory_limit is None else f" (a limit allows {show_size(each.memory_limit)})"
-        text = f"{show_size(each.memory_free)} of {show_size(each.memory_total)} are free{limit}, less than is left to others;"
-        yield Finding(where, f"{text} close other programs there, or give --memory, a size for each rank")
+        text = f"{show_size(each.memory_free)} of {show_size(each.memory_total)} are free{limit}, less than is left to"
+        yield Finding(where, f"{text} others; close other programs there, or give --memory, a size for each rank")
     if each.disk_problem:
         yield Finding(where, f"{each.disk_problem}; set TPIMPI_CACHE to a folder that can be written, or mend the disk")
     if each.slice.state == WRONG:
@@ -259,8 +261,8 @@ def _disks(checkup: Checkup) -> Iterator[Finding]:
         where = checkup.name(ranks[0])
         if needed > free:
             yield Finding(where, f"{show_size(free)} of disk are free, its slices need {show_size(needed)}; {remedy}")
-        elif free < LITTLE_DISK and any(one.state != HERE for one in slices):
-            yield Finding(where, f"only {show_size(free)} of disk are free; {remedy}", wrong=needed == 0)
+        elif free < LITTLE_DISK and not needed and any(one.state != HERE for one in slices):
+            yield Finding(where, f"only {show_size(free)} of disk are free; {remedy}", wrong=False)
 
 
 _WORST_FIRST = (INNER, "tunnel", "wireless", "cable")
@@ -281,13 +283,16 @@ def _link(checkup: Checkup, rank: int) -> Iterator[Finding]:
     yield from _way(checkup, rank, names, kinds)
     slowest = min(ping.to_bytes_per_s, ping.from_bytes_per_s)
     if slowest < SLOW_LINK:
-        text = f"{_rate(ping.to_bytes_per_s)} to it and {_rate(ping.from_bytes_per_s)} from it, which is slow; use a cable, or"
-        yield Finding(where, f"{text} Wi-Fi at 5 GHz; --wire bf16 halves what is sent")
+        text = f"{_rate(ping.to_bytes_per_s)} to it and {_rate(ping.from_bytes_per_s)} from it, which is slow; use a"
+        yield Finding(where, f"{text} cable, or Wi-Fi at 5 GHz; --wire bf16 halves what is sent")
     if ping.latency_s >= HIGH_LATENCY:
         wait = _USUAL_LAYERS * 4 * ping.latency_s
-        text = f"{_time(ping.latency_s)} one way, so a model of {_USUAL_LAYERS} layers waits {wait:.1f} s for the network in each"
+        text = (
+            f"{_time(ping.latency_s)} one way, so a model of {_USUAL_LAYERS} layers waits {wait:.1f} s for the network"
+        )
         yield Finding(
-            where, f"{text} token; use a cable, or see with python -m tpimpi plan whether fewer ranks are faster"
+            where,
+            f"{text} in each token; use a cable, or see with python -m tpimpi plan whether fewer ranks are faster",
         )
     if ping.median_s > VARIES * ping.latency_s and ping.median_s - ping.latency_s > VARIES_BY:
         text = f"{_time(ping.latency_s)} one way at best, but usually {_time(ping.median_s)}"

@@ -16,7 +16,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,8 @@ def _guarded(found: Findings, ours: Ours, ssh: str) -> None:
 def _look_at(found: Findings, ours: Ours, ssh: str) -> None:
     host = found.host
     real = Path(ssh).name == "ssh"  # else a program in its place: PROGRAM HOST COMMAND
-    address, port = (_ssh_target(ssh, host) if real else None) or (host.address, 22)
-    addresses = _resolve(address)
+    target = _ssh_target(ssh, host) if real else _Target(host.address, 22, direct=False)
+    addresses = _resolve(target.address)
     found.here = (
         host.is_loopback or bool(ours.addresses & set(addresses)) or any(a.startswith("127.") for a in addresses)
     )
@@ -89,23 +89,23 @@ def _look_at(found: Findings, ours: Ours, ssh: str) -> None:
         judge_ourselves(found, ours)
         return
     if addresses:
-        found.add("name", OK, f"{address} is {', '.join(addresses[:3])}")
-    elif real:
+        found.add("name", OK, ", ".join(dict.fromkeys([target.address, *addresses[:3]])))
+    elif target.direct:
         found.add(
             "name",
             WRONG,
-            f"{address} is not known here; write its address into the hostfile, or add a line to /etc/hosts: "
-            f"192.168.x.y {address}",
+            f"{target.address} is not known here; write its address into the hostfile, or add a line to /etc/hosts: "
+            f"192.168.x.y {target.address}",
         )
         raise Hopeless
-    if real:
-        _check_port(found, addresses, port)
+    if target.direct:
+        _check_port(found, addresses, target.port)
     command = (
         [ssh, "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT:.0f}", host.name] if real else [ssh, host.name]
     )
     with Probe([*command, "sh -s"], ours, _route(addresses)) as probe:
         if not probe.hello():
-            found.add("ssh", WRONG, ssh_problem(probe.said(), host, port))
+            found.add("ssh", WRONG, ssh_problem(probe.said(), host, target.port))
             raise Hopeless
         found.add("ssh", OK, "without a password" if real else f"{ssh} works")
         heads, found.facts = probe.facts()
@@ -115,16 +115,25 @@ def _look_at(found: Findings, ours: Ours, ssh: str) -> None:
         _judge_network(found, ours, probe, addresses)
 
 
-def _ssh_target(ssh: str, host: Host) -> tuple[str, int] | None:
-    """Where ssh will go to, as its configuration says; None where it does not tell."""
+@dataclass(frozen=True)
+class _Target:
+    """Where ssh goes to; not `direct` where that is for it to know: through another host, or in a way of its own."""
+
+    address: str
+    port: int
+    direct: bool
+
+
+def _ssh_target(ssh: str, host: Host) -> _Target:
+    """Where ssh will go to, as its configuration says."""
     try:
         done = subprocess.run([ssh, "-G", host.name], capture_output=True, text=True, timeout=CONNECT, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return None
+        return _Target(host.address, 22, direct=True)
     said = dict(line.partition(" ")[::2] for line in done.stdout.splitlines())
-    if "hostname" not in said or said.get("proxyjump", "none") != "none" or said.get("proxycommand", "none") != "none":
-        return None
-    return said["hostname"], int(said.get("port", "22"))
+    direct = {said.get(name, "none") for name in ("proxyjump", "proxycommand")} == {"none"}
+    port = said.get("port", "")
+    return _Target(said.get("hostname", host.address), int(port) if port.isdecimal() else 22, direct)
 
 
 def _within(seconds: float, work: Callable[[], Any], otherwise: Any) -> Any:
@@ -284,8 +293,8 @@ def tell(given: str, ours: Ours, found: Sequence[Findings]) -> int:
     if wrong:
         print(f"{wrong} thing{'s' if wrong > 1 else ''} wrong; mend the first of each host, and try again")
     else:
-        ranks = sum(one.host.ranks for one in found)
-        launch = f"mpirun -np {ranks} --hostfile {shlex.quote(given)}{' ' if options else ''}{options}"
+        total = sum(one.host.ranks for one in found)
+        launch = f"mpirun -np {total} --hostfile {shlex.quote(given)}{' ' if options else ''}{options}"
         print(f"nothing wrong; next: {launch} {ours.python} -m tpimpi doctor")
     return wrong
 

@@ -124,7 +124,7 @@ def examine(star: Star, wanted: Wanted) -> Facts:
     path = wanted.path(star.rank.index, star.rank.size)
     folder = cache_folder() if path is None else path.parent
     size = wanted.sizes[star.rank.index] if wanted.sizes else None
-    rate, problem = _disk_rate(folder, path)
+    rate, problem = _disk_rate(cache_folder() if wanted.folder is None else folder, path)
     return Facts(
         host=star.rank.host,
         machine=_text(Path("/proc/sys/kernel/random/boot_id")),
@@ -221,11 +221,11 @@ def processor_quota(proc: Path = Path("/proc"), root: Path = Path("/sys/fs/cgrou
 
 
 def _disk_rate(folder: Path, path: Path | None) -> tuple[float | None, str]:
-    """Bytes a second that are read past the page cache from the slice `path`, or from a file written for it in `folder`; and
-    what is wrong where that cannot be done."""
+    """Bytes a second that are read past the page cache from the slice `path`, or where there is none from a file written
+    for it in `folder`, None where it is too small; and what is wrong where that cannot be done."""
     try:
-        if path is not None and path.is_file() and path.stat().st_size >= PIECE:
-            return _rate(path), ""
+        if path is not None and path.is_file():
+            return (_rate(path) if path.stat().st_size >= PIECE else None), ""
         with _scratch(folder) as scratch:
             return (None, "") if scratch is None else (_rate(scratch), "")
     except (OSError, EOFError) as error:

@@ -1,9 +1,9 @@
 """The keeper: a thread that keeps a rank within its memory while it runs, and notes what it has.
 
-Twenty times a second it compares what the rank has resident with what was promised or, under `--memory auto`, what its
-host and its cgroup have free with what is to stay free for others. Where it is too much, pinned tiles are given back at
-once; when there has been room again for a while, they are taken again, some at a time. It also says when the disk keeps
-the rank waiting: slow is not gone.
+Twenty times a second (five, while nothing is computed) it compares what the rank has resident with what was promised or,
+under `--memory auto`, what its host and its cgroup have free with what is to stay free for others. Where it is too much,
+pinned tiles are given back at once; when there has been room again for a while, they are taken again, some at a time. It
+also says when the disk keeps the rank waiting: slow is not gone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from tpimpi.memory import RESERVE, headroom, places, resident_bytes
 from tpimpi.window import Window
 
 PERIOD = 0.05  # seconds between two looks
+IDLE_PERIOD = 0.2  # the same, where nothing is computed: a look takes 1 ms
+_IDLE = 0.2  # of a core, which an idle rank does not use
 _CALM = 2.0  # seconds for which there has to be room before more is pinned again
 _MOST_POINTS = 400  # of the timeline; with more, every other goes, and they come half as often
 _FIRST_POINTS = 0.1  # seconds between points at first
@@ -87,8 +89,11 @@ class Keeper:
             window.pin_at_most(max(0, nbytes) * window.total_bytes // max(1, whole))
 
     def _run(self) -> None:
-        while not self._closed.wait(PERIOD):
+        period, used = PERIOD, time.process_time()
+        while not self._closed.wait(period):
             self.look(time.monotonic())
+            before, used = used, time.process_time()
+            period = IDLE_PERIOD if used - before < _IDLE * period else PERIOD
 
     def look(self, now: float) -> None:
         """One look: at memory, and at waiting."""

@@ -37,5 +37,5 @@ def settle_allreduce(star: Star, allreduce: str, wire: str) -> tuple[str, str | 
     links = measure_links(star, wire=wire, sums=allreduce == AUTO)
     if allreduce != AUTO:
         return allreduce, None
-    rule = choose(links.times)
+    rule = choose(links.times, star.rank.size)
     return rule, describe(rule, links, star.rank.size)

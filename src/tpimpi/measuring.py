@@ -22,28 +22,23 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from itertools import cycle, pairwise
-from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
 import numpy as np
-import xxhash
 
 from tpimpi.agree import as_note, heard, or_tell, together
 from tpimpi.backends import Backend, load_backend
 from tpimpi.benching import last_level_cache
-from tpimpi.buffers import Bytes, Pages, aligned_buffer
+from tpimpi.buffers import Bytes, Pages
 from tpimpi.config import ModelConfig
-from tpimpi.errors import StorageError
 from tpimpi.formats import F32, Array, Matrix, packed_bytes
 from tpimpi.linking import wire_of
 from tpimpi.memory import headroom, places, resident_bytes
 from tpimpi.model import Model
 from tpimpi.model_formats import ModelFormats
 from tpimpi.plan import Block, Plan, make_plan
-from tpimpi.reader import DEPTHS, MEASURED, Descriptor, Extent, Trial
-from tpimpi.seat import MEASURING, cache_folder
-from tpimpi.slicefile import Tile, slice_name
+from tpimpi.slicefile import Tile
 from tpimpi.sliceheader import Header
 from tpimpi.slicelayout import Record, aligned, slice_records
 from tpimpi.star import Rank, Star, choose
@@ -59,8 +54,6 @@ _SMALLER = 4  # so many times smaller is the second size
 _COPIES = 256  # of a layer, at most
 _BYTE = 0x2C  # of which all weights are made: small normal numbers in every format
 _STALL = 4.0  # times as long as usual: the rank was stopped
-SCRATCH = 64 << 20  # bytes of a file to measure a disk with, where there is no slice
-SCRATCH_SECONDS = 0.4  # of writing it
 
 
 @dataclass(frozen=True)
@@ -123,6 +116,7 @@ class _Carousel:
     def __init__(self, records: Sequence[Record], memory: Bytes) -> None:
         self._turns: dict[Block, Iterator[list[Tile]]] = {}
         blocks = Counter[Block]()
+        self._counts = Counter(record.block for record in records)
         for record in records:
             blocks[record.block] += sum(aligned(part.nbytes) for part in record.parts)
         # Attention and MLP of a layer lie one behind the other; the head, which is used apart, has all of the memory too.
@@ -144,6 +138,12 @@ class _Carousel:
 
     def tiles(self, block: Block) -> Iterator[Tile]:
         return iter(next(self._turns[block])) if block in self._turns else iter(())
+
+    def count(self, block: Block) -> int:
+        return self._counts[block]
+
+    def would_wait(self, block: Block) -> bool:
+        return False
 
     def skip(self, block: Block) -> None:
         pass
@@ -367,7 +367,13 @@ def _rehearsed(star: Star, rehearsal: Rehearsal) -> Finding:
     # Also so that a rank waits in the way that suits the links.
     links = few.measure_links(sums=task.allreduce == "auto")
     if few.rank.is_hub:
-        rule = task.allreduce if task.allreduce != "auto" else choose(links.times) if links.times else "star"
+        rule = (
+            task.allreduce
+            if task.allreduce != "auto"
+            else choose(links.times, few.rank.size)
+            if links.times
+            else "star"
+        )
         few.tell(as_note(rule=rule))
     else:
         rule = heard(few)["rule"]
@@ -388,105 +394,5 @@ def _rehearsed(star: Star, rehearsal: Rehearsal) -> Finding:
     )
 
 
-# Disks
-
-
-def measure_disks(star: Star) -> list[tuple[float, float]]:
-    """Rank 0: what every rank's disk gives while all read, in rank order: (bytes a second, processor seconds a byte).
-
-    Raises StorageError.
-    """
-    star.tell(as_note(task="disk"))
-    _, notes = together(star, lambda: None)
-    star.tell(as_note(go=True))
-    mine, notes = together(star, _disk)
-    return [mine, *((note["rate"], note["cpu"]) for note in notes[1:])]
-
-
-def take_part_in_disks(star: Star, note: Mapping[str, Any]) -> None:
-    """Another rank's side of `measure_disks`."""
-    star.collect(as_note())
-    heard(star)
-    rate, cpu = or_tell(star, _disk)
-    star.collect(as_note(rate=rate, cpu=cpu))
-
-
-def _disk() -> tuple[float, float]:
-    """Bytes a second from the disk of the cache folder, and the processor seconds that a byte takes, its check included."""
-    folder = cache_folder()
-    with _some_file(folder) as path:
-        try:
-            file = Descriptor(path)
-            try:
-                trial = Trial(file, [Extent(0, 0, path.stat().st_size)])
-                buffer = aligned_buffer(MEASURED)
-                trial.rate(buffer, DEPTHS[0], 0.05)
-                began = time.process_time()
-                wall = time.perf_counter()
-                rate = trial.rate(buffer, DEPTHS[0], MEASURING)
-                nbytes = rate * (time.perf_counter() - wall)
-                cpu = (time.process_time() - began) / max(nbytes, 1.0)
-            finally:
-                file.close()
-        except (OSError, EOFError) as error:
-            raise StorageError(f"cannot read {path}: {error}; check the disk that it is on") from error
-        began = time.perf_counter()
-        xxhash.xxh3_64_intdigest(buffer)
-        return rate, cpu + (time.perf_counter() - began) / len(buffer)
-
-
-@contextlib.contextmanager
-def _some_file(folder: Path) -> Iterator[Path]:
-    """The largest slice below the cache folder; or a file of our own, which is removed again."""
-    slices = [(path.stat().st_size, path) for path in folder.glob("*/rank-*.h5") if path.is_file()]
-    size, path = max(slices, default=(0, folder))
-    if size >= SCRATCH // 2:
-        yield path
-        return
-    path = folder / f".disk-{os.getpid()}.partial"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        began, piece = time.monotonic(), np.random.default_rng().bytes(4 << 20)
-        with path.open("wb") as file:
-            for _ in range(SCRATCH // len(piece)):
-                file.write(piece)
-                os.fdatasync(file.fileno())
-                if time.monotonic() > began + SCRATCH_SECONDS:
-                    break
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise StorageError(f"cannot write to {folder}: {error.strerror}; set TPIMPI_CACHE to another place") from error
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
-
-
-# Slices that there are
-
-
-def find_slices(star: Star, prefix: str, suffix: str) -> list[str]:
-    """Rank 0: the shares, as they stand in the names of cache folders between `prefix` and `suffix`, of which every rank has
-    its slice."""
-    star.tell(as_note(task="find-slices", prefix=prefix, suffix=suffix))
-    notes = [json.loads(note)["shares"] for note in star.collect(as_note(shares=_shares(star, prefix, suffix)))]
-    return sorted(set(notes[0]).intersection(*notes[1:]))
-
-
-def tell_slices(star: Star, note: Mapping[str, Any]) -> None:
-    """Another rank's side of `find_slices`."""
-    star.collect(as_note(shares=_shares(star, note["prefix"], note["suffix"])))
-
-
-def _shares(star: Star, prefix: str, suffix: str) -> list[str]:
-    name = slice_name(star.rank.index, star.rank.size)
-    try:
-        folders = [path.name for path in cache_folder().iterdir() if (path / name).is_file()]
-    except OSError:
-        return []
-    found = [folder for folder in folders if folder.startswith(prefix) and folder.endswith(suffix)]
-    return [folder[len(prefix) : len(folder) - len(suffix)] for folder in found]
-
-
 # What the other ranks do for rank 0
-TASKS = {"measure": take_part_in_measuring, "disk": take_part_in_disks, "find-slices": tell_slices}
+TASKS = {"measure": take_part_in_measuring}

@@ -7,6 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from tpimpi.plan import HEAD, Block
 from tpimpi.slicefile import Tile
 from tpimpi.sliceheader import Header
 from tpimpi.slicelayout import Record
-from tpimpi.star import Star
+from tpimpi.star import Allreduce, Star
 from tpimpi.trace import COMPUTE, STAR, Recorder
 from tpimpi.window import Window
 
@@ -34,6 +35,7 @@ _NOT_RECORDED = contextlib.nullcontext()
 
 
 PREFILL_CHUNK = 128  # positions computed at once while a prompt is read
+OVERLAP_FROM = 32  # of so many, half are computed while the sum of the others is under way
 
 
 def block_order(header: Header) -> list[Block]:
@@ -69,6 +71,26 @@ def work_bytes(header: Header, records: Sequence[Record], backend: str, context:
     if header.rank == 0:
         work += (12 + 12 * (logits_of > 1)) * logits_of * config.vocab + 64 * config.vocab
     return work
+
+
+def runs_of_positions(positions: int, ranks: int) -> list[slice]:
+    """How a chunk goes through a block: whole, or where it is long in two halves, so that the sum of one is under way while
+    the other computes. It depends on nothing else, so that the same chunks give the same numbers to the bit."""
+    if ranks == 1 or positions < OVERLAP_FROM:
+        return [slice(0, positions)]
+    half = -(-positions // 2)
+    return [slice(0, half), slice(half, positions)]
+
+
+@dataclass
+class _Part:
+    """Positions that go through a block together."""
+
+    x: F32  # [n, hidden], a view of the chunk's
+    rotary: Angles
+    h: F32 = field(default_factory=lambda: np.empty((0, 0), np.float32))  # [n, hidden], normed
+    partial: F32 = field(default_factory=lambda: np.empty((0, 0), np.float32))  # [n, hidden], of the block so far
+    sum: Allreduce | None = None  # of `partial`, while it is under way
 
 
 class Model:
@@ -114,23 +136,59 @@ class Model:
         if not head:
             self.window.skip(HEAD)
         x = x.copy()
-        rotary = angles(self._frequencies, start, x.shape[0])
+        parts = [
+            _Part(x[run], angles(self._frequencies, start + run.start, run.stop - run.start))
+            for run in runs_of_positions(x.shape[0], self.star.rank.size)
+        ]
         with self._computing():
             for place, block in enumerate(self._blocks):
-                weight = self.resident[f"{block.kind}_norm"][block.layer]
-                h = self.backend.rms_norm(x, weight, self.config.norm_eps)
-                partial = np.zeros_like(x)
+                last = self.window.count(block) - 1
+                if self.window.would_wait(block):
+                    self._take_sums(parts, place)  # the hub owes them to the others, however long its disk takes
                 for number, tile in enumerate(self.window.tiles(block)):
-                    with self._recorded(COMPUTE, place, number):
-                        if block.kind == "attn":
-                            partial += self._attention(h, tile, rotary)
-                        else:
-                            partial += mlp_partial(self.backend, h, tile)
-                self._add_bias(partial, block)
-                with self._recorded(STAR, place):
-                    self.star.allreduce(partial)
-                x += partial
+                    for part in parts:
+                        if number == 0:
+                            self._enter(part, place)
+                        with self._recorded(COMPUTE, place, number):
+                            if block.kind == "attn":
+                                part.partial += self._attention(part.h, tile, part.rotary)
+                            else:
+                                part.partial += mlp_partial(self.backend, part.h, tile)
+                        for other in parts:
+                            if other.sum is not None:
+                                other.sum.poll()
+                        if number == last:
+                            self._add_up(part, block)
+                if last < 0:  # this rank has no part in the block, but in its sums
+                    for part in parts:
+                        self._enter(part, place)
+                        self._add_up(part, block)
+                # The others of two parts: while the next block begins.
+                self._take_sums(parts[:1], place + 1)
+            self._take_sums(parts, len(self._blocks))
         return x
+
+    def _enter(self, part: _Part, place: int) -> None:
+        """Begin the block at `place` in the order."""
+        self._take_sums([part], place)
+        block = self._blocks[place]
+        weight = self.resident[f"{block.kind}_norm"][block.layer]
+        part.h = self.backend.rms_norm(part.x, weight, self.config.norm_eps)
+        part.partial = np.zeros_like(part.x)
+
+    def _add_up(self, part: _Part, block: Block) -> None:
+        """Begin the sum of the block's partials over all ranks."""
+        self._add_bias(part.partial, block)
+        part.sum = self.star.start(part.partial)
+
+    def _take_sums(self, parts: Sequence[_Part], place: int) -> None:
+        """Before the block at `place`: wait for the sums of the one before it, and add them."""
+        for part in parts:
+            if part.sum is not None:
+                with self._recorded(STAR, place - 1):
+                    part.sum.wait()
+                part.x += part.partial
+                part.sum = None
 
     def logits(self, x: F32) -> F32:
         """Rank 0: final norm and output head of hidden vectors `x` [n, hidden]; returns [n, vocab]."""

@@ -18,7 +18,8 @@ from tpimpi import options
 from tpimpi.balance import FINE, best_shares
 from tpimpi.config import ModelConfig
 from tpimpi.errors import InputError
-from tpimpi.measuring import Finding, Task, find_slices, measure, measure_disks
+from tpimpi.inquiries import find_slices, measure_disks
+from tpimpi.measuring import Finding, Task, measure
 from tpimpi.memory import Place, per_rank, show_size
 from tpimpi.model import PREFILL_CHUNK
 from tpimpi.model_formats import ModelFormats

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from tpimpi import __version__, allreduce_bench, examining, linking, measuring, spreading
+from tpimpi import __version__, allreduce_bench, examining, inquiries, linking, measuring, spreading
 from tpimpi.agree import as_note, heard, or_tell, together
 from tpimpi.backends import NOT_INSTALLED, has_native
 from tpimpi.errors import InputError, SliceError
@@ -213,6 +213,7 @@ TASKS: dict[str, Callable[[Star, dict[str, Any]], None]] = {
     examining.TASK: examining.take_part,
     allreduce_bench.TASK: allreduce_bench.follow,
     **measuring.TASKS,
+    **inquiries.TASKS,
 }
 
 

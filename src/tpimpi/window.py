@@ -241,6 +241,16 @@ class Window:
             yield self._tile(turn_of_tile)
         self._advance(turn + last - first)
 
+    def count(self, block: Block) -> int:
+        """How many tiles `block` has."""
+        first, last = self._spans[block]
+        return last - first
+
+    def would_wait(self, block: Block) -> bool:
+        """Whether the first tile of `block` is not in memory yet."""
+        first, last = self._spans[block]
+        return first < last and self._loaded(self._use + (first - self._use) % self._n) is None
+
     def skip(self, block: Block) -> None:
         """The next turn of `block` will not be used, so it need not be read."""
         with self._changed:

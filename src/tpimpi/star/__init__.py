@@ -10,11 +10,12 @@ measurements as JSON), CLOCK (both ways: float64 [1], the sender's clock in seco
 (tiles of slices, to the rank that needs them). Prompt, token ids and text are in none of them.
 
 `launch` knows the launchers, `post` single messages and waiting, `allreduce` the sums, `watch` who is gone, `star` what
-other rooms use. mpi4py is imported only here, by `connect`, in a launched run; without mpirun a star of one rank needs no MPI.
+other rooms use. mpi4py is imported only here, by `connect`, in a launched run; without mpirun a star of one rank needs no
+MPI.
 """
 
 from tpimpi.star.about import MPICH, OPEN_MPI, AboutMpi, about_mpi
-from tpimpi.star.allreduce import ALGORITHMS, parse_rule
+from tpimpi.star.allreduce import ALGORITHMS, Allreduce, parse_rule
 from tpimpi.star.launch import Rank, launched_rank
 from tpimpi.star.links import Links, choose, describe
 from tpimpi.star.pings import Ping, answer_link, ping_link
@@ -36,14 +37,15 @@ __all__ = [
     "FORWARD",
     "HIDDEN",
     "LEAST_SILENCE",
-    "MPICH",
     "LEAVE_TO_OTHERS",
+    "MPICH",
     "NOTE",
     "OPEN_MPI",
     "PARTIAL",
     "SUM",
     "WIRES",
     "AboutMpi",
+    "Allreduce",
     "Links",
     "Pending",
     "Ping",

@@ -21,7 +21,7 @@ SIZES = (4096, 16_384, 65_536)  # numbers of the sums that are timed
 REPEATS = 3  # sums in a row: the first is not counted
 SECOND_PASS = 0.2  # seconds of the first, up to which there is a second
 PATIENCE = 20.0  # seconds for a message of these
-MOST_EXCHANGED = 32_768  # numbers of a sum by exchange, at most: every rank holds all partials
+MOST_EXCHANGED = 32_768  # numbers of a sum by exchange, at most, with three ranks or more
 CLEARLY = 0.9  # of the star's time: what another way must take at most, to be preferred
 
 _PING, _LATENCY, _SUM, _END = range(4)  # what the hub asks for: float64 [4]: kind, and up to three numbers
@@ -115,7 +115,7 @@ class Measuring:
         for turn in range(2):
             for count in reversed(SIZES):  # so that the links carry what they can before the small ones are timed
                 for index, name in enumerate(IN_RANK_ORDER):
-                    if name == "exchange" and count > MOST_EXCHANGED:
+                    if name == "exchange" and count > most_exchanged(self._post.size):
                         continue
                     self._ask_all(_SUM, index, count, REPEATS)
                     try:
@@ -136,32 +136,41 @@ class Measuring:
         return time.monotonic()
 
 
-def choose(times: Times) -> str:
+def choose(times: Times, ranks: int) -> str:
     """The rule (see `allreduce.parse_rule`) for what was measured: the exchange for the small, the mesh for the large, each
     only as far as it is clearly faster than the star.
 
-    Between the sizes that were timed, and above them, time grows with size.
+    Above the sizes that were timed it is bytes that take the time, and of those the hub's link has (n - 1) times a sum's
+    with the star, 2 (n - 1) / n times with the mesh: that is taken from three ranks on, unless it was slower.
     """
     sizes = [1 << bits for bits in range(8, 25)]
 
     def better(name: str, size: int) -> bool:
-        return expected(times[name], size) < CLEARLY * expected(times["star"], size)
+        limit = CLEARLY if name != "mesh" or size <= SIZES[-1] or ranks < 3 else 1 / CLEARLY
+        return expected(times[name], size) < limit * expected(times["star"], size)
 
     small, large = 0, math.inf
     for size in sizes:
-        if size > MOST_EXCHANGED or not better("exchange", size):
+        if size > most_exchanged(ranks) or not better("exchange", size):
             break
         small = size
     for size in reversed(sizes):
         if not better("mesh", size):
             break
         large = size
+    if small == sizes[-1]:
+        return "exchange"
     if large <= sizes[0]:
         return f"exchange:{small},mesh" if small else "mesh"
     steps = [f"exchange:{small}"] if small else []
     if large < math.inf and large // 2 > small:
         steps.append(f"star:{int(large) // 2}")
     return ",".join([*steps, "mesh" if large < math.inf else "star"])
+
+
+def most_exchanged(ranks: int) -> float:
+    """Numbers of a sum by exchange, at most: every rank holds all partials, which of two is no more than with the star."""
+    return MOST_EXCHANGED if ranks > 2 else math.inf
 
 
 def expected(points: Sequence[tuple[int, float]], size: int) -> float:

@@ -34,7 +34,7 @@ LONG_POLL, SHORT_POLL = (
 )  # seconds of polling before the first sleep: where the link is fast, and where not
 SHORTEST_SLEEP = 25e-6
 LONGEST_SLEEP = 0.001  # seconds between two tests while others compute
-LONGEST_IDLE_SLEEP = 0.01  # seconds between two tests while a user types or a model is sliced
+LONGEST_IDLE_SLEEP = 0.015  # seconds between two tests while a user types or a model is sliced
 
 
 @dataclass

@@ -219,7 +219,9 @@ def leave_at_last(rank: Rank, grace: float = GRACE) -> None:
         above = [process for process in psutil.Process().parents() if process.name() in (*LAUNCHERS, *DAEMONS)]
         top = (above[-1] if rank.is_hub else above[0]) if above else psutil.Process()
         all_of_it = [top.pid, *(process.pid for process in top.children(recursive=True))]
-        script = 'n=$1; shift; while [ $n -gt 0 ] && kill -0 $1; do sleep 0.1; n=$((n - 1)); done; kill -0 $1 && kill -9 "$@"'
+        script = (
+            "n=$1; shift; while [ $n -gt 0 ] && kill -0 $1; do sleep 0.1; n=$((n - 1)); done; kill -0 $1 && kill -9 $*"
+        )
         subprocess.Popen(
             ["/bin/sh", "-c", script, "tpimpi-leaves", str(round(grace * 10)), *map(str, all_of_it)],
             stdin=subprocess.DEVNULL,
