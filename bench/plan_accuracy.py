@@ -1,10 +1,10 @@
 """How well `plan` predicts: a model of 1B shape, q4_0, on 1 to 4 hosts of an emulated home, at several latencies.
 
-    python bench/plan_accuracy.py [--latencies 0.3ms,1ms,5ms] [--hosts 4] [--cores 0.5] [--runs 3] [--json FILE]
+    python bench/plan_accuracy.py [--latencies 0.3ms,1ms,5ms] [--hosts 4] [--cores 0.5] [--rounds 3] [--json FILE]
 
-For each latency `plan` runs once on all hosts, then a generation on 1, 2, … hosts with equal shares, several times; figures are medians.
-A device has half a core, so four of them have the two cores that there are; with one thread each, as such a device would. Needs
-root, and 3 GB of disk in --folder for the slices, which stay there for the next time.
+In each round of a latency `plan` runs once, on all hosts, and then a generation on 1, 2, … hosts with equal shares; figures are
+medians over the rounds. A device has half a core, so that four have no more than the two cores that there are, and
+one thread, as such a device would. Needs root, and 3 GB of disk in --folder for the slices, which stay for the next time.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,6 +42,29 @@ SHAPE = {
 CONTEXT, PROMPT = 128, 16
 COMMON = ["--allreduce", "star", "--context", str(CONTEXT), "--threads", "1"]
 TIMEOUT = 300.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what plan said in each round, and the reports of the runs."""
+
+    latency_s: float
+    ranks: int
+    predicted: list[dict[str, Any]]
+    measured: list[dict[str, Any]]
+
+    @property
+    def ratio(self) -> float:
+        return median(self._times(self.predicted)) / median(self._times(self.measured))
+
+    def _times(self, found: list[dict[str, Any]]) -> list[float]:
+        return [one["s_per_token"] for one in found]
+
+    def __str__(self) -> str:
+        cells = []
+        for times in (self._times(self.predicted), self._times(self.measured)):
+            cells.append(f"{median(times):.4f} ({min(times):.4f}, {max(times):.4f})")
+        return f"{self.latency_s * 1e3:4.1f} ms  {self.ranks:5}  {cells[0]:>23}  {cells[1]:>22}  {self.ratio:18.2f}"
 
 
 def make_slices(folder: Path, ranks: int) -> Path:
@@ -88,13 +112,15 @@ def predict(home: Home, hosts: int, shape: Path, report: Path) -> dict[int, dict
 
 
 def run(home: Home, ranks: int, slices: Path, tokens: int, report: Path) -> dict[str, Any]:
-    """The report of a generation."""
+    """What a generation took."""
     prompt = report.with_name("prompt.txt")
     prompt.write_text(" ".join(map(str, range(100, 100 + PROMPT))))
     arguments = ["--slices", str(slices), "--raw", "--prompt-file", str(prompt), "--ignore-eos", *COMMON]
     finished(home, ranks, [*arguments, "--max-tokens", str(tokens), "--report", str(report), "--quiet"])
-    found: dict[str, Any] = json.loads(report.read_text())
-    return found
+    whole = json.loads(report.read_text())
+    figures = ("rank", "compute_s", "star_s", "read_wait_s")
+    ranks_did = [{name: rank[name] for name in figures} for rank in whole["ranks"]]
+    return {"s_per_token": whole["s_per_token"], "first_token_s": whole["ttft_s"], "ranks": ranks_did}
 
 
 def main() -> None:
@@ -102,7 +128,7 @@ def main() -> None:
     parser.add_argument("--latencies", default="0.3ms,1ms,5ms", help="one way (default %(default)s)")
     parser.add_argument("--hosts", type=int, default=4, help="default 4")
     parser.add_argument("--cores", type=float, default=0.5, help="of each (default 0.5); 0: no limit")
-    parser.add_argument("--runs", type=int, default=3, help="of each (default 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="default 3")
     parser.add_argument("--tokens", type=int, default=48, help="of each run (default 48)")
     parser.add_argument(
         "--folder", type=Path, default=Path("/var/tmp/tpimpi-plan-accuracy"), help="default %(default)s"
@@ -114,33 +140,24 @@ def main() -> None:
     devices = [Device(device.name, cores=options.cores or None) for device in equal_devices(options.hosts)]
     latencies = [parse_duration(text, "--latencies") for text in options.latencies.split(",")]
     rows = []
-    print("latency  hosts  predicted  measured (least, most)  predicted/measured", flush=True)
+    print("latency  hosts  predicted (least, most)  measured (least, most)  predicted/measured", flush=True)
     with tempfile.TemporaryDirectory() as scratch, Home(devices, Link(latency_s=latencies[0])) as home:
         report = Path(scratch) / "report.json"
         for latency in latencies:
             home.set_link(Link(latency_s=latency))
-            predicted = predict(home, options.hosts, shape, report)
-            for ranks in range(1, options.hosts + 1):
-                found = [run(home, ranks, options.folder, options.tokens, report) for _ in range(options.runs)]
-                times = [one["s_per_token"] for one in found]
-                row = {
-                    "latency_s": latency,
-                    "ranks": ranks,
-                    "predicted": predicted[ranks],
-                    "s_per_token": times,
-                    "first_token_s": [one["ttft_s"] for one in found],
-                    "ratio": predicted[ranks]["s_per_token"] / median(times),
-                }
-                rows.append(row)
-                spread = f"{median(times):.4f} ({min(times):.4f}, {max(times):.4f})"
-                print(
-                    f"{latency * 1e3:4.1f} ms  {ranks:5}  {predicted[ranks]['s_per_token']:9.4f}  {spread:>24}  {row['ratio']:6.2f}",
-                    flush=True,
-                )
+            predicted: dict[int, list[dict[str, Any]]] = {ranks: [] for ranks in range(1, options.hosts + 1)}
+            measured: dict[int, list[dict[str, Any]]] = {ranks: [] for ranks in predicted}
+            for _ in range(options.rounds):
+                for ranks, one in predict(home, options.hosts, shape, report).items():
+                    predicted[ranks].append(one)
+                    measured[ranks].append(run(home, ranks, options.folder, options.tokens, report))
+            for ranks, found in predicted.items():
+                rows.append(Row(latency, ranks, found, measured[ranks]))
+                print(rows[-1], flush=True)
     if options.json is not None:
-        options.json.write_text(json.dumps({"cores": options.cores, "rows": rows}, indent=1))
-    worst = max(rows, key=lambda row: abs(row["ratio"] - 1))
-    print(f"worst: {worst['ratio']:.2f}, {worst['ranks']} hosts at {worst['latency_s'] * 1e3:g} ms")
+        options.json.write_text(json.dumps({"cores": options.cores, "rows": [asdict(row) for row in rows]}, indent=1))
+    worst = max(rows, key=lambda row: abs(row.ratio - 1))
+    print(f"worst: {worst.ratio:.2f}, {worst.ranks} hosts at {worst.latency_s * 1e3:g} ms")
 
 
 if __name__ == "__main__":

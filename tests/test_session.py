@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -20,7 +22,6 @@ import pytest
 
 from conftest import PROGRAMS, TIMEOUT, Launcher, Result
 from test_cli import assert_one_line
-from test_privacy import leaks
 from tpimpi.errors import InputError
 from tpimpi.sampling import make_sampler
 from tpimpi.session import Session, Turn
@@ -481,14 +482,16 @@ def test_killed_in_mid_answer_it_goes_on_with_other_ranks(
 ) -> None:
     path = tmp_path / "s"
     arguments = ("-m", "tpimpi", *TALE, "--session", str(path))
-    process = subprocess.Popen(
-        mpirun.command(ranks, arguments),
-        env={**os.environ, **mpirun.env, **cache},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    said = tmp_path / "stderr"
+    with said.open("wb") as log:
+        process = subprocess.Popen(
+            mpirun.command(ranks, arguments),
+            env={**os.environ, **mpirun.env, **cache},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            start_new_session=True,
+        )
     begun.append(process)
     deadline = time.monotonic() + TIMEOUT
 
@@ -496,7 +499,7 @@ def test_killed_in_mid_answer_it_goes_on_with_other_ranks(
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
     while lines() < 2 + 9:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None and time.monotonic() < deadline, said.read_text()
         time.sleep(0.005)
     (killed,) = [p for p in psutil.Process(process.pid).children(recursive=True) if rank_of(p) == str(victim)]
     killed.kill()
@@ -507,21 +510,33 @@ def test_killed_in_mid_answer_it_goes_on_with_other_ranks(
     assert (result.code, result.out) == (0, undisturbed), result.err
 
 
-def test_other_ranks_get_nothing_of_the_conversation(mpirun: Launcher, cache, tmp_path: Path) -> None:
-    import pickle
+def given_away(messages: list[bytes], words: set[str], ids: list[int]) -> list[str]:
+    """The words, and the ids that follow each other, that are in the messages."""
+    patterns = {word: word.encode() for word in words}
+    for pair in itertools.pairwise(ids):
+        patterns |= {f"{pair} as {dtype}": np.array(pair, dtype).tobytes() for dtype in ("<u2", "<i4", "<i8", "<f4")}
+        patterns[f"{pair} as text"] = f"{pair[0]}, {pair[1]}".encode()
+    return [what for what, pattern in patterns.items() if any(pattern in message for message in messages)]
 
+
+def test_other_ranks_get_nothing_of_the_conversation(mpirun: Launcher, cache, tmp_path: Path) -> None:
     path = tmp_path / "s"
     arguments = (str(PROGRAMS / "recorded_run.py"), str(tmp_path), "--session", str(path), "--max-tokens", "12")
-    assert (
-        mpirun(2, *arguments, "--ignore-eos", env=cache, stdin="Zanzibar ornithologist\nquixotic melodies\n").code == 0
-    )
+    first = mpirun(2, *arguments, "--ignore-eos", env=cache, stdin="Zanzibar ornithologist\nquixotic melodies\n")
+    assert first.code == 0, first.err
     cut(path, 24)
     result = mpirun(2, *arguments, env=cache, stdin="elderberries\n")
     assert result.code == 0, result.err
     turns = turns_of(path)
     assert len(turns) == 3
-    words = {word for word in result.out.split() if len(word) > 5}
-    words |= {"Zanzibar", "ornithologist", "quixotic", "melodies", "elderberries"}
-    messages = pickle.loads((tmp_path / "messages-1.pickle").read_bytes())
+    words = {"Zanzibar", "ornithologist", "quixotic", "melodies", "elderberries", str(turns[0].seed)}
+    words |= {word for word in result.out.split() if len(word) > 5}
+    ids = [*turns[-1].ids, *turns[-1].tokens]
+    messages = [
+        data for rank in (0, 1) for *_, data in pickle.loads((tmp_path / f"messages-{rank}.pickle").read_bytes())
+    ]
     assert len(messages) > 100
-    assert leaks(messages, words, [*turns[-1].ids, *turns[-1].tokens]) == []
+    assert given_away(messages, words, ids) == []
+    # The search would find them.
+    for planted in (b"x melodies", np.array(ids[5:9], "<i4").tobytes(), json.dumps(ids).encode()):
+        assert given_away([planted], words, ids)

@@ -74,12 +74,15 @@ def facts() -> dict[str, Any]:
     try:
         import psutil
 
-        up = psutil.net_if_stats()
+        up = {  # as MPI libraries see it; `isup` leaves out a bridge that nothing is plugged into
+            name: "up" in getattr(one, "flags", "").split(",") or one.isup
+            for name, one in psutil.net_if_stats().items()
+        }
         found["interfaces"] = [
             [name, a.address, a.netmask]
             for name, addresses in psutil.net_if_addrs().items()
             for a in addresses
-            if a.family == socket.AF_INET and up[name].isup
+            if a.family == socket.AF_INET and up[name]
         ]
     except Exception as error:
         found["interfaces_error"] = problem(error)

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -57,9 +58,15 @@ def interfaces() -> list[Interface]:
     for name, addresses in psutil.net_if_addrs().items():
         own = [a for a in addresses if a.family == socket.AF_INET and a.address]
         networks = tuple(str(ipaddress.ip_interface(f"{a.address}/{a.netmask or 32}")) for a in own)
-        if networks and (name not in stats or stats[name].isup):
+        if networks and (name not in stats or _is_up(stats[name])):
             found.append(Interface(name, kind_of(name), networks, stats[name].speed if name in stats else 0))
     return found
+
+
+def _is_up(stats: Any) -> bool:
+    """As MPI libraries see it: also a bridge that nothing is plugged into, which psutil does not call up."""
+    flags = getattr(stats, "flags", "")
+    return "up" in flags.split(",") if flags else bool(stats.isup)
 
 
 def counters() -> dict[str, tuple[int, int]]:

@@ -29,8 +29,8 @@ import numpy as np
 
 from tpimpi.agree import as_note, heard, or_tell, together
 from tpimpi.backends import Backend, load_backend
-from tpimpi.benching import last_level_cache
-from tpimpi.buffers import Bytes, Pages
+from tpimpi.benching import CACHE_TIMES, last_level_cache
+from tpimpi.buffers import Pages
 from tpimpi.config import ModelConfig
 from tpimpi.formats import F32, Array, Matrix, packed_bytes
 from tpimpi.linking import wire_of
@@ -48,7 +48,7 @@ SUSTAINED = 0.4  # seconds of nothing but computing
 LAP = 0.15  # seconds of layers of one size, at least one layer in each turn
 _ROUNDS = 3
 MOST_LAYER = 24 << 20  # bytes of the layer on a rank; a larger one is reckoned from this
-MOST_WEIGHTS = 96 << 20  # bytes of made-up weights
+MOST_WEIGHTS = 384 << 20  # bytes of made-up weights, of both sizes and the head
 LEAST_WEIGHTS = 8 << 20
 _SMALLER = 4  # so many times smaller is the second size
 _COPIES = 256  # of a layer, at most
@@ -109,32 +109,49 @@ class Finding:
 
 
 class _Carousel:
-    """Stands in for a Window: the tiles of a layer, at another place in memory each time, and those of the head."""
+    """Stands in for a Window: the tiles of a layer, at another place in memory each time, and those of the head.
+
+    Each tile has memory of its own, as pinned tiles have: how much of it is in large pages decides how fast it is read.
+    """
 
     wait_seconds = 0.0
 
-    def __init__(self, records: Sequence[Record], memory: Bytes) -> None:
-        self._turns: dict[Block, Iterator[list[Tile]]] = {}
-        blocks = Counter[Block]()
+    def __init__(self, records: Sequence[Record], room: int) -> None:
+        """Takes `room` bytes for the layer, and for the head, or what one takes, if that is more. Raises MemoryError."""
         self._counts = Counter(record.block for record in records)
-        for record in records:
-            blocks[record.block] += sum(aligned(part.nbytes) for part in record.parts)
-        # Attention and MLP of a layer lie one behind the other; the head, which is used apart, has all of the memory too.
-        layer = [block for block in blocks if block.kind != "head"]
-        self.layer_bytes = sum(blocks[block] for block in layer)
-        for group in (layer, [block for block in blocks if block.kind == "head"]):
-            mine = [record for record in records if record.block in group]
-            size = sum(blocks[block] for block in group)
-            copies = max(1, min(_COPIES, len(memory) // max(1, size)))
-            tiles: dict[Block, list[list[Tile]]] = {block: [] for block in group}
-            for copy in range(copies):
-                place = copy * size
-                for block in group:
-                    tiles[block].append([])
-                for record in mine:
-                    tile, place = _tile(record, memory, place)
-                    tiles[record.block][-1].append(tile)
-            self._turns |= {block: cycle(lists) for block, lists in tiles.items()}
+        self._pages: list[Pages] = []
+        self._turns: dict[Block, Iterator[list[Tile]]] = {}
+        layer = [record for record in records if record.block.kind != "head"]
+        self.layer_bytes = sum(record.nbytes for record in layer)
+        head = [record for record in records if record.block.kind == "head"]
+        for group in (layer, head):
+            times = max(1, min(_COPIES, room // max(1, sum(record.nbytes for record in group))))
+            turns: dict[Block, list[list[Tile]]] = {record.block: [[] for _ in range(times)] for record in group}
+            for turn in range(times):
+                for record in group:
+                    turns[record.block][turn].append(self._tile(record))
+            self._turns |= {block: cycle(tiles) for block, tiles in turns.items()}
+
+    def _tile(self, record: Record) -> Tile:
+        pages = Pages(record.nbytes)
+        pages.array[:] = _BYTE
+        self._pages.append(pages)
+        parts: dict[str, Array] = {}
+        matrices: dict[str, Matrix] = {}
+        place = 0
+        for part in record.parts:
+            data = pages.array[place : place + part.nbytes]
+            place += aligned(part.nbytes)
+            if part.is_matrix:
+                rows, columns = part.shape
+                matrices[part.name] = Matrix(part.format, rows, columns, data)
+            else:
+                parts[part.name] = data.view(part.dtype).reshape(part.shape)
+        return Tile(record, parts, matrices)
+
+    def release(self) -> None:
+        for pages in self._pages:
+            pages.release()
 
     def tiles(self, block: Block) -> Iterator[Tile]:
         return iter(next(self._turns[block])) if block in self._turns else iter(())
@@ -149,23 +166,6 @@ class _Carousel:
         pass
 
 
-def _tile(record: Record, memory: Bytes, place: int) -> tuple[Tile, int]:
-    """The tile whose bytes lie at `place`, going on at the front where the memory ends; and the place after it."""
-    parts: dict[str, Array] = {}
-    matrices: dict[str, Matrix] = {}
-    for part in record.parts:
-        if place + part.nbytes > len(memory):
-            place = 0
-        data = memory[place : place + part.nbytes]
-        place += aligned(part.nbytes)
-        if part.is_matrix:
-            rows, columns = part.shape
-            matrices[part.name] = Matrix(part.format, rows, columns, data)
-        else:
-            parts[part.name] = data.view(part.dtype).reshape(part.shape)
-    return Tile(record, parts, matrices), place
-
-
 class Rehearsal:
     """One rank's layers, ready to be run with the others. Raises InputError where its backend cannot be had, MemoryError."""
 
@@ -177,7 +177,7 @@ class Rehearsal:
         self.threads = task.threads or max(1, len(os.sched_getaffinity(0)) // task.cores_shared_by[self.rank.index])
         self.backend: Backend = load_backend(task.backend, self.threads)
         most = _most_weights(task.memory[self.rank.index] if task.memory else None)
-        vocab = _rows_within(config, formats.head, most // 2)
+        vocab = _rows_within(config, formats.head, min(MOST_LAYER, most // 4))
         self._config = replace(config, layers=1, vocab=vocab, attention_windows=(config.attention_windows[0],))
         self._formats = replace(formats, layers=(usual,))
         part = 1 / task.ranks
@@ -186,11 +186,9 @@ class Rehearsal:
         part *= min(1.0, MOST_LAYER / max(1, largest))
         self._parts = [part, part / _SMALLER]
         # In a run a rank goes through all of its share for each token: the caches keep what is smaller than they are.
-        room = min(config.layers * largest, 2 * last_level_cache(self.threads), most)
-        room = max(room, LEAST_WEIGHTS, *(record.nbytes for record in whole))
-        self._pages = Pages(room)
-        self._pages.array[:] = _BYTE
-        self._models = [self._model(part) for part in self._parts]
+        room = min(config.layers * largest, CACHE_TIMES * last_level_cache(self.threads), most // 3)
+        self._carousels: list[_Carousel] = []
+        self._models = [self._model(part, room) for part in self._parts]
 
     def _records(self, part: float) -> tuple[Plan, list[Record]]:
         """The shares, all alike, of so large a part of the model; and a layer's tiles."""
@@ -200,10 +198,13 @@ class Rehearsal:
         records = slice_records(config, share, self.rank.index, self._formats, {})
         return plan, [record for record in records if record.block.kind in ("attn", "mlp", "head")]
 
-    def _model(self, part: float) -> tuple[Model, int]:
+    def _model(self, part: float, room: int) -> tuple[Model, int]:
         """A model of one layer, and the bytes of its tiles."""
         plan, records = self._records(part)
-        carousel = _Carousel(records, self._pages.array)
+        if self._carousels:  # the head is measured once
+            records = [record for record in records if record.block.kind != "head"]
+        carousel = _Carousel(records, room)
+        self._carousels.append(carousel)
         header = Header(self.rank.index, self._formats, "", "", self._config, plan, tuple(records))
         config, hidden = self._config, self._config.hidden
         ones = {name: np.ones((1, hidden), np.float32) for name in ("attn_norm", "mlp_norm")}
@@ -214,8 +215,9 @@ class Rehearsal:
         return model, carousel.layer_bytes
 
     def close(self) -> None:
-        del self._models
-        self._pages.release()
+        self._models.clear()
+        for carousel in self._carousels:
+            carousel.release()
 
     # Measuring
 

@@ -44,16 +44,19 @@ def block_order(header: Header) -> list[Block]:
     return [*layers, HEAD] if header.rank == 0 else layers
 
 
-def work_bytes(header: Header, records: Sequence[Record], backend: str, context: int, logits_of: int) -> int:
+def work_bytes(
+    header: Header, records: Sequence[Record], backend: str, context: int, logits_of: int, *, all_partials: bool = False
+) -> int:
     """Memory, at most, of activations and messages on this rank, beside cache and weights.
 
     Counted for a step of PREFILL_CHUNK positions (or `context`, if that is less), through the `records` of a cycle; and
-    on rank 0 the logits of `logits_of` positions.
+    on rank 0 the logits of `logits_of` positions. `all_partials`: every rank gets those of all, as the hub does.
     """
     config, ranks = header.config, header.plan.ranks
     positions = min(PREFILL_CHUNK, context)
-    # Hidden vectors at once: in step or follow, forward, norm and partial; and those on the star.
-    vectors = 7 + (ranks if header.rank == 0 else 2)
+    # Hidden vectors at once: in step or follow, forward, norm and partial; and those on the star, which the hub has of every
+    # rank, the others of two at most; each is held twice while it is received.
+    vectors = 7 + 2 * (ranks if header.rank == 0 or all_partials else 2)
     inner = largest = heads = 0
     for record in records:
         rows = {part.name: part.shape[0] for part in record.parts if part.is_matrix}

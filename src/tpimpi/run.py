@@ -78,7 +78,10 @@ def meet(star: Star) -> list[dict[str, Any]]:
     """Every rank says who it is. Rank 0 gets what they say in rank order, whatever their versions, the others nothing."""
     cores = sorted(os.sched_getaffinity(0))
     about = {"cores": cores, "host_cores": os.cpu_count() or 1, "native": has_native(), "tasks": sorted(TASKS)}
-    return [json.loads(note) for note in star.collect(as_note(version=__version__, host=star.rank.host, **about))]
+    notes = [json.loads(note) for note in star.collect(as_note(version=__version__, host=star.rank.host, **about))]
+    if notes:
+        star.introduce([note["host"] for note in notes])
+    return notes
 
 
 def greet(star: Star) -> list[Guest]:

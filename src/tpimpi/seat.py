@@ -210,7 +210,8 @@ class RankMemory:
     def needs(self, context: int) -> Needs:
         """What this rank needs to hold `context` positions of each model."""
         seats, logits_of = self.seats, self.settings.logits_of
-        work = [work_bytes(seat.header, seat.records, seat.backend.name, context, logits_of) for seat in seats]
+        everywhere = {"all_partials": self.settings.allreduce.endswith("exchange")}  # also of long sums
+        work = [work_bytes(s.header, s.records, s.backend.name, context, logits_of, **everywhere) for s in seats]
         return Needs(
             base=self._base,
             cache=sum(seat.cache_bytes(context) for seat in seats),

@@ -41,7 +41,7 @@ from tpimpi.star import Pending, Star
 from tpimpi.stock import Stock, tidy_up
 from tpimpi.terminal import progress_bar
 
-TASK = "slices"  # in a note of rank 0: what follows is `take_slices`
+TASK = "spread slices"  # in a note of rank 0: what follows is `take_slices`
 IN_FLIGHT = 2  # messages to a rank
 _PATIENCE = 20.0  # seconds without a parcel after which an empty one is sent
 _TURN = 0.5  # seconds of looking at files between two words to rank 0

@@ -34,7 +34,9 @@ def bench_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="what", required=True, metavar="kernels|disk|allreduce", help="what is measured")
+    commands = parser.add_subparsers(
+        dest="what", required=True, metavar="kernels|disk|allreduce", help="what is measured"
+    )
     kernels = "Time the kernels on matrices that the caches do not hold, beside torch where it is installed."
     disk = "Read as the ranks of a run do: through the page cache, and past it with 1 to 8 reads in flight."
     allreduce = "Under mpirun: time every way of adding over the ranks, beside two hops between rank 0 and another."
@@ -95,7 +97,9 @@ def _add_allreduce(parser: argparse.ArgumentParser) -> None:
     )
     names = ",".join(ALGORITHMS)
     parser.add_argument("--algorithms", default=names, metavar="A,A", help="some of %(default)s (default: all)")
-    parser.add_argument("--wire", default="f32", metavar="W,W", help=f"some of {','.join(WIRES)} (default: %(default)s)")
+    parser.add_argument(
+        "--wire", default="f32", metavar="W,W", help=f"some of {','.join(WIRES)} (default: %(default)s)"
+    )
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="rounds (default %(default)s)")
     parser.add_argument("--plot", metavar="FILE", help="draw time against size as a PNG (needs matplotlib)")
     parser.add_argument("--quiet", action="store_true", help="only the table, and errors")

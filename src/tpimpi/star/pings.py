@@ -14,11 +14,12 @@ import numpy as np
 from tpimpi.formats import Bytes
 from tpimpi.star.post import ECHO, Post
 from tpimpi.star.star import Star
+from tpimpi.star.wire import PIECE
 
 PINGS = 100  # at most
 LEAST_PINGS = 10
 PING_SECONDS = 0.5  # after which LEAST_PINGS do
-CHUNK = 1 << 18  # bytes of a message of the bandwidth's
+CHUNK = 4 * PIECE  # bytes of a message of the bandwidth's, as those of a sum
 FIRST_BULK, MOST_BULK = 1 << 16, 1 << 24  # bytes sent at once: doubled until that takes a while
 BULK_SECONDS = 0.15
 PATIENCE = 30.0  # seconds for a message of these

@@ -8,7 +8,7 @@ import os
 import platform
 import select
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -350,6 +350,11 @@ class Star:
         """Hub: a rank that gives no sign of life for so long is gone, on every rank."""
         if self.watch is not None:
             self.watch.allow(seconds)
+
+    def introduce(self, hosts: Sequence[str]) -> None:
+        """Hub: the hosts of all ranks, by which messages name them."""
+        if self.watch is not None:
+            self.watch.introduce(hosts)
 
     def close(self) -> None:
         """Leave in peace: the others are told that this rank ends."""

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -70,6 +70,10 @@ class Watch:
         """ "r2 home-pi", or "r2" of a rank that has not said its host yet."""
         return f"r{peer} {self._hosts[peer]}".rstrip()
 
+    def introduce(self, hosts: Sequence[str]) -> None:
+        """The hosts of all ranks, in rank order."""
+        self._hosts = {peer: hosts[peer] for peer in self._peers}
+
     def allow(self, silence: float) -> None:
         """From now on a rank is gone after so many seconds; on rank 0, which tells the others."""
         if silence == self.silence:
@@ -99,7 +103,7 @@ class Watch:
         for receive in self._receives.values():
             for request in receive.requests:
                 request.Cancel()
-                request.Free()
+                request.Wait()  # which it has to be told, or the library counts it as lost
 
     # The thread
 

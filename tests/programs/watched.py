@@ -1,0 +1,55 @@
+"""Run on every rank: what the watch and the start say. Argument: stop | late | slow | leave."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+
+from tpimpi.star import Star, connect
+from tpimpi.star import star as star_module
+from tpimpi.star import watch as watch_module
+
+KIND = sys.argv[1]
+
+
+def main() -> None:
+    rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0")))
+    if KIND == "late":
+        star_module.STARTING = 0.5
+        time.sleep(2.0 * (rank == 1))
+    watch_module.SLOW = 1.0
+    star = connect()
+    if star.rank.is_hub:
+        star.allow_silence(2.0)
+    _agree(star)
+    time.sleep(0.6)  # for a first beat
+    if KIND == "stop" and rank == 2:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if KIND == "slow" and rank == 2:  # it beats, but the others wait for it
+        time.sleep(3.5)
+    if KIND == "leave" and rank == 2:  # it ends in peace, and the others go on for longer than the silence
+        star.close()
+        return
+    if KIND == "leave":
+        time.sleep(4)
+    else:
+        _agree(star)
+    if KIND == "slow":
+        time.sleep(1)  # for the watch to look again
+    if star.rank.is_hub:
+        print("all well", flush=True)
+    star.close()
+
+
+def _agree(star: Star) -> None:
+    values = np.ones(4, np.float32)
+    star.allreduce(values)
+    assert values.tolist() == [star.rank.size] * 4
+
+
+if __name__ == "__main__":
+    main()

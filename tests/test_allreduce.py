@@ -1,0 +1,185 @@
+"""Sums over all ranks: every algorithm over every wire, what auto chooses, and `bench allreduce`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import PROGRAMS, Launcher
+from tiny_models import write_tiny_hf
+from tpimpi.errors import StarError
+from tpimpi.plan import make_plan
+from tpimpi.slicing import choose_formats, slice_model
+from tpimpi.sources import open_source
+from tpimpi.star import Links, Wire, choose, describe, parse_rule
+from tpimpi.star.wire import parts, pieces
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
+def test_every_algorithm_over_every_wire(mpirun: Launcher, ranks: int) -> None:
+    result = mpirun(ranks, str(PROGRAMS / "allreduce.py"))
+    assert result.code == 0, result.err
+    assert "all well" in result.out
+
+
+# The wire
+
+
+def test_bf16_on_the_wire_is_the_nearest_of_its_numbers() -> None:
+    """1 + 2^-8 lies between 1 and 1 + 2^-7, and goes to the even one; a little more goes up."""
+    values = np.array([1, -2.5, 1 + 2**-8, 1 + 2**-8 + 2**-20, np.inf, 0], np.float32)
+    packed = Wire("bf16").pack(values)
+    assert packed.nbytes == 12
+    assert Wire("bf16").unpack(packed, 6).tolist() == [1, -2.5, 1, 1 + 2**-7, np.inf, 0]
+
+
+def test_q8_0_on_the_wire_is_a_block_as_in_gguf() -> None:
+    """An f16 scale and 32 int8 codes; 127 steps of 1 are exact."""
+    values = np.arange(-31, 33, 2).astype(np.float32)
+    values[0] = 127
+    packed = Wire("q8_0").pack(values)
+    assert packed[:2].tobytes() == np.float16(1).tobytes()
+    assert packed[2:].view(np.int8).tolist() == values.tolist()
+    assert Wire("q8_0").unpack(packed, 32).tolist() == values.tolist()
+
+
+def test_what_a_wire_cannot_carry_is_said() -> None:
+    with pytest.raises(StarError, match="not finite, which --wire q8_0 cannot carry; use --wire f32"):
+        Wire("q8_0").pack(np.array([1, np.nan], np.float32))
+
+
+def test_pieces_and_parts_cover_everything_once() -> None:
+    assert pieces(0, 20_000) == [slice(0, 8192), slice(8192, 16_384), slice(16_384, 20_000)]
+    assert pieces(5, 5) == []
+    assert parts(100, 3) == [[slice(0, 32)], [slice(32, 64)], [slice(64, 100)]]
+    assert parts(31, 4) == [[], [], [], [slice(0, 31)]]
+
+
+# What auto chooses
+
+MS = 1e-3
+
+
+def test_a_rule_names_the_algorithm_for_each_size() -> None:
+    infinite = float("inf")
+    assert parse_rule("ring") == [(infinite, "ring")]
+    assert parse_rule("exchange:8192,star:65536,mesh") == [(8192, "exchange"), (65536, "star"), (infinite, "mesh")]
+
+
+def test_with_much_latency_the_exchange_is_chosen_for_the_small_and_the_mesh_for_the_large() -> None:
+    """2 ms one way, 37.5 MB/s: with four ranks a star takes 4 ms and 0.32 us a number, a mesh 4 ms and half of that."""
+    sizes = (4096, 16_384, 65_536)
+    star = [(n, 4 * MS + n * 0.32e-6) for n in sizes]
+    mesh = [(n, 4 * MS + n * 0.16e-6) for n in sizes]
+    exchange = [(n, 2 * MS + n * 0.32e-6) for n in sizes[:2]]
+    rule = choose({"star": star, "exchange": exchange, "mesh": mesh}, 4)
+    # The exchange is a tenth below the star up to 50,000 numbers, but takes memory: up to 32,768; the mesh is, from 3200 on.
+    assert rule == "exchange:32768,mesh"
+    line = describe(rule, Links([2.1 * MS, 1.9 * MS], {"star": star}), 4)
+    assert line == "allreduce: exchange up to 128 KiB, mesh above (latency 2.1 ms, 38 MB/s)"
+
+
+def test_the_star_is_preferred_where_nothing_is_clearly_faster() -> None:
+    sizes = (4096, 16_384, 65_536)
+    star = [(n, 4 * MS + n * 0.1e-6) for n in sizes]
+    near = [(n, 0.95 * s) for n, s in star]
+    assert choose({"star": star, "exchange": near[:2], "mesh": [(n, 2 * s) for n, s in star]}, 4) == "star"
+    # Above what was timed the mesh sends less, unless it was slower where it was.
+    assert choose({"star": star, "exchange": near[:2], "mesh": near}, 4) == "star:65536,mesh"
+    assert choose({"star": star, "exchange": near[:2], "mesh": near}, 2) == "star"
+
+
+def test_two_ranks_exchange_whatever_the_size() -> None:
+    sizes = (4096, 16_384, 65_536)
+    star = [(n, 4 * MS + n * 0.1e-6) for n in sizes]
+    exchange = [(n, 2 * MS + n * 0.05e-6) for n in sizes]
+    assert choose({"star": star, "exchange": exchange, "mesh": star}, 2) == "exchange"
+
+
+# The command line
+
+
+def test_bench_prints_and_writes_what_it_measured(mpirun: Launcher, tmp_path: Path) -> None:
+    options = ["--sizes", "64,20000", "--repeats", "2", "--wire", "f32,q8_0", "--json", str(tmp_path / "found.json")]
+    options += ["--plot", str(tmp_path / "found.png")]
+    result = mpirun(3, "-m", "tpimpi", "bench", "allreduce", *options)
+    assert result.code == 0, result.err
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["hosts"]) == 3 and len(found["latencies"]) == 2 and set(found["rules"]) == {"f32", "q8_0"}
+    assert [(row["wire"], row["numbers"]) for row in found["rows"]] == [
+        *(("f32", 64), ("f32", 20000)),
+        *(("q8_0", 64), ("q8_0", 20000)),
+    ]
+    algorithms = {"star", "exchange", "mesh", "ring", "tree", "library"}
+    for row in found["rows"]:
+        assert set(row["seconds"]) == (algorithms if row["wire"] == "f32" else algorithms - {"library"})
+        assert row["star_by_two_hops"] == row["seconds"]["star"] / row["two_hops"] > 0
+        assert row["auto"] in algorithms
+    assert "two hops" in result.out and "20000" in result.out
+    assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_of_one_process_and_bad_sizes_are_refused(tpimpi, mpirun: Launcher) -> None:
+    result = tpimpi("bench", "allreduce")
+    assert result.code == 2
+    assert result.our_lines == ["tpimpi: bench allreduce measures between ranks; start it with mpirun -np 2, or more"]
+    result = mpirun(2, "-m", "tpimpi", "bench", "allreduce", "--sizes", "0")
+    assert result.code == 2
+    assert "--sizes has '0', must be a whole number from 1" in result.err
+
+
+def test_the_library_adds_f32_alone(mpirun: Launcher, tiny: Path, cache: dict[str, str]) -> None:
+    options = ["--model", str(tiny), "--prompt", "x", "--allreduce", "library", "--wire", "bf16"]
+    result = mpirun(2, "-m", "tpimpi", *options, env=cache)
+    assert result.code == 2
+    assert len(result.our_lines) == 1, result.err
+    assert "--allreduce library adds f32 alone, and --wire is bf16" in result.our_lines[0]
+
+
+def test_what_auto_chose_is_said_and_gives_the_stars_text(
+    mpirun: Launcher, smollm2: Path, cache: dict[str, str]
+) -> None:
+    options = ["--model", str(smollm2), "--format", "f32", "--max-tokens", "24", "--prompt", "Why is the sky blue?"]
+    said = mpirun(3, "-m", "tpimpi", *options, env=cache)
+    assert said.code == 0, said.err
+    assert "allreduce: " in said.err and " (latency " in said.err
+    for more in (["--allreduce", "star"], ["--allreduce", "exchange"], ["--wire", "bf16", "--allreduce", "star"]):
+        other = mpirun(3, "-m", "tpimpi", *options, *more, "--quiet", env=cache)
+        assert (other.code, other.out.strip()) == (0, said.out.strip()), other.err
+        assert "allreduce: " not in other.err
+
+
+# A chunk in two halves
+
+
+def test_a_long_chunk_in_halves_gives_the_logits_of_transformers(mpirun: Launcher, tmp_path: Path) -> None:
+    """40 positions at once, then 33 of them: the first half is computed while the sum of the second is under way."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path = write_tiny_hf(tmp_path / "model", "llama-3.1")
+    (path / "tokenizer.json").write_text("{}")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    ids = np.random.default_rng(1).integers(3, model.config.vocab_size, 73).tolist()
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0].numpy()
+    with open_source(path) as source:
+        slice_model(source, make_plan(source.config, [2, 1, 1]), choose_formats(source, "f32"), tmp_path / "slices")
+    job = {"slices": str(tmp_path / "slices"), "ids": ids, "chunks": [40, 33]}
+    jobs = [
+        {**job, "name": "all"},
+        {**job, "name": "window", "window": 2},
+        {**job, "name": "mesh", "allreduce": "exchange:64,mesh"},
+    ]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    result = mpirun(3, str(PROGRAMS / "logits.py"), str(tmp_path / "jobs.json"), str(tmp_path))
+    assert result.code == 0, result.err
+    found = np.load(tmp_path / "all.npy")
+    assert np.abs(found - expected).max() < 2e-4
+    for name in ("window", "mesh"):
+        np.testing.assert_array_equal(np.load(tmp_path / f"{name}.npy"), found)
+    digests = {(tmp_path / f"{job['name']}-rank{rank}.txt").read_text() for job in jobs for rank in range(3)}
+    assert len(digests) == 1, "hidden vectors differ"

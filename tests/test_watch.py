@@ -1,0 +1,49 @@
+"""The watch, under real MPI: who is gone is named, who is only slow is not, and nothing outlives the run."""
+
+from __future__ import annotations
+
+import re
+
+import psutil
+
+from conftest import PROGRAMS, Launcher
+
+WATCHED = str(PROGRAMS / "watched.py")
+
+
+def _left() -> list[str]:
+    commands = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    return [" ".join(command) for command in commands if WATCHED in command]
+
+
+def test_a_rank_that_hangs_is_named_and_leaves_nothing(mpirun: Launcher) -> None:
+    result = mpirun(3, WATCHED, "stop", timeout=60)
+    assert result.code != 0
+    assert re.search(r"^\0?r2 \S+: no sign of life for [23] s, says r0 \S+: ", result.err, re.MULTILINE), result.err
+    assert "all well" not in result.out
+    assert _left() == []
+
+
+def test_a_rank_that_is_slow_is_not_gone(mpirun: Launcher) -> None:
+    result = mpirun(3, WATCHED, "slow", timeout=60)
+    assert result.code == 0, result.err
+    assert re.search(r"r0 \S+: waiting for r2 \S+ for \d s: slow, not gone", result.err), result.err
+    assert re.search(r"r0 \S+: r2 \S+ goes on", result.err), result.err
+    assert "no sign of life" not in result.err
+    assert "all well" in result.out
+
+
+def test_a_rank_that_has_taken_its_leave_is_not_missed(mpirun: Launcher) -> None:
+    result = mpirun(3, WATCHED, "leave", timeout=60)
+    assert result.code == 0, result.err
+    assert "no sign of life" not in result.err
+    assert "all well" in result.out
+
+
+def test_a_start_that_takes_long_is_explained(mpirun: Launcher) -> None:
+    result = mpirun(2, WATCHED, "late", timeout=60)
+    assert result.code == 0, result.err
+    # Only Open MPI's start waits for all ranks.
+    if mpirun.mpi == "openmpi":
+        assert "MPI has not started the other ranks" in result.err
+        assert "doctor --hostfile" in result.err
