@@ -61,12 +61,15 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _guarded(command: Callable[[list[str], _Place], int], arguments: list[str]) -> int:
     """The exit code of `command`; what it raises is said in one line, and ends the job if other ranks are at work."""
-    place = _Place()
+    place, line, where = _Place(), "", ""
     try:
         with place.at_end:
-            return command(arguments, place)
+            code = command(arguments, place)
+        if place.star is not None:
+            place.star.close()
+        return code
     except BrokenPipeError:
-        code, line, where = 1, "", ""  # whoever read our output has gone; there is nobody to tell
+        code = 1  # whoever read our output has gone; there is nobody to tell
     except Exception as error:
         if isinstance(error, LostError) and place.star is not None and not place.star.rank.is_hub:
             time.sleep(LEAVE_TO_OTHERS)  # rank 0 or the launcher knows better who is gone, and ends us meanwhile

@@ -85,21 +85,26 @@ class Watch:
         self._beaten = 0.0
 
     def close(self) -> None:
-        """Say good-bye, and stop."""
+        """Say good-bye, hear that of the others, and stop.
+
+        Rank 0 leaves last: another rank waits for it as long as it beats. So no receive is left open when MPI ends.
+        """
         if self._closing.is_set():
             return
         self._closing.set()
         self._thread.join(GRACE)
         if self._thread.is_alive():
             return
-        farewells = []
-        for peer in self._peers:
-            if peer not in self._left:
-                farewells.append(self._post.send(self._beat(LEAVING), peer, _TAG))
-        end = time.monotonic() + GRACE
         with contextlib.suppress(StarError):  # one that is gone needs no good-bye
-            while time.monotonic() < end and not all(map(self._post.test, farewells)):
-                time.sleep(0.001)
+            farewells = [self._post.send(self._beat(LEAVING), peer, _TAG) for peer in self._peers]
+            patience = GRACE if self.rank.is_hub else self.silence
+            closed = time.monotonic()
+            while self._receives or not all(map(self._post.test, farewells)):
+                now = time.monotonic()
+                self._listen(now)
+                if now - max(closed, *self._heard.values(), 0.0) > patience:
+                    break
+                time.sleep(0.002)
         for receive in self._receives.values():
             for request in receive.requests:
                 request.Cancel()
