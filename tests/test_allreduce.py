@@ -15,7 +15,7 @@ from tpimpi.plan import make_plan
 from tpimpi.slicing import choose_formats, slice_model
 from tpimpi.sources import open_source
 from tpimpi.star import Links, Wire, choose, describe, parse_rule
-from tpimpi.star.wire import parts, pieces
+from tpimpi.star.wire import bounds
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
@@ -51,11 +51,10 @@ def test_what_a_wire_cannot_carry_is_said() -> None:
         Wire("q8_0").pack(np.array([1, np.nan], np.float32))
 
 
-def test_pieces_and_parts_cover_everything_once() -> None:
-    assert pieces(0, 20_000) == [slice(0, 8192), slice(8192, 16_384), slice(16_384, 20_000)]
-    assert pieces(5, 5) == []
-    assert parts(100, 3) == [[slice(0, 32)], [slice(32, 64)], [slice(64, 100)]]
-    assert parts(31, 4) == [[], [], [], [slice(0, 31)]]
+def test_parts_are_whole_blocks_as_equal_as_can_be() -> None:
+    assert bounds(100, 3) == [0, 32, 64, 100]
+    assert bounds(31, 4) == [0, 0, 0, 0, 31]
+    assert bounds(4096, 4) == [0, 1024, 2048, 3072, 4096]
 
 
 # What auto chooses

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,44 @@ LATENCY = 0.003  # seconds one way
 
 @pytest.fixture
 def examined(mpirun: Launcher, tiny: Path, tmp_path: Path) -> Callable[..., tuple[Result, dict[str, Any]]]:
-    """Runs doctor on the devices of a home: its result, and what it found."""
+    """Runs doctor on the devices of a home: its result, and what it found. With `options`, MPI uses
+    the interface that they say, if any."""
 
-    def run(made: Any, options: Sequence[str] = ()) -> tuple[Result, dict[str, Any]]:
+    def run(made: Any, options: Sequence[str] | None = None) -> tuple[Result, dict[str, Any]]:
         path = tmp_path / "found.json"
+        path.unlink(missing_ok=True)
         command = [sys.executable, "-m", "tpimpi", "doctor", "--model", str(tiny), "--json", str(path)]
-        streams = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-        result = output(made.mpirun(command, mpi=mpirun.mpi, options=options, text=True, **streams))
+        streams = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        if options is None:
+            process = made.mpirun(command, mpi=mpirun.mpi, **streams)
+        else:
+            process = made.start(
+                0, [*plain(made, mpirun), *options, str(made.folder / "rank"), *command], env=mpirun.env, **streams
+            )
+        result = output(process)
+        assert path.exists(), result.out + result.err
         return result, json.loads(path.read_text())
 
     return run
+
+
+def plain(made: Any, mpirun: Launcher) -> list[str]:
+    """mpirun of two ranks, that is not told which interface to use."""
+    slots, agent = (" slots=1" if mpirun.mpi == "openmpi" else ""), str(made.folder / "agent")
+    (made.folder / "two").write_text("".join(f"{name}{slots}\n" for name in made.names[:2]))
+    options = {
+        "openmpi": ["--prtemca", "plm_ssh_agent", agent, "--mca", "pml", "ob1", "--mca", "btl", "self,tcp"],
+        "mpich": ["-launcher", "ssh", "-launcher-exec", agent],
+    }[mpirun.mpi]
+    return [mpirun.program, *options, "--hostfile", str(made.folder / "two"), "-np", "2"]
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait until it is so."""
+    end = time.monotonic() + TIMEOUT
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def test_links_and_interfaces(examined: Callable[..., tuple[Result, dict[str, Any]]]) -> None:
@@ -63,8 +92,8 @@ def test_different_versions_on_two_hosts(
 def test_a_docker_bridge_that_is_taken(
     examined: Callable[..., tuple[Result, dict[str, Any]]], mpirun: Launcher
 ) -> None:
-    """Two hosts joined by a second wire, whose ends are named as Docker's bridge is; MPI is told to use it, and then, as doctor
-    says, the other."""
+    """Two hosts joined by a second wire, whose ends are named as Docker's bridge is; MPI is told to use it, and then, as
+    doctor says, the other."""
     ip = shutil.which("ip")
     assert ip is not None
     choose = {
@@ -75,14 +104,15 @@ def test_a_docker_bridge_that_is_taken(
         sleeping = [made.start(rank, ["sleep", str(TIMEOUT)]) for rank in range(2)]
         pids = [str(process.pid) for process in sleeping]
         for rank in range(2):  # the shell that enters the device has become `sleep` when it is there
-            while made.run(rank, ["pidof", "sleep"]).returncode:
-                pass
+            until(lambda rank=rank: made.run(rank, ["pidof", "sleep"]).returncode == 0)
         first, second = (["netns", pid] for pid in pids)
         wire = ["link", "add", "docker0", *first, "type", "veth", "peer", "name", "docker0", *second]
         subprocess.run([ip, *wire], check=True, timeout=TIMEOUT)
         for rank in range(2):
             for words in (f"addr add 172.17.0.{rank + 1}/16 dev docker0", "link set docker0 up"):
                 assert made.run(rank, [ip, *words.split()]).returncode == 0
+        for rank in range(2):
+            until(lambda rank=rank: made.run(rank, ["cat", "/sys/class/net/docker0/operstate"]).stdout == "up\n")
         result, found = examined(made, choose)
         assert found["links"][0]["interfaces"] == ["docker0", "docker0"]
         assert result.code == 1

@@ -428,7 +428,8 @@ def sshd(pair: Pair, folder: Path) -> Iterator[str]:
     program, keygen, client = (shutil.which(name, path=path) for name in ("sshd", "ssh-keygen", "ssh"))
     if program is None or keygen is None or client is None:
         pytest.skip("openssh-server is not installed")
-    Path("/run/sshd").mkdir(exist_ok=True)
+    made = not (needed := Path("/run/sshd")).exists()
+    needed.mkdir(exist_ok=True)
     for name in ("host", "user"):
         subprocess.run([keygen, "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True, timeout=30)
     (folder / "sshd_config").write_text(
@@ -454,6 +455,8 @@ def sshd(pair: Pair, folder: Path) -> Iterator[str]:
     finally:
         server.kill()
         server.wait()
+        if made:
+            needed.rmdir()
 
 
 def test_a_real_sshd(pair: Pair, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from conftest import PROGRAMS, Launcher
 from tpimpi import parcels
 from tpimpi.slicefile import SliceFile, slice_name
 from tpimpi.star import BULK, CLOCK, CONTROL, HIDDEN, NOTE, PARTIAL, SUM
+from tpimpi.star.post import ECHO
+from tpimpi.star.wire import LARGE_PIECE
 
 PROMPT = "Zanzibar ornithologist whispers quixotic melodies about elderberries. Please continue the story."
 HIDDEN_SIZE, VOCAB, PROMPT_LIMIT = 576, 49152, 200
@@ -77,8 +79,8 @@ def leaks(messages: list[Message], words: set[str], ids: list[int]) -> list[str]
             if not (1 <= numbers[0] <= 3 and 0 <= numbers[1] <= PROMPT_LIMIT and 0 <= numbers[2] <= PROMPT_LIMIT):
                 found.append(f"the control header {numbers.tolist()}")
         elif tag in (HIDDEN, PARTIAL, SUM):
-            if len(data) % (HIDDEN_SIZE * 4) or len(data) > PROMPT_LIMIT * HIDDEN_SIZE * 4:
-                found.append(f"{len(data)} bytes with tag {tag}, which is not [positions, hidden]")
+            if len(data) % 4 or len(data) > LARGE_PIECE * 4:
+                found.append(f"{len(data)} bytes with tag {tag}, which is no piece of [positions, hidden]")
             if len(data) == VOCAB * 4:
                 found.append("logits")
         elif tag == NOTE:
@@ -86,6 +88,9 @@ def leaks(messages: list[Message], words: set[str], ids: list[int]) -> list[str]
         elif tag == CLOCK:
             if len(data) != 8:
                 found.append(f"a clock of {len(data)} bytes to rank {destination}")
+        elif tag == ECHO:
+            if len(data) not in (8, 32):
+                found.append(f"a ping of {len(data)} bytes to rank {destination}")
         elif tag == BULK:
             continue
         else:

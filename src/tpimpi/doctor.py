@@ -333,9 +333,7 @@ def _way(checkup: Checkup, rank: int, names: tuple[str | None, str | None], kind
     if sum(map(_WORST_FIRST.index, better)) <= sum(map(_WORST_FIRST.index, kinds)):
         return
     choose = choosing_mpich([here, there]) if mine.mpi.kind == MPICH else choosing_openmpi([network])
-    why = (
-        "which is there for containers or virtual machines" if INNER in kinds else f"though {here} and {there} meet too"
-    )
+    why = "made for containers or virtual machines" if INNER in kinds else f"though {here} and {there} meet too"
     yield Finding(checkup.name(rank), f"traffic goes over {used}, {why}; type: mpirun {choose} …")
 
 

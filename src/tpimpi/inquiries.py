@@ -126,4 +126,4 @@ def _shares(star: Star, prefix: str, suffix: str) -> list[str]:
 
 
 # What the other ranks do for rank 0
-TASKS = {"disk": take_part_in_disks, "slices": tell_slices}
+TASKS = {"disk": take_part_in_disks, "find-slices": tell_slices}

@@ -323,7 +323,9 @@ def plot_lines(
         axes.set_axisbelow(True)
     grid.flat[0].set_ylabel(axes_are[1], color=_INK)
     names = [_label(label) for label in handles]
-    figure.legend(list(handles.values()), names, loc="outside upper center", ncols=7, frameon=False)
+    figure.legend(
+        list(handles.values()), names, loc="outside upper center", ncols=4 if len(panels) == 1 else 7, frameon=False
+    )
     _write(figure, path, path.suffix.lower().removeprefix(".") or "png", option)
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from tpimpi import cli, generate, run, star
+from tpimpi.star.post import BULK, SEAL
+from tpimpi.star.wire import TAGS
 
 OUT = Path(sys.argv[1])
 ALLOWED = {"rank", "size", "Irecv", "Improbe", "Abort"}
@@ -32,7 +34,8 @@ class Recorder:
         return getattr(self._recorded_comm, name)
 
     def Isend(self, buffer, dest: int, tag: int):  # noqa: N802
-        self.sent.append((dest, tag, np.asarray(buffer).tobytes()))
+        data, tag_of_kind = np.asarray(buffer).tobytes(), tag % TAGS  # each sum has tags of its own
+        self.sent.append((dest, tag_of_kind, data if tag_of_kind == BULK else data[:-SEAL]))
         return self._recorded_comm.Isend(buffer, dest=dest, tag=tag)
 
 

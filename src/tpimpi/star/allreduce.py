@@ -23,7 +23,7 @@ import numpy as np
 
 from tpimpi.formats import F32
 from tpimpi.star.post import PARTIAL, SUM, Pending, Post
-from tpimpi.star.wire import Mail, parts, pieces
+from tpimpi.star.wire import Mail
 
 Steps = Iterator[Pending]
 
@@ -66,7 +66,7 @@ def star(mail: Mail, flat: F32) -> Steps:
     """Everyone sends to rank 0, which adds in rank order and sends its own bytes back: two hops, whatever the number
     of ranks (arXiv 2410.00531, section 3.3).
     """
-    cut, others = pieces(0, flat.size), range(1, mail.size)
+    cut, others = mail.pieces(0, flat.size), range(1, mail.size)
     if mail.rank != 0:
         answers = [mail.expect(piece, 0, SUM) for piece in cut]
         sends = [mail.send(flat[piece], 0, PARTIAL) for piece in cut]
@@ -90,7 +90,7 @@ def exchange(mail: Mail, flat: F32) -> Steps:
 
     All add the same numbers in the same order, in IEEE f32, and so have the same bits.
     """
-    cut = pieces(0, flat.size)
+    cut = mail.pieces(0, flat.size)
     others = [(mail.rank + turn) % mail.size for turn in range(1, mail.size)]
     inbox = {(piece.start, rank): mail.expect(piece, rank, PARTIAL) for piece in cut for rank in others}
     partials = flat.copy()  # what is being sent, while the sum grows in `flat`
@@ -116,7 +116,7 @@ def mesh(mail: Mail, flat: F32) -> Steps:
     everyone. Two hops, and no link carries more than another (a reduce-scatter and an all-gather, both direct; see Thakur,
     Rabenseifner and Gropp, "Optimization of Collective Communication Operations in MPICH", 2005).
     """
-    cut = parts(flat.size, mail.size)
+    cut = mail.parts(flat.size)
     # Each begins with another one, so that not all send to the same rank at once.
     others = [(mail.rank + turn) % mail.size for turn in range(1, mail.size)]
     inbox = [{rank: mail.expect(piece, rank, PARTIAL) for rank in others} for piece in cut[mail.rank]]
@@ -149,7 +149,7 @@ def ring(mail: Mail, flat: F32) -> Steps:
     Part p is added up on its way from rank p to rank p - 1, which then passes its own bytes round.
     """
     n, rank = mail.size, mail.rank
-    cut, left, right = parts(flat.size, n), (rank - 1) % n, [(rank + 1) % n]
+    cut, left, right = mail.parts(flat.size), (rank - 1) % n, [(rank + 1) % n]
     adding = [[mail.expect(piece, left, PARTIAL) for piece in cut[(rank - step) % n]] for step in range(1, n)]
     gathering = [[mail.expect(piece, left, SUM) for piece in cut[(rank - step) % n]] for step in range(n - 1)]
     sends = {piece.start: mail.send(flat[piece], right[0], PARTIAL) for piece in cut[rank]}
@@ -175,7 +175,7 @@ def tree(mail: Mail, flat: F32) -> Steps:
     """A binomial tree: sums go up to rank 0, its own bytes down again, ceil(log2 n) hops each way (reduce and broadcast of
     short messages in MPICH: Thakur, Rabenseifner and Gropp, 2005).
     """
-    cut, rank = pieces(0, flat.size), mail.rank
+    cut, rank = mail.pieces(0, flat.size), mail.rank
     lowest = rank & -rank if rank else 1 << mail.size.bit_length()  # the parent is `lowest` below
     bits = [1 << bit for bit in range(mail.size.bit_length()) if 1 << bit < lowest]
     children = [rank + bit for bit in bits if rank + bit < mail.size]

@@ -21,7 +21,7 @@ from tpimpi.star.launch import Rank, launched_rank, launched_size
 from tpimpi.star.links import PATIENCE, Links, Measuring
 from tpimpi.star.post import BULK, CLOCK, CONTROL, ECHO, HIDDEN, NOTE, Pending, Post
 from tpimpi.star.watch import DEFAULT_SILENCE, Watch, leave_at_last
-from tpimpi.star.wire import Mail, Wire, pieces
+from tpimpi.star.wire import Mail, Wire
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -156,7 +156,7 @@ class Star:
             return
         began = time.monotonic()
         deadline, flat, mail = began + self.timeout, array.reshape(-1), Mail(self._post, self.wire)
-        cut = pieces(0, flat.size)
+        cut = mail.pieces(0, flat.size)
         if self.rank.is_hub:
             for piece in cut:
                 mail.publish(flat[piece], self._others, HIDDEN)
@@ -261,11 +261,11 @@ class Star:
         if self.rank.index not in (0, rank):
             return 0.0
         other = rank if self.rank.is_hub else 0
-        comings = [mail.expect(piece, other, ECHO) for piece in pieces(0, values.size)]
+        comings = [mail.expect(piece, other, ECHO) for piece in mail.pieces(0, values.size)]
         began = time.monotonic()
         for hub in (True, False):
             if self.rank.is_hub == hub:
-                for piece in pieces(0, values.size):
+                for piece in mail.pieces(0, values.size):
                     mail.publish(values[piece], [other], ECHO)
                 self._post.wait(mail.sent(), deadline)
             else:

@@ -2,7 +2,7 @@
 
 A piece is at most PIECE numbers. So a message stays below the size from which an MPI library asks the other side before it
 sends (rendezvous: two hops more; Open MPI over TCP from 64 KiB on), and a large sum flows: while the hub adds one piece, it
-receives the next and sends the one before.
+receives the next and sends the one before. Where hops are short, as in shared memory, larger ones were seen to be faster.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from tpimpi.star.post import Pending, Post
 
 WIRES = ("f32", "bf16", "q8_0")
 PIECE = 8192  # numbers of a message, at most; a multiple of 32, which is a block of q8_0
+LARGE_PIECE, SHORT_HOP = 65_536, 100e-6  # numbers where the measured latency is less, in seconds
 
 TURNS = 1024  # sums that are told apart by their tags
-_TAGS = 16  # tags that a turn has to itself; MPI allows 32767 at least
+TAGS = 16  # tags that a turn has to itself; MPI allows 32767 at least
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,18 @@ class Mail:
     def __init__(self, post: Post, wire: Wire, turn: int = 0) -> None:
         self.post, self.wire = post, wire
         self.rank, self.size = post.rank, post.size
-        self._shift = _TAGS * (turn % TURNS)
+        # The hub told all ranks the same latency, so all cut alike.
+        self._piece = LARGE_PIECE if post.latency is not None and post.latency < SHORT_HOP else PIECE
+        self._shift = TAGS * (turn % TURNS)
         self._sends: list[Pending] = []
+
+    def pieces(self, first: int, last: int) -> list[slice]:
+        """The numbers from `first` to `last`, in pieces."""
+        return [slice(start, min(start + self._piece, last)) for start in range(first, last, self._piece)]
+
+    def parts(self, count: int) -> list[list[slice]]:
+        """The pieces of each rank's part of `count` numbers."""
+        return [self.pieces(first, last) for first, last in itertools.pairwise(bounds(count, self.size))]
 
     def expect(self, piece: slice, source: int, tag: int) -> Coming:
         """Begin to receive the numbers of `piece`."""
@@ -104,13 +115,7 @@ class Mail:
         )
 
 
-def pieces(first: int, last: int) -> list[slice]:
-    """The numbers from `first` to `last`, in pieces."""
-    return [slice(start, min(start + PIECE, last)) for start in range(first, last, PIECE)]
-
-
-def parts(count: int, ranks: int) -> list[list[slice]]:
-    """`count` numbers in a part for each rank, as equal as whole blocks of 32 allow: the pieces of each."""
+def bounds(count: int, ranks: int) -> list[int]:
+    """Where the parts of `count` numbers begin and end, one for each rank, as equal as whole blocks of 32 allow."""
     blocks = -(-count // BLOCK_WEIGHTS)
-    bounds = [min(count, blocks * rank // ranks * BLOCK_WEIGHTS) for rank in range(ranks + 1)]
-    return [pieces(first, last) for first, last in itertools.pairwise(bounds)]
+    return [min(count, blocks * rank // ranks * BLOCK_WEIGHTS) for rank in range(ranks + 1)]
