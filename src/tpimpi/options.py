@@ -37,7 +37,7 @@ Run a large language model across the machines you own.
     python -m tpimpi perplexity FILE [--against f32]                 how well a model predicts a text; what a format costs
     python -m tpimpi bench kernels                                   how fast the kernels are on this machine
     python -m tpimpi bench disk [PATH] [--readers N]                 how fast the disk under the slices is
-    mpirun -np 4 --hostfile home.txt python -m tpimpi bench allreduce how fast the network between the ranks is
+    mpirun -np 4 --hostfile home.txt python -m tpimpi bench allreduce  how fast the network between the ranks is
     mpirun -np 4 --hostfile home.txt python -m tpimpi plan           how fast 1 to 4 of them would be, and how to share
     python -m tpimpi doctor --hostfile home.txt                      whether these machines can work together, and what to mend
     mpirun -np 4 --hostfile home.txt python -m tpimpi doctor         what each rank has, and what is wrong
