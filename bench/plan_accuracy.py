@@ -2,7 +2,7 @@
 
     python bench/plan_accuracy.py [--latencies 0.3ms,1ms,5ms] [--hosts 4] [--cores 0.5] [--rounds 3] [--json FILE]
 
-In each round of a latency `plan` runs once, on all hosts, and then a generation on 1, 2, … hosts with equal shares; figures are
+In each round of a latency `plan` runs once, on all hosts, then a generation on 1, 2, … hosts with equal shares; figures are
 medians over the rounds. A device has half a core, so that four have no more than the two cores that there are, and
 one thread, as such a device would. Needs root, and 3 GB of disk in --folder for the slices, which stay for the next time.
 """

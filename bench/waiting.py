@@ -1,4 +1,4 @@
-"""What waiting costs: ranks that spin while they wait for the star, beside ranks that sleep. Over the emulated home, as root.
+"""What waiting costs: ranks that spin while they wait for the star, beside ranks that sleep; over the emulated home.
 
     python bench/waiting.py [--cores 0.5] [--latency 2ms] [--ranks 2] [--rounds 3] [--slices DIR] [--mpi openmpi]
 

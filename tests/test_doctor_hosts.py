@@ -298,7 +298,7 @@ def test_an_ssh_that_is_not_there(doctor: Callable[..., tuple[Result, dict[str, 
 def test_a_silent_ssh_does_not_delay_the_others(
     doctor: Callable[..., tuple[Result, dict[str, list[str]]]], program: Callable[..., str]
 ) -> None:
-    agent = program('case $1 in silent*) exec sleep 300;; esac\nshift; exec sh -c "$*"')
+    agent = program('case $1 in silent*) sleep 300; exit;; esac\nshift; exec sh -c "$*"')
     began = time.monotonic()
     _, words = doctor(["localhost", "silent-1.invalid", "silent-2.invalid", "good.invalid"], "--ssh", agent)
     assert words["silent-1.invalid"][-1].startswith("wrong ssh: ssh said nothing for 8 s")

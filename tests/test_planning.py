@@ -31,7 +31,7 @@ def prediction(seconds: float, shares: str = "1", problem: str = "") -> Predicti
 
 
 def test_what_was_found_becomes_lines() -> None:
-    """Rank 1 is the slower: of a step of 7 ms (of the smaller size 5) it computes 5 (3), so each of two allreduces takes 1."""
+    """Rank 1 is the slower: of a step of 7 ms (of the smaller size 5) it computes 5 (3): two allreduces of 1 each."""
     first = [Lap(1, 8 * MB, 7e-3, 3e-3, 4e-3), Lap(1, 2 * MB, 5e-3, 1.5e-3, 2e-3)]
     second = [Lap(1, 8 * MB, 7e-3, 5e-3, 6e-3), Lap(1, 2 * MB, 5e-3, 3e-3, 3e-3)]
     chunk = [Lap(16, 8 * MB, 30e-3, 24e-3, 25e-3), Lap(16, 2 * MB, 12e-3, 6e-3, 7e-3)]

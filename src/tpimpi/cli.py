@@ -329,7 +329,9 @@ def _settings(star: Star, parsed: argparse.Namespace, guests: Sequence[run.Guest
     fingerprint, fmt, cache_name = "", "", None
     auto = parsed.shares == options.AUTO
     if auto and parsed.slices is not None:
-        raise InputError("--shares auto chooses shares for slices that are yet to be made; leave out --slices, or --shares")
+        raise InputError(
+            "--shares auto chooses shares for slices that are yet to be made; leave out --slices, or --shares"
+        )
     weights = [] if auto else options.share_weights(parsed.shares, ranks)
     if parsed.slices is None:
         with open_source(model_path(parsed.model)) as source:

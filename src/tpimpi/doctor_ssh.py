@@ -9,6 +9,7 @@ import queue
 import secrets
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -243,5 +244,5 @@ class Probe:
         if self._process is None:
             return
         if self._process.poll() is None:
-            self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)  # also what a program in ssh's place has started
         self._process.wait()

@@ -157,15 +157,12 @@ class Model:
                                 part.partial += self._attention(part.h, tile, part.rotary)
                             else:
                                 part.partial += mlp_partial(self.backend, part.h, tile)
-                        for other in parts:
-                            if other.sum is not None:
-                                other.sum.poll()
                         if number == last:
-                            self._add_up(part, block)
+                            self._add_up(part, block, background=len(parts) > 1)
                 if last < 0:  # this rank has no part in the block, but in its sums
                     for part in parts:
                         self._enter(part, place)
-                        self._add_up(part, block)
+                        self._add_up(part, block, background=len(parts) > 1)
                 # The others of two parts: while the next block begins.
                 self._take_sums(parts[:1], place + 1)
             self._take_sums(parts, len(self._blocks))
@@ -179,10 +176,10 @@ class Model:
         part.h = self.backend.rms_norm(part.x, weight, self.config.norm_eps)
         part.partial = np.zeros_like(part.x)
 
-    def _add_up(self, part: _Part, block: Block) -> None:
-        """Begin the sum of the block's partials over all ranks."""
+    def _add_up(self, part: _Part, block: Block, *, background: bool) -> None:
+        """Begin the sum of the block's partials over all ranks, in the background where something else is to be computed."""
         self._add_bias(part.partial, block)
-        part.sum = self.star.start(part.partial)
+        part.sum = self.star.start(part.partial, background=background)
 
     def _take_sums(self, parts: Sequence[_Part], place: int) -> None:
         """Before the block at `place`: wait for the sums of the one before it, and add them."""

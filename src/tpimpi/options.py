@@ -39,7 +39,7 @@ Run a large language model across the machines you own.
     python -m tpimpi bench disk [PATH] [--readers N]                 how fast the disk under the slices is
     mpirun -np 4 --hostfile home.txt python -m tpimpi bench allreduce  how fast the network between the ranks is
     mpirun -np 4 --hostfile home.txt python -m tpimpi plan           how fast 1 to 4 of them would be, and how to share
-    python -m tpimpi doctor --hostfile home.txt                      whether these machines can work together, and what to mend
+    python -m tpimpi doctor --hostfile home.txt                      whether these machines can work together; what to mend
     mpirun -np 4 --hostfile home.txt python -m tpimpi doctor         what each rank has, and what is wrong
 """
 
@@ -333,7 +333,9 @@ def share_weights(text: str | None, ranks: int) -> list[float]:
     if text is None:
         return [1.0] * ranks
     if text == AUTO:
-        raise InputError(f"--shares {AUTO} measures the ranks' machines: start it with mpirun, or give numbers such as 2,1")
+        raise InputError(
+            f"--shares {AUTO} measures the ranks' machines: start it with mpirun, or give numbers such as 2,1"
+        )
     try:
         weights = [float(number) for number in text.split(",")]
     except ValueError:

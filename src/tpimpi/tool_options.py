@@ -135,14 +135,16 @@ def plan_parser() -> argparse.ArgumentParser:
     """Options of `plan`: those of a run, as far as they say what is computed, and how."""
     parser = Parser(
         prog="python -m tpimpi plan",
-        description="Predict how fast a model would be with 1 rank, 2, … of those that mpirun starts, from measurements of a "
-        "second for each number; nothing is sliced or loaded.",
+        description="Predict how fast a model would be with 1 rank, 2, … of those that mpirun starts, from measuring each "
+        "number for some seconds; nothing is sliced or loaded.",
         allow_abbrev=False,
     )
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="PATH", help="Hugging Face directory or .gguf file (default: as in a run)")
     group.add_argument("--shape", metavar="NAME", help="instead: a known model's shape, or a config.json (see synth)")
-    group.add_argument("--layers", type=int, metavar="N", help="with --shape: so many layers (default: as the shape has)")
+    group.add_argument(
+        "--layers", type=int, metavar="N", help="with --shape: so many layers (default: as the shape has)"
+    )
     group.add_argument("--format", help="as in a run (default: auto; with --shape q4_0)")
     add_shares(group)
     group.add_argument(
@@ -202,7 +204,7 @@ def doctor_parser() -> argparse.ArgumentParser:
     """Options of `doctor`."""
     parser = Parser(
         prog="python -m tpimpi doctor",
-        description="Under mpirun: what every rank has, what the links between them give, what is wrong, and what to type to "
+        description="Under mpirun: what every rank has, what the links between them give, what is wrong, what to type to "
         "mend it. With --hostfile, without mpirun: whether ranks can be started on those hosts. Exit code 1 where something "
         "is wrong.",
         allow_abbrev=False,

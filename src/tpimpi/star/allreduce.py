@@ -16,6 +16,7 @@ by what it measures, and a run's answer does not depend on that. The star needs 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -27,6 +28,8 @@ from tpimpi.star.wire import Mail
 
 Steps = Iterator[Pending]
 
+BETWEEN_POLLS = 300e-6  # seconds between two looks at the sums in the background
+
 
 class Allreduce:
     """A sum under way: made by `Star.start`, ended by `wait`."""
@@ -34,32 +37,70 @@ class Allreduce:
     def __init__(self, post: Post | None, steps: Steps, timeout: float, spent: Callable[[float], None]) -> None:
         """`spent` is told the seconds that go into it. `post` is None where there is a single rank, and nothing to do."""
         self._post, self._steps, self._timeout, self._spent = post, steps, timeout, spent
+        self._lock = threading.Lock()  # of the steps: `Background` goes on with them too
+        self._error: BaseException | None = None
         self._pending = self._next()
 
     def _next(self) -> Pending | None:
         return next(self._steps, None)
 
     def poll(self) -> bool:
-        """Go on as far as that is possible without waiting; whether the sum is done."""
+        """Go on as far as that is possible without waiting; whether the sum is done. What goes wrong is raised by `wait`."""
         if self._pending is None:
             return True
-        began = time.monotonic()
-        while self._pending is not None and self._post is not None and self._post.test(self._pending):
-            self._pending = self._next()
-        self._spent(time.monotonic() - began)
+        if self._lock.acquire(blocking=False):
+            try:
+                while self._pending is not None and self._post is not None and self._post.test(self._pending):
+                    self._pending = self._next()
+            except BaseException as error:
+                self._error, self._pending = error, None
+            finally:
+                self._lock.release()
         return self._pending is None
 
     def wait(self, deadline: float | None = None) -> None:
         """End it. `deadline` is a time.monotonic() value, None for the run's timeout. Raises StarError when it has
         passed."""
-        if self._pending is None:
-            return
-        began = time.monotonic()
-        deadline = began + self._timeout if deadline is None else deadline
-        while self._pending is not None and self._post is not None:
-            self._post.wait(self._pending, deadline)
-            self._pending = self._next()
-        self._spent(time.monotonic() - began)
+        if self._pending is not None:
+            began = time.monotonic()
+            deadline = began + self._timeout if deadline is None else deadline
+            with self._lock:
+                while self._pending is not None and self._post is not None:
+                    self._post.wait(self._pending, deadline)
+                    self._pending = self._next()
+            self._spent(time.monotonic() - began)
+        if self._error is not None:
+            raise self._error
+
+
+class Background:
+    """A thread that goes on with sums while the main thread computes: MPI moves messages, and the hub adds and answers, only
+    while somebody asks it to. MPI has to be started for several threads."""
+
+    def __init__(self) -> None:
+        self._sums: list[Allreduce] = []
+        self._work = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def add(self, under_way: Allreduce) -> None:
+        """Go on with this one too, until it is done."""
+        with self._work:
+            self._sums.append(under_way)
+            self._work.notify()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="tpimpi-sums", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            with self._work:
+                while not self._sums:
+                    self._work.wait()
+                sums = list(self._sums)
+            done = [under_way for under_way in sums if under_way.poll()]
+            with self._work:
+                self._sums = [under_way for under_way in self._sums if under_way not in done]
+            time.sleep(BETWEEN_POLLS)
 
 
 def star(mail: Mail, flat: F32) -> Steps:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from tpimpi.errors import InputError, StarError
 from tpimpi.formats import F32, Bytes
-from tpimpi.star.allreduce import ALGORITHMS, Allreduce, parse_rule
+from tpimpi.star.allreduce import ALGORITHMS, Allreduce, Background, parse_rule
 from tpimpi.star.launch import Rank, launched_rank, launched_size
 from tpimpi.star.links import PATIENCE, Links, Measuring
 from tpimpi.star.post import BULK, CLOCK, CONTROL, ECHO, HIDDEN, NOTE, Pending, Post
@@ -51,18 +51,21 @@ def connect() -> Star:
     with _saying_if_slow():
         from mpi4py import MPI
 
-    world = MPI.COMM_WORLD
-    wanted = launched_size()
-    if wanted != world.size:
-        library = MPI.Get_library_version().split(",")[0].split("\n")[0].strip()
-        raise InputError(
-            f"mpirun started {wanted} ranks, but this process sees {world.size}: mpirun and the MPI library ({library}) "
-            "are of two kinds; use the mpirun of that library, or set MPI4PY_MPIABI=mpich (or openmpi) to change the library"
-        )
-    star = Star(world.Clone())  # a communicator of our own, so that no other library's messages meet ours
-    if world.size > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
-        star.watch = Watch(world.Clone(), star.rank, DEFAULT_SILENCE, star.awaited)
-        star.name_by(star.watch.name)
+        world = MPI.COMM_WORLD
+        wanted = launched_size()
+        if wanted != world.size:
+            library = MPI.Get_library_version().split(",")[0].split("\n")[0].strip()
+            raise InputError(
+                f"mpirun started {wanted} ranks, but this process sees {world.size}: mpirun and the MPI library ({library}) "
+                "are of two kinds; use the mpirun of that library, or set MPI4PY_MPIABI=mpich (or openmpi) to change the "
+                "library"
+            )
+        # Communicators of our own, so that no other library's messages meet ours. These are the first messages.
+        star = Star(world.Clone())
+        if world.size > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+            star.threads = True
+            star.watch = Watch(world.Clone(), star.rank, DEFAULT_SILENCE, star.awaited)
+            star.name_by(star.watch.name)
     return star
 
 
@@ -106,6 +109,8 @@ class Star:
         self.timeout = timeout
         self.algorithm = allreduce
         self.wire = Wire()
+        self.threads = False  # MPI was started for several
+        self._background = Background()
         self._turn = 0  # sums begun
         self.seconds = 0.0  # spent in allreduces and broadcasts
         self._others = range(1, self.rank.size)
@@ -126,8 +131,10 @@ class Star:
         """Replace `array` (f32, contiguous, the same shape on every rank) by its sum over all ranks, in place."""
         self.start(array).wait()
 
-    def start(self, array: F32) -> Allreduce:
+    def start(self, array: F32, *, background: bool = False) -> Allreduce:
         """Begin the sum of `array` over all ranks; it may not be touched until the sum's `wait` has returned.
+
+        It goes on while one waits for it or polls it, and with `background` also while this rank computes.
 
         Several may be under way; every rank starts them in the same order, and ends them in that order.
         """
@@ -138,6 +145,8 @@ class Star:
         name = next(name for most, name in self._rule if array.size <= most)
         steps = ALGORITHMS[name](self._mail(), array.reshape(-1))
         allreduce = Allreduce(self._post, steps, self.timeout, self._spent)
+        if background and self.threads:
+            self._background.add(allreduce)
         self._spent(time.monotonic() - began)
         return allreduce
 
