@@ -211,7 +211,10 @@ def doctor_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--hostfile", metavar="FILE", help="without mpirun: look at the hosts of that file, over ssh")
     parser.add_argument(
-        "--ssh", default="ssh", metavar="PROGRAM", help="with --hostfile: instead of ssh, called as PROGRAM HOST COMMAND"
+        "--ssh",
+        default="ssh",
+        metavar="PROGRAM",
+        help="with --hostfile: instead of ssh, called as PROGRAM HOST COMMAND",
     )
     parser.add_argument("--model", metavar="PATH", help="look for the slices of that model (default: as in a run)")
     parser.add_argument("--slices", metavar="DIR", help="look for the slices in that folder")

@@ -5,10 +5,10 @@ in rank order and sends its own bytes back, so that every rank holds the same bi
 home it is latency that costs: arXiv 2410.00531, section 3.3.)
 
 What is on the wire, by tag: CONTROL (hub to all: int64 [4]: magic, operation, positions, start), HIDDEN (hub to all: f32
-[positions, hidden]), PARTIAL (to the hub) and SUM (from it), f32 [positions, hidden], or with other algorithms and
-wires between any ranks, and packed (see `allreduce`, `wire`), ECHO (to measure links), NOTE (settings, status and measurements as
-JSON), CLOCK (both ways: float64 [1], the sender's clock in seconds; only where a run is traced), and BULK
-(tiles of slices, to the rank that needs them). Prompt, token ids and text are in none of them.
+[positions, hidden]), PARTIAL (to the hub) and SUM (from it), f32 [positions, hidden], or with other algorithms and wires
+between any ranks, and packed (see `allreduce`, `wire`), ECHO (to measure links), NOTE (settings, status and measurements
+as JSON), CLOCK (both ways: float64 [1], the sender's clock in seconds; only where a run is traced), and BULK (tiles of
+slices, to the rank that needs them). Prompt, token ids and text are in none of them.
 
 `launch` knows the launchers, `post` single messages and waiting, `allreduce` the sums, `watch` who is gone, `star` what
 other rooms use. mpi4py is imported only here, by `connect`, in a launched run; without mpirun a star of one rank needs no
