@@ -79,7 +79,7 @@ class Spread:
             return f"{where}: {self.broken} of {self.tiles} tiles {'was' if self.broken == 1 else 'were'} broken; made again"
         if self.complaint:
             return f"{where}: {self.complaint.split(';')[0]}; it is made again"
-        return f"{where}: {self.here} of {self.tiles} tiles were here already" if self.here else None
+        return f"{self.here} of {self.tiles} tiles of {where} were there already" if self.here else None
 
 
 # Rank 0
