@@ -71,6 +71,7 @@ class Post:
     def __init__(self, comm: MPI.Intracomm) -> None:
         self.comm = comm
         self.rank, self.size = comm.rank, comm.size
+        self.heard: dict[int, float] = {}  # when the last message of each rank came, time.monotonic()
         _fine_timers()
 
     def send(self, array: npt.NDArray[Any], to: int, tag: int) -> Pending:
@@ -108,6 +109,7 @@ class Post:
                     if (found := status.Get_count(MPI.BYTE)) != frame.buffer.size:
                         raise StarError(f"rank {peer} sent {found} bytes where {frame.buffer.size} were due")
                     frame.target[:] = _opened(frame.buffer, peer, pending.tag)
+                    self.heard[peer] = time.monotonic()
                 pending.done += 1
         except MPI.Exception as error:
             raise LostError(
@@ -148,6 +150,7 @@ class Post:
             self.awaited = ()
         buffer = np.empty(status.Get_count(MPI.BYTE), np.uint8)
         self.wait(Pending([message.Irecv(buffer)], [source], [None]), deadline)
+        self.heard[source] = time.monotonic()
         return buffer if tag == BULK else _opened(buffer, source, tag)
 
     def _pause(self, deadline: float | None) -> _Pause:

@@ -62,9 +62,9 @@ def connect() -> Star:
             )
         # Communicators of our own, so that no other library's messages meet ours. These are the first messages.
         star = Star(world.Clone())
-        if world.size > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+        if star._post is not None and world.size > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
             star.threads = True
-            star.watch = Watch(world.Clone(), star.rank, DEFAULT_SILENCE, star.awaited)
+            star.watch = Watch(world.Clone(), star.rank, DEFAULT_SILENCE, star._post)
             star.name_by(star.watch.name)
     return star
 
@@ -350,10 +350,6 @@ class Star:
         """Ranks are named so in messages."""
         if self._post is not None:
             self._post.name = name
-
-    def awaited(self) -> list[int]:
-        """The ranks that this one waits for right now, with a deadline."""
-        return [] if self._post is None else list(self._post.awaited)
 
     def allow_silence(self, seconds: float) -> None:
         """Hub: a rank that gives no sign of life for so long is gone, on every rank."""

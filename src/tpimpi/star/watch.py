@@ -2,7 +2,7 @@
 
 Every rank other than 0 sends rank 0 a beat, a message of BEAT_BYTES, eight times within the `silence` that is allowed, and
 rank 0 sends each of them one. Who has not beaten for `silence` seconds is gone: its process hangs, its machine is off, or
-the network is cut. Then rank 0 says so, each rank that misses rank 0 does, and the run ends. A rank that beats is there,
+the network is cut. Then rank 0 says so, each rank that misses rank 0 does, and the run ends. A rank that beats, or sends anything else, is there,
 however slow it is: rank 0 says for whom it waits, after a while.
 
 A beat is three int64, a magic number, HERE or LEAVING, and the silence that is allowed in ms, where all follow rank 0; and
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,9 +47,9 @@ SLOW = 10.0  # seconds of waiting for a rank after which rank 0 says so, and aga
 class Watch:
     """Beats, listens, and ends the run when a rank is gone. Made by `Star.watch`; `close` ends it in peace."""
 
-    def __init__(self, comm: MPI.Intracomm, rank: Rank, silence: float, waiting: Callable[[], list[int]]) -> None:
-        """`waiting` says for which ranks the main thread waits right now."""
-        self._post, self.rank, self.silence, self._waiting = Post(comm), rank, silence, waiting
+    def __init__(self, comm: MPI.Intracomm, rank: Rank, silence: float, main: Post) -> None:
+        """`main` has the main thread's messages: each is a sign of life too, and beats may be queued behind them."""
+        self._post, self.rank, self.silence, self._main = Post(comm), rank, silence, main
         self._peers = list(range(1, rank.size)) if rank.is_hub else [0]
         self._hosts = dict.fromkeys(self._peers, "")
         self._beaten = 0.0
@@ -116,9 +116,8 @@ class Watch:
         looked = 0.0
         while not self._closing.wait(self.silence / _BEATS / 4):
             now = time.monotonic()
-            if (
-                looked and now - looked > self.silence / 2
-            ):  # this process itself was stopped: give the others time again
+            # If this process itself was stopped, the others get time again.
+            if looked and now - looked > self.silence / 2:
                 self._heard = {peer: max(heard, now) for peer, heard in self._heard.items()}
             looked = now
             try:
@@ -128,6 +127,8 @@ class Watch:
                 self._listen(now)
             except StarError as error:
                 self._broken(error)
+            for peer in self._heard:
+                self._heard[peer] = max(self._heard[peer], self._main.heard.get(peer, 0.0))
             if gone := [peer for peer, heard in self._heard.items() if now - heard > self.silence]:
                 self._end(gone, now)
             self._report_slow(now)
@@ -183,7 +184,7 @@ class Watch:
         """Rank 0: say for whom the run waits, though it is there."""
         if not self.rank.is_hub:
             return
-        late = set(self._waiting())
+        late = set(self._main.awaited)
         for peer in [peer for peer in self._slow_since if peer not in late]:
             del self._slow_since[peer]
             if self._slow_said.pop(peer, 0):
