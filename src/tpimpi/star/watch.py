@@ -2,8 +2,8 @@
 
 Every rank other than 0 sends rank 0 a beat, a message of BEAT_BYTES, eight times within the `silence` that is allowed, and
 rank 0 sends each of them one. Who has not beaten for `silence` seconds is gone: its process hangs, its machine is off, or
-the network is cut. Then rank 0 says so, each rank that misses rank 0 does, and the run ends. A rank that beats, or sends anything else, is there,
-however slow it is: rank 0 says for whom it waits, after a while.
+the network is cut. Then rank 0 says so, each rank that misses rank 0 does, and the run ends. A rank that beats, or sends
+anything else, is there, however slow it is: rank 0 says for whom it waits, after a while.
 
 A beat is three int64, a magic number, HERE or LEAVING, and the silence that is allowed in ms, where all follow rank 0; and
 the sender's host name (40 bytes, UTF-8, zeros behind). It goes over a communicator of its own, which the watch alone uses
