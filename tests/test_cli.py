@@ -718,6 +718,8 @@ def test_a_signal_while_slicing_leaves_what_can_go_on(smollm2: Path, tmp_path: P
         str(smollm2),
         "--ranks",
         "2",
+        "--format",
+        "f32",  # which takes longer than this test does to notice that it has begun
         "--out",
         str(tmp_path / "out"),
     ]
