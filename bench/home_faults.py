@@ -396,7 +396,9 @@ def _wrong(outcome: Outcome, case: Case, kind: str, screen: Screen, whole: str) 
         return f"named after {outcome.message_s:.1f} s"
     if outcome.left:
         return f"{len(outcome.left)} processes left"
-    text = screen.text.replace("> ", "").split("\n===")[0].strip("\n")  # MPICH's banner comes behind
+    text = re.split(r"\n?(?:=|-){20}", screen.text.replace("> ", ""))[0].strip(
+        "\n"
+    )  # the launcher's banner comes behind
     if case.prompt == PROMPT and kind != "full-disk" and not whole.startswith(text[: len(whole)]):
         return f"printed {text[-60:]!r}, which is not in the undisturbed answer"
     return ""
