@@ -125,7 +125,7 @@ def test_the_report_says_what_was_done(mpirun: Launcher, cache: dict[str, str], 
     result = mpirun(
         2,
         *("-m", "tpimpi", "--prompt-file", str(prompt), "--max-tokens", "12", "--ignore-eos", "--window", "2"),
-        *("--format", "f32", "--backend", "torch"),
+        *("--format", "f32", "--backend", "torch", "--allreduce", "star"),
         *("--report", str(report)),
         env=cache,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -333,7 +333,7 @@ class Hub:
             raise InputError("the prompt has no tokens; give some text")
         if len(ids) >= self._limit:
             raise self._too_long(str(len(ids)))
-        return Turn(prompt, ids, secrets.randbits(63) if self.wishes.seed is None else self.wishes.seed)
+        return Turn(prompt, ids, random.SystemRandom().getrandbits(63) if self.wishes.seed is None else self.wishes.seed)
 
     def _encoding(self) -> Callable[[str], list[int]]:
         """How a prompt becomes ids, what was said before included."""
