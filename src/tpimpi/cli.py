@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from tpimpi import allreduce_bench, linking, options, planning, run, tool_options
+from tpimpi import linking, options, run, tool_options
 from tpimpi.agree import Stopped, as_note, stopping_others
 from tpimpi.config import ModelConfig
 from tpimpi.errors import InputError, LostError, ModelError, StorageError, as_ours
@@ -338,7 +338,9 @@ def _settings(star: Star, parsed: argparse.Namespace, guests: Sequence[run.Guest
             formats = choose_formats(source, parsed.format)
             if auto:
                 names = run.cache_names(source, formats)
-                weights = planning.auto_shares(star, guests, parsed, source.config, formats, names)
+                from tpimpi.planning import auto_shares
+
+                weights = auto_shares(star, guests, parsed, source.config, formats, names)
             plan = make_plan(source.config, weights)
             fingerprint, fmt = source.fingerprint(), formats.key()
             cache_name = run.cache_name(source, plan, formats)
@@ -429,6 +431,8 @@ def _slice(arguments: list[str], star: Star, place: _Place) -> int:
 
 def _bench(arguments: list[str], star: Star, place: _Place) -> int:
     """Rank 0 of `bench allreduce`."""
+    from tpimpi import allreduce_bench
+
     place.in_job = False
     with stopping_others(star):
         allreduce_bench.bench(arguments, star, [guest.host for guest in run.greet(star)])
@@ -438,6 +442,8 @@ def _bench(arguments: list[str], star: Star, place: _Place) -> int:
 
 def _plan(arguments: list[str], star: Star, place: _Place) -> int:
     """Rank 0 of `plan`; the other ranks measure when they are told to."""
+    from tpimpi.planning import plan
+
     place.in_job = False
     with stopping_others(star):
         guests = run.greet(star)
@@ -445,7 +451,7 @@ def _plan(arguments: list[str], star: Star, place: _Place) -> int:
         tool_options.check_plan(parsed)
         star.allow_silence(parsed.silence)
         config, formats, name = _planned_model(parsed)
-        planning.plan(star, guests, parsed, config, formats, name)
+        plan(star, guests, parsed, config, formats, name)
     star.tell(as_note(stop=0))
     return 0
 

@@ -123,7 +123,3 @@ def _shares(star: Star, prefix: str, suffix: str) -> list[str]:
         return []
     found = [folder for folder in folders if folder.startswith(prefix) and folder.endswith(suffix)]
     return [folder[len(prefix) : len(folder) - len(suffix)] for folder in found]
-
-
-# What the other ranks do for rank 0
-TASKS = {"disk": take_part_in_disks, "find-slices": tell_slices}

@@ -398,7 +398,3 @@ def _rehearsed(star: Star, rehearsal: Rehearsal) -> Finding:
         base=resident_bytes(),
         places=[astuple(place) for place in places()],
     )
-
-
-# What the other ranks do for rank 0
-TASKS = {"measure": take_part_in_measuring}

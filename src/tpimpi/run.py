@@ -9,9 +9,9 @@ that it befalls, which ends the job.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from tpimpi import __version__, allreduce_bench, examining, inquiries, linking, measuring, spreading
+from tpimpi import __version__, linking, spreading
 from tpimpi.agree import as_note, heard, or_tell, together
 from tpimpi.backends import NOT_INSTALLED, has_native
 from tpimpi.errors import InputError, SliceError
@@ -209,14 +209,24 @@ def _check_alike(header: Header, rank: int, note: dict[str, Any]) -> None:
             )
 
 
+def _later(module: str, name: str) -> Callable[[Star, dict[str, Any]], None]:
+    """A function of a module that most runs do without: it is loaded when it is called, for the memory that it takes."""
+
+    def call(star: Star, note: dict[str, Any]) -> None:
+        getattr(importlib.import_module(f"tpimpi.{module}"), name)(star, note)
+
+    return call
+
+
 # What rank 0 may ask for before a run, or instead of one: by a note with the `task` of that name, which the part gets.
 TASKS: dict[str, Callable[[Star, dict[str, Any]], None]] = {
     spreading.TASK: spreading.take_slices,
     linking.TASK: linking.follow,
-    examining.TASK: examining.take_part,
-    allreduce_bench.TASK: allreduce_bench.follow,
-    **measuring.TASKS,
-    **inquiries.TASKS,
+    "doctor": _later("examining", "take_part"),
+    "bench allreduce": _later("allreduce_bench", "follow"),
+    "measure": _later("measuring", "take_part_in_measuring"),
+    "disk": _later("inquiries", "take_part_in_disks"),
+    "find-slices": _later("inquiries", "tell_slices"),
 }
 
 
@@ -333,7 +343,9 @@ class Hub:
             raise InputError("the prompt has no tokens; give some text")
         if len(ids) >= self._limit:
             raise self._too_long(str(len(ids)))
-        return Turn(prompt, ids, random.SystemRandom().getrandbits(63) if self.wishes.seed is None else self.wishes.seed)
+        return Turn(
+            prompt, ids, int.from_bytes(os.urandom(8), "little") >> 1 if self.wishes.seed is None else self.wishes.seed
+        )
 
     def _encoding(self) -> Callable[[str], list[int]]:
         """How a prompt becomes ids, what was said before included."""

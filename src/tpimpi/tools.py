@@ -18,7 +18,6 @@ from tpimpi.backends import load_quantizer
 from tpimpi.errors import InputError, ModelError, SliceError, StorageError
 from tpimpi.model_formats import ModelFormats
 from tpimpi.plan import Plan, make_plan
-from tpimpi.planning import auto_shares
 from tpimpi.report import write_json
 from tpimpi.run import Guest, cache_name, cache_names
 from tpimpi.slicefile import slice_name
@@ -80,6 +79,8 @@ def slice_together(arguments: list[str], star: Star, guests: Sequence[Guest]) ->
         if auto:  # for a run without options
             usual = options.run_parser().parse_args(["--quiet"] if parsed.quiet else [])
             names = None if parsed.out else cache_names(source, formats)
+            from tpimpi.planning import auto_shares
+
             weights = auto_shares(star, guests, usual, source.config, formats, names)
         plan = make_plan(source.config, weights)
         where = Where(parsed.out, cache_name(source, plan, formats))
