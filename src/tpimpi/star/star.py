@@ -79,7 +79,8 @@ def _saying_if_slow() -> Iterator[None]:
         yield
         return
     reader, writer = os.pipe()
-    if os.fork() == 0:
+    waiting = os.fork()
+    if waiting == 0:
         os.close(writer)
         if not select.select([reader], [], [], STARTING)[0]:
             line = (
@@ -93,6 +94,7 @@ def _saying_if_slow() -> Iterator[None]:
         yield
     finally:
         os.close(writer)
+        os.waitpid(waiting, 0)  # it ends with the pipe
 
 
 class Star:
