@@ -357,7 +357,7 @@ def try_once(kind: str, home: Home, mpi: str, rank: int, silence: float, whole: 
         outcome.end_s = time.monotonic() - broken
         process.kill()
         screen.join()
-        outcome.code = process.returncode
+        outcome.code = process.wait()
         printed = [(time.monotonic(), line) for line in screen.text.splitlines()]  # MPICH's banner is there
         for moment, line in (*screen.lines[before:], *printed):
             if case.named(line, rank):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up and runs the checks and the tests (about 15 minutes on two cores): once under Open MPI, then what needs MPI again under MPICH.
+# Sets up and runs the checks and the tests (about 40 minutes on two cores): once under Open MPI, then what needs MPI again under MPICH.
 # Arguments go to pytest, which is then all that is run: bash jobs/test.sh tests/test_star.py -k hub
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"

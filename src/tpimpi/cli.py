@@ -66,7 +66,7 @@ def _guarded(command: Callable[[list[str], _Place], int], arguments: list[str]) 
         with place.at_end:
             code = command(arguments, place)
         if place.star is not None:
-            place.star.close()
+            place.star.close(failed=code != 0)
         return code
     except BrokenPipeError:
         code = 1  # whoever read our output has gone; there is nobody to tell
@@ -87,7 +87,7 @@ def _guarded(command: Callable[[list[str], _Place], int], arguments: list[str]) 
         time.sleep(0.2)  # the launcher relays our line; its own banner would else come before or within it
         place.star.abort(code)
     if place.star is not None:
-        place.star.close()
+        place.star.close(failed=True)
     return code
 
 

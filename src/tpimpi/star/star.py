@@ -363,8 +363,14 @@ class Star:
         if self.watch is not None:
             self.watch.introduce(hosts)
 
-    def close(self) -> None:
-        """Leave in peace: the others are told that this rank ends."""
+    def close(self, *, failed: bool = False) -> None:
+        """Leave in peace: the others are told that this rank ends.
+
+        Where the run has `failed`, the launcher ends ranks while others are still leaving MPI, which then may wait for
+        them for ever: it gets ABORTING seconds for that.
+        """
+        if failed and self.rank.size > 1:
+            leave_at_last(self.rank, ABORTING)
         if self.watch is not None:
             self.watch.close()
 
