@@ -13,7 +13,6 @@ from tpimpi.cache import KV_FORMATS
 from tpimpi.errors import InputError
 from tpimpi.formats import WEIGHT_FORMATS
 from tpimpi.memory import parse_size
-from tpimpi.plotting import check_plot
 from tpimpi.report import check_writable
 from tpimpi.session import SAMPLING
 from tpimpi.star import ALLREDUCES, DEFAULT_SILENCE, DEFAULT_TIMEOUT, LEAST_SILENCE, WIRES
@@ -288,6 +287,8 @@ def _check_outputs(options: argparse.Namespace) -> None:
     if (trace := getattr(options, "trace", None)) is not None:
         check_writable(trace, "--trace", inputs, start=BEGINNING, kind="trace")
     if (plot := getattr(options, "plot", None)) is not None:
+        from tpimpi.plotting import check_plot  # which most runs do without
+
         check_plot(plot, "--plot", inputs)
     taken: dict[Path, str] = {}
     session = getattr(options, "session", None)

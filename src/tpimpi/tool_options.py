@@ -11,7 +11,6 @@ from tpimpi.errors import InputError
 from tpimpi.formats import WEIGHT_FORMATS
 from tpimpi.memory import parse_size
 from tpimpi.options import MOST_THREADS, Parser, add_computing, add_shares, check_run
-from tpimpi.plotting import check_plot
 from tpimpi.report import check_writable
 from tpimpi.shapes import SHAPES
 from tpimpi.star import ALGORITHMS, WIRES
@@ -238,6 +237,8 @@ def check_bench(options: argparse.Namespace) -> None:
         if not 1 <= options.repeats <= MOST_ROUNDS:
             raise InputError(f"--repeats is {options.repeats}, must be 1 to {MOST_ROUNDS}")
         if options.plot is not None:
+            from tpimpi.plotting import check_plot  # which most runs do without
+
             check_plot(options.plot)
         return
     if options.what == "disk":
