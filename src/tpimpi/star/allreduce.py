@@ -28,6 +28,7 @@ from tpimpi.star.wire import Mail
 
 Steps = Iterator[Pending]
 
+SOONEST = 0.95  # of the shortest round trip seen: no answer comes sooner
 BETWEEN_POLLS = 300e-6  # seconds between two looks at the sums in the background
 
 
@@ -111,8 +112,11 @@ def star(mail: Mail, flat: F32) -> Steps:
     if mail.rank != 0:
         answers = [mail.expect(piece, 0, SUM) for piece in cut]
         sends = [mail.send(flat[piece], 0, PARTIAL) for piece in cut]
+        # Before that no answer can be here; looks are made by the core that somebody's partial may be waiting for.
+        earliest = time.monotonic() + SOONEST * 2 * (mail.post.latency or 0.0)
         for piece, send, answer in zip(cut, sends, answers, strict=True):
             yield send
+            answer.pending.not_before = earliest
             yield answer.pending
             flat[piece] = answer.values()
         return

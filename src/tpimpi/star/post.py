@@ -55,6 +55,7 @@ class Pending:
     frames: Sequence[Frame | None]
     tag: int = 0
     done: int = 0  # so many of them, from the front, are
+    not_before: float = 0.0  # a time.monotonic() value, before which it is no use to look
 
 
 class Post:
@@ -124,6 +125,9 @@ class Post:
             return
         pause = self._pause(deadline)
         try:
+            if deadline is not None and (early := min(pending.not_before, deadline) - time.monotonic()) > 0:
+                self.awaited = tuple(pending.peers[pending.done :])
+                time.sleep(early)
             while not self.test(pending):
                 if deadline is not None:
                     self.awaited = tuple(pending.peers[pending.done :])
@@ -196,7 +200,7 @@ class _Pause:
         """`latency`: seconds one way, None where it was not measured."""
         self._longest = longest
         self._polls = SHORT_POLL if latency is not None and latency > LONG_POLL else LONG_POLL
-        self._step = SHORTEST_SLEEP if latency is None else max(SHORTEST_SLEEP, latency / 16)
+        self._step = SHORTEST_SLEEP if latency is None else max(SHORTEST_SLEEP, latency / 8)
         self.began = time.monotonic()
 
     def elapsed(self) -> float:
