@@ -22,6 +22,7 @@ REPEATS = 3  # sums in a row: the first is not counted
 SECOND_PASS = 0.2  # seconds of the first, up to which there is a second
 PATIENCE = 20.0  # seconds for a message of these
 MOST_EXCHANGED = 32_768  # numbers of a sum by exchange, at most, with three ranks or more
+FAR = 4 * SIZES[-1]
 CLEARLY = 0.9  # of the star's time: what another way must take at most, to be preferred
 
 _PING, _LATENCY, _SUM, _END = range(4)  # what the hub asks for: float64 [4]: kind, and up to three numbers
@@ -141,12 +142,17 @@ def choose(times: Times, ranks: int) -> str:
     only as far as it is clearly faster than the star.
 
     Above the sizes that were timed it is bytes that take the time, and of those the hub's link has (n - 1) times a sum's
-    with the star, 2 (n - 1) / n times with the mesh: that is taken from three ranks on, unless it was slower.
+    with the star, 2 (n - 1) / n times with the mesh: that is taken from three ranks on, unless it was slower; far above
+    them unless it took over twice the time, as what it has more of are messages, whose number counts less and less.
     """
     sizes = [1 << bits for bits in range(8, 25)]
 
     def better(name: str, size: int) -> bool:
-        limit = CLEARLY if name != "mesh" or size <= SIZES[-1] or ranks < 3 else 1 / CLEARLY
+        limit = CLEARLY
+        if name == "mesh" and size > SIZES[-1] and ranks > 2:
+            limit = 1 / CLEARLY
+            if size > FAR:
+                size, limit = SIZES[-1], 2.0
         return expected(times[name], size) < limit * expected(times["star"], size)
 
     small, large = 0, math.inf

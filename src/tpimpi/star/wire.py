@@ -1,7 +1,7 @@
 """Numbers on the wire: f32 as they are, or packed as bf16 or q8_0, and cut into pieces that go out one after the other.
 
-A piece is at most PIECE numbers. So a message stays below the size from which an MPI library asks the other side before it
-sends (rendezvous: two hops more; Open MPI over TCP from 64 KiB on), and a large sum flows: while the hub adds one piece, it
+A piece is at most PIECE numbers. So a message stays just below the size from which an MPI library asks the other side before
+it sends (rendezvous: two hops more; Open MPI over TCP from 64 KiB on), and a large sum flows: while the hub adds one piece, it
 receives the next and sends the one before. Where hops are short, as in shared memory, larger ones were seen to be faster.
 """
 
@@ -19,7 +19,7 @@ from tpimpi.quantize import Quantizer, quantize
 from tpimpi.star.post import Pending, Post
 
 WIRES = ("f32", "bf16", "q8_0")
-PIECE = 8192  # numbers of a message, at most; a multiple of 32, which is a block of q8_0
+PIECE = 16_256  # numbers of a message, at most; a multiple of 32, which is a block of q8_0
 LARGE_PIECE, SHORT_HOP = 65_536, 100e-6  # numbers where the measured latency is less, in seconds
 
 TURNS = 1024  # sums that are told apart by their tags
@@ -75,8 +75,9 @@ class Mail:
         self._sends: list[Pending] = []
 
     def pieces(self, first: int, last: int) -> list[slice]:
-        """The numbers from `first` to `last`, in pieces."""
-        return [slice(start, min(start + self._piece, last)) for start in range(first, last, self._piece)]
+        """The numbers from `first` to `last`, in pieces of about the same size."""
+        cuts = bounds(last - first, -(-(last - first) // self._piece))
+        return [slice(first + start, first + stop) for start, stop in itertools.pairwise(cuts)]
 
     def parts(self, count: int) -> list[list[slice]]:
         """The pieces of each rank's part of `count` numbers."""
@@ -115,7 +116,7 @@ class Mail:
         )
 
 
-def bounds(count: int, ranks: int) -> list[int]:
-    """Where the parts of `count` numbers begin and end, one for each rank, as equal as whole blocks of 32 allow."""
+def bounds(count: int, parts: int) -> list[int]:
+    """Where the parts of `count` numbers begin and end, as equal as whole blocks of 32 allow."""
     blocks = -(-count // BLOCK_WEIGHTS)
-    return [min(count, blocks * rank // ranks * BLOCK_WEIGHTS) for rank in range(ranks + 1)]
+    return [min(count, blocks * part // parts * BLOCK_WEIGHTS) for part in range(parts + 1)] if parts else [0]
