@@ -87,7 +87,9 @@ def test_the_star_is_preferred_where_nothing_is_clearly_faster() -> None:
     near = [(n, 0.95 * s) for n, s in star]
     assert choose({"star": star, "exchange": near[:2], "mesh": [(n, 2.1 * s) for n, s in star]}, 4) == "star"
     # Above what was timed the mesh sends less: taken unless it was slower, far above it unless it took twice the time.
-    assert choose({"star": star, "exchange": near[:2], "mesh": [(n, 1.9 * s) for n, s in star]}, 4) == "star:262144,mesh"
+    assert (
+        choose({"star": star, "exchange": near[:2], "mesh": [(n, 1.9 * s) for n, s in star]}, 4) == "star:262144,mesh"
+    )
     assert choose({"star": star, "exchange": near[:2], "mesh": near}, 4) == "star:65536,mesh"
     assert choose({"star": star, "exchange": near[:2], "mesh": near}, 2) == "star"
 

@@ -39,10 +39,11 @@ LONGEST_IDLE_SLEEP = 0.015  # seconds between two tests while a user types or a 
 
 @dataclass
 class Frame:
-    """A message that is being received: `buffer` gets its bytes and seal; if that is right the bytes go to `target`."""
+    """A message that is being received: `buffer` gets its bytes and seal; if that is right the bytes go to `target`, where
+    there is one."""
 
     buffer: Bytes
-    target: Bytes
+    target: Bytes | None = None
 
 
 @dataclass
@@ -93,7 +94,14 @@ class Post:
     def receive(self, array: npt.NDArray[Any], source: int, tag: int) -> Pending:
         """Begin to receive into a contiguous array, which is filled exactly, once all of the message is there."""
         target = _bytes(array)
-        frame = Frame(np.empty(target.size + SEAL, np.uint8), target)
+        return self._receive(Frame(np.empty(target.size + SEAL, np.uint8), target), source, tag)
+
+    def expect(self, nbytes: int, source: int, tag: int) -> tuple[Pending, Bytes]:
+        """Begin to receive so many bytes: what is to be done, and where they are then: uint8 [nbytes]."""
+        frame = Frame(np.empty(nbytes + SEAL, np.uint8))
+        return self._receive(frame, source, tag), frame.buffer[:nbytes]
+
+    def _receive(self, frame: Frame, source: int, tag: int) -> Pending:
         return Pending([self.comm.Irecv(frame.buffer, source=source, tag=tag)], [source], [frame], tag)
 
     def test(self, pending: Pending) -> bool:
@@ -109,7 +117,9 @@ class Post:
                 if frame is not None:
                     if (found := status.Get_count(MPI.BYTE)) != frame.buffer.size:
                         raise StarError(f"rank {peer} sent {found} bytes where {frame.buffer.size} were due")
-                    frame.target[:] = _opened(frame.buffer, peer, pending.tag)
+                    data = _opened(frame.buffer, peer, pending.tag)
+                    if frame.target is not None:
+                        frame.target[:] = data
                     self.heard[peer] = time.monotonic()
                 pending.done += 1
         except MPI.Exception as error:

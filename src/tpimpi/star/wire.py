@@ -1,8 +1,8 @@
 """Numbers on the wire: f32 as they are, or packed as bf16 or q8_0, and cut into pieces that go out one after the other.
 
-A piece is at most PIECE numbers. So a message stays just below the size from which an MPI library asks the other side before
-it sends (rendezvous: two hops more; Open MPI over TCP from 64 KiB on), and a large sum flows: while the hub adds one piece, it
-receives the next and sends the one before. Where hops are short, as in shared memory, larger ones were seen to be faster.
+A piece is at most PIECE numbers. So a message stays just below the size from which an MPI library asks the other side
+before it sends (rendezvous: two hops more; Open MPI over TCP from 64 KiB on), and a large sum flows: while the hub adds one
+piece, it receives the next and sends the one before. Where hops are short, as in shared memory, larger ones were faster.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class Mail:
     def expect(self, piece: slice, source: int, tag: int) -> Coming:
         """Begin to receive the numbers of `piece`."""
         count = piece.stop - piece.start
-        data = np.empty(row_bytes(self.wire.format, count), np.uint8)
-        return Coming(self.post.receive(data, source, tag + self._shift), data, count, self.wire)
+        pending, data = self.post.expect(row_bytes(self.wire.format, count), source, tag + self._shift)
+        return Coming(pending, data, count, self.wire)
 
     def send(self, values: F32, to: int, tag: int) -> Pending:
         """Begin to send numbers, which may not change until that is done (f32 is not copied)."""
