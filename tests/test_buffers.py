@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tpimpi.buffers import PAGE, Bytes, Pages, aligned_buffer
+from tpimpi.buffers import PAGE, Bytes, Pages, Places, aligned_buffer
 from tpimpi.memory import resident_bytes
 
 LARGE = 2 << 20
@@ -90,3 +90,33 @@ def test_small_pages_are_taken_one_by_one() -> None:
 def test_what_no_machine_has_is_a_memory_error(nbytes: int) -> None:
     with pytest.raises(MemoryError):
         Pages(nbytes)
+
+
+@pages_can_be_told
+def test_places_keep_to_themselves_and_take_a_large_page_more_at_most() -> None:
+    rng = np.random.default_rng(3)
+    sizes = [int(size) for size in rng.integers(1, 5 * LARGE, 60)]  # several chunks
+    places = Places(sizes)
+    taken: dict[int, Bytes] = {}
+
+    def check() -> None:
+        for index, array in taken.items():
+            assert array.size == sizes[index] and array.ctypes.data % PAGE == 0
+            assert array[0] == array[-1] == index and not np.any(array != index)
+        in_use = sum(-(-sizes[index] // PAGE) * PAGE for index in taken)
+        present = sum(_present(pages.array) for pages in places._pages.values()) * PAGE
+        assert in_use <= present <= in_use + LARGE
+
+    for most in (60, 7, 41, 0, 60):  # like a stack
+        for index in rng.permutation(most):  # in any order, up to there
+            if int(index) not in taken:
+                taken[int(index)] = places.take(int(index))
+                taken[int(index)][:] = index
+        for index in sorted(index for index in taken if index >= most):
+            del taken[index]
+            places.release(index)
+        check()
+    places.release_all()
+    assert not any(array.any() for array in taken.values())
+    places.release_all()
+    assert not places.take(0).any()

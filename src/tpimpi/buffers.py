@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ Bytes = npt.NDArray[np.uint8]
 
 PAGE = 4096  # what O_DIRECT needs of a buffer's address and length, on any disk of today
 _LARGE_PAGE = 2 << 20
+_CHUNK = 64 << 20  # bytes of memory that neighbours have in common, at least
 
 
 class Pages:
@@ -31,7 +33,7 @@ class Pages:
         except (OSError, OverflowError, ValueError) as error:
             raise MemoryError(f"no memory for {nbytes} bytes") from error
         whole = np.frombuffer(self._memory, dtype=np.uint8)
-        start = -whole.ctypes.data % _LARGE_PAGE if slack else 0
+        self._start = start = -whole.ctypes.data % _LARGE_PAGE if slack else 0
         self.array: Bytes = whole[start : start + nbytes]
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel built without them
@@ -39,9 +41,53 @@ class Pages:
                 if slack:
                     self._memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _LARGE_PAGE * _LARGE_PAGE)
 
-    def release(self) -> None:
-        """Give the memory back to the system now; `array` is zeros afterwards, and takes memory again when it is written."""
-        self._memory.madvise(mmap.MADV_DONTNEED)
+    def release(self, first: int = 0, last: int | None = None) -> None:
+        """Give the memory back to the system now, of all bytes or of those from `first`, a multiple of 4096, to `last`;
+        they are zeros afterwards, and take memory again when they are written."""
+        last = self.array.size if last is None else last
+        if last > first:
+            self._memory.madvise(mmap.MADV_DONTNEED, self._start + first, last - first)
+
+
+class Places:
+    """Memory for arrays of these sizes, taken and given back one by one; each begins at a multiple of 4096.
+
+    Neighbours share large pages, so that hardly any of the memory is in small ones, in which a processor reads weights
+    15 % slower. If they are taken and given back like a stack, what is taken is at most a large page more than is in use.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._sizes = sizes
+        self._at: list[tuple[int, int]] = []  # of a place: its chunk, and where it begins there
+        self._chunks: list[int] = []  # bytes
+        for size in sizes:
+            if not self._chunks or self._chunks[-1] >= _CHUNK:
+                self._chunks.append(0)
+            self._at.append((len(self._chunks) - 1, self._chunks[-1]))
+            self._chunks[-1] += -(-size // PAGE) * PAGE
+        self._pages: dict[int, Pages] = {}  # of a chunk
+        self._taken: set[int] = set()
+
+    def take(self, index: int) -> Bytes:
+        """The memory of that place, which is not taken yet: uint8 [sizes[index]]."""
+        assert index not in self._taken
+        chunk, first = self._at[index]
+        if chunk not in self._pages:
+            self._pages[chunk] = Pages(self._chunks[chunk])
+        self._taken.add(index)
+        return self._pages[chunk].array[first : first + self._sizes[index]]
+
+    def release(self, index: int) -> None:
+        """Give that place back; who has its array sees zeros."""
+        chunk, first = self._at[index]
+        self._taken.remove(index)
+        self._pages[chunk].release(first, first + self._sizes[index])
+
+    def release_all(self) -> None:
+        """Give back whatever is taken."""
+        for pages in self._pages.values():
+            pages.release()
+        self._taken.clear()
 
 
 def aligned_buffer(nbytes: int) -> Bytes:

@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from tpimpi.buffers import Bytes, Pages
+from tpimpi.buffers import Bytes, Pages, Places
 from tpimpi.errors import InputError
 from tpimpi.plan import Block
 from tpimpi.reader import Extent
@@ -70,7 +70,7 @@ class _Load:
 
     index: int  # of the tile in the cycle
     turn: int  # of its use, counted over all cycles
-    pages: Pages | None  # its own memory, of a pinned tile
+    pinned: bool
     buffer: Bytes
     pieces: deque[Extent | None]  # to be read yet; None is a chunked tile as a whole
     pending: int = 0  # pieces that are being read
@@ -116,6 +116,8 @@ class Window:
             blocks, pinned_bytes = None, None
         self._blocks = blocks
         self._pin_order = pin_order(self._n)
+        self._place = {index: place for place, index in enumerate(self._pin_order)}
+        self._places = Places([self._records[index].nbytes for index in self._pin_order])
         if ring is None:
             ring = self._blocks_bytes(blocks) if blocks is not None else ring_bytes(self._records, USUAL_TILES)
         assert ring >= ring_bytes(self._records, 1), "a tile would never find room"
@@ -215,8 +217,7 @@ class Window:
         late = [load for load in self._late if load.pending or load.index == self._use % self._n]
         for load in self._late:
             if load not in late:
-                assert load.pages is not None
-                load.pages.release()
+                self._places.release(self._place[load.index])
         self._late = late
 
     def _read_again(self, indices: set[int]) -> None:
@@ -368,18 +369,18 @@ class Window:
             turn = self._next
             index = turn % self._n
             if index not in self._pin_loads and turn not in self._skipped:
-                pages = None
-                if index in self._wanted:
-                    pages = Pages(self._records[index].nbytes)
-                    buffer = pages.array
+                # One that was pinned, and is in use yet, has its memory until it is not.
+                pinned = index in self._wanted and all(late.index != index for late in self._late)
+                if pinned:
+                    buffer = self._places.take(self._place[index])
                 else:
                     place = self._ring.allocate(self._records[index].nbytes)
                     if place is None:
                         return None
                     buffer = self._ring.memory[place : place + self._records[index].nbytes]
                 whole = self._pieces[index]
-                load = _Load(index, turn, pages, buffer, deque([None] if whole is None else whole))
-                if pages is not None:
+                load = _Load(index, turn, pinned, buffer, deque([None] if whole is None else whole))
+                if pinned:
                     self._pin_loads[index] = load
                     self.pinned_bytes += self._records[index].nbytes
                 else:
@@ -416,7 +417,7 @@ class Window:
         with self._changed:
             load.pending -= 1
             load.tile = tile
-            if load.pages is not None and not load.over:
+            if load.pinned and not load.over:
                 self._pinned[load.index] = tile
             self._reap()
             self._release_late()
@@ -429,9 +430,7 @@ class Window:
             self._room.notify_all()
         for thread in self._threads:
             thread.join(_PATIENCE)  # one that waits for a disk which stalls is left behind
-        for load in [*self._pin_loads.values(), *self._late]:
-            assert load.pages is not None
-            load.pages.release()
+        self._places.release_all()
         self._ring.release()
 
 
