@@ -50,12 +50,15 @@ def _expected(file: SliceFile, order: list[Block]) -> dict[str, bytes]:
     return {record.path: _bytes(file.load(record)) for record in records_of(file, order)}
 
 
-def _token(window: Window, order: list[Block], *, skip_head: bool = False) -> dict[str, bytes]:
+def _token(window: Window, order: list[Block], *, skip_head: bool = False, hold: bool = False) -> dict[str, bytes]:
     seen = {}
     for block in order:
         if block == HEAD and skip_head:
             continue
-        for tile in window.tiles(block):
+        held = window.hold(block) if hold else None
+        if held is not None:
+            time.sleep(0.0002)
+        for tile in window.tiles(block) if held is None else held:
             seen[tile.record.path] = _bytes(tile)
     return seen
 
@@ -258,6 +261,29 @@ def test_tiles_are_given_back_and_taken_again(file: SliceFile) -> None:
     window.close()
 
 
+def test_the_tiles_of_a_block_are_held_together_where_they_are_pinned(file: SliceFile) -> None:
+    order = block_order(file.header)
+    expected = _expected(file, order)
+    window = Window(file, order)
+    assert _token(window, order) == expected
+    for block in order:
+        records = records_of(file, [block])
+        tiles = window.hold(block)
+        assert tiles is not None and [tile.record for tile in tiles] == records
+        window.pin_at_most(0)
+        assert [_bytes(tile) for tile in tiles] == [expected[record.path] for record in records], "given back in use"
+        window.pin_at_most(None)
+        assert _token(window, order) == expected
+        assert _token(window, order) == expected
+        assert window.pinned_bytes == window.total_bytes
+    assert _token(window, order, hold=True) == expected
+    window.close()
+    window = Window(file, order, pinned_bytes=0)
+    assert _token(window, order) == expected
+    assert window.hold(order[1]) is None
+    window.close()
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_pins_may_change_at_any_moment(file: SliceFile, seed: int) -> None:
     order = block_order(file.header)
@@ -277,7 +303,7 @@ def test_pins_may_change_at_any_moment(file: SliceFile, seed: int) -> None:
             skip_head = token % 5 == 1
             if skip_head and token % 2:
                 window.skip(HEAD)
-            seen = _token(window, order, skip_head=skip_head)
+            seen = _token(window, order, skip_head=skip_head, hold=token % 3 > 0)
             assert all(expected[path] == data for path, data in seen.items()), "a tile in use was given back"
             assert len(seen) == len(expected) - (skip_head * sum(path.startswith("head") for path in expected))
     finally:

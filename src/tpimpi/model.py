@@ -148,17 +148,17 @@ class Model:
                 last = self.window.count(block) - 1
                 if self.window.would_wait(block):
                     self._take_sums(parts, place)  # the hub owes them to the others, however long its disk takes
-                for number, tile in enumerate(self.window.tiles(block)):
-                    for part in parts:
-                        if number == 0:
-                            self._enter(part, place)
-                        with self._recorded(COMPUTE, place, number):
-                            if block.kind == "attn":
-                                part.partial += self._attention(part.h, tile, part.rotary)
-                            else:
-                                part.partial += mlp_partial(self.backend, part.h, tile)
-                        if number == last:
-                            self._add_up(part, block, background=len(parts) > 1)
+                # Where all tiles are at hand each part goes through them on its own, while the other's sum is under way.
+                held = self.window.hold(block) if len(parts) > 1 and last >= 0 else None
+                for some in [parts] if held is None else [[part] for part in parts]:
+                    for number, tile in enumerate(self.window.tiles(block) if held is None else held):
+                        for part in some:
+                            if number == 0:
+                                self._enter(part, place)
+                            with self._recorded(COMPUTE, place, number):
+                                self._compute(part, tile)
+                            if number == last:
+                                self._add_up(part, block, background=len(parts) > 1)
                 if last < 0:  # this rank has no part in the block, but in its sums
                     for part in parts:
                         self._enter(part, place)
@@ -167,6 +167,12 @@ class Model:
                 self._take_sums(parts[:1], place + 1)
             self._take_sums(parts, len(self._blocks))
         return x
+
+    def _compute(self, part: _Part, tile: Tile) -> None:
+        if tile.record.block.kind == "attn":
+            part.partial += self._attention(part.h, tile, part.rotary)
+        else:
+            part.partial += mlp_partial(self.backend, part.h, tile)
 
     def _enter(self, part: _Part, place: int) -> None:
         """Begin the block at `place` in the order."""

@@ -80,8 +80,9 @@ class _Load:
 
 class Window:
     """`for tile in window.tiles(block)` yields the block's tiles in order; a tile is valid until the next is asked for.
+    `hold(block)` has them all at once, where they are pinned.
 
-    `tiles` is called by one thread; `pin_at_most` and what is only read may be called by another. Raises InputError where
+    Both are called by one thread; `pin_at_most` and what is only read may be called by another. Raises InputError where
     `blocks` is under 2; `tiles` raises what reading raised (SliceError, StorageError).
     """
 
@@ -140,6 +141,7 @@ class Window:
         self._live: dict[int, _Load] = {}  # by turn: those of them that are of use
         self._current: _Load | None = None  # whose pieces are being handed out
         self._use = 0  # the turn in use, or next to be used
+        self._held = 1  # turns in use at once, from there on
         self._next = 0  # the turn that is to be read next
         self._late: list[_Load] = []  # pinned loads to be released once they are not in use
         self._error: BaseException | None = None
@@ -214,7 +216,7 @@ class Window:
 
     def _release_late(self) -> None:
         """Give back the memory of pinned tiles that had to go; not of the one in use, nor of those still being read."""
-        late = [load for load in self._late if load.pending or load.index == self._use % self._n]
+        late = [load for load in self._late if load.pending or (load.index - self._use) % self._n < self._held]
         for load in self._late:
             if load not in late:
                 self._places.release(self._place[load.index])
@@ -242,6 +244,17 @@ class Window:
             yield self._tile(turn_of_tile)
         self._advance(turn + last - first)
 
+    def hold(self, block: Block) -> list[Tile] | None:
+        """All tiles of `block`, valid until the next are asked for; None where they are not all pinned, and in memory."""
+        first, last = self._spans[block]
+        self._advance(self._use + (first - self._use) % self._n)
+        with self._changed:
+            tiles = [tile for tile in self._pinned[first:last] if tile is not None]
+            if len(tiles) < last - first:
+                return None
+            self._held = max(1, len(tiles))
+        return tiles
+
     def count(self, block: Block) -> int:
         """How many tiles `block` has."""
         first, last = self._spans[block]
@@ -266,7 +279,7 @@ class Window:
     def _tile(self, turn: int) -> Tile:
         # First say what is in use, then look: pin_at_most does it the other way round, so one of the two sees the other.
         if not self._stream and not self._late:
-            self._use = turn
+            self._use, self._held = turn, 1
             tile = self._pinned[turn % self._n]
             if tile is not None and len(self._wanted) == self._n:
                 return tile
@@ -304,7 +317,7 @@ class Window:
     def _advance(self, turn: int) -> None:
         """`turn` is next: what was used before it makes room."""
         with self._changed:
-            self._use = turn
+            self._use, self._held = turn, 1
             self._next = max(self._next, turn)
             for live in [live for live in self._live if live < turn]:
                 self._over(self._live.pop(live))
