@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import shlex
 import signal
@@ -86,7 +87,7 @@ class Home:
 
     def __enter__(self) -> Home:
         if os.geteuid() != 0:
-            raise HomeError("an emulated home needs root; use sudo")
+            raise HomeError('an emulated home needs root; use sudo env PATH="$PATH" python bench/home.py')
         if not Path("/dev/net/tun").exists():
             raise HomeError("an emulated home needs /dev/net/tun; load the module tun (modprobe tun)")
         for program in ("unshare", "nsenter", "ip", "mount"):
@@ -330,7 +331,15 @@ def _run(options: argparse.Namespace, home: Home, signals: _Signals) -> int:
                 return 124
 
 
+def _seconds(text: str) -> float:
+    if not 0 < (seconds := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"is {text}, must be more than 0 seconds")
+    return seconds
+
+
 def _ping(home: Home, link: Link) -> None:
+    if len(home.names) < 2:
+        raise InputError("ping needs two devices; give --devices 2, or more")
     home.ping(0, 1, 3)
     home.traffic()
     trips = home.ping(0, 1, 200, 0.005)
@@ -354,7 +363,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--mpi", choices=("openmpi", "mpich"), default="openmpi")
     parser.add_argument("--mpirun", metavar="OPTIONS", help="more options for mpirun, as one text")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the devices' own folders there")
-    parser.add_argument("--timeout", type=float, metavar="S", help="kill it after so many seconds; exit code 124")
+    parser.add_argument("--timeout", type=_seconds, metavar="S", help="kill it after so many seconds; exit code 124")
     argv = sys.argv[1:]
     at = argv.index("--") if "--" in argv else len(argv)
     options = parser.parse_args(argv[:at])
@@ -401,6 +410,9 @@ def main() -> int:
     except (TpimpiError, LimitError) as error:
         print(f"home: {error}", file=sys.stderr)
         return error.exit_code if isinstance(error, TpimpiError) else 1
+    except (OSError, ValueError, RuntimeError) as error:  # a folder, a size or a text that the system refuses
+        print(f"home: {error}; give another", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

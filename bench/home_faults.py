@@ -29,7 +29,7 @@ from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from home import Home
+from home import Home, HomeError
 from home_devices import Device, Link
 
 RANKS = 4
@@ -111,6 +111,8 @@ def ours(home: Home, rank: int) -> dict[int, str]:
 def rank_process(home: Home, rank: int) -> int:
     """The process of the rank on device `rank`, which has threads of ours; not the shells around it."""
     mine = [pid for pid, command in ours(home, rank).items() if Path(command.split()[0]).name.startswith("python")]
+    if not mine:
+        raise HomeError(f"rank {rank} has no process any more")
     return max(mine, key=lambda pid: len(list(Path(f"/proc/{pid}/task").iterdir())))
 
 

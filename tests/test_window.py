@@ -261,12 +261,18 @@ def test_tiles_are_given_back_and_taken_again(file: SliceFile) -> None:
     window.close()
 
 
-def test_the_tiles_of_a_block_are_held_together_where_they_are_pinned(file: SliceFile) -> None:
+def test_the_tiles_of_a_block_are_held_together_where_they_are_pinned(tmp_path: Path) -> None:
+    model = write_tiny_hf(tmp_path / "model", "llama", vocab_size=90_000)  # so that the head has several tiles
+    (model / "tokenizer.json").write_text("{}")
+    with open_source(model) as source:
+        slice_model(source, make_plan(source.config, [1, 1]), choose_formats(source, "f32"), tmp_path)
+    file = SliceFile(tmp_path / slice_name(0, 2))
+    assert len(records_of(file, [HEAD])) > 2
     order = block_order(file.header)
     expected = _expected(file, order)
     window = Window(file, order)
     assert _token(window, order) == expected
-    for block in order:
+    for block in (order[1], HEAD):
         records = records_of(file, [block])
         tiles = window.hold(block)
         assert tiles is not None and [tile.record for tile in tiles] == records
@@ -282,6 +288,7 @@ def test_the_tiles_of_a_block_are_held_together_where_they_are_pinned(file: Slic
     assert _token(window, order) == expected
     assert window.hold(order[1]) is None
     window.close()
+    file.close()
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -146,10 +146,9 @@ def print_table(found: Found) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    slowest = max(found.latencies)
-    print(
-        f"{len(found.hosts)} ranks on {len(set(found.hosts))} hosts · {found.library} · one way {slowest * 1e3:.2f} ms"
-    )
+    slowest, count = max(found.latencies), len(set(found.hosts))
+    hosts = f"{count} hosts" if count > 1 else "one host"
+    print(f"{len(found.hosts)} ranks on {hosts} · {found.library} · one way {slowest * 1e3:.2f} ms")
     console = Console(file=sys.stdout, width=160, highlight=False, color_system=None)
     for wire, rule in found.rules.items():
         rows = [row for row in found.rows if row.wire == wire]

@@ -9,14 +9,15 @@ from tpimpi.plan import make_plan
 from tpimpi.predict import Prediction, Predictor
 
 MOST_WEIGHT = 16  # of a rank: they stay short
-AS_GOOD = 1.03  # equal or shorter shares are taken if they are predicted to take at most so many times the best's time
+EQUAL_AS_GOOD = 1.1  # equal shares are taken if they are predicted to take at most so many times the best's time
+AS_GOOD = 1.03  # so are shorter ones
 FINE = 1.15  # so are those for which there are slices
 _HALVINGS = 40  # of an interval, in search of a time or a part
 
 
 def best_shares(predictor: Predictor, ranks: int) -> Prediction:
-    """The shares that take least, in whole numbers up to MOST_WEIGHT; of those that are as good the shortest, and equal ones
-    before all.
+    """The shares that take least, in whole numbers up to MOST_WEIGHT; of those that are as good the shortest; but equal
+    ones unless others are clearly better.
 
     What the ranks can bear in real numbers is rounded in every way that MOST_WEIGHT allows; the best of these is improved by
     steps of one, since heads are dealt whole.
@@ -34,10 +35,12 @@ def best_shares(predictor: Predictor, ranks: int) -> Prediction:
         tried |= steps
         found = min(steps, key=lambda weights: predictor.predict(weights).s_per_token)
         better = found if predictor.predict(found).s_per_token < limit else None
-    enough = predictor.predict(best).s_per_token * AS_GOOD
-    good = [weights for weights in tried if predictor.predict(weights).s_per_token <= enough]
+    least = predictor.predict(best).s_per_token
+    if predictor.predict(equal).s_per_token <= least * EQUAL_AS_GOOD:
+        return predictor.predict(equal)
+    good = [weights for weights in tried if predictor.predict(weights).s_per_token <= least * AS_GOOD]
     return predictor.predict(
-        min(good, key=lambda weights: (weights != equal, max(weights), predictor.predict(weights).s_per_token, weights))
+        min(good, key=lambda weights: (max(weights), predictor.predict(weights).s_per_token, weights))
     )
 
 

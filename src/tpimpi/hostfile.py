@@ -77,7 +77,7 @@ def _host(words: list[str], where: str) -> Host:
             raise InputError(f"{where}: {word[:60]!r} is not understood; write one host a line, and slots=N behind it")
         if key == "slots":
             if not value.isdecimal() or len(value) > 6:
-                raise InputError(f"{where}: slots is {value[:20]!r}, must be a number")
+                raise InputError(f"{where}: slots is {value[:20]!r}, must be a number up to 999999")
             slots, count = True, int(value)
     if count < 1:
         raise InputError(f"{where}: {count} ranks on {name}; give 1 or more, or leave the line out")

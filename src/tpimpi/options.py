@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -293,10 +294,11 @@ def _check_outputs(options: argparse.Namespace) -> None:
     taken: dict[Path, str] = {}
     session = getattr(options, "session", None)
     for option, given in (("--session", session), ("--report", options.report), ("--trace", trace), ("--plot", plot)):
-        if given is not None and not (Path(given).exists() and not Path(given).is_file()):  # a device takes anything
-            other = taken.setdefault(Path(given).resolve(), option)
-            if other != option:
-                raise InputError(f"{other} and {option} are both {given}; give each a file of its own")
+        if given is None or (os.path.exists(given) and not os.path.isfile(given)):  # noqa: PTH110, PTH113
+            continue  # a device takes anything
+        other = taken.setdefault(Path(os.path.realpath(given)), option)  # never raises, as resolve() does
+        if other != option:
+            raise InputError(f"{other} and {option} are both {given}; give each a file of its own")
 
 
 def check_perplexity(options: argparse.Namespace) -> None:

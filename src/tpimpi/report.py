@@ -99,8 +99,9 @@ def check_writable(
             with target.open("rb") as file:
                 if file.read(len(start)) not in (b"", start):
                     raise InputError(f"{option} {path} is there, and is no {kind}; remove it, or choose another name")
-    except OSError as error:
-        raise InputError(f"{option} {str(path)[:80]}: {error.strerror}; choose another place") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: Path.resolve, before Python 3.13
+        reason = error.strerror if isinstance(error, OSError) else "a loop of symbolic links"
+        raise InputError(f"{option} {str(path)[:80]}: {reason}; choose another place") from error
 
 
 def write_json(path: Path, values: Mapping[str, Any], option: str = "--report") -> None:

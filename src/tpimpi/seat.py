@@ -63,7 +63,10 @@ class Settings:
 def cache_folder() -> Path:
     """Where slices that a run makes by itself are kept, on this host: $TPIMPI_CACHE, or the user's cache folder."""
     if chosen := os.environ.get("TPIMPI_CACHE"):
-        return Path(chosen).expanduser()
+        try:
+            return Path(chosen).expanduser()
+        except RuntimeError as error:
+            raise InputError(f"TPIMPI_CACHE is {chosen[:80]!r}: no such user; give the path of a folder") from error
     import platformdirs
 
     return platformdirs.user_cache_path("tpimpi")

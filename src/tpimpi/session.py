@@ -139,6 +139,9 @@ class Session:
                 raise self._wrong(f" is of format version {version}, {ours}")
             _require(value, _FIRST)
             _require(value["options"], {**dict.fromkeys(SAMPLING), "raw": bool})
+            for name, number in value["options"].items():
+                if type(number) not in (int, float, bool) and (name, number) != ("seed", None):
+                    raise ValueError(number)
             self._header = value
             return
         turn = self.unfinished

@@ -13,6 +13,7 @@ import dataclasses
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,14 @@ def _storage_errors(path: Path) -> Iterator[None]:
 def partial_path(path: Path) -> Path:
     """Where the slice `path` is written until it is whole."""
     return path.with_name(f".{path.name}.partial")
+
+
+def _open_partial(path: Path) -> int:
+    """Open a partial slice, or make it. Never through a link, nor what is no file of ours: raises InputError."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise InputError(f"{path} is no file, but in the way of a slice; remove it")
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -148,7 +157,7 @@ class SliceWriter:
         All others were just found to be good, and are not looked at again.
         """
         with _storage_errors(path):
-            partial = os.open(partial_path(path), os.O_RDWR | os.O_CREAT, 0o666)  # of somebody who is writing just now?
+            partial = _open_partial(partial_path(path))  # of somebody who is writing just now?
             try:
                 _take_lock(partial, path)
                 os.close(os.open(path, os.O_RDWR))  # or it would be found too late that we may not write to it
@@ -178,7 +187,7 @@ class SliceWriter:
     def _lock(self) -> int:
         """The temporary file, opened and locked. Another process may rename or remove it before we have the lock."""
         while True:
-            descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = _open_partial(self.temporary)
             try:
                 _take_lock(descriptor, self.path)
                 with contextlib.suppress(FileNotFoundError):

