@@ -846,6 +846,23 @@ def test_a_report_is_not_written_over_something_else(tpimpi, tiny: Path, tmp_pat
     assert "token_ids" in json.loads(earlier.read_text())
 
 
+@pytest.mark.parametrize("option", ["--report", "--session", "--trace"])
+def test_a_loop_of_links_is_one_line(tpimpi, tiny: Path, tmp_path: Path, option: str) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    result = tpimpi(
+        "--model", str(tiny), "--prompt", "the", "--max-tokens", "2", "--quiet", option, str(tmp_path / "a")
+    )
+    assert (result.code, len(result.our_lines)) == (2, 1), result.err
+    assert f"{option} {tmp_path / 'a'}: " in result.our_lines[0] and "symbolic links" in result.our_lines[0]
+
+
+def test_a_cache_of_an_unknown_user_is_one_line(tpimpi, tiny: Path) -> None:
+    result = tpimpi("--model", str(tiny), "--prompt", "the", "--quiet", env={"TPIMPI_CACHE": "~no-such-user/cache"})
+    assert (result.code, len(result.our_lines)) == (2, 1), result.err
+    assert "TPIMPI_CACHE is '~no-such-user/cache': no such user; give the path of a folder" in result.our_lines[0]
+
+
 def test_a_line_that_is_far_too_long_takes_no_memory(tpimpi, tiny: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     arguments = ("--model", str(tiny), "--raw", "--max-tokens", "4", "--ignore-eos", "--quiet", "--report", str(report))

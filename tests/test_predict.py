@@ -197,6 +197,8 @@ def test_equal_ranks_get_equal_shares() -> None:
 def test_nearly_equal_ranks_too() -> None:
     """So that noise does not have a model sliced anew."""
     assert best_shares(predictor(speed(1.0), speed(1.02), speed(0.99), speed(1.01)), 4).shares == "1,1,1,1"
+    assert best_shares(predictor(speed(1.0), speed(1.09)), 2).shares == "1,1"
+    assert best_shares(predictor(speed(1.0), speed(1.4)), 2).shares != "1,1"
 
 
 def test_a_rank_twice_as_fast_gets_twice_as_much() -> None:

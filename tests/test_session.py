@@ -99,6 +99,9 @@ def test_cut_at_any_byte_it_goes_on_from_the_last_whole_line(tmp_path: Path) -> 
     [
         (FIRST.replace('"vocabulary": 9', '"vocabulary": "9"'), 1),
         (FIRST.replace('"raw": false', '"raw": 0'), 1),
+        (FIRST.replace('"temperature": 0.0', '"temperature": null'), 1),
+        (FIRST.replace('"min_p": 0.0', '"min_p": "0"'), 1),
+        (FIRST.replace('"seed": 5', '"seed": []'), 1),
         (FIRST.replace(', "raw": false', ""), 1),
         (FIRST.replace('"m"', '"m", "more": 1'), 1),
         (FIRST + "nonsense\n", 2),

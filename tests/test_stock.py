@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import signal
 import subprocess
@@ -294,6 +295,22 @@ def test_a_file_that_another_process_writes_is_refused(model: Path, tmp_path: Pa
         writer.close()
         SliceWriter(path, header).close()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_what_is_no_file_of_ours_is_not_written_through(model: Path, tmp_path: Path, kind: str) -> None:
+    (tmp_path / "out").mkdir()
+    path, victim = tmp_path / "out" / slice_name(1, 3), tmp_path / "victim"
+    victim.write_text("precious")
+    partial = partial_path(path)
+    {"link": lambda: partial.symlink_to(victim), "pipe": lambda: os.mkfifo(partial), "folder": partial.mkdir}[kind]()
+    with open_source(model) as source:
+        header = make_header(source, make_plan(source.config, SHARES), 1, choose_formats(source, "f32"))
+        with pytest.raises(
+            InputError, match=r"\.rank-1-of-3\.h5\.partial is no file, but in the way of a slice; remove it"
+        ):
+            SliceWriter(path, header)
+    assert victim.read_text() == "precious" and list((tmp_path / "out").iterdir()) == [partial]
 
 
 def test_leftovers_of_other_plans_go_when_a_slicing_is_done(model: Path, tmp_path: Path, monkeypatch) -> None:

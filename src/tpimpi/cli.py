@@ -38,6 +38,9 @@ from tpimpi.tools import COMMANDS, SIGNALS, model_path, slice_together, spread_s
 from tpimpi.trace import left_out, write_trace
 
 _STARTED = time.monotonic()
+AFTER_CTRL_C = (
+    0.5  # seconds from the end of standard input, with which Open MPI's launcher begins, to the end of the ranks
+)
 
 
 # The program
@@ -192,6 +195,8 @@ def _lead(arguments: list[str], star: Star, place: _Place, typed: Input | None) 
                 print(f"{place.name()}: {error}", file=sys.stderr, flush=True)
                 continue
             _answer(hub, turn)
+    if turn is None:
+        time.sleep(AFTER_CTRL_C)
     traces = hub.finish()
     place.in_job = False
     if turn is None and code == 0:
