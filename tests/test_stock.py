@@ -313,6 +313,21 @@ def test_what_is_no_file_of_ours_is_not_written_through(model: Path, tmp_path: P
     assert victim.read_text() == "precious" and list((tmp_path / "out").iterdir()) == [partial]
 
 
+def test_a_slice_of_another_model_is_not_replaced(model: Path, tmp_path: Path) -> None:
+    other = write_tiny_hf(tmp_path / "other", "qwen2")
+    (other / "tokenizer.json").write_text("{}")
+    out = tmp_path / "out"
+    with open_source(other) as source:
+        slice_model(source, make_plan(source.config, SHARES), choose_formats(source, "f32"), out)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    with (
+        open_source(model) as source,
+        pytest.raises(InputError, match=r"is a slice of another model, .*; remove it, or"),
+    ):
+        slice_model(source, make_plan(source.config, SHARES), choose_formats(source, "f32"), out)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_leftovers_of_other_plans_go_when_a_slicing_is_done(model: Path, tmp_path: Path, monkeypatch) -> None:
     with open_source(model) as source:
         print_ = source.fingerprint()[:12]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tpimpi.buffers import Bytes, aligned_buffer
-from tpimpi.errors import SliceError, StorageError
+from tpimpi.errors import InputError, SliceError, StorageError
 from tpimpi.plan import Span
 from tpimpi.seat import cache_folder
 from tpimpi.slicefile import SliceFile, Tile, parse_slice_name
@@ -54,7 +54,10 @@ class Stock:
         self.broken = 0  # tiles, and runs of rows of the embedding, that `verify` found broken
 
     def look(self) -> None:
-        """Find out whether the slice is good, and what room it takes if it is not. Raises StorageError."""
+        """Find out whether the slice is good, and what room it takes if it is not.
+
+        Raises StorageError, InputError where another model's slice is in its place.
+        """
         try:
             if self.path.is_dir() and not self.path.is_symlink():
                 raise StorageError(
@@ -76,10 +79,15 @@ class Stock:
 
     def _is_good(self) -> bool:
         try:
-            return is_good(self.path, self.header)
+            there = _header_of(self.path)
         except SliceError as error:
             self.complaint = str(error)
             return False
+        if there is not None and there.fingerprint != self.header.fingerprint:
+            raise InputError(
+                f"{self.path} is a slice of another model, {there.model[:80]}; remove it, or choose another --out"
+            )
+        return there is not None and same_slice(there, self.header)
 
     def prepare(self) -> Iterator[int]:
         """Open the slice for writing, unless it is good, with all of it that is to be had here; yields the bytes gone
@@ -169,10 +177,16 @@ class Stock:
 
 def is_good(path: Path, header: Header) -> bool:
     """Whether a file is the slice of that header; its tiles are not read. Raises SliceError where it cannot be opened."""
+    there = _header_of(path)
+    return there is not None and same_slice(there, header)
+
+
+def _header_of(path: Path) -> Header | None:
+    """Of the slice that is there, if one is. Raises SliceError."""
     if not path.exists():
-        return False
+        return None
     with closing(SliceFile(path)) as file:
-        return same_slice(file.header, header)
+        return file.header
 
 
 def _tile(file: SliceFile, record: Record, buffer: Bytes) -> Tile | None:
