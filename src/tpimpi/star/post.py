@@ -135,9 +135,11 @@ class Post:
             return
         pause = self._pause(deadline)
         try:
-            if deadline is not None and (early := min(pending.not_before, deadline) - time.monotonic()) > 0:
+            early = pending.not_before - time.monotonic()
+            if deadline is not None and early > LONG_POLL:  # where the link is faster than that, polling is
+                early = min(early, deadline - time.monotonic())
                 self.awaited = tuple(pending.peers[pending.done :])
-                time.sleep(early)
+                time.sleep(max(0.0, early))
             while not self.test(pending):
                 if deadline is not None:
                     self.awaited = tuple(pending.peers[pending.done :])
