@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tpimpi import buffers
 from tpimpi.buffers import PAGE, Bytes, Pages, Places, aligned_buffer
 from tpimpi.memory import resident_bytes
 
@@ -120,3 +121,12 @@ def test_places_keep_to_themselves_and_take_a_large_page_more_at_most() -> None:
     assert not any(array.any() for array in taken.values())
     places.release_all()
     assert not places.take(0).any()
+
+
+def test_places_begin_where_the_system_has_larger_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a system with pages of 16 KiB (a Raspberry Pi 5), madvise refuses what does not begin at one of them."""
+    monkeypatch.setattr(buffers, "_STEP", 16384)
+    places = Places([5000, 20_000, 1, 16_384])
+    arrays = [places.take(index) for index in range(4)]
+    first = arrays[0].ctypes.data
+    assert [array.ctypes.data - first for array in arrays] == [0, 16_384, 49_152, 65_536]

@@ -13,6 +13,7 @@ Bytes = npt.NDArray[np.uint8]
 
 PAGE = 4096  # what O_DIRECT needs of a buffer's address and length, on any disk of today
 _LARGE_PAGE = 2 << 20
+_STEP = max(PAGE, mmap.PAGESIZE)  # what can be given back alone: 16 KiB on some Arm systems, a Raspberry Pi 5's for one
 _CHUNK = 64 << 20  # bytes of memory that neighbours have in common, at least
 
 
@@ -42,7 +43,7 @@ class Pages:
                     self._memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _LARGE_PAGE * _LARGE_PAGE)
 
     def release(self, first: int = 0, last: int | None = None) -> None:
-        """Give the memory back to the system now, of all bytes or of those from `first`, a multiple of 4096, to `last`;
+        """Give the memory back to the system now, of all bytes or of those from `first`, where a page begins, to `last`;
         they are zeros afterwards, and take memory again when they are written."""
         last = self.array.size if last is None else last
         if last > first:
@@ -64,7 +65,7 @@ class Places:
             if not self._chunks or self._chunks[-1] >= _CHUNK:
                 self._chunks.append(0)
             self._at.append((len(self._chunks) - 1, self._chunks[-1]))
-            self._chunks[-1] += -(-size // PAGE) * PAGE
+            self._chunks[-1] += -(-size // _STEP) * _STEP
         self._pages: dict[int, Pages] = {}  # of a chunk
         self._taken: set[int] = set()
 

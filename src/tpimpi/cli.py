@@ -38,9 +38,7 @@ from tpimpi.tools import COMMANDS, SIGNALS, model_path, slice_together, spread_s
 from tpimpi.trace import left_out, write_trace
 
 _STARTED = time.monotonic()
-AFTER_CTRL_C = (
-    0.5  # seconds from the end of standard input, with which Open MPI's launcher begins, to the end of the ranks
-)
+AFTER_CTRL_C = 0.5  # seconds: Open MPI's launcher first ends standard input, then the ranks
 
 
 # The program
