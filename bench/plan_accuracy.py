@@ -1,6 +1,6 @@
 """How well `plan` predicts: a model of 1B shape, q4_0, on 1 to 4 hosts of an emulated home, at several latencies.
 
-    python bench/plan_accuracy.py [--latencies 0.3ms,1ms,5ms] [--hosts 4] [--cores 0.5] [--rounds 3] [--json FILE]
+    python bench/plan_accuracy.py [--latencies 0.3ms,1ms,5ms] [--hosts 4] [--cores 0.5] [--rounds 3] [--mpi openmpi] [--json FILE]
 
 In each round of a latency `plan` runs once, on all hosts, then a generation on 1, 2, … hosts with equal shares; figures are
 medians over the rounds. A device has half a core, so that four have no more than the two cores that there are, and
@@ -78,11 +78,12 @@ def make_slices(folder: Path, ranks: int) -> Path:
     return shape
 
 
-def finished(home: Home, ranks: int, arguments: list[str]) -> None:
+def finished(home: Home, mpi: str, ranks: int, arguments: list[str]) -> None:
     """Run tpimpi on so many hosts. Raises RuntimeError, with what it said, where it fails."""
     process = home.mpirun(
         [sys.executable, "-m", "tpimpi", *arguments],
         ranks=ranks,
+        mpi=mpi,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -93,7 +94,7 @@ def finished(home: Home, ranks: int, arguments: list[str]) -> None:
         raise RuntimeError(f"{' '.join(arguments)} on {ranks}: exit code {process.returncode}\n{said}")
 
 
-def predict(home: Home, hosts: int, shape: Path, report: Path) -> dict[int, dict[str, Any]]:
+def predict(home: Home, mpi: str, hosts: int, shape: Path, report: Path) -> dict[int, dict[str, Any]]:
     """What `plan` says of equal shares, by the number of ranks."""
     arguments = [
         "plan",
@@ -106,17 +107,17 @@ def predict(home: Home, hosts: int, shape: Path, report: Path) -> dict[int, dict
         str(report),
         "--quiet",
     ]
-    finished(home, hosts, arguments)
+    finished(home, mpi, hosts, arguments)
     plans = json.loads(report.read_text())["plans"]
     return {found["ranks"]: found for found in plans if found["kind"] == "equal"}
 
 
-def run(home: Home, ranks: int, slices: Path, tokens: int, report: Path) -> dict[str, Any]:
+def run(home: Home, mpi: str, ranks: int, slices: Path, tokens: int, report: Path) -> dict[str, Any]:
     """What a generation took."""
     prompt = report.with_name("prompt.txt")
     prompt.write_text(" ".join(map(str, range(100, 100 + PROMPT))))
     arguments = ["--slices", str(slices), "--raw", "--prompt-file", str(prompt), "--ignore-eos", *COMMON]
-    finished(home, ranks, [*arguments, "--max-tokens", str(tokens), "--report", str(report), "--quiet"])
+    finished(home, mpi, ranks, [*arguments, "--max-tokens", str(tokens), "--report", str(report), "--quiet"])
     whole = json.loads(report.read_text())
     figures = ("rank", "compute_s", "star_s", "read_wait_s")
     ranks_did = [{name: rank[name] for name in figures} for rank in whole["ranks"]]
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path("/var/tmp/tpimpi-plan-accuracy"), help="default %(default)s"
     )
+    parser.add_argument("--mpi", choices=("openmpi", "mpich"), default="openmpi")
     parser.add_argument("--json", type=Path, help="write the figures")
     options = parser.parse_args()
     for ranks in range(1, options.hosts + 1):
@@ -148,9 +150,9 @@ def main() -> None:
             predicted: dict[int, list[dict[str, Any]]] = {ranks: [] for ranks in range(1, options.hosts + 1)}
             measured: dict[int, list[dict[str, Any]]] = {ranks: [] for ranks in predicted}
             for _ in range(options.rounds):
-                for ranks, one in predict(home, options.hosts, shape, report).items():
+                for ranks, one in predict(home, options.mpi, options.hosts, shape, report).items():
                     predicted[ranks].append(one)
-                    measured[ranks].append(run(home, ranks, options.folder, options.tokens, report))
+                    measured[ranks].append(run(home, options.mpi, ranks, options.folder, options.tokens, report))
             for ranks, found in predicted.items():
                 rows.append(Row(latency, ranks, found, measured[ranks]))
                 print(rows[-1], flush=True)
