@@ -1,6 +1,7 @@
 """How well `plan` predicts: a model of 1B shape, q4_0, on 1 to 4 hosts of an emulated home, at several latencies.
 
-    python bench/plan_accuracy.py [--latencies 0.3ms,1ms,5ms] [--hosts 4] [--cores 0.5] [--rounds 3] [--mpi openmpi] [--json FILE]
+    python bench/plan_accuracy.py [--latencies 0.3ms,1ms,5ms] [--hosts 4] [--cores 0.5] [--rounds 3] [--mpi MPI]
+                                  [--json FILE]
 
 In each round of a latency `plan` runs once, on all hosts, then a generation on 1, 2, … hosts with equal shares; figures are
 medians over the rounds. A device has half a core, so that four have no more than the two cores that there are, and
