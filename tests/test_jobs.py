@@ -115,7 +115,7 @@ def cluster(mpirun: Launcher, cache: dict[str, str], tmp_path_factory: pytest.Te
         pytest.skip(f"no Slurm: {reason}")
     folder = tmp_path_factory.mktemp("slurm")
     host, config = socket.gethostname().split(".")[0], folder / "slurm.conf"
-    # Not 1: MPICH names its shared memory after job and step, and what a killed one left there is in the way of its namesake.
+    # Not 1: MPICH names its shared memory after the job, and what a killed one left there is in its namesake's way.
     first = 1 + secrets.randbelow(10**6)
     config.write_text(CONF.format(host=host, folder=folder, ports=free_ports(3), first=first))
     for name in ("state", "spool-n1", "spool-n2", "local"):
@@ -231,28 +231,6 @@ def test_an_interrupted_job_is_gone_on_with(cluster: Cluster, undisturbed: str, 
     assert (out / "answer.txt").read_text() == undisturbed
     lines = session.read_text().splitlines()
     assert sum("prompt" in json.loads(line) for line in lines) == 1
-
-
-@pytest.mark.mpi
-def test_a_requeued_job_goes_on(cluster: Cluster, undisturbed: str, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    submitted = cluster.batch(out, " ".join(TALE))
-    assert submitted.code == 0, submitted.err
-    session, job = out / "session", submitted.out.strip()
-
-    def tokens() -> int:
-        return session.read_text().count('"token"') if session.exists() else 0
-
-    def state() -> str:
-        return cluster.run("squeue", "-h", "-j", job, "-o", "%T").out.strip()
-
-    wait_for("tokens", lambda: tokens() >= 3)
-    assert cluster.run("scontrol", "requeue", job).code == 0
-    wait_for("its requeueing", lambda: state() == "PENDING")
-    assert '"end"' not in session.read_text()
-    assert cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now").code == 0  # Slurm would wait two minutes
-    wait_for("answer", (out / "answer.txt").exists)
-    assert (out / "answer.txt").read_text() == undisturbed, (out / "job.log").read_text()
 
 
 @pytest.mark.mpi
