@@ -33,6 +33,8 @@ Cli = Callable[..., Result]
 
 # What the publishers, or the model's page, give as the number of parameters.
 PARAMETERS = {
+    "tinyllama-1.1b": 1_100_048_384,
+    "open-llama-3b": 3_426_473_600,
     "llama-2-7b": 6_738_415_616,
     "llama-2-13b": 13_015_864_320,
     "llama-2-70b": 68_976_648_192,

@@ -49,6 +49,8 @@ def _llama_3_1(hidden: int, intermediate: int, layers: int, heads: int) -> dict[
 
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "tinyllama-1.1b": _shape(2048, 5632, 22, 32, 4, 32000, 2048),
+    "open-llama-3b": _shape(3200, 8640, 26, 32, 32, 32000, 2048),
     "llama-2-7b": _shape(4096, 11008, 32, 32, 32, 32000, 4096),
     "llama-2-13b": _shape(5120, 13824, 40, 40, 40, 32000, 4096),
     "llama-2-70b": _shape(8192, 28672, 80, 64, 8, 32000, 4096),
