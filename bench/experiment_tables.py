@@ -1,0 +1,86 @@
+"""How results are shown: one of them, a table in Markdown, and numbers with no more digits than they are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiment_rows import VARIED
+
+from tpimpi.memory import parse_size
+
+
+class Found:
+    """One result: its settings by [name], its figures, and the whole line."""
+
+    def __init__(self, line: Mapping[str, Any]) -> None:
+        self.line, self.figures = line, line["figures"]
+
+    def __getitem__(self, key: str) -> Any:
+        return self.line["settings"][key]
+
+    @property
+    def model(self) -> str:
+        """Its shape and format."""
+        layers = f" ({self['layers']} layers)" if self["layers"] else ""
+        return f"{self['shape']}{layers} {self['format']}"
+
+    @property
+    def limit(self) -> int | None:
+        """Of a device's memory, in bytes."""
+        return parse_size(self["memory"], "memory") if self["memory"] else None
+
+    @property
+    def peak(self) -> int | None:
+        """Of the device that took most, page cache included where there was a group; in bytes."""
+        groups = [peak for peak in self.figures.get("group_peak_bytes") or [] if peak]
+        own = self.figures.get("peak_rss_bytes")
+        own = own if isinstance(own, list) else [own] if own else []
+        return max(groups or own, default=None)
+
+
+class Table:
+    """A table in Markdown."""
+
+    def __init__(self, *columns: str) -> None:
+        self._lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+        self._columns = len(columns)
+
+    def add(self, *cells: str) -> None:
+        assert len(cells) == self._columns, cells
+        self._lines.append(f"| {' | '.join(cells)} |")
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines) if len(self._lines) > 2 else "Not measured yet."
+
+
+def mark(found: Found, among: Sequence[Found]) -> str:
+    """The shortest `--only` that chooses it among the rows of its experiment."""
+    left, words = list(among), []
+    for key in VARIED:
+        if len({str(each[key]) for each in left}) > 1:
+            words.append(f"{key}={found[key]}")
+            left = [each for each in left if each[key] == found[key]]
+    return f"`{' '.join(words)}`" if words else ""
+
+
+def seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f} s" if value >= 100 else f"{value:.1f} s" if value >= 10 else f"{value:.2f} s"
+
+
+def per_token(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def ms(value: float) -> str:
+    return f"{value * 1e3:.3g} ms"
+
+
+def mb(value: float | None) -> str:
+    return "-" if value is None else f"{value / 1e6:.0f} MB"
+
+
+def times(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

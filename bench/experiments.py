@@ -1,0 +1,174 @@
+"""The experiments: what the paper claims, and what users would pick instead, measured row by row; as root, on Linux.
+
+    python bench/experiments.py run [NAME…] [--quick | --smallest] [--only "KEY=VALUE …"] [--again]
+    python bench/experiments.py list [NAME…] [--quick | --smallest]      rows, and whether they are done
+    python bench/experiments.py page [--page FILE.md]                    tables and pictures of what is in --results
+
+Rows are described in bench/experiments.toml, a result is a line of JSON in --results. A row that was measured on this
+machine, at the commit that last changed the program, is not run again unless `--again` is given. Each row runs in an
+emulated home (bench/home.py) with its limits; slices and models with random weights are made in --work, and removed when
+no row that is left needs them. `--only` gives settings as they stand in the file, several values with commas between:
+--only "shape=llama-2-7b devices=1,4". Run it while nothing else runs.
+
+With --launch rows run on real machines instead, with no limits but their own: only those whose number of devices is at
+most --ranks, and that limits do not tell from each other. All machines must see --work.
+
+    python bench/experiments.py run devices --launch "mpirun -np {ranks} --map-by node --hostfile home.txt" --ranks 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from experiment_pages import write_page
+from experiment_results import Results, commit
+from experiment_rows import SLICES_BYTES_PER_S, VARIED, Row, choose, read_rows
+from experiment_runs import Place, measure
+
+from tpimpi.errors import InputError, TpimpiError
+
+EXIT_INPUT = 2
+PORTABLE = ("generate", "allreduce", "perplexity", "predict")  # what can do without an emulated home
+ALONE = ("perplexity", "predict")
+
+
+def on_machines(rows: Sequence[Row], ranks: int) -> list[Row]:
+    """The rows as they can run on real machines: without limits, each once."""
+    free = {"cores": None, "memory": "", "read": "", "latency": "", "bandwidth": "", "threads": 0}
+    fit = [row for row in rows if row.measure in PORTABLE and row.devices <= ranks]
+    return list(dict.fromkeys(replace(row, **free) for row in fit))
+
+
+def describe(row: Row) -> str:
+    """The row in a few words."""
+    return " ".join(f"{key}={value}" for key in VARIED if (value := getattr(row, key)) != "")
+
+
+def duration(seconds: float) -> str:
+    """Such as 42 s, 7 min, 2.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def expected(row: Row, results: Results) -> float:
+    """About the seconds that a row takes: what it took, if it was ever measured."""
+    before = results.find(row, here=False)
+    return before["took_s"] if before else row.expected_s + (row.model_bytes / SLICES_BYTES_PER_S if row.slices else 0)
+
+
+def run(options: argparse.Namespace, rows: list[Row], results: Results) -> int:
+    """Measure the rows that have no result yet; 1 where some failed."""
+    place = Place(options.work, options.launch)
+    models = place.models
+    if not options.again:
+        done = [row for row in rows if results.find(row)]
+        rows = [row for row in rows if row not in done]
+        if done:
+            print(f"{len(done)} rows are done at {commit() or 'this commit'}; --again repeats them", file=sys.stderr)
+    order = list(dict.fromkeys(row.slices for row in rows))
+    rows = sorted(rows, key=lambda row: order.index(row.slices))  # those of the same slices together
+    failed = 0
+    for number, row in enumerate(rows):
+        left = rows[number:]
+        seconds = sum(expected(each, results) for each in left)
+        print(
+            f"{number + 1} of {len(rows)}, about {duration(seconds)} left: {row.experiment}: {describe(row)}",
+            file=sys.stderr,
+            flush=True,
+        )
+        if not options.keep:
+            models.keep({each.slices for each in left})
+        try:
+            figures, took = measure(row, place)
+        except InputError:
+            raise
+        except TpimpiError as error:
+            failed += 1
+            print(f"  failed: {error}", file=sys.stderr, flush=True)
+            continue
+        results.add(row, figures, took, row.command(options.size))
+        print(f"  {brief(figures)} ({took:.0f} s)", file=sys.stderr, flush=True)
+    if not options.keep:
+        models.keep(())
+    if failed:
+        print(f"{failed} of {len(rows)} rows failed; they are tried again by the same command", file=sys.stderr)
+    return int(failed > 0)
+
+
+def brief(figures: dict[str, object]) -> str:
+    """The figures that one wants to see at once."""
+    names = ("killed", "s_per_token", "ttft_s", "ttft_cold_s", "perplexity", "latency_s", "read_bps", "cores")
+    found = {name: figures[name] for name in names if figures.get(name) is not None}
+    return ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in found.items()
+    )
+
+
+def list_rows(rows: Sequence[Row], results: Results) -> None:
+    """A line for each, on stdout."""
+    for row in rows:
+        state = "done" if results.find(row) else f"about {duration(expected(row, results))}"
+        print(f"{row.experiment}: {describe(row)}: {state}")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "list", "page"))
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of experiments (default: all)")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--quick", dest="size", action="store_const", const="quick", help="small models, within 15 minutes"
+    )
+    size.add_argument("--smallest", dest="size", action="store_const", const="smallest", help="a few layers, minutes")
+    parser.add_argument("--only", default="", metavar='"KEY=VALUE …"', help="rows with these settings")
+    parser.add_argument("--again", action="store_true", help="also rows that are done")
+    parser.add_argument("--keep", action="store_true", help="keep slices and models in --work")
+    parser.add_argument("--results", type=Path, default=Path("measurements.jsonl"), help="default %(default)s")
+    parser.add_argument("--work", type=Path, default=Path("/var/tmp/tpimpi-experiments"), help="default %(default)s")
+    parser.add_argument("--page", type=Path, default=Path("measurements.md"), help="default %(default)s")
+    parser.add_argument(
+        "--launch", default="", metavar="WORDS", help="the launcher of real machines, with {ranks} in it"
+    )
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="with --launch: how many it can start")
+    options = parser.parse_args(arguments)
+    options.size = options.size or "full"
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    os.environ.setdefault("PRTE_MCA_hwloc_default_binding_policy", "none")
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        os.environ |= {f"{name}_ALLOW_RUN_AS_ROOT{end}": "1" for name in ("OMPI", "PRTE") for end in ("", "_CONFIRM")}
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that homes are removed
+    try:
+        results = Results(options.results)
+        if options.what == "page":
+            write_page(options.page, results)
+            return 0
+        rows = choose(read_rows(options.size), options.names, options.only)
+        if options.launch:
+            rows = on_machines(rows, options.ranks)
+        if options.what == "list":
+            list_rows(rows, results)
+            return 0
+        if not options.launch and os.geteuid() != 0 and any(row.measure not in ALONE for row in rows):
+            raise InputError('emulated homes need root: sudo env PATH="$PATH" …, or --launch for real machines')
+        return run(options, rows, results)
+    except InputError as error:
+        print(f"experiments: {error}", file=sys.stderr)
+        return EXIT_INPUT
+    except TpimpiError as error:
+        print(f"experiments: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

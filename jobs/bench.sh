@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Runs the experiments (bench/experiments.py) on this machine, and makes tables and pictures of what they measured; as root, on
+# Linux, while nothing else runs:
+#
+#   bash jobs/bench.sh --quick             every table in small: within 15 minutes on two cores
+#   bash jobs/bench.sh                     everything: some six hours, and 45 GB of disk
+#   bash jobs/bench.sh devices memory      some of them; python bench/experiments.py list says which there are
+#   bash jobs/bench.sh --smallest          a few layers, some minutes, nothing worth reading: to see that all of it works
+#
+# Results go to $OUT (measurements): results.jsonl, and page.md with its pictures. What is there already, of this machine and commit,
+# is not measured again (--again does). The arguments are those of bench/experiments.py run.
+set -euo pipefail
+out="$(realpath -m "${OUT:-measurements}")"
+. "$(dirname "$0")/setup.sh"
+setup run
+python -c 'import matplotlib' 2>/dev/null || pip_install matplotlib
+code=0
+part "experiments" python bench/experiments.py run --results "$out/results.jsonl" "$@" || code=$?
+[ "$code" = 2 ] || python bench/experiments.py page --results "$out/results.jsonl" --page "$out/page.md"
+[ "$code" = 2 ] || echo "bench: see $out/page.md" >&2
+exit "$code"

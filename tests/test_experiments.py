@@ -1,0 +1,275 @@
+"""bench/experiments.py: its data, what it does twice, what it makes of results, and small rows run in earnest."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import ROOT, TIMEOUT
+from test_home import needs_home
+from tpimpi.errors import InputError
+
+sys.path.insert(0, str(ROOT / "bench"))
+try:
+    experiments = importlib.import_module("experiments")
+    rows_of = importlib.import_module("experiment_rows")
+    results_of = importlib.import_module("experiment_results")
+    pages = importlib.import_module("experiment_pages")
+    claims_of = importlib.import_module("experiment_claims")
+    tables = importlib.import_module("experiment_tables")
+finally:
+    sys.path.remove(str(ROOT / "bench"))
+
+DATA = """
+[settings]
+measure = "generate"
+program = "tpimpi"
+mpi = "openmpi"
+shape = "llama-2-7b"
+layers = 0
+format = "q4_0"
+devices = 1
+shares = ""
+cores = 0.5
+memory = ""
+read = ""
+latency = "2ms"
+bandwidth = ""
+allreduce = "star"
+budget = "fit"
+window = ""
+context = 256
+prompt = 16
+tokens = 2
+threads = 1
+
+[[rows]]
+experiment = "first"
+format = ["bf16", "q4_0"]
+devices = [1, 2, 4]
+quick = { devices = 2 }
+smallest = false
+
+[[rows]]
+experiment = "second"
+memory = "1GiB"
+"""
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.toml"
+    path.write_text(DATA)
+    return path
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "bench" / "experiments.py"), *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=TIMEOUT, stdin=subprocess.DEVNULL, check=False
+    )
+
+
+def result(row: Any, **figures: Any) -> dict[str, Any]:
+    """A line as `run` keeps it."""
+    return {
+        "settings": row.settings(),
+        "figures": figures,
+        "command": "",
+        "took_s": 1.0,
+        "when": "2026-01-01T00:00Z",
+        "commit": results_of.commit(),
+        "machine": results_of.machine(),
+        "versions": {},
+    }
+
+
+# The data
+
+
+def test_lists_are_multiplied_out_and_sizes_differ(data: Path) -> None:
+    full = rows_of.read_rows("full", data)
+    assert [(row.experiment, row.format, row.devices) for row in full] == [
+        *(("first", fmt, devices) for fmt in ("bf16", "q4_0") for devices in (1, 2, 4)),
+        ("second", "q4_0", 1),
+    ]
+    assert full[-1].memory_bytes == 1 << 30
+    assert {row.devices for row in rows_of.read_rows("quick", data) if row.experiment == "first"} == {2}
+    assert [row.experiment for row in rows_of.read_rows("smallest", data)] == ["second"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("tokens = 2\n", "tokens"),
+        ('measure = "generate"', "measure is 'dance', must be one of"),
+        ('format = "q4_0"', "format is 'dance', must be one of"),
+        ('latency = "2ms"', "unknown setting colour"),
+    ],
+)
+def test_wrong_data_is_refused(data: Path, change: str, said: str) -> None:
+    key = change.partition(" ")[0]
+    new = {"tokens": "tokens = -1\n", "latency": 'latency = "2ms"\ncolour = "red"'}.get(key, f'{key} = "dance"')
+    data.write_text(DATA.replace(change, new).replace('format = ["bf16", "q4_0"]\n', ""))
+    with pytest.raises(InputError, match=said):
+        rows_of.read_rows("full", data)
+
+
+@pytest.mark.parametrize("size", rows_of.SIZES)
+def test_the_experiments_have_the_rows_they_should(size: str) -> None:
+    rows = rows_of.read_rows(size)
+    wanted = {"emulation", "devices", "memory", "network", "70b", "formats"}
+    assert wanted <= {row.experiment for row in rows}
+    assert all(row.expected_s > 0 and row.slices is not None for row in rows)
+    if size == "full":
+        for shape, formats in (("open-llama-3b", 4), ("llama-2-7b", 4), ("llama-2-13b", 2)):
+            for experiment, devices in (("devices", {1, 2, 3, 4}), ("eighths", {1, 8})):
+                found = [row for row in rows if (row.experiment, row.shape, row.memory) == (experiment, shape, "1GiB")]
+                assert len(found) == formats * len(devices) and {row.devices for row in found} == devices
+
+
+def test_only_chooses_rows_and_refuses_what_no_row_has(data: Path) -> None:
+    rows = rows_of.read_rows("full", data)
+    chosen = rows_of.choose(rows, ["first"], "format=q4_0 devices=1,4")
+    assert [(row.format, row.devices) for row in chosen] == [("q4_0", 1), ("q4_0", 4)]
+    for names, only, said in (
+        (["third"], "", "no experiment 'third' here; there are first, second"),
+        ([], "devices=3", "--only has devices=3; the rows left have 1, 2, 4"),
+        ([], "colour=red", "--only has 'colour=red', must be such as"),
+    ):
+        with pytest.raises(InputError, match=said):
+            rows_of.choose(rows, names, only)
+
+
+def test_model_bytes_are_those_of_the_slices(data: Path) -> None:
+    row = rows_of.read_rows("full", data)[-1]
+    # 32 layers of 4 * 4096^2 + 3 * 4096 * 11008 weights of 18 bytes in 32; a head of 32000 * 4096, 34 bytes in 32
+    assert row.model_bytes == 32 * (4 * 4096**2 + 3 * 4096 * 11008) * 18 / 32 + 32000 * 4096 * 34 / 32
+
+
+# Results
+
+
+def test_a_result_is_found_again_unless_machine_commit_or_row_differ(data: Path, tmp_path: Path) -> None:
+    first, second, *_ = rows_of.read_rows("full", data)
+    path = tmp_path / "folder" / "results.jsonl"
+    results_of.Results(path).add(first, {"s_per_token": 1.0}, 2.0, "command")
+    results_of.Results(path).add(first, {"s_per_token": 3.0}, 2.0, "command")
+    kept = results_of.Results(path)
+    assert kept.find(first)["figures"] == {"s_per_token": 3.0}
+    assert kept.find(second) is None
+    for name, other in (("commit", "0123456789"), ("machine", {"cpu": "another"})):
+        for line in (lines := [json.loads(line) for line in path.read_text().splitlines()]):
+            line[name] = other
+        changed = tmp_path / f"{name}.jsonl"
+        changed.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert results_of.Results(changed).find(first) is None
+        assert results_of.Results(changed).find(first, here=False) is not None
+
+
+def test_a_file_that_is_no_results_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("milk\n")
+    done = run("list", "--results", path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"experiments: {path}, line 1: is no result; remove it, or give another --results\n"
+    assert path.read_text() == "milk\n"
+
+
+# The page
+
+
+def test_a_page_is_filled_in_between_its_marks(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("Before.\n\n<!-- table formats -->\nold\n<!-- end -->\n\nAfter.\n")
+    row = next(row for row in rows_of.read_rows("full") if row.measure == "perplexity")
+    path = tmp_path / "results.jsonl"
+    figures = {
+        "tokens_scored": 7,
+        "perplexity": 12.5,
+        "perplexity_se": 0.25,
+        "against": {"perplexity": 12.0, "kl_mean": 0.01},
+    }
+    path.write_text(json.dumps(result(row, **figures)) + "\n")
+    for _ in range(2):  # what is filled in is filled in again
+        assert run("page", "--page", page, "--results", path).returncode == 0
+        text = page.read_text()
+        assert text.startswith("Before.\n") and text.endswith("After.\n") and "old" not in text
+        assert "| bf16 | 7 | 12.500 ± 0.25 | 12.000 | 0.01 |" in text
+
+
+def device_results(**seconds: tuple[float, float]) -> list[Any]:
+    """7B in q4_0 where memory is short, on one device and on four: (first token, token)."""
+    rows = rows_of.choose(rows_of.read_rows(), ["devices"], "shape=llama-2-7b format=q4_0 devices=1,4")
+    made = []
+    for row, (first, token) in zip(rows, seconds.values(), strict=True):
+        made.append(tables.Found(result(row, ttft_s=first, ttft_cold_s=first, s_per_token=token)))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("one", "four", "verdict"),
+    [
+        ((20.0, 12.0), (2.0, 1.0), "confirmed"),
+        ((20.0, 11.9), (2.0, 1.0), "not so"),
+        ((19.0, 30.0), (2.0, 1.0), "not so"),
+    ],
+)
+def test_a_claim_is_judged_by_its_figures(one: tuple[float, float], four: tuple[float, float], verdict: str) -> None:
+    judged = {text: (said, figures) for text, said, figures in claims_of.claims(device_results(one=one, four=four))}
+    said, figures = next(found for text, found in judged.items() if text.startswith("Ours"))
+    assert said == verdict
+    assert f"({one[1] / four[1]:.3g}" in figures
+
+
+def test_what_was_not_measured_is_said_to_be_so() -> None:
+    assert {verdict for _, verdict, _ in claims_of.claims([])} == {"not measured"}
+
+
+# In earnest
+
+
+@needs_home
+def test_a_row_is_run_once_and_its_slices_are_removed(tmp_path: Path) -> None:
+    common = ("devices", "--smallest", "--results", tmp_path / "results.jsonl", "--work", tmp_path / "work")
+    done = run("run", *common)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line["settings"]["devices"] for line in lines] == [1, 2]
+    for line in lines:
+        figures = line["figures"]
+        assert figures["s_per_token"] > 0 and figures["ttft_s"] > 0 and figures["limit_hits"] == 0
+        assert len(figures["group_peak_bytes"]) == line["settings"]["devices"]
+        assert max(figures["group_peak_bytes"]) <= 300 << 20
+    assert not list((tmp_path / "work" / "models").iterdir())
+    again = run("run", *common)
+    assert again.returncode == 0 and "2 rows are done" in again.stderr
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+    assert run("list", *common).stdout.count(": done\n") == 2
+
+
+def test_without_root_or_a_launcher_one_line_says_what_to_do(tmp_path: Path) -> None:
+    program = (
+        "import os, runpy, sys; os.geteuid = lambda: 1000; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        str(ROOT / "bench" / "experiments.py"),
+        "run",
+        "--results",
+        str(tmp_path / "r"),
+    ]
+    env_path = {"PYTHONPATH": str(ROOT / "bench")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=env_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("experiments: emulated homes need root")
+    assert done.stderr.count("\n") == 1
