@@ -50,7 +50,8 @@ def _several_devices(found: Sequence[Found]) -> tuple[str, str]:
             one, four = (each.figures for each in pair)
             said.append(
                 f"{memory} a device: first token {seconds(one['ttft_s'])} → {seconds(four['ttft_s'])} "
-                f"({times(first)} times), a token {per_token(one['s_per_token'])} → {per_token(four['s_per_token'])} s ({times(token)} times)"
+                f"({times(first)} times), a token {per_token(one['s_per_token'])} → {per_token(four['s_per_token'])} s "
+                f"({times(token)} times)"
             )
     return (verdict, "; ".join(said)) if said else _NOT_MEASURED
 
@@ -130,7 +131,8 @@ def _latency(found: Sequence[Found]) -> tuple[str, str]:
         verdict += " for tokens, not so for a prompt"
     return verdict, (
         f"33 times the latency (0.3 to 10 ms): {times(latency)} times the time of a token, {times(prompt[0])} "
-        f"times that of a prompt of 128; a twentieth of the bandwidth (1 Gbit/s to 50 Mbit/s): {times(bandwidth)} and {times(prompt[1])} times"
+        f"times that of a prompt of 128; a twentieth of the bandwidth (1 Gbit/s to 50 Mbit/s): "
+        f"{times(bandwidth)} and {times(prompt[1])} times"
     )
 
 

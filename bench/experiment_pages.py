@@ -1,7 +1,7 @@
 """Tables and pictures of the results of experiments, for docs/measurements.md or a page of their own.
 
-A page has places for them, `<!-- table devices -->` to `<!-- end -->`, between which all is written anew; a page that is not there
-yet is made of the tables alone. Pictures stand beside the page, as PNG.
+A page has places for them, `<!-- table devices -->` to `<!-- end -->`, between which all is written anew;
+a page that is not there yet is made of the tables alone. Pictures stand beside the page, as PNG.
 """
 
 from __future__ import annotations

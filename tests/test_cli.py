@@ -27,6 +27,7 @@ from tpimpi.plan import make_plan
 from tpimpi.slicefile import SliceFile, slice_name
 from tpimpi.slicing import choose_formats, slice_model
 from tpimpi.sources import open_source
+from tpimpi.star.launch import launched_size
 
 PROMPT = ["--prompt", "the quick brown fox"]
 
@@ -763,6 +764,26 @@ def test_a_package_missing_on_one_rank_is_one_line(
 def test_odd_variables_of_launchers_are_not_a_launcher(tpimpi, tiny: Path, variables: dict[str, str]) -> None:
     result = tpimpi(*PROMPT, "--max-tokens", "3", env={"TPIMPI_MODEL": str(tiny), **variables})
     assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize(
+    ("variables", "size"),
+    [
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4"}, 4),
+        # mpirun in a job of Slurm: its daemons are a step of two tasks, and it starts one rank
+        ({"OMPI_COMM_WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "2"}, 1),
+        ({"PMI_SIZE": "3", "SLURM_STEP_NUM_TASKS": "2"}, 3),
+        ({}, 1),
+    ],
+)
+def test_how_many_ranks_there_are_is_for_their_own_launcher_to_say(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], size: int
+) -> None:
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert launched_size() == size
 
 
 def test_at_a_terminal_it_shows_a_prompt_streams_and_ends_with_ctrl_d(mpirun: Launcher, cache, smollm2: Path) -> None:

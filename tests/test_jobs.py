@@ -82,8 +82,8 @@ class Cluster:
     def run(self, *command: str) -> Result:
         return run_command(command, env=self.env, cwd=ROOT)
 
-    def batch(self, out: Path, options: str, *more: str, **variables: str) -> Result:
-        """sbatch of the job, on two nodes with two ranks each; what it says goes to a file job.log in `out`."""
+    def batch(self, out: Path, options: str, *more: str, job: str = "jobs/tpimpi.slurm", **variables: str) -> Result:
+        """sbatch of a job, on two nodes with two ranks each; what it says goes to a file job.log in `out`."""
         out.mkdir(exist_ok=True)
         given = {"OUT": str(out), "OPTIONS": options, "BENCHMARKS": "", **variables}
         exported = ",".join(["ALL", *(f"{name}={value}" for name, value in given.items())])
@@ -91,7 +91,7 @@ class Cluster:
         try:
             return self.run(
                 *("sbatch", "--parsable", *size, f"--output={out}/job.log", f"--export={exported}", *more),
-                "jobs/tpimpi.slurm",
+                job,
             )
         except pytest.fail.Exception as error:
             pytest.fail(
@@ -234,6 +234,20 @@ def test_an_interrupted_job_is_gone_on_with(cluster: Cluster, undisturbed: str, 
 
 
 @pytest.mark.mpi
+def test_experiments_run_on_the_machines_of_a_job(cluster: Cluster, tmp_path: Path) -> None:
+    out, work = tmp_path / "out", tmp_path / "work"
+    result = cluster.batch(
+        out, "", "--wait", job="jobs/bench.slurm", EXPERIMENTS="devices network --smallest", WORK=str(work)
+    )
+    assert result.code == 0, (out / "job.log").read_text()
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    done = [(row["settings"]["measure"], row["settings"]["devices"]) for row in rows]
+    assert sorted(done) == [("allreduce", 2), ("generate", 1), ("generate", 2), ("generate", 2)]
+    assert all(row["settings"]["memory"] == "" and row["settings"]["latency"] == "" for row in rows)
+    assert "tinyllama-1.1b (2 layers) q4_0" in (out / "page.md").read_text()
+
+
+@pytest.mark.mpi
 def test_what_is_wrong_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:
     broken = tmp_path / "bin" / "python"  # stands for an environment in which ranks do not find each other
     broken.parent.mkdir()
@@ -264,6 +278,7 @@ DIRECTIVES = {
         "forms": r"-N [A-Za-z][\w+-]{0,14}|-l select=\d+(:\w+=\w+)+|-l place=scatter|-l walltime=\d\d:\d\d:\d\d|-j oe|-r y",
     },
 }
+DIRECTIVES |= {name.replace("tpimpi", "bench"): forms for name, forms in DIRECTIVES.items()}
 
 
 @pytest.mark.parametrize("name", DIRECTIVES)
@@ -278,7 +293,7 @@ def test_directives_stand_before_the_first_command(name: str) -> None:
         assert re.fullmatch(forms, directive), directive
 
 
-@pytest.mark.parametrize("name", ["allocation.sh", *DIRECTIVES])
+@pytest.mark.parametrize("name", ["allocation.sh", "bench.sh", *DIRECTIVES])
 def test_the_jobs_are_bash(name: str) -> None:
     result = run_command(["bash", "-n", str(ROOT / "jobs" / name)], env={})
     assert (result.code, result.err) == (0, "")

@@ -38,7 +38,9 @@ def _number(variable: str) -> int | None:
 
 def launched_size() -> int:
     """How many ranks the launcher says it started; 1 where it does not say."""
-    return max((size for name in (*_SIZE_VARIABLES, _SLURM_SIZE) if (size := _number(name)) is not None), default=1)
+    said = [size for name in _SIZE_VARIABLES if (size := _number(name)) is not None]
+    # mpirun in a job of Slurm starts its daemons by srun, whose count the ranks see too.
+    return max(said) if said else _number(_SLURM_SIZE) or 1
 
 
 def launched_rank() -> int | None:
