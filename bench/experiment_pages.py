@@ -6,6 +6,7 @@ a page that is not there yet is made of the tables alone. Pictures stand beside 
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 
 from experiment_claims import claims
 from experiment_results import Results
-from experiment_tables import Found, Table, mark, mb, ms, per_token, seconds, times
+from experiment_tables import Found, Table, again, mb, ms, per_token, seconds, times
 from home_devices import parse_bandwidth, parse_duration
 
+from tpimpi.errors import InputError
 from tpimpi.plotting import Line, plot_lines
 
 _PLACE = re.compile(r"<!-- table (\w+) -->\n.*?<!-- end -->", re.S)
@@ -30,7 +32,9 @@ def newest(results: Results) -> list[Found]:
 
 
 def write_page(page: Path, results: Results) -> None:
-    """Fill in, or make, the page."""
+    """Fill in, or make, the page. Raises InputError where that cannot be."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("a page has pictures, which need matplotlib; do: pip install 'matplotlib>=3.8'")
     found = newest(results)
     page.parent.mkdir(parents=True, exist_ok=True)
     if page.exists():
@@ -39,6 +43,8 @@ def write_page(page: Path, results: Results) -> None:
         text = "# Measurements\n\n" + "\n\n".join(f"<!-- table {name} -->\n<!-- end -->" for name in _TABLES) + "\n"
 
     def fill(match: re.Match[str]) -> str:
+        if match[1] not in _TABLES:
+            raise InputError(f"{page}: there is no table {match[1]}; there are {', '.join(_TABLES)}")
         made = _TABLES[match[1]](found, page.parent)
         return f"<!-- table {match[1]} -->\n\n{made}\n\n<!-- end -->"
 
@@ -100,7 +106,7 @@ def _devices(found: Sequence[Found], experiment: str) -> str:
             "TTFT, times",
             "s/token, times",
         ),
-        *("peak of a device", "pinned", "compute / disk / star", "`--only`"),
+        *("peak of a device", "pinned", "compute / disk / star", "`… run`"),
     )
     rows = _of(found, experiment)
     for each in sorted(rows, key=lambda each: (each.model, each.limit or 0, each["devices"])):
@@ -125,7 +131,7 @@ def _devices(found: Sequence[Found], experiment: str) -> str:
                 mb(max(f["pinned_bytes"])),
                 parts,
             ),
-            mark(each, rows),
+            again(each),
         )
     return str(table)
 
@@ -159,7 +165,7 @@ def peers(found: Sequence[Found], folder: Path) -> str:
         "TTFT",
         "s/token",
         "peak",
-        "`--only`",
+        "`… run`",
     )
     rows = [each for each in found if each["experiment"] == "peers"]
     for each in sorted(rows, key=lambda each: (each["shape"], each["memory"] == "", each["format"], each["program"])):
@@ -170,9 +176,7 @@ def peers(found: Sequence[Found], folder: Path) -> str:
         else:
             cells = [seconds(f.get("ttft_cold_s", f.get("ttft_s"))), seconds(f.get("ttft_warm_s", f.get("ttft_s")))]
             cells.append(per_token(f["s_per_token"]))
-        table.add(
-            each["program"], each["format"], str(each["devices"]), limits, *cells, mb(each.peak), mark(each, rows)
-        )
+        table.add(each["program"], each["format"], str(each["devices"]), limits, *cells, mb(each.peak), again(each))
     return str(table)
 
 
@@ -187,7 +191,7 @@ def memory(found: Sequence[Found], folder: Path) -> str:
         "s/token",
         "disk's line",
         "/ line",
-        "`--only`",
+        "`… run`",
     )
     rows = [each for each in found if each["experiment"] == "memory"]
     lines: dict[str, list[tuple[float, float]]] = {}
@@ -204,7 +208,7 @@ def memory(found: Sequence[Found], folder: Path) -> str:
                 f"killed: {f['killed']}",
                 "",
                 "",
-                mark(each, rows),
+                again(each),
             )
             continue
         peak = each.peak or 0
@@ -220,7 +224,7 @@ def memory(found: Sequence[Found], folder: Path) -> str:
                 per_token(f["s_per_token"]),
                 "",
                 "",
-                mark(each, rows),
+                again(each),
             )
             continue
         streamed = sum(f["streamed_bytes_per_token"])
@@ -228,7 +232,7 @@ def memory(found: Sequence[Found], folder: Path) -> str:
         over = times(f["s_per_token"] / line) if line > 0.01 else "-"
         table.add(
             *(each["program"], each["format"], asked, mb(peak), mb(sum(f["pinned_bytes"])), mb(streamed)),
-            *(per_token(f["s_per_token"]), per_token(line), over, mark(each, rows)),
+            *(per_token(f["s_per_token"]), per_token(line), over, again(each)),
         )
     drawn = [Line(name, *zip(*sorted(points), strict=True)) for name, points in lines.items()]
     panels = [("seconds a token against peak memory, 500 MB/s", drawn)] if drawn else []
@@ -236,63 +240,51 @@ def memory(found: Sequence[Found], folder: Path) -> str:
 
 
 def network(found: Sequence[Found], folder: Path) -> str:
-    table = Table(
-        "Numbers", "devices", "one way", "bandwidth", "two hops", "star", "ring", "tree", "library", "`auto`", "fastest"
-    )
-    rows = _of(found, "network", "allreduce")
+    sums, runs = _of(found, "network", "allreduce"), _of(found, "network")
+    picture = _picture(_sum_panels(sums), folder, "network", ("latency one way, ms", "milliseconds"))
+    return f"{_sums(sums)}{picture}\n\nWhole runs, prompts of 128 tokens:\n\n{_network_runs(runs)}"
+
+
+def _sums(rows: Sequence[Found]) -> Table:
+    names = ("star", "ring", "tree", "library")
+    table = Table("Numbers", "devices", "one way", "bandwidth", "two hops", *names, "`auto`", "fastest", "`… run`")
     for size in dict.fromkeys(row["numbers"] for each in rows for row in each.figures["rows"]):
         for each in rows:
             row = next(row for row in each.figures["rows"] if row["numbers"] == size)
             took = row["seconds"]
             fastest = min(took, key=lambda name: took[name])
-            cells = [ms(took[name]) for name in ("star", "ring", "tree", "library")]
-            picked = f"{row['auto']} {ms(took[row['auto']])}"
             table.add(
-                *(str(size), str(each["devices"]), each["latency"], each["bandwidth"], ms(row["two_hops"]), *cells),
-                *(picked, f"{fastest} {ms(took[fastest])}"),
+                *(str(size), str(each["devices"]), each["latency"], each["bandwidth"], ms(row["two_hops"])),
+                *(ms(took[name]) for name in names),
+                *(f"{row['auto']} {ms(took[row['auto']])}", f"{fastest} {ms(took[fastest])}", again(each)),
             )
+    return table
+
+
+def _sum_panels(rows: Sequence[Found]) -> list[tuple[str, list[Line]]]:
     panels = []
     for size in (4096, 524288):
         for bandwidth in ("50Mbit/s", "1Gbit/s"):
-            some = [each for each in rows if (each["devices"], each["bandwidth"]) == (4, bandwidth)]
             points: dict[str, list[tuple[float, float]]] = {}
-            for each in some:
-                row = next((row for row in each.figures["rows"] if row["numbers"] == size), None)
-                for name, value in (row["seconds"] if row else {}).items():
-                    points.setdefault(name, []).append((parse_duration(each["latency"], "latency") * 1e3, value * 1e3))
-            if points:
-                panels.append(
-                    (
-                        f"{size} numbers, 4 devices, {bandwidth}",
-                        [Line(name, *zip(*sorted(at), strict=True)) for name, at in points.items()],
-                    )
-                )
-    runs = Table(
-        "One way",
-        "bandwidth",
-        "prompt of 128: star",
-        "ring",
-        "tree",
-        "library",
-        "auto",
-        "s/token: star",
-        "ring",
-        "tree",
-        "library",
-        "auto",
-    )
-    made = _of(found, "network")
-    for at in dict.fromkeys((each["latency"], each["bandwidth"]) for each in made):
-        by = {each["allreduce"]: each.figures for each in made if (each["latency"], each["bandwidth"]) == at}
-        names = ("star", "ring", "tree", "library", "auto")
-        cells = [
-            show(by[name][key]) if name in by else ""
-            for key, show in (("ttft_s", seconds), ("s_per_token", per_token))
-            for name in names
-        ]
-        runs.add(*at, *cells)
-    picture = _picture(panels, folder, "network", ("latency one way, ms", "milliseconds"))
-    return f"{table}{picture}\n\nAnd in whole runs:\n\n{runs}"
+            for each in rows:
+                if (each["devices"], each["bandwidth"]) == (4, bandwidth):
+                    latency = parse_duration(each["latency"], "latency") * 1e3
+                    took = next(row["seconds"] for row in each.figures["rows"] if row["numbers"] == size)
+                    for name, value in took.items():
+                        points.setdefault(name, []).append((latency, value * 1e3))
+            lines = [Line(name, *zip(*sorted(at), strict=True)) for name, at in points.items()]
+            if lines:
+                panels.append((f"{size} numbers, 4 devices, {bandwidth}", lines))
+    return panels
+
+
+def _network_runs(rows: Sequence[Found]) -> Table:
+    table = Table("One way", "bandwidth", "`--allreduce`", "TTFT", "s/token", "`… run`")
+    for each in rows:
+        f = each.figures
+        shown = (seconds(f["ttft_s"]), per_token(f["s_per_token"]))
+        table.add(each["latency"], each["bandwidth"], each["allreduce"], *shown, again(each))
+    return table
 
 
 def big(found: Sequence[Found], folder: Path) -> str:
@@ -326,13 +318,13 @@ def predictions(found: Sequence[Found], folder: Path) -> str:
 
 
 def formats(found: Sequence[Found], folder: Path) -> str:
-    table = Table("Format", "tokens", "perplexity", "of f32", "mean KL divergence from f32, nats", "`--only`")
+    table = Table("Format", "tokens", "perplexity", "of f32", "mean KL divergence from f32, nats", "`… run`")
     rows = _of(found, "formats", "perplexity")
     for each in rows:
         f = each.figures
         table.add(
             *(each["format"], str(f["tokens_scored"]), f"{f['perplexity']:.3f} ± {f['perplexity_se']:.2f}"),
-            *(f"{f['against']['perplexity']:.3f}", f"{f['against']['kl_mean']:.2g}", mark(each, rows)),
+            *(f"{f['against']['perplexity']:.3f}", f"{f['against']['kl_mean']:.2g}", again(each)),
         )
     return str(table)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import shlex
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -122,15 +123,8 @@ class Row:
         """Whether its shares are for `plan` to choose."""
         return self.measure == "generate" and self.shares == "auto" and self.devices > 1
 
-    def command(self, size: str) -> str:
-        """What measures just this row."""
-        wishes = [f"{key}={value}" for key, value in self.settings().items() if key in VARIED and value != ""]
-        if size == "full":
-            return f"python bench/experiments.py run {self.experiment} --only {shlex.quote(' '.join(wishes))}"
-        return f"python bench/experiments.py run {self.experiment} --{size} --only {shlex.quote(' '.join(wishes))}"
 
-
-# By these a row is told from the others of its experiment.
+# By these a row is told from the others of its experiment, the first that does.
 VARIED = (
     "measure",
     "program",
@@ -216,3 +210,24 @@ def choose(rows: Iterable[Row], experiments: Sequence[str], only: str) -> list[R
 def _show(row: Row, key: str) -> str:
     value = getattr(row, key)
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def repeat(settings: Mapping[str, Any]) -> str:
+    """What measures just the row with these settings: the end of a command, from the experiment's name on; "" where there is
+    no such row in experiments.toml any more."""
+    for size in SIZES:
+        rows = [row.settings() for row in _all_rows(size) if row.experiment == settings["experiment"]]
+        if dict(settings) in rows:
+            words = []
+            for key in VARIED:
+                if len({str(row[key]) for row in rows}) > 1:
+                    words.append(f"{key}={settings[key]}")
+                    rows = [row for row in rows if row[key] == settings[key]]
+            flag = "" if size == "full" else f" --{size}"
+            return f"{settings['experiment']}{flag}" + (f" --only {shlex.quote(shlex.join(words))}" if words else "")
+    return ""
+
+
+@functools.cache
+def _all_rows(size: str) -> list[Row]:
+    return read_rows(size)

@@ -88,9 +88,9 @@ class Ended:
     hits: int
 
 
-def _finish(process: subprocess.Popen[str], stdin: str, timeout: float) -> tuple[int, str, str]:
+def _finish(process: subprocess.Popen[str], timeout: float) -> tuple[int, str, str]:
     try:
-        out, err = process.communicate(stdin, timeout=timeout)
+        out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
@@ -98,23 +98,25 @@ def _finish(process: subprocess.Popen[str], stdin: str, timeout: float) -> tuple
     return process.returncode, out, err
 
 
-def run(row: Row, place: Place, arguments: Sequence[str], stdin: str = "") -> Ended:
+def run(row: Row, place: Place, arguments: Sequence[str], stdin: Path | None = None) -> Ended:
     """tpimpi with these arguments, a rank on each of the row's devices. Raises RunError where it takes too long."""
     command = [sys.executable, "-m", "tpimpi", *arguments]
+    if stdin is not None:  # not by way of the launcher: some never say that it ends
+        command = ["sh", "-c", 'exec "$@" <"$0"', str(stdin), *command]
     timeout = 300 + 5 * row.expected_s
     pipes: dict[str, Any] = {
-        "stdin": subprocess.PIPE,
+        "stdin": subprocess.DEVNULL,
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,
         "text": True,
     }
     if place.launch:
-        words = shlex.split(place.launch.format(ranks=row.devices))
+        words = shlex.split(place.launch.replace("{ranks}", str(row.devices)))
         process = subprocess.Popen([*words, *command], start_new_session=True, **pipes)
-        return Ended(*_finish(process, stdin, timeout), [], 0)
+        return Ended(*_finish(process, timeout), [], 0)
     with Home(devices_of(row), link_of(row)) as home:
         process = home.mpirun(command, mpi=row.mpi, **pipes)
-        code, out, err = _finish(process, stdin, timeout)
+        code, out, err = _finish(process, timeout)
         groups: list[Group] = [group for group in home.groups if group is not None]
         limited = [group for group in groups if row.memory_bytes]
         return Ended(code, out, err, [group.peak() for group in groups], sum(group.limit_hits() for group in limited))
@@ -129,12 +131,13 @@ def generate(row: Row, place: Place) -> Figures:
     slices = place.models.make(row, chosen["shares"], chosen)
     with place.folder() as folder:
         report = Path(folder, "report.json")
-        prompt = " ".join(str(100 + number) for number in range(row.prompt))
+        prompts = Path(folder, "prompts.txt")
+        prompts.write_text(2 * (" ".join(str(100 + number) for number in range(row.prompt)) + "\n"))
         arguments = ["--slices", str(slices), "--raw", "--ignore-eos", "--max-tokens", str(row.answer_tokens)]
         arguments += ["--context", str(row.context), "--allreduce", row.allreduce]
         arguments += ["--threads", str(row.threads)] if row.threads else []
         arguments += [*_memory(row, place, arguments), "--report", str(report), "--quiet"]
-        ended = run(row, place, arguments, f"{prompt}\n{prompt}\n")
+        ended = run(row, place, arguments, prompts)
         if ended.code:
             raise RunError(f"exit code {ended.code}: {_last(ended.err)}")
         found = json.loads(report.read_text(encoding="utf-8"))
@@ -337,7 +340,7 @@ def ways(row: Row, place: Place) -> Figures:
         times: dict[str, list[float]] = {name: [] for name in starts}
         for _ in range(ROUNDS):
             for name, start in starts.items():
-                code, _, err = _finish(start(), "", 300)
+                code, _, err = _finish(start(), 300)
                 if code:
                     raise RunError(f"{name}: exit code {code}: {_last(err)}")
                 times[name].append(json.loads(report.read_text(encoding="utf-8"))["s_per_token"])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from experiment_rows import VARIED
+from experiment_rows import repeat
 
 from tpimpi.memory import parse_size
 
@@ -54,14 +54,10 @@ class Table:
         return "\n".join(self._lines) if len(self._lines) > 2 else "Not measured yet."
 
 
-def mark(found: Found, among: Sequence[Found]) -> str:
-    """The shortest `--only` that chooses it among the rows of its experiment."""
-    left, words = list(among), []
-    for key in VARIED:
-        if len({str(each[key]) for each in left}) > 1:
-            words.append(f"{key}={found[key]}")
-            left = [each for each in left if each[key] == found[key]]
-    return f"`{' '.join(words)}`" if words else ""
+def again(found: Found) -> str:
+    """What stands after `python bench/experiments.py run` to repeat it."""
+    words = repeat(found.line["settings"])
+    return f"`{words}`" if words else ""
 
 
 def seconds(value: float | None) -> str:

@@ -28,12 +28,12 @@ from pathlib import Path
 
 from experiment_pages import write_page
 from experiment_results import Results, commit
-from experiment_rows import SLICES_BYTES_PER_S, VARIED, Row, choose, read_rows
+from experiment_rows import SLICES_BYTES_PER_S, VARIED, Row, choose, read_rows, repeat
 from experiment_runs import Place, measure
 
 from tpimpi.errors import InputError, TpimpiError
 
-EXIT_INPUT = 2
+EXIT_INPUT, EXIT_INTERRUPTED = 2, 130
 PORTABLE = ("generate", "allreduce", "perplexity", "predict")  # what can do without an emulated home
 ALONE = ("perplexity", "predict")
 
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace, rows: list[Row], results: Results) -> int:
             failed += 1
             print(f"  failed: {error}", file=sys.stderr, flush=True)
             continue
-        results.add(row, figures, took, row.command(options.size))
+        results.add(row, figures, took, f"python bench/experiments.py run {repeat(row.settings())}")
         print(f"  {brief(figures)} ({took:.0f} s)", file=sys.stderr, flush=True)
     if not options.keep:
         models.keep(())
@@ -149,6 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ |= {f"{name}_ALLOW_RUN_AS_ROOT{end}": "1" for name in ("OMPI", "PRTE") for end in ("", "_CONFIRM")}
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that homes are removed
     try:
+        if options.launch and "{ranks}" not in options.launch:
+            raise InputError(f"--launch is {options.launch!r}, must have {{ranks}} where their number stands")
         results = Results(options.results)
         if options.what == "page":
             write_page(options.page, results)
@@ -165,9 +167,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"experiments: {error}", file=sys.stderr)
         return EXIT_INPUT
+    except OSError as error:  # of the places that were given
+        print(f"experiments: {error.filename}: {error.strerror}; give another place", file=sys.stderr)
+        return EXIT_INPUT
     except TpimpiError as error:
         print(f"experiments: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("experiments: interrupted; what is done is kept, and the same command goes on", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":
