@@ -27,6 +27,10 @@ class Models:
         """Where the row's slices, folder or file are."""
         return self.folder / row.slices
 
+    def prepared(self, row: Row) -> Path:
+        """A folder for what a program makes of the model once."""
+        return self.folder / f"{row.slices}.prepared"
+
     def note(self, row: Row) -> dict[str, Any] | None:
         """What make was told of what it made; None where that is not there."""
         done = self._done(row.slices)
@@ -71,7 +75,8 @@ class Models:
     def remove(self, name: str) -> None:
         """Remove these slices, or this model, if they are there."""
         self._done(name).unlink(missing_ok=True)
-        shutil.rmtree(self.folder / name, ignore_errors=True)
+        for folder in (name, f"{name}.prepared"):
+            shutil.rmtree(self.folder / folder, ignore_errors=True)
 
     def keep(self, names: Collection[str]) -> None:
         """Remove all but these."""

@@ -215,7 +215,7 @@ def peer(row: Row, place: Place) -> Figures:
     """Another program on one such device; `killed` where the limit ended it."""
     model = place.models.make(row)
     model = model / "model.gguf" if (model / "model.gguf").exists() else model
-    model = prepare(row.program, model, place.models.path(row))
+    model = prepare(row.program, model, place.models.prepared(row))
     with Home(devices_of(row)) as home:
         found = run_peer(
             home,
