@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,13 @@ def test_only_chooses_rows_and_refuses_what_no_row_has(data: Path) -> None:
     ):
         with pytest.raises(InputError, match=said):
             rows_of.choose(rows, names, only)
+
+
+@pytest.mark.parametrize("size", rows_of.SIZES)
+def test_the_command_beside_a_row_repeats_that_row_alone(size: str) -> None:
+    for row in rows_of.read_rows(size):
+        options = experiments.parse(["run", *shlex.split(rows_of.repeat(row.settings()))])
+        assert rows_of.choose(rows_of.read_rows(options.size), options.names, options.only) == [row]
 
 
 def test_model_bytes_are_those_of_the_slices(data: Path) -> None:
