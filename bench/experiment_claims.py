@@ -74,29 +74,28 @@ def _ours(found: Sequence[Found]) -> tuple[str, str]:
 
 
 def _offloading(found: Sequence[Found]) -> tuple[str, str]:
-    four = _one(found, experiment="peers", program="tpimpi", format="bf16", devices=4, shape="llama-2-7b")
-    one = _one(found, experiment="peers", program="tpimpi", format="bf16", devices=1, memory="1GiB", shape="llama-2-7b")
-    said, less = [], []
+    home = {"experiment": "peers", "shape": "llama-2-7b", "memory": "1GiB"}
+    ours = [_one(found, program="tpimpi", format="bf16", devices=devices, **home) for devices in (4, 1)]
+    said, least = [], []
     for program in ("accelerate", "airllm"):
-        theirs = _one(found, experiment="peers", program=program, memory="1GiB", shape="llama-2-7b")
-        if four is None or theirs is None or "killed" in theirs.figures:
-            continue
-        part = 1 - four.figures["s_per_token"] / theirs.figures["s_per_token"]
-        less.append(part)
-        alone = (
-            ""
-            if one is None
-            else f", one device {100 * (1 - one.figures['s_per_token'] / theirs.figures['s_per_token']):.0f} %"
-        )
-        said.append(
-            f"{100 * part:.0f} % less than {program} ({per_token(theirs.figures['s_per_token'])} s a token){alone}"
-        )
-    if four is None or not less:
+        theirs = _one(found, program=program, **home)
+        if None not in ours and theirs is not None and "killed" not in theirs.figures:
+            token = theirs.figures["s_per_token"]
+            four, one = (1 - each.figures["s_per_token"] / token for each in ours if each is not None)
+            least.append(four)
+            said.append(
+                f"{100 * four:.0f} % less than {program} ({per_token(token)} s a token), one device {100 * one:.0f} %"
+            )
+    if not least or ours[0] is None:
         return _NOT_MEASURED
-    verdict = (
-        "better" if min(less) > 0.9 else "confirmed" if min(less) >= 0.8 else "worse" if min(less) > 0 else "not so"
+    less = min(least)
+    verdict = "better" if less > 0.9 else "confirmed" if less >= 0.8 * NEAR else "worse" if less > 0 else "not so"
+    quantized = _one(found, program="tpimpi", format="q4_0", devices=4, **home)
+    small = "" if quantized is None else f"; in q4_0 {per_token(quantized.figures['s_per_token'])} s a token"
+    return (
+        verdict,
+        f"7B in bf16, four devices, {per_token(ours[0].figures['s_per_token'])} s a token: {'; '.join(said)}{small}",
     )
-    return verdict, f"7B in bf16, four devices, {per_token(four.figures['s_per_token'])} s a token: " + "; ".join(said)
 
 
 def _seventy(found: Sequence[Found]) -> tuple[str, str]:

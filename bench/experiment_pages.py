@@ -161,6 +161,7 @@ def peers(found: Sequence[Found], folder: Path) -> str:
         "format",
         "devices",
         "cores, memory, disk of each",
+        "load",
         "TTFT cold",
         "TTFT",
         "s/token",
@@ -172,9 +173,10 @@ def peers(found: Sequence[Found], folder: Path) -> str:
         f = each.figures
         limits = ", ".join([f"{each['cores']:g}", each["memory"] or "all", each["read"] or "as it is"])
         if "killed" in f:
-            cells = [f"killed: {f['killed']}", "", ""]
+            cells = [f"killed: {f['killed']}", "", "", ""]
         else:
-            cells = [seconds(f.get("ttft_cold_s", f.get("ttft_s"))), seconds(f.get("ttft_warm_s", f.get("ttft_s")))]
+            cells = [seconds(f["load_s"])]
+            cells += [seconds(f.get("ttft_cold_s", f.get("ttft_s"))), seconds(f.get("ttft_warm_s", f.get("ttft_s")))]
             cells.append(per_token(f["s_per_token"]))
         table.add(each["program"], each["format"], str(each["devices"]), limits, *cells, mb(each.peak), again(each))
     return str(table)
