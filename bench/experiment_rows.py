@@ -80,12 +80,20 @@ class Row:
         return "q8_0" if self.format.startswith("q4") else self.format
 
     @property
+    def room_bytes(self) -> int:
+        """About the memory that a device has for weights."""
+        if self.window or self.budget == "least":
+            return 0
+        sizes = [size for size in (self.memory, self.budget) if size not in ("", "fit")]
+        return min((parse_size(size, "memory") for size in sizes), default=1 << 60)
+
+    @property
     def pass_s(self) -> float:
         """About the seconds that one pass through the weights takes."""
         part = self.model_bytes / self.devices
-        cores = self.cores or 2 / self.devices
-        streamed = max(0.0, part - (self.memory_bytes or 1 << 40))
-        return max(part / (cores * CORE_BYTES_PER_S), streamed / self.read_bps if self.read_bps else 0.0) + 0.05
+        computing = part / ((self.cores or 2 / self.devices) * CORE_BYTES_PER_S)
+        reading = max(0.0, part - self.room_bytes) / self.read_bps if self.read_bps else 0.0
+        return max(computing, reading) + 0.05
 
     @property
     def answer_tokens(self) -> int:

@@ -30,6 +30,7 @@ from experiment_pages import write_page
 from experiment_results import Results, commit
 from experiment_rows import SLICES_BYTES_PER_S, VARIED, Row, choose, read_rows, repeat
 from experiment_runs import Place, measure
+from filelock import FileLock, Timeout
 
 from tpimpi.errors import InputError, TpimpiError
 
@@ -163,7 +164,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if not options.launch and os.geteuid() != 0 and any(row.measure not in ALONE for row in rows):
             raise InputError('emulated homes need root: sudo env PATH="$PATH" …, or --launch for real machines')
-        return run(options, rows, results)
+        options.work.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(options.work / "lock", timeout=0):
+                return run(options, rows, results)
+        except Timeout:
+            raise InputError(
+                f"another run is at work in {options.work}, and would be measured too; wait for it"
+            ) from None
     except InputError as error:
         print(f"experiments: {error}", file=sys.stderr)
         return EXIT_INPUT
