@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from conftest import ROOT, TIMEOUT
 from test_home import needs_home
@@ -260,6 +261,16 @@ def test_a_row_is_run_once_and_its_slices_are_removed(tmp_path: Path) -> None:
     assert again.returncode == 0 and "2 rows are done" in again.stderr
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
     assert run("list", *common).stdout.count(": done\n") == 2
+
+
+def test_two_runs_do_not_measure_each_other(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    with FileLock(work / "lock"):
+        done = run("run", "formats", "--smallest", "--results", tmp_path / "results.jsonl", "--work", work)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(f"experiments: another run is at work in {work}")
+    assert not (tmp_path / "results.jsonl").exists()
 
 
 def test_without_root_or_a_launcher_one_line_says_what_to_do(tmp_path: Path) -> None:
