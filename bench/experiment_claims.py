@@ -137,24 +137,28 @@ def _latency(found: Sequence[Found]) -> tuple[str, str]:
 
 def _star(found: Sequence[Found]) -> tuple[str, str]:
     said, share = [], []
-    rows = [
-        each
-        for each in found
-        if each["experiment"] == "network" and each["measure"] == "allreduce" and each["devices"] >= 4
-    ]
+    rows = [each for each in found if each["experiment"] == "network" and each["measure"] == "allreduce"]
+    rows = [each for each in rows if each["devices"] >= 4]
     for size, what in ((4096, "a token's sum"), (524288, "a prompt's (128 positions)")):
-        best, count, worst = 0, 0, 0.0
+        best: list[float] = []  # the bandwidths at which the star was fastest
+        slower: list[float] = []
+        worst, auto = 0.0, 0.0
         for each in rows:
-            took = next((row["seconds"] for row in each.figures["rows"] if row["numbers"] == size), None)
-            if took is not None:
+            row = next((row for row in each.figures["rows"] if row["numbers"] == size), None)
+            if row is not None:
+                took = row["seconds"]
                 others = min(took[name] for name in ("ring", "tree", "library"))
-                count, best = count + 1, best + (took["star"] <= others)
-                worst = max(worst, took["star"] / others)
-        if count:
-            share.append(best / count)
+                bandwidth = parse_bandwidth(each["bandwidth"], "bandwidth") * 8 / 1e6
+                (best if took["star"] <= others else slower).append(bandwidth)
+                worst, auto = max(worst, took["star"] / others), max(auto, took[row["auto"]] / others)
+        if best or slower:
+            share.append(len(best) / len(best + slower))
+            below = (
+                f", in all of more than {max(slower):g} Mbit/s" if best and slower and min(best) > max(slower) else ""
+            )
             said.append(
-                f"{what}: faster than ring, tree and library in {best} of {count} networks, "
-                f"at worst {times(worst)} times the fastest"
+                f"{what}: faster than ring, tree and library in {len(best)} of {len(best + slower)} networks{below}, at worst "
+                f"{times(worst)} times the fastest of these (what `auto` takes: {times(auto)})"
             )
     if len(share) < 2:
         return _NOT_MEASURED

@@ -20,6 +20,7 @@ from home_devices import parse_bandwidth, parse_duration
 from tpimpi.errors import InputError
 from tpimpi.plotting import Line, plot_lines
 
+LIMIT = "what the disk needs for q4_0"
 _PLACE = re.compile(r"<!-- table (\w+) -->\n.*?<!-- end -->", re.S)
 
 
@@ -198,46 +199,26 @@ def memory(found: Sequence[Found], folder: Path) -> str:
     rows = [each for each in found if each["experiment"] == "memory"]
     lines: dict[str, list[tuple[float, float]]] = {}
     for each in rows:
-        f, asked = each.figures, (each["window"] and f"window {each['window']}") or each["memory"] or each["budget"]
+        f = each.figures
+        asked = (each["window"] and f"window {each['window']}") or each["memory"] or each["budget"]
+        cells = [each["program"], each["format"], asked, mb(each.peak)]
         if "killed" in f:
-            table.add(
-                each["program"],
-                each["format"],
-                asked,
-                mb(each.peak),
-                "",
-                "",
-                f"killed: {f['killed']}",
-                "",
-                "",
-                again(each),
-            )
+            table.add(*cells, "", "", f"killed: {f['killed']}", "", "", again(each))
             continue
-        peak = each.peak or 0
-        lines.setdefault(f"{each['program']} {each['format']}", []).append((peak / 1e6, f["s_per_token"]))
-        if each["program"] != "tpimpi":
-            table.add(
-                each["program"],
-                each["format"],
-                asked,
-                mb(peak),
-                "",
-                "",
-                per_token(f["s_per_token"]),
-                "",
-                "",
-                again(each),
-            )
-            continue
-        streamed = sum(f["streamed_bytes_per_token"])
-        line = streamed / parse_bandwidth(each["read"], "read") if each["read"] else 0.0
-        over = times(f["s_per_token"] / line) if line > 0.01 else "-"
-        table.add(
-            *(each["program"], each["format"], asked, mb(peak), mb(sum(f["pinned_bytes"])), mb(streamed)),
-            *(per_token(f["s_per_token"]), per_token(line), over, again(each)),
-        )
-    drawn = [Line(name, *zip(*sorted(points), strict=True)) for name, points in lines.items()]
-    panels = [("seconds a token against peak memory, 500 MB/s", drawn)] if drawn else []
+        where, token = (each.peak or 0) / 1e6, f["s_per_token"]
+        name = f"{each['program']} {each['format']}{', window' if each['window'] else ''}"
+        lines.setdefault(name, []).append((where, token))
+        if each["program"] == "tpimpi" and each["read"]:
+            streamed = sum(f["streamed_bytes_per_token"])
+            line = streamed / parse_bandwidth(each["read"], "read")
+            cells += [mb(sum(f["pinned_bytes"])), mb(streamed), per_token(token), per_token(line)]
+            table.add(*cells, times(token / line) if line > 0.01 else "-", again(each))
+            if line > 0.01 and each["format"] == "q4_0" and not each["window"]:
+                lines.setdefault(LIMIT, []).append((where, line))
+        else:
+            table.add(*cells, "", "", per_token(token), "", "", again(each))
+    drawn = [Line(name, *zip(*sorted(points), strict=True), limit=name == LIMIT) for name, points in lines.items()]
+    panels = [("seconds a token against peak memory", drawn)] if drawn else []
     return str(table) + _picture(panels, folder, "memory", ("peak memory, MB", "seconds a token"))
 
 
