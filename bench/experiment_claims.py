@@ -157,8 +157,8 @@ def _star(found: Sequence[Found]) -> tuple[str, str]:
                 f", in all of more than {max(slower):g} Mbit/s" if best and slower and min(best) > max(slower) else ""
             )
             said.append(
-                f"{what}: faster than ring, tree and library in {len(best)} of {len(best + slower)} networks{below}, at worst "
-                f"{times(worst)} times the fastest of these (what `auto` takes: {times(auto)})"
+                f"{what}: faster than ring, tree and library in {len(best)} of {len(best + slower)} networks{below}, "
+                f"at worst {times(worst)} times the fastest of these (what `auto` takes: {times(auto)})"
             )
     if len(share) < 2:
         return _NOT_MEASURED

@@ -14,6 +14,7 @@ from typing import Any
 
 from experiment_claims import claims
 from experiment_results import Results
+from experiment_rows import read_rows
 from experiment_tables import Found, Table, again, mb, ms, per_token, seconds, times
 from home_devices import parse_bandwidth, parse_duration
 
@@ -72,7 +73,10 @@ def conditions(found: Sequence[Found], folder: Path) -> str:
             f"{values['cpu']}, {values['cores']} cores, {values['memory_gib']} GiB, {values['system']}; {versions}; "
             f"{len(these)} rows, measured {days[0]}{'' if len(days) == 1 else f' to {days[-1]}'} at commit {commits}."
         )
-    return "\n".join(lines) or "Nothing was measured yet."
+    rows = [row.settings() for row in read_rows()]
+    done = sum(row in [each.line["settings"] for each in found] for row in rows)
+    lines.append(f"Of the {len(rows)} rows of the full set {done} are measured.")
+    return "\n\n".join(lines)
 
 
 def emulation(found: Sequence[Found], folder: Path) -> str:
