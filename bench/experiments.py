@@ -125,7 +125,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("names", nargs="*", metavar="NAME", help="of experiments (default: all)")
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
-        "--quick", dest="size", action="store_const", const="quick", help="small models, within 15 minutes"
+        "--quick", dest="size", action="store_const", const="quick", help="every table in small"
     )
     size.add_argument("--smallest", dest="size", action="store_const", const="smallest", help="a few layers, minutes")
     parser.add_argument("--only", default="", metavar='"KEY=VALUE …"', help="rows with these settings")
