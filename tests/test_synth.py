@@ -340,7 +340,7 @@ def test_help_names_the_shapes(tpimpi: Cli) -> None:
     [
         (
             ["--shape", "llama-9", "--ranks", "2"],
-            "--shape is 'llama-9', must be one of llama-2-7b, llama-2-13b, llama-2-70b",
+            "--shape is 'llama-9', must be one of tinyllama-1.1b, open-llama-3b, llama-2-7b, llama-2-13b, llama-2-70b",
         ),
         (["--ranks", "0"], "--ranks is 0, must be 1 to 4096"),
         ([], "--ranks is missing; say how many slices to make, or write the model --as hf or gguf"),
@@ -363,7 +363,7 @@ def test_bad_input_is_said_in_one_line(tpimpi: Cli, tmp_path: Path, arguments: l
 
 
 def test_a_shape_that_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--shape is .*, must be one of llama-2-7b, .* or the path of a config\.json"):
+    with pytest.raises(InputError, match=r"--shape is .*, must be one of tinyllama-1.1b, .* or the path of a config\.json"):
         load_shape(str(tmp_path))
     with pytest.raises(InputError, match=r"--shape is 'x\\x00y', must be one of"):
         load_shape("x\0y")
