@@ -33,8 +33,11 @@ class Models:
 
     def note(self, row: Row) -> dict[str, Any] | None:
         """What make was told of what it made; None where that is not there."""
-        done = self._done(row.slices)
-        return json.loads(done.read_text(encoding="utf-8")) if done.exists() else None
+        try:
+            found = json.loads(self._done(row.slices).read_text(encoding="utf-8"))
+            return found if "shares" in found else None
+        except (OSError, ValueError, TypeError):
+            return None
 
     def _done(self, name: str) -> Path:
         return self.folder / f"{name}.done"
@@ -69,7 +72,7 @@ class Models:
             subprocess.run([*command, "--quiet"], check=True, stdin=subprocess.DEVNULL)
         except subprocess.CalledProcessError as error:
             raise InputError(f"{row.slices} could not be made; see the line above") from error
-        self._done(row.slices).write_text(json.dumps(note or {}), encoding="utf-8")
+        self._done(row.slices).write_text(json.dumps({"shares": shares, **(note or {})}), encoding="utf-8")
         return path
 
     def remove(self, name: str) -> None:
@@ -81,6 +84,7 @@ class Models:
     def keep(self, names: Collection[str]) -> None:
         """Remove all but these."""
         if self.folder.is_dir():
-            for mark in self.folder.glob("*.done"):
-                if mark.stem not in names:
-                    self.remove(mark.stem)
+            for path in self.folder.iterdir():
+                name = path.name.removesuffix(".done").removesuffix(".prepared")
+                if name not in names:
+                    self.remove(name)

@@ -22,7 +22,8 @@ from tpimpi.errors import InputError
 from tpimpi.plotting import Line, plot_lines
 
 LIMIT = "what the disk needs for q4_0"
-_PLACE = re.compile(r"<!-- table (\w+) -->\n.*?<!-- end -->", re.S)
+_PLACE = re.compile(r"<!-- table (\w+) -->.*?<!-- end -->", re.S)
+_MARK = re.compile(r"<!-- (?:table (\w+)|end) -->")
 
 
 def newest(results: Results) -> list[Found]:
@@ -38,19 +39,31 @@ def write_page(page: Path, results: Results) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("a page has pictures, which need matplotlib; do: pip install 'matplotlib>=3.8'")
     found = newest(results)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    if page.exists():
-        text = page.read_text(encoding="utf-8")
-    else:
-        text = "# Measurements\n\n" + "\n\n".join(f"<!-- table {name} -->\n<!-- end -->" for name in _TABLES) + "\n"
-
-    def fill(match: re.Match[str]) -> str:
-        if match[1] not in _TABLES:
-            raise InputError(f"{page}: there is no table {match[1]}; there are {', '.join(_TABLES)}")
-        made = _TABLES[match[1]](found, page.parent)
-        return f"<!-- table {match[1]} -->\n\n{made}\n\n<!-- end -->"
-
-    page.write_text(_PLACE.sub(fill, text), encoding="utf-8")
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        text = page.read_bytes().decode() if page.exists() else _EMPTY
+        marks = [(match[1] or "end", text.count("\n", 0, match.start()) + 1) for match in _MARK.finditer(text)]
+        for (name, line), (after, _) in zip(marks, [*marks[1:], ("", 0)], strict=True):
+            if name != "end" and after != "end":
+                raise InputError(f"{page}, line {line}: table {name} has no <!-- end -->; add it")
+            if name != "end" and name not in _TABLES:
+                raise InputError(f"{page}, line {line}: there is no table {name}; there are {', '.join(_TABLES)}")
+        made = {name: _TABLES[name](found, page.parent) for name, _ in marks if name != "end"}
+        text = _PLACE.sub(lambda match: f"<!-- table {match[1]} -->\n\n{made[match[1]]}\n\n<!-- end -->", text)
+        new = page.with_name(f".{page.name}.new")
+        try:
+            new.write_bytes(text.encode())
+            new.replace(page)
+        finally:
+            new.unlink(missing_ok=True)
+    except UnicodeDecodeError as error:
+        raise InputError(f"--page {page} is no text in UTF-8; give another one") from error
+    except OSError as error:
+        raise InputError(f"--page {page}: {error.strerror}; give another place") from error
+    except KeyError as error:
+        raise InputError(
+            f"{results.path} has results without {error}; remove those lines, or measure them again"
+        ) from error
 
 
 def _of(found: Iterable[Found], experiment: str, measure: str = "generate") -> list[Found]:
@@ -336,6 +349,9 @@ _TABLES: dict[str, Callable[[Sequence[Found], Path], str]] = {
     "predictions": predictions,
     "formats": formats,
 }
+
+
+_EMPTY = "# Measurements\n\n" + "\n\n".join(f"<!-- table {name} -->\n<!-- end -->" for name in _TABLES) + "\n"
 
 
 def _picture(panels: Any, folder: Path, name: str, axes: tuple[str, str], ticks: Sequence[float] = ()) -> str:

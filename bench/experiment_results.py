@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -22,6 +23,11 @@ from tpimpi.errors import InputError, StorageError
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ("src", "CMakeLists.txt")  # what a measurement depends on; a change of a page or a test makes none old
 Values = dict[str, Any]
+_KINDS = {
+    **dict.fromkeys(("settings", "figures", "machine", "versions"), dict),
+    **dict.fromkeys(("commit", "when", "command"), str),
+    "took_s": (int, float),
+}
 
 
 @cache
@@ -65,24 +71,37 @@ class Results:
     """A file of results. Lines are only ever added; of the same row on the same machine and commit the last one counts."""
 
     def __init__(self, path: Path) -> None:
-        """Reads what is there. Raises InputError for a line that is no result."""
+        """Reads what is there, but for a last line that was not written to its end. Raises InputError for what is none."""
         self.path = path
         self.lines: list[Values] = []
+        self._unfinished = 0  # bytes
+        if path.exists() and not path.is_file():
+            raise InputError(f"--results {path} is no file; give the name of one")
         try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            text = ""
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read as results ({error}); give another --results") from error
-        for number, line in enumerate(text.splitlines(), 1):
+            data = path.read_bytes() if path.exists() else b""
+        except OSError as error:
+            raise InputError(f"--results {path}: {error.strerror}; give another file") from error
+        for number, line in enumerate(data.splitlines(keepends=True), 1):
             try:
                 found = json.loads(line)
-                found["settings"], found["figures"], found["commit"], found["machine"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(
-                    f"{path}, line {number}: is no result; remove it, or give another --results"
-                ) from error
+                if any(not isinstance(found[name], kind) for name, kind in _KINDS.items()):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                if not line.endswith(b"\n"):  # a run was cut off here
+                    self._unfinished = len(line)
+                    break
+                where = f"{path}, line {number}"
+                raise InputError(f"{where}: is no result; remove it, or give another --results") from error
             self.lines.append(found)
+
+    def check_writable(self) -> None:
+        """Raise InputError, before anything is measured, where a result could not be written."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab"):
+                pass
+        except OSError as error:
+            raise InputError(f"--results {self.path} cannot be written: {error.strerror}; give another file") from error
 
     def find(self, row: Row, *, here: bool = True) -> Values | None:
         """The newest result of the row; `here`: of this machine and commit."""
@@ -105,9 +124,24 @@ class Results:
             "versions": versions(),
         }
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._write(json.dumps(line, allow_nan=False).encode())
         except OSError as error:
             raise StorageError(f"cannot write {self.path}: {error.strerror}; give another --results") from error
         self.lines.append(line)
+
+    def _write(self, line: bytes) -> None:
+        """The whole line, or nothing of it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab+", buffering=0) as file:  # what is buffered would be written again when it closes
+            size = file.seek(0, os.SEEK_END) - self._unfinished
+            file.truncate(size)
+            file.seek(max(0, size - 1))
+            separator = b"" if file.read(1) in (b"", b"\n") else b"\n"
+            try:
+                whole = separator + line + b"\n"
+                if file.write(whole) != len(whole):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(size)
+                raise
+            self._unfinished = 0

@@ -203,7 +203,11 @@ def choose(rows: Iterable[Row], experiments: Sequence[str], only: str) -> list[R
         if name not in known:
             raise InputError(f"no experiment {name!r} here; there are {', '.join(known)}")
     chosen = [row for row in rows if not experiments or row.experiment in experiments]
-    for wish in shlex.split(only):
+    try:
+        wishes = shlex.split(only)
+    except ValueError as error:
+        raise InputError(f"--only is {only!r}: {error}") from error
+    for wish in wishes:
         key, sign, values = wish.partition("=")
         if key not in _TYPES or not sign:
             raise InputError(f"--only has {wish!r}, must be such as shape=llama-2-7b; settings are {', '.join(_TYPES)}")

@@ -7,9 +7,11 @@ given: then on the machines that it reaches, with no limits but their own.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +35,7 @@ from tpimpi.errors import TpimpiError
 ROOT = Path(__file__).resolve().parent.parent
 DECODE, PREFILL = 4096, 128 * 4096  # numbers of a 7B model's allreduce: of one position, and of 128
 ROUNDS = 3  # of what is compared in turn
+GRACE_S = 5.0  # for a launcher to end
 REPEATS = 5  # of each sum
 SHARE_S = 1.0  # processor seconds that measure a device's share
 WISHED_CORES, WISHED_READ = 0.5, 200_000_000
@@ -91,10 +94,16 @@ class Ended:
 def _finish(process: subprocess.Popen[str], timeout: float) -> tuple[int, str, str]:
     try:
         out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-        raise RunError(f"it took over {timeout:.0f} s") from None
+    except BaseException as error:
+        process.terminate()  # so that the launcher ends its ranks
+        try:
+            process.communicate(timeout=GRACE_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise RunError(f"it took over {timeout:.0f} s") from None
+        raise
     return process.returncode, out, err
 
 
@@ -140,6 +149,8 @@ def generate(row: Row, place: Place) -> Figures:
         ended = run(row, place, arguments, prompts)
         if ended.code:
             raise RunError(f"exit code {ended.code}: {_last(ended.err)}")
+        if not report.exists():
+            raise RunError(f"it ended without a report: {_last(ended.err)}")
         found = json.loads(report.read_text(encoding="utf-8"))
     return {**chosen, **_figures(found, ended)}
 

@@ -20,11 +20,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 from experiment_pages import write_page
 from experiment_results import Results, commit
@@ -35,6 +39,7 @@ from filelock import FileLock, Timeout
 from tpimpi.errors import InputError, TpimpiError
 
 EXIT_INPUT, EXIT_INTERRUPTED = 2, 130
+ENDING = (signal.SIGTERM, signal.SIGHUP)
 PORTABLE = ("generate", "allreduce", "perplexity", "predict")  # what can do without an emulated home
 ALONE = ("perplexity", "predict")
 
@@ -44,6 +49,13 @@ def on_machines(rows: Sequence[Row], ranks: int) -> list[Row]:
     free = {"cores": None, "memory": "", "read": "", "latency": "", "bandwidth": "", "threads": 0}
     fit = [row for row in rows if row.measure in PORTABLE and row.devices <= ranks]
     return list(dict.fromkeys(replace(row, **free) for row in fit))
+
+
+def end(number: int, frame: FrameType | None) -> None:
+    """By an exception, so that homes are removed; nothing breaks that off."""
+    for other in (*ENDING, signal.SIGINT):
+        signal.signal(other, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def describe(row: Row) -> str:
@@ -90,7 +102,7 @@ def run(options: argparse.Namespace, rows: list[Row], results: Results) -> int:
             figures, took = measure(row, place)
         except InputError:
             raise
-        except TpimpiError as error:
+        except (TpimpiError, subprocess.SubprocessError, OSError) as error:
             failed += 1
             print(f"  failed: {error}", file=sys.stderr, flush=True)
             continue
@@ -124,9 +136,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("what", choices=("run", "list", "page"))
     parser.add_argument("names", nargs="*", metavar="NAME", help="of experiments (default: all)")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument(
-        "--quick", dest="size", action="store_const", const="quick", help="every table in small"
-    )
+    size.add_argument("--quick", dest="size", action="store_const", const="quick", help="every table in small")
     size.add_argument("--smallest", dest="size", action="store_const", const="smallest", help="a few layers, minutes")
     parser.add_argument("--only", default="", metavar='"KEY=VALUE …"', help="rows with these settings")
     parser.add_argument("--again", action="store_true", help="also rows that are done")
@@ -138,9 +148,26 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--launch", default="", metavar="WORDS", help="the launcher of real machines, with {ranks} in it"
     )
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="with --launch: how many it can start")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # names may stand after options
     options.size = options.size or "full"
     return options
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise InputError for options that make no sense."""
+    if options.launch:
+        try:
+            words = shlex.split(options.launch)
+        except ValueError as error:
+            raise InputError(f"--launch is {options.launch!r}: {error}") from error
+        if not any("{ranks}" in word for word in words):
+            raise InputError(f"--launch is {options.launch!r}, must have {{ranks}} where their number stands")
+        if shutil.which(words[0]) is None:
+            raise InputError(f"--launch is {options.launch!r}, but there is no program {words[0]} on PATH")
+    if options.ranks < 1:
+        raise InputError(f"--ranks is {options.ranks}, must be 1 or more")
+    if options.what == "page" and options.names:
+        raise InputError(f"page takes no names ({options.names[0]}); it shows all that is in --results")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -148,10 +175,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("PRTE_MCA_hwloc_default_binding_policy", "none")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         os.environ |= {f"{name}_ALLOW_RUN_AS_ROOT{end}": "1" for name in ("OMPI", "PRTE") for end in ("", "_CONFIRM")}
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that homes are removed
+    for number in ENDING:
+        signal.signal(number, end)
     try:
-        if options.launch and "{ranks}" not in options.launch:
-            raise InputError(f"--launch is {options.launch!r}, must have {{ranks}} where their number stands")
+        check(options)
         results = Results(options.results)
         if options.what == "page":
             write_page(options.page, results)
@@ -159,14 +186,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = choose(read_rows(options.size), options.names, options.only)
         if options.launch:
             rows = on_machines(rows, options.ranks)
+            if not rows:
+                raise InputError(
+                    f"none of these rows runs on {options.ranks} machines; give other names, or more --ranks"
+                )
         if options.what == "list":
             list_rows(rows, results)
             return 0
         if not options.launch and os.geteuid() != 0 and any(row.measure not in ALONE for row in rows):
             raise InputError('emulated homes need root: sudo env PATH="$PATH" …, or --launch for real machines')
-        options.work.mkdir(parents=True, exist_ok=True)
+        try:
+            options.work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--work {options.work}: {error.strerror}; give another folder") from error
         try:
             with FileLock(options.work / "lock", timeout=0):
+                results.check_writable()
                 return run(options, rows, results)
         except Timeout:
             raise InputError(

@@ -14,8 +14,14 @@ out="$(realpath -m "${OUT:-measurements}")"
 . "$(dirname "$0")/setup.sh"
 setup run
 python -c 'import matplotlib' 2>/dev/null || pip_install matplotlib
+# Told to end, this script lets the measurement end first, which cleans up after itself.
+python bench/experiments.py run "$@" --results "$out/results.jsonl" &
+pid=$!
+trap 'kill -TERM "$pid"' TERM HUP INT
 code=0
-part "experiments" python bench/experiments.py run --results "$out/results.jsonl" "$@" || code=$?
-[ "$code" = 2 ] || python bench/experiments.py page --results "$out/results.jsonl" --page "$out/page.md"
-[ "$code" = 2 ] || echo "bench: see $out/page.md" >&2
+wait "$pid" || code=$?
+while kill -0 "$pid" 2>/dev/null; do wait "$pid" || code=$?; done # a signal ends the first wait
+if [ "$code" -gt 1 ]; then exit "$code"; fi
+python bench/experiments.py page --results "$out/results.jsonl" --page "$out/page.md"
+echo "bench: see $out/page.md" >&2
 exit "$code"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +184,68 @@ def test_a_result_is_found_again_unless_machine_commit_or_row_differ(data: Path,
         assert results_of.Results(changed).find(first, here=False) is not None
 
 
+@pytest.mark.parametrize("cut", [1, 40])
+def test_a_result_after_one_that_was_cut_off_is_a_line_of_its_own(data: Path, tmp_path: Path, cut: int) -> None:
+    first, second, *_ = rows_of.read_rows("full", data)
+    path = tmp_path / "results.jsonl"
+    for row in (first, second):
+        results_of.Results(path).add(row, {}, 1.0, "command")
+    path.write_bytes(path.read_bytes()[:-cut])  # 1: only its end of line is missing
+    results = results_of.Results(path)
+    assert (results.find(first) is not None, results.find(second) is not None) == (True, cut == 1)
+    results.add(second, {"s_per_token": 5.0}, 1.0, "command")
+    kept = results_of.Results(path)
+    assert kept.find(first) is not None and kept.find(second)["figures"] == {"s_per_token": 5.0}
+    assert len(kept.lines) == (3 if cut == 1 else 2)
+
+
+def test_a_disk_that_is_full_leaves_the_results_as_they_were(data: Path, tmp_path: Path) -> None:
+    row = rows_of.read_rows("full", data)[0]
+    path = tmp_path / "results.jsonl"
+    results_of.Results(path).add(row, {}, 1.0, "command")
+    before = path.read_bytes()
+    program = (
+        "import resource, signal, sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'bench')!r})\n"
+        "from pathlib import Path\n"
+        "from experiment_results import Results\n"
+        "from experiment_rows import read_rows\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 50},) * 2)\n"
+        f"Results(Path({str(path)!r})).add(read_rows()[0], {{}}, 1.0, 'command')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert "cannot write" in done.stderr
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--results", "/proc/no.jsonl"], "--results /proc/no.jsonl cannot be written: "),
+        (["run", "--work", "/proc/no"], "--work /proc/no: "),
+        (["list", "--only", 'shape="x'], "--only is 'shape=\"x': No closing quotation"),
+        (["run", "--launch", "mpirun -np 2"], "--launch is 'mpirun -np 2', must have {ranks} where"),
+        (["run", "--launch", "no-such {ranks}"], "--launch is 'no-such {ranks}', but there is no program no-such"),
+        (["run", "--launch", "true {ranks}", "--ranks", "0"], "--ranks is 0, must be 1 or more"),
+        (["page", "devices"], "page takes no names (devices)"),
+    ],
+)
+def test_bad_options_are_one_line(tmp_path: Path, arguments: list[str], said: str) -> None:
+    places = {"--results": tmp_path / "r.jsonl", "--work": tmp_path / "work", "--page": tmp_path / "p.md"}
+    given = [text for name, place in places.items() if name not in arguments for text in (name, place)]
+    done = run(*arguments, *given)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith(f"experiments: {said}")
+    assert not (tmp_path / "r.jsonl").exists() and not (tmp_path / "p.md").exists()
+
+
+def test_names_may_stand_after_options(tmp_path: Path) -> None:
+    listed = run("list", "--results", tmp_path / "r.jsonl", "--smallest", "formats", "70b")
+    assert listed.returncode == 0, listed.stderr
+    assert {line.partition(":")[0] for line in listed.stdout.splitlines()} == {"70b", "formats"}
+
+
 def test_a_file_that_is_no_results_is_refused_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("milk\n")
@@ -211,6 +275,26 @@ def test_a_page_is_filled_in_between_its_marks(tmp_path: Path) -> None:
         text = page.read_text()
         assert text.startswith("Before.\n") and text.endswith("After.\n") and "old" not in text
         assert "| bf16 | 7 | 12.500 ± 0.25 | 12.000 | 0.01 |" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "<!-- table devices -->\nmine\n<!-- table memory -->\n<!-- end -->\n",
+            "line 1: table devices has no <!-- end -->",
+        ),
+        ("mine\n<!-- table devices -->\n", "line 2: table devices has no <!-- end -->"),
+        ("<!-- table nonsense -->\n<!-- end -->\n", "line 1: there is no table nonsense; there are "),
+    ],
+)
+def test_a_page_with_wrong_marks_is_refused_and_left_alone(tmp_path: Path, text: str, said: str) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    done = run("page", "--page", page, "--results", tmp_path / "results.jsonl")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(f"experiments: {page}, {said}")
+    assert page.read_text() == text
 
 
 def device_results(**seconds: tuple[float, float]) -> list[Any]:
@@ -261,6 +345,24 @@ def test_a_row_is_run_once_and_its_slices_are_removed(tmp_path: Path) -> None:
     assert again.returncode == 0 and "2 rows are done" in again.stderr
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
     assert run("list", *common).stdout.count(": done\n") == 2
+
+
+def test_what_a_launcher_started_ends_with_the_run(tmp_path: Path) -> None:
+    launcher = tmp_path / "launcher"
+    launcher.write_text(f"#!/bin/sh\necho $$ >{tmp_path}/pid\nexec sleep 300\n")
+    launcher.chmod(0o755)
+    common = ("--results", str(tmp_path / "results.jsonl"), "--work", str(tmp_path / "work"))
+    command = [sys.executable, str(ROOT / "bench" / "experiments.py"), "run", "network", "--smallest", *common]
+    command += ["--only", "measure=allreduce", "--launch", f"{launcher} {{ranks}}", "--ranks", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + TIMEOUT
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(TIMEOUT) == 128 + signal.SIGTERM
+    assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["lock"]
 
 
 def test_two_runs_do_not_measure_each_other(tmp_path: Path) -> None:

@@ -363,7 +363,9 @@ def test_bad_input_is_said_in_one_line(tpimpi: Cli, tmp_path: Path, arguments: l
 
 
 def test_a_shape_that_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--shape is .*, must be one of tinyllama-1.1b, .* or the path of a config\.json"):
+    with pytest.raises(
+        InputError, match=r"--shape is .*, must be one of tinyllama-1.1b, .* or the path of a config\.json"
+    ):
         load_shape(str(tmp_path))
     with pytest.raises(InputError, match=r"--shape is 'x\\x00y', must be one of"):
         load_shape("x\0y")
