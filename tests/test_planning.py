@@ -215,8 +215,8 @@ def test_ranks_without_room_are_said(tpimpi: Callable[..., Result]) -> None:
         (["--shape", "llama-2-7b", "--memory", "1G,2G"], "--memory has 2 sizes, this run has 1 ranks; "),
         (["--shape", "llama-2-7b", "--format", "q3"], "format is 'q3', must be auto, f32"),
         (
-            ["--shape", "llama-2-7b", "--json", "/nonexistent/plan.json"],
-            "--json /nonexistent/plan.json: there is no folder",
+            ["--shape", "llama-2-7b", "--json", "/proc/nowhere/plan.json"],
+            "--json /proc/nowhere/plan.json: there is no folder",
         ),
     ],
 )
