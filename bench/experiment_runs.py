@@ -270,7 +270,7 @@ def perplexity(row: Row, place: Place) -> Figures:
         if done.returncode:
             raise RunError(f"exit code {done.returncode}: {_last(done.stderr)}")
         found = json.loads(report.read_text(encoding="utf-8"))
-    return {name: value for name, value in found.items() if name != "ranks"}
+    return {name: value for name, value in found.items() if name not in ("ranks", "text")}
 
 
 def predict(row: Row, place: Place) -> Figures:
