@@ -3,7 +3,7 @@
 # Linux, while nothing else runs:
 #
 #   bash jobs/bench.sh --quick             every table in small
-#   bash jobs/bench.sh                     everything: some six hours, and 45 GB of disk
+#   bash jobs/bench.sh                     everything: hours, and 45 GB of disk
 #   bash jobs/bench.sh devices memory      some of them; python bench/experiments.py list says which there are
 #   bash jobs/bench.sh --smallest          a few layers, some minutes, nothing worth reading: to see that all of it works
 #
