@@ -47,7 +47,7 @@ class RunError(TpimpiError):
 
 
 @dataclass(frozen=True)
-class Place:
+class Site:
     """Where rows run: the work folder, and the launcher's words if it is not an emulated home ("mpirun -np {ranks} …")."""
 
     work: Path
@@ -107,7 +107,7 @@ def _finish(process: subprocess.Popen[str], timeout: float) -> tuple[int, str, s
     return process.returncode, out, err
 
 
-def run(row: Row, place: Place, arguments: Sequence[str], stdin: Path | None = None) -> Ended:
+def run(row: Row, site: Site, arguments: Sequence[str], stdin: Path | None = None) -> Ended:
     """tpimpi with these arguments, a rank on each of the row's devices. Raises RunError where it takes too long."""
     command = [sys.executable, "-m", "tpimpi", *arguments]
     if stdin is not None:  # not by way of the launcher: some never say that it ends
@@ -119,8 +119,8 @@ def run(row: Row, place: Place, arguments: Sequence[str], stdin: Path | None = N
         "stderr": subprocess.PIPE,
         "text": True,
     }
-    if place.launch:
-        words = shlex.split(place.launch.replace("{ranks}", str(row.devices)))
+    if site.launch:
+        words = shlex.split(site.launch.replace("{ranks}", str(row.devices)))
         process = subprocess.Popen([*words, *command], start_new_session=True, **pipes)
         return Ended(*_finish(process, timeout), [], 0)
     with Home(devices_of(row), link_of(row)) as home:
@@ -134,19 +134,19 @@ def run(row: Row, place: Place, arguments: Sequence[str], stdin: Path | None = N
 # A generation
 
 
-def generate(row: Row, place: Place) -> Figures:
+def generate(row: Row, site: Site) -> Figures:
     """Two answers to the same prompt: the first token with nothing loaded, and with the pinned tiles there; s/token."""
-    chosen = _chosen(row, place)
-    slices = place.models.make(row, chosen["shares"], chosen)
-    with place.folder() as folder:
+    chosen = _chosen(row, site)
+    slices = site.models.make(row, chosen["shares"], chosen)
+    with site.folder() as folder:
         report = Path(folder, "report.json")
         prompts = Path(folder, "prompts.txt")
         prompts.write_text(2 * (" ".join(str(100 + number) for number in range(row.prompt)) + "\n"))
         arguments = ["--slices", str(slices), "--raw", "--ignore-eos", "--max-tokens", str(row.answer_tokens)]
         arguments += ["--context", str(row.context), "--allreduce", row.allreduce]
         arguments += ["--threads", str(row.threads)] if row.threads else []
-        arguments += [*_memory(row, place, arguments), "--report", str(report), "--quiet"]
-        ended = run(row, place, arguments, prompts)
+        arguments += [*_memory(row, site, arguments), "--report", str(report), "--quiet"]
+        ended = run(row, site, arguments, prompts)
         if ended.code:
             raise RunError(f"exit code {ended.code}: {_last(ended.err)}")
         if not report.exists():
@@ -155,19 +155,19 @@ def generate(row: Row, place: Place) -> Figures:
     return {**chosen, **_figures(found, ended)}
 
 
-def _chosen(row: Row, place: Place) -> Figures:
+def _chosen(row: Row, site: Site) -> Figures:
     """The shares of the row's slices, and where `plan` chose them, what it predicts with them."""
-    if (before := place.models.note(row)) is not None:
+    if (before := site.models.note(row)) is not None:
         return before
     if not row.planned:
         return {"shares": "" if row.shares == "auto" else row.shares}
-    with place.folder() as folder:
+    with site.folder() as folder:
         report = Path(folder, "plan.json")
         arguments = ["plan", "--shape", row.shape, "--format", row.format, "--context", str(row.context), "--quiet"]
         arguments += ["--prompt-tokens", str(row.prompt), "--allreduce", row.allreduce, "--json", str(report)]
         arguments += ["--layers", str(row.layers)] if row.layers else []
         arguments += ["--threads", str(row.threads)] if row.threads else []
-        ended = run(row, place, [*arguments, *_memory(row, place, [])])
+        ended = run(row, site, [*arguments, *_memory(row, site, [])])
         if ended.code:
             raise RunError(f"plan: exit code {ended.code}: {_last(ended.err)}")
         plans = json.loads(report.read_text(encoding="utf-8"))["plans"]
@@ -200,11 +200,11 @@ def _figures(found: dict[str, Any], ended: Ended) -> Figures:
     }
 
 
-def _memory(row: Row, place: Place, arguments: Sequence[str]) -> list[str]:
+def _memory(row: Row, site: Site, arguments: Sequence[str]) -> list[str]:
     if row.window:
         return ["--window", row.window]
     if row.budget == "least":
-        refused = run(row, place, [*arguments, "--memory", "1M"])
+        refused = run(row, site, [*arguments, "--memory", "1M"])
         if not (match := re.search(r"at least ([\d.]+) ?([kMGT]?i?B)", refused.err)):
             raise RunError(f"no refusal of --memory 1M: {_last(refused.err)}")
         return ["--memory", match[1] + match[2]]
@@ -222,11 +222,11 @@ def _last(text: str) -> str:
 # What others take
 
 
-def peer(row: Row, place: Place) -> Figures:
+def peer(row: Row, site: Site) -> Figures:
     """Another program on one such device; `killed` where the limit ended it."""
-    model = place.models.make(row)
+    model = site.models.make(row)
     model = model / "model.gguf" if (model / "model.gguf").exists() else model
-    model = prepare(row.program, model, place.models.prepared(row))
+    model = prepare(row.program, model, site.models.prepared(row))
     with Home(devices_of(row)) as home:
         found = run_peer(
             home,
@@ -246,23 +246,23 @@ def peer(row: Row, place: Place) -> Figures:
 # Sums, texts, predictions
 
 
-def allreduce(row: Row, place: Place) -> Figures:
+def allreduce(row: Row, site: Site) -> Figures:
     """Every way of adding, for the sizes of a 7B model's decode and prefill."""
-    with place.folder() as folder:
+    with site.folder() as folder:
         report = Path(folder, "found.json")
         sizes = ["--sizes", f"{DECODE},{PREFILL}", "--repeats", str(REPEATS)]
-        ended = run(row, place, ["bench", "allreduce", "--quiet", *sizes, "--json", str(report)])
+        ended = run(row, site, ["bench", "allreduce", "--quiet", *sizes, "--json", str(report)])
         if ended.code:
             raise RunError(f"exit code {ended.code}: {_last(ended.err)}")
         found: Figures = json.loads(report.read_text(encoding="utf-8"))
         return found
 
 
-def perplexity(row: Row, place: Place) -> Figures:
+def perplexity(row: Row, site: Site) -> Figures:
     """Of SmolLM2 on a public text, and the KL divergence from f32."""
-    text = place.work / "text" / "alice29.txt"
+    text = site.work / "text" / "alice29.txt"
     subprocess.run(["bash", str(ROOT / "jobs" / "text.sh"), str(text.parent)], check=True, stdout=subprocess.DEVNULL)
-    with place.folder() as folder:
+    with site.folder() as folder:
         report = Path(folder, "report.json")
         command = [sys.executable, "-m", "tpimpi", "perplexity", str(text), "--format", row.format, "--against", "f32"]
         command += ["--context", str(row.context), "--max-tokens", str(row.prompt), "--report", str(report), "--quiet"]
@@ -273,7 +273,7 @@ def perplexity(row: Row, place: Place) -> Figures:
     return {name: value for name, value in found.items() if name not in ("ranks", "text")}
 
 
-def predict(row: Row, place: Place) -> Figures:
+def predict(row: Row, site: Site) -> Figures:
     """What `plan`'s arithmetic says of machines that are described, not measured."""
     return predictions(row)
 
@@ -281,16 +281,16 @@ def predict(row: Row, place: Place) -> Figures:
 # The emulation's own error
 
 
-def emulation(row: Row, place: Place) -> Figures:
+def emulation(row: Row, site: Site) -> Figures:
     """Latency, processor share and disk of the emulated devices, beside what was wished."""
-    place.work.mkdir(parents=True, exist_ok=True)
-    file = place.work / "disk.bin"
+    site.work.mkdir(parents=True, exist_ok=True)
+    file = site.work / "disk.bin"
     program = (
         "import time; a = time.perf_counter(); p = time.process_time()\n"
         f"while time.process_time() - p < {SHARE_S}: pass\n"
         "print(time.perf_counter() - a)"
     )
-    devices = [Device("laptop", cores=WISHED_CORES, read_bps=WISHED_READ, cache=place.work), *equal_devices(4)[1:]]
+    devices = [Device("laptop", cores=WISHED_CORES, read_bps=WISHED_READ, cache=site.work), *equal_devices(4)[1:]]
     with Home(devices, link_of(row)) as home:
         home.ping(0, 1, 3)
         trips = home.ping(0, 1, 200, 0.005)
@@ -323,9 +323,9 @@ def _disk(home: Home, file: Path) -> float:
         return max(float(each["rate"]) for each in json.loads(report.read_text())["rows"])
 
 
-def ways(row: Row, place: Place) -> Figures:
+def ways(row: Row, site: Site) -> Figures:
     """The same ranks through shared memory, through TCP on the loopback, and in a home with no limits: s/token."""
-    slices = place.models.make(row)
+    slices = site.models.make(row)
     mpirun = shutil.which("mpirun")
     if mpirun is None:
         raise RunError("no mpirun: source .venv/bin/activate")
@@ -358,7 +358,7 @@ def ways(row: Row, place: Place) -> Figures:
     return {"s_per_token": {name: median(found) for name, found in times.items()}, "all": times}
 
 
-_WAYS: dict[str, Callable[[Row, Place], Figures]] = {
+_WAYS: dict[str, Callable[[Row, Site], Figures]] = {
     "generate": generate,
     "peer": peer,
     "allreduce": allreduce,
@@ -369,8 +369,8 @@ _WAYS: dict[str, Callable[[Row, Place], Figures]] = {
 }
 
 
-def measure(row: Row, place: Place) -> tuple[Figures, float]:
+def measure(row: Row, site: Site) -> tuple[Figures, float]:
     """The row's figures, and the seconds that it took. Raises RunError, or what home, peers and synth raise."""
     started = time.monotonic()
-    figures = _WAYS[row.measure](row, place)
+    figures = _WAYS[row.measure](row, site)
     return figures, time.monotonic() - started

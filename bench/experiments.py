@@ -33,7 +33,7 @@ from types import FrameType
 from experiment_pages import write_page
 from experiment_results import Results, commit
 from experiment_rows import SLICES_BYTES_PER_S, VARIED, Row, choose, read_rows, repeat
-from experiment_runs import Place, measure
+from experiment_runs import Site, measure
 from filelock import FileLock, Timeout
 
 from tpimpi.errors import InputError, TpimpiError
@@ -78,8 +78,8 @@ def expected(row: Row, results: Results) -> float:
 
 def run(options: argparse.Namespace, rows: list[Row], results: Results) -> int:
     """Measure the rows that have no result yet; 1 where some failed."""
-    place = Place(options.work, options.launch)
-    models = place.models
+    site = Site(options.work, options.launch)
+    models = site.models
     if not options.again:
         done = [row for row in rows if results.find(row)]
         rows = [row for row in rows if row not in done]
@@ -99,7 +99,7 @@ def run(options: argparse.Namespace, rows: list[Row], results: Results) -> int:
         if not options.keep:
             models.keep({each.slices for each in left})
         try:
-            figures, took = measure(row, place)
+            figures, took = measure(row, site)
         except InputError:
             raise
         except (TpimpiError, subprocess.SubprocessError, OSError) as error:
