@@ -103,11 +103,13 @@ class Results:
         except OSError as error:
             raise InputError(f"--results {self.path} cannot be written: {error.strerror}; give another file") from error
 
-    def find(self, row: Row, *, here: bool = True) -> Values | None:
-        """The newest result of the row; `here`: of this machine and commit."""
+    def find(self, row: Row, *, here: bool = True, now: bool = True) -> Values | None:
+        """The newest result of the row; `here`: of this machine; `now`: of this commit."""
         wanted = row.settings()
         for line in reversed(self.lines):
-            if line["settings"] == wanted and (not here or (line["commit"], line["machine"]) == (commit(), machine())):
+            if line["settings"] != wanted:
+                continue
+            if (not here or line["machine"] == machine()) and (not now or line["commit"] == commit()):
                 return line
         return None
 

@@ -1,13 +1,14 @@
 """The experiments: what the paper claims, and what users would pick instead, measured row by row; as root, on Linux.
 
-    python bench/experiments.py run [NAME…] [--quick | --smallest] [--only "KEY=VALUE …"] [--again]
+    python bench/experiments.py run [NAME…] [--quick | --smallest] [--only "KEY=VALUE …"] [--again | --missing]
     python bench/experiments.py list [NAME…] [--quick | --smallest]      rows, and whether they are done
     python bench/experiments.py page [--page FILE.md]                    tables and pictures of what is in --results
 
 Rows are described in bench/experiments.toml, a result is a line of JSON in --results. A row that was measured on this
-machine, at the commit that last changed the program, is not run again unless `--again` is given. Each row runs in an
-emulated home (bench/home.py) with its limits; slices and models with random weights are made in --work, and removed when
-no row that is left needs them. `--only` gives settings as they stand in the file, several values with commas between:
+machine, at the commit that last changed the program, is not run again unless `--again` is given; with `--missing`, none
+that was measured on this machine at any commit (each result names its own). Each row runs in an emulated home
+(bench/home.py) with its limits; slices and models with random weights are made in --work, and removed when no row that is
+left needs them. `--only` gives settings as they stand in the file, several values with commas between:
 --only "shape=llama-2-7b devices=1,4". Run it while nothing else runs.
 
 With --launch rows run on real machines instead, with no limits but their own: only those whose number of devices is at
@@ -72,7 +73,7 @@ def duration(seconds: float) -> str:
 
 def expected(row: Row, results: Results) -> float:
     """About the seconds that a row takes: what it took, if it was ever measured."""
-    before = results.find(row, here=False)
+    before = results.find(row, here=False, now=False)
     return before["took_s"] if before else row.expected_s + (row.model_bytes / SLICES_BYTES_PER_S if row.slices else 0)
 
 
@@ -81,10 +82,11 @@ def run(options: argparse.Namespace, rows: list[Row], results: Results) -> int:
     site = Site(options.work, options.launch)
     models = site.models
     if not options.again:
-        done = [row for row in rows if results.find(row)]
+        done = [row for row in rows if results.find(row, now=not options.missing)]
         rows = [row for row in rows if row not in done]
         if done:
-            print(f"{len(done)} rows are done at {commit() or 'this commit'}; --again repeats them", file=sys.stderr)
+            when = "" if options.missing else f" at {commit() or 'this commit'}"
+            print(f"{len(done)} rows are done{when}; --again repeats them", file=sys.stderr)
     order = list(dict.fromkeys(row.slices for row in rows))
     rows = sorted(rows, key=lambda row: order.index(row.slices))  # those of the same slices together
     failed = 0
@@ -124,10 +126,10 @@ def brief(figures: dict[str, object]) -> str:
     )
 
 
-def list_rows(rows: Sequence[Row], results: Results) -> None:
-    """A line for each, on stdout."""
+def list_rows(rows: Sequence[Row], results: Results, *, now: bool) -> None:
+    """A line for each, on stdout; `now`: results of another commit do not count."""
     for row in rows:
-        state = "done" if results.find(row) else f"about {duration(expected(row, results))}"
+        state = "done" if results.find(row, now=now) else f"about {duration(expected(row, results))}"
         print(f"{row.experiment}: {describe(row)}: {state}")
 
 
@@ -139,7 +141,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     size.add_argument("--quick", dest="size", action="store_const", const="quick", help="every table in small")
     size.add_argument("--smallest", dest="size", action="store_const", const="smallest", help="a few layers, minutes")
     parser.add_argument("--only", default="", metavar='"KEY=VALUE …"', help="rows with these settings")
-    parser.add_argument("--again", action="store_true", help="also rows that are done")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--again", action="store_true", help="also rows that are done")
+    which.add_argument("--missing", action="store_true", help="no row that was done, at whatever commit")
     parser.add_argument("--keep", action="store_true", help="keep slices and models in --work")
     parser.add_argument("--results", type=Path, default=Path("measurements.jsonl"), help="default %(default)s")
     parser.add_argument("--work", type=Path, default=Path("/var/tmp/tpimpi-experiments"), help="default %(default)s")
@@ -191,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     f"none of these rows runs on {options.ranks} machines; give other names, or more --ranks"
                 )
         if options.what == "list":
-            list_rows(rows, results)
+            list_rows(rows, results, now=not options.missing)
             return 0
         if not options.launch and os.geteuid() != 0 and any(row.measure not in ALONE for row in rows):
             raise InputError('emulated homes need root: sudo env PATH="$PATH" …, or --launch for real machines')

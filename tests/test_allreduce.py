@@ -75,10 +75,24 @@ def test_with_much_latency_the_exchange_is_chosen_for_the_small_and_the_mesh_for
     mesh = [(n, 4 * MS + n * 0.16e-6) for n in sizes]
     exchange = [(n, 2 * MS + n * 0.32e-6) for n in sizes[:2]]
     rule = choose({"star": star, "exchange": exchange, "mesh": mesh}, 4)
-    # The exchange is a tenth below the star up to 50,000 numbers, but takes memory: up to 32,768; the mesh is, from 3200 on.
-    assert rule == "exchange:32768,mesh"
+    # A tenth below the star are the exchange up to 50,000 numbers and the mesh from 3200 on; below the mesh is the exchange
+    # up to 12,500.
+    assert rule == "exchange:8192,mesh"
     line = describe(rule, Links([2.1 * MS, 1.9 * MS], {"star": star}), 4)
-    assert line == "allreduce: exchange up to 128 KiB, mesh above (latency 2.1 ms, 38 MB/s)"
+    assert line == "allreduce: exchange up to 32 KiB, mesh above (latency 2.1 ms, 38 MB/s)"
+
+
+def test_the_exchange_gives_way_to_a_faster_mesh_and_to_the_memory_that_it_takes() -> None:
+    """6.25 MB/s, 0.3 ms: bytes are what takes the time, of which a mesh sends half."""
+    sizes = (4096, 16_384, 65_536)
+    star = [(n, 0.6 * MS + n * 1.9e-6) for n in sizes]
+    exchange = [(n, 0.3 * MS + n * 1.6e-6) for n in sizes[:2]]
+    assert (
+        choose({"star": star, "exchange": exchange, "mesh": [(n, 0.6 * MS + n * 0.96e-6) for n in sizes]}, 4) == "mesh"
+    )
+    assert choose({"star": star, "exchange": exchange, "mesh": [(n, 1.1 * s) for n, s in star]}, 4).startswith(
+        "exchange:32768,star"
+    )
 
 
 def test_the_star_is_preferred_where_nothing_is_clearly_faster() -> None:

@@ -663,6 +663,32 @@ def test_closed_streams_do_no_harm(cache, tiny: Path, tmp_path: Path, redirectio
         assert "2>&-" in redirection or "no prompt: standard input ended" in result.err
 
 
+def test_a_line_is_one_write_even_unbuffered(tiny: Path, tmp_path: Path) -> None:
+    """A launcher relays what it reads: a line written in two would have another rank's within it, or lose its start.
+
+    A pipe with O_DIRECT gives each read what one write put in (pipe(2)).
+    """
+    ours, theirs = os.pipe2(os.O_DIRECT | os.O_CLOEXEC)
+    command = [
+        sys.executable,
+        "-m",
+        "tpimpi",
+        "slice",
+        "--model",
+        str(tiny),
+        "--ranks",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    subprocess.run(command, stderr=theirs, env={**os.environ, "PYTHONUNBUFFERED": "1"}, timeout=60, check=True)
+    os.close(theirs)
+    writes = list(iter(lambda: os.read(ours, 1 << 16), b""))
+    os.close(ours)
+    assert any(b" % of " in write for write in writes)
+    assert [write for write in writes if not write.endswith(b"\n")] == []
+
+
 def test_closed_input_of_the_launcher(mpirun: Launcher, cache, tiny: Path) -> None:
     command = " ".join(mpirun.command(2, ["-m", "tpimpi", "--quiet"])) + " <&-"
     env = {**mpirun.env, **cache, "TPIMPI_MODEL": str(tiny)}

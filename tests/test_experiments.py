@@ -180,8 +180,11 @@ def test_a_result_is_found_again_unless_machine_commit_or_row_differ(data: Path,
             line[name] = other
         changed = tmp_path / f"{name}.jsonl"
         changed.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        assert results_of.Results(changed).find(first) is None
-        assert results_of.Results(changed).find(first, here=False) is not None
+        found = results_of.Results(changed)
+        assert found.find(first) is None
+        assert (found.find(first, now=False) is not None) == (name == "commit")
+        assert (found.find(first, here=False) is not None) == (name == "machine")
+        assert found.find(first, here=False, now=False) is not None
 
 
 @pytest.mark.parametrize("cut", [1, 40])
@@ -345,6 +348,10 @@ def test_a_row_is_run_once_and_its_slices_are_removed(tmp_path: Path) -> None:
     assert again.returncode == 0 and "2 rows are done" in again.stderr
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
     assert run("list", *common).stdout.count(": done\n") == 2
+    lines = [json.dumps({**line, "commit": "0123456789"}) + "\n" for line in lines]
+    (tmp_path / "results.jsonl").write_text("".join(lines))
+    assert run("list", *common).stdout.count(": done\n") == 0
+    assert run("list", *common, "--missing").stdout.count(": done\n") == 2
 
 
 def test_what_a_launcher_started_ends_with_the_run(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import subprocess
@@ -273,7 +274,8 @@ def _break_off(command: list[str], env: dict[str, str], hosts: Path, seconds: fl
         ranks = _ranks_of(launcher) if process.poll() is None else []
         time.sleep(seconds)
         if process.poll() is None and ranks:
-            (launcher if victim is None else ranks[victim % len(ranks)]).kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it was too fast
+                (launcher if victim is None else ranks[victim % len(ranks)]).kill()
         code = process.wait(timeout=60)
         _, alive = psutil.wait_procs(ranks, timeout=30)
         assert not alive, f"ranks outlive their launcher: {alive}"

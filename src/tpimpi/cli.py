@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     arguments = [os.fsencode(argument).decode("utf-8", "surrogateescape") for argument in given]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="replace")
+            # A line in one write, even with PYTHONUNBUFFERED: the launcher would put other ranks' lines within it.
+            stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True, write_through=False)
     together = launched_rank() is not None and (arguments[:1] == ["slice"] or arguments[:2] == ["bench", "allreduce"])
     if arguments and arguments[0] in COMMANDS and not together:
         sys.exit(_guarded(lambda given, place: tool(given), arguments))

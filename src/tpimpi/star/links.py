@@ -139,7 +139,7 @@ class Measuring:
 
 def choose(times: Times, ranks: int) -> str:
     """The rule (see `allreduce.parse_rule`) for what was measured: the exchange for the small, the mesh for the large, each
-    only as far as it is clearly faster than the star.
+    only as far as it is clearly faster than the star; where both are, the faster one.
 
     Above the sizes that were timed it is bytes that take the time, and of those the hub's link has (n - 1) times a sum's
     with the star, 2 (n - 1) / n times with the mesh: that is taken from three ranks on, unless it was slower; far above
@@ -156,14 +156,16 @@ def choose(times: Times, ranks: int) -> str:
         return expected(times[name], size) < limit * expected(times["star"], size)
 
     small, large = 0, math.inf
-    for size in sizes:
-        if size > most_exchanged(ranks) or not better("exchange", size):
-            break
-        small = size
     for size in reversed(sizes):
         if not better("mesh", size):
             break
         large = size
+    for size in sizes:
+        if size > most_exchanged(ranks) or not better("exchange", size):
+            break
+        if size >= large and expected(times["mesh"], size) < expected(times["exchange"], size):
+            break
+        small = size
     if small == sizes[-1]:
         return "exchange"
     if large <= sizes[0]:
