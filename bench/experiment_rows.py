@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from home_devices import parse_bandwidth
+from home_devices import parse_bandwidth, parse_duration
 
 from tpimpi.errors import InputError
 from tpimpi.memory import parse_size
@@ -104,14 +104,27 @@ class Row:
     def expected_s(self) -> float:
         """About the seconds that the row takes, without making slices."""
         if self.measure == "allreduce":
-            return 20.0
+            return 5 + 80 * self.hub_s(4 * 524_288)  # a prompt of 128 positions, by every algorithm
         if self.measure == "perplexity":
             return 5 + self.prompt / 60
         if self.measure in ("emulation", "ways"):
             return 25.0
         if self.measure == "predict":
             return 2.0
-        return 8 + 2 * self.answer_tokens * self.pass_s * (1 if self.measure == "generate" else 2)
+        answer = self.answer_tokens * (self.pass_s + self.sums_s(1)) + self.sums_s(self.prompt)
+        return 8 + 2 * answer * (1 if self.measure == "generate" else 2)
+
+    def sums_s(self, positions: int) -> float:
+        """About the seconds that the sums of a pass over so many positions take, by the star."""
+        if self.devices < 2 or self.shape not in SHAPES:
+            return 0.0
+        config = load_shape(self.shape, self.layers or None).config
+        latency = parse_duration(self.latency, "latency") if self.latency else 0.0
+        return 2 * config.layers * (2 * latency + self.hub_s(4 * config.hidden * positions))
+
+    def hub_s(self, size: int) -> float:
+        """The seconds that partial results of so many bytes need on the hub's link."""
+        return (self.devices - 1) * size / parse_bandwidth(self.bandwidth, "bandwidth") if self.bandwidth else 0.0
 
     @property
     def slices(self) -> str:
