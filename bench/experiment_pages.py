@@ -80,11 +80,12 @@ def conditions(found: Sequence[Found], folder: Path) -> str:
         these = [each.line for each in found if tuple(each.line["machine"].items()) == machine]
         values = dict(machine)
         days = sorted({line["when"][:10] for line in these})
-        commits = ", ".join(sorted({line["commit"] for line in these}))
+        commits = list(dict.fromkeys(line["commit"] for line in these))
+        at = f"at commit {commits[0]}" if len(commits) == 1 else f"at commits {', '.join(commits)}, as each line says"
         versions = ", ".join(f"{name} {version}" for name, version in these[-1]["versions"].items() if name != "tpimpi")
         lines.append(
             f"{values['cpu']}, {values['cores']} cores, {values['memory_gib']} GiB, {values['system']}; {versions}; "
-            f"{len(these)} rows, measured {days[0]}{'' if len(days) == 1 else f' to {days[-1]}'} at commit {commits}."
+            f"{len(these)} rows, measured {days[0]}{'' if len(days) == 1 else f' to {days[-1]}'} {at}."
         )
     rows = [row.settings() for row in read_rows()]
     done = sum(row in [each.line["settings"] for each in found] for row in rows)
@@ -279,11 +280,16 @@ def _sum_panels(rows: Sequence[Found]) -> list[tuple[str, list[Line]]]:
 
 
 def _network_runs(rows: Sequence[Found]) -> Table:
-    table = Table("One way", "bandwidth", "`--allreduce`", "TTFT", "s/token", "`… run`")
+    names = list(dict.fromkeys(each["allreduce"] for each in rows))
+    table = Table("One way", "bandwidth", "", *names, "`… run`")
+    networks: dict[tuple[str, str], dict[str, Found]] = {}
     for each in rows:
-        f = each.figures
-        shown = (seconds(f["ttft_s"]), per_token(f["s_per_token"]))
-        table.add(each["latency"], each["bandwidth"], each["allreduce"], *shown, again(each))
+        networks.setdefault((each["latency"], each["bandwidth"]), {})[each["allreduce"]] = each
+    for network, at in networks.items():
+        command = again(next(iter(at.values())), each="allreduce")
+        for what, figure, show in (("s/token", "s_per_token", per_token), ("TTFT", "ttft_s", seconds)):
+            shown = (show(at[name].figures[figure]) if name in at else "" for name in names)
+            table.add(*network, what, *shown, command)
     return table
 
 

@@ -237,15 +237,15 @@ def _show(row: Row, key: str) -> str:
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def repeat(settings: Mapping[str, Any]) -> str:
-    """What measures just the row with these settings: the end of a command, from the experiment's name on; "" where there is
-    no such row in experiments.toml any more."""
+def repeat(settings: Mapping[str, Any], *, each: str = "") -> str:
+    """What measures just the row with these settings, or those that only differ from it in the setting `each`: the end of a
+    command, from the experiment's name on; "" where there is no such row in experiments.toml any more."""
     for size in SIZES:
         rows = [row.settings() for row in _all_rows(size) if row.experiment == settings["experiment"]]
         if dict(settings) in rows:
             words = []
             for key in VARIED:
-                if len({str(row[key]) for row in rows}) > 1:
+                if key != each and len({str(row[key]) for row in rows}) > 1:
                     words.append(f"{key}={settings[key]}")
                     rows = [row for row in rows if row[key] == settings[key]]
             flag = "" if size == "full" else f" --{size}"

@@ -54,9 +54,9 @@ class Table:
         return "\n".join(self._lines) if len(self._lines) > 2 else "Not measured yet."
 
 
-def again(found: Found) -> str:
-    """What stands after `python bench/experiments.py run` to repeat it."""
-    words = repeat(found.line["settings"])
+def again(found: Found, *, each: str = "") -> str:
+    """What stands after `python bench/experiments.py run` to repeat it, or all that only differ in the setting `each`."""
+    words = repeat(found.line["settings"], each=each)
     return f"`{words}`" if words else ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -512,7 +513,8 @@ def test_ctrl_c_keeps_the_text_and_ends_every_rank(mpirun: Launcher, cache, smol
         _assert_gone(mark)
     finally:
         for pid in _with_argument(mark):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _assert_gone(mark: str) -> None:
@@ -555,7 +557,8 @@ def test_a_rank_that_is_killed_ends_the_others(mpirun: Launcher, cache) -> None:
         _assert_gone(mark)
     finally:
         for pid in _with_argument(mark):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _rank_of(pid: int) -> str | None:

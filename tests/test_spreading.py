@@ -282,7 +282,7 @@ def _break_off(command: list[str], env: dict[str, str], hosts: Path, seconds: fl
         return code
     finally:
         for left in [*ranks, launcher]:
-            if left.is_running():
+            with contextlib.suppress(psutil.NoSuchProcess):
                 left.kill()
 
 
