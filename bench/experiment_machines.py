@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from tpimpi.memory import Place
 from tpimpi.model_formats import ModelFormats
 from tpimpi.predict import Line, Measured, Pace, Predictor, RankSpeed, Situation
 from tpimpi.shapes import load_shape
+from tpimpi.star.links import most_exchanged
 
 BASE_BYTES = 80_000_000  # of a rank without a model
 POSITIONS = 16  # of the prompt
@@ -85,8 +87,10 @@ def _measured(machine: Machine, ranks: int, hidden: int) -> Measured:
     )
 
     def allreduce(positions: int) -> float:
-        # Two hops; on rank 0's link the partials of all others come in, one after the other, and their sums go out.
-        return 2 * machine.latency_s + 2 * (ranks - 1) * positions * hidden * 4 / machine.bandwidth
+        # Whichever `auto` would take, by the times in tpimpi.star.allreduce.
+        hub = (ranks - 1) * positions * hidden * 4 / machine.bandwidth
+        exchange = machine.latency_s + hub if positions * hidden <= most_exchanged(ranks) else math.inf
+        return min(2 * machine.latency_s + hub, exchange, 2 * machine.latency_s + 2 / ranks * hub)
 
     speeds = tuple(replace(speed, host=f"machine {rank}") for rank in range(ranks))
     return Measured(speeds, POSITIONS, allreduce(1), allreduce(POSITIONS), one, one)

@@ -21,7 +21,7 @@ from home_devices import parse_bandwidth, parse_duration
 from tpimpi.errors import InputError
 from tpimpi.plotting import Line, plot_lines
 
-LIMIT = "what the disk needs for q4_0"
+LIMIT = "the disk alone, q4_0"
 _PLACE = re.compile(r"<!-- table (\w+) -->.*?<!-- end -->", re.S)
 _MARK = re.compile(r"<!-- (?:table (\w+)|end) -->")
 
@@ -124,8 +124,9 @@ def _devices(found: Sequence[Found], experiment: str) -> str:
             "s/token",
             "TTFT, times",
             "s/token, times",
+            "`plan` said",
         ),
-        *("peak of a device", "pinned", "compute / disk / star", "`… run`"),
+        *("peak", "pinned", "streamed a token", "compute / disk / star", "`… run`"),
     )
     rows = _of(found, experiment)
     for each in sorted(rows, key=lambda each: (each.model, each.limit or 0, each["devices"])):
@@ -146,8 +147,10 @@ def _devices(found: Sequence[Found], experiment: str) -> str:
                 seconds(f["ttft_s"]),
                 per_token(f["s_per_token"]),
                 *gain,
+                per_token(f.get("predicted", {}).get("s_per_token")),
                 mb(each.peak),
                 mb(max(f["pinned_bytes"])),
+                mb(max(f["streamed_bytes_per_token"])),
                 parts,
             ),
             again(each),
@@ -157,17 +160,18 @@ def _devices(found: Sequence[Found], experiment: str) -> str:
 
 def devices(found: Sequence[Found], folder: Path) -> str:
     rows = _of(found, "devices")
-    models = list(dict.fromkeys(each.model for each in rows if each["memory"] == "1GiB"))
     panels = []
-    for name, title in (("s_per_token", "seconds a token"), ("ttft_s", "seconds to the first token")):
+    for shape in dict.fromkeys(each["shape"] for each in rows):
+        same = [each for each in rows if each["shape"] == shape and each["memory"] == "1GiB"]
         lines = []
-        for model in models:
-            points = sorted((each["devices"], each.figures[name]) for each in rows if each.model == model)
-            if len(points) > 1:
-                lines.append(Line(model, *zip(*points, strict=True)))
+        for fmt in dict.fromkeys(each["format"] for each in same):
+            points = sorted((each["devices"], each.figures["s_per_token"]) for each in same if each["format"] == fmt)
+            lines.append(Line(fmt, *zip(*points, strict=True)))
         if lines:
-            panels.append((title, lines[:7]))
-    return _devices(found, "devices") + _picture(panels, folder, "devices", ("devices", "seconds"), ticks=(1, 2, 3, 4))
+            panels.append((f"{shape}, 1 GiB a device", lines))
+    return _devices(found, "devices") + _picture(
+        panels, folder, "devices", ("devices", "seconds a token"), ticks=(1, 2, 3, 4)
+    )
 
 
 def eighths(found: Sequence[Found], folder: Path) -> str:
@@ -247,17 +251,16 @@ def network(found: Sequence[Found], folder: Path) -> str:
 
 
 def _sums(rows: Sequence[Found]) -> Table:
-    names = ("star", "ring", "tree", "library")
-    table = Table("Numbers", "devices", "one way", "bandwidth", "two hops", *names, "`auto`", "fastest", "`… run`")
+    names = ("star", "exchange", "mesh", "ring", "tree", "library")
+    table = Table("Numbers", "devices", "one way", "bandwidth", "two hops", *names, "`auto`", "`… run`")
     for size in dict.fromkeys(row["numbers"] for each in rows for row in each.figures["rows"]):
         for each in rows:
             row = next(row for row in each.figures["rows"] if row["numbers"] == size)
             took = row["seconds"]
-            fastest = min(took, key=lambda name: took[name])
             table.add(
                 *(str(size), str(each["devices"]), each["latency"], each["bandwidth"], ms(row["two_hops"])),
-                *(ms(took[name]) for name in names),
-                *(f"{row['auto']} {ms(took[row['auto']])}", f"{fastest} {ms(took[fastest])}", again(each)),
+                *(f"**{ms(took[name])}**" if took[name] == min(took.values()) else ms(took[name]) for name in names),
+                *(row["auto"], again(each)),
             )
     return table
 

@@ -71,7 +71,7 @@ def per_token(value: float | None) -> str:
 
 
 def ms(value: float) -> str:
-    return f"{value * 1e3:.3g} ms"
+    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value * 1e3:.0f} ms"
 
 
 def mb(value: float | None) -> str:
