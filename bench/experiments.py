@@ -100,14 +100,11 @@ def run(options: argparse.Namespace, rows: list[Row], results: Results) -> int:
         )
         if not options.keep:
             models.keep({each.slices for each in left})
-        try:
-            figures, took = measure(row, site)
-        except InputError:
-            raise
-        except (TpimpiError, subprocess.SubprocessError, OSError) as error:
+        measured = attempt(row, site)
+        if measured is None:
             failed += 1
-            print(f"  failed: {error}", file=sys.stderr, flush=True)
             continue
+        figures, took = measured
         results.add(row, figures, took, f"python bench/experiments.py run {repeat(row.settings())}")
         print(f"  {brief(figures)} ({took:.0f} s)", file=sys.stderr, flush=True)
     if not options.keep:
@@ -115,6 +112,22 @@ def run(options: argparse.Namespace, rows: list[Row], results: Results) -> int:
     if failed:
         print(f"{failed} of {len(rows)} rows failed; they are tried again by the same command", file=sys.stderr)
     return int(failed > 0)
+
+
+def attempt(row: Row, site: Site) -> tuple[dict[str, object], float] | None:
+    """What `measure` returns, or None where it fails.
+
+    A row that fails is tried once more: a launcher that now and then does not get its ranks together must not leave a hole
+    in a measurement of hours.
+    """
+    for then in ("; once more", ""):
+        try:
+            return measure(row, site)
+        except InputError:
+            raise
+        except (TpimpiError, subprocess.SubprocessError, OSError) as error:
+            print(f"  failed: {error}{then}", file=sys.stderr, flush=True)
+    return None
 
 
 def brief(figures: dict[str, object]) -> str:

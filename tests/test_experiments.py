@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from conftest import ROOT, TIMEOUT
+from conftest import ROOT, TIMEOUT, Launcher
 from test_home import needs_home
 from tpimpi.errors import InputError
 
@@ -352,6 +352,27 @@ def test_a_row_is_run_once_and_its_slices_are_removed(tmp_path: Path) -> None:
     (tmp_path / "results.jsonl").write_text("".join(lines))
     assert run("list", *common).stdout.count(": done\n") == 0
     assert run("list", *common, "--missing").stdout.count(": done\n") == 2
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_row_that_failed_is_tried_once_more(mpirun: Launcher, tmp_path: Path, failures: int) -> None:
+    starts = tmp_path / "starts"
+    launcher = tmp_path / "launcher"
+    real = shlex.join(["env", *(f"{name}={value}" for name, value in mpirun.env.items()), mpirun.program])
+    launcher.write_text(
+        f"#!/bin/sh\necho >>{starts}\n"
+        f"if [ $(wc -l <{starts}) -le {failures} ]; then echo no ranks >&2; exit 134; fi\n"
+        f'exec {real} --hostfile {mpirun.hostfile} -np "$@"\n'
+    )
+    launcher.chmod(0o755)
+    results = tmp_path / "results.jsonl"
+    common = ("--results", results, "--work", tmp_path / "work", "--only", "measure=allreduce")
+    done = run("run", "network", "--smallest", *common, "--launch", f"{launcher} {{ranks}}", "--ranks", "2")
+    assert "no ranks; once more" in done.stderr
+    assert ("1 of 1 rows failed" in done.stderr) == (failures == 2)
+    lines = results.read_text().splitlines()
+    assert (done.returncode, len(lines)) == ((0, 1) if failures == 1 else (1, 0))
 
 
 def test_what_a_launcher_started_ends_with_the_run(tmp_path: Path) -> None:

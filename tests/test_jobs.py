@@ -132,7 +132,8 @@ def cluster(mpirun: Launcher, cache: dict[str, str], tmp_path_factory: pytest.Te
     # As a user's shell would be: in the environment, with what the launcher wants, but no cache folder of its own.
     path = f"{Path(mpirun.program).parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = {"SLURM_CONF": str(config), "TMPDIR": str(folder / "local"), "VIRTUAL_ENV": sys.prefix, "PATH": path}
-    env = {**mpirun.env, **env, "TPIMPI_CACHE": "", "TPIMPI_MODEL": ""}
+    # Two nodes share no memory; UCX, which carries MPICH's messages, would find that these do, and use it.
+    env = {**mpirun.env, **env, "TPIMPI_CACHE": "", "TPIMPI_MODEL": "", "UCX_TLS": "tcp,self"}
     started: list[subprocess.Popen[bytes]] = []
     try:
         for command in daemons:
