@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from experiment_tables import Found, mb, ms, per_token, seconds, times
+from experiment_tables import Found, by_network, mb, ms, per_token, seconds, times
 from home_devices import parse_bandwidth
 
 NEAR = 0.9  # of a claimed figure is still that figure, on machines as noisy as these
@@ -171,12 +171,8 @@ def _star(found: Sequence[Found]) -> tuple[str, str]:
 
 def _whole_runs(found: Sequence[Found]) -> list[str]:
     """How often the star was the fastest of the four in whole runs."""
-    at: dict[tuple[str, str], dict[str, Found]] = {}
-    for each in found:
-        if each["experiment"] == "network" and each["measure"] == "generate":
-            at.setdefault((each["latency"], each["bandwidth"]), {})[each["allreduce"]] = each
     four = ("star", "ring", "tree", "library")
-    runs = [each for each in at.values() if each.keys() >= {*four}]
+    runs = [each for each in by_network(found).values() if each.keys() >= {*four}]
 
     def fastest(figure: str) -> int:
         return sum(min(four, key=lambda name: each[name].figures[figure]) == "star" for each in runs)

@@ -15,7 +15,7 @@ from typing import Any
 from experiment_claims import claims
 from experiment_results import Results
 from experiment_rows import read_rows
-from experiment_tables import Found, Table, again, mb, ms, per_token, seconds, times
+from experiment_tables import Found, Table, again, by_network, mb, ms, per_token, seconds, times
 from home_devices import parse_bandwidth, parse_duration
 
 from tpimpi.errors import InputError
@@ -42,6 +42,7 @@ def write_page(page: Path, results: Results) -> None:
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
         text = page.read_bytes().decode() if page.exists() else _EMPTY
+        end = "\r\n" if "\r\n" in text else "\n"
         marks = [(match[1] or "end", text.count("\n", 0, match.start()) + 1) for match in _MARK.finditer(text)]
         for (name, line), (after, _) in zip(marks, [*marks[1:], ("", 0)], strict=True):
             if name != "end" and after != "end":
@@ -52,7 +53,7 @@ def write_page(page: Path, results: Results) -> None:
         text = _PLACE.sub(lambda match: f"<!-- table {match[1]} -->\n\n{made[match[1]]}\n\n<!-- end -->", text)
         new = page.with_name(f".{page.name}.new")
         try:
-            new.write_bytes(text.encode())
+            new.write_bytes(re.sub(r"\r?\n", end, text).encode())
             new.replace(page)
         finally:
             new.unlink(missing_ok=True)
@@ -285,10 +286,7 @@ def _sum_panels(rows: Sequence[Found]) -> list[tuple[str, list[Line]]]:
 def _network_runs(rows: Sequence[Found]) -> Table:
     names = list(dict.fromkeys(each["allreduce"] for each in rows))
     table = Table("One way", "bandwidth", "", *names, "`… run`")
-    networks: dict[tuple[str, str], dict[str, Found]] = {}
-    for each in rows:
-        networks.setdefault((each["latency"], each["bandwidth"]), {})[each["allreduce"]] = each
-    for network, at in networks.items():
+    for network, at in by_network(rows).items():
         command = again(next(iter(at.values())), each="allreduce")
         for what, figure, show in (("s/token", "s_per_token", per_token), ("TTFT", "ttft_s", seconds)):
             shown = (show(at[name].figures[figure]) if name in at else "" for name in names)

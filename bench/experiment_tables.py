@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from experiment_rows import repeat
@@ -37,6 +37,15 @@ class Found:
         own = self.figures.get("peak_rss_bytes")
         own = own if isinstance(own, list) else [own] if own else []
         return max(groups or own, default=None)
+
+
+def by_network(found: Iterable[Found]) -> dict[tuple[str, str], dict[str, Found]]:
+    """Whole runs over emulated networks: by latency and bandwidth, then by allreduce."""
+    networks: dict[tuple[str, str], dict[str, Found]] = {}
+    for each in found:
+        if (each["experiment"], each["measure"]) == ("network", "generate"):
+            networks.setdefault((each["latency"], each["bandwidth"]), {})[each["allreduce"]] = each
+    return networks
 
 
 class Table:

@@ -164,14 +164,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--launch", default="", metavar="WORDS", help="the launcher of real machines, with {ranks} in it"
     )
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="with --launch: how many it can start")
+    parser.add_argument("--ranks", type=int, metavar="N", help="with --launch: how many it can start (default: 1)")
     options = parser.parse_intermixed_args(arguments)  # names may stand after options
     options.size = options.size or "full"
     return options
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raise InputError for options that make no sense."""
+    """Raise InputError for options that make no sense; fill in what is not given."""
     if options.launch:
         try:
             words = shlex.split(options.launch)
@@ -181,6 +181,10 @@ def check(options: argparse.Namespace) -> None:
             raise InputError(f"--launch is {options.launch!r}, must have {{ranks}} where their number stands")
         if shutil.which(words[0]) is None:
             raise InputError(f"--launch is {options.launch!r}, but there is no program {words[0]} on PATH")
+    elif options.ranks is not None:
+        raise InputError(f"--ranks is {options.ranks}, but there is no --launch for them; give both, or neither")
+    if options.ranks is None:
+        options.ranks = 1
     if options.ranks < 1:
         raise InputError(f"--ranks is {options.ranks}, must be 1 or more")
     if options.what == "page" and options.names:
@@ -198,6 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check(options)
         results = Results(options.results)
         if options.what == "page":
+            if not options.results.exists():
+                raise InputError(f"--results {options.results}: there is no such file; give that of a run")
             write_page(options.page, results)
             return 0
         rows = choose(read_rows(options.size), options.names, options.only)

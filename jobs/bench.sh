@@ -11,6 +11,11 @@
 # is not measured again (--again does). The arguments are those of bench/experiments.py run.
 set -euo pipefail
 out="$(realpath -m "${OUT:-measurements}")"
+case " $* " in *" --results"*)
+    echo "bench: results go to OUT=${OUT:-measurements}; give that instead of --results" >&2
+    exit 2
+    ;;
+esac
 . "$(dirname "$0")/setup.sh"
 setup run
 python -c 'import matplotlib' 2>/dev/null || pip_install matplotlib

@@ -231,6 +231,7 @@ def test_a_disk_that_is_full_leaves_the_results_as_they_were(data: Path, tmp_pat
         (["run", "--launch", "mpirun -np 2"], "--launch is 'mpirun -np 2', must have {ranks} where"),
         (["run", "--launch", "no-such {ranks}"], "--launch is 'no-such {ranks}', but there is no program no-such"),
         (["run", "--launch", "true {ranks}", "--ranks", "0"], "--ranks is 0, must be 1 or more"),
+        (["run", "--ranks", "4"], "--ranks is 4, but there is no --launch"),
         (["page", "devices"], "page takes no names (devices)"),
     ],
 )
@@ -280,6 +281,23 @@ def test_a_page_is_filled_in_between_its_marks(tmp_path: Path) -> None:
         assert "| bf16 | 7 | 12.500 ± 0.25 | 12.000 | 0.01 |" in text
 
 
+def test_a_page_keeps_its_line_ends(tmp_path: Path) -> None:
+    page, results = tmp_path / "page.md", tmp_path / "results.jsonl"
+    page.write_bytes(b"Before.\r\n<!-- table formats -->\r\n<!-- end -->\r\n")
+    results.touch()
+    for _ in range(2):
+        assert run("page", "--page", page, "--results", results).returncode == 0
+        lines = page.read_bytes().split(b"\n")
+        assert lines[2:4] == [b"\r", b"Not measured yet.\r"] and all(line.endswith(b"\r") for line in lines[:-1])
+
+
+def test_a_page_of_nothing_is_refused(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    done = run("page", "--page", page, "--results", tmp_path / "resutls.jsonl")
+    assert (done.returncode, done.stderr.count("\n"), page.exists()) == (2, 1, False)
+    assert done.stderr.startswith(f"experiments: --results {tmp_path}/resutls.jsonl: there is no such file")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -294,6 +312,7 @@ def test_a_page_is_filled_in_between_its_marks(tmp_path: Path) -> None:
 def test_a_page_with_wrong_marks_is_refused_and_left_alone(tmp_path: Path, text: str, said: str) -> None:
     page = tmp_path / "page.md"
     page.write_text(text)
+    (tmp_path / "results.jsonl").touch()
     done = run("page", "--page", page, "--results", tmp_path / "results.jsonl")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith(f"experiments: {page}, {said}")
