@@ -54,6 +54,12 @@ def two(slices: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(slices, tmp_path / "slices"))
 
 
+def slicing(model: Path, out: Path, *options: str) -> list[str]:
+    """The command that slices a model for two ranks."""
+    program = [sys.executable, "-m", "tpimpi", "slice"]
+    return [*program, "--model", str(model), "--ranks", "2", "--out", str(out), *options]
+
+
 def assert_one_line(result: Result, pattern: str, code: int = 2) -> None:
     """Exactly one line of ours, with the exit code, and nothing that looks like a crash."""
     assert len(result.our_lines) == 1, result.err
@@ -672,18 +678,7 @@ def test_a_line_is_one_write_even_unbuffered(tiny: Path, tmp_path: Path) -> None
     A pipe with O_DIRECT gives each read what one write put in (pipe(2)).
     """
     ours, theirs = os.pipe2(os.O_DIRECT | os.O_CLOEXEC)
-    command = [
-        sys.executable,
-        "-m",
-        "tpimpi",
-        "slice",
-        "--model",
-        str(tiny),
-        "--ranks",
-        "2",
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    command = slicing(tiny, tmp_path / "out")
     subprocess.run(command, stderr=theirs, env={**os.environ, "PYTHONUNBUFFERED": "1"}, timeout=60, check=True)
     os.close(theirs)
     writes = list(iter(lambda: os.read(ours, 1 << 16), b""))
@@ -739,20 +734,8 @@ def test_a_cache_that_cannot_be_is_one_line(tpimpi, tiny: Path, tmp_path: Path, 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_slicing_leaves_what_can_go_on(smollm2: Path, tmp_path: Path, number: signal.Signals) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "tpimpi",
-        "slice",
-        "--model",
-        str(smollm2),
-        "--ranks",
-        "2",
-        "--format",
-        "f32",  # which takes longer than this test does to notice that it has begun
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    # f32 takes longer than this test does to notice that it has begun.
+    command = slicing(smollm2, tmp_path / "out", "--format", "f32")
     process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("out/.rank-1*")) and time.monotonic() < deadline:
