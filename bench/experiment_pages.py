@@ -83,7 +83,11 @@ def conditions(found: Sequence[Found], folder: Path) -> str:
         days = sorted({line["when"][:10] for line in these})
         commits = list(dict.fromkeys(line["commit"] for line in these))
         at = f"at commit {commits[0]}" if len(commits) == 1 else f"at commits {', '.join(commits)}, as each line says"
-        versions = ", ".join(f"{name} {version}" for name, version in these[-1]["versions"].items() if name != "tpimpi")
+        names = dict.fromkeys(name for line in these for name in line["versions"] if name != "tpimpi")
+        versions = ", ".join(
+            f"{name} {' and '.join(dict.fromkeys(line['versions'][name] for line in these if name in line['versions']))}"
+            for name in names
+        )
         lines.append(
             f"{values['cpu']}, {values['cores']} cores, {values['memory_gib']} GiB, {values['system']}; {versions}; "
             f"{len(these)} rows, measured {days[0]}{'' if len(days) == 1 else f' to {days[-1]}'} {at}."
