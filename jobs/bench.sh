@@ -2,7 +2,7 @@
 # Runs the experiments (bench/experiments.py) on this machine, and makes tables and pictures of what they measured; as root, on
 # Linux, while nothing else runs:
 #
-#   bash jobs/bench.sh --quick             every table in small
+#   bash jobs/bench.sh --quick             every table in small: 13.5 minutes on two cores, once the environments are there
 #   bash jobs/bench.sh                     everything: hours, and 45 GB of disk
 #   bash jobs/bench.sh devices memory      some of them; python bench/experiments.py list says which there are
 #   bash jobs/bench.sh --smallest          a few layers, some minutes, nothing worth reading: to see that all of it works
