@@ -30,6 +30,13 @@ def _verdict(measured: float, claimed: float) -> str:
     return "confirmed" if measured >= claimed * NEAR else "worse" if measured > 1 else "not so"
 
 
+def _verdict_less(less: float, low: float, high: float) -> str:
+    """Of something that is to be less by a share between `low` and `high`: a tenth counts of what is left of it."""
+    if 1 - less < (1 - high) * NEAR:
+        return "better"
+    return "confirmed" if 1 - less <= (1 - low) / NEAR else "worse" if less > 0 else "not so"
+
+
 def _pair(found: Sequence[Found], model: str, fmt: str, memory: str) -> tuple[Found, Found] | None:
     same = {"experiment": "devices", "shape": model, "format": fmt, "memory": memory}
     one, four = (_one(found, devices=devices, **same) for devices in (1, 4))
@@ -86,12 +93,10 @@ def _offloading(found: Sequence[Found]) -> tuple[str, str]:
             )
     if not least or ours[0] is None:
         return _NOT_MEASURED
-    less = min(least)
-    verdict = "better" if less > 0.9 else "confirmed" if less >= 0.8 * NEAR else "worse" if less > 0 else "not so"
     quantized = _one(found, program="tpimpi", format="q4_0", devices=4, **home)
     small = "" if quantized is None else f"; in q4_0 {per_token(quantized.figures['s_per_token'])} s a token"
     return (
-        verdict,
+        _verdict_less(min(least), 0.8, 0.9),
         f"7B in bf16, four devices, {per_token(ours[0].figures['s_per_token'])} s a token: {'; '.join(said)}{small}",
     )
 
@@ -102,8 +107,7 @@ def _seventy(found: Sequence[Found]) -> tuple[str, str]:
         return _NOT_MEASURED
     part = sum(row.figures["pinned_bytes"] + row.figures["streamed_bytes_per_token"]) / row["devices"]
     less = 1 - row.peak / part
-    verdict = "better" if less > 0.92 else "confirmed" if less >= 0.88 else "worse"
-    return verdict, (
+    return _verdict_less(less, 0.9, 0.9), (
         f"{mb(row.peak)} on the device that took most, {100 * less:.0f} % less than an eighth of the weights in q4_0, "
         f"{mb(part)}; {per_token(row.figures['s_per_token'])} s a token where all eight share one disk (the paper: 3.1 GB "
         "and 26.1 s, with a disk each)"
@@ -204,7 +208,7 @@ def _window(found: Sequence[Found]) -> tuple[str, str]:
     verdict = "confirmed" if worst <= 1.25 else "worse"
     longer = max(line for *_, line in ratios) / min(pinned)
     if longer > 1:
-        verdict += ", as far as computing takes as long as reading"
+        verdict += ", but what reading takes beyond computing still shows"
     return verdict, (
         f"a token takes {times(min(ratio for ratio, *_ in ratios))} to {times(worst)} times the larger of reading and "
         f"computing (worst: {what}): the smaller is hidden. Here that is computing ({ms(min(pinned))}); reading takes up "

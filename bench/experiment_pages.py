@@ -84,10 +84,7 @@ def conditions(found: Sequence[Found], folder: Path) -> str:
         commits = list(dict.fromkeys(line["commit"] for line in these))
         at = f"at commit {commits[0]}" if len(commits) == 1 else f"at commits {', '.join(commits)}, as each line says"
         names = dict.fromkeys(name for line in these for name in line["versions"] if name != "tpimpi")
-        versions = ", ".join(
-            f"{name} {' and '.join(dict.fromkeys(line['versions'][name] for line in these if name in line['versions']))}"
-            for name in names
-        )
+        versions = ", ".join(_version(name, [line["versions"].get(name) for line in these]) for name in names)
         lines.append(
             f"{values['cpu']}, {values['cores']} cores, {values['memory_gib']} GiB, {values['system']}; {versions}; "
             f"{len(these)} rows, measured {days[0]}{'' if len(days) == 1 else f' to {days[-1]}'} {at}."
@@ -96,6 +93,12 @@ def conditions(found: Sequence[Found], folder: Path) -> str:
     done = sum(row in [each.line["settings"] for each in found] for row in rows)
     lines.append(f"Of the {len(rows)} rows of the full set {done} are measured.")
     return "\n\n".join(lines)
+
+
+def _version(name: str, of: Sequence[str | None]) -> str:
+    """All versions of something that took part, and in how many rows, where not all say so."""
+    known = [version for version in of if version is not None]
+    return f"{name} {' and '.join(dict.fromkeys(known))}" + (f" ({len(known)} rows)" if len(known) < len(of) else "")
 
 
 def emulation(found: Sequence[Found], folder: Path) -> str:

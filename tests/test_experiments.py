@@ -343,6 +343,13 @@ def test_a_claim_is_judged_by_its_figures(one: tuple[float, float], four: tuple[
     assert f"({one[1] / four[1]:.3g}" in figures
 
 
+@pytest.mark.parametrize(
+    ("less", "verdict"), [(0.92, "better"), (0.9, "confirmed"), (0.78, "confirmed"), (0.77, "worse"), (-0.1, "not so")]
+)
+def test_a_share_is_judged_by_what_is_left_of_it(less: float, verdict: str) -> None:
+    assert claims_of._verdict_less(less, 0.8, 0.9) == verdict
+
+
 def test_what_was_not_measured_is_said_to_be_so() -> None:
     assert {verdict for _, verdict, _ in claims_of.claims([])} == {"not measured"}
 
