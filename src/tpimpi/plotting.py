@@ -22,12 +22,14 @@ from tpimpi.trace import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 PNG = b"\x89PNG\r\n\x1a\n"
 MOST_PANELS = 24  # ranks whose memory is drawn
 MOST_DRAWN = 20_000  # spans of a trace
 LONGEST_LABEL = 24  # characters
+SHORT_DECADES = 3.2  # of a logarithmic axis that has more than powers of ten
 
 _INK, _GRID = "#1a202c", "#e2e8f0"
 _PINNED, _BUFFERS, _REST, _PROMISE = "#2b6cb0", "#ed8936", "#cbd5e0", "#c53030"
@@ -299,13 +301,17 @@ def plot_lines(
     *,
     ticks: Sequence[float] = (),
 ) -> None:
-    """Draw panels (title, lines) side by side as a PNG or SVG, both axes logarithmic and called `axes_are`; `ticks` are the
-    numbers along x, where not matplotlib's own. A label has the same colour in all of them. Raises StorageError."""
-    figure = _figure(1.4 + 4.4 * len(panels), 4.4)
-    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    """Draw panels (title, lines) in rows of up to three as a PNG or SVG, both axes logarithmic and called `axes_are`; `ticks`
+    are the numbers along x, where not 1, 2, 5, 10, … A label has the same colour in all. Raises StorageError."""
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = _figure(1.4 + 4.4 * columns, 0.8 + 3.6 * rows)
+    grid = figure.subplots(rows, columns, sharex=True, sharey="row", squeeze=False)
     labels = list(dict.fromkeys(line.label for _, lines in panels for line in lines if not line.limit))
     handles: dict[str, Any] = {}
-    for axes, (title, lines) in zip(grid.flat, panels, strict=True):
+    for unused in grid.flat[len(panels) :]:
+        unused.set_visible(False)
+    for axes, (title, lines) in zip(grid.flat, panels, strict=False):
         for line in lines:
             if line.limit:
                 look: dict[str, Any] = {"color": _INK, "linestyle": (0, (5, 3)), "linewidth": 1.3}
@@ -314,19 +320,35 @@ def plot_lines(
             handles[line.label] = axes.plot(line.x, line.y, label=_label(line.label), **look)[0]
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.set_title(title, loc="left", fontsize=9.5, color=_INK, parse_math=False)
+        axes.grid(color=_GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+    for axes in grid.flat[: len(panels)]:  # once all is drawn: they share their axes
+        _number(axes.yaxis)
+        _number(axes.xaxis)
         if ticks:
             axes.set_xticks(list(ticks), [f"{tick:g}" for tick in ticks])
             axes.set_xticks([], minor=True)
-        axes.set_title(title, loc="left", fontsize=9.5, color=_INK, parse_math=False)
+    for axes in grid.flat[max(0, len(panels) - columns) : len(panels)]:  # the lowest of its column
         axes.set_xlabel(axes_are[0], color=_INK)
-        axes.grid(color=_GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-    grid.flat[0].set_ylabel(axes_are[1], color=_INK)
+        axes.tick_params(labelbottom=True)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(axes_are[1], color=_INK)
     names = [_label(label) for label in handles]
-    figure.legend(
-        list(handles.values()), names, loc="outside upper center", ncols=4 if len(panels) == 1 else 7, frameon=False
-    )
+    figure.legend(list(handles.values()), names, loc="outside upper center", ncols=2 * columns, frameon=False)
     _write(figure, path, path.suffix.lower().removeprefix(".") or "png", option)
+
+
+def _number(axis: Axis) -> None:
+    """Numbers along a logarithmic axis: 1, 2, 5, 10, … where it is short, which would have one or two by itself."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    least, most = sorted(axis.get_view_interval())
+    short = most < 10**SHORT_DECADES * least
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if short else (1.0,), numticks=20))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    if short:
+        axis.set_minor_locator(NullLocator())
 
 
 # All of them
