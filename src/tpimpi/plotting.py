@@ -301,8 +301,8 @@ def plot_lines(
     *,
     ticks: Sequence[float] = (),
 ) -> None:
-    """Draw panels (title, lines) in rows of up to three as a PNG or SVG, both axes logarithmic and called `axes_are`; `ticks`
-    are the numbers along x, where not 1, 2, 5, 10, … A label has the same colour in all. Raises StorageError."""
+    """Draw panels (title, lines) in rows of up to three as a PNG or SVG, both axes logarithmic and called `axes_are`;
+    `ticks` are the numbers along x, where not 1, 2, 5, 10, … A label has the same colour in all. Raises StorageError."""
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = _figure(1.4 + 4.4 * columns, 0.8 + 3.6 * rows)
