@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import sys
 import xml.etree.ElementTree as ET
@@ -13,7 +14,7 @@ import pytest
 from conftest import ROOT, run_command
 from tpimpi import options, plotting
 from tpimpi.errors import InputError, StorageError
-from tpimpi.plotting import Timeline, check_plot, plot_memory, plot_trace, read_trace
+from tpimpi.plotting import Line, Timeline, check_plot, plot_lines, plot_memory, plot_trace, read_trace
 from tpimpi.trace import COMPUTE, READ, STAR, WAIT, RankTrace, Recorder, chrome_trace, write_trace
 
 RED = (0xC5, 0x30, 0x30)  # of the promise, and of waiting
@@ -41,6 +42,29 @@ def pixels(path: Path, colour: tuple[int, int, int]) -> np.ndarray:
 def timeline(rank: int, promise: int | None = 700_000_000) -> Timeline:
     points = [[5000 + t / 10, 600e6 + t * 1e4, 400e6, 80e6] for t in range(200)]
     return Timeline(f"r{rank} pi-{rank}", points, promise)
+
+
+# Lines
+
+
+@pytest.mark.parametrize(("panels", "size"), [(1, (870, 660)), (3, (2190, 660)), (4, (1530, 1200)), (5, (2190, 1200))])
+def test_lines_stand_in_rows_of_panels_and_nothing_is_cut_off(
+    tmp_path: Path, panels: int, size: tuple[int, int]
+) -> None:
+    lines = [Line(f"{number} " + "w" * 22, [1, 8], [number + 1, 30]) for number in range(7)]
+    plot_lines([(f"panel {number}", lines) for number in range(panels)], tmp_path / "lines.png", ("x", "y"))
+    assert png_size(tmp_path / "lines.png") == size
+    white = pixels(tmp_path / "lines.png", (255, 255, 255))
+    assert white[:, 0].all() and white[:, -1].all() and white[0].all() and white[-1].all()
+
+
+@pytest.mark.parametrize(
+    ("top", "numbers"), [(30.0, ["1", "2", "5", "10", "20"]), (1e6, ["1", "10", "100", "1000", "10000", "100000"])]
+)
+def test_a_short_axis_has_more_numbers_than_powers_of_ten(tmp_path: Path, top: float, numbers: list[str]) -> None:
+    plot_lines([("panel", [Line("a line", [3, 4], [1, top])])], tmp_path / "lines.svg", ("", ""), ticks=(3,))
+    shown = re.findall(r">(\d+)</text>", (tmp_path / "lines.svg").read_text(encoding="utf-8"))
+    assert [number for number in shown if number != "3"][: len(numbers)] == numbers
 
 
 # Memory

@@ -305,7 +305,8 @@ def plot_lines(
     `ticks` are the numbers along x, where not 1, 2, 5, 10, … A label has the same colour in all. Raises StorageError."""
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = _figure(1.4 + 4.4 * columns, 0.8 + 3.6 * rows)
+    width = 1.4 + 4.4 * columns
+    figure = _figure(width, 0.8 + 3.6 * rows)
     grid = figure.subplots(rows, columns, sharex=True, sharey="row", squeeze=False)
     labels = list(dict.fromkeys(line.label for _, lines in panels for line in lines if not line.limit))
     handles: dict[str, Any] = {}
@@ -335,7 +336,9 @@ def plot_lines(
     for axes in grid[:, 0]:
         axes.set_ylabel(axes_are[1], color=_INK)
     names = [_label(label) for label in handles]
-    figure.legend(list(handles.values()), names, loc="outside upper center", ncols=2 * columns, frameon=False)
+    entry = 0.6 + 0.12 * max(map(len, names), default=0)  # inches, of the widest letters
+    ncols = max(1, int(width / entry))
+    figure.legend(list(handles.values()), names, loc="outside upper center", ncols=ncols, frameon=False)
     _write(figure, path, path.suffix.lower().removeprefix(".") or "png", option)
 
 
