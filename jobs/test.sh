@@ -16,5 +16,5 @@ ruff check .
 ruff format --check .
 part mypy mypy
 part lint-imports lint-imports
-part "tests under Open MPI" python -m pytest --mpi openmpi
-part "tests under MPICH" python -m pytest --mpi mpich -m mpi
+part "tests under Open MPI" python -m pytest --durations=15 --mpi openmpi
+part "tests under MPICH" python -m pytest --durations=15 --mpi mpich -m mpi

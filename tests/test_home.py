@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -179,16 +180,22 @@ def test_bandwidth_holds_back(four: Any) -> None:
     four.set_link(home.Link(0.0, 0.0, 4e6))
     try:
         with four.socket(1) as server, four.socket(0) as sender:
+            server.settimeout(TIMEOUT)
+            sender.settimeout(TIMEOUT)
             server.bind((four.addresses[1], 0))
             server.listen()
             start = time.monotonic()
             sender.connect(server.getsockname())
             connection = server.accept()[0]
-            with connection:
+            connection.settimeout(TIMEOUT)
+            # How much the kernel takes before anyone reads depends on its congestion control, so both ends work at once.
+            with connection, ThreadPoolExecutor(1) as other:
+                sent = other.submit(sender.sendall, bytes(500_000))
                 left = 500_000
-                sender.sendall(bytes(left))
-                while left:
-                    left -= len(connection.recv(1 << 16))
+                while left and (got := len(connection.recv(1 << 16))):
+                    left -= got
+                sent.result()
+            assert left == 0
             assert time.monotonic() - start >= 500_000 / 4e6
     finally:
         four.set_link(home.Link(LATENCY))
