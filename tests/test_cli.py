@@ -725,11 +725,17 @@ def test_the_report_may_be_a_device_or_a_link(tpimpi, tiny: Path, tmp_path: Path
     assert fifo.is_fifo()
 
 
-@pytest.mark.parametrize("place", ["/proc", "{folder}/file"])
-def test_a_cache_that_cannot_be_is_one_line(tpimpi, tiny: Path, tmp_path: Path, place: str) -> None:
-    (tmp_path / "file").write_text("")
-    env = {"TPIMPI_MODEL": str(tiny), "TPIMPI_CACHE": place.format(folder=tmp_path)}
+def test_a_cache_that_cannot_be_written_is_one_line(tpimpi, tiny: Path) -> None:
+    env = {"TPIMPI_MODEL": str(tiny), "TPIMPI_CACHE": "/proc"}
     assert_one_line(tpimpi(*PROMPT, env=env, timeout=60), "cannot write to .*; set TPIMPI_CACHE to another", code=1)
+
+
+@pytest.mark.parametrize("place", ["{file}", "{file}/deeper/still"])
+def test_a_cache_that_is_a_file_is_refused(tpimpi, tiny: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    env = {"TPIMPI_MODEL": str(tiny), "TPIMPI_CACHE": place.format(file=tmp_path / "file")}
+    assert_one_line(tpimpi(*PROMPT, env=env, timeout=60), "TPIMPI_CACHE is .*file is a file; give the path of a folder")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

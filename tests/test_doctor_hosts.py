@@ -314,6 +314,16 @@ def test_a_shell_that_greets_is_no_trouble(
     assert not any(line.startswith("wrong") for line in words["good.invalid"])
 
 
+@pytest.mark.parametrize("what", ["yes", "head -c 3000000 /dev/zero; sleep 300"])
+def test_a_program_that_prints_without_end(
+    doctor: Callable[..., tuple[Result, dict[str, list[str]]]], program: Callable[..., str], what: str
+) -> None:
+    agent = program(f'case $1 in endless*) {what}; exit;; esac\nshift; exec sh -c "$*"')
+    _, words = doctor(["localhost", "endless.invalid", "good.invalid"], "--ssh", agent)
+    assert words["endless.invalid"][-1] == "wrong ssh: it prints without end; try: ssh endless.invalid true"
+    assert not any(line.startswith("wrong") for line in words["good.invalid"])
+
+
 def test_a_host_with_another_tpimpi_and_mpi(
     doctor: Callable[..., tuple[Result, dict[str, list[str]]]], program: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -15,10 +15,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tpimpi import doctor_probe
 from tpimpi.interfaces import Interface, interfaces
@@ -28,6 +28,7 @@ DEAD = 10.0  # seconds that a host which is down may take
 CONNECT = 4.0  # seconds for a name, for a connection
 SSH = 8.0  # seconds for ssh to say the first word
 PROBE = 45.0  # seconds for all of it: a small board takes long to start Python
+MOST_SAID = 1 << 20  # characters that a host may say: a login that prints for ever is no answer
 _HELLO = "tpimpi-doctor"
 _END_OF_PROBE = "TPIMPI_END_OF_PROBE"
 _DAEMONS = {OPEN_MPI: ("prted", "orted"), MPICH: ("hydra_pmi_proxy",)}
@@ -121,6 +122,15 @@ def script(ours: Ours, token: str, back: str) -> str:
     return "\n".join(line for line in lines if line) + "\n"
 
 
+def _lines(stream: IO[str] | None) -> Iterator[str]:
+    """The lines of a pipe, until it ends or has said MOST_SAID characters."""
+    assert stream is not None
+    left = MOST_SAID
+    while left > 0 and (line := stream.readline(left)):
+        left -= len(line)
+        yield line
+
+
 class Probe:
     """The script, running on a host; and our listener, for it to call back."""
 
@@ -168,15 +178,16 @@ class Probe:
         return write
 
     def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+        said = 0
+        for line in _lines(self._process.stdout):
+            said += len(line)
             self._lines.put(line.rstrip("\n"))
+        if said >= MOST_SAID:
+            self._errors.append("it prints without end")
         self._lines.put(None)
 
     def _read_errors(self) -> None:
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            self._errors.append(line)
+        self._errors.extend(_lines(self._process.stderr))
 
     def _answer(self) -> None:
         """Whoever comes with the token gets it back."""

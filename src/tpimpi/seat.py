@@ -61,12 +61,19 @@ class Settings:
 
 
 def cache_folder() -> Path:
-    """Where slices that a run makes by itself are kept, on this host: $TPIMPI_CACHE, or the user's cache folder."""
+    """Where slices that a run makes by itself are kept, on this host: $TPIMPI_CACHE, or the user's cache folder.
+
+    Raises InputError where TPIMPI_CACHE cannot be a folder.
+    """
     if chosen := os.environ.get("TPIMPI_CACHE"):
         try:
-            return Path(chosen).expanduser()
+            folder = Path(chosen).expanduser()
         except RuntimeError as error:
             raise InputError(f"TPIMPI_CACHE is {chosen[:80]!r}: no such user; give the path of a folder") from error
+        for there in (folder, *folder.parents):
+            if there.is_file():
+                raise InputError(f"TPIMPI_CACHE is {chosen!r}, but {there} is a file; give the path of a folder")
+        return folder
     import platformdirs
 
     return platformdirs.user_cache_path("tpimpi")
