@@ -15,6 +15,7 @@ from tpimpi.plan import make_plan
 from tpimpi.slicing import choose_formats, slice_model
 from tpimpi.sources import open_source
 from tpimpi.star import Links, Wire, choose, describe, parse_rule
+from tpimpi.star.links import worth_timing
 from tpimpi.star.wire import bounds
 
 
@@ -106,6 +107,25 @@ def test_the_star_is_preferred_where_nothing_is_clearly_faster() -> None:
     )
     assert choose({"star": star, "exchange": near[:2], "mesh": near}, 4) == "star:65536,mesh"
     assert choose({"star": star, "exchange": near[:2], "mesh": near}, 2) == "star"
+
+
+@pytest.mark.parametrize("took", [0.001, 0.025, 0.08, 0.4])
+def test_measuring_takes_well_under_a_second_where_links_are_slow(took: float) -> None:
+    """A star of 16384 numbers took so long, because of its bytes: then all that is timed, star, exchange and mesh, with the
+    mesh as long as the star at worst, takes under 1.5 s where that star takes 0.4 s, and else under a second."""
+    sizes, repeats = worth_timing(took)
+    stars = repeats * sum(took * size / 16_384 for size in sizes)
+    exchanges = repeats * sum(took * size / 16_384 for size in sizes if size <= 32_768)
+    assert took + 2 * stars + exchanges < (1.5 if took == 0.4 else 1.0)
+
+
+@pytest.mark.parametrize("sizes", [(1024, 4096), (4096, 16_384)])
+def test_what_is_chosen_where_only_small_sums_were_timed(sizes: tuple[int, int]) -> None:
+    """1.25 MB/s, 2 ms, four ranks. Of 1024 numbers the mesh takes 8.9 ms, and the exchange 11.8; of fewer nothing is known."""
+    star = [(n, 4 * MS + n * 9.6e-6) for n in sizes]
+    mesh = [(n, 4 * MS + n * 4.8e-6) for n in sizes]
+    exchange = [(n, 2 * MS + n * 9.6e-6) for n in sizes]
+    assert choose({"star": star, "exchange": exchange, "mesh": mesh}, 4) == "mesh"
 
 
 def test_two_ranks_exchange_whatever_the_size() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import psutil
+import pytest
 
 from conftest import PROGRAMS, Launcher
 
@@ -38,6 +39,14 @@ def test_a_rank_that_has_taken_its_leave_is_not_missed(mpirun: Launcher) -> None
     assert result.code == 0, result.err
     assert "no sign of life" not in result.err
     assert "all well" in result.out
+
+
+@pytest.mark.parametrize("dead", ["dead-hub", "dead-rank"])
+def test_a_rank_that_dies_while_a_note_is_waited_for_is_no_error_of_ours(mpirun: Launcher, dead: str) -> None:
+    result = mpirun(3, WATCHED, dead, timeout=60)
+    assert result.code != 0
+    assert "Traceback" not in result.err, result.err
+    assert _left() == []
 
 
 def test_a_start_that_takes_long_is_explained(mpirun: Launcher) -> None:

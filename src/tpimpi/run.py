@@ -90,7 +90,7 @@ def greet(star: Star) -> list[Guest]:
     for rank, hello in enumerate(meet(star)):
         if hello["version"] != __version__:
             raise InputError(
-                f"rank {rank} on {hello['host']} runs tpimpi {hello['version']}, rank 0 runs {__version__}; "
+                f"r{rank} {hello['host']} runs tpimpi {hello['version']}, rank 0 runs {__version__}; "
                 "install the same version on every host"
             )
         guests.append(Guest(hello["host"], frozenset(hello["cores"]), hello["host_cores"], hello["native"]))
@@ -204,7 +204,7 @@ def _check_alike(header: Header, rank: int, note: dict[str, Any]) -> None:
     for name, value in identity(header).items():
         if note[name] != value:
             raise SliceError(
-                f"the slice of rank {rank} on {note['host']} has {name} {note[name]}, rank 0's has {value}; "
+                f"the slice of r{rank} {note['host']} has {name} {note[name]}, rank 0's has {value}; "
                 "use slices that were made together"
             )
 

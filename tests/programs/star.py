@@ -100,7 +100,7 @@ def _silence_is_named(star: Star) -> None:
         try:
             under_way.wait(time.monotonic() + 0.3)
         except StarError as error:
-            assert f"rank {last} " in str(error) and "rank 1 for" not in str(error).replace(f"rank {last} ", ""), error
+            assert f"from {star.watch.name(last)} for" in str(error), error
         else:
             raise AssertionError("the hub did not notice")
     world.Barrier()

@@ -1,4 +1,4 @@
-"""Run on every rank: what the watch and the start say. Argument: stop | late | slow | leave."""
+"""Run on every rank: what the watch and the start say. Argument: stop | late | slow | leave | dead-hub | dead-rank."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 
+from tpimpi.errors import StarError
 from tpimpi.star import Star, connect
 from tpimpi.star import star as star_module
 from tpimpi.star import watch as watch_module
@@ -27,6 +28,8 @@ def main() -> None:
         star.allow_silence(2.0)
     _agree(star)
     time.sleep(0.6)  # for a first beat
+    if KIND in ("dead-hub", "dead-rank"):
+        _one_dies(star, dead=0 if KIND == "dead-hub" else 2)
     if KIND == "stop" and rank == 2:
         os.kill(os.getpid(), signal.SIGSTOP)
     if KIND == "slow" and rank == 2:  # it beats, but the others wait for it
@@ -43,6 +46,21 @@ def main() -> None:
     if star.rank.is_hub:
         print("all well", flush=True)
     star.close()
+
+
+def _one_dies(star: Star, *, dead: int) -> None:
+    """One rank is killed while the others wait for a note, which is a probe for a message of whatever size."""
+    if star.rank.index == dead:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        if star.rank.is_hub:
+            star.collect(b"")
+        else:
+            star.hear()
+    except StarError as error:
+        print(f"{star.rank}: {error}", file=sys.stderr, flush=True)
+        star.abort(1)
 
 
 def _agree(star: Star) -> None:

@@ -18,11 +18,16 @@ ROUNDS = 8  # pings of every rank
 ENOUGH = 0.12  # seconds of them after which fewer do
 
 SIZES = (4096, 16_384, 65_536)  # numbers of the sums that are timed
-REPEATS = 3  # sums in a row: the first is not counted
+SIZES_IF_SLOW = (1024, 4096)
+TRIED = 16_384  # numbers of the star that tells how slow the links are
+SLOW, SLOWER = (
+    0.025,
+    0.08,
+)  # seconds that it takes: beyond the first the largest size is left out, beyond the other SIZES
+REPEATS, REPEATS_IF_SLOW = 3, 2  # sums in a row: the first is not counted
 SECOND_PASS = 0.2  # seconds of the first, up to which there is a second
 PATIENCE = 20.0  # seconds for a message of these
 MOST_EXCHANGED = 32_768  # numbers of a sum by exchange, at most, with three ranks or more
-FAR = 4 * SIZES[-1]
 CLEARLY = 0.9  # of the star's time: what another way must take at most, to be preferred
 
 _PING, _LATENCY, _SUM, _END = range(4)  # what the hub asks for: float64 [4]: kind, and up to three numbers
@@ -113,14 +118,17 @@ class Measuring:
         """Time the algorithms that add in rank order."""
         best: dict[tuple[str, int], float] = {}
         start = time.monotonic()
+        self._ask_all(_SUM, IN_RANK_ORDER.index("star"), TRIED, 1)
+        sizes, repeats = worth_timing(self._end_of("star", TRIED) - start)
+        start = time.monotonic()
         for turn in range(2):
-            for count in reversed(SIZES):  # so that the links carry what they can before the small ones are timed
+            for count in reversed(sizes):  # so that the links carry what they can before the small ones are timed
                 for index, name in enumerate(IN_RANK_ORDER):
                     if name == "exchange" and count > most_exchanged(self._post.size):
                         continue
-                    self._ask_all(_SUM, index, count, REPEATS)
+                    self._ask_all(_SUM, index, count, repeats)
                     try:
-                        ends = [self._end_of(name, count) for _ in range(REPEATS)]
+                        ends = [self._end_of(name, count) for _ in range(repeats)]
                     except StarError as error:
                         if name == "star":
                             raise
@@ -130,11 +138,19 @@ class Measuring:
                     best[name, count] = min([*trips, best.get((name, count), math.inf)])
             if turn == 0 and time.monotonic() - start > SECOND_PASS:
                 break
-        return {n: [(count, best[n, count]) for count in SIZES if (n, count) in best] for n in IN_RANK_ORDER}
+        return {n: [(count, best[n, count]) for count in sizes if (n, count) in best] for n in IN_RANK_ORDER}
 
     def _end_of(self, name: str, count: int) -> float:
         self._add(name, count)
         return time.monotonic()
+
+
+def worth_timing(took: float) -> tuple[Sequence[int], int]:
+    """The sizes of sums to time, and how many of each, where one star of TRIED numbers took so many seconds: over narrow or
+    far links all of them would take seconds."""
+    if took > SLOWER:
+        return SIZES_IF_SLOW, REPEATS_IF_SLOW
+    return SIZES[:-1] if took > SLOW else SIZES, REPEATS
 
 
 def choose(times: Times, ranks: int) -> str:
@@ -146,13 +162,14 @@ def choose(times: Times, ranks: int) -> str:
     them unless it took over twice the time, as what it has more of are messages, whose number counts less and less.
     """
     sizes = [1 << bits for bits in range(8, 25)]
+    largest = times["star"][-1][0]
 
     def better(name: str, size: int) -> bool:
         limit = CLEARLY
-        if name == "mesh" and size > SIZES[-1] and ranks > 2:
+        if name == "mesh" and size > largest and ranks > 2:
             limit = 1 / CLEARLY
-            if size > FAR:
-                size, limit = SIZES[-1], 2.0
+            if size > 4 * largest:
+                size, limit = largest, 2.0
         return expected(times[name], size) < limit * expected(times["star"], size)
 
     small, large = 0, math.inf

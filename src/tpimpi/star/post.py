@@ -71,7 +71,9 @@ class Post:
     awaited: tuple[int, ...] = ()  # the ranks that are waited for right now, within a deadline
 
     def __init__(self, comm: MPI.Intracomm) -> None:
-        self.comm = comm
+        from mpi4py import MPI
+
+        self.comm, self._mpi_error = comm, MPI.Exception
         self.rank, self.size = comm.rank, comm.size
         self.heard: dict[int, float] = {}  # when the last message of each rank came, time.monotonic()
         _fine_timers()
@@ -88,7 +90,12 @@ class Post:
             frame[:-SEAL] = data
             frame[-SEAL:].view(np.uint64)[0] = xxhash.xxh3_64_intdigest(data, tag)
             data = frame
-        requests = [self.comm.Isend(data, dest=rank, tag=tag) for rank in ranks]
+        requests = []
+        for rank in ranks:
+            try:
+                requests.append(self.comm.Isend(data, dest=rank, tag=tag))
+            except self._mpi_error as error:
+                raise self._lost(rank, error) from error
         return Pending(requests, ranks, [None] * len(requests), tag)
 
     def receive(self, array: npt.NDArray[Any], source: int, tag: int) -> Pending:
@@ -102,7 +109,10 @@ class Post:
         return self._receive(frame, source, tag), frame.buffer[:nbytes]
 
     def _receive(self, frame: Frame, source: int, tag: int) -> Pending:
-        return Pending([self.comm.Irecv(frame.buffer, source=source, tag=tag)], [source], [frame], tag)
+        try:
+            return Pending([self.comm.Irecv(frame.buffer, source=source, tag=tag)], [source], [frame], tag)
+        except self._mpi_error as error:
+            raise self._lost(source, error) from error
 
     def test(self, pending: Pending) -> bool:
         """Whether all of `pending` is done. Raises StarError where a message is not what was sent, or not what is due."""
@@ -116,18 +126,22 @@ class Post:
                 frame, peer = pending.frames[pending.done], pending.peers[pending.done]
                 if frame is not None:
                     if (found := status.Get_count(MPI.BYTE)) != frame.buffer.size:
-                        raise StarError(f"rank {peer} sent {found} bytes where {frame.buffer.size} were due")
-                    data = _opened(frame.buffer, peer, pending.tag)
+                        raise StarError(f"{self.name(peer)} sent {found} bytes where {frame.buffer.size} were due")
+                    data = self._opened(frame.buffer, peer, pending.tag)
                     if frame.target is not None:
                         frame.target[:] = data
                     self.heard[peer] = time.monotonic()
                 pending.done += 1
-        except MPI.Exception as error:
-            raise LostError(
-                f"lost the connection to {self.name(pending.peers[pending.done])} ({error.Get_error_string()}): its process "
-                f"died, or the machine or its network is gone; {LOOK}; the run ends here"
-            ) from error
+        except self._mpi_error as error:
+            raise self._lost(pending.peers[pending.done], error) from error
         return True
+
+    def _lost(self, peer: int, error: MPI.Exception) -> LostError:
+        """What is said where MPI fails: it has no other reason, in whatever call it finds out."""
+        return LostError(
+            f"lost the connection to {self.name(peer)} ({error.Get_error_string()}): its process died, or the machine or "
+            f"its network is gone; {LOOK}; the run ends here"
+        )
 
     def wait(self, pending: Pending, deadline: float | None) -> None:
         """Wait until all of `pending` is done; however long it takes, where there is no deadline (a time.monotonic())."""
@@ -145,7 +159,7 @@ class Post:
                     self.awaited = tuple(pending.peers[pending.done :])
                     if time.monotonic() > deadline:
                         left = zip(pending.requests[pending.done :], self.awaited, strict=True)
-                        raise silence([peer for request, peer in left if not request.Test()], pause.elapsed())
+                        raise self._silence([peer for request, peer in left if not request.Test()], pause.elapsed())
                 pause.sleep()
         finally:
             self.awaited = ()
@@ -160,40 +174,41 @@ class Post:
         try:
             while (message := self.comm.Improbe(source=source, tag=tag, status=status)) is None:
                 if deadline is not None and time.monotonic() > deadline:
-                    raise silence([source], pause.elapsed())
+                    raise self._silence([source], pause.elapsed())
                 pause.sleep()
+            buffer = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+            pending = Pending([message.Irecv(buffer)], [source], [None])
+        except self._mpi_error as error:
+            raise self._lost(source, error) from error
         finally:
             self.awaited = ()
-        buffer = np.empty(status.Get_count(MPI.BYTE), np.uint8)
-        self.wait(Pending([message.Irecv(buffer)], [source], [None]), deadline)
+        self.wait(pending, deadline)
         self.heard[source] = time.monotonic()
-        return buffer if tag == BULK else _opened(buffer, source, tag)
+        return buffer if tag == BULK else self._opened(buffer, source, tag)
+
+    def _silence(self, late: Sequence[int], seconds: float) -> StarError:
+        """What is said of ranks that did not answer in time."""
+        names = ", ".join(self.name(peer) for peer in sorted(set(late)))
+        return StarError(
+            f"nothing came from {names} for {seconds:.0f} s; see whether that machine is up and reachable, "
+            "or allow more with --timeout"
+        )
+
+    def _opened(self, frame: Bytes, source: int, tag: int) -> Bytes:
+        """The bytes of a message, without its seal, if that is right."""
+        if frame.size < SEAL:
+            raise StarError(f"{self.name(source)} sent {frame.size} bytes where {SEAL} or more were due")
+        data = frame[:-SEAL]
+        seal = int.from_bytes(frame[-SEAL:].tobytes(), sys.byteorder)
+        if xxhash.xxh3_64_intdigest(data, tag) != seal:
+            raise StarError(
+                f"a message of {self.name(source)} was damaged on its way ({frame.size} bytes, tag {tag}); check the "
+                "network, and that every host has the same tpimpi"
+            )
+        return data
 
     def _pause(self, deadline: float | None) -> _Pause:
         return _Pause(self.latency, LONGEST_IDLE_SLEEP if deadline is None else LONGEST_SLEEP)
-
-
-def silence(late: Sequence[int], seconds: float) -> StarError:
-    """What is said of ranks that did not answer in time."""
-    names = ", ".join(f"rank {peer}" for peer in sorted(set(late)))
-    return StarError(
-        f"nothing came from {names} for {seconds:.0f} s; see whether that machine is up and reachable, "
-        "or allow more with --timeout"
-    )
-
-
-def _opened(frame: Bytes, source: int, tag: int) -> Bytes:
-    """The bytes of a message, without its seal, if that is right."""
-    if frame.size < SEAL:
-        raise StarError(f"rank {source} sent {frame.size} bytes where {SEAL} or more were due")
-    data = frame[:-SEAL]
-    seal = int.from_bytes(frame[-SEAL:].tobytes(), sys.byteorder)
-    if xxhash.xxh3_64_intdigest(data, tag) != seal:
-        raise StarError(
-            f"a message of rank {source} was damaged on its way ({frame.size} bytes, tag {tag}); check the network, and "
-            "that every host has the same tpimpi"
-        )
-    return data
 
 
 def _bytes(array: npt.NDArray[Any]) -> Bytes:

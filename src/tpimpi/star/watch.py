@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SILENCE = 8.0  # seconds without a beat after which a rank is gone
 LEAST_SILENCE = 1.0
+LATER = 2.0  # seconds by which a first beat may come later than the silence allows
 BEAT_BYTES = 64
 _HEAD = 24  # bytes of a beat before the name
 HERE, LEAVING = 1, 2
@@ -53,9 +54,8 @@ class Watch:
         self._peers = list(range(1, rank.size)) if rank.is_hub else [0]
         self._hosts = dict.fromkeys(self._peers, "")
         self._beaten = 0.0
-        now = time.monotonic()
-        # The first beat may take a second silence: some ranks start later than others.
-        self._heard = dict.fromkeys(self._peers, now + silence)
+        # The first beat may take longer: some ranks start later than others.
+        self._heard = dict.fromkeys(self._peers, time.monotonic() + min(silence, LATER))
         self._buffers = {peer: np.zeros(BEAT_BYTES, np.uint8) for peer in self._peers}
         self._receives = {peer: self._receive(peer) for peer in self._peers}
         self._sends: dict[int, Pending] = {}
@@ -78,7 +78,8 @@ class Watch:
         """From now on a rank is gone after so many seconds; on rank 0, which tells the others."""
         if silence == self.silence:
             return
-        later = time.monotonic() + self.silence  # it may take as long until they beat in the new way
+        # It takes one beat of the old kind until they beat in the new way.
+        later = time.monotonic() + min(self.silence, LATER)
         self.silence = silence
         for peer in list(self._heard):
             self._heard[peer] = later
