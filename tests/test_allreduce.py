@@ -121,7 +121,7 @@ def test_measuring_takes_well_under_a_second_where_links_are_slow(took: float) -
 
 @pytest.mark.parametrize("sizes", [(1024, 4096), (4096, 16_384)])
 def test_what_is_chosen_where_only_small_sums_were_timed(sizes: tuple[int, int]) -> None:
-    """1.25 MB/s, 2 ms, four ranks. Of 1024 numbers the mesh takes 8.9 ms, and the exchange 11.8; of fewer nothing is known."""
+    """1.25 MB/s, 2 ms: of 1024 numbers the mesh takes 8.9 ms, and the exchange 11.8; of fewer nothing is known."""
     star = [(n, 4 * MS + n * 9.6e-6) for n in sizes]
     mesh = [(n, 4 * MS + n * 4.8e-6) for n in sizes]
     exchange = [(n, 2 * MS + n * 9.6e-6) for n in sizes]
