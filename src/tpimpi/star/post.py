@@ -154,7 +154,8 @@ class Post:
                 early = min(early, deadline - time.monotonic())
                 self.awaited = tuple(pending.peers[pending.done :])
                 time.sleep(max(0.0, early))
-            while not self.test(pending):
+            # Two looks each time: over TCP MPI may take a message in at one, and hand it out at the next.
+            while not (self.test(pending) or self.test(pending)):
                 if deadline is not None:
                     self.awaited = tuple(pending.peers[pending.done :])
                     if time.monotonic() > deadline:
