@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,6 +19,12 @@ class Found:
 
     def __getitem__(self, key: str) -> Any:
         return self.line["settings"][key]
+
+    @property
+    def launch(self) -> str:
+        """What started it, where it ran on real machines."""
+        words = shlex.split(self.line["command"])
+        return words[words.index("--launch") + 1] if "--launch" in words else ""
 
     @property
     def model(self) -> str:
@@ -65,7 +72,7 @@ class Table:
 
 def again(found: Found, *, each: str = "") -> str:
     """What stands after `python bench/experiments.py run` to repeat it, or all that only differ in the setting `each`."""
-    words = repeat(found.line["settings"], each=each)
+    words = repeat(found.line["settings"], each=each, launch=found.launch)
     return f"`{words}`" if words else ""
 
 

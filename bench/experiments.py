@@ -27,13 +27,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 from experiment_pages import write_page
 from experiment_results import Results, commit
-from experiment_rows import SLICES_BYTES_PER_S, VARIED, Row, choose, read_rows, repeat
+from experiment_rows import SLICES_BYTES_PER_S, VARIED, Row, choose, on_machines, read_rows, repeat
 from experiment_runs import Site, measure
 from filelock import FileLock, Timeout
 
@@ -41,15 +40,7 @@ from tpimpi.errors import InputError, TpimpiError
 
 EXIT_INPUT, EXIT_INTERRUPTED = 2, 130
 ENDING = (signal.SIGTERM, signal.SIGHUP)
-PORTABLE = ("generate", "allreduce", "perplexity", "predict")  # what can do without an emulated home
 ALONE = ("perplexity", "predict")
-
-
-def on_machines(rows: Sequence[Row], ranks: int) -> list[Row]:
-    """The rows as they can run on real machines: without limits, each once."""
-    free = {"cores": None, "memory": "", "read": "", "latency": "", "bandwidth": "", "threads": 0}
-    fit = [row for row in rows if row.measure in PORTABLE and row.devices <= ranks]
-    return list(dict.fromkeys(replace(row, **free) for row in fit))
 
 
 def end(number: int, frame: FrameType | None) -> None:
@@ -105,7 +96,7 @@ def run(options: argparse.Namespace, rows: list[Row], results: Results) -> int:
             failed += 1
             continue
         figures, took = measured
-        results.add(row, figures, took, f"python bench/experiments.py run {repeat(row.settings())}")
+        results.add(row, figures, took, f"python bench/experiments.py run {repeat(row.settings(), launch=site.launch)}")
         print(f"  {brief(figures)} ({took:.0f} s)", file=sys.stderr, flush=True)
     if not options.keep:
         models.keep(())
