@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 from experiment_machines import predictions
-from experiment_models import Models
+from experiment_models import FOLDER, Models
 from experiment_rows import LAUNCHER_BYTES, Row
 from home import Home
 from home_devices import Device, Link, equal_devices, parse_bandwidth, parse_duration
@@ -55,7 +55,7 @@ class Site:
 
     @property
     def models(self) -> Models:
-        return Models(self.work / "models")
+        return Models(self.work / FOLDER)
 
     def folder(self) -> tempfile.TemporaryDirectory[str]:
         """For the files of one run, where all machines see it."""
@@ -66,10 +66,16 @@ class Site:
 # The home
 
 
-def devices_of(row: Row) -> list[Device]:
-    """The row's devices, with its limits."""
+def devices_of(row: Row, folder: Path) -> list[Device]:
+    """The row's devices, with its limits; `folder` is on the disk whose reading is limited, that of the slices."""
     return [
-        Device(device.name, cores=row.cores, memory=row.memory_bytes, read_bps=row.read_bps)
+        Device(
+            device.name,
+            cores=row.cores,
+            memory=row.memory_bytes,
+            read_bps=row.read_bps,
+            cache=folder / device.name if row.read_bps else None,  # the limit is that of the cache's disk
+        )
         for device in equal_devices(row.devices)
     ]
 
@@ -123,7 +129,7 @@ def run(row: Row, site: Site, arguments: Sequence[str], stdin: Path | None = Non
         words = shlex.split(site.launch.replace("{ranks}", str(row.devices)))
         process = subprocess.Popen([*words, *command], start_new_session=True, **pipes)
         return Ended(*_finish(process, timeout), [], 0)
-    with Home(devices_of(row), link_of(row)) as home:
+    with site.folder() as folder, Home(devices_of(row, Path(folder)), link_of(row)) as home:
         process = home.mpirun(command, mpi=row.mpi, **pipes)
         code, out, err = _finish(process, timeout)
         groups: list[Group] = [group for group in home.groups if group is not None]
@@ -227,7 +233,7 @@ def peer(row: Row, site: Site) -> Figures:
     model = site.models.make(row)
     model = model / "model.gguf" if (model / "model.gguf").exists() else model
     model = prepare(row.program, model, site.models.prepared(row))
-    with Home(devices_of(row)) as home:
+    with site.folder() as folder, Home(devices_of(row, Path(folder))) as home:
         found = run_peer(
             home,
             row.program,

@@ -50,6 +50,13 @@ def end(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
+def left_behind(work: Path) -> str:
+    """What an interrupted run leaves there, as the end of a sentence."""
+    models = Site(work).models
+    size = models.nbytes()
+    return f"; {models.folder} has {size / 1e9:.1f} GB of slices and models, which go when it ends" if size else ""
+
+
 def describe(row: Row) -> str:
     """The row in a few words."""
     return " ".join(f"{key}={value}" for key in VARIED if (value := getattr(row, key)) != "")
@@ -76,7 +83,7 @@ def run(options: argparse.Namespace, rows: list[Row], results: Results) -> int:
         done = [row for row in rows if results.find(row, now=not options.missing)]
         rows = [row for row in rows if row not in done]
         if done:
-            when = "" if options.missing else f" at {commit() or 'this commit'}"
+            when = "" if options.missing else f" at {commit()}"
             print(f"{len(done)} rows are done{when}; --again repeats them", file=sys.stderr)
     order = list(dict.fromkeys(row.slices for row in rows))
     rows = sorted(rows, key=lambda row: order.index(row.slices))  # those of the same slices together
@@ -106,7 +113,7 @@ def run(options: argparse.Namespace, rows: list[Row], results: Results) -> int:
 
 
 def attempt(row: Row, site: Site) -> tuple[dict[str, object], float] | None:
-    """What `measure` returns, or None where it fails.
+    """What `measure` returns, or None where it fails, with whatever it is: other rows may do, and hours were spent on them.
 
     A row that fails is tried once more: a launcher that now and then does not get its ranks together must not leave a hole
     in a measurement of hours.
@@ -114,8 +121,6 @@ def attempt(row: Row, site: Site) -> tuple[dict[str, object], float] | None:
     for then in ("; once more", ""):
         try:
             return measure(row, site)
-        except InputError:
-            raise
         except (TpimpiError, subprocess.SubprocessError, OSError) as error:
             print(f"  failed: {error}{then}", file=sys.stderr, flush=True)
     return None
@@ -230,9 +235,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TpimpiError as error:
         print(f"experiments: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("experiments: interrupted; what is done is kept, and the same command goes on", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except (KeyboardInterrupt, SystemExit) as error:
+        print(
+            f"experiments: interrupted; what is done is kept, and the same command goes on{left_behind(options.work)}",
+            file=sys.stderr,
+        )
+        return EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else int(error.code or 0)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from filelock import FileLock
 
 from conftest import ROOT, TIMEOUT, Launcher
 from test_home import needs_home
-from tpimpi.errors import InputError
+from tpimpi.errors import InputError, StorageError, TpimpiError
 from tpimpi.slicefile import SliceFile, slice_name
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -26,6 +28,9 @@ try:
     experiments = importlib.import_module("experiments")
     rows_of = importlib.import_module("experiment_rows")
     results_of = importlib.import_module("experiment_results")
+    models_of = importlib.import_module("experiment_models")
+    runs_of = importlib.import_module("experiment_runs")
+    limits = importlib.import_module("limits")
 finally:
     sys.path.remove(str(ROOT / "bench"))
 
@@ -208,6 +213,70 @@ def test_a_pass_takes_as_long_as_the_rank_that_has_most(data: Path) -> None:
     assert unlike.pass_s / equal.pass_s == pytest.approx((0.75 * layers + head) / (0.5 * layers + head), rel=0.01)
 
 
+# Slices and models
+
+
+def small(data: Path, **settings: Any) -> Any:
+    """A row whose model is made in a moment."""
+    row = rows_of.read_rows("full", data)[-1]
+    return replace(row, shape="tinyllama-1.1b", layers=1, memory="", **settings)
+
+
+def test_only_what_was_made_here_is_removed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = runs_of.Site(tmp_path).models
+    row = small(data)
+    stranger = models.folder / "photos" / "one.png"
+    stranger.parent.mkdir(parents=True)
+    for path in (stranger, models.folder / "notes.txt", models.folder / "x.done"):
+        path.write_text("mine")
+
+    def interrupted(command: list[str], **options: Any) -> None:
+        (models.path(row) / "part").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(models_of.subprocess, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            models.make(row)
+    assert (models.path(row) / "part").exists() and models.note(row) is None
+    models.keep({row.slices})
+    assert (models.path(row) / "part").exists()
+    models.keep(())
+    assert {path.name for path in models.folder.iterdir()} == {"photos", "notes.txt", "x.done"}
+    assert stranger.read_text() == "mine"
+
+
+def test_a_folder_of_somebody_else_is_not_made_anew(data: Path, tmp_path: Path) -> None:
+    models = runs_of.Site(tmp_path).models
+    row = small(data)
+    models.path(row).mkdir(parents=True)
+    with pytest.raises(StorageError, match="is there, and was not made by experiments; remove it, or give --work"):
+        models.make(row)
+    models.keep(())
+    assert models.path(row).exists()
+
+
+@pytest.mark.parametrize(
+    ("measure", "program", "format", "times"),
+    [("generate", "tpimpi", "q4_0", 1.1), ("peer", "accelerate", "bf16", 1.15), ("peer", "airllm", "bf16", 2.15)],
+)
+def test_the_disk_must_have_room_for_copies_too(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measure: str, program: str, format: str, times: float
+) -> None:
+    row = replace(rows_of.read_rows("full", data)[-1], measure=measure, program=program, format=format)
+    weights = {"q4_0": 3.782e9, "bf16": 13.214e9}[format]
+    for spare, fits in ((1.01, True), (0.99, False)):
+        free = shutil._ntuple_diskusage(1 << 50, 0, int(weights * times * spare + 4e9))  # type: ignore[attr-defined]
+        monkeypatch.setattr(models_of.shutil, "disk_usage", lambda path, free=free: free)
+        monkeypatch.setattr(models_of.subprocess, "run", lambda *words, **options: None)
+        models = models_of.Models(tmp_path / str(spare))
+        if fits:
+            assert models.make(row) == models.path(row)
+        else:
+            with pytest.raises(StorageError, match=f"takes {weights * times / 1e9:.0f}, and 4 are left to others"):
+                models.make(row)
+
+
 # Results
 
 
@@ -229,6 +298,53 @@ def test_a_result_is_found_again_unless_machine_commit_or_row_differ(data: Path,
         assert (found.find(first, now=False) is not None) == (name == "commit")
         assert (found.find(first, here=False) is not None) == (name == "machine")
         assert found.find(first, here=False, now=False) is not None
+
+
+def test_a_commit_with_changes_is_told_from_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what decides figures; of a commit that is clean, one with two changes in turn, and files without git."""
+    monkeypatch.setattr(results_of, "ROOT", tmp_path)
+    source, delay, page = tmp_path / "src" / "a.py", tmp_path / "bench" / "delay_line.c", tmp_path / "bench" / "page.py"
+    for path in (source, delay, page):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("1\n")
+
+    def commit() -> str:
+        found: str = results_of.commit.__wrapped__()
+        return found
+
+    assert re.fullmatch("files-[0-9a-f]{6}", first := commit())
+    delay.write_text("2\n")
+    assert re.fullmatch("files-[0-9a-f]{6}", commit()) and commit() != first
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
+    assert re.fullmatch("[0-9a-f]{10}", clean := commit())
+    page.write_text("2\n")  # decides no figure
+    assert commit() == clean
+    states = []
+    for path in (source, delay):
+        path.write_text("3\n")
+        states.append(commit())
+    assert all(re.fullmatch(clean + r"\+[0-9a-f]{6}", state) for state in states) and states[0] != states[1]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("src/tpimpi/star/links.py", "CMakeLists.txt", "bench/delay_line.c", "bench/home.py", "bench/home_wire.py"),
+        *("bench/home_devices.py", "bench/home_scripts.py", "bench/home_sweep.py", "bench/limits.py", "bench/peers.py"),
+        *("bench/peer_programs/timed.py", "bench/experiment_runs.py", "bench/experiment_machines.py"),
+    ],
+)
+def test_what_decides_figures_makes_a_commit_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(results_of, "ROOT", tmp_path)
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).write_text("1\n")
+    before = results_of.commit.__wrapped__()
+    (tmp_path / path).write_text("2\n")
+    assert results_of.commit.__wrapped__() != before
 
 
 @pytest.mark.parametrize("cut", [1, 40])
@@ -303,6 +419,46 @@ def test_a_file_that_is_no_results_is_refused_and_left_alone(tmp_path: Path) -> 
     assert path.read_text() == "milk\n"
 
 
+# A row that fails
+
+
+@pytest.mark.parametrize("kind", ["InputError", "LimitError", "ModelsError"])
+def test_a_row_that_fails_is_one_line_and_the_others_are_measured(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    rows = rows_of.read_rows("full", data)[:2]
+    errors = {"InputError": InputError, "LimitError": limits.LimitError, "ModelsError": models_of.ModelsError}
+    assert all(issubclass(error, TpimpiError) for error in errors.values())
+
+    def measure(row: Any, site: Any) -> tuple[dict[str, Any], float]:
+        if row == rows[0]:
+            raise errors[kind]("no such thing")
+        return {"s_per_token": 1.0}, 2.0
+
+    monkeypatch.setattr(experiments, "measure", measure)
+    results = results_of.Results(tmp_path / "results.jsonl")
+    options = experiments.parse(["run", "--work", str(tmp_path)])
+    assert experiments.run(options, rows, results) == 1
+    assert [line["settings"]["devices"] for line in results.lines] == [rows[1].devices]
+    said = capsys.readouterr().err
+    assert "  failed: no such thing; once more\n" in said and "1 of 2 rows failed" in said
+
+
+def test_slices_that_synth_cannot_make_fail_the_row(data: Path, tmp_path: Path) -> None:
+    models = models_of.Models(tmp_path / "models")
+    with pytest.raises(models_of.ModelsError, match="could not be made; see the line above") as caught:
+        models.make(small(data, devices=2, shares=""), "1,2,3")
+    assert caught.value.exit_code == 1
+    models.keep(())
+    assert not list(models.folder.iterdir())
+
+
+def test_the_disk_that_is_limited_is_that_of_the_work_folder(data: Path, tmp_path: Path) -> None:
+    row = small(data, devices=2, read="200MB/s")
+    assert [device.cache for device in runs_of.devices_of(row, tmp_path)] == [tmp_path / "laptop", tmp_path / "desktop"]
+    assert {device.cache for device in runs_of.devices_of(replace(row, read=""), tmp_path)} == {None}
+
+
 # In earnest
 
 
@@ -318,7 +474,7 @@ def test_a_row_is_run_once_and_its_slices_are_removed(tmp_path: Path) -> None:
         assert figures["s_per_token"] > 0 and figures["ttft_s"] > 0 and figures["limit_hits"] == 0
         assert len(figures["group_peak_bytes"]) == line["settings"]["devices"]
         assert max(figures["group_peak_bytes"]) <= 300 << 20
-    assert not list((tmp_path / "work" / "models").iterdir())
+    assert not list((tmp_path / "work" / "tpimpi-models").iterdir())
     again = run("run", *common)
     assert again.returncode == 0 and "2 rows are done" in again.stderr
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
@@ -350,22 +506,32 @@ def test_a_row_that_failed_is_tried_once_more(mpirun: Launcher, tmp_path: Path, 
     assert (done.returncode, len(lines)) == ((0, 1) if failures == 1 else (1, 0))
 
 
-def test_what_a_launcher_started_ends_with_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 130)])
+def test_what_a_launcher_started_ends_with_the_run(tmp_path: Path, number: int, code: int) -> None:
     launcher = tmp_path / "launcher"
-    launcher.write_text(f"#!/bin/sh\necho $$ >{tmp_path}/pid\nexec sleep 300\n")
+    launcher.write_text(f"#!/bin/sh\nsleep 0.5\necho $$ >{tmp_path}/pid\nexec sleep 300\n")
     launcher.chmod(0o755)
-    common = ("--results", str(tmp_path / "results.jsonl"), "--work", str(tmp_path / "work"))
+    models = tmp_path / "work" / "tpimpi-models"
+    models.mkdir(parents=True)
+    with (models / "weights").open("w") as file:
+        file.truncate(2_540_000_000)  # of an earlier row, say
+    common = ("--results", str(tmp_path / "results.jsonl"), "--work", str(tmp_path / "work"), "--keep")
     command = [sys.executable, str(ROOT / "bench" / "experiments.py"), "run", "network", "--smallest", *common]
     command += ["--only", "measure=allreduce", "--launch", f"{launcher} {{ranks}}", "--ranks", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + TIMEOUT
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.terminate()
-    assert process.wait(TIMEOUT) == 128 + signal.SIGTERM
+    process.send_signal(number)
+    _, said = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == code
+    assert said.splitlines()[-1].startswith(
+        "experiments: interrupted; what is done is kept, and the same command goes on; "
+    )
+    assert f"{models} has 2.5 GB of slices and models" in said.splitlines()[-1]
     assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
-    assert [path.name for path in (tmp_path / "work").iterdir()] == ["lock"]
+    assert {path.name for path in (tmp_path / "work").iterdir()} == {"lock", "tpimpi-models"}
 
 
 def test_two_runs_do_not_measure_each_other(tmp_path: Path) -> None:
