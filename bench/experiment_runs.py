@@ -17,7 +17,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,7 +39,8 @@ ROUNDS = 3  # of what is compared in turn
 GRACE_S = 5.0  # for a launcher to end
 REPEATS = 5  # of each sum
 SHARE_S = 1.0  # processor seconds that measure a device's share
-WISHED_CORES, WISHED_READ = 0.5, 200_000_000
+WISHED_CORES, WISHED_READ, WISHED_BANDWIDTH = 0.5, 200_000_000, 37_500_000
+STREAM_BYTES, STREAM_S = 16 << 20, 30.0  # that measure a link's bandwidth; it may take so long
 Figures = dict[str, Any]
 
 
@@ -288,7 +290,7 @@ def predict(row: Row, site: Site) -> Figures:
 
 
 def emulation(row: Row, site: Site) -> Figures:
-    """Latency, processor share and disk of the emulated devices, beside what was wished."""
+    """Latency, processor share, disk and bandwidth of the emulated devices, beside what was wished."""
     site.work.mkdir(parents=True, exist_ok=True)
     file = site.work / "disk.bin"
     program = (
@@ -308,6 +310,8 @@ def emulation(row: Row, site: Site) -> Figures:
             rate = _disk(home, file)
         finally:
             file.unlink(missing_ok=True)
+        home.set_link(replace(link_of(row), bandwidth=WISHED_BANDWIDTH))
+        bandwidth = stream_rate(home)
     wished = link_of(row).latency_s
     return {
         "latency_wished_s": wished,
@@ -316,7 +320,35 @@ def emulation(row: Row, site: Site) -> Figures:
         "cores": SHARE_S / seconds,
         "read_wished_bps": WISHED_READ,
         "read_bps": rate,
+        "bandwidth_wished": WISHED_BANDWIDTH,
+        "bandwidth": bandwidth,
     }
+
+
+def stream_rate(home: Home) -> float:
+    """Bytes a second of one TCP connection from device 0 to device 1; without its start, in which TCP feels its way."""
+    with home.socket(1) as listener, home.socket(0) as sender:
+        for each in (listener, sender):
+            each.settimeout(STREAM_S)
+        listener.bind((home.addresses[1], 0))
+        listener.listen()
+        sender.connect(listener.getsockname())
+        taker, _ = listener.accept()
+        with taker, ThreadPoolExecutor(1) as pool:  # both ends are served at once
+            taker.settimeout(STREAM_S)
+            sent = pool.submit(sender.sendall, bytes(STREAM_BYTES))
+            got, before = 0, None
+            while got < STREAM_BYTES:
+                part = len(taker.recv(1 << 16))
+                if not part:
+                    raise RunError(f"a connection between two devices ended after {got} of {STREAM_BYTES} bytes")
+                got += part
+                if before is None and got >= STREAM_BYTES // 4:
+                    before = got, time.perf_counter()
+            assert before is not None
+            seconds = time.perf_counter() - before[1]
+            sent.result()
+    return (STREAM_BYTES - before[0]) / seconds
 
 
 def _disk(home: Home, file: Path) -> float:

@@ -128,7 +128,17 @@ def attempt(row: Row, site: Site) -> tuple[dict[str, object], float] | None:
 
 def brief(figures: dict[str, object]) -> str:
     """The figures that one wants to see at once."""
-    names = ("killed", "s_per_token", "ttft_s", "ttft_cold_s", "perplexity", "latency_s", "read_bps", "cores")
+    names = (
+        "killed",
+        "s_per_token",
+        "ttft_s",
+        "ttft_cold_s",
+        "perplexity",
+        "latency_s",
+        "read_bps",
+        "cores",
+        "bandwidth",
+    )
     found = {name: figures[name] for name in names if figures.get(name) is not None}
     return ", ".join(
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in found.items()

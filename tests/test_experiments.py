@@ -463,6 +463,14 @@ def test_the_disk_that_is_limited_is_that_of_the_work_folder(data: Path, tmp_pat
 
 
 @needs_home
+def test_what_a_link_carries_is_measured_with_both_ends_served() -> None:
+    wished = 12_500_000
+    with runs_of.Home(2, runs_of.Link(0.001, 0.0, wished)) as home:
+        # A full frame has 1514 bytes, of which 1448 are the program's; on a busy machine the clock may start late.
+        assert 0.5 < runs_of.stream_rate(home) / wished < 1.3
+
+
+@needs_home
 def test_a_row_is_run_once_and_its_slices_are_removed(tmp_path: Path) -> None:
     common = ("devices", "--smallest", "--results", tmp_path / "results.jsonl", "--work", tmp_path / "work")
     done = run("run", *common)
