@@ -8,6 +8,7 @@ from experiment_tables import Found, by_network, mb, ms, per_token, seconds, tim
 from home_devices import parse_bandwidth
 
 NEAR = 0.9  # of a claimed figure is still that figure, on machines as noisy as these
+ALIKE = 0.15  # two of our own figures that differ by less say nothing
 Claim = tuple[str, str, str]
 
 
@@ -80,25 +81,36 @@ def _ours(found: Sequence[Found]) -> tuple[str, str]:
 
 def _offloading(found: Sequence[Found]) -> tuple[str, str]:
     home = {"experiment": "peers", "shape": "llama-2-7b", "memory": "1GiB"}
-    ours = [_one(found, program="tpimpi", format="bf16", devices=devices, **home) for devices in (4, 1)]
+    four, one = (_one(found, program="tpimpi", format="bf16", devices=devices, **home) for devices in (4, 1))
+    if four is None or one is None:
+        return _NOT_MEASURED
     said, least = [], []
     for program in ("accelerate", "airllm"):
         theirs = _one(found, program=program, **home)
-        if None not in ours and theirs is not None and "killed" not in theirs.figures:
+        if theirs is not None and "killed" not in theirs.figures:
             token = theirs.figures["s_per_token"]
-            four, one = (1 - each.figures["s_per_token"] / token for each in ours if each is not None)
-            least.append(four)
-            said.append(
-                f"{100 * four:.0f} % less than {program} ({per_token(token)} s a token), one device {100 * one:.0f} %"
-            )
-    if not least or ours[0] is None:
+            of_four, of_one = (1 - each.figures["s_per_token"] / token for each in (four, one))
+            least.append(of_four)
+            said.append(f"{_less(of_four)} {program} ({_token_and_first(theirs)}), one device {_less(of_one)} it")
+    if not least:
         return _NOT_MEASURED
     quantized = _one(found, program="tpimpi", format="q4_0", devices=4, **home)
-    small = "" if quantized is None else f"; in q4_0 {per_token(quantized.figures['s_per_token'])} s a token"
+    small = "" if quantized is None else f"; in q4_0 {_token_and_first(quantized)}"
     return (
         _verdict_less(min(least), 0.8, 0.9),
-        f"7B in bf16, four devices, {per_token(ours[0].figures['s_per_token'])} s a token: {'; '.join(said)}{small}",
+        f"7B in bf16, four devices, {_token_and_first(four)}: a token takes {'; '.join(said)}{small}",
     )
+
+
+def _less(less: float) -> str:
+    """Of a time that is less by this share than another, or more where it is negative."""
+    if abs(less) < ALIKE:
+        return "about the same as"
+    return f"{100 * abs(less):.0f} % {'less' if less > 0 else 'more'} than"
+
+
+def _token_and_first(found: Found) -> str:
+    return f"{per_token(found.figures['s_per_token'])} s a token, cold first token {seconds(found.first_cold_s)}"
 
 
 def _seventy(found: Sequence[Found]) -> tuple[str, str]:
@@ -121,26 +133,43 @@ def _latency(found: Sequence[Found]) -> tuple[str, str]:
         if each["experiment"] == "network" and each["measure"] == "generate" and each["allreduce"] == "star"
     ]
     at = {(each["latency"], each["bandwidth"]): each.figures for each in rows}
-    wanted = [("0.3ms", "300Mbit/s"), ("10ms", "300Mbit/s"), ("2ms", "1Gbit/s"), ("2ms", "50Mbit/s")]
-    if any(key not in at for key in wanted):
+    near, middle, narrow = ("0.3ms", "300Mbit/s"), ("2ms", "300Mbit/s"), ("2ms", "50Mbit/s")
+    far, wide = ("10ms", "300Mbit/s"), ("2ms", "1Gbit/s")
+    if any(key not in at for key in (near, middle, narrow, far, wide)):
         return _NOT_MEASURED
-    near, far, wide, narrow = (at[key] for key in wanted)
-    latency, bandwidth = (b["s_per_token"] / a["s_per_token"] for a, b in ((near, far), (wide, narrow)))
-    prompt = [b["ttft_s"] / a["ttft_s"] for a, b in ((near, far), (wide, narrow))]
-    verdict = "confirmed" if latency > bandwidth else "not so"
-    if prompt[1] > prompt[0]:
-        verdict += " for tokens, not so for a prompt"
-    return verdict, (
-        "TinyLlama's shape, four devices, with the star: 33 times the latency (0.3 to 10 ms, at 300 Mbit/s) takes "
-        f"{times(latency)} times as long for a token and {times(prompt[0])} times for a prompt of 128; a twentieth of the "
-        f"bandwidth (1 Gbit/s to 50 Mbit/s, at 2 ms) {times(bandwidth)} and {times(prompt[1])} times"
+
+    def costs(figure: str, better: tuple[str, str], worse: tuple[str, str]) -> float:
+        return float(at[worse][figure] / at[better][figure])
+
+    token, prompt = (
+        (costs(figure, near, middle), costs(figure, middle, narrow)) for figure in ("s_per_token", "ttft_s")
     )
+    verdict, of_prompt = (_costlier(latency / bandwidth) for latency, bandwidth in (token, prompt))
+    if of_prompt != verdict:
+        verdict = f"{verdict} for tokens, {of_prompt} for a prompt"
+    extremes = [
+        f"{times(costs('s_per_token', *ends))} and {times(costs('ttft_s', *ends))} times"
+        for ends in ((near, far), (wide, narrow))
+    ]
+    return verdict, (
+        "TinyLlama's shape, four devices, with the star: 6.7 times the latency (0.3 to 2 ms, at 300 Mbit/s) takes "
+        f"{times(token[0])} times as long for a token and {times(prompt[0])} times for a prompt of 128, a sixth of the "
+        f"bandwidth (300 to 50 Mbit/s, at 2 ms) {times(token[1])} and {times(prompt[1])} times; further apart, 33 times the "
+        f"latency (0.3 to 10 ms) {extremes[0]}, a twentieth of the bandwidth (1 Gbit/s to 50 Mbit/s) {extremes[1]}"
+    )
+
+
+def _costlier(ratio: float) -> str:
+    """The verdict where so many times the latency costs `ratio` times what as little of the bandwidth does."""
+    if ratio > 1 + ALIKE:
+        return "confirmed"
+    return "as much as bandwidth" if ratio >= 1 / (1 + ALIKE) else "not so"
 
 
 def _star(found: Sequence[Found]) -> tuple[str, str]:
     said, share = [], []
     rows = [each for each in found if each["experiment"] == "network" and each["measure"] == "allreduce"]
-    rows = [each for each in rows if each["devices"] >= 4]
+    rows = [each for each in rows if each["devices"] >= 4 and each["bandwidth"]]
     for size, what in ((4096, "a token's sum"), (524288, "a prompt's (128 positions)")):
         best: list[float] = []  # the bandwidths at which the star was fastest
         slower: list[float] = []
@@ -193,26 +222,38 @@ def _window(found: Sequence[Found]) -> tuple[str, str]:
     rows = [
         each
         for each in found
-        if each["experiment"] == "memory" and each["program"] == "tpimpi" and each["format"] == "q4_0"
+        if each["experiment"] == "memory" and each["program"] == "tpimpi" and each["format"] == "q4_0" and each["read"]
     ]
     pinned = [each.figures["s_per_token"] for each in rows if not sum(each.figures["streamed_bytes_per_token"])]
-    ratios = []
+    if not pinned:
+        return _NOT_MEASURED
+    computing = min(pinned)
+    ratios, reading = [], []
     for each in rows:
         line = sum(each.figures["streamed_bytes_per_token"]) / parse_bandwidth(each["read"], "read")
-        if pinned and line:
-            ratios.append((each.figures["s_per_token"] / max(line, min(pinned)), each, line))
+        if line:
+            ratios.append((each.figures["s_per_token"] / max(line, computing), each))
+            reading.append(line / computing)
     if not ratios:
         return _NOT_MEASURED
-    worst, where, _ = max(ratios, key=lambda found: found[0])
-    what = f"window {where['window']}" if where["window"] else f"memory {where['budget']}"
-    verdict = "confirmed" if worst <= 1.25 else "worse"
-    longer = max(line for *_, line in ratios) / min(pinned)
-    if longer > 1:
+    worst, where = max(ratios, key=lambda found: found[0])
+    what = where.asked if where["window"] else f"memory {where.asked}"
+    hidden = worst <= 1.25
+    verdict = "confirmed" if hidden else "worse"
+    low, high = min(reading), max(reading)
+    longer = " to ".join(dict.fromkeys((times(low), times(high))))
+    if high <= 1:
+        case = f"reading, which takes up to {times(high)} times as long as computing ({ms(computing)})"
+    elif low > 1:
+        case = f"computing ({ms(computing)}); reading takes {longer} times as long"
+    else:
+        case = f"reading or computing ({ms(computing)}): reading takes {longer} times as long"
+    if high > 1:
         verdict += ", but what reading takes beyond computing still shows"
+        case += ", and what it takes beyond that nothing hides"
     return verdict, (
-        f"a token takes {times(min(ratio for ratio, *_ in ratios))} to {times(worst)} times the larger of reading and "
-        f"computing (worst: {what}): the smaller is hidden. Here that is computing ({ms(min(pinned))}); reading takes up "
-        f"to {times(longer)} times as long, and nothing hides it"
+        f"a token takes {times(min(ratio for ratio, _ in ratios))} to {times(worst)} times the larger of reading and "
+        f"computing (worst: {what}): the smaller is {'' if hidden else 'not wholly '}hidden. Here that is {case}"
     )
 
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from experiment_claims import claims
 from experiment_results import Results
 from experiment_rows import read_rows
-from experiment_tables import Found, Table, again, by_network, mb, ms, per_token, seconds, times
+from experiment_tables import Found, Table, again, by_network, mb, mbits, ms, per_token, seconds, times
 from home_devices import parse_bandwidth, parse_duration
 
 from tpimpi.errors import InputError
@@ -26,19 +28,24 @@ _PLACE = re.compile(r"<!-- table (\w+) -->.*?<!-- end -->", re.S)
 _MARK = re.compile(r"<!-- (?:table (\w+)|end) -->")
 
 
-def newest(results: Results) -> list[Found]:
-    """Of each row the newest result, in the order in which rows were first measured."""
-    by_row: dict[str, Found] = {}
+def newest(results: Results) -> tuple[list[Found], list[Found]]:
+    """Of each row the newest result, in the order in which rows were first measured: on one machine, that which has most of
+    them; and those of other machines, which a table must not mix with these."""
+    machines: dict[str, dict[str, Found]] = {}
     for line in results.lines:
+        by_row = machines.setdefault(repr(sorted(line["machine"].items())), {})
         by_row[repr(sorted(line["settings"].items()))] = Found(line)
-    return list(by_row.values())
+    most = max(machines, key=lambda machine: len(machines[machine]), default=None)
+    others = [each for machine, found in machines.items() if machine != most for each in found.values()]
+    return (list(machines[most].values()) if most is not None else []), others
 
 
 def write_page(page: Path, results: Results) -> None:
     """Fill in, or make, the page. Raises InputError where that cannot be."""
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("a page has pictures, which need matplotlib; do: pip install 'matplotlib>=3.8'")
-    found = newest(results)
+    found, others = newest(results)
+    tables = {**_TABLES, "conditions": partial(conditions, others=others)}
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
         text = page.read_bytes().decode() if page.exists() else _EMPTY
@@ -49,7 +56,7 @@ def write_page(page: Path, results: Results) -> None:
                 raise InputError(f"{page}, line {line}: table {name} has no <!-- end -->; add it")
             if name != "end" and name not in _TABLES:
                 raise InputError(f"{page}, line {line}: there is no table {name}; there are {', '.join(_TABLES)}")
-        made = {name: _TABLES[name](found, page.parent) for name, _ in marks if name != "end"}
+        made = {name: tables[name](found, page.parent) for name, _ in marks if name != "end"}
         text = _PLACE.sub(lambda match: f"<!-- table {match[1]} -->\n\n{made[match[1]]}\n\n<!-- end -->", text)
         new = page.with_name(f".{page.name}.new")
         try:
@@ -74,49 +81,59 @@ def _of(found: Iterable[Found], experiment: str, measure: str = "generate") -> l
 # The tables, each of all results, into Markdown
 
 
-def conditions(found: Sequence[Found], folder: Path) -> str:
-    """The machine, versions and commits."""
-    lines = []
-    for machine in dict.fromkeys(tuple(each.line["machine"].items()) for each in found):
-        these = [each.line for each in found if tuple(each.line["machine"].items()) == machine]
-        values = dict(machine)
-        days = sorted({line["when"][:10] for line in these})
-        commits = list(dict.fromkeys(line["commit"] for line in these))
+def conditions(found: Sequence[Found], folder: Path, others: Sequence[Found] = ()) -> str:
+    """The machine, versions and commits; and the machines of `others`, whose results are not shown."""
+    lines = [each.line for each in found]
+    said = []
+    if lines:
+        days = sorted({line["when"][:10] for line in lines})
+        commits = list(dict.fromkeys(line["commit"] for line in lines))
         at = f"at commit {commits[0]}" if len(commits) == 1 else f"at commits {', '.join(commits)}, as each line says"
-        names = dict.fromkeys(name for line in these for name in line["versions"] if name != "tpimpi")
-        versions = ", ".join(_version(name, [line["versions"].get(name) for line in these]) for name in names)
-        lines.append(
-            f"{values['cpu']}, {values['cores']} cores, {values['memory_gib']} GiB, {values['system']}; {versions}; "
-            f"{len(these)} rows, measured {days[0]}{'' if len(days) == 1 else f' to {days[-1]}'} {at}."
+        said.append(
+            f"{_machine(found[0])}; {_versions([line['versions'] for line in lines])}; "
+            f"{len(lines)} rows, measured {days[0]}{'' if len(days) == 1 else f' to {days[-1]}'} {at}."
         )
+        if peers := [each.figures["versions"] for each in found if "versions" in each.figures]:
+            said.append(f"The other programs: {_versions(peers, leave_out=('python',), rows=False)}.")
     rows = [row.settings() for row in read_rows()]
-    done = sum(row in [each.line["settings"] for each in found] for row in rows)
-    lines.append(f"Of the {len(rows)} rows of the full set {done} are measured.")
-    return "\n\n".join(lines)
+    settings = [line["settings"] for line in lines]
+    said.append(f"Of the {len(rows)} rows of the full set {sum(row in settings for row in rows)} are measured.")
+    if others:
+        of = [f"{len(list(each))} of {machine}" for machine, each in groupby(others, key=_machine)]
+        said.append(f"Not shown are results of other machines: {'; '.join(of)}.")
+    return "\n\n".join(said)
 
 
-def _version(name: str, of: Sequence[str | None]) -> str:
-    """All versions of something that took part, and in how many rows, where not all say so."""
-    known = [version for version in of if version is not None]
-    return f"{name} {' and '.join(dict.fromkeys(known))}" + (f" ({len(known)} rows)" if len(known) < len(of) else "")
+def _machine(found: Found) -> str:
+    values = found.line["machine"]
+    return f"{values['cpu']}, {values['cores']} cores, {values['memory_gib']} GiB, {values['system']}"
+
+
+def _versions(of: Sequence[Mapping[str, str]], leave_out: Collection[str] = ("tpimpi",), rows: bool = True) -> str:
+    """All versions of what took part; and with `rows` in how many rows, where not all say so."""
+    said = []
+    for name in dict.fromkeys(name for each in of for name in each if name not in leave_out):
+        known = [each[name] for each in of if name in each]
+        some = f" ({len(known)} rows)" if rows and len(known) < len(of) else ""
+        said.append(f"{name} {' and '.join(dict.fromkeys(known))}{some}")
+    return ", ".join(said)
 
 
 def emulation(found: Sequence[Found], folder: Path) -> str:
-    table = Table("One way, wished", "seen", "cores, wished", "seen", "disk, wished", "seen")
+    pairs = ("cores, wished", "seen", "disk, wished", "seen", "link, wished", "seen")
+    table = Table("One way, wished", "seen", *pairs, "`… run`")
     for each in _of(found, "emulation", "emulation"):
         f = each.figures
-        cells = (
-            f["cores_wished"],
-            f"{f['cores']:.3f}",
-            f"{f['read_wished_bps'] / 1e6:.0f} MB/s",
-            mb(f["read_bps"]) + "/s",
+        table.add(
+            *(ms(f["latency_wished_s"]), ms(f["latency_s"]), str(f["cores_wished"]), f"{f['cores']:.3f}"),
+            *(f"{mb(f['read_wished_bps'])}/s", f"{mb(f['read_bps'])}/s"),
+            *(mbits(f.get("bandwidth_wished")), mbits(f.get("bandwidth")), again(each)),
         )
-        table.add(ms(f["latency_wished_s"]), ms(f["latency_s"]), *map(str, cells))
-    other = Table("Four ranks", "s/token", "of shared memory's")
+    other = Table("Four ranks", "s/token", "of shared memory's", "`… run`")
     for each in _of(found, "emulation", "ways"):
         times_ = each.figures["s_per_token"]
         for name, value in times_.items():
-            other.add(name, per_token(value), times(value / times_["shared memory"]))
+            other.add(name, per_token(value), times(value / times_["shared memory"]), again(each))
     return f"{table}\n\n{other}"
 
 
@@ -170,16 +187,21 @@ def devices(found: Sequence[Found], folder: Path) -> str:
     rows = _of(found, "devices")
     panels = []
     for shape in dict.fromkeys(each["shape"] for each in rows):
-        same = [each for each in rows if each["shape"] == shape and each["memory"] == "1GiB"]
+        numbers: dict[str, set[int]] = {}  # of devices, by their memory
+        for each in rows:
+            if each["shape"] == shape:
+                numbers.setdefault(each["memory"], set()).add(each["devices"])
+        of = max(numbers, key=lambda memory: len(numbers[memory]))
+        if len(numbers[of]) < 2:
+            continue
+        same = [each for each in rows if (each["shape"], each["memory"]) == (shape, of)]
         lines = []
         for fmt in dict.fromkeys(each["format"] for each in same):
             points = sorted((each["devices"], each.figures["s_per_token"]) for each in same if each["format"] == fmt)
             lines.append(Line(fmt, *zip(*points, strict=True)))
-        if lines:
-            panels.append((f"{shape}, 1 GiB a device", lines))
-    return _devices(found, "devices") + _picture(
-        panels, folder, "devices", ("devices", "seconds a token"), ticks=(1, 2, 3, 4)
-    )
+        panels.append((f"{shape}, {re.sub('(?<=[0-9])(?=[A-Za-z])', ' ', of) or 'all memory of'} a device", lines))
+    ticks = sorted({x for _, lines in panels for line in lines for x in line.x})
+    return _devices(found, "devices") + _picture(panels, folder, "devices", ("devices", "seconds a token"), ticks=ticks)
 
 
 def eighths(found: Sequence[Found], folder: Path) -> str:
@@ -202,12 +224,13 @@ def peers(found: Sequence[Found], folder: Path) -> str:
     rows = [each for each in found if each["experiment"] == "peers"]
     for each in sorted(rows, key=lambda each: (each["shape"], each["memory"] == "", each["format"], each["program"])):
         f = each.figures
-        limits = ", ".join([f"{each['cores']:g}", each["memory"] or "all", each["read"] or "as it is"])
+        cores = "all" if each["cores"] is None else f"{each['cores']:g}"
+        limits = ", ".join([cores, each["memory"] or "all", each["read"] or "as it is"])
         if "killed" in f:
             cells = [f"killed: {f['killed']}", "", "", ""]
         else:
             cells = [seconds(f["load_s"])]
-            cells += [seconds(f.get("ttft_cold_s", f.get("ttft_s"))), seconds(f.get("ttft_warm_s", f.get("ttft_s")))]
+            cells += [seconds(each.first_cold_s), seconds(f.get("ttft_warm_s", f["ttft_s"]))]
             cells.append(per_token(f["s_per_token"]))
         table.add(each["program"], each["format"], str(each["devices"]), limits, *cells, mb(each.peak), again(each))
     return str(table)
@@ -230,8 +253,7 @@ def memory(found: Sequence[Found], folder: Path) -> str:
     lines: dict[str, list[tuple[float, float]]] = {}
     for each in rows:
         f = each.figures
-        asked = (each["window"] and f"window {each['window']}") or each["memory"] or each["budget"]
-        cells = [each["program"], each["format"], asked, mb(each.peak)]
+        cells = [each["program"], each["format"], each.asked, mb(each.peak)]
         if "killed" in f:
             table.add(*cells, "", "", f"killed: {f['killed']}", "", "", again(each))
             continue
@@ -274,19 +296,24 @@ def _sums(rows: Sequence[Found]) -> Table:
 
 
 def _sum_panels(rows: Sequence[Found]) -> list[tuple[str, list[Line]]]:
+    """Of four devices, or of the most that there are; and of the least and the most bandwidth."""
+    rows = [each for each in rows if each["latency"] and each["bandwidth"]]
+    there = {each["devices"] for each in rows}
+    count = 4 if 4 in there else max(there, default=0)
+    rows = [each for each in rows if each["devices"] == count]
+    bandwidths = sorted({each["bandwidth"] for each in rows}, key=lambda text: parse_bandwidth(text, "bandwidth"))
     panels = []
     for size in (4096, 524288):
-        for bandwidth in ("50Mbit/s", "1Gbit/s"):
+        for bandwidth in dict.fromkeys((*bandwidths[:1], *bandwidths[-1:])):
             points: dict[str, list[tuple[float, float]]] = {}
             for each in rows:
-                if (each["devices"], each["bandwidth"]) == (4, bandwidth):
+                if each["bandwidth"] == bandwidth:
                     latency = parse_duration(each["latency"], "latency") * 1e3
                     took = next(row["seconds"] for row in each.figures["rows"] if row["numbers"] == size)
                     for name, value in took.items():
                         points.setdefault(name, []).append((latency, value * 1e3))
             lines = [Line(name, *zip(*sorted(at), strict=True)) for name, at in points.items()]
-            if lines:
-                panels.append((f"{size} numbers, 4 devices, {bandwidth}", lines))
+            panels.append((f"{size} numbers, {count} devices, {bandwidth}", lines))
     return panels
 
 
@@ -315,6 +342,7 @@ def predictions(found: Sequence[Found], folder: Path) -> str:
         "limited by",
         "memory of each",
         "streamed a token",
+        "`… run`",
     )
     for each in _of(found, "70b", "predict"):
         for ranks, one in each.figures["ranks"].items():
@@ -327,6 +355,7 @@ def predictions(found: Sequence[Found], folder: Path) -> str:
                     seconds(one["ttft_s"]),
                 ),
                 *(one["limit"], mb(max(one["memory_bytes"], default=0)), mb(sum(one["streamed_bytes_per_token"]))),
+                again(each),
             )
     return str(table)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -21,7 +22,15 @@ from experiment_rows import Row
 from tpimpi.errors import InputError, StorageError
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAM = ("src", "CMakeLists.txt")  # what a measurement depends on; a change of a page or a test makes none old
+# What a measurement depends on; a change of a page or a test makes none old.
+PROGRAM = (
+    "src",
+    "CMakeLists.txt",
+    *("bench/delay_line.c", "bench/home*.py", "bench/limits.py"),
+    *("bench/peers.py", "bench/peer_programs", "bench/experiment_runs.py", "bench/experiment_machines.py"),
+)
+SOURCES = (".py", ".c", ".cpp", ".h", ".txt")  # beside them lies what was built
+DIGEST = 6  # digits
 CONGESTION = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 Values = dict[str, Any]
 _KINDS = {
@@ -57,12 +66,30 @@ def versions() -> Values:
 
 @cache
 def commit() -> str:
-    """The last commit that changed the program, with a + where the checkout has changes to it; "" outside of git."""
+    """The last commit that changed the program; where the checkout has changes to it, with a + and a digest of its files.
+
+    Outside of git "files-" and that digest.
+    """
     try:
         last = _git("log", "-1", "--format=%h", "--abbrev=10", "--", *PROGRAM).strip()
-        return last + ("+" if _git("status", "--porcelain", "--", *PROGRAM).strip() else "")
+        changed = _git("status", "--porcelain", "--", *PROGRAM).strip()
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        last = changed = ""
+    if not last:
+        return f"files-{_digest()}"
+    return f"{last}+{_digest()}" if changed else last
+
+
+def _digest() -> str:
+    """Of the program's sources, by name and content; not of what is built of them."""
+    found = [path for pattern in PROGRAM for path in ROOT.glob(pattern)]
+    files = {path for top in found for path in ([top] if top.is_file() else top.rglob("*")) if path.is_file()}
+    hashed = hashlib.sha256()
+    for path in sorted(files):
+        if path.suffix in SOURCES:
+            data = path.read_bytes()
+            hashed.update(f"{path.relative_to(ROOT)} {len(data)}\n".encode() + data)
+    return hashed.hexdigest()[:DIGEST]
 
 
 def _git(*arguments: str) -> str:

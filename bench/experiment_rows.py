@@ -7,20 +7,27 @@ import itertools
 import shlex
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from home_devices import parse_bandwidth, parse_duration
 
 from tpimpi.errors import InputError
+from tpimpi.formats import WEIGHT_FORMATS
 from tpimpi.memory import parse_size
+from tpimpi.model_formats import ModelFormats
+from tpimpi.options import AUTO, share_weights
+from tpimpi.plan import make_plan
+from tpimpi.predict import Loads
 from tpimpi.shapes import SHAPES, load_shape
 
 DATA = Path(__file__).with_name("experiments.toml")
 SIZES = ("full", "quick", "smallest")
 MEASURES = ("generate", "peer", "allreduce", "perplexity", "predict", "emulation", "ways")
-BYTES = {"f32": 4.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_1": 20 / 32, "q4_0": 18 / 32}  # of a weight
+PORTABLE = ("generate", "allreduce", "perplexity", "predict")  # what can do without an emulated home
+# On real machines no limits are set: these settings then have these values.
+FREE: dict[str, Any] = {"cores": None, "memory": "", "read": "", "latency": "", "bandwidth": "", "threads": 0}
 CORE_BYTES_PER_S = 8e9  # weights that a core goes through, roughly
 LAUNCHER_BYTES = 48_000_000  # of a device's memory, for mpirun and its daemons
 SLICES_BYTES_PER_S = 4e8  # that synth writes, roughly
@@ -66,18 +73,20 @@ class Row:
         return round(parse_bandwidth(self.read, "read")) if self.read else None
 
     @property
-    def model_bytes(self) -> float:
-        """About the bytes of the model's weights; 0 where the shape is none of synth's."""
+    def rank_bytes(self) -> tuple[int, ...]:
+        """The bytes of weights that each rank goes through for a token; none where the shape is none of synth's.
+
+        Shares that are for `plan` to choose count as equal ones.
+        """
         if self.shape not in SHAPES:
-            return 0.0
-        config = load_shape(self.shape, self.layers or None).config
-        heads = config.heads + 2 * config.kv_heads
-        layer = config.hidden * (heads * config.head_dim + config.heads * config.head_dim + 3 * config.intermediate)
-        return BYTES[self.format] * config.layers * layer + BYTES[self.head_format] * config.vocab * config.hidden
+            return ()
+        shares = "" if self.shares == AUTO else self.shares
+        return _rank_bytes(self.shape, self.layers, self.format, self.devices, shares)
 
     @property
-    def head_format(self) -> str:
-        return "q8_0" if self.format.startswith("q4") else self.format
+    def model_bytes(self) -> int:
+        """The same of all ranks: the model's weights, without the embedding."""
+        return sum(self.rank_bytes)
 
     @property
     def room_bytes(self) -> int:
@@ -89,8 +98,8 @@ class Row:
 
     @property
     def pass_s(self) -> float:
-        """About the seconds that one pass through the weights takes."""
-        part = self.model_bytes / self.devices
+        """About the seconds that one pass through the weights takes: the rank that has most of them."""
+        part = max(self.rank_bytes, default=0)
         computing = part / ((self.cores or 2 / self.devices) * CORE_BYTES_PER_S)
         reading = max(0.0, part - self.room_bytes) / self.read_bps if self.read_bps else 0.0
         return max(computing, reading) + 0.05
@@ -143,6 +152,14 @@ class Row:
     def planned(self) -> bool:
         """Whether its shares are for `plan` to choose."""
         return self.measure == "generate" and self.shares == "auto" and self.devices > 1
+
+
+@functools.cache
+def _rank_bytes(shape: str, layers: int, fmt: str, devices: int, shares: str) -> tuple[int, ...]:
+    config = load_shape(shape, layers or None).config
+    loads = Loads(config, ModelFormats.of(fmt, config.layers))
+    plan = make_plan(config, share_weights(shares or None, devices))
+    return tuple(loads.of(share, rank).tiles for rank, share in enumerate(plan.shares))
 
 
 # By these a row is told from the others of its experiment, the first that does.
@@ -200,8 +217,8 @@ def _row(settings: dict[str, Any], where: str) -> Row:
     row = Row(**settings)
     if row.measure not in MEASURES:
         raise InputError(f"{where}: measure is {row.measure!r}, must be one of {', '.join(MEASURES)}")
-    if row.format not in BYTES:
-        raise InputError(f"{where}: format is {row.format!r}, must be one of {', '.join(BYTES)}")
+    if row.format not in WEIGHT_FORMATS:
+        raise InputError(f"{where}: format is {row.format!r}, must be one of {', '.join(WEIGHT_FORMATS)}")
     return row
 
 
@@ -233,23 +250,43 @@ def choose(rows: Iterable[Row], experiments: Sequence[str], only: str) -> list[R
 
 
 def _show(row: Row, key: str) -> str:
-    value = getattr(row, key)
+    return _text(getattr(row, key))
+
+
+def _text(value: Any) -> str:
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def repeat(settings: Mapping[str, Any], *, each: str = "") -> str:
+def on_machines(rows: Sequence[Row], ranks: int) -> list[Row]:
+    """The rows as they can run on real machines: without limits, each once."""
+    fit = [row for row in rows if row.measure in PORTABLE and row.devices <= ranks]
+    return list(dict.fromkeys(replace(row, **FREE) for row in fit))
+
+
+def repeat(settings: Mapping[str, Any], *, each: str = "", launch: str = "") -> str:
     """What measures just the row with these settings, or those that only differ from it in the setting `each`: the end of a
-    command, from the experiment's name on; "" where there is no such row in experiments.toml any more."""
-    for size in SIZES:
-        rows = [row.settings() for row in _all_rows(size) if row.experiment == settings["experiment"]]
-        if dict(settings) in rows:
+    command, from the experiment's name on; "" where there is no such row in experiments.toml any more.
+
+    Of a row that ran on real machines `launch` is the launcher; where that is not known, … stands for it.
+    """
+    own = dict(settings)
+    for machines in (False, True) if not launch else (True,):
+        keys = [key for key in (*VARIED, *_TYPES) if key != each and not (machines and key in FREE)]
+        for size in SIZES:
+            rows = [row for row in _all_rows(size) if row.experiment == own["experiment"]]
+            if machines:  # --only chooses before limits are left out, so by what is no limit
+                rows = [row for row in rows if on_machines([row], row.devices)]
+            there = [row.settings() for row in rows]
+            if own not in [{**row, **FREE} if machines else row for row in there]:
+                continue
             words = []
-            for key in VARIED:
-                if key != each and len({str(row[key]) for row in rows}) > 1:
-                    words.append(f"{key}={settings[key]}")
-                    rows = [row for row in rows if row[key] == settings[key]]
-            flag = "" if size == "full" else f" --{size}"
-            return f"{settings['experiment']}{flag}" + (f" --only {shlex.quote(shlex.join(words))}" if words else "")
+            for key in keys:
+                if len({str(row[key]) for row in there}) > 1:
+                    words.append(f"{key}={_text(own[key])}")
+                    there = [row for row in there if row[key] == own[key]]
+            command = own["experiment"] + ("" if size == "full" else f" --{size}")
+            command += f" --only {shlex.quote(shlex.join(words))}" if words else ""
+            return command + (f" --launch {shlex.quote(launch or '…')} --ranks {own['devices']}" if machines else "")
     return ""
 
 

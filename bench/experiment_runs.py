@@ -17,13 +17,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from experiment_machines import predictions
-from experiment_models import Models
+from experiment_models import FOLDER, Models
 from experiment_rows import LAUNCHER_BYTES, Row
 from home import Home
 from home_devices import Device, Link, equal_devices, parse_bandwidth, parse_duration
@@ -38,7 +39,8 @@ ROUNDS = 3  # of what is compared in turn
 GRACE_S = 5.0  # for a launcher to end
 REPEATS = 5  # of each sum
 SHARE_S = 1.0  # processor seconds that measure a device's share
-WISHED_CORES, WISHED_READ = 0.5, 200_000_000
+WISHED_CORES, WISHED_READ, WISHED_BANDWIDTH = 0.5, 200_000_000, 37_500_000
+STREAM_BYTES, STREAM_S = 16 << 20, 30.0  # that measure a link's bandwidth; it may take so long
 Figures = dict[str, Any]
 
 
@@ -55,7 +57,7 @@ class Site:
 
     @property
     def models(self) -> Models:
-        return Models(self.work / "models")
+        return Models(self.work / FOLDER)
 
     def folder(self) -> tempfile.TemporaryDirectory[str]:
         """For the files of one run, where all machines see it."""
@@ -66,10 +68,16 @@ class Site:
 # The home
 
 
-def devices_of(row: Row) -> list[Device]:
-    """The row's devices, with its limits."""
+def devices_of(row: Row, folder: Path) -> list[Device]:
+    """The row's devices, with its limits; `folder` is on the disk whose reading is limited, that of the slices."""
     return [
-        Device(device.name, cores=row.cores, memory=row.memory_bytes, read_bps=row.read_bps)
+        Device(
+            device.name,
+            cores=row.cores,
+            memory=row.memory_bytes,
+            read_bps=row.read_bps,
+            cache=folder / device.name if row.read_bps else None,  # the limit is that of the cache's disk
+        )
         for device in equal_devices(row.devices)
     ]
 
@@ -123,7 +131,7 @@ def run(row: Row, site: Site, arguments: Sequence[str], stdin: Path | None = Non
         words = shlex.split(site.launch.replace("{ranks}", str(row.devices)))
         process = subprocess.Popen([*words, *command], start_new_session=True, **pipes)
         return Ended(*_finish(process, timeout), [], 0)
-    with Home(devices_of(row), link_of(row)) as home:
+    with site.folder() as folder, Home(devices_of(row, Path(folder)), link_of(row)) as home:
         process = home.mpirun(command, mpi=row.mpi, **pipes)
         code, out, err = _finish(process, timeout)
         groups: list[Group] = [group for group in home.groups if group is not None]
@@ -227,7 +235,7 @@ def peer(row: Row, site: Site) -> Figures:
     model = site.models.make(row)
     model = model / "model.gguf" if (model / "model.gguf").exists() else model
     model = prepare(row.program, model, site.models.prepared(row))
-    with Home(devices_of(row)) as home:
+    with site.folder() as folder, Home(devices_of(row, Path(folder))) as home:
         found = run_peer(
             home,
             row.program,
@@ -282,7 +290,7 @@ def predict(row: Row, site: Site) -> Figures:
 
 
 def emulation(row: Row, site: Site) -> Figures:
-    """Latency, processor share and disk of the emulated devices, beside what was wished."""
+    """Latency, processor share, disk and bandwidth of the emulated devices, beside what was wished."""
     site.work.mkdir(parents=True, exist_ok=True)
     file = site.work / "disk.bin"
     program = (
@@ -302,6 +310,8 @@ def emulation(row: Row, site: Site) -> Figures:
             rate = _disk(home, file)
         finally:
             file.unlink(missing_ok=True)
+        home.set_link(replace(link_of(row), bandwidth=WISHED_BANDWIDTH))
+        bandwidth = stream_rate(home)
     wished = link_of(row).latency_s
     return {
         "latency_wished_s": wished,
@@ -310,7 +320,35 @@ def emulation(row: Row, site: Site) -> Figures:
         "cores": SHARE_S / seconds,
         "read_wished_bps": WISHED_READ,
         "read_bps": rate,
+        "bandwidth_wished": WISHED_BANDWIDTH,
+        "bandwidth": bandwidth,
     }
+
+
+def stream_rate(home: Home) -> float:
+    """Bytes a second of one TCP connection from device 0 to device 1; without its start, in which TCP feels its way."""
+    with home.socket(1) as listener, home.socket(0) as sender:
+        for each in (listener, sender):
+            each.settimeout(STREAM_S)
+        listener.bind((home.addresses[1], 0))
+        listener.listen()
+        sender.connect(listener.getsockname())
+        taker, _ = listener.accept()
+        with taker, ThreadPoolExecutor(1) as pool:  # both ends are served at once
+            taker.settimeout(STREAM_S)
+            sent = pool.submit(sender.sendall, bytes(STREAM_BYTES))
+            got, before = 0, None
+            while got < STREAM_BYTES:
+                part = len(taker.recv(1 << 16))
+                if not part:
+                    raise RunError(f"a connection between two devices ended after {got} of {STREAM_BYTES} bytes")
+                got += part
+                if before is None and got >= STREAM_BYTES // 4:
+                    before = got, time.perf_counter()
+            assert before is not None
+            seconds = time.perf_counter() - before[1]
+            sent.result()
+    return (STREAM_BYTES - before[0]) / seconds
 
 
 def _disk(home: Home, file: Path) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,6 +21,12 @@ class Found:
         return self.line["settings"][key]
 
     @property
+    def launch(self) -> str:
+        """What started it, where it ran on real machines."""
+        words = shlex.split(self.line["command"])
+        return words[words.index("--launch") + 1] if "--launch" in words else ""
+
+    @property
     def model(self) -> str:
         """Its shape and format."""
         layers = f" ({self['layers']} layers)" if self["layers"] else ""
@@ -32,11 +39,24 @@ class Found:
 
     @property
     def peak(self) -> int | None:
-        """Of the device that took most, page cache included where there was a group; in bytes."""
-        groups = [peak for peak in self.figures.get("group_peak_bytes") or [] if peak]
+        """Of the device that took most, in bytes: of its group, page cache included, or of its process, whichever is larger.
+
+        A group leaves out pages that another one read first (libraries), a process those of files that it did not map.
+        """
+        groups = self.figures.get("group_peak_bytes") or []
         own = self.figures.get("peak_rss_bytes")
-        own = own if isinstance(own, list) else [own] if own else []
-        return max(groups or own, default=None)
+        own = own if isinstance(own, list) else [own]
+        return max((peak for peak in (*groups, *own) if peak), default=None)
+
+    @property
+    def asked(self) -> str:
+        """What it was to do with in memory: a window, a device's limit, or --memory."""
+        return f"window {self['window']}" if self["window"] else self["memory"] or self["budget"]
+
+    @property
+    def first_cold_s(self) -> float:
+        """Seconds to the first token of the first prompt; other programs have it as ttft_s, and then ttft_warm_s."""
+        return float(self.figures["ttft_cold_s" if "ttft_cold_s" in self.figures else "ttft_s"])
 
 
 def by_network(found: Iterable[Found]) -> dict[tuple[str, str], dict[str, Found]]:
@@ -65,7 +85,7 @@ class Table:
 
 def again(found: Found, *, each: str = "") -> str:
     """What stands after `python bench/experiments.py run` to repeat it, or all that only differ in the setting `each`."""
-    words = repeat(found.line["settings"], each=each)
+    words = repeat(found.line["settings"], each=each, launch=found.launch)
     return f"`{words}`" if words else ""
 
 
@@ -85,6 +105,10 @@ def ms(value: float) -> str:
 
 def mb(value: float | None) -> str:
     return "-" if value is None else f"{value / 1e6:.0f} MB"
+
+
+def mbits(value: float | None) -> str:
+    return "-" if value is None else f"{value * 8 / 1e6:.0f} Mbit/s"
 
 
 def times(value: float) -> str:

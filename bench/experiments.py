@@ -27,13 +27,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 from experiment_pages import write_page
 from experiment_results import Results, commit
-from experiment_rows import SLICES_BYTES_PER_S, VARIED, Row, choose, read_rows, repeat
+from experiment_rows import SLICES_BYTES_PER_S, VARIED, Row, choose, on_machines, read_rows, repeat
 from experiment_runs import Site, measure
 from filelock import FileLock, Timeout
 
@@ -41,15 +40,7 @@ from tpimpi.errors import InputError, TpimpiError
 
 EXIT_INPUT, EXIT_INTERRUPTED = 2, 130
 ENDING = (signal.SIGTERM, signal.SIGHUP)
-PORTABLE = ("generate", "allreduce", "perplexity", "predict")  # what can do without an emulated home
 ALONE = ("perplexity", "predict")
-
-
-def on_machines(rows: Sequence[Row], ranks: int) -> list[Row]:
-    """The rows as they can run on real machines: without limits, each once."""
-    free = {"cores": None, "memory": "", "read": "", "latency": "", "bandwidth": "", "threads": 0}
-    fit = [row for row in rows if row.measure in PORTABLE and row.devices <= ranks]
-    return list(dict.fromkeys(replace(row, **free) for row in fit))
 
 
 def end(number: int, frame: FrameType | None) -> None:
@@ -57,6 +48,13 @@ def end(number: int, frame: FrameType | None) -> None:
     for other in (*ENDING, signal.SIGINT):
         signal.signal(other, signal.SIG_IGN)
     sys.exit(128 + number)
+
+
+def left_behind(work: Path) -> str:
+    """What an interrupted run leaves there, as the end of a sentence."""
+    models = Site(work).models
+    size = models.nbytes()
+    return f"; {models.folder} has {size / 1e9:.1f} GB of slices and models, which go when it ends" if size else ""
 
 
 def describe(row: Row) -> str:
@@ -85,7 +83,7 @@ def run(options: argparse.Namespace, rows: list[Row], results: Results) -> int:
         done = [row for row in rows if results.find(row, now=not options.missing)]
         rows = [row for row in rows if row not in done]
         if done:
-            when = "" if options.missing else f" at {commit() or 'this commit'}"
+            when = "" if options.missing else f" at {commit()}"
             print(f"{len(done)} rows are done{when}; --again repeats them", file=sys.stderr)
     order = list(dict.fromkeys(row.slices for row in rows))
     rows = sorted(rows, key=lambda row: order.index(row.slices))  # those of the same slices together
@@ -105,7 +103,7 @@ def run(options: argparse.Namespace, rows: list[Row], results: Results) -> int:
             failed += 1
             continue
         figures, took = measured
-        results.add(row, figures, took, f"python bench/experiments.py run {repeat(row.settings())}")
+        results.add(row, figures, took, f"python bench/experiments.py run {repeat(row.settings(), launch=site.launch)}")
         print(f"  {brief(figures)} ({took:.0f} s)", file=sys.stderr, flush=True)
     if not options.keep:
         models.keep(())
@@ -115,7 +113,7 @@ def run(options: argparse.Namespace, rows: list[Row], results: Results) -> int:
 
 
 def attempt(row: Row, site: Site) -> tuple[dict[str, object], float] | None:
-    """What `measure` returns, or None where it fails.
+    """What `measure` returns, or None where it fails, with whatever it is: other rows may do, and hours were spent on them.
 
     A row that fails is tried once more: a launcher that now and then does not get its ranks together must not leave a hole
     in a measurement of hours.
@@ -123,8 +121,6 @@ def attempt(row: Row, site: Site) -> tuple[dict[str, object], float] | None:
     for then in ("; once more", ""):
         try:
             return measure(row, site)
-        except InputError:
-            raise
         except (TpimpiError, subprocess.SubprocessError, OSError) as error:
             print(f"  failed: {error}{then}", file=sys.stderr, flush=True)
     return None
@@ -132,7 +128,17 @@ def attempt(row: Row, site: Site) -> tuple[dict[str, object], float] | None:
 
 def brief(figures: dict[str, object]) -> str:
     """The figures that one wants to see at once."""
-    names = ("killed", "s_per_token", "ttft_s", "ttft_cold_s", "perplexity", "latency_s", "read_bps", "cores")
+    names = (
+        "killed",
+        "s_per_token",
+        "ttft_s",
+        "ttft_cold_s",
+        "perplexity",
+        "latency_s",
+        "read_bps",
+        "cores",
+        "bandwidth",
+    )
     found = {name: figures[name] for name in names if figures.get(name) is not None}
     return ", ".join(
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in found.items()
@@ -239,9 +245,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TpimpiError as error:
         print(f"experiments: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("experiments: interrupted; what is done is kept, and the same command goes on", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except (KeyboardInterrupt, SystemExit) as error:
+        print(
+            f"experiments: interrupted; what is done is kept, and the same command goes on{left_behind(options.work)}",
+            file=sys.stderr,
+        )
+        return EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else int(error.code or 0)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ from home_devices import Device, Link, equal_devices, parse_bandwidth, parse_dur
 from home_scripts import HOLDER, launcher, write_scripts
 from home_sweep import PREFIX, TAG, HomeError, clean, do, in_network, make_disk, make_folder, network, sweep
 from home_wire import Traffic, Wire, build, need, ping, socket_in
-from limits import Group, LimitError
+from limits import Group
 
 from tpimpi.errors import InputError, TpimpiError
 
@@ -94,7 +94,7 @@ class Home:
         for program in ("unshare", "nsenter", "ip", "mount"):
             need(program)
         build()
-        with contextlib.suppress(TpimpiError, LimitError):  # what does not go does not hinder this one
+        with contextlib.suppress(TpimpiError):  # what does not go does not hinder this one
             clean()
         self.folder = make_folder(self._stack)
         self.id = self.folder.name.removeprefix(PREFIX)
@@ -409,9 +409,9 @@ def main() -> int:
                 signals.process, signals.deadline = None, None
                 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                     signal.signal(number, signal.SIG_IGN)
-    except (TpimpiError, LimitError) as error:
+    except TpimpiError as error:
         print(f"home: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, TpimpiError) else 1
+        return error.exit_code
     except (OSError, ValueError, RuntimeError) as error:  # a folder, a size or a text that the system refuses
         print(f"home: {error}; give another", file=sys.stderr)
         return 2

@@ -33,6 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from tpimpi.errors import TpimpiError
+
 CPU_PERIOD_US = 100_000
 LEAST_QUOTA_US = 1000  # the kernel refuses less
 LARGEST_CHARGE = 2 << 20  # bytes that are counted at once: a large page
@@ -41,7 +43,7 @@ RANK = "${OMPI_COMM_WORLD_RANK:-${PMI_RANK:?mpirun gave no rank}}"
 _V1_NAMES = {"memory": "memory", "cpu": "cpu", "io": "blkio"}  # of the controllers
 
 
-class LimitError(Exception):
+class LimitError(TpimpiError):
     """Groups cannot be had, or not these."""
 
 
@@ -400,7 +402,6 @@ def main() -> int:
     rank = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK"))
     if options.each_rank and rank is None:
         parser.error("--each-rank, but mpirun gave no rank")
-    from tpimpi.errors import InputError
     from tpimpi.memory import parse_size
 
     try:
@@ -413,7 +414,7 @@ def main() -> int:
             read_bps=None if options.read_bps is None else parse_size(options.read_bps, "--read-bps"),
             device=(options.device or Path()) if options.read_bps else None,
         )
-    except (LimitError, InputError) as error:
+    except TpimpiError as error:
         print(f"limits: {error}", file=sys.stderr)
         return 2
 

@@ -87,11 +87,13 @@ ENVIRONMENTS = {
     ),
 }
 # from_pretrained leaves weights that need no conversion mapped from the file, so that the system can drop them and read them
-# again: "transformers" is that, as users get it; "transformers-copied" has them in memory of its own.
+# again: "transformers" is that, as users get it; "transformers-copied" has them in memory of its own. "accelerate" and
+# "accelerate-copied" are the same of the weights that accelerate does not read for each token.
 PEERS = {
     "transformers": Peer("torch", "run_transformers.py", "hf"),
     "transformers-copied": Peer("torch", "run_transformers.py", "hf", ("--copy",)),
     "accelerate": Peer("torch", "run_transformers.py", "hf", ("--offload", "{memory}")),
+    "accelerate-copied": Peer("torch", "run_transformers.py", "hf", ("--copy", "--offload", "{memory}")),
     "airllm": Peer("torch", "run_airllm.py", "hf", prepares=True),
     "llama.cpp": Peer("llama.cpp", "run_llama_cpp.py", "gguf"),
     "llama.cpp-mmap": Peer("llama.cpp", "run_llama_cpp.py", "gguf", ("--mmap",)),

@@ -87,10 +87,12 @@ answer_and_measure() {
 }
 
 experiment() {
-  local names=()
+  local names=() code=0
   read -ra names <<<"${EXPERIMENTS:-}"
   mkdir -p "$OUT"
   part "experiments" "$python" bench/experiments.py run "${names[@]}" --launch "$LAUNCH" --ranks "$RANKS" \
-    --work "$(realpath -m "${WORK:-tpimpi-bench-work}")" --results "$OUT/results.jsonl"
-  "$python" bench/experiments.py page --results "$OUT/results.jsonl" --page "$OUT/page.md"
+    --work "$(realpath -m "${WORK:-tpimpi-bench-work}")" --results "$OUT/results.jsonl" || code=$?
+  if [ "$code" -gt 1 ]; then return "$code"; fi # 1: some rows failed, the others are worth a page
+  "$python" bench/experiments.py page --results "$OUT/results.jsonl" --page "$OUT/page.md" || code=$?
+  return "$code"
 }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,14 @@ from filelock import FileLock
 from conftest import ROOT, TIMEOUT, Launcher
 from test_home import needs_home
 from tpimpi.errors import InputError
+from tpimpi.slicefile import SliceFile, slice_name
 
 sys.path.insert(0, str(ROOT / "bench"))
 try:
     experiments = importlib.import_module("experiments")
     rows_of = importlib.import_module("experiment_rows")
     results_of = importlib.import_module("experiment_results")
-    pages = importlib.import_module("experiment_pages")
-    claims_of = importlib.import_module("experiment_claims")
-    tables = importlib.import_module("experiment_tables")
+    runs_of = importlib.import_module("experiment_runs")
 finally:
     sys.path.remove(str(ROOT / "bench"))
 
@@ -158,10 +159,55 @@ def test_the_command_beside_a_row_repeats_that_row_alone(size: str) -> None:
         assert rows_of.choose(rows_of.read_rows(options.size), options.names, options.only) == [row]
 
 
-def test_model_bytes_are_those_of_the_slices(data: Path) -> None:
-    row = rows_of.read_rows("full", data)[-1]
-    # 32 layers of 4 * 4096^2 + 3 * 4096 * 11008 weights of 18 bytes in 32; a head of 32000 * 4096, 34 bytes in 32
-    assert row.model_bytes == 32 * (4 * 4096**2 + 3 * 4096 * 11008) * 18 / 32 + 32000 * 4096 * 34 / 32
+@pytest.mark.parametrize("size", rows_of.SIZES)
+def test_the_command_beside_a_row_of_real_machines_repeats_that_row_there(size: str) -> None:
+    launch = "mpirun -np {ranks} --hostfile 'my home.txt'"
+    rows = rows_of.on_machines(rows_of.read_rows(size), 8)
+    assert {row.devices for row in rows} >= {1, 2 if size == "smallest" else 4}
+    for row in rows:
+        options = experiments.parse(["run", *shlex.split(rows_of.repeat(row.settings(), launch=launch))])
+        chosen = rows_of.choose(rows_of.read_rows(options.size), options.names, options.only)
+        assert rows_of.on_machines(chosen, options.ranks) == [row]
+        assert (options.launch, options.ranks) == (launch, row.devices)
+
+
+def test_rows_that_are_gone_have_no_command_and_unknown_launchers_are_left_open() -> None:
+    row = rows_of.on_machines(rows_of.choose(rows_of.read_rows(), ["eighths"], "shape=llama-2-13b devices=8"), 8)[0]
+    wanted = "eighths --only 'shape=llama-2-13b format=q8_0 devices=8' --launch '…' --ranks 8"
+    assert rows_of.repeat(row.settings()) == wanted
+    assert rows_of.repeat({**row.settings(), "prompt": 17}) == ""
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_the_bytes_of_a_row_are_those_of_its_slices(data: Path, tmp_path: Path, devices: int) -> None:
+    row = replace(
+        rows_of.read_rows("full", data)[-1],
+        shape="tinyllama-1.1b",
+        layers=1,
+        devices=devices,
+        shares="2,1,1" if devices == 3 else "",
+    )
+    command = [sys.executable, "-m", "tpimpi", "synth", "--shape", row.shape, "--layers", "1", "--format", row.format]
+    command += ["--ranks", str(devices), "--out", str(tmp_path / "slices"), "--quiet"]
+    command += ["--shares", row.shares] if row.shares else []
+    subprocess.run(command, check=True, timeout=TIMEOUT, stdin=subprocess.DEVNULL)
+    found = []
+    for rank in range(devices):
+        file = SliceFile(tmp_path / "slices" / slice_name(rank, devices))
+        found.append(sum(record.nbytes for record in file.records if record.block.kind in ("attn", "mlp", "head")))
+        file.close()
+    assert row.rank_bytes == tuple(found)
+    assert row.model_bytes == sum(found)
+
+
+def test_a_pass_takes_as_long_as_the_rank_that_has_most(data: Path) -> None:
+    row = replace(rows_of.read_rows("full", data)[-1], devices=2, memory="", read="1MB/s", budget="least")
+    equal, unlike = (replace(row, shares=shares) for shares in ("", "3,1"))
+    assert equal.pass_s == pytest.approx(max(equal.rank_bytes) / 1e6, rel=1e-3)
+    # Three quarters of the layers and the head, against a half of them and the head
+    layers = 32 * (4 * 4096**2 + 3 * 4096 * 11008) * 18 / 32
+    head = 32000 * 4096 * 34 / 32
+    assert unlike.pass_s / equal.pass_s == pytest.approx((0.75 * layers + head) / (0.5 * layers + head), rel=0.01)
 
 
 # Results
@@ -185,6 +231,53 @@ def test_a_result_is_found_again_unless_machine_commit_or_row_differ(data: Path,
         assert (found.find(first, now=False) is not None) == (name == "commit")
         assert (found.find(first, here=False) is not None) == (name == "machine")
         assert found.find(first, here=False, now=False) is not None
+
+
+def test_a_commit_with_changes_is_told_from_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what decides figures; of a commit that is clean, one with two changes in turn, and files without git."""
+    monkeypatch.setattr(results_of, "ROOT", tmp_path)
+    source, delay, page = tmp_path / "src" / "a.py", tmp_path / "bench" / "delay_line.c", tmp_path / "bench" / "page.py"
+    for path in (source, delay, page):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("1\n")
+
+    def commit() -> str:
+        found: str = results_of.commit.__wrapped__()
+        return found
+
+    assert re.fullmatch("files-[0-9a-f]{6}", first := commit())
+    delay.write_text("2\n")
+    assert re.fullmatch("files-[0-9a-f]{6}", commit()) and commit() != first
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
+    assert re.fullmatch("[0-9a-f]{10}", clean := commit())
+    page.write_text("2\n")  # decides no figure
+    assert commit() == clean
+    states = []
+    for path in (source, delay):
+        path.write_text("3\n")
+        states.append(commit())
+    assert all(re.fullmatch(clean + r"\+[0-9a-f]{6}", state) for state in states) and states[0] != states[1]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("src/tpimpi/star/links.py", "CMakeLists.txt", "bench/delay_line.c", "bench/home.py", "bench/home_wire.py"),
+        *("bench/home_devices.py", "bench/home_scripts.py", "bench/home_sweep.py", "bench/limits.py", "bench/peers.py"),
+        *("bench/peer_programs/timed.py", "bench/experiment_runs.py", "bench/experiment_machines.py"),
+    ],
+)
+def test_what_decides_figures_makes_a_commit_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(results_of, "ROOT", tmp_path)
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).write_text("1\n")
+    before = results_of.commit.__wrapped__()
+    (tmp_path / path).write_text("2\n")
+    assert results_of.commit.__wrapped__() != before
 
 
 @pytest.mark.parametrize("cut", [1, 40])
@@ -259,102 +352,15 @@ def test_a_file_that_is_no_results_is_refused_and_left_alone(tmp_path: Path) -> 
     assert path.read_text() == "milk\n"
 
 
-# The page
-
-
-def test_a_page_is_filled_in_between_its_marks(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("Before.\n\n<!-- table formats -->\nold\n<!-- end -->\n\nAfter.\n")
-    row = next(row for row in rows_of.read_rows("full") if row.measure == "perplexity")
-    path = tmp_path / "results.jsonl"
-    figures = {
-        "tokens_scored": 7,
-        "perplexity": 12.5,
-        "perplexity_se": 0.25,
-        "against": {"perplexity": 12.0, "kl_mean": 0.01},
-    }
-    path.write_text(json.dumps(result(row, **figures)) + "\n")
-    for _ in range(2):  # what is filled in is filled in again
-        assert run("page", "--page", page, "--results", path).returncode == 0
-        text = page.read_text()
-        assert text.startswith("Before.\n") and text.endswith("After.\n") and "old" not in text
-        assert "| bf16 | 7 | 12.500 ± 0.25 | 12.000 | 0.01 |" in text
-
-
-def test_a_page_keeps_its_line_ends(tmp_path: Path) -> None:
-    page, results = tmp_path / "page.md", tmp_path / "results.jsonl"
-    page.write_bytes(b"Before.\r\n<!-- table formats -->\r\n<!-- end -->\r\n")
-    results.touch()
-    for _ in range(2):
-        assert run("page", "--page", page, "--results", results).returncode == 0
-        lines = page.read_bytes().split(b"\n")
-        assert lines[2:4] == [b"\r", b"Not measured yet.\r"] and all(line.endswith(b"\r") for line in lines[:-1])
-
-
-def test_a_page_of_nothing_is_refused(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    done = run("page", "--page", page, "--results", tmp_path / "resutls.jsonl")
-    assert (done.returncode, done.stderr.count("\n"), page.exists()) == (2, 1, False)
-    assert done.stderr.startswith(f"experiments: --results {tmp_path}/resutls.jsonl: there is no such file")
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        (
-            "<!-- table devices -->\nmine\n<!-- table memory -->\n<!-- end -->\n",
-            "line 1: table devices has no <!-- end -->",
-        ),
-        ("mine\n<!-- table devices -->\n", "line 2: table devices has no <!-- end -->"),
-        ("<!-- table nonsense -->\n<!-- end -->\n", "line 1: there is no table nonsense; there are "),
-    ],
-)
-def test_a_page_with_wrong_marks_is_refused_and_left_alone(tmp_path: Path, text: str, said: str) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(text)
-    (tmp_path / "results.jsonl").touch()
-    done = run("page", "--page", page, "--results", tmp_path / "results.jsonl")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith(f"experiments: {page}, {said}")
-    assert page.read_text() == text
-
-
-def device_results(**seconds: tuple[float, float]) -> list[Any]:
-    """7B in q4_0 where memory is short, on one device and on four: (first token, token)."""
-    rows = rows_of.choose(rows_of.read_rows(), ["devices"], "shape=llama-2-7b format=q4_0 devices=1,4")
-    made = []
-    for row, (first, token) in zip(rows, seconds.values(), strict=True):
-        made.append(tables.Found(result(row, ttft_s=first, ttft_cold_s=first, s_per_token=token)))
-    return made
-
-
-@pytest.mark.parametrize(
-    ("one", "four", "verdict"),
-    [
-        ((20.0, 12.0), (2.0, 1.0), "confirmed"),
-        ((20.0, 11.9), (2.0, 1.0), "not so"),
-        ((19.0, 30.0), (2.0, 1.0), "not so"),
-    ],
-)
-def test_a_claim_is_judged_by_its_figures(one: tuple[float, float], four: tuple[float, float], verdict: str) -> None:
-    judged = {text: (said, figures) for text, said, figures in claims_of.claims(device_results(one=one, four=four))}
-    said, figures = next(found for text, found in judged.items() if text.startswith("Ours"))
-    assert said == verdict
-    assert f"({one[1] / four[1]:.3g}" in figures
-
-
-@pytest.mark.parametrize(
-    ("less", "verdict"), [(0.92, "better"), (0.9, "confirmed"), (0.78, "confirmed"), (0.77, "worse"), (-0.1, "not so")]
-)
-def test_a_share_is_judged_by_what_is_left_of_it(less: float, verdict: str) -> None:
-    assert claims_of._verdict_less(less, 0.8, 0.9) == verdict
-
-
-def test_what_was_not_measured_is_said_to_be_so() -> None:
-    assert {verdict for _, verdict, _ in claims_of.claims([])} == {"not measured"}
-
-
 # In earnest
+
+
+@needs_home
+def test_what_a_link_carries_is_measured_with_both_ends_served() -> None:
+    wished = 12_500_000
+    with runs_of.Home(2, runs_of.Link(0.001, 0.0, wished)) as home:
+        # A full frame has 1514 bytes, of which 1448 are the program's; on a busy machine the clock may start late.
+        assert 0.5 < runs_of.stream_rate(home) / wished < 1.3
 
 
 @needs_home
@@ -369,7 +375,7 @@ def test_a_row_is_run_once_and_its_slices_are_removed(tmp_path: Path) -> None:
         assert figures["s_per_token"] > 0 and figures["ttft_s"] > 0 and figures["limit_hits"] == 0
         assert len(figures["group_peak_bytes"]) == line["settings"]["devices"]
         assert max(figures["group_peak_bytes"]) <= 300 << 20
-    assert not list((tmp_path / "work" / "models").iterdir())
+    assert not list((tmp_path / "work" / "tpimpi-models").iterdir())
     again = run("run", *common)
     assert again.returncode == 0 and "2 rows are done" in again.stderr
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
@@ -401,22 +407,32 @@ def test_a_row_that_failed_is_tried_once_more(mpirun: Launcher, tmp_path: Path, 
     assert (done.returncode, len(lines)) == ((0, 1) if failures == 1 else (1, 0))
 
 
-def test_what_a_launcher_started_ends_with_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 130)])
+def test_what_a_launcher_started_ends_with_the_run(tmp_path: Path, number: int, code: int) -> None:
     launcher = tmp_path / "launcher"
-    launcher.write_text(f"#!/bin/sh\necho $$ >{tmp_path}/pid\nexec sleep 300\n")
+    launcher.write_text(f"#!/bin/sh\nsleep 0.5\necho $$ >{tmp_path}/pid\nexec sleep 300\n")
     launcher.chmod(0o755)
-    common = ("--results", str(tmp_path / "results.jsonl"), "--work", str(tmp_path / "work"))
+    models = tmp_path / "work" / "tpimpi-models"
+    models.mkdir(parents=True)
+    with (models / "weights").open("w") as file:
+        file.truncate(2_540_000_000)  # of an earlier row, say
+    common = ("--results", str(tmp_path / "results.jsonl"), "--work", str(tmp_path / "work"), "--keep")
     command = [sys.executable, str(ROOT / "bench" / "experiments.py"), "run", "network", "--smallest", *common]
     command += ["--only", "measure=allreduce", "--launch", f"{launcher} {{ranks}}", "--ranks", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + TIMEOUT
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.terminate()
-    assert process.wait(TIMEOUT) == 128 + signal.SIGTERM
+    process.send_signal(number)
+    _, said = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == code
+    assert said.splitlines()[-1].startswith(
+        "experiments: interrupted; what is done is kept, and the same command goes on; "
+    )
+    assert f"{models} has 2.5 GB of slices and models" in said.splitlines()[-1]
     assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
-    assert [path.name for path in (tmp_path / "work").iterdir()] == ["lock"]
+    assert {path.name for path in (tmp_path / "work").iterdir()} == {"lock", "tpimpi-models"}
 
 
 def test_two_runs_do_not_measure_each_other(tmp_path: Path) -> None:

@@ -248,6 +248,17 @@ def test_experiments_run_on_the_machines_of_a_job(cluster: Cluster, tmp_path: Pa
     assert "tinyllama-1.1b (2 layers) q4_0" in (out / "page.md").read_text()
 
 
+@pytest.mark.parametrize(("code", "page"), [(0, True), (1, True), (2, False), (143, False)])
+def test_rows_that_failed_leave_a_page_of_the_others(tmp_path: Path, code: int, page: bool) -> None:
+    python = tmp_path / "python"  # stands for the experiments
+    python.write_text(f'#!/bin/sh\necho "$2" >>{tmp_path}/calls\n[ "$2" = page ] || exit {code}\n')
+    python.chmod(0o755)
+    job = f"set -euo pipefail; . jobs/allocation.sh; python={python}; OUT={tmp_path}/out; RANKS=2; LAUNCH=true; experiment"
+    result = run_command(["bash", "-c", job], env={}, cwd=ROOT)
+    assert result.code == code, result.err
+    assert (tmp_path / "calls").read_text().split() == (["run", "page"] if page else ["run"])
+
+
 @pytest.mark.mpi
 def test_what_is_wrong_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:
     broken = tmp_path / "bin" / "python"  # stands for an environment in which ranks do not find each other

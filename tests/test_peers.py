@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, run_command
 from test_home import LACKING, needs_home
+from tiny_models import write_tiny_hf
 
 sys.path.insert(0, str(ROOT / "bench"))
 try:
@@ -187,6 +188,46 @@ def test_the_page_cache_is_dropped(tmp_path: Path) -> None:
     assert cached()
     peers.drop_from_page_cache(tmp_path / "model")
     assert not cached()
+
+
+COPIES = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(peers.PROGRAMS)!r})
+import run_transformers, torch
+from transformers import AutoModelForCausalLM
+
+torch.set_grad_enabled(False)
+where = {{f"model.layers.{{layer}}": "disk" if layer == 1 else "cpu" for layer in range(3)}}
+where |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16, device_map=where)
+
+def look():
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    mapped = [[int(end, 16) for end in line[0].split("-")] for line in lines if line[-1].endswith(".safetensors")]
+    found = [parameter for parameter in model.parameters() if parameter.device.type == "cpu"]
+    inside = sum(any(low <= parameter.data_ptr() < high for low, high in mapped) for parameter in found)
+    ids = []
+    run_transformers.generator(model)([3, 4, 5], 6, ids.append)
+    return len(list(model.parameters())), len(found), inside, *ids
+
+print(look())
+run_transformers.copy(model)
+print(look())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+def test_what_is_copied_is_no_longer_mapped_and_what_is_on_the_disk_stays_there(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    write_tiny_hf(tmp_path / "model", "llama", dtype="bfloat16")
+    done = run_command([sys.executable, "-c", COPIES, str(tmp_path / "model")], env={})
+    assert done.code == 0, done.err
+    before, after = (ast.literal_eval(line) for line in done.out.splitlines())
+    # Embedding, norm, head, and 9 of each of 3 layers, of which one is on the disk
+    assert before[:3] == (30, 21, 21)
+    assert after[:3] == (30, 21, 0)
+    assert before[3:] == after[3:] and len(after) == 3 + 6
 
 
 # Preparing

@@ -1,8 +1,8 @@
 """Hugging Face transformers in bf16: all weights mapped from the file, as from_pretrained leaves them, or in other places.
 
---copy: all in memory of the process's own. --offload BYTES: by accelerate; BYTES is the memory that the process may take.
-What is left of it beside the program, the cache and one layer is filled with weights, and the others are read from the
-checkpoint's own safetensors for each token. 0: all are read.
+--offload BYTES: by accelerate; BYTES is the memory that the process may take. What is left of it beside the program, the
+cache and one layer is filled with weights, and the others are read from the checkpoint's own safetensors for each token.
+0: all are read. --copy: those that are not read for each token in memory of the process's own.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ RESERVE = 256 << 20  # bytes for activations, and what loading takes for a momen
 
 def main() -> None:
     parser = timed.parser(__doc__)
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--copy", action="store_true")
-    where.add_argument("--offload", type=int, metavar="BYTES")
+    parser.add_argument("--copy", action="store_true")
+    parser.add_argument("--offload", type=int, metavar="BYTES")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
@@ -32,14 +31,21 @@ def main() -> None:
         placement = {} if options.offload is None else place(options.model, options.offload, options.context)
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16, **placement)
         model.eval()  # type: ignore[no-untyped-call]
-        for parameter in model.parameters() if options.copy else ():
-            parameter.data = parameter.data.clone()
+        if options.copy:
+            copy(model)
         parts = getattr(model, "hf_device_map", {"": "cpu"}).values()
         placed.update({where: sum(str(part) == where for part in parts) for where in ("cpu", "disk")})
         return generator(model)
 
     names = ("torch", "transformers", *(() if options.offload is None else ("accelerate",)))
     timed.report(load, options, names, placed=placed)
+
+
+def copy(model: Any) -> None:
+    """Have the parameters that are on the CPU in memory of the process's own; those on the disk are of the device "meta"."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def place(folder: Path, memory: int, context: int) -> dict[str, Any]:
