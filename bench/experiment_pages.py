@@ -149,7 +149,7 @@ def _devices(found: Sequence[Found], experiment: str) -> str:
             "s/token",
             "TTFT, times",
             "s/token, times",
-            "`plan` said",
+            "`plan` said (s/token, TTFT)",
         ),
         *("peak", "pinned", "streamed a token", "compute / disk / star", "`… run`"),
     )
@@ -172,7 +172,7 @@ def _devices(found: Sequence[Found], experiment: str) -> str:
                 seconds(f["ttft_s"]),
                 per_token(f["s_per_token"]),
                 *gain,
-                per_token(f.get("predicted", {}).get("s_per_token")),
+                _predicted(f),
                 mb(each.peak),
                 mb(max(f["pinned_bytes"])),
                 mb(max(f["streamed_bytes_per_token"])),
@@ -181,6 +181,11 @@ def _devices(found: Sequence[Found], experiment: str) -> str:
             again(each),
         )
     return str(table)
+
+
+def _predicted(figures: Mapping[str, Any]) -> str:
+    found = figures.get("predicted")
+    return f"{per_token(found['s_per_token'])}, {seconds(found['ttft_s'])}" if found else "-"
 
 
 def devices(found: Sequence[Found], folder: Path) -> str:
