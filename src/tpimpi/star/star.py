@@ -343,7 +343,7 @@ class Star:
         if comm == MPI.COMM_NULL:
             return None
         few = Star(comm, timeout=self.timeout, allreduce=self.algorithm)
-        few.wire = self.wire
+        few.wire, few.threads = self.wire, self.threads
         if few._post is not None:
             few._post.latency = self._post.latency
         return few
