@@ -46,10 +46,11 @@ def test_a_message_of_the_wrong_size_is_an_error_not_an_answer(mpirun: Launcher)
     assert "rank 1 sent 12 bytes where 24 were due" in result.err
 
 
-def test_a_damaged_message_is_an_error_not_an_answer(mpirun: Launcher) -> None:
-    result = mpirun(2, FAULTS, "damaged", timeout=60)
+@pytest.mark.parametrize(("kind", "sender"), [("partial", 1), ("sum", 0), ("hidden", 0), ("control", 0), ("note", 1)])
+def test_a_damaged_message_is_an_error_not_an_answer(mpirun: Launcher, kind: str, sender: int) -> None:
+    result = mpirun(2, FAULTS, f"damaged {kind}", timeout=60)
     assert result.code == 1
-    assert "a message of rank 1 was damaged on its way" in result.err
+    assert f"a message of rank {sender} was damaged on its way" in result.err
 
 
 def test_a_control_header_that_makes_no_sense_is_refused(mpirun: Launcher) -> None:
