@@ -26,7 +26,7 @@ from tpimpi.model_formats import ModelFormats
 from tpimpi.plan import describe_shares
 from tpimpi.predict import Line, Measured, Pace, Prediction, Predictor, RankSpeed, Situation
 from tpimpi.report import write_json
-from tpimpi.run import Guest
+from tpimpi.run import Guest, cores_shared_by
 from tpimpi.seat import CONTEXT
 from tpimpi.star import Star
 
@@ -80,7 +80,7 @@ class Survey:
             ranks=ranks,
             positions=positions,
             start=situation.prompt,
-            cores_shared_by=[sum(map(guest.shares_cores_with, guests)) for guest in guests],
+            cores_shared_by=cores_shared_by(guests),
             kv=situation.kv,
             memory=None if memory is None else list(memory) * (len(self._guests) if len(memory) == 1 else 1),
             **asdict(self._ways),
