@@ -131,9 +131,9 @@ def test_a_docker_bridge_that_is_taken(
 
 
 def test_two_ranks_that_open_mpi_puts_on_one_host(
-    examined: Callable[..., tuple[Result, dict[str, Any]]], mpirun: Launcher
+    examined: Callable[..., tuple[Result, dict[str, Any]]], mpirun: Launcher, tiny: Path
 ) -> None:
-    """What doctor says to type puts them on both, and MPICH does so by itself."""
+    """A run says so too. What doctor says to type puts them on both, and MPICH does so by itself."""
     text = "2 ranks are on 1 of the 2 hosts that mpirun was given"
     with home.Home(2) as made:
         if mpirun.mpi == "openmpi" and len(os.sched_getaffinity(0)) > 1:
@@ -141,6 +141,11 @@ def test_two_ranks_that_open_mpi_puts_on_one_host(
             assert [rank["host"] for rank in found["ranks"]] == [made.names[0]] * 2
             assert text in result.out and "mpirun --map-by node …" in result.out
             assert result.code == 1
+            run = [sys.executable, "-m", "tpimpi", "--model", str(tiny), "--prompt", "x", "--max-tokens", "1"]
+            command = [*plain(made, mpirun, slots=False), str(made.folder / "rank"), *run]
+            pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            result = output(made.start(0, command, env=mpirun.env, **pipes))
+            assert result.code == 0 and result.err.count(text) == 1, result.err
         result, found = examined(made, ["--map-by", "node"] if mpirun.mpi == "openmpi" else [], slots=False)
         assert [rank["host"] for rank in found["ranks"]] == made.names
         assert text not in result.out
