@@ -1,12 +1,13 @@
 # Sourced by tpimpi.slurm and tpimpi.pbs, in the root of the checkout: what a job does on the machines that it was given.
 #
 #   enter               goes into the environment, and decides where slices are kept
+#   by_mpirun N FILE    says how mpirun starts N ranks on the hosts of a file
 #   choose WAY...       takes the first of these launchers whose ranks find each other (each is one word here, "mpirun -n 4" say)
 #   experiment          runs the experiments with the launcher $LAUNCH, in which {ranks} stands for their number
 #   answer_and_measure  lets the ranks answer the prompt, then measures; results go to the folder $OUT
 #
-# What the user may set is at the head of those files. $RANKS is the number of ranks; the array each_machine starts a program
-# once on every machine.
+# What the user may set is at the head of those files. $RANKS is the number of ranks, $MACHINES (where it is set) that of the hosts
+# that they must be on; the array each_machine starts a program once on every machine.
 
 . jobs/setup.sh
 umask 077 # the prompt and the answer are nobody else's
@@ -33,22 +34,34 @@ ranks() {
   "${launch[@]}" env TPIMPI_CACHE="$TPIMPI_CACHE" TPIMPI_MODEL="${MODEL:-}" "$python" "$@" </dev/null
 }
 
+# Open MPI starts as many ranks on the first host as it has cores, if it is not told to go round the hosts; MPICH goes round, and has
+# no such option.
+by_mpirun() {
+  local by_node=""
+  case "$(mpirun --version 2>/dev/null || true)" in *"Open MPI"*) by_node="--map-by node " ;; esac
+  echo "mpirun -n $1 $by_node--hostfile $2"
+}
+
 choose() {
-  local way ways=("$@")
+  local way ways=("$@") check
+  check="import platform; from mpi4py import MPI; world = MPI.COMM_WORLD; hosts = set(world.allgather(platform.node())); "
+  check+="raise SystemExit(world.size != $RANKS or len(hosts) != ${MACHINES:-len(hosts)})"
   if [ -n "${LAUNCH:-}" ]; then
     read -ra launch <<<"$LAUNCH"
     return
   fi
   for way in "${ways[@]}"; do
     read -ra launch <<<"$way"
-    # A launcher of another MPI starts ranks that know nothing of each other, or none.
-    if command -v "${launch[0]}" >/dev/null && timeout --kill-after=10 120 "${launch[@]}" "$python" -c \
-      "from mpi4py import MPI; raise SystemExit(MPI.COMM_WORLD.size != $RANKS)" </dev/null >/dev/null 2>&1; then
+    # A launcher of another MPI starts ranks that know nothing of each other, or none; one that knows of no other machine starts all
+    # ranks on this one.
+    if command -v "${launch[0]}" >/dev/null &&
+      timeout --kill-after=10 120 "${launch[@]}" "$python" -c "$check" </dev/null >/dev/null 2>&1; then
       echo "job: ranks are started with: $way" >&2
       return
     fi
   done
-  echo "job: none of these starts $RANKS ranks that find each other: $(printf '%s; ' "${ways[@]}")give one that does as LAUNCH" >&2
+  echo "job: none of these starts $RANKS ranks that find each other${MACHINES:+ on $MACHINES machines}:" \
+    "$(printf '%s; ' "${ways[@]}")give one that does as LAUNCH" >&2
   exit 1
 }
 

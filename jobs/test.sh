@@ -7,10 +7,16 @@ setup test
 if [ $# -gt 0 ]; then
   exec python -m pytest "$@"
 fi
-# The job for Slurm is tested where Slurm is: on a machine of the CI it is installed for that, elsewhere that is the owner's choice.
-if [ -n "${CI:-}" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v slurmctld >/dev/null; then
-  echo "test: installing slurm-wlm munge" >&2
-  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurm-wlm munge; } >&2 || true
+# Some tests need programs of the system, and are skipped without: the job for Slurm, and doctor over a real sshd. On a machine of the
+# CI they are installed for that, elsewhere that is the owner's choice.
+missing=()
+command -v slurmctld >/dev/null || missing+=(slurm-wlm munge)
+command -v sshd >/dev/null || missing+=(openssh-server)
+if [ -n "${CI:-}" ] && [ "${#missing[@]}" -gt 0 ]; then
+  echo "test: installing ${missing[*]}" >&2
+  { [ "$(id -u)" = 0 ] && apt-get update -qq &&
+    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${missing[@]}"; } >&2 ||
+    echo "test: could not install ${missing[*]} (apt-get as root); the tests that need them are skipped" >&2
 fi
 ruff check .
 ruff format --check .

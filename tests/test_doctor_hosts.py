@@ -175,6 +175,49 @@ def test_the_hostfile_as_a_whole() -> None:
     assert "other hosts cannot find localhost" in wrong(here)[0]
 
 
+class Told:
+    """Stands for a Probe, which was told `answers`; what is not there did not come in time."""
+
+    def __init__(self, back: str, /, **answers: object) -> None:
+        self.back, self.own, self.token, self._answers = back, back.partition(":")[0], "token", answers
+
+    def told(self, name: str, seconds: float) -> object:
+        return self._answers.get(name)
+
+
+@pytest.mark.parametrize(
+    ("probe", "addresses", "said"),
+    [
+        (Told(""), ["fe80::1"], [("network", "not checked whether the two can connect: there is no IPv4 way")]),
+        (
+            Told("10.0.0.1:40000"),
+            ["10.0.0.2"],
+            [
+                ("from it", "not checked: it did not say in time whether it reaches 10.0.0.1:40000"),
+                ("to it", "not checked: it did not say in time on which port it listens"),
+            ],
+        ),
+        (
+            Told("10.0.0.1:40000", resolved=["10.0.0.1"], back="", listening=5000),
+            ["fe80::1"],
+            [("to it", "not checked: no IPv4 address of it is known")],
+        ),
+    ],
+)
+@pytest.mark.parametrize("mpirun_kind", ["Open MPI", "MPICH"])
+def test_what_of_the_network_was_not_checked_is_said(
+    probe: Told, addresses: list[str], said: list[tuple[str, str]], mpirun_kind: str
+) -> None:
+    found = there()
+    own = ours(mpirun_kind=mpirun_kind)
+    doctor_hosts._judge_network(found, own, probe, addresses)  # type: ignore[arg-type]
+    notes = [check for check in found.checks if check.state == "note"]
+    assert len(notes) == len(said)
+    for check, (what, piece) in zip(notes, said, strict=True):
+        assert check.what == what and piece in check.text
+    assert wrong(found) == []
+
+
 def test_the_options_that_keep_to_the_right_networks() -> None:
     way = ("10.0.0.0/24", "eth0", "enp1s0")
     clean, docker = Findings(DESKTOP, way=way), Findings(DESKTOP, way=way, inner=["docker0"])
@@ -406,8 +449,8 @@ def test_two_hosts_with_a_docker_bridge_each(pair: Pair, program: Callable[..., 
     assert "ok     to it     any port" in result.out
     options = "--mca btl_tcp_if_include 10.99.0.0/24 --prtemca prte_if_include 10.99.0.0/24"
     assert f"interfaces that lead nowhere (docker0) could be taken; give mpirun: {options}" in result.out
-    next_step = f"next: mpirun -np 2 --hostfile {tmp_path / 'home.txt'} {options} {sys.executable} -m tpimpi doctor"
-    assert next_step in result.out
+    words = f"-np 2 --map-by node --hostfile {tmp_path / 'home.txt'} {options}"
+    assert f"next: mpirun {words} {sys.executable} -m tpimpi doctor" in result.out
 
 
 def test_a_firewall_between_them(pair: Pair, program: Callable[..., str], tmp_path: Path) -> None:

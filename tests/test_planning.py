@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from conftest import Launcher, Result
+from test_predict import SITUATION, predictor, speed
+from tpimpi import planning
 from tpimpi.measuring import Finding, Lap, sustained
 from tpimpi.memory import Place
-from tpimpi.planning import Choice, _seconds, _weights, advice, as_measured
-from tpimpi.predict import Prediction
+from tpimpi.planning import Choice, Survey, Ways, _seconds, _weights, advice, as_measured, choose_shares, make_table
+from tpimpi.predict import Prediction, Predictor, RankSpeed
+from tpimpi.star import Star
 
 MB = 10**6
 
@@ -70,6 +74,66 @@ def test_processors_are_counted_over_whole_periods_of_being_stopped() -> None:
 
 def test_two_threads_are_two_processors() -> None:
     assert sustained([(1e-3 * n, 2e-3 * n) for n in range(50)]) == pytest.approx(2.0)
+
+
+# Plans that stream
+
+
+class Stand:
+    """A survey of two ranks as fast as `speeds`, whose disks give 1 MB/s, though that is not known before they are measured;
+    rank 1 may take `spare` bytes more than equal shares need."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, speeds: list[RankSpeed], spare: int) -> None:
+        needed = predictor(*speeds).predict([1, 1]).memory[1]
+        self.situation = replace(SITUATION, memory=(8000 * MB, needed + spare))
+        self.times_measured = 0
+        self.survey = Survey(Star(None), [], self.situation, Ways("native", 1, "star", "f32"))
+        monkeypatch.setattr(self.survey, "predictor", lambda ranks, positions=1: self._predictor(speeds[:ranks]))
+        monkeypatch.setattr(planning, "measure_disks", self._disks)
+
+    def _predictor(self, speeds: list[RankSpeed]) -> Predictor:
+        return predictor(*speeds, situation=self.situation)
+
+    def _disks(self, star: Star) -> list[tuple[float, float]]:
+        self.times_measured += 1
+        return [(1e6, 0.0)] * 2
+
+
+def test_slices_that_are_there_are_predicted_with_the_disk_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With shares 7,9 rank 1 computes 9/8 as long as with equal ones, which would be good enough; but it had to read over
+    10 MB for each token, ten seconds."""
+    stand = Stand(monkeypatch, [speed(1.0), speed(1.0)], spare=MB)
+    monkeypatch.setattr(planning, "find_slices", lambda star, before, after: ["7-9"])
+    assert choose_shares(stand.survey, 2, ("", ""), quiet=False) == [1.0, 1.0]
+    assert capsys.readouterr().err.startswith("shares: 1,1 (auto; predicted ")
+    assert stand.times_measured == 1
+    roomy = Stand(monkeypatch, [speed(1.0), speed(1.0)], spare=1000 * MB)
+    assert choose_shares(roomy.survey, 2, ("", ""), quiet=True) == [7.0, 9.0]
+    assert roomy.times_measured == 0
+
+
+def test_equal_shares_are_said_with_the_disk_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The best are 3,1, which fit. Equal ones lack 50 MB on rank 1."""
+    stand = Stand(monkeypatch, [speed(1.0), speed(3.0)], spare=-50 * MB)
+    assert choose_shares(stand.survey, 2, None, quiet=False) == [3.0, 1.0]
+    said = re.search(r"equal shares ([0-9.]+)\)", capsys.readouterr().err)
+    assert said is not None and float(said[1]) >= 50
+
+
+def test_given_shares_are_predicted_with_the_disk_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand = Stand(monkeypatch, [speed(1.0), speed(1.0)], spare=MB)
+    lines = make_table(stand.survey, 2, [7.0, 9.0], quiet=True)
+    assert [(line.ranks, line.kind, any(line.prediction.streamed)) for line in lines] == [
+        (1, "equal", False),
+        (2, "equal", False),
+        (2, "given", True),
+    ]
+    assert lines[2].prediction.limit == "disk" and lines[2].prediction.s_per_token > 10
+    assert stand.times_measured == 1
 
 
 # Words

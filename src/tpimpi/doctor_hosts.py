@@ -40,6 +40,7 @@ from tpimpi.doctor_judging import (
 from tpimpi.doctor_ssh import CONNECT, DEAD, PROBE, Ours, Probe, look_at_ourselves
 from tpimpi.hostfile import Host, read_hostfile
 from tpimpi.interfaces import INNER, choosing_mpich, choosing_openmpi, common_network
+from tpimpi.placing import by_node
 from tpimpi.report import write_json
 from tpimpi.star import MPICH
 
@@ -201,8 +202,12 @@ def _judge_network(found: Findings, ours: Ours, probe: Probe, addresses: Sequenc
     found.inner = [one.name for one in theirs if one.kind == INNER]
     found.way = common_network(ours.interfaces, theirs)
     if not probe.back:
+        text = (
+            "not checked whether the two can connect: there is no IPv4 way from here to it; the next step will show it"
+        )
+        found.add("network", NOTE, text)
         return
-    resolved = probe.told("resolved", 2 * CONNECT) or []
+    resolved = probe.told("resolved", 2 * CONNECT)
     problem = probe.told("back", 2 * CONNECT)
     port = probe.told("listening", CONNECT)
     if problem:
@@ -216,7 +221,9 @@ def _judge_network(found: Findings, ours: Ours, probe: Probe, addresses: Sequenc
         )
     elif problem == "":
         found.add("from it", OK, f"reaches {probe.own} here, any port")
-    if ours.mpirun_kind == MPICH and not set(resolved) & ours.addresses:
+    else:
+        found.add("from it", NOTE, f"not checked: it did not say in time whether it reaches {probe.back}; try again")
+    if ours.mpirun_kind == MPICH and resolved is not None and not set(resolved) & ours.addresses:
         knows = f"takes it for {', '.join(resolved)}" if resolved else "does not know it"
         interface = interface_of(probe.own, ours)
         found.add(
@@ -226,6 +233,7 @@ def _judge_network(found: Findings, ours: Ours, probe: Probe, addresses: Sequenc
             f"/etc/hosts: {probe.own} {platform.node()}",
         )
     if port is None:
+        found.add("to it", NOTE, "not checked: it did not say in time on which port it listens; try again")
         return
     answers = [
         doctor_probe.call(f"{address}:{port}", probe.token, CONNECT) for address in addresses[:1] if ":" not in address
@@ -242,6 +250,8 @@ def _judge_network(found: Findings, ours: Ours, probe: Probe, addresses: Sequenc
         )
     elif answers:
         found.add("to it", OK, "any port")
+    else:
+        found.add("to it", NOTE, "not checked: no IPv4 address of it is known; the next step will show it")
 
 
 # Telling
@@ -294,8 +304,9 @@ def tell(given: str, ours: Ours, found: Sequence[Findings]) -> int:
         print(f"{wrong} thing{'s' if wrong > 1 else ''} wrong; mend the first of each host, and try again")
     else:
         total = sum(one.host.ranks for one in found)
-        launch = f"mpirun -np {total} --hostfile {shlex.quote(given)}{' ' if options else ''}{options}"
-        print(f"nothing wrong; next: {launch} {ours.python} -m tpimpi doctor")
+        round_the_hosts = by_node(ours.mpirun_kind, [one.host for one in found])
+        launch = ["mpirun", "-np", str(total), round_the_hosts, "--hostfile", shlex.quote(given), options, ours.python]
+        print(f"nothing wrong; next: {' '.join(filter(None, launch))} -m tpimpi doctor")
     return wrong
 
 

@@ -69,6 +69,7 @@ class Slice:
     path: str = ""
     problem: str = ""
     missing_bytes: int | None = None
+    model: str = ""  # whose it is
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Facts:
     system: str = "?"
     byte_order: str = ""
     mpi: AboutMpi = field(default_factory=AboutMpi)
+    watched: bool = True  # by a thread that MPI allows for it, or there is no other rank
     kernels: str = ""  # the instruction set they use, "" where none were built
     cores: list[int] = field(default_factory=list)  # that this rank may use
     host_cores: int = 0
@@ -134,6 +136,7 @@ def examine(star: Star, wanted: Wanted) -> Facts:
         system=f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
         byte_order=sys.byteorder,
         mpi=about_mpi(),
+        watched=star.watched,
         kernels=_kernels(),
         cores=sorted(os.sched_getaffinity(0)),
         host_cores=os.cpu_count() or 1,
@@ -161,13 +164,13 @@ def look_at_slice(path: Path, wanted: Wanted, size: int | None) -> Slice:
         return Slice(MISSING, str(path), missing_bytes=None if size is None else max(0, size - partial))
     try:
         with closing(SliceFile(path)) as file:
-            found = identity(file.header)
+            found, model = identity(file.header), file.header.model
     except TpimpiError as error:
         return Slice(WRONG, str(path), str(error), size)
     for name, value in wanted.identity.items():
         if found.get(name) != value:
-            return Slice(WRONG, str(path), f"{path} has {name} {found.get(name)}, rank 0 wants {value}", size)
-    return Slice(HERE, str(path), missing_bytes=0)
+            return Slice(WRONG, str(path), f"{path} has {name} {found.get(name)}, rank 0 wants {value}", size, model)
+    return Slice(HERE, str(path), missing_bytes=0, model=model)
 
 
 def _kernels() -> str:

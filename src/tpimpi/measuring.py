@@ -38,6 +38,7 @@ from tpimpi.memory import headroom, places, resident_bytes
 from tpimpi.model import Model
 from tpimpi.model_formats import ModelFormats
 from tpimpi.plan import Block, Plan, make_plan
+from tpimpi.seat import usual_threads
 from tpimpi.slicefile import Tile
 from tpimpi.sliceheader import Header
 from tpimpi.slicelayout import Record, aligned, slice_records
@@ -176,7 +177,9 @@ class Rehearsal:
         config = ModelConfig.from_dict(task.config)
         formats = ModelFormats.from_dict(task.formats, config.layers)
         usual = Counter(formats.layers).most_common(1)[0][0]
-        self.threads = task.threads or max(1, len(os.sched_getaffinity(0)) // task.cores_shared_by[self.rank.index])
+        self.threads = task.threads or usual_threads(
+            len(os.sched_getaffinity(0)), task.cores_shared_by[self.rank.index]
+        )
         self.backend: Backend = load_backend(task.backend, self.threads)
         most = _most_weights(task.memory[self.rank.index] if task.memory else None)
         vocab = _rows_within(config, formats.head, min(MOST_LAYER, most // 4))

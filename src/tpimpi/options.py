@@ -30,17 +30,19 @@ CHUNK = 512  # positions of a chunk of such a text, where the model has as many
 DESCRIPTION = """\
 Run a large language model across the machines you own.
 
-    mpirun -np 4 --hostfile home.txt python -m tpimpi [options]      answer a prompt, or lines of standard input
+    mpirun … python -m tpimpi [options]                              answer a prompt, or lines of standard input
     python -m tpimpi slice --model PATH --ranks N --out DIR          make the ranks' slices of a model
     python -m tpimpi synth --shape llama-2-70b --ranks N --out DIR   slices with random weights, to measure with
     python -m tpimpi inspect PATH [--verify]                         what a model, a slice file or a folder holds
     python -m tpimpi perplexity FILE [--against f32]                 how well a model predicts a text; what a format costs
     python -m tpimpi bench kernels                                   how fast the kernels are on this machine
     python -m tpimpi bench disk [PATH] [--readers N]                 how fast the disk under the slices is
-    mpirun -np 4 --hostfile home.txt python -m tpimpi bench allreduce  how fast the network between the ranks is
-    mpirun -np 4 --hostfile home.txt python -m tpimpi plan           how fast 1 to 4 of them would be, and how to share
+    mpirun … python -m tpimpi bench allreduce                        how fast the network between the ranks is
+    mpirun … python -m tpimpi plan                                   how fast 1 to 4 of them would be, and how to share
     python -m tpimpi doctor --hostfile home.txt                      whether these machines can work together; what to mend
-    mpirun -np 4 --hostfile home.txt python -m tpimpi doctor         what each rank has, and what is wrong
+    mpirun … python -m tpimpi doctor                                 what each rank has, and what is wrong
+
+where mpirun … is: mpirun -np 4 --map-by node --hostfile home.txt    (with MPICH without --map-by node)
 """
 
 

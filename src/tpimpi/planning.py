@@ -26,7 +26,7 @@ from tpimpi.model_formats import ModelFormats
 from tpimpi.plan import describe_shares
 from tpimpi.predict import Line, Measured, Pace, Prediction, Predictor, RankSpeed, Situation
 from tpimpi.report import write_json
-from tpimpi.run import Guest
+from tpimpi.run import Guest, cores_shared_by
 from tpimpi.seat import CONTEXT
 from tpimpi.star import Star
 
@@ -80,28 +80,26 @@ class Survey:
             ranks=ranks,
             positions=positions,
             start=situation.prompt,
-            cores_shared_by=[sum(map(guest.shares_cores_with, guests)) for guest in guests],
+            cores_shared_by=cores_shared_by(guests),
             kv=situation.kv,
             memory=None if memory is None else list(memory) * (len(self._guests) if len(memory) == 1 else 1),
             **asdict(self._ways),
         )
         return Predictor(situation, as_measured(measure(self.star, task), positions))
 
-    def with_disks(
-        self, predictor: Predictor, choose: Callable[[Predictor], Prediction]
-    ) -> tuple[Predictor, Prediction]:
-        """What `choose` finds; where something is streamed there the disks are measured first, once for all."""
+    def with_disks(self, predictor: Predictor, choose: Callable[[Predictor], list[Prediction]]) -> list[Prediction]:
+        """What `choose` finds; where something is streamed in any of it the disks are measured first, once for all, since
+        without their rates streaming looks free."""
         found = choose(predictor)
-        if not any(found.streamed) or predictor.measured.ranks[0].disk_bytes_per_s:
-            return predictor, found
+        if not any(any(one.streamed) for one in found):
+            return found
         if self._disks is None:
             self._disks = measure_disks(self.star)
         ranks = tuple(
             replace(speed, disk_bytes_per_s=rate, read_cpu_s_per_byte=cpu)
             for speed, (rate, cpu) in zip(predictor.measured.ranks, self._disks, strict=False)
         )
-        predictor = Predictor(self.situation, replace(predictor.measured, ranks=ranks))
-        return predictor, choose(predictor)
+        return choose(Predictor(self.situation, replace(predictor.measured, ranks=ranks)))
 
 
 def as_measured(findings: Sequence[Finding], positions: int) -> Measured:
@@ -165,18 +163,21 @@ def choose_shares(survey: Survey, ranks: int, names: tuple[str, str] | None, *, 
     """
     if ranks == 1:
         return [1.0]
-    predictor, best = survey.with_disks(survey.predictor(ranks), lambda predictor: best_shares(predictor, ranks))
+    folders = find_slices(survey.star, *names) if names else []
+    sliced = [weights for text in folders if (weights := _weights(text, ranks)) is not None]
+    best, equal, *others = survey.with_disks(
+        survey.predictor(ranks),
+        lambda predictor: [
+            best_shares(predictor, ranks),
+            *(predictor.predict(weights) for weights in ([1.0] * ranks, *sliced)),
+        ],
+    )
     if best.problem:
         raise InputError(best.problem)
-    chosen, here = best, ""
-    for text in find_slices(survey.star, *names) if names else []:
-        weights = _weights(text, ranks)
-        if weights is None or (found := predictor.predict(weights)).s_per_token > FINE * best.s_per_token:
-            continue
-        if not here or found.s_per_token < chosen.s_per_token:
-            chosen, here = found, ", sliced already"
+    as_good = [found for found in others if found.s_per_token <= FINE * best.s_per_token]
+    chosen = min(as_good, key=lambda found: found.s_per_token, default=best)
     if not quiet:
-        equal = predictor.predict([1.0] * ranks)
+        here = ", sliced already" if as_good else ""
         other = "" if chosen.shares == equal.shares else f", equal shares {_seconds(equal.s_per_token)}"
         said = f"shares: {chosen.shares} (auto{here}; predicted {_seconds(chosen.s_per_token)} s/token{other})"
         print(said, file=sys.stderr, flush=True)
@@ -255,14 +256,19 @@ def make_table(survey: Survey, ranks: int, given: Sequence[float] | None, *, qui
     for count in range(1, ranks + 1):
         if not quiet:
             print(f"measuring {count} of {ranks} ranks", file=sys.stderr, flush=True)
-        predictor = survey.predictor(count, positions)
-        predictor, equal = survey.with_disks(predictor, lambda found, count=count: found.predict([1.0] * count))  # type: ignore[misc]
-        predictor, best = survey.with_disks(predictor, lambda found, count=count: best_shares(found, count))  # type: ignore[misc]
+        wanted = given if count == ranks else None
+        equal, best, *more = survey.with_disks(
+            survey.predictor(count, positions),
+            lambda found, count=count, wanted=wanted: [  # type: ignore[misc]
+                found.predict([1.0] * count),
+                best_shares(found, count),
+                *([] if wanted is None else [found.predict(wanted)]),
+            ],
+        )
         lines.append(Choice(count, "equal", equal))
         if best.shares != equal.shares:
             lines.append(Choice(count, "best", best))
-        if count == ranks and given is not None:
-            lines.append(Choice(count, "given", predictor.predict(given)))
+        lines += [Choice(count, "given", one) for one in more]
     return lines
 
 

@@ -40,6 +40,7 @@ from tpimpi.trace import RankTrace
 
 T = TypeVar("T")
 _MOST_BYTES_A_TOKEN = 16  # of usual text; with more, a prompt is looked at twice
+NO_WATCH = "this MPI has no MPI_THREAD_MULTIPLE, so there is no watch, and a rank that hangs is noticed only after"
 LONGEST_NAME = 40  # characters of a model's name, and of the shares, in the name of its cache folder
 
 
@@ -97,6 +98,11 @@ def greet(star: Star) -> list[Guest]:
     return guests
 
 
+def cores_shared_by(guests: Sequence[Guest]) -> list[int]:
+    """For each rank how many there are on its host that use the same cores, itself among them."""
+    return [sum(map(guest.shares_cores_with, guests)) for guest in guests]
+
+
 def bound_to_one_core(guests: Sequence[Guest]) -> str | None:
     """What to tell a user whose launcher gave some ranks a single core each, of several; None where it did not."""
     bound = [f"r{rank} {guest.host}" for rank, guest in enumerate(guests) if len(guest.cores) == 1 < guest.host_cores]
@@ -106,6 +112,11 @@ def bound_to_one_core(guests: Sequence[Guest]) -> str | None:
         f"{', '.join(bound)}: bound to one core by the launcher, which computing and reading then share; "
         "mpirun --bind-to none frees all of them"
     )
+
+
+def without_watch(star: Star, timeout: float) -> str | None:
+    """What to tell a user whose MPI leaves no thread for the watch; None where there is one."""
+    return None if star.watched else f"{NO_WATCH} {timeout:g} s (--timeout)"
 
 
 def without_native(guests: Sequence[Guest]) -> str | None:

@@ -79,6 +79,11 @@ def cache_folder() -> Path:
     return platformdirs.user_cache_path("tpimpi")
 
 
+def usual_threads(cores: int, shared_by: int) -> int:
+    """How many threads a rank computes with, of so many cores that so many ranks use, where nobody says."""
+    return max(1, cores // shared_by)
+
+
 def wire_of(fmt: str) -> Wire:
     """The wire that `--wire` names."""
     return Wire(fmt, load_quantizer(1)) if fmt == "q8_0" else Wire(fmt)
@@ -112,7 +117,7 @@ class Seat:
             self._check(path, settings)
             star.timeout, star.algorithm, star.wire = settings.timeout, settings.allreduce, wire_of(settings.wire)
             neighbours = settings.cores_shared_by[star.rank.index]
-            threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // neighbours)
+            threads = settings.threads or usual_threads(len(os.sched_getaffinity(0)), neighbours)
             self.backend = load_backend(settings.backend, threads)
             if with_tokenizer:
                 self.tokenizer = self._load_tokenizer()

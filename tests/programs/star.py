@@ -36,6 +36,7 @@ def main() -> None:
         _many_in_a_row(star)
     star.algorithm = "star"
     _broadcast_and_notes(star)
+    _fewer_ranks(star)
     _silence_is_named(star)
     if rank == 0:
         print("all well", flush=True)
@@ -83,6 +84,20 @@ def _broadcast_and_notes(star: Star) -> None:
         assert star.hear() == b'{"a": 1}'
     notes = star.collect(f"note of {star.rank.index}".encode())
     assert notes == ([f"note of {r}".encode() for r in range(star.rank.size)] if hub else [])
+
+
+def _fewer_ranks(star: Star) -> None:
+    """A star of all but the last sums as the whole one does, in the background too: `plan` measures what a run will do."""
+    size = star.rank.size
+    assert star.threads == (size > 1)
+    few = star.first(max(1, size - 1))
+    assert (few is None) == (star.rank.index == size - 1 > 0)
+    if few is None or size == 1:
+        return
+    assert few.threads
+    values = np.full(1000, few.rank.index + 1, np.float32)
+    few.start(values, background=True).wait()
+    assert (values == sum(range(1, size))).all()
 
 
 def _silence_is_named(star: Star) -> None:

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 import xxhash
 
 from tpimpi.errors import TpimpiError
-from tpimpi.star import CONTROL, PARTIAL, Star, connect
+from tpimpi.star import BEGIN, CONTROL, HIDDEN, NOTE, PARTIAL, SUM, Star, connect
+from tpimpi.star.star import MAGIC
+
+VALUES = np.ones(4, np.float32)
+HEADER = np.array([MAGIC, BEGIN, 1, 0], np.int64)
+# Messages of every kind: the tag, what is sent, whether rank 0 sends it, and what the other is doing.
+DAMAGED: dict[str, tuple[int, np.ndarray, bool, Callable[[Star], object]]] = {
+    "damaged partial": (PARTIAL, VALUES, False, lambda star: star.allreduce(VALUES.copy())),
+    "damaged sum": (SUM, VALUES, True, lambda star: star.allreduce(VALUES.copy())),
+    "damaged hidden": (HIDDEN, VALUES, True, lambda star: star.broadcast(VALUES.copy())),
+    "damaged control": (CONTROL, HEADER, True, lambda star: star.next_command()),
+    "damaged note": (NOTE, np.frombuffer(b'{"a": 1}', np.uint8), False, lambda star: star.collect(b"{}")),
+}
 
 
 def trouble(star: Star, kind: str) -> None:
@@ -25,14 +38,15 @@ def trouble(star: Star, kind: str) -> None:
         else:
             star._comm.Send(values[:3], dest=0, tag=PARTIAL)  # type: ignore[union-attr]
             time.sleep(50)
-    elif kind == "damaged":
-        if star.rank.is_hub:
-            star.allreduce(values)
+    elif kind in DAMAGED:
+        tag, data, from_hub, receive = DAMAGED[kind]
+        if star.rank.is_hub != from_hub:
+            receive(star)
         else:  # of the right size, but a bit was flipped after it was sealed
-            message = np.append(values.view(np.uint8), np.zeros(8, np.uint8))
-            message[16:].view(np.uint64)[0] = xxhash.xxh3_64_intdigest(message[:16], PARTIAL)
+            message = np.append(data.view(np.uint8), np.zeros(8, np.uint8))
+            message[-8:].view(np.uint64)[0] = xxhash.xxh3_64_intdigest(message[:-8], tag)
             message[3] ^= 1
-            star._comm.Send(message, dest=0, tag=PARTIAL)  # type: ignore[union-attr]
+            star._comm.Send(message, dest=1 - star.rank.index, tag=tag)  # type: ignore[union-attr]
             time.sleep(50)
     elif kind == "header":
         if star.rank.is_hub:

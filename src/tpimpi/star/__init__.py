@@ -15,7 +15,7 @@ other rooms use. mpi4py is imported only here, by `connect`, in a launched run; 
 MPI.
 """
 
-from tpimpi.star.about import MPICH, OPEN_MPI, AboutMpi, about_mpi
+from tpimpi.star.about import MPICH, OPEN_MPI, AboutMpi, about_mpi, launcher_commands, launcher_kind
 from tpimpi.star.allreduce import ALGORITHMS, Allreduce, parse_rule
 from tpimpi.star.launch import Rank, launched_rank
 from tpimpi.star.links import Links, choose, describe
@@ -59,6 +59,8 @@ __all__ = [
     "connect",
     "describe",
     "launched_rank",
+    "launcher_commands",
+    "launcher_kind",
     "parse_rule",
     "ping_link",
 ]

@@ -48,10 +48,23 @@ def launcher_kind() -> str:
     return "Slurm" if "SLURM_PROCID" in os.environ else ""
 
 
+def _above() -> list[psutil.Process]:
+    """The launchers above this process, on this host, the nearest first. Raises psutil.Error."""
+    return [process for process in psutil.Process().parents() if process.name() in LAUNCHERS]
+
+
 def _program() -> str:
     """Path of the launcher above this process; "" where there is none on this host."""
     try:
-        above = [process for process in psutil.Process().parents() if process.name() in LAUNCHERS]
+        above = _above()
         return above[-1].exe() if above else ""
     except psutil.Error:
         return ""
+
+
+def launcher_commands() -> list[tuple[list[str], str]]:
+    """The launchers above this process, on this host, the nearest first: the words of each, and the folder it is in."""
+    try:
+        return [(process.cmdline(), process.cwd()) for process in _above()]
+    except psutil.Error:
+        return []

@@ -62,11 +62,18 @@ def connect() -> Star:
             )
         # Communicators of our own, so that no other library's messages meet ours. These are the first messages.
         star = Star(world.Clone())
-        if star._post is not None and world.size > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+        if star._post is not None and world.size > 1 and _for_several_threads():
             star.threads = True
             star.watch = Watch(world.Clone(), star.rank, DEFAULT_SILENCE, star._post)
             star.name_by(star.watch.name)
     return star
+
+
+def _for_several_threads() -> bool:
+    """Whether MPI, which has been started, lets several threads talk at once."""
+    from mpi4py import MPI
+
+    return bool(MPI.Query_thread() == MPI.THREAD_MULTIPLE)
 
 
 @contextlib.contextmanager
@@ -343,7 +350,7 @@ class Star:
         if comm == MPI.COMM_NULL:
             return None
         few = Star(comm, timeout=self.timeout, allreduce=self.algorithm)
-        few.wire = self.wire
+        few.wire, few.threads = self.wire, self.threads
         if few._post is not None:
             few._post.latency = self._post.latency
         return few
@@ -352,6 +359,11 @@ class Star:
         """Ranks are named so in messages."""
         if self._post is not None:
             self._post.name = name
+
+    @property
+    def watched(self) -> bool:
+        """Whether it is noticed soon that another rank hangs, or that there is none."""
+        return self.watch is not None or self.rank.size == 1
 
     def allow_silence(self, seconds: float) -> None:
         """Hub: a rank that gives no sign of life for so long is gone, on every rank."""
