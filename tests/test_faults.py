@@ -459,15 +459,16 @@ def test_a_disk_that_stalls_is_waited_for(runs: Runs, monkeypatch: pytest.Monkey
 
 @on_one_and_two_ranks
 def test_less_memory_than_works_is_refused(runs: Runs) -> None:
-    for size in ("1M", f"{runs.least - 5}M"):
+    for size in ("1M", f"{runs.least - 10}M"):
         result = runs.run("--memory", size)
         assert (result.code, result.out) == (2, ""), result.err
         assert len(result.our_lines) == 1, result.err
         who = "tpimpi" if runs.ranks == 1 else r"r0 \S+"
         mb = size.removesuffix("M")
-        least = rf"({runs.least - 1}|{runs.least}|{runs.least + 1})"  # the program itself is not always as large
-        line = rf"{who}: --memory is {mb} MB, this rank needs at least {least} MB \(.*"
-        assert re.fullmatch(line, result.our_lines[0]), result.our_lines[0]
+        line = rf"{who}: --memory is {mb} MB, this rank needs at least (\d+) MB \(.*"
+        match = re.fullmatch(line, result.our_lines[0])
+        assert match, result.our_lines[0]
+        assert abs(int(match[1]) - runs.least) <= 4  # the program itself is not always as large
 
 
 def _check_kept(runs: Runs, memory: str, report: Path) -> list[dict[str, Any]]:

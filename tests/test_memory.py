@@ -258,13 +258,13 @@ def test_the_parts_of_a_budget() -> None:
 
 @pytest.mark.parametrize("promise", [MB, 229 * MB, 230 * MB - 1])
 def test_a_budget_that_cannot_work_is_refused(promise: int) -> None:
-    # A megabyte more than the least is named, since the program is not always to the byte as large.
+    # 4 MB more than the least are named, since the program is not always as large.
     with pytest.raises(
-        InputError, match=r"--memory is \d+ MB, this rank needs at least 231 MB \(.*\); give that"
+        InputError, match=r"--memory is \d+ MB, this rank needs at least 234 MB \(.*\); give that"
     ) as caught:
         make_budget(NEEDS, promise)
     assert len(str(caught.value).splitlines()) == 1
-    with pytest.raises(InputError, match="--memory auto finds 5 MB, this rank needs at least 231 MB"):
+    with pytest.raises(InputError, match="--memory auto finds 5 MB, this rank needs at least 234 MB"):
         make_budget(NEEDS, promise, "--memory auto finds 5 MB")
 
 
