@@ -19,11 +19,8 @@ ENOUGH = 0.12  # seconds of them after which fewer do
 
 SIZES = (4096, 16_384, 65_536)  # numbers of the sums that are timed
 SIZES_IF_SLOW = (1024, 4096)
-TRIED = 16_384  # numbers of the star that tells how slow the links are
-SLOW, SLOWER = (
-    0.025,
-    0.08,
-)  # seconds that it takes: beyond the first the largest size is left out, beyond the other SIZES
+TRIED = 16_384  # numbers of the star that tells how slow the links are, by the seconds that it takes
+SLOW, SLOWER = 0.025, 0.08  # beyond the first the largest of SIZES is left out, beyond the other all of them
 REPEATS, REPEATS_IF_SLOW = 3, 2  # sums in a row: the first is not counted
 SECOND_PASS = 0.2  # seconds of the first, up to which there is a second
 PATIENCE = 20.0  # seconds for a message of these
@@ -117,8 +114,8 @@ class Measuring:
     def _sums(self) -> dict[str, list[tuple[int, float]]]:
         """Time the algorithms that add in rank order."""
         best: dict[tuple[str, int], float] = {}
-        start = time.monotonic()
-        self._ask_all(_SUM, IN_RANK_ORDER.index("star"), TRIED, 1)
+        self._ask_all(_SUM, IN_RANK_ORDER.index("star"), TRIED, 2)
+        start = self._end_of("star", TRIED)  # the first connects
         sizes, repeats = worth_timing(self._end_of("star", TRIED) - start)
         start = time.monotonic()
         for turn in range(2):
