@@ -55,9 +55,10 @@ def _several_devices(found: Sequence[Found]) -> tuple[str, str]:
         if pair := _pair(found, "open-llama-3b", "f32", memory):
             first, token = _gains(pair)
             verdict = min(_verdict(first, 61 / 2.5), _verdict(token, 30 / 2), key=_ORDER.index)
-            verdicts.append(f"{verdict} with {memory} a device")
+            cold = _verdict(pair[0].first_cold_s / pair[1].first_cold_s, 61 / 2.5)
+            verdicts.append(f"{verdict} with {memory} a device, {cold} for a cold first token")
             said.append(f"{memory}: {_one_against_four(pair)}")
-    return (", ".join(verdicts), "; ".join(said)) if said else _NOT_MEASURED
+    return ("; ".join(verdicts), "; ".join(said)) if said else _NOT_MEASURED
 
 
 def _one_against_four(pair: tuple[Found, Found]) -> str:
