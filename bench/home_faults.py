@@ -163,7 +163,7 @@ class Case:
         """Whether a line on the screen names the rank or its host, as one that is in trouble."""
         host = re.escape(NAMES[rank])
         launcher = rf"on node {host}\b|RUNNING AT {host}\b|rank {rank} .*\b{host}\b"
-        return re.search(rf"\br{rank} {host}\b.*(:|no sign of life)|{launcher}", line) is not None
+        return re.search(rf"\br{rank} {host}\b.*(:|no sign of life|runs tpimpi)|{launcher}", line) is not None
 
 
 class KillDecode(Case):
