@@ -15,8 +15,9 @@ from tpimpi.plan import make_plan
 from tpimpi.slicing import choose_formats, slice_model
 from tpimpi.sources import open_source
 from tpimpi.star import Links, Wire, choose, describe, parse_rule
-from tpimpi.star.links import worth_timing
-from tpimpi.star.wire import bounds
+from tpimpi.star.links import turns_of_largest, worth_timing
+from tpimpi.star.post import Post, Spares
+from tpimpi.star.wire import EAGER, LEAST_PIECE, Mail, bounds
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
@@ -50,6 +51,37 @@ def test_q8_0_on_the_wire_is_a_block_as_in_gguf() -> None:
 def test_what_a_wire_cannot_carry_is_said() -> None:
     with pytest.raises(StarError, match="not finite, which --wire q8_0 cannot carry; use --wire f32"):
         Wire("q8_0").pack(np.array([1, np.nan], np.float32))
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(1, 2), (8192, 4), (65_536, 4), (262_144, 8), (1 << 20, 3), (1 << 22, 2)])
+def test_pieces_are_all_of_a_sum_and_fit_into_what_is_sent_at_once(count: int, ranks: int) -> None:
+    class Far(Post):
+        def __init__(self) -> None:
+            self.rank, self.size, self.latency = 0, ranks, 1e-3
+
+    mail = Mail(Far(), Wire())
+    parts = mail.parts(count)
+    for cut in (mail.pieces(0, count), [piece for part in parts for piece in part]):
+        assert [piece.start for piece in cut] == [0, *(piece.stop for piece in cut[:-1])] and cut[-1].stop == count
+        assert all(4 * (piece.stop - piece.start) < EAGER - 512 for piece in cut)
+    # A part of which something is to flow while it is added comes in pieces of its own.
+    assert all(len(part) > 1 for part in parts) == (count / ranks > LEAST_PIECE)
+
+
+def test_buffers_are_lent_to_one_at_a_time() -> None:
+    spares = Spares()
+    first, second = spares.take(100_000), spares.take(100_000)
+    assert not np.shares_memory(first, second)
+    spares.give(first[:-8])  # a message without its seal
+    again = spares.take(70_000)
+    assert again.size == 70_000 and np.shares_memory(first, again)
+    assert not np.shares_memory(spares.take(70_000), again)
+    small = spares.take(100)
+    spares.give(small)  # not worth keeping
+    assert not np.shares_memory(spares.take(100), small)
+    spares.give(second)
+    spares.clear()
+    assert not np.shares_memory(spares.take(100_000), second)
 
 
 def test_parts_are_whole_blocks_as_equal_as_can_be() -> None:
@@ -107,6 +139,40 @@ def test_the_star_is_preferred_where_nothing_is_clearly_faster() -> None:
     )
     assert choose({"star": star, "exchange": near[:2], "mesh": near}, 4) == "star:65536,mesh"
     assert choose({"star": star, "exchange": near[:2], "mesh": near}, 2) == "star"
+
+
+@pytest.mark.parametrize(
+    ("mesh_ms", "rule"),
+    [
+        # faster than the star up to 1048576 numbers, though not at 65536
+        (15.0, "star:262144,mesh"),
+        # a little slower: up to there the star; what is larger was not timed
+        (17.0, "star:1048576,mesh"),
+        # slower in the end, and by more than makes up for what it sends less
+        (26.0, "star:4194304,mesh"),
+    ],
+)
+def test_the_largest_sums_are_what_was_timed_of_them(mesh_ms: float, rule: str) -> None:
+    """Four hosts whose links are faster than their processors copy, as measured in an emulated home of 1 ms."""
+    star = [(4096, 2.4 * MS), (16_384, 2.5 * MS), (65_536, 3.0 * MS), (1 << 20, 16.0 * MS)]
+    mesh = [(4096, 2.7 * MS), (16_384, 2.8 * MS), (65_536, 3.3 * MS), (1 << 20, mesh_ms * MS)]
+    assert choose({"star": star, "exchange": [(4096, 5 * MS), (16_384, 9 * MS)], "mesh": mesh}, 4) == rule
+
+
+@pytest.mark.parametrize(
+    ("star_ms", "largest", "turns"),
+    [
+        (3.0, 1 << 20, 3),  # 2.4 + 15.3 * 0.6 ms and so on: 12 ms for the largest
+        (6.0, 1 << 20, 1),
+        (9.0, 1 << 20, 0),  # over 100 ms: it is the links that take the time
+        (9.0, 1 << 17, 3),
+        (3.0, 65_536, 0),  # timed already
+    ],
+)
+def test_the_largest_is_timed_where_links_are_fast(star_ms: float, largest: int, turns: int) -> None:
+    star = [(4096, 2.4 * MS), (16_384, 2.5 * MS), (65_536, star_ms * MS)]
+    assert turns_of_largest({"star": star}, largest, 2) == turns
+    assert turns_of_largest({"star": star[:2]}, largest, 2) == 0  # the links were too slow for 65536
 
 
 @pytest.mark.parametrize("took", [0.001, 0.025, 0.08, 0.4])

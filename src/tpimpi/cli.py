@@ -165,7 +165,6 @@ def _lead(arguments: list[str], star: Star, place: _Place, typed: Input | None) 
         prompt = _prompt(parsed, hosts)
         wishes = _wishes(parsed, hosts)
         _remark(star, parsed, guests)
-        _settle_allreduce(star, parsed)
         seat = run.settle(star, _settings(star, parsed, guests))
         tokenizer = seat.tokenizer
         assert tokenizer is not None
@@ -323,14 +322,15 @@ def _remark(star: Star, parsed: argparse.Namespace, guests: Sequence[run.Guest])
         _say(remark)
 
 
-def _settle_allreduce(star: Star, parsed: argparse.Namespace) -> None:
-    """Measure the links; --allreduce is then a rule."""
-    parsed.allreduce, line = linking.settle_allreduce(star, parsed.allreduce, parsed.wire)
-    _say(None if parsed.quiet else line)
+def _settle_allreduce(star: Star, parsed: argparse.Namespace, hidden: int) -> None:
+    """Measure the links, where that was not done yet; --allreduce is then a rule."""
+    if star.latency is None:
+        parsed.allreduce, line = linking.settle_allreduce(star, parsed.allreduce, parsed.wire, hidden)
+        _say(None if parsed.quiet else line)
 
 
 def _settings(star: Star, parsed: argparse.Namespace, guests: Sequence[run.Guest]) -> Settings:
-    """Find or make the slices, and say how to use them."""
+    """Measure the links, find or make the slices, and say how to use them."""
     ranks, memory = len(guests), options.memory_sizes(parsed.memory)
     fingerprint, fmt, cache_name = "", "", None
     auto = parsed.shares == options.AUTO
@@ -342,6 +342,7 @@ def _settings(star: Star, parsed: argparse.Namespace, guests: Sequence[run.Guest
     if parsed.slices is None:
         with open_source(model_path(parsed.model)) as source:
             formats = choose_formats(source, parsed.format)
+            _settle_allreduce(star, parsed, source.config.hidden)
             if auto:
                 names = run.cache_names(source, formats)
                 from tpimpi.planning import auto_shares
@@ -352,6 +353,7 @@ def _settings(star: Star, parsed: argparse.Namespace, guests: Sequence[run.Guest
             cache_name = run.cache_name(source, plan, formats)
             spread_slices(star, source, plan, formats, Where(None, cache_name), quiet=parsed.quiet)
     else:
+        _settle_allreduce(star, parsed, linking.hidden_of_slices(parsed.slices, ranks))
         if parsed.format != "auto":
             fmt = wanted_formats(parsed.format, layers=1).key()
         if parsed.model is not None:
@@ -394,7 +396,6 @@ def _measure_perplexity(arguments: list[str], star: Star, place: _Place) -> int:
         star.allow_silence(parsed.silence)
         text = options.read_text("the text", parsed.text)
         _remark(star, parsed, guests)
-        _settle_allreduce(star, parsed)
         wanted = [_settings(star, parsed, guests)]
         if parsed.against is not None:
             reference = {**vars(parsed), "format": parsed.against, "kv": "auto", "slices": None}

@@ -35,7 +35,7 @@ from tpimpi.config import ModelConfig
 from tpimpi.formats import F32, Array, Matrix, packed_bytes
 from tpimpi.linking import wire_of
 from tpimpi.memory import headroom, places, resident_bytes
-from tpimpi.model import Model
+from tpimpi.model import Model, largest_sum
 from tpimpi.model_formats import ModelFormats
 from tpimpi.plan import Block, Plan, make_plan
 from tpimpi.seat import usual_threads
@@ -374,7 +374,7 @@ def _rehearsed(star: Star, rehearsal: Rehearsal) -> Finding:
     assert few is not None
     few.wire = wire_of(task.wire)
     # Also so that a rank waits in the way that suits the links.
-    links = few.measure_links(sums=task.allreduce == "auto")
+    links = few.measure_links(largest_sum(task.config["hidden"], task.ranks) if task.allreduce == "auto" else 0)
     if few.rank.is_hub:
         rule = (
             task.allreduce

@@ -85,6 +85,11 @@ def runs_of_positions(positions: int, ranks: int) -> list[slice]:
     return [slice(0, half), slice(half, positions)]
 
 
+def largest_sum(hidden: int, ranks: int) -> int:
+    """Numbers of the largest sum over so many ranks in any step."""
+    return hidden * max(part.stop - part.start for part in runs_of_positions(PREFILL_CHUNK, ranks))
+
+
 @dataclass
 class _Part:
     """Positions that go through a block together."""

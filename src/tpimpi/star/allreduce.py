@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
 from tpimpi.formats import F32
 from tpimpi.star.post import PARTIAL, SUM, Pending, Post
-from tpimpi.star.wire import Mail
+from tpimpi.star.wire import Coming, Mail
 
 Steps = Iterator[Pending]
 
@@ -118,14 +118,14 @@ def star(mail: Mail, flat: F32) -> Steps:
             yield send
             answer.pending.not_before = earliest
             yield answer.pending
-            flat[piece] = answer.values()
+            answer.put(flat[piece])
         return
     inbox = [[mail.expect(piece, rank, PARTIAL) for rank in others] for piece in cut]
     for piece, partials in zip(cut, inbox, strict=True):
         total = flat[piece]
         for partial in partials:
             yield partial.pending
-            total += partial.values()
+            partial.add(total)
         mail.publish(total, others, SUM)
     yield mail.sent()
 
@@ -138,21 +138,10 @@ def exchange(mail: Mail, flat: F32) -> Steps:
     cut = mail.pieces(0, flat.size)
     others = [(mail.rank + turn) % mail.size for turn in range(1, mail.size)]
     inbox = {(piece.start, rank): mail.expect(piece, rank, PARTIAL) for piece in cut for rank in others}
-    partials = flat.copy()  # what is being sent, while the sum grows in `flat`
     for piece in cut:
-        mail.publish(partials[piece], others, PARTIAL)
+        mail.publish(flat[piece], others, PARTIAL)
     for piece in cut:
-        for rank in range(mail.size):
-            if rank == mail.rank:
-                values = partials[piece]
-            else:
-                coming = inbox[piece.start, rank]
-                yield coming.pending
-                values = coming.values()
-            if rank == 0:
-                flat[piece] = values
-            else:
-                flat[piece] += values
+        yield from _add_in_rank_order(mail, flat[piece], {rank: inbox[piece.start, rank] for rank in others})
     yield mail.sent()
 
 
@@ -165,26 +154,35 @@ def mesh(mail: Mail, flat: F32) -> Steps:
     # Each begins with another one, so that not all send to the same rank at once.
     others = [(mail.rank + turn) % mail.size for turn in range(1, mail.size)]
     inbox = [{rank: mail.expect(piece, rank, PARTIAL) for rank in others} for piece in cut[mail.rank]]
-    answers = [(piece, mail.expect(piece, owner, SUM)) for owner in others for piece in cut[owner]]
-    sends = [mail.send(flat[piece], owner, PARTIAL) for owner in others for piece in cut[owner]]
+    # The first pieces of all parts, then the second: so every hub has something to add while the rest is on its way.
+    theirs = [
+        (owner, cut[owner][turn]) for turn in range(max(map(len, cut))) for owner in others if turn < len(cut[owner])
+    ]
+    answers = [(piece, mail.expect(piece, owner, SUM)) for owner, piece in theirs]
+    sends = [mail.send(flat[piece], owner, PARTIAL) for owner, piece in theirs]
     for piece, partials in zip(cut[mail.rank], inbox, strict=True):
-        own = flat[piece].copy()
-        for rank in range(mail.size):
-            if rank == mail.rank:
-                values = own
-            else:
-                yield partials[rank].pending
-                values = partials[rank].values()
-            if rank == 0:
-                flat[piece] = values
-            else:
-                flat[piece] += values
+        yield from _add_in_rank_order(mail, flat[piece], partials)
         mail.publish(flat[piece], others, SUM)
     for send, (piece, answer) in zip(sends, answers, strict=True):
         yield send
         yield answer.pending
-        flat[piece] = answer.values()
+        answer.put(flat[piece])
     yield mail.sent()
+
+
+def _add_in_rank_order(mail: Mail, total: F32, partials: Mapping[int, Coming]) -> Steps:
+    """Make `total`, this rank's own partial, the sum of all."""
+    own = total.copy() if mail.rank else total
+    for rank in range(mail.size):
+        if rank == mail.rank:
+            if rank:
+                total += own
+            continue
+        yield partials[rank].pending
+        if rank:
+            partials[rank].add(total)
+        else:
+            partials[rank].put(total)
 
 
 def ring(mail: Mail, flat: F32) -> Steps:
@@ -201,7 +199,7 @@ def ring(mail: Mail, flat: F32) -> Steps:
     for step, comings in enumerate(adding, start=1):
         for piece, coming in zip(cut[(rank - step) % n], comings, strict=True):
             yield coming.pending
-            flat[piece] += coming.values()
+            coming.add(flat[piece])
             if step < n - 1:
                 sends[piece.start] = mail.send(flat[piece], right[0], PARTIAL)
             else:
@@ -210,9 +208,9 @@ def ring(mail: Mail, flat: F32) -> Steps:
         for piece, coming in zip(cut[(rank - step) % n], comings, strict=True):
             yield coming.pending
             yield sends[piece.start]
-            flat[piece] = coming.values()
             if step < n - 2:
                 mail.forward(coming.data, right, SUM)
+            coming.put(flat[piece])
     yield mail.sent()
 
 
@@ -232,7 +230,7 @@ def tree(mail: Mail, flat: F32) -> Steps:
         total = flat[piece]
         for partial in partials:
             yield partial.pending
-            total += partial.values()
+            partial.add(total)
         if rank:
             sends.append(mail.send(total, rank - lowest, PARTIAL))
         else:
@@ -241,7 +239,7 @@ def tree(mail: Mail, flat: F32) -> Steps:
         yield answer.pending
         mail.forward(answer.data, down, SUM)
         yield send
-        flat[piece] = answer.values()
+        answer.put(flat[piece])
     yield mail.sent()
 
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 import numpy as np
 
@@ -23,6 +24,12 @@ TRIED = 16_384  # numbers of the star that tells how slow the links are, by the 
 SLOW, SLOWER = 0.025, 0.08  # beyond the first the largest of SIZES is left out, beyond the other all of them
 REPEATS, REPEATS_IF_SLOW = 3, 2  # sums in a row: the first is not counted
 SECOND_PASS = 0.2  # seconds of the first, up to which there is a second
+LARGEST = 1 << 20  # numbers of the largest sum that is ever timed
+LARGE_SECONDS, LARGE_TURNS = (
+    0.1,
+    3,
+)  # what a star of the largest may take to be timed, and how often it then is, at most
+LARGE_BUDGET = 0.6  # seconds for all of them
 PATIENCE = 20.0  # seconds for a message of these
 MOST_EXCHANGED = 32_768  # numbers of a sum by exchange, at most, with three ranks or more
 CLEARLY = 0.9  # of the star's time: what another way must take at most, to be preferred
@@ -52,8 +59,9 @@ class Measuring:
         self._post, self._add = post, add
         self._ask, self._answer = np.zeros(4), np.zeros(1)
 
-    def lead(self, *, sums: bool) -> Links:
-        """Hub: measure latencies, and where wanted the sums among which `choose` does.
+    def lead(self, largest: int) -> Links:
+        """Hub: measure latencies, and, where there are to be sums, of `largest` numbers at most, those among which `choose`
+        does.
 
         Raises StarError where a rank does not answer.
         """
@@ -61,8 +69,9 @@ class Measuring:
         latencies = self._latencies()
         self._post.latency = max(latencies)
         self._ask_all(_LATENCY, self._post.latency)
-        found = Links(latencies, self._sums() if sums else {})
+        found = Links(latencies, self._sums(largest) if largest else {})
         self._ask_all(_END)
+        self._post.spares.clear()
         return found
 
     def follow(self) -> None:
@@ -72,6 +81,7 @@ class Measuring:
             self._wait(self._post.receive(self._ask, 0, ECHO))
             kind, first, second, third = self._ask.tolist()
             if kind == _END:
+                self._post.spares.clear()
                 return
             if kind == _LATENCY:
                 self._post.latency = first
@@ -111,7 +121,7 @@ class Measuring:
                 break
         return [trip / 2 for trip in shortest]
 
-    def _sums(self) -> dict[str, list[tuple[int, float]]]:
+    def _sums(self, largest: int) -> dict[str, list[tuple[int, float]]]:
         """Time the algorithms that add in rank order."""
         best: dict[tuple[str, int], float] = {}
         self._ask_all(_SUM, IN_RANK_ORDER.index("star"), TRIED, 2)
@@ -120,22 +130,35 @@ class Measuring:
         start = time.monotonic()
         for turn in range(2):
             for count in reversed(sizes):  # so that the links carry what they can before the small ones are timed
-                for index, name in enumerate(IN_RANK_ORDER):
-                    if name == "exchange" and count > most_exchanged(self._post.size):
-                        continue
-                    self._ask_all(_SUM, index, count, repeats)
-                    try:
-                        ends = [self._end_of(name, count) for _ in range(repeats)]
-                    except StarError as error:
-                        if name == "star":
-                            raise
-                        hint = "where the ranks reach rank 0 but not one another, give --allreduce star"
-                        raise StarError(f"{error}; {hint}") from error
-                    trips = [b - a for a, b in itertools.pairwise(ends)]
-                    best[name, count] = min([*trips, best.get((name, count), math.inf)])
+                for name in self._candidates(count):
+                    best[name, count] = min([*self._trips(name, count, repeats), best.get((name, count), math.inf)])
             if turn == 0 and time.monotonic() - start > SECOND_PASS:
                 break
-        return {n: [(count, best[n, count]) for count in sizes if (n, count) in best] for n in IN_RANK_ORDER}
+        times = {n: [(count, best[n, count]) for count in sizes if (n, count) in best] for n in IN_RANK_ORDER}
+        largest = min(largest, LARGEST)
+        trips: dict[str, list[float]] = {name: [] for name in self._candidates(largest)}
+        for _ in range(turns_of_largest(times, largest, len(trips))):
+            for name in trips:
+                trips[name] += self._trips(name, largest, REPEATS)
+        for name, seconds in trips.items():
+            times[name] += [(largest, median(seconds))] if seconds else []
+        return times
+
+    def _candidates(self, count: int) -> list[str]:
+        """What may be chosen for so many numbers."""
+        return [name for name in IN_RANK_ORDER if name != "exchange" or count <= most_exchanged(self._post.size)]
+
+    def _trips(self, name: str, count: int, repeats: int) -> list[float]:
+        """Seconds of each of so many sums in a row, but the first."""
+        self._ask_all(_SUM, IN_RANK_ORDER.index(name), count, repeats)
+        try:
+            ends = [self._end_of(name, count) for _ in range(repeats)]
+        except StarError as error:
+            if name == "star":
+                raise
+            hint = "where the ranks reach rank 0 but not one another, give --allreduce star"
+            raise StarError(f"{error}; {hint}") from error
+        return [b - a for a, b in itertools.pairwise(ends)]
 
     def _end_of(self, name: str, count: int) -> float:
         self._add(name, count)
@@ -150,9 +173,18 @@ def worth_timing(took: float) -> tuple[Sequence[int], int]:
     return SIZES[:-1] if took > SLOW else SIZES, REPEATS
 
 
+def turns_of_largest(times: Times, largest: int, algorithms: int) -> int:
+    """How often so many algorithms make REPEATS sums of `largest` numbers each, after `times` were measured: where links are
+    so fast that it is the copying of bytes that takes the time, and not the links, smaller sums do not tell what is best."""
+    if largest <= SIZES[-1] or times["star"][-1][0] < SIZES[-1]:
+        return 0
+    took = expected(times["star"], largest)
+    return max(1, min(LARGE_TURNS, int(LARGE_BUDGET / (algorithms * REPEATS * took)))) if took <= LARGE_SECONDS else 0
+
+
 def choose(times: Times, ranks: int) -> str:
     """The rule (see `allreduce.parse_rule`) for what was measured: the exchange for the small, the mesh for the large, each
-    only as far as it is clearly faster than the star; where both are, the faster one.
+    only as far as it is clearly faster than the star; where both are, the faster one. Of the largest the faster, too.
 
     Above the sizes that were timed it is bytes that take the time, and of those the hub's link has (n - 1) times a sum's
     with the star, 2 (n - 1) / n times with the mesh: that is taken from three ranks on, unless it was slower; far above
@@ -162,7 +194,7 @@ def choose(times: Times, ranks: int) -> str:
     largest = times["star"][-1][0]
 
     def better(name: str, size: int) -> bool:
-        limit = CLEARLY
+        limit = 1.0 if SIZES[-1] < size <= largest else CLEARLY
         if name == "mesh" and size > largest and ranks > 2:
             limit = 1 / CLEARLY
             if size > 4 * largest:

@@ -21,7 +21,7 @@ from tpimpi.star.launch import Rank, launched_rank, launched_size
 from tpimpi.star.links import PATIENCE, Links, Measuring
 from tpimpi.star.post import BULK, CLOCK, CONTROL, ECHO, HIDDEN, NOTE, Pending, Post
 from tpimpi.star.watch import DEFAULT_SILENCE, Watch, leave_at_last
-from tpimpi.star.wire import Mail, Wire
+from tpimpi.star.wire import EAGER, Mail, Wire
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -48,6 +48,7 @@ def connect() -> Star:
     mpi4py.rc.thread_level = "multiple"  # the main thread and the watch talk
     # Else Open MPI ends this process where a connection is lost, before anybody can say who is gone.
     os.environ.setdefault("OMPI_MCA_mpi_ft_enable", "1")
+    os.environ.setdefault("OMPI_MCA_btl_tcp_eager_limit", str(EAGER))
     with _saying_if_slow():
         from mpi4py import MPI
 
@@ -182,7 +183,7 @@ class Star:
         else:
             for piece, coming in [(piece, mail.expect(piece, 0, HIDDEN)) for piece in cut]:
                 self._post.wait(coming.pending, deadline)
-                flat[piece] = coming.values()
+                coming.put(flat[piece])
         self.seconds += time.monotonic() - began
 
     # Control: what to do next
@@ -252,11 +253,12 @@ class Star:
 
     # Links
 
-    def measure_links(self, *, sums: bool = False) -> Links:
+    def measure_links(self, largest: int = 0) -> Links:
         """Measure the links to rank 0; every rank calls it, and the hub alone says what is to be measured, and gets it.
 
-        Latency always, in a tenth of a second or a few round trips; and with `sums` how long sums take, over the wire that
-        is set, for `links.choose`. Afterwards every rank's waiting suits the latency.
+        Latency always, in a tenth of a second or a few round trips; and where there are to be sums, of `largest` numbers at
+        most, how long they take, over the wire that is set, for `links.choose`. Afterwards every rank's waiting suits the
+        latency.
         """
         if self._post is None or self.rank.size == 1:
             return Links([])
@@ -267,9 +269,14 @@ class Star:
 
         measuring = Measuring(self._post, add)
         if self.rank.is_hub:
-            return measuring.lead(sums=sums)
+            return measuring.lead(largest)
         measuring.follow()
         return Links([])
+
+    @property
+    def latency(self) -> float | None:
+        """Seconds one way, of the slowest link; None where none was measured."""
+        return None if self._post is None else self._post.latency
 
     def ping(self, rank: int, values: F32) -> float:
         """Every rank calls it: seconds in which `values` (f32, flat, as long on every rank) go from the hub to `rank`, all
@@ -289,6 +296,7 @@ class Star:
             else:
                 for coming in comings:
                     self._post.wait(coming.pending, deadline)
+                    self._post.spares.give(coming.data)
         return time.monotonic() - began if self.rank.is_hub else 0.0
 
     @property

@@ -1,8 +1,9 @@
 """Numbers on the wire: f32 as they are, or packed as bf16 or q8_0, and cut into pieces that go out one after the other.
 
-A piece is at most PIECE numbers. So a message stays just below the size from which an MPI library asks the other side
-before it sends (rendezvous: two hops more; Open MPI over TCP from 64 KiB on), and a large sum flows: while the hub adds one
-piece, it receives the next and sends the one before. Where hops are short, as in shared memory, larger ones were faster.
+Pieces let a large sum flow: while a hub adds one, it receives the next and sends the one before. Few large ones cost the
+processor least. They stay just below the size from which an MPI library asks the other side before it sends (rendezvous:
+two hops more; Open MPI over TCP from 64 KiB on, unless it is told EAGER). Through one hub that is far away, whose link all
+share, those of half that size were faster. Where hops are short, as in shared memory, the largest were.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from tpimpi.quantize import Quantizer, quantize
 from tpimpi.star.post import Pending, Post
 
 WIRES = ("f32", "bf16", "q8_0")
-PIECE = 16_256  # numbers of a message, at most; a multiple of 32, which is a block of q8_0
+EAGER = 1 << 18  # bytes, with the library's own, up to which Open MPI is to send at once
+# Numbers of a message, at most, of a sum through one hub, and where everyone has a part; multiples of 32, a block of q8_0.
+PIECE, PIECE_OF_PART = 32_512, 65_024
+# As many pieces at least make a sum through one hub, and a part; unless they were of less numbers than the last.
+FLOWING, FLOWING_PART, LEAST_PIECE = 8, 2, 16_256
 LARGE_PIECE, SHORT_HOP = 65_536, 100e-6  # numbers where the measured latency is less, in seconds
 
 TURNS = 1024  # sums that are told apart by their tags
@@ -56,11 +61,20 @@ class Coming:
     pending: Pending
     data: Bytes
     count: int
-    wire: Wire
+    mail: Mail
 
-    def values(self) -> F32:
-        """The numbers: [count]."""
-        return self.wire.unpack(self.data, self.count)
+    def put(self, into: F32) -> None:
+        """The numbers, [count]; their bytes are gone then."""
+        into[:] = self._values()
+        self.mail.post.spares.give(self.data)
+
+    def add(self, to: F32) -> None:
+        """Add them, [count]; their bytes are gone then."""
+        to += self._values()
+        self.mail.post.spares.give(self.data)
+
+    def _values(self) -> F32:
+        return self.mail.wire.unpack(self.data, self.count)
 
 
 class Mail:
@@ -70,37 +84,43 @@ class Mail:
         self.post, self.wire = post, wire
         self.rank, self.size = post.rank, post.size
         # The hub told all ranks the same latency, so all cut alike.
-        self._piece = LARGE_PIECE if post.latency is not None and post.latency < SHORT_HOP else PIECE
+        short = post.latency is not None and post.latency < SHORT_HOP
+        self._least = LARGE_PIECE if short else LEAST_PIECE
         self._shift = TAGS * (turn % TURNS)
         self._sends: list[Pending] = []
 
     def pieces(self, first: int, last: int) -> list[slice]:
-        """The numbers from `first` to `last`, in pieces of about the same size."""
-        cuts = bounds(last - first, -(-(last - first) // self._piece))
+        """The numbers from `first` to `last`, in pieces of about the same size: for a sum that flows through one hub."""
+        return self._cut(first, last, FLOWING, PIECE)
+
+    def _cut(self, first: int, last: int, pieces: int, most: int) -> list[slice]:
+        most = max(self._least, min(most, (last - first) // pieces))
+        cuts = bounds(last - first, -(-(last - first) // most))
         return [slice(first + start, first + stop) for start, stop in itertools.pairwise(cuts)]
 
     def parts(self, count: int) -> list[list[slice]]:
         """The pieces of each rank's part of `count` numbers."""
-        return [self.pieces(first, last) for first, last in itertools.pairwise(bounds(count, self.size))]
+        cuts = itertools.pairwise(bounds(count, self.size))
+        return [self._cut(first, last, FLOWING_PART, PIECE_OF_PART) for first, last in cuts]
 
     def expect(self, piece: slice, source: int, tag: int) -> Coming:
         """Begin to receive the numbers of `piece`."""
         count = piece.stop - piece.start
         pending, data = self.post.expect(row_bytes(self.wire.format, count), source, tag + self._shift)
-        return Coming(pending, data, count, self.wire)
+        return Coming(pending, data, count, self)
 
     def send(self, values: F32, to: int, tag: int) -> Pending:
-        """Begin to send numbers, which may not change until that is done (f32 is not copied)."""
+        """Begin to send numbers."""
         return self.post.send(self.wire.pack(values), to, tag + self._shift)
 
     def forward(self, data: Bytes, ranks: Sequence[int], tag: int) -> None:
-        """Begin to send packed numbers; they may not change until what `sent` returns is done."""
+        """Begin to send packed numbers."""
         if ranks:
             self._sends.append(self.post.send_to(data, ranks, tag + self._shift))
 
     def publish(self, values: F32, ranks: Sequence[int], tag: int) -> None:
         """Begin to send the final numbers of a piece. What the receivers make of them is put into `values`, so that all
-        have the same bits; they may not change until what `sent` returns is done."""
+        have the same bits."""
         data = self.wire.pack(values)
         if self.wire.format != "f32":
             values[:] = self.wire.unpack(data, values.size)
@@ -113,6 +133,7 @@ class Mail:
             [request for pending in sends for request in pending.requests],
             [peer for pending in sends for peer in pending.peers],
             [None for pending in sends for _ in pending.requests],
+            lent=[buffer for pending in sends for buffer in pending.lent],
         )
 
 
