@@ -11,6 +11,8 @@ import pytest
 from conftest import PROGRAMS, Launcher
 from tiny_models import write_tiny_hf
 from tpimpi.errors import StarError
+from tpimpi.linking import hidden_of_slices
+from tpimpi.model import largest_sum
 from tpimpi.plan import make_plan
 from tpimpi.slicing import choose_formats, slice_model
 from tpimpi.sources import open_source
@@ -252,6 +254,15 @@ def test_what_auto_chose_is_said_and_gives_the_stars_text(
         other = mpirun(3, "-m", "tpimpi", *options, *more, "--quiet", env=cache)
         assert (other.code, other.out.strip()) == (0, said.out.strip()), other.err
         assert "allreduce: " not in other.err
+
+
+def test_the_largest_sum_of_a_run_is_that_of_half_a_chunk(tmp_path: Path) -> None:
+    """What `auto` times: 64 of 128 positions at once where there are others, of the hidden size that the slices name."""
+    with open_source(write_tiny_hf(tmp_path / "model", "llama-3.1")) as source:
+        slice_model(source, make_plan(source.config, [1, 1]), choose_formats(source, "f32"), tmp_path)
+    assert hidden_of_slices(str(tmp_path), 2) == 64
+    assert hidden_of_slices(str(tmp_path), 3) == 0
+    assert (largest_sum(64, 2), largest_sum(64, 1)) == (64 * 64, 128 * 64)
 
 
 # A chunk in two halves
