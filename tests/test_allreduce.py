@@ -17,9 +17,9 @@ from tpimpi.plan import make_plan
 from tpimpi.slicing import choose_formats, slice_model
 from tpimpi.sources import open_source
 from tpimpi.star import Links, Wire, choose, describe, parse_rule
-from tpimpi.star.links import turns_of_largest, worth_timing
+from tpimpi.star.links import worth_timing, worth_timing_largest
 from tpimpi.star.post import Post, Spares
-from tpimpi.star.wire import EAGER, LEAST_PIECE, Mail, bounds
+from tpimpi.star.wire import EAGER, LARGE_PIECE, LEAST_PIECE, Mail, bounds
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
@@ -56,18 +56,19 @@ def test_what_a_wire_cannot_carry_is_said() -> None:
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(1, 2), (8192, 4), (65_536, 4), (262_144, 8), (1 << 20, 3), (1 << 22, 2)])
-def test_pieces_are_all_of_a_sum_and_fit_into_what_is_sent_at_once(count: int, ranks: int) -> None:
-    class Far(Post):
+@pytest.mark.parametrize("latency", [1e-3, 1e-6])
+def test_pieces_are_all_of_a_sum_and_fit_into_what_is_sent_at_once(count: int, ranks: int, latency: float) -> None:
+    class Alone(Post):
         def __init__(self) -> None:
-            self.rank, self.size, self.latency = 0, ranks, 1e-3
+            self.rank, self.size, self.latency = 0, ranks, latency
 
-    mail = Mail(Far(), Wire())
+    mail = Mail(Alone(), Wire())
     parts = mail.parts(count)
     for cut in (mail.pieces(0, count), [piece for part in parts for piece in part]):
         assert [piece.start for piece in cut] == [0, *(piece.stop for piece in cut[:-1])] and cut[-1].stop == count
         assert all(4 * (piece.stop - piece.start) < EAGER - 512 for piece in cut)
     # A part of which something is to flow while it is added comes in pieces of its own.
-    assert all(len(part) > 1 for part in parts) == (count / ranks > LEAST_PIECE)
+    assert all(len(part) > 1 for part in parts) == (count / ranks > (LEAST_PIECE if latency == 1e-3 else LARGE_PIECE))
 
 
 def test_buffers_are_lent_to_one_at_a_time() -> None:
@@ -161,20 +162,50 @@ def test_the_largest_sums_are_what_was_timed_of_them(mesh_ms: float, rule: str) 
     assert choose({"star": star, "exchange": [(4096, 5 * MS), (16_384, 9 * MS)], "mesh": mesh}, 4) == rule
 
 
+@pytest.mark.parametrize(("faster", "ranks"), [(0.96, 4), (1.04, 4), (0.96, 2)])
+def test_the_largest_counts_whatever_its_size(faster: float, ranks: int) -> None:
+    """196608 numbers, as half a chunk of 64 positions of a model of 3072 has: no power of two."""
+    star = [(4096, 2.4 * MS), (16_384, 2.5 * MS), (65_536, 3.0 * MS), (196_608, 8.0 * MS)]
+    mesh = [(4096, 2.7 * MS), (16_384, 2.8 * MS), (65_536, 3.2 * MS), (196_608, 8.0 * MS * faster)]
+    rule = choose({"star": star, "exchange": [(4096, 5 * MS), (16_384, 9 * MS)], "mesh": mesh}, ranks)
+    chosen = {size: next(name for most, name in parse_rule(rule) if size <= most) for size in (65_536, 196_608)}
+    assert chosen == {65_536: "star", 196_608: "mesh" if faster < 1 else "star"}
+
+
+def test_of_two_ranks_the_exchange_may_be_what_the_largest_take() -> None:
+    star = [(4096, 2.4 * MS), (65_536, 3.0 * MS), (196_608, 8.0 * MS)]
+    near = [(n, 1.02 * s) for n, s in star]
+    exchange = [(4096, 1.2 * MS), (65_536, 2.0 * MS), (196_608, 7.6 * MS)]
+    rule = choose({"star": star, "exchange": exchange, "mesh": near}, 2)
+    assert next(name for most, name in parse_rule(rule) if most >= 196_608) == "exchange"
+
+
+def test_what_is_hopeless_is_not_timed_with_the_largest() -> None:
+    """Two clients of a slow access point reach rank 0 well, and one another badly: the mesh took 0.3 s of 65536."""
+    star = [(4096, 2.4 * MS), (16_384, 2.5 * MS), (65_536, 3.0 * MS)]
+    mesh = [(4096, 20 * MS), (16_384, 80 * MS), (65_536, 300 * MS)]
+    assert worth_timing_largest({"star": star, "mesh": mesh}, 1 << 18, ["star", "mesh"]) == ([], 0)
+    near = [(n, 1.1 * s) for n, s in star]
+    found = worth_timing_largest({"star": star, "mesh": near, "exchange": mesh}, 1 << 18, ["star", "exchange", "mesh"])
+    assert found == (["star", "mesh"], 3)
+
+
 @pytest.mark.parametrize(
     ("star_ms", "largest", "turns"),
     [
-        (3.0, 1 << 20, 3),  # 2.4 + 15.3 * 0.6 ms and so on: 12 ms for the largest
+        (3.0, 1 << 20, 3),  # 3.0 + 15 * 0.67 ms: 13 ms for the largest
         (6.0, 1 << 20, 1),
-        (9.0, 1 << 20, 0),  # over 100 ms: it is the links that take the time
+        (9.0, 1 << 20, 0),  # over 100 ms each: it is the links that take the time
         (9.0, 1 << 17, 3),
         (3.0, 65_536, 0),  # timed already
     ],
 )
 def test_the_largest_is_timed_where_links_are_fast(star_ms: float, largest: int, turns: int) -> None:
     star = [(4096, 2.4 * MS), (16_384, 2.5 * MS), (65_536, star_ms * MS)]
-    assert turns_of_largest({"star": star}, largest, 2) == turns
-    assert turns_of_largest({"star": star[:2]}, largest, 2) == 0  # the links were too slow for 65536
+    names = ["star", "mesh"]
+    assert worth_timing_largest({"star": star, "mesh": star}, largest, names) == (names if turns else [], turns)
+    slow = star[:2]  # the links were too slow for 65536
+    assert worth_timing_largest({"star": slow, "mesh": slow}, largest, names) == ([], 0)
 
 
 @pytest.mark.parametrize("took", [0.001, 0.025, 0.08, 0.4])

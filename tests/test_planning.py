@@ -215,6 +215,18 @@ def test_plan_of_one_rank(tpimpi: Callable[..., Result], tiny: Path, tmp_path: P
     assert plan["first_token_s"] > plan["s_per_token"] - plan["star_s"]
 
 
+def test_plan_of_a_prompt_that_is_computed_in_halves(mpirun: Launcher, tmp_path: Path, cache: dict[str, str]) -> None:
+    """From 32 positions on a chunk is computed in two halves: which the layers that stand in for a model's have to allow."""
+    report = tmp_path / "plan.json"
+    arguments = ("--shape", "tinyllama-1.1b", "--layers", "2", "--prompt-tokens", "40", "--json", str(report))
+    found = mpirun(2, "-m", "tpimpi", "plan", *arguments, env=cache)
+    assert found.code == 0, found.err
+    plans = json.loads(report.read_text())["plans"]
+    assert {plan["ranks"] for plan in plans} == {1, 2}
+    for plan in plans:
+        assert plan["first_token_s"] > plan["s_per_token"] > 0
+
+
 def test_plan_of_three_ranks(mpirun: Launcher, tmp_path: Path, cache: dict[str, str]) -> None:
     report = tmp_path / "plan.json"
     arguments = ("--shape", "llama-2-7b", "--layers", "2", "--shares", "5,4,3", "--threads", "1", "--json", str(report))

@@ -157,6 +157,9 @@ class _Carousel:
     def tiles(self, block: Block) -> Iterator[Tile]:
         return iter(next(self._turns[block])) if block in self._turns else iter(())
 
+    def hold(self, block: Block) -> list[Tile]:
+        return next(self._turns[block])
+
     def count(self, block: Block) -> int:
         return self._counts[block]
 
@@ -390,6 +393,7 @@ def _rehearsed(star: Star, rehearsal: Rehearsal) -> Finding:
     with contextlib.closing(rehearsal):
         processors, laps = rehearsal.processors(), rehearsal.laps(few)
         head = rehearsal.head() if few.rank.is_hub else None
+    few.let_go()  # what a run holds for its messages is counted with the work
     return Finding(
         rank=star.rank.index,
         host=star.rank.host,

@@ -9,6 +9,7 @@ from mpi4py import MPI
 
 from tpimpi.seat import wire_of
 from tpimpi.star import ALGORITHMS, WIRES, Star, choose, connect, parse_rule
+from tpimpi.star.allreduce import IN_RANK_ORDER
 
 SIZES = (1, 33, 4096, 8192, 40_000, 140_000)
 # Of one rounding: half a unit in the last of bf16's 8 bits; half a step of q8_0, of which 120 or more reach the greatest of
@@ -31,6 +32,9 @@ def main() -> None:
         _broadcast(star, wire)
         _links(star)
     star.wire = wire_of("f32")
+    for count in SIZES:
+        _in_rank_order(star, count)
+    _in_the_background(star)
     star.algorithm = "exchange:100,star:9000,mesh"
     for count in SIZES:
         _near_the_sum(star, count, "f32")
@@ -60,6 +64,32 @@ def _near_the_sum(star: Star, count: int, wire: str) -> None:
 def _same_bits_everywhere(values: np.ndarray) -> None:
     everyone = MPI.COMM_WORLD.allgather(values.tobytes())
     assert len(set(everyone)) == 1, "the ranks hold different bits"
+
+
+def _in_rank_order(star: Star, count: int) -> None:
+    """Star, exchange and mesh have the bits of NumPy's sum from rank 0 on."""
+    partial = np.random.default_rng([star.rank.index, count]).standard_normal(count).astype(np.float32)
+    everyone = MPI.COMM_WORLD.allgather(partial)
+    expected = everyone[0].copy()
+    for other in everyone[1:]:
+        expected += other
+    for star.algorithm in IN_RANK_ORDER:
+        found = partial.copy()
+        star.allreduce(found)
+        assert found.tobytes() == expected.tobytes(), f"{star.algorithm} {count}"
+
+
+def _in_the_background(star: Star) -> None:
+    """Two sums of large pieces at a time, with which the other thread goes on: no buffer is in two of them."""
+    rank, size = star.rank.index, star.rank.size
+    for star.algorithm in IN_RANK_ORDER:
+        for turn in range(20):
+            first = np.full(40_000, 1.0 + rank + turn, np.float32)
+            second = np.full(70_000, 128.0 * (1 + rank + turn), np.float32)
+            for under_way in [star.start(first, background=True), star.start(second, background=True)]:
+                under_way.wait()
+            expected = size * (size + 1) // 2 + size * turn
+            assert (first == expected).all() and (second == 128 * expected).all(), f"{star.algorithm} {turn}"
 
 
 def _two_under_way(star: Star) -> None:

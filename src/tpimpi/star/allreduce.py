@@ -101,6 +101,7 @@ class Background:
             done = [under_way for under_way in sums if under_way.poll()]
             with self._work:
                 self._sums = [under_way for under_way in self._sums if under_way not in done]
+            del sums, done  # which would hold their star, and its memory, while there is nothing to do
             time.sleep(BETWEEN_POLLS)
 
 

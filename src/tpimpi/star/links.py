@@ -25,11 +25,8 @@ SLOW, SLOWER = 0.025, 0.08  # beyond the first the largest of SIZES is left out,
 REPEATS, REPEATS_IF_SLOW = 3, 2  # sums in a row: the first is not counted
 SECOND_PASS = 0.2  # seconds of the first, up to which there is a second
 LARGEST = 1 << 20  # numbers of the largest sum that is ever timed
-LARGE_SECONDS, LARGE_TURNS = (
-    0.1,
-    3,
-)  # what a star of the largest may take to be timed, and how often it then is, at most
-LARGE_BUDGET = 0.6  # seconds for all of them
+LARGE_BUDGET, LARGE_TURNS = 0.6, 3  # seconds for the largest, and how often each way makes REPEATS of them, at most
+NEAR = 2.0  # times what the fastest is expected to take for the largest: who takes longer is not timed
 PATIENCE = 20.0  # seconds for a message of these
 MOST_EXCHANGED = 32_768  # numbers of a sum by exchange, at most, with three ranks or more
 CLEARLY = 0.9  # of the star's time: what another way must take at most, to be preferred
@@ -136,12 +133,13 @@ class Measuring:
                 break
         times = {n: [(count, best[n, count]) for count in sizes if (n, count) in best] for n in IN_RANK_ORDER}
         largest = min(largest, LARGEST)
-        trips: dict[str, list[float]] = {name: [] for name in self._candidates(largest)}
-        for _ in range(turns_of_largest(times, largest, len(trips))):
-            for name in trips:
+        names, turns = worth_timing_largest(times, largest, self._candidates(largest))
+        trips: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(turns):
+            for name in names:
                 trips[name] += self._trips(name, largest, REPEATS)
         for name, seconds in trips.items():
-            times[name] += [(largest, median(seconds))] if seconds else []
+            times[name].append((largest, median(seconds)))
         return times
 
     def _candidates(self, count: int) -> list[str]:
@@ -173,39 +171,43 @@ def worth_timing(took: float) -> tuple[Sequence[int], int]:
     return SIZES[:-1] if took > SLOW else SIZES, REPEATS
 
 
-def turns_of_largest(times: Times, largest: int, algorithms: int) -> int:
-    """How often so many algorithms make REPEATS sums of `largest` numbers each, after `times` were measured: where links are
-    so fast that it is the copying of bytes that takes the time, and not the links, smaller sums do not tell what is best."""
-    if largest <= SIZES[-1] or times["star"][-1][0] < SIZES[-1]:
-        return 0
-    took = expected(times["star"], largest)
-    return max(1, min(LARGE_TURNS, int(LARGE_BUDGET / (algorithms * REPEATS * took)))) if took <= LARGE_SECONDS else 0
+def worth_timing_largest(times: Times, largest: int, names: Sequence[str]) -> tuple[list[str], int]:
+    """Which of these algorithms to time with `largest` numbers after `times` were measured, and how often: the star and what
+    is near it. Where links are so fast that it is the copying of bytes that takes the time, smaller sums do not tell which
+    is best; where they are not, it would take too long, and the smaller ones tell."""
+    took = {name: expected(times[name], largest) for name in names}
+    near = [name for name in names if took[name] <= NEAR * min(took.values())]
+    if largest <= SIZES[-1] or times["star"][-1][0] < SIZES[-1] or "star" not in near or len(near) == 1:
+        return [], 0
+    turns = min(LARGE_TURNS, int(LARGE_BUDGET / (REPEATS * sum(took[name] for name in near))))
+    return (near, turns) if turns else ([], 0)
 
 
 def choose(times: Times, ranks: int) -> str:
     """The rule (see `allreduce.parse_rule`) for what was measured: the exchange for the small, the mesh for the large, each
-    only as far as it is clearly faster than the star; where both are, the faster one. Of the largest the faster, too.
+    only as far as it is clearly faster than the star; where both are, the faster one. Where the largest was timed too, the
+    faster one is taken beyond SIZES.
 
     Above the sizes that were timed it is bytes that take the time, and of those the hub's link has (n - 1) times a sum's
     with the star, 2 (n - 1) / n times with the mesh: that is taken from three ranks on, unless it was slower; far above
     them unless it took over twice the time, as what it has more of are messages, whose number counts less and less.
     """
-    sizes = [1 << bits for bits in range(8, 25)]
     largest = times["star"][-1][0]
+    sizes = sorted({*(1 << bits for bits in range(8, 25)), largest})
 
     def better(name: str, size: int) -> bool:
-        limit = 1.0 if SIZES[-1] < size <= largest else CLEARLY
+        limit = 1.0 if largest > SIZES[-1] and size > SIZES[-1] else CLEARLY
         if name == "mesh" and size > largest and ranks > 2:
             limit = 1 / CLEARLY
             if size > 4 * largest:
                 size, limit = largest, 2.0
         return expected(times[name], size) < limit * expected(times["star"], size)
 
-    small, large = 0, math.inf
-    for size in reversed(sizes):
-        if not better("mesh", size):
+    below, small, large = 0, 0, math.inf  # the mesh is for sizes from `large` on, `below` is the one before
+    for place in reversed(range(len(sizes))):
+        if not better("mesh", sizes[place]):
             break
-        large = size
+        below, large = sizes[max(0, place - 1)], sizes[place]
     for size in sizes:
         if size > most_exchanged(ranks) or not better("exchange", size):
             break
@@ -217,8 +219,8 @@ def choose(times: Times, ranks: int) -> str:
     if large <= sizes[0]:
         return f"exchange:{small},mesh" if small else "mesh"
     steps = [f"exchange:{small}"] if small else []
-    if large < math.inf and large // 2 > small:
-        steps.append(f"star:{int(large) // 2}")
+    if large < math.inf and below > small:
+        steps.append(f"star:{below}")
     return ",".join([*steps, "mesh" if large < math.inf else "star"])
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 CONTROL, HIDDEN, PARTIAL, SUM, NOTE, CLOCK, BULK, ECHO = range(1, 9)  # tags; see the package's docstring
 
 SEAL = 8  # bytes
-SPARE_FROM, MOST_SPARE = 1 << 14, 1 << 25  # bytes of a buffer that is kept for the next message, and of all that are
+SPARE_FROM, MOST_SPARE = 1 << 14, 1 << 25  # bytes of a buffer that is kept for the next message, and of all of its size
 LOOK = "see that it is up and reachable (python -m tpimpi doctor --hostfile FILE)"
 LONG_POLL, SHORT_POLL = (
     200e-6,

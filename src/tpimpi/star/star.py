@@ -48,7 +48,7 @@ def connect() -> Star:
     mpi4py.rc.thread_level = "multiple"  # the main thread and the watch talk
     # Else Open MPI ends this process where a connection is lost, before anybody can say who is gone.
     os.environ.setdefault("OMPI_MCA_mpi_ft_enable", "1")
-    os.environ.setdefault("OMPI_MCA_btl_tcp_eager_limit", str(EAGER))
+    os.environ.update(OMPI_MCA_btl_tcp_eager_limit=str(EAGER))  # the same on all hosts, or messages find no room
     with _saying_if_slow():
         from mpi4py import MPI
 
@@ -345,6 +345,11 @@ class Star:
                 raise StarError(f"rank {rank} says that its clock shows {there[0]} s, which makes no sense")
             trips.append((ended - began, (began + ended) / 2 - float(there[0])))
         return min(trips)[1]
+
+    def let_go(self) -> None:
+        """Give back the memory that is kept for messages to come."""
+        if self._post is not None:
+            self._post.spares.clear()
 
     # A smaller star
 

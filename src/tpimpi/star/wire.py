@@ -25,7 +25,7 @@ EAGER = 1 << 18  # bytes, with the library's own, up to which Open MPI is to sen
 PIECE, PIECE_OF_PART = 32_512, 65_024
 # As many pieces at least make a sum through one hub, and a part; unless they were of less numbers than the last.
 FLOWING, FLOWING_PART, LEAST_PIECE = 8, 2, 16_256
-LARGE_PIECE, SHORT_HOP = 65_536, 100e-6  # numbers where the measured latency is less, in seconds
+LARGE_PIECE, SHORT_HOP = 65_024, 100e-6  # numbers where the measured latency is less, in seconds
 
 TURNS = 1024  # sums that are told apart by their tags
 TAGS = 16  # tags that a turn has to itself; MPI allows 32767 at least
