@@ -25,7 +25,7 @@ SLOW, SLOWER = 0.025, 0.08  # beyond the first the largest of SIZES is left out,
 REPEATS, REPEATS_IF_SLOW = 3, 2  # sums in a row: the first is not counted
 SECOND_PASS = 0.2  # seconds of the first, up to which there is a second
 LARGEST = 1 << 20  # numbers of the largest sum that is ever timed
-LARGE_BUDGET, LARGE_TURNS = 0.6, 3  # seconds for the largest, and how often each way makes REPEATS of them, at most
+LARGE_BUDGET, LARGE_TURNS = 0.6, 4  # seconds for the largest, and how often each way makes REPEATS of them, at most
 NEAR = 2.0  # times what the fastest is expected to take for the largest: who takes longer is not timed
 PATIENCE = 20.0  # seconds for a message of these
 MOST_EXCHANGED = 32_768  # numbers of a sum by exchange, at most, with three ranks or more
@@ -135,9 +135,11 @@ class Measuring:
         largest = min(largest, LARGEST)
         names, turns = worth_timing_largest(times, largest, self._candidates(largest))
         trips: dict[str, list[float]] = {name: [] for name in names}
-        for _ in range(turns):
+        for turn in range(turns):
             for name in names:
-                trips[name] += self._trips(name, largest, REPEATS)
+                seconds = self._trips(name, largest, REPEATS)
+                if turn:  # the first is for the links to begin to carry what they can, and for buffers
+                    trips[name] += seconds
         for name, seconds in trips.items():
             times[name].append((largest, median(seconds)))
         return times
@@ -180,7 +182,7 @@ def worth_timing_largest(times: Times, largest: int, names: Sequence[str]) -> tu
     if largest <= SIZES[-1] or times["star"][-1][0] < SIZES[-1] or "star" not in near or len(near) == 1:
         return [], 0
     turns = min(LARGE_TURNS, int(LARGE_BUDGET / (REPEATS * sum(took[name] for name in near))))
-    return (near, turns) if turns else ([], 0)
+    return (near, turns) if turns > 1 else ([], 0)
 
 
 def choose(times: Times, ranks: int) -> str:
