@@ -184,9 +184,11 @@ def test_what_is_hopeless_is_not_timed_with_the_largest() -> None:
     """Two clients of a slow access point reach rank 0 well, and one another badly: the mesh took 0.3 s of 65536."""
     star = [(4096, 2.4 * MS), (16_384, 2.5 * MS), (65_536, 3.0 * MS)]
     mesh = [(4096, 20 * MS), (16_384, 80 * MS), (65_536, 300 * MS)]
-    assert worth_timing_largest({"star": star, "mesh": mesh}, 1 << 18, ["star", "mesh"]) == ([], 0)
+    assert worth_timing_largest({"star": star, "mesh": mesh}, 1 << 18, ["star", "mesh"], 0.6) == ([], 0)
     near = [(n, 1.1 * s) for n, s in star]
-    found = worth_timing_largest({"star": star, "mesh": near, "exchange": mesh}, 1 << 18, ["star", "exchange", "mesh"])
+    found = worth_timing_largest(
+        {"star": star, "mesh": near, "exchange": mesh}, 1 << 18, ["star", "exchange", "mesh"], 0.6
+    )
     assert found == (["star", "mesh"], 4)
 
 
@@ -204,9 +206,9 @@ def test_what_is_hopeless_is_not_timed_with_the_largest() -> None:
 def test_the_largest_is_timed_where_links_are_fast(star_ms: float, largest: int, turns: int) -> None:
     star = [(4096, 2.4 * MS), (16_384, 2.5 * MS), (65_536, star_ms * MS)]
     names = ["star", "mesh"]
-    assert worth_timing_largest({"star": star, "mesh": star}, largest, names) == (names if turns else [], turns)
+    assert worth_timing_largest({"star": star, "mesh": star}, largest, names, 0.6) == (names if turns else [], turns)
     slow = star[:2]  # the links were too slow for 65536
-    assert worth_timing_largest({"star": slow, "mesh": slow}, largest, names) == ([], 0)
+    assert worth_timing_largest({"star": slow, "mesh": slow}, largest, names, 0.6) == ([], 0)
 
 
 @pytest.mark.parametrize("took", [0.001, 0.025, 0.08, 0.4])

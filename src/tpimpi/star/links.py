@@ -25,7 +25,8 @@ SLOW, SLOWER = 0.025, 0.08  # beyond the first the largest of SIZES is left out,
 REPEATS, REPEATS_IF_SLOW = 3, 2  # sums in a row: the first is not counted
 SECOND_PASS = 0.2  # seconds of the first, up to which there is a second
 LARGEST = 1 << 20  # numbers of the largest sum that is ever timed
-LARGE_BUDGET, LARGE_TURNS = 0.6, 4  # seconds for the largest, and how often each way makes REPEATS of them, at most
+BUDGET = 0.6  # seconds that all sums may take with those of the largest
+LARGE_TURNS = 4  # how often each way makes REPEATS of the largest, at most
 NEAR = 2.0  # times what the fastest is expected to take for the largest: who takes longer is not timed
 PATIENCE = 20.0  # seconds for a message of these
 MOST_EXCHANGED = 32_768  # numbers of a sum by exchange, at most, with three ranks or more
@@ -133,7 +134,8 @@ class Measuring:
                 break
         times = {n: [(count, best[n, count]) for count in sizes if (n, count) in best] for n in IN_RANK_ORDER}
         largest = min(largest, LARGEST)
-        names, turns = worth_timing_largest(times, largest, self._candidates(largest))
+        left = BUDGET - (time.monotonic() - start)
+        names, turns = worth_timing_largest(times, largest, self._candidates(largest), left)
         trips: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(turns):
             for name in names:
@@ -173,15 +175,15 @@ def worth_timing(took: float) -> tuple[Sequence[int], int]:
     return SIZES[:-1] if took > SLOW else SIZES, REPEATS
 
 
-def worth_timing_largest(times: Times, largest: int, names: Sequence[str]) -> tuple[list[str], int]:
-    """Which of these algorithms to time with `largest` numbers after `times` were measured, and how often: the star and what
-    is near it. Where links are so fast that it is the copying of bytes that takes the time, smaller sums do not tell which
-    is best; where they are not, it would take too long, and the smaller ones tell."""
+def worth_timing_largest(times: Times, largest: int, names: Sequence[str], seconds: float) -> tuple[list[str], int]:
+    """Which of these algorithms to time with `largest` numbers after `times` were measured, and how often, in so many
+    seconds: the star and what is near it. Where links are so fast that it is the copying of bytes that takes the time,
+    smaller sums do not tell which is best; where they are not, it would take too long, and the smaller ones tell."""
     took = {name: expected(times[name], largest) for name in names}
     near = [name for name in names if took[name] <= NEAR * min(took.values())]
     if largest <= SIZES[-1] or times["star"][-1][0] < SIZES[-1] or "star" not in near or len(near) == 1:
         return [], 0
-    turns = min(LARGE_TURNS, int(LARGE_BUDGET / (REPEATS * sum(took[name] for name in near))))
+    turns = min(LARGE_TURNS, int(seconds / (REPEATS * sum(took[name] for name in near))))
     return (near, turns) if turns > 1 else ([], 0)
 
 
