@@ -30,6 +30,7 @@ LARGE_TURNS = 4  # how often each way makes REPEATS of the largest, at most
 NEAR = 2.0  # times what the fastest is expected to take for the largest: who takes longer is not timed
 PATIENCE = 20.0  # seconds for a message of these
 MOST_EXCHANGED = 32_768  # numbers of a sum by exchange, at most, with three ranks or more
+AS_FAST = 1.05  # of the star's time: what the mesh may take of the largest, since it has less to send over the hub's link
 CLEARLY = 0.9  # of the star's time: what another way must take at most, to be preferred
 
 _PING, _LATENCY, _SUM, _END = range(4)  # what the hub asks for: float64 [4]: kind, and up to three numbers
@@ -190,7 +191,7 @@ def worth_timing_largest(times: Times, largest: int, names: Sequence[str], secon
 def choose(times: Times, ranks: int) -> str:
     """The rule (see `allreduce.parse_rule`) for what was measured: the exchange for the small, the mesh for the large, each
     only as far as it is clearly faster than the star; where both are, the faster one. Where the largest was timed too, the
-    faster one is taken beyond SIZES.
+    faster one is taken beyond SIZES (the mesh if it is as good as that).
 
     Above the sizes that were timed it is bytes that take the time, and of those the hub's link has (n - 1) times a sum's
     with the star, 2 (n - 1) / n times with the mesh: that is taken from three ranks on, unless it was slower; far above
@@ -200,7 +201,9 @@ def choose(times: Times, ranks: int) -> str:
     sizes = sorted({*(1 << bits for bits in range(8, 25)), largest})
 
     def better(name: str, size: int) -> bool:
-        limit = 1.0 if largest > SIZES[-1] and size > SIZES[-1] else CLEARLY
+        limit = CLEARLY
+        if largest > SIZES[-1] and size > SIZES[-1]:
+            limit = AS_FAST if name == "mesh" and ranks > 2 else 1.0
         if name == "mesh" and size > largest and ranks > 2:
             limit = 1 / CLEARLY
             if size > 4 * largest:

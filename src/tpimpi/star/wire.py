@@ -2,8 +2,8 @@
 
 Pieces let a large sum flow: while a hub adds one, it receives the next and sends the one before. Few large ones cost the
 processor least. They stay just below the size from which an MPI library asks the other side before it sends (rendezvous:
-two hops more; Open MPI over TCP from 64 KiB on, unless it is told EAGER). Through one hub that is far away, whose link all
-share, those of half that size were faster. Where hops are short, as in shared memory, the largest were.
+two hops more; Open MPI over TCP from 64 KiB on, unless it is told EAGER). Where hops are short, as in shared memory, the
+largest of those were the fastest; over links of milliseconds smaller ones, as they say below.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tpimpi.star.post import Pending, Post
 WIRES = ("f32", "bf16", "q8_0")
 EAGER = 1 << 18  # bytes, with the library's own, up to which Open MPI is to send at once
 # Numbers of a message, at most, of a sum through one hub, and where everyone has a part; multiples of 32, a block of q8_0.
-PIECE, PIECE_OF_PART = 32_512, 65_024
+PIECE, PIECE_OF_PART = 32_512, 43_776
 # As many pieces at least make a sum through one hub, and a part; unless they were of less numbers than the last.
 FLOWING, FLOWING_PART, LEAST_PIECE = 8, 2, 16_256
 LARGE_PIECE, SHORT_HOP = 65_024, 100e-6  # numbers where the measured latency is less, in seconds
