@@ -148,7 +148,7 @@ def test_the_star_is_preferred_where_nothing_is_clearly_faster() -> None:
     ("mesh_ms", "rule"),
     [
         # faster than the star up to 1048576 numbers, though not at 65536
-        (15.0, "star:262144,mesh"),
+        (15.0, "star:131072,mesh"),
         # a little slower: up to there the star; what is larger was not timed
         (17.0, "star:1048576,mesh"),
         # slower in the end, and by more than makes up for what it sends less
