@@ -17,7 +17,7 @@ from tpimpi.plan import make_plan
 from tpimpi.slicing import choose_formats, slice_model
 from tpimpi.sources import open_source
 from tpimpi.star import Links, Wire, choose, describe, parse_rule
-from tpimpi.star.links import worth_timing, worth_timing_largest
+from tpimpi.star.links import Measuring, worth_timing, worth_timing_largest
 from tpimpi.star.post import Post, Spares
 from tpimpi.star.wire import EAGER, LARGE_PIECE, LEAST_PIECE, Mail, bounds
 
@@ -160,6 +160,34 @@ def test_the_largest_sums_are_what_was_timed_of_them(mesh_ms: float, rule: str) 
     star = [(4096, 2.4 * MS), (16_384, 2.5 * MS), (65_536, 3.0 * MS), (1 << 20, 16.0 * MS)]
     mesh = [(4096, 2.7 * MS), (16_384, 2.8 * MS), (65_536, 3.3 * MS), (1 << 20, mesh_ms * MS)]
     assert choose({"star": star, "exchange": [(4096, 5 * MS), (16_384, 9 * MS)], "mesh": mesh}, 4) == rule
+
+
+def test_the_hub_leaves_its_core_to_a_rank_that_is_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on one core, an answer is there only after the hub has given way since it asked."""
+    gave_way: list[bool] = []
+
+    class OneCore:
+        size, latency, answered = 2, None, 0
+
+        def receive(self, *_: object) -> str:
+            return "answer"
+
+        def send_to(self, *_: object) -> str:
+            gave_way.clear()
+            return "question"
+
+        def wait(self, *_: object) -> None:
+            pass
+
+        def test(self, _: object) -> bool:
+            self.answered += bool(gave_way)
+            return bool(gave_way)
+
+    monkeypatch.setattr("os.sched_yield", lambda: gave_way.append(True))
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it waited for an answer without giving way"))
+    post = OneCore()
+    (latency,) = Measuring(post, lambda *_: None)._latencies()  # type: ignore[arg-type]
+    assert post.answered >= 3 and latency < 1
 
 
 @pytest.mark.parametrize(("faster", "ranks"), [(0.96, 4), (1.08, 4), (0.96, 2), (1.02, 2)])
