@@ -31,9 +31,7 @@ LARGE_TURNS = 4  # how often each way makes REPEATS of the largest, at most
 NEAR = 2.0  # times what the fastest is expected to take for the largest: who takes longer is not timed
 PATIENCE = 20.0  # seconds for a message of these
 MOST_EXCHANGED = 32_768  # numbers of a sum by exchange, at most, with three ranks or more
-AS_FAST = (
-    1.05  # of the star's time: what the mesh may take of the largest, since it has less to send over the hub's link
-)
+AS_FAST = 1.05  # of the star's time: what the mesh, which sends less over the hub's link, may take of the largest
 CLEARLY = 0.9  # of the star's time: what another way must take at most, to be preferred
 
 _PING, _LATENCY, _SUM, _END = range(4)  # what the hub asks for: float64 [4]: kind, and up to three numbers
