@@ -22,7 +22,7 @@ from typing import Any
 from home import Home, Link
 from home_devices import parse_bandwidth
 
-from tpimpi.plotting import Line, plot_lines
+from tpimpi.diagnostics.plots import Line, plot_lines
 
 TIMEOUT = 600  # seconds of one run
 

@@ -12,8 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from tpimpi.diagnostics.plots import plot_trace
 from tpimpi.errors import TpimpiError
-from tpimpi.plotting import plot_trace
 
 
 def main() -> int:

@@ -8,12 +8,12 @@ from typing import Any
 
 from experiment_rows import Row
 
-from tpimpi.balance import best_shares
-from tpimpi.memory import Place
-from tpimpi.model_formats import ModelFormats
-from tpimpi.predict import Line, Measured, Pace, Predictor, RankSpeed, Situation
-from tpimpi.shapes import load_shape
-from tpimpi.star.links import most_exchanged
+from tpimpi.diagnostics.planner.predict import Line, Measured, Pace, Predictor, RankSpeed, Situation
+from tpimpi.diagnostics.planner.shares import best_shares
+from tpimpi.models.shapes import load_shape
+from tpimpi.models.weight_formats import ModelFormats
+from tpimpi.star.tuning import most_exchanged
+from tpimpi.system.memory import Place
 
 BASE_BYTES = 80_000_000  # of a rank without a model
 POSITIONS = 16  # of the prompt

@@ -20,8 +20,8 @@ from experiment_rows import read_rows
 from experiment_tables import Found, Table, again, by_network, mb, mbits, ms, per_token, seconds, times
 from home_devices import parse_bandwidth, parse_duration
 
+from tpimpi.diagnostics.plots import Line, plot_lines
 from tpimpi.errors import InputError
-from tpimpi.plotting import Line, plot_lines
 
 LIMIT = "the disk alone, q4_0"
 _PLACE = re.compile(r"<!-- table (\w+) -->.*?<!-- end -->", re.S)

@@ -13,14 +13,14 @@ from typing import Any
 
 from home_devices import parse_bandwidth, parse_duration
 
+from tpimpi.cli.options import AUTO, share_weights
+from tpimpi.compute.formats.packed import WEIGHT_FORMATS
+from tpimpi.diagnostics.planner.predict import Loads
 from tpimpi.errors import InputError
-from tpimpi.formats import WEIGHT_FORMATS
-from tpimpi.memory import parse_size
-from tpimpi.model_formats import ModelFormats
-from tpimpi.options import AUTO, share_weights
-from tpimpi.plan import make_plan
-from tpimpi.predict import Loads
-from tpimpi.shapes import SHAPES, load_shape
+from tpimpi.models.shapes import SHAPES, load_shape
+from tpimpi.models.weight_formats import ModelFormats
+from tpimpi.system.memory import parse_size
+from tpimpi.weights.slices.partition import make_plan
 
 DATA = Path(__file__).with_name("experiments.toml")
 SIZES = ("full", "quick", "smallest")

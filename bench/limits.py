@@ -373,7 +373,7 @@ class RankGroups:
 
 def disk_number(path: Path, blocks: Path = Path("/sys/dev/block")) -> str:
     """MAJOR:MINOR of the whole disk under `path`: limits are the disk's, not the partition's. Raises LimitError."""
-    from tpimpi.disk_bench import mount_of
+    from tpimpi.diagnostics.bench.disk import mount_of
 
     mount = mount_of(path)
     if (disk := mount.disk(blocks)) is None:
@@ -402,7 +402,7 @@ def main() -> int:
     rank = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK"))
     if options.each_rank and rank is None:
         parser.error("--each-rank, but mpirun gave no rank")
-    from tpimpi.memory import parse_size
+    from tpimpi.system.memory import parse_size
 
     try:
         return run_limited(

@@ -23,8 +23,8 @@ from limits import Group, RankGroups, available
 from rich.console import Console
 from rich.table import Table
 
-from tpimpi.disk_bench import BUFFERED, DIRECT
-from tpimpi.slicefile import SliceFile, slice_name
+from tpimpi.diagnostics.bench.disk import BUFFERED, DIRECT
+from tpimpi.weights.slices.file import SliceFile, slice_name
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "1 2 3 4 5 6 7 8"  # token ids: slices of synth have no tokenizer

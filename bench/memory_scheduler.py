@@ -46,8 +46,8 @@ from measured_runs import (
     show,
 )
 
-from tpimpi.memory import parse_size
-from tpimpi.slicefile import slice_name
+from tpimpi.system.memory import parse_size
+from tpimpi.weights.slices.file import slice_name
 
 MIB = 1 << 20
 

@@ -24,8 +24,8 @@ TIMEOUT = 300.0
 
 def whole() -> None:
     """Run tpimpi with chunks that are never halved."""
-    from tpimpi import model
-    from tpimpi.cli import main
+    from tpimpi.cli.main import main
+    from tpimpi.engine import model
 
     model.OVERLAP_FROM = sys.maxsize
     main(sys.argv[2:])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from tpimpi import backends
+from tpimpi.compute import backends
 
 
 def repeat_linear(backend: Any, times: float) -> None:
@@ -41,8 +41,10 @@ def main() -> None:
         repeat_linear(backend, times)
         return backend
 
-    backends.load_backend = load_slowed  # before tpimpi.cli is imported, and with it whatever takes the name from there
-    from tpimpi.cli import main as run
+    backends.load_backend = (
+        load_slowed  # before tpimpi.cli.main is imported, and with it whatever takes the name from there
+    )
+    from tpimpi.cli.main import main as run
 
     run(sys.argv[2:])
 

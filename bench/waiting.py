@@ -22,10 +22,10 @@ TOKENS = 32
 
 def spin() -> None:
     """Run tpimpi with waiting that never sleeps."""
-    from tpimpi.cli import main
-    from tpimpi.star import allreduce, post
+    from tpimpi.cli.main import main
+    from tpimpi.star import allreduce, channel
 
-    post._Pause.sleep = lambda self: os.sched_yield()
+    channel._Pause.sleep = lambda self: os.sched_yield()
     allreduce.SOONEST = 0.0
     main(sys.argv[2:])
 

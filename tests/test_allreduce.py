@@ -10,16 +10,16 @@ import pytest
 
 from conftest import PROGRAMS, Launcher
 from tiny_models import write_tiny_hf
+from tpimpi.engine.model import largest_sum
 from tpimpi.errors import StarError
-from tpimpi.linking import hidden_of_slices
-from tpimpi.model import largest_sum
-from tpimpi.plan import make_plan
-from tpimpi.slicing import choose_formats, slice_model
-from tpimpi.sources import open_source
 from tpimpi.star import Links, Wire, choose, describe, parse_rule
-from tpimpi.star.links import Measuring, worth_timing, worth_timing_largest
-from tpimpi.star.post import Post, Spares
-from tpimpi.star.wire import EAGER, LARGE_PIECE, LEAST_PIECE, Mail, bounds
+from tpimpi.star.channel import Post, Spares
+from tpimpi.star.codec import EAGER, LARGE_PIECE, LEAST_PIECE, Mail, bounds
+from tpimpi.star.settle import hidden_of_slices
+from tpimpi.star.tuning import Measuring, worth_timing, worth_timing_largest
+from tpimpi.weights.make import choose_formats, slice_model
+from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.sources import open_source
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])

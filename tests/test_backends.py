@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from tpimpi.backends import load_backend
-from tpimpi.backends.numpy_twin import rounded_activations
-from tpimpi.formats import WEIGHT_FORMATS, decode, encode, is_quantized, pack, row_bytes
+from tpimpi.compute.backends import load_backend
+from tpimpi.compute.backends.reference import rounded_activations
+from tpimpi.compute.formats.packed import WEIGHT_FORMATS, decode, encode, is_quantized, pack, row_bytes
 
 TWIN, TORCH = load_backend("numpy", 1), load_backend("torch", 1)
 

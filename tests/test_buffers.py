@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tpimpi import buffers
-from tpimpi.buffers import PAGE, Bytes, Pages, Places, aligned_buffer
-from tpimpi.memory import resident_bytes
+from tpimpi.system import buffers
+from tpimpi.system.buffers import PAGE, Bytes, Pages, Places, aligned_buffer
+from tpimpi.system.memory import resident_bytes
 
 LARGE = 2 << 20
 PAGEMAP = Path("/proc/self/pagemap")

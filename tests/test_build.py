@@ -82,7 +82,9 @@ def test_a_wheel_without_a_working_compiler_has_no_extension_and_runs(tmp_path: 
     names, site = unpacked(tmp_path)
     assert extensions(names) == []
     assert "tpimpi/py.typed" in names
-    program = "import tpimpi.cli, tpimpi.backends as b; print(tpimpi.__file__, b.load_backend('auto', 1).name)"
+    program = (
+        "import tpimpi.cli.main, tpimpi.compute.backends as b; print(tpimpi.__file__, b.load_backend('auto', 1).name)"
+    )
     ran = imported(site, program)
     assert (ran.code, ran.out.split()) == (0, [str(site / "tpimpi" / "__init__.py"), "torch"]), ran.err
 
@@ -96,7 +98,8 @@ def test_a_wheel_has_the_extension_and_each_level_keeps_its_instructions_to_itse
     assert extensions(names) == [f"tpimpi/_native{suffix}"]
     assert not [name for name in names if name.endswith((".cpp", ".h"))]
     ran = imported(
-        site, "import tpimpi.backends as b, tpimpi._native as n; print(n.__file__, b.load_backend('auto', 1).name)"
+        site,
+        "import tpimpi.compute.backends as b, tpimpi._native as n; print(n.__file__, b.load_backend('auto', 1).name)",
     )
     assert (ran.code, ran.out.split()) == (0, [str(site / "tpimpi" / f"_native{suffix}"), "native"]), ran.err
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tpimpi.cache import KVCache, kv_dtype, to_f16
+from tpimpi.models.kv.cache import KVCache, kv_dtype, to_f16
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

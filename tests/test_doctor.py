@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from conftest import Launcher, Result
-from tpimpi import examining
-from tpimpi.doctor import Checkup, findings
+from tpimpi.diagnostics.doctor import rank_facts
+from tpimpi.diagnostics.doctor.command import Checkup, findings
+from tpimpi.diagnostics.doctor.rank_facts import Facts, Look, Slice, Wanted, look_at_slice, processor_quota
 from tpimpi.errors import InputError
-from tpimpi.examining import Facts, Look, Slice, Wanted, look_at_slice, processor_quota
-from tpimpi.hostfile import Host, read_hostfile
-from tpimpi.interfaces import (
+from tpimpi.star import AboutMpi, Ping
+from tpimpi.system.hostfile import Host, read_hostfile
+from tpimpi.system.network import (
     Interface,
     carrier,
     choosing_mpich,
@@ -30,7 +31,6 @@ from tpimpi.interfaces import (
     kind_of,
     same_inner,
 )
-from tpimpi.star import AboutMpi, Ping
 
 ETH0 = Interface("eth0", "cable", ("192.168.1.5/24",))
 DOCKER0 = Interface("docker0", "inner", ("172.17.0.1/16",))
@@ -438,8 +438,8 @@ if os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")) == "1":
     import tpimpi
     tpimpi.__version__ = "9.9.9"
     if os.environ.get("OLD"):
-        import tpimpi.run
-        del tpimpi.run.TASKS["doctor"]
+        import tpimpi.engine.run
+        del tpimpi.engine.run.TASKS["doctor"]
 """
 
 
@@ -546,6 +546,6 @@ def test_bad_options_under_mpirun_end_every_rank(mpirun: Launcher, cache: dict[s
 
 
 def test_the_disk_is_not_written_to_where_it_is_nearly_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examining, "SPARE", 1 << 60)
-    assert examining._disk_rate(tmp_path / "new", None) == (None, "")
+    monkeypatch.setattr(rank_facts, "SPARE", 1 << 60)
+    assert rank_facts._disk_rate(tmp_path / "new", None) == (None, "")
     assert not (tmp_path / "new").exists()

@@ -19,8 +19,9 @@ from pathlib import Path
 import pytest
 
 from conftest import Result, run_command
-from tpimpi import __version__, doctor_hosts, doctor_ssh
-from tpimpi.doctor_judging import (
+from tpimpi import __version__
+from tpimpi.diagnostics.doctor import hosts, ssh
+from tpimpi.diagnostics.doctor.host_findings import (
     Check,
     Findings,
     Hopeless,
@@ -30,9 +31,9 @@ from tpimpi.doctor_judging import (
     judge_versions,
     ssh_problem,
 )
-from tpimpi.doctor_ssh import Ours, look_at_ourselves, script
-from tpimpi.hostfile import Host
-from tpimpi.interfaces import Interface
+from tpimpi.diagnostics.doctor.ssh import Ours, look_at_ourselves, script
+from tpimpi.system.hostfile import Host
+from tpimpi.system.network import Interface
 
 DESKTOP = Host("me@desktop", "desktop")
 
@@ -210,7 +211,7 @@ def test_what_of_the_network_was_not_checked_is_said(
 ) -> None:
     found = there()
     own = ours(mpirun_kind=mpirun_kind)
-    doctor_hosts._judge_network(found, own, probe, addresses)  # type: ignore[arg-type]
+    hosts._judge_network(found, own, probe, addresses)  # type: ignore[arg-type]
     notes = [check for check in found.checks if check.state == "note"]
     assert len(notes) == len(said)
     for check, (what, piece) in zip(notes, said, strict=True):
@@ -221,12 +222,12 @@ def test_what_of_the_network_was_not_checked_is_said(
 def test_the_options_that_keep_to_the_right_networks() -> None:
     way = ("10.0.0.0/24", "eth0", "enp1s0")
     clean, docker = Findings(DESKTOP, way=way), Findings(DESKTOP, way=way, inner=["docker0"])
-    assert doctor_hosts.mpirun_options(ours(), [clean]) == ""
-    assert doctor_hosts.mpirun_options(ours(), [clean, docker]) == (
+    assert hosts.mpirun_options(ours(), [clean]) == ""
+    assert hosts.mpirun_options(ours(), [clean, docker]) == (
         "--mca btl_tcp_if_include 10.0.0.0/24 --prtemca prte_if_include 10.0.0.0/24"
     )
     mpich = ours(mpirun_kind="MPICH")
-    assert doctor_hosts.mpirun_options(mpich, [docker]) == "-iface eth0 -genv UCX_NET_DEVICES eth0,enp1s0"
+    assert hosts.mpirun_options(mpich, [docker]) == "-iface eth0 -genv UCX_NET_DEVICES eth0,enp1s0"
 
 
 def test_interfaces_of_another_host_are_told_by_their_names() -> None:
@@ -535,5 +536,5 @@ def test_a_real_sshd(pair: Pair, tmp_path: Path) -> None:
 
 def test_waits_have_an_end() -> None:
     """A host that is down: a name, a connection, or ssh itself; each by itself is within what was promised."""
-    assert doctor_ssh.CONNECT + doctor_ssh.CONNECT <= doctor_ssh.DEAD
-    assert doctor_ssh.SSH <= doctor_ssh.DEAD
+    assert ssh.CONNECT + ssh.CONNECT <= ssh.DEAD
+    assert ssh.SSH <= ssh.DEAD

@@ -20,7 +20,7 @@ from filelock import FileLock
 from conftest import ROOT, TIMEOUT, Launcher
 from test_home import needs_home
 from tpimpi.errors import InputError
-from tpimpi.slicefile import SliceFile, slice_name
+from tpimpi.weights.slices.file import SliceFile, slice_name
 
 sys.path.insert(0, str(ROOT / "bench"))
 try:
@@ -264,7 +264,7 @@ def test_a_commit_with_changes_is_told_from_others(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     "path",
     [
-        *("src/tpimpi/star/links.py", "CMakeLists.txt", "bench/delay_line.c", "bench/home.py", "bench/home_wire.py"),
+        *("src/tpimpi/star/tuning.py", "CMakeLists.txt", "bench/delay_line.c", "bench/home.py", "bench/home_wire.py"),
         *("bench/home_devices.py", "bench/home_scripts.py", "bench/home_sweep.py", "bench/limits.py", "bench/peers.py"),
         *("bench/peer_programs/timed.py", "bench/experiment_runs.py", "bench/experiment_machines.py"),
     ],

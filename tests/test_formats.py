@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpimpi.formats import (
+from tpimpi.compute.formats.packed import (
     WEIGHT_FORMATS,
     Matrix,
     decode,

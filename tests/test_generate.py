@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpimpi.generate import until_stop
+from tpimpi.serving.generate import until_stop
 
 
 def pieces_of(text: str, cuts: list[int]) -> list[str]:

@@ -10,12 +10,12 @@ import pytest
 
 from test_slicefile import forged
 from tiny_models import write_tiny_hf
+from tpimpi.diagnostics.inspect import inspect
 from tpimpi.errors import InputError, SliceError
-from tpimpi.inspecting import inspect
-from tpimpi.plan import make_plan
-from tpimpi.slicefile import SliceFile, slice_name
-from tpimpi.slicing import choose_formats, slice_model
-from tpimpi.sources import open_source
+from tpimpi.weights.make import choose_formats, slice_model
+from tpimpi.weights.slices.file import SliceFile, slice_name
+from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.sources import open_source
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny_models import write_tiny_hf
-from tpimpi import keeper as keeping
-from tpimpi.keeper import STALL, Keeper, Timeline
-from tpimpi.memory import RESERVE, Place
-from tpimpi.model import block_order
-from tpimpi.plan import Block, make_plan
-from tpimpi.slicefile import SliceFile, slice_name
-from tpimpi.slicing import choose_formats, slice_model
-from tpimpi.sources import open_source
-from tpimpi.window import Window, records_of, ring_bytes
+from tpimpi.engine import memory_guard as keeping
+from tpimpi.engine.memory_guard import STALL, Keeper, Timeline
+from tpimpi.engine.model import block_order
+from tpimpi.engine.window import Window, records_of, ring_bytes
+from tpimpi.system.memory import RESERVE, Place
+from tpimpi.weights.make import choose_formats, slice_model
+from tpimpi.weights.slices.file import SliceFile, slice_name
+from tpimpi.weights.slices.partition import Block, make_plan
+from tpimpi.weights.sources import open_source
 
 TILE = 10
 CALM = 2.0  # seconds

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from tpimpi.backends.numpy_twin import NumpyTwin, rounded_activations
-from tpimpi.formats import WEIGHT_FORMATS, Matrix, encode, pack, row_bytes, values
-from tpimpi.quantize import quantize
+from tpimpi.compute.backends.reference import NumpyTwin, rounded_activations
+from tpimpi.compute.formats.packed import WEIGHT_FORMATS, Matrix, encode, pack, row_bytes, values
+from tpimpi.compute.formats.quantize import quantize
 
 TWIN = NumpyTwin(1)
 LINEAR, RMS_NORM, ROPE, SWIGLU, ATTENTION, QUANTIZE, READ = range(7)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpimpi.errors import InputError
-from tpimpi.memory import (
+from tpimpi.system.memory import (
     JOB,
     RESERVE,
     Needs,

@@ -11,9 +11,9 @@ import pytest
 from conftest import PROGRAMS, Launcher
 from test_slicing import joined
 from tiny_models import TINY, write_tiny_hf
-from tpimpi.plan import make_plan
-from tpimpi.slicing import choose_formats, slice_model
-from tpimpi.sources import open_source
+from tpimpi.weights.make import choose_formats, slice_model
+from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.sources import open_source
 
 POSITIONS = 40
 CHUNKS = [17, 16, 1, 1, 1, 1, 1, 1, 1]  # a long prompt in parts, then tokens one by one

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpimpi.backends import load_backend
-from tpimpi.backends.native import NativeBackend
+from tpimpi.compute.backends import load_backend
+from tpimpi.compute.backends.native import NativeBackend
+from tpimpi.compute.formats.packed import LARGEST, WEIGHT_FORMATS, Matrix, encode, pack, packed_bytes, values
+from tpimpi.compute.formats.quantize import quantize
 from tpimpi.errors import InputError
-from tpimpi.formats import LARGEST, WEIGHT_FORMATS, Matrix, encode, pack, packed_bytes, values
-from tpimpi.quantize import quantize
 
 native = pytest.importorskip("tpimpi._native", reason="tpimpi was installed without its native kernels")
 LEVELS = native.levels()
@@ -203,9 +203,9 @@ def test_a_host_without_enough_threads_or_memory() -> None:
     program = """
 import resource
 import numpy as np
-from tpimpi.backends.native import NativeBackend
+from tpimpi.compute.backends.native import NativeBackend
 from tpimpi.errors import InputError
-from tpimpi.formats import encode, pack
+from tpimpi.compute.formats.packed import encode, pack
 
 one = NativeBackend(1)
 w = pack(encode(np.ones((16, 64), np.float32), "q8_0"), "q8_0", 64)
@@ -238,12 +238,12 @@ def test_a_native_run_never_imports_torch(smollm2, cache) -> None:
 import sys, atexit
 import tpimpi
 assert "torch" not in sys.modules
-import tpimpi.cli
+import tpimpi.cli.main
 def look():
     found = sorted(name for name in sys.modules if name.split(".")[0] in ("torch", "transformers"))
     print("imported:", found, file=sys.stderr)
 atexit.register(look)
-tpimpi.cli.main(["--model", sys.argv[1], "--backend", "native", "--prompt", "Hi", "--max-tokens", "3", "--quiet"])
+tpimpi.cli.main.main(["--model", sys.argv[1], "--backend", "native", "--prompt", "Hi", "--max-tokens", "3", "--quiet"])
 """
     environment = {**os.environ, **cache}
     done = subprocess.run(

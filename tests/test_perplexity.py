@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import PROGRAMS, Launcher, Result, run_command
-from tpimpi.perplexity import (
+from tpimpi.serving.perplexity import (
     Divergence,
     Score,
     cut,
@@ -25,8 +25,8 @@ from tpimpi.perplexity import (
     mean_and_error,
     negative_log_likelihoods,
 )
-from tpimpi.sources import open_source
-from tpimpi.tokenizer import load_tokenizer
+from tpimpi.serving.text.tokenizer import load_tokenizer
+from tpimpi.weights.sources import open_source
 
 TEXT = "the lazy fox jumps over the quick brown dog, and the dog is quick to jump over the lazy brown fox. " * 6
 CONTEXT = 48

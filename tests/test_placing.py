@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tpimpi.hostfile import Host
-from tpimpi.placing import all_on_one, by_node, crowded, given_hosts
+from tpimpi.system.hostfile import Host
+from tpimpi.system.placement import all_on_one, by_node, crowded, given_hosts
 
 LAPTOP, DESKTOP, PI = (Host(name, name) for name in ("laptop", "desktop", "pi"))
 SLOTS = [Host("laptop", "laptop", 4, slots=True), DESKTOP]

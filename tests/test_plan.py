@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpimpi.config import ModelConfig
+from tpimpi.compute.formats.packed import WEIGHT_FORMATS, packed_bytes, weight_bytes
 from tpimpi.errors import InputError
-from tpimpi.formats import WEIGHT_FORMATS, packed_bytes, weight_bytes
-from tpimpi.model_formats import LayerFormats, ModelFormats
-from tpimpi.plan import TILE_LIMIT, Span, attention_tiles, head_tiles, make_plan, mlp_tiles
+from tpimpi.models.config import ModelConfig
+from tpimpi.models.weight_formats import LayerFormats, ModelFormats
+from tpimpi.weights.slices.partition import TILE_LIMIT, Span, attention_tiles, head_tiles, make_plan, mlp_tiles
 
 
 def config(

@@ -12,12 +12,22 @@ import pytest
 
 from conftest import Launcher, Result
 from test_predict import SITUATION, predictor, speed
-from tpimpi import planning
-from tpimpi.measuring import Finding, Lap, sustained
-from tpimpi.memory import Place
-from tpimpi.planning import Choice, Survey, Ways, _seconds, _weights, advice, as_measured, choose_shares, make_table
-from tpimpi.predict import Prediction, Predictor, RankSpeed
+from tpimpi.diagnostics.planner import command
+from tpimpi.diagnostics.planner.command import (
+    Choice,
+    Survey,
+    Ways,
+    _seconds,
+    _weights,
+    advice,
+    as_measured,
+    choose_shares,
+    make_table,
+)
+from tpimpi.diagnostics.planner.measure_layers import Finding, Lap, sustained
+from tpimpi.diagnostics.planner.predict import Prediction, Predictor, RankSpeed
 from tpimpi.star import Star
+from tpimpi.system.memory import Place
 
 MB = 10**6
 
@@ -89,7 +99,7 @@ class Stand:
         self.times_measured = 0
         self.survey = Survey(Star(None), [], self.situation, Ways("native", 1, "star", "f32"))
         monkeypatch.setattr(self.survey, "predictor", lambda ranks, positions=1: self._predictor(speeds[:ranks]))
-        monkeypatch.setattr(planning, "measure_disks", self._disks)
+        monkeypatch.setattr(command, "measure_disks", self._disks)
 
     def _predictor(self, speeds: list[RankSpeed]) -> Predictor:
         return predictor(*speeds, situation=self.situation)
@@ -105,7 +115,7 @@ def test_slices_that_are_there_are_predicted_with_the_disk_too(
     """With shares 7,9 rank 1 computes 9/8 as long as with equal ones, which would be good enough; but it had to read over
     10 MB for each token, ten seconds."""
     stand = Stand(monkeypatch, [speed(1.0), speed(1.0)], spare=MB)
-    monkeypatch.setattr(planning, "find_slices", lambda star, before, after: ["7-9"])
+    monkeypatch.setattr(command, "find_slices", lambda star, before, after: ["7-9"])
     assert choose_shares(stand.survey, 2, ("", ""), quiet=False) == [1.0, 1.0]
     assert capsys.readouterr().err.startswith("shares: 1,1 (auto; predicted ")
     assert stand.times_measured == 1

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, run_command
-from tpimpi import options, plotting
+from tpimpi.cli import options
+from tpimpi.diagnostics import plots
+from tpimpi.diagnostics.plots import Line, Timeline, check_plot, plot_lines, plot_memory, plot_trace, read_trace
+from tpimpi.engine.trace import COMPUTE, READ, STAR, WAIT, RankTrace, Recorder, chrome_trace, write_trace
 from tpimpi.errors import InputError, StorageError
-from tpimpi.plotting import Line, Timeline, check_plot, plot_lines, plot_memory, plot_trace, read_trace
-from tpimpi.trace import COMPUTE, READ, STAR, WAIT, RankTrace, Recorder, chrome_trace, write_trace
 
 RED = (0xC5, 0x30, 0x30)  # of the promise, and of waiting
 BLUE, ORANGE, GREY = (0x2B, 0x6C, 0xB0), (0xED, 0x89, 0x36), (0xCB, 0xD5, 0xE0)
@@ -152,7 +153,7 @@ def test_without_matplotlib_it_is_said_before_the_work(tmp_path: Path, monkeypat
 def test_options_alone_do_not_bring_matplotlib() -> None:
     """It takes 50 MB, which no run without --plot should pay."""
     program = (
-        "import sys; from tpimpi import cli, options; from tpimpi.plotting import check_plot; check_plot('x.png');"
+        "import sys; from tpimpi import cli, options; from tpimpi.diagnostics.plots import check_plot; check_plot('x.png');"
         "print('matplotlib' in sys.modules)"
     )
     result = run_command([sys.executable, "-c", program], env={})
@@ -236,7 +237,7 @@ def test_a_stretch_that_cannot_be_drawn_is_refused(
 
 
 def test_a_stretch_with_too_many_spans_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plotting, "MOST_DRAWN", 10)
+    monkeypatch.setattr(plots, "MOST_DRAWN", 10)
     with pytest.raises(InputError, match="has 160 spans, over 10"):
         plot_trace(chrome_trace(ranks(), ["a", "b"]), tmp_path / "x.svg", 0.0, 1.0)
 

@@ -1,4 +1,4 @@
-"""Predictions, worked out by hand from the formulas in tpimpi.predict; and the shares that take least."""
+"""Predictions, worked out by hand from the planner's formulas; and the shares that take least."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import math
 
 import pytest
 
-from tpimpi.balance import MOST_WEIGHT, best_shares
-from tpimpi.config import ModelConfig
-from tpimpi.memory import RESERVE, Place
-from tpimpi.model_formats import ModelFormats
-from tpimpi.plan import make_plan
-from tpimpi.predict import Line, Loads, Measured, Pace, Predictor, RankSpeed, Situation, chunks
-from tpimpi.slicelayout import slice_records
+from tpimpi.diagnostics.planner.predict import Line, Loads, Measured, Pace, Predictor, RankSpeed, Situation, chunks
+from tpimpi.diagnostics.planner.shares import MOST_WEIGHT, best_shares
+from tpimpi.models.config import ModelConfig
+from tpimpi.models.weight_formats import ModelFormats
+from tpimpi.system.memory import RESERVE, Place
+from tpimpi.weights.slices.layout import slice_records
+from tpimpi.weights.slices.partition import make_plan
 
 GB = 10**9
 # 16 heads of 64 and 2048 columns, so that shares of a quarter, a half or a sixteenth are whole; tiles are multiples of 4096.

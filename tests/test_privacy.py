@@ -13,11 +13,11 @@ import pytest
 import xxhash
 
 from conftest import PROGRAMS, Launcher
-from tpimpi import parcels
-from tpimpi.slicefile import SliceFile, slice_name
 from tpimpi.star import BULK, CLOCK, CONTROL, HIDDEN, NOTE, PARTIAL, SUM
-from tpimpi.star.post import ECHO
-from tpimpi.star.wire import LARGE_PIECE
+from tpimpi.star.channel import ECHO
+from tpimpi.star.codec import LARGE_PIECE
+from tpimpi.weights import stream
+from tpimpi.weights.slices.file import SliceFile, slice_name
 
 PROMPT = "Zanzibar ornithologist whispers quixotic melodies about elderberries. Please continue the story."
 HIDDEN_SIZE, VOCAB, PROMPT_LIMIT = 576, 49152, 200
@@ -33,13 +33,13 @@ def odd_parcels(messages: list[Message], slices: Path) -> list[str]:
     found, tiles = [], {}
     for destination, _, data in messages:
         parcel = np.frombuffer(data, np.uint8)
-        size = sum(24 + -(-piece.nbytes // 8) * 8 for _, _, piece in parcels.frames(parcel))
+        size = sum(24 + -(-piece.nbytes // 8) * 8 for _, _, piece in stream.frames(parcel))
         if size != len(data):
             found.append(f"a parcel of {len(data)} bytes with frames of {size}")
-        for index, kind, piece in parcels.frames(parcel):
-            if kind in (parcels.PIECE, parcels.SUM):
-                tiles.setdefault((destination, index), {parcels.PIECE: b"", parcels.SUM: b""})[kind] += piece.tobytes()
-            elif (index, kind, piece.nbytes) != (0, parcels.END, 0):
+        for index, kind, piece in stream.frames(parcel):
+            if kind in (stream.PIECE, stream.SUM):
+                tiles.setdefault((destination, index), {stream.PIECE: b"", stream.SUM: b""})[kind] += piece.tobytes()
+            elif (index, kind, piece.nbytes) != (0, stream.END, 0):
                 found.append(f"a frame of kind {kind} with {piece.nbytes} bytes to rank {destination}")
     for (destination, index), sent in tiles.items():
         file = SliceFile(slices / slice_name(destination, 3))
@@ -52,7 +52,7 @@ def odd_parcels(messages: list[Message], slices: Path) -> list[str]:
         file.close()
         if destination == 0 or record.block.kind not in ("attn", "mlp", "resident"):
             found.append(f"{record.path} to rank {destination}")
-        if sent != {parcels.PIECE: wanted, parcels.SUM: checksum.intdigest().to_bytes(8, "little")}:
+        if sent != {stream.PIECE: wanted, stream.SUM: checksum.intdigest().to_bytes(8, "little")}:
             found.append(f"bytes that are not {record.path} of rank {destination}")
     return found
 
@@ -117,8 +117,8 @@ def recorded(mpirun: Launcher, cache: dict[str, str], tmp_path_factory: pytest.T
 
 
 def _ids(report: dict[str, object], smollm2: Path) -> list[int]:
-    from tpimpi.sources import open_source
-    from tpimpi.tokenizer import load_tokenizer
+    from tpimpi.serving.text.tokenizer import load_tokenizer
+    from tpimpi.weights.sources import open_source
 
     with open_source(smollm2) as source:
         prompt = load_tokenizer(source.tokenizer_assets(), source.config.vocab).encode_chat(PROMPT)
@@ -155,7 +155,7 @@ def test_slices_bring_tiles_and_nothing_else(recorded) -> None:
         assert not [message for message in others if message[1] == BULK]
     # The search finds what is not a tile.
     destination, tag, data = bulk[0]
-    more = np.array([0, parcels.PIECE, 8], "<u8").tobytes() + b"Zanzibar"
+    more = np.array([0, stream.PIECE, 8], "<u8").tobytes() + b"Zanzibar"
     assert odd_parcels([*bulk, (1, BULK, more)], slices)
     assert odd_parcels([(3 - destination, tag, data), *bulk[1:]], slices)
     assert odd_parcels([(destination, tag, data[:100] + bytes([data[100] ^ 1]) + data[101:]), *bulk[1:]], slices)
@@ -206,7 +206,7 @@ def test_a_prompt_in_the_arguments_is_refused_with_other_hosts(
         "import os, platform, sys\n"
         "if os.environ.get('OMPI_COMM_WORLD_RANK', os.environ.get('PMI_RANK')) != '0':\n"
         "    platform.node = lambda: 'elsewhere'\n"
-        "from tpimpi.cli import main\n"
+        "from tpimpi.cli.main import main\n"
         "main(sys.argv[1:])\n"
     )
     filled = [argument.format(prompt=prompt) for argument in arguments]

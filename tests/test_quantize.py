@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from tpimpi.formats import decode
-from tpimpi.quantize import CANDIDATE_PAIRS, CANDIDATES, quantize
+from tpimpi.compute.formats.packed import decode
+from tpimpi.compute.formats.quantize import CANDIDATE_PAIRS, CANDIDATES, quantize
 
 F = np.float32
 FORMATS = ("q8_0", "q4_0", "q4_1")

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpimpi.buffers import PAGE, Bytes, aligned_buffer
-from tpimpi.reader import DEPTHS, MEASURED, PIECE, Descriptor, Extent, Trial, open_direct, pieces
+from tpimpi.system.buffers import PAGE, Bytes, aligned_buffer
+from tpimpi.system.direct_io import DEPTHS, MEASURED, PIECE, Descriptor, Extent, Trial, open_direct, pieces
 
 ODD = 1234  # bytes after the last whole page
 CONTENT = np.random.default_rng(3).integers(0, 256, 3 * PIECE + 5 * PAGE + ODD, np.uint8)

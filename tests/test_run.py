@@ -7,7 +7,7 @@ import os
 import pytest
 
 from conftest import Launcher
-from tpimpi.run import Guest, bound_to_one_core, without_native
+from tpimpi.engine.run import Guest, bound_to_one_core, without_native
 
 FREE = Guest("laptop", frozenset({0, 1, 2, 3}), 4, True)
 

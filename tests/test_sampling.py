@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tpimpi.sampling import distribution, make_sampler
+from tpimpi.serving.sampling import distribution, make_sampler
 
 VOCAB = 5000
 

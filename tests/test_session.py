@@ -23,10 +23,10 @@ import pytest
 from conftest import PROGRAMS, TIMEOUT, Launcher, Result
 from test_cli import assert_one_line
 from tpimpi.errors import InputError
-from tpimpi.sampling import make_sampler
-from tpimpi.session import Session, Turn
-from tpimpi.sources import open_source
-from tpimpi.tokenizer import load_tokenizer
+from tpimpi.serving.sampling import make_sampler
+from tpimpi.serving.session import Session, Turn
+from tpimpi.serving.text.tokenizer import load_tokenizer
+from tpimpi.weights.sources import open_source
 
 # The format, as the head of session.py has it.
 OPTIONS = (

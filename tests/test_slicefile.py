@@ -23,14 +23,14 @@ from conftest import run_command
 from test_plan import config
 from tiny_models import write_tiny_hf
 from tpimpi.errors import SliceError, StorageError
-from tpimpi.model_formats import ModelFormats
-from tpimpi.plan import make_plan
-from tpimpi.slicefile import SliceFile, parse_slice_name, slice_name
-from tpimpi.sliceheader import Header
-from tpimpi.slicelayout import slice_records
-from tpimpi.slicewriter import SliceWriter
-from tpimpi.slicing import choose_formats, make_header, slice_model
-from tpimpi.sources import open_source
+from tpimpi.models.weight_formats import ModelFormats
+from tpimpi.weights.make import choose_formats, make_header, slice_model
+from tpimpi.weights.slices.file import SliceFile, parse_slice_name, slice_name
+from tpimpi.weights.slices.header import Header
+from tpimpi.weights.slices.layout import slice_records
+from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.slices.writer import SliceWriter
+from tpimpi.weights.sources import open_source
 
 SHARES = [2, 1, 1]
 

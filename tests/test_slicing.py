@@ -16,13 +16,13 @@ import pytest
 
 from conftest import run_command
 from tiny_models import write_tiny_hf
+from tpimpi.compute.formats.packed import decode, encode, values
+from tpimpi.compute.formats.quantize import quantize
 from tpimpi.errors import InputError, ModelError, StorageError
-from tpimpi.formats import decode, encode, values
-from tpimpi.plan import make_plan
-from tpimpi.quantize import quantize
-from tpimpi.slicefile import SliceFile, slice_name
-from tpimpi.slicing import choose_formats, requantized, slice_model
-from tpimpi.sources import open_source
+from tpimpi.weights.make import choose_formats, requantized, slice_model
+from tpimpi.weights.slices.file import SliceFile, slice_name
+from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.sources import open_source
 
 LARGE = (
     "embed_tokens.weight",
@@ -242,7 +242,7 @@ def test_heads_that_are_cut_within_blocks_are_quantized_again(tmp_path: Path) ->
 
 
 def test_other_types_are_quantized_again_and_that_is_said_once(tmp_path: Path, monkeypatch, capsys) -> None:
-    from tpimpi import tools
+    from tpimpi.cli import tools
 
     kinds = {"output": "q6_k", "token_embd": "q6_k", "blk.0.attn_v": "q6_k", "blk.1.ffn_down": "q8_0"}
     expected = write_gguf(tmp_path / "m.gguf", "q4_k", kinds=kinds)
@@ -309,7 +309,7 @@ def test_another_quantizer_may_be_handed_in(model: Path, tmp_path: Path) -> None
 def test_slicing_starts_neither_mpi_nor_torch(tiny: Path, tmp_path: Path) -> None:
     program = (
         "import sys\n"
-        "from tpimpi.cli import main\n"
+        "from tpimpi.cli.main import main\n"
         "try:\n"
         "    main(sys.argv[1:])\n"
         "finally:\n"
@@ -356,7 +356,7 @@ def test_too_many_ranks_for_the_limit_of_open_files(tiny: Path, tmp_path: Path) 
     program = (
         "import resource, sys\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
-        "from tpimpi.cli import main\n"
+        "from tpimpi.cli.main import main\n"
         "main(sys.argv[1:])\n"
     )
     command = [sys.executable, "-c", program, "slice", "--model", str(tiny), "--ranks", "100", "--out", str(tmp_path)]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from conftest import PROGRAMS, Launcher, run_command
-from tpimpi.plan import make_plan
-from tpimpi.slicing import choose_formats, slice_model
-from tpimpi.sources import open_source
+from tpimpi.weights.make import choose_formats, slice_model
+from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.sources import open_source
 
 PROMPTS = [
     "Why is the sky blue?",

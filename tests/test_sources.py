@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 
 from tiny_models import TINY, write_tiny_hf
-from tpimpi.config import RopeScaling
 from tpimpi.errors import ModelError
-from tpimpi.sources import TOKENIZER_FILES, Source, decode, expected_tensors, open_source
+from tpimpi.models.config import RopeScaling
+from tpimpi.weights.sources import TOKENIZER_FILES, Source, decode, expected_tensors, open_source
 
 
 def refusal(path: Path) -> str:
@@ -150,7 +150,7 @@ def test_rows_are_the_rows_of_the_whole(rows: slice, pristine: Path) -> None:
 
 
 def test_only_the_rows_asked_for_are_read(pristine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tpimpi.sources.source import WeightFile
+    from tpimpi.weights.sources.source import WeightFile
 
     counts: list[int] = []
     plain = WeightFile.read
@@ -236,7 +236,7 @@ def test_a_tied_head_of_its_own_is_refused(tmp_path: Path) -> None:
 def test_importing_and_reading_never_imports_torch(pristine: Path, tmp_path: Path) -> None:
     paths = [str(pristine), str(write_tiny_gguf(tmp_path / "m.gguf"))]
     code = (
-        "import sys; from tpimpi.sources import open_source\n"
+        "import sys; from tpimpi.weights.sources import open_source\n"
         "for path in sys.argv[1:]:\n"
         "    source = open_source(path); [source.read(name) for name in source.tensors()]\n"
         "    source.fingerprint(); source.tokenizer_assets(); source.close()\n"
@@ -403,7 +403,7 @@ def test_gguf_header_that_the_disk_does_not_give(fails: int, tmp_path: Path, mon
 
 
 def test_gguf_header_that_breaks_off_with_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tpimpi.sources.gguf_model import _GgufHeader
+    from tpimpi.weights.sources.gguf import _GgufHeader
 
     def fail(self: _GgufHeader, count: int) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -870,7 +870,7 @@ QUANTIZED = [
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_decode_is_gguf_dequantize_in_slabs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tpimpi.sources.source._SLAB_NUMBERS", 1024)
+    monkeypatch.setattr("tpimpi.weights.sources.source._SLAB_NUMBERS", 1024)
     kind = gguf.GGMLQuantizationType[name]
     _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     blocks = np.random.default_rng(0).integers(0, 60, (7, 2 * block_bytes), np.uint8)

@@ -18,15 +18,15 @@ import xxhash
 from conftest import Launcher
 from test_stock import contents, spoil
 from tiny_models import write_tiny_hf
-from tpimpi.backends import load_quantizer
+from tpimpi.compute.backends import load_quantizer
 from tpimpi.errors import StarError
-from tpimpi.parcels import END, PARCEL, PIECE, SUM, Packer, frames
-from tpimpi.plan import make_plan
-from tpimpi.slicefile import SliceFile, slice_name
-from tpimpi.slicewriter import SliceWriter
-from tpimpi.slicing import choose_formats, make_header, slice_model
-from tpimpi.sources import open_source
-from tpimpi.spreading import _receive
+from tpimpi.weights.distribute import _receive
+from tpimpi.weights.make import choose_formats, make_header, slice_model
+from tpimpi.weights.slices.file import SliceFile, slice_name
+from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.slices.writer import SliceWriter
+from tpimpi.weights.sources import open_source
+from tpimpi.weights.stream import END, PARCEL, PIECE, SUM, Packer, frames
 
 # Each rank has a cache of its own, in the folder that is given first, as on a host of its own; a file named "tweak" there is
 # run by it.
@@ -40,7 +40,7 @@ os.environ["TPIMPI_CACHE"] = str(here)
 tweak = here.parent / "tweak"
 if tweak.exists():
     exec(tweak.read_text())
-from tpimpi.cli import main
+from tpimpi.cli.main import main
 main(sys.argv[1:])
 """
 
@@ -446,7 +446,7 @@ def test_a_header_is_the_same_on_both_ends(tiny: Path) -> None:
     """Rank 0 tells the others what a header is made of; each makes its own."""
     import json
 
-    from tpimpi.spreading import _header_from
+    from tpimpi.weights.distribute import _header_from
 
     with open_source(tiny) as source:
         plan, formats = make_plan(source.config, [1.5, 0.1, 7]), choose_formats(source, "q4_1")

@@ -60,7 +60,7 @@ def test_whatever_call_of_mpi_fails_the_rank_is_named(mpirun: Launcher, call: st
 import numpy as np
 from mpi4py import MPI
 from tpimpi.errors import LostError
-from tpimpi.star.post import NOTE, Post
+from tpimpi.star.channel import NOTE, Post
 
 class Broken:
     rank, size = 0, 2

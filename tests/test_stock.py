@@ -18,12 +18,12 @@ import pytest
 
 from tiny_models import write_tiny_hf
 from tpimpi.errors import InputError, SliceError, StorageError
-from tpimpi.plan import Span, make_plan
-from tpimpi.slicefile import SliceFile, slice_name
-from tpimpi.slicewriter import SliceWriter, partial_path, tile_spans
-from tpimpi.slicing import choose_formats, make_header, slice_model
-from tpimpi.sources import Source, open_source
-from tpimpi.stock import Stock
+from tpimpi.weights.make import choose_formats, make_header, slice_model
+from tpimpi.weights.slices.file import SliceFile, slice_name
+from tpimpi.weights.slices.local import Stock
+from tpimpi.weights.slices.partition import Span, make_plan
+from tpimpi.weights.slices.writer import SliceWriter, partial_path, tile_spans
+from tpimpi.weights.sources import Source, open_source
 
 SHARES = [2, 1, 1]
 LARGER = {"num_hidden_layers": 4, "intermediate_size": 256}
@@ -212,9 +212,9 @@ def test_a_slicing_killed_at_random_points_ends_whole(tmp_path: Path) -> None:
     program = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from tpimpi.plan import make_plan\n"
-        "from tpimpi.slicing import choose_formats, slice_model\n"
-        "from tpimpi.sources import open_source\n"
+        "from tpimpi.weights.slices.partition import make_plan\n"
+        "from tpimpi.weights.make import choose_formats, slice_model\n"
+        "from tpimpi.weights.sources import open_source\n"
         "print('ready', flush=True)\n"
         "with open_source(Path(sys.argv[1])) as source:\n"
         "    plan = make_plan(source.config, [3, 1, 2])\n"

@@ -16,18 +16,17 @@ from gguf.quants import dequantize
 
 from conftest import Launcher, Result
 from test_slicing import joined
-from tpimpi import exporting
-from tpimpi.config import ModelConfig
+from tpimpi.compute.formats.packed import WEIGHT_FORMATS, to_bf16
 from tpimpi.errors import InputError, ModelError, StorageError
-from tpimpi.formats import WEIGHT_FORMATS, to_bf16
-from tpimpi.layers import rope_frequencies
-from tpimpi.model_formats import ModelFormats
-from tpimpi.plan import make_plan
-from tpimpi.shapes import SHAPES, load_shape
-from tpimpi.slicing import slice_model
-from tpimpi.sources import expected_tensors, open_source
-from tpimpi.synth import SIGMA, SyntheticSource, quantize_exactly
-from tpimpi.tokenizer import TokenIds, tokenizer_of_slices
+from tpimpi.models.config import ModelConfig
+from tpimpi.models.layers import rope_frequencies
+from tpimpi.models.shapes import SHAPES, load_shape
+from tpimpi.models.weight_formats import ModelFormats
+from tpimpi.serving.text.tokenizer import TokenIds, tokenizer_of_slices
+from tpimpi.weights.make import slice_model
+from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.sources import expected_tensors, export, open_source
+from tpimpi.weights.sources.synthetic import SIGMA, SyntheticSource, quantize_exactly
 
 Cli = Callable[..., Result]
 
@@ -222,10 +221,10 @@ def test_slices_hold_the_sources_numbers(tmp_path: Path, fmt: str, ranks: int) -
 def test_the_folder_and_the_gguf_file_hold_the_same_numbers(
     tmp_path: Path, kind: str, fmt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporting, "FILE_BYTES", 300_000)
+    monkeypatch.setattr(export, "FILE_BYTES", 300_000)
     source = made(write_config(tmp_path / "shape", kind), fmt)
-    exporting.write_hf(source, tmp_path / "hf", lambda done, total: None)
-    exporting.write_gguf(source, tmp_path / "model.gguf", lambda done, total: None)
+    export.write_hf(source, tmp_path / "hf", lambda done, total: None)
+    export.write_gguf(source, tmp_path / "model.gguf", lambda done, total: None)
     expected = numbers_of(source)
 
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
@@ -251,9 +250,9 @@ def test_transformers_reads_the_folder(tmp_path: Path, monkeypatch: pytest.Monke
     import torch
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(exporting, "FILE_BYTES", 300_000)
+    monkeypatch.setattr(export, "FILE_BYTES", 300_000)
     source = made(write_config(tmp_path / "shape", "qwen2"), "q4_1")
-    exporting.write_hf(source, tmp_path / "hf", lambda done, total: None)
+    export.write_hf(source, tmp_path / "hf", lambda done, total: None)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert model.dtype == torch.bfloat16
     found = {name.removeprefix("model."): value.float().numpy() for name, value in model.state_dict().items()}
@@ -266,7 +265,7 @@ def test_transformers_reads_the_folder(tmp_path: Path, monkeypatch: pytest.Monke
 def test_gguf_rows_of_q_and_k_are_interleaved(tmp_path: Path) -> None:
     """The oracle is the permutation of llama.cpp's converter; gguf's own reader reads the file."""
     source = made(write_config(tmp_path), "f32")
-    exporting.write_gguf(source, tmp_path / "model.gguf", lambda done, total: None)
+    export.write_gguf(source, tmp_path / "model.gguf", lambda done, total: None)
     tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     for name, heads in (("q", 8), ("k", 2)):
         weights = source.read(f"layers.2.self_attn.{name}_proj.weight")
@@ -381,7 +380,7 @@ def test_a_shape_that_is_no_model_is_refused(tmp_path: Path) -> None:
 
 
 def config_of(**changes: Any) -> ModelConfig:
-    from tpimpi.config_hf import config_from_hf
+    from tpimpi.models.config_hf import config_from_hf
 
     return config_from_hf({**SMALL, **changes}, "config.json")
 
@@ -390,40 +389,40 @@ def test_what_a_gguf_file_cannot_hold_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     odd = config_of(intermediate_size=100)
     with pytest.raises(InputError, match="rows of 100 numbers, q4_0 in a GGUF file needs a multiple of 32"):
-        exporting.check_gguf(odd, "q4_0", path)
-    exporting.check_gguf(odd, "bf16", path)
+        export.check_gguf(odd, "q4_0", path)
+    export.check_gguf(odd, "bf16", path)
     windows = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
     with pytest.raises(InputError, match="attention windows"):
-        exporting.check_gguf(config_of(model_type="qwen2", **windows), "q4_0", path)
-    exporting.check_gguf(config_of(model_type="mistral", sliding_window=9), "q4_0", path)
+        export.check_gguf(config_of(model_type="qwen2", **windows), "q4_0", path)
+    export.check_gguf(config_of(model_type="mistral", sliding_window=9), "q4_0", path)
     path.mkdir()
     with pytest.raises(InputError, match="is no regular file; give another name"):
-        exporting.check_gguf(config_of(), "q4_0", path)
+        export.check_gguf(config_of(), "q4_0", path)
 
 
 def test_nobodys_weights_are_written_over(tmp_path: Path) -> None:
     source, out = made(write_config(tmp_path / "shape")), tmp_path / "hf"
     out.mkdir()
-    exporting.write_hf(source, out, lambda done, total: None)
-    exporting.write_hf(source, out, lambda done, total: None)  # our own
+    export.write_hf(source, out, lambda done, total: None)
+    export.write_hf(source, out, lambda done, total: None)  # our own
     config = out / "config.json"
     values = json.loads(config.read_text())
     del values["_tpimpi_synth"]
     for text in (json.dumps(values), "[]", "1", "{"):
         config.write_text(text)
         with pytest.raises(InputError, match=r"holds 'config\.json' and no config\.json that synth wrote"):
-            exporting.write_hf(source, out, lambda done, total: None)
+            export.write_hf(source, out, lambda done, total: None)
         assert config.read_text() == text
     config.unlink()
     with pytest.raises(InputError, match=r"holds 'model-00001-of-00001\.safetensors' and no config"):
-        exporting.write_hf(source, out, lambda done, total: None)
+        export.write_hf(source, out, lambda done, total: None)
     with pytest.raises(StorageError, match=r"cannot write .*: File name too long; choose another place with --out"):
-        exporting.write_hf(source, tmp_path / ("x" * 300), lambda done, total: None)
+        export.write_hf(source, tmp_path / ("x" * 300), lambda done, total: None)
     with pytest.raises(InputError, match="is no folder"):
-        exporting.write_hf(source, tmp_path / "shape" / "config.json", lambda done, total: None)
+        export.write_hf(source, tmp_path / "shape" / "config.json", lambda done, total: None)
 
 
-@pytest.mark.parametrize("write", [exporting.write_hf, exporting.write_gguf])
+@pytest.mark.parametrize("write", [export.write_hf, export.write_gguf])
 def test_what_fails_leaves_nothing_behind(tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     source = made(write_config(tmp_path / "shape"))
     out = tmp_path / "out" / "model.gguf"
@@ -437,14 +436,14 @@ def test_what_fails_leaves_nothing_behind(tmp_path: Path, write: Any, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         write(source, out, stop)
     assert {path: path.read_bytes() for path in out.parent.rglob("*") if path.is_file()} == before
-    usage = exporting.shutil.disk_usage(tmp_path)._replace(free=100_000)
-    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda path: usage)
+    usage = export.shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(export.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(StorageError, match=r"disk full: the weights need 0\.00 GB, .* 0\.00 GB free"):
         write(source, out, lambda done, total: None)
     assert {path: path.read_bytes() for path in out.parent.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("write", [exporting.write_hf, exporting.write_gguf])
+@pytest.mark.parametrize("write", [export.write_hf, export.write_gguf])
 def test_progress_ends_at_all_there_is(tmp_path: Path, write: Any) -> None:
     steps: list[tuple[int, int]] = []
     write(made(write_config(tmp_path)), tmp_path / "new.gguf", lambda done, total: steps.append((done, total)))

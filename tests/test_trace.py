@@ -15,10 +15,8 @@ import numpy as np
 import pytest
 
 from conftest import PROGRAMS, Launcher
-from tpimpi import options
-from tpimpi.errors import InputError, StarError, StorageError
-from tpimpi.star import Star
-from tpimpi.trace import (
+from tpimpi.cli import options
+from tpimpi.engine.trace import (
     COMPUTE,
     KINDS,
     READ,
@@ -31,6 +29,8 @@ from tpimpi.trace import (
     unpack,
     write_trace,
 )
+from tpimpi.errors import InputError, StarError, StorageError
+from tpimpi.star import Star
 
 BLOCKS = ["layer 0 attn", "layer 0 mlp", "head"]
 HOSTILE = 'pi"},{"ph":"X"</script>\n\x1b[31m\u202e\ud800 $x_{1}$ ' + "y" * 300

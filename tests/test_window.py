@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny_models import write_tiny_hf
+from tpimpi.engine.model import block_order
+from tpimpi.engine.window import Window, _Ring, pin_order, records_of, ring_bytes
 from tpimpi.errors import InputError, SliceError
-from tpimpi.model import block_order
-from tpimpi.plan import HEAD, Block, make_plan
-from tpimpi.slicefile import SliceFile, Tile, slice_name
-from tpimpi.slicing import choose_formats, slice_model
-from tpimpi.sources import open_source
-from tpimpi.window import Window, _Ring, pin_order, records_of, ring_bytes
+from tpimpi.weights.make import choose_formats, slice_model
+from tpimpi.weights.slices.file import SliceFile, Tile, slice_name
+from tpimpi.weights.slices.partition import HEAD, Block, make_plan
+from tpimpi.weights.sources import open_source
 
 
 @pytest.fixture(scope="module")

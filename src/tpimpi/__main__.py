@@ -5,7 +5,7 @@ import sys
 
 if __name__ == "__main__":
     try:
-        from tpimpi.cli import main
+        from tpimpi.cli.main import main
     except ImportError as error:
         from tpimpi.errors import as_ours
 

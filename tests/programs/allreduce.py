@@ -7,7 +7,7 @@ import sys
 import numpy as np
 from mpi4py import MPI
 
-from tpimpi.seat import wire_of
+from tpimpi.engine.engine import wire_of
 from tpimpi.star import ALGORITHMS, WIRES, Star, choose, connect, parse_rule
 from tpimpi.star.allreduce import IN_RANK_ORDER
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tpimpi.seat import RankMemory, Seat, Settings
+from tpimpi.engine.engine import RankMemory, Seat, Settings
 from tpimpi.star import connect
 
 

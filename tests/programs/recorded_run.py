@@ -13,9 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tpimpi import cli, generate, run, star
-from tpimpi.star.post import BULK, SEAL
-from tpimpi.star.wire import TAGS
+from tpimpi import star
+from tpimpi.cli import main as cli
+from tpimpi.engine import run
+from tpimpi.serving import generate
+from tpimpi.star.channel import BULK, SEAL
+from tpimpi.star.codec import TAGS
 
 OUT = Path(sys.argv[1])
 ALLOWED = {"rank", "size", "Irecv", "Improbe", "Abort"}

@@ -10,7 +10,7 @@ from mpi4py import MPI
 
 from tpimpi.errors import StarError
 from tpimpi.star import CLOCK, Star, connect
-from tpimpi.star.post import SEAL
+from tpimpi.star.channel import SEAL
 
 SKEWS = (7.5, -1234.25, 86_400.0)  # seconds that the clock of each rank is fast
 ALLOWED = {"rank", "size", "Irecv", "Abort"}

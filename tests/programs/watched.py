@@ -11,8 +11,8 @@ import numpy as np
 
 from tpimpi.errors import StarError
 from tpimpi.star import Star, connect
+from tpimpi.star import heartbeat as watch_module
 from tpimpi.star import star as star_module
-from tpimpi.star import watch as watch_module
 
 KIND = sys.argv[1]
 

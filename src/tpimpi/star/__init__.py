@@ -15,15 +15,15 @@ other rooms use. mpi4py is imported only here, by `connect`, in a launched run; 
 MPI.
 """
 
-from tpimpi.star.about import MPICH, OPEN_MPI, AboutMpi, about_mpi, launcher_commands, launcher_kind
 from tpimpi.star.allreduce import ALGORITHMS, Allreduce, parse_rule
-from tpimpi.star.launch import Rank, launched_rank
-from tpimpi.star.links import Links, choose, describe
-from tpimpi.star.pings import Ping, answer_link, ping_link
-from tpimpi.star.post import BULK, CLOCK, CONTROL, HIDDEN, NOTE, PARTIAL, SUM, Pending
+from tpimpi.star.channel import BULK, CLOCK, CONTROL, HIDDEN, NOTE, PARTIAL, SUM, Pending
+from tpimpi.star.codec import WIRES, Wire
+from tpimpi.star.heartbeat import DEFAULT_SILENCE, LEAST_SILENCE, LEAVE_TO_OTHERS
+from tpimpi.star.link_test import Ping, answer_link, ping_link
+from tpimpi.star.mpi_library import MPICH, OPEN_MPI, AboutMpi, about_mpi, launcher_commands, launcher_kind
 from tpimpi.star.star import ALLREDUCES, BEGIN, DEFAULT_TIMEOUT, FINISH, FORWARD, Star, connect
-from tpimpi.star.watch import DEFAULT_SILENCE, LEAST_SILENCE, LEAVE_TO_OTHERS
-from tpimpi.star.wire import WIRES, Wire
+from tpimpi.star.tuning import Links, choose, describe
+from tpimpi.system.launcher import Rank, launched_rank
 
 __all__ = [
     "ALGORITHMS",

@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from tpimpi.formats import F32
-from tpimpi.star.post import PARTIAL, SUM, Pending, Post
-from tpimpi.star.wire import Coming, Mail
+from tpimpi.compute.formats.packed import F32
+from tpimpi.star.channel import PARTIAL, SUM, Pending, Post
+from tpimpi.star.codec import Coming, Mail
 
 Steps = Iterator[Pending]
 

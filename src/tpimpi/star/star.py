@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from tpimpi.compute.formats.packed import F32, Bytes
 from tpimpi.errors import InputError, StarError
-from tpimpi.formats import F32, Bytes
 from tpimpi.star.allreduce import ALGORITHMS, Allreduce, Background, parse_rule
-from tpimpi.star.launch import Rank, launched_rank, launched_size
-from tpimpi.star.links import PATIENCE, Links, Measuring
-from tpimpi.star.post import BULK, CLOCK, CONTROL, ECHO, HIDDEN, NOTE, Pending, Post
-from tpimpi.star.watch import DEFAULT_SILENCE, Watch, leave_at_last
-from tpimpi.star.wire import EAGER, Mail, Wire
+from tpimpi.star.channel import BULK, CLOCK, CONTROL, ECHO, HIDDEN, NOTE, Pending, Post
+from tpimpi.star.codec import EAGER, Mail, Wire
+from tpimpi.star.heartbeat import DEFAULT_SILENCE, Watch, leave_at_last
+from tpimpi.star.tuning import PATIENCE, Links, Measuring
+from tpimpi.system.launcher import Rank, launched_rank, launched_size
 
 if TYPE_CHECKING:
     from mpi4py import MPI

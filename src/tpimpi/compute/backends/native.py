@@ -1,0 +1,73 @@
+"""The operations through the C++ kernels of the extension `tpimpi._native` (sources in src/kernels). Never imports torch."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tpimpi._native import Session, levels
+from tpimpi.compute.formats.packed import F32, WEIGHT_FORMATS, Array, Bytes, Matrix, row_bytes
+from tpimpi.errors import InputError
+
+_FORMAT_CODES = {name: code for code, name in enumerate(WEIGHT_FORMATS)}  # enum Format in kernels.h
+
+
+class NativeBackend:
+    """See `Backend` for shapes and meaning, and kernels.h for the kernels.
+
+    `level` is the instruction set that computes, the best that this processor has unless another is named: avx512-bf16,
+    avx512, avx2, neon-dot, neon, or portable. Not to be used by two threads at once.
+    """
+
+    name = "native"
+
+    def __init__(self, threads: int, level: str = "") -> None:
+        if level and level not in levels():
+            raise InputError(f"kernel level is {level!r}, this processor has {', '.join(levels())}; give one of those")
+        try:
+            self._session = Session(level, threads)
+        except RuntimeError as error:
+            raise InputError(f"--threads is {threads}, more than this host starts ({error}); give fewer") from error
+        self.level: str = self._session.level
+
+    def linear(self, x: F32, weight: Matrix, bias: F32 | None = None) -> F32:
+        y = np.empty((len(x), weight.rows), np.float32)
+        self._session.linear(_FORMAT_CODES[weight.format], weight.rows, weight.columns, weight.data, x, bias, y)
+        return y
+
+    def rms_norm(self, x: F32, weight: F32, eps: float) -> F32:
+        y = np.empty(x.shape, np.float32)
+        self._session.rms_norm(x, weight, eps, y)
+        return y
+
+    def rope(self, x: F32, cos: F32, sin: F32) -> F32:
+        y = np.empty(x.shape, np.float32)
+        self._session.rope(x, cos, sin, y)
+        return y
+
+    def attention(self, q: F32, k: Array, v: Array, q_to_kv: tuple[int, ...], start: int, window: int) -> F32:
+        y = np.empty(q.shape, np.float32)
+        self._session.attention(q, k, v, q_to_kv, start, window, y)
+        return y
+
+    def swiglu(self, gate: F32, up: F32) -> F32:
+        y = np.empty(gate.shape, np.float32)
+        self._session.swiglu(gate, up, y)
+        return y
+
+    def read(self, data: Bytes) -> int:
+        """Read all of `data` with all threads, and do nothing else: for measuring. Returns the sum of its 8-byte words."""
+        total: int = self._session.read(data)
+        return total
+
+    def multiply_peak(self, fmt: str, seconds: float) -> float:
+        """Operations a second (a product and its sum are two) of one thread that multiplies in registers as for `fmt`."""
+        rate: float = self._session.multiply_peak(_FORMAT_CODES[fmt], seconds)
+        return rate
+
+    def quantize(self, values: F32, fmt: str) -> Bytes:
+        """As tpimpi.compute.formats.quantize.quantize, to the same bytes. ValueError for numbers that are not finite."""
+        rows, columns = values.shape
+        out = np.empty((rows, row_bytes(fmt, columns)), np.uint8)
+        if not self._session.quantize(_FORMAT_CODES[fmt], np.ascontiguousarray(values), out):
+            raise ValueError("holds numbers that are not finite")
+        return out

@@ -1,0 +1,86 @@
+"""Every operation as NumPy says it most plainly: the oracle of the other backends, and a backend that needs no torch."""
+
+from __future__ import annotations
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from tpimpi.compute.formats.packed import (
+    BLOCK_WEIGHTS,
+    F32,
+    Array,
+    Matrix,
+    from_bf16,
+    is_quantized,
+    runs_of_rows,
+    to_bf16,
+    values,
+)
+
+_RUN_NUMBERS = 1 << 22  # of a weight, as f32 at a time
+
+
+class NumpyTwin:
+    """See `Backend` for shapes and meaning."""
+
+    name = "numpy"
+
+    def __init__(self, threads: int) -> None:
+        # The BLAS beneath NumPy would else take every core, in every rank.
+        self._limits = threadpool_limits(threads, user_api="blas")
+
+    def linear(self, x: F32, weight: Matrix, bias: F32 | None = None) -> F32:
+        x = rounded_activations(x, weight.format)
+        y = np.empty((x.shape[0], weight.rows), np.float32)
+        for first, run in runs_of_rows(weight, _RUN_NUMBERS):
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite shows in the result
+                np.matmul(x, values(run).T, out=y[:, first : first + run.rows])
+        return y if bias is None else y + bias
+
+    def rms_norm(self, x: F32, weight: F32, eps: float) -> F32:
+        mean_square = np.mean(np.square(x), axis=-1, keepdims=True, dtype=np.float32)
+        inverse: F32 = np.reciprocal(np.sqrt(mean_square + np.float32(eps)))
+        return x * inverse * weight
+
+    def rope(self, x: F32, cos: F32, sin: F32) -> F32:
+        first, second = np.split(x, 2, axis=-1)
+        cos, sin = cos[:, None], sin[:, None]
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+    def attention(self, q: F32, k: Array, v: Array, q_to_kv: tuple[int, ...], start: int, window: int) -> F32:
+        n, _, head_dim = q.shape
+        position = start + np.arange(n)[:, None]
+        key = np.arange(start + n)[None]
+        seen = (key <= position) & ((key > position - window) if window else True)
+        heads = list(q_to_kv)
+        k, v = k[heads].astype(np.float32), v[heads].astype(np.float32)  # [heads, start + n, head_dim]
+        scores = np.einsum("nhd,hkd->hnk", q, k) * np.float32(head_dim**-0.5)
+        scores = np.where(seen, scores, -np.inf)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        return np.einsum("hnk,hkd->nhd", weights, v)
+
+    def swiglu(self, gate: F32, up: F32) -> F32:
+        with np.errstate(over="ignore"):  # exp(-gate) may be infinite: gate / inf is the right limit, 0
+            return gate / (1 + np.exp(-gate)) * up
+
+
+def rounded_activations(x: F32, fmt: str) -> F32:
+    """x [n, columns] as it is multiplied with weights of a format: as it is (f32), rounded to bf16 (bf16), or quantized.
+
+    Quantized: in blocks of 32 along a row, to scale * q with scale = max |x| / 127 and q = x * (127 / max |x|) as the
+    nearest integer, ties to even; zeros where max |x| < 1e-30. A block that holds an infinity or a NaN becomes NaN.
+    """
+    if fmt == "bf16":
+        return from_bf16(to_bf16(x))
+    if not is_quantized(fmt):
+        return x
+    n, columns = x.shape
+    blocks = np.pad(x, ((0, 0), (0, -columns % BLOCK_WEIGHTS))).reshape(n, -1, BLOCK_WEIGHTS)
+    largest = np.abs(blocks).max(axis=2, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        q = np.rint(blocks * (np.float32(127) / largest))
+        rounded = q * (largest / np.float32(127))
+    rounded = np.where(largest < 1e-30, np.float32(0), rounded)
+    rounded = np.where(np.isfinite(largest), rounded, np.float32(np.nan))
+    return rounded.reshape(n, -1)[:, :columns]

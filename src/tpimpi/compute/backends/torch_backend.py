@@ -1,0 +1,83 @@
+"""The operations through torch: the readable reference, the fallback without a compiler, and the way to a GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812  (the name that torch's own documentation uses)
+
+from tpimpi.compute.formats.packed import F32, PANEL_ROWS, Array, Matrix, runs_of_rows, values
+
+_RUN_NUMBERS = 1 << 19  # of a weight, widened to f32 at a time: stays in the cache
+
+
+class TorchBackend:
+    """See `Backend` for shapes and meaning. Weights are widened to f32, a run of rows at a time; sums are in f32."""
+
+    name = "torch"
+
+    def __init__(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+
+    def linear(self, x: F32, weight: Matrix, bias: F32 | None = None) -> F32:
+        positions, y = _tensor(x), torch.empty(x.shape[0], weight.rows)
+        for first, run in runs_of_rows(
+            weight, weight.rows * weight.columns if weight.format == "f32" else _RUN_NUMBERS
+        ):
+            y[:, first : first + run.rows] = _product(positions, run)
+        return (y if bias is None else y + _tensor(bias)).numpy()
+
+    def rms_norm(self, x: F32, weight: F32, eps: float) -> F32:
+        return F.rms_norm(_tensor(x), weight.shape, _tensor(weight), eps).numpy()
+
+    def rope(self, x: F32, cos: F32, sin: F32) -> F32:
+        first, second = _tensor(x).chunk(2, dim=-1)
+        c, s = _tensor(cos)[:, None], _tensor(sin)[:, None]
+        return torch.cat([first * c - second * s, second * c + first * s], dim=-1).numpy()
+
+    def attention(self, q: F32, k: Array, v: Array, q_to_kv: tuple[int, ...], start: int, window: int) -> F32:
+        n, heads, _ = q.shape
+        mask = None
+        if n > 1 or window:
+            position = start + torch.arange(n)[:, None]
+            key = torch.arange(start + n)[None]
+            mask = key <= position
+            if window:
+                mask &= key > position - window
+        queries, keys, values = _tensor(q).transpose(0, 1), _tensor(k), _tensor(v)  # [heads, positions, head_dim]
+        if q_to_kv == tuple(range(q_to_kv[0], q_to_kv[0] + heads)):  # a KV head for each query head
+            own = slice(q_to_kv[0], q_to_kv[0] + heads)
+            y = F.scaled_dot_product_attention(queries, keys[own].float(), values[own].float(), mask)
+        else:  # a KV head at a time with the query heads that read it, so that no f32 key is copied
+            y = torch.empty_like(queries)
+            for kv_head in sorted(set(q_to_kv)):
+                group = [head for head, own_kv in enumerate(q_to_kv) if own_kv == kv_head]
+                k_group, v_group = (kv[kv_head].float().expand(len(group), -1, -1) for kv in (keys, values))
+                y[group] = F.scaled_dot_product_attention(queries[group], k_group, v_group, mask)
+        return y.transpose(0, 1).contiguous().numpy()
+
+    def swiglu(self, gate: F32, up: F32) -> F32:
+        return (F.silu(_tensor(gate)) * _tensor(up)).numpy()
+
+
+def _tensor(array: Array) -> torch.Tensor:
+    return torch.from_numpy(array)
+
+
+def _product(x: torch.Tensor, weight: Matrix) -> torch.Tensor:
+    """x [n, columns] times the transpose of weight [rows, columns]: [n, rows]. f32 and bf16 are used as they are packed."""
+    if weight.format == "f32":
+        panels = torch.from_numpy(weight.data.view(np.float32).reshape(-1, weight.columns, PANEL_ROWS))
+        return _joined(torch.matmul(x, panels), weight.rows)
+    if weight.format == "bf16":
+        words = torch.from_numpy(weight.data.view(np.int32).reshape(-1, -(-weight.columns // 2), PANEL_ROWS))
+        even, odd = (words << 16).view(torch.float32), (words & -0x10000).view(torch.float32)
+        padded = F.pad(x, (0, weight.columns % 2))
+        return _joined(torch.matmul(padded[:, 0::2], even) + torch.matmul(padded[:, 1::2], odd), weight.rows)
+    return F.linear(x, torch.from_numpy(values(weight)))
+
+
+def _joined(panels: torch.Tensor, rows: int) -> torch.Tensor:
+    """Products [panels, n, 16] as [n, rows]."""
+    return panels.transpose(0, 1).reshape(panels.shape[1], -1)[:, :rows]

@@ -1,0 +1,1 @@
+"""Weight formats: sizes, packing, unpacking, quantization."""

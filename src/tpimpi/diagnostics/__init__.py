@@ -1,0 +1,1 @@
+"""What measures, predicts and explains: doctor, planner, benchmarks, plots, inspect."""

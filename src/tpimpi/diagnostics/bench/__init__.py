@@ -1,0 +1,1 @@
+"""How fast this machine's kernels and disks, and the links between ranks, are."""

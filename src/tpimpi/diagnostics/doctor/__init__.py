@@ -1,0 +1,1 @@
+"""Whether these machines can work together, and what to mend."""

@@ -1,0 +1,326 @@
+"""What one rank finds out about itself and its host, for `doctor`: facts only, `doctor` judges them.
+
+Nothing here fails because of what it finds: what cannot be found out is left at its default, or is told in words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tpimpi import __version__
+from tpimpi.compute.backends import has_native
+from tpimpi.engine.engine import cache_folder, identity
+from tpimpi.errors import TpimpiError
+from tpimpi.star import AboutMpi, Ping, Star, about_mpi, answer_link, ping_link
+from tpimpi.star.control import as_note, heard
+from tpimpi.system.buffers import aligned_buffer
+from tpimpi.system.direct_io import MEASURED, PIECE, Descriptor, Extent, Trial
+from tpimpi.system.memory import headroom, places
+from tpimpi.system.network import Counters, Interface, counters, interfaces
+from tpimpi.weights.slices.file import SliceFile, slice_name
+from tpimpi.weights.slices.writer import partial_path
+
+TASK = "doctor"
+PATIENCE = 60.0  # seconds that ranks wait for one another here
+DISK_SECONDS = 0.3  # of reading
+SCRATCH_BYTES = 64 << 20  # of a file to read, where there is no slice
+SCRATCH_SECONDS = 1.0  # of writing it
+SPARE = 256 << 20  # bytes of disk without which no such file is written
+
+HERE, MISSING, WRONG, UNKNOWN = "here", "missing", "wrong", ""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The slices that a run would use, as rank 0 tells all: in `folder`, or in `cache_name` of each host's cache; none where
+    both are None. `identity` is what they have in common, where that is known, and `sizes` the bytes of each rank's."""
+
+    folder: str | None = None
+    cache_name: str | None = None
+    identity: dict[str, str] = field(default_factory=dict)
+    sizes: list[int] = field(default_factory=list)
+
+    def path(self, rank: int, ranks: int) -> Path | None:
+        if self.folder is None and self.cache_name is None:
+            return None
+        folder = cache_folder() / str(self.cache_name) if self.folder is None else Path(self.folder)
+        return folder / slice_name(rank, ranks)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A rank's slice: one of HERE, MISSING, WRONG (`problem` says what), UNKNOWN where no model is meant; and bytes that are
+    still to be written, None where that is not known."""
+
+    state: str = UNKNOWN
+    path: str = ""
+    problem: str = ""
+    missing_bytes: int | None = None
+    model: str = ""  # whose it is
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Sizes in bytes, rates in bytes a second. Of a rank with another version some may be missing."""
+
+    host: str = "?"
+    machine: str = ""  # the kernel's boot id: two machines never have the same
+    tpimpi: str = "?"
+    python: str = "?"
+    numpy: str = "?"
+    system: str = "?"
+    byte_order: str = ""
+    mpi: AboutMpi = field(default_factory=AboutMpi)
+    watched: bool = True  # by a thread that MPI allows for it, or there is no other rank
+    kernels: str = ""  # the instruction set they use, "" where none were built
+    cores: list[int] = field(default_factory=list)  # that this rank may use
+    host_cores: int = 0
+    quota: float | None = None  # processors that a control group allows
+    memory_total: int = 0
+    memory_free: int = 0
+    memory_limit: int | None = None  # of the tightest control group or job
+    memory_headroom: int = 0  # beyond what --memory auto leaves to others
+    folder: str = ""  # where slices are, or will be
+    disk_free: int | None = None
+    disk_rate: float | None = None
+    disk_problem: str = ""
+    slice: Slice = field(default_factory=Slice)
+    interfaces: list[Interface] = field(default_factory=list)
+
+    @classmethod
+    def from_note(cls, note: Mapping[str, Any]) -> Facts:
+        """What a rank told; names that this version does not know are left out."""
+        values = _known(cls, note)
+        for name, kind in {"mpi": AboutMpi, "slice": Slice}.items():
+            if name in values:
+                values[name] = kind(**_known(kind, values[name]))
+        values["interfaces"] = [
+            Interface(**{**_known(Interface, one), "networks": tuple(one["networks"])})
+            for one in values.get("interfaces", [])
+        ]
+        return cls(**values)
+
+
+def _known(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    names = {known.name for known in fields(cls)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def examine(star: Star, wanted: Wanted) -> Facts:
+    """All about this rank, in about a second."""
+    found = places()
+    host, limits = found[0], [place.total for place in found[1:]]
+    path = wanted.path(star.rank.index, star.rank.size)
+    folder = cache_folder() if path is None else path.parent
+    size = wanted.sizes[star.rank.index] if wanted.sizes else None
+    rate, problem = _disk_rate(cache_folder() if wanted.folder is None else folder, path)
+    return Facts(
+        host=star.rank.host,
+        machine=_text(Path("/proc/sys/kernel/random/boot_id")),
+        tpimpi=__version__,
+        python=platform.python_version(),
+        numpy=np.__version__,
+        system=f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
+        byte_order=sys.byteorder,
+        mpi=about_mpi(),
+        watched=star.watched,
+        kernels=_kernels(),
+        cores=sorted(os.sched_getaffinity(0)),
+        host_cores=os.cpu_count() or 1,
+        quota=processor_quota(),
+        memory_total=host.total,
+        memory_free=min(place.free for place in found),
+        memory_limit=min(limits, default=None),
+        memory_headroom=headroom(found),
+        folder=str(folder),
+        disk_free=_free(folder),
+        disk_rate=rate,
+        disk_problem=problem,
+        slice=Slice() if path is None else look_at_slice(path, wanted, size),
+        interfaces=interfaces(),
+    )
+
+
+def look_at_slice(path: Path, wanted: Wanted, size: int | None) -> Slice:
+    """Whether the slice at `path` is the one that is wanted; its tiles are not read."""
+    if not path.exists():
+        try:
+            partial = partial_path(path).stat().st_blocks * 512
+        except OSError:
+            partial = 0
+        return Slice(MISSING, str(path), missing_bytes=None if size is None else max(0, size - partial))
+    try:
+        with closing(SliceFile(path)) as file:
+            found, model = identity(file.header), file.header.model
+    except TpimpiError as error:
+        return Slice(WRONG, str(path), str(error), size)
+    for name, value in wanted.identity.items():
+        if found.get(name) != value:
+            return Slice(WRONG, str(path), f"{path} has {name} {found.get(name)}, rank 0 wants {value}", size, model)
+    return Slice(HERE, str(path), missing_bytes=0, model=model)
+
+
+def _kernels() -> str:
+    if not has_native():
+        return ""
+    try:
+        from tpimpi.compute.backends.native import NativeBackend
+
+        return NativeBackend(1).level
+    except (ImportError, TpimpiError):
+        return ""
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _free(folder: Path) -> int | None:
+    """Bytes free on the disk of a folder that may yet have to be made."""
+    for above in (folder, *folder.parents):
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(above).free
+    return None
+
+
+def processor_quota(proc: Path = Path("/proc"), root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Processors that the control groups (v1 or v2) of this process allow it in the long run; None where they do not say."""
+    found = []
+    for line in _text(proc / "self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "cpu" in controllers.split(","):
+            top, names = root / "cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        elif controllers == "":
+            top, names = root, ("cpu.max", "")
+        else:
+            continue
+        folder = top / path.lstrip("/")
+        for place in (folder, *folder.parents):
+            values = " ".join(_text(place / name) for name in names if name).split()
+            if len(values) == 2 and values[0] not in ("max", "-1"):
+                found.append(int(values[0]) / int(values[1]))
+            if place == top:
+                break
+    return min(found, default=None)
+
+
+# The disk
+
+
+def _disk_rate(folder: Path, path: Path | None) -> tuple[float | None, str]:
+    """Bytes a second that are read past the page cache from the slice `path`, or where there is none from a file written
+    for it in `folder`, None where it is too small; and what is wrong where that cannot be done."""
+    try:
+        if path is not None and path.is_file():
+            return (_rate(path) if path.stat().st_size >= PIECE else None), ""
+        with _scratch(folder) as scratch:
+            return (None, "") if scratch is None else (_rate(scratch), "")
+    except (OSError, EOFError) as error:
+        return None, f"{folder}: {getattr(error, 'strerror', None) or error}"
+
+
+def _rate(path: Path) -> float:
+    with closing(Descriptor(path)) as file:
+        nbytes = path.stat().st_size // PIECE * PIECE
+        return Trial(file, [Extent(0, 0, nbytes)]).rate(aligned_buffer(MEASURED), 4, DISK_SECONDS)
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[Path | None]:
+    """A file in `folder`, as large as can be written in SCRATCH_SECONDS; None where the disk is nearly full."""
+    if (_free(folder) or 0) < SPARE:
+        yield None
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".doctor-{os.getpid()}.partial"
+    try:
+        began, piece = time.monotonic(), np.random.default_rng().bytes(PIECE)
+        with path.open("wb") as file:
+            for _ in range(SCRATCH_BYTES // PIECE):
+                file.write(piece)
+                os.fdatasync(file.fileno())
+                if time.monotonic() > began + SCRATCH_SECONDS:
+                    break
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+# All ranks together
+
+
+@dataclass(frozen=True)
+class Look:
+    """A link to rank 0, with what the interfaces of both ends counted before and after."""
+
+    ping: Ping
+    before: tuple[Counters, Counters]  # of rank 0 and of the other
+    after: tuple[Counters, Counters]
+
+
+def lead(star: Star, wanted: Wanted) -> list[Facts]:
+    """Rank 0: have every rank examine itself, all at once; in rank order. `lead_links` is to follow.
+
+    Raises StarError where a rank does not answer.
+    """
+    star.timeout = PATIENCE
+    star.tell(as_note(task=TASK, wanted=asdict(wanted)))
+    notes = star.collect(as_note(**asdict(examine(star, wanted))))
+    return [Facts.from_note(json.loads(note)) for note in notes]
+
+
+def lead_links(star: Star) -> tuple[list[float], list[Look]]:
+    """Rank 0: seconds by which the clock of each rank is behind ours, in rank order, and the link to each other rank.
+
+    Raises StarError where a rank does not answer.
+    """
+    star.tell(as_note(clocks=True))
+    clocks = star.clock_offsets(time.time)
+    pings: list[tuple[Ping, Counters, Counters]] = []
+    for rank in range(1, star.rank.size):
+        star.tell(as_note(link=rank))
+        before = counters()
+        ping = ping_link(star, rank)
+        pings.append((ping, before, counters()))
+    star.tell(as_note(done=True))
+    theirs = [json.loads(note) for note in star.collect(as_note())][1:]
+    return clocks, [
+        Look(ping, (before, _counters(their["before"])), (after, _counters(their["after"])))
+        for (ping, before, after), their in zip(pings, theirs, strict=True)
+    ]
+
+
+def take_part(star: Star, note: Mapping[str, Any]) -> None:
+    """Another rank's side of `lead` and `lead_links`; either may be all."""
+    star.timeout = PATIENCE
+    star.collect(as_note(**asdict(examine(star, Wanted(**_known(Wanted, note["wanted"]))))))
+    heard(star)
+    star.clock_offsets(time.time)
+    before: Counters = {}
+    after: Counters = {}
+    while "link" in (word := heard(star)):
+        if word["link"] == star.rank.index:
+            before = counters()
+            answer_link(star)
+            after = counters()
+    star.collect(as_note(before=before, after=after))
+
+
+def _counters(note: Mapping[str, list[int]]) -> dict[str, tuple[int, int]]:
+    return {name: (sent, received) for name, (sent, received) in note.items()}

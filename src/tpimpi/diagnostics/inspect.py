@@ -1,0 +1,202 @@
+"""`inspect`: what a model, a slice file or a folder of slice files holds, and whether it is whole."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from tpimpi.errors import InputError, ModelError, SliceError, StorageError, TpimpiError
+from tpimpi.models.config import ModelConfig, show
+from tpimpi.weights.slices.file import SliceFile, slice_name
+from tpimpi.weights.slices.header import Header
+from tpimpi.weights.slices.partition import Span
+from tpimpi.weights.sources import Source, open_source
+
+_MOST_NAMES = 8  # in one message
+
+
+def inspect(path: Path, *, verify: bool) -> None:
+    """Print a table of what is at `path`; with `verify`, read and check all of it.
+
+    Raises InputError (after the table) where something is broken, missing, or not of one set.
+    """
+    names = _names(path)
+    files = [path / name for name in names or () if name.startswith("rank-") and name.endswith(".h5")]
+    if names is None and path.suffix == ".h5":
+        _slices([path], verify=verify)
+    elif files:
+        _whole_set(path, _slices(files, verify=verify))
+    elif names is not None and not any(name == "config.json" or name.endswith(".gguf") for name in names):
+        raise InputError(f"{path} holds no model and no slices (rank-R-of-N.h5); give a folder or file that does")
+    else:
+        with open_source(path) as source:
+            _model(source, verify=verify)
+
+
+def _names(path: Path) -> list[str] | None:
+    """What a folder holds, in order; None where `path` is no folder. Raises InputError where it cannot be read."""
+    try:
+        return sorted(found.name for found in path.iterdir()) if path.is_dir() else None
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read: {error.strerror}; give a folder or file that this user may read"
+        ) from error
+
+
+def _print(table: Table) -> None:
+    # Names come from files: nothing in them is markup, nor a command to the terminal.
+    Console(width=140, highlight=False, markup=False, emoji=False, color_system=None).print(table)
+
+
+def _shown(text: str) -> str:
+    """`text` with its control characters written out (ESC is \\x1b)."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _model(source: Source, *, verify: bool) -> None:
+    tensors = source.tensors()
+    formats = Counter(info.format for info in tensors.values())
+    parameters = sum(int(np.prod(info.shape)) for info in tensors.values())
+    problem: ModelError | None = None
+    if verify:
+        for name in tensors:
+            if not np.isfinite(source.read(name)).all():
+                problem = ModelError(
+                    f"{source.path}: tensor {name} holds numbers that are not finite; download it again"
+                )
+                break
+    table = _table_of(source.config)
+    table.add_row("path", _shown(str(source.path)))
+    table.add_row("parameters", f"{parameters / 1e6:.1f} million in {len(tensors)} tensors")
+    table.add_row("formats", ", ".join(f"{count} {name}" for name, count in formats.most_common()))
+    table.add_row("fingerprint", source.fingerprint())
+    table.add_row(
+        "state", ("broken" if problem else "whole, every tensor read") if verify else "whole (names and shapes)"
+    )
+    _print(table)
+    if problem:
+        raise problem
+
+
+def _table_of(config: ModelConfig) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    windows = sorted({window for window in config.attention_windows if window})
+    scaling = config.rope_scaling.kind if config.rope_scaling else "none"
+    rows = {
+        "architecture": config.architecture,
+        "layers": f"{config.layers}",
+        "hidden": f"{config.hidden}",
+        "heads": f"{config.heads} query, {config.kv_heads} KV, of {config.head_dim}",
+        "MLP columns": f"{config.intermediate}",
+        "vocabulary": f"{config.vocab}, head {'tied to the embedding' if config.tied_head else 'of its own'}",
+        "context": f"{config.context} positions, rope scaling {scaling}"
+        + (f", attention window {windows}" if windows else ""),
+    }
+    for name, value in rows.items():
+        table.add_row(name, _shown(value))
+    return table
+
+
+def _slices(files: list[Path], *, verify: bool) -> dict[Path, Header]:
+    """Print a table of slice files. Returns their headers; raises the first of what is wrong with one of them."""
+    headers: dict[Path, Header] = {}
+    table = Table(box=None, pad_edge=False, header_style="none")
+    for name in ("file", "model", "format", "shares"):
+        table.add_column(name)
+    for name in ("heads", "KV heads", "columns", "tiles", "largest tile", "size"):
+        table.add_column(name, justify="right")
+    table.add_column("state")
+    problems: list[TpimpiError] = []
+    for path in files:
+        try:
+            file = SliceFile(path)
+        except SliceError as error:
+            problems.append(error)
+            table.add_row(_shown(path.name), *[""] * 9, "broken")
+            continue
+        state = "whole (header)"
+        try:
+            _check_name(path, file.header)
+            if verify:
+                for _ in file.verify():
+                    pass
+                state = "whole, every byte checked"
+        except (SliceError, StorageError) as error:
+            problems.append(error)
+            state = "misnamed" if isinstance(error, _MisnamedError) else "broken"
+        finally:
+            file.close()
+        header, share = file.header, file.header.share
+        headers[path] = header
+        if header.rank == 0 and not header.records[-1].parts:
+            state += ", no tokenizer"
+        tiles = [record.nbytes for record in header.records if record.block.kind in ("attn", "mlp", "head")]
+        table.add_row(
+            _shown(path.name),
+            f"{_shown(header.model)} ({_shown(header.fingerprint[:12])})",
+            header.format,
+            header.plan.describe(),
+            _span(share.heads),
+            _span(share.kv_heads),
+            _span(share.columns),
+            str(len(tiles)),
+            f"{max(tiles, default=0) / 2**20:.1f} MiB",
+            f"{file.size / 1e6:.0f} MB",
+            state,
+        )
+    _print(table)
+    if problems:
+        raise problems[0]
+    return headers
+
+
+class _MisnamedError(SliceError):
+    """A slice file under another's name."""
+
+
+def _check_name(path: Path, header: Header) -> None:
+    """A file may be called anything, but not as another rank's slice is, nor as none can be."""
+    if path.name != slice_name(header.rank, header.plan.ranks) and path.name.startswith("rank-"):
+        raise _MisnamedError(
+            f"slice file {path} is of rank {header.rank} of {header.plan.ranks}, its name says otherwise; "
+            f"name it {slice_name(header.rank, header.plan.ranks)}, or make the slices again"
+        )
+
+
+def _whole_set(folder: Path, headers: dict[Path, Header]) -> None:
+    """Raise SliceError where a folder lacks some ranks of a set, or its members are of different sets."""
+    sets: dict[int, dict[Path, Header]] = {}
+    for path, header in headers.items():
+        sets.setdefault(header.plan.ranks, {})[path] = header
+    for ranks, members in sets.items():
+        first, *others = members
+        for path in others:
+            _check_alike(first, members[first], path, members[path])
+        missing = sorted(set(range(ranks)) - {header.rank for header in members.values()})
+        if missing:
+            names = ", ".join(slice_name(rank, ranks) for rank in missing[:_MOST_NAMES])
+            more = f" and {len(missing) - _MOST_NAMES} more" if len(missing) > _MOST_NAMES else ""
+            raise SliceError(
+                f"{folder} lacks {names}{more}; make the slices again, or copy them there if they are needed here"
+            )
+
+
+def _check_alike(first: Path, header: Header, path: Path, other: Header) -> None:
+    pairs = {
+        "shares": (other.plan.describe(), header.plan.describe()),
+        "fingerprint": (show(other.fingerprint), show(header.fingerprint)),
+        "format": (other.formats.key(), header.formats.key()),
+        "config": (other.config, header.config),
+    }
+    for name, (found, wanted) in pairs.items():
+        if found != wanted:
+            what = "another config than" if name == "config" else f"{name} {found}, not {wanted} as"
+            raise SliceError(f"slice file {path} has {what} {first.name}; use slices that were made together")
+
+
+def _span(span: Span) -> str:
+    return f"{span.start}-{span.stop - 1}" if span.size else "none"

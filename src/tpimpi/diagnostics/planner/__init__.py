@@ -1,0 +1,1 @@
+"""How fast a model would be on these ranks, and which shares are best."""

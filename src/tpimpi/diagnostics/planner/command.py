@@ -1,0 +1,372 @@
+"""Rank 0's planning: what every rank can do, what a number of ranks and their shares would take, and which are best.
+
+`plan` has the first 1, 2, … ranks of the hostfile measured, each number by itself, as ranks on one host take memory
+bandwidth and cores from each other. `--shares auto` has all ranks measured once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tpimpi.cli import options
+from tpimpi.diagnostics.planner.measure_disks import find_slices, measure_disks
+from tpimpi.diagnostics.planner.measure_layers import Finding, Task, measure
+from tpimpi.diagnostics.planner.predict import Line, Measured, Pace, Prediction, Predictor, RankSpeed, Situation
+from tpimpi.diagnostics.planner.shares import FINE, best_shares
+from tpimpi.engine.engine import CONTEXT
+from tpimpi.engine.model import PREFILL_CHUNK
+from tpimpi.engine.run import Guest, cores_shared_by
+from tpimpi.errors import InputError
+from tpimpi.models.config import ModelConfig
+from tpimpi.models.weight_formats import ModelFormats
+from tpimpi.serving.report import write_json
+from tpimpi.star import Star
+from tpimpi.system.memory import Place, per_rank, show_size
+from tpimpi.weights.slices.partition import describe_shares
+
+PROMPT = 16  # tokens, where nobody says how many
+_FASTER = 1.05  # so many times: a number of ranks is said to be faster than another
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How the ranks would compute: what the options of a run say."""
+
+    backend: str
+    threads: int | None
+    allreduce: str
+    wire: str
+
+
+def situation(parsed: argparse.Namespace, config: ModelConfig, formats: ModelFormats) -> Situation:
+    """What the options of a run say of it, as far as it matters for its speed."""
+    memory = options.memory_sizes(parsed.memory)
+    return Situation(
+        config=config,
+        formats=formats,
+        context=min(parsed.context or CONTEXT, config.context),
+        prompt=min(getattr(parsed, "prompt_tokens", PROMPT), config.context - 1),
+        memory=None if memory is None else tuple(memory),
+        kv=parsed.kv,
+        window=options.window_blocks(parsed.window),
+    )
+
+
+def ways(parsed: argparse.Namespace) -> Ways:
+    """How the options of a run say that it computes."""
+    return Ways(parsed.backend, parsed.threads, parsed.allreduce, parsed.wire)
+
+
+class Survey:
+    """The ranks of this run, measured when they are asked about."""
+
+    def __init__(self, star: Star, guests: Sequence[Guest], situation: Situation, ways: Ways) -> None:
+        self.star, self._guests, self.situation, self._ways = star, list(guests), situation, ways
+        self._disks: list[tuple[float, float]] | None = None
+
+    def predictor(self, ranks: int, positions: int = 1) -> Predictor:
+        """Measure the first so many ranks, with so many positions of a prompt at once. Raises what measuring raises."""
+        situation, guests = self.situation, self._guests[:ranks]
+        memory = situation.memory
+        task = Task(
+            config=situation.config.to_dict(),
+            formats=situation.formats.to_dict(),
+            ranks=ranks,
+            positions=positions,
+            start=situation.prompt,
+            cores_shared_by=cores_shared_by(guests),
+            kv=situation.kv,
+            memory=None if memory is None else list(memory) * (len(self._guests) if len(memory) == 1 else 1),
+            **asdict(self._ways),
+        )
+        return Predictor(situation, as_measured(measure(self.star, task), positions))
+
+    def with_disks(self, predictor: Predictor, choose: Callable[[Predictor], list[Prediction]]) -> list[Prediction]:
+        """What `choose` finds; where something is streamed in any of it the disks are measured first, once for all, since
+        without their rates streaming looks free."""
+        found = choose(predictor)
+        if not any(any(one.streamed) for one in found):
+            return found
+        if self._disks is None:
+            self._disks = measure_disks(self.star)
+        ranks = tuple(
+            replace(speed, disk_bytes_per_s=rate, read_cpu_s_per_byte=cpu)
+            for speed, (rate, cpu) in zip(predictor.measured.ranks, self._disks, strict=False)
+        )
+        return choose(Predictor(self.situation, replace(predictor.measured, ranks=ranks)))
+
+
+def as_measured(findings: Sequence[Finding], positions: int) -> Measured:
+    """What was found, as lines through what was measured. All laps are in the same order, the larger size first.
+
+    In lockstep the rank that computes longest does not wait for others: the rest of its time is two allreduces.
+    """
+    by_positions = {count: [_laps(finding, count) for finding in findings] for count in {1, positions}}
+
+    def pace(rank: int, count: int) -> Pace:
+        laps = by_positions[count][rank]
+        wall = Line.through(*((lap.nbytes, lap.compute) for lap in laps))
+        return Pace(wall, Line.through(*((lap.nbytes, lap.cpu) for lap in laps)))
+
+    def allreduce(count: int) -> float:
+        if len(findings) == 1:
+            return 0.0
+        rests = []
+        for laps in zip(*by_positions[count], strict=True):
+            mean = sum(lap.wall for lap in laps) / len(laps)
+            rests.append(max(0.0, mean - max(lap.compute for lap in laps)) / 2)
+        return sum(rests) / len(rests)
+
+    ranks = tuple(
+        RankSpeed(
+            host=finding.host,
+            token=pace(rank, 1),
+            chunk=pace(rank, positions),
+            processors=finding.processors,
+            base=finding.base,
+            places=tuple(Place(*place) for place in finding.places),
+            threads=finding.threads,
+            backend=finding.backend,
+        )
+        for rank, finding in enumerate(findings)
+    )
+    assert findings[0].head is not None
+    nbytes, seconds, cpu = findings[0].head
+    return Measured(
+        ranks=ranks,
+        positions=positions,
+        allreduce_s=allreduce(1),
+        allreduce_chunk_s=allreduce(positions),
+        head=Line(0.0, seconds / nbytes),
+        head_cpu=Line(0.0, cpu / nbytes),
+    )
+
+
+def _laps(finding: Finding, positions: int) -> list[Any]:
+    return [lap for lap in finding.laps if lap.positions == positions]
+
+
+# --shares auto
+
+
+def choose_shares(survey: Survey, ranks: int, names: tuple[str, str] | None, *, quiet: bool) -> list[float]:
+    """The best shares for all ranks, or shares that are about as good and of which every rank has its slice already, in a
+    folder of its cache: `names` are what stands before and after the shares in the folder's name (None: none is looked for).
+
+    Says on stderr what was chosen, unless `quiet`. Raises InputError where no shares can work.
+    """
+    if ranks == 1:
+        return [1.0]
+    folders = find_slices(survey.star, *names) if names else []
+    sliced = [weights for text in folders if (weights := _weights(text, ranks)) is not None]
+    best, equal, *others = survey.with_disks(
+        survey.predictor(ranks),
+        lambda predictor: [
+            best_shares(predictor, ranks),
+            *(predictor.predict(weights) for weights in ([1.0] * ranks, *sliced)),
+        ],
+    )
+    if best.problem:
+        raise InputError(best.problem)
+    as_good = [found for found in others if found.s_per_token <= FINE * best.s_per_token]
+    chosen = min(as_good, key=lambda found: found.s_per_token, default=best)
+    if not quiet:
+        here = ", sliced already" if as_good else ""
+        other = "" if chosen.shares == equal.shares else f", equal shares {_seconds(equal.s_per_token)}"
+        said = f"shares: {chosen.shares} (auto{here}; predicted {_seconds(chosen.s_per_token)} s/token{other})"
+        print(said, file=sys.stderr, flush=True)
+    return options.share_weights(chosen.shares, ranks)
+
+
+def auto_shares(
+    star: Star,
+    guests: Sequence[Guest],
+    parsed: argparse.Namespace,
+    config: ModelConfig,
+    formats: ModelFormats,
+    names: tuple[str, str] | None,
+) -> list[float]:
+    """`choose_shares` with the options of a run."""
+    if (sizes := options.memory_sizes(parsed.memory)) is not None:
+        per_rank(sizes, len(guests))
+    survey = Survey(star, guests, situation(parsed, config, formats), ways(parsed))
+    return choose_shares(survey, len(guests), names, quiet=parsed.quiet)
+
+
+def _weights(text: str, ranks: int) -> list[float] | None:
+    """The shares that a folder's name holds, "3-2-2-1"; None where it holds something else."""
+    try:
+        weights = [float(number) for number in text.split("-")]
+    except ValueError:
+        return None
+    same = len(weights) == ranks and describe_shares(weights).replace(",", "-") == text
+    return weights if same and all(0 <= weight < math.inf for weight in weights) and sum(weights) > 0 else None
+
+
+# plan
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A line of the table."""
+
+    ranks: int
+    kind: str  # "equal", "best" or "given"
+    prediction: Prediction
+
+
+def plan(
+    star: Star,
+    guests: Sequence[Guest],
+    parsed: argparse.Namespace,
+    config: ModelConfig,
+    formats: ModelFormats,
+    name: str,
+) -> None:
+    """Rank 0 of `plan`: measure, print, and write what is wanted. Raises InputError."""
+    ranks = len(guests)
+    given = None if parsed.shares in (None, options.AUTO) else options.share_weights(parsed.shares, ranks)
+    if (sizes := options.memory_sizes(parsed.memory)) is not None:
+        per_rank(sizes, ranks)
+    if (parsed.context or 1) > config.context:
+        raise InputError(f"--context is {parsed.context}, this model has {config.context} positions; give at most that")
+    if parsed.prompt_tokens >= config.context:
+        raise InputError(
+            f"--prompt-tokens is {parsed.prompt_tokens}, this model has {config.context} positions; give fewer"
+        )
+    survey = Survey(star, guests, situation(parsed, config, formats), ways(parsed))
+    lines = make_table(survey, ranks, given, quiet=parsed.quiet)
+    about = survey.situation
+    title = f"{name}, {formats.describe()}; a prompt of {about.prompt} tokens, {about.context} positions"
+    print_table(lines, guests, [title])
+    if parsed.json is not None:
+        write_json(Path(parsed.json), as_json(survey, lines, guests), "--json")
+
+
+def make_table(survey: Survey, ranks: int, given: Sequence[float] | None, *, quiet: bool) -> list[Choice]:
+    """For 1 to `ranks` ranks equal and best shares, and for all of them the `given` ones."""
+    lines = []
+    positions = min(survey.situation.prompt, PREFILL_CHUNK)
+    for count in range(1, ranks + 1):
+        if not quiet:
+            print(f"measuring {count} of {ranks} ranks", file=sys.stderr, flush=True)
+        wanted = given if count == ranks else None
+        equal, best, *more = survey.with_disks(
+            survey.predictor(count, positions),
+            lambda found, count=count, wanted=wanted: [  # type: ignore[misc]
+                found.predict([1.0] * count),
+                best_shares(found, count),
+                *([] if wanted is None else [found.predict(wanted)]),
+            ],
+        )
+        lines.append(Choice(count, "equal", equal))
+        if best.shares != equal.shares:
+            lines.append(Choice(count, "best", best))
+        lines += [Choice(count, "given", one) for one in more]
+    return lines
+
+
+def advice(lines: Sequence[Choice]) -> list[str]:
+    """What the table says, in words."""
+    possible = [line for line in lines if not line.prediction.problem]
+    if not possible:
+        return []
+    most = lines[-1].ranks
+    fastest = min(possible, key=lambda line: line.prediction.s_per_token)
+    at_most = [line for line in possible if line.ranks == most]
+    words = []
+    if not at_most:
+        words.append(f"{_ranks(most)} cannot work here; use -np {fastest.ranks}")
+    elif fastest.ranks < most:
+        there = min(line.prediction.s_per_token for line in at_most)
+        here = fastest.prediction.s_per_token
+        if there > here * _FASTER:
+            words.append(
+                f"{_ranks(fastest.ranks)} {'is' if fastest.ranks == 1 else 'are'} faster than {most} here: "
+                f"{_seconds(here)} against {_seconds(there)} s/token; use -np {fastest.ranks}"
+            )
+        else:
+            words.append(f"{_ranks(fastest.ranks)} {'is' if fastest.ranks == 1 else 'are'} as fast as {most} here")
+    if fastest.kind == "best":
+        words.append(f"best for -np {fastest.ranks}: --shares {fastest.prediction.shares}")
+    return words
+
+
+def print_table(lines: Sequence[Choice], guests: Sequence[Guest], title: Sequence[str]) -> None:
+    """The table, on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="none")
+    table.add_column("ranks", justify="right")
+    table.add_column("shares")
+    for name in ("s/token", "first token", "compute", "star", "head", "memory a rank", "streamed"):
+        table.add_column(name, justify="right")
+    table.add_column("limit")
+    for line in lines:
+        found = line.prediction
+        count = str(line.ranks)
+        if found.problem:
+            table.add_row(count, found.shares, *["-"] * 7, "memory")
+            continue
+        times = (found.s_per_token, found.first_token_s, found.compute_s, found.star_s, found.head_s)
+        sizes = (max(found.memory), max(found.streamed))
+        shown = [show_size(size) if size else "-" for size in sizes]
+        table.add_row(count, found.shares, *map(_seconds, times), *shown, _limit(found, guests))
+    for text in title:
+        print(text)
+    print()
+    Console(width=150, highlight=False, color_system=None).print(table)
+    problems = {line.prediction.problem: line.ranks for line in lines if line.prediction.problem}
+    for problem, ranks in problems.items():
+        print(f"{_ranks(ranks)}: {problem}")
+    for text in advice(lines):
+        print(text)
+
+
+def _limit(found: Prediction, guests: Sequence[Guest]) -> str:
+    where = f"r{found.limit_rank} {guests[found.limit_rank].host}"
+    return {
+        "star": "star: latency of the network",
+        "compute": f"computing of {where}",
+        "processor": f"processor share of {where}",
+        "disk": f"disk of {where}",
+    }[found.limit]
+
+
+def as_json(survey: Survey, lines: Sequence[Choice], guests: Sequence[Guest]) -> dict[str, Any]:
+    """What `plan --json` writes: seconds and bytes; null where a plan cannot work."""
+    situation = survey.situation
+
+    def finite(values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
+
+    return {
+        "model": situation.config.to_dict(),
+        "formats": situation.formats.describe(),
+        "context": situation.context,
+        "prompt_tokens": situation.prompt,
+        "hosts": [guest.host for guest in guests],
+        "plans": [{"ranks": line.ranks, "kind": line.kind, **finite(asdict(line.prediction))} for line in lines],
+        "advice": advice(lines),
+    }
+
+
+def _seconds(seconds: float) -> str:
+    """Three digits that count: "0.0234", "0.234", "2.34", "23.4"."""
+    if not math.isfinite(seconds) or seconds <= 0:
+        return "0"
+    return f"{seconds:.{max(0, 2 - math.floor(math.log10(seconds)))}f}"
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' if count > 1 else ''}"

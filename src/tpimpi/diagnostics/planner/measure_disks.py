@@ -1,0 +1,125 @@
+"""What rank 0 asks of every rank beside its speed: what its disk gives, and which slices it has."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from tpimpi.engine.engine import MEASURING, cache_folder
+from tpimpi.errors import StorageError
+from tpimpi.star import Star
+from tpimpi.star.control import as_note, heard, or_tell, together
+from tpimpi.system.buffers import aligned_buffer
+from tpimpi.system.direct_io import DEPTHS, MEASURED, Descriptor, Extent, Trial
+from tpimpi.weights.slices.file import slice_name
+
+SCRATCH = 64 << 20  # bytes of a file to measure a disk with, where there is no slice
+SCRATCH_SECONDS = 0.4  # of writing it
+
+
+# Disks
+
+
+def measure_disks(star: Star) -> list[tuple[float, float]]:
+    """Rank 0: what every rank's disk gives while all read, in rank order: (bytes a second, processor seconds a byte).
+
+    Raises StorageError.
+    """
+    star.tell(as_note(task="disk"))
+    _, notes = together(star, lambda: None)
+    star.tell(as_note(go=True))
+    mine, notes = together(star, _disk)
+    return [mine, *((note["rate"], note["cpu"]) for note in notes[1:])]
+
+
+def take_part_in_disks(star: Star, note: Mapping[str, Any]) -> None:
+    """Another rank's side of `measure_disks`."""
+    star.collect(as_note())
+    heard(star)
+    rate, cpu = or_tell(star, _disk)
+    star.collect(as_note(rate=rate, cpu=cpu))
+
+
+def _disk() -> tuple[float, float]:
+    """Bytes a second from the disk of the cache folder, and the processor seconds that a byte takes, its check included."""
+    folder = cache_folder()
+    with _some_file(folder) as path:
+        try:
+            file = Descriptor(path)
+            try:
+                trial = Trial(file, [Extent(0, 0, path.stat().st_size)])
+                buffer = aligned_buffer(MEASURED)
+                trial.rate(buffer, DEPTHS[0], 0.05)
+                began = time.process_time()
+                wall = time.perf_counter()
+                rate = trial.rate(buffer, DEPTHS[0], MEASURING)
+                nbytes = rate * (time.perf_counter() - wall)
+                cpu = (time.process_time() - began) / max(nbytes, 1.0)
+            finally:
+                file.close()
+        except (OSError, EOFError) as error:
+            raise StorageError(f"cannot read {path}: {error}; check the disk that it is on") from error
+        began = time.perf_counter()
+        xxhash.xxh3_64_intdigest(buffer)
+        return rate, cpu + (time.perf_counter() - began) / len(buffer)
+
+
+@contextlib.contextmanager
+def _some_file(folder: Path) -> Iterator[Path]:
+    """The largest slice below the cache folder; or a file of our own, which is removed again."""
+    slices = [(path.stat().st_size, path) for path in folder.glob("*/rank-*.h5") if path.is_file()]
+    size, path = max(slices, default=(0, folder))
+    if size >= SCRATCH // 2:
+        yield path
+        return
+    path = folder / f".disk-{os.getpid()}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        began, piece = time.monotonic(), np.random.default_rng().bytes(4 << 20)
+        with path.open("wb") as file:
+            for _ in range(SCRATCH // len(piece)):
+                file.write(piece)
+                os.fdatasync(file.fileno())
+                if time.monotonic() > began + SCRATCH_SECONDS:
+                    break
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise StorageError(f"cannot write to {folder}: {error.strerror}; set TPIMPI_CACHE to another place") from error
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+# Slices that there are
+
+
+def find_slices(star: Star, prefix: str, suffix: str) -> list[str]:
+    """Rank 0: the shares, as they stand in the names of cache folders between `prefix` and `suffix`, of which every rank has
+    its slice."""
+    star.tell(as_note(task="find-slices", prefix=prefix, suffix=suffix))
+    notes = [json.loads(note)["shares"] for note in star.collect(as_note(shares=_shares(star, prefix, suffix)))]
+    return sorted(set(notes[0]).intersection(*notes[1:]))
+
+
+def tell_slices(star: Star, note: Mapping[str, Any]) -> None:
+    """Another rank's side of `find_slices`."""
+    star.collect(as_note(shares=_shares(star, note["prefix"], note["suffix"])))
+
+
+def _shares(star: Star, prefix: str, suffix: str) -> list[str]:
+    name = slice_name(star.rank.index, star.rank.size)
+    try:
+        folders = [path.name for path in cache_folder().iterdir() if (path / name).is_file()]
+    except OSError:
+        return []
+    found = [folder for folder in folders if folder.startswith(prefix) and folder.endswith(suffix)]
+    return [folder[len(prefix) : len(folder) - len(suffix)] for folder in found]

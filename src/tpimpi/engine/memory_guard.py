@@ -1,0 +1,151 @@
+"""The keeper: a thread that keeps a rank within its memory while it runs, and notes what it has.
+
+Twenty times a second (five, while nothing is computed) it compares what the rank has resident with what was promised or,
+under `--memory auto`, what its host and its cgroup have free with what is to stay free for others. Where it is too much,
+pinned tiles are given back at once; when there has been room again for a while, they are taken again, some at a time. It
+also says when the disk keeps the rank waiting: slow is not gone.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from tpimpi.engine.window import Window
+from tpimpi.system.memory import RESERVE, headroom, places, resident_bytes
+
+PERIOD = 0.05  # seconds between two looks
+IDLE_PERIOD = 0.2  # the same, where nothing is computed: a look takes 1 ms
+_IDLE = 0.2  # of a core, which an idle rank does not use
+_CALM = 2.0  # seconds for which there has to be room before more is pinned again
+_MOST_POINTS = 400  # of the timeline; with more, every other goes, and they come half as often
+_FIRST_POINTS = 0.1  # seconds between points at first
+STALL = 5.0  # seconds after which waiting for the disk is reported, and again after each doubling
+
+
+class Timeline:
+    """What a rank had in memory over time: [time.monotonic(), resident, pinned, buffers], in seconds and bytes."""
+
+    def __init__(self) -> None:
+        self.points: list[list[float]] = []
+        self._every = _FIRST_POINTS
+
+    def add(self, now: float, resident: int, pinned: int, buffers: int) -> None:
+        """Note a point, unless the last is too near."""
+        if self.points and now - self.points[-1][0] < self._every:
+            return
+        self.points.append([round(now, 3), resident, pinned, buffers])
+        if len(self.points) > _MOST_POINTS:
+            self.points = self.points[::2]
+            self._every *= 2
+
+
+class Keeper:
+    """Watches the windows of a rank; `plan` says how much they may pin at most."""
+
+    def __init__(
+        self,
+        windows: Sequence[Window],
+        *,
+        promise: int | None,
+        shared_by: int = 0,
+        stalled: Callable[[str], None] = lambda line: None,
+        waiting: Callable[[], tuple[float, str] | None] = lambda: None,
+    ) -> None:
+        """`promise` is what the rank may have resident, None for no bound. `shared_by` is how many ranks of ours share
+        its host under `--memory auto`, 0 where the host's memory is not to be watched. `stalled` gets a line for the
+        user; `waiting` says since when something else than a window waits for the disk, and for what."""
+        self._windows, self._promise, self._shared_by = windows, promise, shared_by
+        self._stalled, self._waiting = stalled, waiting
+        self._most = sum(window.wanted_bytes for window in windows)
+        self._roomy_since: float | None = None
+        self._said = 0.0  # how long the wait was that was last reported
+        self.timeline = Timeline()
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="tpimpi-keeper", daemon=True)
+        self._thread.start()
+
+    @property
+    def pinned(self) -> int:
+        return sum(window.pinned_bytes for window in self._windows)
+
+    @property
+    def wanted(self) -> int:
+        return sum(window.wanted_bytes for window in self._windows)
+
+    def plan(self, most: int) -> None:
+        """From now on pin at most so many bytes."""
+        with self._lock:
+            self._most = min(most, sum(window.total_bytes for window in self._windows))
+            if self.wanted > most:
+                self._pin(most)
+
+    def _pin(self, nbytes: int) -> None:
+        """Each window gets its part, by size."""
+        whole = sum(window.total_bytes for window in self._windows)
+        for window in self._windows:
+            window.pin_at_most(max(0, nbytes) * window.total_bytes // max(1, whole))
+
+    def _run(self) -> None:
+        period, used = PERIOD, time.process_time()
+        while not self._closed.wait(period):
+            self.look(time.monotonic())
+            before, used = used, time.process_time()
+            period = IDLE_PERIOD if used - before < _IDLE * period else PERIOD
+
+    def look(self, now: float) -> None:
+        """One look: at memory, and at waiting."""
+        with self._lock:
+            resident = resident_bytes()
+            room = self._room(resident)
+            pinned = self.pinned
+            if room is not None:
+                if room < 0 and pinned:
+                    self._pin(min(pinned + room, self.wanted))
+                    self._roomy_since = None
+                elif room < 0:
+                    self._roomy_since = None
+                elif self.wanted < self._most:
+                    self._grow(now, room)
+            self.timeline.add(now, resident, self.pinned, sum(window.buffer_bytes for window in self._windows))
+        self._report_stall(now)
+
+    def _room(self, resident: int) -> int | None:
+        """Bytes that this rank may take beyond what it has; negative: that it should give back; None: unbounded."""
+        rooms = []
+        if self._promise is not None:
+            rooms.append(self._promise - RESERVE - resident)
+        if self._shared_by:
+            free = headroom(places())
+            # All ranks see the same want, and each gives its part; but all of the room, if one took it, would be too much.
+            rooms.append(-(-free // self._shared_by) if free < 0 else free // (2 * self._shared_by))
+        return min(rooms) if rooms else None
+
+    def _grow(self, now: float, room: int) -> None:
+        """Pin more again, if there has been room for a while."""
+        coming = self.wanted - self.pinned  # is not resident yet
+        worth = min(self._most - self.wanted, room - coming)
+        if worth < (self._most - self.wanted) // 8 or worth <= 0:
+            self._roomy_since = None
+        elif self._roomy_since is None:
+            self._roomy_since = now
+        elif now - self._roomy_since >= _CALM:
+            self._pin(self.wanted + worth)
+            self._roomy_since = None
+
+    def _report_stall(self, now: float) -> None:
+        waits = [self._waiting(), *((w.waiting_since, w.waiting_for) for w in self._windows if w.waiting_since)]
+        longest = max(((now - wait[0], wait[1]) for wait in waits if wait and wait[0]), default=(0.0, ""))
+        if longest[0] < STALL:
+            if self._said:
+                self._stalled("the disk goes on")
+            self._said = 0.0
+        elif longest[0] >= 2 * self._said or not self._said:
+            self._said = longest[0]
+            self._stalled(f"waiting for the disk for {longest[0]:.0f} s, for {longest[1]}: slow, not gone")
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()

@@ -1,0 +1,167 @@
+"""Read a ModelConfig from a GGUF file's metadata.
+
+Meaning and defaults of its keys are llama.cpp's (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tpimpi.errors import ModelError
+from tpimpi.models.config import (
+    MAX_LAYERS,
+    ROPE_THETA,
+    Keys,
+    ModelConfig,
+    RopeScaling,
+    checked,
+    even_split,
+    is_off,
+    is_positive,
+    show,
+    words,
+)
+
+GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+# Below "<arch>."; what is not here must be zero or false.
+_GGUF_KEYS = words(
+    """
+    block_count context_length embedding_length feed_forward_length vocab_size expert_count
+    attention.head_count attention.head_count_kv attention.layer_norm_rms_epsilon attention.key_length
+    attention.value_length attention.sliding_window attention.causal
+    rope.freq_base rope.dimension_count rope.scaling.type rope.scaling.factor rope.scaling.finetuned
+    rope.scaling.original_context_length rope.scale_linear tensor_data_layout expert_used_count
+    """
+)
+
+
+def config_from_gguf(
+    metadata: Mapping[str, Any],
+    path: Path | str,
+    shapes: Mapping[str, tuple[int, ...]],
+    rope_factors: Sequence[float] | None = None,
+) -> ModelConfig:
+    """The config of a GGUF file from its metadata (key -> number, string, or anything else for an array).
+
+    `shapes` holds the file's tensors by their GGUF names, as [out, in]: which biases there are, and whether the head
+    has a tensor of its own, is known from them alone. `rope_factors` is the `rope_freqs.weight` tensor.
+    Raises ModelError, one line, for whatever is missing, malformed, or not known to leave the mathematics alone.
+    """
+    arch = metadata.get("general.architecture")
+    if arch not in GGUF_ARCHITECTURES:
+        raise ModelError(
+            f"{path}: general.architecture is {show(arch)}, which tpimpi does not compute; "
+            f"it computes {', '.join(GGUF_ARCHITECTURES)}"
+        )
+    if metadata.get("general.type", "model") != "model":
+        raise ModelError(f"{path}: general.type is {show(metadata['general.type'])}; a file of type 'model' is needed")
+    _refuse_unknown_gguf_keys(metadata, arch, path)
+    keys = Keys(metadata, path, f"{arch}.")
+
+    layers = keys.integer("block_count", high=MAX_LAYERS)
+    hidden = keys.integer("embedding_length")
+    heads = keys.integer("attention.head_count")
+    key_length = f"{arch}.attention.key_length"
+    if key_length in metadata:
+        head_dim = keys.integer("attention.key_length")
+    else:
+        sizes = (f"{arch}.embedding_length", f"{arch}.attention.head_count", key_length)
+        head_dim = even_split(hidden, heads, path, sizes)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if keys.integer(key, default=head_dim) != head_dim:
+            raise ModelError(
+                f"{path}: {arch}.{key} is {show(metadata[f'{arch}.{key}'])} and the heads' size is {head_dim}; "
+                f"tpimpi computes only models where they are the same"
+            )
+    context = keys.integer("context_length")
+    embedding = shapes.get("token_embd.weight", ())
+    qwen2, qwen3 = arch == "qwen2", arch == "qwen3"
+    return checked(
+        ModelConfig(
+            architecture=arch,
+            hidden=hidden,
+            intermediate=keys.integer("feed_forward_length"),
+            layers=layers,
+            heads=heads,
+            kv_heads=keys.integer("attention.head_count_kv", default=heads),
+            head_dim=head_dim,
+            vocab=keys.integer("vocab_size", default=embedding[0] if embedding else None),
+            context=context,
+            norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
+            rope_theta=keys.number("rope.freq_base", default=ROPE_THETA),
+            rope_scaling=_gguf_rope_scaling(metadata, arch, rope_factors, head_dim, path),
+            attention_windows=(_gguf_window(keys, arch, context),) * layers,
+            tied_head="output.weight" not in shapes,
+            # Qwen2 without its biases, or Qwen3 without its norms, is a broken file and no other model.
+            qkv_bias=qwen2 or any(f"blk.0.attn_{part}.bias" in shapes for part in "qkv"),
+            o_bias="blk.0.attn_output.bias" in shapes,
+            mlp_bias=any(f"blk.0.ffn_{part}.bias" in shapes for part in ("gate", "up", "down")),
+            qk_norm=qwen3,
+        ),
+        path,
+    )
+
+
+def _refuse_unknown_gguf_keys(metadata: Mapping[str, Any], arch: str, path: Path | str) -> None:
+    prefix = f"{arch}."
+    experts = metadata.get(f"{arch}.expert_count", 0)
+    if experts != 0:
+        raise ModelError(
+            f"{path}: {arch}.expert_count is {show(experts)}: a mixture of experts, which tpimpi does not compute; "
+            f"a dense model is needed"
+        )
+    # The one key that changes the mathematics when it is false.
+    causal = metadata.get(f"{arch}.attention.causal", True)
+    if causal is not True:
+        raise ModelError(f"{path}: {arch}.attention.causal is {show(causal)}; tpimpi computes only true")
+    for key, value in metadata.items():
+        if key.startswith(prefix) and key.removeprefix(prefix) not in _GGUF_KEYS and not (is_off(value) or value == 0):
+            raise ModelError(
+                f"{path}: key {show(key)} is {show(value)}, which tpimpi does not know and which may change the "
+                f"mathematics; the model cannot be run"
+            )
+
+
+def _gguf_window(keys: Keys, arch: str, context: int) -> int:
+    key = "attention.sliding_window"
+    value = keys.values.get(keys.prefix + key)
+    if value is None or value == 0:
+        return 0
+    window = keys.integer(key)
+    if window >= context:
+        return 0
+    if arch != "llama":
+        raise ModelError(
+            f"{keys.path}: {keys.prefix}{key} is {window}, and GGUF does not say in which layers; "
+            f"give --model the Hugging Face directory of this model"
+        )
+    return window
+
+
+def _gguf_rope_scaling(
+    metadata: Mapping[str, Any], arch: str, rope_factors: Sequence[float] | None, head_dim: int, path: Path | str
+) -> RopeScaling | None:
+    key = f"{arch}.rope.scaling"
+    kind = metadata.get(f"{key}.type")
+    if kind not in (None, "none", "linear"):
+        raise ModelError(f"{path}: {key}.type is {show(kind)}, which tpimpi does not compute; it computes none, linear")
+    # rope.scale_linear is its name in files of 2023; to llama.cpp 0 is "not scaled", and no type is linear.
+    factor = metadata.get(f"{key}.factor", metadata.get(f"{arch}.rope.scale_linear", 1.0))
+    if kind == "none" or (not isinstance(factor, bool) and factor == 0):
+        factor = 1.0
+    if not is_positive(factor):
+        raise ModelError(f"{path}: {key}.factor is {show(factor)}; a positive number is needed")
+    if rope_factors is not None:
+        if len(rope_factors) != head_dim // 2:
+            raise ModelError(
+                f"{path}: tensor rope_freqs.weight has {len(rope_factors)} numbers; "
+                f"{head_dim // 2} (half the head size of {head_dim}) are needed"
+            )
+        for value in rope_factors:
+            if not is_positive(value):
+                raise ModelError(f"{path}: tensor rope_freqs.weight holds {value}; positive numbers are needed")
+        return RopeScaling("factors", factors=tuple(float(value) * float(factor) for value in rope_factors))
+    return RopeScaling("linear", factor=float(factor)) if factor != 1 else None

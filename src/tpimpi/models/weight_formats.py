@@ -1,0 +1,92 @@
+"""Which weight format each matrix of a model is stored in: a matrix's own choice, since models mix them."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import xxhash
+
+from tpimpi.compute.formats.packed import WEIGHT_FORMATS
+
+# Formats in which the head and the embedding table would lose more than their size is worth: they are q8_0 beside them.
+_COARSE = ("q4_0", "q4_1")
+
+
+class LayerFormats(NamedTuple):
+    """The format of each matrix of a layer."""
+
+    q: str
+    k: str
+    v: str
+    o: str
+    gate: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True)
+class ModelFormats:
+    """The format of every matrix of a model."""
+
+    layers: tuple[LayerFormats, ...]
+    head: str
+    embedding: str
+
+    @classmethod
+    def of(cls, fmt: str, layers: int) -> ModelFormats:
+        """What `--format` asks for: every matrix in `fmt`; but beside q4_0 and q4_1 the head and the embedding in q8_0."""
+        outer = "q8_0" if fmt in _COARSE else fmt
+        return cls((LayerFormats(*[fmt] * len(LayerFormats._fields)),) * layers, outer, outer)
+
+    def describe(self) -> str:
+        """A short text: "bf16", or "q4_1, v q8_0 in 8 layers, head q8_0". An embedding that is not named is as the head."""
+        by_part = zip(*self.layers, strict=True)
+        counts = {part: Counter(formats) for part, formats in zip(LayerFormats._fields, by_part, strict=True)}
+        whole = sum(counts.values(), Counter[str]())
+        main = max(WEIGHT_FORMATS, key=lambda fmt: whole[fmt])
+        words = [main]
+        for part, found in counts.items():
+            for fmt in WEIGHT_FORMATS:
+                if fmt != main and found[fmt]:
+                    some = f" in {found[fmt]} layer{'s' if found[fmt] > 1 else ''}"
+                    words.append(f"{part} {fmt}{some if found[fmt] < len(self.layers) else ''}")
+        if self.head != main:
+            words.append(f"head {self.head}")
+        if self.embedding != self.head:
+            words.append(f"embedding {self.embedding}")
+        return ", ".join(words)
+
+    def key(self) -> str:
+        """A text for a file name, another for each other choice: "bf16", "q4_1-head-q8_0", or with a hash at the end."""
+        text = self.describe().replace(", ", "-").replace(" ", "-")
+        if len(set(self.layers)) == 1:
+            return text
+        return f"{text.split('-')[0]}-mixed-{xxhash.xxh3_64_hexdigest(repr(self).encode())}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it: runs of layers that are alike, `[count, {part: format}]`, the head and the embedding."""
+        runs = [[len(list(alike)), formats._asdict()] for formats, alike in itertools.groupby(self.layers)]
+        return {"layers": runs, "head": self.head, "embedding": self.embedding}
+
+    @classmethod
+    def from_dict(cls, values: Any, layers: int) -> ModelFormats:
+        """Undo `to_dict`, for a model of so many layers. ValueError, KeyError or TypeError for anything else."""
+        found: list[LayerFormats] = []
+        for count, formats in values["layers"]:
+            if type(count) is not int or not 0 < count <= layers - len(found):
+                raise ValueError(f"formats of {layers} layers do not have a run of {str(count)[:20]}")
+            found += [LayerFormats(**formats)] * count
+        made = cls(tuple(found), values["head"], values["embedding"])
+        if len(found) != layers:
+            raise ValueError(f"formats of {len(found)} layers, must be of {layers}")
+        for fmt in {*itertools.chain(*found), made.head, made.embedding}:
+            if fmt not in WEIGHT_FORMATS:
+                raise ValueError(
+                    f"format is {str(fmt)[:20]!r}, must be {', '.join(WEIGHT_FORMATS[:-1])} or {WEIGHT_FORMATS[-1]}"
+                )
+        if made.to_dict() != values:
+            raise ValueError("formats are not as they are written")
+        return made

@@ -1,0 +1,1 @@
+"""What rank 0 alone does: text, sampling, sessions, answers, the report."""

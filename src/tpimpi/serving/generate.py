@@ -1,0 +1,112 @@
+"""Generation: on rank 0 generators that nest (tokens, text, text up to a stop string); on the other ranks `follow`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from tpimpi.compute.formats.packed import F32
+from tpimpi.engine.model import PREFILL_CHUNK, Model
+from tpimpi.errors import StarError
+from tpimpi.star import BEGIN, FINISH, FORWARD, Star
+
+Sampler = Callable[[F32, Sequence[int]], int]  # logits [vocab] and the ids so far -> the next id
+
+
+class TextStream(Protocol):
+    """Turns ids into text as it becomes certain; see tokenizer."""
+
+    def push(self, token: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+def step(model: Model, star: Star, x: F32, start: int, *, head: bool = True) -> F32:
+    """Rank 0: have every rank run `x` [n, hidden] through the layers at positions from `start`; returns [n, hidden].
+
+    Unless `head`, no logits will be asked for.
+    """
+    star.command(FORWARD, x.shape[0], start)
+    star.broadcast(x)
+    return model.forward(x, start, head=head)
+
+
+def follow(models: Sequence[Model], star: Star) -> None:
+    """Other ranks: do what rank 0 says until it says that the run is over. They see hidden vectors, never ids or text.
+
+    Where there are several models the commands are for them in turn, the first for the first.
+    """
+    for model in itertools.cycle(models):
+        operation, positions, start = star.next_command()
+        if operation == FINISH:
+            return
+        if operation == BEGIN:
+            model.begin(positions)
+            continue
+        if model.cache is None or start + positions > model.cache.context:
+            raise StarError(f"rank 0 asks for position {start + positions}, which is outside the context it announced")
+        x = np.empty((positions, model.config.hidden), np.float32)
+        star.broadcast(x)
+        model.forward(x, start)
+
+
+def generate(
+    model: Model,
+    star: Star,
+    embed: Callable[[Iterable[int]], F32],
+    prompt: Sequence[int],
+    sample: Sampler,
+    *,
+    max_tokens: int,
+    context: int,
+    end_ids: Collection[int],
+) -> Iterator[int]:
+    """Rank 0: the tokens that follow `prompt`, as they are made, at most `max_tokens`; one of `end_ids` is not yielded.
+
+    `embed` gives the embedding rows of ids, [n, hidden]. `context` is the number of positions that every rank keeps room
+    for; len(prompt) + max_tokens - 1 are used.
+    """
+    star.command(BEGIN, context)
+    model.begin(context)
+    history = list(prompt)
+    hidden = np.empty((0, model.config.hidden), np.float32)
+    for start in range(0, len(prompt), PREFILL_CHUNK):
+        chunk = prompt[start : start + PREFILL_CHUNK]
+        hidden = step(model, star, embed(chunk), start, head=start + len(chunk) == len(prompt))
+    for made in range(max_tokens):
+        if made:
+            hidden = step(model, star, embed(history[-1:]), len(history) - 1)
+        token = sample(model.logits(hidden[-1:])[0], history)
+        if token in end_ids:
+            return
+        history.append(token)
+        yield token
+
+
+def to_text(tokens: Iterable[int], stream: TextStream) -> Iterator[str]:
+    """Text of `tokens` as it becomes certain."""
+    for token in tokens:
+        if piece := stream.push(token):
+            yield piece
+    if piece := stream.flush():
+        yield piece
+
+
+def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """`pieces` up to the string of `stops` that is complete first, which is left out; what may begin one is held back."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [(place + len(stop), place) for stop in stops if (place := held.find(stop)) >= 0]
+        if found:  # the one that is complete first, so that it does not matter how the text came in pieces
+            yield from filter(None, [held[: min(found)[1]]])
+            return
+        keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
+        if sure := held[: len(held) - keep]:
+            yield sure
+        held = held[len(held) - keep :]
+    if held:
+        yield held

@@ -1,0 +1,285 @@
+"""Messages between two ranks: started, then tested between short sleeps until they are done; never blocking inside MPI.
+
+So a rank leaves its core to its own reader, or to another rank, while it waits, and notices when a deadline has passed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from tpimpi.compute.formats.packed import Bytes
+from tpimpi.errors import LostError, StarError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+CONTROL, HIDDEN, PARTIAL, SUM, NOTE, CLOCK, BULK, ECHO = range(1, 9)  # tags; see the package's docstring
+
+SEAL = 8  # bytes
+SPARE_FROM, MOST_SPARE = 1 << 14, 1 << 25  # bytes of a buffer that is kept for the next message, and of all of its size
+LOOK = "see that it is up and reachable (python -m tpimpi doctor --hostfile FILE)"
+LONG_POLL, SHORT_POLL = (
+    200e-6,
+    20e-6,
+)  # seconds of polling before the first sleep: where the link is fast, and where not
+SHORTEST_SLEEP = 25e-6
+LONGEST_SLEEP = 0.001  # seconds between two tests while others compute
+LONGEST_IDLE_SLEEP = 0.015  # seconds between two tests while a user types or a model is sliced
+
+
+@dataclass
+class Frame:
+    """A message that is being received: `buffer` gets its bytes and seal; if that is right the bytes go to `target`, where
+    there is one."""
+
+    buffer: Bytes
+    target: Bytes | None = None
+
+
+@dataclass
+class Pending:
+    """Messages that are to be done before their owner can go on: of the ranks `peers`; `frames` says where those that are
+    received go (None: a send)."""
+
+    requests: Sequence[MPI.Request]
+    peers: Sequence[int]
+    frames: Sequence[Frame | None]
+    tag: int = 0
+    done: int = 0  # so many of them, from the front, are
+    lent: list[Bytes] = field(default_factory=list)  # buffers that are free again when all are
+    not_before: float = 0.0  # a time.monotonic() value, before which it is no use to look
+
+
+class Spares:
+    """Buffers of messages for the next ones: in new memory every 4 KiB cost a page fault, a fifth of a large sum's time."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[Bytes]] = {}  # by size, a power of two; lists, as several threads come here
+
+    def take(self, nbytes: int) -> Bytes:
+        """uint8 [nbytes], whatever is in it."""
+        if nbytes < SPARE_FROM:
+            return np.empty(nbytes, np.uint8)
+        size = 1 << (nbytes - 1).bit_length()
+        try:
+            return self._free[size].pop()[:nbytes]
+        except LookupError:
+            return np.empty(size, np.uint8)[:nbytes]
+
+    def give(self, buffer: Bytes) -> None:
+        """Give back, once, what `take` gave, or a part of it; nobody may use it after that."""
+        whole = buffer.base
+        if isinstance(whole, np.ndarray) and whole.size >= SPARE_FROM:
+            free = self._free.setdefault(whole.size, [])
+            if len(free) < MOST_SPARE // whole.size:
+                free.append(whole)
+
+    def clear(self) -> None:
+        """Let go of them."""
+        self._free.clear()
+
+
+class Post:
+    """One rank's messages, over the communicator `comm`.
+
+    Each message ends with a seal of SEAL bytes, the XXH3-64 of its other bytes with the tag as seed (BULK has none: tiles
+    have checksums of their own). So what was damaged, cut off or meant for something else is an error and never a number.
+    """
+
+    latency: float | None = None  # seconds one way, once it was measured: sleeps are short against it
+    name: Callable[[int], str] = staticmethod("rank {}".format)  # of a rank, for messages
+    awaited: tuple[int, ...] = ()  # the ranks that are waited for right now, within a deadline
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        from mpi4py import MPI
+
+        self.comm, self._mpi_error = comm, MPI.Exception
+        self.rank, self.size = comm.rank, comm.size
+        self.spares = Spares()
+        self.heard: dict[int, float] = {}  # when the last message of each rank came, time.monotonic()
+        _fine_timers()
+
+    def send(self, array: npt.NDArray[Any], to: int, tag: int) -> Pending:
+        """Begin to send a contiguous array. It is copied, but for BULK, which may not change until that is done."""
+        return self.send_to(array, (to,), tag)
+
+    def send_to(self, array: npt.NDArray[Any], ranks: Sequence[int], tag: int) -> Pending:
+        """Begin to send the same array to several ranks."""
+        data, lent = _bytes(array), []
+        if tag != BULK:
+            frame = self.spares.take(data.size + SEAL)
+            frame[:-SEAL] = data
+            frame[-SEAL:].view(np.uint64)[0] = xxhash.xxh3_64_intdigest(data, tag)
+            data, lent = frame, [frame]
+        requests = []
+        for rank in ranks:
+            try:
+                requests.append(self.comm.Isend(data, dest=rank, tag=tag))
+            except self._mpi_error as error:
+                raise self._lost(rank, error) from error
+        return Pending(requests, ranks, [None] * len(requests), tag, lent=lent)
+
+    def receive(self, array: npt.NDArray[Any], source: int, tag: int) -> Pending:
+        """Begin to receive into a contiguous array, which is filled exactly, once all of the message is there."""
+        target = _bytes(array)
+        return self._receive(Frame(self.spares.take(target.size + SEAL), target), source, tag)
+
+    def expect(self, nbytes: int, source: int, tag: int) -> tuple[Pending, Bytes]:
+        """Begin to receive so many bytes: what is to be done, and where they are then: uint8 [nbytes], which whoever is done
+        with them gives back to `spares`."""
+        frame = Frame(self.spares.take(nbytes + SEAL))
+        return self._receive(frame, source, tag), frame.buffer[:nbytes]
+
+    def _receive(self, frame: Frame, source: int, tag: int) -> Pending:
+        try:
+            return Pending([self.comm.Irecv(frame.buffer, source=source, tag=tag)], [source], [frame], tag)
+        except self._mpi_error as error:
+            raise self._lost(source, error) from error
+
+    def test(self, pending: Pending) -> bool:
+        """Whether all of `pending` is done. Raises StarError where a message is not what was sent, or not what is due."""
+        from mpi4py import MPI
+
+        status = MPI.Status()
+        try:
+            while pending.done < len(pending.requests):
+                if not pending.requests[pending.done].Test(status):
+                    return False
+                frame, peer = pending.frames[pending.done], pending.peers[pending.done]
+                if frame is not None:
+                    if (found := status.Get_count(MPI.BYTE)) != frame.buffer.size:
+                        raise StarError(f"{self.name(peer)} sent {found} bytes where {frame.buffer.size} were due")
+                    data = self._opened(frame.buffer, peer, pending.tag)
+                    if frame.target is not None:
+                        frame.target[:] = data
+                        self.spares.give(frame.buffer)
+                    self.heard[peer] = time.monotonic()
+                pending.done += 1
+        except self._mpi_error as error:
+            raise self._lost(pending.peers[pending.done], error) from error
+        while pending.lent:
+            self.spares.give(pending.lent.pop())
+        return True
+
+    def _lost(self, peer: int, error: MPI.Exception) -> LostError:
+        """What is said where MPI fails: it has no other reason, in whatever call it finds out."""
+        return LostError(
+            f"lost the connection to {self.name(peer)} ({error.Get_error_string()}): its process died, or the machine or "
+            f"its network is gone; {LOOK}; the run ends here"
+        )
+
+    def wait(self, pending: Pending, deadline: float | None) -> None:
+        """Wait until all of `pending` is done; however long it takes, where there is no deadline (a time.monotonic())."""
+        if self.test(pending):
+            return
+        pause = self._pause(deadline)
+        try:
+            early = pending.not_before - time.monotonic()
+            if deadline is not None and early > LONG_POLL:  # where the link is faster than that, polling is
+                early = min(early, deadline - time.monotonic())
+                self.awaited = tuple(pending.peers[pending.done :])
+                time.sleep(max(0.0, early))
+            # Two looks each time: over TCP MPI may take a message in at one, and hand it out at the next.
+            while not (self.test(pending) or self.test(pending)):
+                if deadline is not None:
+                    self.awaited = tuple(pending.peers[pending.done :])
+                    if time.monotonic() > deadline:
+                        left = zip(pending.requests[pending.done :], self.awaited, strict=True)
+                        raise self._silence([peer for request, peer in left if not request.Test()], pause.elapsed())
+                pause.sleep()
+        finally:
+            self.awaited = ()
+
+    def take(self, source: int, tag: int, deadline: float | None) -> Bytes:
+        """The next message of that tag, of whatever size: uint8 [bytes]."""
+        from mpi4py import MPI
+
+        status = MPI.Status()
+        pause = self._pause(deadline)
+        self.awaited = (source,) if deadline is not None else ()
+        try:
+            while (message := self.comm.Improbe(source=source, tag=tag, status=status)) is None:
+                if deadline is not None and time.monotonic() > deadline:
+                    raise self._silence([source], pause.elapsed())
+                pause.sleep()
+            buffer = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+            pending = Pending([message.Irecv(buffer)], [source], [None])
+        except self._mpi_error as error:
+            raise self._lost(source, error) from error
+        finally:
+            self.awaited = ()
+        self.wait(pending, deadline)
+        self.heard[source] = time.monotonic()
+        return buffer if tag == BULK else self._opened(buffer, source, tag)
+
+    def _silence(self, late: Sequence[int], seconds: float) -> StarError:
+        """What is said of ranks that did not answer in time."""
+        names = ", ".join(self.name(peer) for peer in sorted(set(late)))
+        return StarError(
+            f"nothing came from {names} for {seconds:.0f} s; see whether that machine is up and reachable, "
+            "or allow more with --timeout"
+        )
+
+    def _opened(self, frame: Bytes, source: int, tag: int) -> Bytes:
+        """The bytes of a message, without its seal, if that is right."""
+        if frame.size < SEAL:
+            raise StarError(f"{self.name(source)} sent {frame.size} bytes where {SEAL} or more were due")
+        data = frame[:-SEAL]
+        seal = int.from_bytes(frame[-SEAL:].tobytes(), sys.byteorder)
+        if xxhash.xxh3_64_intdigest(data, tag) != seal:
+            raise StarError(
+                f"a message of {self.name(source)} was damaged on its way ({frame.size} bytes, tag {tag}); check the "
+                "network, and that every host has the same tpimpi"
+            )
+        return data
+
+    def _pause(self, deadline: float | None) -> _Pause:
+        return _Pause(self.latency, LONGEST_IDLE_SLEEP if deadline is None else LONGEST_SLEEP)
+
+
+def _bytes(array: npt.NDArray[Any]) -> Bytes:
+    assert array.flags.c_contiguous
+    return array.reshape(-1).view(np.uint8)
+
+
+class _Pause:
+    """Polls first, as long as the fastest link takes, then sleeps in steps that are short against the link's latency, or the
+    time waited so far, up to `longest` seconds.
+
+    Over a link of milliseconds polling would only take the core from this rank's reader, and from its processor share.
+    """
+
+    def __init__(self, latency: float | None, longest: float) -> None:
+        """`latency`: seconds one way, None where it was not measured."""
+        self._longest = longest
+        self._polls = SHORT_POLL if latency is not None and latency > LONG_POLL else LONG_POLL
+        self._step = SHORTEST_SLEEP if latency is None else max(SHORTEST_SLEEP, latency / 8)
+        self.began = time.monotonic()
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self.began
+
+    def sleep(self) -> None:
+        elapsed = self.elapsed()
+        if elapsed < self._polls:
+            os.sched_yield()
+        else:
+            time.sleep(min(max(self._step, elapsed / 24), self._longest))
+
+
+def _fine_timers() -> None:
+    """Let this thread's sleeps end on time: Linux otherwise adds 50 us to each (prctl PR_SET_TIMERSLACK)."""
+    pr_set_timerslack = 29
+    if platform.system() == "Linux":
+        ctypes.CDLL(None).prctl(pr_set_timerslack, 1000, 0, 0, 0)

@@ -1,0 +1,244 @@
+"""The watch: a thread on every rank that tells who is gone, while the main thread computes, waits, or sleeps.
+
+Every rank other than 0 sends rank 0 a beat, a message of BEAT_BYTES, eight times within the `silence` that is allowed, and
+rank 0 sends each of them one. Who has not beaten for `silence` seconds is gone: its process hangs, its machine is off, or
+the network is cut. Then rank 0 says so, each rank that misses rank 0 does, and the run ends. A rank that beats, or sends
+anything else, is there, however slow it is: rank 0 says for whom it waits, after a while.
+
+A beat is three int64, a magic number, HERE or LEAVING, and the silence that is allowed in ms, where all follow rank 0; and
+the sender's host name (40 bytes, UTF-8, zeros behind). It goes over a communicator of its own, which the watch alone uses
+(MPI_THREAD_MULTIPLE; where MPI has less there is no watch).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import psutil
+
+from tpimpi.errors import StarError
+from tpimpi.star.channel import LOOK, Pending, Post
+from tpimpi.system.launcher import DAEMONS, LAUNCHERS, Rank
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+DEFAULT_SILENCE = 8.0  # seconds without a beat after which a rank is gone
+LEAST_SILENCE = 1.0
+LATER = 2.0  # seconds by which a first beat may come later than the silence allows
+BEAT_BYTES = 64
+_HEAD = 24  # bytes of a beat before the name
+HERE, LEAVING = 1, 2
+_MAGIC = 0x7470_696D_7069_6265  # "tpimpibe"
+_TAG = 1
+_BEATS = 8  # within the silence
+LEAVE_TO_OTHERS = 3.0  # seconds in which rank 0 and the launcher say who is gone, before another rank does
+GRACE = 2.0  # seconds that MPI gets to end the job where a rank is gone
+SLOW = 10.0  # seconds of waiting for a rank after which rank 0 says so, and again after each doubling
+
+
+class Watch:
+    """Beats, listens, and ends the run when a rank is gone. Made by `Star.watch`; `close` ends it in peace."""
+
+    def __init__(self, comm: MPI.Intracomm, rank: Rank, silence: float, main: Post) -> None:
+        """`main` has the main thread's messages: each is a sign of life too, and beats may be queued behind them."""
+        self._post, self.rank, self.silence, self._main = Post(comm), rank, silence, main
+        self._peers = list(range(1, rank.size)) if rank.is_hub else [0]
+        self._hosts = dict.fromkeys(self._peers, "")
+        self._beaten = 0.0
+        # The first beat may take longer: some ranks start later than others.
+        self._heard = dict.fromkeys(self._peers, time.monotonic() + min(silence, LATER))
+        self._buffers = {peer: np.zeros(BEAT_BYTES, np.uint8) for peer in self._peers}
+        self._receives = {peer: self._receive(peer) for peer in self._peers}
+        self._sends: dict[int, Pending] = {}
+        self._left: set[int] = set()
+        self._slow_since: dict[int, float] = {}
+        self._slow_said: dict[int, float] = {}
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="tpimpi-watch", daemon=True)
+        self._thread.start()
+
+    def name(self, peer: int) -> str:
+        """ "r2 home-pi", or "r2" of a rank that has not said its host yet."""
+        return f"r{peer} {self._hosts[peer]}".rstrip()
+
+    def introduce(self, hosts: Sequence[str]) -> None:
+        """The hosts of all ranks, in rank order."""
+        self._hosts = {peer: hosts[peer] for peer in self._peers}
+
+    def allow(self, silence: float) -> None:
+        """From now on a rank is gone after so many seconds; on rank 0, which tells the others."""
+        if silence == self.silence:
+            return
+        # It takes one beat of the old kind until they beat in the new way.
+        later = time.monotonic() + min(self.silence, LATER)
+        self.silence = silence
+        for peer in list(self._heard):
+            self._heard[peer] = later
+        self._beaten = 0.0
+
+    def close(self) -> None:
+        """Say good-bye, hear that of the others, and stop.
+
+        Rank 0 leaves last: another rank waits for it as long as it beats. So no receive is left open when MPI ends.
+        """
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        self._thread.join(GRACE)
+        if self._thread.is_alive():
+            return
+        with contextlib.suppress(StarError):  # one that is gone needs no good-bye
+            farewells = [self._post.send(self._beat(LEAVING), peer, _TAG) for peer in self._peers]
+            patience = GRACE if self.rank.is_hub else self.silence
+            closed = time.monotonic()
+            while self._receives or not all(map(self._post.test, farewells)):
+                now = time.monotonic()
+                self._listen(now)
+                if now - max(closed, *self._heard.values(), 0.0) > patience:
+                    break
+                time.sleep(0.002)
+        for receive in self._receives.values():
+            for request in receive.requests:
+                request.Cancel()
+                request.Wait()  # which it has to be told, or the library counts it as lost
+
+    # The thread
+
+    def _run(self) -> None:
+        looked = 0.0
+        while not self._closing.wait(self.silence / _BEATS / 4):
+            now = time.monotonic()
+            # If this process itself was stopped, the others get time again.
+            if looked and now - looked > self.silence / 2:
+                self._heard = {peer: max(heard, now) for peer, heard in self._heard.items()}
+            looked = now
+            try:
+                if now - self._beaten >= self.silence / _BEATS:
+                    self._beaten = now
+                    self._send_beats()
+                self._listen(now)
+            except StarError as error:
+                self._broken(error)
+            for peer in self._heard:
+                self._heard[peer] = max(self._heard[peer], self._main.heard.get(peer, 0.0))
+            if gone := [peer for peer, heard in self._heard.items() if now - heard > self.silence]:
+                self._end(gone, now)
+            self._report_slow(now)
+
+    def _beat(self, state: int) -> np.ndarray:
+        beat = np.zeros(BEAT_BYTES, np.uint8)
+        beat[:_HEAD].view(np.int64)[:] = _MAGIC, state, int(self.silence * 1000)
+        host = self.rank.host.encode()[: BEAT_BYTES - _HEAD]
+        beat[_HEAD : _HEAD + len(host)] = np.frombuffer(host, np.uint8)
+        return beat
+
+    def _send_beats(self) -> None:
+        for peer in self._peers:
+            # One at a time: to a rank that is gone they would pile up.
+            if peer not in self._left and (peer not in self._sends or self._post.test(self._sends[peer])):
+                self._sends[peer] = self._post.send(self._beat(HERE), peer, _TAG)
+
+    def _receive(self, peer: int) -> Pending:
+        return self._post.receive(self._buffers[peer], peer, _TAG)
+
+    def _listen(self, now: float) -> None:
+        for peer in self._peers:
+            while peer in self._receives and self._post.test(self._receives[peer]):
+                beat = self._buffers[peer]
+                magic, state, allowed = (int(value) for value in beat[:_HEAD].view(np.int64))
+                if magic == _MAGIC:
+                    # Who has not heard of another silence yet beats in the old way.
+                    agreed = allowed == int(self.silence * 1000)
+                    self._heard[peer] = now if agreed else max(now, self._heard[peer])
+                    host = beat[_HEAD:].tobytes().rstrip(b"\0").decode(errors="replace")
+                    self._hosts[peer] = "".join(c for c in host if c.isprintable())
+                    if not self.rank.is_hub and not agreed and allowed >= 1000 * LEAST_SILENCE:
+                        self.allow(allowed / 1000)
+                if magic == _MAGIC and state == LEAVING:
+                    self._left.add(peer)
+                    del self._receives[peer], self._heard[peer]
+                else:
+                    self._receives[peer] = self._receive(peer)
+
+    def _broken(self, error: StarError) -> None:
+        """A connection broke. The main thread says so if it is using it; else it is for us, in a moment.
+
+        Ranks other than 0 leave it to rank 0 and the launcher for longer: they may only see what comes of it.
+        """
+        if not self._closing.wait(1.0 if self.rank.is_hub else LEAVE_TO_OTHERS):
+            self._say(str(error))
+            leave_at_last(self.rank)
+            time.sleep(0.2)
+            self._post.comm.Abort(1)
+            os._exit(1)
+
+    def _report_slow(self, now: float) -> None:
+        """Rank 0: say for whom the run waits, though it is there."""
+        if not self.rank.is_hub:
+            return
+        late = set(self._main.awaited)
+        for peer in [peer for peer in self._slow_since if peer not in late]:
+            del self._slow_since[peer]
+            if self._slow_said.pop(peer, 0):
+                self._say(f"{self.name(peer)} goes on")
+        for peer in late & set(self._peers):
+            waited = now - self._slow_since.setdefault(peer, now)
+            beats = now - self._heard.get(peer, 0) < 2 * self.silence / _BEATS
+            if beats and waited >= max(SLOW, 2 * self._slow_said.get(peer, 0)):
+                self._slow_said[peer] = waited
+                self._say(f"waiting for {self.name(peer)} for {waited:.0f} s: slow, not gone")
+
+    def _say(self, line: str) -> None:
+        self._write(f"{self.rank}: {line}")
+
+    def _write(self, line: str) -> None:
+        # One write, so that it is whole, past Python's lock of the stream, which the main thread may hold.
+        data = f"{line}\n".encode()
+        with contextlib.suppress(OSError, ValueError):
+            os.write(sys.stderr.fileno(), data)
+
+    def _end(self, gone: list[int], now: float) -> None:
+        """Say who is gone, and end this rank whatever MPI does."""
+        names = ", ".join(map(self.name, gone))
+        seconds = min(now - self._heard[peer] for peer in gone)
+        self._write(
+            f"{names}: no sign of life for {seconds:.0f} s, says {self.rank}: the process hangs, or the machine or its "
+            f"network is gone; {LOOK}, or allow more with --silence; the run ends here"
+        )
+        leave_at_last(self.rank)
+        time.sleep(0.2)  # the launcher relays our line
+        self._post.comm.Abort(1)
+        os._exit(1)
+
+
+def leave_at_last(rank: Rank, grace: float = GRACE) -> None:
+    """If MPI has not ended the job within `grace` seconds, which it cannot where the network is cut, end it without MPI.
+
+    Rank 0 takes its launcher along, which would wait for daemons that it has lost, and all below it on this host; another
+    rank takes along the launcher's daemon above it. A process of its own does so, as MPI ends this one at once.
+    """
+    try:
+        above = [process for process in psutil.Process().parents() if process.name() in (*LAUNCHERS, *DAEMONS)]
+        top = (above[-1] if rank.is_hub else above[0]) if above else psutil.Process()
+        all_of_it = [top.pid, *(process.pid for process in top.children(recursive=True))]
+        script = (
+            "n=$1; shift; while [ $n -gt 0 ] && kill -0 $1; do sleep 0.1; n=$((n - 1)); done; kill -0 $1 && kill -9 $*"
+        )
+        subprocess.Popen(
+            ["/bin/sh", "-c", script, "tpimpi-leaves", str(round(grace * 10)), *map(str, all_of_it)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except (psutil.Error, OSError):
+        pass  # the machine has no room for another process: MPI has to do

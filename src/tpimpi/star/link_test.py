@@ -1,0 +1,117 @@
+"""One link at a time, as `doctor` looks at it: how long a message takes, how much that varies, and bytes a second each way.
+
+(`links` is for choosing a sum: quick, and all ranks at once.)
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from tpimpi.compute.formats.packed import Bytes
+from tpimpi.star.channel import ECHO, Post
+from tpimpi.star.codec import PIECE
+from tpimpi.star.star import Star
+
+PINGS = 100  # at most
+LEAST_PINGS = 10
+PING_SECONDS = 0.5  # after which LEAST_PINGS do
+CHUNK = 4 * PIECE  # bytes of a message of the bandwidth's, as those of a sum
+FIRST_BULK, MOST_BULK = 1 << 16, 1 << 24  # bytes sent at once: doubled until that takes a while
+BULK_SECONDS = 0.15
+PATIENCE = 30.0  # seconds for a message of these
+
+_PING, _UP, _DOWN, _END = range(4)  # what the hub asks for: int64 [2], kind and bytes
+
+
+@dataclass(frozen=True)
+class Ping:
+    """Between rank 0 and another: seconds one way (half of the shortest and of the median round trip), bytes a second to it
+    and from it, and how many bytes went each way in all."""
+
+    latency_s: float
+    median_s: float
+    to_bytes_per_s: float
+    from_bytes_per_s: float
+    moved_bytes: int
+
+
+def ping_link(star: Star, rank: int) -> Ping:
+    """Hub: look at the link to `rank`, which answers. Raises StarError where it does not in time."""
+    post = _post(star)
+    trips: list[float] = []
+    began = time.monotonic()
+    while len(trips) < PINGS and (len(trips) < LEAST_PINGS or time.monotonic() - began < PING_SECONDS):
+        trips.append(_timed(post, rank, _PING, 0))
+    to_rate, to_moved = _rate(post, rank, _UP, min(trips))
+    from_rate, from_moved = _rate(post, rank, _DOWN, min(trips))
+    _ask(post, rank, _END, 0)
+    return Ping(min(trips) / 2, median(trips) / 2, to_rate, from_rate, min(to_moved, from_moved))
+
+
+def answer_link(star: Star) -> None:
+    """Another rank: answer until the hub has seen enough."""
+    post = _post(star)
+    while True:
+        kind, nbytes = (int(value) for value in _take(post, 0).view(np.int64))
+        if kind == _END:
+            return
+        if kind == _UP:
+            _take_all(post, 0, nbytes)
+        if kind == _DOWN:
+            _send_all(post, 0, nbytes)
+        else:
+            _ask(post, 0, _PING, 0)
+
+
+def _post(star: Star) -> Post:
+    assert star._post is not None
+    return star._post
+
+
+def _rate(post: Post, rank: int, kind: int, trip: float) -> tuple[float, int]:
+    """Bytes a second, and how many were moved to find out."""
+    nbytes, moved = FIRST_BULK, 0
+    while True:
+        seconds = _timed(post, rank, kind, nbytes)
+        moved += nbytes
+        if seconds - trip >= BULK_SECONDS or nbytes >= MOST_BULK:
+            return nbytes / max(seconds - trip, seconds / 10), moved
+        nbytes *= 2
+
+
+def _timed(post: Post, rank: int, kind: int, nbytes: int) -> float:
+    """Seconds from asking `rank` to its whole answer."""
+    began = time.monotonic()
+    _ask(post, rank, kind, nbytes)
+    if kind == _UP:
+        _send_all(post, rank, nbytes)
+    if kind == _DOWN:
+        _take_all(post, rank, nbytes)
+    else:
+        _take(post, rank)
+    return time.monotonic() - began
+
+
+def _ask(post: Post, rank: int, kind: int, nbytes: int) -> None:
+    post.wait(post.send(np.array([kind, nbytes], np.int64), rank, ECHO), time.monotonic() + PATIENCE)
+
+
+def _take(post: Post, rank: int) -> Bytes:
+    return post.take(rank, ECHO, time.monotonic() + PATIENCE)
+
+
+def _send_all(post: Post, rank: int, nbytes: int) -> None:
+    chunk = np.zeros(CHUNK, np.uint8)
+    sends = [post.send(chunk[: min(CHUNK, nbytes - start)], rank, ECHO) for start in range(0, nbytes, CHUNK)]
+    for send in sends:
+        post.wait(send, time.monotonic() + PATIENCE)
+
+
+def _take_all(post: Post, rank: int, nbytes: int) -> None:
+    left = nbytes
+    while left > 0:
+        left -= len(_take(post, rank))

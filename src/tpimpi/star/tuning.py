@@ -1,0 +1,273 @@
+"""What the links between the ranks give: measured by the hub, which the others follow; and which sum is best over them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+import numpy as np
+
+from tpimpi.errors import StarError
+from tpimpi.star.allreduce import IN_RANK_ORDER
+from tpimpi.star.channel import ECHO, Pending, Post
+
+ROUNDS = 8  # pings of every rank
+ENOUGH = 0.12  # seconds of them after which fewer do
+
+SIZES = (4096, 16_384, 65_536)  # numbers of the sums that are timed
+SIZES_IF_SLOW = (1024, 4096)
+TRIED = 16_384  # numbers of the star that tells how slow the links are, by the seconds that it takes
+SLOW, SLOWER = 0.025, 0.08  # beyond the first the largest of SIZES is left out, beyond the other all of them
+REPEATS, REPEATS_IF_SLOW = 3, 2  # sums in a row: the first is not counted
+SECOND_PASS = 0.2  # seconds of the first, up to which there is a second
+LARGEST = 1 << 20  # numbers of the largest sum that is ever timed
+BUDGET = 0.6  # seconds that all sums may take with those of the largest
+LARGE_TURNS = 4  # how often each way makes REPEATS of the largest, at most
+NEAR = 2.0  # times what the fastest is expected to take for the largest: who takes longer is not timed
+PATIENCE = 20.0  # seconds for a message of these
+MOST_EXCHANGED = 32_768  # numbers of a sum by exchange, at most, with three ranks or more
+AS_FAST = 1.05  # of the star's time: what the mesh, which sends less over the hub's link, may take of the largest
+CLEARLY = 0.9  # of the star's time: what another way must take at most, to be preferred
+
+_PING, _LATENCY, _SUM, _END = range(4)  # what the hub asks for: float64 [4]: kind, and up to three numbers
+
+Times = Mapping[str, Sequence[tuple[int, float]]]  # algorithm -> (numbers, seconds) in ascending order
+
+
+@dataclass
+class Links:
+    """What was measured: seconds one way from rank 0 to ranks 1, 2, …; and the `times` of the sums that were tried."""
+
+    latencies: list[float]
+    times: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+
+    @property
+    def latency_s(self) -> float:
+        """Of the slowest link, one way."""
+        return max(self.latencies, default=0.0)
+
+
+class Measuring:
+    """One rank's part. `add(algorithm, numbers)` makes one sum of so many numbers, and returns when it has it."""
+
+    def __init__(self, post: Post, add: Callable[[str, int], None]) -> None:
+        self._post, self._add = post, add
+        self._ask, self._answer = np.zeros(4), np.zeros(1)
+
+    def lead(self, largest: int) -> Links:
+        """Hub: measure latencies, and, where there are to be sums, of `largest` numbers at most, those among which `choose`
+        does.
+
+        Raises StarError where a rank does not answer.
+        """
+        self._post.latency = None  # so that waiting suits any
+        latencies = self._latencies()
+        self._post.latency = max(latencies)
+        self._ask_all(_LATENCY, self._post.latency)
+        found = Links(latencies, self._sums(largest) if largest else {})
+        self._ask_all(_END)
+        self._post.spares.clear()
+        return found
+
+    def follow(self) -> None:
+        """Other ranks: do what the hub asks for, until it has all it wants."""
+        self._post.latency = None
+        while True:
+            self._wait(self._post.receive(self._ask, 0, ECHO))
+            kind, first, second, third = self._ask.tolist()
+            if kind == _END:
+                self._post.spares.clear()
+                return
+            if kind == _LATENCY:
+                self._post.latency = first
+            elif kind == _SUM:
+                for _ in range(int(third)):
+                    self._add(IN_RANK_ORDER[int(first)], int(second))
+            else:
+                self._wait(self._post.send(self._answer, 0, ECHO))
+
+    def _wait(self, pending: Pending) -> None:
+        self._post.wait(pending, time.monotonic() + PATIENCE)
+
+    def _ask_all(self, kind: int, *numbers: float) -> None:
+        self._ask[:] = 0
+        self._ask[: 1 + len(numbers)] = kind, *numbers
+        self._wait(self._post.send_to(self._ask, range(1, self._post.size), ECHO))
+
+    def _latencies(self) -> list[float]:
+        """Half of the shortest round trip to each other rank; all are asked at once."""
+        shortest = [math.inf] * (self._post.size - 1)
+        answers = np.empty((len(shortest), 1))
+        start = time.monotonic()
+        for turn in range(ROUNDS):
+            pending = {n: self._post.receive(answers[n], n + 1, ECHO) for n in range(len(shortest))}
+            began = time.monotonic()
+            self._ask_all(_PING)
+            while pending:
+                for n, answer in list(pending.items()):
+                    if self._post.test(answer):
+                        shortest[n] = min(shortest[n], time.monotonic() - began)
+                        del pending[n]
+                if time.monotonic() - began > 1e-3:
+                    time.sleep(20e-6)
+                else:
+                    os.sched_yield()  # to a rank on this core, which else answers only when we sleep
+                if time.monotonic() - began > PATIENCE:
+                    self._wait(next(iter(pending.values())))
+            if turn >= 2 and time.monotonic() - start > ENOUGH:
+                break
+        return [trip / 2 for trip in shortest]
+
+    def _sums(self, largest: int) -> dict[str, list[tuple[int, float]]]:
+        """Time the algorithms that add in rank order."""
+        best: dict[tuple[str, int], float] = {}
+        self._ask_all(_SUM, IN_RANK_ORDER.index("star"), TRIED, 2)
+        start = self._end_of("star", TRIED)  # the first connects
+        sizes, repeats = worth_timing(self._end_of("star", TRIED) - start)
+        start = time.monotonic()
+        for turn in range(2):
+            for count in reversed(sizes):  # so that the links carry what they can before the small ones are timed
+                for name in self._candidates(count):
+                    best[name, count] = min([*self._trips(name, count, repeats), best.get((name, count), math.inf)])
+            if turn == 0 and time.monotonic() - start > SECOND_PASS:
+                break
+        times = {n: [(count, best[n, count]) for count in sizes if (n, count) in best] for n in IN_RANK_ORDER}
+        largest = min(largest, LARGEST)
+        left = BUDGET - (time.monotonic() - start)
+        names, turns = worth_timing_largest(times, largest, self._candidates(largest), left)
+        trips: dict[str, list[float]] = {name: [] for name in names}
+        for turn in range(turns):
+            for name in names:
+                seconds = self._trips(name, largest, REPEATS)
+                if turn:  # the first is for the links to begin to carry what they can, and for buffers
+                    trips[name] += seconds
+        for name, seconds in trips.items():
+            times[name].append((largest, median(seconds)))
+        return times
+
+    def _candidates(self, count: int) -> list[str]:
+        """What may be chosen for so many numbers."""
+        return [name for name in IN_RANK_ORDER if name != "exchange" or count <= most_exchanged(self._post.size)]
+
+    def _trips(self, name: str, count: int, repeats: int) -> list[float]:
+        """Seconds of each of so many sums in a row, but the first."""
+        self._ask_all(_SUM, IN_RANK_ORDER.index(name), count, repeats)
+        try:
+            ends = [self._end_of(name, count) for _ in range(repeats)]
+        except StarError as error:
+            if name == "star":
+                raise
+            hint = "where the ranks reach rank 0 but not one another, give --allreduce star"
+            raise StarError(f"{error}; {hint}") from error
+        return [b - a for a, b in itertools.pairwise(ends)]
+
+    def _end_of(self, name: str, count: int) -> float:
+        self._add(name, count)
+        return time.monotonic()
+
+
+def worth_timing(took: float) -> tuple[Sequence[int], int]:
+    """The sizes of sums to time, and how many of each, where one star of TRIED numbers took so many seconds: over narrow or
+    far links all of them would take seconds."""
+    if took > SLOWER:
+        return SIZES_IF_SLOW, REPEATS_IF_SLOW
+    return SIZES[:-1] if took > SLOW else SIZES, REPEATS
+
+
+def worth_timing_largest(times: Times, largest: int, names: Sequence[str], seconds: float) -> tuple[list[str], int]:
+    """Which of these algorithms to time with `largest` numbers after `times` were measured, and how often, in so many
+    seconds: the star and what is near it. Where links are so fast that it is the copying of bytes that takes the time,
+    smaller sums do not tell which is best; where they are not, it would take too long, and the smaller ones tell."""
+    took = {name: expected(times[name], largest) for name in names}
+    near = [name for name in names if took[name] <= NEAR * min(took.values())]
+    if largest <= SIZES[-1] or times["star"][-1][0] < SIZES[-1] or "star" not in near or len(near) == 1:
+        return [], 0
+    turns = min(LARGE_TURNS, int(seconds / (REPEATS * sum(took[name] for name in near))))
+    return (near, turns) if turns > 1 else ([], 0)
+
+
+def choose(times: Times, ranks: int) -> str:
+    """The rule (see `allreduce.parse_rule`) for what was measured: the exchange for the small, the mesh for the large, each
+    only as far as it is clearly faster than the star; where both are, the faster one. Where the largest was timed too, the
+    faster one is taken beyond SIZES (the mesh if it is as good as that).
+
+    Above the sizes that were timed it is bytes that take the time, and of those the hub's link has (n - 1) times a sum's
+    with the star, 2 (n - 1) / n times with the mesh: that is taken from three ranks on, unless it was slower; far above
+    them unless it took over twice the time, as what it has more of are messages, whose number counts less and less.
+    """
+    largest = times["star"][-1][0]
+    sizes = sorted({*(1 << bits for bits in range(8, 25)), largest})
+
+    def better(name: str, size: int) -> bool:
+        limit = CLEARLY
+        if largest > SIZES[-1] and size > SIZES[-1]:
+            limit = AS_FAST if name == "mesh" and ranks > 2 else 1.0
+        if name == "mesh" and size > largest and ranks > 2:
+            limit = 1 / CLEARLY
+            if size > 4 * largest:
+                size, limit = largest, 2.0
+        return expected(times[name], size) < limit * expected(times["star"], size)
+
+    below, small, large = 0, 0, math.inf  # the mesh is for sizes from `large` on, `below` is the one before
+    for place in reversed(range(len(sizes))):
+        if not better("mesh", sizes[place]):
+            break
+        below, large = sizes[max(0, place - 1)], sizes[place]
+    for size in sizes:
+        if size > most_exchanged(ranks) or not better("exchange", size):
+            break
+        if size >= large and expected(times["mesh"], size) < expected(times["exchange"], size):
+            break
+        small = size
+    if small == sizes[-1]:
+        return "exchange"
+    if large <= sizes[0]:
+        return f"exchange:{small},mesh" if small else "mesh"
+    steps = [f"exchange:{small}"] if small else []
+    if large < math.inf and below > small:
+        steps.append(f"star:{below}")
+    return ",".join([*steps, "mesh" if large < math.inf else "star"])
+
+
+def most_exchanged(ranks: int) -> float:
+    """Numbers of a sum by exchange, at most: every rank holds all partials, which of two is no more than with the star."""
+    return MOST_EXCHANGED if ranks > 2 else math.inf
+
+
+def expected(points: Sequence[tuple[int, float]], size: int) -> float:
+    """Seconds for `size` numbers, from what was timed: on straight lines, and not under the time of the smallest."""
+    if size <= points[0][0]:
+        return points[0][1]
+    (n0, t0), (n1, t1) = next(((a, b) for a, b in itertools.pairwise(points) if size <= b[0]), points[-2:])
+    return t0 + (size - n0) * max(0.0, t1 - t0) / (n1 - n0)
+
+
+def hub_rate(points: Sequence[tuple[int, float]], ranks: int) -> float | None:
+    """Bytes a second through the hub's link, each way, from the times of stars; None where they do not say."""
+    (n0, t0), (n1, t1) = points[0], points[-1]
+    return (ranks - 1) * 4 * (n1 - n0) / (t1 - t0) if t1 > t0 else None
+
+
+def describe(rule: str, links: Links, ranks: int) -> str:
+    """The line that tells the user what was chosen, and why."""
+    words: list[str] = []
+    for step in rule.split(","):
+        name, _, most = step.partition(":")
+        words.append(f"{name} up to {_size(int(most) * 4)}" if most else f"{name} above" if words else name)
+    why = f"latency {_time(links.latency_s)}"
+    if "star" in links.times and (rate := hub_rate(links.times["star"], ranks)) is not None:
+        why += f", {rate / 1e6:.0f} MB/s"
+    return f"allreduce: {', '.join(words)} ({why})"
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes >> 20} MiB" if nbytes >= 1 << 20 else f"{nbytes >> 10} KiB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.0f} us"

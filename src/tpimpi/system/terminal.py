@@ -1,0 +1,217 @@
+"""What the user sees and types, also through a launcher: is there a terminal, has the input ended, how far is it.
+
+Under mpirun a rank's own streams are pipes. Rank 0 runs on the machine where mpirun was started, so the launcher's streams
+are looked at through /proc. Open MPI relays output by whole lines, at which an answer would not stream, and does not
+pass on the end of its standard input, at which a run that reads prompts from a pipe would wait for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import os
+import queue
+import stat
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from tpimpi.system.launcher import LAUNCHERS
+
+STDIN, STDOUT, STDERR = 0, 1, 2
+MOST_LINE = 4 << 20  # bytes of a prompt
+_PIECE = 65536  # bytes read at a time
+_LOOK_EVERY = 0.2  # seconds between two looks at the launcher's input
+_GRACE = 1.0  # seconds in which what the launcher has read may still arrive
+_SAY_EVERY = 5.0  # seconds between two lines of progress
+
+
+def repair_streams() -> None:
+    """Open what of the standard streams is closed, to nothing: a file opened later would else take its place."""
+    for number, name in ((STDIN, "stdin"), (STDOUT, "stdout"), (STDERR, "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == STDIN else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def write_past_the_launcher() -> None:
+    """Rank 0 under Open MPI: write to the terminal or pipe that mpirun writes to, so that text appears as it comes."""
+    if "OMPI_COMM_WORLD_RANK" not in os.environ:
+        return
+    for number in (STDOUT, STDERR):
+        stream = _launcher_stream(number)
+        with contextlib.suppress(OSError):
+            # A regular file is left to the launcher, which knows how far it has written.
+            if stream is not None and (stat.S_ISFIFO(stream.stat().st_mode) or _names_terminal(stream)):
+                fd = os.open(stream, os.O_WRONLY | os.O_NOCTTY)
+                os.dup(number)  # kept: where a rank's output ends, the launcher ends its input too
+                os.dup2(fd, number)
+                os.close(fd)
+
+
+def _launcher_stream(number: int) -> Path | None:
+    """The launcher's stream of that number on this host, as /proc shows it; None where there is no such launcher."""
+    try:
+        for process in psutil.Process().parents():
+            if process.name() in LAUNCHERS and Path(f"/proc/{process.pid}/fd").is_dir():
+                return Path(f"/proc/{process.pid}/fd/{number}")
+    except (psutil.Error, OSError):
+        pass
+    return None
+
+
+def _names_terminal(stream: Path) -> bool:
+    try:
+        return str(stream.readlink()).startswith(("/dev/pts/", "/dev/tty"))
+    except OSError:
+        return False
+
+
+def is_terminal(number: int) -> bool:
+    """Whether the user's end of stream `number` is a terminal: ours, or that of the launcher that relays it."""
+    if os.isatty(number):
+        return True
+    stream = _launcher_stream(number)
+    return stream is not None and _names_terminal(stream)
+
+
+# Has the launcher's input ended?
+
+
+def _has_ended(stream: Path) -> bool:
+    """Whether nothing more can come from the launcher's input. Takes nothing from it."""
+    try:
+        kind = stream.stat().st_mode
+        if stat.S_ISREG(kind):
+            info = (stream.parent.parent / "fdinfo" / stream.name).read_text(encoding="ascii")
+            position = next(int(line.split()[1]) for line in info.splitlines() if line.startswith("pos:"))
+            return position >= stream.stat().st_size
+        if stat.S_ISCHR(kind):
+            return str(stream.readlink()) == os.devnull or (_names_terminal(stream) and _is_watched_no_more(stream))
+        return stat.S_ISFIFO(kind) and (_pipe_has_ended(stream) or _writes_to_itself(stream))
+    except FileNotFoundError:
+        return True  # the launcher closed it
+    except (OSError, ValueError, StopIteration):
+        return False
+
+
+def _pipe_has_ended(stream: Path) -> bool:
+    # tee(2) copies from a pipe without taking: it gives 0 only where the pipe is empty and nobody has it open to write.
+    nonblock = 2
+    source = os.open(stream, os.O_RDONLY | os.O_NONBLOCK)
+    read_end, write_end = os.pipe()
+    try:
+        return bool(ctypes.CDLL(None, use_errno=True).tee(source, write_end, ctypes.c_size_t(1), nonblock) == 0)
+    finally:
+        for fd in (source, read_end, write_end):
+            os.close(fd)
+
+
+def _writes_to_itself(stream: Path) -> bool:
+    """Started with its input closed, the launcher has some pipe of its own in that place."""
+    name = stream.readlink()
+    others = [fd for fd in stream.parent.iterdir() if fd.name != stream.name]
+    return any(fd.readlink() == name for fd in others if fd.is_symlink())
+
+
+def _is_watched_no_more(stream: Path) -> bool:
+    """At Ctrl-D Open MPI stops polling its terminal, and that is all it does."""
+    launcher = stream.parent.parent
+    fields = (launcher / "stat").read_text().rpartition(")")[2].split()
+    group, foreground_group = fields[2], fields[5]
+    if group != foreground_group:
+        return False  # in the background it does not poll either, but may come back
+    watched = [line for info in (launcher / "fdinfo").iterdir() for line in info.read_text().splitlines()]
+    watched = [line for line in watched if line.startswith("tfd:")]
+    return bool(watched) and not any(line.split()[1] == stream.name for line in watched)
+
+
+class Input:
+    """Standard input, read on a thread of its own from the start: MPICH ends a job whose rank 0 leaves 64 KB lying."""
+
+    def __init__(self) -> None:
+        self._pieces: queue.Queue[bytes] = queue.Queue(MOST_LINE // _PIECE)
+        threading.Thread(target=self._read, name="tpimpi-input", daemon=True).start()
+
+    def _read(self) -> None:
+        try:
+            while data := os.read(STDIN, _PIECE):
+                self._pieces.put(data)
+        except OSError:
+            pass  # it cannot be read, so there is none
+        self._pieces.put(b"")
+
+    def lines(self, prompt: str) -> Iterator[str]:
+        """Lines as they come, decoded as UTF-8, without their ends; `prompt` is shown at a terminal.
+
+        What is beyond MOST_LINE bytes of a line is dropped: no model has room for it. Ends where the input does, also
+        where the launcher does not say so.
+        """
+        launcher = _launcher_stream(STDIN)
+        shown = prompt if is_terminal(STDIN) and is_terminal(STDERR) else ""
+        held, ended_at = io.BytesIO(), None
+        print(shown, end="", file=sys.stderr, flush=True)
+        while True:
+            try:
+                data = self._pieces.get(timeout=_LOOK_EVERY)
+            except queue.Empty:
+                if launcher is not None and ended_at is None and _has_ended(launcher):
+                    ended_at = time.monotonic()
+                if ended_at is not None and time.monotonic() - ended_at > _GRACE:
+                    break
+                continue
+            if not data:
+                break
+            ended_at = None
+            piece, *following = data.split(b"\n")
+            held.write(piece[: MOST_LINE - held.tell()])
+            for piece in following:
+                yield _text(held.getvalue())
+                print(shown, end="", file=sys.stderr, flush=True)
+                held = io.BytesIO()
+                held.write(piece)
+        if held.tell():
+            yield _text(held.getvalue())
+        elif shown:
+            print(file=sys.stderr)
+
+
+def _text(line: bytes) -> str:
+    return line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape").rstrip("\r")
+
+
+@contextmanager
+def progress_bar(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Show how far `what` is, on stderr: a bar at a terminal, else a line now and then. Yields update(done, total)."""
+    if quiet:
+        yield lambda done, total: None
+    elif is_terminal(STDERR):
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(file=sys.stderr, force_terminal=True)
+        columns = (TextColumn(what, markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+    else:
+        said = float("-inf")
+
+        def update(done: int, total: int) -> None:
+            nonlocal said
+            if total and (time.monotonic() - said > _SAY_EVERY or done == total):
+                said = time.monotonic()
+                with contextlib.suppress(OSError):  # nobody reads it; the work goes on
+                    share = done * 100 // max(total, 1)
+                    print(f"{what}: {share} % of {total / 1e6:.0f} MB", file=sys.stderr, flush=True)
+
+        yield update

@@ -1,0 +1,275 @@
+"""Dealing out a model: each tensor is read once, a run of its rows at a time, and dealt to the tiles that own it.
+
+A matrix that is stored in the format it shall have is taken over as it is, whole rows always, and columns where their
+borders are borders of the format's blocks; else its numbers are rounded or quantized. Only what is missing somewhere is
+dealt, and a tensor of which nothing is missing is not read. Peak memory: a run of rows of SLAB_NUMBERS numbers, as stored
+and as f32, and what quantizing them needs, or one of SLAB_BYTES: 32 MB, whatever the size of the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from tpimpi.compute.formats.packed import (
+    BLOCK_WEIGHTS,
+    F32,
+    PANEL_ROWS,
+    Array,
+    Bytes,
+    encode,
+    holds_infinities,
+    is_quantized,
+    pack,
+    row_bytes,
+    weight_bytes,
+)
+from tpimpi.compute.formats.quantize import Quantizer
+from tpimpi.errors import ModelError
+from tpimpi.weights.slices.header import Header
+from tpimpi.weights.slices.layout import Record
+from tpimpi.weights.slices.partition import Block, Span
+from tpimpi.weights.slices.writer import SliceWriter, tile_spans
+from tpimpi.weights.sources import Source, decode
+
+SLAB_NUMBERS = 1 << 20  # of a tensor, worked on at a time; at least 16 rows
+SLAB_BYTES = (
+    8 << 20
+)  # the same, where columns are only taken over: many tiles have few of them, and each piece takes 0.1 ms
+
+EMBEDDING = "embed_tokens.weight"
+_MATRICES = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+_RESIDENT_TENSORS = {
+    "attn_norm": "layers.{}.input_layernorm.weight",
+    "mlp_norm": "layers.{}.post_attention_layernorm.weight",
+    "q_norm": "layers.{}.self_attn.q_norm.weight",
+    "k_norm": "layers.{}.self_attn.k_norm.weight",
+    "o_bias": "layers.{}.self_attn.o_proj.bias",
+    "down_bias": "layers.{}.mlp.down_proj.bias",
+    "norm": "norm.weight",
+}
+
+
+class Sink(Protocol):
+    """Where a rank's tiles go: its file, or the way to another host."""
+
+    @property
+    def header(self) -> Header:
+        """Of the rank's slice."""
+
+    @property
+    def missing(self) -> Sequence[int]:
+        """Records whose tiles it wants, in order."""
+
+    def write(self, index: int, name: str, values: Array) -> None:
+        """Take the next piece of part `name` of record `index`: its parts in order, a part's pieces from front to back."""
+
+
+def tensor_name(layer: int, part: str) -> str:
+    """The tensor that a matrix of a layer's tiles comes from."""
+    return f"layers.{layer}.{_MATRICES[part]}.weight"
+
+
+def head_name(source: Source) -> str:
+    """The tensor that the head's tiles come from."""
+    return EMBEDDING if source.config.tied_head else "lm_head.weight"
+
+
+def on_blocks(columns: Span, source: Source, tensor: str) -> bool:
+    """Whether these columns of a tensor are whole blocks."""
+    whole = source.tensors()[tensor].shape[1]
+    return columns.start % BLOCK_WEIGHTS == 0 and (columns.stop % BLOCK_WEIGHTS == 0 or columns.stop == whole)
+
+
+def _is_taken_over(source: Source, tensor: str, fmt: str, columns: Span) -> bool:
+    """Whether these columns are stored as they shall be."""
+    same = source.tensors()[tensor].format == fmt
+    return same and (not is_quantized(fmt) or on_blocks(columns, source, tensor))
+
+
+def deal(
+    source: Source,
+    sinks: Sequence[Sink],
+    table: SliceWriter | None,
+    report: Callable[[int], None],
+    quantizer: Quantizer,
+) -> None:
+    """Give every sink its missing tiles, in the order of the model, and `table` the rows of the embedding that it lacks.
+
+    `report` gets the bytes dealt so far. Raises ModelError.
+    """
+    _Dealer(source, sinks, table, report, quantizer).deal()
+
+
+def bytes_to_deal(sinks: Sequence[Sink], table: SliceWriter | None) -> int:
+    """How much `deal` will report in the end."""
+    total = sum(part.nbytes for sink in sinks for index in sink.missing for part in sink.header.records[index].parts)
+    if table is not None:
+        width = row_bytes(table.header.formats.embedding, table.header.config.hidden)
+        total += sum(rows.size for rows in table.missing_rows) * width
+    return total
+
+
+_Place = tuple[Sink, int, Record, Span]  # a tile in its slice, and its columns of the MLP or rows of the head
+
+
+class _Slab:
+    """A run of rows of a matrix of the source, read when it is first asked for."""
+
+    def __init__(self, source: Source, tensor: str, rows: slice, quantizer: Quantizer) -> None:
+        self.source, self.tensor, self.quantizer = source, tensor, quantizer
+        self.info = source.tensors()[tensor]
+        self._blocks = source.read_blocks(tensor, rows)
+        self._numbers: F32 | None = None
+
+    def stored(self, fmt: str, columns: Span) -> Bytes:
+        """These columns in row form: uint8 [rows, bytes a row]. Raises ModelError for numbers that blocks cannot hold."""
+        try:
+            if _is_taken_over(self.source, self.tensor, fmt, columns):
+                first = row_bytes(fmt, columns.start)
+                cut = self._blocks[:, first : first + row_bytes(fmt, columns.size)]
+                if is_quantized(fmt) and holds_infinities(cut, fmt):
+                    raise ValueError("holds scales that are not finite")
+                return cut
+            if self._numbers is None:
+                self._numbers = decode(self.info.format, self._blocks)
+            return encode(self._numbers[:, slice(*columns)], fmt, self.quantizer)
+        except ValueError as error:
+            remedy = "download it again, or choose another --format" if "over" in str(error) else "download it again"
+            raise ModelError(f"{self.source.path}: tensor {self.tensor} {error}; {remedy}") from error
+
+
+class _Dealer:
+    """Reads the source in the order of the model and hands every tile its parts."""
+
+    def __init__(
+        self,
+        source: Source,
+        sinks: Sequence[Sink],
+        table: SliceWriter | None,
+        report: Callable[[int], None],
+        quantizer: Quantizer,
+    ) -> None:
+        self.source, self.sinks, self.table, self.report, self.quantizer = source, sinks, table, report, quantizer
+        self.config = source.config
+        self.done = 0
+
+    def deal(self) -> None:
+        by_block: dict[Block, list[_Place]] = {}
+        for sink in self.sinks:
+            spans = tile_spans(sink.header)
+            for index in sink.missing:
+                record = sink.header.records[index]
+                by_block.setdefault(record.block, []).append((sink, index, record, spans[index]))
+        for block in sorted(by_block, key=self._turn):
+            tiles = by_block[block]
+            if block.kind == "resident":
+                self._resident(tiles)
+            elif block.kind == "tokenizer":
+                for name, content in self.source.tokenizer_assets().items():
+                    self._write(tiles[0], name, np.frombuffer(content, np.uint8))
+            elif block.kind == "head":
+                for tile in tiles:
+                    self._rows(tile, "rows", head_name(self.source), tile[3])
+            elif block.kind == "attn":
+                self._attention(block.layer, tiles)
+            else:
+                self._mlp(block.layer, tiles)
+        if self.table is not None:
+            self._embedding(self.table)
+
+    def _turn(self, block: Block) -> tuple[int, int, int]:
+        """Sorts blocks in the order in which a model's file has them: what is small, the layers, the head."""
+        return (block.kind in ("head", "tokenizer"), block.layer, block.kind == "mlp")
+
+    def _write(self, place: _Place, name: str, values: np.ndarray) -> None:
+        place[0].write(place[1], name, values)
+        self._count(values.nbytes)
+
+    def _count(self, nbytes: int) -> None:
+        self.done += nbytes
+        self.report(self.done)
+
+    def _slabs(self, tensor: str, rows: Span, numbers: int = SLAB_NUMBERS) -> Iterator[tuple[int, _Slab]]:
+        """Runs of whole panels of these rows of a matrix, of about so many numbers, each with its first row."""
+        columns = self.source.tensors()[tensor].shape[1]
+        step = max(1, numbers // columns // PANEL_ROWS) * PANEL_ROWS
+        for first in range(rows.start, rows.stop, step):
+            yield first, _Slab(self.source, tensor, slice(first, min(first + step, rows.stop)), self.quantizer)
+
+    def _vector(self, name: str) -> F32:
+        return self.source.read(name).reshape(-1)
+
+    def _resident(self, tiles: list[_Place]) -> None:
+        values: dict[str, F32] = {}
+        for tile in tiles:
+            for part in tile[2].parts:
+                if part.name not in values:
+                    name = _RESIDENT_TENSORS[part.name]
+                    if "{}" in name:
+                        layers = range(self.config.layers)
+                        values[part.name] = np.stack([self._vector(name.format(layer)) for layer in layers])
+                    else:
+                        values[part.name] = self._vector(name)
+                self._write(tile, part.name, values[part.name])
+
+    def _attention(self, layer: int, tiles: list[_Place]) -> None:
+        size = self.config.head_dim
+        for tile in tiles:
+            record = tile[2]
+            for part in record.parts:
+                if part.name != "o":
+                    heads = record.heads if part.name.startswith("q") else record.kv_heads
+                    self._rows(tile, part.name, tensor_name(layer, part.name[0]), times(heads, size))
+        self._columns([(tile, times(tile[2].heads, size)) for tile in tiles if tile[2].heads.size], "o", layer)
+
+    def _mlp(self, layer: int, tiles: list[_Place]) -> None:
+        for tile in tiles:
+            for part in tile[2].parts[:-1]:
+                self._rows(tile, part.name, tensor_name(layer, part.name.removesuffix("_bias")), tile[3])
+        self._columns([(tile, tile[3]) for tile in tiles], "down", layer)
+
+    def _rows(self, tile: _Place, name: str, tensor: str, rows: Span) -> None:
+        """A part that is a run of rows of a matrix, or of the bias beside it."""
+        if name.endswith("_bias"):
+            bias = self._vector(tensor.removesuffix("weight") + "bias")
+            self._write(tile, name, bias[slice(*rows)])
+            return
+        part = next(part for part in tile[2].parts if part.name == name)
+        columns = part.shape[1]
+        for _, slab in self._slabs(tensor, rows):
+            self._write(tile, name, pack(slab.stored(part.format, Span(0, columns)), part.format, columns).data)
+
+    def _columns(self, tiles: list[tuple[_Place, Span]], name: str, layer: int) -> None:
+        """The tiles' columns of a matrix, all of its rows: the last part of each tile."""
+        if not tiles:
+            return
+        tensor, fmt, numbers = tensor_name(layer, name), tiles[0][0][2].parts[-1].format, SLAB_NUMBERS
+        if all(_is_taken_over(self.source, tensor, fmt, columns) for _, columns in tiles):
+            numbers = int(SLAB_BYTES / weight_bytes(fmt))
+        for _, slab in self._slabs(tensor, Span(0, self.config.hidden), numbers):
+            for tile, columns in tiles:
+                self._write(tile, name, pack(slab.stored(fmt, columns), fmt, columns.size).data)
+
+    def _embedding(self, table: SliceWriter) -> None:
+        fmt = table.header.formats.embedding
+        for wanted in table.missing_rows:
+            for first, slab in self._slabs(EMBEDDING, wanted):
+                rows = slab.stored(fmt, Span(0, self.config.hidden))
+                table.write_embedding(first, rows)
+                self._count(rows.nbytes)
+
+
+def times(heads: Span, size: int) -> Span:
+    """The rows or columns of these heads."""
+    return Span(heads.start * size, heads.stop * size)

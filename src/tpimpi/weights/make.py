@@ -1,0 +1,179 @@
+"""From a model to its slices: which formats they have, and the making of all of them by one process.
+
+`dealing` reads the model and bounds the memory that this takes; `stock` knows what is there already.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from tpimpi.compute.formats.packed import BLOCK_WEIGHTS, WEIGHT_FORMATS, is_quantized
+from tpimpi.compute.formats.quantize import Quantizer, quantize
+from tpimpi.errors import InputError, ModelError, StorageError
+from tpimpi.models.weight_formats import LayerFormats, ModelFormats
+from tpimpi.weights.build import EMBEDDING, bytes_to_deal, deal, head_name, on_blocks, tensor_name, times
+from tpimpi.weights.slices.file import slice_name
+from tpimpi.weights.slices.header import Header
+from tpimpi.weights.slices.layout import slice_records
+from tpimpi.weights.slices.local import Stock, tidy_up
+from tpimpi.weights.slices.partition import Plan, Span, attention_tiles
+from tpimpi.weights.slices.writer import storage_error
+from tpimpi.weights.sources import FLOAT_FORMATS, Source
+
+Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
+
+_KEPT = {"f32": "f32", "bf16": "bf16", "f16": "bf16", "q8_0": "q8_0", "q4_0": "q4_0", "q4_1": "q4_1"}
+# Uniform steps of at most 4 bits, which q4_1 has too; every other type of a GGUF file becomes q8_0.
+_FINE_IN_Q4_1 = ("q4_k", "q3_k", "q2_k", "tq1_0", "tq2_0")
+
+
+def choose_formats(source: Source, wanted: str) -> ModelFormats:
+    """The formats of a source's slices for `--format`. Raises InputError for a format that there is not.
+
+    `auto` keeps each tensor's own; f16 becomes bf16, and the types of GGUF that slices do not have become q4_1 (those of at
+    most 4 bits and uniform steps: q4_k, q3_k, q2_k) or q8_0 (all others).
+    """
+    config = source.config
+    if wanted == "auto":
+        layers = [
+            LayerFormats(**{part: _own(source, tensor_name(layer, part)) for part in LayerFormats._fields})
+            for layer in range(config.layers)
+        ]
+        return ModelFormats(tuple(layers), _own(source, head_name(source)), _own(source, EMBEDDING))
+    return wanted_formats(wanted, config.layers)
+
+
+def wanted_formats(wanted: str, layers: int) -> ModelFormats:
+    """The formats of a model of so many layers for a `--format` other than auto. Raises InputError as choose_formats."""
+    if wanted not in WEIGHT_FORMATS:
+        raise InputError(
+            f"format is {wanted!r}, must be auto, {', '.join(WEIGHT_FORMATS[:-1])} or {WEIGHT_FORMATS[-1]}"
+        )
+    return ModelFormats.of(wanted, layers)
+
+
+def _own(source: Source, tensor: str) -> str:
+    stored = source.tensors()[tensor].format
+    return _KEPT.get(stored) or ("q4_1" if stored in _FINE_IN_Q4_1 else "q8_0")
+
+
+def requantized(source: Source, plan: Plan, formats: ModelFormats) -> str:
+    """What slicing quantizes a second time, in one line: "q4_k is re-quantized to q4_1, q6_k to q8_0"; "" if nothing."""
+    pairs: dict[tuple[str, str], None] = {}
+    divided: set[str] = set()
+    seen: set[tuple[str, LayerFormats]] = set()
+    for layer, here in enumerate(formats.layers):
+        for part, fmt in zip(LayerFormats._fields, here, strict=True):
+            pairs[source.tensors()[tensor_name(layer, part)].format, fmt] = None
+        stored = source.tensors()[tensor_name(layer, "o")].format
+        if stored == here.o and is_quantized(stored) and (stored, here) not in seen:
+            seen.add((stored, here))
+            if not all(
+                on_blocks(columns, source, tensor_name(layer, "o")) for columns in _o_columns(source, plan, here)
+            ):
+                divided.add(stored)
+    pairs[source.tensors()[head_name(source)].format, formats.head] = None
+    pairs[source.tensors()[EMBEDDING].format, formats.embedding] = None
+    changes = [f"{old} to {new}" for old, new in pairs if old not in FLOAT_FORMATS and is_quantized(new) and old != new]
+    words = [changes[0].replace(" to ", " is re-quantized to "), *changes[1:]] if changes else []
+    for stored in sorted(divided):
+        words.append(
+            f"o_proj is re-quantized in its own {stored}, as heads of {source.config.head_dim} columns are cut "
+            f"within its blocks of {BLOCK_WEIGHTS}"
+        )
+    return ", ".join(words)
+
+
+def _o_columns(source: Source, plan: Plan, formats: LayerFormats) -> Iterator[Span]:
+    for share in plan.shares:
+        for tile in attention_tiles(source.config, share, formats):
+            yield times(tile.heads, source.config.head_dim)
+
+
+def make_header(source: Source, plan: Plan, rank: int, formats: ModelFormats) -> Header:
+    """The header of one rank's slice: every tile with its parts, in the order of use."""
+    config = source.config
+    tokenizer = {name: len(content) for name, content in source.tokenizer_assets().items()} if rank == 0 else {}
+    records = slice_records(config, plan.shares[rank], rank, formats, tokenizer)
+    return Header(rank, formats, source.path.stem, source.fingerprint(), config, plan, tuple(records))
+
+
+def slice_model(
+    source: Source,
+    plan: Plan,
+    formats: ModelFormats,
+    folder: Path,
+    progress: Progress = lambda done, total: None,
+    quantizer: Quantizer = quantize,
+    *,
+    verify: bool = False,
+    looking: Progress = lambda done, total: None,
+) -> list[Stock]:
+    """Have `rank-R-of-N.h5` of every rank of `plan` in `folder`: what is there already stays, the rest is made.
+
+    All files are written under temporary names and renamed once the last is whole; where this is broken off, the next call
+    goes on. With `verify` every tile that is there is read, and made again if it is broken; `looking` is its progress, and
+    that of looking at what an earlier call left. `quantizer` may be another implementation of `quantize`. Returns what was
+    there of each rank's slice. Raises ModelError, StorageError, and InputError where another process slices into the folder.
+    """
+    headers = (make_header(source, plan, rank, formats) for rank in range(plan.ranks))
+    stocks = [Stock(folder / slice_name(header.rank, plan.ranks), header, verify=verify) for header in headers]
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(folder, error) from error
+        stack.callback(os.close, _lock(folder))
+        for stock in stocks:
+            stock.look()
+            stack.callback(stock.close)
+        needed = sum(stock.needed for stock in stocks)
+        if needed > stocks[0].free:
+            raise StorageError(
+                f"disk full: the slices need {needed / 1e9:.2f} GB, {folder} has {stocks[0].free / 1e9:.2f} GB free; "
+                "free some space there, or choose another place with --out or TPIMPI_CACHE"
+            )
+        looked, to_look = 0, sum(stock.to_look for stock in stocks)
+        for stock in stocks:
+            for nbytes in stock.prepare():
+                looked += nbytes
+                if to_look:
+                    looking(min(looked, to_look), to_look)
+        writers = [stock.writer for stock in stocks if stock.writer is not None]
+        table = next((writer for writer in writers if writer.header.rank == 0), None)
+        total = max(1, bytes_to_deal(writers, table))
+        try:
+            deal(source, writers, table, lambda done: progress(min(done, total - 1), total), quantizer)
+        except ModelError:
+            for stock in stocks:
+                stock.discard()  # of a model that is broken nothing is worth going on with
+            raise
+        for stock in stocks:
+            stock.finish()
+        for stock in stocks:
+            stock.publish()
+        progress(total, total)
+        tidy_up(stocks[0].path, stocks[0].header.fingerprint)
+    return stocks
+
+
+def _lock(folder: Path) -> int:
+    """Keep other slicings, whose files would mix with ours, out of `folder`, until the descriptor it returns is closed."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise storage_error(folder, error) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise InputError(
+            f"another tpimpi is slicing into {folder}; wait until it is done, or choose another --out"
+        ) from error
+    except OSError:
+        pass  # a file system without locks
+    return descriptor

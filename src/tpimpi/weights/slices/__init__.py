@@ -1,0 +1,1 @@
+"""Slice files: which rank owns what, where it stands in the file, reading and writing."""

@@ -1,0 +1,147 @@
+"""The header of a slice file, as JSON (specified in slicefile): written, and read back with nothing taken on trust."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from tpimpi import __version__
+from tpimpi.models.config import ModelConfig, show
+from tpimpi.models.weight_formats import ModelFormats
+from tpimpi.weights.slices.layout import Part, Record, slice_records
+from tpimpi.weights.slices.partition import Block, Plan, Share, Span, make_plan
+
+FORMAT_VERSION = 2
+_MOST_TOKENIZER_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a slice file says of itself."""
+
+    rank: int
+    formats: ModelFormats
+    model: str
+    fingerprint: str
+    config: ModelConfig
+    plan: Plan
+    records: tuple[Record, ...]
+    made_by: str = __version__
+
+    @property
+    def format(self) -> str:
+        """The formats of the weights, as a short text."""
+        return self.formats.describe()
+
+    @property
+    def share(self) -> Share:
+        return self.plan.shares[self.rank]
+
+    def to_json(self) -> bytes:
+        return json.dumps(
+            {
+                "tpimpi_slice": FORMAT_VERSION,
+                "made_by": self.made_by,
+                "rank": self.rank,
+                "formats": self.formats.to_dict(),
+                "model": self.model,
+                "fingerprint": self.fingerprint,
+                "config": self.config.to_dict(),
+                "plan": {
+                    "weights": self.plan.weights,
+                    "shares": [[share.heads, share.kv_heads, share.columns] for share in self.plan.shares],
+                },
+                "tiles": [_record_to_json(record) for record in self.records],
+            }
+        ).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Header:
+        """Undo `to_json`, and refuse what no slicing writes: the plan and the tiles are made again and must be the same.
+
+        Raises InputError or ValueError (naming the version, where it is another), KeyError, TypeError.
+        """
+        values = json.loads(text)
+        if type(values["tpimpi_slice"]) is not int or values["tpimpi_slice"] != FORMAT_VERSION:
+            raise ValueError(f"slice format version {show(values['tpimpi_slice'])}, this tpimpi reads {FORMAT_VERSION}")
+        config = ModelConfig.from_dict(values["config"])
+        for name in ("made_by", "model", "fingerprint"):
+            if not isinstance(values[name], str):
+                raise ValueError(f"{name} is {show(values[name])}, must be a text")
+        formats = ModelFormats.from_dict(values["formats"], config.layers)
+        plan, rank = _plan_from_json(values["plan"], config), values["rank"]
+        if type(rank) is not int or not 0 <= rank < plan.ranks:
+            raise ValueError(f"rank is {show(rank)} of {plan.ranks}")
+        return cls(
+            rank=rank,
+            formats=formats,
+            model=values["model"],
+            fingerprint=values["fingerprint"],
+            config=config,
+            plan=plan,
+            records=_records_from_json(values["tiles"], config, plan.shares[rank], rank, formats),
+            made_by=values["made_by"],
+        )
+
+
+def _record_to_json(record: Record) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "path": record.path,
+        "block": record.block,
+        "parts": [[part.name, part.format, part.shape] for part in record.parts],
+    }
+    if record.block.kind == "attn":
+        values |= {"heads": record.heads, "kv_heads": record.kv_heads, "q_to_kv": record.q_to_kv}
+    return values
+
+
+def _record_from_json(values: dict[str, Any]) -> Record:
+    return Record(
+        path=values["path"],
+        block=Block(*values["block"]),
+        parts=tuple(Part(name, form, tuple(shape)) for name, form, shape in values["parts"]),
+        heads=Span(*values.get("heads", (0, 0))),
+        kv_heads=Span(*values.get("kv_heads", (0, 0))),
+        q_to_kv=tuple(values.get("q_to_kv", ())),
+    )
+
+
+def _plan_from_json(values: dict[str, Any], config: ModelConfig) -> Plan:
+    """The plan that the weights in the header give; raises ValueError where the shares beside them are others."""
+    weights = values["weights"]
+    if not isinstance(weights, list) or not all(type(weight) in (int, float) for weight in weights):
+        raise ValueError(f"weights are {show(weights)}, must be numbers")
+    plan = make_plan(config, weights)
+    if plan.shares != tuple(Share(*(Span(*span) for span in share)) for share in values["shares"]):
+        raise ValueError("its shares do not fit its plan")
+    return plan
+
+
+def _records_from_json(
+    values: list[dict[str, Any]], config: ModelConfig, share: Share, rank: int, formats: ModelFormats
+) -> tuple[Record, ...]:
+    """The tiles that this rank must have; raises ValueError where the header's differ in any way."""
+    tokenizer = _tokenizer_sizes(_record_from_json(values[-1])) if rank == 0 else {}
+    records = []
+    wanted = slice_records(config, share, rank, formats, tokenizer)
+    for found, record in itertools.zip_longest(values, wanted):  # no further than the first that is missing
+        if found is None or record is None or _record_from_json(found) != record:
+            raise ValueError("its tiles do not fit its plan")
+        records.append(record)
+    return tuple(records)
+
+
+def _tokenizer_sizes(record: Record) -> dict[str, int]:
+    """Sizes of the tokenizer's files by name: all that a header may choose by itself."""
+    sizes: dict[str, int] = {}
+    for part in record.parts:
+        size = part.shape[0] if len(part.shape) == 1 else None
+        name = part.name
+        if not isinstance(name, str) or not name or not name.isprintable() or "/" in name or name in sizes:
+            raise ValueError(f"a tokenizer file is named {show(name)}")
+        if type(size) is not int or not 0 <= size <= _MOST_TOKENIZER_BYTES:
+            raise ValueError(f"tokenizer file {name} has {show(part.shape)} bytes")
+        sizes[name] = size
+    return sizes

@@ -1,0 +1,139 @@
+"""What a rank's slice file holds: its tiles and their parts, from the config, the plan and the formats alone.
+
+Pure: slicing writes what stands here, SliceFile refuses a file that holds anything else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tpimpi.compute.formats.packed import PANEL_ROWS, is_quantized, packed_bytes, panel_bytes, row_bytes
+from tpimpi.models.config import ModelConfig
+from tpimpi.models.weight_formats import ModelFormats
+from tpimpi.weights.slices.partition import HEAD, Block, Share, Span, attention_tiles, head_tiles, mlp_tiles
+
+NONE = Span(0, 0)
+ALIGNMENT = 4096  # of each dataset in the file, and of each part in a buffer
+RESIDENT = Block("resident", -1)
+TOKENIZER = Block("tokenizer", -1)
+MATRICES = frozenset({"q", "k", "v", "o", "gate", "up", "down", "rows"})  # parts in packed form
+_BYTES = "bytes"  # the format of a part that is no numbers: a tokenizer's file
+_DTYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype("<f4"), "bf16": np.dtype("<u2")}  # all others are bytes
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor's piece within a tile."""
+
+    name: str
+    format: str  # a weight format, or bytes
+    shape: tuple[int, ...]  # of a matrix [rows, columns], however it is stored
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is stored in packed form."""
+        return self.name in MATRICES and self.format != _BYTES
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the dataset."""
+        return _DTYPES.get(self.format, np.dtype("u1"))
+
+    @property
+    def dataset_shape(self) -> tuple[int, ...]:
+        """f32 [panels, columns, 16]; bf16 [panels, ceil(columns / 2), 16, 2]; else [panels, bytes]; no matrix: its shape."""
+        if not self.is_matrix:
+            return self.shape
+        rows, columns = self.shape
+        panels = -(-rows // PANEL_ROWS)
+        if self.format == "f32":
+            return (panels, columns, PANEL_ROWS)
+        if self.format == "bf16":
+            return (panels, -(-columns // 2), PANEL_ROWS, 2)
+        return (panels, panel_bytes(self.format, columns))
+
+    @property
+    def nbytes(self) -> int:
+        if self.is_matrix:
+            return packed_bytes(self.format, *self.shape)
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the header says of one tile."""
+
+    path: str
+    block: Block
+    parts: tuple[Part, ...]
+    heads: Span = NONE
+    kv_heads: Span = NONE
+    q_to_kv: tuple[int, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Size in a buffer, where each part starts at a multiple of ALIGNMENT."""
+        return sum(aligned(part.nbytes) for part in self.parts)
+
+
+def aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def embedding_dataset(config: ModelConfig, fmt: str) -> tuple[tuple[int, int], np.dtype[Any]]:
+    """Shape and dtype of the embedding table's dataset, in row form: [vocab, hidden], or [vocab, bytes a row] of blocks."""
+    width = row_bytes(fmt, config.hidden) if is_quantized(fmt) else config.hidden
+    return (config.vocab, width), _DTYPES.get(fmt, np.dtype("u1"))
+
+
+def slice_records(
+    config: ModelConfig, share: Share, rank: int, formats: ModelFormats, tokenizer: Mapping[str, int]
+) -> Iterator[Record]:
+    """Every tile of a rank's file with its parts, in the order of use. `tokenizer` holds the sizes of its files by name.
+
+    One by one: a hostile config can promise more tiles than memory holds.
+    """
+    yield _resident(config, rank)
+    for layer, here in enumerate(formats.layers):
+        attn, mlp = Block("attn", layer), Block("mlp", layer)
+        for index, tile in enumerate(attention_tiles(config, share, here)):
+            heads = {"q": tile.heads.size, "k": tile.kv_heads.size, "v": tile.kv_heads.size}
+            rows = {name: count * config.head_dim for name, count in heads.items() if count}
+            parts = [Part(name, getattr(here, name), (size, config.hidden)) for name, size in rows.items()]
+            if config.qkv_bias:
+                parts += [Part(f"{name}_bias", "f32", (size,)) for name, size in rows.items()]
+            if tile.heads.size:
+                parts.append(Part("o", here.o, (config.hidden, rows["q"])))
+            path = f"layers/{layer:04d}/attn/tile-{index:03d}"
+            yield Record(path, attn, tuple(parts), tile.heads, tile.kv_heads, tile.q_to_kv)
+        for index, columns in enumerate(mlp_tiles(config, share, here)):
+            parts = [Part(name, getattr(here, name), (columns.size, config.hidden)) for name in ("gate", "up")]
+            if config.mlp_bias:
+                parts += [Part(f"{name}_bias", "f32", (columns.size,)) for name in ("gate", "up")]
+            parts.append(Part("down", here.down, (config.hidden, columns.size)))
+            yield Record(f"layers/{layer:04d}/mlp/tile-{index:03d}", mlp, tuple(parts))
+    if rank == 0:
+        for index, rows_of_head in enumerate(head_tiles(config, formats.head)):
+            part = Part("rows", formats.head, (rows_of_head.size, config.hidden))
+            yield Record(f"head/tile-{index:03d}", HEAD, (part,))
+        texts = tuple(Part(name, _BYTES, (size,)) for name, size in tokenizer.items())
+        yield Record("tokenizer/tile-000", TOKENIZER, texts)
+
+
+def _resident(config: ModelConfig, rank: int) -> Record:
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("attn_norm", "mlp_norm"), (config.layers, config.hidden))
+    if config.qk_norm:
+        shapes |= dict.fromkeys(("q_norm", "k_norm"), (config.layers, config.head_dim))
+    if rank == 0:
+        if config.o_bias:
+            shapes["o_bias"] = (config.layers, config.hidden)
+        if config.mlp_bias:
+            shapes["down_bias"] = (config.layers, config.hidden)
+        shapes["norm"] = (config.hidden,)
+    parts = tuple(Part(name, "f32", shape) for name, shape in shapes.items())
+    return Record("resident/tile-000", RESIDENT, parts)

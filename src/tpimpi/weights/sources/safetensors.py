@@ -1,0 +1,212 @@
+"""Open a Hugging Face directory: config.json, and weights in safetensors files.
+
+The format (https://github.com/huggingface/safetensors#format): u64 little-endian header length, a JSON header
+{name: {dtype, shape, data_offsets}} with offsets from the header's end, then the data. A model of several files has
+model.safetensors.index.json, whose weight_map says in which file each tensor is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tpimpi.errors import ModelError
+from tpimpi.models.config_hf import config_from_hf
+from tpimpi.weights.sources.source import (
+    DOWNLOAD_AGAIN,
+    FLOAT_FORMATS,
+    Source,
+    Stored,
+    TensorInfo,
+    WeightFile,
+    check_tensors,
+    decode,
+    is_file,
+    listed,
+    open_file,
+    shown,
+    unreadable,
+)
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "config.json",
+)
+
+_SAFETENSORS_DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+_MAX_JSON = 64 << 20
+_HEAD_ROWS = 64  # of a saved head, compared with the embedding it is tied to
+
+
+def open_hf(directory: Path) -> Source:
+    config_path = directory / "config.json"
+    config = config_from_hf(_read_json(config_path), config_path)
+    files: list[WeightFile] = []
+    try:
+        found = _hf_tensors(directory, files)
+        if config.tied_head and "lm_head.weight" in found:
+            _check_tied(found)
+            del found["lm_head.weight"]
+        stored = check_tensors(config, found, _hf_name, directory)
+    except BaseException:
+        for file in files:
+            file.file.close()
+        raise
+    return Source(directory, config, stored, files, lambda: _hf_assets(directory), assets_in_header=False)
+
+
+def _hf_name(name: str) -> str:
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def _hf_assets(directory: Path) -> dict[str, bytes]:
+    assets = {}
+    for name in TOKENIZER_FILES:
+        path = directory / name
+        try:
+            if is_file(path):
+                with open_file(path) as file:
+                    assets[name] = file.read()
+        except OSError as error:
+            raise unreadable(path, error) from error
+    return assets
+
+
+def _hf_tensors(directory: Path, files: list[WeightFile]) -> dict[str, Stored]:
+    """Canonical name -> tensor, of every weight file; each is opened and appended to `files`."""
+    index_path = directory / "model.safetensors.index.json"
+    placed: dict[str, str] = {}
+    if is_file(directory / "model.safetensors"):
+        names = ["model.safetensors"]
+    elif is_file(index_path):
+        placed = _read_index(index_path)
+        names = sorted(set(placed.values()))
+    else:
+        # consolidated.*: the same weights once more, under the names of Meta's and Mistral's own code.
+        names = sorted(
+            file.name for file in listed(directory, ".safetensors") if not file.name.startswith("consolidated")
+        )
+    if not names:
+        raise _no_safetensors(directory)
+    found: dict[str, Stored] = {}
+    for file_name in names:
+        path = directory / file_name
+        if not is_file(path):
+            raise ModelError(f"{path}: is missing, and {index_path.name} places tensors in it; download it")
+        file = WeightFile(path)
+        files.append(file)
+        header = _read_safetensors_header(file)
+        for name, place in placed.items():
+            if place == file_name and name not in header:
+                raise ModelError(
+                    f"{path}: has no tensor {shown(name)}, which {index_path.name} places there; "
+                    f"download both again, of the same version of the model"
+                )
+        for name, entry in header.items():
+            canonical = name.removeprefix("model.")
+            if canonical.endswith("rotary_emb.inv_freq") or placed.get(name, file_name) != file_name:
+                continue
+            if canonical in found:
+                raise ModelError(
+                    f"{path}: tensor {shown(name)} is also in {found[canonical].file.path.name}; one of them is too many"
+                )
+            found[canonical] = _safetensors_entry(file, name, canonical, entry)
+    return found
+
+
+def _no_safetensors(directory: Path) -> ModelError:
+    if listed(directory, ".bin", ".pth"):
+        return ModelError(
+            f"{directory}: holds PyTorch weights (.bin, .pth) and no safetensors, and tpimpi reads no pickles; "
+            f"convert it: load it with transformers and save_pretrained()"
+        )
+    if listed(directory, ".gguf"):
+        return ModelError(f"{directory}: holds config.json and no safetensors; give --model the .gguf file itself")
+    return ModelError(f"{directory}: holds config.json and no safetensors file; download the model's weights")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        with open_file(path) as file:
+            data = file.read(_MAX_JSON + 1)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if len(data) > _MAX_JSON:
+        raise ModelError(f"{path}: is longer than {_MAX_JSON >> 20} MiB; it is no such file")
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: is no JSON ({error}); download it again") from error
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    index = _read_json(path)
+    placed = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(placed, dict) or not placed:
+        raise ModelError(f"{path}: has no weight_map; download it again")
+    for name, file_name in placed.items():
+        # A name with a folder in it could lead anywhere on the disk.
+        if not isinstance(file_name, str) or not re.fullmatch(r"[\w.\-]+\.safetensors", file_name):
+            raise ModelError(
+                f"{path}: places tensor {shown(name)} in {shown(str(file_name))!r}; a name that ends in .safetensors, "
+                f"without folders, is needed"
+            )
+    return placed
+
+
+def _read_safetensors_header(file: WeightFile) -> dict[str, Any]:
+    """The tensors' entries, after the safetensors library has accepted the file: sizes, offsets, no gaps, no overlap."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(file.path, framework="numpy"):
+            pass
+    except Exception as error:
+        raise ModelError(
+            f"{file.path}: no whole safetensors file ({error}), {file.size} bytes; {DOWNLOAD_AGAIN}"
+        ) from error
+    (length,) = struct.unpack("<Q", file.read(0, 8).tobytes())
+    file.header_end = 8 + length
+    header: dict[str, Any] = json.loads(file.read(8, length).tobytes())
+    header.pop("__metadata__", None)
+    return header
+
+
+def _safetensors_entry(file: WeightFile, name: str, canonical: str, entry: Mapping[str, Any]) -> Stored:
+    format = _SAFETENSORS_DTYPES.get(entry["dtype"])
+    if format is None:
+        raise ModelError(
+            f"{file.path}: tensor {shown(name)} is stored as {entry['dtype']}; "
+            f"one of {', '.join(_SAFETENSORS_DTYPES)} is needed"
+        )
+    shape = tuple(entry["shape"])
+    row_bytes = math.prod(shape[1:]) * FLOAT_FORMATS[format]
+    return Stored(TensorInfo(canonical, shape, format), file, file.header_end + entry["data_offsets"][0], row_bytes)
+
+
+def _check_tied(found: Mapping[str, Stored]) -> None:
+    """A tied model's saved head must be its embedding; a few rows tell a head of its own, which would be lost."""
+    head, table = found["lm_head.weight"], found.get("embed_tokens.weight")
+    same = table is not None and head.info.shape == table.info.shape and len(head.info.shape) == 2
+    if table is not None and same:
+        rows = head.info.shape[0]
+        for row in {sample * (rows - 1) // (_HEAD_ROWS - 1) for sample in range(_HEAD_ROWS)} if rows else ():
+            pair = [decode(tensor.info.format, tensor.rows(row, row + 1)) for tensor in (head, table)]
+            same = same and np.array_equal(pair[0], pair[1], equal_nan=True)
+    if not same:
+        raise ModelError(
+            f"{head.file.path}: config.json says tie_word_embeddings, but lm_head.weight is not embed_tokens.weight; "
+            f"set tie_word_embeddings to false in config.json"
+        )

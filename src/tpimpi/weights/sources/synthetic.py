@@ -1,0 +1,189 @@
+"""Random weights in a model's shape, as a Source: what speed and memory are measured with where no model is at hand.
+
+Every row of a matrix is cut out of one pool of random numbers, at a place that a hash of the seed, the tensor's name and
+the row gives: so any rows can be had, in any order, at the speed of a copy. The numbers are about Gaussian, of standard
+deviation 0.02; norms lie around 1, biases around 0. The same seed gives the same bytes on every machine: sums of
+PCG64's bytes, and single IEEE operations.
+
+All of them are bf16 numbers, whatever the format, so that a model can be written in bf16 too without changing one.
+Blocks have the same scale d everywhere, a power of two (q4_1: minimum -8 d, so it holds the numbers of q4_0), which makes
+them exact wherever they are cut. Of the other formats each has numbers of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from tpimpi.compute.formats.packed import (
+    BLOCK_WEIGHTS,
+    F32,
+    Array,
+    Bytes,
+    decode,
+    encode,
+    from_bf16,
+    is_quantized,
+    row_bytes,
+    to_bf16,
+)
+from tpimpi.models.shapes import Shape
+from tpimpi.models.weight_formats import ModelFormats
+from tpimpi.weights.sources import Source, TensorInfo, expected_tensors
+
+VERSION = 1  # of the numbers that a seed gives
+SIGMA = 0.02
+SCALES = {"q8_0": 2.0**-11, "q4_0": 2.0**-7, "q4_1": 2.0**-7}
+
+_CODES = {"q8_0": (-127, 127), "q4_0": (-8, 7), "q4_1": (-8, 7)}  # of a number divided by its scale
+_PLACE_BITS = 18
+_PLACES = 1 << _PLACE_BITS  # blocks of the pool at which a row can begin
+_DRAWS = 12  # bytes that are added up for a number
+_MEAN, _DEVIATION = _DRAWS * 255 // 2, 256  # of such sums
+_SLAB = 1 << 18  # numbers worked on at a time
+_NORM_STEPS = 20  # a norm's weight is 1 + n / 128, n with a standard deviation of 256 / 20
+
+_PARTS = {
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "o",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+}
+
+
+class SyntheticSource(Source):
+    """Random weights for a shape, each matrix in the format that `formats` gives it (see the module); no tokenizer.
+
+    `path` is no file: its stem is the name of the model in slices. Holds the pool: 17 MB, and 5 (q4_0) to 34 MB (f32) for
+    each format that is read.
+    """
+
+    def __init__(self, shape: Shape, formats: ModelFormats, seed: int) -> None:
+        super().__init__(Path(f"{shape.name}-random.synth"), shape.config, {}, [], dict, assets_in_header=True)
+        self.shape, self.formats, self.seed = shape, formats, seed
+        shapes = expected_tensors(shape.config)
+        infos = {name: TensorInfo(name, size, self._format(name, size)) for name, size in shapes.items()}
+        self._all = MappingProxyType(infos)
+        self._pool = _Pool(seed, max(size[-1] for size in shapes.values()))
+
+    def _format(self, name: str, size: tuple[int, ...]) -> str:
+        if len(size) == 1:
+            return "f32"
+        words = name.split(".")
+        if words[0] == "layers":
+            return getattr(self.formats.layers[int(words[1])], _PARTS[words[3]])
+        return self.formats.head if words[0] == "lm_head" else self.formats.embedding
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor of the model by its canonical name."""
+        return self._all
+
+    def read(self, name: str, rows: slice | None = None) -> F32:
+        """Rows of a tensor as numbers: float32 [rows, in], or [rows] of a vector. KeyError for an unknown name."""
+        info = self._all[name]
+        numbers = decode(self.read_blocks(name, rows), info.format, info.shape[-1] if len(info.shape) > 1 else 1)
+        return numbers if len(info.shape) > 1 else numbers.reshape(-1)
+
+    def read_blocks(self, name: str, rows: slice | None = None) -> Bytes:
+        """Rows of a tensor as they are stored: uint8 [rows, bytes a row]. `rows` is a slice of step 1."""
+        start, stop, step = (rows or slice(None)).indices(self._all[name].shape[0])
+        if step != 1:
+            raise ValueError(f"rows of {name}: step is {step}, 1 is needed")
+        return self.pick(name, np.arange(start, max(start, stop)))
+
+    def pick(self, name: str, rows: npt.NDArray[np.intp], *, as_bf16: bool = False) -> Bytes:
+        """These rows of a tensor, in this order, as they are stored, or as bf16: uint8 [rows, bytes a row]."""
+        info = self._all[name]
+        key = xxhash.xxh3_64_intdigest(f"{self.seed} {name}".encode())
+        if len(info.shape) > 1:
+            return self._pool.rows(info.format, _places(key, rows), info.shape[1], as_bf16=as_bf16)
+        vector = self._pool.vector(int(_places(key, np.zeros(1, np.intp))[0]), info.shape[0], name)[rows]
+        stored: Array = to_bf16(vector) if as_bf16 else vector
+        return np.ascontiguousarray(stored)[:, None].view(np.uint8)
+
+    def fingerprint(self) -> str:
+        """32 hex digits, other ones for other weights."""
+        what = [VERSION, self.seed, self.formats.to_dict(), self.config.to_dict()]
+        return xxhash.xxh3_128_hexdigest(json.dumps(what, sort_keys=True).encode())
+
+
+def quantize_exactly(values: F32, fmt: str) -> Bytes:
+    """A Quantizer for numbers of a SyntheticSource: [rows, columns], a multiple of 32, to blocks of the one scale."""
+    scale, rows, blocks = SCALES[fmt], values.shape[0], values.shape[1] // BLOCK_WEIGHTS
+    codes = np.rint(values.reshape(rows, blocks, BLOCK_WEIGHTS) / np.float32(scale))
+    codes = np.clip(codes, *_CODES[fmt]).astype(np.int8)
+    numbers = np.array([scale, -8 * scale] if fmt == "q4_1" else [scale], "<f2").view(np.uint8)
+    width = row_bytes(fmt, BLOCK_WEIGHTS)
+    out = np.empty((rows, blocks, width), np.uint8)
+    out[..., : numbers.size] = numbers
+    if fmt == "q8_0":
+        out[..., numbers.size :] = codes.view(np.uint8)
+    else:
+        nibbles = (codes + 8).view(np.uint8)
+        out[..., numbers.size :] = nibbles[..., :16] | (nibbles[..., 16:] << 4)
+    return out.reshape(rows, blocks * width)
+
+
+class _Pool:
+    """Random numbers, and the same in the forms that rows are cut from; `longest` is the longest row, in numbers."""
+
+    def __init__(self, seed: int, longest: int) -> None:
+        count = (_PLACES + -(-longest // BLOCK_WEIGHTS)) * BLOCK_WEIGHTS
+        self._sums = np.empty(count, np.int16)  # of mean 0 and standard deviation 256
+        bits = np.random.PCG64(xxhash.xxh3_64_intdigest(f"tpimpi {VERSION} {seed}".encode()))
+        for start in range(0, count, _SLAB):
+            drawn = bits.random_raw(_DRAWS * _SLAB // 8).astype("<u8").view(np.uint8).reshape(_DRAWS, _SLAB)
+            total = drawn.sum(axis=0, dtype=np.int16)
+            self._sums[start : start + _SLAB] = total[: count - start] - np.int16(_MEAN)
+        self._forms: dict[tuple[str, bool], Bytes] = {}
+
+    def rows(self, fmt: str, places: npt.NDArray[np.intp], columns: int, *, as_bf16: bool) -> Bytes:
+        """The rows that begin at these blocks: uint8 [rows, bytes a row]."""
+        form = self._form(fmt, as_bf16)
+        stored = "bf16" if as_bf16 else fmt
+        whole = -(-columns // BLOCK_WEIGHTS) * BLOCK_WEIGHTS if is_quantized(stored) else columns
+        step, width = row_bytes(stored, BLOCK_WEIGHTS), row_bytes(stored, whole)
+        at_each_block = np.lib.stride_tricks.as_strided(form, (_PLACES, width), (step, 1), writeable=False)
+        cut = at_each_block[places]
+        if whole > columns:  # the last block ends with zeros
+            cut = encode(decode(cut, fmt, columns), fmt, quantize_exactly)
+        return cut
+
+    def vector(self, place: int, size: int, name: str) -> F32:
+        """A norm's or a bias's numbers, f32 [size]."""
+        sums = self._sums[place * BLOCK_WEIGHTS :][:size].astype(np.float32)
+        if name.endswith(".bias"):
+            return from_bf16(to_bf16(sums * np.float32(SIGMA / _DEVIATION)))
+        return 1 + np.clip(np.rint(sums / np.float32(_NORM_STEPS)), -64, 64).astype(np.float32) / 128
+
+    def _form(self, fmt: str, as_bf16: bool) -> Bytes:
+        """The whole pool as one row of `fmt`, or of its numbers in bf16. Peak memory beside the result: a few MB."""
+        key = (fmt, as_bf16)
+        if key not in self._forms:
+            pieces = []
+            for start in range(0, self._sums.size, _SLAB):
+                sums = self._sums[start : start + _SLAB].astype(np.float32)
+                numbers = from_bf16(to_bf16(sums * np.float32(SIGMA / _DEVIATION)))[None]
+                stored = encode(numbers, fmt, quantize_exactly)
+                pieces.append(to_bf16(decode(stored, fmt, numbers.shape[1])).view(np.uint8) if as_bf16 else stored)
+            self._forms[key] = np.concatenate(pieces, axis=1).reshape(-1)
+        return self._forms[key]
+
+
+def _places(key: int, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+    """Where rows begin in the pool, in blocks: no two of the first 2^18 rows of a tensor at the same."""
+    mask = _PLACES - 1
+    mixed = rows.astype(np.int64) & mask
+    for turn in range(3):  # each step can be undone, so no two rows ever fall together
+        mixed = ((mixed ^ (key >> _PLACE_BITS * turn & mask)) * 0x9E3779B1) & mask
+        mixed = mixed ^ (mixed >> _PLACE_BITS // 2)
+    return mixed
