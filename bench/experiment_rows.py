@@ -19,7 +19,7 @@ from tpimpi.diagnostics.planner.predict import Loads
 from tpimpi.errors import InputError
 from tpimpi.models.shapes import SHAPES, load_shape
 from tpimpi.models.weight_formats import ModelFormats
-from tpimpi.system.memory import parse_size
+from tpimpi.system.units import parse_size
 from tpimpi.weights.slices.partition import make_plan
 
 DATA = Path(__file__).with_name("experiments.toml")

@@ -8,7 +8,7 @@ from typing import Any
 
 from experiment_rows import repeat
 
-from tpimpi.system.memory import parse_size
+from tpimpi.system.units import parse_size
 
 
 class Found:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tpimpi.errors import InputError
-from tpimpi.system.memory import parse_size
+from tpimpi.system.units import parse_size
 
 NAMES = ("laptop", "desktop", "mini-pc", "pi", "tablet", "nas", "old-laptop", "media-box")
 MOST = 64  # devices

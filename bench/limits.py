@@ -402,7 +402,7 @@ def main() -> int:
     rank = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK"))
     if options.each_rank and rank is None:
         parser.error("--each-rank, but mpirun gave no rank")
-    from tpimpi.system.memory import parse_size
+    from tpimpi.system.units import parse_size
 
     try:
         return run_limited(

@@ -46,7 +46,7 @@ from measured_runs import (
     show,
 )
 
-from tpimpi.system.memory import parse_size
+from tpimpi.system.units import parse_size
 from tpimpi.weights.slices.file import slice_name
 
 MIB = 1 << 20

@@ -26,7 +26,7 @@ from statistics import median
 from limits import Group, LimitError
 from measured_runs import PROGRAM, PROMPT, ROOT, Values, mb, prepare
 
-from tpimpi.system.memory import parse_size
+from tpimpi.system.units import parse_size
 
 # Takes the bytes that it is told, says so, and keeps them for the seconds that it is told.
 HOG = """

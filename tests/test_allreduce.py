@@ -15,8 +15,8 @@ from tpimpi.errors import StarError
 from tpimpi.star import Links, Wire, choose, describe, parse_rule
 from tpimpi.star.channel import Post, Spares
 from tpimpi.star.codec import EAGER, LARGE_PIECE, LEAST_PIECE, Mail, bounds
-from tpimpi.star.settle import hidden_of_slices
 from tpimpi.star.tuning import Measuring, worth_timing, worth_timing_largest
+from tpimpi.weights.find import hidden_of_slices
 from tpimpi.weights.make import choose_formats, slice_model
 from tpimpi.weights.slices.partition import make_plan
 from tpimpi.weights.sources import open_source

@@ -438,8 +438,8 @@ if os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")) == "1":
     import tpimpi
     tpimpi.__version__ = "9.9.9"
     if os.environ.get("OLD"):
-        import tpimpi.engine.run
-        del tpimpi.engine.run.TASKS["doctor"]
+        import tpimpi.cli.follow
+        del tpimpi.cli.follow.TASKS["doctor"]
 """
 
 

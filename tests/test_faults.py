@@ -24,7 +24,7 @@ import h5py
 import pytest
 
 from conftest import ROOT, TIMEOUT, Launcher, Result, run_command
-from tpimpi.system.memory import parse_size
+from tpimpi.system.units import parse_size
 
 # 82 MB in q8_0: enough that a token takes a while where it is streamed.
 SHAPE = {

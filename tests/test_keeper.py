@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 
 from tiny_models import write_tiny_hf
 from tpimpi.engine import memory_guard as keeping
+from tpimpi.engine.budget import RESERVE
 from tpimpi.engine.memory_guard import STALL, Keeper, Timeline
 from tpimpi.engine.model import block_order
 from tpimpi.engine.window import Window, records_of, ring_bytes
-from tpimpi.system.memory import RESERVE, Place
+from tpimpi.models.blocks import Block
+from tpimpi.system.memory import Place
 from tpimpi.weights.make import choose_formats, slice_model
 from tpimpi.weights.slices.file import SliceFile, slice_name
-from tpimpi.weights.slices.partition import Block, make_plan
+from tpimpi.weights.slices.partition import make_plan
 from tpimpi.weights.sources import open_source
 
 TILE = 10

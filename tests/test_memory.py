@@ -13,23 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tpimpi.engine.budget import RESERVE, Needs, allowances, divide, make_budget, per_rank
 from tpimpi.errors import InputError
-from tpimpi.system.memory import (
-    JOB,
-    RESERVE,
-    Needs,
-    Place,
-    allowances,
-    divide,
-    headroom,
-    make_budget,
-    megabytes_up,
-    parse_size,
-    per_rank,
-    places,
-    resident_bytes,
-    show_size,
-)
+from tpimpi.system.memory import JOB, Place, headroom, places, resident_bytes
+from tpimpi.system.units import megabytes_up, parse_size, show_size
 
 MB, GB = 10**6, 10**9
 HOST = 32 * GB  # of the host in these tests

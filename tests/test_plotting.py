@@ -15,7 +15,8 @@ from conftest import ROOT, run_command
 from tpimpi.cli import options
 from tpimpi.diagnostics import plots
 from tpimpi.diagnostics.plots import Line, Timeline, check_plot, plot_lines, plot_memory, plot_trace, read_trace
-from tpimpi.engine.trace import COMPUTE, READ, STAR, WAIT, RankTrace, Recorder, chrome_trace, write_trace
+from tpimpi.diagnostics.trace_file import chrome_trace, write_trace
+from tpimpi.engine.trace import COMPUTE, READ, STAR, WAIT, RankTrace, Recorder
 from tpimpi.errors import InputError, StorageError
 
 RED = (0xC5, 0x30, 0x30)  # of the promise, and of waiting

@@ -9,9 +9,10 @@ import pytest
 
 from tpimpi.diagnostics.planner.predict import Line, Loads, Measured, Pace, Predictor, RankSpeed, Situation, chunks
 from tpimpi.diagnostics.planner.shares import MOST_WEIGHT, best_shares
+from tpimpi.engine.budget import RESERVE
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import ModelFormats
-from tpimpi.system.memory import RESERVE, Place
+from tpimpi.system.memory import Place
 from tpimpi.weights.slices.layout import slice_records
 from tpimpi.weights.slices.partition import make_plan
 

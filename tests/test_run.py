@@ -7,27 +7,27 @@ import os
 import pytest
 
 from conftest import Launcher
-from tpimpi.engine.run import Guest, bound_to_one_core, without_native
+from tpimpi.engine.ranks import RankInfo, bound_to_one_core, without_native
 
-FREE = Guest("laptop", frozenset({0, 1, 2, 3}), 4, True)
+FREE = RankInfo("laptop", frozenset({0, 1, 2, 3}), 4, True)
 
 
 def test_ranks_share_the_cores_that_both_may_use_on_one_host() -> None:
-    bound = [Guest("laptop", frozenset({core}), 4, True) for core in (0, 1)]
+    bound = [RankInfo("laptop", frozenset({core}), 4, True) for core in (0, 1)]
     assert FREE.shares_cores_with(FREE) and FREE.shares_cores_with(bound[0])
     assert not bound[0].shares_cores_with(bound[1])
-    assert not FREE.shares_cores_with(Guest("desktop", FREE.cores, 4, True))
+    assert not FREE.shares_cores_with(RankInfo("desktop", FREE.cores, 4, True))
 
 
 def test_a_rank_bound_to_one_core_of_several_is_named() -> None:
-    bound, small = Guest("laptop", frozenset({2}), 4, True), Guest("pi", frozenset({0}), 1, True)
+    bound, small = RankInfo("laptop", frozenset({2}), 4, True), RankInfo("pi", frozenset({0}), 1, True)
     assert bound_to_one_core([FREE, small]) is None
     said = bound_to_one_core([FREE, bound, small])
     assert said is not None and said.startswith("r1 laptop: bound to one core") and "--bind-to none" in said
 
 
 def test_ranks_without_kernels_are_named() -> None:
-    bare = Guest("pi", frozenset({0}), 4, False)
+    bare = RankInfo("pi", frozenset({0}), 4, False)
     assert without_native([FREE, FREE]) is None
     said = without_native([FREE, bare, bare])
     assert said is not None and said.startswith("r1 pi, r2 pi: the native kernels are not installed")

@@ -19,7 +19,7 @@ from test_slicing import joined
 from tpimpi.compute.formats.packed import WEIGHT_FORMATS, to_bf16
 from tpimpi.errors import InputError, ModelError, StorageError
 from tpimpi.models.config import ModelConfig
-from tpimpi.models.layers import rope_frequencies
+from tpimpi.models.layers.rope import rope_frequencies
 from tpimpi.models.shapes import SHAPES, load_shape
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.serving.text.tokenizer import TokenIds, tokenizer_of_slices

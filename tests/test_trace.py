@@ -16,19 +16,8 @@ import pytest
 
 from conftest import PROGRAMS, Launcher
 from tpimpi.cli import options
-from tpimpi.engine.trace import (
-    COMPUTE,
-    KINDS,
-    READ,
-    STAR,
-    WAIT,
-    RankTrace,
-    Recorder,
-    chrome_trace,
-    left_out,
-    unpack,
-    write_trace,
-)
+from tpimpi.diagnostics.trace_file import chrome_trace, left_out, write_trace
+from tpimpi.engine.trace import COMPUTE, KINDS, READ, STAR, WAIT, RankTrace, Recorder, unpack
 from tpimpi.errors import InputError, StarError, StorageError
 from tpimpi.star import Star
 

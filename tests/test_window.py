@@ -19,9 +19,10 @@ from tiny_models import write_tiny_hf
 from tpimpi.engine.model import block_order
 from tpimpi.engine.window import Window, _Ring, pin_order, records_of, ring_bytes
 from tpimpi.errors import InputError, SliceError
+from tpimpi.models.blocks import HEAD, Block
 from tpimpi.weights.make import choose_formats, slice_model
 from tpimpi.weights.slices.file import SliceFile, Tile, slice_name
-from tpimpi.weights.slices.partition import HEAD, Block, make_plan
+from tpimpi.weights.slices.partition import make_plan
 from tpimpi.weights.sources import open_source
 
 

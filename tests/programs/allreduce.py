@@ -7,9 +7,9 @@ import sys
 import numpy as np
 from mpi4py import MPI
 
-from tpimpi.engine.engine import wire_of
 from tpimpi.star import ALGORITHMS, WIRES, Star, choose, connect, parse_rule
 from tpimpi.star.allreduce import IN_RANK_ORDER
+from tpimpi.star.codec import wire_of
 
 SIZES = (1, 33, 4096, 8192, 40_000, 140_000)
 # Of one rounding: half a unit in the last of bf16's 8 bits; half a step of q8_0, of which 120 or more reach the greatest of

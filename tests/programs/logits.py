@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tpimpi.engine.engine import RankMemory, Seat, Settings
+from tpimpi.engine.engine import Seat, Settings
+from tpimpi.engine.rank_memory import RankMemory
 from tpimpi.star import connect
 
 

@@ -15,8 +15,7 @@ import numpy as np
 
 from tpimpi import star
 from tpimpi.cli import main as cli
-from tpimpi.engine import run
-from tpimpi.serving import generate
+from tpimpi.engine import protocol, run
 from tpimpi.star.channel import BULK, SEAL
 from tpimpi.star.codec import TAGS
 
@@ -58,7 +57,7 @@ def outside() -> dict[str, object]:
 
 
 def main() -> None:
-    connect, follow = star.connect, generate.follow
+    connect, follow = star.connect, protocol.follow
     here: list[star.Star] = []
 
     def recorded_connect():

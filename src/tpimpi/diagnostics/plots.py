@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tpimpi.engine.trace import replacing
 from tpimpi.errors import InputError
-from tpimpi.serving.report import check_writable
+from tpimpi.system.files import check_writable, replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

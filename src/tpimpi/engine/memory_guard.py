@@ -12,8 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from tpimpi.engine.budget import RESERVE
 from tpimpi.engine.window import Window
-from tpimpi.system.memory import RESERVE, headroom, places, resident_bytes
+from tpimpi.system.memory import headroom, places, resident_bytes
 
 PERIOD = 0.05  # seconds between two looks
 IDLE_PERIOD = 0.2  # the same, where nothing is computed: a look takes 1 ms

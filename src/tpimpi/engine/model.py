@@ -15,21 +15,16 @@ from tpimpi.compute.backends import Backend
 from tpimpi.compute.formats.packed import F32, Array
 from tpimpi.engine.trace import COMPUTE, STAR, Recorder
 from tpimpi.engine.window import Window
+from tpimpi.models.blocks import HEAD, Block
 from tpimpi.models.kv.cache import KVCache, kv_dtype
-from tpimpi.models.layers import (
-    Angles,
-    QKNorm,
-    angles,
-    attention_partial,
-    head_logits,
-    mlp_partial,
-    rope_frequencies,
-)
+from tpimpi.models.layers.attention import QKNorm, attention_partial
+from tpimpi.models.layers.head import head_logits
+from tpimpi.models.layers.mlp import mlp_partial
+from tpimpi.models.layers.rope import Angles, angles, rope_frequencies
 from tpimpi.star import Allreduce, Star
 from tpimpi.weights.slices.file import Tile
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import Record
-from tpimpi.weights.slices.partition import HEAD, Block
 
 _NOT_RECORDED = contextlib.nullcontext()
 

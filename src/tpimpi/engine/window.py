@@ -29,11 +29,11 @@ from dataclasses import dataclass
 
 from tpimpi.engine.trace import READ, WAIT, Recorder
 from tpimpi.errors import InputError
+from tpimpi.models.blocks import Block
 from tpimpi.system.buffers import Bytes, Pages, Places
 from tpimpi.system.direct_io import Extent
 from tpimpi.weights.slices.file import SliceFile, Tile
 from tpimpi.weights.slices.layout import Record
-from tpimpi.weights.slices.partition import Block
 
 SMALLEST_WINDOW = 2  # blocks: one computes while the next is read
 FEWEST_TILES = 2  # in the ring, of the largest size: one computes while the next is read

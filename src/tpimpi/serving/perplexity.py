@@ -25,13 +25,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tpimpi.cli.options import CHUNK
 from tpimpi.compute.formats.packed import F32
 from tpimpi.engine.engine import Seat
+from tpimpi.engine.figures import RankFigures
 from tpimpi.engine.model import PREFILL_CHUNK
+from tpimpi.engine.protocol import step
 from tpimpi.errors import InputError, ModelError
-from tpimpi.serving.generate import step
-from tpimpi.serving.report import RankFigures
 from tpimpi.serving.text.tokenizer import TokenIds, Tokenizer
 from tpimpi.star import BEGIN
 
@@ -276,3 +275,6 @@ class Measurement:
         for seat in self.seats:
             seat.star.command(BEGIN, self.context)
             seat.model.begin(self.context)
+
+
+CHUNK = 512  # positions of a chunk of such a text, where the model has as many

@@ -20,10 +20,10 @@ from tpimpi.star.channel import BULK, CLOCK, CONTROL, HIDDEN, NOTE, PARTIAL, SUM
 from tpimpi.star.codec import WIRES, Wire
 from tpimpi.star.heartbeat import DEFAULT_SILENCE, LEAST_SILENCE, LEAVE_TO_OTHERS
 from tpimpi.star.link_test import Ping, answer_link, ping_link
-from tpimpi.star.mpi_library import MPICH, OPEN_MPI, AboutMpi, about_mpi, launcher_commands, launcher_kind
+from tpimpi.star.mpi_library import AboutMpi, about_mpi
 from tpimpi.star.star import ALLREDUCES, BEGIN, DEFAULT_TIMEOUT, FINISH, FORWARD, Star, connect
 from tpimpi.star.tuning import Links, choose, describe
-from tpimpi.system.launcher import Rank, launched_rank
+from tpimpi.system.launcher import MPICH, OPEN_MPI, Rank, launched_rank, launcher_commands, launcher_kind
 
 __all__ = [
     "ALGORITHMS",

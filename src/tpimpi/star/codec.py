@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tpimpi.compute.backends import load_quantizer
 from tpimpi.compute.formats.packed import BLOCK_WEIGHTS, F32, Bytes, decode, encode, row_bytes
 from tpimpi.compute.formats.quantize import Quantizer, quantize
 from tpimpi.errors import StarError
@@ -141,3 +142,8 @@ def bounds(count: int, parts: int) -> list[int]:
     """Where the parts of `count` numbers begin and end, as equal as whole blocks of 32 allow."""
     blocks = -(-count // BLOCK_WEIGHTS)
     return [min(count, blocks * part // parts * BLOCK_WEIGHTS) for part in range(parts + 1)] if parts else [0]
+
+
+def wire_of(fmt: str) -> Wire:
+    """The wire that `--wire` names."""
+    return Wire(fmt, load_quantizer(1)) if fmt == "q8_0" else Wire(fmt)

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 
-import psutil
-
-from tpimpi.system.launcher import LAUNCHERS, launched_rank
-
-OPEN_MPI, MPICH = "Open MPI", "MPICH"
+from tpimpi.system.launcher import OPEN_MPI, launched_rank, launcher_kind, launcher_program
 
 
 @dataclass(frozen=True)
@@ -36,35 +31,4 @@ def about_mpi() -> AboutMpi:
     numbers = ".".join(map(str, version))
     if kind == OPEN_MPI and (found := re.search(r"v(\d[\w.]*)", MPI.Get_library_version())):
         numbers = found[1]
-    return AboutMpi(kind, numbers, mpi4py.__version__, launcher_kind(), _program())
-
-
-def launcher_kind() -> str:
-    """The kind of launcher, as the variables that it set tell; "" where they do not."""
-    if "OMPI_COMM_WORLD_RANK" in os.environ:
-        return OPEN_MPI
-    if "PMI_RANK" in os.environ and ("HYDI_CONTROL_FD" in os.environ or "MPI_LOCALNRANKS" in os.environ):
-        return MPICH
-    return "Slurm" if "SLURM_PROCID" in os.environ else ""
-
-
-def _above() -> list[psutil.Process]:
-    """The launchers above this process, on this host, the nearest first. Raises psutil.Error."""
-    return [process for process in psutil.Process().parents() if process.name() in LAUNCHERS]
-
-
-def _program() -> str:
-    """Path of the launcher above this process; "" where there is none on this host."""
-    try:
-        above = _above()
-        return above[-1].exe() if above else ""
-    except psutil.Error:
-        return ""
-
-
-def launcher_commands() -> list[tuple[list[str], str]]:
-    """The launchers above this process, on this host, the nearest first: the words of each, and the folder it is in."""
-    try:
-        return [(process.cmdline(), process.cwd()) for process in _above()]
-    except psutil.Error:
-        return []
+    return AboutMpi(kind, numbers, mpi4py.__version__, launcher_kind(), launcher_program())

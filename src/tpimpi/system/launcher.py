@@ -1,9 +1,11 @@
-"""How this process was launched: its rank, as the launcher tells it, before MPI is started."""
+"""How this process was launched: its rank and launcher, as the environment and the processes above tell, before MPI is started."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+
+import psutil
 
 LAUNCHERS = ("mpirun", "mpiexec", "prterun", "prte", "orterun", "srun", "mpiexec.hydra", "ompirun_wrapper")
 DAEMONS = ("prted", "hydra_pmi_proxy")  # the launchers' own, one on each host
@@ -49,3 +51,37 @@ def launched_rank() -> int | None:
         if (rank := _number(name)) is not None:
             return rank
     return _number(_SLURM_RANK) if (_number(_SLURM_SIZE) or 1) > 1 else None
+
+
+OPEN_MPI, MPICH = "Open MPI", "MPICH"
+
+
+def launcher_kind() -> str:
+    """The kind of launcher, as the variables that it set tell; "" where they do not."""
+    if "OMPI_COMM_WORLD_RANK" in os.environ:
+        return OPEN_MPI
+    if "PMI_RANK" in os.environ and ("HYDI_CONTROL_FD" in os.environ or "MPI_LOCALNRANKS" in os.environ):
+        return MPICH
+    return "Slurm" if "SLURM_PROCID" in os.environ else ""
+
+
+def _above() -> list[psutil.Process]:
+    """The launchers above this process, on this host, the nearest first. Raises psutil.Error."""
+    return [process for process in psutil.Process().parents() if process.name() in LAUNCHERS]
+
+
+def launcher_program() -> str:
+    """Path of the launcher above this process; "" where there is none on this host."""
+    try:
+        above = _above()
+        return above[-1].exe() if above else ""
+    except psutil.Error:
+        return ""
+
+
+def launcher_commands() -> list[tuple[list[str], str]]:
+    """The launchers above this process, on this host, the nearest first: the words of each, and the folder it is in."""
+    try:
+        return [(process.cmdline(), process.cwd()) for process in _above()]
+    except psutil.Error:
+        return []

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from tpimpi.errors import InputError
-from tpimpi.star import MPICH, OPEN_MPI, launcher_commands
 from tpimpi.system.hostfile import Host, read_hostfile
+from tpimpi.system.launcher import MPICH, OPEN_MPI, launcher_commands
 
 BY_NODE = "--map-by node"
 _HOSTFILE = ("hostfile", "machinefile", "f")  # options of the launchers, with one dash or two

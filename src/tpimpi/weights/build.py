@@ -28,9 +28,10 @@ from tpimpi.compute.formats.packed import (
 )
 from tpimpi.compute.formats.quantize import Quantizer
 from tpimpi.errors import ModelError
+from tpimpi.models.blocks import Block
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import Record
-from tpimpi.weights.slices.partition import Block, Span
+from tpimpi.weights.slices.partition import Span
 from tpimpi.weights.slices.writer import SliceWriter, tile_spans
 from tpimpi.weights.sources import Source, decode
 

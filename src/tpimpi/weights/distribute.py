@@ -23,7 +23,6 @@ import numpy as np
 
 from tpimpi.compute.backends import load_quantizer
 from tpimpi.compute.formats.packed import Bytes
-from tpimpi.engine.engine import cache_folder
 from tpimpi.errors import ModelError, StarError, StorageError, as_ours
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import ModelFormats
@@ -31,6 +30,7 @@ from tpimpi.star import Pending, Star
 from tpimpi.star.control import as_note, heard, or_tell, together
 from tpimpi.system.terminal import progress_bar
 from tpimpi.weights.build import Sink, bytes_to_deal, deal
+from tpimpi.weights.locations import cache_folder
 from tpimpi.weights.make import make_header
 from tpimpi.weights.slices.file import slice_name
 from tpimpi.weights.slices.header import Header

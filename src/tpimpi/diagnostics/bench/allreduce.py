@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from tpimpi.cli.tool_options import bench_numbers, bench_parser, check_bench, some_of
-from tpimpi.engine.engine import wire_of
 from tpimpi.errors import InputError
-from tpimpi.serving.report import write_json
 from tpimpi.star import ALGORITHMS, WIRES, Star, choose, parse_rule
+from tpimpi.star.codec import wire_of
 from tpimpi.star.control import as_note
+from tpimpi.system.files import write_json
 
 TASK = "bench allreduce"
 AT_ONCE, LARGE = 5, 1 << 17  # sums in a row, of which the first does not count; and from so many numbers on, two

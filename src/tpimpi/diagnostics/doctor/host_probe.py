@@ -62,7 +62,7 @@ def facts() -> dict[str, Any]:
     except Exception as error:
         found["mpi_error"] = problem(error)
     try:
-        from tpimpi.engine.engine import cache_folder
+        from tpimpi.weights.locations import cache_folder
 
         place = str(cache_folder())
         found["cache"] = place

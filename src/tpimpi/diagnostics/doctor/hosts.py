@@ -39,8 +39,8 @@ from tpimpi.diagnostics.doctor.host_findings import (
     ssh_problem,
 )
 from tpimpi.diagnostics.doctor.ssh import CONNECT, DEAD, PROBE, Ours, Probe, look_at_ourselves
-from tpimpi.serving.report import write_json
 from tpimpi.star import MPICH
+from tpimpi.system.files import write_json
 from tpimpi.system.hostfile import Host, read_hostfile
 from tpimpi.system.network import INNER, choosing_mpich, choosing_openmpi, common_network
 from tpimpi.system.placement import by_node

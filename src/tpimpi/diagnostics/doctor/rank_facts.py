@@ -22,7 +22,7 @@ import numpy as np
 
 from tpimpi import __version__
 from tpimpi.compute.backends import has_native
-from tpimpi.engine.engine import cache_folder, identity
+from tpimpi.engine.engine import identity
 from tpimpi.errors import TpimpiError
 from tpimpi.star import AboutMpi, Ping, Star, about_mpi, answer_link, ping_link
 from tpimpi.star.control import as_note, heard
@@ -30,6 +30,7 @@ from tpimpi.system.buffers import aligned_buffer
 from tpimpi.system.direct_io import MEASURED, PIECE, Descriptor, Extent, Trial
 from tpimpi.system.memory import headroom, places
 from tpimpi.system.network import Counters, Interface, counters, interfaces
+from tpimpi.weights.locations import cache_folder
 from tpimpi.weights.slices.file import SliceFile, slice_name
 from tpimpi.weights.slices.writer import partial_path
 

@@ -15,19 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from tpimpi.cli import options
-from tpimpi.diagnostics.planner.measure_disks import find_slices, measure_disks
+from tpimpi.diagnostics.planner.measure_disks import measure_disks
 from tpimpi.diagnostics.planner.measure_layers import Finding, Task, measure
 from tpimpi.diagnostics.planner.predict import Line, Measured, Pace, Prediction, Predictor, RankSpeed, Situation
 from tpimpi.diagnostics.planner.shares import FINE, best_shares
+from tpimpi.engine.budget import per_rank
 from tpimpi.engine.engine import CONTEXT
 from tpimpi.engine.model import PREFILL_CHUNK
-from tpimpi.engine.run import Guest, cores_shared_by
+from tpimpi.engine.ranks import RankInfo, cores_shared_by
 from tpimpi.errors import InputError
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import ModelFormats
-from tpimpi.serving.report import write_json
 from tpimpi.star import Star
-from tpimpi.system.memory import Place, per_rank, show_size
+from tpimpi.system.files import write_json
+from tpimpi.system.memory import Place
+from tpimpi.system.units import show_size
+from tpimpi.weights.find import find_slices
 from tpimpi.weights.slices.partition import describe_shares
 
 PROMPT = 16  # tokens, where nobody says how many
@@ -66,7 +69,7 @@ def ways(parsed: argparse.Namespace) -> Ways:
 class Survey:
     """The ranks of this run, measured when they are asked about."""
 
-    def __init__(self, star: Star, guests: Sequence[Guest], situation: Situation, ways: Ways) -> None:
+    def __init__(self, star: Star, guests: Sequence[RankInfo], situation: Situation, ways: Ways) -> None:
         self.star, self._guests, self.situation, self._ways = star, list(guests), situation, ways
         self._disks: list[tuple[float, float]] | None = None
 
@@ -186,7 +189,7 @@ def choose_shares(survey: Survey, ranks: int, names: tuple[str, str] | None, *, 
 
 def auto_shares(
     star: Star,
-    guests: Sequence[Guest],
+    guests: Sequence[RankInfo],
     parsed: argparse.Namespace,
     config: ModelConfig,
     formats: ModelFormats,
@@ -223,7 +226,7 @@ class Choice:
 
 def plan(
     star: Star,
-    guests: Sequence[Guest],
+    guests: Sequence[RankInfo],
     parsed: argparse.Namespace,
     config: ModelConfig,
     formats: ModelFormats,
@@ -298,7 +301,7 @@ def advice(lines: Sequence[Choice]) -> list[str]:
     return words
 
 
-def print_table(lines: Sequence[Choice], guests: Sequence[Guest], title: Sequence[str]) -> None:
+def print_table(lines: Sequence[Choice], guests: Sequence[RankInfo], title: Sequence[str]) -> None:
     """The table, on stdout."""
     from rich.console import Console
     from rich.table import Table
@@ -330,7 +333,7 @@ def print_table(lines: Sequence[Choice], guests: Sequence[Guest], title: Sequenc
         print(text)
 
 
-def _limit(found: Prediction, guests: Sequence[Guest]) -> str:
+def _limit(found: Prediction, guests: Sequence[RankInfo]) -> str:
     where = f"r{found.limit_rank} {guests[found.limit_rank].host}"
     return {
         "star": "star: latency of the network",
@@ -340,7 +343,7 @@ def _limit(found: Prediction, guests: Sequence[Guest]) -> str:
     }[found.limit]
 
 
-def as_json(survey: Survey, lines: Sequence[Choice], guests: Sequence[Guest]) -> dict[str, Any]:
+def as_json(survey: Survey, lines: Sequence[Choice], guests: Sequence[RankInfo]) -> dict[str, Any]:
     """What `plan --json` writes: seconds and bytes; null where a plan cannot work."""
     situation = survey.situation
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -13,13 +12,13 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from tpimpi.engine.engine import MEASURING, cache_folder
+from tpimpi.engine.rank_memory import MEASURING
 from tpimpi.errors import StorageError
 from tpimpi.star import Star
 from tpimpi.star.control import as_note, heard, or_tell, together
 from tpimpi.system.buffers import aligned_buffer
 from tpimpi.system.direct_io import DEPTHS, MEASURED, Descriptor, Extent, Trial
-from tpimpi.weights.slices.file import slice_name
+from tpimpi.weights.locations import cache_folder
 
 SCRATCH = 64 << 20  # bytes of a file to measure a disk with, where there is no slice
 SCRATCH_SECONDS = 0.4  # of writing it
@@ -100,26 +99,3 @@ def _some_file(folder: Path) -> Iterator[Path]:
 
 
 # Slices that there are
-
-
-def find_slices(star: Star, prefix: str, suffix: str) -> list[str]:
-    """Rank 0: the shares, as they stand in the names of cache folders between `prefix` and `suffix`, of which every rank has
-    its slice."""
-    star.tell(as_note(task="find-slices", prefix=prefix, suffix=suffix))
-    notes = [json.loads(note)["shares"] for note in star.collect(as_note(shares=_shares(star, prefix, suffix)))]
-    return sorted(set(notes[0]).intersection(*notes[1:]))
-
-
-def tell_slices(star: Star, note: Mapping[str, Any]) -> None:
-    """Another rank's side of `find_slices`."""
-    star.collect(as_note(shares=_shares(star, note["prefix"], note["suffix"])))
-
-
-def _shares(star: Star, prefix: str, suffix: str) -> list[str]:
-    name = slice_name(star.rank.index, star.rank.size)
-    try:
-        folders = [path.name for path in cache_folder().iterdir() if (path / name).is_file()]
-    except OSError:
-        return []
-    found = [folder for folder in folders if folder.startswith(prefix) and folder.endswith(suffix)]
-    return [folder[len(prefix) : len(folder) - len(suffix)] for folder in found]

@@ -33,17 +33,18 @@ from tpimpi.diagnostics.bench.kernels import CACHE_TIMES, last_level_cache
 from tpimpi.engine.engine import usual_threads
 from tpimpi.engine.model import Model, largest_sum
 from tpimpi.engine.window import Window
+from tpimpi.models.blocks import Block
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.star import Rank, Star, choose
+from tpimpi.star.codec import wire_of
 from tpimpi.star.control import as_note, heard, or_tell, together
-from tpimpi.star.settle import wire_of
 from tpimpi.system.buffers import Pages
 from tpimpi.system.memory import headroom, places, resident_bytes
 from tpimpi.weights.slices.file import Tile
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import Record, aligned, slice_records
-from tpimpi.weights.slices.partition import Block, Plan, make_plan
+from tpimpi.weights.slices.partition import Plan, make_plan
 
 SUSTAINED = 0.4  # seconds of nothing but computing
 LAP = 0.15  # seconds of layers of one size, at least one layer in each turn

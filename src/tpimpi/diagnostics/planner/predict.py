@@ -22,13 +22,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from tpimpi.engine.budget import Needs, allowances, make_budget
 from tpimpi.engine.model import PREFILL_CHUNK, work_bytes
 from tpimpi.engine.window import FEWEST_TILES, USUAL_TILES
 from tpimpi.errors import InputError
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.kv.cache import cache_bytes, kv_dtype
 from tpimpi.models.weight_formats import LayerFormats, ModelFormats
-from tpimpi.system.memory import Needs, Place, allowances, make_budget
+from tpimpi.system.memory import Place
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import Record, slice_records
 from tpimpi.weights.slices.partition import Plan, Share, make_plan

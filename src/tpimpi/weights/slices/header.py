@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tpimpi import __version__
+from tpimpi.models.blocks import Block
 from tpimpi.models.config import ModelConfig, show
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.weights.slices.layout import Part, Record, slice_records
-from tpimpi.weights.slices.partition import Block, Plan, Share, Span, make_plan
+from tpimpi.weights.slices.partition import Plan, Share, Span, make_plan
 
 FORMAT_VERSION = 2
 _MOST_TOKENIZER_BYTES = 2**30

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from tpimpi.compute.formats.packed import PANEL_ROWS, is_quantized, packed_bytes, panel_bytes, row_bytes
+from tpimpi.models.blocks import HEAD, Block
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import ModelFormats
-from tpimpi.weights.slices.partition import HEAD, Block, Share, Span, attention_tiles, head_tiles, mlp_tiles
+from tpimpi.weights.slices.partition import Share, Span, attention_tiles, head_tiles, mlp_tiles
 
 NONE = Span(0, 0)
 ALIGNMENT = 4096  # of each dataset in the file, and of each part in a buffer

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tpimpi.engine.engine import cache_folder
 from tpimpi.errors import InputError, SliceError, StorageError
 from tpimpi.system.buffers import Bytes, aligned_buffer
+from tpimpi.weights.locations import cache_folder
 from tpimpi.weights.slices.file import SliceFile, Tile, parse_slice_name
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import Record

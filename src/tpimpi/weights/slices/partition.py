@@ -27,19 +27,6 @@ TILE_LIMIT = 16 * 2**20  # bytes; a tile is never larger unless a single head or
 TILE_TARGET = 8 * 2**20  # bytes; below this, neighbouring KV heads (or columns) share a tile
 
 
-class Block(NamedTuple):
-    """One unit of the model's order of computation: `attn` or `mlp` of a layer, or the `head` (layer -1)."""
-
-    kind: str
-    layer: int
-
-    def __str__(self) -> str:
-        return self.kind if self.kind == "head" else f"layer {self.layer} {self.kind}"
-
-
-HEAD = Block("head", -1)
-
-
 class Span(NamedTuple):
     """A half-open run of indices."""
 

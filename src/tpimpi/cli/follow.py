@@ -1,0 +1,98 @@
+"""What ranks other than 0 do: they follow what rank 0 says in notes, then its commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import asdict
+from typing import Any
+
+from tpimpi.engine.engine import Seat, Settings, identity
+from tpimpi.engine.protocol import follow
+from tpimpi.engine.rank_memory import RankMemory
+from tpimpi.engine.ranks import greet
+from tpimpi.engine.startup import figures_note, memory_note
+from tpimpi.star import Star
+from tpimpi.star import settle as link_settle
+from tpimpi.star.control import as_note, heard, or_tell
+from tpimpi.weights import distribute
+
+Task = Callable[[Star, dict[str, Any]], None]
+
+
+def _look_at_this_rank(star: Star, note: dict[str, Any]) -> None:
+    from tpimpi.diagnostics.doctor.rank_facts import take_part
+
+    take_part(star, note)
+
+
+def _time_sums(star: Star, note: dict[str, Any]) -> None:
+    from tpimpi.diagnostics.bench.allreduce import follow
+
+    follow(star, note)
+
+
+def _measure_layers(star: Star, note: dict[str, Any]) -> None:
+    from tpimpi.diagnostics.planner.measure_layers import take_part_in_measuring
+
+    take_part_in_measuring(star, note)
+
+
+def _measure_disk(star: Star, note: dict[str, Any]) -> None:
+    from tpimpi.diagnostics.planner.measure_disks import take_part_in_disks
+
+    take_part_in_disks(star, note)
+
+
+def _tell_slices(star: Star, note: dict[str, Any]) -> None:
+    from tpimpi.weights.find import tell_slices
+
+    tell_slices(star, note)
+
+
+# What rank 0 may ask for before a run, or instead of one: by a note with the `task` of that name, which the function gets. Modules
+# that most runs do without are imported when they are needed, for the memory that they take.
+TASKS: dict[str, Task] = {
+    distribute.TASK: distribute.take_slices,
+    link_settle.TASK: link_settle.follow,
+    "doctor": _look_at_this_rank,
+    "bench allreduce": _time_sums,
+    "measure": _measure_layers,
+    "disk": _measure_disk,
+    "find-slices": _tell_slices,
+}
+
+
+def take_part(star: Star) -> None:
+    """Ranks other than 0: the whole run, with a seat for each model that rank 0 settles (a run has one).
+
+    Raises Stopped where rank 0 ended it before it began.
+    """
+    greet(star, TASKS)
+    with ExitStack() as stack:
+        seats: list[Seat] = []
+        while "furnish" not in (note := heard(star)):
+            if "task" in note:
+                TASKS[note["task"]](star, note)
+                continue
+            settings = Settings(**note["settings"])
+            seat = or_tell(star, lambda settings=settings: Seat(star, settings))  # type: ignore[misc]
+            seats.append(stack.enter_context(closing(seat)))
+            star.collect(as_note(host=star.rank.host, **identity(seat.header)))
+        memory = RankMemory(seats)
+        stack.enter_context(closing(memory))
+        context = note["furnish"]
+        star.collect(memory_note(memory, context))
+        note = heard(star)
+        rank = star.rank.index
+        or_tell(star, lambda: memory.plan(context, note["promises"][rank], note["watched"][rank]))
+        star.collect(as_note())
+        heard(star)
+        furnished = or_tell(star, memory.furnish)
+        star.collect(as_note(**asdict(furnished)))
+        heard(star)
+        follow([seat.model for seat in seats], star)
+        star.collect(figures_note(memory))
+        if memory.settings.trace:
+            star.clock_offsets()
+            star.collect(memory.trace().note())

@@ -1,0 +1,147 @@
+"""How much memory a rank may take, and what that buys.
+
+Everything that a rank takes is one of these (`Needs`, and `Budget` for what is chosen):
+
+    base         what it has resident when its model is about to be loaded: Python, libraries, MPI, the tokenizer
+    cache        keys and values, for the context
+    work         activations and messages of the largest step
+    reserve      RESERVE: what cannot be seen from inside (the page cache of files that it reads, the kernel's own tables)
+    buffers      the window's ring, and records for a trace
+    pinned       tiles that stay; all that is left
+
+`--memory SIZE` bounds their sum. `--memory auto` finds the sum: what the host has free, or the smallest memory limit of a
+cgroup that the rank is in (batch jobs are such), less a reserve for others, is divided among the ranks there (`divide`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tpimpi.errors import InputError
+from tpimpi.system.memory import JOB, Place
+from tpimpi.system.units import megabytes_up, show_size
+
+RESERVE = 24_000_000  # bytes; of page cache, page tables and sockets, 12 to 17 MB were seen
+
+
+_VARIES = 4_000_000  # bytes; up to 3 MB more were seen from one start to the next, on a busy machine
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one rank needs, in bytes; see the module's docstring. `tiles` are all of its tiles together."""
+
+    base: int
+    cache: int
+    work: int
+    least_buffers: int
+    usual_buffers: int
+    tiles: int
+
+    @property
+    def fixed(self) -> int:
+        return self.base + self.cache + self.work + RESERVE
+
+    @property
+    def least(self) -> int:
+        """The smallest budget that works."""
+        return self.fixed + self.least_buffers
+
+    @property
+    def most(self) -> int:
+        """The budget beyond which more memory is of no use."""
+        return self.fixed + self.tiles
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a rank does with its memory, in bytes. `promise` is None where it was not bounded."""
+
+    promise: int | None
+    buffers: int
+    pinned: int  # at most
+
+
+def make_budget(needs: Needs, promise: int, whose: str = "") -> Budget:
+    """What `promise` bytes buy; `whose` says for a message where they come from. Everything is pinned where that fits,
+    and the ring then takes nothing.
+
+    Otherwise the ring is a quarter of what is left, within its least and usual sizes. Raises InputError where it cannot
+    work.
+    """
+    if promise < needs.least:
+        whose = whose or f"--memory is {show_size(promise)}"
+        raise InputError(
+            f"{whose}, this rank needs at least {megabytes_up(needs.least + _VARIES)} "
+            f"({show_size(needs.base)} for program and libraries, {show_size(needs.cache)} for keys and values, "
+            f"{show_size(needs.work + RESERVE)} to work with, {show_size(needs.least_buffers)} for buffers); "
+            "give that, or a smaller --context"
+        )
+    left = promise - needs.fixed
+    if needs.tiles <= left:
+        return Budget(promise, needs.usual_buffers, needs.tiles)
+    buffers = min(max(left // 4, needs.least_buffers), needs.usual_buffers)
+    return Budget(promise, buffers, left - buffers)
+
+
+def divide(free: int, needs: Mapping[int, Needs]) -> dict[int, int]:
+    """Divide `free` bytes among ranks (by number): so that each reads as much for a token, as far as that can be.
+
+    A token waits for the rank that reads most. So the rank with most to keep, rank 0 with its head and tokenizer, gets more.
+    What is beyond everyone's needs is divided evenly. A rank may get less than its least where there is not enough for all.
+    """
+    whole = sum(need.least for need in needs.values())
+    if whole > free:  # not enough in any case: in proportion
+        return {rank: free * need.least // whole for rank, need in needs.items()}
+    beyond = {rank: max(0, need.most - need.least) for rank, need in needs.items()}
+    level = _level(list(beyond.values()), free - whole)
+    shares = {rank: need.least + max(0, beyond[rank] - level) for rank, need in needs.items()}
+    rest = (free - sum(shares.values())) // max(1, len(needs))
+    return {rank: share + max(0, rest) for rank, share in shares.items()}
+
+
+def _level(sizes: Sequence[int], spare: int) -> int:
+    """The least level s for which the parts of `sizes` above it, max(0, size - s), fit into `spare` together."""
+    if sum(sizes) <= spare:
+        return 0
+    ordered = sorted(sizes, reverse=True)
+    above = 0
+    for count, size in enumerate(ordered, start=1):
+        above += size
+        lower = ordered[count] if count < len(ordered) else 0
+        if above - count * lower >= spare:
+            return -(-(above - spare) // count)
+    return 0
+
+
+def allowances(
+    places_of: Mapping[int, Sequence[Place]], hosts: Mapping[int, str], needs: Mapping[int, Needs]
+) -> dict[int, int]:
+    """What each rank may take under --memory auto: of every place it is in, its part of what is free beyond the reserve.
+
+    `places_of`, `hosts` and `needs` are by rank. What ranks have resident already is theirs to keep (`needs.base`).
+    """
+    shared: dict[tuple[str, str], list[int]] = {}
+    for rank, mine in places_of.items():
+        for place in mine:
+            shared.setdefault((hosts[rank], place.name), []).append(rank)
+    found = dict.fromkeys(places_of, 1 << 60)
+    for (_, name), ranks in shared.items():
+        at = [place for rank in ranks for place in places_of[rank] if place.name == name]
+        free = min(place.free for place in at) - at[0].reserve
+        free += 0 if name == JOB else sum(needs[rank].base for rank in ranks)
+        for rank, part in divide(max(0, free), {rank: needs[rank] for rank in ranks}).items():
+            found[rank] = min(found[rank], part)
+    return found
+
+
+def per_rank(sizes: Sequence[int], ranks: int) -> list[int]:
+    """The meaning of --memory for so many ranks: one size for each, or one for all. Raises InputError."""
+    if len(sizes) == 1:
+        return list(sizes) * ranks
+    if len(sizes) != ranks:
+        raise InputError(
+            f"--memory has {len(sizes)} sizes, this run has {ranks} ranks; give one for each, or one for all"
+        )
+    return list(sizes)

@@ -1,0 +1,61 @@
+"""What each rank measured of itself during a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from tpimpi.system.units import show_size
+
+
+@dataclass(frozen=True)
+class RankFigures:
+    """One rank's part of the report. Times in seconds, over the whole run.
+
+    `memory_bytes` is what --memory promised or found, None under --window. `pinned_bytes` and `buffer_bytes` are the
+    tiles that were kept at the end, and the ring; `streamed_bytes_per_token` is what was not kept, `device` the disk it
+    is on (st_dev), `disk_bytes_per_s` what the disk gave at the start (0 where it was not measured). `timeline` has
+    [seconds, resident, pinned, buffers], in bytes. Of the peak memory, `weights_bytes` are tiles in the window,
+    `cache_bytes` keys and values, `tokenizer_bytes` what the tokenizer took (rank 0), and `base_bytes` all the rest:
+    Python, libraries, activations.
+    """
+
+    rank: int
+    host: str
+    heads: int
+    kv_heads: int
+    columns: int
+    memory_bytes: int | None
+    peak_rss_bytes: int
+    weights_bytes: int
+    cache_bytes: int
+    tokenizer_bytes: int
+    base_bytes: int
+    pinned_bytes: int
+    buffer_bytes: int
+    streamed_bytes_per_token: int
+    device: int
+    disk_bytes_per_s: float
+    bytes_read: int
+    read_wait_s: float
+    compute_s: float
+    star_s: float
+    timeline: list[list[float]]
+
+
+def disk_lines(streams: Sequence[tuple[str, int, int, float]], *, alone: bool) -> Iterator[str]:
+    """What each disk gives to the ranks that stream from it, in a line; if `alone`, also what it would be with one for each.
+
+    `streams` has for each rank: host, device, bytes for a token, and bytes a second.
+    """
+    disks: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    for host, device, nbytes, rate in streams:
+        if nbytes and rate:
+            disks.setdefault((host, device), []).append((nbytes, rate))
+    for (host, _), here in disks.items():
+        whole, rate = sum(nbytes for nbytes, _ in here), sum(rate for _, rate in here)
+        line = f"{show_size(whole)} a token from the disk of {host} at {show_size(rate)}/s, {whole / rate:.2g} s/token"
+        if len(here) > 1 and alone:
+            own = max(nbytes for nbytes, _ in here) / rate
+            line += f"; {len(here)} ranks share it: with such a disk for each {own:.2g} s"
+        yield line

@@ -1,0 +1,83 @@
+"""Who the ranks are: what each says of itself when a run begins, and what rank 0 remarks on that."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tpimpi import __version__
+from tpimpi.compute.backends import NOT_INSTALLED, has_native
+from tpimpi.errors import InputError
+from tpimpi.star import Star
+from tpimpi.star.control import as_note
+
+NO_WATCH = "this MPI has no MPI_THREAD_MULTIPLE, so there is no watch, and a rank that hangs is noticed only after"
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """What a rank says of itself: its host, the cores it may use, how many that host has, whether it has native kernels."""
+
+    host: str
+    cores: frozenset[int]
+    host_cores: int
+    native: bool
+
+    def shares_cores_with(self, other: RankInfo) -> bool:
+        return self.host == other.host and bool(self.cores & other.cores)
+
+
+def meet(star: Star, tasks: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """Every rank says who it is. Rank 0 gets what they say in rank order, whatever their versions, the others nothing.
+
+    `tasks` are those that this rank knows (see tpimpi.cli.follow)."""
+    cores = sorted(os.sched_getaffinity(0))
+    about = {"cores": cores, "host_cores": os.cpu_count() or 1, "native": has_native(), "tasks": sorted(tasks)}
+    notes = [json.loads(note) for note in star.collect(as_note(version=__version__, host=star.rank.host, **about))]
+    if notes:
+        star.introduce([note["host"] for note in notes])
+    return notes
+
+
+def greet(star: Star, tasks: Iterable[str] = ()) -> list[RankInfo]:
+    """Every rank says who it is. Rank 0 gets them in rank order; raises InputError where versions differ."""
+    guests = []
+    for rank, hello in enumerate(meet(star, tasks)):
+        if hello["version"] != __version__:
+            raise InputError(
+                f"r{rank} {hello['host']} runs tpimpi {hello['version']}, rank 0 runs {__version__}; "
+                "install the same version on every host"
+            )
+        guests.append(RankInfo(hello["host"], frozenset(hello["cores"]), hello["host_cores"], hello["native"]))
+    return guests
+
+
+def cores_shared_by(guests: Sequence[RankInfo]) -> list[int]:
+    """For each rank how many there are on its host that use the same cores, itself among them."""
+    return [sum(map(guest.shares_cores_with, guests)) for guest in guests]
+
+
+def bound_to_one_core(guests: Sequence[RankInfo]) -> str | None:
+    """What to tell a user whose launcher gave some ranks a single core each, of several; None where it did not."""
+    bound = [f"r{rank} {guest.host}" for rank, guest in enumerate(guests) if len(guest.cores) == 1 < guest.host_cores]
+    if not bound:
+        return None
+    return (
+        f"{', '.join(bound)}: bound to one core by the launcher, which computing and reading then share; "
+        "mpirun --bind-to none frees all of them"
+    )
+
+
+def without_watch(star: Star, timeout: float) -> str | None:
+    """What to tell a user whose MPI leaves no thread for the watch; None where there is one."""
+    return None if star.watched else f"{NO_WATCH} {timeout:g} s (--timeout)"
+
+
+def without_native(guests: Sequence[RankInfo]) -> str | None:
+    """What to tell a user of --backend auto where some ranks have no native kernels; None where all do."""
+    without = [f"r{rank} {guest.host}" for rank, guest in enumerate(guests) if not guest.native]
+    slow = "computing with torch, which is slow with quantized weights (--format f32 helps, and takes more memory)"
+    return f"{', '.join(without)}: {NOT_INSTALLED}; {slow}" if without else None

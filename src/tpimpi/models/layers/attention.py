@@ -1,0 +1,55 @@
+"""Attention of one tile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tpimpi.compute.backends import Backend
+from tpimpi.compute.formats.packed import F32
+from tpimpi.models.kv.cache import KVCache
+from tpimpi.models.layers.parts import Parts
+from tpimpi.models.layers.rope import Angles
+
+
+@dataclass(frozen=True)
+class QKNorm:
+    """Weights, [head_dim] f32 each, of the norm over each query and key head (Qwen3), and its epsilon."""
+
+    q: F32
+    k: F32
+    eps: float
+
+
+def attention_partial(
+    backend: Backend,
+    x: F32,  # [n, hidden], normed
+    tile: Parts,
+    cache: KVCache,
+    layer: int,
+    first_kv: int,  # where this tile's KV heads stand in the cache
+    q_to_kv: tuple[int, ...],
+    rotary: Angles,
+    window: int,
+    qk_norm: QKNorm | None = None,
+) -> F32:
+    """Attention of one tile's query heads, through its columns of the output projection: [n, hidden]."""
+    n, head_dim = x.shape[0], rotary.cos.shape[1] * 2
+
+    def heads(name: str) -> F32:
+        return backend.linear(x, tile.matrices[name], tile.parts.get(f"{name}_bias")).reshape(n, -1, head_dim)
+
+    def turned(name: str) -> F32:
+        y = heads(name)
+        if qk_norm is not None:
+            y = backend.rms_norm(y, qk_norm.q if name == "q" else qk_norm.k, qk_norm.eps)
+        return backend.rope(y, rotary.cos, rotary.sin)
+
+    if "k" in tile.matrices:
+        cache.write(layer, first_kv, rotary.start, turned("k"), heads("v"))
+    if "q" not in tile.matrices:
+        return np.zeros_like(x)
+    k, v = cache.read(layer, rotary.start + n)
+    seen = backend.attention(turned("q"), k, v, q_to_kv, rotary.start, window)
+    return backend.linear(seen.reshape(n, -1), tile.matrices["o"])

@@ -1,0 +1,14 @@
+"""The feed-forward block of one tile."""
+
+from __future__ import annotations
+
+from tpimpi.compute.backends import Backend
+from tpimpi.compute.formats.packed import F32
+from tpimpi.models.layers.parts import Parts
+
+
+def mlp_partial(backend: Backend, x: F32, tile: Parts) -> F32:
+    """SwiGLU of one tile's columns, x [n, hidden] normed: [n, hidden]."""
+    gate = backend.linear(x, tile.matrices["gate"], tile.parts.get("gate_bias"))
+    up = backend.linear(x, tile.matrices["up"], tile.parts.get("up_bias"))
+    return backend.linear(backend.swiglu(gate, up), tile.matrices["down"])

