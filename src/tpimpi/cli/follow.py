@@ -50,8 +50,8 @@ def _tell_slices(star: Star, note: dict[str, Any]) -> None:
     tell_slices(star, note)
 
 
-# What rank 0 may ask for before a run, or instead of one: by a note with the `task` of that name, which the function gets. Modules
-# that most runs do without are imported when they are needed, for the memory that they take.
+# What rank 0 may ask for before a run, or instead of one: by a note with the `task` of that name, which the function gets.
+# Modules that most runs do without are imported when they are needed, for the memory that they take.
 TASKS: dict[str, Task] = {
     distribute.TASK: distribute.take_slices,
     link_settle.TASK: link_settle.follow,

@@ -26,8 +26,8 @@ def follow(star: Star, note: dict[str, Any]) -> None:
 
 
 def settle_allreduce(star: Star, allreduce: str, wire: str, largest: int) -> tuple[str, str | None]:
-    """Rank 0: the rule by which sums are made in a run whose largest has so many numbers (0: not known), and a line that says
-    what was chosen, where that was left to us.
+    """Rank 0: the rule by which sums are made in a run whose largest has so many numbers (0: not known), and a line that
+    says what was chosen, where that was left to us.
 
     The links' latency is measured in any case, so that waiting suits it on every rank. Raises StarError.
     """

@@ -1,4 +1,4 @@
-"""How this process was launched: its rank and launcher, as the environment and the processes above tell, before MPI is started."""
+"""How this process was launched: its rank and its launcher, as the environment and the processes above tell."""
 
 from __future__ import annotations
 
