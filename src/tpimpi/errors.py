@@ -58,9 +58,13 @@ def as_ours(error: Exception) -> TpimpiError:
     if isinstance(error, MemoryError):
         return TpimpiError("out of memory; give a smaller --memory or --context, or more ranks")
     if isinstance(error, ImportError):
-        hint = ", or give --backend numpy" if error.name == "torch" else ""
+        if error.name == "torch":
+            return TpimpiError(
+                "package torch is missing on this host; install it there (pip install torch), or the native kernels (a C++ "
+                "compiler and Python's headers, then pip install -e . again), or give --backend numpy, which is slow"
+            )
         what = f"package {error.name} is missing" if isinstance(error, ModuleNotFoundError) else text
-        return TpimpiError(f"{what} on this host; install tpimpi there with what it needs (pip install -e .){hint}")
+        return TpimpiError(f"{what} on this host; install tpimpi there with what it needs (pip install -e .)")
     if isinstance(error, OSError) and error.strerror:
         return TpimpiError(f"{error.filename or 'the system'}: {error.strerror}")
     return TpimpiError(
