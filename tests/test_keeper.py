@@ -1,4 +1,4 @@
-"""The keeper: gives back at once, takes again after a calm while, and says when the disk keeps a rank waiting."""
+"""The memory guard: gives back at once, takes again after a calm while, and says when the disk keeps a rank waiting."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny_models import write_tiny_hf
 from tpimpi.engine import memory_guard as keeping
 from tpimpi.engine.budget import RESERVE
-from tpimpi.engine.memory_guard import STALL, Keeper, Timeline
+from tpimpi.engine.memory_guard import STALL, MemoryGuard, Timeline
 from tpimpi.engine.model import block_order
 from tpimpi.engine.window import Window, records_of, ring_bytes
 from tpimpi.models.blocks import Block
@@ -49,7 +49,7 @@ class FakeWindow:
 
 
 class Case:
-    """A keeper that looks only when it is told to, over windows that read when they are told to."""
+    """A guard that looks only when it is told to, over windows that read when they are told to."""
 
     def __init__(self, patch: pytest.MonkeyPatch, *tiles: int) -> None:
         self._patch = patch
@@ -79,9 +79,9 @@ class Case:
         for window in self.windows:
             window.read()
 
-    def keep(self, **options: object) -> Keeper:
-        made = Keeper(self.windows, stalled=self.lines.append, waiting=lambda: self.row, **options)  # type: ignore[arg-type]
-        self.keeper = made
+    def keep(self, **options: object) -> MemoryGuard:
+        made = MemoryGuard(self.windows, stalled=self.lines.append, waiting=lambda: self.row, **options)  # type: ignore[arg-type]
+        self.guard = made
         return made
 
 
@@ -95,7 +95,7 @@ def case(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Case]]:
 
     yield make
     for one in made:
-        one.keeper.close()
+        one.guard.close()
 
 
 # Within a promise
@@ -103,119 +103,119 @@ def case(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Case]]:
 
 def test_what_is_over_the_promise_is_given_back_at_once(case: Callable[..., Case]) -> None:
     c = case(20)
-    keeper = c.keep(promise=RESERVE + BASE + 200)
-    keeper.look(0.0)
+    guard = c.keep(promise=RESERVE + BASE + 200)
+    guard.look(0.0)
     assert c.pinned == [200], "just within it"
     c.others = 1
-    keeper.look(0.05)
+    guard.look(0.05)
     assert c.pinned == [190], "a tile, as no less can be given back"
     c.others = 75
-    keeper.look(0.1)
+    guard.look(0.1)
     assert c.pinned == [120]
     c.others = 10_000
-    keeper.look(0.15)
+    guard.look(0.15)
     assert c.pinned == c.wanted == [0]
-    keeper.look(0.2)
+    guard.look(0.2)
     assert c.pinned == [0], "no more than all"
 
 
 def test_it_is_taken_again_only_when_there_has_been_room_for_a_while(case: Callable[..., Case]) -> None:
     c = case(20)
-    keeper = c.keep(promise=RESERVE + BASE + 200)
+    guard = c.keep(promise=RESERVE + BASE + 200)
     c.others = 100
-    keeper.look(0.0)
+    guard.look(0.0)
     assert c.wanted == [100]
     c.others = 0
     for now in (10.0, 10.5, 10.0 + CALM - 0.01):
-        keeper.look(now)
+        guard.look(now)
         assert c.wanted == [100], now
-    keeper.look(10.0 + CALM)
+    guard.look(10.0 + CALM)
     assert c.wanted == [200] and c.pinned == [100], "which the readers will read"
 
 
 def test_a_squeeze_in_between_begins_the_wait_anew(case: Callable[..., Case]) -> None:
     c = case(20)
-    keeper = c.keep(promise=RESERVE + BASE + 200)
+    guard = c.keep(promise=RESERVE + BASE + 200)
     c.others = 100
-    keeper.look(0.0)
+    guard.look(0.0)
     c.others = 0
-    keeper.look(10.0)
+    guard.look(10.0)
     c.others = 150  # more than there is
-    keeper.look(11.0)
+    guard.look(11.0)
     assert c.wanted == [50]
     c.others = 0
     for now in (12.0, 12.0 + CALM - 0.01):
-        keeper.look(now)
+        guard.look(now)
         assert c.wanted == [50]
-    keeper.look(12.0 + CALM)
+    guard.look(12.0 + CALM)
     assert c.wanted == [200]
 
 
 def test_what_is_on_its_way_is_counted(case: Callable[..., Case]) -> None:
     c = case(20)
-    keeper = c.keep(promise=RESERVE + BASE + 200)
+    guard = c.keep(promise=RESERVE + BASE + 200)
     c.others = 200
-    keeper.look(0.0)
+    guard.look(0.0)
     assert c.wanted == [0]
     c.others = 120
-    keeper.look(10.0)
-    keeper.look(10.0 + CALM)
+    guard.look(10.0)
+    guard.look(10.0 + CALM)
     assert c.wanted == [80], "all the room that there is"
     for now in range(20, 30):  # nothing has been read yet, so the room is still there, but it is promised already
-        keeper.look(float(now))
+        guard.look(float(now))
         assert c.wanted == [80]
     c.read()
     c.others = 0
-    keeper.look(40.0)
-    keeper.look(40.0 + CALM)
+    guard.look(40.0)
+    guard.look(40.0 + CALM)
     assert c.wanted == [200]
 
 
 def test_small_amounts_of_room_are_not_worth_the_reading(case: Callable[..., Case]) -> None:
     c = case(100)
-    keeper = c.keep(promise=RESERVE + BASE + 1000)
+    guard = c.keep(promise=RESERVE + BASE + 1000)
     c.others = 500
-    keeper.look(0.0)
+    guard.look(0.0)
     c.others = 450  # a tenth of what is missing
     for now in range(1, 20):
-        keeper.look(float(now))
+        guard.look(float(now))
     assert c.wanted == [500]
 
 
 def test_never_more_than_is_planned(case: Callable[..., Case]) -> None:
     c = case(20)
-    keeper = c.keep(promise=RESERVE + 10**6)
-    keeper.plan(135)
+    guard = c.keep(promise=RESERVE + 10**6)
+    guard.plan(135)
     assert c.pinned == c.wanted == [130], "at once"
     for now in range(20):
-        keeper.look(float(now))
+        guard.look(float(now))
         c.read()
     assert c.wanted == [130]
-    keeper.plan(200)
+    guard.plan(200)
     assert c.wanted == [130], "more is taken only when there has been room"
-    keeper.look(30.0)
-    keeper.look(30.0 + CALM)
+    guard.look(30.0)
+    guard.look(30.0 + CALM)
     assert c.wanted == [200]
-    keeper.plan(0)
+    guard.plan(0)
     assert c.pinned == [0]
 
 
 def test_windows_share_by_their_size(case: Callable[..., Case]) -> None:
     c = case(30, 10)
-    keeper = c.keep(promise=RESERVE + BASE + 400)
+    guard = c.keep(promise=RESERVE + BASE + 400)
     c.others = 200
-    keeper.look(0.0)
+    guard.look(0.0)
     assert c.pinned == [150, 50]
-    keeper.plan(40)
+    guard.plan(40)
     assert c.pinned == [30, 10]
 
 
 def test_without_a_promise_nothing_is_given_back(case: Callable[..., Case]) -> None:
     c = case(20)
-    keeper = c.keep(promise=None)
+    guard = c.keep(promise=None)
     c.others, c.free = 10**12, -(10**12)
     for now in range(10):
-        keeper.look(float(now))
+        guard.look(float(now))
     assert c.pinned == [200]
 
 
@@ -227,21 +227,21 @@ def test_without_a_promise_nothing_is_given_back(case: Callable[..., Case]) -> N
 def test_whatever_happens_it_stays_within_promise_and_plan(tiles: list[int], steps) -> None:
     with pytest.MonkeyPatch.context() as patch:
         c = Case(patch, *tiles)
-        keeper = c.keep(promise=RESERVE + BASE + 500)
+        guard = c.keep(promise=RESERVE + BASE + 500)
         try:
             plan = sum(c.wanted)
             for number, (others, read, most) in enumerate(steps):
                 c.others = others
                 if most is not None:
                     plan = most
-                    keeper.plan(most)
+                    guard.plan(most)
                 if read:
                     c.read()
-                keeper.look(number * 0.7)
+                guard.look(number * 0.7)
                 assert c.resident <= BASE + 500 or c.pinned == [0] * len(tiles)
                 assert sum(c.wanted) <= plan
         finally:
-            keeper.close()
+            guard.close()
 
 
 # Beside other programs
@@ -249,39 +249,39 @@ def test_whatever_happens_it_stays_within_promise_and_plan(tiles: list[int], ste
 
 def test_each_of_several_ranks_gives_its_part(case: Callable[..., Case]) -> None:
     c = case(20)
-    keeper = c.keep(promise=None, shared_by=3)
+    guard = c.keep(promise=None, shared_by=3)
     c.free = 0
-    keeper.look(0.0)
+    guard.look(0.0)
     assert c.pinned == [200]
     c.free = -100  # a third is 34 bytes
-    keeper.look(1.0)
+    guard.look(1.0)
     assert c.pinned == [160]
     c.free = 5
     for now in range(2, 10):
-        keeper.look(float(now))
+        guard.look(float(now))
     assert c.wanted == [160]
 
 
 def test_no_rank_takes_all_the_room_of_a_host(case: Callable[..., Case]) -> None:
     c = case(100)
-    keeper = c.keep(promise=None, shared_by=2)
+    guard = c.keep(promise=None, shared_by=2)
     c.free = -1600
-    keeper.look(0.0)
+    guard.look(0.0)
     assert c.wanted == [200]
     c.free = 2000  # room for all, but not if the other does the same
-    keeper.look(10.0)
-    keeper.look(10.0 + CALM)
+    guard.look(10.0)
+    guard.look(10.0 + CALM)
     assert c.wanted == [700]
 
 
 def test_both_bounds_hold(case: Callable[..., Case]) -> None:
     c = case(20)
-    keeper = c.keep(promise=RESERVE + BASE + 150, shared_by=1)
+    guard = c.keep(promise=RESERVE + BASE + 150, shared_by=1)
     c.free = 10**9
-    keeper.look(0.0)
+    guard.look(0.0)
     assert c.pinned == [150]
     c.free = -100
-    keeper.look(1.0)
+    guard.look(1.0)
     assert c.pinned == [50]
 
 
@@ -311,27 +311,27 @@ def test_a_real_window_gives_back_and_takes_again(file: SliceFile, monkeypatch: 
     total, others = window.total_bytes, 0
     monkeypatch.setattr(keeping, "PERIOD", threading.TIMEOUT_MAX)
     monkeypatch.setattr(keeping, "resident_bytes", lambda: BASE + others + window.pinned_bytes + window.buffer_bytes)
-    keeper = Keeper([window], promise=RESERVE + BASE + total)
+    guard = MemoryGuard([window], promise=RESERVE + BASE + total)
     try:
         _token(window, order)
-        keeper.look(0.0)
+        guard.look(0.0)
         assert window.pinned_bytes == total
         others = total // 2
-        keeper.look(1.0)
+        guard.look(1.0)
         assert window.pinned_bytes <= total - others
         _token(window, order)
-        keeper.look(2.0)
+        guard.look(2.0)
         assert window.pinned_bytes + window.buffer_bytes + others <= total, "the ring counts too"
         others = 10 * total
-        keeper.look(3.0)
+        guard.look(3.0)
         assert window.pinned_bytes == 0
         for now in range(4, 4 + 3 * int(CALM)):
             _token(window, order)
-            keeper.look(float(now))
+            guard.look(float(now))
         assert window.pinned_bytes == 0
         others = 0
         for now in range(20, 40):
-            keeper.look(float(now))
+            guard.look(float(now))
             _token(window, order)
             assert window.pinned_bytes + window.buffer_bytes <= total
         assert window.wanted_bytes > total // 2
@@ -339,7 +339,7 @@ def test_a_real_window_gives_back_and_takes_again(file: SliceFile, monkeypatch: 
         _token(window, order)
         assert window.bytes_read < read + total, "some is pinned again"
     finally:
-        keeper.close()
+        guard.close()
         window.close()
 
 
@@ -373,11 +373,11 @@ def test_points_that_are_too_near_are_left_out() -> None:
 
 def test_a_look_is_noted(case: Callable[..., Case]) -> None:
     c = case(20, 10)
-    keeper = c.keep(promise=RESERVE + BASE + 300)
-    keeper.look(7.0)
+    guard = c.keep(promise=RESERVE + BASE + 300)
+    guard.look(7.0)
     c.others = 100
-    keeper.look(8.0)
-    assert keeper.timeline.points == [[7.0, BASE + 300, 300, 10], [8.0, BASE + 400, 190, 10]]
+    guard.look(8.0)
+    assert guard.timeline.points == [[7.0, BASE + 300, 300, 10], [8.0, BASE + 400, 190, 10]]
 
 
 # Stalls
@@ -386,7 +386,7 @@ def test_a_look_is_noted(case: Callable[..., Case]) -> None:
 def _lines(c: Case, now: float) -> list[str]:
     """What the look at that time says."""
     c.lines.clear()
-    c.keeper.look(now)
+    c.guard.look(now)
     return list(c.lines)
 
 
@@ -443,10 +443,10 @@ def test_the_longest_wait_counts_and_rows_too(case: Callable[..., Case]) -> None
 
 def test_it_looks_by_itself_until_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     looked = threading.Event()
-    monkeypatch.setattr(Keeper, "look", lambda self, now: looked.set())
-    keeper = Keeper([], promise=None)
+    monkeypatch.setattr(MemoryGuard, "look", lambda self, now: looked.set())
+    guard = MemoryGuard([], promise=None)
     assert looked.wait(60)
-    keeper.close()
-    keeper.close()
+    guard.close()
+    guard.close()
     looked.clear()
-    assert not [thread for thread in threading.enumerate() if thread.name == "tpimpi-keeper"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "tpimpi-memory-guard"]

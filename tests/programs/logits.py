@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tpimpi.engine.engine import Seat, Settings
+from tpimpi.engine.engine import Engine, EngineConfig
 from tpimpi.engine.rank_memory import RankMemory
 from tpimpi.star import connect
 
@@ -23,7 +23,7 @@ def main() -> None:
     jobs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     star = connect()
     for job in jobs:
-        settings = Settings(
+        settings = EngineConfig(
             folder=job["slices"],
             cache_name=None,
             fingerprint="",
@@ -38,22 +38,22 @@ def main() -> None:
             kv=job.get("kv", "auto"),
             cores_shared_by=[star.rank.size] * star.rank.size,
         )
-        seat = Seat(star, settings)
-        memory = RankMemory([seat])
+        engine = Engine(star, settings)
+        memory = RankMemory([engine])
         needs = memory.needs(len(job["ids"]))
         memory.plan(len(job["ids"]), int(needs.least + job["pins"] * needs.tiles) if "pins" in job else None, 0)
-        memory.furnish()
-        seat.model.begin(len(job["ids"]))
+        memory.allot_memory()
+        engine.model.begin(len(job["ids"]))
         position, logits, digest = 0, [], hashlib.sha256()
         for count in job["chunks"]:
             ids = job["ids"][position : position + count]
-            hidden_size = seat.header.config.hidden
-            x = seat.file.embedding_rows(ids) if star.rank.is_hub else np.empty((count, hidden_size), np.float32)
+            hidden_size = engine.header.config.hidden
+            x = engine.file.embedding_rows(ids) if star.rank.is_hub else np.empty((count, hidden_size), np.float32)
             star.broadcast(x)
-            hidden = seat.model.forward(x, position)
+            hidden = engine.model.forward(x, position)
             digest.update(hidden.tobytes())
             if star.rank.is_hub and job.get("head", True):
-                logits.append(seat.model.logits(hidden))
+                logits.append(engine.model.logits(hidden))
             position += count
         memory.close()
         if star.rank.is_hub and logits:

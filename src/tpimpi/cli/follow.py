@@ -7,7 +7,7 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict
 from typing import Any
 
-from tpimpi.engine.engine import Seat, Settings, identity
+from tpimpi.engine.engine import Engine, EngineConfig, identity
 from tpimpi.engine.protocol import follow
 from tpimpi.engine.rank_memory import RankMemory
 from tpimpi.engine.ranks import greet
@@ -64,34 +64,34 @@ TASKS: dict[str, Task] = {
 
 
 def take_part(star: Star) -> None:
-    """Ranks other than 0: the whole run, with a seat for each model that rank 0 settles (a run has one).
+    """Ranks other than 0: the whole run, with an engine for each model that rank 0 opens (a run has one).
 
     Raises Stopped where rank 0 ended it before it began.
     """
     greet(star, TASKS)
     with ExitStack() as stack:
-        seats: list[Seat] = []
-        while "furnish" not in (note := heard(star)):
+        engines: list[Engine] = []
+        while "context" not in (note := heard(star)):
             if "task" in note:
                 TASKS[note["task"]](star, note)
                 continue
-            settings = Settings(**note["settings"])
-            seat = or_tell(star, lambda settings=settings: Seat(star, settings))  # type: ignore[misc]
-            seats.append(stack.enter_context(closing(seat)))
-            star.collect(as_note(host=star.rank.host, **identity(seat.header)))
-        memory = RankMemory(seats)
+            settings = EngineConfig(**note["settings"])
+            engine = or_tell(star, lambda settings=settings: Engine(star, settings))  # type: ignore[misc]
+            engines.append(stack.enter_context(closing(engine)))
+            star.collect(as_note(host=star.rank.host, **identity(engine.header)))
+        memory = RankMemory(engines)
         stack.enter_context(closing(memory))
-        context = note["furnish"]
+        context = note["context"]
         star.collect(memory_note(memory, context))
         note = heard(star)
         rank = star.rank.index
         or_tell(star, lambda: memory.plan(context, note["promises"][rank], note["watched"][rank]))
         star.collect(as_note())
         heard(star)
-        furnished = or_tell(star, memory.furnish)
-        star.collect(as_note(**asdict(furnished)))
+        allotment = or_tell(star, memory.allot_memory)
+        star.collect(as_note(**asdict(allotment)))
         heard(star)
-        follow([seat.model for seat in seats], star)
+        follow([engine.model for engine in engines], star)
         star.collect(figures_note(memory))
         if memory.settings.trace:
             star.clock_offsets()

@@ -22,7 +22,7 @@ from tpimpi.diagnostics.trace_file import left_out, write_trace
 from tpimpi.engine import ranks as ranks_of_run
 from tpimpi.engine import startup
 from tpimpi.engine.budget import per_rank
-from tpimpi.engine.engine import Seat, Settings
+from tpimpi.engine.engine import Engine, EngineConfig
 from tpimpi.engine.model import PREFILL_CHUNK, largest_sum
 from tpimpi.engine.rank_memory import print_memory
 from tpimpi.engine.ranks import RankInfo
@@ -174,18 +174,18 @@ def _lead(arguments: list[str], star: Star, place: _Place, typed: Input | None) 
         prompt = _prompt(parsed, hosts)
         wishes = _wishes(parsed, hosts)
         _remark(star, parsed, guests)
-        seat = startup.settle(star, _settings(star, parsed, guests))
-        tokenizer, tokenizer_bytes = load_tokenizer_of_slices(seat.file)
-        report = Report(seat.header.model, seat.header.format, seat.backend.name, star.algorithm)
-        hub = LLM(seat, tokenizer, wishes, report, session, tokenizer_bytes=tokenizer_bytes)
+        engine = startup.open_engines(star, _settings(star, parsed, guests))
+        tokenizer, tokenizer_bytes = load_tokenizer_of_slices(engine.file)
+        report = Report(engine.header.model, engine.header.format, engine.backend.name, star.algorithm)
+        hub = LLM(engine, tokenizer, wishes, report, session, tokenizer_bytes=tokenizer_bytes)
         place.at_end.callback(hub.close)
         turn = hub.interrupted() if prompt is None else hub.check(prompt)
-        furnished = hub.furnish(None if turn is None else turn.ids)
+        allotments = hub.allot_memory(None if turn is None else turn.ids)
         turn = hub.interrupted() if prompt is None else hub.check(prompt)  # is there still room?
         if not parsed.quiet:
-            print_memory(furnished, always=parsed.memory is not None)
+            print_memory(allotments, always=parsed.memory is not None)
     place.in_job = star.rank.size > 1
-    startup.go(star)
+    startup.start(star)
     report.load_s = time.monotonic() - _STARTED
     code = 0
     if turn is not None:
@@ -210,7 +210,7 @@ def _lead(arguments: list[str], star: Star, place: _Place, typed: Input | None) 
     if parsed.report is not None:
         report.write(Path(parsed.report))
     if parsed.trace is not None:
-        write_trace(Path(parsed.trace), traces, [str(block) for block in seat.order])
+        write_trace(Path(parsed.trace), traces, [str(block) for block in engine.order])
         _say(left_out(traces))
     if parsed.plot is not None:
         _plot_memory(report, Path(parsed.plot))
@@ -341,7 +341,7 @@ def _settle_allreduce(star: Star, parsed: argparse.Namespace, hidden: int) -> No
         _say(None if parsed.quiet else line)
 
 
-def _settings(star: Star, parsed: argparse.Namespace, guests: Sequence[RankInfo]) -> Settings:
+def _settings(star: Star, parsed: argparse.Namespace, guests: Sequence[RankInfo]) -> EngineConfig:
     """Measure the links, find or make the slices, and say how to use them."""
     ranks, memory = len(guests), options.memory_sizes(parsed.memory)
     fingerprint, fmt, cached = "", "", None
@@ -371,7 +371,7 @@ def _settings(star: Star, parsed: argparse.Namespace, guests: Sequence[RankInfo]
         if parsed.model is not None:
             with open_source(model_path(parsed.model)) as source:
                 fingerprint = source.fingerprint()
-    return Settings(
+    return EngineConfig(
         folder=parsed.slices,
         cache_name=cached,
         fingerprint=fingerprint,
@@ -412,19 +412,19 @@ def _measure_perplexity(arguments: list[str], star: Star, place: _Place) -> int:
         if parsed.against is not None:
             reference = {**vars(parsed), "format": parsed.against, "kv": "auto", "slices": None}
             wanted.append(_settings(star, argparse.Namespace(**reference), guests))
-        seats: list[Seat] = []
+        engines: list[Engine] = []
         for settings in wanted:
             apart = dataclasses.replace(settings, logits_of=PREFILL_CHUNK)
-            seats.append(startup.settle(star, apart))
-        tokenizer, tokenizer_bytes = load_tokenizer_of_slices(seats[0].file)
+            engines.append(startup.open_engines(star, apart))
+        tokenizer, tokenizer_bytes = load_tokenizer_of_slices(engines[0].file)
         limits = {"context": parsed.context, "max_tokens": parsed.max_tokens}
-        measurement = Measurement(seats, tokenizer, parsed.text, text, **limits)
-        memory, furnished = startup.furnish(star, seats, measurement.context, tokenizer_bytes)
+        measurement = Measurement(engines, tokenizer, parsed.text, text, **limits)
+        memory, allotments = startup.allot_memory(star, engines, measurement.context, tokenizer_bytes)
         place.at_end.callback(memory.close)
         if not parsed.quiet:
-            print_memory(furnished, always=parsed.memory is not None)
+            print_memory(allotments, always=parsed.memory is not None)
     place.in_job = star.rank.size > 1
-    startup.go(star)
+    startup.start(star)
     load_s = time.monotonic() - _STARTED
     result = measurement.run(quiet=parsed.quiet)
     result.load_s, result.ranks = load_s, startup.finish(star, memory)[0][0]

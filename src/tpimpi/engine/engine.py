@@ -1,4 +1,4 @@
-"""A rank's seat: what it holds for a run of one model (slice, window, model, cache), and the memory that this takes."""
+"""A rank's engine: what it holds for a run of one model (slice, window, model, cache), and the memory that this takes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONTEXT = 2048  # positions that memory is planned for where nobody says how man
 
 
 @dataclass(frozen=True)
-class Settings:
+class EngineConfig:
     """What rank 0 tells every rank. `folder` is where the slices are, or None: the cache folder `cache_name` of each host.
 
     `memory` is what each rank may take, in bytes, None for auto; `window` a number of blocks, or "all", instead; None
@@ -64,10 +64,10 @@ def identity(header: Header) -> dict[str, str]:
     return {"fingerprint": header.fingerprint, "format": header.formats.key(), "shares": header.plan.describe()}
 
 
-class Seat:
+class Engine:
     """What one rank holds for a run. Raises SliceError where its slice is not the one that the settings want.
 
-    `furnish` (of all the seats that a rank has) is to be called before the model is used.
+    `allot_memory` (of all the engines that a rank has) is to be called before the model is used.
     """
 
     model: Model
@@ -76,7 +76,7 @@ class Seat:
     trial: Trial | None = None  # where something will be streamed
     reads = DEFAULT_READS
 
-    def __init__(self, star: Star, settings: Settings) -> None:
+    def __init__(self, star: Star, settings: EngineConfig) -> None:
         self.star, self.settings = star, settings
         path = settings.slice_path(star.rank.index, star.rank.size)
         self.file = SliceFile(path)
@@ -96,7 +96,7 @@ class Seat:
             self.file.close()
             raise
 
-    def _check(self, path: Path, settings: Settings) -> None:
+    def _check(self, path: Path, settings: EngineConfig) -> None:
         rank, size, header = self.star.rank.index, self.star.rank.size, self.header
         if (header.rank, header.plan.ranks) != (rank, size):
             raise SliceError(

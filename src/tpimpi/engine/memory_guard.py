@@ -1,4 +1,4 @@
-"""The keeper: a thread that keeps a rank within its memory while it runs, and notes what it has.
+"""The memory guard: a thread that keeps a rank within its memory while it runs, and notes what it has.
 
 Twenty times a second (five, while nothing is computed) it compares what the rank has resident with what was promised or,
 under `--memory auto`, what its host and its cgroup have free with what is to stay free for others. Where it is too much,
@@ -42,7 +42,7 @@ class Timeline:
             self._every *= 2
 
 
-class Keeper:
+class MemoryGuard:
     """Watches the windows of a rank; `plan` says how much they may pin at most."""
 
     def __init__(
@@ -65,7 +65,7 @@ class Keeper:
         self.timeline = Timeline()
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="tpimpi-keeper", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="tpimpi-memory-guard", daemon=True)
         self._thread.start()
 
     @property

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from tpimpi.engine.budget import RESERVE, Budget, Needs, make_budget
-from tpimpi.engine.engine import Seat
+from tpimpi.engine.engine import Engine
 from tpimpi.engine.figures import RankFigures, disk_lines
-from tpimpi.engine.memory_guard import Keeper
+from tpimpi.engine.memory_guard import MemoryGuard
 from tpimpi.engine.model import work_bytes
 from tpimpi.engine.trace import RankTrace, Recorder
 from tpimpi.engine.window import FEWEST_TILES, USUAL_TILES, ring_bytes
@@ -24,7 +24,7 @@ MEASURING = 0.4  # seconds for which all ranks read at once, to find what the di
 
 
 @dataclass(frozen=True)
-class Furnished:
+class MemoryAllotment:
     """What a rank's memory buys, as it tells rank 0: in bytes, but for `reads` in flight and a rate in bytes a second."""
 
     rank: int
@@ -44,31 +44,31 @@ class Furnished:
 
 
 class RankMemory:
-    """All the seats of a rank, and the memory that they share: planned, taken, and kept within its bounds."""
+    """All the engines of a rank, and the memory that they share: planned, taken, and kept within its bounds."""
 
-    def __init__(self, seats: Sequence[Seat], tokenizer_bytes: int = 0) -> None:
-        self.seats, self._tokenizer_bytes = list(seats), tokenizer_bytes
-        self.star, self.settings = seats[0].star, seats[0].settings
+    def __init__(self, engines: Sequence[Engine], tokenizer_bytes: int = 0) -> None:
+        self.engines, self._tokenizer_bytes = list(engines), tokenizer_bytes
+        self.star, self.settings = engines[0].star, engines[0].settings
         self._base = resident_bytes()
         self._promise: int | None = None
         self._budget: Budget | None = None
         self._needs: Needs
         self._watched_by = self._context = self._rings = 0
-        self.furnished: Furnished | None = None
-        self.keeper: Keeper | None = None
+        self.allotment: MemoryAllotment | None = None
+        self.guard: MemoryGuard | None = None
 
     def needs(self, context: int) -> Needs:
         """What this rank needs to hold `context` positions of each model."""
-        seats, logits_of = self.seats, self.settings.logits_of
+        engines, logits_of = self.engines, self.settings.logits_of
         everywhere = {"all_partials": self.settings.allreduce.endswith("exchange")}  # also of long sums
-        work = [work_bytes(s.header, s.records, s.backend.name, context, logits_of, **everywhere) for s in seats]
+        work = [work_bytes(s.header, s.records, s.backend.name, context, logits_of, **everywhere) for s in engines]
         return Needs(
             base=self._base,
-            cache=sum(seat.cache_bytes(context) for seat in seats),
-            work=max(work) + sum(seat.recorder.most_bytes for seat in seats if seat.recorder is not None),
-            least_buffers=sum(ring_bytes(seat.records, FEWEST_TILES) for seat in seats),
-            usual_buffers=sum(ring_bytes(seat.records, USUAL_TILES) for seat in seats),
-            tiles=sum(seat.tile_bytes for seat in seats),
+            cache=sum(engine.cache_bytes(context) for engine in engines),
+            work=max(work) + sum(engine.recorder.most_bytes for engine in engines if engine.recorder is not None),
+            least_buffers=sum(ring_bytes(engine.records, FEWEST_TILES) for engine in engines),
+            usual_buffers=sum(ring_bytes(engine.records, USUAL_TILES) for engine in engines),
+            tiles=sum(engine.tile_bytes for engine in engines),
         )
 
     def plan(self, context: int, promise: int | None, watched_by: int) -> None:
@@ -82,13 +82,13 @@ class RankMemory:
         if promise is not None:
             whose = f"--memory {'auto finds' if watched_by else 'is'} {show_size(promise)}"
             self._budget = make_budget(needs, promise, whose)
-        for seat in self.seats:
-            if self._streams(seat):
-                seat.trial = trial = seat.file.trial(seat.records)
-                seat.reads = seat.file.measure(partial(trial.depth, self._trial_buffer()))
+        for engine in self.engines:
+            if self._streams(engine):
+                engine.trial = trial = engine.file.trial(engine.records)
+                engine.reads = engine.file.measure(partial(trial.depth, self._trial_buffer()))
 
-    def _streams(self, seat: Seat) -> bool:
-        blocks = isinstance(self.settings.window, int) and self.settings.window < len(seat.order)
+    def _streams(self, engine: Engine) -> bool:
+        blocks = isinstance(self.settings.window, int) and self.settings.window < len(engine.order)
         return blocks or (self._budget is not None and self._budget.pinned < self._needs.tiles)
 
     def _trial_buffer(self) -> Bytes:
@@ -96,59 +96,61 @@ class RankMemory:
         room = self._needs.least_buffers if self._budget is None else self._budget.buffers
         return aligned_buffer(max(PIECE, min(MEASURED, room)))
 
-    def furnish(self) -> Furnished:
+    def allot_memory(self) -> MemoryAllotment:
         """Measure what the disk gives, while the other ranks do, and start reading for good."""
         needs, rates = self._needs, [0.0]
-        for seat in self.seats:
-            if seat.trial is not None:
-                rates.append(seat.file.measure(partial(seat.trial.rate, self._trial_buffer(), seat.reads, MEASURING)))
-        for seat in self.seats:
-            self._open(seat)
-        self._rings = sum(seat.window.ring_bytes for seat in self.seats)
-        self.keeper = Keeper(
-            [seat.window for seat in self.seats],
+        for engine in self.engines:
+            if engine.trial is not None:
+                rates.append(
+                    engine.file.measure(partial(engine.trial.rate, self._trial_buffer(), engine.reads, MEASURING))
+                )
+        for engine in self.engines:
+            self._open(engine)
+        self._rings = sum(engine.window.ring_bytes for engine in self.engines)
+        self.guard = MemoryGuard(
+            [engine.window for engine in self.engines],
             promise=None if self._watched_by else self._promise,
             shared_by=self._watched_by,
             stalled=self._say,
             waiting=self._waiting_for_a_row,
         )
         if self._watched_by:
-            self.keeper.plan(needs.tiles)  # if other programs end, there may be room for more
-        per_position, room = sum(seat.cache_bytes(1) for seat in self.seats), None
+            self.guard.plan(needs.tiles)  # if other programs end, there may be room for more
+        per_position, room = sum(engine.cache_bytes(1) for engine in self.engines), None
         if self._promise is not None and per_position:
             room = (self._promise - needs.fixed - self._rings + needs.cache) // per_position
-        file = self.seats[0].file
-        self.furnished = Furnished(
+        file = self.engines[0].file
+        self.allotment = MemoryAllotment(
             rank=self.star.rank.index,
             host=self.star.rank.host,
             promise=self._promise,
             base=needs.base,
             cache=needs.cache,
             work=needs.work + RESERVE,
-            buffers=self._rings if any(map(self._streams, self.seats)) else 0,
-            pinned=sum(seat.window.wanted_bytes for seat in self.seats),
-            streamed=sum(seat.window.streamed_bytes for seat in self.seats),
-            reads=max(seat.reads for seat in self.seats),
+            buffers=self._rings if any(map(self._streams, self.engines)) else 0,
+            pinned=sum(engine.window.wanted_bytes for engine in self.engines),
+            streamed=sum(engine.window.streamed_bytes for engine in self.engines),
+            reads=max(engine.reads for engine in self.engines),
             disk_bytes_per_s=max(rates),
             device=file.device,
             direct=file.direct,
             most_context=room,
         )
-        return self.furnished
+        return self.allotment
 
-    def _open(self, seat: Seat) -> None:
-        """Start the window of one seat, with its part of the budget."""
+    def _open(self, engine: Engine) -> None:
+        """Start the window of one engine, with its part of the budget."""
         needs, window = self._needs, self.settings.window
         pinned, ring = None, None
         if self._budget is not None:
-            pinned = self._budget.pinned * seat.tile_bytes // max(1, needs.tiles)
-            least = ring_bytes(seat.records, FEWEST_TILES)
+            pinned = self._budget.pinned * engine.tile_bytes // max(1, needs.tiles)
+            least = ring_bytes(engine.records, FEWEST_TILES)
             ring = max(least, self._budget.buffers * least // max(1, needs.least_buffers))
-        seat.start(pinned, ring, window if isinstance(window, int) else None, self.make_room)
+        engine.start(pinned, ring, window if isinstance(window, int) else None, self.make_room)
 
     def make_room(self, context: int) -> None:
         """A longer sequence than was planned for begins: fewer tiles can be pinned. InputError where that is not enough."""
-        if self._promise is None or context <= self._context or self.keeper is None:
+        if self._promise is None or context <= self._context or self.guard is None:
             return
         self._context = context
         left = self._promise - self.needs(context).fixed - self._rings
@@ -157,72 +159,72 @@ class RankMemory:
                 f"{context} positions need {show_size(-left)} more than the {show_size(self._promise)} of --memory; "
                 "give more, or a smaller --context"
             )
-        self.keeper.plan(left)
+        self.guard.plan(left)
 
     def _say(self, line: str) -> None:
         rank = self.star.rank
         where = str(rank) if rank.size > 1 else "tpimpi"
-        print(f"{where}: {line} ({self.seats[0].file.path})", file=sys.stderr, flush=True)
+        print(f"{where}: {line} ({self.engines[0].file.path})", file=sys.stderr, flush=True)
 
     def _waiting_for_a_row(self) -> tuple[float, str] | None:
-        return next((seat.file.waiting for seat in self.seats if seat.file.waiting), None)
+        return next((engine.file.waiting for engine in self.engines if engine.file.waiting), None)
 
     @property
     def points(self) -> list[list[float]]:
         """The timeline: [time.monotonic(), resident, pinned, buffers]."""
-        return [] if self.keeper is None else self.keeper.timeline.points
+        return [] if self.guard is None else self.guard.timeline.points
 
     def figures(self) -> list[RankFigures]:
-        """What each seat did. Memory is the whole rank's."""
+        """What each engine did. Memory is the whole rank's."""
         peak = peak_rss_bytes()
         tokenizer = self._tokenizer_bytes
-        weights = sum(seat.window.most_bytes for seat in self.seats)
-        caches = [seat.model.cache for seat in self.seats]
+        weights = sum(engine.window.most_bytes for engine in self.engines)
+        caches = [engine.model.cache for engine in self.engines]
         cache = sum(cache.filled_bytes for cache in caches if cache is not None)
         began = self.points[0][0] if self.points else 0.0
-        assert self.furnished is not None
+        assert self.allotment is not None
         return [
             RankFigures(
                 rank=self.star.rank.index,
                 host=self.star.rank.host,
-                heads=seat.header.share.heads.size,
-                kv_heads=seat.header.share.kv_heads.size,
-                columns=seat.header.share.columns.size,
+                heads=engine.header.share.heads.size,
+                kv_heads=engine.header.share.kv_heads.size,
+                columns=engine.header.share.columns.size,
                 memory_bytes=self._promise,
                 peak_rss_bytes=peak,
                 weights_bytes=weights,
                 cache_bytes=cache,
                 tokenizer_bytes=tokenizer,
                 base_bytes=peak - weights - cache - tokenizer,
-                pinned_bytes=seat.window.pinned_bytes,
-                buffer_bytes=seat.window.buffer_bytes,
-                streamed_bytes_per_token=seat.window.streamed_bytes,
-                device=self.furnished.device,
-                disk_bytes_per_s=self.furnished.disk_bytes_per_s,
-                bytes_read=seat.window.bytes_read,
-                read_wait_s=seat.window.wait_seconds,
-                compute_s=seat.model.compute_seconds,
+                pinned_bytes=engine.window.pinned_bytes,
+                buffer_bytes=engine.window.buffer_bytes,
+                streamed_bytes_per_token=engine.window.streamed_bytes,
+                device=self.allotment.device,
+                disk_bytes_per_s=self.allotment.disk_bytes_per_s,
+                bytes_read=engine.window.bytes_read,
+                read_wait_s=engine.window.wait_seconds,
+                compute_s=engine.model.compute_seconds,
                 star_s=self.star.seconds,
                 timeline=[[round(t - began, 3), *rest] for t, *rest in self.points],
             )
-            for seat in self.seats
+            for engine in self.engines
         ]
 
     def trace(self) -> RankTrace:
         """What was recorded; the clock's offset is for rank 0 to fill in."""
-        recorder = self.seats[0].recorder or Recorder(0)
+        recorder = self.engines[0].recorder or Recorder(0)
         rank = self.star.rank
         return RankTrace(rank.index, rank.host, 0.0, recorder.pack(), self.points, recorder.dropped)
 
     def close(self) -> None:
         """Stop, and give all memory back."""
-        if self.keeper is not None:
-            self.keeper.close()
-        for seat in self.seats:
-            seat.close()
+        if self.guard is not None:
+            self.guard.close()
+        for engine in self.engines:
+            engine.close()
 
 
-def print_memory(ranks: Sequence[Furnished], *, always: bool) -> None:
+def print_memory(ranks: Sequence[MemoryAllotment], *, always: bool) -> None:
     """A table on stderr of what each rank's memory buys; unless `always`, only where something is streamed."""
     from rich.console import Console
     from rich.table import Table

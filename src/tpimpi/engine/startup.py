@@ -8,9 +8,9 @@ from dataclasses import asdict, astuple
 from typing import Any
 
 from tpimpi.engine.budget import Needs, allowances
-from tpimpi.engine.engine import Seat, Settings, identity
+from tpimpi.engine.engine import Engine, EngineConfig, identity
 from tpimpi.engine.figures import RankFigures
-from tpimpi.engine.rank_memory import Furnished, RankMemory
+from tpimpi.engine.rank_memory import MemoryAllotment, RankMemory
 from tpimpi.engine.trace import RankTrace
 from tpimpi.errors import SliceError
 from tpimpi.star import FINISH, Star
@@ -19,39 +19,39 @@ from tpimpi.system.memory import Place, places
 from tpimpi.weights.slices.header import Header
 
 
-def settle(star: Star, settings: Settings) -> Seat:
+def open_engines(star: Star, settings: EngineConfig) -> Engine:
     """Rank 0: tell the others the settings, open our slice, and hear whether every rank could open its own.
 
-    `furnish` is to follow.
+    `allot_memory` is to follow.
     """
     star.tell(as_note(settings=asdict(settings)))
-    opened: list[Seat] = []
+    opened: list[Engine] = []
 
-    def take() -> Seat:
-        opened.append(Seat(star, settings))
+    def take() -> Engine:
+        opened.append(Engine(star, settings))
         return opened[0]
 
     try:
-        seat, notes = together(star, take)
+        engine, notes = together(star, take)
         for rank, note in enumerate(notes[1:], start=1):
-            _check_alike(seat.header, rank, note)
+            _check_alike(engine.header, rank, note)
     except BaseException:
-        for seat in opened:
-            seat.close()
+        for engine in opened:
+            engine.close()
         raise
-    return seat
+    return engine
 
 
-def furnish(
-    star: Star, seats: Sequence[Seat], context: int, tokenizer_bytes: int = 0
-) -> tuple[RankMemory, list[Furnished]]:
-    """Rank 0: every rank takes memory for `context` positions in all of its seats, as far as its promise allows, and
+def allot_memory(
+    star: Star, engines: Sequence[Engine], context: int, tokenizer_bytes: int = 0
+) -> tuple[RankMemory, list[MemoryAllotment]]:
+    """Rank 0: every rank takes memory for `context` positions in all of its engines, as far as its promise allows, and
     begins to read. `tokenizer_bytes` is what our tokenizer takes, for the figures.
 
     Returns our own, and what every rank's memory buys, in rank order. Raises InputError where a rank's promise is too small.
     """
-    star.tell(as_note(furnish=context))
-    memory = RankMemory(seats, tokenizer_bytes)
+    star.tell(as_note(context=context))
+    memory = RankMemory(engines, tokenizer_bytes)
     notes = [json.loads(note) for note in star.collect(memory_note(memory, context))]
     settings = memory.settings
     promises: list[int | None] = [None] * star.rank.size
@@ -68,11 +68,11 @@ def furnish(
     try:
         together(star, lambda: memory.plan(context, promises[0], watched[0]))
         star.tell(as_note(measure=True))  # all at the same time, as they will read
-        furnished, notes = together(star, memory.furnish)
+        allotment, notes = together(star, memory.allot_memory)
     except BaseException:
         memory.close()
         raise
-    return memory, [furnished, *(Furnished(**note) for note in notes[1:])]
+    return memory, [allotment, *(MemoryAllotment(**note) for note in notes[1:])]
 
 
 def memory_note(memory: RankMemory, context: int) -> bytes:
@@ -81,15 +81,15 @@ def memory_note(memory: RankMemory, context: int) -> bytes:
     return as_note(host=memory.star.rank.host, needs=asdict(memory.needs(context)), places=found)
 
 
-def go(star: Star) -> None:
+def start(star: Star) -> None:
     """Rank 0: all is well; from now on the others follow."""
-    star.tell(as_note(go=True))
+    star.tell(as_note(start=True))
 
 
 def finish(star: Star, memory: RankMemory) -> tuple[list[list[RankFigures]], list[RankTrace]]:
-    """Rank 0: end the run on every rank. For each seat the figures of every rank, in rank order; and their traces."""
+    """Rank 0: end the run on every rank. For each engine the figures of every rank, in rank order; and their traces."""
     star.command(FINISH)
-    figures: list[list[RankFigures]] = [[] for _ in memory.seats]
+    figures: list[list[RankFigures]] = [[] for _ in memory.engines]
     for note in star.collect(figures_note(memory)):
         for found, values in zip(figures, json.loads(note), strict=True):
             found.append(RankFigures(**values))

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from tpimpi.engine.engine import CONTEXT, Seat
-from tpimpi.engine.rank_memory import Furnished, RankMemory
-from tpimpi.engine.startup import finish, furnish
+from tpimpi.engine.engine import CONTEXT, Engine
+from tpimpi.engine.rank_memory import MemoryAllotment, RankMemory
+from tpimpi.engine.startup import allot_memory, finish
 from tpimpi.engine.trace import RankTrace
 from tpimpi.errors import InputError
 from tpimpi.serving.generate import Sampler, generate, to_text, until_stop
@@ -50,7 +50,7 @@ class LLM:
 
     def __init__(
         self,
-        seat: Seat,
+        engine: Engine,
         tokenizer: Tokenizer | TokenIds,
         wishes: SamplingParams,
         report: Report,
@@ -58,32 +58,32 @@ class LLM:
         *,
         tokenizer_bytes: int = 0,
     ) -> None:
-        """`furnish` is to follow. With a session all prompts are turns of its conversation, else each stands for itself.
+        """`allot_memory` is to follow. With a session all prompts are turns of one conversation, else each is its own.
 
         Raises InputError for a context beyond the model's, for wishes that need a tokenizer where there is none, and for a
         session that was begun with another model."""
-        self.seat, self.tokenizer, self.wishes, self.report = seat, tokenizer, wishes, report
+        self.engine, self.tokenizer, self.wishes, self.report = engine, tokenizer, wishes, report
         self.session, self._tokenizer_bytes = session, tokenizer_bytes
         if session is not None:
-            session.check_model(seat.header.model, seat.header.fingerprint, seat.header.config.vocab)
-        self._most = seat.header.config.context
+            session.check_model(engine.header.model, engine.header.fingerprint, engine.header.config.vocab)
+        self._most = engine.header.config.context
         if wishes.context is not None and wishes.context > self._most:
             raise InputError(f"--context is {wishes.context}, this model has {self._most} positions; give at most that")
         self._limit = wishes.context or self._most
         if isinstance(tokenizer, TokenIds):
             tokenizer.check_wishes(raw=wishes.raw, stops=wishes.stops)
 
-    def furnish(self, prompt: list[int] | None) -> list[Furnished]:
+    def allot_memory(self, prompt: list[int] | None) -> list[MemoryAllotment]:
         """Have every rank take memory: for this prompt and its answer, or for what may come. What each has, in rank order.
 
         Raises InputError where a rank's promise is too small.
         """
         wishes = self.wishes
         context = wishes.context or min(self._limit, CONTEXT if prompt is None else len(prompt) + wishes.max_tokens)
-        self.memory, furnished = furnish(self.seat.star, [self.seat], context, self._tokenizer_bytes)
-        rooms = [rank.most_context for rank in furnished if rank.most_context is not None]
+        self.memory, allotments = allot_memory(self.engine.star, [self.engine], context, self._tokenizer_bytes)
+        rooms = [rank.most_context for rank in allotments if rank.most_context is not None]
         self._limit = min([self._limit, *rooms])
-        return furnished
+        return allotments
 
     def check(self, prompt: str) -> Turn:
         """A prompt as the model gets it, with what was said before; or the turn that the session ends with, if that has the
@@ -141,7 +141,7 @@ class LLM:
 
     def answer(self, turn: Turn) -> Iterator[str]:
         """Text of the answer, as it comes, first what there is of it; the report has its figures when it is done."""
-        wishes, model, session = self.wishes, self.seat.model, self.session
+        wishes, model, session = self.wishes, self.engine.model, self.session
         if session is not None:
             session.begin(turn)
         room = self._limit - len(turn.ids)
@@ -157,8 +157,8 @@ class LLM:
             history = [*turn.ids, *made]
             tokens = generate(
                 model,
-                self.seat.star,
-                self.seat.file.embedding_rows,
+                self.engine.star,
+                self.engine.file.embedding_rows,
                 history,
                 wishes.sample(turn.seed, len(made)),
                 max_tokens=max_tokens - len(made),
@@ -183,8 +183,8 @@ class LLM:
 
     def finish(self) -> list[RankTrace]:
         """End the run on every rank and gather the figures; the traces, if they were wanted, are returned."""
-        assert self.memory is not None, "furnish before finish"
-        figures, traces = finish(self.seat.star, self.memory)
+        assert self.memory is not None, "allot_memory before finish"
+        figures, traces = finish(self.engine.star, self.memory)
         self.report.ranks += figures[0]
         return traces
 
@@ -192,4 +192,4 @@ class LLM:
         """Stop reading, however the run ends."""
         if self.memory is not None:
             self.memory.close()
-        self.seat.close()
+        self.engine.close()

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tpimpi.compute.formats.packed import F32
-from tpimpi.engine.engine import Seat
+from tpimpi.engine.engine import Engine
 from tpimpi.engine.figures import RankFigures
 from tpimpi.engine.model import PREFILL_CHUNK
 from tpimpi.engine.protocol import step
@@ -199,7 +199,7 @@ class Measurement:
 
     def __init__(
         self,
-        seats: Sequence[Seat],
+        engines: Sequence[Engine],
         tokenizer: Tokenizer | TokenIds,
         name: str,
         text: str,
@@ -208,8 +208,8 @@ class Measurement:
         max_tokens: int | None,
     ) -> None:
         """`name` is the text's file, for messages. Raises InputError where text and context leave nothing to score."""
-        self.seats, self.name = seats, name
-        most = seats[0].header.config.context
+        self.engines, self.name = engines, name
+        most = engines[0].header.config.context
         if context is not None and context > most:
             raise InputError(f"--context is {context}, this model has {most} positions; give at most that")
         self.context = context or min(CHUNK, most)
@@ -224,24 +224,26 @@ class Measurement:
 
     def run(self, *, quiet: bool) -> Result:
         """Run every chunk; the other ranks follow. Raises ModelError where logits are not finite."""
-        nll: list[list[F64]] = [[] for _ in self.seats]
+        nll: list[list[F64]] = [[] for _ in self.engines]
         kl: list[F64] = []
         same: list[npt.NDArray[np.bool_]] = []
-        seconds = [0.0] * len(self.seats)
+        seconds = [0.0] * len(self.engines)
         done, total, said = 0, sum(len(chunk) - 1 for chunk in self.chunks), time.monotonic()
         for chunk in self.chunks:
             self._begin()
             for start in range(0, len(chunk) - 1, PREFILL_CHUNK):
                 ids = chunk[start : start + PREFILL_CHUNK + 1]
                 found: list[tuple[F32, F64]] = []
-                for index, seat in enumerate(self.seats):
+                for index, engine in enumerate(self.engines):
                     began = time.monotonic()
-                    logits = seat.model.logits(step(seat.model, seat.star, seat.file.embedding_rows(ids[:-1]), start))
+                    logits = engine.model.logits(
+                        step(engine.model, engine.star, engine.file.embedding_rows(ids[:-1]), start)
+                    )
                     seconds[index] += time.monotonic() - began
                     normalizers = log_normalizers(logits)
                     nll[index].append(negative_log_likelihoods(logits, normalizers, ids[1:]))
                     if not np.isfinite(nll[index][-1]).all():
-                        raise ModelError(f"the logits of {seat.header.format} are not finite; check the model")
+                        raise ModelError(f"the logits of {engine.header.format} are not finite; check the model")
                     found.append((logits, normalizers))
                 if len(found) > 1:
                     kl.append(kl_divergences(*found[1], *found[0]))
@@ -252,14 +254,14 @@ class Measurement:
                     so_far = math.exp(min(np.concatenate(nll[0]).mean(), 700.0))
                     print(f"{done} of {total} tokens, perplexity so far {so_far:.4f}", file=sys.stderr, flush=True)
         scores = [
-            Score.of(seat.header.format, np.concatenate(values), spent)
-            for seat, values, spent in zip(self.seats, nll, seconds, strict=True)
+            Score.of(engine.header.format, np.concatenate(values), spent)
+            for engine, values, spent in zip(self.engines, nll, seconds, strict=True)
         ]
-        header = self.seats[0].header
+        header = self.engines[0].header
         return Result(
             model=header.model,
-            backend=self.seats[0].model.backend.name,
-            allreduce=self.seats[0].star.algorithm,
+            backend=self.engines[0].model.backend.name,
+            allreduce=self.engines[0].star.algorithm,
             text=self.name,
             text_tokens=len(self.ids),
             context=self.context,
@@ -272,9 +274,9 @@ class Measurement:
         )
 
     def _begin(self) -> None:
-        for seat in self.seats:
-            seat.star.command(BEGIN, self.context)
-            seat.model.begin(self.context)
+        for engine in self.engines:
+            engine.star.command(BEGIN, self.context)
+            engine.model.begin(self.context)
 
 
 CHUNK = 512  # positions of a chunk of such a text, where the model has as many

@@ -300,7 +300,7 @@ class Predictor:
     # Memory
 
     def needs(self, plan: Plan, rank: int, load: Load) -> Needs:
-        """What a rank would need, as a seat reckons it."""
+        """What a rank would need, as an engine reckons it."""
         config, formats, context = self.situation.config, self.situation.formats, self.situation.context
         header = Header(rank, formats, "", "", config, plan, ())
         speed = self.measured.ranks[rank]
