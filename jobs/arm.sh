@@ -35,4 +35,4 @@ cmake -S . -B "$folder" -G Ninja -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCES
   exit 1
 }
 part "arm: building" cmake --build "$folder"
-TPIMPI_CASES="qemu-aarch64 '$folder/cases'" part "arm: tests" python -m pytest -p no:cacheprovider tests/test_kernels.py
+TPIMPI_CASES="qemu-aarch64 '$folder/cases'" part "arm: tests" python -m pytest -p no:cacheprovider tests/compute/test_kernels.py

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up and runs the checks and the tests (about 40 minutes on two cores): once under Open MPI, then what needs MPI again under MPICH.
-# Arguments go to pytest, which is then all that is run: bash jobs/test.sh tests/test_star.py -k hub
+# Arguments go to pytest, which is then all that is run: bash jobs/test.sh tests/star/test_star.py -k hub
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 setup test

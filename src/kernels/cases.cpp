@@ -1,4 +1,4 @@
-// Runs the kernels of every level that this processor has on cases from a file, for tests/test_kernels.py: with sanitizers,
+// Runs the kernels of every level that this processor has on cases from a file, for tests/compute/test_kernels.py: with sanitizers,
 // which see an access beyond an array because each is allocated with its exact size; and on other processors, emulated.
 //
 //     cases INPUT OUTPUT

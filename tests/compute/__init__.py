@@ -1,0 +1,1 @@
+"""Weight formats, quantization, kernels and backends."""

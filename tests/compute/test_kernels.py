@@ -1,0 +1,351 @@
+"""The kernels of every level that this processor has, against the NumPy twin: a C++ program runs cases that are made here.
+
+$TPIMPI_CASES is the command of that program (src/kernels/cases.cpp), built with sanitizers, say, or for another processor
+and emulated. Where it is not set, the program is built.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from tests.support.launch import ROOT
+from tpimpi.compute.backends.reference import NumpyTwin, rounded_activations
+from tpimpi.compute.formats.packed import WEIGHT_FORMATS, Matrix, encode, pack, row_bytes, values
+from tpimpi.compute.formats.quantize import quantize
+
+TWIN = NumpyTwin(1)
+LINEAR, RMS_NORM, ROPE, SWIGLU, ATTENTION, QUANTIZE, READ = range(7)
+NOTHING = np.zeros(0, np.float32)
+EPS = np.finfo(np.float32).eps
+
+
+@dataclass
+class Case:
+    """What the program gets, and how its result is judged: `check(result)` raises AssertionError."""
+
+    name: str
+    operation: int
+    parameters: list[int]
+    arrays: list[np.ndarray]
+    shape: tuple[int, ...]
+    check: Callable[[np.ndarray], None]
+    dtype: np.dtype = field(default_factory=lambda: np.dtype(np.float32))
+
+    def to_bytes(self) -> bytes:
+        def numbers(*all_of_them: int) -> bytes:
+            return np.array(all_of_them, "<i8").tobytes()
+
+        data = [np.ascontiguousarray(array).tobytes() for array in self.arrays]
+        packed = b"".join(numbers(len(array)) + array for array in data)
+        head = numbers(self.operation, len(self.parameters), *self.parameters, len(data))
+        return head + packed + numbers(int(np.prod(self.shape)) * self.dtype.itemsize)
+
+
+def within(expected: np.ndarray, tolerance: float | np.ndarray) -> Callable[[np.ndarray], None]:
+    """Infinities and NaNs as expected, the others no further from it than `tolerance`."""
+
+    def check(found: np.ndarray) -> None:
+        finite = np.isfinite(expected)
+        np.testing.assert_array_equal(found[~finite], expected[~finite])
+        assert not np.isnan(found[finite]).any(), "NaN where there should be none"
+        off = np.abs(found[finite].astype(np.float64) - expected[finite])
+        excess = off - np.broadcast_to(tolerance, found.shape)[finite]
+        assert excess.max(initial=0) <= 0, f"{excess.max()} beyond the tolerance"
+
+    return check
+
+
+def same_bits(expected: np.ndarray) -> Callable[[np.ndarray], None]:
+    return lambda found: np.testing.assert_array_equal(found, expected)
+
+
+# Cases
+
+
+def linear_case(
+    name: str, x: np.ndarray, weight: Matrix, bias: np.ndarray | None = None, parts: int = 1, slack: float = 4
+) -> Case:
+    with np.errstate(all="ignore"):
+        expected = TWIN.linear(x, weight, bias)
+        # Sums in another order differ by some last places of the sum of what is added, without regard to sign.
+        size = np.abs(rounded_activations(x, weight.format).astype(np.float64)) @ np.abs(values(weight)).T.astype(float)
+        if weight.format == "q4_1":  # its minima and its scales are summed apart
+            size += np.abs(x).max(axis=1, keepdims=True) * 2 * np.abs(values(weight)).max() * weight.columns
+    arrays = [weight.data, x, NOTHING if bias is None else bias]
+    parameters = [WEIGHT_FORMATS.index(weight.format), weight.rows, weight.columns, len(x), parts]
+    tolerance = np.nan_to_num(size + (0 if bias is None else np.abs(bias))) * EPS * slack + 1e-37
+    return Case(f"linear {name}", LINEAR, parameters, arrays, expected.shape, within(expected, tolerance))
+
+
+def linear_cases(random: np.random.Generator) -> list[Case]:
+    cases = []
+    shapes = [(1, 1, 1), (16, 64, 1), (17, 33, 2), (15, 31, 3), (40, 70, 4), (33, 96, 5), (5, 130, 6), (48, 95, 7)]
+    shapes += [(20, 40, 8), (16, 66, 9), (31, 160, 13), (35, 32, 16), (18, 129, 17), (32, 100, 33), (1, 576, 47)]
+    for fmt in WEIGHT_FORMATS:
+        for number, (rows, columns, positions) in enumerate(shapes):
+            x = random.standard_normal((positions, columns), dtype=np.float32)
+            weight = pack(encode(random.standard_normal((rows, columns), dtype=np.float32), fmt), fmt, columns)
+            bias = random.standard_normal(rows, dtype=np.float32) if number % 2 else None
+            cases.append(linear_case(f"{fmt} {rows}x{columns} n={positions}", x, weight, bias, 1 + number % 3))
+        cases += hostile_linear_cases(fmt, random)
+    return cases
+
+
+def hostile_linear_cases(fmt: str, random: np.random.Generator) -> list[Case]:
+    rows, columns = 21, 75
+    x = random.standard_normal((19, columns), dtype=np.float32)
+    numbers = random.standard_normal((rows, columns), dtype=np.float32)
+    weight = pack(encode(numbers, fmt), fmt, columns)
+    blank = numbers.copy()
+    blank[:, 32:64] = blank[3] = 0
+    cases = [
+        linear_case(f"{fmt} zero x", np.zeros_like(x), weight),
+        linear_case(f"{fmt} zero weights", x, pack(encode(np.zeros_like(numbers), fmt), fmt, columns)),
+        linear_case(f"{fmt} zero blocks", x, pack(encode(blank, fmt), fmt, columns)),
+        linear_case(f"{fmt} tiny x", x * np.float32(1e-31), weight),
+        linear_case(f"{fmt} large x", x * np.float32(1e30), weight),
+    ]
+    for name, value in (("nan", np.nan), ("infinite", np.inf), ("-infinite", -np.inf)):
+        one = x.copy()
+        one[2, 40] = one[11, 74] = value
+        cases.append(linear_case(f"{fmt} {name} x", one, weight))
+    if fmt in ("f32", "bf16"):
+        return cases
+    # Every code beside every scale that is finite: the largest, negative ones, subnormals; x at the ends of int8.
+    stored = random.integers(0, 256, (512, row_bytes(fmt, 64)), np.uint8)
+    halves = stored.view("<u2").reshape(512, 2, -1)
+    scales = random.integers(0, 1 << 16, (512, 2), np.uint16)
+    scales[:8] = np.array([65504, -65504, 2**-24, -(2**-24), 2**-14, 0, -0.0, 6.1e-5], "<f2").view("<u2")[:, None]
+    scales[~np.isfinite(scales.view("<f2"))] = 0
+    halves[:, :, 0] = scales
+    if fmt == "q4_1":
+        halves[:, :, 1] = scales[::-1]
+    ends = np.where(random.integers(0, 2, (9, 64)), np.float32(127), np.float32(-127))
+    for name, codes in (("any code", None), ("least code", 0), ("greatest code", 255), ("middle code", 0x80)):
+        block = stored.copy()
+        if codes is not None:
+            block.reshape(512, 2, -1)[:, :, 4 if fmt == "q4_1" else 2 :] = codes
+        cases.append(linear_case(f"{fmt} {name}", ends, pack(block, fmt, 64), slack=16))
+    return cases
+
+
+def rms_norm_cases(random: np.random.Generator) -> list[Case]:
+    cases = []
+    for number, (rows, size) in enumerate([(1, 1), (3, 15), (2, 16), (5, 17), (4, 64), (1, 100), (2, 576)]):
+        for name, factor in (("", 1), (" zero", 0), (" large", 1e18), (" beyond range", 1e25), (" small", 1e-20)):
+            x = random.standard_normal((rows, size), dtype=np.float32) * np.float32(factor)
+            weight, eps = random.standard_normal(size, dtype=np.float32), np.float32(1e-5)
+            with np.errstate(over="ignore"):
+                expected = TWIN.rms_norm(x, weight, float(eps))
+            check = within(expected, np.abs(expected) * 8 * EPS)
+            cases.append(
+                Case(
+                    f"rms_norm{name} {rows}x{size}",
+                    RMS_NORM,
+                    [rows, size, number % 2],
+                    [x, weight, eps],
+                    x.shape,
+                    check,
+                )
+            )
+    x = np.ones((3, 20), np.float32)
+    x[0, 3], x[1, 19] = np.nan, np.inf
+    with np.errstate(invalid="ignore"):
+        expected = TWIN.rms_norm(x, x[2], 1e-5)
+    check = within(expected, 8 * EPS)
+    cases.append(Case("rms_norm of nan", RMS_NORM, [3, 20, 0], [x, x[2], np.float32(1e-5)], x.shape, check))
+    return cases
+
+
+def rope_cases(random: np.random.Generator) -> list[Case]:
+    cases = []
+    for number, (n, heads, head_dim) in enumerate([(1, 1, 2), (3, 2, 20), (2, 3, 64), (4, 1, 70), (1, 5, 128)]):
+        x = random.standard_normal((n, heads, head_dim), dtype=np.float32)
+        angles = random.uniform(0, 6, (n, head_dim // 2)).astype(np.float32)
+        arrays = [x, np.cos(angles), np.sin(angles)]
+        check = within(TWIN.rope(*arrays), 8 * EPS * np.abs(x).max())
+        cases.append(Case(f"rope {x.shape}", ROPE, [n, heads, head_dim, number % 2], arrays, x.shape, check))
+    return cases
+
+
+def swiglu_cases(random: np.random.Generator) -> list[Case]:
+    hostile = np.array([-np.inf, np.inf, np.nan, -0.0, 0, -200, 200, -3e38, 3e38, -88.8, 88.8, -104, 1e-40], np.float32)
+    wide = np.concatenate([hostile, np.linspace(-120, 120, 20001, dtype=np.float32), random.normal(0, 2, 999)])
+    cases = []
+    for alias, gate in enumerate([wide.astype(np.float32), wide[:7].astype(np.float32), wide[-33:].astype(np.float32)]):
+        up = random.standard_normal(gate.size, dtype=np.float32)
+        with np.errstate(invalid="ignore", over="ignore"):
+            # In f64, so that an error of the twin's own does not count.
+            exact = gate.astype(np.float64) / (1 + np.exp(-gate.astype(np.float64))) * up
+            expected = np.where(np.isfinite(gate), exact, TWIN.swiglu(gate, up)).astype(np.float32)
+        check = within(expected, np.abs(expected.astype(np.float64)) * 8 * EPS + 1e-35)
+        cases.append(Case(f"swiglu {gate.size}", SWIGLU, [gate.size, alias], [gate, up], gate.shape, check))
+    return cases
+
+
+def attention_case(
+    random: np.random.Generator,
+    n: int,
+    start: int,
+    head_dim: int,
+    q_to_kv: list[int],
+    window: int,
+    f16: bool,
+    parts: int,
+    sharp: float = 1,
+) -> Case:
+    kv_heads, there = max(q_to_kv) + 1, start + n
+    context = there + random.integers(0, 9)
+    q = random.standard_normal((n, len(q_to_kv), head_dim), dtype=np.float32) * np.float32(sharp)
+    # Beyond the positions that are there the cache holds NaN, and the array ends with the last one.
+    kv = np.full((2, kv_heads, context, head_dim), np.nan, np.float16 if f16 else np.float32)
+    kv[:, :, :there] = random.standard_normal((2, kv_heads, there, head_dim))
+    with np.errstate(all="ignore"):
+        expected = TWIN.attention(q, kv[0, :, :there], kv[1, :, :there], tuple(q_to_kv), start, window)
+    exact = kv.reshape(2, -1)[:, : ((kv_heads - 1) * context + there) * head_dim]
+    parameters = [n, len(q_to_kv), head_dim, start, window, int(f16), context * head_dim, parts]
+    # An error of a score, relative to q k, is an error of a weight.
+    tolerance = 16 * EPS * np.nanmax(np.abs(kv[1, :, :there])).astype(np.float32)
+    tolerance *= max(1.0, sharp * head_dim**0.5) if sharp < 1e30 else 1
+    name = f"attention n={n} start={start} head_dim={head_dim} {q_to_kv} window={window} f16={f16} sharp={sharp}"
+    arrays = [q, exact[0], exact[1], np.array(q_to_kv, np.int64)]
+    return Case(name, ATTENTION, parameters, arrays, q.shape, within(expected, tolerance))
+
+
+def attention_cases(random: np.random.Generator) -> list[Case]:
+    maps = [[0], [0, 1, 2], [0, 0, 0, 1, 1, 1], [1, 1, 0, 2, 2], [0] * 9, [0] * 20]
+    cases = []
+    for f16 in (False, True):
+        for number, head_dim in enumerate([2, 16, 20, 64, 70, 80, 128, 144]):
+            for n, start in [(1, 0), (1, 62), (1, 64), (1, 301), (2, 60), (5, 0), (7, 119), (17, 0), (40, 50)]:
+                q_to_kv = maps[random.integers(len(maps))]
+                window = int(random.choice([0, 0, 1, 3, 64, 100]))
+                parts = 1 + number % 3
+                cases.append(attention_case(random, n, start, head_dim, q_to_kv, window, f16, parts))
+        for n in (1, 33):
+            for sharp in (0, 30, 1e30):  # 1e30: one weight is 1, the others are 0
+                cases.append(attention_case(random, n, 100, 24, [0, 0, 1], 0, f16, 1, sharp))
+    for n in (1, 9):  # a NaN, and infinite scores, make NaN of the queries that see them, and of no others
+        case = attention_case(random, n, 70, 32, [0, 1], 0, False, 2)
+        q, k, v, _ = case.arrays
+        k, v = k.copy(), v.copy()
+        context = case.parameters[6] // 32
+        k[70 * 32] = np.inf
+        v[(context + 70 + n - 1) * 32] = np.nan
+        both = [np.full((2, context, 32), np.nan, np.float32) for _ in range(2)]
+        for whole, exact in zip(both, (k, v), strict=True):
+            whole.reshape(-1)[: exact.size] = exact
+        expected = np.full(q.shape, np.nan, np.float32)
+        for position in range(n):
+            there = 71 + position
+            with np.errstate(invalid="ignore"):
+                seen = TWIN.attention(q[[position]], both[0][:, :there], both[1][:, :there], (0, 1), there - 1, 0)
+            expected[position] = seen[0]
+        if n > 1:  # the many-query way multiplies what is not seen by zero, as the twin does
+            with np.errstate(invalid="ignore"):
+                expected = TWIN.attention(q, both[0][:, : 70 + n], both[1][:, : 70 + n], (0, 1), 70, 0)
+        case.arrays[1:3] = [k, v]
+        case.check = within(expected, 1e-4)
+        case.name += " nan"
+        cases.append(case)
+    return cases
+
+
+def quantize_cases(random: np.random.Generator) -> list[Case]:
+    cases = []
+    for code, fmt in enumerate(WEIGHT_FORMATS):
+        if fmt in ("f32", "bf16"):
+            continue
+        x = random.standard_normal((19, 32), dtype=np.float32) * np.logspace(-9, 6, 19, dtype=np.float32)[:, None]
+        x[4], x[5, 3], x[6] = 0, 1e-38, 3.4e38
+        expected = quantize(x, fmt)
+        parameters, byte = [code, len(x)], np.dtype(np.uint8)
+        cases.append(Case(f"quantize {fmt}", QUANTIZE, parameters, [x], expected.shape, same_bits(expected), byte))
+        for value in (np.nan, np.inf):
+            bad = x.copy()
+            bad[18, 31] = value
+            refused = same_bits(np.full_like(expected, 255))
+            cases.append(Case(f"quantize {fmt} {value}", QUANTIZE, parameters, [bad], expected.shape, refused, byte))
+    return cases
+
+
+def read_cases(random: np.random.Generator) -> list[Case]:
+    data = random.integers(0, 1 << 64, 96, np.uint64)
+    expected = data.sum(keepdims=True)
+    return [Case("read", READ, [data.nbytes], [data], (1,), same_bits(expected), np.dtype(np.uint64))]
+
+
+# Running them
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command of the program that runs cases."""
+    if command := os.environ.get("TPIMPI_CASES"):
+        return shlex.split(command)
+    folder = tmp_path_factory.mktemp("cases")
+    switches = ["-DTPIMPI_EXTENSION=OFF", "-DTPIMPI_CASES=ON", "-DTPIMPI_REQUIRED=ON"]
+    subprocess.run(["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *switches], check=True)
+    subprocess.run(["cmake", "--build", folder], check=True)
+    return [str(folder / "cases")]
+
+
+@pytest.fixture(scope="module")
+def run(program: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[Case]], None]:
+    """Runs cases on every level, and checks each result."""
+
+    def run_all(cases: list[Case]) -> None:
+        folder = tmp_path_factory.mktemp("run")
+        (folder / "in").write_bytes(b"".join(case.to_bytes() for case in cases))
+        result = subprocess.run([*program, folder / "in", folder / "out"], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        output, at, levels, wrong = (folder / "out").read_bytes(), 0, [], []
+        while at < len(output):
+            length = int.from_bytes(output[at : at + 8], "little")
+            levels.append(output[at + 8 : at + 8 + length].decode())
+            at += 8 + length
+            for case in cases:
+                count = int(np.prod(case.shape))
+                found = np.frombuffer(output, case.dtype, count, at).reshape(case.shape)
+                at += found.nbytes
+                try:
+                    case.check(found)
+                except AssertionError as error:
+                    wrong.append(f"{levels[-1]}: {case.name}: {' '.join(str(error).split())[:300]}")
+        assert at == len(output), "the output is not as long as the results"
+        assert levels[-1] == "portable", levels
+        assert not wrong, f"{len(wrong)} of {len(levels) * len(cases)} results:\n" + "\n".join(wrong[:40])
+
+    return run_all
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        linear_cases,
+        rms_norm_cases,
+        rope_cases,
+        swiglu_cases,
+        attention_cases,
+        quantize_cases,
+        read_cases,
+    ],
+)
+def test_kernel(run: Callable[[list[Case]], None], make: Callable[[np.random.Generator], list[Case]]) -> None:
+    run(make(np.random.default_rng(11)))
+
+
+def test_a_wrong_result_is_seen(run: Callable[[list[Case]], None]) -> None:
+    """The checks can fail: a case whose expectation is one last place in a thousand off does."""
+    x, weight = np.ones((2, 8), np.float32), pack(encode(np.ones((3, 8), np.float32), "f32"), "f32", 8)
+    case = linear_case("wrong", x, weight)
+    case.check = within(np.full((2, 3), 8.01, np.float32), 1e-4)
+    with pytest.raises(AssertionError, match="wrong"):
+        run([case])

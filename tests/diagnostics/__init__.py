@@ -1,0 +1,1 @@
+"""doctor, plan, inspect, bench and plots."""

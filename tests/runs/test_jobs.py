@@ -1,0 +1,409 @@
+"""The jobs for Slurm and PBS: for Slurm under a real Slurm of two nodes on this machine, for PBS with stand-ins."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support.launch import ROOT, TIMEOUT, Launcher, Result, run_command
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
+TALE = ("--format", "f32", "--max-tokens", "48")
+
+# Daemons of root, no accounts, no control groups: what a machine without systemd can do.
+CONF = """
+ClusterName=test
+FirstJobId={first}
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+ReturnToService=2
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def why_not() -> str | None:
+    """Why there can be no Slurm here."""
+    missing = [program for program in PROGRAMS if shutil.which(program) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed (on Debian: apt-get install slurm-wlm munge)"
+    return None if os.geteuid() == 0 else "its daemons are to be started as root"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Slurm of two nodes, n1 and n2, both of them this machine."""
+
+    folder: Path
+    env: dict[str, str]
+
+    def run(self, *command: str) -> Result:
+        return run_command(command, env=self.env, cwd=ROOT)
+
+    def batch(self, out: Path, options: str, *more: str, job: str = "jobs/tpimpi.slurm", **variables: str) -> Result:
+        """sbatch of a job, on two nodes with two ranks each; what it says goes to a file job.log in `out`."""
+        out.mkdir(exist_ok=True)
+        given = {"OUT": str(out), "OPTIONS": options, "BENCHMARKS": "", **variables}
+        exported = ",".join(["ALL", *(f"{name}={value}" for name, value in given.items())])
+        size = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1")
+        try:
+            return self.run(
+                *("sbatch", "--parsable", *size, f"--output={out}/job.log", f"--export={exported}", *more),
+                job,
+            )
+        except pytest.fail.Exception as error:
+            pytest.fail(
+                f"{error}\n{self.state()}\n{(out / 'job.log').read_text() if (out / 'job.log').exists() else ''}"
+            )
+
+    def state(self) -> str:
+        """What Slurm has to say of its jobs, their steps and its nodes."""
+        questions = (("squeue", "-l"), ("squeue", "-s"), ("sinfo", "-lN"), ("sinfo", "-R"))
+        logs = (self.folder / f"{name}.log" for name in ("slurmctld", "slurmd-n1", "slurmd-n2"))
+        return "\n".join(
+            [self.run(*question).out for question in questions]
+            + [f"{log.name}:\n" + "\n".join(log.read_text().splitlines()[-25:]) for log in logs]
+        )
+
+
+@pytest.fixture(scope="module")
+def cluster(mpirun: Launcher, cache: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Started, and stopped again."""
+    if reason := why_not():
+        pytest.skip(f"no Slurm: {reason}")
+    folder = tmp_path_factory.mktemp("slurm")
+    host, config = socket.gethostname().split(".")[0], folder / "slurm.conf"
+    # Not 1: MPICH names its shared memory after the job, and what a killed one left there is in its namesake's way.
+    first = 1 + secrets.randbelow(10**6)
+    config.write_text(CONF.format(host=host, folder=folder, ports=free_ports(3), first=first))
+    for name in ("state", "spool-n1", "spool-n2", "local"):
+        (folder / name).mkdir()
+    key = folder / "munge.key"
+    key.write_bytes(secrets.token_bytes(128))
+    key.chmod(0o400)
+    files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
+    daemons = [
+        ["munged", "--force", "--foreground", f"--socket={folder}/munge.socket", *files],
+        ["slurmctld", "-D", "-f", str(config)],
+        *(["slurmd", "-D", "-N", node, "-f", str(config)] for node in ("n1", "n2")),
+    ]
+    # As a user's shell would be: in the environment, with what the launcher wants, but no cache folder of its own.
+    path = f"{Path(mpirun.program).parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {"SLURM_CONF": str(config), "TMPDIR": str(folder / "local"), "VIRTUAL_ENV": sys.prefix, "PATH": path}
+    # Two nodes share no memory; UCX, which carries MPICH's messages, would find that these do, and use it.
+    env = {**mpirun.env, **env, "TPIMPI_CACHE": "", "TPIMPI_MODEL": "", "UCX_TLS": "tcp,self"}
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        for command in daemons:
+            with (folder / "daemons.log").open("ab") as log:
+                started.append(
+                    subprocess.Popen(
+                        command,
+                        env={**os.environ, "SLURM_CONF": str(config)},
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        start_new_session=True,
+                    )
+                )
+            wait_for(f"start of {command[0]}", lambda name=command[0]: is_up(name, folder, env), started[-1])
+        cluster = Cluster(folder, env)
+        wait_for("nodes", lambda: cluster.run("sinfo", "-h", "-t", "idle", "-o", "%D").out.strip() == "2", started[-1])
+        yield cluster
+    finally:
+        if len(started) == len(daemons):
+            run_command(["scancel", "--user=root"], env=env)
+            with contextlib.suppress(AssertionError):
+                idle = ["squeue", "-h"]
+                wait_for("end of all jobs", lambda: run_command(idle, env=env).out == "", started[-1], 60)
+        for process in reversed(started):
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def is_up(program: str, folder: Path, env: dict[str, str]) -> bool:
+    if program == "munged":
+        return (folder / "munge.socket").exists()
+    return run_command(["scontrol", "ping"], env=env).out.count("UP") > 0
+
+
+def wait_for(what: str, reached, process: subprocess.Popen[bytes] | None = None, seconds: float = TIMEOUT) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert process is None or process.poll() is None, f"it ended before: {what}"
+        assert time.monotonic() < deadline, f"no {what}"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cache: dict[str, str]) -> str:
+    """What one rank answers to the job's own prompt."""
+    command = [sys.executable, "-m", "tpimpi", *TALE, "--quiet", "--prompt", "Why is the sky blue?"]
+    result = run_command(command, env=cache)
+    assert result.code == 0, result.err
+    return result.out
+
+
+@pytest.mark.mpi
+def test_ranks_on_all_nodes_answer_and_every_node_is_measured(
+    cluster: Cluster, undisturbed: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = cluster.batch(out, " ".join(TALE), "--wait", BENCHMARKS="disk allreduce")
+    log = (out / "job.log").read_text()
+    assert result.code == 0, (result.err, log)
+    assert (out / "answer.txt").read_text() == undisturbed
+    assert [line.split()[0] for line in log.splitlines() if re.match(r"r\d ", line)] == ["r0", "r1", "r2", "r3"]
+    assert re.search(r"^job: ranks are started with: (srun|mpirun)", log, re.M)
+    for node in ("n1", "n2"):
+        assert "O_DIRECT" in (out / f"disk.{node}.txt").read_text()
+    assert (out / "allreduce.txt").read_text().strip()
+    slices = list((cluster.folder / "local").glob("tpimpi-*/*/rank-?-of-4.h5"))
+    assert len(slices) == 4, "on what the job says is the machines' own disk"
+    assert (out / "session").stat().st_mode & 0o077 == (out / "answer.txt").stat().st_mode & 0o077 == 0
+    again = cluster.batch(out, " ".join(TALE), "--wait")
+    assert again.code == 0
+    assert (out / "session").read_text().count('"prompt"') == 1, "it had its answer"
+
+
+@pytest.mark.mpi
+def test_an_interrupted_job_is_gone_on_with(cluster: Cluster, undisturbed: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    submitted = cluster.batch(out, " ".join(TALE))
+    assert submitted.code == 0, submitted.err
+    session, job = out / "session", submitted.out.strip()
+
+    def tokens() -> int:
+        return session.read_text().count('"token"') if session.exists() else 0
+
+    wait_for("tokens", lambda: tokens() >= 3)
+    assert cluster.run("scancel", job).code == 0
+    wait_for("end of the job", lambda: cluster.run("squeue", "-h", "-j", job).out == "")
+    made = tokens()
+    assert 3 <= made < len(undisturbed) and '"end"' not in session.read_text()
+    result = cluster.batch(out, " ".join(TALE), "--wait", "--nodes=1", "--ntasks-per-node=3")
+    assert result.code == 0, (out / "job.log").read_text()
+    assert (out / "answer.txt").read_text() == undisturbed
+    lines = session.read_text().splitlines()
+    assert sum("prompt" in json.loads(line) for line in lines) == 1
+
+
+@pytest.mark.mpi
+def test_experiments_run_on_the_machines_of_a_job(cluster: Cluster, tmp_path: Path) -> None:
+    out, work = tmp_path / "out", tmp_path / "work"
+    result = cluster.batch(
+        out, "", "--wait", job="jobs/bench.slurm", EXPERIMENTS="devices network --smallest", WORK=str(work)
+    )
+    assert result.code == 0, (out / "job.log").read_text()
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    done = [(row["settings"]["measure"], row["settings"]["devices"]) for row in rows]
+    assert sorted(done) == [("allreduce", 2), ("generate", 1), ("generate", 2), ("generate", 2)]
+    assert all(row["settings"]["memory"] == "" and row["settings"]["latency"] == "" for row in rows)
+    assert "tinyllama-1.1b (2 layers) q4_0" in (out / "page.md").read_text()
+
+
+@pytest.mark.parametrize(("code", "page"), [(0, True), (1, True), (2, False), (143, False)])
+def test_rows_that_failed_leave_a_page_of_the_others(tmp_path: Path, code: int, page: bool) -> None:
+    python = tmp_path / "python"  # stands for the experiments
+    python.write_text(f'#!/bin/sh\necho "$2" >>{tmp_path}/calls\n[ "$2" = page ] || exit {code}\n')
+    python.chmod(0o755)
+    job = f"set -euo pipefail; . jobs/allocation.sh; python={python}; OUT={tmp_path}/out; RANKS=2; LAUNCH=true; experiment"
+    result = run_command(["bash", "-c", job], env={}, cwd=ROOT)
+    assert result.code == code, result.err
+    assert (tmp_path / "calls").read_text().split() == (["run", "page"] if page else ["run"])
+
+
+@pytest.mark.mpi
+def test_what_is_wrong_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:
+    broken = tmp_path / "bin" / "python"  # stands for an environment in which ranks do not find each other
+    broken.parent.mkdir()
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    wrong = [
+        ({"MODEL": "/nowhere/model"}, "model not found: /nowhere/model"),
+        ({"PROMPT": "/nowhere/prompt"}, "/nowhere/prompt: No such file"),
+        ({"LAUNCH": "false"}, "== answer: .*failed"),
+        ({"PATH": f"{broken.parent}:{cluster.env['PATH']}"}, "none of these starts 4 ranks that find each other"),
+    ]
+    for number, (variables, said) in enumerate(wrong):
+        out = tmp_path / str(number)
+        result = cluster.batch(out, "", "--wait", **variables)
+        assert result.code != 0
+        assert re.search(said, (out / "job.log").read_text()), (out / "job.log").read_text()
+        assert not (out / "answer.txt").exists()
+
+
+# What a file for Slurm, or for PBS, may say at its head (the manuals of sbatch, and of qsub of OpenPBS)
+DIRECTIVES = {
+    "tpimpi.slurm": {
+        "prefix": "#SBATCH ",
+        "forms": r"--(job-name|nodes|ntasks-per-node|cpus-per-task|time|output|open-mode|mem|partition)=\S+|--requeue",
+    },
+    "tpimpi.pbs": {
+        "prefix": "#PBS ",
+        "forms": r"-N [A-Za-z][\w+-]{0,14}|-l select=\d+(:\w+=\w+)+|-l place=scatter|-l walltime=\d\d:\d\d:\d\d|-j oe|-r y",
+    },
+}
+DIRECTIVES |= {name.replace("tpimpi", "bench"): forms for name, forms in DIRECTIVES.items()}
+
+
+@pytest.mark.parametrize("name", DIRECTIVES)
+def test_directives_stand_before_the_first_command(name: str) -> None:
+    prefix, forms = DIRECTIVES[name]["prefix"], DIRECTIVES[name]["forms"]
+    lines = (ROOT / "jobs" / name).read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    found = [line.removeprefix(prefix) for line in lines[:first] if line.startswith(prefix)]
+    assert len(found) >= 6
+    assert not any(line.startswith(prefix) for line in lines[first:])
+    for directive in found:
+        assert re.fullmatch(forms, directive), directive
+
+
+@pytest.mark.parametrize("name", ["allocation.sh", "bench.sh", *DIRECTIVES])
+def test_the_jobs_are_bash(name: str) -> None:
+    result = run_command(["bash", "-n", str(ROOT / "jobs" / name)], env={})
+    assert (result.code, result.err) == (0, "")
+
+
+# Stand-ins
+
+BASH = shutil.which("bash") or "/bin/bash"
+VERSIONS = {"openmpi": "mpirun (Open MPI) 5.0.11", "mpich": "HYDRA build details:"}
+
+
+def write_program(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!{BASH}\n{text}\n")
+    path.chmod(0o755)
+
+
+def pbs(job: str, mpi: str, tmp_path: Path, **variables: str) -> tuple[Result, list[str]]:
+    """A job for PBS on two machines with two ranks each; and how it called mpirun and python, which only tell that."""
+    programs = tmp_path / "bin"
+    told = 'echo "${0##*/} ${*//$\'\\n\'/ }" >>"$TOLD"'
+    write_program(programs / "mpirun", f'if [ "$*" = --version ]; then echo "{VERSIONS[mpi]}"; else {told}; fi')
+    write_program(programs / "python", told)
+    nodes, commands = tmp_path / "nodes", tmp_path / "told"
+    nodes.write_text("fast\nfast\nslow\nslow\n")
+    env = {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "VIRTUAL_ENV": str(tmp_path),
+        "PBS_O_WORKDIR": str(ROOT),
+        "PBS_NODEFILE": str(nodes),
+        "PBS_JOBID": "7.pbs",
+        "OUT": str(tmp_path / "out"),
+        "TOLD": str(commands),
+        "LAUNCH": "",
+        **variables,
+    }
+    return run_command([BASH, str(ROOT / "jobs" / job)], env=env), commands.read_text().splitlines()
+
+
+@pytest.mark.parametrize(("mpi", "words"), [("openmpi", "--map-by node --hostfile"), ("mpich", "--hostfile")])
+def test_a_pbs_job_has_ranks_on_all_its_machines(mpi: str, words: str, tmp_path: Path) -> None:
+    result, commands = pbs("tpimpi.pbs", mpi, tmp_path, BENCHMARKS="disk")
+    assert result.code == 0, result.err
+    ranks, machines = f"mpirun -n 4 {words} {tmp_path}/nodes ", f"mpirun -n 2 {words} {tmp_path}/out/machines.txt "
+    check, answer, disk = commands
+    assert check.startswith(f"{ranks}{tmp_path}/bin/python -c ") and "len(hosts) != 2)" in check
+    assert answer.startswith(f"{ranks}env ") and " -m tpimpi --prompt-file " in answer
+    assert disk.startswith(f"{machines}env ") and disk.endswith(" -m tpimpi bench disk")
+    assert (tmp_path / "out" / "machines.txt").read_text() == "fast\nslow\n"
+
+
+@pytest.mark.parametrize(("mpi", "words"), [("openmpi", "--map-by node --hostfile"), ("mpich", "--hostfile")])
+def test_experiments_of_a_pbs_job_go_round_its_machines(mpi: str, words: str, tmp_path: Path) -> None:
+    result, commands = pbs("bench.pbs", mpi, tmp_path, EXPERIMENTS="devices")
+    assert result.code == 0, result.err
+    launch = f"--launch mpirun -n {{ranks}} {words} {tmp_path}/nodes --ranks 4 "
+    assert [launch in command for command in commands] == [False, True, False], commands
+
+
+def test_ranks_that_are_all_on_one_machine_are_not_chosen(mpirun: Launcher, tmp_path: Path) -> None:
+    script = (
+        '. jobs/allocation.sh; python="$(command -v python)"; choose "mpirun -n $RANKS --hostfile hostfiles/local.txt"'
+    )
+    path = f"{Path(mpirun.program).parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {**mpirun.env, "PATH": path, "RANKS": "2", "LAUNCH": ""}
+    one = run_command([BASH, "-euc", script], env={**env, "MACHINES": "1"}, cwd=ROOT)
+    assert one.code == 0 and "job: ranks are started with: mpirun -n 2 " in one.err, one.err
+    two = run_command([BASH, "-euc", script], env={**env, "MACHINES": "2"}, cwd=ROOT)
+    assert two.code == 1
+    assert "job: none of these starts 2 ranks that find each other on 2 machines: mpirun -n 2 " in two.err
+
+
+@pytest.mark.parametrize(
+    ("ci", "user", "said"),
+    [
+        ("true", 0, ["installing slurm-wlm munge openssh-server", "E: no network", "could not install slurm-wlm"]),
+        ("true", 1000, ["installing slurm-wlm munge openssh-server", "could not install slurm-wlm"]),
+        ("", 0, []),
+    ],
+)
+def test_what_the_ci_cannot_install_is_said(ci: str, user: int, said: list[str], tmp_path: Path) -> None:
+    """The part of jobs/test.sh that installs, with an apt-get that fails, and nothing else in the path."""
+    text = (ROOT / "jobs" / "test.sh").read_text()
+    part = text[text.index("missing=()") : text.index("ruff check .")]
+    write_program(tmp_path / "bin" / "apt-get", "echo E: no network; exit 100")
+    write_program(tmp_path / "bin" / "id", f"echo {user}")
+    result = run_command([BASH, "-euo", "pipefail", "-c", part], env={"PATH": str(tmp_path / "bin"), "CI": ci})
+    assert (result.code, result.out) == (0, "")
+    lines = result.err.splitlines()
+    assert len(lines) == len(said)
+    assert all(piece in line for piece, line in zip(said, lines, strict=True)), lines
+
+
+def test_the_ci_installs_what_it_needs() -> None:
+    """CI is set for all that .ci/run starts, whoever starts it."""
+    head = (ROOT / ".ci" / "run").read_text().partition(". ")[0]
+    for given, found in (("", "true"), ("github", "github")):
+        result = run_command(
+            [BASH, "-c", f"{head}\n{sys.executable} -c 'import os; print(os.environ[\"CI\"])'"], env={"CI": given}
+        )
+        assert result.out == f"{found}\n", result.err

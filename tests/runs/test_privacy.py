@@ -1,0 +1,217 @@
+"""No rank but 0 gets text, token ids, rows of the embedding's indices, or logits: every message of a run is looked at."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+
+from tests.support.launch import PROGRAMS, Launcher
+from tpimpi.star import BULK, CLOCK, CONTROL, HIDDEN, NOTE, PARTIAL, SUM
+from tpimpi.star.channel import ECHO
+from tpimpi.star.codec import LARGE_PIECE
+from tpimpi.weights import stream
+from tpimpi.weights.slices.file import SliceFile, slice_name
+
+PROMPT = "Zanzibar ornithologist whispers quixotic melodies about elderberries. Please continue the story."
+HIDDEN_SIZE, VOCAB, PROMPT_LIMIT = 576, 49152, 200
+
+Message = tuple[int, int, bytes]
+
+
+def odd_parcels(messages: list[Message], slices: Path) -> list[str]:
+    """What there is in BULK messages beside the tiles of the receiver's own slice, each whole, and the end.
+
+    Weights hold any bytes there are, so these are not searched; that they are weights is what is checked.
+    """
+    found, tiles = [], {}
+    for destination, _, data in messages:
+        parcel = np.frombuffer(data, np.uint8)
+        size = sum(24 + -(-piece.nbytes // 8) * 8 for _, _, piece in stream.frames(parcel))
+        if size != len(data):
+            found.append(f"a parcel of {len(data)} bytes with frames of {size}")
+        for index, kind, piece in stream.frames(parcel):
+            if kind in (stream.PIECE, stream.SUM):
+                tiles.setdefault((destination, index), {stream.PIECE: b"", stream.SUM: b""})[kind] += piece.tobytes()
+            elif (index, kind, piece.nbytes) != (0, stream.END, 0):
+                found.append(f"a frame of kind {kind} with {piece.nbytes} bytes to rank {destination}")
+    for (destination, index), sent in tiles.items():
+        file = SliceFile(slices / slice_name(destination, 3))
+        record = file.records[index]
+        wanted, checksum = b"", xxhash.xxh3_64()
+        tile = file.load(record)
+        for part in record.parts:
+            wanted += (tile.matrices[part.name].data if part.is_matrix else tile.parts[part.name]).tobytes()
+        checksum.update(wanted)
+        file.close()
+        if destination == 0 or record.block.kind not in ("attn", "mlp", "resident"):
+            found.append(f"{record.path} to rank {destination}")
+        if sent != {stream.PIECE: wanted, stream.SUM: checksum.intdigest().to_bytes(8, "little")}:
+            found.append(f"bytes that are not {record.path} of rank {destination}")
+    return found
+
+
+def leaks(messages: list[Message], words: set[str], ids: list[int]) -> list[str]:
+    """What `messages` give away: words in any usual encoding, runs of ids as any usual number, or odd shapes.
+
+    For BULK see `odd_parcels`.
+    """
+    found = []
+    patterns: list[tuple[str, bytes]] = []
+    for word in words:
+        patterns += [(f"the word {word} in {code}", word.encode(code)) for code in ("utf-8", "utf-16-le", "utf-32-le")]
+    for first, second in itertools.pairwise(ids):
+        for dtype in ("<u2", "<i4", "<i8", "<f4", "<f8"):
+            patterns.append((f"ids {first}, {second} as {dtype}", np.array([first, second], dtype).tobytes()))
+        patterns.append((f"ids {first}, {second} as text", f"{first}, {second}".encode()))
+    for destination, tag, data in messages:
+        if tag == CONTROL:
+            if len(data) != 32:
+                found.append(f"a control header of {len(data)} bytes to rank {destination}")
+            numbers = np.frombuffer(data[:32], "<i8")[1:]
+            # Operation, number of positions, first position: nothing that depends on what the ids are.
+            if not (1 <= numbers[0] <= 3 and 0 <= numbers[1] <= PROMPT_LIMIT and 0 <= numbers[2] <= PROMPT_LIMIT):
+                found.append(f"the control header {numbers.tolist()}")
+        elif tag in (HIDDEN, PARTIAL, SUM):
+            if len(data) % 4 or len(data) > LARGE_PIECE * 4:
+                found.append(f"{len(data)} bytes with tag {tag}, which is no piece of [positions, hidden]")
+            if len(data) == VOCAB * 4:
+                found.append("logits")
+        elif tag == NOTE:
+            json.loads(data)
+        elif tag == CLOCK:
+            if len(data) != 8:
+                found.append(f"a clock of {len(data)} bytes to rank {destination}")
+        elif tag == ECHO:
+            if len(data) not in (8, 32):
+                found.append(f"a ping of {len(data)} bytes to rank {destination}")
+        elif tag == BULK:
+            continue
+        else:
+            found.append(f"an unknown tag {tag}")
+        found += [what for what, pattern in patterns if pattern in data]
+    return found
+
+
+@pytest.fixture(scope="module")
+def recorded(mpirun: Launcher, cache: dict[str, str], tmp_path_factory: pytest.TempPathFactory):
+    out = tmp_path_factory.mktemp("recorded")
+    (out / "prompt.txt").write_text(PROMPT)
+    (out / "stop.txt").write_text("Kumquat\n")
+    result = mpirun(
+        3,
+        *(str(PROGRAMS / "recorded_run.py"), str(out), "--prompt-file", str(out / "prompt.txt")),
+        *("--max-tokens", "24", "--report", str(out / "report.json"), "--stop-file", str(out / "stop.txt")),
+        *("--memory", "400M", "--trace", str(out / "trace.json")),
+        env={**cache, "TPIMPI_CACHE": str(out / "cache")},  # so that slices are made, and sent
+    )
+    assert result.code == 0, result.err
+    report = json.loads((out / "report.json").read_text())
+    return out, report
+
+
+def _ids(report: dict[str, object], smollm2: Path) -> list[int]:
+    from tpimpi.serving.text.tokenizer import load_tokenizer
+    from tpimpi.weights.sources import open_source
+
+    with open_source(smollm2) as source:
+        prompt = load_tokenizer(source.tokenizer_assets(), source.config.vocab).encode_chat(PROMPT)
+    return [*prompt, *report["token_ids"]]  # type: ignore[misc]
+
+
+def _words(report: dict[str, object]) -> set[str]:
+    words = set(re.findall(r"\w{5,}", f"{PROMPT} {report['text']} Kumquat"))
+    assert len(words) > 10
+    return words - {"model", "columns", "heads", "reads"}  # words that settings and figures use for themselves
+
+
+def test_messages_give_nothing_away(recorded, smollm2: Path) -> None:
+    out, report = recorded
+    words, ids = _words(report), _ids(report, smollm2)
+    assert len(report["token_ids"]) > 10
+    for rank in range(3):
+        messages = pickle.loads((out / f"messages-{rank}.pickle").read_bytes())
+        sums = 60 * (len(report["token_ids"]))
+        assert sum(tag in (SUM, PARTIAL) for _, tag, _ in messages) >= sums, "the recorder saw too little"
+        assert leaks(messages, words, ids) == []
+
+
+def test_slices_bring_tiles_and_nothing_else(recorded) -> None:
+    out, _ = recorded
+    (slices,) = (out / "cache").glob("*-v2")
+    messages = pickle.loads((out / "messages-0.pickle").read_bytes())
+    bulk = [message for message in messages if message[1] == BULK]
+    assert {destination for destination, _, _ in bulk} == {1, 2}
+    assert sum(len(data) for _, _, data in bulk) > 30e6, "the recorder saw too little"
+    assert odd_parcels(bulk, slices) == []
+    for rank in (1, 2):
+        others = pickle.loads((out / f"messages-{rank}.pickle").read_bytes())
+        assert not [message for message in others if message[1] == BULK]
+    # The search finds what is not a tile.
+    destination, tag, data = bulk[0]
+    more = np.array([0, stream.PIECE, 8], "<u8").tobytes() + b"Zanzibar"
+    assert odd_parcels([*bulk, (1, BULK, more)], slices)
+    assert odd_parcels([(3 - destination, tag, data), *bulk[1:]], slices)
+    assert odd_parcels([(destination, tag, data[:100] + bytes([data[100] ^ 1]) + data[101:]), *bulk[1:]], slices)
+
+
+def test_the_search_finds_what_it_looks_for(recorded, smollm2: Path) -> None:
+    _, report = recorded
+    words, ids = _words(report), _ids(report, smollm2)
+    zeros = bytes(HIDDEN_SIZE * 4 - 8)
+    assert leaks([(1, HIDDEN, np.array(ids[3:5], "<i4").tobytes() + zeros)], words, ids)
+    assert leaks([(1, HIDDEN, np.array(ids[-2:], "<f4").tobytes() + zeros)], words, ids)
+    assert leaks([(1, NOTE, json.dumps({"x": "Zanzibar"}).encode())], words, ids)
+    assert leaks([(1, NOTE, json.dumps(ids[:4]).encode())], words, ids)
+    assert leaks([(1, HIDDEN, bytes(VOCAB * 4))], words, ids)
+    assert leaks([(2, CONTROL, np.array([0, 2, 1, ids[0] + 40_000], "<i8").tobytes())], words, ids)
+    assert leaks([(2, 99, b"")], words, ids)
+
+
+def test_other_ranks_show_nothing_outside(recorded) -> None:
+    out, report = recorded
+    for rank in (1, 2):
+        seen = json.loads((out / f"outside-{rank}.json").read_text())
+        assert "recorded_run.py" in seen["arguments"]
+        for word in _words(report):
+            assert word not in seen["arguments"]
+            assert word not in seen["environment"]
+        files = [Path(name).name for name in seen["files"]] + re.findall(r"[^/\s]+$", seen["mapped"], re.MULTILINE)
+        assert f"rank-{rank}-of-3.h5" in files, "its own slice is not even open: the test sees nothing"
+        assert not {"rank-0-of-3.h5", "prompt.txt", "stop.txt", "report.json"} & set(files)
+        assert not [name for name in files if name.endswith((".gguf", "tokenizer.json", ".model"))]
+        # And in its slice there is no embedding, head or tokenizer: see test_slicefile.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--prompt", "hello"], "--prompt stands in the process list of every host, also of elsewhere"),
+        (["--prompt-file", "{prompt}", "--stop", "x"], "--stop stands in the process list of every host"),
+    ],
+)
+def test_a_prompt_in_the_arguments_is_refused_with_other_hosts(
+    mpirun: Launcher, cache: dict[str, str], tmp_path: Path, arguments: list[str], line: str
+) -> None:
+    """The other host is this one under another name: only the name that rank 1 gives differs."""
+    program, prompt = tmp_path / "program.py", tmp_path / "prompt.txt"
+    prompt.write_text("hello")
+    program.write_text(
+        "import os, platform, sys\n"
+        "if os.environ.get('OMPI_COMM_WORLD_RANK', os.environ.get('PMI_RANK')) != '0':\n"
+        "    platform.node = lambda: 'elsewhere'\n"
+        "from tpimpi.cli.main import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    filled = [argument.format(prompt=prompt) for argument in arguments]
+    result = mpirun(2, str(program), *filled, env=cache)
+    assert result.code == 2
+    assert len(result.our_lines) == 1, result.err
+    assert line in result.our_lines[0]
+    assert "file" in result.our_lines[0]

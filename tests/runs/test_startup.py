@@ -1,0 +1,48 @@
+"""What ranks tell each other before a run, and what a user is told of it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.support.launch import Launcher
+from tpimpi.engine.ranks import RankInfo, bound_to_one_core, without_native
+
+FREE = RankInfo("laptop", frozenset({0, 1, 2, 3}), 4, True)
+
+
+def test_ranks_share_the_cores_that_both_may_use_on_one_host() -> None:
+    bound = [RankInfo("laptop", frozenset({core}), 4, True) for core in (0, 1)]
+    assert FREE.shares_cores_with(FREE) and FREE.shares_cores_with(bound[0])
+    assert not bound[0].shares_cores_with(bound[1])
+    assert not FREE.shares_cores_with(RankInfo("desktop", FREE.cores, 4, True))
+
+
+def test_a_rank_bound_to_one_core_of_several_is_named() -> None:
+    bound, small = RankInfo("laptop", frozenset({2}), 4, True), RankInfo("pi", frozenset({0}), 1, True)
+    assert bound_to_one_core([FREE, small]) is None
+    said = bound_to_one_core([FREE, bound, small])
+    assert said is not None and said.startswith("r1 laptop: bound to one core") and "--bind-to none" in said
+
+
+def test_ranks_without_kernels_are_named() -> None:
+    bare = RankInfo("pi", frozenset({0}), 4, False)
+    assert without_native([FREE, FREE]) is None
+    said = without_native([FREE, bare, bare])
+    assert said is not None and said.startswith("r1 pi, r2 pi: the native kernels are not installed")
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core is all that there is")
+def test_a_launcher_that_binds_ranks_is_noticed(mpirun: Launcher, tiny, cache) -> None:
+    arguments = ("-m", "tpimpi", "--model", str(tiny), "--prompt", "the fox", "--max-tokens", "1", "--format", "f32")
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})  # the ranks inherit it, as they would a launcher's binding
+    try:
+        result = mpirun(2, *arguments, env=cache)
+        again = mpirun(2, *arguments, "--threads", "1", env=cache)
+    finally:
+        os.sched_setaffinity(0, before)
+    assert result.code == 0, result.err
+    assert "bound to one core" in result.err
+    assert again.code == 0 and "bound to one core" not in again.err

@@ -1,0 +1,1 @@
+"""The star of ranks: messages, sums, heartbeats."""

@@ -1,0 +1,1 @@
+"""What tests share: the launcher, tiny models, programs for ranks."""

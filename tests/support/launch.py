@@ -1,0 +1,111 @@
+"""Commands with a time limit, and mpirun of Open MPI or MPICH."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+PROGRAMS = Path(__file__).resolve().parent / "programs"
+
+
+OUR_LINE = re.compile(r"^[\s\0]*((?:r\d+ \S+|tpimpi): .*)")
+
+
+TIMEOUT = 240.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished command."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def our_lines(self) -> list[str]:
+        """The lines on stderr that are tpimpi's own messages, not the launcher's."""
+        return [match[1] for line in self.err.splitlines() if (match := OUR_LINE.match(line))]
+
+
+def run_command(
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    stdin: str | None = None,
+    cwd: Path | None = None,
+    timeout: float = TIMEOUT,
+) -> Result:
+    """Run a command in a process group of its own, which is killed whole if it takes longer than `timeout` seconds."""
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, **env},
+        cwd=cwd,
+        stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(stdin, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        pytest.fail(f"{' '.join(command)} took over {timeout:.0f} s\nstdout: {out}\nstderr: {err}")
+    return Result(process.returncode, out, err)
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """mpirun of one MPI, with what it needs on a machine with fewer cores than ranks."""
+
+    mpi: str
+    program: str
+    env: dict[str, str]
+    hostfile: Path
+
+    def command(self, ranks: int, arguments: Sequence[str]) -> list[str]:
+        return [self.program, "-np", str(ranks), "--hostfile", str(self.hostfile), sys.executable, *arguments]
+
+    def __call__(
+        self,
+        ranks: int,
+        *arguments: str,
+        env: Mapping[str, str] | None = None,
+        stdin: str | None = None,
+        cwd: Path | None = None,
+        timeout: float = TIMEOUT,
+    ) -> Result:
+        """Run `python ARGUMENTS` on so many ranks."""
+        command = self.command(ranks, arguments)
+        return run_command(command, env={**self.env, **(env or {})}, stdin=stdin, cwd=cwd, timeout=timeout)
+
+
+def launcher(mpi: str) -> Launcher:
+    env = {"OMP_NUM_THREADS": "1", "PRTE_MCA_hwloc_default_binding_policy": "none"}
+    if mpi == "openmpi":
+        names = ("OMPI_ALLOW_RUN_AS_ROOT", "PRTE_ALLOW_RUN_AS_ROOT")
+        if os.geteuid() == 0:
+            env |= {name: "1" for base in names for name in (base, f"{base}_CONFIRM")}
+        program = shutil.which("mpirun")
+    else:
+        prefix = Path(sys.prefix) / "mpich"
+        env |= {"MPI4PY_MPIABI": "mpich", "LD_LIBRARY_PATH": str(prefix / "lib")}
+        program = shutil.which("mpirun", path=str(prefix / "bin"))
+    if program is None:
+        pytest.fail(f"no mpirun of {mpi}; set up with: bash jobs/test.sh")
+    return Launcher(mpi, program, env, ROOT / "hostfiles" / "local.txt")

@@ -1,0 +1,1 @@
+"""What the machine gives: buffers, memory, placement of ranks, direct reads."""

@@ -1,0 +1,1 @@
+"""Model files, slices, and who gets which."""

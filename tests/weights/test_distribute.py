@@ -1,0 +1,464 @@
+"""Slices made over MPI: each on its rank's own disk, the same as one process makes, whatever breaks meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import subprocess
+import time
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import xxhash
+
+from tests.support.launch import Launcher
+from tests.support.slices import datasets, spoil
+from tests.support.tiny_models import write_tiny_hf
+from tpimpi.compute.backends import load_quantizer
+from tpimpi.errors import StarError
+from tpimpi.weights.distribute import _receive
+from tpimpi.weights.make import choose_formats, make_header, slice_model
+from tpimpi.weights.slices.file import SliceFile, slice_name
+from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.slices.writer import SliceWriter
+from tpimpi.weights.sources import open_source
+from tpimpi.weights.stream import END, PARCEL, PIECE, SUM, Packer, frames
+
+# Each rank has a cache of its own, in the folder that is given first, as on a host of its own; a file named "tweak" there is
+# run by it.
+PROGRAM = """
+import os, sys
+from pathlib import Path
+rank = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK"))
+here = Path(sys.argv.pop(1)) / rank
+here.mkdir(parents=True, exist_ok=True)
+os.environ["TPIMPI_CACHE"] = str(here)
+tweak = here.parent / "tweak"
+if tweak.exists():
+    exec(tweak.read_text())
+from tpimpi.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> tuple[str, str]:
+    """A program that runs tpimpi as on hosts with a disk each, and its first argument, their folder."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    return str(program), str(tmp_path / "hosts")
+
+
+def made(folder: Path, rank: int, ranks: int) -> Path:
+    """A rank's slice on its own disk."""
+    (path,) = (folder / str(rank)).glob(f"*/{slice_name(rank, ranks)}")
+    return path
+
+
+def by_one_process(model: Path, shares: list[float], fmt: str, folder: Path) -> None:
+    with open_source(model) as source:
+        plan, formats = make_plan(source.config, shares), choose_formats(source, fmt)
+        slice_model(source, plan, formats, folder, quantizer=load_quantizer(2))
+
+
+def alike(hosts: str, one: Path, ranks: int) -> None:
+    """Every rank's disk has its slice, with the same bytes in every dataset as one process makes, and nothing else."""
+    for rank in range(ranks):
+        path = made(Path(hosts), rank, ranks)
+        assert datasets(path) == datasets(one / slice_name(rank, ranks)), f"rank {rank}"
+        files = [other for other in (Path(hosts) / str(rank)).rglob("*") if other.is_file() and other.suffix != ".lock"]
+        assert files == [path]
+
+
+@pytest.mark.parametrize(
+    ("shares", "fmt"),
+    [
+        ([1, 1], "f32"),
+        ([3, 1], "q8_0"),
+        ([1, 1, 1], "bf16"),
+        ([1, 3, 2], "q4_0"),
+        ([1, 1, 1, 1, 1], "q4_0"),
+        ([2, 0, 5, 1, 1], "f32"),
+        ([0, 1, 1], "q8_0"),
+    ],
+)
+def test_ranks_get_the_tiles_that_one_process_makes(
+    mpirun: Launcher, hosts: tuple[str, str], tiny: Path, tmp_path: Path, shares: list[float], fmt: str
+) -> None:
+    ranks, text = len(shares), ",".join(map(str, shares))
+    by_one_process(tiny, shares, fmt, tmp_path / "one")
+    command = [*hosts, "slice", "--model", str(tiny), "--shares", text, "--format", fmt]
+    result = mpirun(ranks, *command)
+    assert result.code == 0, result.err
+    assert f"rank-0-of-{ranks}.h5 to rank-{ranks - 1}-of-{ranks}.h5" in result.err
+    alike(hosts[1], tmp_path / "one", ranks)
+    before = [made(Path(hosts[1]), rank, ranks).stat() for rank in range(ranks)]
+    result = mpirun(ranks, *command, "--ranks", str(ranks))
+    assert result.code == 0, result.err
+    assert "there already" in result.err
+    after = [made(Path(hosts[1]), rank, ranks).stat() for rank in range(ranks)]
+    assert [(s.st_ino, s.st_mtime_ns) for s in before] == [(s.st_ino, s.st_mtime_ns) for s in after]
+
+
+def test_the_real_model_in_its_own_format(mpirun: Launcher, hosts, smollm2: Path, tmp_path: Path) -> None:
+    by_one_process(smollm2, [1, 1, 1], "auto", tmp_path / "one")
+    result = mpirun(3, *hosts, "slice", "--model", str(smollm2))
+    assert result.code == 0, result.err
+    assert "for 3 ranks as q4_1, head q8_0, to r0 " in result.err
+    alike(hosts[1], tmp_path / "one", 3)
+
+
+def test_a_run_sends_what_is_missing_and_is_told_nothing_when_all_is_there(
+    mpirun: Launcher, hosts, tiny: Path, tmp_path: Path
+) -> None:
+    by_one_process(tiny, [1, 1, 1], "auto", tmp_path / "one")
+    command = [*hosts, "--model", str(tiny), "--prompt", "fox", "--max-tokens", "4"]
+    first = mpirun(3, *command)
+    assert first.code == 0, first.err
+    assert "to r0 " in first.err and ", r2 " in first.err
+    alike(hosts[1], tmp_path / "one", 3)
+    made(Path(hosts[1]), 1, 3).unlink()
+    second = mpirun(3, *command)
+    assert second.code == 0, second.err
+    assert second.out == first.out
+    assert "as f32, to r1 " in second.err
+    assert ", r2 " not in second.err
+    alike(hosts[1], tmp_path / "one", 3)
+    third = mpirun(3, *command)
+    assert third.out == first.out
+    assert "slicing" not in third.err
+
+
+def test_into_a_folder_that_the_ranks_share(mpirun: Launcher, tiny: Path, tmp_path: Path) -> None:
+    by_one_process(tiny, [1, 1, 1], "q8_0", tmp_path / "one")
+    out = tmp_path / "out"
+    command = ["-m", "tpimpi", "slice", "--model", str(tiny), "--format", "q8_0", "--out", str(out)]
+    result = mpirun(3, *command, env={"TPIMPI_CACHE": str(tmp_path / "cache")})
+    assert result.code == 0, result.err
+    assert sorted(path.name for path in out.iterdir()) == [slice_name(rank, 3) for rank in range(3)]
+    for rank in range(3):
+        assert datasets(out / slice_name(rank, 3)) == datasets(tmp_path / "one" / slice_name(rank, 3))
+
+
+def test_what_is_broken_is_mended(mpirun: Launcher, hosts, tiny: Path, tmp_path: Path) -> None:
+    by_one_process(tiny, [1, 1, 1], "auto", tmp_path / "one")
+    command = [*hosts, "slice", "--model", str(tiny)]
+    assert mpirun(3, *command).code == 0
+    spoil(made(Path(hosts[1]), 1, 3), "layers/0001/mlp/tile-000/gate", 9)
+    spoil(made(Path(hosts[1]), 0, 3), "embedding/weight", 300)
+    inodes = [made(Path(hosts[1]), rank, 3).stat().st_ino for rank in range(3)]
+    run = mpirun(3, *hosts, "--model", str(tiny), "--prompt", "fox", "--max-tokens", "4")
+    assert run.code == 2
+    assert any("mend it with: python -m tpimpi slice --verify" in line for line in run.our_lines), run.err
+    result = mpirun(3, *command, "--verify")
+    assert result.code == 0, result.err
+    said = "".join(result.our_lines)
+    assert "1 of 7 tiles was broken" in said and "r2" not in said, result.err
+    assert inodes == [made(Path(hosts[1]), rank, 3).stat().st_ino for rank in range(3)], "mended in place"
+    alike(hosts[1], tmp_path / "one", 3)
+    result = mpirun(3, *command, "--verify")
+    assert "there already and as they should be" in result.err, result.err
+    made(Path(hosts[1]), 2, 3).write_bytes(b"no slice at all")
+    result = mpirun(3, *command)
+    assert result.code == 0, result.err
+    assert "is broken (" in result.err and "it is made again" in result.err
+    alike(hosts[1], tmp_path / "one", 3)
+
+
+def test_tiles_that_are_there_are_not_sent_with_another_number_of_ranks(
+    mpirun: Launcher, hosts, tiny: Path, tmp_path: Path
+) -> None:
+    by_one_process(tiny, [1, 1, 0], "auto", tmp_path / "one")
+    assert mpirun(2, *hosts, "slice", "--model", str(tiny)).code == 0
+    result = mpirun(3, *hosts, "slice", "--model", str(tiny), "--shares", "1,1,0")
+    assert result.code == 0, result.err
+    assert "5 of 5 tiles of r1 " in result.err
+    assert "to r0 " in result.err and ", r1 " not in result.err
+    for rank in range(3):
+        assert datasets(made(Path(hosts[1]), rank, 3)) == datasets(tmp_path / "one" / slice_name(rank, 3))
+
+
+# What cannot be done
+
+
+def test_another_number_of_ranks_than_the_worlds(mpirun: Launcher, hosts, tiny: Path) -> None:
+    result = mpirun(2, *hosts, "slice", "--model", str(tiny), "--ranks", "3")
+    assert result.code == 2
+    assert len(result.our_lines) == 1
+    assert "--ranks is 3, but mpirun started 2, each of which gets its slice; leave --ranks out" in result.our_lines[0]
+
+
+def test_a_model_that_cannot_be_quantized_ends_every_rank(mpirun: Launcher, hosts, tiny: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.numpy import load_file, save_file
+
+    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][70, 3] = np.inf
+    save_file(tensors, model / "model.safetensors")
+    result = mpirun(3, *hosts, "slice", "--model", str(model), "--format", "q8_0", timeout=60)
+    assert result.code == 2
+    assert len(result.our_lines) == 1, result.err
+    assert "layers.1.mlp.up_proj.weight holds numbers that are not finite" in result.our_lines[0]
+    assert not list(Path(hosts[1]).rglob("rank-*.h5"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted, which only root may")
+@pytest.mark.parametrize("tweak", ["", "full later"])
+def test_a_full_disk_names_the_rank_and_leaves_nothing(
+    mpirun: Launcher, hosts, tiny: Path, tmp_path: Path, tweak: str
+) -> None:
+    """Before anything is sent; and where the space that was there is gone when it is used."""
+    disk = Path(hosts[1]) / "1"
+    disk.mkdir(parents=True)
+    if tweak:
+        (Path(hosts[1]) / "tweak").write_text(
+            "import shutil, collections\n"
+            "shutil.disk_usage = lambda path: collections.namedtuple('Usage', 'total used free')(10**12, 0, 10**12)\n"
+            "os.posix_fallocate = lambda *_: None\n"
+        )
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tpimpi-test", str(disk)], check=True)
+    try:
+        result = mpirun(3, *hosts, "slice", "--model", str(tiny), timeout=60)
+        assert result.code == 1, result.err
+        assert len(result.our_lines) == 1, result.err
+        wanted = "disk full while writing" if tweak else "disk full: its slice needs 0.00 GB"
+        assert result.our_lines[0].startswith("r1 ") and wanted in result.our_lines[0]
+        assert str(disk) in result.our_lines[0]
+        assert not list(Path(hosts[1]).rglob("rank-*.h5"))
+        if not tweak:
+            assert not [path for path in Path(hosts[1]).rglob("*") if path.is_file() and path.suffix != ".lock"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_folder_that_one_rank_cannot_write(mpirun: Launcher, hosts, tiny: Path) -> None:
+    Path(hosts[1]).mkdir()
+    (Path(hosts[1]) / "tweak").write_text("if rank == '1':\n    os.environ['TPIMPI_CACHE'] = '/proc/nowhere'\n")
+    result = mpirun(3, *hosts, "slice", "--model", str(tiny), timeout=60)
+    assert result.code == 1
+    assert len(result.our_lines) == 1, result.err
+    assert result.our_lines[0].startswith("r1 ") and "cannot write /proc/nowhere" in result.our_lines[0]
+
+
+# Broken off
+
+
+def _ranks_of(launcher: psutil.Process) -> list[psutil.Process]:
+    found = []
+    for process in launcher.children(recursive=True):
+        try:
+            if "python" in process.name():
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def _break_off(command: list[str], env: dict[str, str], hosts: Path, seconds: float, victim: int | None) -> int:
+    """Run, and kill -9 a rank (any, by number) or mpirun so long after the first tiles; the exit code of mpirun."""
+    process = subprocess.Popen(
+        command, env={**os.environ, **env}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    launcher = psutil.Process(process.pid)
+    ranks: list[psutil.Process] = []
+    try:
+        end = time.monotonic() + 120
+        while time.monotonic() < end and process.poll() is None and not list(hosts.rglob(".rank-1-*.partial")):
+            time.sleep(0.005)
+        ranks = _ranks_of(launcher) if process.poll() is None else []
+        time.sleep(seconds)
+        if process.poll() is None and ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it was too fast
+                (launcher if victim is None else ranks[victim % len(ranks)]).kill()
+        code = process.wait(timeout=60)
+        _, alive = psutil.wait_procs(ranks, timeout=30)
+        assert not alive, f"ranks outlive their launcher: {alive}"
+        return code
+    finally:
+        for left in [*ranks, launcher]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left.kill()
+
+
+def _broken_off_ten_times(
+    mpirun: Launcher, hosts: tuple[str, str], arguments: list[str], ranks: int, longest: float
+) -> int:
+    """How many of ten slicings were really broken off."""
+    dice, broken = random.Random(f"{mpirun.mpi} {ranks}"), 0
+    command = mpirun.command(ranks, [*hosts, "slice", *arguments, "--quiet"])
+    for attempt in range(10):
+        victim = None if attempt % 4 == 3 else dice.randrange(ranks)
+        broken += _break_off(command, mpirun.env, Path(hosts[1]), dice.uniform(0, longest), victim) != 0
+        if len(list(Path(hosts[1]).rglob("rank-*.h5"))) == ranks:
+            for path in Path(hosts[1]).rglob("rank-*.h5"):  # it was too fast: once more from the start
+                path.unlink()
+    return broken
+
+
+@pytest.mark.parametrize("fmt", ["q8_0", "f32"])
+def test_a_slicing_of_a_tiny_model_broken_off_ten_times(
+    mpirun: Launcher, hosts, tiny: Path, tmp_path: Path, fmt: str
+) -> None:
+    model = write_tiny_hf(
+        tmp_path / "model", "qwen3", vocab_size=300, num_hidden_layers=24, hidden_size=256, intermediate_size=1536
+    )
+    (model / "tokenizer.json").write_bytes((tiny / "tokenizer.json").read_bytes())
+    by_one_process(model, [1, 2, 1], fmt, tmp_path / "one")
+    arguments = ["--model", str(model), "--shares", "1,2,1", "--format", fmt]
+    assert _broken_off_ten_times(mpirun, hosts, arguments, 3, 0.4) >= 3
+    result = mpirun(3, *hosts, "slice", *arguments)
+    assert result.code == 0, result.err
+    alike(hosts[1], tmp_path / "one", 3)
+
+
+def test_a_slicing_of_the_real_model_broken_off_ten_times(
+    mpirun: Launcher, hosts, smollm2: Path, tmp_path: Path
+) -> None:
+    by_one_process(smollm2, [1, 1, 1, 1], "q8_0", tmp_path / "one")
+    arguments = ["--model", str(smollm2), "--format", "q8_0"]
+    assert _broken_off_ten_times(mpirun, hosts, arguments, 4, 1.0) >= 5
+    result = mpirun(4, *hosts, "slice", *arguments)
+    assert result.code == 0, result.err
+    alike(hosts[1], tmp_path / "one", 4)
+
+
+# Parcels
+
+
+class _Parcels:
+    """A star's end that gives what is put into it."""
+
+    def __init__(self, parcels: list[np.ndarray]) -> None:
+        self.parcels = deque(parcels)
+
+    def take_bulk(self, source: int) -> np.ndarray:
+        assert source == 0
+        return self.parcels.popleft()
+
+
+def _packed(header, tiles: dict[int, dict[str, np.ndarray]]) -> list[np.ndarray]:
+    parcels: list[np.ndarray] = []
+    packer = Packer(1, header, list(tiles))
+    packer.ready = lambda rank, parcel: parcels.append(parcel)
+    for index, parts in tiles.items():
+        for name, data in parts.items():
+            packer.write(index, name, data)
+    packer.end(END)
+    return parcels
+
+
+@pytest.fixture
+def tiles(tiny: Path, tmp_path: Path):
+    """The header of a slice and the bytes of its tiles' parts."""
+    by_one_process(tiny, [1, 1], "q8_0", tmp_path / "one")
+    file = SliceFile(tmp_path / "one" / slice_name(1, 2))
+    found = {}
+    for index, record in enumerate(file.records):
+        tile = file.load(record)
+        found[index] = {
+            part.name: tile.matrices[part.name].data
+            if part.is_matrix
+            else tile.parts[part.name].reshape(-1).view(np.uint8)
+            for part in record.parts
+        }
+    file.close()
+    return file.header, found
+
+
+def test_parcels_bring_tiles_whole(tiles, tmp_path: Path) -> None:
+    header, found = tiles
+    parcels = _packed(header, found)
+    assert max(parcel.nbytes for parcel in parcels) <= PARCEL
+    writer = SliceWriter(tmp_path / slice_name(1, 2), header)
+    _receive(_Parcels([np.empty(0, np.uint8), *parcels]), writer)  # type: ignore[arg-type]
+    writer.finish()
+    writer.publish()
+    assert datasets(tmp_path / slice_name(1, 2)) == datasets(tmp_path / "one" / slice_name(1, 2))
+
+
+def test_large_pieces_are_cut_for_parcels(tiles) -> None:
+    header, _ = tiles
+    packer, parcels = Packer(1, header, [3]), []
+    packer.ready = lambda rank, parcel: parcels.append(parcel)
+    sizes = [part.nbytes for part in header.records[3].parts]
+    packer._left[3] = 5 * PARCEL + 3
+    data = np.random.default_rng(0).integers(0, 256, 5 * PARCEL + 3, np.uint8)
+    packer.write(3, "gate", data)
+    packer.end(END)
+    assert sizes and all(parcel.nbytes <= PARCEL for parcel in parcels)
+    seen = [frame for parcel in parcels for frame in frames(parcel)]
+    assert np.array_equal(np.concatenate([piece for _, kind, piece in seen if kind == PIECE]), data)
+    (checksum,) = [piece for _, kind, piece in seen if kind == SUM]
+    assert int(checksum.view("<u8")[0]) == xxhash.xxh3_64_intdigest(data)
+
+
+@pytest.mark.parametrize("place", [24 + 5, 8, 0, 16, 20])
+def test_a_parcel_that_is_damaged_on_its_way_is_refused(tiles, tmp_path: Path, place: int) -> None:
+    """In the data, the kind, the index, and the size of its first frame."""
+    header, found = tiles
+    parcels = _packed(header, found)
+    parcels[0][place] ^= 0x5A
+    writer = SliceWriter(tmp_path / slice_name(1, 2), header)
+    with pytest.raises(StarError, match=r"rank 0 sent|otherwise than rank 0 sent it"):
+        _receive(_Parcels(parcels), writer)  # type: ignore[arg-type]
+    assert 0 in writer.missing
+    writer.close()
+    again = SliceWriter(tmp_path / slice_name(1, 2), header)
+    assert 0 not in again.claimed
+    again.discard()
+
+
+def test_frames_that_make_no_sense_are_refused(tiles, tmp_path: Path) -> None:
+    header, found = tiles
+
+    def frame(index: int, kind: int, data: bytes, size: int | None = None) -> np.ndarray:
+        padded = data + bytes(-len(data) % 8)
+        head = np.array([index, kind, len(data) if size is None else size], "<u8").tobytes()
+        return np.frombuffer(head + padded, np.uint8)
+
+    first = found[0]["attn_norm"].tobytes()
+    cases = [
+        [frame(0, PIECE, first + b"12345678")],  # across the border of two parts
+        [frame(99, PIECE, b"12345678")],
+        [frame(0, PIECE, b"")],
+        [frame(0, PIECE, b"1234", size=2**62)],
+        [frame(0, SUM, b"12345678")],  # before the tile is there
+        [frame(0, PIECE, first), frame(0, SUM, b"1234")],
+        [frame(0, 77, b"")],
+        [frame(0, END, b"")],  # with tiles missing
+        [np.zeros(23, np.uint8)],
+    ]
+    for parcels in cases:
+        writer = SliceWriter(tmp_path / slice_name(1, 2), header)
+        with pytest.raises(StarError, match="rank 0 sent"):
+            _receive(_Parcels(parcels), writer)  # type: ignore[arg-type]
+        writer.close()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_header_is_the_same_on_both_ends(tiny: Path) -> None:
+    """Rank 0 tells the others what a header is made of; each makes its own."""
+    import json
+
+    from tpimpi.weights.distribute import _header_from
+
+    with open_source(tiny) as source:
+        plan, formats = make_plan(source.config, [1.5, 0.1, 7]), choose_formats(source, "q4_1")
+        for rank in (1, 2):
+            header = make_header(source, plan, rank, formats)
+            note = {
+                "model": header.model,
+                "fingerprint": header.fingerprint,
+                "config": header.config.to_dict(),
+                "formats": formats.to_dict(),
+                "weights": list(plan.weights),
+            }
+            assert _header_from(json.loads(json.dumps(note)), rank, 3) == header
+        with pytest.raises(StarError, match="a plan for 3 ranks, the run has 4"):
+            _header_from(note, 1, 4)

@@ -1,0 +1,388 @@
+"""Slicing keeps what it promises: memory, formats, and that it needs neither MPI nor torch."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import sys
+import tracemalloc
+from pathlib import Path
+
+import gguf
+import h5py
+import numpy as np
+import pytest
+
+from tests.support.launch import run_command
+from tests.support.slices import joined
+from tests.support.tiny_models import write_tiny_hf
+from tpimpi.compute.formats.packed import decode, encode
+from tpimpi.compute.formats.quantize import quantize
+from tpimpi.errors import InputError, ModelError, StorageError
+from tpimpi.weights.make import choose_formats, requantized, slice_model
+from tpimpi.weights.slices.file import SliceFile, slice_name
+from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.sources import open_source
+
+LARGE = (
+    "embed_tokens.weight",
+    "lm_head.weight",
+    *(f"layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = write_tiny_hf(tmp_path_factory.mktemp("slicing") / "model", "llama")
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+@pytest.mark.parametrize("fmt", ["f32", "q4_1"])
+def test_memory_does_not_grow_with_the_tensors(tmp_path: Path, fmt: str) -> None:
+    model = write_tiny_hf(
+        tmp_path / "model", "llama", vocab_size=200_000, intermediate_size=150_016, num_hidden_layers=1
+    )
+    (model / "tokenizer.json").write_text("{}")
+    with open_source(model) as source:
+        assert min(np.prod(source.tensors()[name].shape) * 4 for name in LARGE) > 36e6
+        plan, formats = make_plan(source.config, [1, 1]), choose_formats(source, fmt)
+        tracemalloc.start()
+        slice_model(source, plan, formats, tmp_path / "slices")
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 32e6
+
+
+def test_progress_goes_up_to_all_there_is(model: Path, tmp_path: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    with open_source(model) as source:
+        slice_model(
+            source,
+            make_plan(source.config, [1, 2]),
+            choose_formats(source, "bf16"),
+            tmp_path,
+            lambda done, total: steps.append((done, total)),
+        )
+    done = [step[0] for step in steps]
+    assert done == sorted(done)
+    assert steps[-1][0] == steps[-1][1]
+    assert len({total for _, total in steps}) == 1
+
+
+# Formats
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wanted", "found"),
+    [
+        ("float32", "auto", "f32"),
+        ("bfloat16", "auto", "bf16"),
+        ("float16", "auto", "bf16"),
+        ("bfloat16", "f32", "f32"),
+        ("float32", "bf16", "bf16"),
+        ("float32", "q8_0", "q8_0"),
+        ("bfloat16", "q4_0", "q4_0, head q8_0"),
+        ("float32", "q4_1", "q4_1, head q8_0"),
+    ],
+)
+def test_auto_keeps_the_precision_of_the_source(tmp_path: Path, dtype: str, wanted: str, found: str) -> None:
+    path = write_tiny_hf(tmp_path / "model", "qwen2", dtype=dtype)
+    with open_source(path) as source:
+        chosen = choose_formats(source, wanted)
+        assert chosen.describe() == found
+        assert requantized(source, make_plan(source.config, [1]), chosen) == ""
+        slice_model(source, make_plan(source.config, [1]), chosen, tmp_path)
+        file = SliceFile(tmp_path / slice_name(0, 1))
+        outer = found.rsplit(maxsplit=1)[-1]
+        formats = {p.format for r in file.records if r.block.kind in ("attn", "mlp") for p in r.parts if p.is_matrix}
+        head = {p.format for r in file.records_of("head") for p in r.parts}
+        assert formats == {found.split(",", maxsplit=1)[0]}
+        assert head == {file.header.formats.embedding} == {outer}
+        embedding = decode(encode(source.read("embed_tokens.weight"), outer), outer, 64)
+        np.testing.assert_array_equal(file.embedding_rows([5, 0, 159]), embedding[[5, 0, 159]])
+        file.close()
+        with pytest.raises(InputError, match="format is 'f16', must be auto, f32, bf16, q8_0, q4_0 or q4_1"):
+            choose_formats(source, "f16")
+
+
+def random_blocks(kind: gguf.GGMLQuantizationType, rows: int, columns: int, seed: int) -> np.ndarray:
+    """Rows of blocks as gguf quantizes normal numbers; of K-quants, which it cannot make, any codes with a small scale."""
+    dice = np.random.default_rng(seed)
+    if kind in (gguf.GGMLQuantizationType.Q4_K, gguf.GGMLQuantizationType.Q6_K):
+        weights, size = gguf.GGML_QUANT_SIZES[kind]
+        blocks = dice.integers(0, 256, (rows, columns // weights, size), np.uint8)
+        scale = np.frombuffer(np.float16(0.001).tobytes(), np.uint8)
+        places = (0, 2) if kind == gguf.GGMLQuantizationType.Q4_K else (size - 2,)
+        for place in places:
+            blocks[:, :, place : place + 2] = scale
+        return blocks.reshape(rows, -1)
+    return gguf.quants.quantize(dice.standard_normal((rows, columns), dtype=np.float32) * 0.05, kind)
+
+
+def write_gguf(
+    path: Path, kind: str, *, head_dim: int = 32, kinds: dict[str, str] | None = None
+) -> dict[str, np.ndarray]:
+    """A GGUF file of qwen2 (whose rows are not permuted), matrices of `kind`, some of other `kinds`.
+
+    Returns what gguf.quants reads from its matrices, by their names.
+    """
+    heads, hidden, columns = 256 // head_dim, 256, 512
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_block_count(2)
+    writer.add_context_length(128)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(columns)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads // 2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(5000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([b"a", b"b"])
+    shapes = {"token_embd": (160, hidden), "output": (160, hidden)}
+    for layer in range(2):
+        rows = {"attn_q": 256, "attn_k": 128, "attn_v": 128, "ffn_gate": columns, "ffn_up": columns}
+        shapes |= {f"blk.{layer}.{name}": (count, hidden) for name, count in rows.items()}
+        shapes |= {f"blk.{layer}.attn_output": (hidden, 256), f"blk.{layer}.ffn_down": (hidden, columns)}
+    numbers = {}
+    for seed, (name, shape) in enumerate(shapes.items()):
+        stored = gguf.GGMLQuantizationType[(kinds or {}).get(name, kind).upper()]
+        blocks = random_blocks(stored, *shape, seed)
+        writer.add_tensor(f"{name}.weight", blocks, raw_dtype=stored)
+        numbers[name] = gguf.quants.dequantize(blocks, stored)
+    vectors = {"output_norm.weight": hidden}
+    for layer in range(2):
+        sizes = {"attn_norm.weight": hidden, "ffn_norm.weight": hidden, "attn_q.bias": 256}
+        sizes |= {"attn_k.bias": 128, "attn_v.bias": 128}
+        vectors |= {f"blk.{layer}.{name}": size for name, size in sizes.items()}
+    for name, size in vectors.items():
+        writer.add_tensor(name, np.ones(size, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return numbers
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1"])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_blocks_are_taken_over_without_loss(tmp_path: Path, kind: str, ranks: int) -> None:
+    expected = write_gguf(tmp_path / "m.gguf", kind, kinds={"token_embd": "q8_0", "blk.1.attn_v": "q8_0"})
+    with open_source(tmp_path / "m.gguf") as source:
+        plan, formats = make_plan(source.config, [1] * ranks), choose_formats(source, "auto")
+        assert requantized(source, plan, formats) == ""
+        slice_model(source, plan, formats, tmp_path, quantizer=refusing)
+    found = joined(tmp_path, ranks)
+    assert found.keys() == expected.keys()
+    for name, numbers in expected.items():
+        np.testing.assert_array_equal(found[name], numbers, err_msg=name)
+
+
+def refusing(values: np.ndarray, fmt: str) -> np.ndarray:
+    raise AssertionError("nothing should be quantized")
+
+
+def test_blocks_of_the_wanted_format_are_taken_over_too(tmp_path: Path) -> None:
+    expected = write_gguf(tmp_path / "m.gguf", "q4_0", kinds={"output": "q8_0", "token_embd": "q8_0"})
+    with open_source(tmp_path / "m.gguf") as source:
+        formats = choose_formats(source, "q4_0")
+        assert formats == choose_formats(source, "auto")
+        slice_model(source, make_plan(source.config, [1]), formats, tmp_path, quantizer=refusing)
+        with pytest.raises(AssertionError, match="nothing should be quantized"):
+            slice_model(
+                source, make_plan(source.config, [1]), choose_formats(source, "q8_0"), tmp_path, quantizer=refusing
+            )
+    np.testing.assert_array_equal(joined(tmp_path, 1)["blk.1.ffn_down"], expected["blk.1.ffn_down"])
+
+
+def test_heads_that_are_cut_within_blocks_are_quantized_again(tmp_path: Path) -> None:
+    expected = write_gguf(tmp_path / "m.gguf", "q4_0", head_dim=16)
+    with open_source(tmp_path / "m.gguf") as source:
+        formats = choose_formats(source, "auto")
+        assert requantized(source, make_plan(source.config, [1, 1]), formats) == ""  # a cut between two pairs of heads
+        plan = make_plan(source.config, [5, 3, 8])
+        assert requantized(source, plan, formats) == (
+            "o_proj is re-quantized in its own q4_0, as heads of 16 columns are cut within its blocks of 32"
+        )
+        slice_model(source, plan, formats, tmp_path)
+    found = joined(tmp_path, 3)
+    for name, numbers in expected.items():
+        if name.endswith("attn_output"):
+            np.testing.assert_array_equal(found[name][:, 128:], numbers[:, 128:])  # rank 2's columns are whole blocks
+            again = decode(encode(numbers[:, 80:128], "q4_0"), "q4_0", 48)
+            np.testing.assert_array_equal(found[name][:, 80:128], again)
+        else:
+            np.testing.assert_array_equal(found[name], numbers, err_msg=name)
+
+
+def test_other_types_are_quantized_again_and_that_is_said_once(tmp_path: Path, monkeypatch, capsys) -> None:
+    from tpimpi.cli import tools
+
+    kinds = {"output": "q6_k", "token_embd": "q6_k", "blk.0.attn_v": "q6_k", "blk.1.ffn_down": "q8_0"}
+    expected = write_gguf(tmp_path / "m.gguf", "q4_k", kinds=kinds)
+    monkeypatch.setattr(tools, "load_tokenizer", lambda *_: None)
+    with open_source(tmp_path / "m.gguf") as source:
+        plan, formats = make_plan(source.config, [1, 1]), choose_formats(source, "auto")
+        assert formats.describe() == "q4_1, v q8_0 in 1 layer, down q8_0 in 1 layer, head q8_0"
+        for quiet in (True, False):
+            tools.slice_source(source, plan, formats, tmp_path / "out", quiet=quiet)
+            said = capsys.readouterr().err
+            assert ("q4_k is re-quantized to q4_1, q6_k to q8_0\n" in said) is not quiet
+            assert said.count("re-quantized") == (0 if quiet else 1)
+        assert requantized(source, plan, choose_formats(source, "f32")) == ""
+    found = joined(tmp_path / "out", 2)
+    np.testing.assert_array_equal(found["blk.1.ffn_down"], expected["blk.1.ffn_down"])
+    for name, numbers in expected.items():
+        kind = kinds.get(name, "q4_k")
+        error = np.sqrt(np.mean(np.square(found[name] - numbers)) / np.mean(np.square(numbers)))
+        assert error < {"q4_k": 0.06, "q6_k": 0.01, "q8_0": 1e-9}[kind], name
+
+
+def test_numbers_that_blocks_cannot_hold_name_the_tensor(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path = write_tiny_hf(tmp_path / "model", "llama")
+    (path / "tokenizer.json").write_text("{}")
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][70, 3] = np.inf
+    save_file(tensors, path / "model.safetensors")
+    said = r"model: tensor layers\.1\.mlp\.up_proj\.weight holds numbers that are not finite; download it again"
+    with open_source(path) as source, pytest.raises(ModelError, match=said):
+        slice_model(source, make_plan(source.config, [1]), choose_formats(source, "q8_0"), tmp_path / "out")
+    write_gguf(tmp_path / "m.gguf", "q4_1")
+    with open_source(tmp_path / "m.gguf") as source:
+        stored = source._stored["layers.0.mlp.down_proj.weight"]
+        place = stored.offset + 7 * stored.row_bytes + 3 * 20
+    data = bytearray((tmp_path / "m.gguf").read_bytes())
+    data[place : place + 2] = np.float16("inf").tobytes()
+    (tmp_path / "m.gguf").write_bytes(data)
+    said = r"m\.gguf: tensor layers\.0\.mlp\.down_proj\.weight holds scales that are not finite; download it again"
+    with open_source(tmp_path / "m.gguf") as source, pytest.raises(ModelError, match=said):
+        slice_model(source, make_plan(source.config, [1]), choose_formats(source, "auto"), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_another_quantizer_may_be_handed_in(model: Path, tmp_path: Path) -> None:
+    shapes: set[tuple[int, int]] = set()
+
+    def noted(numbers: np.ndarray, fmt: str) -> np.ndarray:
+        shapes.add(numbers.shape)
+        assert numbers.dtype == np.float32 and numbers.flags.c_contiguous
+        return quantize(numbers, fmt)
+
+    with open_source(model) as source:
+        plan, formats = make_plan(source.config, [1, 1]), choose_formats(source, "q4_1")
+        slice_model(source, plan, formats, tmp_path / "own")
+        slice_model(source, plan, formats, tmp_path / "handed", quantizer=noted)
+    assert len(shapes) > 2
+    for rank in range(2):  # the checksums, as HDF5 notes times in a file
+        own, handed = (h5py.File(tmp_path / folder / slice_name(rank, 2)) for folder in ("own", "handed"))
+        np.testing.assert_array_equal(own["checksums"], handed["checksums"])
+
+
+def test_slicing_starts_neither_mpi_nor_torch(tiny: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from tpimpi.cli.main import main\n"
+        "try:\n"
+        "    main(sys.argv[1:])\n"
+        "finally:\n"
+        "    heavy = {'mpi4py.MPI', 'torch', 'transformers'} & set(sys.modules)\n"
+        "    print('heavy:', heavy)\n"
+    )
+    for command in (
+        ["slice", "--model", str(tiny), "--ranks", "2", "--out", str(tmp_path)],
+        ["inspect", str(tmp_path)],
+    ):
+        result = run_command([sys.executable, "-c", program, *command], env={})
+        assert result.code == 0, result.err
+        assert "heavy: set()" in result.out
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.EACCES, "Permission denied; choose another place with --out or TPIMPI_CACHE"),
+        (errno.EROFS, "Read-only file system; choose another place"),
+        (errno.ENOSPC, "disk full while writing .*: No space left on device; free some space there"),
+        (errno.EMFILE, r"Too many open files; .*\(ulimit -n 4096\), or slice for fewer ranks"),
+    ],
+)
+@pytest.mark.parametrize("in_text", [False, True])
+def test_what_hdf5_says_of_the_disk_is_one_line(
+    model: Path, tmp_path: Path, monkeypatch, number: int, said: str, in_text: bool
+) -> None:
+    text = f"Unable to synchronously create file (unable to open file: name = 'x', errno = {number}, flags = 13)"
+
+    def failing(*_: object, **__: object) -> None:
+        raise OSError(text) if in_text else OSError(number, text)
+
+    monkeypatch.setattr(h5py, "File", failing)
+    with open_source(model) as source, pytest.raises(StorageError, match=said) as seen:
+        slice_model(source, make_plan(source.config, [1, 1]), choose_formats(source, "f32"), tmp_path)
+    assert "errno" not in str(seen.value).lower()
+    assert ("free some space" in str(seen.value)) == (number == errno.ENOSPC)
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_many_ranks_for_the_limit_of_open_files(tiny: Path, tmp_path: Path) -> None:
+    """`ulimit -n 64; tpimpi slice --ranks 100`"""
+    program = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+        "from tpimpi.cli.main import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-c", program, "slice", "--model", str(tiny), "--ranks", "100", "--out", str(tmp_path)]
+    result = run_command(command, env={})
+    assert result.code == 1, result.err
+    assert "Too many open files" in result.err
+    assert "ulimit -n" in result.err
+    assert "errno" not in result.err
+    assert "Traceback" not in result.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_in_the_way_is_found_before_anything_is_replaced(model: Path, tmp_path: Path) -> None:
+    with open_source(model) as source:
+        slice_model(source, make_plan(source.config, [1, 1]), choose_formats(source, "f32"), tmp_path)
+        (tmp_path / slice_name(1, 2)).unlink()
+        (tmp_path / slice_name(1, 2)).mkdir()
+        before = (tmp_path / slice_name(0, 2)).read_bytes()
+        steps: list[int] = []
+        with pytest.raises(StorageError, match=r"rank-1-of-2\.h5: a directory of that name is there; remove it"):
+            slice_model(
+                source,
+                make_plan(source.config, [2, 1]),
+                choose_formats(source, "f32"),
+                tmp_path,
+                lambda done, total: steps.append(done),
+            )
+    assert (tmp_path / slice_name(0, 2)).read_bytes() == before
+    assert not steps
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_leftover_that_cannot_be_removed_is_in_nobodys_way(model: Path, tmp_path: Path) -> None:
+    (tmp_path / ".rank-0-of-1.h5.999999999.partial").mkdir()
+    with open_source(model) as source:
+        slice_model(source, make_plan(source.config, [1]), choose_formats(source, "f32"), tmp_path)
+    assert (tmp_path / slice_name(0, 1)).is_file()
+
+
+def test_two_slicings_do_not_mix_their_files_in_one_folder(tmp_path: Path) -> None:
+    model, out = write_tiny_hf(tmp_path / "tiny", "smollm"), tmp_path / "slices"
+    (model / "tokenizer.json").write_text("{}")
+    out.mkdir()
+    with open_source(model) as source:
+        arguments = (source, make_plan(source.config, [1, 1]), choose_formats(source, "q8_0"), out)
+        held = os.open(out, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX)  # as another process that is slicing holds it
+        with pytest.raises(InputError, match="another tpimpi is slicing into"):
+            slice_model(*arguments)
+        assert list(out.iterdir()) == []
+        os.close(held)
+        slice_model(*arguments)
+        slice_model(*arguments)  # the first let go
+    assert sorted(path.name for path in out.iterdir()) == ["rank-0-of-2.h5", "rank-1-of-2.h5"]
