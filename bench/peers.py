@@ -6,7 +6,7 @@
                            environments=environments, timeout=600)
 
 They run in virtual environments of their own, made on first use with the versions that are fixed here. pip finds these as it
-does for jobs/setup.sh; README.md, "Installing by hand", says how torch comes without CUDA. What runs is in
+does for jobs/setup.sh; docs/guide.md, "Installing by hand", says how torch comes without CUDA. What runs is in
 bench/peer_programs, and imports nothing of ours. Weights come as each program takes them: a Hugging Face folder in bf16, or
 a GGUF file. Decoding is greedy, on token ids; no tokenizer is needed.
 """
