@@ -20,7 +20,7 @@ from tpimpi.errors import InputError
 from tpimpi.models.shapes import SHAPES, load_shape
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.system.units import parse_size
-from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.slices.partition import make_partition
 
 DATA = Path(__file__).with_name("experiments.toml")
 SIZES = ("full", "quick", "smallest")
@@ -158,7 +158,7 @@ class Row:
 def _rank_bytes(shape: str, layers: int, fmt: str, devices: int, shares: str) -> tuple[int, ...]:
     config = load_shape(shape, layers or None).config
     loads = Loads(config, ModelFormats.of(fmt, config.layers))
-    plan = make_plan(config, share_weights(shares or None, devices))
+    plan = make_partition(config, share_weights(shares or None, devices))
     return tuple(loads.of(share, rank).tiles for rank, share in enumerate(plan.shares))
 
 

@@ -28,7 +28,7 @@ from tests.support.tiny_models import write_tiny_hf
 from tpimpi.system.launcher import launched_size
 from tpimpi.weights.make import choose_formats, slice_model
 from tpimpi.weights.slices.file import SliceFile, slice_name
-from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.sources import open_source
 
 PROMPT = ["--prompt", "the quick brown fox"]
@@ -39,7 +39,7 @@ def slices(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Slices of the tiny model for two ranks."""
     folder = tmp_path_factory.mktemp("slices") / "two"
     with open_source(tiny) as source:
-        slice_model(source, make_plan(source.config, [1, 1]), choose_formats(source, "f32"), folder)
+        slice_model(source, make_partition(source.config, [1, 1]), choose_formats(source, "f32"), folder)
     return folder
 
 
@@ -272,7 +272,7 @@ def test_a_slice_of_another_model(mpirun: Launcher, two: Path, tmp_path: Path, c
     other = write_tiny_hf(tmp_path / "other", "llama-bias", seed=1, vocab_size=300)
     (other / "tokenizer.json").write_text("{}")
     with open_source(other) as source:
-        slice_model(source, make_plan(source.config, [1, 1]), choose_formats(source, "f32"), tmp_path / "others")
+        slice_model(source, make_partition(source.config, [1, 1]), choose_formats(source, "f32"), tmp_path / "others")
     shutil.copy(tmp_path / "others" / slice_name(1, 2), two / slice_name(1, 2))
     result = mpirun(2, "-m", "tpimpi", *PROMPT, "--slices", str(two), env=cache, timeout=60)
     assert_one_line(result, "the slice of r1 \\S+ has fingerprint .*; use slices that were made together")
@@ -280,7 +280,7 @@ def test_a_slice_of_another_model(mpirun: Launcher, two: Path, tmp_path: Path, c
 
 def test_slices_of_another_model_than_the_one_given(tpimpi, tiny: Path, smollm2: Path, tmp_path: Path) -> None:
     with open_source(tiny) as source:
-        slice_model(source, make_plan(source.config, [1]), choose_formats(source, "f32"), tmp_path)
+        slice_model(source, make_partition(source.config, [1]), choose_formats(source, "f32"), tmp_path)
     result = tpimpi(*PROMPT, "--slices", str(tmp_path), "--model", str(smollm2))
     assert_one_line(result, "has fingerprint .*, this run needs .*; it is of another model")
 

@@ -14,7 +14,7 @@ from tpimpi.diagnostics.inspect import inspect
 from tpimpi.errors import InputError, SliceError
 from tpimpi.weights.make import choose_formats, slice_model
 from tpimpi.weights.slices.file import SliceFile, slice_name
-from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.sources import open_source
 
 
@@ -32,7 +32,7 @@ def make(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
     def made(*, shares: tuple[float, ...] = (1, 1), fmt: str = "f32", of: Path = model) -> Path:
         folder = tmp_path_factory.mktemp("set")
         with open_source(of) as source:
-            slice_model(source, make_plan(source.config, shares), choose_formats(source, fmt), folder)
+            slice_model(source, make_partition(source.config, shares), choose_formats(source, fmt), folder)
         return folder
 
     return made

@@ -13,7 +13,7 @@ from tpimpi.diagnostics.planner.shares import MOST_WEIGHT, best_shares
 from tpimpi.engine.budget import RESERVE
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.weights.slices.layout import slice_records
-from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.slices.partition import make_partition
 
 # 16 heads of 64 and 2048 columns, so that shares of a quarter, a half or a sixteenth are whole; tiles are multiples of 4096.
 ATTN, MLP, HEAD = 4 * 1024 * 1024 * 2, 3 * 1024 * 2048 * 2, 4096 * 1024 * 2  # bytes: of a layer, and of the head
@@ -41,7 +41,7 @@ def test_a_line_is_never_negative() -> None:
 @pytest.mark.parametrize("fmt", ["f32", "q4_0"])
 def test_loads_are_what_the_slices_hold(weights: list[float], fmt: str) -> None:
     formats = ModelFormats.of(fmt, CONFIG.layers)
-    plan = make_plan(CONFIG, weights)
+    plan = make_partition(CONFIG, weights)
     for rank, share in enumerate(plan.shares):
         load = Loads(CONFIG, formats).of(share, rank)
         records = [
@@ -53,7 +53,7 @@ def test_loads_are_what_the_slices_hold(weights: list[float], fmt: str) -> None:
 
 def test_layers_of_different_formats_are_counted_each() -> None:
     mixed = ModelFormats((*FORMATS.layers[:7], *ModelFormats.of("f32", 3).layers), "bf16", "bf16")
-    load = Loads(CONFIG, mixed).of(make_plan(CONFIG, [1.0]).shares[0], 0)
+    load = Loads(CONFIG, mixed).of(make_partition(CONFIG, [1.0]).shares[0], 0)
     assert load.layers == ((7, ATTN, MLP), (3, 2 * ATTN, 2 * MLP))
 
 

@@ -21,7 +21,7 @@ from tpimpi.models.blocks import Block
 from tpimpi.system.memory import Place
 from tpimpi.weights.make import choose_formats, slice_model
 from tpimpi.weights.slices.file import SliceFile, slice_name
-from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.sources import open_source
 
 TILE = 10
@@ -293,7 +293,7 @@ def file(tmp_path: Path) -> Iterator[SliceFile]:
     model = write_tiny_hf(tmp_path / "model", "llama", num_hidden_layers=6)
     (model / "tokenizer.json").write_text("{}")
     with open_source(model) as source:
-        slice_model(source, make_plan(source.config, [1]), choose_formats(source, "f32"), tmp_path)
+        slice_model(source, make_partition(source.config, [1]), choose_formats(source, "f32"), tmp_path)
     opened = SliceFile(tmp_path / slice_name(0, 1))
     yield opened
     opened.close()

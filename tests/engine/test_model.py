@@ -12,7 +12,7 @@ from tests.support.launch import PROGRAMS, Launcher
 from tests.support.slices import joined
 from tests.support.tiny_models import TINY, write_tiny_hf
 from tpimpi.weights.make import choose_formats, slice_model
-from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.sources import open_source
 
 POSITIONS = 40
@@ -59,7 +59,7 @@ def test_logits_are_those_of_transformers(mpirun: Launcher, models, ranks: int, 
     for kind, weights in wanted:
         path, ids, _ = models[kind]
         with open_source(path) as source:
-            slice_model(source, make_plan(source.config, weights), choose_formats(source, "f32"), tmp_path / kind)
+            slice_model(source, make_partition(source.config, weights), choose_formats(source, "f32"), tmp_path / kind)
         jobs.append({"name": kind, "slices": str(tmp_path / kind), "ids": ids, "chunks": CHUNKS})
         if ranks == 2:  # the other backend, and a window that streams
             jobs.append({**jobs[-1], "name": f"{kind}@numpy", "backend": "numpy", "window": 2})
@@ -81,7 +81,7 @@ def test_bf16_slices_compute_with_rounded_weights(mpirun: Launcher, models, tmp_
 
     path, ids, exact = models["llama-3.1"]
     with open_source(path) as source:
-        slice_model(source, make_plan(source.config, [1, 1]), choose_formats(source, "bf16"), tmp_path / "slices")
+        slice_model(source, make_partition(source.config, [1, 1]), choose_formats(source, "bf16"), tmp_path / "slices")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -113,7 +113,7 @@ def test_quantized_slices_compute_with_their_own_numbers(mpirun: Launcher, model
 
     path, ids, exact = models["llama-odd"]
     with open_source(path) as source:
-        slice_model(source, make_plan(source.config, [2, 1, 1]), choose_formats(source, fmt), tmp_path / "slices")
+        slice_model(source, make_partition(source.config, [2, 1, 1]), choose_formats(source, fmt), tmp_path / "slices")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     parameters = dict(model.named_parameters())
     with torch.no_grad():

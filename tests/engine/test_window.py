@@ -22,7 +22,7 @@ from tpimpi.errors import InputError, SliceError
 from tpimpi.models.blocks import HEAD, Block
 from tpimpi.weights.make import choose_formats, slice_model
 from tpimpi.weights.slices.file import SliceFile, Tile, slice_name
-from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.sources import open_source
 
 
@@ -32,7 +32,7 @@ def slice_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = write_tiny_hf(folder / "model", "llama", num_hidden_layers=6)
     (model / "tokenizer.json").write_text("{}")
     with open_source(model) as source:
-        slice_model(source, make_plan(source.config, [1, 1]), choose_formats(source, "f32"), folder)
+        slice_model(source, make_partition(source.config, [1, 1]), choose_formats(source, "f32"), folder)
     return folder / slice_name(0, 2)
 
 
@@ -266,7 +266,7 @@ def test_the_tiles_of_a_block_are_held_together_where_they_are_pinned(tmp_path: 
     model = write_tiny_hf(tmp_path / "model", "llama", vocab_size=90_000)  # so that the head has several tiles
     (model / "tokenizer.json").write_text("{}")
     with open_source(model) as source:
-        slice_model(source, make_plan(source.config, [1, 1]), choose_formats(source, "f32"), tmp_path)
+        slice_model(source, make_partition(source.config, [1, 1]), choose_formats(source, "f32"), tmp_path)
     file = SliceFile(tmp_path / slice_name(0, 2))
     assert len(records_of(file, [HEAD])) > 2
     order = block_order(file.header)

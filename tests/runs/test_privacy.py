@@ -32,13 +32,15 @@ def odd_parcels(messages: list[Message], slices: Path) -> list[str]:
     """
     found, tiles = [], {}
     for destination, _, data in messages:
-        parcel = np.frombuffer(data, np.uint8)
-        size = sum(24 + -(-piece.nbytes // 8) * 8 for _, _, piece in stream.frames(parcel))
+        message = np.frombuffer(data, np.uint8)
+        size = sum(24 + -(-piece.nbytes // 8) * 8 for _, _, piece in stream.frames(message))
         if size != len(data):
-            found.append(f"a parcel of {len(data)} bytes with frames of {size}")
-        for index, kind, piece in stream.frames(parcel):
-            if kind in (stream.PIECE, stream.SUM):
-                tiles.setdefault((destination, index), {stream.PIECE: b"", stream.SUM: b""})[kind] += piece.tobytes()
+            found.append(f"a message of {len(data)} bytes with frames of {size}")
+        for index, kind, piece in stream.frames(message):
+            if kind in (stream.DATA, stream.CHECKSUM):
+                tiles.setdefault((destination, index), {stream.DATA: b"", stream.CHECKSUM: b""})[kind] += (
+                    piece.tobytes()
+                )
             elif (index, kind, piece.nbytes) != (0, stream.END, 0):
                 found.append(f"a frame of kind {kind} with {piece.nbytes} bytes to rank {destination}")
     for (destination, index), sent in tiles.items():
@@ -52,7 +54,7 @@ def odd_parcels(messages: list[Message], slices: Path) -> list[str]:
         file.close()
         if destination == 0 or record.block.kind not in ("attn", "mlp", "resident"):
             found.append(f"{record.path} to rank {destination}")
-        if sent != {stream.PIECE: wanted, stream.SUM: checksum.intdigest().to_bytes(8, "little")}:
+        if sent != {stream.DATA: wanted, stream.CHECKSUM: checksum.intdigest().to_bytes(8, "little")}:
             found.append(f"bytes that are not {record.path} of rank {destination}")
     return found
 
@@ -155,7 +157,7 @@ def test_slices_bring_tiles_and_nothing_else(recorded) -> None:
         assert not [message for message in others if message[1] == BULK]
     # The search finds what is not a tile.
     destination, tag, data = bulk[0]
-    more = np.array([0, stream.PIECE, 8], "<u8").tobytes() + b"Zanzibar"
+    more = np.array([0, stream.DATA, 8], "<u8").tobytes() + b"Zanzibar"
     assert odd_parcels([*bulk, (1, BULK, more)], slices)
     assert odd_parcels([(3 - destination, tag, data), *bulk[1:]], slices)
     assert odd_parcels([(destination, tag, data[:100] + bytes([data[100] ^ 1]) + data[101:]), *bulk[1:]], slices)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.launch import PROGRAMS, Launcher, run_command
 from tpimpi.weights.make import choose_formats, slice_model
-from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.sources import open_source
 
 PROMPTS = [
@@ -104,7 +104,7 @@ def test_logits_are_the_same_to_the_bit_for_every_window(
     mpirun: Launcher, smollm2: Path, tmp_path: Path, fmt: str, backend: str
 ) -> None:
     with open_source(smollm2) as source:
-        slice_model(source, make_plan(source.config, [1, 1, 1]), choose_formats(source, fmt), tmp_path / "slices")
+        slice_model(source, make_partition(source.config, [1, 1, 1]), choose_formats(source, fmt), tmp_path / "slices")
     ids = np.random.default_rng(3).integers(3, 49152, 24).tolist()
     job = {"slices": str(tmp_path / "slices"), "ids": ids, "chunks": [16, 4, 1, 1, 1, 1], "backend": backend}
     windows = [2, 4, 7, "all", 0.0, 0.3, 0.9]  # blocks; or the part of the tiles for which the memory has room

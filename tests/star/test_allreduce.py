@@ -18,7 +18,7 @@ from tpimpi.star.codec import EAGER, LARGE_PIECE, LEAST_PIECE, Mail, bounds
 from tpimpi.star.tuning import Measuring, worth_timing, worth_timing_largest
 from tpimpi.weights.find import hidden_of_slices
 from tpimpi.weights.make import choose_formats, slice_model
-from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.sources import open_source
 
 
@@ -321,7 +321,7 @@ def test_what_auto_chose_is_said_and_gives_the_stars_text(
 def test_the_largest_sum_of_a_run_is_that_of_half_a_chunk(tmp_path: Path) -> None:
     """What `auto` times: 64 of 128 positions at once where there are others, of the hidden size that the slices name."""
     with open_source(write_tiny_hf(tmp_path / "model", "llama-3.1")) as source:
-        slice_model(source, make_plan(source.config, [1, 1]), choose_formats(source, "f32"), tmp_path)
+        slice_model(source, make_partition(source.config, [1, 1]), choose_formats(source, "f32"), tmp_path)
     assert hidden_of_slices(str(tmp_path), 2) == 64
     assert hidden_of_slices(str(tmp_path), 3) == 0
     assert (largest_sum(64, 2), largest_sum(64, 1)) == (64 * 64, 128 * 64)
@@ -342,7 +342,9 @@ def test_a_long_chunk_in_halves_gives_the_logits_of_transformers(mpirun: Launche
     with torch.no_grad():
         expected = model(torch.tensor([ids])).logits[0].numpy()
     with open_source(path) as source:
-        slice_model(source, make_plan(source.config, [2, 1, 1]), choose_formats(source, "f32"), tmp_path / "slices")
+        slice_model(
+            source, make_partition(source.config, [2, 1, 1]), choose_formats(source, "f32"), tmp_path / "slices"
+        )
     job = {"slices": str(tmp_path / "slices"), "ids": ids, "chunks": [40, 33]}
     jobs = [
         {**job, "name": "all"},

@@ -23,10 +23,10 @@ from tpimpi.errors import StarError
 from tpimpi.weights.distribute import _receive
 from tpimpi.weights.make import choose_formats, make_header, slice_model
 from tpimpi.weights.slices.file import SliceFile, slice_name
-from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.slices.writer import SliceWriter
 from tpimpi.weights.sources import open_source
-from tpimpi.weights.stream import END, PARCEL, PIECE, SUM, Packer, frames
+from tpimpi.weights.stream import CHECKSUM, DATA, END, MESSAGE_BYTES, StreamWriter, frames
 
 # Each rank has a cache of its own, in the folder that is given first, as on a host of its own; a file named "tweak" there is
 # run by it.
@@ -61,7 +61,7 @@ def made(folder: Path, rank: int, ranks: int) -> Path:
 
 def by_one_process(model: Path, shares: list[float], fmt: str, folder: Path) -> None:
     with open_source(model) as source:
-        plan, formats = make_plan(source.config, shares), choose_formats(source, fmt)
+        plan, formats = make_partition(source.config, shares), choose_formats(source, fmt)
         slice_model(source, plan, formats, folder, quantizer=load_quantizer(2))
 
 
@@ -328,29 +328,29 @@ def test_a_slicing_of_the_real_model_broken_off_ten_times(
     alike(hosts[1], tmp_path / "one", 4)
 
 
-# Parcels
+# Messages
 
 
-class _Parcels:
+class _Messages:
     """A star's end that gives what is put into it."""
 
-    def __init__(self, parcels: list[np.ndarray]) -> None:
-        self.parcels = deque(parcels)
+    def __init__(self, messages: list[np.ndarray]) -> None:
+        self.messages = deque(messages)
 
     def take_bulk(self, source: int) -> np.ndarray:
         assert source == 0
-        return self.parcels.popleft()
+        return self.messages.popleft()
 
 
 def _packed(header, tiles: dict[int, dict[str, np.ndarray]]) -> list[np.ndarray]:
-    parcels: list[np.ndarray] = []
-    packer = Packer(1, header, list(tiles))
-    packer.ready = lambda rank, parcel: parcels.append(parcel)
+    messages: list[np.ndarray] = []
+    packer = StreamWriter(1, header, list(tiles))
+    packer.send = lambda rank, message: messages.append(message)
     for index, parts in tiles.items():
         for name, data in parts.items():
             packer.write(index, name, data)
     packer.end(END)
-    return parcels
+    return messages
 
 
 @pytest.fixture
@@ -373,10 +373,10 @@ def tiles(tiny: Path, tmp_path: Path):
 
 def test_parcels_bring_tiles_whole(tiles, tmp_path: Path) -> None:
     header, found = tiles
-    parcels = _packed(header, found)
-    assert max(parcel.nbytes for parcel in parcels) <= PARCEL
+    messages = _packed(header, found)
+    assert max(message.nbytes for message in messages) <= MESSAGE_BYTES
     writer = SliceWriter(tmp_path / slice_name(1, 2), header)
-    _receive(_Parcels([np.empty(0, np.uint8), *parcels]), writer)  # type: ignore[arg-type]
+    _receive(_Messages([np.empty(0, np.uint8), *messages]), writer)  # type: ignore[arg-type]
     writer.finish()
     writer.publish()
     assert datasets(tmp_path / slice_name(1, 2)) == datasets(tmp_path / "one" / slice_name(1, 2))
@@ -384,17 +384,17 @@ def test_parcels_bring_tiles_whole(tiles, tmp_path: Path) -> None:
 
 def test_large_pieces_are_cut_for_parcels(tiles) -> None:
     header, _ = tiles
-    packer, parcels = Packer(1, header, [3]), []
-    packer.ready = lambda rank, parcel: parcels.append(parcel)
+    packer, messages = StreamWriter(1, header, [3]), []
+    packer.send = lambda rank, message: messages.append(message)
     sizes = [part.nbytes for part in header.records[3].parts]
-    packer._left[3] = 5 * PARCEL + 3
-    data = np.random.default_rng(0).integers(0, 256, 5 * PARCEL + 3, np.uint8)
+    packer._left[3] = 5 * MESSAGE_BYTES + 3
+    data = np.random.default_rng(0).integers(0, 256, 5 * MESSAGE_BYTES + 3, np.uint8)
     packer.write(3, "gate", data)
     packer.end(END)
-    assert sizes and all(parcel.nbytes <= PARCEL for parcel in parcels)
-    seen = [frame for parcel in parcels for frame in frames(parcel)]
-    assert np.array_equal(np.concatenate([piece for _, kind, piece in seen if kind == PIECE]), data)
-    (checksum,) = [piece for _, kind, piece in seen if kind == SUM]
+    assert sizes and all(message.nbytes <= MESSAGE_BYTES for message in messages)
+    seen = [frame for message in messages for frame in frames(message)]
+    assert np.array_equal(np.concatenate([piece for _, kind, piece in seen if kind == DATA]), data)
+    (checksum,) = [piece for _, kind, piece in seen if kind == CHECKSUM]
     assert int(checksum.view("<u8")[0]) == xxhash.xxh3_64_intdigest(data)
 
 
@@ -402,11 +402,11 @@ def test_large_pieces_are_cut_for_parcels(tiles) -> None:
 def test_a_parcel_that_is_damaged_on_its_way_is_refused(tiles, tmp_path: Path, place: int) -> None:
     """In the data, the kind, the index, and the size of its first frame."""
     header, found = tiles
-    parcels = _packed(header, found)
-    parcels[0][place] ^= 0x5A
+    messages = _packed(header, found)
+    messages[0][place] ^= 0x5A
     writer = SliceWriter(tmp_path / slice_name(1, 2), header)
     with pytest.raises(StarError, match=r"rank 0 sent|otherwise than rank 0 sent it"):
-        _receive(_Parcels(parcels), writer)  # type: ignore[arg-type]
+        _receive(_Messages(messages), writer)  # type: ignore[arg-type]
     assert 0 in writer.missing
     writer.close()
     again = SliceWriter(tmp_path / slice_name(1, 2), header)
@@ -424,20 +424,20 @@ def test_frames_that_make_no_sense_are_refused(tiles, tmp_path: Path) -> None:
 
     first = found[0]["attn_norm"].tobytes()
     cases = [
-        [frame(0, PIECE, first + b"12345678")],  # across the border of two parts
-        [frame(99, PIECE, b"12345678")],
-        [frame(0, PIECE, b"")],
-        [frame(0, PIECE, b"1234", size=2**62)],
-        [frame(0, SUM, b"12345678")],  # before the tile is there
-        [frame(0, PIECE, first), frame(0, SUM, b"1234")],
+        [frame(0, DATA, first + b"12345678")],  # across the border of two parts
+        [frame(99, DATA, b"12345678")],
+        [frame(0, DATA, b"")],
+        [frame(0, DATA, b"1234", size=2**62)],
+        [frame(0, CHECKSUM, b"12345678")],  # before the tile is there
+        [frame(0, DATA, first), frame(0, CHECKSUM, b"1234")],
         [frame(0, 77, b"")],
         [frame(0, END, b"")],  # with tiles missing
         [np.zeros(23, np.uint8)],
     ]
-    for parcels in cases:
+    for messages in cases:
         writer = SliceWriter(tmp_path / slice_name(1, 2), header)
         with pytest.raises(StarError, match="rank 0 sent"):
-            _receive(_Parcels(parcels), writer)  # type: ignore[arg-type]
+            _receive(_Messages(messages), writer)  # type: ignore[arg-type]
         writer.close()
     assert not list(tmp_path.glob(".*"))
 
@@ -449,7 +449,7 @@ def test_a_header_is_the_same_on_both_ends(tiny: Path) -> None:
     from tpimpi.weights.distribute import _header_from
 
     with open_source(tiny) as source:
-        plan, formats = make_plan(source.config, [1.5, 0.1, 7]), choose_formats(source, "q4_1")
+        plan, formats = make_partition(source.config, [1.5, 0.1, 7]), choose_formats(source, "q4_1")
         for rank in (1, 2):
             header = make_header(source, plan, rank, formats)
             note = {

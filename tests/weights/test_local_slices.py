@@ -21,8 +21,8 @@ from tests.support.tiny_models import write_tiny_hf
 from tpimpi.errors import InputError, SliceError, StorageError
 from tpimpi.weights.make import choose_formats, make_header, slice_model
 from tpimpi.weights.slices.file import SliceFile, slice_name
-from tpimpi.weights.slices.local import Stock
-from tpimpi.weights.slices.partition import Span, make_plan
+from tpimpi.weights.slices.local import LocalSlice
+from tpimpi.weights.slices.partition import Span, make_partition
 from tpimpi.weights.slices.writer import SliceWriter, partial_path, tile_spans
 from tpimpi.weights.sources import Source, open_source
 
@@ -32,7 +32,7 @@ LARGER = {"num_hidden_layers": 4, "intermediate_size": 256}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = write_tiny_hf(tmp_path_factory.mktemp("stock") / "model", "llama-bias", **LARGER)
+    path = write_tiny_hf(tmp_path_factory.mktemp("local") / "model", "llama-bias", **LARGER)
     (path / "tokenizer.json").write_text("{}")
     return path
 
@@ -42,9 +42,11 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TPIMPI_CACHE", str(tmp_path / "cache"))
 
 
-def make(source: Source, folder: Path, shares: list[float] | None = None, fmt: str = "q8_0", **options) -> list[Stock]:
+def make(
+    source: Source, folder: Path, shares: list[float] | None = None, fmt: str = "q8_0", **options
+) -> list[LocalSlice]:
     return slice_model(
-        source, make_plan(source.config, shares or SHARES), choose_formats(source, fmt), folder, **options
+        source, make_partition(source.config, shares or SHARES), choose_formats(source, fmt), folder, **options
     )
 
 
@@ -96,13 +98,13 @@ def test_what_was_broken_off_goes_on_where_it_was(model: Path, tmp_path: Path, m
 
 def test_good_slices_are_left_alone(model: Path, tmp_path: Path, monkeypatch) -> None:
     with open_source(model) as source:
-        assert [stock.good for stock in make(source, tmp_path / "out")] == [False] * 3
+        assert [local.good for local in make(source, tmp_path / "out")] == [False] * 3
         before = [
             (path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in sorted((tmp_path / "out").iterdir())
         ]
         with monkeypatch.context() as patch:
             reads = Reads(source, patch)
-            assert [stock.good for stock in make(source, tmp_path / "out", verify=True)] == [True] * 3
+            assert [local.good for local in make(source, tmp_path / "out", verify=True)] == [True] * 3
         assert reads.names == []
         after = [
             (path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in sorted((tmp_path / "out").iterdir())
@@ -131,10 +133,10 @@ def test_a_tile_that_does_not_match_is_made_again_and_no_other(
                 path = folder / slice_name(rank, 3)
                 path.rename(partial_path(path))
         else:
-            assert all(stock.good for stock in make(source, folder)), "without --verify tiles are not read"
+            assert all(local.good for local in make(source, folder)), "without --verify tiles are not read"
         reads = Reads(source, monkeypatch)
         made = make(source, folder, verify=True)
-        assert [stock.broken for stock in made] == ([0, 0, 0] if unfinished else [2, 1, 0])
+        assert [local.broken for local in made] == ([0, 0, 0] if unfinished else [2, 1, 0])
         parts = ("gate_proj", "up_proj", "down_proj")
         wanted = {f"layers.2.mlp.{part}.{kind}" for part in parts for kind in ("weight", "bias")}
         assert set(reads.names) == {"embed_tokens.weight"} | (wanted - {"layers.2.mlp.down_proj.bias"})
@@ -189,12 +191,12 @@ def test_a_slicing_killed_at_random_points_ends_whole(tmp_path: Path) -> None:
     program = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from tpimpi.weights.slices.partition import make_plan\n"
+        "from tpimpi.weights.slices.partition import make_partition\n"
         "from tpimpi.weights.make import choose_formats, slice_model\n"
         "from tpimpi.weights.sources import open_source\n"
         "print('ready', flush=True)\n"
         "with open_source(Path(sys.argv[1])) as source:\n"
-        "    plan = make_plan(source.config, [3, 1, 2])\n"
+        "    plan = make_partition(source.config, [3, 1, 2])\n"
         "    slice_model(source, plan, choose_formats(source, 'q4_0'), Path(sys.argv[2]))\n"
     )
     command = [sys.executable, "-c", program, str(model), str(tmp_path / "killed")]
@@ -224,9 +226,9 @@ def test_tiles_of_the_same_heads_and_columns_are_taken_from_other_slices(
         spoil(cache / slice_name(1, 2), "layers/0001/attn/tile-000/k")
         reads = Reads(source, monkeypatch)
         found = make(source, tmp_path / "out", [1, 1, 0])
-        tiles = [len(stock.header.records) for stock in found]
+        tiles = [len(local.header.records) for local in found]
         # The tokenizer is made again, and of rank 1 the tile that is broken where it was found.
-        assert [stock.here for stock in found] == [tiles[0] - 1, tiles[1] - 1, tiles[2]]
+        assert [local.here for local in found] == [tiles[0] - 1, tiles[1] - 1, tiles[2]]
         assert {name for name in reads.names if "mlp" in name} == set()
         assert {name for name in reads.names if "layers.1.self_attn" in name}
         assert not {name for name in reads.names if "layers.0" in name}
@@ -240,13 +242,13 @@ def test_tiles_of_another_model_or_format_are_not_taken(model: Path, tmp_path: P
         make(source, tmp_path / "whole", fmt="f32")
         make(others, tmp_path / "out", [1, 1], "f32")
         make(source, tmp_path / "out", [2, 1, 1, 0], "bf16")
-        assert [stock.here for stock in make(source, tmp_path / "out", fmt="f32")] == [1, 1, 1]  # the norms are f32
+        assert [local.here for local in make(source, tmp_path / "out", fmt="f32")] == [1, 1, 1]  # the norms are f32
     alike(tmp_path / "out", tmp_path / "whole")
 
 
 def test_spans_of_tiles_cover_what_there_is(smollm2: Path) -> None:
     with open_source(smollm2) as source:
-        plan = make_plan(source.config, [2, 1, 1])
+        plan = make_partition(source.config, [2, 1, 1])
         for layer, kind, whole in ((0, "mlp", 1536), (29, "mlp", 1536), (-1, "head", 49152)):
             spans: list[Span] = []
             for rank in range(3):
@@ -259,7 +261,7 @@ def test_spans_of_tiles_cover_what_there_is(smollm2: Path) -> None:
 
 def test_a_file_that_another_process_writes_is_refused(model: Path, tmp_path: Path) -> None:
     with open_source(model) as source:
-        header = make_header(source, make_plan(source.config, SHARES), 1, choose_formats(source, "f32"))
+        header = make_header(source, make_partition(source.config, SHARES), 1, choose_formats(source, "f32"))
         path = tmp_path / slice_name(1, 3)
         writer = SliceWriter(path, header)
         program = "import os, fcntl, sys\nfcntl.flock(os.open(sys.argv[1], os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
@@ -282,7 +284,7 @@ def test_what_is_no_file_of_ours_is_not_written_through(model: Path, tmp_path: P
     partial = partial_path(path)
     {"link": lambda: partial.symlink_to(victim), "pipe": lambda: os.mkfifo(partial), "folder": partial.mkdir}[kind]()
     with open_source(model) as source:
-        header = make_header(source, make_plan(source.config, SHARES), 1, choose_formats(source, "f32"))
+        header = make_header(source, make_partition(source.config, SHARES), 1, choose_formats(source, "f32"))
         with pytest.raises(
             InputError, match=r"\.rank-1-of-3\.h5\.partial is no file, but in the way of a slice; remove it"
         ):
@@ -295,13 +297,13 @@ def test_a_slice_of_another_model_is_not_replaced(model: Path, tmp_path: Path) -
     (other / "tokenizer.json").write_text("{}")
     out = tmp_path / "out"
     with open_source(other) as source:
-        slice_model(source, make_plan(source.config, SHARES), choose_formats(source, "f32"), out)
+        slice_model(source, make_partition(source.config, SHARES), choose_formats(source, "f32"), out)
     before = {path: path.read_bytes() for path in out.iterdir()}
     with (
         open_source(model) as source,
         pytest.raises(InputError, match=r"is a slice of another model, .*; remove it, or"),
     ):
-        slice_model(source, make_plan(source.config, SHARES), choose_formats(source, "f32"), out)
+        slice_model(source, make_partition(source.config, SHARES), choose_formats(source, "f32"), out)
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -315,7 +317,7 @@ def test_leftovers_of_other_plans_go_when_a_slicing_is_done(model: Path, tmp_pat
         with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
             Reads(source, patch, 60)
             make(source, folders[0], [1, 1])
-        header = make_header(source, make_plan(source.config, [1]), 0, choose_formats(source, "q8_0"))
+        header = make_header(source, make_partition(source.config, [1]), 0, choose_formats(source, "q8_0"))
         folders[2].mkdir()
         writing = SliceWriter(folders[2] / slice_name(0, 1), header)
         assert len(list(folders[0].glob(".*.partial"))) == 2
@@ -327,10 +329,10 @@ def test_leftovers_of_other_plans_go_when_a_slicing_is_done(model: Path, tmp_pat
 
 def test_a_slice_in_whose_place_a_directory_stands(model: Path, tmp_path: Path) -> None:
     with open_source(model) as source:
-        header = make_header(source, make_plan(source.config, SHARES), 1, choose_formats(source, "f32"))
+        header = make_header(source, make_partition(source.config, SHARES), 1, choose_formats(source, "f32"))
         (tmp_path / slice_name(1, 3)).mkdir()
         with pytest.raises(StorageError, match="a directory of that name is there; remove it"):
-            Stock(tmp_path / slice_name(1, 3), header).look()
+            LocalSlice(tmp_path / slice_name(1, 3), header).look()
 
 
 def test_a_message_of_a_broken_slice_says_what_to_type(model: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tpimpi.compute.formats.packed import WEIGHT_FORMATS, packed_bytes, weight_b
 from tpimpi.errors import InputError
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import LayerFormats, ModelFormats
-from tpimpi.weights.slices.partition import TILE_LIMIT, Span, attention_tiles, head_tiles, make_plan, mlp_tiles
+from tpimpi.weights.slices.partition import TILE_LIMIT, Span, attention_tiles, head_tiles, make_partition, mlp_tiles
 
 LLAMA_70B = config(hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, vocab=32000)
 LLAMA_405B = config(hidden=16384, intermediate=53248, heads=128, kv_heads=8, head_dim=128, vocab=128256)
@@ -35,7 +35,7 @@ weights = st.lists(st.floats(0, 10), min_size=1, max_size=9).filter(lambda w: su
 @settings(max_examples=300, deadline=None)
 @given(models, weights, layer_formats)
 def test_everything_is_owned_exactly_once(model: ModelConfig, shares: list[float], formats: LayerFormats) -> None:
-    plan = make_plan(model, shares)
+    plan = make_partition(model, shares)
     group = model.heads // model.kv_heads
     heads, columns = [], []
     for share in plan.shares:
@@ -77,17 +77,17 @@ def test_everything_is_owned_exactly_once(model: ModelConfig, shares: list[float
     ],
 )
 def test_nine_heads_follow_the_shares(shares: list[float], heads: list[int]) -> None:
-    plan = make_plan(config(heads=9, kv_heads=3), shares)
+    plan = make_partition(config(heads=9, kv_heads=3), shares)
     assert [share.heads.size for share in plan.shares] == heads
 
 
 def test_a_divided_group_is_held_by_both_ranks() -> None:
-    plan = make_plan(config(heads=9, kv_heads=3), [4, 2, 2, 1])
+    plan = make_partition(config(heads=9, kv_heads=3), [4, 2, 2, 1])
     assert [tuple(share.kv_heads) for share in plan.shares] == [(0, 2), (1, 2), (2, 3), (2, 3)]
 
 
 def test_a_rank_without_heads_still_has_columns() -> None:
-    plan = make_plan(config(heads=2, kv_heads=1), [1] * 7)
+    plan = make_partition(config(heads=2, kv_heads=1), [1] * 7)
     without = [share for share in plan.shares if not share.heads.size]
     assert without
     assert all(not share.kv_heads.size for share in without)
@@ -98,9 +98,9 @@ def test_tile_borders_of_a_large_model_do_not_depend_on_the_ranks() -> None:
     """Borders inside a share lie on one grid; only where a share ends may there be another."""
     q4_0 = ModelFormats.of("q4_0", 1).layers[0]
     for model in (LLAMA_70B, LLAMA_405B):
-        whole = {run.start for run in mlp_tiles(model, make_plan(model, [1]).shares[0], q4_0)}
+        whole = {run.start for run in mlp_tiles(model, make_partition(model, [1]).shares[0], q4_0)}
         for ranks in (2, 3, 8):
-            for share in make_plan(model, [1] * ranks).shares:
+            for share in make_partition(model, [1] * ranks).shares:
                 inside = {run.start for run in mlp_tiles(model, share, q4_0)} - {share.columns.start}
                 assert inside <= whole
 
@@ -122,7 +122,7 @@ def test_the_bytes_of_a_weight_are_those_of_a_packed_matrix() -> None:
 def test_a_small_model_has_one_tile_a_block() -> None:
     smollm2 = config(hidden=576, intermediate=1536, heads=9, kv_heads=3, head_dim=64)
     f32 = ModelFormats.of("f32", 1).layers[0]
-    for share in make_plan(smollm2, [1, 1, 1, 1]).shares:
+    for share in make_partition(smollm2, [1, 1, 1, 1]).shares:
         assert len(list(attention_tiles(smollm2, share, f32))) == 1
         assert list(mlp_tiles(smollm2, share, f32)) == [Span(share.columns.start, share.columns.stop)]
 
@@ -130,36 +130,36 @@ def test_a_small_model_has_one_tile_a_block() -> None:
 @pytest.mark.parametrize("shares", [[], [0, 0], [1, -1], [float("nan"), 1], [float("inf")]])
 def test_shares_that_make_no_sense_are_refused(shares: list[float]) -> None:
     with pytest.raises(InputError, match="--shares is"):
-        make_plan(config(), shares)
+        make_partition(config(), shares)
 
 
 @pytest.mark.parametrize("shares", [[1e308, 1e308], [10**400, 1], [float("inf"), 1]])
 def test_shares_beyond_all_numbers_are_refused(shares: list[float]) -> None:
     with pytest.raises(InputError, match=r"--shares is .*; give one number of 0 or more for each rank"):
-        make_plan(config(), shares)
+        make_partition(config(), shares)
 
 
 def test_very_large_and_very_small_shares_are_proportions_too() -> None:
     for shares in ([1e308, 5e307], [1e308, 1], [5e-324, 5e-324], [1e308, 0, 5e-324]):
-        assert sum(share.columns.size for share in make_plan(config(), shares).shares) == 96
+        assert sum(share.columns.size for share in make_partition(config(), shares).shares) == 96
 
 
 def test_a_border_that_lies_half_way_is_the_same_on_every_python() -> None:
     """Ten times 0.1 is 1.0 or a little less, as the floats are added: borders must not depend on it."""
-    plan = make_plan(config(heads=5, kv_heads=5), [0.1] * 10)
+    plan = make_partition(config(heads=5, kv_heads=5), [0.1] * 10)
     assert [share.heads.start for share in plan.shares] == [(rank + 1) // 2 for rank in range(10)]
 
 
 def test_other_shares_have_another_name() -> None:
     lists = ([1, 1], [1.0000001, 1], [1, 1.0000001], [0.1, 1], [1e-7, 1], [1234567, 1], [1234568, 1], [1e22, 1])
-    described = [make_plan(config(), shares).describe() for shares in lists]
+    described = [make_partition(config(), shares).describe() for shares in lists]
     assert len(set(described)) == len(lists)
-    assert make_plan(config(), [4, 2.0, 0.5, -0.0]).describe() == "4,2,0.5,0"
+    assert make_partition(config(), [4, 2.0, 0.5, -0.0]).describe() == "4,2,0.5,0"
 
 
 def test_tiles_of_a_hostile_size_are_not_made_before_they_are_asked_for() -> None:
     vast = config(hidden=1, intermediate=2**31 - 1, heads=2**31 - 1, kv_heads=1, head_dim=2, vocab=2**31 - 1)
-    share = make_plan(vast, [1]).shares[0]
+    share = make_partition(vast, [1]).shares[0]
     f32 = ModelFormats.of("f32", 1).layers[0]
     for tiles in (attention_tiles(vast, share, f32), mlp_tiles(vast, share, f32), head_tiles(vast, "f32")):
         assert next(tiles)

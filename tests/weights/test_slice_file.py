@@ -29,7 +29,7 @@ from tpimpi.weights.make import choose_formats, make_header, slice_model
 from tpimpi.weights.slices.file import SliceFile, parse_slice_name, slice_name
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import slice_records
-from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.slices.writer import SliceWriter
 from tpimpi.weights.sources import open_source
 
@@ -47,7 +47,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def slices(model: Path) -> Path:
     folder = model.parent / "slices"
     with open_source(model) as source:
-        slice_model(source, make_plan(source.config, SHARES), choose_formats(source, "f32"), folder)
+        slice_model(source, make_partition(source.config, SHARES), choose_formats(source, "f32"), folder)
     return folder
 
 
@@ -214,7 +214,7 @@ def test_an_abandoned_writer_leaves_nothing(model: Path, tmp_path: Path) -> None
     with open_source(model) as source:
         writer = SliceWriter(
             tmp_path / "rank-1-of-3.h5",
-            make_header(source, make_plan(source.config, SHARES), 1, choose_formats(source, "f32")),
+            make_header(source, make_partition(source.config, SHARES), 1, choose_formats(source, "f32")),
         )
         assert len(list(tmp_path.iterdir())) == 1
         writer.close()
@@ -227,7 +227,7 @@ def test_what_a_killed_slicing_left_is_removed_by_the_next(model: Path, tmp_path
     leftover = tmp_path / f".rank-0-of-3.h5.{gone.pid}.partial"
     leftover.write_bytes(b"half")
     with open_source(model) as source:
-        slice_model(source, make_plan(source.config, SHARES), choose_formats(source, "f32"), tmp_path)
+        slice_model(source, make_partition(source.config, SHARES), choose_formats(source, "f32"), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [slice_name(rank, 3) for rank in range(3)]
 
 
@@ -244,13 +244,13 @@ def test_a_broken_tensor_leaves_nothing_half_written(model: Path, tmp_path: Path
 
         monkeypatch.setattr(source, "read_blocks", failing)
         with pytest.raises(ModelError):
-            slice_model(source, make_plan(source.config, SHARES), choose_formats(source, "f32"), tmp_path / "out")
+            slice_model(source, make_partition(source.config, SHARES), choose_formats(source, "f32"), tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(model: Path) -> None:
     with open_source(model) as source, pytest.raises(StorageError, match="/proc/nowhere"):
-        slice_model(source, make_plan(source.config, SHARES), choose_formats(source, "f32"), Path("/proc/nowhere"))
+        slice_model(source, make_partition(source.config, SHARES), choose_formats(source, "f32"), Path("/proc/nowhere"))
 
 
 # A header that does not fit its plan: every checksum is right, what it says is wrong
@@ -452,7 +452,7 @@ def test_rank_0_alone_has_the_embedding(slices: Path, tmp_path: Path) -> None:
 def test_the_plan_of_a_large_model_is_checked_in_no_time() -> None:
     large = config(hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, vocab=32000)
     large = replace(large, layers=80, attention_windows=(0,) * 80)
-    plan = make_plan(large, [1])
+    plan = make_partition(large, [1])
     formats = ModelFormats.of("f32", 80)
     records = tuple(slice_records(large, plan.shares[0], 0, formats, {"tokenizer.json": 10}))
     assert len(records) > 80 * 60

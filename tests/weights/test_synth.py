@@ -24,7 +24,7 @@ from tpimpi.models.shapes import SHAPES, load_shape
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.serving.text.tokenizer import TokenIds, tokenizer_of_slices
 from tpimpi.weights.make import slice_model
-from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.sources import expected_tensors, export, open_source
 from tpimpi.weights.sources.synthetic import SIGMA, SyntheticSource, quantize_exactly
 
@@ -205,7 +205,7 @@ def test_slices_hold_the_sources_numbers(tmp_path: Path, fmt: str, ranks: int) -
     """Also where heads of 24 columns are cut within blocks, and rows are no whole blocks."""
     config = write_config(tmp_path, hidden_size=200, head_dim=24, intermediate_size=100)
     source = made(config, fmt)
-    plan = make_plan(source.config, [2, 1, 1][:ranks])
+    plan = make_partition(source.config, [2, 1, 1][:ranks])
     slice_model(source, plan, source.formats, tmp_path / "slices", quantizer=quantize_exactly)
     found, expected = joined(tmp_path / "slices", ranks), numbers_of(source)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
@@ -474,7 +474,7 @@ def test_token_ids_stand_in_for_a_tokenizer() -> None:
 def slices(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("synth")
     source = made(write_config(folder / "shape"))
-    plan = make_plan(source.config, [1.0])
+    plan = make_partition(source.config, [1.0])
     with closing(source):
         slice_model(source, plan, source.formats, folder / "slices", quantizer=quantize_exactly)
     return folder / "slices"

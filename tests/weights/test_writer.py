@@ -22,7 +22,7 @@ from tpimpi.compute.formats.quantize import quantize
 from tpimpi.errors import InputError, ModelError, StorageError
 from tpimpi.weights.make import choose_formats, requantized, slice_model
 from tpimpi.weights.slices.file import SliceFile, slice_name
-from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.sources import open_source
 
 LARGE = (
@@ -47,7 +47,7 @@ def test_memory_does_not_grow_with_the_tensors(tmp_path: Path, fmt: str) -> None
     (model / "tokenizer.json").write_text("{}")
     with open_source(model) as source:
         assert min(np.prod(source.tensors()[name].shape) * 4 for name in LARGE) > 36e6
-        plan, formats = make_plan(source.config, [1, 1]), choose_formats(source, fmt)
+        plan, formats = make_partition(source.config, [1, 1]), choose_formats(source, fmt)
         tracemalloc.start()
         slice_model(source, plan, formats, tmp_path / "slices")
         _, peak = tracemalloc.get_traced_memory()
@@ -60,7 +60,7 @@ def test_progress_goes_up_to_all_there_is(model: Path, tmp_path: Path) -> None:
     with open_source(model) as source:
         slice_model(
             source,
-            make_plan(source.config, [1, 2]),
+            make_partition(source.config, [1, 2]),
             choose_formats(source, "bf16"),
             tmp_path,
             lambda done, total: steps.append((done, total)),
@@ -92,8 +92,8 @@ def test_auto_keeps_the_precision_of_the_source(tmp_path: Path, dtype: str, want
     with open_source(path) as source:
         chosen = choose_formats(source, wanted)
         assert chosen.describe() == found
-        assert requantized(source, make_plan(source.config, [1]), chosen) == ""
-        slice_model(source, make_plan(source.config, [1]), chosen, tmp_path)
+        assert requantized(source, make_partition(source.config, [1]), chosen) == ""
+        slice_model(source, make_partition(source.config, [1]), chosen, tmp_path)
         file = SliceFile(tmp_path / slice_name(0, 1))
         outer = found.rsplit(maxsplit=1)[-1]
         formats = {p.format for r in file.records if r.block.kind in ("attn", "mlp") for p in r.parts if p.is_matrix}
@@ -170,7 +170,7 @@ def write_gguf(
 def test_blocks_are_taken_over_without_loss(tmp_path: Path, kind: str, ranks: int) -> None:
     expected = write_gguf(tmp_path / "m.gguf", kind, kinds={"token_embd": "q8_0", "blk.1.attn_v": "q8_0"})
     with open_source(tmp_path / "m.gguf") as source:
-        plan, formats = make_plan(source.config, [1] * ranks), choose_formats(source, "auto")
+        plan, formats = make_partition(source.config, [1] * ranks), choose_formats(source, "auto")
         assert requantized(source, plan, formats) == ""
         slice_model(source, plan, formats, tmp_path, quantizer=refusing)
     found = joined(tmp_path, ranks)
@@ -188,10 +188,10 @@ def test_blocks_of_the_wanted_format_are_taken_over_too(tmp_path: Path) -> None:
     with open_source(tmp_path / "m.gguf") as source:
         formats = choose_formats(source, "q4_0")
         assert formats == choose_formats(source, "auto")
-        slice_model(source, make_plan(source.config, [1]), formats, tmp_path, quantizer=refusing)
+        slice_model(source, make_partition(source.config, [1]), formats, tmp_path, quantizer=refusing)
         with pytest.raises(AssertionError, match="nothing should be quantized"):
             slice_model(
-                source, make_plan(source.config, [1]), choose_formats(source, "q8_0"), tmp_path, quantizer=refusing
+                source, make_partition(source.config, [1]), choose_formats(source, "q8_0"), tmp_path, quantizer=refusing
             )
     np.testing.assert_array_equal(joined(tmp_path, 1)["blk.1.ffn_down"], expected["blk.1.ffn_down"])
 
@@ -200,8 +200,10 @@ def test_heads_that_are_cut_within_blocks_are_quantized_again(tmp_path: Path) ->
     expected = write_gguf(tmp_path / "m.gguf", "q4_0", head_dim=16)
     with open_source(tmp_path / "m.gguf") as source:
         formats = choose_formats(source, "auto")
-        assert requantized(source, make_plan(source.config, [1, 1]), formats) == ""  # a cut between two pairs of heads
-        plan = make_plan(source.config, [5, 3, 8])
+        assert (
+            requantized(source, make_partition(source.config, [1, 1]), formats) == ""
+        )  # a cut between two pairs of heads
+        plan = make_partition(source.config, [5, 3, 8])
         assert requantized(source, plan, formats) == (
             "o_proj is re-quantized in its own q4_0, as heads of 16 columns are cut within its blocks of 32"
         )
@@ -223,7 +225,7 @@ def test_other_types_are_quantized_again_and_that_is_said_once(tmp_path: Path, m
     expected = write_gguf(tmp_path / "m.gguf", "q4_k", kinds=kinds)
     monkeypatch.setattr(tools, "load_tokenizer", lambda *_: None)
     with open_source(tmp_path / "m.gguf") as source:
-        plan, formats = make_plan(source.config, [1, 1]), choose_formats(source, "auto")
+        plan, formats = make_partition(source.config, [1, 1]), choose_formats(source, "auto")
         assert formats.describe() == "q4_1, v q8_0 in 1 layer, down q8_0 in 1 layer, head q8_0"
         for quiet in (True, False):
             tools.slice_source(source, plan, formats, tmp_path / "out", quiet=quiet)
@@ -249,7 +251,7 @@ def test_numbers_that_blocks_cannot_hold_name_the_tensor(tmp_path: Path) -> None
     save_file(tensors, path / "model.safetensors")
     said = r"model: tensor layers\.1\.mlp\.up_proj\.weight holds numbers that are not finite; download it again"
     with open_source(path) as source, pytest.raises(ModelError, match=said):
-        slice_model(source, make_plan(source.config, [1]), choose_formats(source, "q8_0"), tmp_path / "out")
+        slice_model(source, make_partition(source.config, [1]), choose_formats(source, "q8_0"), tmp_path / "out")
     write_gguf(tmp_path / "m.gguf", "q4_1")
     with open_source(tmp_path / "m.gguf") as source:
         stored = source._stored["layers.0.mlp.down_proj.weight"]
@@ -259,7 +261,7 @@ def test_numbers_that_blocks_cannot_hold_name_the_tensor(tmp_path: Path) -> None
     (tmp_path / "m.gguf").write_bytes(data)
     said = r"m\.gguf: tensor layers\.0\.mlp\.down_proj\.weight holds scales that are not finite; download it again"
     with open_source(tmp_path / "m.gguf") as source, pytest.raises(ModelError, match=said):
-        slice_model(source, make_plan(source.config, [1]), choose_formats(source, "auto"), tmp_path / "out")
+        slice_model(source, make_partition(source.config, [1]), choose_formats(source, "auto"), tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -272,7 +274,7 @@ def test_another_quantizer_may_be_handed_in(model: Path, tmp_path: Path) -> None
         return quantize(numbers, fmt)
 
     with open_source(model) as source:
-        plan, formats = make_plan(source.config, [1, 1]), choose_formats(source, "q4_1")
+        plan, formats = make_partition(source.config, [1, 1]), choose_formats(source, "q4_1")
         slice_model(source, plan, formats, tmp_path / "own")
         slice_model(source, plan, formats, tmp_path / "handed", quantizer=noted)
     assert len(shapes) > 2
@@ -320,7 +322,7 @@ def test_what_hdf5_says_of_the_disk_is_one_line(
 
     monkeypatch.setattr(h5py, "File", failing)
     with open_source(model) as source, pytest.raises(StorageError, match=said) as seen:
-        slice_model(source, make_plan(source.config, [1, 1]), choose_formats(source, "f32"), tmp_path)
+        slice_model(source, make_partition(source.config, [1, 1]), choose_formats(source, "f32"), tmp_path)
     assert "errno" not in str(seen.value).lower()
     assert ("free some space" in str(seen.value)) == (number == errno.ENOSPC)
     assert not list(tmp_path.iterdir())
@@ -346,7 +348,7 @@ def test_too_many_ranks_for_the_limit_of_open_files(tiny: Path, tmp_path: Path) 
 
 def test_a_directory_in_the_way_is_found_before_anything_is_replaced(model: Path, tmp_path: Path) -> None:
     with open_source(model) as source:
-        slice_model(source, make_plan(source.config, [1, 1]), choose_formats(source, "f32"), tmp_path)
+        slice_model(source, make_partition(source.config, [1, 1]), choose_formats(source, "f32"), tmp_path)
         (tmp_path / slice_name(1, 2)).unlink()
         (tmp_path / slice_name(1, 2)).mkdir()
         before = (tmp_path / slice_name(0, 2)).read_bytes()
@@ -354,7 +356,7 @@ def test_a_directory_in_the_way_is_found_before_anything_is_replaced(model: Path
         with pytest.raises(StorageError, match=r"rank-1-of-2\.h5: a directory of that name is there; remove it"):
             slice_model(
                 source,
-                make_plan(source.config, [2, 1]),
+                make_partition(source.config, [2, 1]),
                 choose_formats(source, "f32"),
                 tmp_path,
                 lambda done, total: steps.append(done),
@@ -367,7 +369,7 @@ def test_a_directory_in_the_way_is_found_before_anything_is_replaced(model: Path
 def test_a_leftover_that_cannot_be_removed_is_in_nobodys_way(model: Path, tmp_path: Path) -> None:
     (tmp_path / ".rank-0-of-1.h5.999999999.partial").mkdir()
     with open_source(model) as source:
-        slice_model(source, make_plan(source.config, [1]), choose_formats(source, "f32"), tmp_path)
+        slice_model(source, make_partition(source.config, [1]), choose_formats(source, "f32"), tmp_path)
     assert (tmp_path / slice_name(0, 1)).is_file()
 
 
@@ -376,7 +378,7 @@ def test_two_slicings_do_not_mix_their_files_in_one_folder(tmp_path: Path) -> No
     (model / "tokenizer.json").write_text("{}")
     out.mkdir()
     with open_source(model) as source:
-        arguments = (source, make_plan(source.config, [1, 1]), choose_formats(source, "q8_0"), out)
+        arguments = (source, make_partition(source.config, [1, 1]), choose_formats(source, "q8_0"), out)
         held = os.open(out, os.O_RDONLY)
         fcntl.flock(held, fcntl.LOCK_EX)  # as another process that is slicing holds it
         with pytest.raises(InputError, match="another tpimpi is slicing into"):

@@ -53,7 +53,7 @@ def _tell_slices(star: Star, note: dict[str, Any]) -> None:
 # What rank 0 may ask for before a run, or instead of one: by a note with the `task` of that name, which the function gets.
 # Modules that most runs do without are imported when they are needed, for the memory that they take.
 TASKS: dict[str, Task] = {
-    distribute.TASK: distribute.take_slices,
+    distribute.TASK: distribute.receive_slices,
     link_settle.TASK: link_settle.follow,
     "doctor": _look_at_this_rank,
     "bench allreduce": _time_sums,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from tpimpi.cli import follow, options, tool_options
-from tpimpi.cli.tools import COMMANDS, SIGNALS, slice_together, spread_slices, tool
+from tpimpi.cli.tools import COMMANDS, SIGNALS, ensure_slices, slice_together, tool
 from tpimpi.compute.formats.packed import F32
 from tpimpi.diagnostics.trace_file import left_out, write_trace
 from tpimpi.engine import ranks as ranks_of_run
@@ -39,11 +39,10 @@ from tpimpi.star.control import Stopped, as_note, stopping_others
 from tpimpi.system import placement
 from tpimpi.system.files import write_json
 from tpimpi.system.terminal import STDOUT, Input, repair_streams, write_past_the_launcher
-from tpimpi.weights.distribute import Where
 from tpimpi.weights.find import hidden_of_slices
-from tpimpi.weights.locations import cache_name, cache_names, model_path
+from tpimpi.weights.locations import SliceLocation, cache_name, cache_names, model_path
 from tpimpi.weights.make import choose_formats, wanted_formats
-from tpimpi.weights.slices.partition import describe_shares, make_plan
+from tpimpi.weights.slices.partition import describe_shares, make_partition
 from tpimpi.weights.sources import open_source
 
 _STARTED = time.monotonic()
@@ -360,10 +359,10 @@ def _settings(star: Star, parsed: argparse.Namespace, guests: Sequence[RankInfo]
                 from tpimpi.diagnostics.planner.command import auto_shares
 
                 weights = auto_shares(star, guests, parsed, source.config, formats, names)
-            plan = make_plan(source.config, weights)
+            plan = make_partition(source.config, weights)
             fingerprint, fmt = source.fingerprint(), formats.key()
             cached = cache_name(source, plan, formats)
-            spread_slices(star, source, plan, formats, Where(None, cached), quiet=parsed.quiet)
+            ensure_slices(star, source, plan, formats, SliceLocation(None, cached), quiet=parsed.quiet)
     else:
         _settle_allreduce(star, parsed, hidden_of_slices(parsed.slices, ranks))
         if parsed.format != "auto":

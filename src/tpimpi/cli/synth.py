@@ -15,7 +15,7 @@ from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.system.terminal import progress_bar
 from tpimpi.weights.make import slice_model
 from tpimpi.weights.slices.file import slice_name
-from tpimpi.weights.slices.partition import Plan, make_plan
+from tpimpi.weights.slices.partition import Partition, make_partition
 from tpimpi.weights.sources.export import write_gguf, write_hf
 from tpimpi.weights.sources.synthetic import SyntheticSource, quantize_exactly
 
@@ -28,34 +28,34 @@ def synthesize(parsed: argparse.Namespace) -> None:
         raise InputError(f"--format is {parsed.format[:40]!r}, must be one of {', '.join(WEIGHT_FORMATS)}")
     shape = load_shape(parsed.shape, parsed.layers)
     formats = ModelFormats.of(parsed.format, shape.config.layers)
-    plan = _plan(parsed, shape)
+    partition = _plan(parsed, shape)
     with contextlib.closing(SyntheticSource(shape, formats, parsed.seed)) as source:
-        if plan is None:
+        if partition is None:
             made = _export(source, parsed)
         else:
-            title = f"random weights for {shape.name} and {_ranks(plan)} as {formats.describe()}"
+            title = f"random weights for {shape.name} and {_ranks(partition)} as {formats.describe()}"
             with progress_bar(title, quiet=parsed.quiet) as update:
-                slice_model(source, plan, formats, Path(parsed.out), update, quantize_exactly)
-            files = f"{slice_name(0, plan.ranks)} to {slice_name(plan.ranks - 1, plan.ranks)}"
-            made = f"{files} ({formats.describe()}, shares {plan.describe()})"
+                slice_model(source, partition, formats, Path(parsed.out), update, quantize_exactly)
+            files = f"{slice_name(0, partition.ranks)} to {slice_name(partition.ranks - 1, partition.ranks)}"
+            made = f"{files} ({formats.describe()}, shares {partition.describe()})"
     if not parsed.quiet:
         print(f"{parsed.out}: {made}", file=sys.stderr)
 
 
-def _plan(parsed: argparse.Namespace, shape: Shape) -> Plan | None:
+def _plan(parsed: argparse.Namespace, shape: Shape) -> Partition | None:
     """For slices; None for a whole model."""
     if parsed.kind == "slices":
         if parsed.ranks is None:
             raise InputError("--ranks is missing; say how many slices to make, or write the model --as hf or gguf")
-        return make_plan(shape.config, options.share_weights(parsed.shares, tool_options.ranks_of_slices(parsed)))
+        return make_partition(shape.config, options.share_weights(parsed.shares, tool_options.ranks_of_slices(parsed)))
     for name in ("ranks", "shares"):
         if getattr(parsed, name) is not None:
             raise InputError(f"--{name} is for slices; leave it out with --as {parsed.kind}")
     return None
 
 
-def _ranks(plan: Plan) -> str:
-    return f"{plan.ranks} rank{'s' if plan.ranks > 1 else ''}"
+def _ranks(partition: Partition) -> str:
+    return f"{partition.ranks} rank{'s' if partition.ranks > 1 else ''}"
 
 
 def _export(source: SyntheticSource, parsed: argparse.Namespace) -> str:

@@ -21,12 +21,12 @@ from tpimpi.serving.text.tokenizer import load_tokenizer
 from tpimpi.star import Star, launched_rank
 from tpimpi.system.files import write_json
 from tpimpi.system.terminal import progress_bar
-from tpimpi.weights.distribute import Spread, Where, spread
-from tpimpi.weights.locations import cache_name, cache_names, model_path
+from tpimpi.weights.distribute import SliceOutcome, distribute_slices
+from tpimpi.weights.locations import SliceLocation, cache_name, cache_names, model_path
 from tpimpi.weights.make import choose_formats, make_header, requantized, slice_model
 from tpimpi.weights.slices.file import slice_name
-from tpimpi.weights.slices.local import Stock, is_good
-from tpimpi.weights.slices.partition import Plan, make_plan
+from tpimpi.weights.slices.local import LocalSlice, is_good
+from tpimpi.weights.slices.partition import Partition, make_partition
 from tpimpi.weights.sources import Source, open_source
 
 if TYPE_CHECKING:
@@ -61,10 +61,12 @@ def _slice(parsed: argparse.Namespace) -> int:
     weights = options.share_weights(parsed.shares, tool_options.ranks_of_slices(parsed))
     with open_source(model_path(parsed.model)) as source:
         formats = choose_formats(source, parsed.format)
-        plan = make_plan(source.config, weights)
-        stocks = slice_source(source, plan, formats, Path(parsed.out), quiet=parsed.quiet, verify=parsed.verify)
+        partition = make_partition(source.config, weights)
+        local_slices = slice_source(
+            source, partition, formats, Path(parsed.out), quiet=parsed.quiet, verify=parsed.verify
+        )
     if not parsed.quiet:
-        _say_made(parsed.out, plan, formats, all(stock.good for stock in stocks), verified=parsed.verify)
+        _say_made(parsed.out, partition, formats, all(local.good for local in local_slices), verified=parsed.verify)
     return 0
 
 
@@ -82,18 +84,18 @@ def slice_together(arguments: list[str], star: Star, guests: Sequence[RankInfo])
             from tpimpi.diagnostics.planner.command import auto_shares
 
             weights = auto_shares(star, guests, usual, source.config, formats, names)
-        plan = make_plan(source.config, weights)
-        where = Where(parsed.out, cache_name(source, plan, formats))
-        made = spread_slices(star, source, plan, formats, where, verify=parsed.verify, quiet=parsed.quiet)
+        partition = make_partition(source.config, weights)
+        location = SliceLocation(parsed.out, cache_name(source, partition, formats))
+        made = ensure_slices(star, source, partition, formats, location, verify=parsed.verify, quiet=parsed.quiet)
     if not parsed.quiet:
-        folder = parsed.out or f"{where.cache_name} in the cache of each host"
-        _say_made(folder, plan, formats, all(rank.good for rank in made), verified=parsed.verify)
+        folder = parsed.out or f"{location.cache_name} in the cache of each host"
+        _say_made(folder, partition, formats, all(rank.good for rank in made), verified=parsed.verify)
 
 
-def _say_made(folder: str, plan: Plan, formats: ModelFormats, there: bool, *, verified: bool) -> None:
-    files = f"{slice_name(0, plan.ranks)} to {slice_name(plan.ranks - 1, plan.ranks)}"
+def _say_made(folder: str, partition: Partition, formats: ModelFormats, there: bool, *, verified: bool) -> None:
+    files = f"{slice_name(0, partition.ranks)} to {slice_name(partition.ranks - 1, partition.ranks)}"
     remark = f", there already{' and as they should be' if verified else ''}" if there else ""
-    print(f"{folder}: {files} ({formats.describe()}, shares {plan.describe()}){remark}", file=sys.stderr)
+    print(f"{folder}: {files} ({formats.describe()}, shares {partition.describe()}){remark}", file=sys.stderr)
 
 
 def _bench(parsed: argparse.Namespace) -> int:
@@ -136,26 +138,26 @@ def _bench_disk(parsed: argparse.Namespace) -> int:
 # Making slices
 
 
-def spread_slices(
+def ensure_slices(
     star: Star,
     source: Source,
-    plan: Plan,
+    partition: Partition,
     formats: ModelFormats,
-    where: Where,
+    location: SliceLocation,
     *,
     quiet: bool,
     verify: bool = False,
-) -> list[Spread]:
+) -> list[SliceOutcome]:
     """Rank 0: have every rank's slice on its host. Into the cache one run at a time; the others wait for it."""
-    before = partial(_before_slicing, source, plan, formats, quiet=quiet)
-    path, there = where.path(0, plan.ranks), False
+    before = partial(_before_slicing, source, partition, formats, quiet=quiet)
+    path, there = location.path(0, partition.ranks), False
     with contextlib.suppress(SliceError):
-        there = is_good(path, make_header(source, plan, 0, formats))
+        there = is_good(path, make_header(source, partition, 0, formats))
     with contextlib.ExitStack() as stack:
-        if where.folder is None and not there:
+        if location.folder is None and not there:
             stack.enter_context(_alone(path.parent, quiet=quiet))
         stack.enter_context(cleaning_up_on_signals())
-        return spread(star, source, plan, formats, where, verify=verify, quiet=quiet, before=before)
+        return distribute_slices(star, source, partition, formats, location, verify=verify, quiet=quiet, before=before)
 
 
 def _alone(folder: Path, *, quiet: bool) -> FileLock:
@@ -179,26 +181,26 @@ def _alone(folder: Path, *, quiet: bool) -> FileLock:
     return lock
 
 
-def _before_slicing(source: Source, plan: Plan, formats: ModelFormats, *, quiet: bool) -> None:
+def _before_slicing(source: Source, partition: Partition, formats: ModelFormats, *, quiet: bool) -> None:
     """What is wrong with the tokenizer is said before the work, and what is quantized a second time."""
     load_tokenizer(source.tokenizer_assets(), source.config.vocab)
-    if not quiet and (again := requantized(source, plan, formats)):
+    if not quiet and (again := requantized(source, partition, formats)):
         print(again, file=sys.stderr, flush=True)
 
 
 def slice_source(
-    source: Source, plan: Plan, formats: ModelFormats, folder: Path, *, quiet: bool, verify: bool = False
-) -> list[Stock]:
+    source: Source, partition: Partition, formats: ModelFormats, folder: Path, *, quiet: bool, verify: bool = False
+) -> list[LocalSlice]:
     """The slices of all ranks in one folder, by one process; what was there of each."""
-    _before_slicing(source, plan, formats, quiet=quiet)
-    ranks = f"{plan.ranks} rank{'s' if plan.ranks > 1 else ''}"
+    _before_slicing(source, partition, formats, quiet=quiet)
+    ranks = f"{partition.ranks} rank{'s' if partition.ranks > 1 else ''}"
     with (
         progress_bar("looking at what is there", quiet=quiet) as looking,
         progress_bar(f"slicing {source.path.name} for {ranks} as {formats.describe()}", quiet=quiet) as update,
         cleaning_up_on_signals(),
     ):
         quantizer = load_quantizer(len(os.sched_getaffinity(0)))
-        return slice_model(source, plan, formats, folder, update, quantizer, verify=verify, looking=looking)
+        return slice_model(source, partition, formats, folder, update, quantizer, verify=verify, looking=looking)
 
 
 @contextlib.contextmanager

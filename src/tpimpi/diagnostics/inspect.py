@@ -139,7 +139,7 @@ def _slices(files: list[Path], *, verify: bool) -> dict[Path, Header]:
             _shown(path.name),
             f"{_shown(header.model)} ({_shown(header.fingerprint[:12])})",
             header.format,
-            header.plan.describe(),
+            header.partition.describe(),
             _span(share.heads),
             _span(share.kv_heads),
             _span(share.columns),
@@ -160,10 +160,10 @@ class _MisnamedError(SliceError):
 
 def _check_name(path: Path, header: Header) -> None:
     """A file may be called anything, but not as another rank's slice is, nor as none can be."""
-    if path.name != slice_name(header.rank, header.plan.ranks) and path.name.startswith("rank-"):
+    if path.name != slice_name(header.rank, header.partition.ranks) and path.name.startswith("rank-"):
         raise _MisnamedError(
-            f"slice file {path} is of rank {header.rank} of {header.plan.ranks}, its name says otherwise; "
-            f"name it {slice_name(header.rank, header.plan.ranks)}, or make the slices again"
+            f"slice file {path} is of rank {header.rank} of {header.partition.ranks}, its name says otherwise; "
+            f"name it {slice_name(header.rank, header.partition.ranks)}, or make the slices again"
         )
 
 
@@ -171,7 +171,7 @@ def _whole_set(folder: Path, headers: dict[Path, Header]) -> None:
     """Raise SliceError where a folder lacks some ranks of a set, or its members are of different sets."""
     sets: dict[int, dict[Path, Header]] = {}
     for path, header in headers.items():
-        sets.setdefault(header.plan.ranks, {})[path] = header
+        sets.setdefault(header.partition.ranks, {})[path] = header
     for ranks, members in sets.items():
         first, *others = members
         for path in others:
@@ -187,7 +187,7 @@ def _whole_set(folder: Path, headers: dict[Path, Header]) -> None:
 
 def _check_alike(first: Path, header: Header, path: Path, other: Header) -> None:
     pairs = {
-        "shares": (other.plan.describe(), header.plan.describe()),
+        "shares": (other.partition.describe(), header.partition.describe()),
         "fingerprint": (show(other.fingerprint), show(header.fingerprint)),
         "format": (other.formats.key(), header.formats.key()),
         "config": (other.config, header.config),

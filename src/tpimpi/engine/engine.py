@@ -16,8 +16,8 @@ from tpimpi.models.kv.cache import cache_bytes, kv_dtype
 from tpimpi.star import Star
 from tpimpi.star.codec import wire_of
 from tpimpi.system.direct_io import Trial
-from tpimpi.weights.locations import cache_folder
-from tpimpi.weights.slices.file import SliceFile, slice_name
+from tpimpi.weights.locations import SliceLocation
+from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.header import Header
 
 CONTEXT = 2048  # positions that memory is planned for where nobody says how many there will be
@@ -50,8 +50,7 @@ class EngineConfig:
     logits_of: int = 1  # positions whose logits rank 0 holds at once
 
     def slice_path(self, rank: int, ranks: int) -> Path:
-        folder = Path(self.folder) if self.folder is not None else cache_folder() / str(self.cache_name)
-        return folder / slice_name(rank, ranks)
+        return SliceLocation(self.folder, self.cache_name).path(rank, ranks)
 
 
 def usual_threads(cores: int, shared_by: int) -> int:
@@ -61,7 +60,7 @@ def usual_threads(cores: int, shared_by: int) -> int:
 
 def identity(header: Header) -> dict[str, str]:
     """What the slices of a run have in common."""
-    return {"fingerprint": header.fingerprint, "format": header.formats.key(), "shares": header.plan.describe()}
+    return {"fingerprint": header.fingerprint, "format": header.formats.key(), "shares": header.partition.describe()}
 
 
 class Engine:
@@ -98,9 +97,9 @@ class Engine:
 
     def _check(self, path: Path, settings: EngineConfig) -> None:
         rank, size, header = self.star.rank.index, self.star.rank.size, self.header
-        if (header.rank, header.plan.ranks) != (rank, size):
+        if (header.rank, header.partition.ranks) != (rank, size):
             raise SliceError(
-                f"slice file {path} is of rank {header.rank} of {header.plan.ranks}, needed is rank {rank} of {size}; "
+                f"slice file {path} is of rank {header.rank} of {header.partition.ranks}, needed is rank {rank} of {size}; "
                 f"make slices for {size} ranks with: python -m tpimpi slice --ranks {size} --out DIR"
             )
         wanted = {"fingerprint": settings.fingerprint, "format": settings.format, "shares": settings.shares}

@@ -47,7 +47,7 @@ def work_bytes(
     Counted for a step of PREFILL_CHUNK positions (or `context`, if that is less), through the `records` of a cycle; and
     on rank 0 the logits of `logits_of` positions. `all_partials`: every rank gets those of all, as the hub does.
     """
-    config, ranks = header.config, header.plan.ranks
+    config, ranks = header.config, header.partition.ranks
     positions = min(PREFILL_CHUNK, context)
     # Hidden vectors at once: in step or follow, forward, norm and partial; and those on the star, which the hub has of every
     # rank, the others of two at most; each is held twice while it is received.
@@ -111,8 +111,8 @@ class Model:
         make_room: Callable[[int], None] = lambda context: None,
         recorder: Recorder | None = None,
     ) -> None:
-        """`resident` are the small arrays that are kept in memory (see slicefile); `kv` is one of KV_FORMATS; `make_room` is
-        called with the number of positions before a cache for them is made."""
+        """`resident` are the small arrays that are kept in memory (see slices/file); `kv` is one of KV_FORMATS;
+        `make_room` is called with the number of positions before a cache for them is made."""
         self.config, self.share = header.config, header.share
         self.resident, self.window, self.star, self.backend = resident, window, star, backend
         self.cache: KVCache | None = None

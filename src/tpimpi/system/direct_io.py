@@ -2,7 +2,7 @@
 
 A tile that is read once a token only drives other things out of the page cache, and what it takes there counts against a
 memory limit. So files are opened with O_DIRECT: the disk writes straight into the buffer, whose address, length and place
-in the file are multiples of 4096, as slicewriter lays tiles out. Where that is not to be had (tmpfs, some network file
+in the file are multiples of 4096, as slices/writer lays tiles out. Where that is not to be had (tmpfs, some network file
 systems, an extent that another tool has moved) reads are buffered, and the page cache is told at once that it can let go.
 """
 

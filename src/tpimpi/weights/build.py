@@ -1,8 +1,8 @@
-"""Dealing out a model: each tensor is read once, a run of its rows at a time, and dealt to the tiles that own it.
+"""Building tiles: each tensor is read once, a run of its rows at a time, and written to the tiles that own it.
 
 A matrix that is stored in the format it shall have is taken over as it is, whole rows always, and columns where their
 borders are borders of the format's blocks; else its numbers are rounded or quantized. Only what is missing somewhere is
-dealt, and a tensor of which nothing is missing is not read. Peak memory: a run of rows of SLAB_NUMBERS numbers, as stored
+written, and a tensor of which nothing is missing is not read. Peak memory: a run of rows of SLAB_NUMBERS numbers, as stored
 and as f32, and what quantizing them needs, or one of SLAB_BYTES: 32 MB, whatever the size of the tensors.
 """
 
@@ -61,8 +61,8 @@ _RESIDENT_TENSORS = {
 }
 
 
-class Sink(Protocol):
-    """Where a rank's tiles go: its file, or the way to another host."""
+class TileWriter(Protocol):
+    """Takes a rank's tiles: writes them to its file, or sends them to its host."""
 
     @property
     def header(self) -> Header:
@@ -98,30 +98,32 @@ def _is_taken_over(source: Source, tensor: str, fmt: str, columns: Span) -> bool
     return same and (not is_quantized(fmt) or on_blocks(columns, source, tensor))
 
 
-def deal(
+def build_tiles(
     source: Source,
-    sinks: Sequence[Sink],
+    writers: Sequence[TileWriter],
     table: SliceWriter | None,
     report: Callable[[int], None],
     quantizer: Quantizer,
 ) -> None:
-    """Give every sink its missing tiles, in the order of the model, and `table` the rows of the embedding that it lacks.
+    """Give every writer its missing tiles, in the order of the model, and `table` the rows of the embedding that it lacks.
 
-    `report` gets the bytes dealt so far. Raises ModelError.
+    `report` gets the bytes written so far. Raises ModelError.
     """
-    _Dealer(source, sinks, table, report, quantizer).deal()
+    _Builder(source, writers, table, report, quantizer).build()
 
 
-def bytes_to_deal(sinks: Sequence[Sink], table: SliceWriter | None) -> int:
-    """How much `deal` will report in the end."""
-    total = sum(part.nbytes for sink in sinks for index in sink.missing for part in sink.header.records[index].parts)
+def bytes_to_build(writers: Sequence[TileWriter], table: SliceWriter | None) -> int:
+    """How many bytes `build_tiles` will report in the end."""
+    total = sum(
+        part.nbytes for writer in writers for index in writer.missing for part in writer.header.records[index].parts
+    )
     if table is not None:
         width = row_bytes(table.header.formats.embedding, table.header.config.hidden)
         total += sum(rows.size for rows in table.missing_rows) * width
     return total
 
 
-_Place = tuple[Sink, int, Record, Span]  # a tile in its slice, and its columns of the MLP or rows of the head
+_Target = tuple[TileWriter, int, Record, Span]  # a tile in its slice, and its columns of the MLP or rows of the head
 
 
 class _Slab:
@@ -150,28 +152,28 @@ class _Slab:
             raise ModelError(f"{self.source.path}: tensor {self.tensor} {error}; {remedy}") from error
 
 
-class _Dealer:
+class _Builder:
     """Reads the source in the order of the model and hands every tile its parts."""
 
     def __init__(
         self,
         source: Source,
-        sinks: Sequence[Sink],
+        writers: Sequence[TileWriter],
         table: SliceWriter | None,
         report: Callable[[int], None],
         quantizer: Quantizer,
     ) -> None:
-        self.source, self.sinks, self.table, self.report, self.quantizer = source, sinks, table, report, quantizer
+        self.source, self.writers, self.table, self.report, self.quantizer = source, writers, table, report, quantizer
         self.config = source.config
         self.done = 0
 
-    def deal(self) -> None:
-        by_block: dict[Block, list[_Place]] = {}
-        for sink in self.sinks:
-            spans = tile_spans(sink.header)
-            for index in sink.missing:
-                record = sink.header.records[index]
-                by_block.setdefault(record.block, []).append((sink, index, record, spans[index]))
+    def build(self) -> None:
+        by_block: dict[Block, list[_Target]] = {}
+        for writer in self.writers:
+            spans = tile_spans(writer.header)
+            for index in writer.missing:
+                record = writer.header.records[index]
+                by_block.setdefault(record.block, []).append((writer, index, record, spans[index]))
         for block in sorted(by_block, key=self._turn):
             tiles = by_block[block]
             if block.kind == "resident":
@@ -193,7 +195,7 @@ class _Dealer:
         """Sorts blocks in the order in which a model's file has them: what is small, the layers, the head."""
         return (block.kind in ("head", "tokenizer"), block.layer, block.kind == "mlp")
 
-    def _write(self, place: _Place, name: str, values: np.ndarray) -> None:
+    def _write(self, place: _Target, name: str, values: np.ndarray) -> None:
         place[0].write(place[1], name, values)
         self._count(values.nbytes)
 
@@ -211,7 +213,7 @@ class _Dealer:
     def _vector(self, name: str) -> F32:
         return self.source.read(name).reshape(-1)
 
-    def _resident(self, tiles: list[_Place]) -> None:
+    def _resident(self, tiles: list[_Target]) -> None:
         values: dict[str, F32] = {}
         for tile in tiles:
             for part in tile[2].parts:
@@ -224,7 +226,7 @@ class _Dealer:
                         values[part.name] = self._vector(name)
                 self._write(tile, part.name, values[part.name])
 
-    def _attention(self, layer: int, tiles: list[_Place]) -> None:
+    def _attention(self, layer: int, tiles: list[_Target]) -> None:
         size = self.config.head_dim
         for tile in tiles:
             record = tile[2]
@@ -234,13 +236,13 @@ class _Dealer:
                     self._rows(tile, part.name, tensor_name(layer, part.name[0]), times(heads, size))
         self._columns([(tile, times(tile[2].heads, size)) for tile in tiles if tile[2].heads.size], "o", layer)
 
-    def _mlp(self, layer: int, tiles: list[_Place]) -> None:
+    def _mlp(self, layer: int, tiles: list[_Target]) -> None:
         for tile in tiles:
             for part in tile[2].parts[:-1]:
                 self._rows(tile, part.name, tensor_name(layer, part.name.removesuffix("_bias")), tile[3])
         self._columns([(tile, tile[3]) for tile in tiles], "down", layer)
 
-    def _rows(self, tile: _Place, name: str, tensor: str, rows: Span) -> None:
+    def _rows(self, tile: _Target, name: str, tensor: str, rows: Span) -> None:
         """A part that is a run of rows of a matrix, or of the bias beside it."""
         if name.endswith("_bias"):
             bias = self._vector(tensor.removesuffix("weight") + "bias")
@@ -251,7 +253,7 @@ class _Dealer:
         for _, slab in self._slabs(tensor, rows):
             self._write(tile, name, pack(slab.stored(part.format, Span(0, columns)), part.format, columns).data)
 
-    def _columns(self, tiles: list[tuple[_Place, Span]], name: str, layer: int) -> None:
+    def _columns(self, tiles: list[tuple[_Target, Span]], name: str, layer: int) -> None:
         """The tiles' columns of a matrix, all of its rows: the last part of each tile."""
         if not tiles:
             return

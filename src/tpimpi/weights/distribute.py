@@ -2,7 +2,7 @@
 
 Every rank looks at what its host has, rank 0 hears that there is room for the rest, then every rank says which tiles it
 lacks; those that rank 0 makes go over the star to that rank's own disk. Rank 0 needs no disk space for them: it holds three
-parcels for each rank, of 2 MiB (parcels.PARCEL). A rank that has all of its tiles is sent nothing.
+messages for each rank, of 2 MiB (stream.MESSAGE_BYTES). A rank that has all of its tiles is sent nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,39 +28,26 @@ from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.star import Pending, Star
 from tpimpi.star.control import as_note, heard, or_tell, together
 from tpimpi.system.terminal import progress_bar
-from tpimpi.weights.build import Sink, bytes_to_deal, deal
-from tpimpi.weights.locations import cache_folder
+from tpimpi.weights.build import TileWriter, build_tiles, bytes_to_build
+from tpimpi.weights.locations import SliceLocation
 from tpimpi.weights.make import make_header
-from tpimpi.weights.slices.file import slice_name
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import slice_records
-from tpimpi.weights.slices.local import Stock, tidy_up
-from tpimpi.weights.slices.partition import Plan, make_plan
+from tpimpi.weights.slices.local import LocalSlice, tidy_up
+from tpimpi.weights.slices.partition import Partition, make_partition
 from tpimpi.weights.slices.writer import SliceWriter
 from tpimpi.weights.sources import Source
-from tpimpi.weights.stream import END, FAILED, PIECE, SUM, Packer, frames, the_sum
+from tpimpi.weights.stream import CHECKSUM, DATA, END, FAILED, StreamWriter, checksum_in, frames
 
-TASK = "spread slices"  # in a note of rank 0: what follows is `take_slices`
+TASK = "distribute slices"  # in a note of rank 0: what follows is `receive_slices`
 IN_FLIGHT = 2  # messages to a rank
-_PATIENCE = 20.0  # seconds without a parcel after which an empty one is sent
+_PATIENCE = 20.0  # seconds without a message after which an empty one is sent
 _TURN = 0.5  # seconds of looking at files between two words to rank 0
 _NAMED = 6  # ranks that are named in the title of the progress
 
 
 @dataclass(frozen=True)
-class Where:
-    """Where slices are kept: a folder of that name on every host, or the folder of that name in each host's cache."""
-
-    folder: str | None
-    cache_name: str
-
-    def path(self, rank: int, ranks: int) -> Path:
-        folder = cache_folder() / self.cache_name if self.folder is None else Path(self.folder)
-        return folder / slice_name(rank, ranks)
-
-
-@dataclass(frozen=True)
-class Spread:
+class SliceOutcome:
     """What has become of a rank's slice."""
 
     rank: int
@@ -85,40 +71,40 @@ class Spread:
 # Rank 0
 
 
-def spread(
+def distribute_slices(
     star: Star,
     source: Source,
-    plan: Plan,
+    partition: Partition,
     formats: ModelFormats,
-    where: Where,
+    location: SliceLocation,
     *,
     verify: bool = False,
     quiet: bool = False,
     before: Callable[[], None] = lambda: None,
-) -> list[Spread]:
-    """Rank 0: have every rank's slice on that rank's disk; the others follow (`take_slices`). What each had, in rank order.
+) -> list[SliceOutcome]:
+    """Rank 0: have every rank's slice on that rank's disk; the others call `receive_slices`. What each had, in rank order.
 
     `before` is called before anything is made. With `verify` every tile that is there is read, and made again where it is
     broken. Raises ModelError, StorageError, InputError, StarError.
     """
-    header = make_header(source, plan, 0, formats)
+    header = make_header(source, partition, 0, formats)
     job = {
         "task": TASK,
         "model": header.model,
         "fingerprint": header.fingerprint,
         "config": header.config.to_dict(),
         "formats": header.formats.to_dict(),
-        "weights": list(plan.weights),
-        "folder": where.folder,
-        "cache_name": where.cache_name,
+        "weights": list(partition.weights),
+        "folder": location.folder,
+        "cache_name": location.cache_name,
         "verify": verify,
     }
     with ExitStack() as stack:
-        stock = Stock(where.path(0, plan.ranks), header, verify=verify)
-        stack.callback(stock.close)
+        local = LocalSlice(location.path(0, partition.ranks), header, verify=verify)
+        stack.callback(local.close)
         star.tell(as_note(**job))
-        _, notes = together(star, stock.look)
-        notes[0] = _look_note(star, stock)
+        _, notes = together(star, local.look)
+        notes[0] = _look_note(star, local)
         if not verify and all(note["good"] for note in notes):
             star.tell(as_note(prepare=False))
             return _what_became(notes)
@@ -126,26 +112,32 @@ def spread(
         if not all(note["good"] for note in notes):
             before()
         star.tell(as_note(prepare=True))
-        with progress_bar(f"looking at the tiles of {plan.ranks} {_ranks(plan.ranks)}", quiet=quiet) as update:
-            notes = _prepare(star, stock, notes, update)
+        with progress_bar(
+            f"looking at the tiles of {partition.ranks} {_ranks(partition.ranks)}", quiet=quiet
+        ) as update:
+            notes = _prepare(star, local, notes, update)
         found = _what_became(notes)
         for line in [rank.line() for rank in found]:
             if line is not None and not quiet:
                 _say(line)
         lacking = {rank: _indexes(note["missing"]) for rank, note in enumerate(notes[1:], start=1) if note["missing"]}
-        sinks = [Packer(rank, make_header(source, plan, rank, formats), missing) for rank, missing in lacking.items()]
-        if stock.writer is not None or sinks:
+        writers = [
+            StreamWriter(rank, make_header(source, partition, rank, formats), missing)
+            for rank, missing in lacking.items()
+        ]
+        if local.writer is not None or writers:
             to = _named([f"r{r.rank} {r.host}" for r in found if r.rank in lacking or (r.rank == 0 and not r.good)])
-            title = f"slicing {source.path.name} for {plan.ranks} {_ranks(plan.ranks)} as {formats.describe()}, to {to}"
+            ranks = f"{partition.ranks} {_ranks(partition.ranks)}"
+            title = f"slicing {source.path.name} for {ranks} as {formats.describe()}, to {to}"
             with progress_bar(title, quiet=quiet) as update:
                 try:
-                    _send(star, source, stock.writer, sinks, update)
+                    _send(star, source, local.writer, writers, update)
                 except ModelError:
-                    stock.discard()  # of a model that is broken nothing is worth going on with
+                    local.discard()  # of a model that is broken nothing is worth going on with
                     raise
-        together(star, stock.finish)
+        together(star, local.finish)
         star.tell(as_note(publish=True))
-        together(star, lambda: _publish(stock))
+        together(star, lambda: _publish(local))
     return found
 
 
@@ -165,9 +157,9 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _what_became(notes: Sequence[dict[str, Any]]) -> list[Spread]:
+def _what_became(notes: Sequence[dict[str, Any]]) -> list[SliceOutcome]:
     kept = ("host", "tiles", "good", "here", "broken", "complaint")
-    return [Spread(rank, *(note[name] for name in kept)) for rank, note in enumerate(notes)]
+    return [SliceOutcome(rank, *(note[name] for name in kept)) for rank, note in enumerate(notes)]
 
 
 def _check_room(notes: Sequence[dict[str, Any]]) -> None:
@@ -190,11 +182,11 @@ def _check_room(notes: Sequence[dict[str, Any]]) -> None:
 
 
 def _prepare(
-    star: Star, stock: Stock, notes: list[dict[str, Any]], update: Callable[[int, int], None]
+    star: Star, local: LocalSlice, notes: list[dict[str, Any]], update: Callable[[int, int], None]
 ) -> list[dict[str, Any]]:
     """Every rank looks at its tiles, in turns of a moment, so that a long look is no silence; what they found in the end."""
     total = sum(note["to_look"] for note in notes)
-    looking = _Looking(star, stock)
+    looking = _Looking(star, local)
     while True:
         _, found = together(star, looking.a_turn)
         found[0] = looking.note()
@@ -209,11 +201,11 @@ def _prepare(
 
 
 class _Looking:
-    """`Stock.prepare`, a moment at a time."""
+    """`LocalSlice.prepare`, a moment at a time."""
 
-    def __init__(self, star: Star, stock: Stock) -> None:
-        self.star, self.stock = star, stock
-        self._work = stock.prepare()
+    def __init__(self, star: Star, local: LocalSlice) -> None:
+        self.star, self.local = star, local
+        self._work = local.prepare()
         self._looked, self._ready = 0, False
 
     def a_turn(self) -> None:
@@ -225,20 +217,20 @@ class _Looking:
                 self._ready = True
 
     def note(self) -> dict[str, Any]:
-        stock, note = self.stock, {"looked": self._looked, "ready": self._ready}
+        local, note = self.local, {"looked": self._looked, "ready": self._ready}
         if not self._ready:
             return note
-        missing = [] if stock.writer is None else stock.writer.missing
-        return {**note, **_look_note(self.star, stock), "missing": _as_runs(missing)}
+        missing = [] if local.writer is None else local.writer.missing
+        return {**note, **_look_note(self.star, local), "missing": _as_runs(missing)}
 
 
-def _look_note(star: Star, stock: Stock) -> dict[str, Any]:
+def _look_note(star: Star, local: LocalSlice) -> dict[str, Any]:
     return {
         "host": star.rank.host,
-        "folder": str(stock.path.parent),
-        "tiles": len(stock.header.records),
-        **{name: getattr(stock, name) for name in ("good", "complaint", "needed", "free", "device", "to_look")},
-        **{name: getattr(stock, name) for name in ("here", "broken")},
+        "folder": str(local.path.parent),
+        "tiles": len(local.header.records),
+        **{name: getattr(local, name) for name in ("good", "complaint", "needed", "free", "device", "to_look")},
+        **{name: getattr(local, name) for name in ("here", "broken")},
     }
 
 
@@ -257,9 +249,9 @@ def _indexes(runs: Sequence[Sequence[int]]) -> list[int]:
     return [index for first, last in runs for index in range(first, last)]
 
 
-def _publish(stock: Stock) -> None:
-    stock.publish()
-    tidy_up(stock.path, stock.header.fingerprint)
+def _publish(local: LocalSlice) -> None:
+    local.publish()
+    tidy_up(local.path, local.header.fingerprint)
 
 
 # Sending: the model is read and quantized on a thread of its own, the main thread alone talks
@@ -270,18 +262,22 @@ class _Stopping(Exception):  # noqa: N818  (not an error)
 
 
 def _send(
-    star: Star, source: Source, own: SliceWriter | None, ways: Sequence[Packer], update: Callable[[int, int], None]
+    star: Star,
+    source: Source,
+    own: SliceWriter | None,
+    ways: Sequence[StreamWriter],
+    update: Callable[[int, int], None],
 ) -> None:
     """Make what is missing: ours to our file, the others' to their ranks."""
-    parcels: queue.Queue[tuple[int, Bytes] | Exception | None] = queue.Queue(IN_FLIGHT)
+    messages: queue.Queue[tuple[int, Bytes] | Exception | None] = queue.Queue(IN_FLIGHT)
     stopping, done = threading.Event(), 0
-    sinks: list[Sink] = [*([] if own is None else [own]), *ways]
-    total = max(1, bytes_to_deal(sinks, own))
+    writers: list[TileWriter] = [*([] if own is None else [own]), *ways]
+    total = max(1, bytes_to_build(writers, own))
 
     def hand_over(item: tuple[int, Bytes] | Exception | None) -> None:
         while not stopping.is_set():
             try:
-                parcels.put(item, timeout=1.0)
+                messages.put(item, timeout=1.0)
                 return
             except queue.Full:
                 continue
@@ -296,7 +292,7 @@ def _send(
     def make() -> None:
         try:
             try:
-                deal(source, sinks, own, report, load_quantizer(len(os.sched_getaffinity(0))))
+                build_tiles(source, writers, own, report, load_quantizer(len(os.sched_getaffinity(0))))
                 for way in ways:
                     way.end(END)
                 hand_over(None)
@@ -308,14 +304,14 @@ def _send(
             pass
 
     for way in ways:
-        way.ready = lambda rank, parcel: hand_over((rank, parcel))
+        way.send = lambda rank, message: hand_over((rank, message))
     post = _Sending(star, [way.rank for way in ways])
     maker = threading.Thread(target=make, name="tpimpi-slicing", daemon=True)
     maker.start()
     try:
         while True:
             try:
-                item = parcels.get(timeout=0.2)
+                item = messages.get(timeout=0.2)
             except queue.Empty:
                 post.keep_waiting()
             else:
@@ -340,18 +336,18 @@ def _send(
 
 
 class _Sending:
-    """Parcels on their way to the other ranks, at most IN_FLIGHT to each."""
+    """Messages on their way to the other ranks, at most IN_FLIGHT to each."""
 
     def __init__(self, star: Star, ranks: Sequence[int]) -> None:
         self.star = star
         self._pending: dict[int, deque[tuple[Pending, Bytes]]] = {rank: deque() for rank in ranks}
         self._last = dict.fromkeys(ranks, time.monotonic())
 
-    def send(self, rank: int, parcel: Bytes) -> None:
+    def send(self, rank: int, message: Bytes) -> None:
         pending = self._pending[rank]
         while len(pending) >= IN_FLIGHT:
             self.star.finish_bulk(pending.popleft()[0])
-        pending.append((self.star.start_bulk(parcel, rank), parcel))  # kept until it is gone
+        pending.append((self.star.start_bulk(message, rank), message))  # kept until it is gone
         self._last[rank] = time.monotonic()
 
     def keep_waiting(self) -> None:
@@ -365,10 +361,10 @@ class _Sending:
             while pending:
                 self.star.finish_bulk(pending.popleft()[0])
 
-    def give_up(self, ways: Sequence[Packer]) -> None:
+    def give_up(self, ways: Sequence[StreamWriter]) -> None:
         """Tell the ranks that wait for tiles that none will come."""
         for way in ways:
-            way.ready = self.send
+            way.send = self.send
             way.end(FAILED)
         self.finish()
 
@@ -376,45 +372,45 @@ class _Sending:
 # The other ranks
 
 
-def take_slices(star: Star, note: dict[str, Any]) -> None:
+def receive_slices(star: Star, note: dict[str, Any]) -> None:
     """A rank other than 0: look at what is here of our slice, write what rank 0 sends. Raises StorageError, StarError."""
     with ExitStack() as stack:
 
-        def look() -> Stock:
+        def look() -> LocalSlice:
             header = _header_from(note, star.rank.index, star.rank.size)
-            where = Where(note["folder"], note["cache_name"])
-            stock = Stock(where.path(header.rank, header.plan.ranks), header, verify=note["verify"])
-            stack.callback(stock.close)
-            stock.look()
-            return stock
+            location = SliceLocation(note["folder"], note["cache_name"])
+            local = LocalSlice(location.path(header.rank, header.partition.ranks), header, verify=note["verify"])
+            stack.callback(local.close)
+            local.look()
+            return local
 
-        stock = or_tell(star, look)
-        star.collect(as_note(**_look_note(star, stock)))
+        local = or_tell(star, look)
+        star.collect(as_note(**_look_note(star, local)))
         if not heard(star)["prepare"]:
             return
-        looking = _Looking(star, stock)
+        looking = _Looking(star, local)
         more = True
         while more:
             or_tell(star, looking.a_turn)
             star.collect(as_note(**looking.note()))
             more = heard(star)["more"]
-        if stock.writer is not None and stock.writer.missing:
-            _receive(star, stock.writer)
-        or_tell(star, stock.finish)
+        if local.writer is not None and local.writer.missing:
+            _receive(star, local.writer)
+        or_tell(star, local.finish)
         star.collect(as_note())
         heard(star)
-        or_tell(star, lambda: _publish(stock))
+        or_tell(star, lambda: _publish(local))
         star.collect(as_note())
 
 
 def _header_from(note: dict[str, Any], rank: int, ranks: int) -> Header:
     config = ModelConfig.from_dict(note["config"])
     formats = ModelFormats.from_dict(note["formats"], config.layers)
-    plan = make_plan(config, note["weights"])
-    if plan.ranks != ranks:
-        raise StarError(f"rank 0 has a plan for {plan.ranks} ranks, the run has {ranks}")
-    records = tuple(slice_records(config, plan.shares[rank], rank, formats, {}))
-    return Header(rank, formats, note["model"], note["fingerprint"], config, plan, records)
+    partition = make_partition(config, note["weights"])
+    if partition.ranks != ranks:
+        raise StarError(f"rank 0 has a plan for {partition.ranks} ranks, the run has {ranks}")
+    records = tuple(slice_records(config, partition.shares[rank], rank, formats, {}))
+    return Header(rank, formats, note["model"], note["fingerprint"], config, partition, records)
 
 
 def _receive(star: Star, writer: SliceWriter) -> None:
@@ -423,13 +419,13 @@ def _receive(star: Star, writer: SliceWriter) -> None:
     writer.awaits_sums = True
     while True:
         for index, kind, data in frames(star.take_bulk(0)):
-            if kind == PIECE and index in wanted:
+            if kind == DATA and index in wanted:
                 name, left = writer.left_of(index)
                 if not 0 < data.nbytes <= left:
                     raise StarError(f"rank 0 sent {data.nbytes} bytes for a part of tile {index} that lacks {left}")
                 writer.write(index, name, data)
-            elif kind == SUM and index in wanted and writer.left_of(index) == ("", 0):
-                if not writer.confirm(index, the_sum(data)):
+            elif kind == CHECKSUM and index in wanted and writer.left_of(index) == ("", 0):
+                if not writer.confirm(index, checksum_in(data)):
                     path = writer.header.records[index].path
                     raise StarError(f"{path} came otherwise than rank 0 sent it; start again: what came whole is kept")
                 wanted.remove(index)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
 from tpimpi.errors import InputError, ModelError
 from tpimpi.models.weight_formats import ModelFormats
+from tpimpi.weights.slices.file import slice_name
 from tpimpi.weights.slices.header import FORMAT_VERSION
-from tpimpi.weights.slices.partition import Plan
+from tpimpi.weights.slices.partition import Partition
 from tpimpi.weights.sources import Source
 
 
@@ -34,14 +36,31 @@ def cache_folder() -> Path:
     return platformdirs.user_cache_path("tpimpi")
 
 
+@dataclass(frozen=True)
+class SliceLocation:
+    """Where slices are: in `folder`, on every host, or where it is None in the folder `cache_name` of each host's cache."""
+
+    folder: str | None
+    cache_name: str | None
+
+    @property
+    def directory(self) -> Path:
+        """The folder on this host. Raises InputError where TPIMPI_CACHE cannot be a folder."""
+        return cache_folder() / str(self.cache_name) if self.folder is None else Path(self.folder)
+
+    def path(self, rank: int, ranks: int) -> Path:
+        """The slice file of one rank. Raises InputError like `directory`."""
+        return self.directory / slice_name(rank, ranks)
+
+
 LONGEST_NAME = 40  # characters of a model's name, and of the shares, in the name of its cache folder
 
 
-def cache_name(source: Source, plan: Plan, formats: ModelFormats) -> str:
-    """Folder, within the cache folder, of the slices of this model for this plan in these formats."""
-    shares = plan.describe().replace(",", "-")
+def cache_name(source: Source, partition: Partition, formats: ModelFormats) -> str:
+    """Folder, within the cache folder, of the slices of this model for this partition in these formats."""
+    shares = partition.describe().replace(",", "-")
     if len(shares) > LONGEST_NAME:
-        shares = f"{plan.ranks}-ranks-{xxhash.xxh3_64_hexdigest(shares.encode())}"
+        shares = f"{partition.ranks}-ranks-{xxhash.xxh3_64_hexdigest(shares.encode())}"
     before, after = cache_names(source, formats)
     return f"{before}{shares}{after}"
 

@@ -1,6 +1,6 @@
 """From a model to its slices: which formats they have, and the making of all of them by one process.
 
-`dealing` reads the model and bounds the memory that this takes; `stock` knows what is there already.
+`build` reads the model and bounds the memory that this takes; `slices/local` knows what is there already.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from tpimpi.compute.formats.packed import BLOCK_WEIGHTS, WEIGHT_FORMATS, is_quan
 from tpimpi.compute.formats.quantize import Quantizer, quantize
 from tpimpi.errors import InputError, ModelError, StorageError
 from tpimpi.models.weight_formats import LayerFormats, ModelFormats
-from tpimpi.weights.build import EMBEDDING, bytes_to_deal, deal, head_name, on_blocks, tensor_name, times
+from tpimpi.weights.build import EMBEDDING, build_tiles, bytes_to_build, head_name, on_blocks, tensor_name, times
 from tpimpi.weights.slices.file import slice_name
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import slice_records
-from tpimpi.weights.slices.local import Stock, tidy_up
-from tpimpi.weights.slices.partition import Plan, Span, attention_tiles
+from tpimpi.weights.slices.local import LocalSlice, tidy_up
+from tpimpi.weights.slices.partition import Partition, Span, attention_tiles
 from tpimpi.weights.slices.writer import storage_error
 from tpimpi.weights.sources import FLOAT_FORMATS, Source
 
@@ -61,7 +61,7 @@ def _own(source: Source, tensor: str) -> str:
     return _KEPT.get(stored) or ("q4_1" if stored in _FINE_IN_Q4_1 else "q8_0")
 
 
-def requantized(source: Source, plan: Plan, formats: ModelFormats) -> str:
+def requantized(source: Source, partition: Partition, formats: ModelFormats) -> str:
     """What slicing quantizes a second time, in one line: "q4_k is re-quantized to q4_1, q6_k to q8_0"; "" if nothing."""
     pairs: dict[tuple[str, str], None] = {}
     divided: set[str] = set()
@@ -73,7 +73,7 @@ def requantized(source: Source, plan: Plan, formats: ModelFormats) -> str:
         if stored == here.o and is_quantized(stored) and (stored, here) not in seen:
             seen.add((stored, here))
             if not all(
-                on_blocks(columns, source, tensor_name(layer, "o")) for columns in _o_columns(source, plan, here)
+                on_blocks(columns, source, tensor_name(layer, "o")) for columns in _o_columns(source, partition, here)
             ):
                 divided.add(stored)
     pairs[source.tensors()[head_name(source)].format, formats.head] = None
@@ -88,23 +88,23 @@ def requantized(source: Source, plan: Plan, formats: ModelFormats) -> str:
     return ", ".join(words)
 
 
-def _o_columns(source: Source, plan: Plan, formats: LayerFormats) -> Iterator[Span]:
-    for share in plan.shares:
+def _o_columns(source: Source, partition: Partition, formats: LayerFormats) -> Iterator[Span]:
+    for share in partition.shares:
         for tile in attention_tiles(source.config, share, formats):
             yield times(tile.heads, source.config.head_dim)
 
 
-def make_header(source: Source, plan: Plan, rank: int, formats: ModelFormats) -> Header:
+def make_header(source: Source, partition: Partition, rank: int, formats: ModelFormats) -> Header:
     """The header of one rank's slice: every tile with its parts, in the order of use."""
     config = source.config
     tokenizer = {name: len(content) for name, content in source.tokenizer_assets().items()} if rank == 0 else {}
-    records = slice_records(config, plan.shares[rank], rank, formats, tokenizer)
-    return Header(rank, formats, source.path.stem, source.fingerprint(), config, plan, tuple(records))
+    records = slice_records(config, partition.shares[rank], rank, formats, tokenizer)
+    return Header(rank, formats, source.path.stem, source.fingerprint(), config, partition, tuple(records))
 
 
 def slice_model(
     source: Source,
-    plan: Plan,
+    partition: Partition,
     formats: ModelFormats,
     folder: Path,
     progress: Progress = lambda done, total: None,
@@ -112,53 +112,55 @@ def slice_model(
     *,
     verify: bool = False,
     looking: Progress = lambda done, total: None,
-) -> list[Stock]:
-    """Have `rank-R-of-N.h5` of every rank of `plan` in `folder`: what is there already stays, the rest is made.
+) -> list[LocalSlice]:
+    """Have `rank-R-of-N.h5` of every rank of `partition` in `folder`: what is there already stays, the rest is made.
 
     All files are written under temporary names and renamed once the last is whole; where this is broken off, the next call
     goes on. With `verify` every tile that is there is read, and made again if it is broken; `looking` is its progress, and
     that of looking at what an earlier call left. `quantizer` may be another implementation of `quantize`. Returns what was
     there of each rank's slice. Raises ModelError, StorageError, and InputError where another process slices into the folder.
     """
-    headers = (make_header(source, plan, rank, formats) for rank in range(plan.ranks))
-    stocks = [Stock(folder / slice_name(header.rank, plan.ranks), header, verify=verify) for header in headers]
+    headers = (make_header(source, partition, rank, formats) for rank in range(partition.ranks))
+    slices = [
+        LocalSlice(folder / slice_name(header.rank, partition.ranks), header, verify=verify) for header in headers
+    ]
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise storage_error(folder, error) from error
         stack.callback(os.close, _lock(folder))
-        for stock in stocks:
-            stock.look()
-            stack.callback(stock.close)
-        needed = sum(stock.needed for stock in stocks)
-        if needed > stocks[0].free:
+        for local in slices:
+            local.look()
+            stack.callback(local.close)
+        needed = sum(local.needed for local in slices)
+        if needed > slices[0].free:
             raise StorageError(
-                f"disk full: the slices need {needed / 1e9:.2f} GB, {folder} has {stocks[0].free / 1e9:.2f} GB free; "
+                f"disk full: the slices need {needed / 1e9:.2f} GB, {folder} has {slices[0].free / 1e9:.2f} GB free; "
                 "free some space there, or choose another place with --out or TPIMPI_CACHE"
             )
-        looked, to_look = 0, sum(stock.to_look for stock in stocks)
-        for stock in stocks:
-            for nbytes in stock.prepare():
+        looked, to_look = 0, sum(local.to_look for local in slices)
+        for local in slices:
+            for nbytes in local.prepare():
                 looked += nbytes
                 if to_look:
                     looking(min(looked, to_look), to_look)
-        writers = [stock.writer for stock in stocks if stock.writer is not None]
+        writers = [local.writer for local in slices if local.writer is not None]
         table = next((writer for writer in writers if writer.header.rank == 0), None)
-        total = max(1, bytes_to_deal(writers, table))
+        total = max(1, bytes_to_build(writers, table))
         try:
-            deal(source, writers, table, lambda done: progress(min(done, total - 1), total), quantizer)
+            build_tiles(source, writers, table, lambda done: progress(min(done, total - 1), total), quantizer)
         except ModelError:
-            for stock in stocks:
-                stock.discard()  # of a model that is broken nothing is worth going on with
+            for local in slices:
+                local.discard()  # of a model that is broken nothing is worth going on with
             raise
-        for stock in stocks:
-            stock.finish()
-        for stock in stocks:
-            stock.publish()
+        for local in slices:
+            local.finish()
+        for local in slices:
+            local.publish()
         progress(total, total)
-        tidy_up(stocks[0].path, stocks[0].header.fingerprint)
-    return stocks
+        tidy_up(slices[0].path, slices[0].header.fingerprint)
+    return slices
 
 
 def _lock(folder: Path) -> int:

@@ -34,7 +34,7 @@ from tpimpi.system.units import show_size
 from tpimpi.weights.locations import cache_name, model_path
 from tpimpi.weights.make import choose_formats, make_header
 from tpimpi.weights.slices.file import SliceFile, slice_name
-from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.slices.writer import stored_bytes
 from tpimpi.weights.sources import open_source
 
@@ -146,7 +146,7 @@ def _wanted(parsed: argparse.Namespace, ranks: int) -> Wanted:
         return Wanted()
     with open_source(path) as source:
         formats = choose_formats(source, parsed.format)
-        plan = make_plan(source.config, options.share_weights(parsed.shares, ranks))
+        plan = make_partition(source.config, options.share_weights(parsed.shares, ranks))
         headers = [make_header(source, plan, rank, formats) for rank in range(ranks)]
         return Wanted(
             cache_name=cache_name(source, plan, formats),

@@ -44,7 +44,7 @@ from tpimpi.system.memory import headroom, places, resident_bytes
 from tpimpi.weights.slices.file import Tile
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import Record, aligned, slice_records
-from tpimpi.weights.slices.partition import Plan, make_plan
+from tpimpi.weights.slices.partition import Partition, make_partition
 
 SUSTAINED = 0.4  # seconds of nothing but computing
 LAP = 0.15  # seconds of layers of one size, at least one layer in each turn
@@ -199,11 +199,11 @@ class Rehearsal:
         self._carousels: list[_Carousel] = []
         self._models = [self._model(part, room) for part in self._parts]
 
-    def _records(self, part: float) -> tuple[Plan, list[Record]]:
+    def _records(self, part: float) -> tuple[Partition, list[Record]]:
         """The shares, all alike, of so large a part of the model; and a layer's tiles."""
         config, ranks = self._config, self.task.ranks
-        share = make_plan(config, [part, 1 - part]).shares[0]
-        plan = Plan((1.0,) * ranks, (share,) * ranks)
+        share = make_partition(config, [part, 1 - part]).shares[0]
+        plan = Partition((1.0,) * ranks, (share,) * ranks)
         records = slice_records(config, share, self.rank.index, self._formats, {})
         return plan, [record for record in records if record.block.kind in ("attn", "mlp", "head")]
 

@@ -32,7 +32,7 @@ from tpimpi.models.weight_formats import LayerFormats, ModelFormats
 from tpimpi.system.memory import Place
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import Record, slice_records
-from tpimpi.weights.slices.partition import Plan, Share, make_plan
+from tpimpi.weights.slices.partition import Partition, Share, make_partition
 
 # What was measured
 
@@ -198,13 +198,13 @@ class Predictor:
         self._found: dict[tuple[float, ...], Prediction] = {}
 
     def predict(self, weights: Sequence[float]) -> Prediction:
-        """Of shares in these proportions, one for each rank. Raises InputError for proportions that make_plan refuses."""
+        """Of shares in these proportions, one a rank. Raises InputError for proportions that make_partition refuses."""
         key = tuple(weights)
         if key not in self._found:
-            self._found[key] = self._predict(make_plan(self.situation.config, weights))
+            self._found[key] = self._predict(make_partition(self.situation.config, weights))
         return self._found[key]
 
-    def _predict(self, plan: Plan) -> Prediction:
+    def _predict(self, plan: Partition) -> Prediction:
         loads = [self.loads.of(share, rank) for rank, share in enumerate(plan.shares)]
         try:
             memory, streamed = self.memory(plan, loads)
@@ -299,7 +299,7 @@ class Predictor:
 
     # Memory
 
-    def needs(self, plan: Plan, rank: int, load: Load) -> Needs:
+    def needs(self, plan: Partition, rank: int, load: Load) -> Needs:
         """What a rank would need, as an engine reckons it."""
         config, formats, context = self.situation.config, self.situation.formats, self.situation.context
         header = Header(rank, formats, "", "", config, plan, ())
@@ -317,7 +317,7 @@ class Predictor:
             tiles=load.tiles,
         )
 
-    def memory(self, plan: Plan, loads: Sequence[Load]) -> tuple[list[int], list[int]]:
+    def memory(self, plan: Partition, loads: Sequence[Load]) -> tuple[list[int], list[int]]:
         """What each rank takes, and what it streams for a token, in bytes. Raises InputError where it has too little."""
         needs = {rank: self.needs(plan, rank, load) for rank, load in enumerate(loads)}
         if (window := self.situation.window) is not None:

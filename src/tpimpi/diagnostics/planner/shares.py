@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from tpimpi.diagnostics.planner.predict import Prediction, Predictor
-from tpimpi.weights.slices.partition import make_plan
+from tpimpi.weights.slices.partition import make_partition
 
 MOST_WEIGHT = 16  # of a rank: they stay short
 EQUAL_AS_GOOD = 1.1  # equal shares are taken if they are predicted to take at most so many times the best's time
@@ -67,11 +67,11 @@ class _RankTime:
     def __init__(self, predictor: Predictor, rank: int, ranks: int) -> None:
         situation, measured = predictor.situation, predictor.measured
         self._speed, self._layers = measured.ranks[rank], situation.config.layers
-        whole = make_plan(situation.config, [float(other == rank) for other in range(ranks)])
+        whole = make_partition(situation.config, [float(other == rank) for other in range(ranks)])
         load = predictor.loads.of(whole.shares[rank], rank)
         self._window = situation.window
         self._head, self._bytes = load.head, load.tiles - load.head
-        equal = make_plan(situation.config, [1.0] * ranks)
+        equal = make_partition(situation.config, [1.0] * ranks)
         loads = [predictor.loads.of(share, other) for other, share in enumerate(equal.shares)]
         needs = [predictor.needs(equal, other, load) for other, load in enumerate(loads)]
         self._need = predictor.needs(whole, rank, load)

@@ -9,7 +9,7 @@ from tpimpi.compute.formats.packed import Array, Matrix
 
 
 class Parts(Protocol):
-    """What a tile holds, by name; shapes in slicefile."""
+    """What a tile holds, by name; shapes in weights/slices/file."""
 
     @property
     def parts(self) -> Mapping[str, Array]:

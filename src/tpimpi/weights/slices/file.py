@@ -8,7 +8,7 @@ A slice file is named `rank-R-of-N.h5` and holds these objects:
     name to show), `fingerprint` (of the source), `config` (ModelConfig), `plan` (`weights`, and for each rank
     `[heads, kv_heads, columns]`, each `[start, stop]`), and `tiles`: a list of records, in the order in which a run
     uses them. A record has `path` (of its group), `block` (`[kind, layer]`), `parts` (of `[name, format, shape]`), and
-    for an attention tile `heads`, `kv_heads`, `q_to_kv` (see plan.AttentionTile).
+    for an attention tile `heads`, `kv_heads`, `q_to_kv` (see partition.AttentionTile).
 `/checksums` (uint64)
     XXH3-64 of `/header`, then of each record's tile. A tile's checksum is taken over the bytes of its parts, in the
     order of the record, as they come out of the datasets: it stays true if another tool repacks or compresses them.
@@ -39,7 +39,7 @@ bf16 as uint16.
 The writer lays the parts of a tile next to each other, each at a multiple of 4096 bytes, so that a tile is one extent of
 the file and is read with one call; a reader must not rely on that (`h5repack` may move or chunk them). HDF5 metadata
 carries HDF5's own checksums (libver "latest").
-slicewriter writes the file, SliceFile here reads it.
+slices/writer writes the file, SliceFile here reads it.
 """
 
 from __future__ import annotations

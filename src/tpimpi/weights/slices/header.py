@@ -1,4 +1,4 @@
-"""The header of a slice file, as JSON (specified in slicefile): written, and read back with nothing taken on trust."""
+"""The header of a slice file, as JSON (specified in slices/file): written, and read back with nothing taken on trust."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tpimpi.models.blocks import Block
 from tpimpi.models.config import ModelConfig, show
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.weights.slices.layout import Part, Record, slice_records
-from tpimpi.weights.slices.partition import Plan, Share, Span, make_plan
+from tpimpi.weights.slices.partition import Partition, Share, Span, make_partition
 
 FORMAT_VERSION = 2
 _MOST_TOKENIZER_BYTES = 2**30
@@ -27,7 +27,7 @@ class Header:
     model: str
     fingerprint: str
     config: ModelConfig
-    plan: Plan
+    partition: Partition
     records: tuple[Record, ...]
     made_by: str = __version__
 
@@ -38,7 +38,7 @@ class Header:
 
     @property
     def share(self) -> Share:
-        return self.plan.shares[self.rank]
+        return self.partition.shares[self.rank]
 
     def to_json(self) -> bytes:
         return json.dumps(
@@ -51,8 +51,8 @@ class Header:
                 "fingerprint": self.fingerprint,
                 "config": self.config.to_dict(),
                 "plan": {
-                    "weights": self.plan.weights,
-                    "shares": [[share.heads, share.kv_heads, share.columns] for share in self.plan.shares],
+                    "weights": self.partition.weights,
+                    "shares": [[share.heads, share.kv_heads, share.columns] for share in self.partition.shares],
                 },
                 "tiles": [_record_to_json(record) for record in self.records],
             }
@@ -60,7 +60,7 @@ class Header:
 
     @classmethod
     def from_json(cls, text: bytes) -> Header:
-        """Undo `to_json`, and refuse what no slicing writes: the plan and the tiles are made again and must be the same.
+        """Undo `to_json`, and refuse what no slicing writes: partition and tiles are made again and must be the same.
 
         Raises InputError or ValueError (naming the version, where it is another), KeyError, TypeError.
         """
@@ -72,17 +72,17 @@ class Header:
             if not isinstance(values[name], str):
                 raise ValueError(f"{name} is {show(values[name])}, must be a text")
         formats = ModelFormats.from_dict(values["formats"], config.layers)
-        plan, rank = _plan_from_json(values["plan"], config), values["rank"]
-        if type(rank) is not int or not 0 <= rank < plan.ranks:
-            raise ValueError(f"rank is {show(rank)} of {plan.ranks}")
+        partition, rank = _partition_from_json(values["plan"], config), values["rank"]
+        if type(rank) is not int or not 0 <= rank < partition.ranks:
+            raise ValueError(f"rank is {show(rank)} of {partition.ranks}")
         return cls(
             rank=rank,
             formats=formats,
             model=values["model"],
             fingerprint=values["fingerprint"],
             config=config,
-            plan=plan,
-            records=_records_from_json(values["tiles"], config, plan.shares[rank], rank, formats),
+            partition=partition,
+            records=_records_from_json(values["tiles"], config, partition.shares[rank], rank, formats),
             made_by=values["made_by"],
         )
 
@@ -109,15 +109,15 @@ def _record_from_json(values: dict[str, Any]) -> Record:
     )
 
 
-def _plan_from_json(values: dict[str, Any], config: ModelConfig) -> Plan:
-    """The plan that the weights in the header give; raises ValueError where the shares beside them are others."""
+def _partition_from_json(values: dict[str, Any], config: ModelConfig) -> Partition:
+    """The partition that the weights in the header give; raises ValueError where the shares beside them are others."""
     weights = values["weights"]
     if not isinstance(weights, list) or not all(type(weight) in (int, float) for weight in weights):
         raise ValueError(f"weights are {show(weights)}, must be numbers")
-    plan = make_plan(config, weights)
-    if plan.shares != tuple(Share(*(Span(*span) for span in share)) for share in values["shares"]):
+    partition = make_partition(config, weights)
+    if partition.shares != tuple(Share(*(Span(*span) for span in share)) for share in values["shares"]):
         raise ValueError("its shares do not fit its plan")
-    return plan
+    return partition
 
 
 def _records_from_json(

@@ -1,4 +1,4 @@
-"""What a rank's slice file holds: its tiles and their parts, from the config, the plan and the formats alone.
+"""What a rank's slice file holds: its tiles and their parts, from the config, the partition and the formats alone.
 
 Pure: slicing writes what stands here, SliceFile refuses a file that holds anything else.
 """

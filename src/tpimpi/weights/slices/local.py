@@ -34,7 +34,7 @@ from tpimpi.weights.slices.writer import (
 _NAMED_BY = 12  # digits of a model's fingerprint in the names of its cache folders
 
 
-class Stock:
+class LocalSlice:
     """One rank's slice, as far as its host has it. `look`, `prepare`, then the missing tiles, `finish`, `publish`; `close`
     however it ends.
 

@@ -1,8 +1,8 @@
 """Who owns what: the query heads, KV heads and MLP columns of each rank, and the tiles they are cut into.
 
-Pure arithmetic on a `ModelConfig`; nothing here reads or writes. Query heads are dealt out contiguously in proportion
+Pure arithmetic on a `ModelConfig`; nothing here reads or writes. Query heads are divided contiguously in proportion
 to the shares; a KV head whose group of query heads is divided is held by each rank that needs it, so any number of
-ranks works, also more ranks than KV heads or than query heads. Columns are dealt in runs of 32 (the block of the
+ranks works, also more ranks than KV heads or than query heads. Columns are divided in runs of 32 (the block of the
 quantized formats), so that no quantized block ever crosses from one rank, or one tile, to another. Within a share, tiles
 are cut at multiples of 64, so that pairs of blocks, which are packed together, stay together.
 """
@@ -48,8 +48,8 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All ranks' shares, in rank order; `weights` are the proportions they were dealt by."""
+class Partition:
+    """All ranks' shares, in rank order; `weights` are the proportions they were divided by."""
 
     weights: tuple[float, ...]
     shares: tuple[Share, ...]
@@ -77,8 +77,8 @@ class AttentionTile:
     q_to_kv: tuple[int, ...]
 
 
-def make_plan(config: ModelConfig, weights: Sequence[float]) -> Plan:
-    """Deal the heads and columns of `config` to len(weights) ranks, in proportion to `weights`.
+def make_partition(config: ModelConfig, weights: Sequence[float]) -> Partition:
+    """Divide the heads and columns of `config` among len(weights) ranks, in proportion to `weights`.
 
     Raises InputError where the weights are not non-negative numbers with a positive, finite sum.
     """
@@ -100,7 +100,7 @@ def make_plan(config: ModelConfig, weights: Sequence[float]) -> Plan:
         heads = Span(head_cuts[rank], head_cuts[rank + 1])
         kv_heads = Span(heads.start // group, -(-heads.stop // group)) if heads.size else Span(0, 0)
         shares.append(Share(heads, kv_heads, Span(column_cuts[rank], column_cuts[rank + 1])))
-    return Plan(tuple(weights), tuple(shares))
+    return Partition(tuple(weights), tuple(shares))
 
 
 def describe_shares(weights: Sequence[float]) -> str:
@@ -121,7 +121,7 @@ def attention_tiles(config: ModelConfig, share: Share, formats: LayerFormats) ->
     """Tiles of one rank's attention, in order.
 
     A share that is small is one tile. Otherwise tile borders lie on a grid of KV heads that depends on the model and
-    the formats, not on the plan, and where a share ends.
+    the formats, not on the partition, and where a share ends.
     """
     group = config.heads // config.kv_heads
     head_bytes, kv_bytes = _attention_bytes(config, formats)

@@ -1,4 +1,4 @@
-"""Writing a slice file, in as many goes as it takes; its format is specified in slicefile.
+"""Writing a slice file, in as many goes as it takes; its format is specified in slices/file.
 
 Until it is whole, a slice has the name `.rank-R-of-N.h5.partial` beside its own, and is locked (flock) by the process that
 writes it. A tile's checksum is written when the tile is; 0 stands where there is none yet, and so do the checksums of the
