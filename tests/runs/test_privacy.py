@@ -15,7 +15,7 @@ import xxhash
 from tests.support.launch import PROGRAMS, Launcher
 from tpimpi.star import BULK, CLOCK, CONTROL, HIDDEN, NOTE, PARTIAL, SUM
 from tpimpi.star.channel import ECHO
-from tpimpi.star.codec import LARGE_PIECE
+from tpimpi.star.pieces import LARGE_PIECE_NUMBERS
 from tpimpi.weights import stream
 from tpimpi.weights.slices.file import SliceFile, slice_name
 
@@ -81,7 +81,7 @@ def leaks(messages: list[Message], words: set[str], ids: list[int]) -> list[str]
             if not (1 <= numbers[0] <= 3 and 0 <= numbers[1] <= PROMPT_LIMIT and 0 <= numbers[2] <= PROMPT_LIMIT):
                 found.append(f"the control header {numbers.tolist()}")
         elif tag in (HIDDEN, PARTIAL, SUM):
-            if len(data) % 4 or len(data) > LARGE_PIECE * 4:
+            if len(data) % 4 or len(data) > LARGE_PIECE_NUMBERS * 4:
                 found.append(f"{len(data)} bytes with tag {tag}, which is no piece of [positions, hidden]")
             if len(data) == VOCAB * 4:
                 found.append("logits")

@@ -13,9 +13,9 @@ from tests.support.tiny_models import write_tiny_hf
 from tpimpi.engine.model import largest_sum
 from tpimpi.errors import StarError
 from tpimpi.star import Links, Wire, choose, describe, parse_rule
-from tpimpi.star.channel import Post, Spares
-from tpimpi.star.codec import EAGER, LARGE_PIECE, LEAST_PIECE, Mail, bounds
-from tpimpi.star.tuning import Measuring, worth_timing, worth_timing_largest
+from tpimpi.star.channel import BufferPool, Channel
+from tpimpi.star.pieces import EAGER_BYTES, LARGE_PIECE_NUMBERS, LEAST_PIECE_NUMBERS, PieceChannel, even_bounds
+from tpimpi.star.tuning import LinkMeasurement, worth_timing, worth_timing_largest
 from tpimpi.weights.find import hidden_of_slices
 from tpimpi.weights.make import choose_formats, slice_model
 from tpimpi.weights.slices.partition import make_partition
@@ -58,39 +58,41 @@ def test_what_a_wire_cannot_carry_is_said() -> None:
 @pytest.mark.parametrize(("count", "ranks"), [(1, 2), (8192, 4), (65_536, 4), (262_144, 8), (1 << 20, 3), (1 << 22, 2)])
 @pytest.mark.parametrize("latency", [1e-3, 1e-6])
 def test_pieces_are_all_of_a_sum_and_fit_into_what_is_sent_at_once(count: int, ranks: int, latency: float) -> None:
-    class Alone(Post):
+    class Alone(Channel):
         def __init__(self) -> None:
             self.rank, self.size, self.latency = 0, ranks, latency
 
-    mail = Mail(Alone(), Wire())
-    parts = mail.parts(count)
-    for cut in (mail.pieces(0, count), [piece for part in parts for piece in part]):
+    pieces = PieceChannel(Alone(), Wire())
+    parts = pieces.parts(count)
+    for cut in (pieces.cut(0, count), [piece for part in parts for piece in part]):
         assert [piece.start for piece in cut] == [0, *(piece.stop for piece in cut[:-1])] and cut[-1].stop == count
-        assert all(4 * (piece.stop - piece.start) < EAGER - 512 for piece in cut)
+        assert all(4 * (piece.stop - piece.start) < EAGER_BYTES - 512 for piece in cut)
     # A part of which something is to flow while it is added comes in pieces of its own.
-    assert all(len(part) > 1 for part in parts) == (count / ranks > (LEAST_PIECE if latency == 1e-3 else LARGE_PIECE))
+    assert all(len(part) > 1 for part in parts) == (
+        count / ranks > (LEAST_PIECE_NUMBERS if latency == 1e-3 else LARGE_PIECE_NUMBERS)
+    )
 
 
 def test_buffers_are_lent_to_one_at_a_time() -> None:
-    spares = Spares()
-    first, second = spares.take(100_000), spares.take(100_000)
+    buffers = BufferPool()
+    first, second = buffers.take(100_000), buffers.take(100_000)
     assert not np.shares_memory(first, second)
-    spares.give(first[:-8])  # a message without its seal
-    again = spares.take(70_000)
+    buffers.give(first[:-8])  # a message without its seal
+    again = buffers.take(70_000)
     assert again.size == 70_000 and np.shares_memory(first, again)
-    assert not np.shares_memory(spares.take(70_000), again)
-    small = spares.take(100)
-    spares.give(small)  # not worth keeping
-    assert not np.shares_memory(spares.take(100), small)
-    spares.give(second)
-    spares.clear()
-    assert not np.shares_memory(spares.take(100_000), second)
+    assert not np.shares_memory(buffers.take(70_000), again)
+    small = buffers.take(100)
+    buffers.give(small)  # not worth keeping
+    assert not np.shares_memory(buffers.take(100), small)
+    buffers.give(second)
+    buffers.clear()
+    assert not np.shares_memory(buffers.take(100_000), second)
 
 
 def test_parts_are_whole_blocks_as_equal_as_can_be() -> None:
-    assert bounds(100, 3) == [0, 32, 64, 100]
-    assert bounds(31, 4) == [0, 0, 0, 0, 31]
-    assert bounds(4096, 4) == [0, 1024, 2048, 3072, 4096]
+    assert even_bounds(100, 3) == [0, 32, 64, 100]
+    assert even_bounds(31, 4) == [0, 0, 0, 0, 31]
+    assert even_bounds(4096, 4) == [0, 1024, 2048, 3072, 4096]
 
 
 # What auto chooses
@@ -185,9 +187,9 @@ def test_the_hub_leaves_its_core_to_a_rank_that_is_to_answer(monkeypatch: pytest
 
     monkeypatch.setattr("os.sched_yield", lambda: gave_way.append(True))
     monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it waited for an answer without giving way"))
-    post = OneCore()
-    (latency,) = Measuring(post, lambda *_: None)._latencies()  # type: ignore[arg-type]
-    assert post.answered >= 3 and latency < 1
+    channel = OneCore()
+    (latency,) = LinkMeasurement(channel, lambda *_: None)._latencies()  # type: ignore[arg-type]
+    assert channel.answered >= 3 and latency < 1
 
 
 @pytest.mark.parametrize(("faster", "ranks"), [(0.96, 4), (1.08, 4), (0.96, 2), (1.02, 2)])

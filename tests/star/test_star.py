@@ -28,7 +28,7 @@ def test_a_single_rank_needs_no_mpi(tpimpi) -> None:
     star.allreduce(values)
     star.broadcast(values)
     assert values.tolist() == [0, 1, 2]
-    assert star.collect(b"x") == [b"x"]
+    assert star.gather_notes(b"x") == [b"x"]
 
 
 def test_a_rank_that_hangs_is_named_and_the_job_ends(mpirun: Launcher) -> None:
@@ -60,19 +60,19 @@ def test_whatever_call_of_mpi_fails_the_rank_is_named(mpirun: Launcher, call: st
 import numpy as np
 from mpi4py import MPI
 from tpimpi.errors import LostError
-from tpimpi.star.channel import NOTE, Post
+from tpimpi.star.channel import NOTE, Channel
 
 class Broken:
     rank, size = 0, 2
     def {call}(self, *args, **kwargs):
         raise MPI.Exception(MPI.ERR_OTHER)
 
-post = Post(Broken())
-post.name = lambda peer: f"r{{peer}} pi"
+channel = Channel(Broken())
+channel.name = lambda peer: f"r{{peer}} pi"
 calls = {{
-    "Isend": lambda: post.send(np.zeros(1), 1, NOTE),
-    "Irecv": lambda: post.receive(np.zeros(1), 1, NOTE),
-    "Improbe": lambda: post.take(1, NOTE, None),
+    "Isend": lambda: channel.send(np.zeros(1), 1, NOTE),
+    "Irecv": lambda: channel.receive(np.zeros(1), 1, NOTE),
+    "Improbe": lambda: channel.take(1, NOTE, None),
 }}
 try:
     calls[{call!r}]()

@@ -14,7 +14,7 @@ from tpimpi.engine.ranks import greet
 from tpimpi.engine.startup import figures_note, memory_note
 from tpimpi.star import Star
 from tpimpi.star import settle as link_settle
-from tpimpi.star.control import as_note, heard, or_tell
+from tpimpi.star.control import encode_note, receive_note, report_errors
 from tpimpi.weights import distribute
 
 Task = Callable[[Star, dict[str, Any]], None]
@@ -71,28 +71,28 @@ def take_part(star: Star) -> None:
     greet(star, TASKS)
     with ExitStack() as stack:
         engines: list[Engine] = []
-        while "context" not in (note := heard(star)):
+        while "context" not in (note := receive_note(star)):
             if "task" in note:
                 TASKS[note["task"]](star, note)
                 continue
             settings = EngineConfig(**note["settings"])
-            engine = or_tell(star, lambda settings=settings: Engine(star, settings))  # type: ignore[misc]
+            engine = report_errors(star, lambda settings=settings: Engine(star, settings))  # type: ignore[misc]
             engines.append(stack.enter_context(closing(engine)))
-            star.collect(as_note(host=star.rank.host, **identity(engine.header)))
+            star.gather_notes(encode_note(host=star.rank.host, **identity(engine.header)))
         memory = RankMemory(engines)
         stack.enter_context(closing(memory))
         context = note["context"]
-        star.collect(memory_note(memory, context))
-        note = heard(star)
+        star.gather_notes(memory_note(memory, context))
+        note = receive_note(star)
         rank = star.rank.index
-        or_tell(star, lambda: memory.plan(context, note["promises"][rank], note["watched"][rank]))
-        star.collect(as_note())
-        heard(star)
-        allotment = or_tell(star, memory.allot_memory)
-        star.collect(as_note(**asdict(allotment)))
-        heard(star)
+        report_errors(star, lambda: memory.plan(context, note["promises"][rank], note["watched"][rank]))
+        star.gather_notes(encode_note())
+        receive_note(star)
+        allotment = report_errors(star, memory.allot_memory)
+        star.gather_notes(encode_note(**asdict(allotment)))
+        receive_note(star)
         follow([engine.model for engine in engines], star)
-        star.collect(figures_note(memory))
+        star.gather_notes(figures_note(memory))
         if memory.settings.trace:
             star.clock_offsets()
-            star.collect(memory.trace().note())
+            star.gather_notes(memory.trace().note())

@@ -34,8 +34,8 @@ from tpimpi.serving.llm import LLM, SamplingParams, load_tokenizer_of_slices
 from tpimpi.serving.report import Report
 from tpimpi.serving.sampling import make_sampler
 from tpimpi.serving.session import Session, Turn
-from tpimpi.star import LEAVE_TO_OTHERS, Star, connect, launched_rank, launcher_kind, settle
-from tpimpi.star.control import Stopped, as_note, stopping_others
+from tpimpi.star import WAIT_FOR_HUB_REPORT_S, Star, connect, launched_rank, launcher_kind, settle
+from tpimpi.star.control import Stopped, encode_note, stop_others_on_error
 from tpimpi.system import placement
 from tpimpi.system.files import write_json
 from tpimpi.system.terminal import STDOUT, Input, repair_streams, write_past_the_launcher
@@ -82,7 +82,7 @@ def _guarded(command: Callable[[list[str], _Place], int], arguments: list[str]) 
         code = 1  # whoever read our output has gone; there is nobody to tell
     except Exception as error:
         if isinstance(error, LostError) and place.star is not None and not place.star.rank.is_hub:
-            time.sleep(LEAVE_TO_OTHERS)  # rank 0 or the launcher knows better who is gone, and ends us meanwhile
+            time.sleep(WAIT_FOR_HUB_REPORT_S)  # rank 0 or the launcher knows better who is gone, and ends us meanwhile
         ours = as_ours(error)
         code, line, where = ours.exit_code, str(ours), ours.where or place.name()
         if os.environ.get("TPIMPI_TRACEBACK"):
@@ -160,7 +160,7 @@ def _spmd(arguments: list[str], place: _Place) -> int:
 def _lead(arguments: list[str], star: Star, place: _Place, typed: Input | None) -> int:
     """Rank 0. `typed` is standard input where it is read already."""
     place.in_job = False  # until generation begins the others are told to stop, and end by themselves
-    with stopping_others(star):
+    with stop_others_on_error(star):
         guests = ranks_of_run.greet(star)
         parsed = options.run_parser().parse_args(arguments)
         options.check_run(parsed)
@@ -400,7 +400,7 @@ def _measure_perplexity(arguments: list[str], star: Star, place: _Place) -> int:
     """Rank 0 of `perplexity`; the other ranks follow as they do in a run."""
     from tpimpi.serving.perplexity import Measurement
 
-    with stopping_others(star):
+    with stop_others_on_error(star):
         guests = ranks_of_run.greet(star)
         parsed = options.perplexity_parser().parse_args(arguments)
         options.check_perplexity(parsed)
@@ -440,9 +440,9 @@ def _measure_perplexity(arguments: list[str], star: Star, place: _Place) -> int:
 def _slice(arguments: list[str], star: Star, place: _Place) -> int:
     """Rank 0 of `slice` under mpirun."""
     place.in_job = False  # the others are told to stop, and end by themselves
-    with stopping_others(star):
+    with stop_others_on_error(star):
         slice_together(arguments, star, ranks_of_run.greet(star))
-    star.tell(as_note(stop=0))
+    star.broadcast_note(encode_note(stop=0))
     return 0
 
 
@@ -451,9 +451,9 @@ def _bench(arguments: list[str], star: Star, place: _Place) -> int:
     from tpimpi.diagnostics.bench import allreduce
 
     place.in_job = False
-    with stopping_others(star):
+    with stop_others_on_error(star):
         allreduce.bench(arguments, star, [guest.host for guest in ranks_of_run.greet(star)])
-    star.tell(as_note(stop=0))
+    star.broadcast_note(encode_note(stop=0))
     return 0
 
 
@@ -462,14 +462,14 @@ def _plan(arguments: list[str], star: Star, place: _Place) -> int:
     from tpimpi.diagnostics.planner.command import plan
 
     place.in_job = False
-    with stopping_others(star):
+    with stop_others_on_error(star):
         guests = ranks_of_run.greet(star)
         parsed = tool_options.plan_parser().parse_args(arguments)
         tool_options.check_plan(parsed)
         star.allow_silence(parsed.silence)
         config, formats, name = _planned_model(parsed)
         plan(star, guests, parsed, config, formats, name)
-    star.tell(as_note(stop=0))
+    star.broadcast_note(encode_note(stop=0))
     return 0
 
 
@@ -478,7 +478,7 @@ def _doctor(arguments: list[str], star: Star, place: _Place) -> int:
     from tpimpi.diagnostics.doctor import command
 
     place.in_job = False
-    with stopping_others(star):
+    with stop_others_on_error(star):
         return command.lead(arguments, star)
 
 

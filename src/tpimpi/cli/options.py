@@ -17,7 +17,7 @@ from tpimpi.errors import InputError
 from tpimpi.models.kv.cache import KV_FORMATS
 from tpimpi.serving.perplexity import CHUNK
 from tpimpi.serving.session import SAMPLING
-from tpimpi.star import ALLREDUCES, DEFAULT_SILENCE, DEFAULT_TIMEOUT, LEAST_SILENCE, WIRES
+from tpimpi.star import ALLREDUCES, DEFAULT_SILENCE_S, DEFAULT_TIMEOUT_S, SHORTEST_SILENCE_S, WIRES
 from tpimpi.system.files import check_writable
 from tpimpi.system.terminal import MOST_LINE
 from tpimpi.system.units import parse_size
@@ -205,18 +205,18 @@ def add_computing(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--timeout",
         type=float,
-        default=DEFAULT_TIMEOUT,
+        default=DEFAULT_TIMEOUT_S,
         metavar="S",
         help="seconds a rank that is there may keep another waiting before the run ends (default "
-        f"{DEFAULT_TIMEOUT:.0f})",
+        f"{DEFAULT_TIMEOUT_S:.0f})",
     )
     group.add_argument(
         "--silence",
         type=float,
-        default=DEFAULT_SILENCE,
+        default=DEFAULT_SILENCE_S,
         metavar="S",
         help="seconds without a sign of life, of its process, machine or network, after which a rank is gone, and the run "
-        f"ends (default {DEFAULT_SILENCE:.0f}, at least {LEAST_SILENCE:.0f})",
+        f"ends (default {DEFAULT_SILENCE_S:.0f}, at least {SHORTEST_SILENCE_S:.0f})",
     )
 
 
@@ -270,8 +270,10 @@ def check_run(options: argparse.Namespace, least: int = 1) -> None:
         raise InputError(f"--threads is {options.threads}, must be 1 to {MOST_THREADS}")
     if not 0 < options.timeout < float("inf"):
         raise InputError(f"--timeout is {options.timeout:g}, must be a number of seconds over 0")
-    if not LEAST_SILENCE <= options.silence <= MOST_SILENCE:
-        raise InputError(f"--silence is {options.silence:g}, must be {LEAST_SILENCE:.0f} to {MOST_SILENCE} seconds")
+    if not SHORTEST_SILENCE_S <= options.silence <= MOST_SILENCE:
+        raise InputError(
+            f"--silence is {options.silence:g}, must be {SHORTEST_SILENCE_S:.0f} to {MOST_SILENCE} seconds"
+        )
     if options.allreduce == "library" and options.wire != "f32":
         raise InputError(f"--allreduce library adds f32 alone, and --wire is {options.wire}; give another --allreduce")
     window_blocks(options.window)

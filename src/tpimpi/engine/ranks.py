@@ -12,7 +12,7 @@ from tpimpi import __version__
 from tpimpi.compute.backends import NOT_INSTALLED, has_native
 from tpimpi.errors import InputError
 from tpimpi.star import Star
-from tpimpi.star.control import as_note
+from tpimpi.star.control import encode_note
 
 NO_WATCH = "this MPI has no MPI_THREAD_MULTIPLE, so there is no watch, and a rank that hangs is noticed only after"
 
@@ -36,9 +36,11 @@ def meet(star: Star, tasks: Iterable[str] = ()) -> list[dict[str, Any]]:
     `tasks` are those that this rank knows (see tpimpi.cli.follow)."""
     cores = sorted(os.sched_getaffinity(0))
     about = {"cores": cores, "host_cores": os.cpu_count() or 1, "native": has_native(), "tasks": sorted(tasks)}
-    notes = [json.loads(note) for note in star.collect(as_note(version=__version__, host=star.rank.host, **about))]
+    notes = [
+        json.loads(note) for note in star.gather_notes(encode_note(version=__version__, host=star.rank.host, **about))
+    ]
     if notes:
-        star.introduce([note["host"] for note in notes])
+        star.set_hosts([note["host"] for note in notes])
     return notes
 
 
@@ -73,7 +75,7 @@ def bound_to_one_core(guests: Sequence[RankInfo]) -> str | None:
 
 def without_watch(star: Star, timeout: float) -> str | None:
     """What to tell a user whose MPI leaves no thread for the watch; None where there is one."""
-    return None if star.watched else f"{NO_WATCH} {timeout:g} s (--timeout)"
+    return None if star.has_heartbeat else f"{NO_WATCH} {timeout:g} s (--timeout)"
 
 
 def without_native(guests: Sequence[RankInfo]) -> str | None:

@@ -14,7 +14,7 @@ from tpimpi.engine.rank_memory import MemoryAllotment, RankMemory
 from tpimpi.engine.trace import RankTrace
 from tpimpi.errors import SliceError
 from tpimpi.star import FINISH, Star
-from tpimpi.star.control import as_note, together
+from tpimpi.star.control import encode_note, on_every_rank
 from tpimpi.system.memory import Place, places
 from tpimpi.weights.slices.header import Header
 
@@ -24,7 +24,7 @@ def open_engines(star: Star, settings: EngineConfig) -> Engine:
 
     `allot_memory` is to follow.
     """
-    star.tell(as_note(settings=asdict(settings)))
+    star.broadcast_note(encode_note(settings=asdict(settings)))
     opened: list[Engine] = []
 
     def take() -> Engine:
@@ -32,7 +32,7 @@ def open_engines(star: Star, settings: EngineConfig) -> Engine:
         return opened[0]
 
     try:
-        engine, notes = together(star, take)
+        engine, notes = on_every_rank(star, take)
         for rank, note in enumerate(notes[1:], start=1):
             _check_alike(engine.header, rank, note)
     except BaseException:
@@ -50,9 +50,9 @@ def allot_memory(
 
     Returns our own, and what every rank's memory buys, in rank order. Raises InputError where a rank's promise is too small.
     """
-    star.tell(as_note(context=context))
+    star.broadcast_note(encode_note(context=context))
     memory = RankMemory(engines, tokenizer_bytes)
-    notes = [json.loads(note) for note in star.collect(memory_note(memory, context))]
+    notes = [json.loads(note) for note in star.gather_notes(memory_note(memory, context))]
     settings = memory.settings
     promises: list[int | None] = [None] * star.rank.size
     watched = [0] * star.rank.size
@@ -64,11 +64,11 @@ def allot_memory(
         found = allowances({r: [Place(*p) for p in note["places"]] for r, note in enumerate(notes)}, hosts, needs)
         promises = [found[rank] for rank in range(star.rank.size)]
         watched = [list(hosts.values()).count(hosts[rank]) for rank in range(star.rank.size)]
-    star.tell(as_note(promises=promises, watched=watched))
+    star.broadcast_note(encode_note(promises=promises, watched=watched))
     try:
-        together(star, lambda: memory.plan(context, promises[0], watched[0]))
-        star.tell(as_note(measure=True))  # all at the same time, as they will read
-        allotment, notes = together(star, memory.allot_memory)
+        on_every_rank(star, lambda: memory.plan(context, promises[0], watched[0]))
+        star.broadcast_note(encode_note(measure=True))  # all at the same time, as they will read
+        allotment, notes = on_every_rank(star, memory.allot_memory)
     except BaseException:
         memory.close()
         raise
@@ -78,25 +78,25 @@ def allot_memory(
 def memory_note(memory: RankMemory, context: int) -> bytes:
     """What a rank needs, and what its host has."""
     found = [astuple(place) for place in places()]
-    return as_note(host=memory.star.rank.host, needs=asdict(memory.needs(context)), places=found)
+    return encode_note(host=memory.star.rank.host, needs=asdict(memory.needs(context)), places=found)
 
 
 def start(star: Star) -> None:
     """Rank 0: all is well; from now on the others follow."""
-    star.tell(as_note(start=True))
+    star.broadcast_note(encode_note(start=True))
 
 
 def finish(star: Star, memory: RankMemory) -> tuple[list[list[RankFigures]], list[RankTrace]]:
     """Rank 0: end the run on every rank. For each engine the figures of every rank, in rank order; and their traces."""
     star.command(FINISH)
     figures: list[list[RankFigures]] = [[] for _ in memory.engines]
-    for note in star.collect(figures_note(memory)):
+    for note in star.gather_notes(figures_note(memory)):
         for found, values in zip(figures, json.loads(note), strict=True):
             found.append(RankFigures(**values))
     traces = []
     if memory.settings.trace:
         offsets = star.clock_offsets()
-        notes = enumerate(star.collect(memory.trace().note()))
+        notes = enumerate(star.gather_notes(memory.trace().note()))
         traces = [RankTrace.from_note(rank, note, offsets[rank]) for rank, note in notes]
     memory.close()
     return figures, traces

@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from tpimpi.compute.formats.packed import F32
-from tpimpi.star.channel import PARTIAL, SUM, Pending, Post
-from tpimpi.star.codec import Coming, Mail
+from tpimpi.star.channel import PARTIAL, SUM, Channel, Pending
+from tpimpi.star.pieces import IncomingPiece, PieceChannel
 
 Steps = Iterator[Pending]
 
@@ -35,9 +35,9 @@ BETWEEN_POLLS = 300e-6  # seconds between two looks at the sums in the backgroun
 class Allreduce:
     """A sum under way: made by `Star.start`, ended by `wait`."""
 
-    def __init__(self, post: Post | None, steps: Steps, timeout: float, spent: Callable[[float], None]) -> None:
-        """`spent` is told the seconds that go into it. `post` is None where there is a single rank, and nothing to do."""
-        self._post, self._steps, self._timeout, self._spent = post, steps, timeout, spent
+    def __init__(self, channel: Channel | None, steps: Steps, timeout: float, spent: Callable[[float], None]) -> None:
+        """`spent` is told the seconds that go into it. `channel` is None where there is a single rank, and nothing to do."""
+        self._channel, self._steps, self._timeout, self._spent = channel, steps, timeout, spent
         self._lock = threading.Lock()  # of the steps: `Background` goes on with them too
         self._error: BaseException | None = None
         self._pending = self._next()
@@ -51,7 +51,7 @@ class Allreduce:
             return True
         if self._lock.acquire(blocking=False):
             try:
-                while self._pending is not None and self._post is not None and self._post.test(self._pending):
+                while self._pending is not None and self._channel is not None and self._channel.test(self._pending):
                     self._pending = self._next()
             except BaseException as error:
                 self._error, self._pending = error, None
@@ -66,8 +66,8 @@ class Allreduce:
             began = time.monotonic()
             deadline = began + self._timeout if deadline is None else deadline
             with self._lock:
-                while self._pending is not None and self._post is not None:
-                    self._post.wait(self._pending, deadline)
+                while self._pending is not None and self._channel is not None:
+                    self._channel.wait(self._pending, deadline)
                     self._pending = self._next()
             self._spent(time.monotonic() - began)
         if self._error is not None:
@@ -105,77 +105,77 @@ class Background:
             time.sleep(BETWEEN_POLLS)
 
 
-def star(mail: Mail, flat: F32) -> Steps:
+def star(pieces: PieceChannel, flat: F32) -> Steps:
     """Everyone sends to rank 0, which adds in rank order and sends its own bytes back: two hops, whatever the number
     of ranks (arXiv 2410.00531, section 3.3).
     """
-    cut, others = mail.pieces(0, flat.size), range(1, mail.size)
-    if mail.rank != 0:
-        answers = [mail.expect(piece, 0, SUM) for piece in cut]
-        sends = [mail.send(flat[piece], 0, PARTIAL) for piece in cut]
+    cut, others = pieces.cut(0, flat.size), range(1, pieces.size)
+    if pieces.rank != 0:
+        answers = [pieces.expect(piece, 0, SUM) for piece in cut]
+        sends = [pieces.send(flat[piece], 0, PARTIAL) for piece in cut]
         # Before that no answer can be here; looks are made by the core that somebody's partial may be waiting for.
-        earliest = time.monotonic() + SOONEST * 2 * (mail.post.latency or 0.0)
+        earliest = time.monotonic() + SOONEST * 2 * (pieces.channel.latency or 0.0)
         for piece, send, answer in zip(cut, sends, answers, strict=True):
             yield send
             answer.pending.not_before = earliest
             yield answer.pending
             answer.put(flat[piece])
         return
-    inbox = [[mail.expect(piece, rank, PARTIAL) for rank in others] for piece in cut]
+    inbox = [[pieces.expect(piece, rank, PARTIAL) for rank in others] for piece in cut]
     for piece, partials in zip(cut, inbox, strict=True):
         total = flat[piece]
         for partial in partials:
             yield partial.pending
             partial.add(total)
-        mail.publish(total, others, SUM)
-    yield mail.sent()
+        pieces.publish(total, others, SUM)
+    yield pieces.sent()
 
 
-def exchange(mail: Mail, flat: F32) -> Steps:
+def exchange(pieces: PieceChannel, flat: F32) -> Steps:
     """Everyone sends its partial to everyone, who all add in rank order: a single hop, for n - 1 times the bytes.
 
     All add the same numbers in the same order, in IEEE f32, and so have the same bits.
     """
-    cut = mail.pieces(0, flat.size)
-    others = [(mail.rank + turn) % mail.size for turn in range(1, mail.size)]
-    inbox = {(piece.start, rank): mail.expect(piece, rank, PARTIAL) for piece in cut for rank in others}
+    cut = pieces.cut(0, flat.size)
+    others = [(pieces.rank + turn) % pieces.size for turn in range(1, pieces.size)]
+    inbox = {(piece.start, rank): pieces.expect(piece, rank, PARTIAL) for piece in cut for rank in others}
     for piece in cut:
-        mail.publish(flat[piece], others, PARTIAL)
+        pieces.publish(flat[piece], others, PARTIAL)
     for piece in cut:
-        yield from _add_in_rank_order(mail, flat[piece], {rank: inbox[piece.start, rank] for rank in others})
-    yield mail.sent()
+        yield from _add_in_rank_order(pieces, flat[piece], {rank: inbox[piece.start, rank] for rank in others})
+    yield pieces.sent()
 
 
-def mesh(mail: Mail, flat: F32) -> Steps:
+def mesh(pieces: PieceChannel, flat: F32) -> Steps:
     """Everyone is the hub of a part: it gets that part of every partial, adds in rank order, and sends its own bytes to
     everyone. Two hops, and no link carries more than another (a reduce-scatter and an all-gather, both direct; see Thakur,
     Rabenseifner and Gropp, "Optimization of Collective Communication Operations in MPICH", 2005).
     """
-    cut = mail.parts(flat.size)
+    cut = pieces.parts(flat.size)
     # Each begins with another one, so that not all send to the same rank at once.
-    others = [(mail.rank + turn) % mail.size for turn in range(1, mail.size)]
-    inbox = [{rank: mail.expect(piece, rank, PARTIAL) for rank in others} for piece in cut[mail.rank]]
+    others = [(pieces.rank + turn) % pieces.size for turn in range(1, pieces.size)]
+    inbox = [{rank: pieces.expect(piece, rank, PARTIAL) for rank in others} for piece in cut[pieces.rank]]
     # The first pieces of all parts, then the second: so every hub has something to add while the rest is on its way.
     theirs = [
         (owner, cut[owner][turn]) for turn in range(max(map(len, cut))) for owner in others if turn < len(cut[owner])
     ]
-    answers = [(piece, mail.expect(piece, owner, SUM)) for owner, piece in theirs]
-    sends = [mail.send(flat[piece], owner, PARTIAL) for owner, piece in theirs]
-    for piece, partials in zip(cut[mail.rank], inbox, strict=True):
-        yield from _add_in_rank_order(mail, flat[piece], partials)
-        mail.publish(flat[piece], others, SUM)
+    answers = [(piece, pieces.expect(piece, owner, SUM)) for owner, piece in theirs]
+    sends = [pieces.send(flat[piece], owner, PARTIAL) for owner, piece in theirs]
+    for piece, partials in zip(cut[pieces.rank], inbox, strict=True):
+        yield from _add_in_rank_order(pieces, flat[piece], partials)
+        pieces.publish(flat[piece], others, SUM)
     for send, (piece, answer) in zip(sends, answers, strict=True):
         yield send
         yield answer.pending
         answer.put(flat[piece])
-    yield mail.sent()
+    yield pieces.sent()
 
 
-def _add_in_rank_order(mail: Mail, total: F32, partials: Mapping[int, Coming]) -> Steps:
+def _add_in_rank_order(pieces: PieceChannel, total: F32, partials: Mapping[int, IncomingPiece]) -> Steps:
     """Make `total`, this rank's own partial, the sum of all."""
-    own = total.copy() if mail.rank else total
-    for rank in range(mail.size):
-        if rank == mail.rank:
+    own = total.copy() if pieces.rank else total
+    for rank in range(pieces.size):
+        if rank == pieces.rank:
             if rank:
                 total += own
             continue
@@ -186,46 +186,46 @@ def _add_in_rank_order(mail: Mail, total: F32, partials: Mapping[int, Coming]) -
             partials[rank].put(total)
 
 
-def ring(mail: Mail, flat: F32) -> Steps:
+def ring(pieces: PieceChannel, flat: F32) -> Steps:
     """Reduce-scatter, then all-gather, each n - 1 steps to the next rank: no link carries more than another, but 2 (n - 1)
     hops (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009).
 
     Part p is added up on its way from rank p to rank p - 1, which then passes its own bytes round.
     """
-    n, rank = mail.size, mail.rank
-    cut, left, right = mail.parts(flat.size), (rank - 1) % n, [(rank + 1) % n]
-    adding = [[mail.expect(piece, left, PARTIAL) for piece in cut[(rank - step) % n]] for step in range(1, n)]
-    gathering = [[mail.expect(piece, left, SUM) for piece in cut[(rank - step) % n]] for step in range(n - 1)]
-    sends = {piece.start: mail.send(flat[piece], right[0], PARTIAL) for piece in cut[rank]}
-    for step, comings in enumerate(adding, start=1):
-        for piece, coming in zip(cut[(rank - step) % n], comings, strict=True):
-            yield coming.pending
-            coming.add(flat[piece])
+    n, rank = pieces.size, pieces.rank
+    cut, left, right = pieces.parts(flat.size), (rank - 1) % n, [(rank + 1) % n]
+    adding = [[pieces.expect(piece, left, PARTIAL) for piece in cut[(rank - step) % n]] for step in range(1, n)]
+    gathering = [[pieces.expect(piece, left, SUM) for piece in cut[(rank - step) % n]] for step in range(n - 1)]
+    sends = {piece.start: pieces.send(flat[piece], right[0], PARTIAL) for piece in cut[rank]}
+    for step, arrivals in enumerate(adding, start=1):
+        for piece, arrival in zip(cut[(rank - step) % n], arrivals, strict=True):
+            yield arrival.pending
+            arrival.add(flat[piece])
             if step < n - 1:
-                sends[piece.start] = mail.send(flat[piece], right[0], PARTIAL)
+                sends[piece.start] = pieces.send(flat[piece], right[0], PARTIAL)
             else:
-                mail.publish(flat[piece], right, SUM)
-    for step, comings in enumerate(gathering):
-        for piece, coming in zip(cut[(rank - step) % n], comings, strict=True):
-            yield coming.pending
+                pieces.publish(flat[piece], right, SUM)
+    for step, arrivals in enumerate(gathering):
+        for piece, arrival in zip(cut[(rank - step) % n], arrivals, strict=True):
+            yield arrival.pending
             yield sends[piece.start]
             if step < n - 2:
-                mail.forward(coming.data, right, SUM)
-            coming.put(flat[piece])
-    yield mail.sent()
+                pieces.forward(arrival.data, right, SUM)
+            arrival.put(flat[piece])
+    yield pieces.sent()
 
 
-def tree(mail: Mail, flat: F32) -> Steps:
+def tree(pieces: PieceChannel, flat: F32) -> Steps:
     """A binomial tree: sums go up to rank 0, its own bytes down again, ceil(log2 n) hops each way (reduce and broadcast of
     short messages in MPICH: Thakur, Rabenseifner and Gropp, 2005).
     """
-    cut, rank = mail.pieces(0, flat.size), mail.rank
-    lowest = rank & -rank if rank else 1 << mail.size.bit_length()  # the parent is `lowest` below
-    bits = [1 << bit for bit in range(mail.size.bit_length()) if 1 << bit < lowest]
-    children = [rank + bit for bit in bits if rank + bit < mail.size]
+    cut, rank = pieces.cut(0, flat.size), pieces.rank
+    lowest = rank & -rank if rank else 1 << pieces.size.bit_length()  # the parent is `lowest` below
+    bits = [1 << bit for bit in range(pieces.size.bit_length()) if 1 << bit < lowest]
+    children = [rank + bit for bit in bits if rank + bit < pieces.size]
     down = children[::-1]  # those with the most below them first
-    inbox = [[mail.expect(piece, child, PARTIAL) for child in children] for piece in cut]
-    answers = [mail.expect(piece, rank - lowest, SUM) for piece in cut] if rank else []
+    inbox = [[pieces.expect(piece, child, PARTIAL) for child in children] for piece in cut]
+    answers = [pieces.expect(piece, rank - lowest, SUM) for piece in cut] if rank else []
     sends = []
     for piece, partials in zip(cut, inbox, strict=True):
         total = flat[piece]
@@ -233,26 +233,26 @@ def tree(mail: Mail, flat: F32) -> Steps:
             yield partial.pending
             partial.add(total)
         if rank:
-            sends.append(mail.send(total, rank - lowest, PARTIAL))
+            sends.append(pieces.send(total, rank - lowest, PARTIAL))
         else:
-            mail.publish(total, down, SUM)
+            pieces.publish(total, down, SUM)
     for piece, send, answer in zip(cut if rank else [], sends, answers, strict=True):
         yield answer.pending
-        mail.forward(answer.data, down, SUM)
+        pieces.forward(answer.data, down, SUM)
         yield send
         answer.put(flat[piece])
-    yield mail.sent()
+    yield pieces.sent()
 
 
-def library(mail: Mail, flat: F32) -> Steps:
+def library(pieces: PieceChannel, flat: F32) -> Steps:
     """MPI's own allreduce; in f32 only."""
-    assert mail.wire.format == "f32"
+    assert pieces.wire.format == "f32"
     result = np.empty_like(flat)
-    yield Pending([mail.post.comm.Iallreduce(flat, result)], [0], [None])
+    yield Pending([pieces.channel.comm.Iallreduce(flat, result)], [0], [None])
     flat[:] = result
 
 
-ALGORITHMS: dict[str, Callable[[Mail, F32], Steps]] = {
+ALGORITHMS: dict[str, Callable[[PieceChannel, F32], Steps]] = {
     "star": star,
     "exchange": exchange,
     "mesh": mesh,

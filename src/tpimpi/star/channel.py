@@ -61,7 +61,7 @@ class Pending:
     not_before: float = 0.0  # a time.monotonic() value, before which it is no use to look
 
 
-class Spares:
+class BufferPool:
     """Buffers of messages for the next ones: in new memory every 4 KiB cost a page fault, a fifth of a large sum's time."""
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ class Spares:
         self._free.clear()
 
 
-class Post:
+class Channel:
     """One rank's messages, over the communicator `comm`.
 
     Each message ends with a seal of SEAL bytes, the XXH3-64 of its other bytes with the tag as seed (BULK has none: tiles
@@ -106,8 +106,8 @@ class Post:
 
         self.comm, self._mpi_error = comm, MPI.Exception
         self.rank, self.size = comm.rank, comm.size
-        self.spares = Spares()
-        self.heard: dict[int, float] = {}  # when the last message of each rank came, time.monotonic()
+        self.buffers = BufferPool()
+        self.last_heard: dict[int, float] = {}  # when the last message of each rank came, time.monotonic()
         _fine_timers()
 
     def send(self, array: npt.NDArray[Any], to: int, tag: int) -> Pending:
@@ -118,7 +118,7 @@ class Post:
         """Begin to send the same array to several ranks."""
         data, lent = _bytes(array), []
         if tag != BULK:
-            frame = self.spares.take(data.size + SEAL)
+            frame = self.buffers.take(data.size + SEAL)
             frame[:-SEAL] = data
             frame[-SEAL:].view(np.uint64)[0] = xxhash.xxh3_64_intdigest(data, tag)
             data, lent = frame, [frame]
@@ -133,12 +133,12 @@ class Post:
     def receive(self, array: npt.NDArray[Any], source: int, tag: int) -> Pending:
         """Begin to receive into a contiguous array, which is filled exactly, once all of the message is there."""
         target = _bytes(array)
-        return self._receive(Frame(self.spares.take(target.size + SEAL), target), source, tag)
+        return self._receive(Frame(self.buffers.take(target.size + SEAL), target), source, tag)
 
     def expect(self, nbytes: int, source: int, tag: int) -> tuple[Pending, Bytes]:
         """Begin to receive so many bytes: what is to be done, and where they are then: uint8 [nbytes], which whoever is done
-        with them gives back to `spares`."""
-        frame = Frame(self.spares.take(nbytes + SEAL))
+        with them gives back to `buffers`."""
+        frame = Frame(self.buffers.take(nbytes + SEAL))
         return self._receive(frame, source, tag), frame.buffer[:nbytes]
 
     def _receive(self, frame: Frame, source: int, tag: int) -> Pending:
@@ -163,13 +163,13 @@ class Post:
                     data = self._opened(frame.buffer, peer, pending.tag)
                     if frame.target is not None:
                         frame.target[:] = data
-                        self.spares.give(frame.buffer)
-                    self.heard[peer] = time.monotonic()
+                        self.buffers.give(frame.buffer)
+                    self.last_heard[peer] = time.monotonic()
                 pending.done += 1
         except self._mpi_error as error:
             raise self._lost(pending.peers[pending.done], error) from error
         while pending.lent:
-            self.spares.give(pending.lent.pop())
+            self.buffers.give(pending.lent.pop())
         return True
 
     def _lost(self, peer: int, error: MPI.Exception) -> LostError:
@@ -220,7 +220,7 @@ class Post:
         finally:
             self.awaited = ()
         self.wait(pending, deadline)
-        self.heard[source] = time.monotonic()
+        self.last_heard[source] = time.monotonic()
         return buffer if tag == BULK else self._opened(buffer, source, tag)
 
     def _silence(self, late: Sequence[int], seconds: float) -> StarError:

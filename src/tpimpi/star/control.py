@@ -24,12 +24,12 @@ class Stopped(Exception):  # noqa: N818  (not an error of this rank)
         self.code = code
 
 
-def as_note(**values: Any) -> bytes:
+def encode_note(**values: Any) -> bytes:
     return json.dumps(values).encode()
 
 
 @contextmanager
-def stopping_others(star: Star) -> Iterator[None]:
+def stop_others_on_error(star: Star) -> Iterator[None]:
     """Rank 0: if what is inside fails, the other ranks, which wait for a note, end with the same exit code."""
     try:
         yield
@@ -37,18 +37,18 @@ def stopping_others(star: Star) -> Iterator[None]:
         code = as_ours(error).exit_code if isinstance(error, Exception) else 1
         if isinstance(error, SystemExit):
             code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        star.tell(as_note(stop=code))
+        star.broadcast_note(encode_note(stop=code))
         raise
 
 
-def together(star: Star, work: Callable[[], T]) -> tuple[T, list[dict[str, Any]]]:
+def on_every_rank(star: Star, work: Callable[[], T]) -> tuple[T, list[dict[str, Any]]]:
     """Rank 0: do our part of what every rank does, and hear their notes. Raises the first error, ours or another's."""
     problem, result = None, None
     try:
         result = work()
     except Exception as error:
         problem = as_ours(error)
-    notes = [json.loads(note) for note in star.collect(as_note())]
+    notes = [json.loads(note) for note in star.gather_notes(encode_note())]
     raise_first(problem, notes)
     return result, notes  # type: ignore[return-value]
 
@@ -67,24 +67,24 @@ def raise_first(problem: TpimpiError | None, notes: Sequence[dict[str, Any]]) ->
         raise problem
 
 
-def trouble(star: Star, error: Exception) -> bytes:
+def error_note(star: Star, error: Exception) -> bytes:
     """The note with which a rank tells rank 0 of an error."""
     ours = as_ours(error)
-    return as_note(error=str(ours), code=ours.exit_code, host=star.rank.host)
+    return encode_note(error=str(ours), code=ours.exit_code, host=star.rank.host)
 
 
-def or_tell(star: Star, work: Callable[[], T]) -> T:
+def report_errors(star: Star, work: Callable[[], T]) -> T:
     """What `work` returns; what it raises rank 0 is told, which then ends the run."""
     try:
         return work()
     except Exception as error:
-        star.collect(trouble(star, error))
-        heard(star)  # raises Stopped
+        star.gather_notes(error_note(star, error))
+        receive_note(star)  # raises Stopped
         raise
 
 
-def heard(star: Star) -> dict[str, Any]:
-    note: dict[str, Any] = json.loads(star.hear())
+def receive_note(star: Star) -> dict[str, Any]:
+    note: dict[str, Any] = json.loads(star.receive_note())
     if "stop" in note:
         raise Stopped(note["stop"])
     return note

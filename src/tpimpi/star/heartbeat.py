@@ -1,13 +1,13 @@
-"""The watch: a thread on every rank that tells who is gone, while the main thread computes, waits, or sleeps.
+"""The heartbeat: a thread on every rank that notices which rank is gone, while the main thread computes, waits or sleeps.
 
-Every rank other than 0 sends rank 0 a beat, a message of BEAT_BYTES, eight times within the `silence` that is allowed, and
-rank 0 sends each of them one. Who has not beaten for `silence` seconds is gone: its process hangs, its machine is off, or
-the network is cut. Then rank 0 says so, each rank that misses rank 0 does, and the run ends. A rank that beats, or sends
-anything else, is there, however slow it is: rank 0 says for whom it waits, after a while.
+Every rank other than 0 sends rank 0 a heartbeat of HEARTBEAT_BYTES, eight times within the `silence` that is allowed, and
+rank 0 sends one to each of them. A rank that sent none for `silence` seconds is gone: its process hangs, its machine is
+off, or the network is cut. Then rank 0 says so, as does each rank that misses rank 0, and the run ends. A rank that sends
+heartbeats, or anything else, is there, however slow it is: rank 0 says for whom it waits, after a while.
 
-A beat is three int64, a magic number, HERE or LEAVING, and the silence that is allowed in ms, where all follow rank 0; and
-the sender's host name (40 bytes, UTF-8, zeros behind). It goes over a communicator of its own, which the watch alone uses
-(MPI_THREAD_MULTIPLE; where MPI has less there is no watch).
+A heartbeat is three int64 (a magic number; HERE or LEAVING; the silence that is allowed, in ms, which all take from rank
+0) and the sender's host name (40 bytes, UTF-8, zeros behind). It goes over a communicator of its own, which this thread
+alone uses (MPI_THREAD_MULTIPLE; where MPI has less there is no heartbeat).
 """
 
 from __future__ import annotations
@@ -25,70 +25,72 @@ import numpy as np
 import psutil
 
 from tpimpi.errors import StarError
-from tpimpi.star.channel import LOOK, Pending, Post
+from tpimpi.star.channel import LOOK, Channel, Pending
 from tpimpi.system.launcher import DAEMONS, LAUNCHERS, Rank
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-DEFAULT_SILENCE = 8.0  # seconds without a beat after which a rank is gone
-LEAST_SILENCE = 1.0
-LATER = 2.0  # seconds by which a first beat may come later than the silence allows
-BEAT_BYTES = 64
-_HEAD = 24  # bytes of a beat before the name
+DEFAULT_SILENCE_S = 8.0  # without a heartbeat, after which a rank is gone
+SHORTEST_SILENCE_S = 1.0
+FIRST_DELAY_S = 2.0  # by which a first heartbeat may come later than the silence allows
+HEARTBEAT_BYTES = 64
+_HEAD = 24  # bytes of a heartbeat before the name
 HERE, LEAVING = 1, 2
 _MAGIC = 0x7470_696D_7069_6265  # "tpimpibe"
 _TAG = 1
 _BEATS = 8  # within the silence
-LEAVE_TO_OTHERS = 3.0  # seconds in which rank 0 and the launcher say who is gone, before another rank does
+WAIT_FOR_HUB_REPORT_S = 3.0  # seconds in which rank 0 and the launcher say who is gone, before another rank does
 GRACE = 2.0  # seconds that MPI gets to end the job where a rank is gone
 SLOW = 10.0  # seconds of waiting for a rank after which rank 0 says so, and again after each doubling
 
 
-class Watch:
-    """Beats, listens, and ends the run when a rank is gone. Made by `Star.watch`; `close` ends it in peace."""
+class Heartbeat:
+    """Sends heartbeats, receives them, and ends the run when a rank is gone. Made by `connect`; `close` ends it in order."""
 
-    def __init__(self, comm: MPI.Intracomm, rank: Rank, silence: float, main: Post) -> None:
-        """`main` has the main thread's messages: each is a sign of life too, and beats may be queued behind them."""
-        self._post, self.rank, self.silence, self._main = Post(comm), rank, silence, main
+    def __init__(self, comm: MPI.Intracomm, rank: Rank, silence: float, main: Channel) -> None:
+        """`main` has the main thread's messages: each is a sign of life too, and heartbeats may be queued behind
+        them."""
+        self._channel, self.rank, self.silence, self._main = Channel(comm), rank, silence, main
         self._peers = list(range(1, rank.size)) if rank.is_hub else [0]
         self._hosts = dict.fromkeys(self._peers, "")
-        self._beaten = 0.0
-        # The first beat may take longer: some ranks start later than others.
-        self._heard = dict.fromkeys(self._peers, time.monotonic() + min(silence, LATER))
-        self._buffers = {peer: np.zeros(BEAT_BYTES, np.uint8) for peer in self._peers}
+        self._last_sent = 0.0
+        # The first heartbeat may take longer: some ranks start later than others.
+        self._last_heard = dict.fromkeys(self._peers, time.monotonic() + min(silence, FIRST_DELAY_S))
+        self._buffers = {peer: np.zeros(HEARTBEAT_BYTES, np.uint8) for peer in self._peers}
         self._receives = {peer: self._receive(peer) for peer in self._peers}
         self._sends: dict[int, Pending] = {}
         self._left: set[int] = set()
         self._slow_since: dict[int, float] = {}
         self._slow_said: dict[int, float] = {}
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="tpimpi-watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="tpimpi-heartbeat", daemon=True)
         self._thread.start()
 
     def name(self, peer: int) -> str:
         """ "r2 home-pi", or "r2" of a rank that has not said its host yet."""
         return f"r{peer} {self._hosts[peer]}".rstrip()
 
-    def introduce(self, hosts: Sequence[str]) -> None:
+    def set_hosts(self, hosts: Sequence[str]) -> None:
         """The hosts of all ranks, in rank order."""
         self._hosts = {peer: hosts[peer] for peer in self._peers}
 
-    def allow(self, silence: float) -> None:
+    def allow_silence(self, silence: float) -> None:
         """From now on a rank is gone after so many seconds; on rank 0, which tells the others."""
         if silence == self.silence:
             return
-        # It takes one beat of the old kind until they beat in the new way.
-        later = time.monotonic() + min(self.silence, LATER)
+        # They send one more heartbeat of the old interval before they know the new one.
+        later = time.monotonic() + min(self.silence, FIRST_DELAY_S)
         self.silence = silence
-        for peer in list(self._heard):
-            self._heard[peer] = later
-        self._beaten = 0.0
+        for peer in list(self._last_heard):
+            self._last_heard[peer] = later
+        self._last_sent = 0.0
 
     def close(self) -> None:
         """Say good-bye, hear that of the others, and stop.
 
-        Rank 0 leaves last: another rank waits for it as long as it beats. So no receive is left open when MPI ends.
+        Rank 0 leaves last: another rank waits for it as long as it sends heartbeats. So no receive is left open
+        when MPI ends.
         """
         if self._closing.is_set():
             return
@@ -97,13 +99,13 @@ class Watch:
         if self._thread.is_alive():
             return
         with contextlib.suppress(StarError):  # one that is gone needs no good-bye
-            farewells = [self._post.send(self._beat(LEAVING), peer, _TAG) for peer in self._peers]
+            farewells = [self._channel.send(self._message(LEAVING), peer, _TAG) for peer in self._peers]
             patience = GRACE if self.rank.is_hub else self.silence
             closed = time.monotonic()
-            while self._receives or not all(map(self._post.test, farewells)):
+            while self._receives or not all(map(self._channel.test, farewells)):
                 now = time.monotonic()
                 self._listen(now)
-                if now - max(closed, *self._heard.values(), 0.0) > patience:
+                if now - max(closed, *self._last_heard.values(), 0.0) > patience:
                     break
                 time.sleep(0.002)
         for receive in self._receives.values():
@@ -119,53 +121,53 @@ class Watch:
             now = time.monotonic()
             # If this process itself was stopped, the others get time again.
             if looked and now - looked > self.silence / 2:
-                self._heard = {peer: max(heard, now) for peer, heard in self._heard.items()}
+                self._last_heard = {peer: max(heard, now) for peer, heard in self._last_heard.items()}
             looked = now
             try:
-                if now - self._beaten >= self.silence / _BEATS:
-                    self._beaten = now
-                    self._send_beats()
+                if now - self._last_sent >= self.silence / _BEATS:
+                    self._last_sent = now
+                    self._send_all()
                 self._listen(now)
             except StarError as error:
                 self._broken(error)
-            for peer in self._heard:
-                self._heard[peer] = max(self._heard[peer], self._main.heard.get(peer, 0.0))
-            if gone := [peer for peer, heard in self._heard.items() if now - heard > self.silence]:
+            for peer in self._last_heard:
+                self._last_heard[peer] = max(self._last_heard[peer], self._main.last_heard.get(peer, 0.0))
+            if gone := [peer for peer, heard in self._last_heard.items() if now - heard > self.silence]:
                 self._end(gone, now)
             self._report_slow(now)
 
-    def _beat(self, state: int) -> np.ndarray:
-        beat = np.zeros(BEAT_BYTES, np.uint8)
-        beat[:_HEAD].view(np.int64)[:] = _MAGIC, state, int(self.silence * 1000)
-        host = self.rank.host.encode()[: BEAT_BYTES - _HEAD]
-        beat[_HEAD : _HEAD + len(host)] = np.frombuffer(host, np.uint8)
-        return beat
+    def _message(self, state: int) -> np.ndarray:
+        message = np.zeros(HEARTBEAT_BYTES, np.uint8)
+        message[:_HEAD].view(np.int64)[:] = _MAGIC, state, int(self.silence * 1000)
+        host = self.rank.host.encode()[: HEARTBEAT_BYTES - _HEAD]
+        message[_HEAD : _HEAD + len(host)] = np.frombuffer(host, np.uint8)
+        return message
 
-    def _send_beats(self) -> None:
+    def _send_all(self) -> None:
         for peer in self._peers:
             # One at a time: to a rank that is gone they would pile up.
-            if peer not in self._left and (peer not in self._sends or self._post.test(self._sends[peer])):
-                self._sends[peer] = self._post.send(self._beat(HERE), peer, _TAG)
+            if peer not in self._left and (peer not in self._sends or self._channel.test(self._sends[peer])):
+                self._sends[peer] = self._channel.send(self._message(HERE), peer, _TAG)
 
     def _receive(self, peer: int) -> Pending:
-        return self._post.receive(self._buffers[peer], peer, _TAG)
+        return self._channel.receive(self._buffers[peer], peer, _TAG)
 
     def _listen(self, now: float) -> None:
         for peer in self._peers:
-            while peer in self._receives and self._post.test(self._receives[peer]):
-                beat = self._buffers[peer]
-                magic, state, allowed = (int(value) for value in beat[:_HEAD].view(np.int64))
+            while peer in self._receives and self._channel.test(self._receives[peer]):
+                message = self._buffers[peer]
+                magic, state, allowed = (int(value) for value in message[:_HEAD].view(np.int64))
                 if magic == _MAGIC:
-                    # Who has not heard of another silence yet beats in the old way.
+                    # A rank that does not know the new silence yet sends at the old interval.
                     agreed = allowed == int(self.silence * 1000)
-                    self._heard[peer] = now if agreed else max(now, self._heard[peer])
-                    host = beat[_HEAD:].tobytes().rstrip(b"\0").decode(errors="replace")
+                    self._last_heard[peer] = now if agreed else max(now, self._last_heard[peer])
+                    host = message[_HEAD:].tobytes().rstrip(b"\0").decode(errors="replace")
                     self._hosts[peer] = "".join(c for c in host if c.isprintable())
-                    if not self.rank.is_hub and not agreed and allowed >= 1000 * LEAST_SILENCE:
-                        self.allow(allowed / 1000)
+                    if not self.rank.is_hub and not agreed and allowed >= 1000 * SHORTEST_SILENCE_S:
+                        self.allow_silence(allowed / 1000)
                 if magic == _MAGIC and state == LEAVING:
                     self._left.add(peer)
-                    del self._receives[peer], self._heard[peer]
+                    del self._receives[peer], self._last_heard[peer]
                 else:
                     self._receives[peer] = self._receive(peer)
 
@@ -174,11 +176,11 @@ class Watch:
 
         Ranks other than 0 leave it to rank 0 and the launcher for longer: they may only see what comes of it.
         """
-        if not self._closing.wait(1.0 if self.rank.is_hub else LEAVE_TO_OTHERS):
+        if not self._closing.wait(1.0 if self.rank.is_hub else WAIT_FOR_HUB_REPORT_S):
             self._say(str(error))
-            leave_at_last(self.rank)
+            end_without_mpi(self.rank)
             time.sleep(0.2)
-            self._post.comm.Abort(1)
+            self._channel.comm.Abort(1)
             os._exit(1)
 
     def _report_slow(self, now: float) -> None:
@@ -192,8 +194,8 @@ class Watch:
                 self._say(f"{self.name(peer)} goes on")
         for peer in late & set(self._peers):
             waited = now - self._slow_since.setdefault(peer, now)
-            beats = now - self._heard.get(peer, 0) < 2 * self.silence / _BEATS
-            if beats and waited >= max(SLOW, 2 * self._slow_said.get(peer, 0)):
+            alive = now - self._last_heard.get(peer, 0) < 2 * self.silence / _BEATS
+            if alive and waited >= max(SLOW, 2 * self._slow_said.get(peer, 0)):
                 self._slow_said[peer] = waited
                 self._say(f"waiting for {self.name(peer)} for {waited:.0f} s: slow, not gone")
 
@@ -209,18 +211,18 @@ class Watch:
     def _end(self, gone: list[int], now: float) -> None:
         """Say who is gone, and end this rank whatever MPI does."""
         names = ", ".join(map(self.name, gone))
-        seconds = min(now - self._heard[peer] for peer in gone)
+        seconds = min(now - self._last_heard[peer] for peer in gone)
         self._write(
             f"{names}: no sign of life for {seconds:.0f} s, says {self.rank}: the process hangs, or the machine or its "
             f"network is gone; {LOOK}, or allow more with --silence; the run ends here"
         )
-        leave_at_last(self.rank)
+        end_without_mpi(self.rank)
         time.sleep(0.2)  # the launcher relays our line
-        self._post.comm.Abort(1)
+        self._channel.comm.Abort(1)
         os._exit(1)
 
 
-def leave_at_last(rank: Rank, grace: float = GRACE) -> None:
+def end_without_mpi(rank: Rank, grace: float = GRACE) -> None:
     """If MPI has not ended the job within `grace` seconds, which it cannot where the network is cut, end it without MPI.
 
     Rank 0 takes its launcher along, which would wait for daemons that it has lost, and all below it on this host; another

@@ -12,14 +12,14 @@ from statistics import median
 import numpy as np
 
 from tpimpi.compute.formats.packed import Bytes
-from tpimpi.star.channel import ECHO, Post
-from tpimpi.star.codec import PIECE
+from tpimpi.star.channel import ECHO, Channel
+from tpimpi.star.pieces import PIECE_NUMBERS
 from tpimpi.star.star import Star
 
 PINGS = 100  # at most
 LEAST_PINGS = 10
 PING_SECONDS = 0.5  # after which LEAST_PINGS do
-CHUNK = 4 * PIECE  # bytes of a message of the bandwidth's, as those of a sum
+CHUNK = 4 * PIECE_NUMBERS  # bytes of a message of the bandwidth's, as those of a sum
 FIRST_BULK, MOST_BULK = 1 << 16, 1 << 24  # bytes sent at once: doubled until that takes a while
 BULK_SECONDS = 0.15
 PATIENCE = 30.0  # seconds for a message of these
@@ -41,77 +41,77 @@ class Ping:
 
 def ping_link(star: Star, rank: int) -> Ping:
     """Hub: look at the link to `rank`, which answers. Raises StarError where it does not in time."""
-    post = _post(star)
+    channel = _channel(star)
     trips: list[float] = []
     began = time.monotonic()
     while len(trips) < PINGS and (len(trips) < LEAST_PINGS or time.monotonic() - began < PING_SECONDS):
-        trips.append(_timed(post, rank, _PING, 0))
-    to_rate, to_moved = _rate(post, rank, _UP, min(trips))
-    from_rate, from_moved = _rate(post, rank, _DOWN, min(trips))
-    _ask(post, rank, _END, 0)
+        trips.append(_timed(channel, rank, _PING, 0))
+    to_rate, to_moved = _rate(channel, rank, _UP, min(trips))
+    from_rate, from_moved = _rate(channel, rank, _DOWN, min(trips))
+    _ask(channel, rank, _END, 0)
     return Ping(min(trips) / 2, median(trips) / 2, to_rate, from_rate, min(to_moved, from_moved))
 
 
 def answer_link(star: Star) -> None:
     """Another rank: answer until the hub has seen enough."""
-    post = _post(star)
+    channel = _channel(star)
     while True:
-        kind, nbytes = (int(value) for value in _take(post, 0).view(np.int64))
+        kind, nbytes = (int(value) for value in _take(channel, 0).view(np.int64))
         if kind == _END:
             return
         if kind == _UP:
-            _take_all(post, 0, nbytes)
+            _take_all(channel, 0, nbytes)
         if kind == _DOWN:
-            _send_all(post, 0, nbytes)
+            _send_all(channel, 0, nbytes)
         else:
-            _ask(post, 0, _PING, 0)
+            _ask(channel, 0, _PING, 0)
 
 
-def _post(star: Star) -> Post:
-    assert star._post is not None
-    return star._post
+def _channel(star: Star) -> Channel:
+    assert star._channel is not None
+    return star._channel
 
 
-def _rate(post: Post, rank: int, kind: int, trip: float) -> tuple[float, int]:
+def _rate(channel: Channel, rank: int, kind: int, trip: float) -> tuple[float, int]:
     """Bytes a second, and how many were moved to find out."""
     nbytes, moved = FIRST_BULK, 0
     while True:
-        seconds = _timed(post, rank, kind, nbytes)
+        seconds = _timed(channel, rank, kind, nbytes)
         moved += nbytes
         if seconds - trip >= BULK_SECONDS or nbytes >= MOST_BULK:
             return nbytes / max(seconds - trip, seconds / 10), moved
         nbytes *= 2
 
 
-def _timed(post: Post, rank: int, kind: int, nbytes: int) -> float:
+def _timed(channel: Channel, rank: int, kind: int, nbytes: int) -> float:
     """Seconds from asking `rank` to its whole answer."""
     began = time.monotonic()
-    _ask(post, rank, kind, nbytes)
+    _ask(channel, rank, kind, nbytes)
     if kind == _UP:
-        _send_all(post, rank, nbytes)
+        _send_all(channel, rank, nbytes)
     if kind == _DOWN:
-        _take_all(post, rank, nbytes)
+        _take_all(channel, rank, nbytes)
     else:
-        _take(post, rank)
+        _take(channel, rank)
     return time.monotonic() - began
 
 
-def _ask(post: Post, rank: int, kind: int, nbytes: int) -> None:
-    post.wait(post.send(np.array([kind, nbytes], np.int64), rank, ECHO), time.monotonic() + PATIENCE)
+def _ask(channel: Channel, rank: int, kind: int, nbytes: int) -> None:
+    channel.wait(channel.send(np.array([kind, nbytes], np.int64), rank, ECHO), time.monotonic() + PATIENCE)
 
 
-def _take(post: Post, rank: int) -> Bytes:
-    return post.take(rank, ECHO, time.monotonic() + PATIENCE)
+def _take(channel: Channel, rank: int) -> Bytes:
+    return channel.take(rank, ECHO, time.monotonic() + PATIENCE)
 
 
-def _send_all(post: Post, rank: int, nbytes: int) -> None:
+def _send_all(channel: Channel, rank: int, nbytes: int) -> None:
     chunk = np.zeros(CHUNK, np.uint8)
-    sends = [post.send(chunk[: min(CHUNK, nbytes - start)], rank, ECHO) for start in range(0, nbytes, CHUNK)]
+    sends = [channel.send(chunk[: min(CHUNK, nbytes - start)], rank, ECHO) for start in range(0, nbytes, CHUNK)]
     for send in sends:
-        post.wait(send, time.monotonic() + PATIENCE)
+        channel.wait(send, time.monotonic() + PATIENCE)
 
 
-def _take_all(post: Post, rank: int, nbytes: int) -> None:
+def _take_all(channel: Channel, rank: int, nbytes: int) -> None:
     left = nbytes
     while left > 0:
-        left -= len(_take(post, rank))
+        left -= len(_take(channel, rank))

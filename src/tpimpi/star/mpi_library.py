@@ -9,7 +9,7 @@ from tpimpi.system.launcher import OPEN_MPI, launched_rank, launcher_kind, launc
 
 
 @dataclass(frozen=True)
-class AboutMpi:
+class MpiLibrary:
     """Kind and version of the MPI library, mpi4py's version, and the launcher: its kind, and its program where it runs on
     this host. All empty where no launcher started this process."""
 
@@ -20,10 +20,10 @@ class AboutMpi:
     program: str = ""
 
 
-def about_mpi() -> AboutMpi:
+def mpi_library() -> MpiLibrary:
     """MPI as it is here; it must have been started, where a launcher started this process."""
     if launched_rank() is None:
-        return AboutMpi()
+        return MpiLibrary()
     import mpi4py
     from mpi4py import MPI
 
@@ -31,4 +31,4 @@ def about_mpi() -> AboutMpi:
     numbers = ".".join(map(str, version))
     if kind == OPEN_MPI and (found := re.search(r"v(\d[\w.]*)", MPI.Get_library_version())):
         numbers = found[1]
-    return AboutMpi(kind, numbers, mpi4py.__version__, launcher_kind(), launcher_program())
+    return MpiLibrary(kind, numbers, mpi4py.__version__, launcher_kind(), launcher_program())

@@ -6,7 +6,7 @@ from typing import Any
 
 from tpimpi.star import Links, Star, choose, describe
 from tpimpi.star.codec import wire_of
-from tpimpi.star.control import as_note
+from tpimpi.star.control import encode_note
 
 TASK = "links"
 AUTO = "auto"
@@ -14,7 +14,7 @@ AUTO = "auto"
 
 def measure_links(star: Star, *, wire: str = "f32", largest: int = 0) -> Links:
     """Rank 0: measure the links to the other ranks (see Star.measure_links), which listen for a note."""
-    star.tell(as_note(task=TASK, wire=wire))
+    star.broadcast_note(encode_note(task=TASK, wire=wire))
     star.wire = wire_of(wire)
     return star.measure_links(largest)
 

@@ -17,10 +17,11 @@ import numpy.typing as npt
 from tpimpi.compute.formats.packed import F32, Bytes
 from tpimpi.errors import InputError, StarError
 from tpimpi.star.allreduce import ALGORITHMS, Allreduce, Background, parse_rule
-from tpimpi.star.channel import BULK, CLOCK, CONTROL, ECHO, HIDDEN, NOTE, Pending, Post
-from tpimpi.star.codec import EAGER, Mail, Wire
-from tpimpi.star.heartbeat import DEFAULT_SILENCE, Watch, leave_at_last
-from tpimpi.star.tuning import PATIENCE, Links, Measuring
+from tpimpi.star.channel import BULK, CLOCK, CONTROL, ECHO, HIDDEN, NOTE, Channel, Pending
+from tpimpi.star.codec import Wire
+from tpimpi.star.heartbeat import DEFAULT_SILENCE_S, Heartbeat, end_without_mpi
+from tpimpi.star.pieces import EAGER_BYTES, PieceChannel
+from tpimpi.star.tuning import PATIENCE, LinkMeasurement, Links
 from tpimpi.system.launcher import Rank, launched_rank, launched_size
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ ALLREDUCES = ("auto", *ALGORITHMS)
 BEGIN, FORWARD, FINISH = 1, 2, 3  # operations of a control header; BEGIN's positions are the context
 MAGIC = 0x7470696D7069  # "tpimpi"
 
-DEFAULT_TIMEOUT = 600.0  # seconds a rank waits for another's message in mid-run
+DEFAULT_TIMEOUT_S = 600.0  # seconds a rank waits for another's message in mid-run
 STARTING = 20.0  # seconds of MPI's start after which rank 0 says that it takes long
 ABORTING = 10.0  # seconds that MPI gets to end the job after an error
 CLOCK_ROUNDS = 16  # round trips to each rank, to compare clocks
@@ -45,10 +46,10 @@ def connect() -> Star:
         return Star(None)
     import mpi4py
 
-    mpi4py.rc.thread_level = "multiple"  # the main thread and the watch talk
+    mpi4py.rc.thread_level = "multiple"  # the main thread and the heartbeat talk
     # Else Open MPI ends this process where a connection is lost, before anybody can say who is gone.
     os.environ.setdefault("OMPI_MCA_mpi_ft_enable", "1")
-    os.environ.update(OMPI_MCA_btl_tcp_eager_limit=str(EAGER))  # the same on all hosts, or messages find no room
+    os.environ.update(OMPI_MCA_btl_tcp_eager_limit=str(EAGER_BYTES))  # the same on all hosts, or messages find no room
     with _saying_if_slow():
         from mpi4py import MPI
 
@@ -63,10 +64,10 @@ def connect() -> Star:
             )
         # Communicators of our own, so that no other library's messages meet ours. These are the first messages.
         star = Star(world.Clone())
-        if star._post is not None and world.size > 1 and _for_several_threads():
+        if star._channel is not None and world.size > 1 and _for_several_threads():
             star.threads = True
-            star.watch = Watch(world.Clone(), star.rank, DEFAULT_SILENCE, star._post)
-            star.name_by(star.watch.name)
+            star.heartbeat = Heartbeat(world.Clone(), star.rank, DEFAULT_SILENCE_S, star._channel)
+            star.set_rank_names(star.heartbeat.name)
     return star
 
 
@@ -108,12 +109,12 @@ def _saying_if_slow() -> Iterator[None]:
 class Star:
     """One rank's end of the star. `comm` is an MPI communicator, or None for a run of a single rank."""
 
-    watch: Watch | None = None
+    heartbeat: Heartbeat | None = None
 
     def __init__(
-        self, comm: MPI.Intracomm | None, *, timeout: float = DEFAULT_TIMEOUT, allreduce: str = "star"
+        self, comm: MPI.Intracomm | None, *, timeout: float = DEFAULT_TIMEOUT_S, allreduce: str = "star"
     ) -> None:
-        self._post = Post(comm) if comm else None
+        self._channel = Channel(comm) if comm else None
         self._comm = comm
         self.rank = Rank(comm.rank, comm.size, platform.node()) if comm else Rank(0, 1, platform.node())
         self.timeout = timeout
@@ -149,41 +150,41 @@ class Star:
         Several may be under way; every rank starts them in the same order, and ends them in that order.
         """
         assert array.dtype == np.float32 and array.flags.c_contiguous
-        if self._post is None or self.rank.size == 1 or array.size == 0:
+        if self._channel is None or self.rank.size == 1 or array.size == 0:
             return Allreduce(None, iter(()), 0, self._spent)
         began = time.monotonic()
         name = next(name for most, name in self._rule if array.size <= most)
-        steps = ALGORITHMS[name](self._mail(), array.reshape(-1))
-        allreduce = Allreduce(self._post, steps, self.timeout, self._spent)
+        steps = ALGORITHMS[name](self._piece_channel(), array.reshape(-1))
+        allreduce = Allreduce(self._channel, steps, self.timeout, self._spent)
         if background and self.threads:
             self._background.add(allreduce)
         self._spent(time.monotonic() - began)
         return allreduce
 
-    def _mail(self) -> Mail:
+    def _piece_channel(self) -> PieceChannel:
         """The messages of the next sum."""
-        assert self._post is not None
+        assert self._channel is not None
         self._turn += 1
-        return Mail(self._post, self.wire, self._turn - 1)
+        return PieceChannel(self._channel, self.wire, self._turn - 1)
 
     def _spent(self, seconds: float) -> None:
         self.seconds += seconds
 
     def broadcast(self, array: F32) -> None:
         """Fill `array` (f32, contiguous) on every rank with the hub's, as the wire has it: the same bits everywhere."""
-        if self._post is None or self.rank.size == 1:
+        if self._channel is None or self.rank.size == 1:
             return
         began = time.monotonic()
-        deadline, flat, mail = began + self.timeout, array.reshape(-1), Mail(self._post, self.wire)
-        cut = mail.pieces(0, flat.size)
+        deadline, flat, pieces = began + self.timeout, array.reshape(-1), PieceChannel(self._channel, self.wire)
+        cut = pieces.cut(0, flat.size)
         if self.rank.is_hub:
             for piece in cut:
-                mail.publish(flat[piece], self._others, HIDDEN)
-            self._post.wait(mail.sent(), deadline)
+                pieces.publish(flat[piece], self._others, HIDDEN)
+            self._channel.wait(pieces.sent(), deadline)
         else:
-            for piece, coming in [(piece, mail.expect(piece, 0, HIDDEN)) for piece in cut]:
-                self._post.wait(coming.pending, deadline)
-                coming.put(flat[piece])
+            for piece, arrival in [(piece, pieces.expect(piece, 0, HIDDEN)) for piece in cut]:
+                self._channel.wait(arrival.pending, deadline)
+                arrival.put(flat[piece])
         self.seconds += time.monotonic() - began
 
     # Control: what to do next
@@ -204,52 +205,52 @@ class Star:
         return operation, positions, start
 
     def _from_hub(self, array: npt.NDArray[np.int64], tag: int, deadline: float | None) -> None:
-        if self._post is None:
+        if self._channel is None:
             return
         if self.rank.is_hub:
-            self._post.wait(self._post.send_to(array, self._others, tag), deadline)
+            self._channel.wait(self._channel.send_to(array, self._others, tag), deadline)
         else:
-            self._post.wait(self._post.receive(array, 0, tag), deadline)
+            self._channel.wait(self._channel.receive(array, 0, tag), deadline)
 
     # Notes: short JSON texts before and after the computing
 
-    def tell(self, note: bytes) -> None:
+    def broadcast_note(self, note: bytes) -> None:
         """Hub: send `note` to every other rank."""
-        if self._post is not None:
-            sends = self._post.send_to(np.frombuffer(note, np.uint8), self._others, NOTE)
-            self._post.wait(sends, time.monotonic() + self.timeout)
+        if self._channel is not None:
+            sends = self._channel.send_to(np.frombuffer(note, np.uint8), self._others, NOTE)
+            self._channel.wait(sends, time.monotonic() + self.timeout)
 
-    def hear(self) -> bytes:
+    def receive_note(self) -> bytes:
         """Other ranks: the hub's next note, however long it takes."""
-        assert self._post is not None
-        return self._post.take(0, NOTE, None).tobytes()
+        assert self._channel is not None
+        return self._channel.take(0, NOTE, None).tobytes()
 
-    def collect(self, note: bytes) -> list[bytes]:
+    def gather_notes(self, note: bytes) -> list[bytes]:
         """Every rank gives a note; the hub gets all of them in rank order, the others an empty list."""
-        if self._post is None:
+        if self._channel is None:
             return [note]
         deadline = time.monotonic() + self.timeout
         if self.rank.is_hub:
-            return [note, *(self._post.take(rank, NOTE, deadline).tobytes() for rank in self._others)]
-        self._post.wait(self._post.send(np.frombuffer(note, np.uint8), 0, NOTE), deadline)
+            return [note, *(self._channel.take(rank, NOTE, deadline).tobytes() for rank in self._others)]
+        self._channel.wait(self._channel.send(np.frombuffer(note, np.uint8), 0, NOTE), deadline)
         return []
 
     # Bulk: tiles on their way to the rank that needs them
 
     def start_bulk(self, data: Bytes, rank: int) -> Pending:
         """Begin to send bytes (uint8 [n], untouched until they are gone) to a rank; `finish_bulk` is to follow."""
-        assert self._post is not None
-        return self._post.send(data, rank, BULK)
+        assert self._channel is not None
+        return self._channel.send(data, rank, BULK)
 
     def finish_bulk(self, pending: Pending) -> None:
         """Wait until what `start_bulk` began is gone."""
-        assert self._post is not None
-        self._post.wait(pending, time.monotonic() + self.timeout)
+        assert self._channel is not None
+        self._channel.wait(pending, time.monotonic() + self.timeout)
 
     def take_bulk(self, source: int) -> Bytes:
         """The next bytes that a rank sends with `start_bulk`, in the order in which it does: uint8 [n]."""
-        assert self._post is not None
-        return self._post.take(source, BULK, time.monotonic() + self.timeout)
+        assert self._channel is not None
+        return self._channel.take(source, BULK, time.monotonic() + self.timeout)
 
     # Links
 
@@ -260,14 +261,14 @@ class Star:
         most, how long they take, over the wire that is set, for `links.choose`. Afterwards every rank's waiting suits the
         latency.
         """
-        if self._post is None or self.rank.size == 1:
+        if self._channel is None or self.rank.size == 1:
             return Links([])
 
         def add(name: str, count: int) -> None:
-            steps = ALGORITHMS[name](self._mail(), np.zeros(count, np.float32))
-            Allreduce(self._post, steps, PATIENCE, lambda seconds: None).wait()
+            steps = ALGORITHMS[name](self._piece_channel(), np.zeros(count, np.float32))
+            Allreduce(self._channel, steps, PATIENCE, lambda seconds: None).wait()
 
-        measuring = Measuring(self._post, add)
+        measuring = LinkMeasurement(self._channel, add)
         if self.rank.is_hub:
             return measuring.lead(largest)
         measuring.follow()
@@ -276,27 +277,27 @@ class Star:
     @property
     def latency(self) -> float | None:
         """Seconds one way, of the slowest link; None where none was measured."""
-        return None if self._post is None else self._post.latency
+        return None if self._channel is None else self._channel.latency
 
     def ping(self, rank: int, values: F32) -> float:
         """Every rank calls it: seconds in which `values` (f32, flat, as long on every rank) go from the hub to `rank`, all
         of them, and then back, cut and packed as sums are; 0 on other ranks than the hub."""
-        assert self._post is not None
-        mail, deadline = Mail(self._post, self.wire), time.monotonic() + self.timeout
+        assert self._channel is not None
+        pieces, deadline = PieceChannel(self._channel, self.wire), time.monotonic() + self.timeout
         if self.rank.index not in (0, rank):
             return 0.0
         other = rank if self.rank.is_hub else 0
-        comings = [mail.expect(piece, other, ECHO) for piece in mail.pieces(0, values.size)]
+        arrivals = [pieces.expect(piece, other, ECHO) for piece in pieces.cut(0, values.size)]
         began = time.monotonic()
         for hub in (True, False):
             if self.rank.is_hub == hub:
-                for piece in mail.pieces(0, values.size):
-                    mail.publish(values[piece], [other], ECHO)
-                self._post.wait(mail.sent(), deadline)
+                for piece in pieces.cut(0, values.size):
+                    pieces.publish(values[piece], [other], ECHO)
+                self._channel.wait(pieces.sent(), deadline)
             else:
-                for coming in comings:
-                    self._post.wait(coming.pending, deadline)
-                    self._post.spares.give(coming.data)
+                for arrival in arrivals:
+                    self._channel.wait(arrival.pending, deadline)
+                    self._channel.buffers.give(arrival.data)
         return time.monotonic() - began if self.rank.is_hub else 0.0
 
     @property
@@ -318,44 +319,44 @@ class Star:
         As NTP does, it takes of CLOCK_ROUNDS round trips the shortest, and the other's clock for the middle of it: wrong by
         half of that trip at most, and by what the clocks drift apart afterwards.
         """
-        if self._post is None:
+        if self._channel is None:
             return [0.0]
         deadline = time.monotonic() + self.timeout
         if self.rank.is_hub:
             return [0.0, *(self._clock_offset(rank, clock, deadline) for rank in self._others)]
         asked, answer = np.empty(1, np.float64), np.empty(1, np.float64)
         for _ in range(CLOCK_ROUNDS):
-            self._post.wait(self._post.receive(asked, 0, CLOCK), deadline)
+            self._channel.wait(self._channel.receive(asked, 0, CLOCK), deadline)
             answer[0] = clock()
-            self._post.wait(self._post.send(answer, 0, CLOCK), deadline)
+            self._channel.wait(self._channel.send(answer, 0, CLOCK), deadline)
         return []
 
     def _clock_offset(self, rank: int, clock: Callable[[], float], deadline: float) -> float:
         """Hub: seconds to add to the clock of `rank`."""
-        assert self._post is not None
+        assert self._channel is not None
         here, there = np.empty(1, np.float64), np.empty(1, np.float64)
         trips = []
         for _ in range(CLOCK_ROUNDS):
-            reply = self._post.receive(there, rank, CLOCK)
+            reply = self._channel.receive(there, rank, CLOCK)
             here[0] = began = clock()
-            self._post.wait(self._post.send(here, rank, CLOCK), deadline)
-            self._post.wait(reply, deadline)
+            self._channel.wait(self._channel.send(here, rank, CLOCK), deadline)
+            self._channel.wait(reply, deadline)
             ended = clock()
             if not math.isfinite(there[0]):
                 raise StarError(f"rank {rank} says that its clock shows {there[0]} s, which makes no sense")
             trips.append((ended - began, (began + ended) / 2 - float(there[0])))
         return min(trips)[1]
 
-    def let_go(self) -> None:
+    def free_buffers(self) -> None:
         """Give back the memory that is kept for messages to come."""
-        if self._post is not None:
-            self._post.spares.clear()
+        if self._channel is not None:
+            self._channel.buffers.clear()
 
     # A smaller star
 
     def first(self, ranks: int) -> Star | None:
         """A star of the first so many ranks, over a communicator of its own; None on the others. Every rank calls it."""
-        if self._comm is None or self._post is None:
+        if self._comm is None or self._channel is None:
             return Star(None)
         from mpi4py import MPI
 
@@ -364,29 +365,29 @@ class Star:
             return None
         few = Star(comm, timeout=self.timeout, allreduce=self.algorithm)
         few.wire, few.threads = self.wire, self.threads
-        if few._post is not None:
-            few._post.latency = self._post.latency
+        if few._channel is not None:
+            few._channel.latency = self._channel.latency
         return few
 
-    def name_by(self, name: Callable[[int], str]) -> None:
+    def set_rank_names(self, name: Callable[[int], str]) -> None:
         """Ranks are named so in messages."""
-        if self._post is not None:
-            self._post.name = name
+        if self._channel is not None:
+            self._channel.name = name
 
     @property
-    def watched(self) -> bool:
+    def has_heartbeat(self) -> bool:
         """Whether it is noticed soon that another rank hangs, or that there is none."""
-        return self.watch is not None or self.rank.size == 1
+        return self.heartbeat is not None or self.rank.size == 1
 
     def allow_silence(self, seconds: float) -> None:
         """Hub: a rank that gives no sign of life for so long is gone, on every rank."""
-        if self.watch is not None:
-            self.watch.allow(seconds)
+        if self.heartbeat is not None:
+            self.heartbeat.allow_silence(seconds)
 
-    def introduce(self, hosts: Sequence[str]) -> None:
+    def set_hosts(self, hosts: Sequence[str]) -> None:
         """Hub: the hosts of all ranks, by which messages name them."""
-        if self.watch is not None:
-            self.watch.introduce(hosts)
+        if self.heartbeat is not None:
+            self.heartbeat.set_hosts(hosts)
 
     def close(self, *, failed: bool = False) -> None:
         """Leave in peace: the others are told that this rank ends.
@@ -395,14 +396,14 @@ class Star:
         them for ever: it gets ABORTING seconds for that.
         """
         if failed and self.rank.size > 1:
-            leave_at_last(self.rank, ABORTING)
-        if self.watch is not None:
-            self.watch.close()
+            end_without_mpi(self.rank, ABORTING)
+        if self.heartbeat is not None:
+            self.heartbeat.close()
 
     def abort(self, code: int) -> NoReturn:
         """End the job on every rank, now."""
         if self.rank.size > 1:
-            leave_at_last(self.rank, ABORTING)
+            end_without_mpi(self.rank, ABORTING)
         if self._comm is not None:
             self._comm.Abort(code)
         os._exit(code)

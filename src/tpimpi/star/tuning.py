@@ -14,7 +14,7 @@ import numpy as np
 
 from tpimpi.errors import StarError
 from tpimpi.star.allreduce import IN_RANK_ORDER
-from tpimpi.star.channel import ECHO, Pending, Post
+from tpimpi.star.channel import ECHO, Channel, Pending
 
 ROUNDS = 8  # pings of every rank
 ENOUGH = 0.12  # seconds of them after which fewer do
@@ -52,11 +52,11 @@ class Links:
         return max(self.latencies, default=0.0)
 
 
-class Measuring:
+class LinkMeasurement:
     """One rank's part. `add(algorithm, numbers)` makes one sum of so many numbers, and returns when it has it."""
 
-    def __init__(self, post: Post, add: Callable[[str, int], None]) -> None:
-        self._post, self._add = post, add
+    def __init__(self, channel: Channel, add: Callable[[str, int], None]) -> None:
+        self._channel, self._add = channel, add
         self._ask, self._answer = np.zeros(4), np.zeros(1)
 
     def lead(self, largest: int) -> Links:
@@ -65,52 +65,52 @@ class Measuring:
 
         Raises StarError where a rank does not answer.
         """
-        self._post.latency = None  # so that waiting suits any
+        self._channel.latency = None  # so that waiting suits any
         latencies = self._latencies()
-        self._post.latency = max(latencies)
-        self._ask_all(_LATENCY, self._post.latency)
+        self._channel.latency = max(latencies)
+        self._ask_all(_LATENCY, self._channel.latency)
         found = Links(latencies, self._sums(largest) if largest else {})
         self._ask_all(_END)
-        self._post.spares.clear()
+        self._channel.buffers.clear()
         return found
 
     def follow(self) -> None:
         """Other ranks: do what the hub asks for, until it has all it wants."""
-        self._post.latency = None
+        self._channel.latency = None
         while True:
-            self._wait(self._post.receive(self._ask, 0, ECHO))
+            self._wait(self._channel.receive(self._ask, 0, ECHO))
             kind, first, second, third = self._ask.tolist()
             if kind == _END:
-                self._post.spares.clear()
+                self._channel.buffers.clear()
                 return
             if kind == _LATENCY:
-                self._post.latency = first
+                self._channel.latency = first
             elif kind == _SUM:
                 for _ in range(int(third)):
                     self._add(IN_RANK_ORDER[int(first)], int(second))
             else:
-                self._wait(self._post.send(self._answer, 0, ECHO))
+                self._wait(self._channel.send(self._answer, 0, ECHO))
 
     def _wait(self, pending: Pending) -> None:
-        self._post.wait(pending, time.monotonic() + PATIENCE)
+        self._channel.wait(pending, time.monotonic() + PATIENCE)
 
     def _ask_all(self, kind: int, *numbers: float) -> None:
         self._ask[:] = 0
         self._ask[: 1 + len(numbers)] = kind, *numbers
-        self._wait(self._post.send_to(self._ask, range(1, self._post.size), ECHO))
+        self._wait(self._channel.send_to(self._ask, range(1, self._channel.size), ECHO))
 
     def _latencies(self) -> list[float]:
         """Half of the shortest round trip to each other rank; all are asked at once."""
-        shortest = [math.inf] * (self._post.size - 1)
+        shortest = [math.inf] * (self._channel.size - 1)
         answers = np.empty((len(shortest), 1))
         start = time.monotonic()
         for turn in range(ROUNDS):
-            pending = {n: self._post.receive(answers[n], n + 1, ECHO) for n in range(len(shortest))}
+            pending = {n: self._channel.receive(answers[n], n + 1, ECHO) for n in range(len(shortest))}
             began = time.monotonic()
             self._ask_all(_PING)
             while pending:
                 for n, answer in list(pending.items()):
-                    if self._post.test(answer):
+                    if self._channel.test(answer):
                         shortest[n] = min(shortest[n], time.monotonic() - began)
                         del pending[n]
                 if time.monotonic() - began > 1e-3:
@@ -152,7 +152,7 @@ class Measuring:
 
     def _candidates(self, count: int) -> list[str]:
         """What may be chosen for so many numbers."""
-        return [name for name in IN_RANK_ORDER if name != "exchange" or count <= most_exchanged(self._post.size)]
+        return [name for name in IN_RANK_ORDER if name != "exchange" or count <= most_exchanged(self._channel.size)]
 
     def _trips(self, name: str, count: int, repeats: int) -> list[float]:
         """Seconds of each of so many sums in a row, but the first."""

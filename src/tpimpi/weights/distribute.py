@@ -26,7 +26,7 @@ from tpimpi.errors import ModelError, StarError, StorageError, as_ours
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.star import Pending, Star
-from tpimpi.star.control import as_note, heard, or_tell, together
+from tpimpi.star.control import encode_note, on_every_rank, receive_note, report_errors
 from tpimpi.system.terminal import progress_bar
 from tpimpi.weights.build import TileWriter, build_tiles, bytes_to_build
 from tpimpi.weights.locations import SliceLocation
@@ -102,16 +102,16 @@ def distribute_slices(
     with ExitStack() as stack:
         local = LocalSlice(location.path(0, partition.ranks), header, verify=verify)
         stack.callback(local.close)
-        star.tell(as_note(**job))
-        _, notes = together(star, local.look)
+        star.broadcast_note(encode_note(**job))
+        _, notes = on_every_rank(star, local.look)
         notes[0] = _look_note(star, local)
         if not verify and all(note["good"] for note in notes):
-            star.tell(as_note(prepare=False))
+            star.broadcast_note(encode_note(prepare=False))
             return _what_became(notes)
         _check_room(notes)
         if not all(note["good"] for note in notes):
             before()
-        star.tell(as_note(prepare=True))
+        star.broadcast_note(encode_note(prepare=True))
         with progress_bar(
             f"looking at the tiles of {partition.ranks} {_ranks(partition.ranks)}", quiet=quiet
         ) as update:
@@ -135,9 +135,9 @@ def distribute_slices(
                 except ModelError:
                     local.discard()  # of a model that is broken nothing is worth going on with
                     raise
-        together(star, local.finish)
-        star.tell(as_note(publish=True))
-        together(star, lambda: _publish(local))
+        on_every_rank(star, local.finish)
+        star.broadcast_note(encode_note(publish=True))
+        on_every_rank(star, lambda: _publish(local))
     return found
 
 
@@ -188,12 +188,12 @@ def _prepare(
     total = sum(note["to_look"] for note in notes)
     looking = _Looking(star, local)
     while True:
-        _, found = together(star, looking.a_turn)
+        _, found = on_every_rank(star, looking.a_turn)
         found[0] = looking.note()
         done = all(note["ready"] for note in found)
         if total and not done:
             update(min(sum(note["looked"] for note in found), total - 1), total)
-        star.tell(as_note(more=not done))
+        star.broadcast_note(encode_note(more=not done))
         if done:
             if total:
                 update(total, total)
@@ -384,23 +384,23 @@ def receive_slices(star: Star, note: dict[str, Any]) -> None:
             local.look()
             return local
 
-        local = or_tell(star, look)
-        star.collect(as_note(**_look_note(star, local)))
-        if not heard(star)["prepare"]:
+        local = report_errors(star, look)
+        star.gather_notes(encode_note(**_look_note(star, local)))
+        if not receive_note(star)["prepare"]:
             return
         looking = _Looking(star, local)
         more = True
         while more:
-            or_tell(star, looking.a_turn)
-            star.collect(as_note(**looking.note()))
-            more = heard(star)["more"]
+            report_errors(star, looking.a_turn)
+            star.gather_notes(encode_note(**looking.note()))
+            more = receive_note(star)["more"]
         if local.writer is not None and local.writer.missing:
             _receive(star, local.writer)
-        or_tell(star, local.finish)
-        star.collect(as_note())
-        heard(star)
-        or_tell(star, lambda: _publish(local))
-        star.collect(as_note())
+        report_errors(star, local.finish)
+        star.gather_notes(encode_note())
+        receive_note(star)
+        report_errors(star, lambda: _publish(local))
+        star.gather_notes(encode_note())
 
 
 def _header_from(note: dict[str, Any], rank: int, ranks: int) -> Header:
@@ -430,7 +430,7 @@ def _receive(star: Star, writer: SliceWriter) -> None:
                     raise StarError(f"{path} came otherwise than rank 0 sent it; start again: what came whole is kept")
                 wanted.remove(index)
             elif kind == FAILED:
-                heard(star)  # raises Stopped
+                receive_note(star)  # raises Stopped
                 raise StarError("rank 0 gave up sending tiles without a reason")
             elif kind == END and not wanted:
                 return

@@ -10,7 +10,7 @@ from typing import Any
 
 from tpimpi.errors import TpimpiError
 from tpimpi.star import Star
-from tpimpi.star.control import as_note
+from tpimpi.star.control import encode_note
 from tpimpi.weights.locations import cache_folder
 from tpimpi.weights.slices.file import SliceFile, slice_name
 
@@ -28,14 +28,16 @@ def hidden_of_slices(folder: str, ranks: int) -> int:
 def find_slices(star: Star, prefix: str, suffix: str) -> list[str]:
     """Rank 0: the shares, as they stand in the names of cache folders between `prefix` and `suffix`, of which every rank has
     its slice."""
-    star.tell(as_note(task="find-slices", prefix=prefix, suffix=suffix))
-    notes = [json.loads(note)["shares"] for note in star.collect(as_note(shares=_shares(star, prefix, suffix)))]
+    star.broadcast_note(encode_note(task="find-slices", prefix=prefix, suffix=suffix))
+    notes = [
+        json.loads(note)["shares"] for note in star.gather_notes(encode_note(shares=_shares(star, prefix, suffix)))
+    ]
     return sorted(set(notes[0]).intersection(*notes[1:]))
 
 
 def tell_slices(star: Star, note: Mapping[str, Any]) -> None:
     """Another rank's side of `find_slices`."""
-    star.collect(as_note(shares=_shares(star, note["prefix"], note["suffix"])))
+    star.gather_notes(encode_note(shares=_shares(star, note["prefix"], note["suffix"])))
 
 
 def _shares(star: Star, prefix: str, suffix: str) -> list[str]:

@@ -25,7 +25,7 @@ def main() -> None:
             if algorithm != "library" or wire == "f32":
                 star.algorithm = algorithm
                 for latency in (None, 1e-6):  # for which pieces are small, and large
-                    star._post.latency = latency  # type: ignore[union-attr]
+                    star._channel.latency = latency  # type: ignore[union-attr]
                     for count in SIZES:
                         _near_the_sum(star, count, wire)
                     _two_under_way(star)
@@ -121,7 +121,7 @@ def _links(star: Star) -> None:
     if star.rank.size == 1:
         assert links.latencies == []
         return
-    latency = star._post.latency  # type: ignore[union-attr]
+    latency = star._channel.latency  # type: ignore[union-attr]
     assert latency is not None and 0 < latency < 1
     assert MPI.COMM_WORLD.bcast(latency) == latency
     if star.rank.is_hub:

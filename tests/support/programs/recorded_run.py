@@ -17,7 +17,7 @@ from tpimpi import star
 from tpimpi.cli import main as cli
 from tpimpi.engine import protocol, run
 from tpimpi.star.channel import BULK, SEAL
-from tpimpi.star.codec import TAGS
+from tpimpi.star.pieces import TAGS_PER_TURN
 
 OUT = Path(sys.argv[1])
 ALLOWED = {"rank", "size", "Irecv", "Improbe", "Abort"}
@@ -36,7 +36,7 @@ class Recorder:
         return getattr(self._recorded_comm, name)
 
     def Isend(self, buffer, dest: int, tag: int):  # noqa: N802
-        data, tag_of_kind = np.asarray(buffer).tobytes(), tag % TAGS  # each sum has tags of its own
+        data, tag_of_kind = np.asarray(buffer).tobytes(), tag % TAGS_PER_TURN  # each sum has tags of its own
         self.sent.append((dest, tag_of_kind, data if tag_of_kind == BULK else data[:-SEAL]))
         return self._recorded_comm.Isend(buffer, dest=dest, tag=tag)
 
@@ -62,7 +62,7 @@ def main() -> None:
 
     def recorded_connect():
         found = connect()
-        found._comm = found._post.comm = Recorder(found._comm)
+        found._comm = found._channel.comm = Recorder(found._comm)
         here.append(found)
         return found
 

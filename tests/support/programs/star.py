@@ -77,12 +77,12 @@ def _broadcast_and_notes(star: Star) -> None:
     if hub:
         star.command(BEGIN, 77)
         star.command(FORWARD, 3, 12)
-        star.tell(b'{"a": 1}')
+        star.broadcast_note(b'{"a": 1}')
     else:
         assert star.next_command() == (BEGIN, 77, 0)
         assert star.next_command() == (FORWARD, 3, 12)
-        assert star.hear() == b'{"a": 1}'
-    notes = star.collect(f"note of {star.rank.index}".encode())
+        assert star.receive_note() == b'{"a": 1}'
+    notes = star.gather_notes(f"note of {star.rank.index}".encode())
     assert notes == ([f"note of {r}".encode() for r in range(star.rank.size)] if hub else [])
 
 
@@ -115,7 +115,7 @@ def _silence_is_named(star: Star) -> None:
         try:
             under_way.wait(time.monotonic() + 0.3)
         except StarError as error:
-            assert f"from {star.watch.name(last)} for" in str(error), error
+            assert f"from {star.heartbeat.name(last)} for" in str(error), error
         else:
             raise AssertionError("the hub did not notice")
     world.Barrier()

@@ -34,7 +34,7 @@ class Wire:
 
 def main() -> None:
     star = connect()
-    star._comm = star._post.comm = wire = Wire(star._comm)  # type: ignore[assignment]
+    star._comm = star._channel.comm = wire = Wire(star._comm)  # type: ignore[assignment]
     ranks, me = star.rank.size, star.rank.index
     for skews in ((0.0,) * ranks, SKEWS[:ranks]):
         offsets = star.clock_offsets(lambda skews=skews: time.monotonic() + skews[me])
@@ -63,8 +63,8 @@ def _nonsense_is_refused(star: Star) -> None:
             raise AssertionError("the hub took NaN for a time")
     elif star.rank.index == 1:
         asked = np.empty(1)
-        star._post.wait(star._post.receive(asked, 0, CLOCK), None)  # type: ignore[union-attr]
-        star._post.wait(star._post.send(np.array([np.nan]), 0, CLOCK), None)  # type: ignore[union-attr]
+        star._channel.wait(star._channel.receive(asked, 0, CLOCK), None)  # type: ignore[union-attr]
+        star._channel.wait(star._channel.send(np.array([np.nan]), 0, CLOCK), None)  # type: ignore[union-attr]
     MPI.COMM_WORLD.Barrier()
 
 

@@ -21,7 +21,7 @@ DAMAGED: dict[str, tuple[int, np.ndarray, bool, Callable[[Star], object]]] = {
     "damaged sum": (SUM, VALUES, True, lambda star: star.allreduce(VALUES.copy())),
     "damaged hidden": (HIDDEN, VALUES, True, lambda star: star.broadcast(VALUES.copy())),
     "damaged control": (CONTROL, HEADER, True, lambda star: star.next_command()),
-    "damaged note": (NOTE, np.frombuffer(b'{"a": 1}', np.uint8), False, lambda star: star.collect(b"{}")),
+    "damaged note": (NOTE, np.frombuffer(b'{"a": 1}', np.uint8), False, lambda star: star.gather_notes(b"{}")),
 }
 
 

@@ -55,9 +55,9 @@ def _one_dies(star: Star, *, dead: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     try:
         if star.rank.is_hub:
-            star.collect(b"")
+            star.gather_notes(b"")
         else:
-            star.hear()
+            star.receive_note()
     except StarError as error:
         print(f"{star.rank}: {error}", file=sys.stderr, flush=True)
         star.abort(1)

@@ -22,7 +22,7 @@ from tpimpi.cli.tool_options import bench_numbers, bench_parser, check_bench, so
 from tpimpi.errors import InputError
 from tpimpi.star import ALGORITHMS, WIRES, Star, choose, parse_rule
 from tpimpi.star.codec import wire_of
-from tpimpi.star.control import as_note
+from tpimpi.star.control import encode_note
 from tpimpi.system.files import write_json
 
 TASK = "bench allreduce"
@@ -88,7 +88,9 @@ def lead(
     quiet: bool,
 ) -> Found:
     """Rank 0: measure, while the others `follow`."""
-    star.tell(as_note(task=TASK, sizes=list(sizes), algorithms=list(algorithms), wires=list(wires), rounds=rounds))
+    star.broadcast_note(
+        encode_note(task=TASK, sizes=list(sizes), algorithms=list(algorithms), wires=list(wires), rounds=rounds)
+    )
     found = Found(hosts, star.library, [], {})
     for wire in wires:
         star.wire = wire_of(wire)

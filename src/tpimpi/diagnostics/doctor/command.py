@@ -25,7 +25,7 @@ from tpimpi.engine.engine import identity, usual_threads
 from tpimpi.engine.ranks import NO_WATCH, RankInfo, cores_shared_by, meet
 from tpimpi.errors import InputError, ModelError, SliceError
 from tpimpi.star import MPICH, Star
-from tpimpi.star.control import as_note
+from tpimpi.star.control import encode_note
 from tpimpi.system import placement
 from tpimpi.system.files import write_json
 from tpimpi.system.hostfile import Host
@@ -104,7 +104,7 @@ def lead(arguments: list[str], star: Star) -> int:
     star.timeout = rank_facts.PATIENCE
     hellos = meet(star)
     checkup = _check_up(star, hellos, _wanted(parsed, star.rank.size))
-    star.tell(as_note(stop=0))
+    star.broadcast_note(encode_note(stop=0))
     found = list(findings(checkup))
     _print(checkup, found)
     if parsed.json is not None:

@@ -24,8 +24,8 @@ from tpimpi import __version__
 from tpimpi.compute.backends import has_native
 from tpimpi.engine.engine import identity
 from tpimpi.errors import TpimpiError
-from tpimpi.star import AboutMpi, Ping, Star, about_mpi, answer_link, ping_link
-from tpimpi.star.control import as_note, heard
+from tpimpi.star import MpiLibrary, Ping, Star, answer_link, mpi_library, ping_link
+from tpimpi.star.control import encode_note, receive_note
 from tpimpi.system.buffers import aligned_buffer
 from tpimpi.system.direct_io import MEASURED, PIECE, Descriptor, Extent, Trial
 from tpimpi.system.memory import headroom, places
@@ -84,7 +84,7 @@ class Facts:
     numpy: str = "?"
     system: str = "?"
     byte_order: str = ""
-    mpi: AboutMpi = field(default_factory=AboutMpi)
+    mpi: MpiLibrary = field(default_factory=MpiLibrary)
     watched: bool = True  # by a thread that MPI allows for it, or there is no other rank
     kernels: str = ""  # the instruction set they use, "" where none were built
     cores: list[int] = field(default_factory=list)  # that this rank may use
@@ -105,7 +105,7 @@ class Facts:
     def from_note(cls, note: Mapping[str, Any]) -> Facts:
         """What a rank told; names that this version does not know are left out."""
         values = _known(cls, note)
-        for name, kind in {"mpi": AboutMpi, "slice": Slice}.items():
+        for name, kind in {"mpi": MpiLibrary, "slice": Slice}.items():
             if name in values:
                 values[name] = kind(**_known(kind, values[name]))
         values["interfaces"] = [
@@ -136,8 +136,8 @@ def examine(star: Star, wanted: Wanted) -> Facts:
         numpy=np.__version__,
         system=f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
         byte_order=sys.byteorder,
-        mpi=about_mpi(),
-        watched=star.watched,
+        mpi=mpi_library(),
+        watched=star.has_heartbeat,
         kernels=_kernels(),
         cores=sorted(os.sched_getaffinity(0)),
         host_cores=os.cpu_count() or 1,
@@ -281,8 +281,8 @@ def lead(star: Star, wanted: Wanted) -> list[Facts]:
     Raises StarError where a rank does not answer.
     """
     star.timeout = PATIENCE
-    star.tell(as_note(task=TASK, wanted=asdict(wanted)))
-    notes = star.collect(as_note(**asdict(examine(star, wanted))))
+    star.broadcast_note(encode_note(task=TASK, wanted=asdict(wanted)))
+    notes = star.gather_notes(encode_note(**asdict(examine(star, wanted))))
     return [Facts.from_note(json.loads(note)) for note in notes]
 
 
@@ -291,16 +291,16 @@ def lead_links(star: Star) -> tuple[list[float], list[Look]]:
 
     Raises StarError where a rank does not answer.
     """
-    star.tell(as_note(clocks=True))
+    star.broadcast_note(encode_note(clocks=True))
     clocks = star.clock_offsets(time.time)
     pings: list[tuple[Ping, Counters, Counters]] = []
     for rank in range(1, star.rank.size):
-        star.tell(as_note(link=rank))
+        star.broadcast_note(encode_note(link=rank))
         before = counters()
         ping = ping_link(star, rank)
         pings.append((ping, before, counters()))
-    star.tell(as_note(done=True))
-    theirs = [json.loads(note) for note in star.collect(as_note())][1:]
+    star.broadcast_note(encode_note(done=True))
+    theirs = [json.loads(note) for note in star.gather_notes(encode_note())][1:]
     return clocks, [
         Look(ping, (before, _counters(their["before"])), (after, _counters(their["after"])))
         for (ping, before, after), their in zip(pings, theirs, strict=True)
@@ -310,17 +310,17 @@ def lead_links(star: Star) -> tuple[list[float], list[Look]]:
 def take_part(star: Star, note: Mapping[str, Any]) -> None:
     """Another rank's side of `lead` and `lead_links`; either may be all."""
     star.timeout = PATIENCE
-    star.collect(as_note(**asdict(examine(star, Wanted(**_known(Wanted, note["wanted"]))))))
-    heard(star)
+    star.gather_notes(encode_note(**asdict(examine(star, Wanted(**_known(Wanted, note["wanted"]))))))
+    receive_note(star)
     star.clock_offsets(time.time)
     before: Counters = {}
     after: Counters = {}
-    while "link" in (word := heard(star)):
+    while "link" in (word := receive_note(star)):
         if word["link"] == star.rank.index:
             before = counters()
             answer_link(star)
             after = counters()
-    star.collect(as_note(before=before, after=after))
+    star.gather_notes(encode_note(before=before, after=after))
 
 
 def _counters(note: Mapping[str, list[int]]) -> dict[str, tuple[int, int]]:

@@ -15,7 +15,7 @@ import xxhash
 from tpimpi.engine.rank_memory import MEASURING
 from tpimpi.errors import StorageError
 from tpimpi.star import Star
-from tpimpi.star.control import as_note, heard, or_tell, together
+from tpimpi.star.control import encode_note, on_every_rank, receive_note, report_errors
 from tpimpi.system.buffers import aligned_buffer
 from tpimpi.system.direct_io import DEPTHS, MEASURED, Descriptor, Extent, Trial
 from tpimpi.weights.locations import cache_folder
@@ -32,19 +32,19 @@ def measure_disks(star: Star) -> list[tuple[float, float]]:
 
     Raises StorageError.
     """
-    star.tell(as_note(task="disk"))
-    _, notes = together(star, lambda: None)
-    star.tell(as_note(go=True))
-    mine, notes = together(star, _disk)
+    star.broadcast_note(encode_note(task="disk"))
+    _, notes = on_every_rank(star, lambda: None)
+    star.broadcast_note(encode_note(go=True))
+    mine, notes = on_every_rank(star, _disk)
     return [mine, *((note["rate"], note["cpu"]) for note in notes[1:])]
 
 
 def take_part_in_disks(star: Star, note: Mapping[str, Any]) -> None:
     """Another rank's side of `measure_disks`."""
-    star.collect(as_note())
-    heard(star)
-    rate, cpu = or_tell(star, _disk)
-    star.collect(as_note(rate=rate, cpu=cpu))
+    star.gather_notes(encode_note())
+    receive_note(star)
+    rate, cpu = report_errors(star, _disk)
+    star.gather_notes(encode_note(rate=rate, cpu=cpu))
 
 
 def _disk() -> tuple[float, float]:

@@ -38,7 +38,7 @@ from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.star import Rank, Star, choose
 from tpimpi.star.codec import wire_of
-from tpimpi.star.control import as_note, heard, or_tell, together
+from tpimpi.star.control import encode_note, on_every_rank, receive_note, report_errors
 from tpimpi.system.buffers import Pages
 from tpimpi.system.memory import headroom, places, resident_bytes
 from tpimpi.weights.slices.file import Tile
@@ -255,9 +255,9 @@ class Rehearsal:
             took = kind.warm_up()
             if star.rank.is_hub:
                 kind.count = max(1, math.ceil(LAP / _ROUNDS / max(took, 1e-6)))
-                star.tell(as_note(count=kind.count))
+                star.broadcast_note(encode_note(count=kind.count))
             else:
-                kind.count = heard(star)["count"]
+                kind.count = receive_note(star)["count"]
         began, cpu = time.perf_counter(), time.process_time()
         for _ in range(_ROUNDS):
             for kind in kinds:
@@ -349,10 +349,10 @@ def measure(star: Star, task: Task) -> list[Finding]:
 
     Raises InputError and the like where a rank cannot take part.
     """
-    star.tell(as_note(task="measure", **asdict(task)))
-    rehearsal, _ = together(star, lambda: Rehearsal(star.rank, task))
-    star.tell(as_note(go=True))
-    notes = star.collect(as_note(**asdict(_rehearsed(star, rehearsal))))
+    star.broadcast_note(encode_note(task="measure", **asdict(task)))
+    rehearsal, _ = on_every_rank(star, lambda: Rehearsal(star.rank, task))
+    star.broadcast_note(encode_note(go=True))
+    notes = star.gather_notes(encode_note(**asdict(_rehearsed(star, rehearsal))))
     return [Finding.from_note(json.loads(note)) for note in notes[: task.ranks]]
 
 
@@ -360,15 +360,15 @@ def take_part_in_measuring(star: Star, note: Mapping[str, Any]) -> None:
     """Another rank's side of `measure`."""
     task = Task(**{name: note[name] for name in Task.__dataclass_fields__})
     if star.rank.index >= task.ranks:  # idle, as in a run without it
-        star.collect(as_note())
-        heard(star)
+        star.gather_notes(encode_note())
+        receive_note(star)
         star.first(task.ranks)
-        star.collect(as_note())
+        star.gather_notes(encode_note())
         return
-    rehearsal = or_tell(star, lambda: Rehearsal(star.rank, task))
-    star.collect(as_note())
-    heard(star)
-    star.collect(as_note(**asdict(_rehearsed(star, rehearsal))))
+    rehearsal = report_errors(star, lambda: Rehearsal(star.rank, task))
+    star.gather_notes(encode_note())
+    receive_note(star)
+    star.gather_notes(encode_note(**asdict(_rehearsed(star, rehearsal))))
 
 
 def _rehearsed(star: Star, rehearsal: Rehearsal) -> Finding:
@@ -387,14 +387,14 @@ def _rehearsed(star: Star, rehearsal: Rehearsal) -> Finding:
             if links.times
             else "star"
         )
-        few.tell(as_note(rule=rule))
+        few.broadcast_note(encode_note(rule=rule))
     else:
-        rule = heard(few)["rule"]
+        rule = receive_note(few)["rule"]
     few.algorithm = rule
     with contextlib.closing(rehearsal):
         processors, laps = rehearsal.processors(), rehearsal.laps(few)
         head = rehearsal.head() if few.rank.is_hub else None
-    few.let_go()  # what a run holds for its messages is counted with the work
+    few.free_buffers()  # what a run holds for its messages is counted with the work
     return Finding(
         rank=star.rank.index,
         host=star.rank.host,
