@@ -24,7 +24,8 @@ import pytest
 from tests.support.tiny_models import TINY, write_tiny_hf
 from tpimpi.errors import ModelError
 from tpimpi.models.config import RopeScaling
-from tpimpi.weights.sources import TOKENIZER_FILES, Source, decode, expected_tensors, open_source
+from tpimpi.models.tensors import expected_tensors
+from tpimpi.weights.sources import TOKENIZER_FILES, Source, decode, open_source
 
 
 def refusal(path: Path) -> str:

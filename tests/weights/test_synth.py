@@ -21,11 +21,12 @@ from tpimpi.errors import InputError, ModelError, StorageError
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.layers.rope import rope_frequencies
 from tpimpi.models.shapes import SHAPES, load_shape
+from tpimpi.models.tensors import expected_tensors
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.serving.text.tokenizer import TokenIds, tokenizer_of_slices
 from tpimpi.weights.make import slice_model
 from tpimpi.weights.slices.partition import make_partition
-from tpimpi.weights.sources import expected_tensors, export, open_source
+from tpimpi.weights.sources import export, open_source
 from tpimpi.weights.sources.synthetic import SIGMA, SyntheticSource, quantize_exactly
 
 Cli = Callable[..., Result]

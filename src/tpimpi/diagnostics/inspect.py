@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tpimpi.errors import InputError, ModelError, SliceError, StorageError, TpimpiError
-from tpimpi.models.config import ModelConfig, show
+from tpimpi.models.config import ModelConfig
+from tpimpi.models.keys import show
 from tpimpi.weights.slices.file import SliceFile, slice_name
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.partition import Span

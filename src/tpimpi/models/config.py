@@ -7,21 +7,16 @@ they are switched off (null, false) or known to be harmless.
 
 from __future__ import annotations
 
-import math
-import reprlib
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tpimpi.errors import ModelError
+from tpimpi.models.architectures import ARCHITECTURES
+from tpimpi.models.keys import MAX_LAYERS, MAX_SIZE, Keys, is_positive, show
 
 ROPE_THETA = 10000.0
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
-# Far above any real model, and low enough that no list made from a hostile config fills the memory.
-_MAX_SIZE = 2**31 - 1
-MAX_LAYERS = 4096
 _MAX_NORM_EPS = 1.0  # above it the norm is no norm any more
 _MAX_ROPE_THETA = 1e30  # well within f32
 
@@ -52,7 +47,7 @@ class ModelConfig:
     positions a query sees (itself included), 0 for all of them.
     """
 
-    architecture: str  # model_type of the source: llama, mistral, qwen2, qwen3
+    architecture: str  # one of ARCHITECTURES
     hidden: int
     intermediate: int
     layers: int
@@ -147,58 +142,7 @@ def _same_fields(values: Any, kind: type[ModelConfig | RopeScaling], where: str)
 
 
 def _is_window(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= _MAX_SIZE
-
-
-class Keys:
-    """Typed look-ups in a dictionary that somebody else wrote."""
-
-    def __init__(self, values: Mapping[str, Any], path: Path | str, prefix: str = "") -> None:
-        self.values = values
-        self.path = path
-        self.prefix = prefix
-
-    def integer(self, key: str, default: int | None = None, high: int = _MAX_SIZE) -> int:
-        """A positive whole number; a missing key is refused when there is no default."""
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
-            raise ModelError(
-                f"{self.path}: {self.prefix}{key} is {show(value)}; a whole number of 1 to {high} is needed"
-            )
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A positive, finite number; a missing key is refused when there is no default."""
-        value = self._get(key, default)
-        if not is_positive(value):
-            raise ModelError(f"{self.path}: {self.prefix}{key} is {show(value)}; a positive number is needed")
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        """A truth value, false if missing or null."""
-        value = self.values.get(self.prefix + key)
-        if value is not None and not isinstance(value, bool):
-            raise ModelError(f"{self.path}: {self.prefix}{key} is {show(value)}; true or false is needed")
-        return bool(value)
-
-    def _get(self, key: str, default: Any) -> Any:
-        value = self.values.get(self.prefix + key, default)
-        if value is None and self.prefix + key not in self.values:
-            raise ModelError(f"{self.path}: key '{self.prefix}{key}' is missing, without which the model is not known")
-        return value
-
-
-def words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-def even_split(hidden: int, heads: int, path: Path | str, names: tuple[str, str, str]) -> int:
-    if hidden % heads:
-        raise ModelError(
-            f"{path}: {names[0]} is {hidden}, no multiple of {names[1]}, which is {heads}, and there is no {names[2]}; "
-            f"one of the three is wrong"
-        )
-    return hidden // heads
+    return type(value) is int and 0 <= value <= MAX_SIZE
 
 
 def checked(config: ModelConfig, path: Path | str) -> ModelConfig:
@@ -215,24 +159,3 @@ def checked(config: ModelConfig, path: Path | str) -> ModelConfig:
     if config.rope_theta > _MAX_ROPE_THETA:
         raise ModelError(f"{path}: rope_theta is {config.rope_theta:g}; at most {_MAX_ROPE_THETA:g} makes sense")
     return config
-
-
-def is_off(value: Any) -> bool:
-    return value is None or value is False or value in ("", [], {})
-
-
-def is_positive(value: Any) -> bool:
-    # Also refuses integers beyond a float's range, which JSON can hold.
-    try:
-        return not isinstance(value, bool) and isinstance(value, int | float) and 0 < float(value) < math.inf
-    except OverflowError:
-        return False
-
-
-_SHORT = reprlib.Repr()  # bounded in length and depth, whatever stands in the file
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
-
-
-def show(value: Any) -> str:
-    """A value from a file as it may stand in a one-line message."""
-    return _SHORT.repr(value)

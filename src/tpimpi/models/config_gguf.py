@@ -10,21 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tpimpi.errors import ModelError
-from tpimpi.models.config import (
-    MAX_LAYERS,
-    ROPE_THETA,
-    Keys,
-    ModelConfig,
-    RopeScaling,
-    checked,
-    even_split,
-    is_off,
-    is_positive,
-    show,
-    words,
-)
-
-GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+from tpimpi.models.architectures import GGUF_ARCHITECTURES, Architecture
+from tpimpi.models.config import ROPE_THETA, ModelConfig, RopeScaling, checked
+from tpimpi.models.keys import MAX_LAYERS, Keys, even_split, is_off, is_positive, show, words
 
 # Below "<arch>."; what is not here must be zero or false.
 _GGUF_KEYS = words(
@@ -51,11 +39,12 @@ def config_from_gguf(
     Raises ModelError, one line, for whatever is missing, malformed, or not known to leave the mathematics alone.
     """
     arch = metadata.get("general.architecture")
-    if arch not in GGUF_ARCHITECTURES:
+    if not isinstance(arch, str) or arch not in GGUF_ARCHITECTURES:
         raise ModelError(
             f"{path}: general.architecture is {show(arch)}, which tpimpi does not compute; "
             f"it computes {', '.join(GGUF_ARCHITECTURES)}"
         )
+    family = GGUF_ARCHITECTURES[arch]
     if metadata.get("general.type", "model") != "model":
         raise ModelError(f"{path}: general.type is {show(metadata['general.type'])}; a file of type 'model' is needed")
     _refuse_unknown_gguf_keys(metadata, arch, path)
@@ -64,24 +53,12 @@ def config_from_gguf(
     layers = keys.integer("block_count", high=MAX_LAYERS)
     hidden = keys.integer("embedding_length")
     heads = keys.integer("attention.head_count")
-    key_length = f"{arch}.attention.key_length"
-    if key_length in metadata:
-        head_dim = keys.integer("attention.key_length")
-    else:
-        sizes = (f"{arch}.embedding_length", f"{arch}.attention.head_count", key_length)
-        head_dim = even_split(hidden, heads, path, sizes)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if keys.integer(key, default=head_dim) != head_dim:
-            raise ModelError(
-                f"{path}: {arch}.{key} is {show(metadata[f'{arch}.{key}'])} and the heads' size is {head_dim}; "
-                f"tpimpi computes only models where they are the same"
-            )
+    head_dim = _gguf_head_dim(keys, hidden, heads)
     context = keys.integer("context_length")
     embedding = shapes.get("token_embd.weight", ())
-    qwen2, qwen3 = arch == "qwen2", arch == "qwen3"
     return checked(
         ModelConfig(
-            architecture=arch,
+            architecture=family.name,
             hidden=hidden,
             intermediate=keys.integer("feed_forward_length"),
             layers=layers,
@@ -93,16 +70,34 @@ def config_from_gguf(
             norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
             rope_theta=keys.number("rope.freq_base", default=ROPE_THETA),
             rope_scaling=_gguf_rope_scaling(metadata, arch, rope_factors, head_dim, path),
-            attention_windows=(_gguf_window(keys, arch, context),) * layers,
+            attention_windows=(_gguf_window(keys, family, context),) * layers,
             tied_head="output.weight" not in shapes,
-            # Qwen2 without its biases, or Qwen3 without its norms, is a broken file and no other model.
-            qkv_bias=qwen2 or any(f"blk.0.attn_{part}.bias" in shapes for part in "qkv"),
+            # A Qwen2 without its biases, or a Qwen3 without its norms, is a broken file and no other model.
+            qkv_bias=family.always_qkv_bias or any(f"blk.0.attn_{part}.bias" in shapes for part in "qkv"),
             o_bias="blk.0.attn_output.bias" in shapes,
             mlp_bias=any(f"blk.0.ffn_{part}.bias" in shapes for part in ("gate", "up", "down")),
-            qk_norm=qwen3,
+            qk_norm=family.qk_norm,
         ),
         path,
     )
+
+
+def _gguf_head_dim(keys: Keys, hidden: int, heads: int) -> int:
+    """The size of a head, which must be the same for keys, for values, and for the rotary positions."""
+    key_length = f"{keys.prefix}attention.key_length"
+    if key_length in keys.values:
+        head_dim = keys.integer("attention.key_length")
+    else:
+        sizes = (f"{keys.prefix}embedding_length", f"{keys.prefix}attention.head_count", key_length)
+        head_dim = even_split(hidden, heads, keys.path, sizes)
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if keys.integer(name, default=head_dim) != head_dim:
+            key = keys.prefix + name
+            raise ModelError(
+                f"{keys.path}: {key} is {show(keys.values[key])} and the heads' size is {head_dim}; "
+                f"tpimpi computes only models where they are the same"
+            )
+    return head_dim
 
 
 def _refuse_unknown_gguf_keys(metadata: Mapping[str, Any], arch: str, path: Path | str) -> None:
@@ -125,7 +120,7 @@ def _refuse_unknown_gguf_keys(metadata: Mapping[str, Any], arch: str, path: Path
             )
 
 
-def _gguf_window(keys: Keys, arch: str, context: int) -> int:
+def _gguf_window(keys: Keys, family: Architecture, context: int) -> int:
     key = "attention.sliding_window"
     value = keys.values.get(keys.prefix + key)
     if value is None or value == 0:
@@ -133,7 +128,7 @@ def _gguf_window(keys: Keys, arch: str, context: int) -> int:
     window = keys.integer(key)
     if window >= context:
         return 0
-    if arch != "llama":
+    if not family.gguf_has_windows:
         raise ModelError(
             f"{keys.path}: {keys.prefix}{key} is {window}, and GGUF does not say in which layers; "
             f"give --model the Hugging Face directory of this model"

@@ -1,6 +1,7 @@
 """Read a ModelConfig from a Hugging Face config.json.
 
-Meaning and defaults of its keys are those of transformers' Llama, Mistral, Qwen2 and Qwen3 models.
+Meaning and defaults of its keys are those of transformers' models; what differs between families is in their
+`Architecture`.
 """
 
 from __future__ import annotations
@@ -10,34 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from tpimpi.errors import ModelError
-from tpimpi.models.config import (
-    MAX_LAYERS,
-    ROPE_THETA,
-    Keys,
-    ModelConfig,
-    RopeScaling,
-    checked,
-    even_split,
-    is_off,
-    show,
-    words,
-)
+from tpimpi.models.architectures import ARCHITECTURES, Architecture
+from tpimpi.models.config import ROPE_THETA, ModelConfig, RopeScaling, checked
+from tpimpi.models.keys import MAX_LAYERS, Keys, even_split, is_off, show, words
 
-HF_CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-
-# What transformers takes where config.json has no such key.
-_HF_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # llama: as many as query heads
-_HF_CONTEXT = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
-_HF_MISTRAL_WINDOW = 4096
-_HF_QWEN_WINDOW = 4096
-_HF_QWEN_MAX_WINDOW_LAYERS = 28
-_HF_QWEN3_HEAD_DIM = 128
-_NORM_EPS = 1e-6
+_NORM_EPS = 1e-6  # what transformers takes where config.json has none
 
 _COMMON_KEYS = words(
     """
@@ -46,14 +24,6 @@ _COMMON_KEYS = words(
     rope_scaling rope_parameters partial_rotary_factor quantization_config
     """
 )
-_QWEN_WINDOW_KEYS = {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
-_HF_KEYS = {
-    "llama": _COMMON_KEYS | {"attention_bias", "mlp_bias"},
-    "mistral": _COMMON_KEYS | {"sliding_window"},
-    "qwen2": _COMMON_KEYS | _QWEN_WINDOW_KEYS,
-    "qwen3": _COMMON_KEYS | _QWEN_WINDOW_KEYS | {"attention_bias"},
-}
-
 # Generation, training and bookkeeping: none of them changes a logit.
 _HARMLESS_KEYS = words(
     """
@@ -91,7 +61,7 @@ def config_from_hf(values: Any, path: Path | str) -> ModelConfig:
     if not isinstance(values, dict):
         raise ModelError(f"{path}: holds {show(values)} where a JSON object is needed; it is no model's config.json")
     keys = Keys(values, path)
-    model_type = _hf_model_type(values, path)
+    family = _hf_family(values, path)
     if values.get("quantization_config"):
         method = values["quantization_config"]
         method = method.get("quant_method", method) if isinstance(method, dict) else method
@@ -99,7 +69,7 @@ def config_from_hf(values: Any, path: Path | str) -> ModelConfig:
             f"{path}: quantization_config says the weights are quantized ({show(method)}), which tpimpi does not "
             f"read; give --model the model's unquantized safetensors, or a GGUF file of it"
         )
-    _refuse_unknown_hf_keys(values, _HF_KEYS[model_type], path)
+    _refuse_unknown_hf_keys(values, _COMMON_KEYS | family.hf_keys, path)
     activation = values.get("hidden_act", "silu")
     if activation != "silu":
         raise ModelError(f"{path}: hidden_act is {show(activation)}; tpimpi computes only 'silu'")
@@ -110,19 +80,19 @@ def config_from_hf(values: Any, path: Path | str) -> ModelConfig:
     if values.get("num_key_value_heads", 0) is None:
         kv_heads = heads
     else:
-        kv_heads = keys.integer("num_key_value_heads", default=_HF_KV_HEADS.get(model_type, heads))
-    if model_type == "qwen3":
-        head_dim = keys.integer("head_dim", default=_HF_QWEN3_HEAD_DIM)
+        kv_heads = keys.integer("num_key_value_heads", default=family.hf_kv_heads or heads)
+    if family.hf_head_dim is not None:
+        head_dim = keys.integer("head_dim", default=family.hf_head_dim)
     elif values.get("head_dim") is None:
         head_dim = even_split(hidden, heads, path, ("hidden_size", "num_attention_heads", "head_dim"))
     else:
         head_dim = keys.integer("head_dim")
-    context = keys.integer("max_position_embeddings", default=_HF_CONTEXT[model_type])
+    context = keys.integer("max_position_embeddings", default=family.hf_context)
     rope_theta, rope_scaling = _hf_rope(values, context, path)
     attention_bias = keys.flag("attention_bias")
     return checked(
         ModelConfig(
-            architecture=model_type,
+            architecture=family.name,
             hidden=hidden,
             intermediate=keys.integer("intermediate_size"),
             layers=layers,
@@ -134,33 +104,34 @@ def config_from_hf(values: Any, path: Path | str) -> ModelConfig:
             norm_eps=keys.number("rms_norm_eps", default=_NORM_EPS),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            attention_windows=_hf_windows(keys, model_type, layers),
+            attention_windows=family.hf_windows(keys, layers),
             tied_head=keys.flag("tie_word_embeddings"),
-            qkv_bias=model_type == "qwen2" or attention_bias,
+            qkv_bias=family.always_qkv_bias or attention_bias,
             o_bias=attention_bias,
             mlp_bias=keys.flag("mlp_bias"),
-            qk_norm=model_type == "qwen3",
+            qk_norm=family.qk_norm,
         ),
         path,
     )
 
 
-def _hf_model_type(values: Mapping[str, Any], path: Path | str) -> str:
+def _hf_family(values: Mapping[str, Any], path: Path | str) -> Architecture:
     model_type = values.get("model_type")
-    known = ", ".join(HF_CLASSES)
+    known = ", ".join(ARCHITECTURES)
     if model_type is None:
         raise ModelError(f"{path}: key 'model_type' is missing; tpimpi computes {known}")
-    if not isinstance(model_type, str) or model_type not in HF_CLASSES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ModelError(
             f"{path}: model_type is {show(model_type)}, which tpimpi does not compute; it computes {known}"
         )
+    family = ARCHITECTURES[model_type]
     architectures = values.get("architectures")
-    if architectures and architectures != [HF_CLASSES[model_type]]:
+    if architectures and architectures != [family.hf_class]:
         raise ModelError(
             f"{path}: architectures is {show(architectures)}; for model_type '{model_type}' tpimpi computes only "
-            f"['{HF_CLASSES[model_type]}']"
+            f"['{family.hf_class}']"
         )
-    return model_type
+    return family
 
 
 def _refuse_unknown_hf_keys(values: Mapping[str, Any], known: frozenset[str], path: Path | str) -> None:
@@ -225,38 +196,3 @@ def _hf_rope_dict(
         )
     original = keys.integer("original_max_position_embeddings", default=context)
     return theta, RopeScaling("llama3", keys.number("factor"), low, high, original)
-
-
-def _hf_windows(keys: Keys, model_type: str, layers: int) -> tuple[int, ...]:
-    values, path = keys.values, keys.path
-    if model_type == "llama":
-        return (0,) * layers
-    if model_type == "mistral":
-        if values.get("sliding_window", 0) is None:
-            return (0,) * layers
-        return (keys.integer("sliding_window", default=_HF_MISTRAL_WINDOW),) * layers
-    window = 0
-    if keys.flag("use_sliding_window") and values.get("sliding_window", 0) is not None:
-        window = keys.integer("sliding_window", default=_HF_QWEN_WINDOW)
-    types = values.get("layer_types")
-    if types is None:
-        first = values.get("max_window_layers", _HF_QWEN_MAX_WINDOW_LAYERS)
-        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-            raise ModelError(f"{path}: max_window_layers is {show(first)}; a whole number, 0 or more, is needed")
-        return tuple(window if layer >= first else 0 for layer in range(layers))
-    if not isinstance(types, list) or len(types) != layers:
-        found = f"{len(types)} entries" if isinstance(types, list) else show(types)
-        raise ModelError(f"{path}: layer_types has {found}; a list of {layers} (num_hidden_layers) is needed")
-    for layer, kind in enumerate(types):
-        if kind not in ("full_attention", "sliding_attention"):
-            raise ModelError(
-                f"{path}: layer_types[{layer}] is {show(kind)}, which tpimpi does not compute; "
-                f"'full_attention' or 'sliding_attention' is needed"
-            )
-        if kind == "sliding_attention" and not window:
-            raise ModelError(
-                f"{path}: layer_types[{layer}] is 'sliding_attention', but there is no window "
-                f"(use_sliding_window is {show(values.get('use_sliding_window'))}, sliding_window is "
-                f"{show(values.get('sliding_window'))}); a window, or 'full_attention', is needed"
-            )
-    return tuple(window if kind == "sliding_attention" else 0 for kind in types)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tpimpi.errors import InputError, ModelError
-from tpimpi.models.config import MAX_LAYERS, ModelConfig
+from tpimpi.models.config import ModelConfig
 from tpimpi.models.config_hf import config_from_hf
+from tpimpi.models.keys import MAX_LAYERS
 
 _LLAMA_3_1_ROPE = {
     "rope_type": "llama3",

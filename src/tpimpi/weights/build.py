@@ -29,6 +29,7 @@ from tpimpi.compute.formats.packed import (
 from tpimpi.compute.formats.quantize import Quantizer
 from tpimpi.errors import ModelError
 from tpimpi.models.blocks import Block
+from tpimpi.models.tensors import EMBEDDING, NORM, head_name, part_name
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import Record
 from tpimpi.weights.slices.partition import Span
@@ -36,29 +37,8 @@ from tpimpi.weights.slices.writer import SliceWriter, tile_spans
 from tpimpi.weights.sources import Source, decode
 
 SLAB_NUMBERS = 1 << 20  # of a tensor, worked on at a time; at least 16 rows
-SLAB_BYTES = (
-    8 << 20
-)  # the same, where columns are only taken over: many tiles have few of them, and each piece takes 0.1 ms
-
-EMBEDDING = "embed_tokens.weight"
-_MATRICES = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-_RESIDENT_TENSORS = {
-    "attn_norm": "layers.{}.input_layernorm.weight",
-    "mlp_norm": "layers.{}.post_attention_layernorm.weight",
-    "q_norm": "layers.{}.self_attn.q_norm.weight",
-    "k_norm": "layers.{}.self_attn.k_norm.weight",
-    "o_bias": "layers.{}.self_attn.o_proj.bias",
-    "down_bias": "layers.{}.mlp.down_proj.bias",
-    "norm": "norm.weight",
-}
+# The same, where columns are only taken over: many tiles have few of them, and each piece takes 0.1 ms.
+SLAB_BYTES = 8 << 20
 
 
 class TileWriter(Protocol):
@@ -74,16 +54,6 @@ class TileWriter(Protocol):
 
     def write(self, index: int, name: str, values: Array) -> None:
         """Take the next piece of part `name` of record `index`: its parts in order, a part's pieces from front to back."""
-
-
-def tensor_name(layer: int, part: str) -> str:
-    """The tensor that a matrix of a layer's tiles comes from."""
-    return f"layers.{layer}.{_MATRICES[part]}.weight"
-
-
-def head_name(source: Source) -> str:
-    """The tensor that the head's tiles come from."""
-    return EMBEDDING if source.config.tied_head else "lm_head.weight"
 
 
 def on_blocks(columns: Span, source: Source, tensor: str) -> bool:
@@ -183,7 +153,7 @@ class _Builder:
                     self._write(tiles[0], name, np.frombuffer(content, np.uint8))
             elif block.kind == "head":
                 for tile in tiles:
-                    self._rows(tile, "rows", head_name(self.source), tile[3])
+                    self._rows(tile, "rows", head_name(self.config), tile[3])
             elif block.kind == "attn":
                 self._attention(block.layer, tiles)
             else:
@@ -218,13 +188,16 @@ class _Builder:
         for tile in tiles:
             for part in tile[2].parts:
                 if part.name not in values:
-                    name = _RESIDENT_TENSORS[part.name]
-                    if "{}" in name:
-                        layers = range(self.config.layers)
-                        values[part.name] = np.stack([self._vector(name.format(layer)) for layer in layers])
-                    else:
-                        values[part.name] = self._vector(name)
+                    values[part.name] = self._resident_part(part.name)
                 self._write(tile, part.name, values[part.name])
+
+    def _resident_part(self, name: str) -> F32:
+        """The output norm [hidden], or a norm or bias of all layers: [layers, size]."""
+        if name == "norm":
+            return self._vector(NORM)
+        part, kind = (name.removesuffix("_bias"), "bias") if name.endswith("_bias") else (name, "weight")
+        layers = range(self.config.layers)
+        return np.stack([self._vector(part_name(self.config, layer, part, kind)) for layer in layers])
 
     def _attention(self, layer: int, tiles: list[_Target]) -> None:
         size = self.config.head_dim
@@ -233,13 +206,13 @@ class _Builder:
             for part in record.parts:
                 if part.name != "o":
                     heads = record.heads if part.name.startswith("q") else record.kv_heads
-                    self._rows(tile, part.name, tensor_name(layer, part.name[0]), times(heads, size))
+                    self._rows(tile, part.name, part_name(self.config, layer, part.name[0]), times(heads, size))
         self._columns([(tile, times(tile[2].heads, size)) for tile in tiles if tile[2].heads.size], "o", layer)
 
     def _mlp(self, layer: int, tiles: list[_Target]) -> None:
         for tile in tiles:
             for part in tile[2].parts[:-1]:
-                self._rows(tile, part.name, tensor_name(layer, part.name.removesuffix("_bias")), tile[3])
+                self._rows(tile, part.name, part_name(self.config, layer, part.name.removesuffix("_bias")), tile[3])
         self._columns([(tile, tile[3]) for tile in tiles], "down", layer)
 
     def _rows(self, tile: _Target, name: str, tensor: str, rows: Span) -> None:
@@ -257,7 +230,7 @@ class _Builder:
         """The tiles' columns of a matrix, all of its rows: the last part of each tile."""
         if not tiles:
             return
-        tensor, fmt, numbers = tensor_name(layer, name), tiles[0][0][2].parts[-1].format, SLAB_NUMBERS
+        tensor, fmt, numbers = part_name(self.config, layer, name), tiles[0][0][2].parts[-1].format, SLAB_NUMBERS
         if all(_is_taken_over(self.source, tensor, fmt, columns) for _, columns in tiles):
             numbers = int(SLAB_BYTES / weight_bytes(fmt))
         for _, slab in self._slabs(tensor, Span(0, self.config.hidden), numbers):

@@ -14,8 +14,9 @@ from pathlib import Path
 from tpimpi.compute.formats.packed import BLOCK_WEIGHTS, WEIGHT_FORMATS, is_quantized
 from tpimpi.compute.formats.quantize import Quantizer, quantize
 from tpimpi.errors import InputError, ModelError, StorageError
+from tpimpi.models.tensors import EMBEDDING, head_name, part_name
 from tpimpi.models.weight_formats import LayerFormats, ModelFormats
-from tpimpi.weights.build import EMBEDDING, build_tiles, bytes_to_build, head_name, on_blocks, tensor_name, times
+from tpimpi.weights.build import build_tiles, bytes_to_build, on_blocks, times
 from tpimpi.weights.slices.file import slice_name
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import slice_records
@@ -40,10 +41,10 @@ def choose_formats(source: Source, wanted: str) -> ModelFormats:
     config = source.config
     if wanted == "auto":
         layers = [
-            LayerFormats(**{part: _own(source, tensor_name(layer, part)) for part in LayerFormats._fields})
+            LayerFormats(**{part: _own(source, part_name(source.config, layer, part)) for part in LayerFormats._fields})
             for layer in range(config.layers)
         ]
-        return ModelFormats(tuple(layers), _own(source, head_name(source)), _own(source, EMBEDDING))
+        return ModelFormats(tuple(layers), _own(source, head_name(source.config)), _own(source, EMBEDDING))
     return wanted_formats(wanted, config.layers)
 
 
@@ -68,15 +69,16 @@ def requantized(source: Source, partition: Partition, formats: ModelFormats) -> 
     seen: set[tuple[str, LayerFormats]] = set()
     for layer, here in enumerate(formats.layers):
         for part, fmt in zip(LayerFormats._fields, here, strict=True):
-            pairs[source.tensors()[tensor_name(layer, part)].format, fmt] = None
-        stored = source.tensors()[tensor_name(layer, "o")].format
+            pairs[source.tensors()[part_name(source.config, layer, part)].format, fmt] = None
+        stored = source.tensors()[part_name(source.config, layer, "o")].format
         if stored == here.o and is_quantized(stored) and (stored, here) not in seen:
             seen.add((stored, here))
             if not all(
-                on_blocks(columns, source, tensor_name(layer, "o")) for columns in _o_columns(source, partition, here)
+                on_blocks(columns, source, part_name(source.config, layer, "o"))
+                for columns in _o_columns(source, partition, here)
             ):
                 divided.add(stored)
-    pairs[source.tensors()[head_name(source)].format, formats.head] = None
+    pairs[source.tensors()[head_name(source.config)].format, formats.head] = None
     pairs[source.tensors()[EMBEDDING].format, formats.embedding] = None
     changes = [f"{old} to {new}" for old, new in pairs if old not in FLOAT_FORMATS and is_quantized(new) and old != new]
     words = [changes[0].replace(" to ", " is re-quantized to "), *changes[1:]] if changes else []

@@ -9,7 +9,8 @@ from typing import Any
 
 from tpimpi import __version__
 from tpimpi.models.blocks import Block
-from tpimpi.models.config import ModelConfig, show
+from tpimpi.models.config import ModelConfig
+from tpimpi.models.keys import show
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.weights.slices.layout import Part, Record, slice_records
 from tpimpi.weights.slices.partition import Partition, Share, Span, make_partition

@@ -1,12 +1,12 @@
 """Read a model's tensors one at a time, from a Hugging Face directory (safetensors) or from a GGUF file.
 
 A tensor comes as numbers (`Source.read`) or as the bytes that are stored (`Source.read_blocks`: quantized blocks, or
-bf16, f16, f32), whole or a run of rows. Names are Hugging Face's without "model."; shapes are [out, in], row-major.
+bf16, f16, f32), whole or a run of rows. Names are canonical (see tpimpi.models.tensors); shapes are [out, in], row-major.
 Everything a file says of itself is checked before a tensor is read: header, extents, and that the tensors are exactly
 those of the config. Files are read with positioned reads, not mapped: what is not asked for is never in memory, and a
 file that shrinks meanwhile is an error instead of a SIGBUS.
 
-`source` holds what every format has in common; `safetensors_model` and `gguf_model` each open one, and specify it.
+`source` holds what every format has in common; `safetensors` and `gguf` each open one, and specify it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from tpimpi.weights.sources.source import (
     Source,
     TensorInfo,
     decode,
-    expected_tensors,
     is_file,
     listed,
     open_file,
@@ -29,7 +28,7 @@ from tpimpi.weights.sources.source import (
     what_is,
 )
 
-__all__ = ["FLOAT_FORMATS", "TOKENIZER_FILES", "Source", "TensorInfo", "decode", "expected_tensors", "open_source"]
+__all__ = ["FLOAT_FORMATS", "TOKENIZER_FILES", "Source", "TensorInfo", "decode", "open_source"]
 
 
 def open_source(path: str | Path) -> Source:

@@ -24,8 +24,9 @@ import numpy as np
 from tpimpi import __version__
 from tpimpi.compute.formats.packed import BLOCK_WEIGHTS, F32, Bytes, is_quantized, row_bytes
 from tpimpi.errors import InputError, StorageError
+from tpimpi.models.architectures import ARCHITECTURES
 from tpimpi.models.config import ModelConfig
-from tpimpi.models.config_hf import HF_CLASSES
+from tpimpi.models.tensors import hf_name, interleaved_heads, model_tensors
 from tpimpi.weights.slices.writer import storage_error
 from tpimpi.weights.sources.synthetic import SyntheticSource
 
@@ -62,7 +63,8 @@ def check_gguf(config: ModelConfig, fmt: str, path: Path) -> None:
                 f"this shape has rows of {size} numbers, {fmt} in a GGUF file needs a multiple of {BLOCK_WEIGHTS}; "
                 "give --format bf16 or f32"
             )
-    if any(config.attention_windows) and (_architecture(config) != "llama" or len(set(config.attention_windows)) > 1):
+    has_windows = ARCHITECTURES[config.architecture].gguf_has_windows
+    if any(config.attention_windows) and (not has_windows or len(set(config.attention_windows)) > 1):
         raise InputError("this shape has attention windows, which a GGUF file of it cannot say; write it --as hf")
 
 
@@ -105,17 +107,12 @@ def write_gguf(source: SyntheticSource, path: Path, progress: Progress) -> None:
     progress(total, total)
 
 
-def _architecture(config: ModelConfig) -> str:
-    """GGUF's name for it: Mistral is a Llama there."""
-    return "llama" if config.architecture == "mistral" else config.architecture
-
-
 def _gguf_writer(source: SyntheticSource, path: Path) -> Any:
     """A GGUFWriter with all metadata; nothing is written yet."""
     from gguf import GGUFWriter, LlamaFileType, RopeScalingType
 
     config, fmt = source.config, source.formats.layers[0].q
-    writer = GGUFWriter(path, _architecture(config))
+    writer = GGUFWriter(path, ARCHITECTURES[config.architecture].gguf_name)
     writer.add_name(source.path.stem)
     kinds = {"f32": LlamaFileType.ALL_F32}
     writer.add_file_type(kinds[fmt] if fmt in kinds else LlamaFileType[f"MOSTLY_{fmt.upper()}"])
@@ -142,18 +139,12 @@ def _gguf_writer(source: SyntheticSource, path: Path) -> Any:
 
 
 def _gguf_tensors(source: SyntheticSource) -> list[_Tensor]:
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
-    config, architecture = source.config, _architecture(source.config)
-    number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == architecture)
-    names = get_tensor_name_map(number, config.layers)
-    heads = {"q_proj": config.heads, "k_proj": config.kv_heads} if architecture == "llama" else {}
     tensors = []
-    for name, info in source.tensors().items():
-        stored = names.get_name(_hf_name(name), try_suffixes=(".weight", ".bias"))
-        assert stored is not None, name
+    for name, tensor in model_tensors(source.config).items():
+        info = source.tensors()[name]
         width = row_bytes(info.format, info.shape[1]) if len(info.shape) > 1 else 4
-        tensors.append(_Tensor(name, stored, info.shape[0] * width, heads.get(name.split(".")[-2], 0)))
+        heads = interleaved_heads(source.config, tensor.part)
+        tensors.append(_Tensor(name, tensor.gguf_name, info.shape[0] * width, heads))
     return tensors
 
 
@@ -226,21 +217,17 @@ def write_hf(source: SyntheticSource, folder: Path, progress: Progress) -> None:
     progress(weights, weights)
 
 
-def _hf_name(name: str) -> str:
-    return name if name.startswith("lm_head.") else f"model.{name}"
-
-
 def _hf_config(source: SyntheticSource) -> dict[str, Any]:
     values = {name: value for name, value in source.shape.values.items() if name not in ("dtype", "torch_dtype")}
     made_by = {"version": __version__, "seed": source.seed, "format": source.formats.describe()}
-    architectures = [HF_CLASSES[source.config.architecture]]
+    architectures = [ARCHITECTURES[source.config.architecture].hf_class]
     return {**values, "architectures": architectures, "torch_dtype": "bfloat16", _MARK: made_by}
 
 
 def _safetensors_files(source: SyntheticSource) -> list[list[_Tensor]]:
     files: list[list[_Tensor]] = [[]]
     for name, info in source.tensors().items():
-        tensor = _Tensor(name, _hf_name(name), 2 * int(np.prod(info.shape)))
+        tensor = _Tensor(name, hf_name(name), 2 * int(np.prod(info.shape)))
         if files[-1] and sum(other.nbytes for other in files[-1]) + tensor.nbytes > FILE_BYTES:
             files.append([])
         files[-1].append(tensor)

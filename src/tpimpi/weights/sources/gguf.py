@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +22,7 @@ import numpy as np
 
 from tpimpi.errors import ModelError
 from tpimpi.models.config_gguf import config_from_gguf
+from tpimpi.models.tensors import interleaved_heads, model_tensors
 from tpimpi.weights.sources.source import (
     DOWNLOAD_AGAIN,
     Source,
@@ -36,20 +36,6 @@ from tpimpi.weights.sources.source import (
     unreadable,
 )
 
-_GGUF_TOP = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
-_GGUF_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 _GGUF_SCALARS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
 _MAX_GGUF_HEADER = 256 << 20
@@ -106,17 +92,22 @@ def _open_gguf_file(file: WeightFile) -> Source:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     rope = tensors.pop("rope_freqs.weight", None)
     config = config_from_gguf(metadata, path, shapes, None if rope is None else _rope_factors(rope, file))
+    needed = model_tensors(config)
+    known = {tensor.gguf_name: tensor for tensor in needed.values()}
     stored = {}
     for name, tensor in tensors.items():
-        canonical = _canonical_gguf_name(name)
-        heads = 0
-        if config.architecture == "llama" and re.fullmatch(r"layers\.\d+\.self_attn\.[qk]_proj\..*", canonical):
-            heads = config.heads if ".q_proj." in canonical else config.kv_heads
+        canonical, heads = name, 0  # a name that is not known stays as it is, and is refused below
+        if name in known:
+            canonical, heads = known[name].name, interleaved_heads(config, known[name].part)
         if canonical in stored:
             raise ModelError(f"{path}: tensor {shown(name)} is there twice; {DOWNLOAD_AGAIN}")
         stored[canonical] = _gguf_stored(tensor, canonical, file, heads)
-    checked = check_tensors(config, stored, _gguf_name, path)
-    _check_decodable(checked, path)
+
+    def gguf_name(name: str) -> str:
+        return needed[name].gguf_name if name in needed else name
+
+    checked = check_tensors(config, stored, gguf_name, path)
+    _check_decodable(checked, gguf_name, path)
     return Source(path, config, checked, [file], lambda: _gguf_assets(path, file.size, metadata), assets_in_header=True)
 
 
@@ -125,27 +116,6 @@ def _gguf_data_start(header_end: int, metadata: Mapping[str, Any], path: Path) -
     if isinstance(alignment, bool) or not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise ModelError(f"{path}: general.alignment is {alignment!r}; a power of two is needed; {DOWNLOAD_AGAIN}")
     return -(-header_end // alignment) * alignment
-
-
-def _canonical_gguf_name(name: str) -> str:
-    """Hugging Face's name for a GGUF tensor name; a name that is not known stays as it is."""
-    stem, _, kind = name.rpartition(".")
-    if stem in _GGUF_TOP:
-        return f"{_GGUF_TOP[stem]}.{kind}"
-    match = re.fullmatch(r"blk\.(0|[1-9][0-9]{0,5})\.(\w+)", stem)
-    if match and match[2] in _GGUF_LAYER:
-        return f"layers.{match[1]}.{_GGUF_LAYER[match[2]]}.{kind}"
-    return name
-
-
-def _gguf_name(name: str) -> str:
-    stem, _, kind = name.rpartition(".")
-    top = {canonical: gguf for gguf, canonical in _GGUF_TOP.items()}
-    if stem in top:
-        return f"{top[stem]}.{kind}"
-    match = re.fullmatch(r"layers\.([0-9]+)\.(.+)", stem)
-    layer = {canonical: gguf for gguf, canonical in _GGUF_LAYER.items()}
-    return f"blk.{match[1]}.{layer[match[2]]}.{kind}" if match and match[2] in layer else name
 
 
 def _gguf_stored(tensor: _GgufTensor, canonical: str, file: WeightFile, heads: int = 0) -> Stored:
@@ -186,7 +156,7 @@ def _rope_factors(tensor: _GgufTensor, file: WeightFile) -> list[float]:
     return factors
 
 
-def _check_decodable(stored: Mapping[str, Stored], path: Path) -> None:
+def _check_decodable(stored: Mapping[str, Stored], gguf_name: Callable[[str], str], path: Path) -> None:
     """Refuse formats that gguf cannot turn into numbers, by decoding one block of zeros of each."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -198,7 +168,7 @@ def _check_decodable(stored: Mapping[str, Stored], path: Path) -> None:
             decode(format, np.zeros((1, GGML_QUANT_SIZES[GGMLQuantizationType[format.upper()]][1]), np.uint8))
         except NotImplementedError:
             raise ModelError(
-                f"{path}: tensor {_gguf_name(name)} is of type {format.upper()}, which the gguf package cannot turn into "
+                f"{path}: tensor {gguf_name(name)} is of type {format.upper()}, which the gguf package cannot turn into "
                 f"numbers; take a file of the model in another format (Q8_0, Q4_K_M, …)"
             ) from None
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from tpimpi.errors import ModelError
 from tpimpi.models.config_hf import config_from_hf
+from tpimpi.models.tensors import EMBEDDING, HEAD, canonical_hf_name, hf_name
 from tpimpi.weights.sources.source import (
     DOWNLOAD_AGAIN,
     FLOAT_FORMATS,
@@ -56,19 +57,15 @@ def open_hf(directory: Path) -> Source:
     files: list[WeightFile] = []
     try:
         found = _hf_tensors(directory, files)
-        if config.tied_head and "lm_head.weight" in found:
+        if config.tied_head and HEAD in found:
             _check_tied(found)
-            del found["lm_head.weight"]
-        stored = check_tensors(config, found, _hf_name, directory)
+            del found[HEAD]
+        stored = check_tensors(config, found, hf_name, directory)
     except BaseException:
         for file in files:
             file.file.close()
         raise
     return Source(directory, config, stored, files, lambda: _hf_assets(directory), assets_in_header=False)
-
-
-def _hf_name(name: str) -> str:
-    return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def _hf_assets(directory: Path) -> dict[str, bytes]:
@@ -115,7 +112,7 @@ def _hf_tensors(directory: Path, files: list[WeightFile]) -> dict[str, Stored]:
                     f"download both again, of the same version of the model"
                 )
         for name, entry in header.items():
-            canonical = name.removeprefix("model.")
+            canonical = canonical_hf_name(name)
             if canonical.endswith("rotary_emb.inv_freq") or placed.get(name, file_name) != file_name:
                 continue
             if canonical in found:
@@ -198,7 +195,7 @@ def _safetensors_entry(file: WeightFile, name: str, canonical: str, entry: Mappi
 
 def _check_tied(found: Mapping[str, Stored]) -> None:
     """A tied model's saved head must be its embedding; a few rows tell a head of its own, which would be lost."""
-    head, table = found["lm_head.weight"], found.get("embed_tokens.weight")
+    head, table = found[HEAD], found.get(EMBEDDING)
     same = table is not None and head.info.shape == table.info.shape and len(head.info.shape) == 2
     if table is not None and same:
         rows = head.info.shape[0]
@@ -207,6 +204,6 @@ def _check_tied(found: Mapping[str, Stored]) -> None:
             same = same and np.array_equal(pair[0], pair[1], equal_nan=True)
     if not same:
         raise ModelError(
-            f"{head.file.path}: config.json says tie_word_embeddings, but lm_head.weight is not embed_tokens.weight; "
+            f"{head.file.path}: config.json says tie_word_embeddings, but {HEAD} is not {EMBEDDING}; "
             f"set tie_word_embeddings to false in config.json"
         )

@@ -19,6 +19,7 @@ import xxhash
 from tpimpi.compute.formats import packed
 from tpimpi.errors import ModelError
 from tpimpi.models.config import ModelConfig
+from tpimpi.models.tensors import expected_tensors
 
 FLOAT_FORMATS = MappingProxyType({"f32": 4, "bf16": 2, "f16": 2})  # bytes a number
 DOWNLOAD_AGAIN = "it is cut short or broken; download it again"
@@ -192,37 +193,6 @@ class Source:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors a model of this config has: canonical name -> shape [out, in], or [out]. No more and no fewer."""
-    hidden, intermediate = config.hidden, config.intermediate
-    q_rows, kv_rows = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config.vocab, hidden)}
-    for layer in range(config.layers):
-        attention, mlp = f"layers.{layer}.self_attn", f"layers.{layer}.mlp"
-        linear = {
-            f"{attention}.q_proj": (q_rows, hidden, config.qkv_bias),
-            f"{attention}.k_proj": (kv_rows, hidden, config.qkv_bias),
-            f"{attention}.v_proj": (kv_rows, hidden, config.qkv_bias),
-            f"{attention}.o_proj": (hidden, q_rows, config.o_bias),
-            f"{mlp}.gate_proj": (intermediate, hidden, config.mlp_bias),
-            f"{mlp}.up_proj": (intermediate, hidden, config.mlp_bias),
-            f"{mlp}.down_proj": (hidden, intermediate, config.mlp_bias),
-        }
-        shapes[f"layers.{layer}.input_layernorm.weight"] = (hidden,)
-        for name, (rows, columns, bias) in linear.items():
-            shapes[f"{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{name}.bias"] = (rows,)
-        if config.qk_norm:
-            shapes[f"{attention}.q_norm.weight"] = (config.head_dim,)
-            shapes[f"{attention}.k_norm.weight"] = (config.head_dim,)
-        shapes[f"layers.{layer}.post_attention_layernorm.weight"] = (hidden,)
-    shapes["norm.weight"] = (hidden,)
-    if not config.tied_head:
-        shapes["lm_head.weight"] = (config.vocab, hidden)
-    return shapes
 
 
 def decode(format: str, blocks: Bytes) -> Floats:

@@ -34,8 +34,9 @@ from tpimpi.compute.formats.packed import (
     to_bf16,
 )
 from tpimpi.models.shapes import Shape
+from tpimpi.models.tensors import ModelTensor, model_tensors
 from tpimpi.models.weight_formats import ModelFormats
-from tpimpi.weights.sources import Source, TensorInfo, expected_tensors
+from tpimpi.weights.sources import Source, TensorInfo
 
 VERSION = 1  # of the numbers that a seed gives
 SIGMA = 0.02
@@ -49,16 +50,6 @@ _MEAN, _DEVIATION = _DRAWS * 255 // 2, 256  # of such sums
 _SLAB = 1 << 18  # numbers worked on at a time
 _NORM_STEPS = 20  # a norm's weight is 1 + n / 128, n with a standard deviation of 256 / 20
 
-_PARTS = {
-    "q_proj": "q",
-    "k_proj": "k",
-    "v_proj": "v",
-    "o_proj": "o",
-    "gate_proj": "gate",
-    "up_proj": "up",
-    "down_proj": "down",
-}
-
 
 class SyntheticSource(Source):
     """Random weights for a shape, each matrix in the format that `formats` gives it (see the module); no tokenizer.
@@ -70,18 +61,15 @@ class SyntheticSource(Source):
     def __init__(self, shape: Shape, formats: ModelFormats, seed: int) -> None:
         super().__init__(Path(f"{shape.name}-random.synth"), shape.config, {}, [], dict, assets_in_header=True)
         self.shape, self.formats, self.seed = shape, formats, seed
-        shapes = expected_tensors(shape.config)
-        infos = {name: TensorInfo(name, size, self._format(name, size)) for name, size in shapes.items()}
+        tensors = model_tensors(shape.config)
+        infos = {name: TensorInfo(name, tensor.shape, self._format(tensor)) for name, tensor in tensors.items()}
         self._all = MappingProxyType(infos)
-        self._pool = _Pool(seed, max(size[-1] for size in shapes.values()))
+        self._pool = _Pool(seed, max(tensor.shape[-1] for tensor in tensors.values()))
 
-    def _format(self, name: str, size: tuple[int, ...]) -> str:
-        if len(size) == 1:
+    def _format(self, tensor: ModelTensor) -> str:
+        if len(tensor.shape) == 1:
             return "f32"
-        words = name.split(".")
-        if words[0] == "layers":
-            return getattr(self.formats.layers[int(words[1])], _PARTS[words[3]])
-        return self.formats.head if words[0] == "lm_head" else self.formats.embedding
+        return getattr(self.formats if tensor.layer < 0 else self.formats.layers[tensor.layer], tensor.part)
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Every tensor of the model by its canonical name."""

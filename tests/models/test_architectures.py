@@ -1,0 +1,71 @@
+"""The families of models: their tensors' names are those of the gguf package, and the registry finds them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import gguf
+import pytest
+
+from tpimpi.models.architectures import ARCHITECTURES, GGUF_ARCHITECTURES
+from tpimpi.models.config import ModelConfig
+from tpimpi.models.tensors import expected_tensors, hf_name, interleaved_heads, model_tensors, part_name
+from tpimpi.models.weight_formats import LayerFormats
+
+CONFIG = ModelConfig(
+    architecture="llama",
+    hidden=12,
+    intermediate=20,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    vocab=50,
+    context=64,
+    norm_eps=1e-5,
+    rope_theta=10000.0,
+    rope_scaling=None,
+    attention_windows=(0, 0),
+    tied_head=False,
+    qkv_bias=True,
+    o_bias=True,
+    mlp_bias=True,
+    qk_norm=False,
+)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_names_in_gguf_files_are_those_of_the_gguf_package(name: str) -> None:
+    family = ARCHITECTURES[name]
+    number = next(number for number, word in gguf.MODEL_ARCH_NAMES.items() if word == family.gguf_name)
+    names = gguf.get_tensor_name_map(number, CONFIG.layers)
+    config = dataclasses.replace(CONFIG, architecture=name, qk_norm=family.qk_norm)
+    for tensor in model_tensors(config).values():
+        assert tensor.gguf_name == names.get_name(tensor.hf_name, try_suffixes=(".weight", ".bias"))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_family_has_the_matrices_that_formats_are_chosen_for(name: str) -> None:
+    parts = {spec.part: spec for spec in ARCHITECTURES[name].layer}
+    assert len(parts) == len(ARCHITECTURES[name].layer)
+    assert [part for part, spec in parts.items() if len(spec.shape) == 2] == list(LayerFormats._fields)
+    assert ("q_norm" in parts) == ARCHITECTURES[name].qk_norm == (name == "qwen3")
+
+
+def test_shapes_biases_and_a_tied_head() -> None:
+    shapes = expected_tensors(CONFIG)
+    assert shapes["layers.1.self_attn.q_proj.weight"] == (32, 12) and shapes["layers.1.self_attn.q_proj.bias"] == (32,)
+    assert shapes["layers.0.self_attn.v_proj.weight"] == (16, 12) and shapes["layers.0.mlp.down_proj.bias"] == (12,)
+    assert [*shapes][0 :: len(shapes) - 1] == ["embed_tokens.weight", "lm_head.weight"]
+    bare = dataclasses.replace(CONFIG, tied_head=True, qkv_bias=False, o_bias=False, mlp_bias=False)
+    assert set(shapes) - set(expected_tensors(bare)) == {"lm_head.weight", *(n for n in shapes if n.endswith(".bias"))}
+    assert part_name(CONFIG, 1, "mlp_norm") == "layers.1.post_attention_layernorm.weight"
+    assert hf_name("lm_head.weight") == "lm_head.weight" and hf_name("norm.weight") == "model.norm.weight"
+
+
+def test_a_mistral_is_a_llama_in_gguf() -> None:
+    assert list(GGUF_ARCHITECTURES) == ["llama", "qwen2", "qwen3"] and GGUF_ARCHITECTURES["llama"].name == "llama"
+    mistral = dataclasses.replace(CONFIG, architecture="mistral")
+    assert interleaved_heads(mistral, "q") == 4 and interleaved_heads(mistral, "k") == 2
+    assert interleaved_heads(mistral, "v") == 0
+    assert interleaved_heads(dataclasses.replace(CONFIG, architecture="qwen2"), "q") == 0
