@@ -8,7 +8,8 @@ from typing import Any
 
 from experiment_rows import Row
 
-from tpimpi.diagnostics.planner.predict import Line, Measured, Pace, Predictor, RankSpeed, Situation
+from tpimpi.diagnostics.options import Workload
+from tpimpi.diagnostics.planner.predict import Line, Measured, Pace, Predictor, RankSpeed
 from tpimpi.diagnostics.planner.shares import best_shares
 from tpimpi.models.shapes import load_shape
 from tpimpi.models.weight_formats import ModelFormats
@@ -57,10 +58,10 @@ def predictions(row: Row) -> dict[str, Any]:
     machine = MACHINES[row.program]
     shape = load_shape(row.shape, row.layers or None)
     formats = ModelFormats.of(row.format, shape.config.layers)
-    situation = Situation(shape.config, formats, row.context, row.prompt)
+    workload = Workload(shape.config, formats, row.context, row.prompt)
     found = {}
     for ranks in (1, machine.count):
-        predictor = Predictor(situation, _measured(machine, ranks, shape.config.hidden))
+        predictor = Predictor(workload, _measured(machine, ranks, shape.config.hidden))
         best = best_shares(predictor, ranks)
         found[str(ranks)] = {
             "s_per_token": best.s_per_token,

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.launch import Launcher, Result
-from tests.support.prediction import SITUATION, predictor, speed
+from tests.support.prediction import WORKLOAD, predictor, speed
+from tpimpi.diagnostics.options import MeasureOptions
 from tpimpi.diagnostics.planner import command
 from tpimpi.diagnostics.planner.command import (
     Choice,
     Survey,
-    Ways,
     _seconds,
     _weights,
     advice,
@@ -26,6 +26,7 @@ from tpimpi.diagnostics.planner.command import (
 )
 from tpimpi.diagnostics.planner.measure_layers import Finding, Lap, sustained
 from tpimpi.diagnostics.planner.predict import Prediction, Predictor, RankSpeed
+from tpimpi.engine.ranks import RankInfo
 from tpimpi.star import Star
 from tpimpi.system.memory import Place
 
@@ -95,14 +96,15 @@ class Stand:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, speeds: list[RankSpeed], spare: int) -> None:
         needed = predictor(*speeds).predict([1, 1]).memory[1]
-        self.situation = replace(SITUATION, memory=(8000 * MB, needed + spare))
+        self.workload = replace(WORKLOAD, memory=(8000 * MB, needed + spare))
         self.times_measured = 0
-        self.survey = Survey(Star(None), [], self.situation, Ways("native", 1, "star", "f32"))
+        guests = [RankInfo(speed.host, frozenset({rank}), 2, native=True) for rank, speed in enumerate(speeds)]
+        self.survey = Survey(Star(None), guests, self.workload, MeasureOptions("native", 1, "star", "f32"))
         monkeypatch.setattr(self.survey, "predictor", lambda ranks, positions=1: self._predictor(speeds[:ranks]))
         monkeypatch.setattr(command, "measure_disks", self._disks)
 
     def _predictor(self, speeds: list[RankSpeed]) -> Predictor:
-        return predictor(*speeds, situation=self.situation)
+        return predictor(*speeds, workload=self.workload)
 
     def _disks(self, star: Star) -> list[tuple[float, float]]:
         self.times_measured += 1

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from tests.support.prediction import CONFIG, FORMATS, GB, SITUATION, predictor, speed
+from tests.support.prediction import CONFIG, FORMATS, GB, WORKLOAD, predictor, speed
 from tpimpi.diagnostics.planner.predict import Line, Loads, Measured, Predictor, chunks
 from tpimpi.diagnostics.planner.shares import MOST_WEIGHT, best_shares
 from tpimpi.engine.budget import RESERVE
@@ -100,12 +100,12 @@ def test_a_rank_that_streams_takes_its_reading_if_that_is_longer() -> None:
     roomy = predictor(*ranks).predict([1.0])
     assert roomy.streamed == (0,) and roomy.disk_s == 0
     memory = (roomy.memory[0] - 40_000_000,)
-    tight = predictor(*ranks, situation=dataclasses.replace(SITUATION, memory=memory)).predict([1.0])
+    tight = predictor(*ranks, workload=dataclasses.replace(WORKLOAD, memory=memory)).predict([1.0])
     assert 40_000_000 < tight.streamed[0] < tiles
     assert tight.s_per_token == pytest.approx(tight.streamed[0] / 10e6) and tight.limit == "disk"
     assert tight.memory[0] <= memory[0]
-    assert predictor(*ranks, situation=dataclasses.replace(SITUATION, window=2)).predict([1.0]).streamed == (tiles,)
-    assert predictor(*ranks, situation=dataclasses.replace(SITUATION, window="all")).predict([1.0]).streamed == (0,)
+    assert predictor(*ranks, workload=dataclasses.replace(WORKLOAD, window=2)).predict([1.0]).streamed == (tiles,)
+    assert predictor(*ranks, workload=dataclasses.replace(WORKLOAD, window="all")).predict([1.0]).streamed == (0,)
 
 
 def test_memory_is_what_a_seat_reckons() -> None:
@@ -116,9 +116,7 @@ def test_memory_is_what_a_seat_reckons() -> None:
 
 
 def test_too_little_memory_is_said() -> None:
-    found = predictor(speed(), speed(), situation=dataclasses.replace(SITUATION, memory=(8 * GB, 10**8))).predict(
-        [1, 1]
-    )
+    found = predictor(speed(), speed(), workload=dataclasses.replace(WORKLOAD, memory=(8 * GB, 10**8))).predict([1, 1])
     assert found.problem.startswith("r1 vm has 100 MB, this rank needs at least ")
     assert math.isinf(found.s_per_token) and found.limit == "memory"
 
@@ -126,7 +124,7 @@ def test_too_little_memory_is_said() -> None:
 def test_a_prompt_goes_by_chunks() -> None:
     assert list(chunks(16)) == [16]
     assert list(chunks(300)) == [128, 128, 44]
-    long = dataclasses.replace(SITUATION, prompt=300, context=400)
+    long = dataclasses.replace(WORKLOAD, prompt=300, context=400)
     measured = Measured((speed(1.0),), 128, 0.0, 0.0, Line(0, 0), Line(0, 0))
     found = Predictor(long, measured).predict([1.0])
     # 44 positions lie between one, at 1, and 128, at 4 times as long.
@@ -194,7 +192,7 @@ def test_a_rank_whose_memory_is_small_gets_what_it_can_pin() -> None:
     ranks = [speed(1.0, disk_bytes_per_s=20e6), speed(1.0, disk_bytes_per_s=20e6)]
     roomy = predictor(*ranks).predict([1, 1])
     memory = (8 * GB, roomy.memory[1] - 50_000_000)
-    tight = predictor(*ranks, situation=dataclasses.replace(SITUATION, memory=memory))
+    tight = predictor(*ranks, workload=dataclasses.replace(WORKLOAD, memory=memory))
     equal, best = tight.predict([1, 1]), best_shares(tight, 2)
     assert equal.limit == "disk" and equal.streamed[1] > 0
     assert best.streamed == (0, 0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tpimpi.diagnostics.planner.predict import Line, Measured, Pace, Predictor, RankSpeed, Situation
+from tpimpi.diagnostics.options import Workload
+from tpimpi.diagnostics.planner.predict import Line, Measured, Pace, Predictor, RankSpeed
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.system.memory import Place
@@ -35,7 +36,7 @@ CONFIG = ModelConfig(
 FORMATS = ModelFormats.of("bf16", 10)
 
 
-SITUATION = Situation(CONFIG, FORMATS, context=128, prompt=16, memory=(8 * GB,))
+WORKLOAD = Workload(CONFIG, FORMATS, context=128, prompt=16, memory=(8 * GB,))
 
 
 def speed(per_gb: float = 1.0, fixed: float = 0.0, **more: object) -> RankSpeed:
@@ -46,8 +47,6 @@ def speed(per_gb: float = 1.0, fixed: float = 0.0, **more: object) -> RankSpeed:
     return RankSpeed(token=Pace(line, line), chunk=Pace(chunk, chunk), **given)  # type: ignore[arg-type]
 
 
-def predictor(
-    *ranks: RankSpeed, allreduce: float = 0.0, head: float = 0.0, situation: Situation = SITUATION
-) -> Predictor:
+def predictor(*ranks: RankSpeed, allreduce: float = 0.0, head: float = 0.0, workload: Workload = WORKLOAD) -> Predictor:
     line = Line(0.0, head / GB)
-    return Predictor(situation, Measured(ranks, 16, allreduce, 3 * allreduce, line, line))
+    return Predictor(workload, Measured(ranks, 16, allreduce, 3 * allreduce, line, line))

@@ -356,9 +356,15 @@ def _settings(star: Star, parsed: argparse.Namespace, guests: Sequence[RankInfo]
             _settle_allreduce(star, parsed, source.config.hidden)
             if auto:
                 names = cache_names(source, formats)
-                from tpimpi.diagnostics.planner.command import auto_shares
+                from tpimpi.diagnostics.planner.command import Survey, choose_shares
 
-                weights = auto_shares(star, guests, parsed, source.config, formats, names)
+                survey = Survey(
+                    star,
+                    guests,
+                    tool_options.workload(parsed, source.config, formats),
+                    tool_options.measure_options(parsed),
+                )
+                weights = choose_shares(survey, ranks, names, quiet=parsed.quiet)
             plan = make_partition(source.config, weights)
             fingerprint, fmt = source.fingerprint(), formats.key()
             cached = cache_name(source, plan, formats)
@@ -452,7 +458,8 @@ def _bench(arguments: list[str], star: Star, place: _Place) -> int:
 
     place.in_job = False
     with stop_others_on_error(star):
-        allreduce.bench(arguments, star, [guest.host for guest in ranks_of_run.greet(star)])
+        hosts = [guest.host for guest in ranks_of_run.greet(star)]
+        allreduce.bench(tool_options.allreduce_bench_options(arguments), star, hosts)
     star.broadcast_note(encode_note(stop=0))
     return 0
 
@@ -468,7 +475,7 @@ def _plan(arguments: list[str], star: Star, place: _Place) -> int:
         tool_options.check_plan(parsed)
         star.allow_silence(parsed.silence)
         config, formats, name = _planned_model(parsed)
-        plan(star, guests, parsed, config, formats, name)
+        plan(star, guests, tool_options.plan_options(parsed, config, formats, len(guests)), name)
     star.broadcast_note(encode_note(stop=0))
     return 0
 
@@ -479,7 +486,7 @@ def _doctor(arguments: list[str], star: Star, place: _Place) -> int:
 
     place.in_job = False
     with stop_others_on_error(star):
-        return command.lead(arguments, star)
+        return command.doctor(tool_options.doctor_options(arguments, star.rank.size), star)
 
 
 def _planned_model(parsed: argparse.Namespace) -> tuple[ModelConfig, ModelFormats, str]:

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
-from tpimpi.cli.options import MOST_THREADS, Parser, add_computing, add_shares, check_run
+from tpimpi.cli.options import (
+    AUTO,
+    MOST_THREADS,
+    Parser,
+    add_computing,
+    add_shares,
+    check_run,
+    memory_sizes,
+    share_weights,
+    window_blocks,
+)
 from tpimpi.compute.backends import NAMES
 from tpimpi.compute.formats.packed import WEIGHT_FORMATS
+from tpimpi.diagnostics.options import AllreduceBenchOptions, DoctorOptions, MeasureOptions, PlanOptions, Workload
+from tpimpi.engine.engine import CONTEXT
 from tpimpi.errors import InputError
+from tpimpi.models.config import ModelConfig
 from tpimpi.models.shapes import SHAPES
+from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.star import ALGORITHMS, WIRES
 from tpimpi.system.buffers import PAGE
 from tpimpi.system.files import check_writable
 from tpimpi.system.units import parse_size
 
+PROMPT_TOKENS = 16  # of the first token that is predicted, where nobody says how many
 MOST_RANKS = 4096
 MOST_POSITIONS = 1 << 16  # that are benched at once
 MOST_SIDE = 1 << 20  # rows or columns of a matrix that is benched
@@ -149,7 +165,9 @@ def plan_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--context", type=int, metavar="N", help="positions to keep room for (default: 2048, or the model's limit)"
     )
-    group.add_argument("--prompt-tokens", type=int, default=16, metavar="N", help="of the first token (default 16)")
+    group.add_argument(
+        "--prompt-tokens", type=int, default=PROMPT_TOKENS, metavar="N", help="of the first token (default 16)"
+    )
     add_computing(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--json", metavar="FILE", help="write everything as JSON")
@@ -221,6 +239,87 @@ def doctor_parser() -> argparse.ArgumentParser:
     add_shares(parser)
     parser.add_argument("--json", metavar="FILE", help="write everything that was found as JSON")
     return parser
+
+
+# What the diagnostics take
+
+
+def workload(
+    options: argparse.Namespace, config: ModelConfig, formats: ModelFormats, prompt: int = PROMPT_TOKENS
+) -> Workload:
+    """What the options of a run say of it, as far as it matters for its speed; `prompt` is in tokens."""
+    memory = memory_sizes(options.memory)
+    return Workload(
+        config=config,
+        formats=formats,
+        context=min(options.context or CONTEXT, config.context),
+        prompt=min(prompt, config.context - 1),
+        memory=None if memory is None else tuple(memory),
+        kv=options.kv,
+        window=window_blocks(options.window),
+    )
+
+
+def measure_options(options: argparse.Namespace) -> MeasureOptions:
+    """How the options of a run say that it computes."""
+    return MeasureOptions(options.backend, options.threads, options.allreduce, options.wire)
+
+
+def plan_options(options: argparse.Namespace, config: ModelConfig, formats: ModelFormats, ranks: int) -> PlanOptions:
+    """The options of `plan` for a model and so many ranks. Raises InputError where they do not suit these."""
+    shares = None if options.shares in (None, AUTO) else tuple(share_weights(options.shares, ranks))
+    if (options.context or 1) > config.context:
+        raise InputError(
+            f"--context is {options.context}, this model has {config.context} positions; give at most that"
+        )
+    if options.prompt_tokens >= config.context:
+        raise InputError(
+            f"--prompt-tokens is {options.prompt_tokens}, this model has {config.context} positions; give fewer"
+        )
+    return PlanOptions(
+        workload=workload(options, config, formats, options.prompt_tokens),
+        measuring=measure_options(options),
+        shares=shares,
+        json=_path(options.json),
+        quiet=options.quiet,
+    )
+
+
+def doctor_options(arguments: list[str], ranks: int) -> DoctorOptions:
+    """The options of `doctor` for so many ranks. Raises InputError for what cannot be used."""
+    options = doctor_parser().parse_args(arguments)
+    check_doctor(options)
+    shares = None
+    if options.shares != AUTO and options.hostfile is None and options.slices is None:
+        shares = tuple(share_weights(options.shares, ranks))
+    return DoctorOptions(
+        hostfile=options.hostfile,
+        ssh=options.ssh,
+        model=options.model,
+        slices=options.slices,
+        format=options.format,
+        shares=shares,
+        json=_path(options.json),
+    )
+
+
+def allreduce_bench_options(arguments: list[str]) -> AllreduceBenchOptions:
+    """The options of `bench allreduce`. Raises InputError for what cannot be used."""
+    options = bench_parser().parse_args(arguments)
+    check_bench(options)
+    return AllreduceBenchOptions(
+        sizes=tuple(bench_numbers(options.sizes)),
+        algorithms=tuple(some_of(options.algorithms, "--algorithms", tuple(ALGORITHMS))),
+        wires=tuple(some_of(options.wire, "--wire", WIRES)),
+        rounds=options.repeats,
+        json=_path(options.json),
+        plot=_path(options.plot),
+        quiet=options.quiet,
+    )
+
+
+def _path(given: str | None) -> Path | None:
+    return None if given is None else Path(given)
 
 
 # What argparse cannot check

@@ -81,9 +81,14 @@ def slice_together(arguments: list[str], star: Star, guests: Sequence[RankInfo])
         if auto:  # for a run without options
             usual = options.run_parser().parse_args(["--quiet"] if parsed.quiet else [])
             names = None if parsed.out else cache_names(source, formats)
-            from tpimpi.diagnostics.planner.command import auto_shares
+            from tpimpi.diagnostics.planner.command import Survey, choose_shares
 
-            weights = auto_shares(star, guests, usual, source.config, formats, names)
+            workload, measuring = (
+                tool_options.workload(usual, source.config, formats),
+                tool_options.measure_options(usual),
+            )
+            survey = Survey(star, guests, workload, measuring)
+            weights = choose_shares(survey, ranks, names, quiet=parsed.quiet)
         partition = make_partition(source.config, weights)
         location = SliceLocation(parsed.out, cache_name(source, partition, formats))
         made = ensure_slices(star, source, partition, formats, location, verify=parsed.verify, quiet=parsed.quiet)

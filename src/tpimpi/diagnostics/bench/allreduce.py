@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from tpimpi.cli.tool_options import bench_numbers, bench_parser, check_bench, some_of
+from tpimpi.diagnostics.options import AllreduceBenchOptions
 from tpimpi.errors import InputError
-from tpimpi.star import ALGORITHMS, WIRES, Star, choose, parse_rule
+from tpimpi.star import Star, choose, parse_rule
 from tpimpi.star.codec import wire_of
 from tpimpi.star.control import encode_note
 from tpimpi.system.files import write_json
@@ -60,34 +60,21 @@ class Found:
         return {**asdict(self), "rows": rows}
 
 
-def bench(arguments: list[str], star: Star, hosts: list[str]) -> None:
+def bench(options: AllreduceBenchOptions, star: Star, hosts: list[str]) -> None:
     """Rank 0: the whole command. Raises InputError, StorageError."""
-    parsed = bench_parser().parse_args(arguments)
-    check_bench(parsed)
     if star.rank.size == 1:
         raise InputError("bench allreduce measures between ranks; start it with mpirun -np 2, or more")
-    algorithms = some_of(parsed.algorithms, "--algorithms", tuple(ALGORITHMS))
-    wires = some_of(parsed.wire, "--wire", WIRES)
-    quiet = parsed.quiet
-    found = lead(star, hosts, bench_numbers(parsed.sizes), algorithms, wires, parsed.repeats, quiet=quiet)
+    found = lead(star, hosts, options)
     print_table(found)
-    if parsed.json is not None:
-        write_json(Path(parsed.json), found.as_json(), "--json")
-    if parsed.plot is not None:
-        draw(found, Path(parsed.plot))
+    if options.json is not None:
+        write_json(options.json, found.as_json(), "--json")
+    if options.plot is not None:
+        draw(found, options.plot)
 
 
-def lead(
-    star: Star,
-    hosts: list[str],
-    sizes: Sequence[int],
-    algorithms: Sequence[str],
-    wires: Sequence[str],
-    rounds: int,
-    *,
-    quiet: bool,
-) -> Found:
+def lead(star: Star, hosts: list[str], options: AllreduceBenchOptions) -> Found:
     """Rank 0: measure, while the others `follow`."""
+    sizes, algorithms, wires, rounds = options.sizes, options.algorithms, options.wires, options.rounds
     star.broadcast_note(
         encode_note(task=TASK, sizes=list(sizes), algorithms=list(algorithms), wires=list(wires), rounds=rounds)
     )
@@ -98,7 +85,7 @@ def lead(
         found.latencies, found.rules[wire] = links.latencies, choose(links.times, star.rank.size)
     times: dict[tuple[str, int, str], list[float]] = {}
     for number in range(rounds):
-        if not quiet:
+        if not options.quiet:
             print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
         for key, samples in _round(star, sizes, algorithms, wires):
             times.setdefault(key, []).extend(samples)

@@ -8,7 +8,6 @@ code is 1 where something is wrong, 0 where nothing is, and 2 for bad options.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -17,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from tpimpi import __version__
-from tpimpi.cli import options, tool_options
 from tpimpi.compute.backends import NOT_INSTALLED
 from tpimpi.diagnostics.doctor import rank_facts
 from tpimpi.diagnostics.doctor.rank_facts import HERE, MISSING, WRONG, Facts, Look, Wanted
+from tpimpi.diagnostics.options import DoctorOptions
 from tpimpi.engine.engine import identity, usual_threads
 from tpimpi.engine.ranks import NO_WATCH, RankInfo, cores_shared_by, meet
 from tpimpi.errors import InputError, ModelError, SliceError
@@ -90,31 +89,29 @@ class Checkup:
 # All ranks together
 
 
-def lead(arguments: list[str], star: Star) -> int:
+def doctor(options: DoctorOptions, star: Star) -> int:
     """Rank 0 of `doctor`, which ends the run on every rank; the exit code. Raises InputError, and StarError where a rank
     does not answer."""
-    parsed = tool_options.doctor_parser().parse_args(arguments)
-    tool_options.check_doctor(parsed)
-    if parsed.hostfile is not None:
+    if options.hostfile is not None:
         if star.rank.size > 1:
             raise InputError("--hostfile is for doctor without mpirun; leave mpirun out, or --hostfile")
         from tpimpi.diagnostics.doctor import hosts
 
-        return hosts.doctor(parsed.hostfile, parsed.ssh, parsed.json)
+        return hosts.doctor(options.hostfile, options.ssh, options.json)
     star.timeout = rank_facts.PATIENCE
     hellos = meet(star)
-    checkup = _check_up(star, hellos, _wanted(parsed, star.rank.size))
+    checkup = _check_up(star, hellos, _wanted(options, star.rank.size))
     star.broadcast_note(encode_note(stop=0))
     found = list(findings(checkup))
     _print(checkup, found)
-    if parsed.json is not None:
-        write_json(Path(parsed.json), as_json(checkup, found), "--json")
+    if options.json is not None:
+        write_json(options.json, as_json(checkup, found), "--json")
     return int(any(finding.wrong for finding in found))
 
 
 def _check_up(star: Star, hellos: Sequence[dict[str, Any]], wanted: Wanted) -> Checkup:
     """Have all ranks looked at, as far as they know how: ranks with another version may not."""
-    if any(rank_facts.TASK not in hello.get("tasks", ()) for hello in hellos):
+    if any(rank_facts.TASK not in hello.get("tasks", ()) for hello in hellos[1:]):
         return Checkup([_of_hello(hello) for hello in hellos], [], [])
     facts = rank_facts.lead(star, wanted)
     given = placement.given_hosts()
@@ -134,19 +131,19 @@ def _of_hello(hello: dict[str, Any]) -> Facts:
     )
 
 
-def _wanted(parsed: argparse.Namespace, ranks: int) -> Wanted:
+def _wanted(options: DoctorOptions, ranks: int) -> Wanted:
     """The slices that a run with these options would use; none where there is no model to be found, and none was named."""
-    if parsed.slices is not None:
-        return Wanted(folder=parsed.slices, identity=_identity_of(Path(parsed.slices), ranks))
-    if parsed.shares == "auto":
+    if options.slices is not None:
+        return Wanted(folder=options.slices, identity=_identity_of(Path(options.slices), ranks))
+    if options.shares is None:
         return Wanted()
     try:
-        path = model_path(parsed.model)
+        path = model_path(options.model)
     except ModelError:
         return Wanted()
     with open_source(path) as source:
-        formats = choose_formats(source, parsed.format)
-        plan = make_partition(source.config, options.share_weights(parsed.shares, ranks))
+        formats = choose_formats(source, options.format)
+        plan = make_partition(source.config, options.shares)
         headers = [make_header(source, plan, rank, formats) for rank in range(ranks)]
         return Wanted(
             cache_name=cache_name(source, plan, formats),

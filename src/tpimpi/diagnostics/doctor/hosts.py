@@ -311,10 +311,10 @@ def tell(given: str, ours: Ours, found: Sequence[Findings]) -> int:
     return wrong
 
 
-def doctor(given: str, ssh: str, json_file: str | None) -> int:
+def doctor(given: str, ssh: str, json_file: Path | None) -> int:
     """The command; its exit code. Raises InputError."""
     ours, found = look_at_hosts(given, ssh)
     wrong = tell(given, ours, found)
     if json_file is not None:
-        write_json(Path(json_file), as_json(ours, found), "--json")
+        write_json(json_file, as_json(ours, found), "--json")
     return int(wrong > 0)

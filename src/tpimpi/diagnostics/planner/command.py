@@ -6,26 +6,21 @@ bandwidth and cores from each other. `--shares auto` has all ranks measured once
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from tpimpi.cli import options
+from tpimpi.diagnostics.options import MeasureOptions, PlanOptions, Workload
 from tpimpi.diagnostics.planner.measure_disks import measure_disks
 from tpimpi.diagnostics.planner.measure_layers import Finding, Task, measure
-from tpimpi.diagnostics.planner.predict import Line, Measured, Pace, Prediction, Predictor, RankSpeed, Situation
+from tpimpi.diagnostics.planner.predict import Line, Measured, Pace, Prediction, Predictor, RankSpeed
 from tpimpi.diagnostics.planner.shares import FINE, best_shares
 from tpimpi.engine.budget import per_rank
-from tpimpi.engine.engine import CONTEXT
 from tpimpi.engine.model import PREFILL_CHUNK
 from tpimpi.engine.ranks import RankInfo, cores_shared_by
 from tpimpi.errors import InputError
-from tpimpi.models.config import ModelConfig
-from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.star import Star
 from tpimpi.system.files import write_json
 from tpimpi.system.memory import Place
@@ -33,62 +28,34 @@ from tpimpi.system.units import show_size
 from tpimpi.weights.find import find_slices
 from tpimpi.weights.slices.partition import describe_shares
 
-PROMPT = 16  # tokens, where nobody says how many
 _FASTER = 1.05  # so many times: a number of ranks is said to be faster than another
 
 
-@dataclass(frozen=True)
-class Ways:
-    """How the ranks would compute: what the options of a run say."""
-
-    backend: str
-    threads: int | None
-    allreduce: str
-    wire: str
-
-
-def situation(parsed: argparse.Namespace, config: ModelConfig, formats: ModelFormats) -> Situation:
-    """What the options of a run say of it, as far as it matters for its speed."""
-    memory = options.memory_sizes(parsed.memory)
-    return Situation(
-        config=config,
-        formats=formats,
-        context=min(parsed.context or CONTEXT, config.context),
-        prompt=min(getattr(parsed, "prompt_tokens", PROMPT), config.context - 1),
-        memory=None if memory is None else tuple(memory),
-        kv=parsed.kv,
-        window=options.window_blocks(parsed.window),
-    )
-
-
-def ways(parsed: argparse.Namespace) -> Ways:
-    """How the options of a run say that it computes."""
-    return Ways(parsed.backend, parsed.threads, parsed.allreduce, parsed.wire)
-
-
 class Survey:
-    """The ranks of this run, measured when they are asked about."""
+    """The ranks of this run, measured when they are asked about. Raises InputError where --memory has not one size, nor
+    one for each rank."""
 
-    def __init__(self, star: Star, guests: Sequence[RankInfo], situation: Situation, ways: Ways) -> None:
-        self.star, self._guests, self.situation, self._ways = star, list(guests), situation, ways
+    def __init__(self, star: Star, guests: Sequence[RankInfo], workload: Workload, measuring: MeasureOptions) -> None:
+        self.star, self._guests, self.workload, self._measuring = star, list(guests), workload, measuring
+        sizes = workload.memory
+        self._memory = None if sizes is None else per_rank(sizes, len(guests))
         self._disks: list[tuple[float, float]] | None = None
 
     def predictor(self, ranks: int, positions: int = 1) -> Predictor:
         """Measure the first so many ranks, with so many positions of a prompt at once. Raises what measuring raises."""
-        situation, guests = self.situation, self._guests[:ranks]
-        memory = situation.memory
+        workload, guests = self.workload, self._guests[:ranks]
         task = Task(
-            config=situation.config.to_dict(),
-            formats=situation.formats.to_dict(),
+            config=workload.config.to_dict(),
+            formats=workload.formats.to_dict(),
             ranks=ranks,
             positions=positions,
-            start=situation.prompt,
+            start=workload.prompt,
             cores_shared_by=cores_shared_by(guests),
-            kv=situation.kv,
-            memory=None if memory is None else list(memory) * (len(self._guests) if len(memory) == 1 else 1),
-            **asdict(self._ways),
+            kv=workload.kv,
+            memory=self._memory,
+            **asdict(self._measuring),
         )
-        return Predictor(situation, as_measured(measure(self.star, task), positions))
+        return Predictor(workload, as_measured(measure(self.star, task), positions))
 
     def with_disks(self, predictor: Predictor, choose: Callable[[Predictor], list[Prediction]]) -> list[Prediction]:
         """What `choose` finds; where something is streamed in any of it the disks are measured first, once for all, since
@@ -102,7 +69,7 @@ class Survey:
             replace(speed, disk_bytes_per_s=rate, read_cpu_s_per_byte=cpu)
             for speed, (rate, cpu) in zip(predictor.measured.ranks, self._disks, strict=False)
         )
-        return choose(Predictor(self.situation, replace(predictor.measured, ranks=ranks)))
+        return choose(Predictor(self.workload, replace(predictor.measured, ranks=ranks)))
 
 
 def as_measured(findings: Sequence[Finding], positions: int) -> Measured:
@@ -184,22 +151,7 @@ def choose_shares(survey: Survey, ranks: int, names: tuple[str, str] | None, *, 
         other = "" if chosen.shares == equal.shares else f", equal shares {_seconds(equal.s_per_token)}"
         said = f"shares: {chosen.shares} (auto{here}; predicted {_seconds(chosen.s_per_token)} s/token{other})"
         print(said, file=sys.stderr, flush=True)
-    return options.share_weights(chosen.shares, ranks)
-
-
-def auto_shares(
-    star: Star,
-    guests: Sequence[RankInfo],
-    parsed: argparse.Namespace,
-    config: ModelConfig,
-    formats: ModelFormats,
-    names: tuple[str, str] | None,
-) -> list[float]:
-    """`choose_shares` with the options of a run."""
-    if (sizes := options.memory_sizes(parsed.memory)) is not None:
-        per_rank(sizes, len(guests))
-    survey = Survey(star, guests, situation(parsed, config, formats), ways(parsed))
-    return choose_shares(survey, len(guests), names, quiet=parsed.quiet)
+    return [float(number) for number in chosen.shares.split(",")]
 
 
 def _weights(text: str, ranks: int) -> list[float] | None:
@@ -227,35 +179,23 @@ class Choice:
 def plan(
     star: Star,
     guests: Sequence[RankInfo],
-    parsed: argparse.Namespace,
-    config: ModelConfig,
-    formats: ModelFormats,
+    options: PlanOptions,
     name: str,
 ) -> None:
-    """Rank 0 of `plan`: measure, print, and write what is wanted. Raises InputError."""
-    ranks = len(guests)
-    given = None if parsed.shares in (None, options.AUTO) else options.share_weights(parsed.shares, ranks)
-    if (sizes := options.memory_sizes(parsed.memory)) is not None:
-        per_rank(sizes, ranks)
-    if (parsed.context or 1) > config.context:
-        raise InputError(f"--context is {parsed.context}, this model has {config.context} positions; give at most that")
-    if parsed.prompt_tokens >= config.context:
-        raise InputError(
-            f"--prompt-tokens is {parsed.prompt_tokens}, this model has {config.context} positions; give fewer"
-        )
-    survey = Survey(star, guests, situation(parsed, config, formats), ways(parsed))
-    lines = make_table(survey, ranks, given, quiet=parsed.quiet)
-    about = survey.situation
-    title = f"{name}, {formats.describe()}; a prompt of {about.prompt} tokens, {about.context} positions"
-    print_table(lines, guests, [title])
-    if parsed.json is not None:
-        write_json(Path(parsed.json), as_json(survey, lines, guests), "--json")
+    """Rank 0 of `plan`: measure, print, and write what is wanted. `name` is the model's. Raises InputError."""
+    workload = options.workload
+    survey = Survey(star, guests, workload, options.measuring)
+    lines = make_table(survey, len(guests), options.shares, quiet=options.quiet)
+    positions = f"a prompt of {workload.prompt} tokens, {workload.context} positions"
+    print_table(lines, guests, [f"{name}, {workload.formats.describe()}; {positions}"])
+    if options.json is not None:
+        write_json(options.json, as_json(survey, lines, guests), "--json")
 
 
 def make_table(survey: Survey, ranks: int, given: Sequence[float] | None, *, quiet: bool) -> list[Choice]:
     """For 1 to `ranks` ranks equal and best shares, and for all of them the `given` ones."""
     lines = []
-    positions = min(survey.situation.prompt, PREFILL_CHUNK)
+    positions = min(survey.workload.prompt, PREFILL_CHUNK)
     for count in range(1, ranks + 1):
         if not quiet:
             print(f"measuring {count} of {ranks} ranks", file=sys.stderr, flush=True)
@@ -345,7 +285,7 @@ def _limit(found: Prediction, guests: Sequence[RankInfo]) -> str:
 
 def as_json(survey: Survey, lines: Sequence[Choice], guests: Sequence[RankInfo]) -> dict[str, Any]:
     """What `plan --json` writes: seconds and bytes; null where a plan cannot work."""
-    situation = survey.situation
+    workload = survey.workload
 
     def finite(values: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -354,10 +294,10 @@ def as_json(survey: Survey, lines: Sequence[Choice], guests: Sequence[RankInfo])
         }
 
     return {
-        "model": situation.config.to_dict(),
-        "formats": situation.formats.describe(),
-        "context": situation.context,
-        "prompt_tokens": situation.prompt,
+        "model": workload.config.to_dict(),
+        "formats": workload.formats.describe(),
+        "context": workload.context,
+        "prompt_tokens": workload.prompt,
         "hosts": [guest.host for guest in guests],
         "plans": [{"ranks": line.ranks, "kind": line.kind, **finite(asdict(line.prediction))} for line in lines],
         "advice": advice(lines),

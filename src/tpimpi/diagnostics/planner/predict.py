@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from tpimpi.diagnostics.options import Workload
 from tpimpi.engine.budget import Needs, allowances, make_budget
 from tpimpi.engine.model import PREFILL_CHUNK, work_bytes
 from tpimpi.engine.window import FEWEST_TILES, USUAL_TILES
@@ -152,19 +153,6 @@ class Loads:
         return self._found[key]
 
 
-@dataclass(frozen=True)
-class Situation:
-    """What is to be run: a model, for so many positions, with so much memory (`--memory`; None: auto), or `--window`."""
-
-    config: ModelConfig
-    formats: ModelFormats
-    context: int
-    prompt: int
-    memory: tuple[int, ...] | None = None
-    kv: str = "auto"
-    window: int | str | None = None
-
-
 # What comes out
 
 
@@ -189,19 +177,19 @@ class Prediction:
 
 
 class Predictor:
-    """Predicts what a situation's plans take, with the ranks of `measured`."""
+    """Predicts what a workload's plans take, with the ranks of `measured`."""
 
-    def __init__(self, situation: Situation, measured: Measured) -> None:
-        self.situation, self.measured = situation, measured
-        self.loads = Loads(situation.config, situation.formats)
-        self._dtype = kv_dtype(situation.kv, (fmt for layer in situation.formats.layers for fmt in layer))
+    def __init__(self, workload: Workload, measured: Measured) -> None:
+        self.workload, self.measured = workload, measured
+        self.loads = Loads(workload.config, workload.formats)
+        self._dtype = kv_dtype(workload.kv, (fmt for layer in workload.formats.layers for fmt in layer))
         self._found: dict[tuple[float, ...], Prediction] = {}
 
     def predict(self, weights: Sequence[float]) -> Prediction:
         """Of shares in these proportions, one a rank. Raises InputError for proportions that make_partition refuses."""
         key = tuple(weights)
         if key not in self._found:
-            self._found[key] = self._predict(make_partition(self.situation.config, weights))
+            self._found[key] = self._predict(make_partition(self.workload.config, weights))
         return self._found[key]
 
     def _predict(self, plan: Partition) -> Prediction:
@@ -242,7 +230,7 @@ class Predictor:
 
     def _first_token(self, loads: Sequence[Load], streamed: Sequence[int], head: float) -> float:
         total = head
-        for positions in chunks(self.situation.prompt):
+        for positions in chunks(self.workload.prompt):
             step = sum(self.blocks(loads, positions))
             for rank, load in enumerate(loads):
                 rest = self._processor(rank, load, positions, streamed[rank], head=False)
@@ -275,7 +263,7 @@ class Predictor:
                 compute += kinds[0][0] * slowest
         if len(loads) == 1:
             return compute, 0.0
-        return compute, self.allreduce(positions) * 2 * self.situation.config.layers + self.allreduce(positions) / 2
+        return compute, self.allreduce(positions) * 2 * self.workload.config.layers + self.allreduce(positions) / 2
 
     def _slowest(self, loads: Sequence[Load]) -> int:
         """The rank that computes longest."""
@@ -301,7 +289,7 @@ class Predictor:
 
     def needs(self, plan: Partition, rank: int, load: Load) -> Needs:
         """What a rank would need, as an engine reckons it."""
-        config, formats, context = self.situation.config, self.situation.formats, self.situation.context
+        config, formats, context = self.workload.config, self.workload.formats, self.workload.context
         header = Header(rank, formats, "", "", config, plan, ())
         speed = self.measured.ranks[rank]
         least, usual = (
@@ -320,7 +308,7 @@ class Predictor:
     def memory(self, plan: Partition, loads: Sequence[Load]) -> tuple[list[int], list[int]]:
         """What each rank takes, and what it streams for a token, in bytes. Raises InputError where it has too little."""
         needs = {rank: self.needs(plan, rank, load) for rank, load in enumerate(loads)}
-        if (window := self.situation.window) is not None:
+        if (window := self.workload.window) is not None:
             return self._in_window(needs, loads, window)
         promises = self.promises(needs)
         taken, streamed = [], []
@@ -347,7 +335,7 @@ class Predictor:
     def promises(self, needs: Mapping[int, Needs]) -> list[int]:
         """What each rank may take, in rank order."""
         ranks = self.measured.ranks[: len(needs)]
-        if (sizes := self.situation.memory) is not None:
+        if (sizes := self.workload.memory) is not None:
             return list(sizes[: len(needs)]) if len(sizes) > 1 else list(sizes) * len(needs)
         places = {rank: speed.places for rank, speed in enumerate(ranks)}
         found = allowances(places, {rank: speed.host for rank, speed in enumerate(ranks)}, needs)

@@ -65,13 +65,13 @@ class _RankTime:
     """What a token would take if it waited for this rank alone, as a function of its part of the model."""
 
     def __init__(self, predictor: Predictor, rank: int, ranks: int) -> None:
-        situation, measured = predictor.situation, predictor.measured
-        self._speed, self._layers = measured.ranks[rank], situation.config.layers
-        whole = make_partition(situation.config, [float(other == rank) for other in range(ranks)])
+        workload, measured = predictor.workload, predictor.measured
+        self._speed, self._layers = measured.ranks[rank], workload.config.layers
+        whole = make_partition(workload.config, [float(other == rank) for other in range(ranks)])
         load = predictor.loads.of(whole.shares[rank], rank)
-        self._window = situation.window
+        self._window = workload.window
         self._head, self._bytes = load.head, load.tiles - load.head
-        equal = make_partition(situation.config, [1.0] * ranks)
+        equal = make_partition(workload.config, [1.0] * ranks)
         loads = [predictor.loads.of(share, other) for other, share in enumerate(equal.shares)]
         needs = [predictor.needs(equal, other, load) for other, load in enumerate(loads)]
         self._need = predictor.needs(whole, rank, load)
