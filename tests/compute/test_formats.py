@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tpimpi.compute.formats.bf16 import from_bf16, to_bf16
 from tpimpi.compute.formats.packed import (
     WEIGHT_FORMATS,
     Matrix,
     decode,
     encode,
-    from_bf16,
     holds_infinities,
     is_quantized,
     pack,
@@ -24,7 +24,6 @@ from tpimpi.compute.formats.packed import (
     panel_bytes,
     row_bytes,
     runs_of_rows,
-    to_bf16,
     unpack,
     values,
 )

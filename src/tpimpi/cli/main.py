@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from tpimpi.cli import follow, options, tool_options
 from tpimpi.cli.tools import COMMANDS, SIGNALS, ensure_slices, slice_together, tool
-from tpimpi.compute.formats.packed import F32
+from tpimpi.compute.arrays import F32
 from tpimpi.diagnostics.trace_file import left_out, write_trace
 from tpimpi.engine import ranks as ranks_of_run
 from tpimpi.engine import startup

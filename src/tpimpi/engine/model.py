@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tpimpi.compute.arrays import F32, Array
 from tpimpi.compute.backends import Backend
-from tpimpi.compute.formats.packed import F32, Array
 from tpimpi.engine.trace import COMPUTE, STAR, Recorder
 from tpimpi.engine.window import Window
 from tpimpi.models.blocks import HEAD, Block

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tpimpi.compute.formats.packed import F32
+from tpimpi.compute.arrays import F32
 from tpimpi.engine.model import Model
 from tpimpi.errors import StarError
 from tpimpi.star import BEGIN, FINISH, FORWARD, Star

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from tpimpi.compute.formats.packed import F32
+from tpimpi.compute.arrays import F32
 from tpimpi.engine.model import PREFILL_CHUNK, Model
 from tpimpi.engine.protocol import step
 from tpimpi.star import BEGIN, Star

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tpimpi.compute.formats.packed import F32
+from tpimpi.compute.arrays import F32
 from tpimpi.engine.engine import Engine
 from tpimpi.engine.figures import RankFigures
 from tpimpi.engine.model import PREFILL_CHUNK

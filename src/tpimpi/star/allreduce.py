@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from tpimpi.compute.formats.packed import F32
+from tpimpi.compute.arrays import F32
 from tpimpi.star.channel import PARTIAL, SUM, Channel, Pending
 from tpimpi.star.pieces import IncomingPiece, PieceChannel
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from tpimpi.compute.formats.packed import Bytes
+from tpimpi.compute.arrays import Bytes
 from tpimpi.errors import LostError, StarError
 
 if TYPE_CHECKING:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tpimpi.compute.arrays import F32, Bytes
 from tpimpi.compute.backends import load_quantizer
-from tpimpi.compute.formats.packed import F32, Bytes, decode, encode
+from tpimpi.compute.formats.packed import decode, encode
 from tpimpi.compute.formats.quantize import Quantizer, quantize
 from tpimpi.errors import StarError
 

@@ -11,7 +11,7 @@ from statistics import median
 
 import numpy as np
 
-from tpimpi.compute.formats.packed import Bytes
+from tpimpi.compute.arrays import Bytes
 from tpimpi.star.channel import ECHO, Channel
 from tpimpi.star.pieces import PIECE_NUMBERS
 from tpimpi.star.star import Star

@@ -12,7 +12,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tpimpi.compute.formats.packed import BLOCK_WEIGHTS, F32, Bytes, row_bytes
+from tpimpi.compute.arrays import F32, Bytes
+from tpimpi.compute.formats.packed import BLOCK_WEIGHTS, row_bytes
 from tpimpi.star.channel import Channel, Pending
 from tpimpi.star.codec import Wire
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from tpimpi.compute.formats.packed import F32, Bytes
+from tpimpi.compute.arrays import F32, Bytes
 from tpimpi.errors import InputError, StarError
 from tpimpi.star.allreduce import ALGORITHMS, Allreduce, Background, parse_rule
 from tpimpi.star.channel import BULK, CLOCK, CONTROL, ECHO, HIDDEN, NOTE, Channel, Pending

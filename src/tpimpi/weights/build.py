@@ -13,12 +13,10 @@ from typing import Protocol
 
 import numpy as np
 
+from tpimpi.compute.arrays import F32, Array, Bytes
 from tpimpi.compute.formats.packed import (
     BLOCK_WEIGHTS,
-    F32,
     PANEL_ROWS,
-    Array,
-    Bytes,
     encode,
     holds_infinities,
     is_quantized,

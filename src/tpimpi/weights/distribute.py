@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from tpimpi.compute.arrays import Bytes
 from tpimpi.compute.backends import load_quantizer
-from tpimpi.compute.formats.packed import Bytes
 from tpimpi.errors import ModelError, StarError, StorageError, as_ours
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import ModelFormats

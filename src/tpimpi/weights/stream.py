@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from tpimpi.compute.formats.packed import Array, Bytes
+from tpimpi.compute.arrays import Array, Bytes
 from tpimpi.errors import StarError
 from tpimpi.weights.slices.header import Header
 

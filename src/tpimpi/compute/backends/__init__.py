@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib.util
 from typing import Protocol
 
-from tpimpi.compute.formats.packed import F32, Array, Matrix
+from tpimpi.compute.arrays import F32, Array
+from tpimpi.compute.formats.packed import Matrix
 from tpimpi.compute.formats.quantize import Quantizer, quantize
 from tpimpi.errors import InputError
 

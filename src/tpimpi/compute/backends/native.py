@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from tpimpi._native import Session, levels
-from tpimpi.compute.formats.packed import F32, WEIGHT_FORMATS, Array, Bytes, Matrix, row_bytes
+from tpimpi.compute.arrays import F32, Array, Bytes
+from tpimpi.compute.formats.packed import WEIGHT_FORMATS, Matrix, row_bytes
 from tpimpi.errors import InputError
 
 _FORMAT_CODES = {name: code for code, name in enumerate(WEIGHT_FORMATS)}  # enum Format in kernels.h

@@ -5,17 +5,9 @@ from __future__ import annotations
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from tpimpi.compute.formats.packed import (
-    BLOCK_WEIGHTS,
-    F32,
-    Array,
-    Matrix,
-    from_bf16,
-    is_quantized,
-    runs_of_rows,
-    to_bf16,
-    values,
-)
+from tpimpi.compute.arrays import F32, Array
+from tpimpi.compute.formats.bf16 import from_bf16, to_bf16
+from tpimpi.compute.formats.packed import BLOCK_WEIGHTS, Matrix, is_quantized, runs_of_rows, values
 
 _RUN_NUMBERS = 1 << 22  # of a weight, as f32 at a time
 

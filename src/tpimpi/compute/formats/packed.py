@@ -30,16 +30,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from tpimpi.compute.arrays import F32, Array, Bytes
+from tpimpi.compute.formats.bf16 import SLAB_BYTES, from_bf16, to_bf16
 from tpimpi.compute.formats.quantize import Quantizer, quantize
-
-Array = npt.NDArray[Any]
-F32 = npt.NDArray[np.float32]
-Bytes = npt.NDArray[np.uint8]
 
 WEIGHT_FORMATS = ("f32", "bf16", "q8_0", "q4_0", "q4_1")
 PANEL_ROWS = 16
@@ -48,7 +44,6 @@ _LINE_BYTES = 64
 # Magnitudes that a quantized format has at the largest f16 scale (of either sign, q4_1: and minimum).
 LARGEST = {"q8_0": 65504.0 * 127, "q4_0": 65504.0 * 8, "q4_1": 65504.0}
 _PLAIN_BYTES = {"f32": 4, "bf16": 2}  # of one number
-_SLAB_BYTES = 1 << 20  # converted at a time: stays in the cache, and bounds what is needed beside the result
 
 
 @dataclass(frozen=True)
@@ -222,9 +217,9 @@ def _pair_lines(panels: Bytes, fmt: str, blocks: int) -> Iterator[tuple[int, int
 
 
 def _panel_runs(rows: int, width: int) -> Iterator[tuple[int, int]]:
-    """Runs of panels [first, last) of about _SLAB_BYTES each."""
+    """Runs of panels [first, last) of about SLAB_BYTES each."""
     panels = _panels(rows)
-    step = max(1, _SLAB_BYTES // max(1, PANEL_ROWS * width))
+    step = max(1, SLAB_BYTES // max(1, PANEL_ROWS * width))
     return ((first, min(first + step, panels)) for first in range(0, panels, step))
 
 
@@ -265,7 +260,7 @@ def decode(stored: Bytes, fmt: str, columns: int) -> F32:
     if fmt == "bf16":
         return from_bf16(stored.view("<u2"))
     out = np.empty((stored.shape[0], _blocks(columns) * BLOCK_WEIGHTS), np.float32)
-    step = max(1, _SLAB_BYTES // 4 // max(1, out.shape[1]))
+    step = max(1, SLAB_BYTES // 4 // max(1, out.shape[1]))
     for first in range(0, stored.shape[0], step):
         _dequantize(np.ascontiguousarray(stored[first : first + step]), fmt, out[first : first + step])
     return np.ascontiguousarray(out[:, :columns])
@@ -299,27 +294,3 @@ def holds_infinities(stored: Bytes, fmt: str) -> bool:
     """Whether a scale or minimum of quantized rows [rows, row_bytes] is infinite or NaN."""
     numbers, _ = _numbers_and_codes(stored, fmt)
     return bool(((numbers & 0x7C00) == 0x7C00).any())
-
-
-def to_bf16(values: F32) -> npt.NDArray[np.uint16]:
-    """The nearest bf16 of each number, ties to even, as its bits. Same shape. Peak memory: the result and a few MB."""
-    out = np.empty(values.shape, np.uint16)
-    if values.ndim < 2:
-        out[...] = _round_to_bf16(values)
-        return out
-    step = max(1, _SLAB_BYTES // 4 // max(1, values.size // max(1, values.shape[0])))
-    for first in range(0, values.shape[0], step):
-        out[first : first + step] = _round_to_bf16(values[first : first + step])
-    return out
-
-
-def _round_to_bf16(values: F32) -> npt.NDArray[np.uint16]:
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
-    # Rounding could carry a NaN over into infinity; a set mantissa bit keeps it a NaN.
-    return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)
-
-
-def from_bf16(bits: Array) -> F32:
-    """The numbers of bf16 bits (uint16). Same shape; exact."""
-    return np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)

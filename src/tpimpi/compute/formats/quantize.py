@@ -36,10 +36,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
-F32 = npt.NDArray[np.float32]
-Bytes = npt.NDArray[np.uint8]
+from tpimpi.compute.arrays import F32, Bytes
 
 BLOCK_WEIGHTS = 32
 # The code at which the number of largest magnitude is laid.

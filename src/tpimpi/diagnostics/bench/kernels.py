@@ -29,8 +29,9 @@ import numpy as np
 import psutil
 
 from tpimpi import __version__
+from tpimpi.compute.arrays import F32
 from tpimpi.compute.backends import Backend, has_native, load_backend
-from tpimpi.compute.formats.packed import F32, Matrix, encode, pack, packed_bytes, row_bytes
+from tpimpi.compute.formats.packed import Matrix, encode, pack, packed_bytes, row_bytes
 from tpimpi.errors import InputError
 from tpimpi.system.buffers import aligned_buffer
 

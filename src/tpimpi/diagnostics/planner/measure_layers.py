@@ -27,8 +27,9 @@ from typing import Any, cast
 
 import numpy as np
 
+from tpimpi.compute.arrays import F32, Array
 from tpimpi.compute.backends import Backend, load_backend
-from tpimpi.compute.formats.packed import F32, Array, Matrix, packed_bytes
+from tpimpi.compute.formats.packed import Matrix, packed_bytes
 from tpimpi.diagnostics.bench.kernels import CACHE_TIMES, last_level_cache
 from tpimpi.engine.engine import usual_threads
 from tpimpi.engine.model import Model, largest_sum

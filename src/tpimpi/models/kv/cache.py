@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tpimpi.compute.formats.packed import F32, Array
+from tpimpi.compute.arrays import F32, Array
 from tpimpi.system.buffers import Pages
 
 KV_FORMATS = ("auto", "f16", "f32")  # what --kv takes; auto is as precise as the weights deserve, see `kv_dtype`

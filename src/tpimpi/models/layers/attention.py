@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tpimpi.compute.arrays import F32
 from tpimpi.compute.backends import Backend
-from tpimpi.compute.formats.packed import F32
 from tpimpi.models.kv.cache import KVCache
 from tpimpi.models.layers.parts import Parts
 from tpimpi.models.layers.rope import Angles

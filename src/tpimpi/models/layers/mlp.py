@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from tpimpi.compute.arrays import F32
 from tpimpi.compute.backends import Backend
-from tpimpi.compute.formats.packed import F32
 from tpimpi.models.layers.parts import Parts
 
 

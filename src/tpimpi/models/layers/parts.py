@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from tpimpi.compute.formats.packed import Array, Matrix
+from tpimpi.compute.arrays import Array
+from tpimpi.compute.formats.packed import Matrix
 
 
 class Parts(Protocol):

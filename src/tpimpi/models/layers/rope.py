@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tpimpi.compute.formats.packed import F32
+from tpimpi.compute.arrays import F32
 from tpimpi.models.config import ModelConfig, RopeScaling
 
 

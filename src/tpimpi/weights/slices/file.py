@@ -60,7 +60,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from tpimpi.compute.formats.packed import F32, Array, Matrix, decode, row_bytes
+from tpimpi.compute.arrays import F32, Array
+from tpimpi.compute.formats.packed import Matrix, decode, row_bytes
 from tpimpi.errors import InputError, SliceError, StorageError
 from tpimpi.system.buffers import Bytes, aligned_buffer
 from tpimpi.system.direct_io import Descriptor, Extent, Trial, pieces

@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from tpimpi.compute.formats.packed import Array, Bytes, row_bytes
+from tpimpi.compute.arrays import Array, Bytes
+from tpimpi.compute.formats.packed import row_bytes
 from tpimpi.errors import InputError, StorageError
 from tpimpi.weights.slices.file import error_number
 from tpimpi.weights.slices.header import Header

@@ -22,7 +22,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from tpimpi import __version__
-from tpimpi.compute.formats.packed import BLOCK_WEIGHTS, F32, Bytes, is_quantized, row_bytes
+from tpimpi.compute.arrays import F32, Bytes
+from tpimpi.compute.formats.packed import BLOCK_WEIGHTS, is_quantized, row_bytes
 from tpimpi.errors import InputError, StorageError
 from tpimpi.models.architectures import ARCHITECTURES
 from tpimpi.models.config import ModelConfig

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from tpimpi.compute.formats import packed
+from tpimpi.compute.formats.bf16 import from_bf16
 from tpimpi.errors import ModelError
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.tensors import expected_tensors
@@ -207,7 +207,7 @@ def decode(format: str, blocks: Bytes) -> Floats:
         return blocks.view("<f2").astype(np.float32)
     if format == "bf16":
         stored = blocks.view("<u2")
-        return _in_slabs(packed.from_bf16, stored, stored.shape[1], _BF16_SLAB_NUMBERS)
+        return _in_slabs(from_bf16, stored, stored.shape[1], _BF16_SLAB_NUMBERS)
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
 

@@ -21,18 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from tpimpi.compute.formats.packed import (
-    BLOCK_WEIGHTS,
-    F32,
-    Array,
-    Bytes,
-    decode,
-    encode,
-    from_bf16,
-    is_quantized,
-    row_bytes,
-    to_bf16,
-)
+from tpimpi.compute.arrays import F32, Array, Bytes
+from tpimpi.compute.formats.bf16 import from_bf16, to_bf16
+from tpimpi.compute.formats.packed import BLOCK_WEIGHTS, decode, encode, is_quantized, row_bytes
 from tpimpi.models.shapes import Shape
 from tpimpi.models.tensors import ModelTensor, model_tensors
 from tpimpi.models.weight_formats import ModelFormats

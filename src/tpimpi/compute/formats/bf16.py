@@ -1,0 +1,34 @@
+"""bf16: the upper 16 bits of IEEE 754 binary32, held as uint16."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from tpimpi.compute.arrays import F32, Array
+
+SLAB_BYTES = 1 << 20  # converted at a time: stays in the cache, and bounds what is needed beside the result
+
+
+def to_bf16(values: F32) -> npt.NDArray[np.uint16]:
+    """The nearest bf16 of each number, ties to even, as its bits. Same shape. Peak memory: the result and a few MB."""
+    out = np.empty(values.shape, np.uint16)
+    if values.ndim < 2:
+        out[...] = _round_to_bf16(values)
+        return out
+    step = max(1, SLAB_BYTES // 4 // max(1, values.size // max(1, values.shape[0])))
+    for first in range(0, values.shape[0], step):
+        out[first : first + step] = _round_to_bf16(values[first : first + step])
+    return out
+
+
+def _round_to_bf16(values: F32) -> npt.NDArray[np.uint16]:
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
+    # Rounding could carry a NaN over into infinity; a set mantissa bit keeps it a NaN.
+    return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)
+
+
+def from_bf16(bits: Array) -> F32:
+    """The numbers of bf16 bits (uint16). Same shape; exact."""
+    return np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
