@@ -31,8 +31,22 @@ LARGE_TURNS = 4  # how often each way makes REPEATS of the largest, at most
 NEAR = 2.0  # times what the fastest is expected to take for the largest: who takes longer is not timed
 PATIENCE = 20.0  # seconds for a message of these
 MOST_EXCHANGED = 32_768  # numbers of a sum by exchange, at most, with three ranks or more
-AS_FAST = 1.05  # of the star's time: what the mesh, which sends less over the hub's link, may take of the largest
-CLEARLY = 0.9  # of the star's time: what another way must take at most, to be preferred
+
+# Which share of the star's time another algorithm may take and still be preferred, by the sum's size class and whether the
+# hub's link carries fewer bytes than with the star: with n ranks (n - 1) sums go over it in a star, in a mesh 2 (n - 1) / n,
+# fewer from three ranks on. Small sums: only what is clearly faster, as times vary. Where the largest was timed, what is as
+# fast. Above all timed sizes bytes take the time, so the mesh is taken unless it was slower; far above them unless it took
+# twice as long, as the number of messages counts less and less. What does not send less is judged there as at the largest.
+SMALL, LARGE, ABOVE, FAR_ABOVE = "small", "large", "above", "far above"
+FAR_ABOVE_TIMES = 4  # times the largest timed
+ALLOWED_SHARES = {
+    (SMALL, False): 0.9,
+    (SMALL, True): 0.9,
+    (LARGE, False): 1.0,
+    (LARGE, True): 1.05,
+    (ABOVE, True): 1 / 0.9,
+    (FAR_ABOVE, True): 2.0,
+}
 
 _PING, _LATENCY, _SUM, _END = range(4)  # what the hub asks for: float64 [4]: kind, and up to three numbers
 
@@ -192,34 +206,17 @@ def worth_timing_largest(times: Times, largest: int, names: Sequence[str], secon
 
 
 def choose(times: Times, ranks: int) -> str:
-    """The rule (see `allreduce.parse_rule`) for what was measured: the exchange for the small, the mesh for the large, each
-    only as far as it is clearly faster than the star; where both are, the faster one. Where the largest was timed too, the
-    faster one is taken beyond SIZES (the mesh if it is as good as that).
-
-    Above the sizes that were timed it is bytes that take the time, and of those the hub's link has (n - 1) times a sum's
-    with the star, 2 (n - 1) / n times with the mesh: that is taken from three ranks on, unless it was slower; far above
-    them unless it took over twice the time, as what it has more of are messages, whose number counts less and less.
-    """
+    """The rule (see `allreduce.parse_rule`) for what was measured, with so many ranks: the exchange for small sums and the
+    mesh for large ones, each as far as it is faster than the star by ALLOWED_SHARES; where both are, the faster one."""
     largest = times["star"][-1][0]
     sizes = sorted({*(1 << bits for bits in range(8, 25)), largest})
-
-    def better(name: str, size: int) -> bool:
-        limit = CLEARLY
-        if largest > SIZES[-1] and size > SIZES[-1]:
-            limit = AS_FAST if name == "mesh" and ranks > 2 else 1.0
-        if name == "mesh" and size > largest and ranks > 2:
-            limit = 1 / CLEARLY
-            if size > 4 * largest:
-                size, limit = largest, 2.0
-        return expected(times[name], size) < limit * expected(times["star"], size)
-
     below, small, large = 0, 0, math.inf  # the mesh is for sizes from `large` on, `below` is the one before
     for place in reversed(range(len(sizes))):
-        if not better("mesh", sizes[place]):
+        if not _preferred("mesh", sizes[place], times, ranks):
             break
         below, large = sizes[max(0, place - 1)], sizes[place]
     for size in sizes:
-        if size > most_exchanged(ranks) or not better("exchange", size):
+        if size > most_exchanged(ranks) or not _preferred("exchange", size, times, ranks):
             break
         if size >= large and expected(times["mesh"], size) < expected(times["exchange"], size):
             break
@@ -232,6 +229,23 @@ def choose(times: Times, ranks: int) -> str:
     if large < math.inf and below > small:
         steps.append(f"star:{below}")
     return ",".join([*steps, "mesh" if large < math.inf else "star"])
+
+
+def _preferred(name: str, size: int, times: Times, ranks: int) -> bool:
+    """Whether an algorithm is to be preferred to the star for sums of `size` numbers."""
+    largest = times["star"][-1][0]
+    sends_less = name == "mesh" and ranks > 2
+    size_class = _size_class(size if sends_less else min(size, largest), largest)
+    at = largest if size_class == FAR_ABOVE else size  # times so far above are a guess
+    allowed = ALLOWED_SHARES[size_class, sends_less]
+    return expected(times[name], at) < allowed * expected(times["star"], at)
+
+
+def _size_class(size: int, largest: int) -> str:
+    """Of a sum of `size` numbers, where sums of up to `largest` numbers were timed: a key of ALLOWED_SHARES."""
+    if size > largest:
+        return ABOVE if size <= FAR_ABOVE_TIMES * largest else FAR_ABOVE
+    return SMALL if size <= SIZES[-1] else LARGE
 
 
 def most_exchanged(ranks: int) -> float:
