@@ -77,7 +77,7 @@ def test_buffers_are_lent_to_one_at_a_time() -> None:
     buffers = BufferPool()
     first, second = buffers.take(100_000), buffers.take(100_000)
     assert not np.shares_memory(first, second)
-    buffers.give(first[:-8])  # a message without its seal
+    buffers.give(first[:-8])  # a message without its checksum
     again = buffers.take(70_000)
     assert again.size == 70_000 and np.shares_memory(first, again)
     assert not np.shares_memory(buffers.take(70_000), again)

@@ -62,7 +62,9 @@ def test_a_start_that_takes_long_is_explained(mpirun: Launcher) -> None:
 def test_where_mpi_leaves_no_thread_for_the_watch_rank_0_says_so(
     mpirun: Launcher, cache: dict[str, str], tiny: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text("import tpimpi.star.star as s\ns._for_several_threads = lambda: False\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import tpimpi.star.start as s\ns._has_thread_multiple = lambda: False\n"
+    )
     command = ("-m", "tpimpi", "--model", str(tiny), "--prompt", "x", "--max-tokens", "1", "--timeout", "77")
     line = "a rank that hangs is noticed only after 77 s (--timeout)"
     with_watch = mpirun(2, *command, env=cache)

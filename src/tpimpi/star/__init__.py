@@ -21,7 +21,8 @@ from tpimpi.star.codec import WIRES, Wire
 from tpimpi.star.heartbeat import DEFAULT_SILENCE_S, SHORTEST_SILENCE_S, WAIT_FOR_HUB_REPORT_S
 from tpimpi.star.link_test import Ping, answer_link, ping_link
 from tpimpi.star.mpi_library import MpiLibrary, mpi_library
-from tpimpi.star.star import ALLREDUCES, BEGIN, DEFAULT_TIMEOUT_S, FINISH, FORWARD, Star, connect
+from tpimpi.star.star import ALLREDUCES, BEGIN, DEFAULT_TIMEOUT_S, FINISH, FORWARD, Star
+from tpimpi.star.start import connect
 from tpimpi.star.tuning import Links, choose, describe
 from tpimpi.system.launcher import MPICH, OPEN_MPI, Rank, launched_rank, launcher_commands, launcher_kind
 

@@ -28,8 +28,8 @@ from tpimpi.star.pieces import IncomingPiece, PieceChannel
 
 Steps = Iterator[Pending]
 
-SOONEST = 0.95  # of the shortest round trip seen: no answer comes sooner
-BETWEEN_POLLS = 300e-6  # seconds between two looks at the sums in the background
+EARLIEST_ANSWER_SHARE = 0.95  # no answer comes before this share of the shortest round trip seen
+BACKGROUND_POLL_S = 300e-6  # between two looks at the sums in the background
 
 
 class Allreduce:
@@ -102,7 +102,7 @@ class Background:
             with self._work:
                 self._sums = [under_way for under_way in self._sums if under_way not in done]
             del sums, done  # which would hold their star, and its memory, while there is nothing to do
-            time.sleep(BETWEEN_POLLS)
+            time.sleep(BACKGROUND_POLL_S)
 
 
 def star(pieces: PieceChannel, flat: F32) -> Steps:
@@ -114,7 +114,7 @@ def star(pieces: PieceChannel, flat: F32) -> Steps:
         answers = [pieces.expect(piece, 0, SUM) for piece in cut]
         sends = [pieces.send(flat[piece], 0, PARTIAL) for piece in cut]
         # Before that no answer can be here; looks are made by the core that somebody's partial may be waiting for.
-        earliest = time.monotonic() + SOONEST * 2 * (pieces.channel.latency or 0.0)
+        earliest = time.monotonic() + EARLIEST_ANSWER_SHARE * 2 * (pieces.channel.latency or 0.0)
         for piece, send, answer in zip(cut, sends, answers, strict=True):
             yield send
             answer.pending.not_before = earliest

@@ -26,22 +26,21 @@ if TYPE_CHECKING:
 
 CONTROL, HIDDEN, PARTIAL, SUM, NOTE, CLOCK, BULK, ECHO = range(1, 9)  # tags; see the package's docstring
 
-SEAL = 8  # bytes
-SPARE_FROM, MOST_SPARE = 1 << 14, 1 << 25  # bytes of a buffer that is kept for the next message, and of all of its size
-LOOK = "see that it is up and reachable (python -m tpimpi doctor --hostfile FILE)"
-LONG_POLL, SHORT_POLL = (
-    200e-6,
-    20e-6,
-)  # seconds of polling before the first sleep: where the link is fast, and where not
-SHORTEST_SLEEP = 25e-6
-LONGEST_SLEEP = 0.001  # seconds between two tests while others compute
-LONGEST_IDLE_SLEEP = 0.015  # seconds between two tests while a user types or a model is sliced
+CHECKSUM_BYTES = 8
+POOLED_FROM_BYTES = 1 << 14  # buffers from this size on are kept for the next messages
+POOLED_BYTES_PER_SIZE = 1 << 25  # the most that is kept of all buffers of one size
+CHECK_HOST_HINT = "see that it is up and reachable (python -m tpimpi doctor --hostfile FILE)"
+# How long a rank polls before its first sleep, where the link is fast and where it is not.
+LONG_POLL_S, SHORT_POLL_S = 200e-6, 20e-6
+SHORTEST_SLEEP_S = 25e-6
+LONGEST_SLEEP_S = 0.001  # between two tests, while other ranks compute
+LONGEST_IDLE_SLEEP_S = 0.015  # between two tests, while a user types or a model is sliced
 
 
 @dataclass
 class Frame:
-    """A message that is being received: `buffer` gets its bytes and seal; if that is right the bytes go to `target`, where
-    there is one."""
+    """A message that is being received: `buffer` gets its bytes and checksum; if that is right the bytes go to `target`,
+    where there is one."""
 
     buffer: Bytes
     target: Bytes | None = None
@@ -69,7 +68,7 @@ class BufferPool:
 
     def take(self, nbytes: int) -> Bytes:
         """uint8 [nbytes], whatever is in it."""
-        if nbytes < SPARE_FROM:
+        if nbytes < POOLED_FROM_BYTES:
             return np.empty(nbytes, np.uint8)
         size = 1 << (nbytes - 1).bit_length()
         try:
@@ -80,9 +79,9 @@ class BufferPool:
     def give(self, buffer: Bytes) -> None:
         """Give back, once, what `take` gave, or a part of it; nobody may use it after that."""
         whole = buffer.base
-        if isinstance(whole, np.ndarray) and whole.size >= SPARE_FROM:
+        if isinstance(whole, np.ndarray) and whole.size >= POOLED_FROM_BYTES:
             free = self._free.setdefault(whole.size, [])
-            if len(free) < MOST_SPARE // whole.size:
+            if len(free) < POOLED_BYTES_PER_SIZE // whole.size:
                 free.append(whole)
 
     def clear(self) -> None:
@@ -93,8 +92,8 @@ class BufferPool:
 class Channel:
     """One rank's messages, over the communicator `comm`.
 
-    Each message ends with a seal of SEAL bytes, the XXH3-64 of its other bytes with the tag as seed (BULK has none: tiles
-    have checksums of their own). So what was damaged, cut off or meant for something else is an error and never a number.
+    Each message ends with a checksum of CHECKSUM_BYTES, the XXH3-64 of its other bytes with the tag as seed (BULK has none:
+    tiles have checksums of their own). So a message that was damaged, cut off or meant for something else is an error.
     """
 
     latency: float | None = None  # seconds one way, once it was measured: sleeps are short against it
@@ -118,9 +117,9 @@ class Channel:
         """Begin to send the same array to several ranks."""
         data, lent = _bytes(array), []
         if tag != BULK:
-            frame = self.buffers.take(data.size + SEAL)
-            frame[:-SEAL] = data
-            frame[-SEAL:].view(np.uint64)[0] = xxhash.xxh3_64_intdigest(data, tag)
+            frame = self.buffers.take(data.size + CHECKSUM_BYTES)
+            frame[:-CHECKSUM_BYTES] = data
+            frame[-CHECKSUM_BYTES:].view(np.uint64)[0] = xxhash.xxh3_64_intdigest(data, tag)
             data, lent = frame, [frame]
         requests = []
         for rank in ranks:
@@ -133,12 +132,12 @@ class Channel:
     def receive(self, array: npt.NDArray[Any], source: int, tag: int) -> Pending:
         """Begin to receive into a contiguous array, which is filled exactly, once all of the message is there."""
         target = _bytes(array)
-        return self._receive(Frame(self.buffers.take(target.size + SEAL), target), source, tag)
+        return self._receive(Frame(self.buffers.take(target.size + CHECKSUM_BYTES), target), source, tag)
 
     def expect(self, nbytes: int, source: int, tag: int) -> tuple[Pending, Bytes]:
         """Begin to receive so many bytes: what is to be done, and where they are then: uint8 [nbytes], which whoever is done
         with them gives back to `buffers`."""
-        frame = Frame(self.buffers.take(nbytes + SEAL))
+        frame = Frame(self.buffers.take(nbytes + CHECKSUM_BYTES))
         return self._receive(frame, source, tag), frame.buffer[:nbytes]
 
     def _receive(self, frame: Frame, source: int, tag: int) -> Pending:
@@ -160,7 +159,7 @@ class Channel:
                 if frame is not None:
                     if (found := status.Get_count(MPI.BYTE)) != frame.buffer.size:
                         raise StarError(f"{self.name(peer)} sent {found} bytes where {frame.buffer.size} were due")
-                    data = self._opened(frame.buffer, peer, pending.tag)
+                    data = self._checked(frame.buffer, peer, pending.tag)
                     if frame.target is not None:
                         frame.target[:] = data
                         self.buffers.give(frame.buffer)
@@ -176,17 +175,17 @@ class Channel:
         """What is said where MPI fails: it has no other reason, in whatever call it finds out."""
         return LostError(
             f"lost the connection to {self.name(peer)} ({error.Get_error_string()}): its process died, or the machine or "
-            f"its network is gone; {LOOK}; the run ends here"
+            f"its network is gone; {CHECK_HOST_HINT}; the run ends here"
         )
 
     def wait(self, pending: Pending, deadline: float | None) -> None:
         """Wait until all of `pending` is done; however long it takes, where there is no deadline (a time.monotonic())."""
         if self.test(pending):
             return
-        pause = self._pause(deadline)
+        backoff = self._backoff(deadline)
         try:
             early = pending.not_before - time.monotonic()
-            if deadline is not None and early > LONG_POLL:  # where the link is faster than that, polling is
+            if deadline is not None and early > LONG_POLL_S:  # where the link is faster than that, polling is
                 early = min(early, deadline - time.monotonic())
                 self.awaited = tuple(pending.peers[pending.done :])
                 time.sleep(max(0.0, early))
@@ -196,8 +195,8 @@ class Channel:
                     self.awaited = tuple(pending.peers[pending.done :])
                     if time.monotonic() > deadline:
                         left = zip(pending.requests[pending.done :], self.awaited, strict=True)
-                        raise self._silence([peer for request, peer in left if not request.Test()], pause.elapsed())
-                pause.sleep()
+                        raise self._no_answer([peer for request, peer in left if not request.Test()], backoff.elapsed())
+                backoff.sleep()
         finally:
             self.awaited = ()
 
@@ -206,13 +205,13 @@ class Channel:
         from mpi4py import MPI
 
         status = MPI.Status()
-        pause = self._pause(deadline)
+        backoff = self._backoff(deadline)
         self.awaited = (source,) if deadline is not None else ()
         try:
             while (message := self.comm.Improbe(source=source, tag=tag, status=status)) is None:
                 if deadline is not None and time.monotonic() > deadline:
-                    raise self._silence([source], pause.elapsed())
-                pause.sleep()
+                    raise self._no_answer([source], backoff.elapsed())
+                backoff.sleep()
             buffer = np.empty(status.Get_count(MPI.BYTE), np.uint8)
             pending = Pending([message.Irecv(buffer)], [source], [None])
         except self._mpi_error as error:
@@ -221,9 +220,9 @@ class Channel:
             self.awaited = ()
         self.wait(pending, deadline)
         self.last_heard[source] = time.monotonic()
-        return buffer if tag == BULK else self._opened(buffer, source, tag)
+        return buffer if tag == BULK else self._checked(buffer, source, tag)
 
-    def _silence(self, late: Sequence[int], seconds: float) -> StarError:
+    def _no_answer(self, late: Sequence[int], seconds: float) -> StarError:
         """What is said of ranks that did not answer in time."""
         names = ", ".join(self.name(peer) for peer in sorted(set(late)))
         return StarError(
@@ -231,21 +230,21 @@ class Channel:
             "or allow more with --timeout"
         )
 
-    def _opened(self, frame: Bytes, source: int, tag: int) -> Bytes:
-        """The bytes of a message, without its seal, if that is right."""
-        if frame.size < SEAL:
-            raise StarError(f"{self.name(source)} sent {frame.size} bytes where {SEAL} or more were due")
-        data = frame[:-SEAL]
-        seal = int.from_bytes(frame[-SEAL:].tobytes(), sys.byteorder)
-        if xxhash.xxh3_64_intdigest(data, tag) != seal:
+    def _checked(self, frame: Bytes, source: int, tag: int) -> Bytes:
+        """The bytes of a message, without its checksum, if that is right."""
+        if frame.size < CHECKSUM_BYTES:
+            raise StarError(f"{self.name(source)} sent {frame.size} bytes where {CHECKSUM_BYTES} or more were due")
+        data = frame[:-CHECKSUM_BYTES]
+        checksum = int.from_bytes(frame[-CHECKSUM_BYTES:].tobytes(), sys.byteorder)
+        if xxhash.xxh3_64_intdigest(data, tag) != checksum:
             raise StarError(
                 f"a message of {self.name(source)} was damaged on its way ({frame.size} bytes, tag {tag}); check the "
                 "network, and that every host has the same tpimpi"
             )
         return data
 
-    def _pause(self, deadline: float | None) -> _Pause:
-        return _Pause(self.latency, LONGEST_IDLE_SLEEP if deadline is None else LONGEST_SLEEP)
+    def _backoff(self, deadline: float | None) -> _Backoff:
+        return _Backoff(self.latency, LONGEST_IDLE_SLEEP_S if deadline is None else LONGEST_SLEEP_S)
 
 
 def _bytes(array: npt.NDArray[Any]) -> Bytes:
@@ -253,7 +252,7 @@ def _bytes(array: npt.NDArray[Any]) -> Bytes:
     return array.reshape(-1).view(np.uint8)
 
 
-class _Pause:
+class _Backoff:
     """Polls first, as long as the fastest link takes, then sleeps in steps that are short against the link's latency, or the
     time waited so far, up to `longest` seconds.
 
@@ -263,8 +262,8 @@ class _Pause:
     def __init__(self, latency: float | None, longest: float) -> None:
         """`latency`: seconds one way, None where it was not measured."""
         self._longest = longest
-        self._polls = SHORT_POLL if latency is not None and latency > LONG_POLL else LONG_POLL
-        self._step = SHORTEST_SLEEP if latency is None else max(SHORTEST_SLEEP, latency / 8)
+        self._polls = SHORT_POLL_S if latency is not None and latency > LONG_POLL_S else LONG_POLL_S
+        self._step = SHORTEST_SLEEP_S if latency is None else max(SHORTEST_SLEEP_S, latency / 8)
         self.began = time.monotonic()
 
     def elapsed(self) -> float:

@@ -25,24 +25,24 @@ import numpy as np
 import psutil
 
 from tpimpi.errors import StarError
-from tpimpi.star.channel import LOOK, Channel, Pending
+from tpimpi.star.channel import CHECK_HOST_HINT, Channel, Pending
 from tpimpi.system.launcher import DAEMONS, LAUNCHERS, Rank
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-DEFAULT_SILENCE_S = 8.0  # without a heartbeat, after which a rank is gone
+DEFAULT_SILENCE_S = 8.0  # a rank that sent nothing for so long is gone
 SHORTEST_SILENCE_S = 1.0
-FIRST_DELAY_S = 2.0  # by which a first heartbeat may come later than the silence allows
+FIRST_DELAY_S = 2.0  # the first heartbeat may come so much later than the silence allows
+HEARTBEATS_PER_SILENCE = 8
 HEARTBEAT_BYTES = 64
-_HEAD = 24  # bytes of a heartbeat before the name
+HEADER_BYTES = 24  # of a heartbeat, before the host name
 HERE, LEAVING = 1, 2
-_MAGIC = 0x7470_696D_7069_6265  # "tpimpibe"
-_TAG = 1
-_BEATS = 8  # within the silence
-WAIT_FOR_HUB_REPORT_S = 3.0  # seconds in which rank 0 and the launcher say who is gone, before another rank does
-GRACE = 2.0  # seconds that MPI gets to end the job where a rank is gone
-SLOW = 10.0  # seconds of waiting for a rank after which rank 0 says so, and again after each doubling
+HEARTBEAT_MAGIC = 0x7470_696D_7069_6265  # "tpimpibe"
+HEARTBEAT_TAG = 1
+WAIT_FOR_HUB_REPORT_S = 3.0  # rank 0 and the launcher have so long to say who is gone, before another rank does
+GONE_GRACE_S = 2.0  # MPI has so long to end the job where a rank is gone
+SLOW_RANK_S = 10.0  # rank 0 says for whom it waits after this time, and again each time it has doubled
 
 
 class Heartbeat:
@@ -95,12 +95,12 @@ class Heartbeat:
         if self._closing.is_set():
             return
         self._closing.set()
-        self._thread.join(GRACE)
+        self._thread.join(GONE_GRACE_S)
         if self._thread.is_alive():
             return
         with contextlib.suppress(StarError):  # one that is gone needs no good-bye
-            farewells = [self._channel.send(self._message(LEAVING), peer, _TAG) for peer in self._peers]
-            patience = GRACE if self.rank.is_hub else self.silence
+            farewells = [self._channel.send(self._message(LEAVING), peer, HEARTBEAT_TAG) for peer in self._peers]
+            patience = GONE_GRACE_S if self.rank.is_hub else self.silence
             closed = time.monotonic()
             while self._receives or not all(map(self._channel.test, farewells)):
                 now = time.monotonic()
@@ -117,14 +117,14 @@ class Heartbeat:
 
     def _run(self) -> None:
         looked = 0.0
-        while not self._closing.wait(self.silence / _BEATS / 4):
+        while not self._closing.wait(self.silence / HEARTBEATS_PER_SILENCE / 4):
             now = time.monotonic()
             # If this process itself was stopped, the others get time again.
             if looked and now - looked > self.silence / 2:
                 self._last_heard = {peer: max(heard, now) for peer, heard in self._last_heard.items()}
             looked = now
             try:
-                if now - self._last_sent >= self.silence / _BEATS:
+                if now - self._last_sent >= self.silence / HEARTBEATS_PER_SILENCE:
                     self._last_sent = now
                     self._send_all()
                 self._listen(now)
@@ -138,34 +138,34 @@ class Heartbeat:
 
     def _message(self, state: int) -> np.ndarray:
         message = np.zeros(HEARTBEAT_BYTES, np.uint8)
-        message[:_HEAD].view(np.int64)[:] = _MAGIC, state, int(self.silence * 1000)
-        host = self.rank.host.encode()[: HEARTBEAT_BYTES - _HEAD]
-        message[_HEAD : _HEAD + len(host)] = np.frombuffer(host, np.uint8)
+        message[:HEADER_BYTES].view(np.int64)[:] = HEARTBEAT_MAGIC, state, int(self.silence * 1000)
+        host = self.rank.host.encode()[: HEARTBEAT_BYTES - HEADER_BYTES]
+        message[HEADER_BYTES : HEADER_BYTES + len(host)] = np.frombuffer(host, np.uint8)
         return message
 
     def _send_all(self) -> None:
         for peer in self._peers:
             # One at a time: to a rank that is gone they would pile up.
             if peer not in self._left and (peer not in self._sends or self._channel.test(self._sends[peer])):
-                self._sends[peer] = self._channel.send(self._message(HERE), peer, _TAG)
+                self._sends[peer] = self._channel.send(self._message(HERE), peer, HEARTBEAT_TAG)
 
     def _receive(self, peer: int) -> Pending:
-        return self._channel.receive(self._buffers[peer], peer, _TAG)
+        return self._channel.receive(self._buffers[peer], peer, HEARTBEAT_TAG)
 
     def _listen(self, now: float) -> None:
         for peer in self._peers:
             while peer in self._receives and self._channel.test(self._receives[peer]):
                 message = self._buffers[peer]
-                magic, state, allowed = (int(value) for value in message[:_HEAD].view(np.int64))
-                if magic == _MAGIC:
+                magic, state, allowed = (int(value) for value in message[:HEADER_BYTES].view(np.int64))
+                if magic == HEARTBEAT_MAGIC:
                     # A rank that does not know the new silence yet sends at the old interval.
                     agreed = allowed == int(self.silence * 1000)
                     self._last_heard[peer] = now if agreed else max(now, self._last_heard[peer])
-                    host = message[_HEAD:].tobytes().rstrip(b"\0").decode(errors="replace")
+                    host = message[HEADER_BYTES:].tobytes().rstrip(b"\0").decode(errors="replace")
                     self._hosts[peer] = "".join(c for c in host if c.isprintable())
                     if not self.rank.is_hub and not agreed and allowed >= 1000 * SHORTEST_SILENCE_S:
                         self.allow_silence(allowed / 1000)
-                if magic == _MAGIC and state == LEAVING:
+                if magic == HEARTBEAT_MAGIC and state == LEAVING:
                     self._left.add(peer)
                     del self._receives[peer], self._last_heard[peer]
                 else:
@@ -194,8 +194,8 @@ class Heartbeat:
                 self._say(f"{self.name(peer)} goes on")
         for peer in late & set(self._peers):
             waited = now - self._slow_since.setdefault(peer, now)
-            alive = now - self._last_heard.get(peer, 0) < 2 * self.silence / _BEATS
-            if alive and waited >= max(SLOW, 2 * self._slow_said.get(peer, 0)):
+            alive = now - self._last_heard.get(peer, 0) < 2 * self.silence / HEARTBEATS_PER_SILENCE
+            if alive and waited >= max(SLOW_RANK_S, 2 * self._slow_said.get(peer, 0)):
                 self._slow_said[peer] = waited
                 self._say(f"waiting for {self.name(peer)} for {waited:.0f} s: slow, not gone")
 
@@ -214,7 +214,7 @@ class Heartbeat:
         seconds = min(now - self._last_heard[peer] for peer in gone)
         self._write(
             f"{names}: no sign of life for {seconds:.0f} s, says {self.rank}: the process hangs, or the machine or its "
-            f"network is gone; {LOOK}, or allow more with --silence; the run ends here"
+            f"network is gone; {CHECK_HOST_HINT}, or allow more with --silence; the run ends here"
         )
         end_without_mpi(self.rank)
         time.sleep(0.2)  # the launcher relays our line
@@ -222,7 +222,7 @@ class Heartbeat:
         os._exit(1)
 
 
-def end_without_mpi(rank: Rank, grace: float = GRACE) -> None:
+def end_without_mpi(rank: Rank, grace: float = GONE_GRACE_S) -> None:
     """If MPI has not ended the job within `grace` seconds, which it cannot where the network is cut, end it without MPI.
 
     Rank 0 takes its launcher along, which would wait for daemons that it has lost, and all below it on this host; another

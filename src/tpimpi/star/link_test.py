@@ -16,13 +16,12 @@ from tpimpi.star.channel import ECHO, Channel
 from tpimpi.star.pieces import PIECE_NUMBERS
 from tpimpi.star.star import Star
 
-PINGS = 100  # at most
-LEAST_PINGS = 10
-PING_SECONDS = 0.5  # after which LEAST_PINGS do
-CHUNK = 4 * PIECE_NUMBERS  # bytes of a message of the bandwidth's, as those of a sum
-FIRST_BULK, MOST_BULK = 1 << 16, 1 << 24  # bytes sent at once: doubled until that takes a while
-BULK_SECONDS = 0.15
-PATIENCE = 30.0  # seconds for a message of these
+MOST_PINGS, LEAST_PINGS = 100, 10
+PING_TIME_S = 0.5  # after this time LEAST_PINGS are enough
+CHUNK_BYTES = 4 * PIECE_NUMBERS  # of one message while bandwidth is measured: the size that sums have
+FIRST_BULK_BYTES, MOST_BULK_BYTES = 1 << 16, 1 << 24  # sent at once: doubled until that takes BULK_TIME_S
+BULK_TIME_S = 0.15
+ANSWER_TIMEOUT_S = 30.0  # for one message of a measurement
 
 _PING, _UP, _DOWN, _END = range(4)  # what the hub asks for: int64 [2], kind and bytes
 
@@ -44,7 +43,7 @@ def ping_link(star: Star, rank: int) -> Ping:
     channel = _channel(star)
     trips: list[float] = []
     began = time.monotonic()
-    while len(trips) < PINGS and (len(trips) < LEAST_PINGS or time.monotonic() - began < PING_SECONDS):
+    while len(trips) < MOST_PINGS and (len(trips) < LEAST_PINGS or time.monotonic() - began < PING_TIME_S):
         trips.append(_timed(channel, rank, _PING, 0))
     to_rate, to_moved = _rate(channel, rank, _UP, min(trips))
     from_rate, from_moved = _rate(channel, rank, _DOWN, min(trips))
@@ -74,11 +73,11 @@ def _channel(star: Star) -> Channel:
 
 def _rate(channel: Channel, rank: int, kind: int, trip: float) -> tuple[float, int]:
     """Bytes a second, and how many were moved to find out."""
-    nbytes, moved = FIRST_BULK, 0
+    nbytes, moved = FIRST_BULK_BYTES, 0
     while True:
         seconds = _timed(channel, rank, kind, nbytes)
         moved += nbytes
-        if seconds - trip >= BULK_SECONDS or nbytes >= MOST_BULK:
+        if seconds - trip >= BULK_TIME_S or nbytes >= MOST_BULK_BYTES:
             return nbytes / max(seconds - trip, seconds / 10), moved
         nbytes *= 2
 
@@ -97,18 +96,20 @@ def _timed(channel: Channel, rank: int, kind: int, nbytes: int) -> float:
 
 
 def _ask(channel: Channel, rank: int, kind: int, nbytes: int) -> None:
-    channel.wait(channel.send(np.array([kind, nbytes], np.int64), rank, ECHO), time.monotonic() + PATIENCE)
+    channel.wait(channel.send(np.array([kind, nbytes], np.int64), rank, ECHO), time.monotonic() + ANSWER_TIMEOUT_S)
 
 
 def _take(channel: Channel, rank: int) -> Bytes:
-    return channel.take(rank, ECHO, time.monotonic() + PATIENCE)
+    return channel.take(rank, ECHO, time.monotonic() + ANSWER_TIMEOUT_S)
 
 
 def _send_all(channel: Channel, rank: int, nbytes: int) -> None:
-    chunk = np.zeros(CHUNK, np.uint8)
-    sends = [channel.send(chunk[: min(CHUNK, nbytes - start)], rank, ECHO) for start in range(0, nbytes, CHUNK)]
+    chunk = np.zeros(CHUNK_BYTES, np.uint8)
+    sends = [
+        channel.send(chunk[: min(CHUNK_BYTES, nbytes - start)], rank, ECHO) for start in range(0, nbytes, CHUNK_BYTES)
+    ]
     for send in sends:
-        channel.wait(send, time.monotonic() + PATIENCE)
+        channel.wait(send, time.monotonic() + ANSWER_TIMEOUT_S)
 
 
 def _take_all(channel: Channel, rank: int, nbytes: int) -> None:

@@ -2,108 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import os
 import platform
-import select
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from tpimpi.compute.arrays import F32, Bytes
-from tpimpi.errors import InputError, StarError
+from tpimpi.errors import StarError
 from tpimpi.star.allreduce import ALGORITHMS, Allreduce, Background, parse_rule
-from tpimpi.star.channel import BULK, CLOCK, CONTROL, ECHO, HIDDEN, NOTE, Channel, Pending
+from tpimpi.star.channel import BULK, CONTROL, ECHO, HIDDEN, NOTE, Channel, Pending
+from tpimpi.star.clocks import answer_with_clock, clock_offset
 from tpimpi.star.codec import Wire
-from tpimpi.star.heartbeat import DEFAULT_SILENCE_S, Heartbeat, end_without_mpi
-from tpimpi.star.pieces import EAGER_BYTES, PieceChannel
-from tpimpi.star.tuning import PATIENCE, LinkMeasurement, Links
-from tpimpi.system.launcher import Rank, launched_rank, launched_size
+from tpimpi.star.heartbeat import Heartbeat, end_without_mpi
+from tpimpi.star.pieces import PieceChannel
+from tpimpi.star.tuning import ANSWER_TIMEOUT_S, LinkMeasurement, Links
+from tpimpi.system.launcher import Rank
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 ALLREDUCES = ("auto", *ALGORITHMS)
 BEGIN, FORWARD, FINISH = 1, 2, 3  # operations of a control header; BEGIN's positions are the context
-MAGIC = 0x7470696D7069  # "tpimpi"
+CONTROL_MAGIC = 0x7470696D7069  # "tpimpi"
 
-DEFAULT_TIMEOUT_S = 600.0  # seconds a rank waits for another's message in mid-run
-STARTING = 20.0  # seconds of MPI's start after which rank 0 says that it takes long
-ABORTING = 10.0  # seconds that MPI gets to end the job after an error
-CLOCK_ROUNDS = 16  # round trips to each rank, to compare clocks
-
-
-def connect() -> Star:
-    """Join the run: MPI's world where a launcher started this process, else a star of one rank.
-
-    Raises InputError where the launcher and the MPI library are of two different kinds.
-    """
-    if launched_rank() is None:
-        return Star(None)
-    import mpi4py
-
-    mpi4py.rc.thread_level = "multiple"  # the main thread and the heartbeat talk
-    # Else Open MPI ends this process where a connection is lost, before anybody can say who is gone.
-    os.environ.setdefault("OMPI_MCA_mpi_ft_enable", "1")
-    os.environ.update(OMPI_MCA_btl_tcp_eager_limit=str(EAGER_BYTES))  # the same on all hosts, or messages find no room
-    with _saying_if_slow():
-        from mpi4py import MPI
-
-        world = MPI.COMM_WORLD
-        wanted = launched_size()
-        if wanted != world.size:
-            library = MPI.Get_library_version().split(",")[0].split("\n")[0].strip()
-            raise InputError(
-                f"mpirun started {wanted} ranks, but this process sees {world.size}: mpirun and the MPI library ({library}) "
-                "are of two kinds; use the mpirun of that library, or set MPI4PY_MPIABI=mpich (or openmpi) to change the "
-                "library"
-            )
-        # Communicators of our own, so that no other library's messages meet ours. These are the first messages.
-        star = Star(world.Clone())
-        if star._channel is not None and world.size > 1 and _for_several_threads():
-            star.threads = True
-            star.heartbeat = Heartbeat(world.Clone(), star.rank, DEFAULT_SILENCE_S, star._channel)
-            star.set_rank_names(star.heartbeat.name)
-    return star
-
-
-def _for_several_threads() -> bool:
-    """Whether MPI, which has been started, lets several threads talk at once."""
-    from mpi4py import MPI
-
-    return bool(MPI.Query_thread() == MPI.THREAD_MULTIPLE)
-
-
-@contextlib.contextmanager
-def _saying_if_slow() -> Iterator[None]:
-    """Rank 0: if MPI takes long to start, which it does for ever over a wrong network interface, a line says so.
-
-    MPI holds Python's lock meanwhile, so a process of its own waits for us.
-    """
-    if launched_rank() != 0:
-        yield
-        return
-    reader, writer = os.pipe()
-    waiting = os.fork()
-    if waiting == 0:
-        os.close(writer)
-        if not select.select([reader], [], [], STARTING)[0]:
-            line = (
-                f"tpimpi: MPI has not started the other ranks for {STARTING:.0f} s: is a host down, or a wrong network "
-                "interface in use? To find out: python -m tpimpi doctor --hostfile FILE\n"
-            )
-            os.write(2, line.encode())
-        os._exit(0)
-    os.close(reader)
-    try:
-        yield
-    finally:
-        os.close(writer)
-        os.waitpid(waiting, 0)  # it ends with the pipe
+DEFAULT_TIMEOUT_S = 600.0  # a rank waits so long for another's message in mid-run
+ABORT_GRACE_S = 10.0  # time that MPI gets to end the job after an error
 
 
 class Star:
@@ -191,14 +118,14 @@ class Star:
 
     def command(self, operation: int, positions: int = 0, start: int = 0) -> None:
         """Hub: tell every rank what comes next."""
-        self._control[:] = MAGIC, operation, positions, start
+        self._control[:] = CONTROL_MAGIC, operation, positions, start
         self._from_hub(self._control, CONTROL, time.monotonic() + self.timeout)
 
     def next_command(self) -> tuple[int, int, int]:
         """Other ranks: wait, however long it takes, for the hub's next (operation, positions, start)."""
         self._from_hub(self._control, CONTROL, None)
         magic, operation, positions, start = (int(value) for value in self._control)
-        if magic != MAGIC or operation not in (BEGIN, FORWARD, FINISH) or positions < 0 or start < 0:
+        if magic != CONTROL_MAGIC or operation not in (BEGIN, FORWARD, FINISH) or positions < 0 or start < 0:
             raise StarError(
                 f"rank 0 sent the control header {magic, operation, positions, start}, which makes no sense"
             )
@@ -266,7 +193,7 @@ class Star:
 
         def add(name: str, count: int) -> None:
             steps = ALGORITHMS[name](self._piece_channel(), np.zeros(count, np.float32))
-            Allreduce(self._channel, steps, PATIENCE, lambda seconds: None).wait()
+            Allreduce(self._channel, steps, ANSWER_TIMEOUT_S, lambda seconds: None).wait()
 
         measuring = LinkMeasurement(self._channel, add)
         if self.rank.is_hub:
@@ -314,38 +241,14 @@ class Star:
 
     def clock_offsets(self, clock: Callable[[], float] = time.monotonic) -> list[float]:
         """Compare clocks; every rank calls it. The hub gets, in rank order, the seconds to add to each rank's `clock` to
-        have its own (the first is 0); the others get an empty list.
-
-        As NTP does, it takes of CLOCK_ROUNDS round trips the shortest, and the other's clock for the middle of it: wrong by
-        half of that trip at most, and by what the clocks drift apart afterwards.
-        """
+        have its own (the first is 0); the others get an empty list. See `clocks`."""
         if self._channel is None:
             return [0.0]
         deadline = time.monotonic() + self.timeout
         if self.rank.is_hub:
-            return [0.0, *(self._clock_offset(rank, clock, deadline) for rank in self._others)]
-        asked, answer = np.empty(1, np.float64), np.empty(1, np.float64)
-        for _ in range(CLOCK_ROUNDS):
-            self._channel.wait(self._channel.receive(asked, 0, CLOCK), deadline)
-            answer[0] = clock()
-            self._channel.wait(self._channel.send(answer, 0, CLOCK), deadline)
+            return [0.0, *(clock_offset(self._channel, rank, clock, deadline) for rank in self._others)]
+        answer_with_clock(self._channel, clock, deadline)
         return []
-
-    def _clock_offset(self, rank: int, clock: Callable[[], float], deadline: float) -> float:
-        """Hub: seconds to add to the clock of `rank`."""
-        assert self._channel is not None
-        here, there = np.empty(1, np.float64), np.empty(1, np.float64)
-        trips = []
-        for _ in range(CLOCK_ROUNDS):
-            reply = self._channel.receive(there, rank, CLOCK)
-            here[0] = began = clock()
-            self._channel.wait(self._channel.send(here, rank, CLOCK), deadline)
-            self._channel.wait(reply, deadline)
-            ended = clock()
-            if not math.isfinite(there[0]):
-                raise StarError(f"rank {rank} says that its clock shows {there[0]} s, which makes no sense")
-            trips.append((ended - began, (began + ended) / 2 - float(there[0])))
-        return min(trips)[1]
 
     def free_buffers(self) -> None:
         """Give back the memory that is kept for messages to come."""
@@ -393,17 +296,17 @@ class Star:
         """Leave in peace: the others are told that this rank ends.
 
         Where the run has `failed`, the launcher ends ranks while others are still leaving MPI, which then may wait for
-        them for ever: it gets ABORTING seconds for that.
+        them for ever: it gets ABORT_GRACE_S seconds for that.
         """
         if failed and self.rank.size > 1:
-            end_without_mpi(self.rank, ABORTING)
+            end_without_mpi(self.rank, ABORT_GRACE_S)
         if self.heartbeat is not None:
             self.heartbeat.close()
 
     def abort(self, code: int) -> NoReturn:
         """End the job on every rank, now."""
         if self.rank.size > 1:
-            end_without_mpi(self.rank, ABORTING)
+            end_without_mpi(self.rank, ABORT_GRACE_S)
         if self._comm is not None:
             self._comm.Abort(code)
         os._exit(code)

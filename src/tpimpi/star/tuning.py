@@ -1,4 +1,4 @@
-"""What the links between the ranks give: measured by the hub, which the others follow; and which sum is best over them."""
+"""Latency and speed of the links between the ranks, as the hub measures them, and the allreduce that suits them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ from tpimpi.errors import StarError
 from tpimpi.star.allreduce import IN_RANK_ORDER
 from tpimpi.star.channel import ECHO, Channel, Pending
 
-ROUNDS = 8  # pings of every rank
-ENOUGH = 0.12  # seconds of them after which fewer do
+PING_ROUNDS = 8  # at most; every rank gets a ping in each
+PING_TIME_S = 0.12  # after this time three rounds are enough
 
-SIZES = (4096, 16_384, 65_536)  # numbers of the sums that are timed
-SIZES_IF_SLOW = (1024, 4096)
-TRIED = 16_384  # numbers of the star that tells how slow the links are, by the seconds that it takes
-SLOW, SLOWER = 0.025, 0.08  # beyond the first the largest of SIZES is left out, beyond the other all of them
-REPEATS, REPEATS_IF_SLOW = 3, 2  # sums in a row: the first is not counted
-SECOND_PASS = 0.2  # seconds of the first, up to which there is a second
-LARGEST = 1 << 20  # numbers of the largest sum that is ever timed
-BUDGET = 0.6  # seconds that all sums may take with those of the largest
-LARGE_TURNS = 4  # how often each way makes REPEATS of the largest, at most
-NEAR = 2.0  # times what the fastest is expected to take for the largest: who takes longer is not timed
-PATIENCE = 20.0  # seconds for a message of these
-MOST_EXCHANGED = 32_768  # numbers of a sum by exchange, at most, with three ranks or more
+TIMED_SIZES = (4096, 16_384, 65_536)  # sums of so many numbers are timed
+TIMED_SIZES_IF_SLOW = (1024, 4096)
+TRIAL_NUMBERS = 16_384  # the time of a star of so many numbers says how slow the links are:
+SLOW_TRIAL_S = 0.025  # beyond this the largest of TIMED_SIZES is not timed,
+VERY_SLOW_TRIAL_S = 0.08  # beyond this none of them
+REPEATS, REPEATS_IF_SLOW = 3, 2  # sums in a row, of which the first does not count
+SECOND_PASS_S = 0.2  # where the first pass over all sizes took less, there is a second
+LARGEST_TIMED_NUMBERS = 1 << 20  # larger sums are never timed
+TIMING_BUDGET_S = 0.6  # for the sums of all sizes, those of the largest included
+LARGEST_ROUNDS = 4  # each algorithm makes REPEATS of the largest sum so many times, at most
+NEAR_TIMES = (
+    2.0  # an algorithm expected to take longer than so many times the fastest is not timed with the largest sum
+)
+ANSWER_TIMEOUT_S = 20.0  # for one message of a measurement
+MOST_EXCHANGED_NUMBERS = 32_768  # of a sum by exchange, with three ranks or more: each holds all partials
 
 # Which share of the star's time another algorithm may take and still be preferred, by the sum's size class and whether the
 # hub's link carries fewer bytes than with the star: with n ranks (n - 1) sums go over it in a star, in a mesh 2 (n - 1) / n,
@@ -106,7 +109,7 @@ class LinkMeasurement:
                 self._wait(self._channel.send(self._answer, 0, ECHO))
 
     def _wait(self, pending: Pending) -> None:
-        self._channel.wait(pending, time.monotonic() + PATIENCE)
+        self._channel.wait(pending, time.monotonic() + ANSWER_TIMEOUT_S)
 
     def _ask_all(self, kind: int, *numbers: float) -> None:
         self._ask[:] = 0
@@ -118,7 +121,7 @@ class LinkMeasurement:
         shortest = [math.inf] * (self._channel.size - 1)
         answers = np.empty((len(shortest), 1))
         start = time.monotonic()
-        for turn in range(ROUNDS):
+        for turn in range(PING_ROUNDS):
             pending = {n: self._channel.receive(answers[n], n + 1, ECHO) for n in range(len(shortest))}
             began = time.monotonic()
             self._ask_all(_PING)
@@ -131,28 +134,28 @@ class LinkMeasurement:
                     time.sleep(20e-6)
                 else:
                     os.sched_yield()  # to a rank on this core, which else answers only when we sleep
-                if time.monotonic() - began > PATIENCE:
+                if time.monotonic() - began > ANSWER_TIMEOUT_S:
                     self._wait(next(iter(pending.values())))
-            if turn >= 2 and time.monotonic() - start > ENOUGH:
+            if turn >= 2 and time.monotonic() - start > PING_TIME_S:
                 break
         return [trip / 2 for trip in shortest]
 
     def _sums(self, largest: int) -> dict[str, list[tuple[int, float]]]:
         """Time the algorithms that add in rank order."""
         best: dict[tuple[str, int], float] = {}
-        self._ask_all(_SUM, IN_RANK_ORDER.index("star"), TRIED, 2)
-        start = self._end_of("star", TRIED)  # the first connects
-        sizes, repeats = worth_timing(self._end_of("star", TRIED) - start)
+        self._ask_all(_SUM, IN_RANK_ORDER.index("star"), TRIAL_NUMBERS, 2)
+        start = self._end_of("star", TRIAL_NUMBERS)  # the first connects
+        sizes, repeats = worth_timing(self._end_of("star", TRIAL_NUMBERS) - start)
         start = time.monotonic()
         for turn in range(2):
             for count in reversed(sizes):  # so that the links carry what they can before the small ones are timed
                 for name in self._candidates(count):
                     best[name, count] = min([*self._trips(name, count, repeats), best.get((name, count), math.inf)])
-            if turn == 0 and time.monotonic() - start > SECOND_PASS:
+            if turn == 0 and time.monotonic() - start > SECOND_PASS_S:
                 break
         times = {n: [(count, best[n, count]) for count in sizes if (n, count) in best] for n in IN_RANK_ORDER}
-        largest = min(largest, LARGEST)
-        left = BUDGET - (time.monotonic() - start)
+        largest = min(largest, LARGEST_TIMED_NUMBERS)
+        left = TIMING_BUDGET_S - (time.monotonic() - start)
         names, turns = worth_timing_largest(times, largest, self._candidates(largest), left)
         trips: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(turns):
@@ -186,11 +189,11 @@ class LinkMeasurement:
 
 
 def worth_timing(took: float) -> tuple[Sequence[int], int]:
-    """The sizes of sums to time, and how many of each, where one star of TRIED numbers took so many seconds: over narrow or
-    far links all of them would take seconds."""
-    if took > SLOWER:
-        return SIZES_IF_SLOW, REPEATS_IF_SLOW
-    return SIZES[:-1] if took > SLOW else SIZES, REPEATS
+    """The sizes of sums to time, and how many of each, where one star of TRIAL_NUMBERS numbers `took` so many seconds: over
+    narrow or far links all of them would take seconds."""
+    if took > VERY_SLOW_TRIAL_S:
+        return TIMED_SIZES_IF_SLOW, REPEATS_IF_SLOW
+    return TIMED_SIZES[:-1] if took > SLOW_TRIAL_S else TIMED_SIZES, REPEATS
 
 
 def worth_timing_largest(times: Times, largest: int, names: Sequence[str], seconds: float) -> tuple[list[str], int]:
@@ -198,10 +201,10 @@ def worth_timing_largest(times: Times, largest: int, names: Sequence[str], secon
     seconds: the star and what is near it. Where links are so fast that it is the copying of bytes that takes the time,
     smaller sums do not tell which is best; where they are not, it would take too long, and the smaller ones tell."""
     took = {name: expected(times[name], largest) for name in names}
-    near = [name for name in names if took[name] <= NEAR * min(took.values())]
-    if largest <= SIZES[-1] or times["star"][-1][0] < SIZES[-1] or "star" not in near or len(near) == 1:
+    near = [name for name in names if took[name] <= NEAR_TIMES * min(took.values())]
+    if largest <= TIMED_SIZES[-1] or times["star"][-1][0] < TIMED_SIZES[-1] or "star" not in near or len(near) == 1:
         return [], 0
-    turns = min(LARGE_TURNS, int(seconds / (REPEATS * sum(took[name] for name in near))))
+    turns = min(LARGEST_ROUNDS, int(seconds / (REPEATS * sum(took[name] for name in near))))
     return (near, turns) if turns > 1 else ([], 0)
 
 
@@ -245,12 +248,12 @@ def _size_class(size: int, largest: int) -> str:
     """Of a sum of `size` numbers, where sums of up to `largest` numbers were timed: a key of ALLOWED_SHARES."""
     if size > largest:
         return ABOVE if size <= FAR_ABOVE_TIMES * largest else FAR_ABOVE
-    return SMALL if size <= SIZES[-1] else LARGE
+    return SMALL if size <= TIMED_SIZES[-1] else LARGE
 
 
 def most_exchanged(ranks: int) -> float:
     """Numbers of a sum by exchange, at most: every rank holds all partials, which of two is no more than with the star."""
-    return MOST_EXCHANGED if ranks > 2 else math.inf
+    return MOST_EXCHANGED_NUMBERS if ranks > 2 else math.inf
 
 
 def expected(points: Sequence[tuple[int, float]], size: int) -> float:

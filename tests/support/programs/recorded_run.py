@@ -16,7 +16,7 @@ import numpy as np
 from tpimpi import star
 from tpimpi.cli import main as cli
 from tpimpi.engine import protocol, run
-from tpimpi.star.channel import BULK, SEAL
+from tpimpi.star.channel import BULK, CHECKSUM_BYTES
 from tpimpi.star.pieces import TAGS_PER_TURN
 
 OUT = Path(sys.argv[1])
@@ -37,7 +37,7 @@ class Recorder:
 
     def Isend(self, buffer, dest: int, tag: int):  # noqa: N802
         data, tag_of_kind = np.asarray(buffer).tobytes(), tag % TAGS_PER_TURN  # each sum has tags of its own
-        self.sent.append((dest, tag_of_kind, data if tag_of_kind == BULK else data[:-SEAL]))
+        self.sent.append((dest, tag_of_kind, data if tag_of_kind == BULK else data[:-CHECKSUM_BYTES]))
         return self._recorded_comm.Isend(buffer, dest=dest, tag=tag)
 
 

@@ -10,7 +10,7 @@ from mpi4py import MPI
 
 from tpimpi.errors import StarError
 from tpimpi.star import CLOCK, Star, connect
-from tpimpi.star.channel import SEAL
+from tpimpi.star.channel import CHECKSUM_BYTES
 
 SKEWS = (7.5, -1234.25, 86_400.0)  # seconds that the clock of each rank is fast
 ALLOWED = {"rank", "size", "Irecv", "Abort"}
@@ -44,7 +44,7 @@ def main() -> None:
         expected = [skews[0] - skew for skew in skews]
         assert len(offsets) == ranks and offsets[0] == 0, offsets
         assert all(abs(a - b) < 0.005 for a, b in zip(offsets, expected, strict=True)), (offsets, expected)
-    assert wire.sent and set(wire.sent) == {(CLOCK, 8 + SEAL)}, wire.sent
+    assert wire.sent and set(wire.sent) == {(CLOCK, 8 + CHECKSUM_BYTES)}, wire.sent
     assert star.seconds == 0, "comparing clocks is no part of the sums"
     _nonsense_is_refused(star)
     _silence_is_named(star)

@@ -11,10 +11,10 @@ import xxhash
 
 from tpimpi.errors import TpimpiError
 from tpimpi.star import BEGIN, CONTROL, HIDDEN, NOTE, PARTIAL, SUM, Star, connect
-from tpimpi.star.star import MAGIC
+from tpimpi.star.star import CONTROL_MAGIC
 
 VALUES = np.ones(4, np.float32)
-HEADER = np.array([MAGIC, BEGIN, 1, 0], np.int64)
+HEADER = np.array([CONTROL_MAGIC, BEGIN, 1, 0], np.int64)
 # Messages of every kind: the tag, what is sent, whether rank 0 sends it, and what the other is doing.
 DAMAGED: dict[str, tuple[int, np.ndarray, bool, Callable[[Star], object]]] = {
     "damaged partial": (PARTIAL, VALUES, False, lambda star: star.allreduce(VALUES.copy())),
@@ -42,7 +42,7 @@ def trouble(star: Star, kind: str) -> None:
         tag, data, from_hub, receive = DAMAGED[kind]
         if star.rank.is_hub != from_hub:
             receive(star)
-        else:  # of the right size, but a bit was flipped after it was sealed
+        else:  # of the right size, but a bit was flipped after its checksum was made
             message = np.append(data.view(np.uint8), np.zeros(8, np.uint8))
             message[-8:].view(np.uint64)[0] = xxhash.xxh3_64_intdigest(message[:-8], tag)
             message[3] ^= 1

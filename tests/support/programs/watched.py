@@ -1,4 +1,4 @@
-"""Run on every rank: what the watch and the start say. Argument: stop | late | slow | leave | dead-hub | dead-rank."""
+"""Run on every rank: what the heartbeat and the start say. Argument: stop | late | slow | leave | dead-hub | dead-rank."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 
 from tpimpi.errors import StarError
 from tpimpi.star import Star, connect
-from tpimpi.star import heartbeat as watch_module
-from tpimpi.star import star as star_module
+from tpimpi.star import heartbeat as heartbeat_module
+from tpimpi.star import start as start_module
 
 KIND = sys.argv[1]
 
@@ -20,19 +20,19 @@ KIND = sys.argv[1]
 def main() -> None:
     rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0")))
     if KIND == "late":
-        star_module.STARTING = 0.5
+        start_module.SLOW_START_S = 0.5
         time.sleep(2.0 * (rank == 1))
-    watch_module.SLOW = 1.0
+    heartbeat_module.SLOW_RANK_S = 1.0
     star = connect()
     if star.rank.is_hub:
         star.allow_silence(2.0)
     _agree(star)
-    time.sleep(0.6)  # for a first beat
+    time.sleep(0.6)  # for a first heartbeat
     if KIND in ("dead-hub", "dead-rank"):
         _one_dies(star, dead=0 if KIND == "dead-hub" else 2)
     if KIND == "stop" and rank == 2:
         os.kill(os.getpid(), signal.SIGSTOP)
-    if KIND == "slow" and rank == 2:  # it beats, but the others wait for it
+    if KIND == "slow" and rank == 2:  # it sends heartbeats, but the others wait for it
         time.sleep(3.5)
     if KIND == "leave" and rank == 2:  # it ends in peace, and the others go on for longer than the silence
         star.close()
@@ -42,7 +42,7 @@ def main() -> None:
     else:
         _agree(star)
     if KIND == "slow":
-        time.sleep(1)  # for the watch to look again
+        time.sleep(1)  # for the heartbeat to look again
     if star.rank.is_hub:
         print("all well", flush=True)
     star.close()
