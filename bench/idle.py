@@ -25,7 +25,8 @@ IDLE_S = (0.3, 1.0)  # before each command, at least and at most
 
 def answer(rounds: int) -> None:
     """One rank: wait for commands, and tell when each came."""
-    from tpimpi.star import BEGIN, connect
+    from tpimpi.engine.protocol import Operation, StepHeader, receive_header, send_header
+    from tpimpi.star import connect
 
     star = connect()
     star.measure_links()
@@ -34,9 +35,9 @@ def answer(rounds: int) -> None:
         if star.rank.is_hub:
             time.sleep(random.uniform(*IDLE_S))
             sent = time.monotonic()
-            star.command(BEGIN)
+            send_header(star, StepHeader(Operation.BEGIN))
         else:
-            star.next_command()
+            receive_header(star)
         came = [json.loads(note) for note in star.gather_notes(json.dumps(time.monotonic()).encode())]
         delays += [max(came[1:]) - sent] if star.rank.is_hub else []
     if star.rank.is_hub:

@@ -11,7 +11,7 @@ from tpimpi.engine.engine import Engine, EngineConfig, identity
 from tpimpi.engine.protocol import follow
 from tpimpi.engine.rank_memory import RankMemory
 from tpimpi.engine.ranks import greet
-from tpimpi.engine.startup import figures_note, memory_note
+from tpimpi.engine.startup import figures_note, memory_note, open_engine
 from tpimpi.star import Star
 from tpimpi.star import settle as link_settle
 from tpimpi.star.control import encode_note, receive_note, report_errors
@@ -76,7 +76,7 @@ def take_part(star: Star) -> None:
                 TASKS[note["task"]](star, note)
                 continue
             settings = EngineConfig(**note["settings"])
-            engine = report_errors(star, lambda settings=settings: Engine(star, settings))  # type: ignore[misc]
+            engine = report_errors(star, lambda settings=settings: open_engine(star, settings))  # type: ignore[misc]
             engines.append(stack.enter_context(closing(engine)))
             star.gather_notes(encode_note(host=star.rank.host, **identity(engine.header)))
         memory = RankMemory(engines)

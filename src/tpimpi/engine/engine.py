@@ -14,7 +14,6 @@ from tpimpi.engine.window import DEFAULT_READS, Window, records_of
 from tpimpi.errors import SliceError
 from tpimpi.models.kv.cache import cache_bytes, kv_dtype
 from tpimpi.star import Star
-from tpimpi.star.codec import wire_of
 from tpimpi.system.direct_io import Trial
 from tpimpi.weights.locations import SliceLocation
 from tpimpi.weights.slices.file import SliceFile
@@ -82,7 +81,6 @@ class Engine:
         try:
             self.header = self.file.header
             self._check(path, settings)
-            star.timeout, star.algorithm, star.wire = settings.timeout, settings.allreduce, wire_of(settings.wire)
             neighbours = settings.cores_shared_by[star.rank.index]
             threads = settings.threads or usual_threads(len(os.sched_getaffinity(0)), neighbours)
             self.backend = load_backend(settings.backend, threads)

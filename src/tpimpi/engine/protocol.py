@@ -1,16 +1,74 @@
-"""The steps of a run after its start: what rank 0 commands, and how the other ranks follow."""
+"""The steps of a run after its start: what rank 0 asks for, and how the other ranks follow.
+
+A step begins with a header, int64 [4] over the star: magic, operation, positions, start. FORWARD is followed by the hidden
+vectors. Prompt, token ids and text are in none of them.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 
 from tpimpi.compute.arrays import F32
 from tpimpi.engine.model import Model
 from tpimpi.errors import StarError
-from tpimpi.star import BEGIN, FINISH, FORWARD, Star
+from tpimpi.star import Star, Words
+
+MAGIC = 0x7470696D7069  # "tpimpi": a header that was damaged, or is of another program, does not begin with it
+HEADER_WORDS = 4
+
+
+class Operation(IntEnum):
+    """What every rank is to do next."""
+
+    BEGIN = 1  # a new sequence, of at most `positions`
+    FORWARD = 2  # `positions` hidden vectors through all layers, from position `start` on
+    FINISH = 3  # the run is over
+
+
+@dataclass(frozen=True)
+class StepHeader:
+    """What rank 0 tells every rank before each step."""
+
+    operation: Operation
+    positions: int = 0
+    start: int = 0
+
+    def pack(self) -> Words:
+        """The words on the wire: int64 [HEADER_WORDS]."""
+        return np.array([MAGIC, self.operation, self.positions, self.start], np.int64)
+
+    @classmethod
+    def unpack(cls, words: Words) -> StepHeader:
+        """The header that these words are. Raises StarError where they are none."""
+        magic, operation, positions, start = words.tolist()
+        if magic != MAGIC or operation not in iter(Operation) or positions < 0 or start < 0:
+            raise StarError(
+                f"rank 0 sent the control header {magic, operation, positions, start}, which makes no sense"
+            )
+        return cls(Operation(operation), positions, start)
+
+
+def send_header(star: Star, header: StepHeader) -> None:
+    """Rank 0: tell every rank what comes next."""
+    star.send_words(header.pack())
+
+
+def receive_header(star: Star) -> StepHeader:
+    """Other ranks: what comes next, however long rank 0 takes to say it. Raises StarError where it makes no sense."""
+    words = np.empty(HEADER_WORDS, np.int64)
+    star.receive_words(words)
+    return StepHeader.unpack(words)
+
+
+def begin(model: Model, star: Star, context: int) -> None:
+    """Rank 0: have every rank begin a new sequence of at most `context` positions."""
+    send_header(star, StepHeader(Operation.BEGIN, context))
+    model.begin(context)
 
 
 def step(model: Model, star: Star, x: F32, start: int, *, head: bool = True) -> F32:
@@ -18,25 +76,32 @@ def step(model: Model, star: Star, x: F32, start: int, *, head: bool = True) -> 
 
     Unless `head`, no logits will be asked for.
     """
-    star.command(FORWARD, x.shape[0], start)
+    send_header(star, StepHeader(Operation.FORWARD, x.shape[0], start))
     star.broadcast(x)
     return model.forward(x, start, head=head)
+
+
+def finish(star: Star) -> None:
+    """Rank 0: tell every rank that the run is over."""
+    send_header(star, StepHeader(Operation.FINISH))
 
 
 def follow(models: Sequence[Model], star: Star) -> None:
     """Other ranks: do what rank 0 says until it says that the run is over. They see hidden vectors, never ids or text.
 
-    Where there are several models the commands are for them in turn, the first for the first.
+    Where there are several models the headers are for them in turn, the first for the first. Raises StarError for a header
+    that makes no sense.
     """
     for model in itertools.cycle(models):
-        operation, positions, start = star.next_command()
-        if operation == FINISH:
+        header = receive_header(star)
+        if header.operation == Operation.FINISH:
             return
-        if operation == BEGIN:
-            model.begin(positions)
+        if header.operation == Operation.BEGIN:
+            model.begin(header.positions)
             continue
-        if model.cache is None or start + positions > model.cache.context:
-            raise StarError(f"rank 0 asks for position {start + positions}, which is outside the context it announced")
-        x = np.empty((positions, model.config.hidden), np.float32)
+        last = header.start + header.positions
+        if model.cache is None or last > model.cache.context:
+            raise StarError(f"rank 0 asks for position {last}, which is outside the context it announced")
+        x = np.empty((header.positions, model.config.hidden), np.float32)
         star.broadcast(x)
-        model.forward(x, start)
+        model.forward(x, header.start)

@@ -7,16 +7,23 @@ from collections.abc import Sequence
 from dataclasses import asdict, astuple
 from typing import Any
 
+from tpimpi.engine import protocol
 from tpimpi.engine.budget import Needs, allowances
 from tpimpi.engine.engine import Engine, EngineConfig, identity
 from tpimpi.engine.figures import RankFigures
 from tpimpi.engine.rank_memory import MemoryAllotment, RankMemory
 from tpimpi.engine.trace import RankTrace
 from tpimpi.errors import SliceError
-from tpimpi.star import FINISH, Star
+from tpimpi.star import Star
 from tpimpi.star.control import encode_note, on_every_rank
 from tpimpi.system.memory import Place, places
 from tpimpi.weights.slices.header import Header
+
+
+def open_engine(star: Star, settings: EngineConfig) -> Engine:
+    """Every rank: set up the star as the settings say, and open our slice. Raises SliceError (see Engine)."""
+    star.configure(timeout=settings.timeout, allreduce=settings.allreduce, wire=settings.wire)
+    return Engine(star, settings)
 
 
 def open_engines(star: Star, settings: EngineConfig) -> Engine:
@@ -28,7 +35,7 @@ def open_engines(star: Star, settings: EngineConfig) -> Engine:
     opened: list[Engine] = []
 
     def take() -> Engine:
-        opened.append(Engine(star, settings))
+        opened.append(open_engine(star, settings))
         return opened[0]
 
     try:
@@ -88,7 +95,7 @@ def start(star: Star) -> None:
 
 def finish(star: Star, memory: RankMemory) -> tuple[list[list[RankFigures]], list[RankTrace]]:
     """Rank 0: end the run on every rank. For each engine the figures of every rank, in rank order; and their traces."""
-    star.command(FINISH)
+    protocol.finish(star)
     figures: list[list[RankFigures]] = [[] for _ in memory.engines]
     for note in star.gather_notes(figures_note(memory)):
         for found, values in zip(figures, json.loads(note), strict=True):

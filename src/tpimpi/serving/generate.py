@@ -9,8 +9,8 @@ import numpy as np
 
 from tpimpi.compute.arrays import F32
 from tpimpi.engine.model import PREFILL_CHUNK, Model
-from tpimpi.engine.protocol import step
-from tpimpi.star import BEGIN, Star
+from tpimpi.engine.protocol import begin, step
+from tpimpi.star import Star
 
 Sampler = Callable[[F32, Sequence[int]], int]  # logits [vocab] and the ids so far -> the next id
 
@@ -39,8 +39,7 @@ def generate(
     `embed` gives the embedding rows of ids, [n, hidden]. `context` is the number of positions that every rank keeps room
     for; len(prompt) + max_tokens - 1 are used.
     """
-    star.command(BEGIN, context)
-    model.begin(context)
+    begin(model, star, context)
     history = list(prompt)
     hidden = np.empty((0, model.config.hidden), np.float32)
     for start in range(0, len(prompt), PREFILL_CHUNK):

@@ -29,10 +29,9 @@ from tpimpi.compute.arrays import F32
 from tpimpi.engine.engine import Engine
 from tpimpi.engine.figures import RankFigures
 from tpimpi.engine.model import PREFILL_CHUNK
-from tpimpi.engine.protocol import step
+from tpimpi.engine.protocol import begin, step
 from tpimpi.errors import InputError, ModelError
 from tpimpi.serving.text.tokenizer import TokenIds, Tokenizer
-from tpimpi.star import BEGIN
 
 F64 = npt.NDArray[np.float64]
 
@@ -275,8 +274,7 @@ class Measurement:
 
     def _begin(self) -> None:
         for engine in self.engines:
-            engine.star.command(BEGIN, self.context)
-            engine.model.begin(self.context)
+            begin(engine.model, engine.star, self.context)
 
 
 CHUNK = 512  # positions of a chunk of such a text, where the model has as many

@@ -4,7 +4,7 @@ An allreduce is two link latencies, whatever the number of ranks: every rank sen
 in rank order and sends its own bytes back, so that every rank holds the same bits. (A ring takes 2(n - 1) latencies; at
 home it is latency that costs: arXiv 2410.00531, section 3.3.)
 
-What is on the wire, by tag: CONTROL (hub to all: int64 [4]: magic, operation, positions, start), HIDDEN (hub to all: f32
+What is on the wire, by tag: CONTROL (hub to all: int64 [n], the header of a step), HIDDEN (hub to all: f32
 [positions, hidden]), PARTIAL (to the hub) and SUM (from it), f32 [positions, hidden], or with other algorithms and wires
 between any ranks, and packed (see `allreduce`, `codec`), ECHO (to measure links), NOTE (settings, status and measurements
 as JSON), CLOCK (both ways: float64 [1], the sender's clock in seconds; only where a run is traced), and BULK (tiles of
@@ -21,7 +21,7 @@ from tpimpi.star.codec import WIRES, Wire
 from tpimpi.star.heartbeat import DEFAULT_SILENCE_S, SHORTEST_SILENCE_S, WAIT_FOR_HUB_REPORT_S
 from tpimpi.star.link_test import Ping, answer_link, ping_link
 from tpimpi.star.mpi_library import MpiLibrary, mpi_library
-from tpimpi.star.star import ALLREDUCES, BEGIN, DEFAULT_TIMEOUT_S, FINISH, FORWARD, Star
+from tpimpi.star.star import ALLREDUCES, DEFAULT_TIMEOUT_S, Star, Words
 from tpimpi.star.start import connect
 from tpimpi.star.tuning import Links, choose, describe
 from tpimpi.system.launcher import MPICH, OPEN_MPI, Rank, launched_rank, launcher_commands, launcher_kind
@@ -29,14 +29,11 @@ from tpimpi.system.launcher import MPICH, OPEN_MPI, Rank, launched_rank, launche
 __all__ = [
     "ALGORITHMS",
     "ALLREDUCES",
-    "BEGIN",
     "BULK",
     "CLOCK",
     "CONTROL",
     "DEFAULT_SILENCE_S",
     "DEFAULT_TIMEOUT_S",
-    "FINISH",
-    "FORWARD",
     "HIDDEN",
     "MPICH",
     "NOTE",
@@ -54,6 +51,7 @@ __all__ = [
     "Rank",
     "Star",
     "Wire",
+    "Words",
     "answer_link",
     "choose",
     "connect",

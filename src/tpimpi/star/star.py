@@ -12,11 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tpimpi.compute.arrays import F32, Bytes
-from tpimpi.errors import StarError
 from tpimpi.star.allreduce import ALGORITHMS, Allreduce, Background, parse_rule
 from tpimpi.star.channel import BULK, CONTROL, ECHO, HIDDEN, NOTE, Channel, Pending
 from tpimpi.star.clocks import answer_with_clock, clock_offset
-from tpimpi.star.codec import Wire
+from tpimpi.star.codec import Wire, wire_of
 from tpimpi.star.heartbeat import Heartbeat, end_without_mpi
 from tpimpi.star.pieces import PieceChannel
 from tpimpi.star.tuning import ANSWER_TIMEOUT_S, LinkMeasurement, Links
@@ -25,9 +24,9 @@ from tpimpi.system.launcher import Rank
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+Words = npt.NDArray[np.int64]
+
 ALLREDUCES = ("auto", *ALGORITHMS)
-BEGIN, FORWARD, FINISH = 1, 2, 3  # operations of a control header; BEGIN's positions are the context
-CONTROL_MAGIC = 0x7470696D7069  # "tpimpi"
 
 DEFAULT_TIMEOUT_S = 600.0  # a rank waits so long for another's message in mid-run
 ABORT_GRACE_S = 10.0  # time that MPI gets to end the job after an error
@@ -52,7 +51,6 @@ class Star:
         self._turn = 0  # sums begun
         self.seconds = 0.0  # spent in allreduces and broadcasts
         self._others = range(1, self.rank.size)
-        self._control = np.zeros(4, np.int64)
 
     @property
     def algorithm(self) -> str:
@@ -62,6 +60,13 @@ class Star:
     @algorithm.setter
     def algorithm(self, rule: str) -> None:
         self._algorithm, self._rule = rule, parse_rule(rule)
+
+    def configure(self, *, timeout: float, allreduce: str, wire: str) -> None:
+        """How long a rank waits for another's message, in seconds; the rule by which sums are made; one of WIRES.
+
+        Every rank calls it with the same values. Raises InputError for a rule that makes no sense.
+        """
+        self.timeout, self.algorithm, self.wire = timeout, allreduce, wire_of(wire)
 
     # Sums and hidden vectors
 
@@ -114,30 +119,17 @@ class Star:
                 arrival.put(flat[piece])
         self.seconds += time.monotonic() - began
 
-    # Control: what to do next
+    # Control: a few whole numbers from the hub; what they mean is the engine's
 
-    def command(self, operation: int, positions: int = 0, start: int = 0) -> None:
-        """Hub: tell every rank what comes next."""
-        self._control[:] = CONTROL_MAGIC, operation, positions, start
-        self._from_hub(self._control, CONTROL, time.monotonic() + self.timeout)
+    def send_words(self, words: Words) -> None:
+        """Hub: send `words` (int64 [n]) to every other rank."""
+        if self._channel is not None:
+            self._channel.wait(self._channel.send_to(words, self._others, CONTROL), time.monotonic() + self.timeout)
 
-    def next_command(self) -> tuple[int, int, int]:
-        """Other ranks: wait, however long it takes, for the hub's next (operation, positions, start)."""
-        self._from_hub(self._control, CONTROL, None)
-        magic, operation, positions, start = (int(value) for value in self._control)
-        if magic != CONTROL_MAGIC or operation not in (BEGIN, FORWARD, FINISH) or positions < 0 or start < 0:
-            raise StarError(
-                f"rank 0 sent the control header {magic, operation, positions, start}, which makes no sense"
-            )
-        return operation, positions, start
-
-    def _from_hub(self, array: npt.NDArray[np.int64], tag: int, deadline: float | None) -> None:
-        if self._channel is None:
-            return
-        if self.rank.is_hub:
-            self._channel.wait(self._channel.send_to(array, self._others, tag), deadline)
-        else:
-            self._channel.wait(self._channel.receive(array, 0, tag), deadline)
+    def receive_words(self, words: Words) -> None:
+        """Other ranks: fill `words` (int64 [n]) with the hub's next, however long they take to come."""
+        if self._channel is not None:
+            self._channel.wait(self._channel.receive(words, 0, CONTROL), None)
 
     # Notes: short JSON texts before and after the computing
 

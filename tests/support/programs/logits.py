@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tpimpi.engine.engine import Engine, EngineConfig
+from tpimpi.engine.engine import EngineConfig
 from tpimpi.engine.rank_memory import RankMemory
+from tpimpi.engine.startup import open_engine
 from tpimpi.star import connect
 
 
@@ -38,7 +39,7 @@ def main() -> None:
             kv=job.get("kv", "auto"),
             cores_shared_by=[star.rank.size] * star.rank.size,
         )
-        engine = Engine(star, settings)
+        engine = open_engine(star, settings)
         memory = RankMemory([engine])
         needs = memory.needs(len(job["ids"]))
         memory.plan(len(job["ids"]), int(needs.least + job["pins"] * needs.tiles) if "pins" in job else None, 0)

@@ -8,8 +8,9 @@ import time
 import numpy as np
 from mpi4py import MPI
 
+from tpimpi.engine.protocol import Operation, StepHeader, receive_header, send_header
 from tpimpi.errors import StarError
-from tpimpi.star import BEGIN, FORWARD, Star, connect
+from tpimpi.star import Star, connect
 from tpimpi.star.allreduce import ALGORITHMS, IN_RANK_ORDER
 
 SIZES = (1, 2, 31, 576, 4096, 16_385, 262_144, 1_048_576)  # elements: up to 4 MiB
@@ -75,12 +76,12 @@ def _broadcast_and_notes(star: Star) -> None:
     star.broadcast(values)
     assert values.tolist() == [[0, 1, 2], [3, 4, 5]]
     if hub:
-        star.command(BEGIN, 77)
-        star.command(FORWARD, 3, 12)
+        send_header(star, StepHeader(Operation.BEGIN, 77))
+        send_header(star, StepHeader(Operation.FORWARD, 3, 12))
         star.broadcast_note(b'{"a": 1}')
     else:
-        assert star.next_command() == (BEGIN, 77, 0)
-        assert star.next_command() == (FORWARD, 3, 12)
+        assert receive_header(star) == StepHeader(Operation.BEGIN, 77, 0)
+        assert receive_header(star) == StepHeader(Operation.FORWARD, 3, 12)
         assert star.receive_note() == b'{"a": 1}'
     notes = star.gather_notes(f"note of {star.rank.index}".encode())
     assert notes == ([f"note of {r}".encode() for r in range(star.rank.size)] if hub else [])

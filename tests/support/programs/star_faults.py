@@ -9,18 +9,18 @@ from collections.abc import Callable
 import numpy as np
 import xxhash
 
+from tpimpi.engine.protocol import Operation, StepHeader, receive_header
 from tpimpi.errors import TpimpiError
-from tpimpi.star import BEGIN, CONTROL, HIDDEN, NOTE, PARTIAL, SUM, Star, connect
-from tpimpi.star.star import CONTROL_MAGIC
+from tpimpi.star import CONTROL, HIDDEN, NOTE, PARTIAL, SUM, Star, connect
 
 VALUES = np.ones(4, np.float32)
-HEADER = np.array([CONTROL_MAGIC, BEGIN, 1, 0], np.int64)
+HEADER = StepHeader(Operation.BEGIN, 1).pack()
 # Messages of every kind: the tag, what is sent, whether rank 0 sends it, and what the other is doing.
 DAMAGED: dict[str, tuple[int, np.ndarray, bool, Callable[[Star], object]]] = {
     "damaged partial": (PARTIAL, VALUES, False, lambda star: star.allreduce(VALUES.copy())),
     "damaged sum": (SUM, VALUES, True, lambda star: star.allreduce(VALUES.copy())),
     "damaged hidden": (HIDDEN, VALUES, True, lambda star: star.broadcast(VALUES.copy())),
-    "damaged control": (CONTROL, HEADER, True, lambda star: star.next_command()),
+    "damaged control": (CONTROL, HEADER, True, receive_header),
     "damaged note": (NOTE, np.frombuffer(b'{"a": 1}', np.uint8), False, lambda star: star.gather_notes(b"{}")),
 }
 
@@ -50,10 +50,10 @@ def trouble(star: Star, kind: str) -> None:
             time.sleep(50)
     elif kind == "header":
         if star.rank.is_hub:
-            star._from_hub(np.array([1, 2, 3, 4], np.int64), CONTROL, None)
+            star.send_words(np.array([1, 2, 3, 4], np.int64))
             time.sleep(50)
         else:
-            star.next_command()
+            receive_header(star)
 
 
 if __name__ == "__main__":
