@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from tests.support.launch import Launcher, Result, launcher, run_command
-
-# Open MPI may end its banner without a line end, so that ours follows on the same line.
-
-# Long enough for a machine that is busy with something else; nothing below waits for a timeout to pass.
+from tests.support.ranks import Ranks
 
 pytest.register_assert_rewrite("tests.support.messages")
 
@@ -36,6 +33,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def mpirun(request: pytest.FixtureRequest) -> Launcher:
     """Runs Python programs on several ranks, under the MPI that --mpi names."""
     return launcher(request.config.getoption("--mpi"))
+
+
+@pytest.fixture(scope="session")
+def on_ranks(mpirun: Launcher) -> Iterator[Ranks]:
+    """The same on ranks that stay up: not for what is about the process itself, such as imports, memory and signals."""
+    ranks = Ranks(mpirun)
+    yield ranks
+    ranks.close()
 
 
 @pytest.fixture(scope="session")

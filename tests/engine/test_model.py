@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.launch import PROGRAMS, Launcher
+from tests.support.launch import PROGRAMS
+from tests.support.ranks import Ranks
 from tests.support.slices import joined
 from tests.support.tiny_models import TINY, write_tiny_hf
 from tpimpi.weights.make import choose_formats, slice_model
@@ -46,14 +47,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, li
     return made
 
 
-def _run(mpirun: Launcher, ranks: int, jobs: list[dict[str, object]], folder: Path) -> None:
+def _run(on_ranks: Ranks, ranks: int, jobs: list[dict[str, object]], folder: Path) -> None:
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    result = mpirun(ranks, str(PROGRAMS / "logits.py"), str(folder / "jobs.json"), str(folder))
+    result = on_ranks(ranks, str(PROGRAMS / "logits.py"), str(folder / "jobs.json"), str(folder))
     assert result.code == 0, result.err
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
-def test_logits_are_those_of_transformers(mpirun: Launcher, models, ranks: int, tmp_path: Path) -> None:
+def test_logits_are_those_of_transformers(on_ranks: Ranks, models, ranks: int, tmp_path: Path) -> None:
     wanted = MORE.get(ranks) or [(kind, [1] * ranks) for kind in TINY]
     jobs = []
     for kind, weights in wanted:
@@ -63,7 +64,7 @@ def test_logits_are_those_of_transformers(mpirun: Launcher, models, ranks: int, 
         jobs.append({"name": kind, "slices": str(tmp_path / kind), "ids": ids, "chunks": CHUNKS})
         if ranks == 2:  # the other backend, and a window that streams
             jobs.append({**jobs[-1], "name": f"{kind}@numpy", "backend": "numpy", "window": 2})
-    _run(mpirun, ranks, jobs, tmp_path)
+    _run(on_ranks, ranks, jobs, tmp_path)
     for job in jobs:
         name = str(job["name"])
         expected = models[name.split("@", maxsplit=1)[0]][2]
@@ -74,7 +75,7 @@ def test_logits_are_those_of_transformers(mpirun: Launcher, models, ranks: int, 
         assert len(digests) == 1, f"{name}: hidden vectors differ between ranks"
 
 
-def test_bf16_slices_compute_with_rounded_weights(mpirun: Launcher, models, tmp_path: Path) -> None:
+def test_bf16_slices_compute_with_rounded_weights(on_ranks: Ranks, models, tmp_path: Path) -> None:
     """The oracle is transformers in f32 on weights that torch rounded to bf16."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -89,7 +90,7 @@ def test_bf16_slices_compute_with_rounded_weights(mpirun: Launcher, models, tmp_
                 parameter.copy_(parameter.to(torch.bfloat16).float())
         expected = model(torch.tensor([ids])).logits[0].numpy()
     job = {"slices": str(tmp_path / "slices"), "ids": ids, "chunks": CHUNKS}
-    _run(mpirun, 2, [{**job, "name": kv, "kv": kv} for kv in ("auto", "f16", "f32")], tmp_path)
+    _run(on_ranks, 2, [{**job, "name": kv, "kv": kv} for kv in ("auto", "f16", "f32")], tmp_path)
     found = np.load(tmp_path / "f32.npy")
     assert np.abs(found - expected).max() < TOLERANCE
     # The cache is f16 unless it is asked for in f32: keys and values keep 11 bits.
@@ -106,7 +107,7 @@ HF_NAMES = {
 
 
 @pytest.mark.parametrize("fmt", ["q8_0", "q4_0", "q4_1"])
-def test_quantized_slices_compute_with_their_own_numbers(mpirun: Launcher, models, fmt: str, tmp_path: Path) -> None:
+def test_quantized_slices_compute_with_their_own_numbers(on_ranks: Ranks, models, fmt: str, tmp_path: Path) -> None:
     """The oracle is transformers in f32 on the numbers that the slices hold; widths of 70, 90 and 20 fill no blocks."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -127,7 +128,7 @@ def test_quantized_slices_compute_with_their_own_numbers(mpirun: Launcher, model
         assert all(parameter.dim() == 1 for parameter in parameters.values()), "a matrix is in no tile"
         expected = model(torch.tensor([ids])).logits[0].numpy()
     job = {"slices": str(tmp_path / "slices"), "ids": ids, "chunks": CHUNKS, "kv": "f32"}
-    _run(mpirun, 3, [{**job, "name": name, "backend": name} for name in ("torch", "numpy")], tmp_path)
+    _run(on_ranks, 3, [{**job, "name": name, "backend": name} for name in ("torch", "numpy")], tmp_path)
     found = np.load(tmp_path / "torch.npy")
     assert np.abs(found - expected).max() < TOLERANCE
     assert np.abs(found - exact).max() > 10 * TOLERANCE, "nothing was rounded: the test shows nothing"

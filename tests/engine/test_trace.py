@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.launch import PROGRAMS, Launcher
+from tests.support.launch import PROGRAMS
+from tests.support.ranks import Ranks
 from tpimpi.cli import options
 from tpimpi.diagnostics.trace_file import chrome_trace, left_out, write_trace
 from tpimpi.engine.trace import COMPUTE, KINDS, READ, STAR, WAIT, RankTrace, Recorder, unpack
@@ -313,9 +314,9 @@ def test_targets_are_refused_before_the_work(tmp_path: Path) -> None:
 # One clock
 
 
-def test_clocks_are_compared(mpirun: Launcher) -> None:
+def test_clocks_are_compared(on_ranks: Ranks) -> None:
     """On one host, offsets within 5 ms, those of clocks that are planted wrong too."""
-    result = mpirun(3, str(PROGRAMS / "star_clock.py"))
+    result = on_ranks(3, str(PROGRAMS / "star_clock.py"))
     assert result.code == 0, result.err
     assert "all well" in result.out
 

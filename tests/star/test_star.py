@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 from tests.support.launch import PROGRAMS, Launcher
+from tests.support.ranks import Ranks
 from tpimpi.star import Star
 
 FAULTS = str(PROGRAMS / "star_faults.py")
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 7])
-def test_sums_like_the_library_with_the_same_bits_everywhere(mpirun: Launcher, ranks: int) -> None:
-    result = mpirun(ranks, str(PROGRAMS / "star.py"))
+def test_sums_like_the_library_with_the_same_bits_everywhere(on_ranks: Ranks, ranks: int) -> None:
+    result = on_ranks(ranks, str(PROGRAMS / "star.py"))
     assert result.code == 0, result.err
     assert "all well" in result.out
 

@@ -20,9 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PROGRAMS = Path(__file__).resolve().parent / "programs"
 
 
+# Open MPI may end its banner without a line end, so that ours follows on the same line.
 OUR_LINE = re.compile(r"^[\s\0]*((?:r\d+ \S+|tpimpi): .*)")
 
 
+# Long enough for a machine that is busy with something else; no test waits for it to pass.
 TIMEOUT = 240.0
 
 
