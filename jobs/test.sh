@@ -1,12 +1,20 @@
 #!/usr/bin/env bash
-# Sets up and runs the checks and the tests (about 40 minutes on two cores): once under Open MPI, then what needs MPI again under MPICH.
-# Arguments go to pytest, which is then all that is run: bash jobs/test.sh tests/star/test_star.py -k hub
+# Sets up and runs the checks and the tests:
+#
+#   bash jobs/test.sh          the short suite: every module and every kind of run, under Open MPI; some minutes
+#   bash jobs/test.sh --all    everything, under Open MPI and MPICH; half an hour on two cores
+#   bash jobs/test.sh --rest   what --all has beyond the short suite
+#
+# Other arguments go to pytest, which is then all that is run: bash jobs/test.sh tests/star/test_star.py -k hub
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 setup test
-if [ $# -gt 0 ]; then
-  exec python -m pytest "$@"
-fi
+suite=short
+case "${1:-}" in
+  "") ;;
+  --all | --rest) suite="${1#--}" ;;
+  *) exec python -m pytest "$@" ;;
+esac
 # Some tests need programs of the system, and are skipped without: the job for Slurm, and doctor over a real sshd. On a machine of the
 # CI they are installed for that, elsewhere that is the owner's choice.
 missing=()
@@ -18,9 +26,23 @@ if [ -n "${CI:-}" ] && [ "${#missing[@]}" -gt 0 ]; then
     DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${missing[@]}"; } >&2 ||
     echo "test: could not install ${missing[*]} (apt-get as root); the tests that need them are skipped" >&2
 fi
-ruff check .
-ruff format --check .
-part mypy mypy
-part lint-imports lint-imports
-part "tests under Open MPI" python -m pytest --durations=15 --mpi openmpi
-part "tests under MPICH" python -m pytest --durations=15 --mpi mpich -m mpi
+if [ "$suite" != rest ]; then
+  ruff check .
+  ruff format --check .
+  part mypy mypy
+  part lint-imports lint-imports
+fi
+
+# tests NAME WHICH OPTION...: those without ranks, devices or stopwatches two at a time, then the others one after another.
+tests() {
+  local name="$1" which="$2"
+  shift 2
+  part "tests $name, two at a time" python -m pytest --durations=15 -n 2 --dist loadfile -m "not mpi and not alone and ($which)" "$@"
+  part "tests $name, under Open MPI" python -m pytest --durations=15 --mpi openmpi -m "(mpi or alone) and ($which)" "$@"
+}
+case "$suite" in
+  short) tests "of the short suite" "not slow" --hypothesis-profile quick ;;
+  rest) tests "beyond the short suite" "slow or drawn" --hypothesis-profile thorough ;;
+  all) tests "of the whole suite" "slow or not slow" --hypothesis-profile thorough ;;
+esac
+[ "$suite" = short ] || part "tests under MPICH" python -m pytest --durations=15 --mpi mpich -m mpi

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import tests.support.drawn  # noqa: F401  (the profiles of hypothesis)
 from tests.support.launch import Launcher, Result, launcher, run_command
 from tests.support.ranks import Ranks
 
@@ -20,13 +21,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "mpi: launches ranks with mpirun; run again for the other MPI")
+    for line in (
+        "mpi: needs mpirun; run again for the other MPI (set by itself)",
+        "slow: not in the short suite, which has another test of the same kind",
+        "slow_but(*ids): of a test with parameters, only those with these ids are in the short suite",
+        "alone: measures time or sets up devices, so that no other test runs beside it",
+        "drawn: made of drawn examples, of which the long suite draws more (set by itself)",
+    ):
+        config.addinivalue_line("markers", line)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    quick: dict[str, set[str]] = {}  # of a test with slow_but: the ids in the short suite that were found
     for item in items:
         if "mpirun" in getattr(item, "fixturenames", ()):
             item.add_marker("mpi")
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            item.add_marker("drawn")
+        if (mark := item.get_closest_marker("slow_but")) is not None:
+            found = quick.setdefault(item.nodeid.partition("[")[0], set())
+            if (name := item.callspec.id) in mark.args:  # type: ignore[attr-defined]
+                found.add(name)
+            else:
+                item.add_marker("slow")
+    # One item may have been asked for by its id; of several, one at least is in the short suite.
+    several = [test for test in quick if sum(item.nodeid.startswith(f"{test}[") for item in items) > 1]
+    if wrong := [test for test in several if not quick[test]]:
+        raise pytest.UsageError(f"slow_but names no id that there is: {', '.join(wrong)}")
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,8 @@ try:
 finally:
     sys.path.remove(str(ROOT / "bench"))
 
+pytestmark = pytest.mark.alone
+
 DATA = """
 [settings]
 measure = "generate"
@@ -335,6 +337,7 @@ def test_a_file_that_is_no_results_is_refused_and_left_alone(tmp_path: Path) -> 
 
 
 @needs_home
+@pytest.mark.slow
 def test_what_a_link_carries_is_measured_with_both_ends_served() -> None:
     wished = 12_500_000
     with runs_of.Home(2, runs_of.Link(0.001, 0.0, wished)) as home:
@@ -343,6 +346,7 @@ def test_what_a_link_carries_is_measured_with_both_ends_served() -> None:
 
 
 @needs_home
+@pytest.mark.slow
 def test_a_row_is_run_once_and_its_slices_are_removed(tmp_path: Path) -> None:
     common = ("devices", "--smallest", "--results", tmp_path / "results.jsonl", "--work", tmp_path / "work")
     done = run("run", *common)
@@ -367,6 +371,7 @@ def test_a_row_is_run_once_and_its_slices_are_removed(tmp_path: Path) -> None:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("failures", [1, 2])
+@pytest.mark.slow
 def test_a_row_that_failed_is_tried_once_more(mpirun: Launcher, tmp_path: Path, failures: int) -> None:
     starts = tmp_path / "starts"
     launcher = tmp_path / "launcher"
@@ -387,6 +392,7 @@ def test_a_row_that_failed_is_tried_once_more(mpirun: Launcher, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 130)])
+@pytest.mark.slow
 def test_what_a_launcher_started_ends_with_the_run(tmp_path: Path, number: int, code: int) -> None:
     launcher = tmp_path / "launcher"
     launcher.write_text(f"#!/bin/sh\nsleep 0.5\necho $$ >{tmp_path}/pid\nexec sleep 300\n")
@@ -414,6 +420,7 @@ def test_what_a_launcher_started_ends_with_the_run(tmp_path: Path, number: int, 
     assert {path.name for path in (tmp_path / "work").iterdir()} == {"lock", "tpimpi-models"}
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_measure_each_other(tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()

@@ -19,6 +19,8 @@ import pytest
 from tests.support.homes import HOME, LACKING, needs_home, output
 from tests.support.launch import ROOT, TIMEOUT, Launcher, Result
 
+pytestmark = pytest.mark.alone
+
 LATENCY = 0.003  # seconds one way
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -73,6 +75,7 @@ def ranks(four: Any, mpirun: Launcher) -> Callable[..., Result]:
 
 
 @needs_home
+@pytest.mark.slow
 def test_a_rank_on_each_device_and_messages_as_slow_as_the_link(ranks: Callable[..., Result]) -> None:
     program = """
 import os, time
@@ -104,6 +107,7 @@ if comm.rank == 0:
 
 
 @needs_home
+@pytest.mark.slow
 def test_text_over_the_home_is_that_of_one_machine(
     four: Any, ranks: Callable[..., Result], tpimpi: Callable[..., Result], smollm2: Path, tmp_path: Path
 ) -> None:
@@ -125,6 +129,7 @@ def test_text_over_the_home_is_that_of_one_machine(
 
 @needs_home
 @pytest.mark.parametrize(("latency", "least"), [(0.001, 0.002), (0.02, 0.04)])
+@pytest.mark.slow_but("0.001-0.002")
 def test_a_round_trip_takes_two_latencies(four: Any, latency: float, least: float) -> None:
     four.set_link(home.Link(latency))
     try:
@@ -136,6 +141,7 @@ def test_a_round_trip_takes_two_latencies(four: Any, latency: float, least: floa
 
 
 @needs_home
+@pytest.mark.slow
 def test_one_device_has_a_link_of_its_own(four: Any) -> None:
     four.set_link(home.Link(0.03), rank=2)
     try:
@@ -147,6 +153,7 @@ def test_one_device_has_a_link_of_its_own(four: Any) -> None:
 
 
 @needs_home
+@pytest.mark.slow
 def test_bandwidth_holds_back(four: Any) -> None:
     four.set_link(home.Link(0.0, 0.0, 4e6))
     try:
@@ -174,6 +181,7 @@ def test_bandwidth_holds_back(four: Any) -> None:
 
 @needs_home
 @pytest.mark.parametrize("silently", [False, True])
+@pytest.mark.slow_but("False")
 def test_a_cut_device_is_out_of_reach_until_it_is_mended(four: Any, silently: bool) -> None:
     assert four.ping(0, 3, 1)
     four.cut(3, silently=silently)
@@ -204,6 +212,7 @@ def test_what_a_device_sees_and_who_runs_on_it(four: Any) -> None:
 
 
 @needs_home
+@pytest.mark.slow
 def test_two_homes_do_not_meet(four: Any) -> None:
     with home.Home(2) as other:
         assert other.run(0, ["sh", "-c", "echo x > /dev/shm/mine"]).returncode == 0
@@ -251,6 +260,7 @@ def test_limits_of_a_device(tmp_path: Path) -> None:
     not Path("/dev/loop-control").exists() or not shutil.which("mkfs.ext4") or not shutil.which("losetup"),
     reason="no loop devices, losetup or mkfs.ext4",
 )
+@pytest.mark.slow
 def test_a_disk_of_its_own_fills_up() -> None:
     with home.Home([devices.Device("tiny", disk=16_000_000), devices.Device("free")]) as two:
         fill = ["sh", "-c", 'mkdir -p "$TPIMPI_CACHE" && head -c 30000000 /dev/zero > "$TPIMPI_CACHE/file"']
@@ -266,6 +276,7 @@ def test_a_disk_of_its_own_fills_up() -> None:
 
 
 @needs_home
+@pytest.mark.slow
 def test_nothing_stays_after_an_error_with_programs_running() -> None:
     with pytest.raises(RuntimeError, match="ours"), home.Home(2) as two:
         # One that has lost its environment, and one that has left its session
@@ -303,6 +314,7 @@ def start_command(mpi: str) -> tuple[subprocess.Popen[str], str]:
 
 @needs_home
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_nothing_stays_after_a_signal(mpirun: Launcher, number: signal.Signals) -> None:
     process, name = start_command(mpirun.mpi)
     assert left_of(name)
@@ -312,6 +324,7 @@ def test_nothing_stays_after_a_signal(mpirun: Launcher, number: signal.Signals) 
 
 
 @needs_home
+@pytest.mark.slow
 def test_what_a_killed_run_leaves_is_cleaned(mpirun: Launcher) -> None:
     process, name = start_command(mpirun.mpi)
     process.kill()

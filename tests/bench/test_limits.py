@@ -16,6 +16,8 @@ import pytest
 
 from tests.support.launch import ROOT, Launcher, Result, run_command
 
+pytestmark = pytest.mark.alone
+
 # What the kernel puts into a new group, by Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst,
 # Documentation/scheduler/sched-bwc.rst and cgroup-v1/blkio-controller.rst.
 V2_FILES = {
@@ -267,6 +269,7 @@ def test_as_a_command(real: ModuleType) -> None:
     assert (result.code, len(result.err.splitlines())) == (2, 1), result.err
 
 
+@pytest.mark.slow
 def test_each_rank_in_its_own_group(real: ModuleType, mpirun: Launcher) -> None:
     arguments = [PROGRAM[1], "--each-rank", "--memory", "100M", "--", sys.executable, "-c", HOG, "40000000"]
     result = mpirun(2, *arguments)

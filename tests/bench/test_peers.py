@@ -27,6 +27,8 @@ try:
 finally:
     sys.path.remove(str(ROOT / "bench"))
 
+pytestmark = pytest.mark.alone
+
 needs_limits = pytest.mark.skipif(
     LACKING is not None or limits.available("cpu") is not None, reason=LACKING or "no control groups"
 )
@@ -110,12 +112,14 @@ def test_what_a_run_gives(one: Any, fake: Callable[[str], None], tmp_path: Path)
 
 
 @needs_home
+@pytest.mark.slow
 def test_one_token_has_no_steps(one: Any, fake: Callable[[str], None], tmp_path: Path) -> None:
     fake(COUNTER)
     assert run(one, tmp_path, tokens=1)["s_per_token"] is None
 
 
 @needs_limits
+@pytest.mark.slow
 def test_a_run_that_the_memory_limit_kills(fake: Callable[[str], None], tmp_path: Path) -> None:
     fake("import sys; print(len(b'x' * 200_000_000), sys.argv)")
     with home.Home([home.Device("small", memory=64_000_000)]) as small:
@@ -125,12 +129,14 @@ def test_a_run_that_the_memory_limit_kills(fake: Callable[[str], None], tmp_path
 
 
 @needs_home
+@pytest.mark.slow
 def test_a_run_that_gets_no_memory(one: Any, fake: Callable[[str], None], tmp_path: Path) -> None:
     fake("bytearray(1 << 60)")
     assert run(one, tmp_path) == {"killed": "out of memory"}
 
 
 @needs_home
+@pytest.mark.slow
 def test_a_run_that_takes_too_long_is_killed_with_what_it_started(
     one: Any, fake: Callable[[str], None], tmp_path: Path
 ) -> None:
@@ -153,6 +159,7 @@ def test_a_run_that_takes_too_long_is_killed_with_what_it_started(
         ("print('{\"load_s\": 1}')", "fake printed figures without ttft_s, ttft_warm_s"),
     ],
 )
+@pytest.mark.slow
 def test_a_run_that_fails(one: Any, fake: Callable[[str], None], tmp_path: Path, program: str, message: str) -> None:
     fake(program)
     with pytest.raises(peers.PeerError, match=message):
@@ -273,6 +280,7 @@ def wheel(folder: Path, version: str) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_an_environment_is_made_once_and_again_when_it_changes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

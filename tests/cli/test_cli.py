@@ -160,6 +160,7 @@ def test_under_a_launcher_rank_0_alone_says_it(
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["slice", "--help"], ["inspect", "--help"]])
+@pytest.mark.slow_but("arguments0")
 def test_help_is_not_an_error(tpimpi: Callable[..., Result], mpirun: Launcher, arguments: list[str]) -> None:
     for result in (tpimpi(*arguments), mpirun(2, "-m", "tpimpi", *arguments, timeout=60)):
         assert result.code == 0
@@ -225,6 +226,7 @@ def test_no_model_at_all(cache: dict[str, str], tmp_path: Path) -> None:
 # What is wrong with slices
 
 
+@pytest.mark.slow
 def test_slices_for_another_number_of_ranks(mpirun: Launcher, two: Path, cache) -> None:
     for rank in range(3):
         (two / slice_name(rank, 3)).write_bytes((two / slice_name(min(rank, 1), 2)).read_bytes())
@@ -239,6 +241,7 @@ def test_a_folder_of_slices_for_another_number_of_ranks(mpirun: Launcher, slices
     )
 
 
+@pytest.mark.slow
 def test_a_slice_missing_on_one_rank(mpirun: Launcher, two: Path, cache) -> None:
     (two / slice_name(1, 2)).unlink()
     result = mpirun(2, "-m", "tpimpi", *PROMPT, "--slices", str(two), env=cache, timeout=60)
@@ -254,6 +257,7 @@ def test_a_slice_cut_short(mpirun: Launcher, two: Path, cache) -> None:
 
 @pytest.mark.parametrize("window", ["2", "all"])
 @pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.slow_but("1-2")
 def test_a_flipped_byte_in_a_weight(mpirun: Launcher, two: Path, cache, rank: int, window: str) -> None:
     """Found while the run is on: the rank that meets it says so and ends the job."""
     path = two / slice_name(rank, 2)
@@ -268,6 +272,7 @@ def test_a_flipped_byte_in_a_weight(mpirun: Launcher, two: Path, cache, rank: in
     assert_one_line(result, rf"^r{rank} \S+: slice file .*layers/0001/attn/tile-000 does not match its checksum")
 
 
+@pytest.mark.slow
 def test_a_slice_of_another_model(mpirun: Launcher, two: Path, tmp_path: Path, cache) -> None:
     other = write_tiny_hf(tmp_path / "other", "llama-bias", seed=1, vocab_size=300)
     (other / "tokenizer.json").write_text("{}")
@@ -452,6 +457,7 @@ def test_lines_of_stdin_are_answered_in_turn(mpirun: Launcher, tpimpi, cache, ti
     assert_one_line(nothing, "no prompt: standard input ended without a line")
 
 
+@pytest.mark.slow
 def test_stdin_that_stays_open_is_answered_at_once(mpirun: Launcher, cache, tiny: Path) -> None:
     """A user who types: the answer comes though the input has not ended."""
     command = mpirun.command(2, ["-m", "tpimpi", "--max-tokens", "5", "--ignore-eos", "--quiet"])
@@ -640,6 +646,7 @@ def test_a_changed_tokenizer_is_noticed(tpimpi, model: Path) -> None:
     assert tpimpi(*options).out != before
 
 
+@pytest.mark.slow
 def test_shares_that_differ_a_little_are_sliced_apart(mpirun: Launcher, cache, tiny: Path) -> None:
     for shares in ("1,1", "1.0000001,1"):
         options = [*PROMPT, "--max-tokens", "3", "--shares", shares]
@@ -677,12 +684,14 @@ def test_a_line_is_one_write_even_unbuffered(tiny: Path, tmp_path: Path) -> None
     assert [write for write in writes if not write.endswith(b"\n")] == []
 
 
+@pytest.mark.slow
 def test_closed_input_of_the_launcher(mpirun: Launcher, cache, tiny: Path) -> None:
     command = " ".join(mpirun.command(2, ["-m", "tpimpi", "--quiet"])) + " <&-"
     env = {**mpirun.env, **cache, "TPIMPI_MODEL": str(tiny)}
     assert_one_line(run_command(["bash", "-c", command], env=env, timeout=60), "no prompt: standard input ended")
 
 
+@pytest.mark.slow
 def test_much_input_at_once_is_no_trouble(mpirun: Launcher, cache, tiny: Path) -> None:
     """Input is read while the model loads. MPICH's launcher ends a job for which over 64 KB lie there before it can read."""
     count = 4000 if mpirun.mpi == "openmpi" else 500
@@ -831,6 +840,7 @@ def test_at_a_terminal_it_shows_a_prompt_streams_and_ends_with_ctrl_d(mpirun: La
         os.close(ours)
 
 
+@pytest.mark.slow
 def test_an_answer_streams_into_a_pipe(mpirun: Launcher, cache, smollm2: Path) -> None:
     process = subprocess.Popen(
         mpirun.command(2, ["-m", "tpimpi", "--prompt", "Count: 1, 2, 3,", "--raw", "--max-tokens", "40", "--quiet"]),
@@ -847,6 +857,7 @@ def test_an_answer_streams_into_a_pipe(mpirun: Launcher, cache, smollm2: Path) -
     assert len(pieces) > 8, f"the answer came at once: {pieces}"
 
 
+@pytest.mark.slow
 def test_a_run_ends_when_nobody_reads_it(mpirun: Launcher, cache, smollm2: Path) -> None:
     mark = f"--seed={time.time_ns()}"
     options = f"-m tpimpi --prompt story --max-tokens 8000 --ignore-eos --quiet {mark}".split()

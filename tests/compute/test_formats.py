@@ -8,9 +8,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.drawn import examples
 from tpimpi.compute.formats.bf16 import from_bf16, to_bf16
 from tpimpi.compute.formats.packed import (
     WEIGHT_FORMATS,
@@ -65,7 +66,7 @@ def packed_as_specified(stored: np.ndarray, fmt: str, columns: int) -> bytes:
     return out
 
 
-@settings(max_examples=120, deadline=None)
+@examples(120)
 @given(**shapes)
 def test_packing_is_as_specified_and_loses_nothing(fmt: str, rows: int, columns: int) -> None:
     stored = random_rows(fmt, rows, columns)
@@ -85,7 +86,7 @@ def test_packing_takes_rows_of_a_larger_array(fmt: str) -> None:
     assert pack(part, fmt, 96).data.tobytes() == pack(part.copy(), fmt, 96).data.tobytes()
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(**shapes, numbers=st.integers(1, 4000))
 def test_runs_of_rows_are_the_matrix(fmt: str, rows: int, columns: int, numbers: int) -> None:
     matrix = pack(random_rows(fmt, rows, columns), fmt, columns)

@@ -8,9 +8,10 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.drawn import examples
 from tpimpi.compute.backends import load_backend
 from tpimpi.compute.backends.native import NativeBackend
 from tpimpi.compute.formats.packed import LARGEST, WEIGHT_FORMATS, Matrix, encode, pack, packed_bytes, values
@@ -35,7 +36,7 @@ def assert_same(found: np.ndarray, expected: np.ndarray, size: float, what: str 
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     fmt=st.sampled_from(WEIGHT_FORMATS),
     rows=st.integers(1, 70),
@@ -103,7 +104,7 @@ def test_the_largest_scale(level: str, fmt: str) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 4),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from tests.support.drawn import examples
 from tpimpi.compute.formats.packed import decode
 from tpimpi.compute.formats.quantize import CANDIDATE_PAIRS, CANDIDATES, quantize
 
@@ -139,7 +140,7 @@ def stated(x: np.ndarray, fmt: str) -> bytes:
 numbers_of_any_size = st.floats(-(2.0**127), 2.0**127, width=32) | st.floats(-2, 2, width=32) | st.just(0.0)
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(st.sampled_from(FORMATS), arrays(np.float32, 32, elements=numbers_of_any_size))
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_it_is_the_algorithm_that_is_stated(fmt: str, x: np.ndarray) -> None:

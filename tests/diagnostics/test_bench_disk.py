@@ -25,6 +25,8 @@ from tpimpi.diagnostics.bench.disk import (
 )
 from tpimpi.errors import InputError, StorageError
 
+pytestmark = pytest.mark.alone
+
 MIB = 1 << 20
 # Lines as proc_pid_mountinfo(5) has them.
 MOUNTS = r"""22 1 254:1 / / rw,relatime shared:1 - ext4 /dev/vda1 rw

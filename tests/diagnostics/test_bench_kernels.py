@@ -14,6 +14,8 @@ from tpimpi.compute.backends import NAMES
 from tpimpi.compute.formats.packed import WEIGHT_FORMATS, packed_bytes
 from tpimpi.diagnostics.bench.kernels import TORCH, Limits, Timing, last_level_cache, make_rows
 
+pytestmark = pytest.mark.alone
+
 SMALL = ["bench", "kernels", "--shape", "96x64", "--seconds", "0.001"]
 LIMITS = Limits(read_bandwidth=25e9, multiply_peak={"f32": 1e11, "bf16": 2e11, "int8": 4e11})
 

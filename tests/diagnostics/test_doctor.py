@@ -481,6 +481,7 @@ def test_doctor_under_mpirun(mpirun: Launcher, cache: dict[str, str], tiny: Path
 
 
 @pytest.mark.parametrize("old", ["", "1"])
+@pytest.mark.slow
 def test_versions_that_differ(mpirun: Launcher, cache: dict[str, str], tmp_path: Path, old: str) -> None:
     (tmp_path / "sitecustomize.py").write_text(OTHER_VERSION)
     env = {**cache, "PYTHONPATH": str(tmp_path), "OLD": old}
@@ -538,6 +539,7 @@ def test_bad_options(tpimpi: Callable[..., Result], tiny: Path, arguments: tuple
     assert message in result.our_lines[0]
 
 
+@pytest.mark.slow
 def test_bad_options_under_mpirun_end_every_rank(mpirun: Launcher, cache: dict[str, str]) -> None:
     result = mpirun(2, "-m", "tpimpi", "doctor", "--hostfile", "home.txt", env=cache)
     assert result.code == 2

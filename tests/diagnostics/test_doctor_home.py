@@ -26,7 +26,7 @@ try:
 finally:
     sys.path.remove(str(ROOT / "bench"))
 
-pytestmark = needs_home
+pytestmark = [needs_home, pytest.mark.alone]
 LATENCY = 0.003  # seconds one way
 
 
@@ -89,6 +89,7 @@ def test_links_and_interfaces(examined: Callable[..., tuple[Result, dict[str, An
     assert result.code == 1
 
 
+@pytest.mark.slow
 def test_different_versions_on_two_hosts(
     examined: Callable[..., tuple[Result, dict[str, Any]]], tmp_path: Path
 ) -> None:
@@ -101,6 +102,7 @@ def test_different_versions_on_two_hosts(
     assert [rank["tpimpi"] for rank in found["ranks"]] == [__version__, "9.9.9"]
 
 
+@pytest.mark.slow
 def test_a_docker_bridge_that_is_taken(
     examined: Callable[..., tuple[Result, dict[str, Any]]], mpirun: Launcher
 ) -> None:
@@ -138,6 +140,7 @@ def test_a_docker_bridge_that_is_taken(
         assert "docker0 of" not in result.out
 
 
+@pytest.mark.slow
 def test_two_ranks_that_open_mpi_puts_on_one_host(
     examined: Callable[..., tuple[Result, dict[str, Any]]], mpirun: Launcher, tiny: Path
 ) -> None:

@@ -35,6 +35,8 @@ from tpimpi.diagnostics.doctor.ssh import Ours, look_at_ourselves, script
 from tpimpi.system.hostfile import Host
 from tpimpi.system.network import Interface
 
+pytestmark = pytest.mark.alone
+
 DESKTOP = Host("me@desktop", "desktop")
 
 
@@ -359,6 +361,7 @@ def test_a_shell_that_greets_is_no_trouble(
 
 
 @pytest.mark.parametrize("what", ["yes", "head -c 3000000 /dev/zero; sleep 300"])
+@pytest.mark.slow
 def test_a_program_that_prints_without_end(
     doctor: Callable[..., tuple[Result, dict[str, list[str]]]], program: Callable[..., str], what: str
 ) -> None:
@@ -442,6 +445,7 @@ def look(pair: Pair, tmp_path: Path, lines: list[str], ssh: str, env: dict[str, 
     return run_command(pair.on(pair.a, *command), env={"TPIMPI_CACHE": str(tmp_path), **(env or {})}, timeout=120)
 
 
+@pytest.mark.slow
 def test_two_hosts_with_a_docker_bridge_each(pair: Pair, program: Callable[..., str], tmp_path: Path) -> None:
     agent = program(f'shift; exec {pair.ip} netns exec {pair.b} sh -c "$*"')
     result = look(pair, tmp_path, ["10.99.0.1", "10.99.0.2"], agent)
@@ -464,6 +468,7 @@ def test_a_firewall_between_them(pair: Pair, program: Callable[..., str], tmp_pa
     assert "wrong  to it     its port" in result.out
 
 
+@pytest.mark.slow
 def test_a_host_that_is_off_and_one_without_ssh(pair: Pair, tmp_path: Path) -> None:
     """By the real ssh, which does not get far."""
     if shutil.which("ssh") is None:
@@ -513,6 +518,7 @@ def sshd(pair: Pair, folder: Path) -> Iterator[str]:
             needed.rmdir()
 
 
+@pytest.mark.slow
 def test_a_real_sshd(pair: Pair, tmp_path: Path) -> None:
     lines = ["10.99.0.1", "10.99.0.2"]
     with sshd(pair, tmp_path) as ssh:

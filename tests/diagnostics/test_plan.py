@@ -227,6 +227,7 @@ def test_plan_of_one_rank(tpimpi: Callable[..., Result], tiny: Path, tmp_path: P
     assert plan["first_token_s"] > plan["s_per_token"] - plan["star_s"]
 
 
+@pytest.mark.slow
 def test_plan_of_a_prompt_that_is_computed_in_halves(mpirun: Launcher, tmp_path: Path, cache: dict[str, str]) -> None:
     """From 32 positions on a chunk is computed in two halves: which the layers that stand in for a model's have to allow."""
     report = tmp_path / "plan.json"
@@ -347,6 +348,7 @@ def test_auto_shares_are_said_used_and_used_again(mpirun: Launcher, tiny: Path, 
     assert said_again is not None and (said_again[2] is not None) == (said_again[1] == said[1])
 
 
+@pytest.mark.slow
 def test_auto_shares_of_slices(mpirun: Launcher, tiny: Path, tmp_path: Path) -> None:
     env = {"TPIMPI_CACHE": str(tmp_path / "cache"), "TPIMPI_MODEL": ""}
     out = tmp_path / "slices"

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.drawn import examples
 from tests.support.tiny_models import write_tiny_hf
 from tpimpi.engine import memory_guard as keeping
 from tpimpi.engine.budget import RESERVE
@@ -23,6 +24,8 @@ from tpimpi.weights.make import choose_formats, slice_model
 from tpimpi.weights.slices.file import SliceFile, slice_name
 from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.sources import open_source
+
+pytestmark = pytest.mark.alone
 
 TILE = 10
 CALM = 2.0  # seconds
@@ -219,7 +222,7 @@ def test_without_a_promise_nothing_is_given_back(case: Callable[..., Case]) -> N
     assert c.pinned == [200]
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(
     st.lists(st.integers(1, 30), min_size=1, max_size=2),
     st.lists(st.tuples(st.integers(0, 700), st.booleans(), st.one_of(st.none(), st.integers(0, 700))), max_size=60),

@@ -54,6 +54,7 @@ def _run(on_ranks: Ranks, ranks: int, jobs: list[dict[str, object]], folder: Pat
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+@pytest.mark.slow_but("1", "3", "4")
 def test_logits_are_those_of_transformers(on_ranks: Ranks, models, ranks: int, tmp_path: Path) -> None:
     wanted = MORE.get(ranks) or [(kind, [1] * ranks) for kind in TINY]
     jobs = []
@@ -107,6 +108,7 @@ HF_NAMES = {
 
 
 @pytest.mark.parametrize("fmt", ["q8_0", "q4_0", "q4_1"])
+@pytest.mark.slow_but("q4_1")
 def test_quantized_slices_compute_with_their_own_numbers(on_ranks: Ranks, models, fmt: str, tmp_path: Path) -> None:
     """The oracle is transformers in f32 on the numbers that the slices hold; widths of 70, 90 and 20 fill no blocks."""
     import torch

@@ -12,9 +12,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.drawn import examples
 from tests.support.tiny_models import write_tiny_hf
 from tpimpi.engine.model import block_order
 from tpimpi.engine.window import Window, _Ring, pin_order, records_of, ring_bytes
@@ -342,7 +343,7 @@ def test_a_rank_without_tiles(file: SliceFile) -> None:
 # The ring
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.randoms(use_true_random=False))
 def test_places_in_the_ring_never_overlap(sizes: list[int], choices) -> None:
     ring, live = _Ring(100), []

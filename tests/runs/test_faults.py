@@ -253,6 +253,7 @@ on_two_ranks = pytest.mark.parametrize("runs", RANKS[1:], indirect=True)
 
 @on_one_and_two_ranks
 @pytest.mark.parametrize("part", [0, 0.5])
+@pytest.mark.slow_but("0.5-2")
 def test_a_slice_that_shrinks(runs: Runs, copies: Callable[[int], Path], part: float) -> None:
     folder = copies(runs.ranks)
     path = runs.slice_of_victim(folder)
@@ -264,6 +265,7 @@ def test_a_slice_that_shrinks(runs: Runs, copies: Callable[[int], Path], part: f
 
 @on_one_and_two_ranks
 @pytest.mark.parametrize("by", ["noise", "another model's slice"])
+@pytest.mark.slow
 def test_a_slice_that_is_written_over(runs: Runs, copies, slices, by: str) -> None:
     folder = copies(runs.ranks)
     path = runs.slice_of_victim(folder)
@@ -278,6 +280,7 @@ def test_a_slice_that_is_written_over(runs: Runs, copies, slices, by: str) -> No
 
 
 @on_one_rank
+@pytest.mark.slow
 def test_a_slice_that_is_written_over_while_all_tiles_are_pinned(runs: Runs, copies, slices) -> None:
     folder = copies(runs.ranks)
     path = runs.slice_of_victim(folder)
@@ -293,6 +296,7 @@ def test_a_slice_that_is_written_over_while_all_tiles_are_pinned(runs: Runs, cop
 
 @on_one_and_two_ranks
 @pytest.mark.parametrize("how", ["replaced", "removed"])
+@pytest.mark.slow_but("removed-2")
 def test_a_slice_that_is_replaced_is_used_to_the_end(runs: Runs, copies, slices, how: str) -> None:
     folder = copies(runs.ranks)
     path = runs.slice_of_victim(folder)
@@ -332,6 +336,7 @@ def packed(folder: Path, slices: Callable[..., Path]) -> Path:
     "fault",
     ["truncated", "written over", "replaced"],
 )
+@pytest.mark.slow
 def test_packed_slices_under_a_fault(runs: Runs, packed: Path, tmp_path: Path, fault: str) -> None:
     path = tmp_path / runs.slice_of_victim(packed).name
     shutil.copy(runs.slice_of_victim(packed), path)
@@ -356,6 +361,7 @@ def test_packed_slices_under_a_fault(runs: Runs, packed: Path, tmp_path: Path, f
 
 @on_one_rank
 @pytest.mark.parametrize("kind", ["as written", "packed"])
+@pytest.mark.slow_but("as written-1")
 def test_a_run_whose_reader_goes_away_ends(runs: Runs, packed: Path, kind: str) -> None:
     slices = runs.slices if kind == "as written" else packed
     command = runs.command("--memory", f"{runs.least + 20}M", slices=slices, tokens=MANY)
@@ -408,6 +414,7 @@ def failing_disk(folder: Path) -> Iterator[Callable[[Path], tuple[Path, Callable
 
 
 @on_one_and_two_ranks
+@pytest.mark.slow_but("1")
 def test_a_disk_that_fails(runs: Runs, copies, failing_disk) -> None:
     folder = copies(runs.ranks)
     path = runs.slice_of_victim(folder)
@@ -424,6 +431,7 @@ def test_a_disk_that_fails(runs: Runs, copies, failing_disk) -> None:
 
 
 @on_one_and_two_ranks
+@pytest.mark.slow
 def test_a_disk_that_stalls_is_waited_for(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     limits = importlib.import_module("limits")
@@ -491,6 +499,7 @@ def test_the_smallest_that_is_named_works(runs: Runs, tmp_path: Path) -> None:
 
 
 @on_one_and_two_ranks
+@pytest.mark.slow
 def test_about_the_smallest_works(runs: Runs, tmp_path: Path) -> None:
     for rank in _check_kept(runs, runs.little[1], tmp_path / "report"):
         assert rank["bytes_read"] >= SOME * rank["streamed_bytes_per_token"] > 0
@@ -498,6 +507,7 @@ def test_about_the_smallest_works(runs: Runs, tmp_path: Path) -> None:
 
 @on_one_rank
 @pytest.mark.parametrize("more", [7, 20, 45, 500])
+@pytest.mark.slow_but("45-1")
 def test_the_text_is_the_same_with_any_memory(runs: Runs, more: int, tmp_path: Path) -> None:
     (rank,) = _check_kept(runs, f"{runs.least + more}M", tmp_path / "report")
     streamed = rank["streamed_bytes_per_token"]
@@ -506,6 +516,7 @@ def test_the_text_is_the_same_with_any_memory(runs: Runs, more: int, tmp_path: P
 
 
 @on_two_ranks
+@pytest.mark.slow
 def test_a_size_for_each_rank(runs: Runs) -> None:
     result = runs.run("--memory", f"{runs.least + 10}M,{runs.least + 30}M")
     assert result.code == 0 and result.out.split() == runs.text[:SOME], result.err

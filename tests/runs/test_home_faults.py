@@ -36,6 +36,7 @@ def home(mpirun: Launcher) -> Iterator[tuple[Home, str]]:
 
 
 @pytest.mark.parametrize("kind", home_faults.KINDS)
+@pytest.mark.slow_but("kill-decode")
 def test_trouble_is_named_and_nothing_is_left(home: tuple[Home, str], mpirun: Launcher, kind: str) -> None:
     place, whole = home
     random.seed(kind)
@@ -44,6 +45,7 @@ def test_trouble_is_named_and_nothing_is_left(home: tuple[Home, str], mpirun: La
     assert not outcome.wrong, (outcome.wrong, outcome.line, outcome.left)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_silent_for_less_is_not_gone(home: tuple[Home, str], mpirun: Launcher) -> None:
     """Stopped for less than the silence that is allowed: nobody is named, and the answer is whole."""
     place, whole = home

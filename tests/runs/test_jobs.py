@@ -191,6 +191,7 @@ def undisturbed(cache: dict[str, str]) -> str:
 
 
 @pytest.mark.mpi
+@pytest.mark.slow
 def test_ranks_on_all_nodes_answer_and_every_node_is_measured(
     cluster: Cluster, undisturbed: str, tmp_path: Path
 ) -> None:
@@ -213,6 +214,7 @@ def test_ranks_on_all_nodes_answer_and_every_node_is_measured(
 
 
 @pytest.mark.mpi
+@pytest.mark.slow
 def test_an_interrupted_job_is_gone_on_with(cluster: Cluster, undisturbed: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     submitted = cluster.batch(out, " ".join(TALE))
@@ -235,6 +237,7 @@ def test_an_interrupted_job_is_gone_on_with(cluster: Cluster, undisturbed: str, 
 
 
 @pytest.mark.mpi
+@pytest.mark.slow
 def test_experiments_run_on_the_machines_of_a_job(cluster: Cluster, tmp_path: Path) -> None:
     out, work = tmp_path / "out", tmp_path / "work"
     result = cluster.batch(
@@ -260,6 +263,7 @@ def test_rows_that_failed_leave_a_page_of_the_others(tmp_path: Path, code: int, 
 
 
 @pytest.mark.mpi
+@pytest.mark.slow
 def test_what_is_wrong_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:
     broken = tmp_path / "bin" / "python"  # stands for an environment in which ranks do not find each other
     broken.parent.mkdir()
@@ -365,6 +369,7 @@ def test_experiments_of_a_pbs_job_go_round_its_machines(mpi: str, words: str, tm
     assert [launch in command for command in commands] == [False, True, False], commands
 
 
+@pytest.mark.slow
 def test_ranks_that_are_all_on_one_machine_are_not_chosen(mpirun: Launcher, tmp_path: Path) -> None:
     script = (
         '. jobs/allocation.sh; python="$(command -v python)"; choose "mpirun -n $RANKS --hostfile hostfiles/local.txt"'
@@ -389,7 +394,7 @@ def test_ranks_that_are_all_on_one_machine_are_not_chosen(mpirun: Launcher, tmp_
 def test_what_the_ci_cannot_install_is_said(ci: str, user: int, said: list[str], tmp_path: Path) -> None:
     """The part of jobs/test.sh that installs, with an apt-get that fails, and nothing else in the path."""
     text = (ROOT / "jobs" / "test.sh").read_text()
-    part = text[text.index("missing=()") : text.index("ruff check .")]
+    part = text[text.index("missing=()") : text.index('\nif [ "$suite" != rest ]')]
     write_program(tmp_path / "bin" / "apt-get", "echo E: no network; exit 100")
     write_program(tmp_path / "bin" / "id", f"echo {user}")
     result = run_command([BASH, "-euo", "pipefail", "-c", part], env={"PATH": str(tmp_path / "bin"), "CI": ci})

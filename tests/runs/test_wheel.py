@@ -13,6 +13,8 @@ import pytest
 
 from tests.support.launch import ROOT, Result, run_command
 
+pytestmark = pytest.mark.alone
+
 COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 TOO_OLD = """#!/bin/sh
 for argument; do
@@ -58,6 +60,7 @@ def imported(site: Path, program: str) -> Result:
 
 
 @pytest.mark.parametrize("compiler", ["none", "not there", "too old"])
+@pytest.mark.slow
 def test_a_wheel_without_a_working_compiler_has_no_extension_and_runs(tmp_path: Path, compiler: str) -> None:
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -90,6 +93,7 @@ def test_a_wheel_without_a_working_compiler_has_no_extension_and_runs(tmp_path: 
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler is here")
+@pytest.mark.slow
 def test_a_wheel_has_the_extension_and_each_level_keeps_its_instructions_to_itself(tmp_path: Path) -> None:
     built = build_wheel(tmp_path)
     assert built.code == 0, built.err + built.out

@@ -310,6 +310,7 @@ def test_bad_input_is_one_line(
     assert re.search(pattern, result.our_lines[0]), result.our_lines[0]
 
 
+@pytest.mark.slow
 def test_under_a_launcher_rank_0_alone_says_it(mpirun: Launcher, cache: dict[str, str], tiny: Path) -> None:
     result = mpirun(2, "-m", "tpimpi", "perplexity", "/nowhere", "--model", str(tiny), env=cache, timeout=60)
     assert (result.code, result.out) == (2, ""), result.err

@@ -315,6 +315,7 @@ def cut(path: Path, lines: int) -> None:
 
 
 @pytest.mark.parametrize("sampling", [(), (*SAMPLED, "--seed", "7"), SAMPLED], ids=["greedy", "seed", "no seed"])
+@pytest.mark.slow_but("seed")
 def test_an_interrupted_answer_becomes_what_it_would_have_been(
     tpimpi: Callable[..., Result], tiny: Path, tmp_path: Path, sampling: tuple[str, ...]
 ) -> None:
@@ -480,6 +481,7 @@ TALE = ("--format", "f32", "--allreduce", "star", "--quiet", "--max-tokens", "64
 
 
 @pytest.mark.parametrize(("ranks", "victim", "ranks_then"), [(3, 0, 2), (2, 1, 4)])
+@pytest.mark.slow_but("2-1-4")
 def test_killed_in_mid_answer_it_goes_on_with_other_ranks(
     mpirun: Launcher, cache, undisturbed: str, begun, tmp_path: Path, ranks: int, victim: int, ranks_then: int
 ) -> None:

@@ -23,6 +23,7 @@ from tpimpi.weights.sources import open_source
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
+@pytest.mark.slow_but("1", "3")
 def test_every_algorithm_over_every_wire(mpirun: Launcher, ranks: int) -> None:
     result = mpirun(ranks, str(PROGRAMS / "allreduce.py"))
     assert result.code == 0, result.err
@@ -307,6 +308,7 @@ def test_the_library_adds_f32_alone(mpirun: Launcher, tiny: Path, cache: dict[st
     assert "--allreduce library adds f32 alone, and --wire is bf16" in result.our_lines[0]
 
 
+@pytest.mark.slow
 def test_what_auto_chose_is_said_and_gives_the_stars_text(
     mpirun: Launcher, smollm2: Path, cache: dict[str, str]
 ) -> None:

@@ -35,6 +35,7 @@ def test_a_rank_that_is_slow_is_not_gone(mpirun: Launcher) -> None:
     assert "all well" in result.out
 
 
+@pytest.mark.slow
 def test_a_rank_that_has_taken_its_leave_is_not_missed(mpirun: Launcher) -> None:
     result = mpirun(3, WATCHED, "leave", timeout=60)
     assert result.code == 0, result.err
@@ -43,6 +44,7 @@ def test_a_rank_that_has_taken_its_leave_is_not_missed(mpirun: Launcher) -> None
 
 
 @pytest.mark.parametrize("dead", ["dead-hub", "dead-rank"])
+@pytest.mark.slow
 def test_a_rank_that_dies_while_a_note_is_waited_for_is_no_error_of_ours(mpirun: Launcher, dead: str) -> None:
     result = mpirun(3, WATCHED, dead, timeout=60)
     assert result.code != 0
@@ -50,6 +52,7 @@ def test_a_rank_that_dies_while_a_note_is_waited_for_is_no_error_of_ours(mpirun:
     assert _left() == []
 
 
+@pytest.mark.slow
 def test_a_start_that_takes_long_is_explained(mpirun: Launcher) -> None:
     result = mpirun(2, WATCHED, "late", timeout=60)
     assert result.code == 0, result.err
@@ -59,6 +62,7 @@ def test_a_start_that_takes_long_is_explained(mpirun: Launcher) -> None:
         assert "doctor --hostfile" in result.err
 
 
+@pytest.mark.slow
 def test_where_mpi_leaves_no_thread_for_the_watch_rank_0_says_so(
     mpirun: Launcher, cache: dict[str, str], tiny: Path, tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ FAULTS = str(PROGRAMS / "star_faults.py")
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 7])
+@pytest.mark.slow_but("1", "3")
 def test_sums_like_the_library_with_the_same_bits_everywhere(on_ranks: Ranks, ranks: int) -> None:
     result = on_ranks(ranks, str(PROGRAMS / "star.py"))
     assert result.code == 0, result.err
@@ -49,6 +50,7 @@ def test_a_message_of_the_wrong_size_is_an_error_not_an_answer(mpirun: Launcher)
 
 
 @pytest.mark.parametrize(("kind", "sender"), [("partial", 1), ("sum", 0), ("hidden", 0), ("control", 0), ("note", 1)])
+@pytest.mark.slow_but("partial-1")
 def test_a_damaged_message_is_an_error_not_an_answer(mpirun: Launcher, kind: str, sender: int) -> None:
     result = mpirun(2, FAULTS, f"damaged {kind}", timeout=60)
     assert result.code == 1
@@ -56,6 +58,7 @@ def test_a_damaged_message_is_an_error_not_an_answer(mpirun: Launcher, kind: str
 
 
 @pytest.mark.parametrize("call", ["Isend", "Irecv", "Improbe"])
+@pytest.mark.slow_but("Isend")
 def test_whatever_call_of_mpi_fails_the_rank_is_named(mpirun: Launcher, call: str) -> None:
     program = f"""
 import numpy as np

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from tpimpi.system.buffers import PAGE, Bytes, aligned_buffer
 from tpimpi.system.direct_io import DEPTHS, MEASURED, PIECE, Descriptor, Extent, Trial, open_direct, pieces
 
+pytestmark = pytest.mark.alone
+
 ODD = 1234  # bytes after the last whole page
 CONTENT = np.random.default_rng(3).integers(0, 256, 3 * PIECE + 5 * PAGE + ODD, np.uint8)
 SIZE = CONTENT.size

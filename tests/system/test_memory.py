@@ -10,9 +10,10 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.drawn import examples
 from tpimpi.engine.budget import RESERVE, Needs, allowances, divide, make_budget, per_rank
 from tpimpi.errors import InputError
 from tpimpi.system.memory import JOB, Place, headroom, places, resident_bytes
@@ -297,7 +298,7 @@ def _streamed(needs: Mapping[int, Needs], shares: Mapping[int, int]) -> int:
 rank_needs = st.builds(_needs, st.integers(RESERVE, RESERVE + 50), st.integers(0, 60))
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(st.lists(rank_needs, min_size=1, max_size=6), st.integers(0, 6 * (RESERVE + 120)))
 def test_never_more_is_given_out_than_there_is(each: list[Needs], free: int) -> None:
     needs = dict(enumerate(each))
@@ -307,7 +308,7 @@ def test_never_more_is_given_out_than_there_is(each: list[Needs], free: int) -> 
     assert min(shares.values()) >= 0
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.integers(0, 12)), min_size=1, max_size=3),
     st.integers(0, 40),
@@ -385,7 +386,7 @@ def test_where_nothing_is_free_a_rank_gets_no_more_than_it_has() -> None:
     assert found == {0: 0, 1: 0}
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(st.data())
 def test_no_place_is_ever_promised_twice(data: st.DataObject) -> None:
     ranks = data.draw(st.integers(1, 6))

@@ -86,6 +86,7 @@ def alike(hosts: str, one: Path, ranks: int) -> None:
         ([0, 1, 1], "q8_0"),
     ],
 )
+@pytest.mark.slow_but("shares1-q8_0", "shares5-f32")
 def test_ranks_get_the_tiles_that_one_process_makes(
     mpirun: Launcher, hosts: tuple[str, str], tiny: Path, tmp_path: Path, shares: list[float], fmt: str
 ) -> None:
@@ -104,6 +105,7 @@ def test_ranks_get_the_tiles_that_one_process_makes(
     assert [(s.st_ino, s.st_mtime_ns) for s in before] == [(s.st_ino, s.st_mtime_ns) for s in after]
 
 
+@pytest.mark.slow
 def test_the_real_model_in_its_own_format(mpirun: Launcher, hosts, smollm2: Path, tmp_path: Path) -> None:
     by_one_process(smollm2, [1, 1, 1], "auto", tmp_path / "one")
     result = mpirun(3, *hosts, "slice", "--model", str(smollm2))
@@ -169,6 +171,7 @@ def test_what_is_broken_is_mended(mpirun: Launcher, hosts, tiny: Path, tmp_path:
     alike(hosts[1], tmp_path / "one", 3)
 
 
+@pytest.mark.slow
 def test_tiles_that_are_there_are_not_sent_with_another_number_of_ranks(
     mpirun: Launcher, hosts, tiny: Path, tmp_path: Path
 ) -> None:
@@ -192,6 +195,7 @@ def test_another_number_of_ranks_than_the_worlds(mpirun: Launcher, hosts, tiny: 
     assert "--ranks is 3, but mpirun started 2, each of which gets its slice; leave --ranks out" in result.our_lines[0]
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_quantized_ends_every_rank(mpirun: Launcher, hosts, tiny: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -210,6 +214,7 @@ def test_a_model_that_cannot_be_quantized_ends_every_rank(mpirun: Launcher, host
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted, which only root may")
 @pytest.mark.parametrize("tweak", ["", "full later"])
+@pytest.mark.slow_but("")
 def test_a_full_disk_names_the_rank_and_leaves_nothing(
     mpirun: Launcher, hosts, tiny: Path, tmp_path: Path, tweak: str
 ) -> None:
@@ -237,6 +242,7 @@ def test_a_full_disk_names_the_rank_and_leaves_nothing(
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_folder_that_one_rank_cannot_write(mpirun: Launcher, hosts, tiny: Path) -> None:
     Path(hosts[1]).mkdir()
     (Path(hosts[1]) / "tweak").write_text("if rank == '1':\n    os.environ['TPIMPI_CACHE'] = '/proc/nowhere'\n")
@@ -302,6 +308,7 @@ def _broken_off_ten_times(
 
 
 @pytest.mark.parametrize("fmt", ["q8_0", "f32"])
+@pytest.mark.slow
 def test_a_slicing_of_a_tiny_model_broken_off_ten_times(
     mpirun: Launcher, hosts, tiny: Path, tmp_path: Path, fmt: str
 ) -> None:
@@ -317,6 +324,7 @@ def test_a_slicing_of_a_tiny_model_broken_off_ten_times(
     alike(hosts[1], tmp_path / "one", 3)
 
 
+@pytest.mark.slow
 def test_a_slicing_of_the_real_model_broken_off_ten_times(
     mpirun: Launcher, hosts, smollm2: Path, tmp_path: Path
 ) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.configs import config
+from tests.support.drawn import examples
 from tpimpi.compute.formats.packed import WEIGHT_FORMATS, packed_bytes, weight_bytes
 from tpimpi.errors import InputError
 from tpimpi.models.config import ModelConfig
@@ -32,7 +33,7 @@ layer_formats = st.builds(LayerFormats, *[st.sampled_from(WEIGHT_FORMATS)] * 7)
 weights = st.lists(st.floats(0, 10), min_size=1, max_size=9).filter(lambda w: sum(w) > 1e-3)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(models, weights, layer_formats)
 def test_everything_is_owned_exactly_once(model: ModelConfig, shares: list[float], formats: LayerFormats) -> None:
     plan = make_partition(model, shares)

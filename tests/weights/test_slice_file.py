@@ -458,9 +458,9 @@ def test_the_plan_of_a_large_model_is_checked_in_no_time() -> None:
     assert len(records) > 80 * 60
     header = Header(0, formats, "large", "f" * 32, large, plan, records)
     text = header.to_json()
-    began = time.monotonic()
+    began = time.process_time()
     assert Header.from_json(text) == header
-    assert time.monotonic() - began < 3
+    assert time.process_time() - began < 3
 
 
 # What stands in a slice's place, and what the operating system says
