@@ -9,7 +9,7 @@ from typing import Any
 from experiment_rows import Row
 
 from tpimpi.diagnostics.options import Workload
-from tpimpi.diagnostics.planner.predict import Line, Measured, Pace, Predictor, RankSpeed
+from tpimpi.diagnostics.planner.predict import LayerCost, LinearCost, Measured, Predictor, RankSpeed
 from tpimpi.diagnostics.planner.shares import best_shares
 from tpimpi.models.shapes import load_shape
 from tpimpi.models.weight_formats import ModelFormats
@@ -74,12 +74,12 @@ def predictions(row: Row) -> dict[str, Any]:
 
 
 def _measured(machine: Machine, ranks: int, hidden: int) -> Measured:
-    one = Line(20e-6, 1 / machine.weights_per_s)
-    many = Line(20e-6 * POSITIONS, machine.positions_cost / machine.weights_per_s)
+    one = LinearCost(20e-6, 1 / machine.weights_per_s)
+    many = LinearCost(20e-6 * POSITIONS, machine.positions_cost / machine.weights_per_s)
     speed = RankSpeed(
         host="",
-        token=Pace(one, one),
-        chunk=Pace(many, many),
+        token=LayerCost(one, one),
+        chunk=LayerCost(many, many),
         processors=machine.cores,
         base=BASE_BYTES,
         places=(Place("", machine.memory, machine.free),),

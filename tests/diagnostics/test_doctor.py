@@ -15,10 +15,11 @@ import pytest
 
 from tests.support.launch import Launcher, Result
 from tpimpi.diagnostics.doctor import rank_facts
-from tpimpi.diagnostics.doctor.command import Checkup, findings
-from tpimpi.diagnostics.doctor.rank_facts import Facts, Look, Slice, Wanted, look_at_slice, processor_quota
+from tpimpi.diagnostics.doctor.findings import Checkup, findings
+from tpimpi.diagnostics.doctor.rank_facts import ExpectedSlices, Facts, LinkFacts, Slice, look_at_slice
 from tpimpi.errors import InputError
 from tpimpi.star import MpiLibrary, Ping
+from tpimpi.system.cpu import processor_quota
 from tpimpi.system.hostfile import Host, read_hostfile
 from tpimpi.system.network import (
     Interface,
@@ -202,12 +203,12 @@ def test_facts_of_another_version_are_taken_as_far_as_they_go() -> None:
 
 def test_a_slice_that_is_missing_half_written_or_broken(tmp_path: Path) -> None:
     path = tmp_path / "rank-0-of-2.h5"
-    assert look_at_slice(path, Wanted(), 1000) == Slice("missing", str(path), missing_bytes=1000)
-    assert look_at_slice(path, Wanted(), None).missing_bytes is None
+    assert look_at_slice(path, ExpectedSlices(), 1000) == Slice("missing", str(path), missing_bytes=1000)
+    assert look_at_slice(path, ExpectedSlices(), None).missing_bytes is None
     (tmp_path / ".rank-0-of-2.h5.partial").write_bytes(bytes(8192))
-    assert look_at_slice(path, Wanted(), 100_000).missing_bytes == 100_000 - 8192
+    assert look_at_slice(path, ExpectedSlices(), 100_000).missing_bytes == 100_000 - 8192
     path.write_bytes(b"no slice")
-    found = look_at_slice(path, Wanted(), 1000)
+    found = look_at_slice(path, ExpectedSlices(), 1000)
     assert found.state == "wrong"
     assert str(path) in found.problem
 
@@ -242,7 +243,7 @@ def facts(host: str, **values: object) -> Facts:
     return replace(usual, **values)  # type: ignore[arg-type]
 
 
-def look(ping: Ping | None = None, mine: str = "eth0", theirs: str = "eth0") -> Look:
+def look(ping: Ping | None = None, mine: str = "eth0", theirs: str = "eth0") -> LinkFacts:
     """A link over those interfaces."""
     ping = ping or Ping(0.0002, 0.00025, 1e8, 1e8, 1_000_000)
     zero = {"eth0": (0, 0), "docker0": (0, 0), "wlan0": (0, 0), "tun0": (0, 0)}
@@ -250,10 +251,10 @@ def look(ping: Ping | None = None, mine: str = "eth0", theirs: str = "eth0") -> 
     def after(name: str) -> dict[str, tuple[int, int]]:
         return {**zero, name: (2_000_000, 2_000_000)}
 
-    return Look(ping, (zero, zero), (after(mine), after(theirs)))
+    return LinkFacts(ping, (zero, zero), (after(mine), after(theirs)))
 
 
-def said(one: Facts, other: Facts, seen: Look | None = None, clock: float = 0.0) -> list[tuple[bool, str]]:
+def said(one: Facts, other: Facts, seen: LinkFacts | None = None, clock: float = 0.0) -> list[tuple[bool, str]]:
     checkup = Checkup([one, other], [0.0, clock], [seen or look()])
     return [(finding.wrong, finding.line()) for finding in findings(checkup)]
 
@@ -548,6 +549,6 @@ def test_bad_options_under_mpirun_end_every_rank(mpirun: Launcher, cache: dict[s
 
 
 def test_the_disk_is_not_written_to_where_it_is_nearly_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank_facts, "SPARE", 1 << 60)
+    monkeypatch.setattr(rank_facts, "SPARE_DISK_BYTES", 1 << 60)
     assert rank_facts._disk_rate(tmp_path / "new", None) == (None, "")
     assert not (tmp_path / "new").exists()

@@ -22,16 +22,16 @@ from tests.support.launch import Result, run_command
 from tpimpi import __version__
 from tpimpi.diagnostics.doctor import hosts, ssh
 from tpimpi.diagnostics.doctor.host_findings import (
+    CannotContinue,
     Check,
-    Findings,
-    Hopeless,
+    HostChecks,
+    check_file,
+    check_programs,
+    check_versions,
     interfaces_of,
-    judge_file,
-    judge_programs,
-    judge_versions,
     ssh_problem,
 )
-from tpimpi.diagnostics.doctor.ssh import Ours, look_at_ourselves, script
+from tpimpi.diagnostics.doctor.ssh import LocalFacts, local_facts, script
 from tpimpi.system.hostfile import Host
 from tpimpi.system.network import Interface
 
@@ -77,7 +77,7 @@ def test_another_port_stands_in_what_is_to_be_typed() -> None:
 # Judging
 
 
-def ours(**values: object) -> Ours:
+def ours(**values: object) -> LocalFacts:
     facts = {"python": "3.12.1", "byte_order": "little", "machine": "a", "host": "laptop", "arch": "x86_64", "cores": 4}
     usual: dict[str, object] = {
         "python": "/home/me/tpimpi/.venv/bin/python",
@@ -90,10 +90,10 @@ def ours(**values: object) -> Ours:
         "interfaces": [Interface("eth0", "cable", ("10.0.0.1/24",))],
         "facts": facts,
     }
-    return Ours(**{**usual, **values})  # type: ignore[arg-type]
+    return LocalFacts(**{**usual, **values})  # type: ignore[arg-type]
 
 
-def there(**values: object) -> Findings:
+def there(**values: object) -> HostChecks:
     """A host that is as it must be, but for `values` of its facts; None takes one away."""
     usual = {
         "python": "3.12.4",
@@ -108,17 +108,17 @@ def there(**values: object) -> Findings:
         "mpi_version": "5.0.8",
     }
     facts = {key: value for key, value in {**usual, **values}.items() if value is not None}
-    return Findings(DESKTOP, facts=facts)
+    return HostChecks(DESKTOP, facts=facts)
 
 
-def wrong(found: Findings) -> list[str]:
+def wrong(found: HostChecks) -> list[str]:
     return [f"{check.what}: {check.text}" for check in found.checks if check.state == "wrong"]
 
 
 def test_a_host_that_is_as_it_must_be() -> None:
     found = there()
-    judge_programs(found, ours(), {"python": "yes", "daemon": "yes", "folder": "yes"})
-    judge_versions(found, ours())
+    check_programs(found, ours(), {"python": "yes", "daemon": "yes", "folder": "yes"})
+    check_versions(found, ours())
     assert [check.state for check in found.checks] == ["ok"] * 4
     assert found.checks[1] == Check("python", "ok", "3.12.4, 4 cores, aarch64")
 
@@ -138,14 +138,14 @@ def test_a_host_that_is_as_it_must_be() -> None:
 )
 def test_what_a_host_lacks(values: dict[str, object], piece: str) -> None:
     found = there(**values)
-    judge_versions(found, ours())
+    check_versions(found, ours())
     assert len(wrong(found)) == 1, found.checks
     assert piece in wrong(found)[0]
 
 
 def test_programs_that_are_not_where_they_must_be() -> None:
     found = there()
-    judge_programs(found, ours(), {"python": "yes", "daemon": "no", "path-daemon": "/usr/bin/prted", "folder": "no"})
+    check_programs(found, ours(), {"python": "yes", "daemon": "no", "path-daemon": "/usr/bin/prted", "folder": "no"})
     daemon, folder = wrong(found)
     assert "/home/me/tpimpi/.venv/bin/prted, which mpirun starts, is not there (but /usr/bin/prted is)" in daemon
     assert "type: ssh me@desktop mkdir -p '/home/me/my models'" in folder
@@ -153,25 +153,25 @@ def test_programs_that_are_not_where_they_must_be() -> None:
 
 def test_without_our_python_the_rest_is_hopeless() -> None:
     found = there()
-    with pytest.raises(Hopeless):
-        judge_programs(found, ours(), {"python": "no", "other-python": "/usr/bin/python3 Python 3.9.2"})
+    with pytest.raises(CannotContinue):
+        check_programs(found, ours(), {"python": "no", "other-python": "/usr/bin/python3 Python 3.9.2"})
     assert "python is not there (it has /usr/bin/python3 Python 3.9.2)" in wrong(found)[0]
-    silent = Findings(DESKTOP)
-    with pytest.raises(Hopeless):
-        judge_programs(silent, ours(), {"python": "yes"})
+    silent = HostChecks(DESKTOP)
+    with pytest.raises(CannotContinue):
+        check_programs(silent, ours(), {"python": "yes"})
     assert "does not run; try: ssh me@desktop" in wrong(silent)[0]
 
 
 def test_the_hostfile_as_a_whole() -> None:
-    here = Findings(Host("localhost", "localhost"), here=True)
-    slots = Findings(Host("a", "a", 4, slots=True))
-    colon = Findings(Host("b", "b", 4, colon=True))
-    judge_file([here, slots, colon], ours())
+    here = HostChecks(Host("localhost", "localhost"), here=True)
+    slots = HostChecks(Host("a", "a", 4, slots=True))
+    colon = HostChecks(Host("b", "b", 4, colon=True))
+    check_file([here, slots, colon], ours())
     assert wrong(here) == wrong(slots) == []
     assert "for Open MPI write NAME slots=N" in wrong(colon)[0]
     for found in (here, slots, colon):
         found.checks.clear()
-    judge_file([slots, colon, here], ours(mpirun_kind="MPICH"))
+    check_file([slots, colon, here], ours(mpirun_kind="MPICH"))
     assert "put this machine first" in wrong(slots)[0]
     assert "for MPICH write NAME:N" in wrong(slots)[1]
     assert wrong(colon) == []
@@ -213,7 +213,7 @@ def test_what_of_the_network_was_not_checked_is_said(
 ) -> None:
     found = there()
     own = ours(mpirun_kind=mpirun_kind)
-    hosts._judge_network(found, own, probe, addresses)  # type: ignore[arg-type]
+    hosts._check_network(found, own, probe, addresses)  # type: ignore[arg-type]
     notes = [check for check in found.checks if check.state == "note"]
     assert len(notes) == len(said)
     for check, (what, piece) in zip(notes, said, strict=True):
@@ -223,7 +223,7 @@ def test_what_of_the_network_was_not_checked_is_said(
 
 def test_the_options_that_keep_to_the_right_networks() -> None:
     way = ("10.0.0.0/24", "eth0", "enp1s0")
-    clean, docker = Findings(DESKTOP, way=way), Findings(DESKTOP, way=way, inner=["docker0"])
+    clean, docker = HostChecks(DESKTOP, way=way), HostChecks(DESKTOP, way=way, inner=["docker0"])
     assert hosts.mpirun_options(ours(), [clean]) == ""
     assert hosts.mpirun_options(ours(), [clean, docker]) == (
         "--mca btl_tcp_if_include 10.0.0.0/24 --prtemca prte_if_include 10.0.0.0/24"
@@ -252,7 +252,7 @@ def test_the_script_tells_what_this_machine_has(tmp_path: Path) -> None:
     """A plain shell runs it here, in an awkward folder."""
     folder = tmp_path / "it's a $(folder)"
     folder.mkdir()
-    mine = look_at_ourselves()
+    mine = local_facts()
     text = script(ours(python=sys.executable, folder=str(folder), daemon=mine.daemon), "token", "")
     done = run_command(["sh", "-s"], env={}, stdin=text, timeout=60)
     lines = done.out.splitlines()
@@ -542,5 +542,5 @@ def test_a_real_sshd(pair: Pair, tmp_path: Path) -> None:
 
 def test_waits_have_an_end() -> None:
     """A host that is down: a name, a connection, or ssh itself; each by itself is within what was promised."""
-    assert ssh.CONNECT + ssh.CONNECT <= ssh.DEAD
-    assert ssh.SSH <= ssh.DEAD
+    assert ssh.CONNECT_S + ssh.CONNECT_S <= ssh.DEAD_HOST_S
+    assert ssh.SSH_S <= ssh.DEAD_HOST_S

@@ -15,7 +15,7 @@ from tests.support.prediction import WORKLOAD, predictor, speed
 from tpimpi.diagnostics.options import MeasureOptions
 from tpimpi.diagnostics.planner import command
 from tpimpi.diagnostics.planner.command import (
-    Choice,
+    PlanRow,
     Survey,
     _seconds,
     _weights,
@@ -24,7 +24,8 @@ from tpimpi.diagnostics.planner.command import (
     choose_shares,
     make_table,
 )
-from tpimpi.diagnostics.planner.measure_layers import Finding, Lap, sustained
+from tpimpi.diagnostics.planner.layer_benchmark import LayerTiming, sustained
+from tpimpi.diagnostics.planner.measure_layers import RankMeasurement
 from tpimpi.diagnostics.planner.predict import Prediction, Predictor, RankSpeed
 from tpimpi.engine.ranks import RankInfo
 from tpimpi.star import Star
@@ -33,9 +34,11 @@ from tpimpi.system.memory import Place
 MB = 10**6
 
 
-def finding(rank: int, laps: list[Lap]) -> Finding:
+def measurement(rank: int, timings: list[LayerTiming]) -> RankMeasurement:
     head = (10 * MB, 0.002, 0.001) if rank == 0 else None
-    return Finding(rank, f"host{rank}", 2, "native", 1.5, laps, head, 80 * MB, [("", 1000, 500), ("job", 700, 700)])
+    return RankMeasurement(
+        rank, f"host{rank}", 2, "native", 1.5, timings, head, 80 * MB, [("", 1000, 500), ("job", 700, 700)]
+    )
 
 
 def prediction(seconds: float, shares: str = "1", problem: str = "") -> Prediction:
@@ -47,10 +50,10 @@ def prediction(seconds: float, shares: str = "1", problem: str = "") -> Predicti
 
 def test_what_was_found_becomes_lines() -> None:
     """Rank 1 is the slower: of a step of 7 ms (of the smaller size 5) it computes 5 (3): two allreduces of 1 each."""
-    first = [Lap(1, 8 * MB, 7e-3, 3e-3, 4e-3), Lap(1, 2 * MB, 5e-3, 1.5e-3, 2e-3)]
-    second = [Lap(1, 8 * MB, 7e-3, 5e-3, 6e-3), Lap(1, 2 * MB, 5e-3, 3e-3, 3e-3)]
-    chunk = [Lap(16, 8 * MB, 30e-3, 24e-3, 25e-3), Lap(16, 2 * MB, 12e-3, 6e-3, 7e-3)]
-    measured = as_measured([finding(0, first + chunk), finding(1, second + chunk)], 16)
+    first = [LayerTiming(1, 8 * MB, 7e-3, 3e-3, 4e-3), LayerTiming(1, 2 * MB, 5e-3, 1.5e-3, 2e-3)]
+    second = [LayerTiming(1, 8 * MB, 7e-3, 5e-3, 6e-3), LayerTiming(1, 2 * MB, 5e-3, 3e-3, 3e-3)]
+    chunk = [LayerTiming(16, 8 * MB, 30e-3, 24e-3, 25e-3), LayerTiming(16, 2 * MB, 12e-3, 6e-3, 7e-3)]
+    measured = as_measured([measurement(0, first + chunk), measurement(1, second + chunk)], 16)
     fast, slow = measured.ranks
     assert fast.token.wall.fixed == pytest.approx(1e-3)
     assert fast.token.wall.per_byte * 8 * MB == pytest.approx(2e-3)
@@ -64,7 +67,9 @@ def test_what_was_found_becomes_lines() -> None:
 
 
 def test_one_rank_has_no_allreduce() -> None:
-    measured = as_measured([finding(0, [Lap(1, 8 * MB, 7e-3, 3e-3, 4e-3), Lap(1, 2 * MB, 5e-3, 1e-3, 2e-3)])], 1)
+    measured = as_measured(
+        [measurement(0, [LayerTiming(1, 8 * MB, 7e-3, 3e-3, 4e-3), LayerTiming(1, 2 * MB, 5e-3, 1e-3, 2e-3)])], 1
+    )
     assert measured.allreduce_s == measured.allreduce_chunk_s == 0
     assert measured.ranks[0].chunk == measured.ranks[0].token
 
@@ -179,11 +184,11 @@ def test_three_digits_of_a_time(seconds: float, text: str) -> None:
 
 def test_fewer_ranks_that_are_faster_are_recommended() -> None:
     lines = [
-        Choice(1, "equal", prediction(0.3)),
-        Choice(2, "equal", prediction(0.15, "1,1")),
-        Choice(2, "best", prediction(0.12, "2,1")),
-        Choice(3, "equal", prediction(0.2, "1,1,1")),
-        Choice(3, "best", prediction(0.19, "3,2,2")),
+        PlanRow(1, "equal", prediction(0.3)),
+        PlanRow(2, "equal", prediction(0.15, "1,1")),
+        PlanRow(2, "best", prediction(0.12, "2,1")),
+        PlanRow(3, "equal", prediction(0.2, "1,1,1")),
+        PlanRow(3, "best", prediction(0.19, "3,2,2")),
     ]
     assert advice(lines) == [
         "2 ranks are faster than 3 here: 0.120 against 0.190 s/token; use -np 2",
@@ -191,13 +196,13 @@ def test_fewer_ranks_that_are_faster_are_recommended() -> None:
     ]
     assert advice(lines[:3]) == ["best for -np 2: --shares 2,1"]
     assert advice(lines[:2]) == []
-    assert advice([*lines[:1], Choice(2, "equal", prediction(0.302, "1,1"))]) == ["1 rank is as fast as 2 here"]
+    assert advice([*lines[:1], PlanRow(2, "equal", prediction(0.302, "1,1"))]) == ["1 rank is as fast as 2 here"]
 
 
 def test_ranks_that_cannot_work_are_named() -> None:
     lines = [
-        Choice(1, "equal", prediction(0.3)),
-        Choice(2, "equal", prediction(float("inf"), "1,1", "r1 pi has 60 MB")),
+        PlanRow(1, "equal", prediction(0.3)),
+        PlanRow(2, "equal", prediction(float("inf"), "1,1", "r1 pi has 60 MB")),
     ]
     assert advice(lines) == ["2 ranks cannot work here; use -np 1"]
     assert advice(lines[1:]) == []

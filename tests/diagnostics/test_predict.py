@@ -8,7 +8,7 @@ import math
 import pytest
 
 from tests.support.prediction import CONFIG, FORMATS, GB, WORKLOAD, predictor, speed
-from tpimpi.diagnostics.planner.predict import Line, Loads, Measured, Predictor, chunks
+from tpimpi.diagnostics.planner.predict import LinearCost, Loads, Measured, Predictor, chunks
 from tpimpi.diagnostics.planner.shares import MOST_WEIGHT, best_shares
 from tpimpi.engine.budget import RESERVE
 from tpimpi.models.weight_formats import ModelFormats
@@ -23,15 +23,15 @@ ATTN, MLP, HEAD = 4 * 1024 * 1024 * 2, 3 * 1024 * 2048 * 2, 4096 * 1024 * 2  # b
 
 
 def test_a_line_goes_through_both_points() -> None:
-    line = Line.through((100, 3.0), (300, 7.0))
+    line = LinearCost.through((100, 3.0), (300, 7.0))
     assert (line.fixed, line.per_byte) == (1.0, 0.02)
-    assert Line.through((300, 7.0), (100, 3.0)) == line
+    assert LinearCost.through((300, 7.0), (100, 3.0)) == line
 
 
 def test_a_line_is_never_negative() -> None:
-    assert Line.through((100, 1.0), (300, 6.0)) == Line(0.0, 0.02)  # it would begin at -1.5
-    assert Line.through((100, 5.0), (300, 3.0)) == Line(4.0, 0.0)
-    assert Line.through((100, 5.0), (100, 3.0)) == Line(4.0, 0.0)
+    assert LinearCost.through((100, 1.0), (300, 6.0)) == LinearCost(0.0, 0.02)  # it would begin at -1.5
+    assert LinearCost.through((100, 5.0), (300, 3.0)) == LinearCost(4.0, 0.0)
+    assert LinearCost.through((100, 5.0), (100, 3.0)) == LinearCost(4.0, 0.0)
 
 
 # What a rank has to go through
@@ -125,7 +125,7 @@ def test_a_prompt_goes_by_chunks() -> None:
     assert list(chunks(16)) == [16]
     assert list(chunks(300)) == [128, 128, 44]
     long = dataclasses.replace(WORKLOAD, prompt=300, context=400)
-    measured = Measured((speed(1.0),), 128, 0.0, 0.0, Line(0, 0), Line(0, 0))
+    measured = Measured((speed(1.0),), 128, 0.0, 0.0, LinearCost(0, 0), LinearCost(0, 0))
     found = Predictor(long, measured).predict([1.0])
     # 44 positions lie between one, at 1, and 128, at 4 times as long.
     assert found.first_token_s == pytest.approx(found.compute_s * (4 + 4 + 1 + 3 * 43 / 127))

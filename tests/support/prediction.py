@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tpimpi.diagnostics.options import Workload
-from tpimpi.diagnostics.planner.predict import Line, Measured, Pace, Predictor, RankSpeed
+from tpimpi.diagnostics.planner.predict import LayerCost, LinearCost, Measured, Predictor, RankSpeed
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.system.memory import Place
@@ -41,12 +41,12 @@ WORKLOAD = Workload(CONFIG, FORMATS, context=128, prompt=16, memory=(8 * GB,))
 
 def speed(per_gb: float = 1.0, fixed: float = 0.0, **more: object) -> RankSpeed:
     """A rank that takes so many seconds for a GB of a layer's weights, and four times as long for 16 positions."""
-    line = Line(fixed, per_gb / GB)
-    chunk = Line(4 * fixed, 4 * per_gb / GB)
+    line = LinearCost(fixed, per_gb / GB)
+    chunk = LinearCost(4 * fixed, 4 * per_gb / GB)
     given = {"host": "vm", "processors": 1.0, "base": 100_000_000, "places": (Place("", 16 * GB, 12 * GB),), **more}
-    return RankSpeed(token=Pace(line, line), chunk=Pace(chunk, chunk), **given)  # type: ignore[arg-type]
+    return RankSpeed(token=LayerCost(line, line), chunk=LayerCost(chunk, chunk), **given)  # type: ignore[arg-type]
 
 
 def predictor(*ranks: RankSpeed, allreduce: float = 0.0, head: float = 0.0, workload: Workload = WORKLOAD) -> Predictor:
-    line = Line(0.0, head / GB)
+    line = LinearCost(0.0, head / GB)
     return Predictor(workload, Measured(ranks, 16, allreduce, 3 * allreduce, line, line))

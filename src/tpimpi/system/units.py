@@ -39,3 +39,13 @@ def show_size(nbytes: float) -> str:
 def megabytes_up(nbytes: int) -> str:
     """A size that is at least `nbytes`, as --memory takes it: "412 MB"."""
     return f"{-(-nbytes // 1_000_000)} MB"
+
+
+def show_time(seconds: float) -> str:
+    """A short time for people: "0.25 ms", "80 us"."""
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.0f} us"
+
+
+def show_rate(bytes_per_s: float) -> str:
+    """A rate for people: "11.8 MB/s", "950 MB/s"."""
+    return f"{bytes_per_s / 1e6:.1f} MB/s" if bytes_per_s < 1e8 else f"{bytes_per_s / 1e6:.0f} MB/s"

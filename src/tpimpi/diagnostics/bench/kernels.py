@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import cycle
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +33,7 @@ from tpimpi.compute.backends import Backend, has_native, load_backend
 from tpimpi.compute.formats.packed import Matrix, encode, pack, packed_bytes, row_bytes
 from tpimpi.errors import InputError
 from tpimpi.system.buffers import aligned_buffer
+from tpimpi.system.cpu import cpu_name, last_level_cache
 
 if TYPE_CHECKING:
     from tpimpi.compute.backends.native import NativeBackend
@@ -158,37 +158,13 @@ def machine(threads: int, backend: Backend) -> dict[str, Any]:
     if "torch" in sys.modules:
         versions["torch"] = str(sys.modules["torch"].__version__)
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "last_level_cache_bytes": last_level_cache(threads),
         "system": platform.platform(),
         "kernel_level": getattr(backend, "level", None),
         "versions": versions,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
-    return next(names, platform.processor() or platform.machine())
-
-
-def last_level_cache(threads: int, cpus: Path = Path("/sys/devices/system/cpu")) -> int:
-    """Bytes of the last-level caches that so many threads can fill; 32 MiB where the system does not say."""
-    sizes: dict[tuple[int, str], int] = {}  # by level and by the cores that share it
-    for index in cpus.glob("cpu[0-9]*/cache/index[0-9]*"):
-        try:
-            level, size, shared = ((index / name).read_text().strip() for name in ("level", "size", "shared_cpu_list"))
-            sizes[int(level), shared] = int(size[:-1]) * {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[size[-1]]
-        except (OSError, ValueError, KeyError, IndexError):
-            continue
-    last = max((level for level, _ in sizes), default=0)
-    return (
-        sum(sorted((size for (level, _), size in sizes.items() if level == last), reverse=True)[:threads]) or 32 << 20
-    )
 
 
 # Kernels
@@ -379,6 +355,6 @@ class Bench:
         """What was measured, in one line."""
         level = getattr(self.backend, "level", None)
         return (
-            f"{_cpu_name()} · {self.backend.name}{f' {level}' if level else ''} · {self.threads} thread"
+            f"{cpu_name()} · {self.backend.name}{f' {level}' if level else ''} · {self.threads} thread"
             f"{'s' if self.threads > 1 else ''} · matrix {self.rows}x{self.columns}"
         )

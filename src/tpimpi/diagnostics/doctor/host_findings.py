@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from tpimpi import __version__
-from tpimpi.diagnostics.doctor.ssh import SSH, Ours
+from tpimpi.diagnostics.doctor.ssh import SSH_S, LocalFacts
 from tpimpi.star import MPICH, OPEN_MPI
 from tpimpi.system.hostfile import Host
 from tpimpi.system.network import INNER, Interface, kind_of
 from tpimpi.system.units import show_size
 
 OK, WRONG, NOTE = "ok", "wrong", "note"
-LITTLE_DISK = 1_000_000_000  # bytes
+LITTLE_DISK_BYTES = 1_000_000_000  # bytes
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Check:
 
 
 @dataclass
-class Findings:
+class HostChecks:
     """Of one host: its checks in order, and how it is reached, where that is known."""
 
     host: Host
@@ -50,11 +50,11 @@ class Findings:
         return sum(check.state == WRONG for check in self.checks)
 
 
-class Hopeless(Exception):  # noqa: N818  (not an error)
+class CannotContinue(Exception):  # noqa: N818  (not an error)
     """The rest cannot work; what is wrong is among the checks."""
 
 
-def judge_ourselves(found: Findings, ours: Ours) -> None:
+def check_local(found: HostChecks, ours: LocalFacts) -> None:
     found.facts = ours.facts
     found.add("name", OK, "this machine")
     found.add("python", OK, f"{ours.facts['python']}, {ours.python}")
@@ -75,7 +75,7 @@ def judge_ourselves(found: Findings, ours: Ours) -> None:
         )
     else:
         found.add("mpi", OK, f"{ours.mpi} {ours.mpi_version}, {ours.mpirun}")
-    judge_disk(found)
+    check_disk(found)
     found.inner = [one.name for one in ours.interfaces if one.kind == INNER]
 
 
@@ -97,11 +97,11 @@ def ssh_problem(said: str, host: Host, port: int = 22) -> str:
     if "Bad owner or permissions" in said:
         return f"ssh refuses its own configuration: {line}; type: chmod 600 ~/.ssh/config"
     if not line:
-        return f"ssh said nothing for {SSH:.0f} s; try: ssh{at} {name} true"
+        return f"ssh said nothing for {SSH_S:.0f} s; try: ssh{at} {name} true"
     return f"{line}; try: ssh{at} {name} true"
 
 
-def judge_programs(found: Findings, ours: Ours, heads: Mapping[str, str]) -> None:
+def check_programs(found: HostChecks, ours: LocalFacts, heads: Mapping[str, str]) -> None:
     """From what the shell said: are Python, mpirun's daemon and the folder where they must be?"""
     name = found.host.name
     if heads.get("python") != "yes":
@@ -113,10 +113,10 @@ def judge_programs(found: Findings, ours: Ours, heads: Mapping[str, str]) -> Non
             f"{ours.python} is not there{has}; install tpimpi at the same path as here: copy the checkout to the same "
             "folder, and run jobs/setup.sh there",
         )
-        raise Hopeless
+        raise CannotContinue
     if not found.facts:
         found.add("python", WRONG, f"{ours.python} is there but does not run; try: ssh {name} {ours.python} --version")
-        raise Hopeless
+        raise CannotContinue
     if ours.daemon and heads.get("daemon") == "yes":
         found.add("mpirun", OK, f"{ours.daemon} is there")
     elif ours.daemon:
@@ -135,7 +135,7 @@ def judge_programs(found: Findings, ours: Ours, heads: Mapping[str, str]) -> Non
         )
 
 
-def judge_versions(found: Findings, ours: Ours) -> None:
+def check_versions(found: HostChecks, ours: LocalFacts) -> None:
     """From what Python said: is everything there, and in the same version?"""
     facts, name = found.facts, found.host.name
     pip = f"ssh {name} {ours.python} -m pip"
@@ -182,10 +182,10 @@ def judge_versions(found: Findings, ours: Ours) -> None:
         )
 
 
-def judge_disk(found: Findings) -> None:
+def check_disk(found: HostChecks) -> None:
     facts = found.facts
     if facts.get("free") is not None:
-        little = facts["free"] < LITTLE_DISK
+        little = facts["free"] < LITTLE_DISK_BYTES
         text = f"{show_size(facts['free'])} free for slices in {facts['cache']}"
         remedy = "; free some, or set TPIMPI_CACHE to another place"
         found.add("disk", WRONG if little else OK, text + (remedy if little else ""))
@@ -200,17 +200,17 @@ def interfaces_of(listed: Sequence[Sequence[str]]) -> list[Interface]:
     return [Interface(name, kind_of(name, nowhere), tuple(networks)) for name, networks in found.items()]
 
 
-def interface_of(own: str, ours: Ours) -> str:
+def interface_of(own: str, ours: LocalFacts) -> str:
     return next((i.name for i in ours.interfaces if any(n.partition("/")[0] == own for n in i.networks)), "IFACE")
 
 
-def network_of(own: str, ours: Ours) -> str:
+def network_of(own: str, ours: LocalFacts) -> str:
     """The network of one of our addresses."""
     networks = [network for interface in ours.interfaces for network in interface.networks]
     return next((str(ipaddress.ip_interface(n).network) for n in networks if n.partition("/")[0] == own), own)
 
 
-def judge_file(found: Sequence[Findings], ours: Ours) -> None:
+def check_file(found: Sequence[HostChecks], ours: LocalFacts) -> None:
     """What is wrong with the hostfile as a whole, said of the hosts concerned."""
     first, several = found[0], len(found) > 1
     if not first.here:

@@ -2,8 +2,8 @@
 
 All hosts are looked at together, each by a thread that goes from the simple to the particular and stops where the rest
 cannot work: its name, a connection to its ssh, ssh itself without a password, and then one shell script over ssh, which
-looks for the programs that mpirun will want and becomes `doctor_probe` with the Python that stands at the path of ours.
-Every wait has an end: a host that is down takes DEAD seconds at most, and no host delays another.
+looks for the programs that mpirun will want and becomes `host_probe` with the Python that stands at the path of ours.
+Every wait has an end: a host that is down takes DEAD_HOST_S seconds at most, and no host delays another.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from tpimpi.diagnostics.doctor.host_findings import (
     NOTE,
     OK,
     WRONG,
-    Findings,
-    Hopeless,
+    CannotContinue,
+    HostChecks,
+    check_disk,
+    check_file,
+    check_local,
+    check_programs,
+    check_versions,
     interface_of,
     interfaces_of,
-    judge_disk,
-    judge_file,
-    judge_ourselves,
-    judge_programs,
-    judge_versions,
     network_of,
     ssh_problem,
 )
-from tpimpi.diagnostics.doctor.ssh import CONNECT, DEAD, PROBE, Ours, Probe, look_at_ourselves
+from tpimpi.diagnostics.doctor.ssh import CONNECT_S, DEAD_HOST_S, PROBE_S, LocalFacts, Probe, local_facts
 from tpimpi.star import MPICH
 from tpimpi.system.files import write_json
 from tpimpi.system.hostfile import Host, read_hostfile
@@ -46,40 +46,42 @@ from tpimpi.system.network import INNER, choosing_mpich, choosing_openmpi, commo
 from tpimpi.system.placement import by_node
 
 
-def look_at_hosts(given: str, ssh: str) -> tuple[Ours, list[Findings]]:
+def look_at_hosts(given: str, ssh: str) -> tuple[LocalFacts, list[HostChecks]]:
     """What is found about each host of the hostfile. Raises InputError where the hostfile cannot be used."""
     hosts = read_hostfile(given)
-    ours = look_at_ourselves()
-    found = [Findings(host) for host in hosts]
+    ours = local_facts()
+    found = [HostChecks(host) for host in hosts]
     threads = [
         threading.Thread(target=_guarded, args=(one, ours, ssh), name=f"tpimpi-{one.host.address}", daemon=True)
         for one in found
     ]
     for thread in threads:
         thread.start()
-    end = time.monotonic() + PROBE + DEAD
+    end = time.monotonic() + PROBE_S + DEAD_HOST_S
     for thread in threads:
         thread.join(max(0.0, end - time.monotonic()))
     for thread, one in zip(threads, found, strict=True):
         if thread.is_alive():
-            one.add("time", WRONG, f"not done after {PROBE + DEAD:.0f} s; see what keeps it busy, and try again")
-    judge_file(found, ours)
+            one.add(
+                "time", WRONG, f"not done after {PROBE_S + DEAD_HOST_S:.0f} s; see what keeps it busy, and try again"
+            )
+    check_file(found, ours)
     return ours, found
 
 
 # One host
 
 
-def _guarded(found: Findings, ours: Ours, ssh: str) -> None:
+def _guarded(found: HostChecks, ours: LocalFacts, ssh: str) -> None:
     try:
         _look_at(found, ours, ssh)
-    except Hopeless:
+    except CannotContinue:
         pass
     except Exception as error:  # of a thread nobody else would hear it
         found.add("doctor", WRONG, f"internal error: {type(error).__name__}: {error}; please report it")
 
 
-def _look_at(found: Findings, ours: Ours, ssh: str) -> None:
+def _look_at(found: HostChecks, ours: LocalFacts, ssh: str) -> None:
     host = found.host
     real = Path(ssh).name == "ssh"  # else a program in its place: PROGRAM HOST COMMAND
     target = _ssh_target(ssh, host) if real else _Target(host.address, 22, direct=False)
@@ -88,7 +90,7 @@ def _look_at(found: Findings, ours: Ours, ssh: str) -> None:
         host.is_loopback or bool(ours.addresses & set(addresses)) or any(a.startswith("127.") for a in addresses)
     )
     if found.here:
-        judge_ourselves(found, ours)
+        check_local(found, ours)
         return
     if addresses:
         found.add("name", OK, ", ".join(dict.fromkeys([target.address, *addresses[:3]])))
@@ -99,22 +101,22 @@ def _look_at(found: Findings, ours: Ours, ssh: str) -> None:
             f"{target.address} is not known here; write its address into the hostfile, or add a line to /etc/hosts: "
             f"192.168.x.y {target.address}",
         )
-        raise Hopeless
+        raise CannotContinue
     if target.direct:
         _check_port(found, addresses, target.port)
     command = (
-        [ssh, "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT:.0f}", host.name] if real else [ssh, host.name]
+        [ssh, "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S:.0f}", host.name] if real else [ssh, host.name]
     )
     with Probe([*command, "sh -s"], ours, _route(addresses)) as probe:
         if not probe.hello():
             found.add("ssh", WRONG, ssh_problem(probe.said(), host, target.port))
-            raise Hopeless
+            raise CannotContinue
         found.add("ssh", OK, "without a password" if real else f"{ssh} works")
         heads, found.facts = probe.facts()
-        judge_programs(found, ours, heads)
-        judge_versions(found, ours)
-        judge_disk(found)
-        _judge_network(found, ours, probe, addresses)
+        check_programs(found, ours, heads)
+        check_versions(found, ours)
+        check_disk(found)
+        _check_network(found, ours, probe, addresses)
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class _Target:
 def _ssh_target(ssh: str, host: Host) -> _Target:
     """Where ssh will go to, as its configuration says."""
     try:
-        done = subprocess.run([ssh, "-G", host.name], capture_output=True, text=True, timeout=CONNECT, check=False)
+        done = subprocess.run([ssh, "-G", host.name], capture_output=True, text=True, timeout=CONNECT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return _Target(host.address, 22, direct=True)
     said = dict(line.partition(" ")[::2] for line in done.stdout.splitlines())
@@ -163,7 +165,7 @@ def _resolve(name: str) -> list[str]:
         ordered = sorted(entries, key=lambda entry: entry[0] != socket.AF_INET)
         return list(dict.fromkeys(str(entry[4][0]) for entry in ordered))
 
-    found: list[str] = _within(CONNECT, look, [])
+    found: list[str] = _within(CONNECT_S, look, [])
     return found
 
 
@@ -180,11 +182,11 @@ def _route(addresses: Sequence[str]) -> str:
     return ""
 
 
-def _check_port(found: Findings, addresses: Sequence[str], port: int) -> None:
+def _check_port(found: HostChecks, addresses: Sequence[str], port: int) -> None:
     problem = ""
     for address in addresses[:2]:
         try:
-            socket.create_connection((address, port), CONNECT / min(2, len(addresses))).close()
+            socket.create_connection((address, port), CONNECT_S / min(2, len(addresses))).close()
         except TimeoutError:
             problem = problem or f"{address} does not answer; is it switched on, awake, and in this network?"
         except ConnectionRefusedError:
@@ -195,10 +197,10 @@ def _check_port(found: Findings, addresses: Sequence[str], port: int) -> None:
             return
     if problem:
         found.add("ssh", WRONG, problem)
-        raise Hopeless
+        raise CannotContinue
 
 
-def _judge_network(found: Findings, ours: Ours, probe: Probe, addresses: Sequence[str]) -> None:
+def _check_network(found: HostChecks, ours: LocalFacts, probe: Probe, addresses: Sequence[str]) -> None:
     theirs = interfaces_of(found.facts.get("interfaces", []))
     found.inner = [one.name for one in theirs if one.kind == INNER]
     found.way = common_network(ours.interfaces, theirs)
@@ -208,9 +210,9 @@ def _judge_network(found: Findings, ours: Ours, probe: Probe, addresses: Sequenc
         )
         found.add("network", NOTE, text)
         return
-    resolved = probe.told("resolved", 2 * CONNECT)
-    problem = probe.told("back", 2 * CONNECT)
-    port = probe.told("listening", CONNECT)
+    resolved = probe.told("resolved", 2 * CONNECT_S)
+    problem = probe.told("back", 2 * CONNECT_S)
+    port = probe.told("listening", CONNECT_S)
     if problem:
         timed_out = "imed out" in problem
         remedy = f"a firewall on this machine? type: sudo ufw allow from {network_of(probe.own, ours)}"
@@ -237,11 +239,11 @@ def _judge_network(found: Findings, ours: Ours, probe: Probe, addresses: Sequenc
         found.add("to it", NOTE, "not checked: it did not say in time on which port it listens; try again")
         return
     answers = [
-        host_probe.call(f"{address}:{port}", probe.token, CONNECT) for address in addresses[:1] if ":" not in address
+        host_probe.call(f"{address}:{port}", probe.token, CONNECT_S) for address in addresses[:1] if ":" not in address
     ]
     server = str(found.facts.get("ssh", "")).split()[2:3]
     if not answers and server and ":" not in server[0]:
-        answers = [host_probe.call(f"{server[0]}:{port}", probe.token, CONNECT)]
+        answers = [host_probe.call(f"{server[0]}:{port}", probe.token, CONNECT_S)]
     if answers and answers[0]:
         found.add(
             "to it",
@@ -258,7 +260,7 @@ def _judge_network(found: Findings, ours: Ours, probe: Probe, addresses: Sequenc
 # Telling
 
 
-def mpirun_options(ours: Ours, found: Sequence[Findings]) -> str:
+def mpirun_options(ours: LocalFacts, found: Sequence[HostChecks]) -> str:
     """Options with which mpirun keeps to the networks between the hosts; "" where it cannot choose a wrong one."""
     ways = [one.way for one in found if one.way is not None]
     inner = [name for one in found for name in one.inner]
@@ -269,7 +271,7 @@ def mpirun_options(ours: Ours, found: Sequence[Findings]) -> str:
     return choosing_openmpi(list(dict.fromkeys(way[0] for way in ways)))
 
 
-def as_json(ours: Ours, found: Sequence[Findings]) -> dict[str, Any]:
+def as_json(ours: LocalFacts, found: Sequence[HostChecks]) -> dict[str, Any]:
     return {
         "tpimpi": __version__,
         "python": ours.python,
@@ -289,7 +291,7 @@ def as_json(ours: Ours, found: Sequence[Findings]) -> dict[str, Any]:
     }
 
 
-def tell(given: str, ours: Ours, found: Sequence[Findings]) -> int:
+def tell(given: str, ours: LocalFacts, found: Sequence[HostChecks]) -> int:
     """Print it all; returns how many things are wrong."""
     for one in found:
         ranks = f"{one.host.ranks} rank{'s' if one.host.ranks > 1 else ''}"

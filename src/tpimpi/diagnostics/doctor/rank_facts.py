@@ -27,6 +27,7 @@ from tpimpi.errors import TpimpiError
 from tpimpi.star import MpiLibrary, Ping, Star, answer_link, mpi_library, ping_link
 from tpimpi.star.control import encode_note, receive_note
 from tpimpi.system.buffers import aligned_buffer
+from tpimpi.system.cpu import processor_quota
 from tpimpi.system.direct_io import MEASURED, PIECE, Descriptor, Extent, Trial
 from tpimpi.system.memory import headroom, places
 from tpimpi.system.network import Counters, Interface, counters, interfaces
@@ -35,17 +36,17 @@ from tpimpi.weights.slices.file import SliceFile, slice_name
 from tpimpi.weights.slices.writer import partial_path
 
 TASK = "doctor"
-PATIENCE = 60.0  # seconds that ranks wait for one another here
-DISK_SECONDS = 0.3  # of reading
+TIMEOUT_S = 60.0  # seconds that ranks wait for one another here
+DISK_READING_S = 0.3  # of reading
 SCRATCH_BYTES = 64 << 20  # of a file to read, where there is no slice
-SCRATCH_SECONDS = 1.0  # of writing it
-SPARE = 256 << 20  # bytes of disk without which no such file is written
+SCRATCH_WRITING_S = 1.0  # of writing it
+SPARE_DISK_BYTES = 256 << 20  # bytes of disk without which no such file is written
 
 HERE, MISSING, WRONG, UNKNOWN = "here", "missing", "wrong", ""
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ExpectedSlices:
     """The slices that a run would use, as rank 0 tells all: in `folder`, or in `cache_name` of each host's cache; none where
     both are None. `identity` is what they have in common, where that is known, and `sizes` the bytes of each rank's."""
 
@@ -120,7 +121,7 @@ def _known(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in names}
 
 
-def examine(star: Star, wanted: Wanted) -> Facts:
+def examine(star: Star, wanted: ExpectedSlices) -> Facts:
     """All about this rank, in about a second."""
     found = places()
     host, limits = found[0], [place.total for place in found[1:]]
@@ -155,7 +156,7 @@ def examine(star: Star, wanted: Wanted) -> Facts:
     )
 
 
-def look_at_slice(path: Path, wanted: Wanted, size: int | None) -> Slice:
+def look_at_slice(path: Path, wanted: ExpectedSlices, size: int | None) -> Slice:
     """Whether the slice at `path` is the one that is wanted; its tiles are not read."""
     if not path.exists():
         try:
@@ -200,27 +201,6 @@ def _free(folder: Path) -> int | None:
     return None
 
 
-def processor_quota(proc: Path = Path("/proc"), root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Processors that the control groups (v1 or v2) of this process allow it in the long run; None where they do not say."""
-    found = []
-    for line in _text(proc / "self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if "cpu" in controllers.split(","):
-            top, names = root / "cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-        elif controllers == "":
-            top, names = root, ("cpu.max", "")
-        else:
-            continue
-        folder = top / path.lstrip("/")
-        for place in (folder, *folder.parents):
-            values = " ".join(_text(place / name) for name in names if name).split()
-            if len(values) == 2 and values[0] not in ("max", "-1"):
-                found.append(int(values[0]) / int(values[1]))
-            if place == top:
-                break
-    return min(found, default=None)
-
-
 # The disk
 
 
@@ -239,13 +219,13 @@ def _disk_rate(folder: Path, path: Path | None) -> tuple[float | None, str]:
 def _rate(path: Path) -> float:
     with closing(Descriptor(path)) as file:
         nbytes = path.stat().st_size // PIECE * PIECE
-        return Trial(file, [Extent(0, 0, nbytes)]).rate(aligned_buffer(MEASURED), 4, DISK_SECONDS)
+        return Trial(file, [Extent(0, 0, nbytes)]).rate(aligned_buffer(MEASURED), 4, DISK_READING_S)
 
 
 @contextlib.contextmanager
 def _scratch(folder: Path) -> Iterator[Path | None]:
-    """A file in `folder`, as large as can be written in SCRATCH_SECONDS; None where the disk is nearly full."""
-    if (_free(folder) or 0) < SPARE:
+    """A file in `folder`, as large as can be written in SCRATCH_WRITING_S; None where the disk is nearly full."""
+    if (_free(folder) or 0) < SPARE_DISK_BYTES:
         yield None
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -256,7 +236,7 @@ def _scratch(folder: Path) -> Iterator[Path | None]:
             for _ in range(SCRATCH_BYTES // PIECE):
                 file.write(piece)
                 os.fdatasync(file.fileno())
-                if time.monotonic() > began + SCRATCH_SECONDS:
+                if time.monotonic() > began + SCRATCH_WRITING_S:
                     break
         yield path
     finally:
@@ -267,7 +247,7 @@ def _scratch(folder: Path) -> Iterator[Path | None]:
 
 
 @dataclass(frozen=True)
-class Look:
+class LinkFacts:
     """A link to rank 0, with what the interfaces of both ends counted before and after."""
 
     ping: Ping
@@ -275,18 +255,18 @@ class Look:
     after: tuple[Counters, Counters]
 
 
-def lead(star: Star, wanted: Wanted) -> list[Facts]:
+def lead(star: Star, wanted: ExpectedSlices) -> list[Facts]:
     """Rank 0: have every rank examine itself, all at once; in rank order. `lead_links` is to follow.
 
     Raises StarError where a rank does not answer.
     """
-    star.timeout = PATIENCE
+    star.timeout = TIMEOUT_S
     star.broadcast_note(encode_note(task=TASK, wanted=asdict(wanted)))
     notes = star.gather_notes(encode_note(**asdict(examine(star, wanted))))
     return [Facts.from_note(json.loads(note)) for note in notes]
 
 
-def lead_links(star: Star) -> tuple[list[float], list[Look]]:
+def lead_links(star: Star) -> tuple[list[float], list[LinkFacts]]:
     """Rank 0: seconds by which the clock of each rank is behind ours, in rank order, and the link to each other rank.
 
     Raises StarError where a rank does not answer.
@@ -302,15 +282,15 @@ def lead_links(star: Star) -> tuple[list[float], list[Look]]:
     star.broadcast_note(encode_note(done=True))
     theirs = [json.loads(note) for note in star.gather_notes(encode_note())][1:]
     return clocks, [
-        Look(ping, (before, _counters(their["before"])), (after, _counters(their["after"])))
+        LinkFacts(ping, (before, _counters(their["before"])), (after, _counters(their["after"])))
         for (ping, before, after), their in zip(pings, theirs, strict=True)
     ]
 
 
 def take_part(star: Star, note: Mapping[str, Any]) -> None:
     """Another rank's side of `lead` and `lead_links`; either may be all."""
-    star.timeout = PATIENCE
-    star.gather_notes(encode_note(**asdict(examine(star, Wanted(**_known(Wanted, note["wanted"]))))))
+    star.timeout = TIMEOUT_S
+    star.gather_notes(encode_note(**asdict(examine(star, ExpectedSlices(**_known(ExpectedSlices, note["wanted"]))))))
     receive_note(star)
     star.clock_offsets(time.time)
     before: Counters = {}

@@ -24,11 +24,11 @@ from tpimpi.diagnostics.doctor import host_probe
 from tpimpi.star import MPICH, OPEN_MPI
 from tpimpi.system.network import Interface, interfaces
 
-DEAD = 10.0  # seconds that a host which is down may take
-CONNECT = 4.0  # seconds for a name, for a connection
-SSH = 8.0  # seconds for ssh to say the first word
-PROBE = 45.0  # seconds for all of it: a small board takes long to start Python
-MOST_SAID = 1 << 20  # characters that a host may say: a login that prints for ever is no answer
+DEAD_HOST_S = 10.0  # seconds that a host which is down may take
+CONNECT_S = 4.0  # seconds for a name, for a connection
+SSH_S = 8.0  # seconds for ssh to say the first word
+PROBE_S = 45.0  # seconds for all of it: a small board takes long to start Python
+MOST_OUTPUT_CHARS = 1 << 20  # characters that a host may say: a login that prints for ever is no answer
 _HELLO = "tpimpi-doctor"
 _END_OF_PROBE = "TPIMPI_END_OF_PROBE"
 _DAEMONS = {OPEN_MPI: ("prted", "orted"), MPICH: ("hydra_pmi_proxy",)}
@@ -38,7 +38,7 @@ _DAEMONS = {OPEN_MPI: ("prted", "orted"), MPICH: ("hydra_pmi_proxy",)}
 
 
 @dataclass(frozen=True)
-class Ours:
+class LocalFacts:
     """What this machine has, and other hosts need: mpirun and its daemon with their paths ("" where there is none)."""
 
     python: str
@@ -56,7 +56,7 @@ class Ours:
         return {network.partition("/")[0] for interface in self.interfaces for network in interface.networks}
 
 
-def look_at_ourselves() -> Ours:
+def local_facts() -> LocalFacts:
     facts = host_probe.facts()
     mpirun = shutil.which("mpirun") or shutil.which("mpiexec") or ""
     kind = _kind_of_launcher(mpirun) if mpirun else ""
@@ -64,7 +64,7 @@ def look_at_ourselves() -> Ours:
     for name in _DAEMONS.get(kind, ()):
         beside = Path(mpirun).parent / name
         daemon = daemon or (str(beside) if beside.exists() else shutil.which(name) or "")
-    return Ours(
+    return LocalFacts(
         python=sys.executable,
         folder=str(Path.cwd()),
         mpi=facts.get("mpi", ""),
@@ -79,7 +79,7 @@ def look_at_ourselves() -> Ours:
 
 def _kind_of_launcher(mpirun: str) -> str:
     try:
-        done = subprocess.run([mpirun, "--version"], capture_output=True, text=True, timeout=DEAD, check=False)
+        done = subprocess.run([mpirun, "--version"], capture_output=True, text=True, timeout=DEAD_HOST_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     said = done.stdout + done.stderr
@@ -91,8 +91,8 @@ def _kind_of_launcher(mpirun: str) -> str:
 # The script over ssh
 
 
-def script(ours: Ours, token: str, back: str) -> str:
-    """What `sh -s` gets there: it tells what programs there are, and goes on as `doctor_probe` in our Python."""
+def script(ours: LocalFacts, token: str, back: str) -> str:
+    """What `sh -s` gets there: it tells what programs there are, and goes on as `host_probe` in our Python."""
     quoted = shlex.quote
     export = ""
     if ours.mpi == MPICH:  # which our environment may have chosen, and its launcher would tell
@@ -110,7 +110,7 @@ def script(ours: Ours, token: str, back: str) -> str:
         f'echo "path-daemon $(command -v {name})"' for name in (Path(ours.daemon).name or "prted", *_DAEMONS[OPEN_MPI])
     ]
     lines.append('echo "other-python $(command -v python3) $(python3 --version 2>&1)"')
-    arguments = " ".join(map(quoted, (token, back, platform.node(), f"{CONNECT:.0f}")))
+    arguments = " ".join(map(quoted, (token, back, platform.node(), f"{CONNECT_S:.0f}")))
     source = Path(host_probe.__file__).read_text(encoding="utf-8")
     lines += [
         f"if [ -x {quoted(ours.python)} ]; then exec {quoted(ours.python)} - {arguments} <<'{_END_OF_PROBE}'",
@@ -123,9 +123,9 @@ def script(ours: Ours, token: str, back: str) -> str:
 
 
 def _lines(stream: IO[str] | None) -> Iterator[str]:
-    """The lines of a pipe, until it ends or has said MOST_SAID characters."""
+    """The lines of a pipe, until it ends or has said MOST_OUTPUT_CHARS characters."""
     assert stream is not None
-    left = MOST_SAID
+    left = MOST_OUTPUT_CHARS
     while left > 0 and (line := stream.readline(left)):
         left -= len(line)
         yield line
@@ -134,10 +134,10 @@ def _lines(stream: IO[str] | None) -> Iterator[str]:
 class Probe:
     """The script, running on a host; and our listener, for it to call back."""
 
-    def __init__(self, command: Sequence[str], ours: Ours, own: str) -> None:
+    def __init__(self, command: Sequence[str], ours: LocalFacts, own: str) -> None:
         self.own = own  # our address on the way there
         self.token = secrets.token_hex(8)
-        self._end = time.monotonic() + PROBE
+        self._end = time.monotonic() + PROBE_S
         self._listener = socket.create_server(("", 0))
         back = f"{own}:{self._listener.getsockname()[1]}" if own and ":" not in own else ""
         self.back = back
@@ -166,7 +166,7 @@ class Probe:
         for thread in self._readers:
             thread.start()
 
-    def _write(self, ours: Ours) -> Callable[[], None]:
+    def _write(self, ours: LocalFacts) -> Callable[[], None]:
         def write() -> None:
             assert self._process.stdin is not None
             try:
@@ -182,7 +182,7 @@ class Probe:
         for line in _lines(self._process.stdout):
             said += len(line)
             self._lines.put(line.rstrip("\n"))
-        if said >= MOST_SAID:
+        if said >= MOST_OUTPUT_CHARS:
             self._errors.append("it prints without end")
         self._lines.put(None)
 
@@ -195,7 +195,7 @@ class Probe:
             try:
                 line, _ = self._listener.accept()
                 with line:
-                    line.settimeout(CONNECT)
+                    line.settimeout(CONNECT_S)
                     if line.recv(64) == self.token.encode():
                         line.sendall(self.token.encode())
             except OSError:
@@ -211,7 +211,7 @@ class Probe:
 
     def hello(self) -> bool:
         """Whether the script runs; what a shell prints by itself before is passed over."""
-        end = time.monotonic() + SSH
+        end = time.monotonic() + SSH_S
         while (line := self.line(end - time.monotonic())) is not None:
             if line == _HELLO:
                 return True
@@ -230,7 +230,7 @@ class Probe:
     def facts(self) -> tuple[dict[str, str], dict[str, Any]]:
         """What the shell said, by name, and what Python said of itself (nothing where it is not there)."""
         heads: dict[str, str] = {}
-        while (line := self.line(PROBE)) is not None and line != "end":
+        while (line := self.line(PROBE_S)) is not None and line != "end":
             if line.startswith("tpimpi-probe "):
                 found: dict[str, Any] = json.loads(line.partition(" ")[2])["facts"]
                 return heads, found

@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tpimpi.diagnostics.options import MeasureOptions, PlanOptions, Workload
+from tpimpi.diagnostics.planner.layer_benchmark import MeasureTask
 from tpimpi.diagnostics.planner.measure_disks import measure_disks
-from tpimpi.diagnostics.planner.measure_layers import Finding, Task, measure
-from tpimpi.diagnostics.planner.predict import Line, Measured, Pace, Prediction, Predictor, RankSpeed
+from tpimpi.diagnostics.planner.measure_layers import RankMeasurement, measure
+from tpimpi.diagnostics.planner.predict import LayerCost, LinearCost, Measured, Prediction, Predictor, RankSpeed
 from tpimpi.diagnostics.planner.shares import FINE, best_shares
 from tpimpi.engine.budget import per_rank
 from tpimpi.engine.model import PREFILL_CHUNK
@@ -44,7 +45,7 @@ class Survey:
     def predictor(self, ranks: int, positions: int = 1) -> Predictor:
         """Measure the first so many ranks, with so many positions of a prompt at once. Raises what measuring raises."""
         workload, guests = self.workload, self._guests[:ranks]
-        task = Task(
+        task = MeasureTask(
             config=workload.config.to_dict(),
             formats=workload.formats.to_dict(),
             ranks=ranks,
@@ -72,54 +73,54 @@ class Survey:
         return choose(Predictor(self.workload, replace(predictor.measured, ranks=ranks)))
 
 
-def as_measured(findings: Sequence[Finding], positions: int) -> Measured:
-    """What was found, as lines through what was measured. All laps are in the same order, the larger size first.
+def as_measured(measurements: Sequence[RankMeasurement], positions: int) -> Measured:
+    """What was found, as lines through what was measured. All timings are in the same order, the larger size first.
 
     In lockstep the rank that computes longest does not wait for others: the rest of its time is two allreduces.
     """
-    by_positions = {count: [_laps(finding, count) for finding in findings] for count in {1, positions}}
+    by_positions = {count: [_timings(measurement, count) for measurement in measurements] for count in {1, positions}}
 
-    def pace(rank: int, count: int) -> Pace:
-        laps = by_positions[count][rank]
-        wall = Line.through(*((lap.nbytes, lap.compute) for lap in laps))
-        return Pace(wall, Line.through(*((lap.nbytes, lap.cpu) for lap in laps)))
+    def cost(rank: int, count: int) -> LayerCost:
+        timings = by_positions[count][rank]
+        wall = LinearCost.through(*((timing.nbytes, timing.compute) for timing in timings))
+        return LayerCost(wall, LinearCost.through(*((timing.nbytes, timing.cpu) for timing in timings)))
 
     def allreduce(count: int) -> float:
-        if len(findings) == 1:
+        if len(measurements) == 1:
             return 0.0
         rests = []
-        for laps in zip(*by_positions[count], strict=True):
-            mean = sum(lap.wall for lap in laps) / len(laps)
-            rests.append(max(0.0, mean - max(lap.compute for lap in laps)) / 2)
+        for timings in zip(*by_positions[count], strict=True):
+            mean = sum(timing.wall for timing in timings) / len(timings)
+            rests.append(max(0.0, mean - max(timing.compute for timing in timings)) / 2)
         return sum(rests) / len(rests)
 
     ranks = tuple(
         RankSpeed(
-            host=finding.host,
-            token=pace(rank, 1),
-            chunk=pace(rank, positions),
-            processors=finding.processors,
-            base=finding.base,
-            places=tuple(Place(*place) for place in finding.places),
-            threads=finding.threads,
-            backend=finding.backend,
+            host=measurement.host,
+            token=cost(rank, 1),
+            chunk=cost(rank, positions),
+            processors=measurement.processors,
+            base=measurement.base,
+            places=tuple(Place(*place) for place in measurement.places),
+            threads=measurement.threads,
+            backend=measurement.backend,
         )
-        for rank, finding in enumerate(findings)
+        for rank, measurement in enumerate(measurements)
     )
-    assert findings[0].head is not None
-    nbytes, seconds, cpu = findings[0].head
+    assert measurements[0].head is not None
+    nbytes, seconds, cpu = measurements[0].head
     return Measured(
         ranks=ranks,
         positions=positions,
         allreduce_s=allreduce(1),
         allreduce_chunk_s=allreduce(positions),
-        head=Line(0.0, seconds / nbytes),
-        head_cpu=Line(0.0, cpu / nbytes),
+        head=LinearCost(0.0, seconds / nbytes),
+        head_cpu=LinearCost(0.0, cpu / nbytes),
     )
 
 
-def _laps(finding: Finding, positions: int) -> list[Any]:
-    return [lap for lap in finding.laps if lap.positions == positions]
+def _timings(measurement: RankMeasurement, positions: int) -> list[Any]:
+    return [timing for timing in measurement.timings if timing.positions == positions]
 
 
 # --shares auto
@@ -168,7 +169,7 @@ def _weights(text: str, ranks: int) -> list[float] | None:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PlanRow:
     """A line of the table."""
 
     ranks: int
@@ -192,7 +193,7 @@ def plan(
         write_json(options.json, as_json(survey, lines, guests), "--json")
 
 
-def make_table(survey: Survey, ranks: int, given: Sequence[float] | None, *, quiet: bool) -> list[Choice]:
+def make_table(survey: Survey, ranks: int, given: Sequence[float] | None, *, quiet: bool) -> list[PlanRow]:
     """For 1 to `ranks` ranks equal and best shares, and for all of them the `given` ones."""
     lines = []
     positions = min(survey.workload.prompt, PREFILL_CHUNK)
@@ -208,14 +209,14 @@ def make_table(survey: Survey, ranks: int, given: Sequence[float] | None, *, qui
                 *([] if wanted is None else [found.predict(wanted)]),
             ],
         )
-        lines.append(Choice(count, "equal", equal))
+        lines.append(PlanRow(count, "equal", equal))
         if best.shares != equal.shares:
-            lines.append(Choice(count, "best", best))
-        lines += [Choice(count, "given", one) for one in more]
+            lines.append(PlanRow(count, "best", best))
+        lines += [PlanRow(count, "given", one) for one in more]
     return lines
 
 
-def advice(lines: Sequence[Choice]) -> list[str]:
+def advice(lines: Sequence[PlanRow]) -> list[str]:
     """What the table says, in words."""
     possible = [line for line in lines if not line.prediction.problem]
     if not possible:
@@ -241,7 +242,7 @@ def advice(lines: Sequence[Choice]) -> list[str]:
     return words
 
 
-def print_table(lines: Sequence[Choice], guests: Sequence[RankInfo], title: Sequence[str]) -> None:
+def print_table(lines: Sequence[PlanRow], guests: Sequence[RankInfo], title: Sequence[str]) -> None:
     """The table, on stdout."""
     from rich.console import Console
     from rich.table import Table
@@ -283,7 +284,7 @@ def _limit(found: Prediction, guests: Sequence[RankInfo]) -> str:
     }[found.limit]
 
 
-def as_json(survey: Survey, lines: Sequence[Choice], guests: Sequence[RankInfo]) -> dict[str, Any]:
+def as_json(survey: Survey, lines: Sequence[PlanRow], guests: Sequence[RankInfo]) -> dict[str, Any]:
     """What `plan --json` writes: seconds and bytes; null where a plan cannot work."""
     workload = survey.workload
 

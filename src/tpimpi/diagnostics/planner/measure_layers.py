@@ -1,95 +1,23 @@
-"""What a rank can do, measured in about a second, while the others do the same: a layer of the model, with weights made up.
-
-Nothing is read or sliced for it. The ranks run `Model.forward` together as in a run, over the star, on one layer whose
-weights lie at another place in memory each time, as large together as their share of a model is, or larger than the caches.
-That is done with two sizes of shares, so that what every block costs is told from what each byte costs, with one position
-and with those of a prompt. The rank that computes longest does not wait for others; the rest of its time is the allreduce's.
-
-A control group with a part of a core stops a rank only after it has computed for some milliseconds. So how much of a
-processor a rank gets in the long run is measured by itself, in SUSTAINED seconds of nothing but computing.
-
-Peak memory: MOST_WEIGHTS bytes or a third of what the rank may take; all is given back.
-"""
+"""All ranks measured together: rank 0 says what, every rank runs its `LayerBenchmark` at the same time, and tells."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
-import os
-import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
-from itertools import cycle, pairwise
-from statistics import median
-from typing import Any, cast
+from collections.abc import Mapping
+from dataclasses import asdict, astuple, dataclass
+from typing import Any
 
-import numpy as np
-
-from tpimpi.compute.arrays import F32, Array
-from tpimpi.compute.backends import Backend, load_backend
-from tpimpi.compute.formats.packed import Matrix, packed_bytes
-from tpimpi.diagnostics.bench.kernels import CACHE_TIMES, last_level_cache
-from tpimpi.engine.engine import usual_threads
-from tpimpi.engine.model import Model, largest_sum
-from tpimpi.engine.window import Window
-from tpimpi.models.blocks import Block
-from tpimpi.models.config import ModelConfig
-from tpimpi.models.weight_formats import ModelFormats
-from tpimpi.star import Rank, Star, choose
+from tpimpi.diagnostics.planner.layer_benchmark import LayerBenchmark, LayerTiming, MeasureTask
+from tpimpi.engine.model import largest_sum
+from tpimpi.star import Star, choose
 from tpimpi.star.codec import wire_of
 from tpimpi.star.control import encode_note, on_every_rank, receive_note, report_errors
-from tpimpi.system.buffers import Pages
-from tpimpi.system.memory import headroom, places, resident_bytes
-from tpimpi.weights.slices.file import Tile
-from tpimpi.weights.slices.header import Header
-from tpimpi.weights.slices.layout import Record, aligned, slice_records
-from tpimpi.weights.slices.partition import Partition, make_partition
-
-SUSTAINED = 0.4  # seconds of nothing but computing
-LAP = 0.15  # seconds of layers of one size, at least one layer in each turn
-_ROUNDS = 3
-MOST_LAYER = 24 << 20  # bytes of the layer on a rank; a larger one is reckoned from this
-MOST_WEIGHTS = 384 << 20  # bytes of made-up weights, of both sizes and the head
-LEAST_WEIGHTS = 8 << 20
-_SMALLER = 4  # so many times smaller is the second size
-_COPIES = 256  # of a layer, at most
-_BYTE = 0x2C  # of which all weights are made: small normal numbers in every format
-_STALL = 4.0  # times as long as usual: the rank was stopped
+from tpimpi.system.memory import places, resident_bytes
 
 
 @dataclass(frozen=True)
-class Task:
-    """What rank 0 wants measured: of the first `ranks` ranks, with `positions` of a prompt at once, after `start` others."""
-
-    config: dict[str, Any]
-    formats: dict[str, Any]
-    ranks: int
-    positions: int
-    start: int
-    backend: str
-    threads: int | None
-    cores_shared_by: list[int]
-    allreduce: str
-    wire: str
-    kv: str
-    memory: list[int] | None  # of each rank, as --memory says
-
-
-@dataclass(frozen=True)
-class Lap:
-    """Some steps through one layer, in lockstep with the others: bytes of its tiles here, and seconds of a step."""
-
-    positions: int
-    nbytes: int
-    wall: float
-    compute: float
-    cpu: float
-
-
-@dataclass(frozen=True)
-class Finding:
+class RankMeasurement:
     """What one rank found. `places` are those of memory.places; `head` of rank 0: (bytes, seconds, processor seconds)."""
 
     rank: int
@@ -97,284 +25,53 @@ class Finding:
     threads: int
     backend: str
     processors: float
-    laps: list[Lap]
+    timings: list[LayerTiming]
     head: tuple[int, float, float] | None
     base: int
     places: list[tuple[str, int, int]]
 
     @classmethod
-    def from_note(cls, note: Mapping[str, Any]) -> Finding:
+    def from_note(cls, note: Mapping[str, Any]) -> RankMeasurement:
         values = {name: note[name] for name in cls.__dataclass_fields__}
-        return cls(**{**values, "laps": [Lap(**lap) for lap in note["laps"]]})
+        return cls(**{**values, "timings": [LayerTiming(**timing) for timing in note["timings"]]})
 
 
 # A layer of weights that are made up
 
 
-class _Carousel:
-    """Stands in for a Window: the tiles of a layer, at another place in memory each time, and those of the head.
-
-    Each tile has memory of its own, as pinned tiles have: how much of it is in large pages decides how fast it is read.
-    """
-
-    wait_seconds = 0.0
-
-    def __init__(self, records: Sequence[Record], room: int) -> None:
-        """Takes `room` bytes for the layer, and for the head, or what one takes, if that is more. Raises MemoryError."""
-        self._counts = Counter(record.block for record in records)
-        self._pages: list[Pages] = []
-        self._turns: dict[Block, Iterator[list[Tile]]] = {}
-        layer = [record for record in records if record.block.kind != "head"]
-        self.layer_bytes = sum(record.nbytes for record in layer)
-        head = [record for record in records if record.block.kind == "head"]
-        for group in (layer, head):
-            times = max(1, min(_COPIES, room // max(1, sum(record.nbytes for record in group))))
-            turns: dict[Block, list[list[Tile]]] = {record.block: [[] for _ in range(times)] for record in group}
-            for turn in range(times):
-                for record in group:
-                    turns[record.block][turn].append(self._tile(record))
-            self._turns |= {block: cycle(tiles) for block, tiles in turns.items()}
-
-    def _tile(self, record: Record) -> Tile:
-        pages = Pages(record.nbytes)
-        pages.array[:] = _BYTE
-        self._pages.append(pages)
-        parts: dict[str, Array] = {}
-        matrices: dict[str, Matrix] = {}
-        place = 0
-        for part in record.parts:
-            data = pages.array[place : place + part.nbytes]
-            place += aligned(part.nbytes)
-            if part.is_matrix:
-                rows, columns = part.shape
-                matrices[part.name] = Matrix(part.format, rows, columns, data)
-            else:
-                parts[part.name] = data.view(part.dtype).reshape(part.shape)
-        return Tile(record, parts, matrices)
-
-    def release(self) -> None:
-        for pages in self._pages:
-            pages.release()
-
-    def tiles(self, block: Block) -> Iterator[Tile]:
-        return iter(next(self._turns[block])) if block in self._turns else iter(())
-
-    def hold(self, block: Block) -> list[Tile]:
-        return next(self._turns[block])
-
-    def count(self, block: Block) -> int:
-        return self._counts[block]
-
-    def would_wait(self, block: Block) -> bool:
-        return False
-
-    def skip(self, block: Block) -> None:
-        pass
-
-
-class Rehearsal:
-    """One rank's layers, ready to be run with the others. Raises InputError where its backend cannot be had, MemoryError."""
-
-    used = 0.0  # processor seconds a second during the laps
-
-    def __init__(self, rank: Rank, task: Task) -> None:
-        self.task, self.rank = task, rank
-        config = ModelConfig.from_dict(task.config)
-        formats = ModelFormats.from_dict(task.formats, config.layers)
-        usual = Counter(formats.layers).most_common(1)[0][0]
-        self.threads = task.threads or usual_threads(
-            len(os.sched_getaffinity(0)), task.cores_shared_by[self.rank.index]
-        )
-        self.backend: Backend = load_backend(task.backend, self.threads)
-        most = _most_weights(task.memory[self.rank.index] if task.memory else None)
-        vocab = _rows_within(config, formats.head, min(MOST_LAYER, most // 4))
-        self._config = replace(config, layers=1, vocab=vocab, attention_windows=(config.attention_windows[0],))
-        self._formats = replace(formats, layers=(usual,))
-        part = 1 / task.ranks
-        whole = self._records(part)[1]
-        largest = sum(record.nbytes for record in whole if record.block.kind != "head")
-        part *= min(1.0, MOST_LAYER / max(1, largest))
-        self._parts = [part, part / _SMALLER]
-        # In a run a rank goes through all of its share for each token: the caches keep what is smaller than they are.
-        room = min(config.layers * largest, CACHE_TIMES * last_level_cache(self.threads), most // 3)
-        self._carousels: list[_Carousel] = []
-        self._models = [self._model(part, room) for part in self._parts]
-
-    def _records(self, part: float) -> tuple[Partition, list[Record]]:
-        """The shares, all alike, of so large a part of the model; and a layer's tiles."""
-        config, ranks = self._config, self.task.ranks
-        share = make_partition(config, [part, 1 - part]).shares[0]
-        plan = Partition((1.0,) * ranks, (share,) * ranks)
-        records = slice_records(config, share, self.rank.index, self._formats, {})
-        return plan, [record for record in records if record.block.kind in ("attn", "mlp", "head")]
-
-    def _model(self, part: float, room: int) -> tuple[Model, int]:
-        """A model of one layer, and the bytes of its tiles."""
-        plan, records = self._records(part)
-        if self._carousels:  # the head is measured once
-            records = [record for record in records if record.block.kind != "head"]
-        carousel = _Carousel(records, room)
-        self._carousels.append(carousel)
-        header = Header(self.rank.index, self._formats, "", "", self._config, plan, tuple(records))
-        config, hidden = self._config, self._config.hidden
-        ones = {name: np.ones((1, hidden), np.float32) for name in ("attn_norm", "mlp_norm")}
-        ones |= {name: np.ones((1, config.head_dim), np.float32) for name in ("q_norm", "k_norm") if config.qk_norm}
-        resident = {**ones, "norm": np.ones(hidden, np.float32)}
-        model = Model(header, resident, cast(Window, carousel), Star(None), self.backend, self.task.kv)
-        model.begin(self.task.start + self.task.positions + 1)
-        return model, carousel.layer_bytes
-
-    def close(self) -> None:
-        self._models.clear()
-        for carousel in self._carousels:
-            carousel.release()
-
-    # Measuring
-
-    def processors(self) -> float:
-        """Processor seconds a second, of nothing but computing; of whole periods, where the rank is stopped now and then."""
-        model, _ = self._models[0]
-        x = self._vectors(1)
-        model.forward(x, self.task.start)
-        marks = [(time.perf_counter(), time.process_time())]
-        while marks[-1][0] < marks[0][0] + SUSTAINED or len(marks) < 4:
-            model.forward(x, self.task.start)
-            marks.append((time.perf_counter(), time.process_time()))
-        return sustained(marks)
-
-    def laps(self, star: Star) -> list[Lap]:
-        """With each size, of one position and of the chunk, over the star `star` of those that take part; in turns, so that
-        whatever else the machines do befalls all of them alike."""
-        kinds = [
-            _Steps(model, self._vectors(positions), self.task.start if positions == 1 else self.task.start // 2, nbytes)
-            for positions in dict.fromkeys((1, self.task.positions))
-            for model, nbytes in self._models
-        ]
-        for kind in kinds:
-            kind.model.star = star
-            kind.warm_up()
-            took = kind.warm_up()
-            if star.rank.is_hub:
-                kind.count = max(1, math.ceil(LAP / _ROUNDS / max(took, 1e-6)))
-                star.broadcast_note(encode_note(count=kind.count))
-            else:
-                kind.count = receive_note(star)["count"]
-        began, cpu = time.perf_counter(), time.process_time()
-        for _ in range(_ROUNDS):
-            for kind in kinds:
-                kind.run()
-        self.used = (time.process_time() - cpu) / (time.perf_counter() - began)
-        return [kind.lap() for kind in kinds]
-
-    def head(self) -> tuple[int, float, float]:
-        """Rank 0's head, for one position: (bytes of its tiles, seconds, processor seconds)."""
-        model, _ = self._models[0]
-        x = self._vectors(1)
-        nbytes = sum(record.nbytes for record in self._records(self._parts[0])[1] if record.block.kind == "head")
-        model.logits(x)
-        count, began, cpu = 0, time.perf_counter(), time.process_time()
-        while count < 3 or time.perf_counter() < began + LAP / 2:
-            model.logits(x)
-            count += 1
-        return nbytes, (time.perf_counter() - began) / count, (time.process_time() - cpu) / count
-
-    def _vectors(self, positions: int) -> F32:
-        shape = (positions, self._config.hidden)
-        return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-
-
-class _Steps:
-    """Steps through one layer, timed."""
-
-    count = 1  # of a turn
-
-    def __init__(self, model: Model, x: F32, start: int, nbytes: int) -> None:
-        self.model, self._x, self._start, self._bytes = model, x, start, nbytes
-        self._walls: list[float] = []
-        self._computes: list[float] = []
-        self._cpu = 0.0
-
-    def warm_up(self) -> float:
-        """A step that does not count; returns the seconds it took."""
-        began = time.perf_counter()
-        self.model.forward(self._x, self._start)
-        return time.perf_counter() - began
-
-    def run(self) -> None:
-        """A turn. The first step brings all ranks together, and does not count."""
-        self.warm_up()
-        cpu = time.process_time()
-        for _ in range(self.count):
-            began, before = time.perf_counter(), self.model.compute_seconds
-            self.model.forward(self._x, self._start)
-            self._walls.append(time.perf_counter() - began)
-            self._computes.append(self.model.compute_seconds - before)
-        self._cpu += time.process_time() - cpu
-
-    def lap(self) -> Lap:
-        """Medians, which leave out the times when the rank was stopped, or another program ran; but all processor time."""
-        cpu = self._cpu / len(self._walls)
-        return Lap(len(self._x), self._bytes, median(self._walls), median(self._computes), cpu)
-
-
-def _most_weights(promise: int | None) -> int:
-    """Bytes of made-up weights that this rank has room for."""
-    free = headroom(places()) if promise is None else promise - resident_bytes()
-    return min(MOST_WEIGHTS, max(LEAST_WEIGHTS, free // 3))
-
-
-def _rows_within(config: ModelConfig, fmt: str, nbytes: int) -> int:
-    """Rows of the head, all or as many as fit into so many bytes."""
-    whole = packed_bytes(fmt, config.vocab, config.hidden)
-    return max(64, min(config.vocab, config.vocab * nbytes // whole))
-
-
-def sustained(marks: Sequence[tuple[float, float]]) -> float:
-    """Processor seconds a second, from (wall clock, processor clock) after each of many equal pieces of work.
-
-    Where some took much longer than usual, since the rank was stopped, it is measured from the end of the first such piece
-    to that of the last, which are whole periods of being stopped: what was saved up before does not count then.
-    """
-    lengths = [after[0] - before[0] for before, after in pairwise(marks)]
-    usual = median(lengths)
-    stalls = [number for number, length in enumerate(lengths, start=1) if length > max(_STALL * usual, 1e-3)]
-    first, last = (stalls[0], stalls[-1]) if len(stalls) > 2 else (0, len(marks) - 1)
-    return (marks[last][1] - marks[first][1]) / max(marks[last][0] - marks[first][0], 1e-9)
-
-
 # All ranks together
 
 
-def measure(star: Star, task: Task) -> list[Finding]:
+def measure(star: Star, task: MeasureTask) -> list[RankMeasurement]:
     """Rank 0: have the first `task.ranks` ranks measured together; what each found, in rank order.
 
     Raises InputError and the like where a rank cannot take part.
     """
     star.broadcast_note(encode_note(task="measure", **asdict(task)))
-    rehearsal, _ = on_every_rank(star, lambda: Rehearsal(star.rank, task))
+    benchmark, _ = on_every_rank(star, lambda: LayerBenchmark(star.rank, task))
     star.broadcast_note(encode_note(go=True))
-    notes = star.gather_notes(encode_note(**asdict(_rehearsed(star, rehearsal))))
-    return [Finding.from_note(json.loads(note)) for note in notes[: task.ranks]]
+    notes = star.gather_notes(encode_note(**asdict(_run_benchmark(star, benchmark))))
+    return [RankMeasurement.from_note(json.loads(note)) for note in notes[: task.ranks]]
 
 
 def take_part_in_measuring(star: Star, note: Mapping[str, Any]) -> None:
     """Another rank's side of `measure`."""
-    task = Task(**{name: note[name] for name in Task.__dataclass_fields__})
+    task = MeasureTask(**{name: note[name] for name in MeasureTask.__dataclass_fields__})
     if star.rank.index >= task.ranks:  # idle, as in a run without it
         star.gather_notes(encode_note())
         receive_note(star)
         star.first(task.ranks)
         star.gather_notes(encode_note())
         return
-    rehearsal = report_errors(star, lambda: Rehearsal(star.rank, task))
+    benchmark = report_errors(star, lambda: LayerBenchmark(star.rank, task))
     star.gather_notes(encode_note())
     receive_note(star)
-    star.gather_notes(encode_note(**asdict(_rehearsed(star, rehearsal))))
+    star.gather_notes(encode_note(**asdict(_run_benchmark(star, benchmark))))
 
 
-def _rehearsed(star: Star, rehearsal: Rehearsal) -> Finding:
+def _run_benchmark(star: Star, benchmark: LayerBenchmark) -> RankMeasurement:
     """Every rank that takes part, at the same time: measure, and give the memory back."""
-    task = rehearsal.task
+    task = benchmark.task
     few = star.first(task.ranks)
     assert few is not None
     few.wire = wire_of(task.wire)
@@ -392,17 +89,17 @@ def _rehearsed(star: Star, rehearsal: Rehearsal) -> Finding:
     else:
         rule = receive_note(few)["rule"]
     few.algorithm = rule
-    with contextlib.closing(rehearsal):
-        processors, laps = rehearsal.processors(), rehearsal.laps(few)
-        head = rehearsal.head() if few.rank.is_hub else None
+    with contextlib.closing(benchmark):
+        processors, timings = benchmark.processors(), benchmark.timings(few)
+        head = benchmark.head() if few.rank.is_hub else None
     few.free_buffers()  # what a run holds for its messages is counted with the work
-    return Finding(
+    return RankMeasurement(
         rank=star.rank.index,
         host=star.rank.host,
-        threads=rehearsal.threads,
-        backend=rehearsal.backend.name,
-        processors=max(processors, rehearsal.used),  # it may have met a bad moment
-        laps=laps,
+        threads=benchmark.threads,
+        backend=benchmark.backend.name,
+        processors=max(processors, benchmark.used),  # it may have met a bad moment
+        timings=timings,
         head=head,
         base=resident_bytes(),
         places=[astuple(place) for place in places()],

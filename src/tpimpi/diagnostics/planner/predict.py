@@ -1,8 +1,9 @@
 """How long a token takes, before anything is sliced: pure arithmetic on what was measured, a model and its shares.
 
-A layer of a rank takes `fixed + per_byte * bytes` seconds, of the bytes of its tiles there (a `Line`); half of the fixed
-part belongs to attention and half to the MLP. The ranks wait for each other at each of the 2 * layers allreduces, and for
-rank 0's head, which is its own; what rank 0 says next reaches the others half an allreduce later. So of the time of a token
+A layer of a rank takes `fixed + per_byte * bytes` seconds, of the bytes of its tiles there (a `LinearCost`); half of
+the fixed part belongs to attention and half to the MLP. The ranks wait for each other at each of the 2 * layers
+allreduces, and for rank 0's head, which is its own; what rank 0 says next reaches the others half an allreduce later. So
+of the time of a token
 
     path        sum over blocks of (the slowest rank's block + an allreduce) + head + allreduce / 2
     processor   of each rank: processor seconds of a token / processors that it gets in the long run
@@ -39,7 +40,7 @@ from tpimpi.weights.slices.partition import Partition, Share, make_partition
 
 
 @dataclass(frozen=True)
-class Line:
+class LinearCost:
     """Seconds for so many bytes: fixed + per_byte * bytes."""
 
     fixed: float
@@ -48,15 +49,15 @@ class Line:
     def at(self, nbytes: float) -> float:
         return self.fixed + self.per_byte * nbytes
 
-    def between(self, other: Line, part: float) -> Line:
+    def between(self, other: LinearCost, part: float) -> LinearCost:
         """So far from this line (0) to the other (1)."""
-        return Line(
+        return LinearCost(
             self.fixed + (other.fixed - self.fixed) * part,
             self.per_byte + (other.per_byte - self.per_byte) * part,
         )
 
     @classmethod
-    def through(cls, first: tuple[float, float], second: tuple[float, float]) -> Line:
+    def through(cls, first: tuple[float, float], second: tuple[float, float]) -> LinearCost:
         """Through two points (bytes, seconds), as far as neither the fixed part nor the slope is negative."""
         (x1, y1), (x2, y2) = sorted((first, second))
         if x2 <= x1 or y2 <= y1:
@@ -68,14 +69,14 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Pace:
+class LayerCost:
     """What a layer takes on a rank, with so many positions at once: seconds, and processor seconds, waiting included."""
 
-    wall: Line
-    cpu: Line
+    wall: LinearCost
+    cpu: LinearCost
 
-    def between(self, other: Pace, part: float) -> Pace:
-        return Pace(self.wall.between(other.wall, part), self.cpu.between(other.cpu, part))
+    def between(self, other: LayerCost, part: float) -> LayerCost:
+        return LayerCost(self.wall.between(other.wall, part), self.cpu.between(other.cpu, part))
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ class RankSpeed:
     """What one rank can do while the others are at work too. `processors` are those that it gets in the long run."""
 
     host: str
-    token: Pace  # one position
-    chunk: Pace  # `Measured.positions` at once
+    token: LayerCost  # one position
+    chunk: LayerCost  # `Measured.positions` at once
     processors: float
     base: int  # bytes that it has resident without a model
     places: tuple[Place, ...]  # memory that it shares
@@ -102,8 +103,8 @@ class Measured:
     positions: int  # of a chunk
     allreduce_s: float  # of one position, from the slowest rank's partial to its sum
     allreduce_chunk_s: float
-    head: Line  # rank 0's, of one position
-    head_cpu: Line
+    head: LinearCost  # rank 0's, of one position
+    head_cpu: LinearCost
 
 
 # What a plan asks of a rank
@@ -238,7 +239,7 @@ class Predictor:
             total += step
         return total
 
-    def _pace(self, rank: int, positions: int) -> Pace:
+    def _layer_cost(self, rank: int, positions: int) -> LayerCost:
         speed = self.measured.ranks[rank]
         return speed.token.between(speed.chunk, self._part(positions))
 
@@ -253,12 +254,12 @@ class Predictor:
 
     def blocks(self, loads: Sequence[Load], positions: int) -> tuple[float, float]:
         """What all layers take on the path: (the slowest ranks' blocks, star)."""
-        paces = [self._pace(rank, positions).wall for rank in range(len(loads))]
+        costs = [self._layer_cost(rank, positions).wall for rank in range(len(loads))]
         compute = 0.0
         for kinds in zip(*(load.layers for load in loads), strict=True):
             for block in (1, 2):
                 slowest = max(
-                    pace.fixed / 2 + pace.per_byte * kind[block] for pace, kind in zip(paces, kinds, strict=True)
+                    cost.fixed / 2 + cost.per_byte * kind[block] for cost, kind in zip(costs, kinds, strict=True)
                 )
                 compute += kinds[0][0] * slowest
         if len(loads) == 1:
@@ -275,7 +276,7 @@ class Predictor:
 
     def _processor(self, rank: int, load: Load, positions: int, streamed: int, *, head: bool = True) -> float:
         """Processor time of a step on a rank, over the processors that it gets."""
-        speed, cpu = self.measured.ranks[rank], self._pace(rank, positions).cpu
+        speed, cpu = self.measured.ranks[rank], self._layer_cost(rank, positions).cpu
         total = sum(count * cpu.at(attn + mlp) for count, attn, mlp in load.layers)
         if rank == 0 and head:
             total += self.measured.head_cpu.at(load.head)
