@@ -8,7 +8,8 @@ import torch
 
 from tpimpi.compute.backends import load_backend
 from tpimpi.compute.backends.reference import rounded_activations
-from tpimpi.compute.formats.packed import WEIGHT_FORMATS, decode, encode, is_quantized, pack, row_bytes
+from tpimpi.compute.formats import WEIGHT_FORMATS, is_quantized
+from tpimpi.compute.formats.packed import decode, encode, pack, row_bytes
 
 TWIN, TORCH = load_backend("numpy", 1), load_backend("torch", 1)
 

@@ -12,14 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.drawn import examples
+from tpimpi.compute.formats import WEIGHT_FORMATS, is_quantized
 from tpimpi.compute.formats.bf16 import from_bf16, to_bf16
 from tpimpi.compute.formats.packed import (
-    WEIGHT_FORMATS,
     Matrix,
     decode,
     encode,
     holds_infinities,
-    is_quantized,
     pack,
     packed_bytes,
     panel_bytes,

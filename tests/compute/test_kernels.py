@@ -17,7 +17,8 @@ import pytest
 
 from tests.support.launch import ROOT
 from tpimpi.compute.backends.reference import NumpyTwin, rounded_activations
-from tpimpi.compute.formats.packed import WEIGHT_FORMATS, Matrix, encode, pack, row_bytes, values
+from tpimpi.compute.formats import WEIGHT_FORMATS
+from tpimpi.compute.formats.packed import Matrix, encode, pack, row_bytes, values
 from tpimpi.compute.formats.quantize import quantize
 
 TWIN = NumpyTwin(1)

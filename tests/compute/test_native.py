@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tests.support.drawn import examples
 from tpimpi.compute.backends import load_backend
 from tpimpi.compute.backends.native import NativeBackend
-from tpimpi.compute.formats.packed import LARGEST, WEIGHT_FORMATS, Matrix, encode, pack, packed_bytes, values
+from tpimpi.compute.formats import FORMATS, WEIGHT_FORMATS
+from tpimpi.compute.formats.packed import Matrix, encode, pack, packed_bytes, values
 from tpimpi.compute.formats.quantize import quantize
 from tpimpi.errors import InputError
 
@@ -70,7 +71,7 @@ def test_linear_with_hostile_values(level: str, fmt: str) -> None:
     weights = np.zeros((48, 96), np.float32)
     weights[1, :32] = 3
     weights[2] = np.linspace(-65504, 65504, 96)
-    weights[3, 5] = 0.9 * LARGEST.get(fmt, 1e7)  # nearly the largest scale
+    weights[3, 5] = 0.9 * min(FORMATS[fmt].largest, 1e7)  # nearly the largest scale
     weights[4, 64:] = -1e-7  # f16 scales below its normal numbers
     x = np.random.default_rng(0).standard_normal((7, 96)).astype(np.float32)
     x[1] = 0

@@ -10,12 +10,15 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from tests.support.drawn import examples
+from tpimpi.compute.formats import q4_0, q8_0
 from tpimpi.compute.formats.packed import decode
-from tpimpi.compute.formats.quantize import CANDIDATE_PAIRS, CANDIDATES, quantize
+from tpimpi.compute.formats.q4_1 import CANDIDATE_PAIRS
+from tpimpi.compute.formats.quantize import quantize
 
 F = np.float32
 FORMATS = ("q8_0", "q4_0", "q4_1")
 KINDS = {fmt: gguf.GGMLQuantizationType[fmt.upper()] for fmt in FORMATS}
+CANDIDATES = {"q8_0": q8_0.CANDIDATES, "q4_0": q4_0.CANDIDATES}
 RANGES = {"q8_0": (-127, 127), "q4_0": (-8, 7), "q4_1": (0, 15)}
 
 

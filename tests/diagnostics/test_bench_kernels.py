@@ -11,7 +11,8 @@ import pytest
 
 from tests.support.launch import Result
 from tpimpi.compute.backends import NAMES
-from tpimpi.compute.formats.packed import WEIGHT_FORMATS, packed_bytes
+from tpimpi.compute.formats import WEIGHT_FORMATS
+from tpimpi.compute.formats.packed import packed_bytes
 from tpimpi.diagnostics.bench.kernels import TORCH, Limits, Timing, make_rows
 from tpimpi.system.cpu import last_level_cache
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from tests.support.configs import config
 from tests.support.drawn import examples
-from tpimpi.compute.formats.packed import WEIGHT_FORMATS, packed_bytes, weight_bytes
+from tpimpi.compute.formats import WEIGHT_FORMATS
+from tpimpi.compute.formats.packed import packed_bytes, weight_bytes
 from tpimpi.errors import InputError
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import LayerFormats, ModelFormats

@@ -16,8 +16,8 @@ from gguf.quants import dequantize
 
 from tests.support.launch import Launcher, Result
 from tests.support.slices import joined
+from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.compute.formats.bf16 import to_bf16
-from tpimpi.compute.formats.packed import WEIGHT_FORMATS
 from tpimpi.errors import InputError, ModelError, StorageError
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.layers.rope import rope_frequencies

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from tpimpi import __version__
 from tpimpi.compute.backends import NAMES
-from tpimpi.compute.formats.packed import WEIGHT_FORMATS
+from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.diagnostics.trace_file import BEGINNING
 from tpimpi.engine.window import SMALLEST_WINDOW
 from tpimpi.errors import InputError

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from tpimpi.cli import options, tool_options
-from tpimpi.compute.formats.packed import WEIGHT_FORMATS
+from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.errors import InputError
 from tpimpi.models.shapes import Shape, load_shape
 from tpimpi.models.weight_formats import ModelFormats

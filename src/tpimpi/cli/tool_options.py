@@ -18,7 +18,7 @@ from tpimpi.cli.options import (
     window_blocks,
 )
 from tpimpi.compute.backends import NAMES
-from tpimpi.compute.formats.packed import WEIGHT_FORMATS
+from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.diagnostics.options import AllreduceBenchOptions, DoctorOptions, MeasureOptions, PlanOptions, Workload
 from tpimpi.engine.engine import CONTEXT
 from tpimpi.errors import InputError

@@ -9,10 +9,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from tpimpi.compute.formats.packed import WEIGHT_FORMATS
-
-# Formats in which the head and the embedding table would lose more than their size is worth: they are q8_0 beside them.
-_COARSE = ("q4_0", "q4_1")
+from tpimpi.compute.formats import FORMATS, WEIGHT_FORMATS
 
 
 class LayerFormats(NamedTuple):
@@ -37,8 +34,8 @@ class ModelFormats:
 
     @classmethod
     def of(cls, fmt: str, layers: int) -> ModelFormats:
-        """What `--format` asks for: every matrix in `fmt`; but beside q4_0 and q4_1 the head and the embedding in q8_0."""
-        outer = "q8_0" if fmt in _COARSE else fmt
+        """What `--format` asks for: every matrix in `fmt`, but the head and the embedding in its `head_format`."""
+        outer = FORMATS[fmt].head_format or fmt
         return cls((LayerFormats(*[fmt] * len(LayerFormats._fields)),) * layers, outer, outer)
 
     def describe(self) -> str:

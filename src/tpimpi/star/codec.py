@@ -8,8 +8,9 @@ import numpy as np
 
 from tpimpi.compute.arrays import F32, Bytes
 from tpimpi.compute.backends import load_quantizer
+from tpimpi.compute.formats.base import Quantizer
 from tpimpi.compute.formats.packed import decode, encode
-from tpimpi.compute.formats.quantize import Quantizer, quantize
+from tpimpi.compute.formats.quantize import quantize
 from tpimpi.errors import StarError
 
 WIRES = ("f32", "bf16", "q8_0")

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tpimpi.compute.arrays import F32, Bytes
-from tpimpi.compute.formats.packed import BLOCK_WEIGHTS, row_bytes
+from tpimpi.compute.formats.blocks_of_32 import BLOCK_WEIGHTS
+from tpimpi.compute.formats.packed import row_bytes
 from tpimpi.star.channel import Channel, Pending
 from tpimpi.star.codec import Wire
 

@@ -14,17 +14,9 @@ from typing import Protocol
 import numpy as np
 
 from tpimpi.compute.arrays import F32, Array, Bytes
-from tpimpi.compute.formats.packed import (
-    BLOCK_WEIGHTS,
-    PANEL_ROWS,
-    encode,
-    holds_infinities,
-    is_quantized,
-    pack,
-    row_bytes,
-    weight_bytes,
-)
-from tpimpi.compute.formats.quantize import Quantizer
+from tpimpi.compute.formats import FORMATS, is_quantized
+from tpimpi.compute.formats.base import PANEL_ROWS, Quantizer
+from tpimpi.compute.formats.packed import encode, holds_infinities, pack, row_bytes, weight_bytes
 from tpimpi.errors import ModelError
 from tpimpi.models.blocks import Block
 from tpimpi.models.tensors import EMBEDDING, NORM, head_name, part_name
@@ -56,8 +48,9 @@ class TileWriter(Protocol):
 
 def on_blocks(columns: Span, source: Source, tensor: str) -> bool:
     """Whether these columns of a tensor are whole blocks."""
-    whole = source.tensors()[tensor].shape[1]
-    return columns.start % BLOCK_WEIGHTS == 0 and (columns.stop % BLOCK_WEIGHTS == 0 or columns.stop == whole)
+    info = source.tensors()[tensor]
+    block = FORMATS[info.format].block_weights
+    return columns.start % block == 0 and (columns.stop % block == 0 or columns.stop == info.shape[1])
 
 
 def _is_taken_over(source: Source, tensor: str, fmt: str, columns: Span) -> bool:

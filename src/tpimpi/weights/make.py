@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from tpimpi.compute.formats.packed import BLOCK_WEIGHTS, WEIGHT_FORMATS, is_quantized
-from tpimpi.compute.formats.quantize import Quantizer, quantize
+from tpimpi.compute.formats import WEIGHT_FORMATS, is_quantized, nearest_format
+from tpimpi.compute.formats.base import Quantizer
+from tpimpi.compute.formats.blocks_of_32 import BLOCK_WEIGHTS
+from tpimpi.compute.formats.quantize import quantize
 from tpimpi.errors import InputError, ModelError, StorageError
 from tpimpi.models.tensors import EMBEDDING, head_name, part_name
 from tpimpi.models.weight_formats import LayerFormats, ModelFormats
@@ -26,10 +28,6 @@ from tpimpi.weights.slices.writer import storage_error
 from tpimpi.weights.sources import FLOAT_FORMATS, Source
 
 Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
-
-_KEPT = {"f32": "f32", "bf16": "bf16", "f16": "bf16", "q8_0": "q8_0", "q4_0": "q4_0", "q4_1": "q4_1"}
-# Uniform steps of at most 4 bits, which q4_1 has too; every other type of a GGUF file becomes q8_0.
-_FINE_IN_Q4_1 = ("q4_k", "q3_k", "q2_k", "tq1_0", "tq2_0")
 
 
 def choose_formats(source: Source, wanted: str) -> ModelFormats:
@@ -58,8 +56,7 @@ def wanted_formats(wanted: str, layers: int) -> ModelFormats:
 
 
 def _own(source: Source, tensor: str) -> str:
-    stored = source.tensors()[tensor].format
-    return _KEPT.get(stored) or ("q4_1" if stored in _FINE_IN_Q4_1 else "q8_0")
+    return nearest_format(source.tensors()[tensor].format)
 
 
 def requantized(source: Source, partition: Partition, formats: ModelFormats) -> str:

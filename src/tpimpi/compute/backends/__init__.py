@@ -11,8 +11,9 @@ import importlib.util
 from typing import Protocol
 
 from tpimpi.compute.arrays import F32, Array
+from tpimpi.compute.formats.base import Quantizer
 from tpimpi.compute.formats.packed import Matrix
-from tpimpi.compute.formats.quantize import Quantizer, quantize
+from tpimpi.compute.formats.quantize import quantize
 from tpimpi.errors import InputError
 
 NAMES = ("auto", "native", "torch", "numpy")  # what --backend takes

@@ -6,10 +6,9 @@ import numpy as np
 
 from tpimpi._native import Session, levels
 from tpimpi.compute.arrays import F32, Array, Bytes
-from tpimpi.compute.formats.packed import WEIGHT_FORMATS, Matrix, row_bytes
+from tpimpi.compute.formats import FORMATS
+from tpimpi.compute.formats.packed import Matrix, row_bytes
 from tpimpi.errors import InputError
-
-_FORMAT_CODES = {name: code for code, name in enumerate(WEIGHT_FORMATS)}  # enum Format in kernels.h
 
 
 class NativeBackend:
@@ -32,7 +31,7 @@ class NativeBackend:
 
     def linear(self, x: F32, weight: Matrix, bias: F32 | None = None) -> F32:
         y = np.empty((len(x), weight.rows), np.float32)
-        self._session.linear(_FORMAT_CODES[weight.format], weight.rows, weight.columns, weight.data, x, bias, y)
+        self._session.linear(FORMATS[weight.format].kernel_code, weight.rows, weight.columns, weight.data, x, bias, y)
         return y
 
     def rms_norm(self, x: F32, weight: F32, eps: float) -> F32:
@@ -62,13 +61,13 @@ class NativeBackend:
 
     def multiply_peak(self, fmt: str, seconds: float) -> float:
         """Operations a second (a product and its sum are two) of one thread that multiplies in registers as for `fmt`."""
-        rate: float = self._session.multiply_peak(_FORMAT_CODES[fmt], seconds)
+        rate: float = self._session.multiply_peak(FORMATS[fmt].kernel_code, seconds)
         return rate
 
     def quantize(self, values: F32, fmt: str) -> Bytes:
         """As tpimpi.compute.formats.quantize.quantize, to the same bytes. ValueError for numbers that are not finite."""
         rows, columns = values.shape
         out = np.empty((rows, row_bytes(fmt, columns)), np.uint8)
-        if not self._session.quantize(_FORMAT_CODES[fmt], np.ascontiguousarray(values), out):
+        if not self._session.quantize(FORMATS[fmt].kernel_code, np.ascontiguousarray(values), out):
             raise ValueError("holds numbers that are not finite")
         return out

@@ -6,10 +6,12 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from tpimpi.compute.arrays import F32, Array
+from tpimpi.compute.formats import FORMATS
 from tpimpi.compute.formats.bf16 import from_bf16, to_bf16
-from tpimpi.compute.formats.packed import BLOCK_WEIGHTS, Matrix, is_quantized, runs_of_rows, values
+from tpimpi.compute.formats.packed import Matrix, runs_of_rows, values
 
 _RUN_NUMBERS = 1 << 22  # of a weight, as f32 at a time
+_ACTIVATION_BLOCK = 32  # numbers of a row of activations that share a scale
 
 
 class NumpyTwin:
@@ -63,12 +65,13 @@ def rounded_activations(x: F32, fmt: str) -> F32:
     Quantized: in blocks of 32 along a row, to scale * q with scale = max |x| / 127 and q = x * (127 / max |x|) as the
     nearest integer, ties to even; zeros where max |x| < 1e-30. A block that holds an infinity or a NaN becomes NaN.
     """
-    if fmt == "bf16":
+    rounding = FORMATS[fmt].multiplied_as
+    if rounding == "bf16":
         return from_bf16(to_bf16(x))
-    if not is_quantized(fmt):
+    if rounding == "f32":
         return x
     n, columns = x.shape
-    blocks = np.pad(x, ((0, 0), (0, -columns % BLOCK_WEIGHTS))).reshape(n, -1, BLOCK_WEIGHTS)
+    blocks = np.pad(x, ((0, 0), (0, -columns % _ACTIVATION_BLOCK))).reshape(n, -1, _ACTIVATION_BLOCK)
     largest = np.abs(blocks).max(axis=2, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         q = np.rint(blocks * (np.float32(127) / largest))

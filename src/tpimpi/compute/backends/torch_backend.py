@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (the name that torch's own documentation uses)
 
 from tpimpi.compute.arrays import F32, Array
-from tpimpi.compute.formats.packed import PANEL_ROWS, Matrix, runs_of_rows, values
+from tpimpi.compute.formats.base import PANEL_ROWS
+from tpimpi.compute.formats.packed import Matrix, runs_of_rows, values
 
 _RUN_NUMBERS = 1 << 19  # of a weight, widened to f32 at a time: stays in the cache
 

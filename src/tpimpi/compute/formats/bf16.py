@@ -1,13 +1,15 @@
-"""bf16: the upper 16 bits of IEEE 754 binary32, held as uint16."""
+"""bf16: the upper 16 bits of IEEE 754 binary32.
+
+Packed: line j of a panel is columns 2j and 2j + 1; an odd last column is followed by zero.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
-from tpimpi.compute.arrays import F32, Array
-
-SLAB_BYTES = 1 << 20  # converted at a time: stays in the cache, and bounds what is needed beside the result
+from tpimpi.compute.arrays import F32, Array, Bytes
+from tpimpi.compute.formats.base import PANEL_ROWS, SLAB_BYTES, Quantizer, WeightFormat, pack_words, unpack_words
 
 
 def to_bf16(values: F32) -> npt.NDArray[np.uint16]:
@@ -32,3 +34,30 @@ def _round_to_bf16(values: F32) -> npt.NDArray[np.uint16]:
 def from_bf16(bits: Array) -> F32:
     """The numbers of bf16 bits (uint16). Same shape; exact."""
     return np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
+
+
+class _BF16(WeightFormat):
+    def panel_shape(self, columns: int) -> tuple[int, ...]:
+        return (-(-columns // 2), PANEL_ROWS, 2)
+
+    def pack_panels(self, rows: Bytes, present: int, out: Bytes) -> None:
+        pack_words(rows, out)
+
+    def unpack_panels(self, panels: Bytes, columns: int) -> Bytes:
+        return unpack_words(panels, self.row_bytes(columns))
+
+    def encode(self, values: F32, quantizer: Quantizer) -> Bytes:
+        return to_bf16(values).view(np.uint8)
+
+    def decode(self, stored: Bytes, columns: int) -> F32:
+        return from_bf16(stored.view("<u2"))
+
+
+BF16 = _BF16(
+    name="bf16",
+    kernel_code=1,
+    block_bytes=2,
+    dtype=np.dtype("<u2"),
+    multiplied_as="bf16",
+    stands_in_for=("f16",),
+)

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from tpimpi.compute.formats.packed import PANEL_ROWS, is_quantized, packed_bytes, panel_bytes, row_bytes
+from tpimpi.compute.formats import FORMATS
+from tpimpi.compute.formats.base import PANEL_ROWS, UINT8
+from tpimpi.compute.formats.packed import packed_bytes
 from tpimpi.models.blocks import HEAD, Block
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import ModelFormats
@@ -24,7 +26,6 @@ RESIDENT = Block("resident", -1)
 TOKENIZER = Block("tokenizer", -1)
 MATRICES = frozenset({"q", "k", "v", "o", "gate", "up", "down", "rows"})  # parts in packed form
 _BYTES = "bytes"  # the format of a part that is no numbers: a tokenizer's file
-_DTYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype("<f4"), "bf16": np.dtype("<u2")}  # all others are bytes
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Part:
     @property
     def dtype(self) -> np.dtype[Any]:
         """Of the dataset."""
-        return _DTYPES.get(self.format, np.dtype("u1"))
+        return UINT8 if self.format == _BYTES else FORMATS[self.format].dtype
 
     @property
     def dataset_shape(self) -> tuple[int, ...]:
@@ -51,12 +52,7 @@ class Part:
         if not self.is_matrix:
             return self.shape
         rows, columns = self.shape
-        panels = -(-rows // PANEL_ROWS)
-        if self.format == "f32":
-            return (panels, columns, PANEL_ROWS)
-        if self.format == "bf16":
-            return (panels, -(-columns // 2), PANEL_ROWS, 2)
-        return (panels, panel_bytes(self.format, columns))
+        return (-(-rows // PANEL_ROWS), *FORMATS[self.format].panel_shape(columns))
 
     @property
     def nbytes(self) -> int:
@@ -88,8 +84,8 @@ def aligned(nbytes: int) -> int:
 
 def embedding_dataset(config: ModelConfig, fmt: str) -> tuple[tuple[int, int], np.dtype[Any]]:
     """Shape and dtype of the embedding table's dataset, in row form: [vocab, hidden], or [vocab, bytes a row] of blocks."""
-    width = row_bytes(fmt, config.hidden) if is_quantized(fmt) else config.hidden
-    return (config.vocab, width), _DTYPES.get(fmt, np.dtype("u1"))
+    form = FORMATS[fmt]
+    return (config.vocab, form.row_bytes(config.hidden) // form.dtype.itemsize), form.dtype
 
 
 def slice_records(

@@ -23,7 +23,8 @@ import numpy as np
 
 from tpimpi import __version__
 from tpimpi.compute.arrays import F32, Bytes
-from tpimpi.compute.formats.packed import BLOCK_WEIGHTS, is_quantized, row_bytes
+from tpimpi.compute.formats import FORMATS
+from tpimpi.compute.formats.packed import row_bytes
 from tpimpi.errors import InputError, StorageError
 from tpimpi.models.architectures import ARCHITECTURES
 from tpimpi.models.config import ModelConfig
@@ -58,10 +59,11 @@ def check_gguf(config: ModelConfig, fmt: str, path: Path) -> None:
         raise InputError(f"--out is {path}, must be the name of a file that ends in .gguf")
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise InputError(f"--out {path} is there and is no regular file; give another name, or remove it")
+    block = FORMATS[fmt].block_weights
     for size in (config.hidden, config.intermediate, config.heads * config.head_dim):
-        if is_quantized(fmt) and size % BLOCK_WEIGHTS:
+        if size % block:
             raise InputError(
-                f"this shape has rows of {size} numbers, {fmt} in a GGUF file needs a multiple of {BLOCK_WEIGHTS}; "
+                f"this shape has rows of {size} numbers, {fmt} in a GGUF file needs a multiple of {block}; "
                 "give --format bf16 or f32"
             )
     has_windows = ARCHITECTURES[config.architecture].gguf_has_windows

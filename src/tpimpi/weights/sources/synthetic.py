@@ -22,8 +22,10 @@ import numpy.typing as npt
 import xxhash
 
 from tpimpi.compute.arrays import F32, Array, Bytes
+from tpimpi.compute.formats import FORMATS, is_quantized
 from tpimpi.compute.formats.bf16 import from_bf16, to_bf16
-from tpimpi.compute.formats.packed import BLOCK_WEIGHTS, decode, encode, is_quantized, row_bytes
+from tpimpi.compute.formats.blocks_of_32 import BLOCK_WEIGHTS
+from tpimpi.compute.formats.packed import decode, encode, row_bytes
 from tpimpi.models.shapes import Shape
 from tpimpi.models.tensors import ModelTensor, model_tensors
 from tpimpi.models.weight_formats import ModelFormats
@@ -31,9 +33,6 @@ from tpimpi.weights.sources import Source, TensorInfo
 
 VERSION = 1  # of the numbers that a seed gives
 SIGMA = 0.02
-SCALES = {"q8_0": 2.0**-11, "q4_0": 2.0**-7, "q4_1": 2.0**-7}
-
-_CODES = {"q8_0": (-127, 127), "q4_0": (-8, 7), "q4_1": (-8, 7)}  # of a number divided by its scale
 _PLACE_BITS = 18
 _PLACES = 1 << _PLACE_BITS  # blocks of the pool at which a row can begin
 _DRAWS = 12  # bytes that are added up for a number
@@ -97,19 +96,15 @@ class SyntheticSource(Source):
 
 def quantize_exactly(values: F32, fmt: str) -> Bytes:
     """A Quantizer for numbers of a SyntheticSource: [rows, columns], a multiple of 32, to blocks of the one scale."""
-    scale, rows, blocks = SCALES[fmt], values.shape[0], values.shape[1] // BLOCK_WEIGHTS
-    codes = np.rint(values.reshape(rows, blocks, BLOCK_WEIGHTS) / np.float32(scale))
-    codes = np.clip(codes, *_CODES[fmt]).astype(np.int8)
-    numbers = np.array([scale, -8 * scale] if fmt == "q4_1" else [scale], "<f2").view(np.uint8)
-    width = row_bytes(fmt, BLOCK_WEIGHTS)
-    out = np.empty((rows, blocks, width), np.uint8)
-    out[..., : numbers.size] = numbers
-    if fmt == "q8_0":
-        out[..., numbers.size :] = codes.view(np.uint8)
-    else:
-        nibbles = (codes + 8).view(np.uint8)
-        out[..., numbers.size :] = nibbles[..., :16] | (nibbles[..., 16:] << 4)
-    return out.reshape(rows, blocks * width)
+    form, scale = FORMATS[fmt], block_scale(fmt)
+    codes = np.rint(values.reshape(values.shape[0], -1, form.block_weights) / np.float32(scale))
+    codes = np.clip(codes, *form.code_range()).astype(np.int8)
+    return form.blocks_of_codes(codes, scale).reshape(values.shape[0], -1)
+
+
+def block_scale(fmt: str) -> float:
+    """The scale of every block of a quantized format: a power of two with which codes reach to 2^-4, about 3 * SIGMA."""
+    return 2.0**-4 / (FORMATS[fmt].code_range()[1] + 1)
 
 
 class _Pool:
