@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from tpimpi import star
+from tpimpi.cli import follow as following
 from tpimpi.cli import main as cli
-from tpimpi.engine import protocol, run
+from tpimpi.engine import protocol
 from tpimpi.star.channel import BULK, CHECKSUM_BYTES
 from tpimpi.star.pieces import TAGS_PER_TURN
 
@@ -71,7 +72,7 @@ def main() -> None:
         follow(model, own_star)
 
     cli.connect = recorded_connect
-    run.follow = recorded_follow
+    following.follow = recorded_follow
     try:
         cli.main(sys.argv[2:])
     finally:
