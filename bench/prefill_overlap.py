@@ -25,9 +25,9 @@ TIMEOUT = 300.0
 def whole() -> None:
     """Run tpimpi with chunks that are never halved."""
     from tpimpi.cli.main import main
-    from tpimpi.engine import model
+    from tpimpi.engine import overlap
 
-    model.OVERLAP_FROM = sys.maxsize
+    overlap.OVERLAP_LEAST_POSITIONS = sys.maxsize
     main(sys.argv[2:])
 
 

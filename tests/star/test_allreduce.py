@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.launch import PROGRAMS, Launcher
 from tests.support.tiny_models import write_tiny_hf
-from tpimpi.engine.model import largest_sum
+from tpimpi.engine.overlap import largest_sum
 from tpimpi.errors import StarError
 from tpimpi.star import Links, Wire, choose, describe, parse_rule
 from tpimpi.star.channel import BufferPool, Channel

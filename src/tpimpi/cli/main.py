@@ -23,7 +23,7 @@ from tpimpi.engine import ranks as ranks_of_run
 from tpimpi.engine import startup
 from tpimpi.engine.budget import per_rank
 from tpimpi.engine.engine import Engine, EngineConfig
-from tpimpi.engine.model import PREFILL_CHUNK, largest_sum
+from tpimpi.engine.overlap import PREFILL_CHUNK, largest_sum
 from tpimpi.engine.rank_memory import print_memory
 from tpimpi.engine.ranks import RankInfo
 from tpimpi.errors import InputError, LostError, ModelError, StorageError, as_ours

@@ -11,7 +11,7 @@ from tpimpi.engine.budget import RESERVE, Budget, Needs, make_budget
 from tpimpi.engine.engine import Engine
 from tpimpi.engine.figures import RankFigures, disk_lines
 from tpimpi.engine.memory_guard import MemoryGuard
-from tpimpi.engine.model import work_bytes
+from tpimpi.engine.needs import work_bytes
 from tpimpi.engine.trace import RankTrace, Recorder
 from tpimpi.engine.window import FEWEST_TILES, USUAL_TILES, ring_bytes
 from tpimpi.errors import InputError

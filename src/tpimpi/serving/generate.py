@@ -8,7 +8,8 @@ from typing import Protocol
 import numpy as np
 
 from tpimpi.compute.arrays import F32
-from tpimpi.engine.model import PREFILL_CHUNK, Model
+from tpimpi.engine.model import Model
+from tpimpi.engine.overlap import PREFILL_CHUNK
 from tpimpi.engine.protocol import begin, step
 from tpimpi.star import Star
 

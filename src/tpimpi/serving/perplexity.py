@@ -28,7 +28,7 @@ import numpy.typing as npt
 from tpimpi.compute.arrays import F32
 from tpimpi.engine.engine import Engine
 from tpimpi.engine.figures import RankFigures
-from tpimpi.engine.model import PREFILL_CHUNK
+from tpimpi.engine.overlap import PREFILL_CHUNK
 from tpimpi.engine.protocol import begin, step
 from tpimpi.errors import InputError, ModelError
 from tpimpi.serving.text.tokenizer import TokenIds, Tokenizer

@@ -19,7 +19,7 @@ from tpimpi.diagnostics.planner.measure_layers import RankMeasurement, measure
 from tpimpi.diagnostics.planner.predict import LayerCost, LinearCost, Measured, Prediction, Predictor, RankSpeed
 from tpimpi.diagnostics.planner.shares import FINE, best_shares
 from tpimpi.engine.budget import per_rank
-from tpimpi.engine.model import PREFILL_CHUNK
+from tpimpi.engine.overlap import PREFILL_CHUNK
 from tpimpi.engine.ranks import RankInfo, cores_shared_by
 from tpimpi.errors import InputError
 from tpimpi.star import Star

@@ -9,7 +9,7 @@ from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 from tpimpi.diagnostics.planner.layer_benchmark import LayerBenchmark, LayerTiming, MeasureTask
-from tpimpi.engine.model import largest_sum
+from tpimpi.engine.overlap import largest_sum
 from tpimpi.star import Star, choose
 from tpimpi.star.codec import wire_of
 from tpimpi.star.control import encode_note, on_every_rank, receive_note, report_errors

@@ -25,7 +25,8 @@ from dataclasses import dataclass, replace
 
 from tpimpi.diagnostics.options import Workload
 from tpimpi.engine.budget import Needs, allowances, make_budget
-from tpimpi.engine.model import PREFILL_CHUNK, work_bytes
+from tpimpi.engine.needs import work_bytes
+from tpimpi.engine.overlap import PREFILL_CHUNK
 from tpimpi.engine.window import FEWEST_TILES, USUAL_TILES
 from tpimpi.errors import InputError
 from tpimpi.models.config import ModelConfig

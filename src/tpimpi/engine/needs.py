@@ -1,0 +1,42 @@
+"""What a rank needs to hold and to run its part of a model, in bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from tpimpi.engine.overlap import PREFILL_CHUNK
+from tpimpi.weights.slices.header import Header
+from tpimpi.weights.slices.layout import Record
+
+
+def work_bytes(
+    header: Header, records: Sequence[Record], backend: str, context: int, logits_of: int, *, all_partials: bool = False
+) -> int:
+    """Memory, at most, of activations and messages on this rank, beside cache and weights.
+
+    Counted for a step of PREFILL_CHUNK positions (or `context`, if that is less), through the `records` of a cycle; and
+    on rank 0 the logits of `logits_of` positions. `all_partials`: every rank gets those of all, as the hub does.
+    """
+    config, ranks = header.config, header.partition.ranks
+    positions = min(PREFILL_CHUNK, context)
+    # Hidden vectors at once: in step or follow, forward, norm and partial; and those on the star, which the hub has of every
+    # rank, the others of two at most; each is held twice while it is received.
+    vectors = 7 + 2 * (ranks if header.rank == 0 or all_partials else 2)
+    inner = largest = heads = 0
+    for record in records:
+        rows = {part.name: part.shape[0] for part in record.parts if part.is_matrix}
+        inner = max(inner, 3 * rows.get("q", 0) + 4 * rows.get("k", 0), 3 * rows.get("gate", 0))
+        heads = max(heads, record.heads.size)
+        largest = max(largest, *(math.prod(part.shape) for part in record.parts if part.is_matrix))
+    work = 4 * positions * (vectors * config.hidden + inner + max(config.hidden, inner) // 2)
+    if (
+        backend != "native"
+    ):  # which decodes a matrix to use it, and whose library takes memory of its own when it begins
+        work += 12 * largest + 48_000_000
+        # Nor does it go through the keys and values piece by piece: scores, mask and weights, and keys and values in f32.
+        kv_heads = header.share.kv_heads.size
+        work += 4 * context * (3 * heads * positions + 4 * max(heads, kv_heads) * config.head_dim)
+    if header.rank == 0:
+        work += (12 + 12 * (logits_of > 1)) * logits_of * config.vocab + 64 * config.vocab
+    return work
