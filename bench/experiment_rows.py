@@ -13,7 +13,7 @@ from typing import Any
 
 from home_devices import parse_bandwidth, parse_duration
 
-from tpimpi.cli.options import AUTO, share_weights
+from tpimpi.cli.values import AUTO, share_weights
 from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.diagnostics.planner.predict import Loads
 from tpimpi.errors import InputError

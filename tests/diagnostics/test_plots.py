@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.support.launch import ROOT, run_command
-from tpimpi.cli import options
+from tpimpi.cli.run_options import parse_run
 from tpimpi.diagnostics import plots
 from tpimpi.diagnostics.plots import Line, Timeline, check_plot, plot_lines, plot_memory, plot_trace, read_trace
 from tpimpi.diagnostics.trace_file import chrome_trace, write_trace
@@ -120,7 +120,7 @@ def test_a_plot_that_cannot_be_written_is_a_storage_error(target: str) -> None:
 
 
 def checked(*arguments: str) -> None:
-    options.check_run(options.run_parser().parse_args(arguments))
+    parse_run(arguments)
 
 
 def test_targets_are_refused_before_the_work(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_without_matplotlib_it_is_said_before_the_work(tmp_path: Path, monkeypat
 def test_options_alone_do_not_bring_matplotlib() -> None:
     """It takes 50 MB, which no run without --plot should pay."""
     program = (
-        "import sys; from tpimpi import cli, options; from tpimpi.diagnostics.plots import check_plot; check_plot('x.png');"
+        "import sys, tpimpi.cli.run_options; from tpimpi.diagnostics.plots import check_plot; check_plot('x.png');"
         "print('matplotlib' in sys.modules)"
     )
     result = run_command([sys.executable, "-c", program], env={})

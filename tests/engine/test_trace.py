@@ -16,7 +16,7 @@ import pytest
 
 from tests.support.launch import PROGRAMS
 from tests.support.ranks import Ranks
-from tpimpi.cli import options
+from tpimpi.cli.run_options import parse_run
 from tpimpi.diagnostics.trace_file import chrome_trace, left_out, write_trace
 from tpimpi.engine.trace import COMPUTE, KINDS, READ, STAR, WAIT, RankTrace, Recorder, unpack
 from tpimpi.errors import InputError, StarError, StorageError
@@ -284,7 +284,7 @@ def test_a_link_stays_a_link_and_a_device_is_written_as_it_is(tmp_path: Path) ->
 
 
 def checked(*arguments: str) -> None:
-    options.check_run(options.run_parser().parse_args(arguments))
+    parse_run(arguments)
 
 
 def test_targets_are_refused_before_the_work(tmp_path: Path) -> None:

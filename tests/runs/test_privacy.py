@@ -191,6 +191,18 @@ def test_other_ranks_show_nothing_outside(recorded) -> None:
         # And in its slice there is no embedding, head or tokenizer: see test_slicefile.
 
 
+def test_other_ranks_import_neither_serving_nor_the_options(recorded) -> None:
+    """What is not there cannot leak, and takes no memory."""
+    out, _ = recorded
+    for rank in (1, 2):
+        modules = json.loads((out / f"outside-{rank}.json").read_text())["modules"]
+        assert "tpimpi.engine.model" in modules, "the run is not even there: the test sees nothing"
+        assert [name for name in modules if name.startswith(("tpimpi.serving", "tokenizers", "jinja2"))] == []
+        assert {name for name in modules if name.startswith("tpimpi.cli.")} == {
+            *("tpimpi.cli.main", "tpimpi.cli.process", "tpimpi.cli.follow")
+        }
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

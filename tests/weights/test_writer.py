@@ -219,16 +219,16 @@ def test_heads_that_are_cut_within_blocks_are_quantized_again(tmp_path: Path) ->
 
 
 def test_other_types_are_quantized_again_and_that_is_said_once(tmp_path: Path, monkeypatch, capsys) -> None:
-    from tpimpi.cli import tools
+    from tpimpi.cli import slicing
 
     kinds = {"output": "q6_k", "token_embd": "q6_k", "blk.0.attn_v": "q6_k", "blk.1.ffn_down": "q8_0"}
     expected = write_gguf(tmp_path / "m.gguf", "q4_k", kinds=kinds)
-    monkeypatch.setattr(tools, "load_tokenizer", lambda *_: None)
+    monkeypatch.setattr(slicing, "load_tokenizer", lambda *_: None)
     with open_source(tmp_path / "m.gguf") as source:
         plan, formats = make_partition(source.config, [1, 1]), choose_formats(source, "auto")
         assert formats.describe() == "q4_1, v q8_0 in 1 layer, down q8_0 in 1 layer, head q8_0"
         for quiet in (True, False):
-            tools.slice_source(source, plan, formats, tmp_path / "out", quiet=quiet)
+            slicing.slice_source(source, plan, formats, tmp_path / "out", quiet=quiet)
             said = capsys.readouterr().err
             assert ("q4_k is re-quantized to q4_1, q6_k to q8_0\n" in said) is not quiet
             assert said.count("re-quantized") == (0 if quiet else 1)

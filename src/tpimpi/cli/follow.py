@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from typing import Any
@@ -63,12 +63,12 @@ TASKS: dict[str, Task] = {
 }
 
 
-def take_part(star: Star) -> None:
+def take_part(star: Star, arguments: Sequence[str]) -> None:
     """Ranks other than 0: the whole run, with an engine for each model that rank 0 opens (a run has one).
 
-    Raises Stopped where rank 0 ended it before it began.
+    `arguments` are this process's, of which rank 0 gets a hash. Raises Stopped where rank 0 ended the run before it began.
     """
-    greet(star, TASKS)
+    greet(star, arguments, TASKS)
     with ExitStack() as stack:
         engines: list[Engine] = []
         while "context" not in (note := receive_note(star)):

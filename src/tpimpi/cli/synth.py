@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from tpimpi.cli import options, tool_options
+from tpimpi.cli.parser import Parser
+from tpimpi.cli.process import Job, cleaning_up_on_signals
+from tpimpi.cli.run_options import parsed_into
+from tpimpi.cli.values import MOST_RANKS, path_given, share_weights, slice_count, whole_number
 from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.errors import InputError
-from tpimpi.models.shapes import Shape, load_shape
+from tpimpi.models.shapes import SHAPES, Shape, load_shape
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.system.terminal import progress_bar
 from tpimpi.weights.make import slice_model
@@ -20,37 +24,100 @@ from tpimpi.weights.sources.export import write_gguf, write_hf
 from tpimpi.weights.sources.synthetic import SyntheticSource, quantize_exactly
 
 
-def synthesize(parsed: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class SynthOptions:
+    """What `synth` takes; `kind` is slices, hf or gguf."""
+
+    shape: str
+    layers: int | None
+    format: str
+    seed: int
+    kind: str
+    ranks: int | None
+    shares: str | None
+    out: str
+    quiet: bool
+
+
+def synth_parser() -> argparse.ArgumentParser:
+    """Options of `synth`."""
+    parser = Parser(
+        prog="python -m tpimpi synth",
+        description="Write random weights in a known model's shape, to measure speed and memory with: no tokenizer, and "
+        "answers without sense.",
+        allow_abbrev=False,
+    )
+    shapes = f"{', '.join(SHAPES)}, or the path of a config.json or of its folder"
+    parser.add_argument("--shape", required=True, metavar="NAME", help=shapes)
+    parser.add_argument("--layers", type=int, metavar="N", help="so many layers (default: as the shape has)")
+    parser.add_argument(
+        "--format", type=weight_format, default="q4_0", help=f"{', '.join(WEIGHT_FORMATS)} (default q4_0)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="other weights for another one (default 0)")
+    parser.add_argument(
+        "--as",
+        dest="kind",
+        default="slices",
+        choices=("slices", "hf", "gguf"),
+        help="slices (the default), or the same weights as a Hugging Face folder in bf16 or as a GGUF file",
+    )
+    parser.add_argument(
+        "--ranks", type=whole_number("--ranks", 1, MOST_RANKS), metavar="N", help="how many slices to make"
+    )
+    parser.add_argument("--shares", metavar="3,1,1,1", help="proportion of the model for each rank (default: equal)")
+    parser.add_argument(
+        "--out",
+        type=path_given("--out", "the place that gets the weights"),
+        required=True,
+        metavar="PATH",
+        help="folder of the slices, or of hf; or the .gguf file",
+    )
+    parser.add_argument("--quiet", action="store_true", help="only errors")
+    return parser
+
+
+def weight_format(text: str) -> str:
+    """The meaning of `--format`: one of WEIGHT_FORMATS."""
+    if text not in WEIGHT_FORMATS:
+        raise InputError(f"--format is {text[:40]!r}, must be one of {', '.join(WEIGHT_FORMATS)}")
+    return text
+
+
+def synth_alone(job: Job) -> int:
+    """The whole command."""
+    options = parsed_into(SynthOptions, synth_parser().parse_args(job.arguments[1:]))
+    with cleaning_up_on_signals():
+        synthesize(options)
+    return 0
+
+
+def synthesize(options: SynthOptions) -> None:
     """Do what the options say, and say on stderr what was made. Raises InputError, StorageError."""
-    if not parsed.out:
-        raise InputError("--out is empty; give the place that gets the weights")
-    if parsed.format not in WEIGHT_FORMATS:
-        raise InputError(f"--format is {parsed.format[:40]!r}, must be one of {', '.join(WEIGHT_FORMATS)}")
-    shape = load_shape(parsed.shape, parsed.layers)
-    formats = ModelFormats.of(parsed.format, shape.config.layers)
-    partition = _plan(parsed, shape)
-    with contextlib.closing(SyntheticSource(shape, formats, parsed.seed)) as source:
+    shape = load_shape(options.shape, options.layers)
+    formats = ModelFormats.of(options.format, shape.config.layers)
+    partition = _partition(options, shape)
+    with contextlib.closing(SyntheticSource(shape, formats, options.seed)) as source:
         if partition is None:
-            made = _export(source, parsed)
+            made = _export(source, options)
         else:
             title = f"random weights for {shape.name} and {_ranks(partition)} as {formats.describe()}"
-            with progress_bar(title, quiet=parsed.quiet) as update:
-                slice_model(source, partition, formats, Path(parsed.out), update, quantize_exactly)
+            with progress_bar(title, quiet=options.quiet) as update:
+                slice_model(source, partition, formats, Path(options.out), update, quantize_exactly)
             files = f"{slice_name(0, partition.ranks)} to {slice_name(partition.ranks - 1, partition.ranks)}"
             made = f"{files} ({formats.describe()}, shares {partition.describe()})"
-    if not parsed.quiet:
-        print(f"{parsed.out}: {made}", file=sys.stderr)
+    if not options.quiet:
+        print(f"{options.out}: {made}", file=sys.stderr)
 
 
-def _plan(parsed: argparse.Namespace, shape: Shape) -> Partition | None:
+def _partition(options: SynthOptions, shape: Shape) -> Partition | None:
     """For slices; None for a whole model."""
-    if parsed.kind == "slices":
-        if parsed.ranks is None:
+    if options.kind == "slices":
+        if options.ranks is None:
             raise InputError("--ranks is missing; say how many slices to make, or write the model --as hf or gguf")
-        return make_partition(shape.config, options.share_weights(parsed.shares, tool_options.ranks_of_slices(parsed)))
-    for name in ("ranks", "shares"):
-        if getattr(parsed, name) is not None:
-            raise InputError(f"--{name} is for slices; leave it out with --as {parsed.kind}")
+        return make_partition(shape.config, share_weights(options.shares, slice_count(options.ranks, options.out)))
+    for name, given in (("ranks", options.ranks), ("shares", options.shares)):
+        if given is not None:
+            raise InputError(f"--{name} is for slices; leave it out with --as {options.kind}")
     return None
 
 
@@ -58,9 +125,9 @@ def _ranks(partition: Partition) -> str:
     return f"{partition.ranks} rank{'s' if partition.ranks > 1 else ''}"
 
 
-def _export(source: SyntheticSource, parsed: argparse.Namespace) -> str:
-    write, what = (write_hf, "Hugging Face") if parsed.kind == "hf" else (write_gguf, "GGUF")
+def _export(source: SyntheticSource, options: SynthOptions) -> str:
+    write, what = (write_hf, "Hugging Face") if options.kind == "hf" else (write_gguf, "GGUF")
     about = f"random weights for {source.shape.name}, {source.formats.describe()}"
-    with progress_bar(f"{about}, as {what}", quiet=parsed.quiet) as update:
-        write(source, Path(parsed.out), update)
-    return f"{about}, {'in bf16' if parsed.kind == 'hf' else 'no tokenizer'}"
+    with progress_bar(f"{about}, as {what}", quiet=options.quiet) as update:
+        write(source, Path(options.out), update)
+    return f"{about}, {'in bf16' if options.kind == 'hf' else 'no tokenizer'}"

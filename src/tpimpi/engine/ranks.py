@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import xxhash
+
 from tpimpi import __version__
 from tpimpi.compute.backends import NOT_INSTALLED, has_native
 from tpimpi.errors import InputError
@@ -30,41 +32,51 @@ class RankInfo:
         return self.host == other.host and bool(self.cores & other.cores)
 
 
-def meet(star: Star, tasks: Iterable[str] = ()) -> list[dict[str, Any]]:
+def options_hash(arguments: Sequence[str]) -> str:
+    """What ranks compare in place of their arguments, which no rank sends: a hash of them, in hex."""
+    return xxhash.xxh3_128_hexdigest("\0".join(arguments).encode("utf-8", "surrogateescape"))
+
+
+def meet(star: Star, arguments: Sequence[str], tasks: Iterable[str] = ()) -> list[dict[str, Any]]:
     """Every rank says who it is. Rank 0 gets what they say in rank order, whatever their versions, the others nothing.
 
-    `tasks` are those that this rank knows (see tpimpi.cli.follow)."""
+    `arguments` are those of this process, `tasks` those that this rank knows (see tpimpi.cli.follow). Raises InputError
+    where ranks were started with different arguments."""
     cores = sorted(os.sched_getaffinity(0))
     about = {"cores": cores, "host_cores": os.cpu_count() or 1, "native": has_native(), "tasks": sorted(tasks)}
-    notes = [
-        json.loads(note) for note in star.gather_notes(encode_note(version=__version__, host=star.rank.host, **about))
-    ]
+    hello = encode_note(version=__version__, host=star.rank.host, **about, options=options_hash(arguments))
+    notes = [json.loads(note) for note in star.gather_notes(hello)]
     if notes:
         star.set_hosts([note["host"] for note in notes])
+    for rank, note in enumerate(notes):
+        if note.get("options", notes[0]["options"]) != notes[0]["options"]:  # other versions may not say theirs
+            raise InputError(
+                f"r{rank} {note['host']} was started with other options than rank 0; give all ranks the same"
+            )
     return notes
 
 
-def greet(star: Star, tasks: Iterable[str] = ()) -> list[RankInfo]:
-    """Every rank says who it is. Rank 0 gets them in rank order; raises InputError where versions differ."""
-    guests = []
-    for rank, hello in enumerate(meet(star, tasks)):
+def greet(star: Star, arguments: Sequence[str], tasks: Iterable[str] = ()) -> list[RankInfo]:
+    """Every rank says who it is. Rank 0 gets them in rank order; raises InputError where versions or arguments differ."""
+    ranks = []
+    for rank, hello in enumerate(meet(star, arguments, tasks)):
         if hello["version"] != __version__:
             raise InputError(
                 f"r{rank} {hello['host']} runs tpimpi {hello['version']}, rank 0 runs {__version__}; "
                 "install the same version on every host"
             )
-        guests.append(RankInfo(hello["host"], frozenset(hello["cores"]), hello["host_cores"], hello["native"]))
-    return guests
+        ranks.append(RankInfo(hello["host"], frozenset(hello["cores"]), hello["host_cores"], hello["native"]))
+    return ranks
 
 
-def cores_shared_by(guests: Sequence[RankInfo]) -> list[int]:
+def cores_shared_by(ranks: Sequence[RankInfo]) -> list[int]:
     """For each rank how many there are on its host that use the same cores, itself among them."""
-    return [sum(map(guest.shares_cores_with, guests)) for guest in guests]
+    return [sum(map(rank.shares_cores_with, ranks)) for rank in ranks]
 
 
-def bound_to_one_core(guests: Sequence[RankInfo]) -> str | None:
+def bound_to_one_core(ranks: Sequence[RankInfo]) -> str | None:
     """What to tell a user whose launcher gave some ranks a single core each, of several; None where it did not."""
-    bound = [f"r{rank} {guest.host}" for rank, guest in enumerate(guests) if len(guest.cores) == 1 < guest.host_cores]
+    bound = [f"r{index} {rank.host}" for index, rank in enumerate(ranks) if len(rank.cores) == 1 < rank.host_cores]
     if not bound:
         return None
     return (
@@ -78,8 +90,8 @@ def without_watch(star: Star, timeout: float) -> str | None:
     return None if star.has_heartbeat else f"{NO_WATCH} {timeout:g} s (--timeout)"
 
 
-def without_native(guests: Sequence[RankInfo]) -> str | None:
+def without_native(ranks: Sequence[RankInfo]) -> str | None:
     """What to tell a user of --backend auto where some ranks have no native kernels; None where all do."""
-    without = [f"r{rank} {guest.host}" for rank, guest in enumerate(guests) if not guest.native]
+    without = [f"r{index} {rank.host}" for index, rank in enumerate(ranks) if not rank.native]
     slow = "computing with torch, which is slow with quantized weights (--format f32 helps, and takes more memory)"
     return f"{', '.join(without)}: {NOT_INSTALLED}; {slow}" if without else None

@@ -1,7 +1,7 @@
 """Run on every rank in the place of `python -m tpimpi`: the same, with every message and each rank's outside recorded.
 
 Arguments: a folder, then tpimpi's own. Writes messages-R.pickle, a list of (destination, tag, bytes), and outside-R.json:
-arguments, environment and open files of rank R, taken while it follows.
+arguments, environment, open files and imported modules of rank R, taken while it follows.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def outside() -> dict[str, object]:
         "environment": Path("/proc/self/environ").read_bytes().decode(errors="replace"),
         "files": files,
         "mapped": Path("/proc/self/maps").read_text(),
+        "modules": sorted(sys.modules),
     }
 
 

@@ -35,9 +35,9 @@ from tpimpi.weights.sources import open_source
 # All ranks together
 
 
-def doctor(options: DoctorOptions, star: Star) -> int:
-    """Rank 0 of `doctor`, which ends the run on every rank; the exit code. Raises InputError, and StarError where a rank
-    does not answer."""
+def doctor(options: DoctorOptions, star: Star, arguments: Sequence[str]) -> int:
+    """Rank 0 of `doctor`, which ends the run on every rank; the exit code. `arguments` are those of the command, which
+    ranks compare. Raises InputError, and StarError where a rank does not answer."""
     if options.hostfile is not None:
         if star.rank.size > 1:
             raise InputError("--hostfile is for doctor without mpirun; leave mpirun out, or --hostfile")
@@ -45,7 +45,7 @@ def doctor(options: DoctorOptions, star: Star) -> int:
 
         return hosts.doctor(options.hostfile, options.ssh, options.json)
     star.timeout = rank_facts.TIMEOUT_S
-    hellos = meet(star)
+    hellos = meet(star, arguments)
     checkup = _check_up(star, hellos, _expected_slices(options, star.rank.size))
     star.broadcast_note(encode_note(stop=0))
     found = list(findings(checkup))

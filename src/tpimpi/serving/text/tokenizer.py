@@ -159,7 +159,7 @@ class TokenIds:
     def __init__(self, vocab: int) -> None:
         self.vocab_size = vocab
 
-    def check_wishes(self, *, raw: bool, stops: Sequence[str]) -> None:
+    def check_params(self, *, raw: bool, stops: Sequence[str]) -> None:
         """Raise InputError for what has no meaning without a tokenizer: a chat, and texts to stop before."""
         if not raw:
             raise InputError(
@@ -182,7 +182,7 @@ class TokenIds:
 
     def encode_chat(self, prompt: str, said: Sequence[tuple[str, str]] = ()) -> list[int]:
         """InputError always: there is no chat template."""
-        self.check_wishes(raw=False, stops=())
+        self.check_params(raw=False, stops=())
         return []
 
     def stream(self) -> IdStream:

@@ -1,0 +1,29 @@
+"""`inspect`: what a model, a slice file or a folder holds."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tpimpi.cli.parser import Parser
+from tpimpi.cli.process import Job
+from tpimpi.diagnostics.inspect import inspect
+
+
+def inspect_parser() -> argparse.ArgumentParser:
+    """Options of `inspect`."""
+    parser = Parser(
+        prog="python -m tpimpi inspect",
+        description="Show what a model, a slice file or a folder of them holds.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("path", metavar="PATH")
+    parser.add_argument("--verify", action="store_true", help="read and check everything")
+    return parser
+
+
+def inspect_alone(job: Job) -> int:
+    """The whole command."""
+    parsed = inspect_parser().parse_args(job.arguments[1:])
+    inspect(Path(parsed.path), verify=parsed.verify)
+    return 0

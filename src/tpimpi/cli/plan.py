@@ -1,0 +1,141 @@
+"""`plan`: how fast a model would be with 1 rank, 2, … of those that are there, and how to share it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tpimpi.cli.options import ComputeOptions, NetworkOptions
+from tpimpi.cli.parser import Parser
+from tpimpi.cli.prepare import PROMPT_TOKENS, measure_options, workload
+from tpimpi.cli.process import Job
+from tpimpi.cli.run_options import add_computing, add_shares, check_combinations, parsed_into
+from tpimpi.cli.values import AUTO, share_weights, whole_number
+from tpimpi.diagnostics.options import PlanOptions
+from tpimpi.diagnostics.planner.command import plan
+from tpimpi.engine.ranks import greet
+from tpimpi.errors import InputError
+from tpimpi.models.config import ModelConfig
+from tpimpi.models.shapes import load_shape
+from tpimpi.models.weight_formats import ModelFormats
+from tpimpi.star import Star
+from tpimpi.star.control import encode_note, stop_others_on_error
+from tpimpi.system.files import check_writable
+from tpimpi.weights.locations import model_path
+from tpimpi.weights.make import choose_formats, wanted_formats
+from tpimpi.weights.sources import open_source
+
+
+@dataclass(frozen=True)
+class PlanCommand:
+    """What the command line says; PlanOptions are made of it once the model is known."""
+
+    model: str | None
+    shape: str | None
+    layers: int | None
+    format: str | None
+    shares: str | None
+    context: int | None
+    prompt_tokens: int
+    json: str | None
+    quiet: bool
+
+
+def plan_parser() -> argparse.ArgumentParser:
+    """Options of `plan`: those of a run, as far as they say what is computed, and how."""
+    parser = Parser(
+        prog="python -m tpimpi plan",
+        description="Predict how fast a model would be with 1 rank, 2, … of those that mpirun starts, from measuring each "
+        "number for some seconds; nothing is sliced or loaded.",
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", metavar="PATH", help="Hugging Face directory or .gguf file (default: as in a run)")
+    group.add_argument("--shape", metavar="NAME", help="instead: a known model's shape, or a config.json (see synth)")
+    group.add_argument(
+        "--layers", type=int, metavar="N", help="with --shape: so many layers (default: as the shape has)"
+    )
+    group.add_argument("--format", help="as in a run (default: auto; with --shape q4_0)")
+    add_shares(group)
+    group.add_argument(
+        "--context",
+        type=whole_number("--context"),
+        metavar="N",
+        help="positions to keep room for (default: 2048, or the model's limit)",
+    )
+    group.add_argument(
+        "--prompt-tokens",
+        type=whole_number("--prompt-tokens"),
+        default=PROMPT_TOKENS,
+        metavar="N",
+        help="of the first token (default 16)",
+    )
+    add_computing(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", metavar="FILE", help="write everything as JSON")
+    group.add_argument("--quiet", action="store_true", help="do not say what is being measured")
+    return parser
+
+
+def parse_plan(arguments: Sequence[str]) -> tuple[PlanCommand, ComputeOptions, NetworkOptions]:
+    """The options of `plan`. Raises InputError for what cannot be used."""
+    parsed = plan_parser().parse_args(arguments)
+    command = parsed_into(PlanCommand, parsed)
+    compute, network = parsed_into(ComputeOptions, parsed), parsed_into(NetworkOptions, parsed)
+    check_combinations(compute, network)
+    if command.model is not None and command.shape is not None:
+        raise InputError("--model and --shape are both given; give one of them")
+    if command.layers is not None and command.shape is None:
+        raise InputError("--layers is for --shape; leave it out, or name a shape")
+    if command.json is not None:
+        check_writable(command.json, "--json")
+    return command, compute, network
+
+
+def plan_together(star: Star, job: Job) -> int:
+    """Rank 0 of `plan`; the other ranks measure when they are told to."""
+    with stop_others_on_error(star):
+        ranks = greet(star, job.arguments)
+        command, compute, network = parse_plan(job.arguments[1:])
+        star.allow_silence(network.silence)
+        config, formats, name = _planned_model(command)
+        plan(star, ranks, _plan_options(command, compute, network, config, formats, len(ranks)), name)
+    star.broadcast_note(encode_note(stop=0))
+    return 0
+
+
+def _planned_model(command: PlanCommand) -> tuple[ModelConfig, ModelFormats, str]:
+    """What `plan` is about: the model's config, its formats and its name."""
+    if command.shape is not None:
+        shape = load_shape(command.shape, command.layers)
+        return shape.config, wanted_formats(command.format or "q4_0", shape.config.layers), shape.name
+    with open_source(model_path(command.model)) as source:
+        return source.config, choose_formats(source, command.format or "auto"), source.path.stem
+
+
+def _plan_options(
+    command: PlanCommand,
+    compute: ComputeOptions,
+    network: NetworkOptions,
+    config: ModelConfig,
+    formats: ModelFormats,
+    ranks: int,
+) -> PlanOptions:
+    """For a model and so many ranks. Raises InputError where the options do not suit these."""
+    if (command.context or 1) > config.context:
+        raise InputError(
+            f"--context is {command.context}, this model has {config.context} positions; give at most that"
+        )
+    if command.prompt_tokens >= config.context:
+        raise InputError(
+            f"--prompt-tokens is {command.prompt_tokens}, this model has {config.context} positions; give fewer"
+        )
+    return PlanOptions(
+        workload=workload(config, formats, compute, command.context, command.prompt_tokens),
+        measuring=measure_options(compute, network),
+        shares=None if command.shares in (None, AUTO) else tuple(share_weights(command.shares, ranks)),
+        json=None if command.json is None else Path(command.json),
+        quiet=command.quiet,
+    )

@@ -1,0 +1,157 @@
+"""This process: its streams and signals, and how an error becomes one line and an exit code.
+
+Exit codes: 0 done, 2 bad input, 1 anything else, 128 and the signal's number where a signal ended us.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+
+from tpimpi.errors import LostError, StorageError, as_ours
+from tpimpi.star import WAIT_FOR_HUB_REPORT_S, Star
+from tpimpi.system.terminal import STDOUT, Input
+
+STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+RELAY_TIME_S = 0.2  # the launcher relays our line in it; its own banner would else come before or within ours
+
+
+class Job:
+    """This process's part in a run: its star once it has joined, and whether other ranks wait for this one."""
+
+    star: Star | None = None
+    input: Input | None = None  # standard input, where it is being read already
+    _awaited = False
+
+    def __init__(self, arguments: list[str]) -> None:
+        self.arguments = arguments
+        self.began = time.monotonic()
+        self.at_end = contextlib.ExitStack()  # what is to be closed, also after an error
+
+    @contextlib.contextmanager
+    def others_waiting(self) -> Iterator[None]:
+        """Inside, other ranks wait for this one: an error that leaves it ends the job on all of them."""
+        self._awaited = self.star is not None and self.star.rank.size > 1
+        yield
+        self._awaited = False
+
+    def seconds(self) -> float:
+        """Since this process began."""
+        return time.monotonic() - self.began
+
+    def name(self) -> str:
+        """What this process's lines begin with."""
+        if self.star is not None and self.star.rank.size > 1:
+            return str(self.star.rank)
+        return "tpimpi"
+
+    def leave(self, code: int) -> None:
+        """Leave the other ranks: in peace, or by ending the job on all of them where they wait for us."""
+        if self.star is None:
+            return
+        if self._awaited:
+            time.sleep(RELAY_TIME_S)
+            self.star.abort(code)
+        self.star.close(failed=code != 0)
+
+
+def guarded(command: Callable[[Job], int], arguments: list[str]) -> int:
+    """The exit code of `command`. What it raises is said in one line, and ends the job where other ranks wait for us."""
+    job = Job(arguments)
+    try:
+        with job.at_end:
+            code = _until_exit(command, job)
+    except BrokenPipeError:
+        code = 1  # whoever read our output has gone; there is nobody to tell
+        _flush_stdout()
+    except Exception as error:
+        if isinstance(error, LostError) and job.star is not None and not job.star.rank.is_hub:
+            time.sleep(WAIT_FOR_HUB_REPORT_S)  # rank 0 or the launcher knows better who is gone, and ends us meanwhile
+        ours = as_ours(error)
+        code = ours.exit_code
+        if os.environ.get("TPIMPI_TRACEBACK"):
+            traceback.print_exc()
+        say(f"{ours.where or job.name()}: {ours}")
+        _flush_stdout()
+    job.leave(code)
+    return code
+
+
+def _until_exit(command: Callable[[Job], int], job: Job) -> int:
+    """Run `command`; a parser that has printed its help leaves by SystemExit, which is an exit code like another."""
+    try:
+        return command(job)
+    except SystemExit as left:
+        return left.code if isinstance(left.code, int) else int(left.code is not None)
+
+
+def _flush_stdout() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would try again at its end, and say so
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+
+
+def set_up_streams() -> None:
+    """UTF-8 on both output streams, and each line in one write: the launcher would put other ranks' lines within it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # also with PYTHONUNBUFFERED
+            stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True, write_through=False)
+
+
+def say(line: str | None) -> None:
+    """A line on stderr, where there is one to say."""
+    if line:
+        print(line, file=sys.stderr, flush=True)
+
+
+def print_answer(text: str) -> None:
+    """Text of an answer on stdout, at once. Raises StorageError where it cannot be written."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"cannot write the answer to standard output: {error.strerror}; write it elsewhere"
+        ) from error
+
+
+# Signals
+
+
+def leave_on_signals() -> None:
+    """Ctrl-C, or the launcher's word to stop: leave at once. What was printed was flushed as it came."""
+
+    def leave(number: int, frame: object) -> None:
+        os._exit(128 + number)
+
+    for number in STOPPING_SIGNALS:
+        signal.signal(number, leave)
+
+
+@contextlib.contextmanager
+def cleaning_up_on_signals() -> Iterator[None]:
+    """While files are half-written, a signal is an exception first, so that they are removed; then we leave."""
+
+    class Signalled(BaseException):
+        pass
+
+    def interrupt(number: int, frame: object) -> None:
+        raise Signalled(number)
+
+    before = [signal.signal(number, interrupt) for number in STOPPING_SIGNALS]
+    try:
+        yield
+    except Signalled as signalled:
+        os._exit(128 + signalled.args[0])
+    finally:
+        for number, handler in zip(STOPPING_SIGNALS, before, strict=True):
+            signal.signal(number, handler)

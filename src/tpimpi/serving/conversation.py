@@ -1,0 +1,122 @@
+"""What was said so far and what a prompt becomes after it: token ids that are known to have room in the context."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+from tpimpi.errors import InputError
+from tpimpi.serving.generate import Sampler
+from tpimpi.serving.session import Session, Turn
+from tpimpi.serving.text.tokenizer import TokenIds, Tokenizer
+from tpimpi.weights.slices.header import Header
+
+MOST_BYTES_A_TOKEN = 16  # of usual text; with more, a prompt is looked at twice
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How prompts are to be answered. `context` None: as much as prompt and answer need."""
+
+    sample: Callable[[int, int], Sampler]  # for each answer a fresh one: a seed, and how many draws were made before
+    seed: int | None  # the same for each answer; None: each has its own
+    max_tokens: int
+    context: int | None
+    raw: bool
+    stops: list[str]
+    ignore_eos: bool
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Prompts become turns here. With a session all are turns of one conversation, else each stands for itself.
+
+    `model_limit` is how many positions the model has, `limit` how many a prompt and its answer may take in this run.
+    """
+
+    tokenizer: Tokenizer | TokenIds
+    params: SamplingParams
+    session: Session | None
+    model_limit: int
+    limit: int
+
+    @classmethod
+    def begin(
+        cls, header: Header, tokenizer: Tokenizer | TokenIds, params: SamplingParams, session: Session | None = None
+    ) -> Conversation:
+        """For the model of `header`. Raises InputError for a context beyond the model's, for params that need a tokenizer
+        where there is none, and for a session that was begun with another model."""
+        if session is not None:
+            session.check_model(header.model, header.fingerprint, header.config.vocab)
+        most = header.config.context
+        if params.context is not None and params.context > most:
+            raise InputError(f"--context is {params.context}, this model has {most} positions; give at most that")
+        if isinstance(tokenizer, TokenIds):
+            tokenizer.check_params(raw=params.raw, stops=params.stops)
+        return cls(tokenizer, params, session, most, params.context or most)
+
+    def limited(self, positions: int) -> Conversation:
+        """The same, with room for at most so many positions."""
+        return replace(self, limit=min(self.limit, positions))
+
+    def next_turn(self, prompt: str | None) -> Turn | None:
+        """The turn of `prompt`; where there is none, the interrupted one that the session ends with, if there is one.
+
+        Raises InputError where there is no room for it."""
+        return self.interrupted() if prompt is None else self.turn(prompt)
+
+    def turn(self, prompt: str) -> Turn:
+        """A prompt as the model gets it, with what was said before; or the turn that the session ends with, if that has the
+        same prompt and was interrupted. Raises InputError where the prompt is empty or too long, or is not that turn's."""
+        if not prompt.strip():
+            raise InputError("the prompt is empty; give some text")
+        if (turn := self.interrupted()) is not None:
+            if turn.prompt != prompt:
+                raise InputError(
+                    "the session ends with an interrupted answer to another prompt; run without a prompt to go on with it "
+                    "(with --max-tokens 1 it ends where it is), then give this one"
+                )
+            return turn
+        encode = self._encoding()
+        # Encoding takes 150 bytes of memory for each of the text, so what is far too long is not encoded whole to see that.
+        beginning = prompt[: self.limit * MOST_BYTES_A_TOKEN]
+        if beginning != prompt and (found := len(encode(beginning))) > self.limit:
+            raise self._too_long(f"over {found}")
+        ids = encode(prompt)
+        if not ids:
+            raise InputError("the prompt has no tokens; give some text")
+        if len(ids) >= self.limit:
+            raise self._too_long(str(len(ids)))
+        return Turn(
+            prompt, ids, int.from_bytes(os.urandom(8), "little") >> 1 if self.params.seed is None else self.params.seed
+        )
+
+    def _encoding(self) -> Callable[[str], list[int]]:
+        """How a prompt becomes ids, what was said before included."""
+        said = [] if self.session is None else self.session.turns
+        if not self.params.raw and self.tokenizer.has_chat_template:
+            return partial(self.tokenizer.encode_chat, said=[(turn.prompt, turn.text) for turn in said])
+        if not said:
+            return self.tokenizer.encode
+        before = [*said[-1].ids, *said[-1].tokens]
+        return lambda prompt: [*before, *self.tokenizer.encode(prompt, special=False)]
+
+    def interrupted(self) -> Turn | None:
+        """The turn that the session ends with, if it was interrupted. Raises InputError where there is no room for it."""
+        turn = None if self.session is None else self.session.unfinished
+        if turn is not None and len(turn.ids) >= self.limit:
+            raise self._too_long(str(len(turn.ids)))
+        return turn
+
+    def _too_long(self, tokens: str) -> InputError:
+        remedy = "shorten it"
+        if self.session is not None and self.session.turns:
+            remedy = "begin another --session"
+        if self.params.context is not None and self.limit < self.model_limit:
+            remedy += f", or raise --context (up to {self.model_limit})"
+        elif self.limit < self.model_limit:
+            remedy += ", or raise --memory"
+        what = "the prompt" if self.session is None or not self.session.turns else "the conversation"
+        return InputError(f"{what} has {tokens} tokens, the context is {self.limit} positions; {remedy}")
