@@ -4,56 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict
-from typing import Any
 
-from tpimpi.engine.engine import Engine, EngineConfig, identity
+from tpimpi.engine.engine import Engine
+from tpimpi.engine.notes import Allotted, Figures, MemoryPromises, OpenEngine, PlanMemory
 from tpimpi.engine.protocol import follow
 from tpimpi.engine.rank_memory import RankMemory
 from tpimpi.engine.ranks import greet
-from tpimpi.engine.startup import figures_note, memory_note, open_engine
+from tpimpi.engine.startup import memory_needs, open_engine, slice_identity
+from tpimpi.errors import StarError
 from tpimpi.star import Star
 from tpimpi.star import settle as link_settle
-from tpimpi.star.control import encode_note, receive_note, report_errors
+from tpimpi.star.control import Done, Proceed, Task, gather_notes, receive_note, receive_task, report_errors
 from tpimpi.weights import distribute
 
-Task = Callable[[Star, dict[str, Any]], None]
 
-
-def _look_at_this_rank(star: Star, note: dict[str, Any]) -> None:
+def _look_at_this_rank(star: Star, task: Task) -> None:
     from tpimpi.diagnostics.doctor.rank_facts import take_part
 
-    take_part(star, note)
+    take_part(star, task.values())
 
 
-def _time_sums(star: Star, note: dict[str, Any]) -> None:
+def _time_sums(star: Star, task: Task) -> None:
     from tpimpi.diagnostics.bench.allreduce import follow
 
-    follow(star, note)
+    follow(star, task.values())
 
 
-def _measure_layers(star: Star, note: dict[str, Any]) -> None:
+def _measure_layers(star: Star, task: Task) -> None:
     from tpimpi.diagnostics.planner.measure_layers import take_part_in_measuring
 
-    take_part_in_measuring(star, note)
+    take_part_in_measuring(star, task.values())
 
 
-def _measure_disk(star: Star, note: dict[str, Any]) -> None:
+def _measure_disk(star: Star, task: Task) -> None:
     from tpimpi.diagnostics.planner.measure_disks import take_part_in_disks
 
-    take_part_in_disks(star, note)
+    take_part_in_disks(star, task.values())
 
 
-def _tell_slices(star: Star, note: dict[str, Any]) -> None:
+def _tell_slices(star: Star, task: Task) -> None:
     from tpimpi.weights.find import tell_slices
 
-    tell_slices(star, note)
+    tell_slices(star, task.values())
 
 
 # What rank 0 may ask for before a run, or instead of one: by a note with the `task` of that name, which the function gets.
 # Modules that most runs do without are imported when they are needed, for the memory that they take.
-TASKS: dict[str, Task] = {
-    distribute.TASK: distribute.receive_slices,
+TASKS: dict[str, Callable[[Star, Task], None]] = {
+    distribute.TASK: lambda star, task: distribute.receive_slices(star, task.values()),
     link_settle.TASK: link_settle.follow,
     "doctor": _look_at_this_rank,
     "bench allreduce": _time_sums,
@@ -71,28 +69,34 @@ def take_part(star: Star, arguments: Sequence[str]) -> None:
     greet(star, arguments, TASKS)
     with ExitStack() as stack:
         engines: list[Engine] = []
-        while "context" not in (note := receive_note(star)):
-            if "task" in note:
-                TASKS[note["task"]](star, note)
+        while not isinstance(note := receive_task(star, OpenEngine, PlanMemory), PlanMemory):
+            if isinstance(note, Task):
+                _do_task(star, note)
                 continue
-            settings = EngineConfig(**note["settings"])
+            settings = note.settings
             engine = report_errors(star, lambda settings=settings: open_engine(star, settings))  # type: ignore[misc]
             engines.append(stack.enter_context(closing(engine)))
-            star.gather_notes(encode_note(host=star.rank.host, **identity(engine.header)))
+            gather_notes(star, slice_identity(engine))
         memory = RankMemory(engines)
         stack.enter_context(closing(memory))
-        context = note["context"]
-        star.gather_notes(memory_note(memory, context))
-        note = receive_note(star)
+        context = note.context
+        gather_notes(star, memory_needs(memory, context))
+        allowed = receive_note(star, MemoryPromises)
         rank = star.rank.index
-        report_errors(star, lambda: memory.plan(context, note["promises"][rank], note["watched"][rank]))
-        star.gather_notes(encode_note())
-        receive_note(star)
+        report_errors(star, lambda: memory.plan(context, allowed.promises[rank], allowed.watched[rank]))
+        gather_notes(star, Done())
+        receive_note(star, Proceed)
         allotment = report_errors(star, memory.allot_memory)
-        star.gather_notes(encode_note(**asdict(allotment)))
-        receive_note(star)
+        gather_notes(star, Allotted(allotment))
+        receive_note(star, Proceed)
         follow([engine.model for engine in engines], star)
-        star.gather_notes(figures_note(memory))
+        gather_notes(star, Figures(memory.figures()))
         if memory.settings.trace:
             star.clock_offsets()
-            star.gather_notes(memory.trace().note())
+            gather_notes(star, memory.trace().note())
+
+
+def _do_task(star: Star, task: Task) -> None:
+    if task.name not in TASKS:
+        raise StarError(f"rank 0 asks for the task {task.name!r}, which is not one of {', '.join(TASKS)}")
+    TASKS[task.name](star, task)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, astuple
-from typing import Any
 
 from tpimpi.engine import protocol
-from tpimpi.engine.budget import Needs, allowances
+from tpimpi.engine.budget import allowances
 from tpimpi.engine.engine import Engine, EngineConfig, identity
 from tpimpi.engine.figures import RankFigures
+from tpimpi.engine.notes import Allotted, Figures, MemoryNeeds, MemoryPromises, OpenEngine, PlanMemory, SliceIdentity
 from tpimpi.engine.rank_memory import MemoryAllotment, RankMemory
 from tpimpi.engine.trace import RankTrace
 from tpimpi.errors import SliceError
 from tpimpi.star import Star
-from tpimpi.star.control import encode_note, on_every_rank
-from tpimpi.system.memory import Place, places
-from tpimpi.weights.slices.header import Header
+from tpimpi.star.control import Proceed, gather_notes, on_every_rank, send_note
+from tpimpi.system.memory import places
 
 
 def open_engine(star: Star, settings: EngineConfig) -> Engine:
@@ -31,7 +28,7 @@ def open_engines(star: Star, settings: EngineConfig) -> Engine:
 
     `allot_memory` is to follow.
     """
-    star.broadcast_note(encode_note(settings=asdict(settings)))
+    send_note(star, OpenEngine(settings))
     opened: list[Engine] = []
 
     def take() -> Engine:
@@ -39,9 +36,9 @@ def open_engines(star: Star, settings: EngineConfig) -> Engine:
         return opened[0]
 
     try:
-        engine, notes = on_every_rank(star, take)
-        for rank, note in enumerate(notes[1:], start=1):
-            _check_alike(engine.header, rank, note)
+        engine, notes = on_every_rank(star, take, SliceIdentity)
+        for rank, note in enumerate(notes, start=1):
+            _check_alike(slice_identity(engine), rank, note)
     except BaseException:
         for engine in opened:
             engine.close()
@@ -57,66 +54,67 @@ def allot_memory(
 
     Returns our own, and what every rank's memory buys, in rank order. Raises InputError where a rank's promise is too small.
     """
-    star.broadcast_note(encode_note(context=context))
+    send_note(star, PlanMemory(context))
     memory = RankMemory(engines, tokenizer_bytes)
-    notes = [json.loads(note) for note in star.gather_notes(memory_note(memory, context))]
+    notes = gather_notes(star, memory_needs(memory, context))
     settings = memory.settings
     promises: list[int | None] = [None] * star.rank.size
     watched = [0] * star.rank.size
     if settings.window is None and settings.memory is not None:
         promises = list(settings.memory)
     elif settings.window is None:
-        hosts = {rank: note["host"] for rank, note in enumerate(notes)}
-        needs = {rank: Needs(**note["needs"]) for rank, note in enumerate(notes)}
-        found = allowances({r: [Place(*p) for p in note["places"]] for r, note in enumerate(notes)}, hosts, needs)
+        hosts = {rank: note.host for rank, note in enumerate(notes)}
+        needs = {rank: note.needs for rank, note in enumerate(notes)}
+        found = allowances({rank: note.places for rank, note in enumerate(notes)}, hosts, needs)
         promises = [found[rank] for rank in range(star.rank.size)]
         watched = [list(hosts.values()).count(hosts[rank]) for rank in range(star.rank.size)]
-    star.broadcast_note(encode_note(promises=promises, watched=watched))
+    send_note(star, MemoryPromises(promises, watched))
     try:
         on_every_rank(star, lambda: memory.plan(context, promises[0], watched[0]))
-        star.broadcast_note(encode_note(measure=True))  # all at the same time, as they will read
-        allotment, notes = on_every_rank(star, memory.allot_memory)
+        send_note(star, Proceed())  # all at the same time, as they will read
+        allotment, others = on_every_rank(star, memory.allot_memory, Allotted)
     except BaseException:
         memory.close()
         raise
-    return memory, [allotment, *(MemoryAllotment(**note) for note in notes[1:])]
+    return memory, [allotment, *(note.allotment for note in others)]
 
 
-def memory_note(memory: RankMemory, context: int) -> bytes:
-    """What a rank needs, and what its host has."""
-    found = [astuple(place) for place in places()]
-    return encode_note(host=memory.star.rank.host, needs=asdict(memory.needs(context)), places=found)
+def slice_identity(engine: Engine) -> SliceIdentity:
+    """What the slices of a run have in common, and this rank's host."""
+    return SliceIdentity(host=engine.star.rank.host, **identity(engine.header))
+
+
+def memory_needs(memory: RankMemory, context: int) -> MemoryNeeds:
+    """What this rank needs for `context` positions, and what its host has."""
+    return MemoryNeeds(memory.star.rank.host, memory.needs(context), places())
 
 
 def start(star: Star) -> None:
     """Rank 0: all is well; from now on the others follow."""
-    star.broadcast_note(encode_note(start=True))
+    send_note(star, Proceed())
 
 
 def finish(star: Star, memory: RankMemory) -> tuple[list[list[RankFigures]], list[RankTrace]]:
     """Rank 0: end the run on every rank. For each engine the figures of every rank, in rank order; and their traces."""
     protocol.finish(star)
     figures: list[list[RankFigures]] = [[] for _ in memory.engines]
-    for note in star.gather_notes(figures_note(memory)):
-        for found, values in zip(figures, json.loads(note), strict=True):
-            found.append(RankFigures(**values))
+    for note in gather_notes(star, Figures(memory.figures())):
+        for found, figure in zip(figures, note.figures, strict=True):
+            found.append(figure)
     traces = []
     if memory.settings.trace:
         offsets = star.clock_offsets()
-        notes = enumerate(star.gather_notes(memory.trace().note()))
+        notes = enumerate(gather_notes(star, memory.trace().note()))
         traces = [RankTrace.from_note(rank, note, offsets[rank]) for rank, note in notes]
     memory.close()
     return figures, traces
 
 
-def figures_note(memory: RankMemory) -> bytes:
-    return json.dumps([asdict(figures) for figures in memory.figures()]).encode()
-
-
-def _check_alike(header: Header, rank: int, note: dict[str, Any]) -> None:
-    for name, value in identity(header).items():
-        if note[name] != value:
+def _check_alike(ours: SliceIdentity, rank: int, theirs: SliceIdentity) -> None:
+    for name in ("fingerprint", "format", "shares"):
+        its, wanted = getattr(theirs, name), getattr(ours, name)
+        if its != wanted:
             raise SliceError(
-                f"the slice of r{rank} {note['host']} has {name} {note[name]}, rank 0's has {value}; "
+                f"the slice of r{rank} {theirs.host} has {name} {its}, rank 0's has {wanted}; "
                 "use slices that were made together"
             )

@@ -1,6 +1,8 @@
-"""How the ranks agree: rank 0 says in notes what is to be done, every rank does its part, rank 0 hears whether it could.
+"""Control notes: rank 0 says in typed notes what is to be done, every rank does its part and says whether it could.
 
-Whatever is wrong is said once, by rank 0; then every rank ends.
+A note is a JSON object with fields of known names and types (msgspec). Each package defines its own beside their use. A note
+with an unknown field, or of another type than is due, is a StarError that names its sender and the field. What is wrong on
+any rank is said once, by rank 0; then every rank ends.
 """
 
 from __future__ import annotations
@@ -8,12 +10,74 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar, Union, overload
 
-from tpimpi.errors import InputError, TpimpiError, as_ours
+import msgspec
+
+from tpimpi.errors import InputError, StarError, TpimpiError, as_ours
 from tpimpi.star import Star
 
 T = TypeVar("T")
+
+
+class Note(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="note", tag=True):
+    """What one rank tells another. Its JSON has the class's name as `note`."""
+
+
+class Done(Note, frozen=True):
+    """The sender has done its part."""
+
+
+class Proceed(Note, frozen=True):
+    """Hub: all ranks have done their part; go on."""
+
+
+class TaskNote(Note, frozen=True, tag_field="task"):
+    """Hub: what to do before a run, or instead of one. Subclasses give the task's name as `tag`."""
+
+
+class StopNote(Note, tag=False, frozen=True):
+    """Hub: the run ends, with this exit code."""
+
+    stop: int
+
+
+class ErrorNote(Note, tag=False, frozen=True):
+    """A rank's part has failed."""
+
+    error: str
+    code: int
+    host: str
+
+
+class _Kind(msgspec.Struct):
+    """What tells a stop, an error and a task from other notes."""
+
+    stop: int | None = None
+    error: str | None = None
+    task: str | None = None
+
+
+N = TypeVar("N", bound=Note)
+M = TypeVar("M", bound=Note)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A TaskNote that came, for whoever does the task to decode: most runs do without the modules of most tasks."""
+
+    name: str
+    data: bytes
+    sender: str
+
+    def note(self, kind: type[N]) -> N:
+        """What it says. Raises StarError."""
+        return decode_note(self.data, kind, self.sender)
+
+    def values(self) -> dict[str, Any]:
+        values: dict[str, Any] = json.loads(self.data)
+        return values
 
 
 class Stopped(Exception):  # noqa: N818  (not an error of this rank)
@@ -28,63 +92,176 @@ def encode_note(**values: Any) -> bytes:
     return json.dumps(values).encode()
 
 
+def note_bytes(note: Note) -> bytes:
+    """A note as JSON, in ASCII: a path may have bytes that are no UTF-8, which msgspec's own encoder refuses."""
+    return json.dumps(msgspec.to_builtins(note, enc_hook=_plain)).encode()
+
+
+def _plain(value: Any) -> float:
+    """NumPy's own float is one for json, not for msgspec."""
+    if isinstance(value, float):
+        return float(value)
+    raise TypeError(f"{type(value)} in a note")
+
+
+def decode_note(data: bytes, kind: type[T], sender: str) -> T:
+    """The note of type `kind`, or of one of a Union's, that `data` is. Raises StarError, which names `sender` and the field,
+    where it is another, or has a field that is not known."""
+    return _converted(_values(data, sender), kind, sender)
+
+
+def _values(data: bytes, sender: str) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise _makes_no_sense(sender, error) from error
+
+
+def _converted(values: Any, kind: type[T], sender: str) -> T:
+    try:
+        note = msgspec.convert(values, kind)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise _makes_no_sense(sender, error) from error
+    # msgspec forbids unknown fields in a Struct, but not in a dataclass inside it.
+    if (unknown := _unknown_field(values, msgspec.to_builtins(note), "$")) is not None:
+        raise _makes_no_sense(sender, f"it has the unknown field `{unknown}`")
+    return note
+
+
+def _makes_no_sense(sender: str, why: object) -> StarError:
+    return StarError(f"{sender} sent a note that makes no sense: {why}; see that every host has the same tpimpi")
+
+
+def _unknown_field(sent: Any, known: Any, path: str) -> str | None:
+    """The path of a field of `sent` that `known`, what was understood of it, has not; None where there is none."""
+    if isinstance(sent, dict) and isinstance(known, dict):
+        for name, value in sent.items():
+            if name not in known and name not in ("note", "task"):
+                return f"{path}.{name}"
+            if (found := _unknown_field(value, known.get(name), f"{path}.{name}")) is not None:
+                return found
+    if isinstance(sent, list) and isinstance(known, list):
+        for place, (one, other) in enumerate(zip(sent, known, strict=False)):
+            if (found := _unknown_field(one, other, f"{path}[{place}]")) is not None:
+                return found
+    return None
+
+
+def _kind(data: bytes, sender: str) -> _Kind:
+    try:
+        return msgspec.convert(_values(data, sender), _Kind)
+    except msgspec.MsgspecError as error:
+        raise _makes_no_sense(sender, error) from error
+
+
+def send_note(star: Star, note: Note) -> None:
+    """Hub: send a note to every other rank."""
+    star.broadcast_note(note_bytes(note))
+
+
+@overload
+def receive_note(star: Star) -> Any: ...
+@overload
+def receive_note(star: Star, kind: type[N]) -> N: ...
+def receive_note(star: Star, kind: Any = None) -> Any:
+    """Other ranks: the hub's next note, of this type, however long it takes. Raises Stopped, StarError."""
+    data, sender = star.receive_note(), star.rank_name(0)
+    if kind is None:
+        note = json.loads(data)
+        if "stop" in note:
+            raise Stopped(note["stop"])
+        return note
+    if _kind(data, sender).stop is not None:
+        raise Stopped(decode_note(data, StopNote, sender).stop)
+    return decode_note(data, kind, sender)
+
+
+def receive_task(star: Star, kind: type[N], other: type[M]) -> Task | N | M:
+    """Other ranks: the hub's next task, or a note of one of these two types. Raises Stopped, StarError."""
+    data, sender = star.receive_note(), star.rank_name(0)
+    found = _kind(data, sender)
+    if found.stop is not None:
+        raise Stopped(decode_note(data, StopNote, sender).stop)
+    if found.task is not None:
+        return Task(found.task, data, sender)
+    note: N | M = decode_note(data, Union[kind, other], sender)  # type: ignore[arg-type]  # noqa: UP007
+    return note
+
+
+def gather_notes(star: Star, note: N) -> list[N]:
+    """Every rank gives a note of the same type; the hub gets all of them in rank order, the others an empty list.
+
+    Raises StarError, and on the hub the first error that a rank sent instead.
+    """
+    gathered = star.gather_notes(note_bytes(note))
+    return [note, *_replies(star, gathered, type(note), None)] if star.rank.is_hub else []
+
+
+@overload
+def on_every_rank(star: Star, work: Callable[[], T]) -> tuple[T, list[Any]]: ...
+@overload
+def on_every_rank(star: Star, work: Callable[[], T], kind: type[N]) -> tuple[T, list[N]]: ...
+def on_every_rank(star: Star, work: Callable[[], T], kind: Any = None) -> tuple[T, list[Any]]:
+    """Hub: do our part of what every rank does. What `work` returns, and the replies of ranks 1, 2, …, of type `kind`.
+
+    Raises the first error, ours or another's.
+    """
+    problem, result = None, None
+    try:
+        result = work()
+    except Exception as error:
+        problem = as_ours(error)
+    gathered = star.gather_notes(note_bytes(Done()))
+    if kind is None:
+        _replies(star, gathered, None, problem)
+        return result, [{}, *(json.loads(note) for note in gathered[1:])]  # type: ignore[return-value]
+    return result, _replies(star, gathered, kind, problem)  # type: ignore[return-value]
+
+
+def _replies(star: Star, gathered: Sequence[bytes], kind: type[N] | None, problem: TpimpiError | None) -> list[N]:
+    """What ranks 1, 2, … of `gathered` reply. Raises `problem`, which went wrong on this rank, or else what another says
+    went wrong there."""
+    if problem is not None:
+        raise problem
+    others = [(star.rank_name(rank), data) for rank, data in enumerate(gathered[1:], start=1)]
+    errors = [
+        (rank, decode_note(data, ErrorNote, sender))
+        for rank, (sender, data) in enumerate(others, start=1)
+        if _kind(data, sender).error is not None
+    ]
+    if not errors:
+        return [] if kind is None else [decode_note(data, kind, sender) for sender, data in others]
+    (rank, note), rest = errors[0], ", ".join(f"r{rank} {note.host}" for rank, note in errors[1:])
+    text = note.error + (f" (there is trouble on {rest} too)" if rest else "")
+    problem = (InputError if note.code == InputError.exit_code else TpimpiError)(text)
+    problem.where = f"r{rank} {note.host}"
+    raise problem
+
+
 @contextmanager
 def stop_others_on_error(star: Star) -> Iterator[None]:
-    """Rank 0: if what is inside fails, the other ranks, which wait for a note, end with the same exit code."""
+    """Hub: if what is inside fails, the other ranks, which wait for a note, end with the same exit code."""
     try:
         yield
     except BaseException as error:
         code = as_ours(error).exit_code if isinstance(error, Exception) else 1
         if isinstance(error, SystemExit):
             code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        star.broadcast_note(encode_note(stop=code))
+        send_note(star, StopNote(code))
         raise
 
 
-def on_every_rank(star: Star, work: Callable[[], T]) -> tuple[T, list[dict[str, Any]]]:
-    """Rank 0: do our part of what every rank does, and hear their notes. Raises the first error, ours or another's."""
-    problem, result = None, None
+def report_errors(star: Star, work: Callable[[], T]) -> T:
+    """Other ranks: what `work` returns; rank 0 is told what it raises, and then ends the run."""
     try:
-        result = work()
+        return work()
     except Exception as error:
-        problem = as_ours(error)
-    notes = [json.loads(note) for note in star.gather_notes(encode_note())]
-    raise_first(problem, notes)
-    return result, notes  # type: ignore[return-value]
-
-
-def raise_first(problem: TpimpiError | None, notes: Sequence[dict[str, Any]]) -> None:
-    """Raise what went wrong on this rank, or else what a note says of another."""
-    if problem is not None:
-        raise problem
-    troubled = [(f"r{rank} {note['host']}", note) for rank, note in enumerate(notes) if "error" in note]
-    if troubled:
-        where, note = troubled[0]
-        others = ", ".join(other for other, _ in troubled[1:])
-        text = note["error"] + (f" (there is trouble on {others} too)" if others else "")
-        problem = (InputError if note["code"] == InputError.exit_code else TpimpiError)(text)
-        problem.where = where
-        raise problem
+        star.gather_notes(error_note(star, error))
+        receive_note(star, Done)  # raises Stopped
+        raise
 
 
 def error_note(star: Star, error: Exception) -> bytes:
     """The note with which a rank tells rank 0 of an error."""
     ours = as_ours(error)
-    return encode_note(error=str(ours), code=ours.exit_code, host=star.rank.host)
-
-
-def report_errors(star: Star, work: Callable[[], T]) -> T:
-    """What `work` returns; what it raises rank 0 is told, which then ends the run."""
-    try:
-        return work()
-    except Exception as error:
-        star.gather_notes(error_note(star, error))
-        receive_note(star)  # raises Stopped
-        raise
-
-
-def receive_note(star: Star) -> dict[str, Any]:
-    note: dict[str, Any] = json.loads(star.receive_note())
-    if "stop" in note:
-        raise Stopped(note["stop"])
-    return note
+    return note_bytes(ErrorNote(str(ours), ours.exit_code, star.rank.host))

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tpimpi.star import Links, Star, choose, describe
 from tpimpi.star.codec import wire_of
-from tpimpi.star.control import encode_note
+from tpimpi.star.control import Task, TaskNote, send_note
 
 TASK = "links"
 AUTO = "auto"
 
 
+class MeasureLinks(TaskNote, tag=TASK, frozen=True):
+    """Hub: the links are measured now, with the wire that `--wire` names."""
+
+    wire: str
+
+
 def measure_links(star: Star, *, wire: str = "f32", largest: int = 0) -> Links:
     """Rank 0: measure the links to the other ranks (see Star.measure_links), which listen for a note."""
-    star.broadcast_note(encode_note(task=TASK, wire=wire))
+    send_note(star, MeasureLinks(wire))
     star.wire = wire_of(wire)
     return star.measure_links(largest)
 
 
-def follow(star: Star, note: dict[str, Any]) -> None:
+def follow(star: Star, task: Task) -> None:
     """Other ranks: their part of that."""
-    star.wire = wire_of(note["wire"])
+    star.wire = wire_of(task.note(MeasureLinks).wire)
     star.measure_links()
 
 

@@ -264,6 +264,10 @@ class Star:
             few._channel.latency = self._channel.latency
         return few
 
+    def rank_name(self, rank: int) -> str:
+        """How messages name a rank: "r2 home-pi", or "rank 2" where its host is not known."""
+        return f"rank {rank}" if self._channel is None else self._channel.name(rank)
+
     def set_rank_names(self, name: Callable[[int], str]) -> None:
         """Ranks are named so in messages."""
         if self._channel is not None:
