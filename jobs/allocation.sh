@@ -103,9 +103,9 @@ experiment() {
   local names=() code=0
   read -ra names <<<"${EXPERIMENTS:-}"
   mkdir -p "$OUT"
-  part "experiments" "$python" bench/experiments.py run "${names[@]}" --launch "$LAUNCH" --ranks "$RANKS" \
+  part "experiments" "$python" -m bench.experiments run "${names[@]}" --launch "$LAUNCH" --ranks "$RANKS" \
     --work "$(realpath -m "${WORK:-tpimpi-bench-work}")" --results "$OUT/results.jsonl" || code=$?
   if [ "$code" -gt 1 ]; then return "$code"; fi # 1: some rows failed, the others are worth a page
-  "$python" bench/experiments.py page --results "$OUT/results.jsonl" --page "$OUT/page.md" || code=$?
+  "$python" -m bench.experiments page --results "$OUT/results.jsonl" --page "$OUT/page.md" || code=$?
   return "$code"
 }

@@ -1,4 +1,4 @@
-"""Pictures: the memory of each rank over time (`--plot`), a stretch of a trace (bench/draw_trace.py), and lines.
+"""Pictures: the memory of each rank over time (`--plot`), a stretch of a trace (bench/studies/draw_trace.py), and lines.
 
 matplotlib is an optional extra, imported only when something is drawn: it takes 45 to 60 MB.
 """

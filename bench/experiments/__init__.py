@@ -1,0 +1,1 @@
+"""The experiments of docs/measurements.md: `python -m bench.experiments`."""
