@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
 import shlex
 import signal
 import subprocess
@@ -43,6 +44,7 @@ class _Signals:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[Any] | None = None
+        self.from_terminal = False  # mpirun is in our process group, so Ctrl-C reaches it without us
         self.deadline: float | None = None
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._handle)
@@ -53,14 +55,29 @@ class _Signals:
                 signal.signal(other, signal.SIG_IGN)
             sys.exit(128 + number)
         self.deadline = time.monotonic() + GRACE_S
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(number)
+        if not (self.from_terminal and number == signal.SIGINT):
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(number)
+
+
+def _in_foreground() -> bool:
+    """Whether standard input is a terminal, and this program in its foreground."""
+    try:
+        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except (OSError, ValueError):  # no terminal, or closed
+        return False
 
 
 def _run(options: argparse.Namespace, home: Home, signals: _Signals) -> int:
     end = None if options.timeout is None else time.monotonic() + options.timeout
+    # mpirun reads a terminal only in its foreground: so it stays in this program's session and process group there.
+    signals.from_terminal = terminal = _in_foreground()
     process = home.mpirun(
-        options.command, ranks=options.ranks, mpi=options.mpi, options=shlex.split(options.mpirun or "")
+        options.command,
+        ranks=options.ranks,
+        mpi=options.mpi,
+        options=shlex.split(options.mpirun or ""),
+        start_new_session=not terminal,
     )
     signals.process = process
     while True:
