@@ -27,8 +27,8 @@ def spin() -> None:
     from tpimpi.cli.main import main
     from tpimpi.star import allreduce, channel
 
-    channel._Pause.sleep = lambda self: os.sched_yield()  # type: ignore[method-assign]
-    allreduce.SOONEST = 0.0
+    channel._Backoff.sleep = lambda self: os.sched_yield()  # type: ignore[method-assign]
+    allreduce.EARLIEST_ANSWER_SHARE = 0.0
     main(sys.argv[2:])
 
 

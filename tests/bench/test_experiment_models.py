@@ -1,31 +1,23 @@
-"""The slices and models of bench/experiments.py, what it removes, and rows that fail."""
+"""The slices and models of bench/experiments, what it removes, and rows that fail."""
 
 from __future__ import annotations
 
-import importlib
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.launch import ROOT
+from bench import limits
+from bench.experiments import command as experiments
+from bench.experiments import models as models_of
+from bench.experiments import results as results_of
+from bench.experiments import rows as rows_of
+from bench.experiments import site as site_of
 
-# EXP ['experiments', 'results_of', 'rows_of', 'runs_of']
+# EXP ['experiments', 'results_of', 'rows_of', 'site_of']
 from tpimpi.errors import InputError, StorageError, TpimpiError
-
-sys.path.insert(0, str(ROOT / "bench"))
-try:
-    runs_of = importlib.import_module("experiment_runs")
-    rows_of = importlib.import_module("experiment_rows")
-    results_of = importlib.import_module("experiment_results")
-    experiments = importlib.import_module("experiments")
-    models_of = importlib.import_module("experiment_models")
-    limits = importlib.import_module("limits")
-finally:
-    sys.path.remove(str(ROOT / "bench"))
 
 
 def seven(**settings: Any) -> Any:
@@ -40,7 +32,7 @@ def small(**settings: Any) -> Any:
 
 
 def test_only_what_was_made_here_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    models = runs_of.Site(tmp_path).models
+    models = site_of.Site(tmp_path).models
     row = small()
     stranger = models.folder / "photos" / "one.png"
     stranger.parent.mkdir(parents=True)
@@ -64,7 +56,7 @@ def test_only_what_was_made_here_is_removed(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_folder_of_somebody_else_is_not_made_anew(tmp_path: Path) -> None:
-    models = runs_of.Site(tmp_path).models
+    models = site_of.Site(tmp_path).models
     row = small()
     models.path(row).mkdir(parents=True)
     with pytest.raises(StorageError, match="is there, and was not made by experiments; remove it, or give --work"):
@@ -130,5 +122,5 @@ def test_slices_that_synth_cannot_make_fail_the_row(tmp_path: Path) -> None:
 
 def test_the_disk_that_is_limited_is_that_of_the_work_folder(tmp_path: Path) -> None:
     row = replace(small(devices=2), read="200MB/s")
-    assert [device.cache for device in runs_of.devices_of(row, tmp_path)] == [tmp_path / "laptop", tmp_path / "desktop"]
-    assert {device.cache for device in runs_of.devices_of(replace(row, read=""), tmp_path)} == {None}
+    assert [device.cache for device in site_of.devices_of(row, tmp_path)] == [tmp_path / "laptop", tmp_path / "desktop"]
+    assert {device.cache for device in site_of.devices_of(replace(row, read=""), tmp_path)} == {None}

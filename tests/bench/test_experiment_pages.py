@@ -1,30 +1,23 @@
-"""The page of bench/experiments.py: its tables, pictures and claims, of results that are made up."""
+"""The page of bench/experiments: its tables, pictures and claims, of results that are made up."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench.experiments import claims as claims_of
+from bench.experiments import page_tables, pages, tables
+from bench.experiments import results as results_of
+from bench.experiments import rows as rows_of
 from tests.support.experiments import result, run
 from tests.support.launch import ROOT
 
 # EXP ['results_of', 'rows_of']
 
-sys.path.insert(0, str(ROOT / "bench"))
-try:
-    rows_of = importlib.import_module("experiment_rows")
-    results_of = importlib.import_module("experiment_results")
-    pages = importlib.import_module("experiment_pages")
-    claims_of = importlib.import_module("experiment_claims")
-    tables = importlib.import_module("experiment_tables")
-finally:
-    sys.path.remove(str(ROOT / "bench"))
 
 # The page
 
@@ -139,7 +132,9 @@ def found_of(row: Any, **figures: Any) -> Any:
 def pictures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The panels of each picture that a table would draw, by the name of its file."""
     drawn: dict[str, Any] = {}
-    monkeypatch.setattr(pages, "plot_lines", lambda panels, path, *more, **ticks: drawn.update({path.name: panels}))
+    monkeypatch.setattr(
+        page_tables, "plot_lines", lambda panels, path, *more, **ticks: drawn.update({path.name: panels})
+    )
     return drawn
 
 
@@ -155,11 +150,11 @@ def test_every_row_has_a_table_and_in_it_a_command(
     lines = [result(row, **figures_of(row)) for row in (rows_of.on_machines(rows, 8) if machines else rows)]
     for line in lines:
         words = rows_of.repeat(line["settings"], launch=LAUNCH if machines else "")
-        line["command"] = f"python bench/experiments.py run {words}"
+        line["command"] = f"python -m bench.experiments run {words}"
     found = [tables.Found(line) for line in lines]
     assert len(claims_of.claims(found)) == 7
     seen: set[str] = set()
-    for name, make in pages._TABLES.items():
+    for name, make in page_tables.TABLES.items():
         for part in make(found, tmp_path).split("\n\n"):
             header, *body = part.splitlines()
             if name in ("conditions", "claims") or not header.startswith("|"):
@@ -180,7 +175,7 @@ def test_results_without_a_bandwidth_of_the_emulation_still_make_a_table(tmp_pat
     old, new = (tables.Found(result(row, **figures_of(row))) for _ in range(2))
     for name in ("bandwidth_wished", "bandwidth"):
         del old.figures[name]
-    *_, first, second = pages.emulation([old, new], tmp_path).partition("\n\n")[0].splitlines()
+    *_, first, second = page_tables.emulation([old, new], tmp_path).partition("\n\n")[0].splitlines()
     start = "| 1 ms | 1.1 ms | 0.5 | 0.499 | 200 MB/s | 210 MB/s "
     assert first.startswith(f"{start}| - | - | ") and second.startswith(f"{start}| 300 Mbit/s | 287 Mbit/s | ")
 
@@ -201,8 +196,8 @@ def test_every_size_has_its_pictures(
     tmp_path: Path, pictures: dict[str, Any], size: str, devices: list[str], network: list[str]
 ) -> None:
     found = [found_of(row) for row in rows_of.read_rows(size)]
-    pages.devices(found, tmp_path)
-    pages.network(found, tmp_path)
+    page_tables.devices(found, tmp_path)
+    page_tables.network(found, tmp_path)
     assert [title for title, _ in pictures["measured-devices.png"]] == devices
     wanted = [f"{numbers} numbers, {each}" for numbers in (4096, 524288) for each in network]
     assert [title for title, _ in pictures["measured-network.png"]] == wanted
@@ -212,7 +207,7 @@ def test_every_size_has_its_pictures(
 
 def test_one_number_of_devices_is_no_picture(tmp_path: Path, pictures: dict[str, Any]) -> None:
     rows = rows_of.choose(rows_of.read_rows(), ["devices"], "devices=4 shape=llama-2-7b")
-    pages.devices([found_of(row) for row in rows], tmp_path)
+    page_tables.devices([found_of(row) for row in rows], tmp_path)
     assert not pictures
 
 
@@ -234,11 +229,11 @@ def test_a_page_shows_one_machine_and_says_what_it_leaves_out(tmp_path: Path) ->
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found, others = pages.newest(results_of.Results(path))
     assert [each["format"] for each in found] == [rows[0].format, rows[1].format]
-    assert "99" not in pages.formats(found, tmp_path)
-    said = pages.conditions(found, tmp_path, others)
+    assert "99" not in page_tables.formats(found, tmp_path)
+    said = page_tables.conditions(found, tmp_path, others)
     assert "; 2 rows, measured 2026-01-01 at " in said
     assert said.endswith("Not shown are results of other machines: 1 of Arm, 64 cores, 256 GiB, Linux.")
-    assert "Not shown" not in pages.conditions(found, tmp_path)
+    assert "Not shown" not in page_tables.conditions(found, tmp_path)
 
 
 def test_the_versions_of_other_programs_are_said(tmp_path: Path) -> None:
@@ -248,7 +243,7 @@ def test_the_versions_of_other_programs_are_said(tmp_path: Path) -> None:
     versions = [{"torch": "2.13.0", "accelerate": "1.15.0"}, {"torch": "2.14.0"}, {"llama-cpp-python": "0.3.36"}]
     found = [found_of(row, versions={"python": "3.11.7", **of}) for row, of in zip(rows, versions, strict=True)]
     said = "The other programs: torch 2.13.0 and 2.14.0, accelerate 1.15.0, llama-cpp-python 0.3.36."
-    assert said in pages.conditions(found, tmp_path).split("\n\n")
+    assert said in page_tables.conditions(found, tmp_path).split("\n\n")
 
 
 def test_the_committed_page_is_made_of_the_committed_results(tmp_path: Path, pictures: dict[str, Any]) -> None:
@@ -263,7 +258,7 @@ def test_the_committed_page_is_made_of_the_committed_results(tmp_path: Path, pic
     )
     old = [name for name, text in now.items() if text != committed[name]]
     assert not old, (
-        f"{page.relative_to(ROOT)}: {', '.join(old)} are not those of {results.name}; run: python bench/experiments.py page "
+        f"{page.relative_to(ROOT)}: {', '.join(old)} are not those of {results.name}; run: python -m bench.experiments page "
         f"--results {results.relative_to(ROOT)} --page {page.relative_to(ROOT)}"
     )
 

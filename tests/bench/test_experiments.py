@@ -1,8 +1,7 @@
-"""bench/experiments.py: its data, what it does twice, what it makes of results, and small rows run in earnest."""
+"""bench/experiments: its data, what it does twice, what it makes of results, and small rows run in earnest."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import shlex
@@ -16,20 +15,15 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from bench.experiments import command as experiments
+from bench.experiments import emulation
+from bench.experiments import results as results_of
+from bench.experiments import rows as rows_of
 from tests.support.experiments import run
 from tests.support.homes import needs_home
 from tests.support.launch import ROOT, TIMEOUT, Launcher
 from tpimpi.errors import InputError
 from tpimpi.weights.slices.file import SliceFile, slice_name
-
-sys.path.insert(0, str(ROOT / "bench"))
-try:
-    experiments = importlib.import_module("experiments")
-    rows_of = importlib.import_module("experiment_rows")
-    results_of = importlib.import_module("experiment_results")
-    runs_of = importlib.import_module("experiment_runs")
-finally:
-    sys.path.remove(str(ROOT / "bench"))
 
 pytestmark = pytest.mark.alone
 
@@ -245,9 +239,9 @@ def test_a_commit_with_changes_is_told_from_others(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     "path",
     [
-        *("src/tpimpi/star/tuning.py", "CMakeLists.txt", "bench/delay_line.c", "bench/home.py", "bench/home_wire.py"),
-        *("bench/home_devices.py", "bench/home_scripts.py", "bench/home_sweep.py", "bench/limits.py", "bench/peers.py"),
-        *("bench/peer_programs/timed.py", "bench/experiment_runs.py", "bench/experiment_machines.py"),
+        *("src/tpimpi/star/tuning.py", "CMakeLists.txt", "bench/home/delay_line.c", "bench/home/home.py"),
+        *("bench/home/wire.py", "bench/home/sweep.py", "bench/limits/groups.py", "bench/peers/peers.py"),
+        *("bench/peers/programs/timed.py", "bench/experiments/runs.py", "bench/experiments/machines.py"),
     ],
 )
 def test_what_decides_figures_makes_a_commit_another(
@@ -283,15 +277,16 @@ def test_a_disk_that_is_full_leaves_the_results_as_they_were(data: Path, tmp_pat
     before = path.read_bytes()
     program = (
         "import resource, signal, sys\n"
-        f"sys.path.insert(0, {str(ROOT / 'bench')!r})\n"
         "from pathlib import Path\n"
-        "from experiment_results import Results\n"
-        "from experiment_rows import read_rows\n"
+        "from bench.experiments.results import Results\n"
+        "from bench.experiments.rows import read_rows\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 50},) * 2)\n"
         f"Results(Path({str(path)!r})).add(read_rows()[0], {{}}, 1.0, 'command')\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False
+    )
     assert "cannot write" in done.stderr
     assert path.read_bytes() == before
 
@@ -340,9 +335,9 @@ def test_a_file_that_is_no_results_is_refused_and_left_alone(tmp_path: Path) -> 
 @pytest.mark.slow
 def test_what_a_link_carries_is_measured_with_both_ends_served() -> None:
     wished = 12_500_000
-    with runs_of.Home(2, runs_of.Link(0.001, 0.0, wished)) as home:
+    with emulation.Home(2, emulation.Link(0.001, 0.0, wished)) as home:
         # A full frame has 1514 bytes, of which 1448 are the program's; on a busy machine the clock may start late.
-        assert 0.5 < runs_of.stream_rate(home) / wished < 1.3
+        assert 0.5 < emulation.stream_rate(home) / wished < 1.3
 
 
 @needs_home
@@ -402,9 +397,9 @@ def test_what_a_launcher_started_ends_with_the_run(tmp_path: Path, number: int, 
     with (models / "weights").open("w") as file:
         file.truncate(2_540_000_000)  # of an earlier row, say
     common = ("--results", str(tmp_path / "results.jsonl"), "--work", str(tmp_path / "work"), "--keep")
-    command = [sys.executable, str(ROOT / "bench" / "experiments.py"), "run", "network", "--smallest", *common]
+    command = [sys.executable, "-m", "bench.experiments", "run", "network", "--smallest", *common]
     command += ["--only", "measure=allreduce", "--launch", f"{launcher} {{ranks}}", "--ranks", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + TIMEOUT
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
         assert time.monotonic() < deadline
@@ -433,20 +428,18 @@ def test_two_runs_do_not_measure_each_other(tmp_path: Path) -> None:
 
 def test_without_root_or_a_launcher_one_line_says_what_to_do(tmp_path: Path) -> None:
     program = (
-        "import os, runpy, sys; os.geteuid = lambda: 1000; sys.argv = sys.argv[1:]; "
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
+        "import os, sys; os.geteuid = lambda: 1000; from bench.experiments.command import main; "
+        "sys.exit(main(sys.argv[1:]))"
     )
     command = [
         sys.executable,
         "-c",
         program,
-        str(ROOT / "bench" / "experiments.py"),
         "run",
         "--results",
         str(tmp_path / "r"),
     ]
-    env_path = {"PYTHONPATH": str(ROOT / "bench")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=env_path, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, cwd=ROOT, env={}, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("experiments: emulated homes need root")
     assert done.stderr.count("\n") == 1

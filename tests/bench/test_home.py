@@ -1,8 +1,7 @@
-"""bench/home.py: the emulated home, where there is what it needs; and the file that describes its devices, everywhere."""
+"""bench/home: the emulated home, where there is what it needs; and the file that describes its devices, everywhere."""
 
 from __future__ import annotations
 
-import importlib
 import re
 import shutil
 import signal
@@ -16,20 +15,14 @@ from typing import Any
 
 import pytest
 
+from bench import home, limits
+from bench.home import devices
 from tests.support.homes import HOME, LACKING, needs_home, output
 from tests.support.launch import ROOT, TIMEOUT, Launcher, Result
 
 pytestmark = pytest.mark.alone
 
 LATENCY = 0.003  # seconds one way
-
-sys.path.insert(0, str(ROOT / "bench"))
-try:
-    home = importlib.import_module("home")
-    devices = importlib.import_module("home_devices")
-    limits = importlib.import_module("limits")
-finally:
-    sys.path.remove(str(ROOT / "bench"))
 
 
 def left_of(name: str) -> list[str]:
@@ -294,10 +287,11 @@ def test_nothing_stays_after_an_error_with_programs_running() -> None:
 
 
 def start_command(mpi: str) -> tuple[subprocess.Popen[str], str]:
-    """`home.py run` of a program that sleeps, once it runs on both devices; and the home's id."""
+    """`bench.home run` of a program that sleeps, once it runs on both devices; and the home's id."""
     program = ["sh", "-c", 'echo "up $TPIMPI_EMULATED_HOME"; exec sleep 100']
     process = subprocess.Popen(
-        [sys.executable, str(HOME), "run", "--devices", "2", "--mpi", mpi, "--", *program],
+        [*HOME, "run", "--devices", "2", "--mpi", mpi, "--", *program],
+        cwd=ROOT,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -331,7 +325,7 @@ def test_what_a_killed_run_leaves_is_cleaned(mpirun: Launcher) -> None:
     process.wait()
     deadline = time.monotonic() + TIMEOUT
     while left_of(name):  # another run may be cleaning it too
-        done = subprocess.run([sys.executable, str(HOME), "clean"], timeout=TIMEOUT, check=False)
+        done = subprocess.run([*HOME, "clean"], cwd=ROOT, timeout=TIMEOUT, check=False)
         assert done.returncode == 0
         assert time.monotonic() < deadline
     assert process.stdout is not None and process.stderr is not None
@@ -341,7 +335,7 @@ def test_what_a_killed_run_leaves_is_cleaned(mpirun: Launcher) -> None:
 
 @needs_home
 def test_the_command_passes_input_output_and_exit_code_through(mpirun: Launcher) -> None:
-    command = [sys.executable, str(HOME), "run", "--devices", "2", "--latency", "1ms", "--mpi", mpirun.mpi, "--"]
+    command = [*HOME, "run", "--devices", "2", "--latency", "1ms", "--mpi", mpirun.mpi, "--"]
     # Open MPI hands no end of input on, so one line is read.
     program = [
         "sh",

@@ -1,8 +1,7 @@
-"""bench/limits.py: both versions' files and values on a fake tree, and real groups where there are some; and its users."""
+"""bench/limits: both versions' files and values on a fake tree, and real groups where there are some; and its users."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 import subprocess
@@ -14,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from bench.limits import groups as limits
+from bench.studies import memory_scheduler, slowed
 from tests.support.launch import ROOT, Launcher, Result, run_command
 
 pytestmark = pytest.mark.alone
@@ -47,13 +48,7 @@ V1_FILES = {
 
 
 @pytest.fixture
-def limits(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    return importlib.import_module("limits")
-
-
-@pytest.fixture
-def fake(limits: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which a new folder gets the files of a group, and can be removed with them, as in the kernel's tree."""
 
     def mkdir(folder: Path) -> None:
@@ -68,7 +63,7 @@ def fake(limits: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return tmp_path
 
 
-def v2(limits: ModuleType, top: Path, controllers: str = "cpuset cpu io memory pids") -> Any:
+def v2(top: Path, controllers: str = "cpuset cpu io memory pids") -> Any:
     top = top / "unified"
     top.mkdir()
     (top / "cgroup.controllers").write_text(controllers + "\n")
@@ -76,7 +71,7 @@ def v2(limits: ModuleType, top: Path, controllers: str = "cpuset cpu io memory p
     return limits.Trees({}, top)
 
 
-def v1(limits: ModuleType, top: Path) -> Any:
+def v1(top: Path) -> Any:
     for name in V1_FILES:
         (top / name).mkdir()
     return limits.Trees({"memory": top / "memory", "cpu": top / "cpu", "io": top / "blkio"}, None)
@@ -86,7 +81,7 @@ def text(path: Path) -> str:
     return path.read_text()
 
 
-def test_trees_are_found(limits: ModuleType, tmp_path: Path) -> None:
+def test_trees_are_found(tmp_path: Path) -> None:
     mountinfo = tmp_path / "mountinfo"
     mountinfo.write_text(
         "30 22 0:26 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755\n"
@@ -103,7 +98,7 @@ def test_trees_are_found(limits: ModuleType, tmp_path: Path) -> None:
     assert limits.find_trees(mountinfo) == limits.Trees({}, top)
 
 
-def test_files_of_version_2(limits: ModuleType, fake: Path) -> None:
+def test_files_of_version_2(fake: Path) -> None:
     trees = v2(limits, fake)
     folder = fake / "unified" / "g"
     limited = {"memory": 700_000_000, "cpu": 0.5, "read_bps": 200_000_000, "device": Path("/x")}
@@ -123,7 +118,7 @@ def test_files_of_version_2(limits: ModuleType, fake: Path) -> None:
     assert not folder.exists()
 
 
-def test_controllers_that_version_2_has_already_given(limits: ModuleType, fake: Path) -> None:
+def test_controllers_that_version_2_has_already_given(fake: Path) -> None:
     trees = v2(limits, fake)
     with limits.Group("g", memory=10**8, trees=trees):
         assert text(fake / "unified" / "cgroup.subtree_control") == "memory\n"
@@ -131,7 +126,7 @@ def test_controllers_that_version_2_has_already_given(limits: ModuleType, fake: 
         assert text(fake / "unified" / "cgroup.subtree_control") == "+cpu"
 
 
-def test_files_of_version_1(limits: ModuleType, fake: Path) -> None:
+def test_files_of_version_1(fake: Path) -> None:
     trees = v1(limits, fake)
     limited = {"memory": 700_000_000, "cpu": 1.5, "read_bps": 200_000_000, "device": Path("/x")}
     with limits.Group("g", **limited, trees=trees) as group:
@@ -151,7 +146,7 @@ def test_files_of_version_1(limits: ModuleType, fake: Path) -> None:
     assert not any((fake / name / "g").exists() for name in V1_FILES)
 
 
-def test_version_1_near_the_limit_counts_as_at_it(limits: ModuleType, fake: Path) -> None:
+def test_version_1_near_the_limit_counts_as_at_it(fake: Path) -> None:
     with limits.Group("g", memory=700_000_000, trees=v1(limits, fake)) as group:
         memory = fake / "memory" / "g"
         (memory / "memory.max_usage_in_bytes").write_text(f"{700_000_000 - (2 << 20)}\n")
@@ -161,7 +156,7 @@ def test_version_1_near_the_limit_counts_as_at_it(limits: ModuleType, fake: Path
 
 
 @pytest.mark.parametrize("version", [v1, v2])
-def test_a_command_enters_its_group(limits: ModuleType, fake: Path, version: Any) -> None:
+def test_a_command_enters_its_group(fake: Path, version: Any) -> None:
     with limits.Group("g", cpu=1, trees=version(limits, fake)) as group:
         command = group.command(["sh", "-c", 'echo $$ "$1"', "sh", "two words"])
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -179,7 +174,7 @@ def test_a_command_enters_its_group(limits: ModuleType, fake: Path, version: Any
 
 
 @pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_RANK", "PMI_RANK"])
-def test_a_rank_enters_its_own_group(limits: ModuleType, fake: Path, variable: str) -> None:
+def test_a_rank_enters_its_own_group(fake: Path, variable: str) -> None:
     with limits.RankGroups("g", 2, memory=10**8, trees=v2(limits, fake)) as groups:
         env = {name: value for name, value in os.environ.items() if not name.endswith("_RANK")}
         command = groups.command(["sh", "-c", "echo $$"])
@@ -192,7 +187,7 @@ def test_a_rank_enters_its_own_group(limits: ModuleType, fake: Path, variable: s
     assert not (fake / "unified" / "g-r0").exists()
 
 
-def test_what_cannot_be(limits: ModuleType, fake: Path) -> None:
+def test_what_cannot_be(fake: Path) -> None:
     with pytest.raises(limits.LimitError, match="no control groups are mounted here"):
         limits.Group("g", trees=limits.Trees({}, None))
     with pytest.raises(limits.LimitError, match=r"no control groups \(v1\) for cpu are mounted here"):
@@ -209,14 +204,15 @@ def test_what_cannot_be(limits: ModuleType, fake: Path) -> None:
 
 
 @pytest.fixture
-def real(limits: ModuleType) -> ModuleType:
+def real() -> ModuleType:
     if reason := limits.available():
         pytest.skip(reason)
     return limits
 
 
 HOG = "import sys; b = bytearray(int(sys.argv[1])); b[::4096] = b'x' * len(b[::4096]); print('touched', flush=True)"
-PROGRAM = [sys.executable, str(ROOT / "bench" / "limits.py")]
+PROGRAM = [sys.executable, "-m", "bench.limits"]
+SLOWED = [sys.executable, "-m", "bench.studies.slowed"]
 
 
 def test_a_program_within_its_limit(real: ModuleType) -> None:
@@ -260,18 +256,18 @@ def test_what_is_left_in_a_group_is_killed(real: ModuleType) -> None:
 
 
 def test_as_a_command(real: ModuleType) -> None:
-    result = run_command([*PROGRAM, "--memory", "100M", "--", sys.executable, "-c", HOG, "40000000"], env={})
+    result = run_command([*PROGRAM, "--memory", "100M", "--", sys.executable, "-c", HOG, "40000000"], env={}, cwd=ROOT)
     assert (result.code, result.out) == (0, "touched\n"), result.err
     assert result.err.endswith("MB of 100 MB, 0 times at the limit\n")
-    result = run_command([*PROGRAM, "--", "sh", "-c", "exit 7"], env={})
+    result = run_command([*PROGRAM, "--", "sh", "-c", "exit 7"], env={}, cwd=ROOT)
     assert result.code == 7, result.err
-    result = run_command([*PROGRAM, "--memory", "x", "--", "true"], env={})
+    result = run_command([*PROGRAM, "--memory", "x", "--", "true"], env={}, cwd=ROOT)
     assert (result.code, len(result.err.splitlines())) == (2, 1), result.err
 
 
 @pytest.mark.slow
 def test_each_rank_in_its_own_group(real: ModuleType, mpirun: Launcher) -> None:
-    arguments = [PROGRAM[1], "--each-rank", "--memory", "100M", "--", sys.executable, "-c", HOG, "40000000"]
+    arguments = [*PROGRAM[1:], "--each-rank", "--memory", "100M", "--", sys.executable, "-c", HOG, "40000000"]
     result = mpirun(2, *arguments)
     assert result.code == 0, result.err
     # MPICH forwards what ranks print at once with their lines mixed.
@@ -284,9 +280,7 @@ def test_each_rank_in_its_own_group(real: ModuleType, mpirun: Launcher) -> None:
 # The programs that measure with groups
 
 
-def test_slowed_multiplies_so_many_times(limits: ModuleType) -> None:
-    slowed = importlib.import_module("slowed")
-
+def test_slowed_multiplies_so_many_times() -> None:
     class Backend:
         calls = 0
 
@@ -305,7 +299,7 @@ def test_slowed_multiplies_so_many_times(limits: ModuleType) -> None:
 
 def test_slowed_is_asked_for_a_number() -> None:
     for arguments in ([], ["--prompt"], ["0.5"], ["inf"], ["nan"]):
-        result = run_command([sys.executable, str(ROOT / "bench" / "slowed.py"), *arguments], env={})
+        result = run_command([sys.executable, "-m", "bench.studies.slowed", *arguments], env={}, cwd=ROOT)
         assert (result.code, len(result.err.splitlines())) == (1, 1), result.err
         assert "1 or more" in result.err
 
@@ -315,14 +309,12 @@ def test_a_slowed_run_says_the_same(
 ) -> None:
     arguments = ["--model", str(tiny), "--raw", "--prompt", "the quick", "--max-tokens", "8", "--quiet"]
     plain = tpimpi(*arguments)
-    slowed = run_command([sys.executable, str(ROOT / "bench" / "slowed.py"), "2.5", *arguments], env=cache)
+    slowed = run_command([*SLOWED, "2.5", *arguments], env=cache, cwd=ROOT)
     assert (plain.code, slowed.code) == (0, 0), slowed.err
     assert plain.out == slowed.out != ""
 
 
-def test_the_line_of_given_runs(limits: ModuleType) -> None:
-    scheduler = importlib.import_module("memory_scheduler")
-
+def test_the_line_of_given_runs() -> None:
     def run(budget: str, limit: int | None, streamed: int, seconds: float, hits: int) -> dict[str, Any]:
         report = {
             "s_per_token": seconds,
@@ -347,7 +339,7 @@ def test_the_line_of_given_runs(limits: ModuleType) -> None:
             }
             for most in (900e6, 1100e6)
         ]
-        found = scheduler.figures(report, None, disks)
+        found = memory_scheduler.figures(report, None, disks)
         return {"budget": budget, "limit": limit, **found, "group_peak_bytes": [80, None], "limit_hits": [hits, 1]}
 
     first = run("1G", None, 2 * 10**9, 2.2, 0)
@@ -356,7 +348,7 @@ def test_the_line_of_given_runs(limits: ModuleType) -> None:
     assert first["of_disk"] == pytest.approx(1.1)
     runs = [run("400MB", 400, 4 * 10**9, 4.4, 0), first, run("1G", 1000, 2 * 10**9, 2.4, 2), run("3G", None, 0, 0.4, 0)]
     runs.append(run("1G", 1000, 2 * 10**9, 2.8, 0))
-    rows = scheduler.summarize_line(runs, "400MB", "3G")
+    rows = memory_scheduler.summarize_line(runs, "400MB", "3G")
     assert [(row["budget"], row["limited"], row["runs"]) for row in rows] == [
         *(("400MB", True, 1), ("1G", False, 1), ("1G", True, 2), ("3G", False, 1))
     ]

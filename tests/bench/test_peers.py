@@ -1,11 +1,11 @@
-"""bench/peers.py: other programs in their own environments and on devices, with small ones of ours in their place."""
+"""bench/peers: other programs in their own environments and on devices, with small ones of ours in their place."""
 
 from __future__ import annotations
 
 import ast
-import importlib
 import os
 import re
+import shutil
 import sys
 import time
 import zipfile
@@ -15,17 +15,11 @@ from typing import Any
 
 import pytest
 
+from bench import home, limits
+from bench.peers import peers
 from tests.support.homes import LACKING, needs_home
-from tests.support.launch import ROOT, run_command
+from tests.support.launch import run_command
 from tests.support.tiny_models import write_tiny_hf
-
-sys.path.insert(0, str(ROOT / "bench"))
-try:
-    peers = importlib.import_module("peers")
-    home = importlib.import_module("home")
-    limits = importlib.import_module("limits")
-finally:
-    sys.path.remove(str(ROOT / "bench"))
 
 pytestmark = pytest.mark.alone
 
@@ -35,8 +29,7 @@ needs_limits = pytest.mark.skipif(
 SLOW = 0.05  # seconds that the fake program takes for a token
 # Counts up from the last id of the prompt; its first prompt takes longer than the second.
 COUNTER = f"""
-import sys, time
-sys.path.insert(0, {str(peers.PROGRAMS)!r})
+import time
 import timed
 
 def load():
@@ -70,6 +63,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Non
     def make(program: str) -> None:
         path = tmp_path / "fake.py"
         path.write_text(program)
+        shutil.copy(peers.PROGRAMS / "timed.py", tmp_path)
         peer = peers.Peer("none", str(path), "hf", ("--memory", "{memory}"), prepares=True)
         monkeypatch.setitem(peers.PEERS, "fake", peer)
         monkeypatch.setitem(peers.ENVIRONMENTS, "none", peers.Environment(()))
@@ -197,15 +191,14 @@ def test_the_page_cache_is_dropped(tmp_path: Path) -> None:
     assert not cached()
 
 
-COPIES = f"""
+COPIES = """
 import sys
 from pathlib import Path
-sys.path.insert(0, {str(peers.PROGRAMS)!r})
 import run_transformers, torch
 from transformers import AutoModelForCausalLM
 
 torch.set_grad_enabled(False)
-where = {{f"model.layers.{{layer}}": "disk" if layer == 1 else "cpu" for layer in range(3)}}
+where = {f"model.layers.{layer}": "disk" if layer == 1 else "cpu" for layer in range(3)}
 where |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16, device_map=where)
 
@@ -228,7 +221,7 @@ print(look())
 def test_what_is_copied_is_no_longer_mapped_and_what_is_on_the_disk_stays_there(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     write_tiny_hf(tmp_path / "model", "llama", dtype="bfloat16")
-    done = run_command([sys.executable, "-c", COPIES, str(tmp_path / "model")], env={})
+    done = run_command([sys.executable, "-c", COPIES, str(tmp_path / "model")], env={"PYTHONPATH": str(peers.PROGRAMS)})
     assert done.code == 0, done.err
     before, after = (ast.literal_eval(line) for line in done.out.splitlines())
     # Embedding, norm, head, and 9 of each of 3 layers, of which one is on the disk

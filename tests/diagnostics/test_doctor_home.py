@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -15,16 +14,11 @@ from typing import Any
 
 import pytest
 
+from bench import home
+from bench.home import devices
 from tests.support.homes import needs_home, output
-from tests.support.launch import ROOT, TIMEOUT, Launcher, Result
+from tests.support.launch import TIMEOUT, Launcher, Result
 from tpimpi import __version__
-
-sys.path.insert(0, str(ROOT / "bench"))
-try:
-    home = importlib.import_module("home")
-    devices = importlib.import_module("home_devices")
-finally:
-    sys.path.remove(str(ROOT / "bench"))
 
 pytestmark = [needs_home, pytest.mark.alone]
 LATENCY = 0.003  # seconds one way

@@ -256,11 +256,11 @@ def test_what_is_no_trace_is_refused(tmp_path: Path, content: bytes) -> None:
 
 def test_the_command_draws_and_refuses_in_one_line(tmp_path: Path) -> None:
     write_trace(tmp_path / "trace.json", ranks(), ["layer 0 attn", "layer 0 mlp"])
-    command = [sys.executable, str(ROOT / "bench" / "draw_trace.py"), str(tmp_path / "trace.json")]
-    result = run_command([*command, str(tmp_path / "x.png"), "--from", "0", "--to", "0.1"], env={})
+    command = [sys.executable, "-m", "bench.studies.draw_trace", str(tmp_path / "trace.json")]
+    result = run_command([*command, str(tmp_path / "x.png"), "--from", "0", "--to", "0.1"], env={}, cwd=ROOT)
     assert (result.code, result.out, result.err) == (0, "", "")
     assert png_size(tmp_path / "x.png")[0] == 1650
-    result = run_command([*command, str(tmp_path / "x.png"), "--from", "5", "--to", "6"], env={})
+    result = run_command([*command, str(tmp_path / "x.png"), "--from", "5", "--to", "6"], env={}, cwd=ROOT)
     assert (result.code, len(result.err.splitlines())) == (2, 1)
     with pytest.raises(InputError, match="No such file"):
         read_trace(tmp_path / "none.json")

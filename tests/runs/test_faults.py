@@ -5,7 +5,6 @@ a wrong answer. Every fault here is a real one, and every run a program of its o
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import re
@@ -23,7 +22,8 @@ from typing import IO, Any
 import h5py
 import pytest
 
-from tests.support.launch import ROOT, TIMEOUT, Launcher, Result, run_command
+from bench import limits
+from tests.support.launch import TIMEOUT, Launcher, Result, run_command
 from tpimpi.system.units import parse_size
 
 # 82 MB in q8_0: enough that a token takes a while where it is streamed.
@@ -432,9 +432,7 @@ def test_a_disk_that_fails(runs: Runs, copies, failing_disk) -> None:
 
 @on_one_and_two_ranks
 @pytest.mark.slow
-def test_a_disk_that_stalls_is_waited_for(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    limits = importlib.import_module("limits")
+def test_a_disk_that_stalls_is_waited_for(runs: Runs) -> None:
     if reason := limits.available("io"):
         pytest.skip(reason)
     try:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from bench.experiments import results as results_of
 from tests.support.launch import ROOT, TIMEOUT
-
-sys.path.insert(0, str(ROOT / "bench"))
-try:
-    results_of = importlib.import_module("experiment_results")
-finally:
-    sys.path.remove(str(ROOT / "bench"))
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "bench" / "experiments.py"), *map(str, arguments)]
+    command = [sys.executable, "-m", "bench.experiments", *map(str, arguments)]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=TIMEOUT, stdin=subprocess.DEVNULL, check=False
+        command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, stdin=subprocess.DEVNULL, check=False
     )
 
 
