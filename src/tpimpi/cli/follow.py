@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 
-from tpimpi.engine.engine import Engine
-from tpimpi.engine.notes import Allotted, Figures, MemoryPromises, OpenEngine, PlanMemory
+from tpimpi.engine.engine import OpenedEngine
+from tpimpi.engine.notes import OpenEngine, PlanMemory
 from tpimpi.engine.protocol import follow
-from tpimpi.engine.rank_memory import RankMemory
 from tpimpi.engine.ranks import greet
-from tpimpi.engine.startup import memory_needs, open_engine, slice_identity
+from tpimpi.engine.startup import open_engine, send_figures, slice_identity, take_allotment
 from tpimpi.errors import StarError
 from tpimpi.star import Star
 from tpimpi.star import settle as link_settle
-from tpimpi.star.control import Done, Proceed, Task, gather_notes, receive_note, receive_task, report_errors
+from tpimpi.star.control import Proceed, Task, gather_notes, receive_note, receive_task, report_errors
 from tpimpi.weights import distribute
 
 
@@ -68,7 +67,7 @@ def take_part(star: Star, arguments: Sequence[str]) -> None:
     """
     greet(star, arguments, TASKS)
     with ExitStack() as stack:
-        engines: list[Engine] = []
+        engines: list[OpenedEngine] = []
         while not isinstance(note := receive_task(star, OpenEngine, PlanMemory), PlanMemory):
             if isinstance(note, Task):
                 _do_task(star, note)
@@ -77,23 +76,10 @@ def take_part(star: Star, arguments: Sequence[str]) -> None:
             engine = report_errors(star, lambda settings=settings: open_engine(star, settings))  # type: ignore[misc]
             engines.append(stack.enter_context(closing(engine)))
             gather_notes(star, slice_identity(engine))
-        memory = RankMemory(engines)
-        stack.enter_context(closing(memory))
-        context = note.context
-        gather_notes(star, memory_needs(memory, context))
-        allowed = receive_note(star, MemoryPromises)
-        rank = star.rank.index
-        report_errors(star, lambda: memory.plan(context, allowed.promises[rank], allowed.watched[rank]))
-        gather_notes(star, Done())
+        memory = stack.enter_context(closing(take_allotment(star, engines, note.context)))
         receive_note(star, Proceed)
-        allotment = report_errors(star, memory.allot_memory)
-        gather_notes(star, Allotted(allotment))
-        receive_note(star, Proceed)
-        follow([engine.model for engine in engines], star)
-        gather_notes(star, Figures(memory.figures()))
-        if memory.settings.trace:
-            star.clock_offsets()
-            gather_notes(star, memory.trace().note())
+        follow([engine.model for engine in memory.engines], star)
+        send_figures(star, memory)
 
 
 def _do_task(star: Star, task: Task) -> None:

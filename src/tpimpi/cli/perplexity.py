@@ -12,9 +12,10 @@ from tpimpi.cli.process import Job, print_answer
 from tpimpi.cli.run_options import parse_perplexity
 from tpimpi.cli.values import read_text
 from tpimpi.engine import startup
+from tpimpi.engine.allotment import print_memory
 from tpimpi.engine.engine import EngineConfig
 from tpimpi.engine.overlap import PREFILL_CHUNK
-from tpimpi.engine.rank_memory import RankMemory, print_memory
+from tpimpi.engine.rank_memory import RankMemory
 from tpimpi.engine.ranks import RankInfo, greet
 from tpimpi.serving.llm import load_tokenizer_of_slices
 from tpimpi.serving.perplexity import Measurement
@@ -31,7 +32,7 @@ def perplexity(star: Star, job: Job) -> int:
     with job.others_waiting():
         startup.start(star)
         load_s = job.seconds()
-        result = measurement.run(quiet=output.quiet)
+        result = measurement.run(memory.engines, quiet=output.quiet)
         result.load_s, result.ranks = load_s, startup.finish(star, memory)[0][0]
     print_answer(result.line() + "\n")
     if output.report is not None:

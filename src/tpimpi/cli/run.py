@@ -16,7 +16,7 @@ from tpimpi.cli.values import read_text
 from tpimpi.compute.arrays import F32
 from tpimpi.diagnostics.trace_file import left_out, write_trace
 from tpimpi.engine import startup
-from tpimpi.engine.rank_memory import print_memory
+from tpimpi.engine.allotment import print_memory
 from tpimpi.engine.ranks import greet
 from tpimpi.engine.trace import RankTrace
 from tpimpi.errors import InputError, ModelError
@@ -220,7 +220,7 @@ def write_what_was_measured(llm: LLM, traces: Sequence[RankTrace], output: Outpu
     if output.report is not None:
         report.write(Path(output.report))
     if output.trace is not None:
-        write_trace(Path(output.trace), traces, [str(block) for block in llm.engine.order])
+        write_trace(Path(output.trace), traces, [str(block) for block in llm.engine.opened.order])
         say(left_out(traces))
     if output.plot is not None:
         from tpimpi.diagnostics.plots import Timeline, plot_memory

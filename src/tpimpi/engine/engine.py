@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tpimpi.compute.backends import load_backend
+from tpimpi.engine.budget import Needs
 from tpimpi.engine.model import Model, block_order
+from tpimpi.engine.needs import needs_of_model
 from tpimpi.engine.trace import Recorder
-from tpimpi.engine.window import DEFAULT_READS, Window, records_of
+from tpimpi.engine.window import Window, records_of
 from tpimpi.errors import SliceError
-from tpimpi.models.kv.cache import cache_bytes, kv_dtype
-from tpimpi.star import Star
-from tpimpi.system.direct_io import Trial
+from tpimpi.star import Rank, Star
 from tpimpi.weights.locations import SliceLocation
 from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.header import Header
@@ -62,17 +62,11 @@ def identity(header: Header) -> dict[str, str]:
     return {"fingerprint": header.fingerprint, "format": header.formats.key(), "shares": header.partition.describe()}
 
 
-class Engine:
-    """What one rank holds for a run. Raises SliceError where its slice is not the one that the settings want.
+class OpenedEngine:
+    """A rank's slice, open and checked, and the backend that computes with it. `start` makes an engine of it.
 
-    `allot_memory` (of all the engines that a rank has) is to be called before the model is used.
+    Raises SliceError where the slice is not the one that the settings want.
     """
-
-    model: Model
-    window: Window
-    recorder: Recorder | None = None
-    trial: Trial | None = None  # where something will be streamed
-    reads = DEFAULT_READS
 
     def __init__(self, star: Star, settings: EngineConfig) -> None:
         self.star, self.settings = star, settings
@@ -80,65 +74,88 @@ class Engine:
         self.file = SliceFile(path)
         try:
             self.header = self.file.header
-            self._check(path, settings)
+            _check_slice(self.header, path, star.rank, settings)
             neighbours = settings.cores_shared_by[star.rank.index]
             threads = settings.threads or usual_threads(len(os.sched_getaffinity(0)), neighbours)
             self.backend = load_backend(settings.backend, threads)
             self.resident = self.file.load(self.file.records_of("resident")[0]).parts
             self.order = block_order(self.header)
             self.records = records_of(self.file, self.order)
-            if settings.trace:
-                self.recorder = Recorder()
+            self.recorder = Recorder() if settings.trace else None
         except BaseException:
             self.file.close()
             raise
-
-    def _check(self, path: Path, settings: EngineConfig) -> None:
-        rank, size, header = self.star.rank.index, self.star.rank.size, self.header
-        if (header.rank, header.partition.ranks) != (rank, size):
-            raise SliceError(
-                f"slice file {path} is of rank {header.rank} of {header.partition.ranks}, needed is rank {rank} of {size}; "
-                f"make slices for {size} ranks with: python -m tpimpi slice --ranks {size} --out DIR"
-            )
-        wanted = {"fingerprint": settings.fingerprint, "format": settings.format, "shares": settings.shares}
-        for name, value in identity(header).items():
-            if wanted[name] and wanted[name] != value:
-                what = {
-                    "fingerprint": "it is of another model: choose its --slices, or leave --slices out",
-                    "format": "leave --format out, or make slices in that format",
-                    "shares": "leave --shares out, or make slices with those",
-                }[name]
-                raise SliceError(f"slice file {path} has {name} {value}, this run needs {wanted[name]}; {what}")
-
-    def cache_bytes(self, context: int) -> int:
-        """Memory of the keys and values of so many positions."""
-        dtype = kv_dtype(self.settings.kv, (fmt for layer in self.header.formats.layers for fmt in layer))
-        config = self.header.config
-        return cache_bytes(config.layers, self.header.share.kv_heads.size, context, config.head_dim, dtype)
 
     @property
     def tile_bytes(self) -> int:
         """Memory of all tiles that a token goes through."""
         return sum(record.nbytes for record in self.records)
 
-    def start(self, pinned: int | None, ring: int | None, blocks: int | None, make_room: Callable[[int], None]) -> None:
-        """Start reading; see Window and Model for the parameters."""
-        self.window = Window(
+    def needs(self, base: int, context: int) -> Needs:
+        """What this rank needs for `context` positions, if it has `base` bytes resident without."""
+        return needs_of_model(
+            self.header,
+            self.records,
+            tiles=self.tile_bytes,
+            base=base,
+            backend=self.backend.name,
+            kv=self.settings.kv,
+            allreduce=self.settings.allreduce,
+            context=context,
+            logits_of=self.settings.logits_of,
+        )
+
+    def open_window(self, *, pinned: int | None, ring: int | None, blocks: int | None, reads: int) -> Window:
+        """Start to read the tiles; see Window for the parameters."""
+        return Window(
             self.file,
             self.order,
             pinned_bytes=pinned,
             ring=ring,
             blocks=blocks,
-            reads=self.reads,
-            recorder=self.recorder,
-        )
-        self.model = Model(
-            *(self.header, self.resident, self.window, self.star, self.backend, self.settings.kv),
-            make_room=make_room,
+            reads=reads,
             recorder=self.recorder,
         )
 
+    def start(self, window: Window, make_room: Callable[[int], None]) -> Engine:
+        """The engine whose tiles come from `window`; see Model for `make_room`."""
+        model = Model(
+            *(self.header, self.resident, window, self.star, self.backend, self.settings.kv),
+            make_room=make_room,
+            recorder=self.recorder,
+        )
+        return Engine(self, window, model)
+
     def close(self) -> None:
-        if hasattr(self, "window"):
-            self.window.close()
         self.file.close()
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What one rank holds for a run of one model: its slice, the window that reads its tiles, and the model."""
+
+    opened: OpenedEngine
+    window: Window
+    model: Model
+
+    def close(self) -> None:
+        """Stop reading, and give the tiles' memory back."""
+        self.window.close()
+        self.opened.close()
+
+
+def _check_slice(header: Header, path: Path, rank: Rank, settings: EngineConfig) -> None:
+    if (header.rank, header.partition.ranks) != (rank.index, rank.size):
+        raise SliceError(
+            f"slice file {path} is of rank {header.rank} of {header.partition.ranks}, needed is rank {rank.index} of "
+            f"{rank.size}; make slices for {rank.size} ranks with: python -m tpimpi slice --ranks {rank.size} --out DIR"
+        )
+    wanted = {"fingerprint": settings.fingerprint, "format": settings.format, "shares": settings.shares}
+    for name, value in identity(header).items():
+        if wanted[name] and wanted[name] != value:
+            what = {
+                "fingerprint": "it is of another model: choose its --slices, or leave --slices out",
+                "format": "leave --format out, or make slices in that format",
+                "shares": "leave --shares out, or make slices with those",
+            }[name]
+            raise SliceError(f"slice file {path} has {name} {value}, this run needs {wanted[name]}; {what}")

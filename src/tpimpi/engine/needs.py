@@ -1,11 +1,15 @@
-"""What a rank needs to hold and to run its part of a model, in bytes."""
+"""What a rank needs to hold and to run its part of a model, in bytes: for a run, and for a run that is only planned."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
+from tpimpi.engine.budget import Needs
 from tpimpi.engine.overlap import PREFILL_CHUNK
+from tpimpi.engine.window import FEWEST_TILES, USUAL_TILES
+from tpimpi.models.kv.cache import cache_bytes, kv_dtype
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import Record
 
@@ -40,3 +44,52 @@ def work_bytes(
     if header.rank == 0:
         work += (12 + 12 * (logits_of > 1)) * logits_of * config.vocab + 64 * config.vocab
     return work
+
+
+def needs_of_model(
+    header: Header,
+    records: Sequence[Record],
+    *,
+    tiles: int,
+    base: int,
+    backend: str,
+    kv: str,
+    allreduce: str,
+    context: int,
+    logits_of: int = 1,
+) -> Needs:
+    """What one rank needs to hold `context` positions of one model, of which it has the slice `header`.
+
+    `records` are its tiles, or those of a layer of each kind and of the head; `tiles` the bytes of all of them. `base` is
+    what the rank has resident before. `backend`, `kv` and `allreduce` (a rule: see star.parse_rule) are those of the run;
+    `logits_of` is how many positions rank 0 computes logits of at once.
+    """
+    largest = max((record.nbytes for record in records), default=0)
+    all_partials = allreduce.endswith("exchange")  # also of long sums
+    return Needs(
+        base=base,
+        cache=cache_bytes_of(header, kv, context),
+        work=work_bytes(header, records, backend, context, logits_of, all_partials=all_partials),
+        least_buffers=min(tiles, FEWEST_TILES * largest),
+        usual_buffers=min(tiles, USUAL_TILES * largest),
+        tiles=tiles,
+    )
+
+
+def needs_together(needs: Sequence[Needs]) -> Needs:
+    """What one rank needs for several models that compute by turns: each has its cache and tiles, all share the work."""
+    return Needs(
+        base=needs[0].base,
+        cache=sum(need.cache for need in needs),
+        work=max(need.work for need in needs),
+        least_buffers=sum(need.least_buffers for need in needs),
+        usual_buffers=sum(need.usual_buffers for need in needs),
+        tiles=sum(need.tiles for need in needs),
+    )
+
+
+def cache_bytes_of(header: Header, kv: str, context: int) -> int:
+    """Memory of this rank's keys and values of so many positions; `kv` is one of KV_FORMATS."""
+    dtype = kv_dtype(kv, itertools.chain(*header.formats.layers))
+    config = header.config
+    return cache_bytes(config.layers, header.share.kv_heads.size, context, config.head_dim, dtype)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from tpimpi.engine.allotment import MemoryAllotment
 from tpimpi.engine.budget import Needs
 from tpimpi.engine.engine import EngineConfig
 from tpimpi.engine.figures import RankFigures
-from tpimpi.engine.rank_memory import MemoryAllotment
 from tpimpi.star.control import Note
 from tpimpi.system.memory import Place
 

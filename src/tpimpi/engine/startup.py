@@ -3,61 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 
 from tpimpi.engine import protocol
+from tpimpi.engine.allotment import MemoryAllotment
 from tpimpi.engine.budget import allowances
-from tpimpi.engine.engine import Engine, EngineConfig, identity
+from tpimpi.engine.engine import EngineConfig, OpenedEngine, identity
 from tpimpi.engine.figures import RankFigures
 from tpimpi.engine.notes import Allotted, Figures, MemoryNeeds, MemoryPromises, OpenEngine, PlanMemory, SliceIdentity
-from tpimpi.engine.rank_memory import MemoryAllotment, RankMemory
+from tpimpi.engine.rank_memory import MemoryPlanner, RankMemory
 from tpimpi.engine.trace import RankTrace
 from tpimpi.errors import SliceError
 from tpimpi.star import Star
-from tpimpi.star.control import Proceed, gather_notes, on_every_rank, send_note
+from tpimpi.star.control import Done, Proceed, gather_notes, on_every_rank, receive_note, report_errors, send_note
 from tpimpi.system.memory import places
 
 
-def open_engine(star: Star, settings: EngineConfig) -> Engine:
-    """Every rank: set up the star as the settings say, and open our slice. Raises SliceError (see Engine)."""
+def open_engine(star: Star, settings: EngineConfig) -> OpenedEngine:
+    """Every rank: set up the star as the settings say, and open our slice. Raises SliceError (see OpenedEngine)."""
     star.configure(timeout=settings.timeout, allreduce=settings.allreduce, wire=settings.wire)
-    return Engine(star, settings)
+    return OpenedEngine(star, settings)
 
 
-def open_engines(star: Star, settings: EngineConfig) -> Engine:
-    """Rank 0: tell the others the settings, open our slice, and hear whether every rank could open its own.
-
-    `allot_memory` is to follow.
-    """
+def open_engines(star: Star, settings: EngineConfig) -> OpenedEngine:
+    """Rank 0: tell the others the settings, open our slice, and hear whether every rank could open its own."""
     send_note(star, OpenEngine(settings))
-    opened: list[Engine] = []
-
-    def take() -> Engine:
-        opened.append(open_engine(star, settings))
-        return opened[0]
-
-    try:
-        engine, notes = on_every_rank(star, take, SliceIdentity)
+    with ExitStack() as undo:
+        engine, notes = on_every_rank(
+            star, lambda: undo.enter_context(closing(open_engine(star, settings))), SliceIdentity
+        )
         for rank, note in enumerate(notes, start=1):
             _check_alike(slice_identity(engine), rank, note)
-    except BaseException:
-        for engine in opened:
-            engine.close()
-        raise
+        undo.pop_all()
     return engine
 
 
 def allot_memory(
-    star: Star, engines: Sequence[Engine], context: int, tokenizer_bytes: int = 0
+    star: Star, engines: Sequence[OpenedEngine], context: int, tokenizer_bytes: int = 0
 ) -> tuple[RankMemory, list[MemoryAllotment]]:
     """Rank 0: every rank takes memory for `context` positions in all of its engines, as far as its promise allows, and
     begins to read. `tokenizer_bytes` is what our tokenizer takes, for the figures.
 
     Returns our own, and what every rank's memory buys, in rank order. Raises InputError where a rank's promise is too small.
     """
-    send_note(star, PlanMemory(context))
-    memory = RankMemory(engines, tokenizer_bytes)
-    notes = gather_notes(star, memory_needs(memory, context))
-    settings = memory.settings
+    with ExitStack() as undo:
+        for engine in engines:
+            undo.enter_context(closing(engine))
+        send_note(star, PlanMemory(context))
+        planner = MemoryPlanner(engines, tokenizer_bytes)
+        allowed = _promises(planner, context)
+        send_note(star, allowed)
+        plan, _ = on_every_rank(star, lambda: planner.plan(context, allowed.promises[0], allowed.watched[0]))
+        send_note(star, Proceed())  # all at the same time, as they will read
+        memory, others = on_every_rank(star, lambda: undo.enter_context(closing(plan.take())), Allotted)
+        undo.pop_all()
+    return memory, [memory.allotment, *(note.allotment for note in others)]
+
+
+def take_allotment(star: Star, engines: Sequence[OpenedEngine], context: int) -> RankMemory:
+    """Other ranks: their part of `allot_memory`. Raises Stopped where a rank's promise is too small."""
+    planner, rank = MemoryPlanner(engines), star.rank.index
+    gather_notes(star, _memory_needs(planner, context))
+    allowed = receive_note(star, MemoryPromises)
+    plan = report_errors(star, lambda: planner.plan(context, allowed.promises[rank], allowed.watched[rank]))
+    gather_notes(star, Done())
+    receive_note(star, Proceed)
+    memory = report_errors(star, plan.take)
+    gather_notes(star, Allotted(memory.allotment))
+    return memory
+
+
+def _promises(planner: MemoryPlanner, context: int) -> MemoryPromises:
+    """Rank 0: what each rank may take, once every rank has said what it needs."""
+    star, settings = planner.star, planner.settings
+    notes = gather_notes(star, _memory_needs(planner, context))
     promises: list[int | None] = [None] * star.rank.size
     watched = [0] * star.rank.size
     if settings.window is None and settings.memory is not None:
@@ -68,25 +87,17 @@ def allot_memory(
         found = allowances({rank: note.places for rank, note in enumerate(notes)}, hosts, needs)
         promises = [found[rank] for rank in range(star.rank.size)]
         watched = [list(hosts.values()).count(hosts[rank]) for rank in range(star.rank.size)]
-    send_note(star, MemoryPromises(promises, watched))
-    try:
-        on_every_rank(star, lambda: memory.plan(context, promises[0], watched[0]))
-        send_note(star, Proceed())  # all at the same time, as they will read
-        allotment, others = on_every_rank(star, memory.allot_memory, Allotted)
-    except BaseException:
-        memory.close()
-        raise
-    return memory, [allotment, *(note.allotment for note in others)]
+    return MemoryPromises(promises, watched)
 
 
-def slice_identity(engine: Engine) -> SliceIdentity:
+def slice_identity(engine: OpenedEngine) -> SliceIdentity:
     """What the slices of a run have in common, and this rank's host."""
     return SliceIdentity(host=engine.star.rank.host, **identity(engine.header))
 
 
-def memory_needs(memory: RankMemory, context: int) -> MemoryNeeds:
+def _memory_needs(planner: MemoryPlanner, context: int) -> MemoryNeeds:
     """What this rank needs for `context` positions, and what its host has."""
-    return MemoryNeeds(memory.star.rank.host, memory.needs(context), places())
+    return MemoryNeeds(planner.star.rank.host, planner.needs(context), places())
 
 
 def start(star: Star) -> None:
@@ -108,6 +119,14 @@ def finish(star: Star, memory: RankMemory) -> tuple[list[list[RankFigures]], lis
         traces = [RankTrace.from_note(rank, note, offsets[rank]) for rank, note in notes]
     memory.close()
     return figures, traces
+
+
+def send_figures(star: Star, memory: RankMemory) -> None:
+    """Other ranks: their part of `finish`, once rank 0 has said that the run is over."""
+    gather_notes(star, Figures(memory.figures()))
+    if memory.settings.trace:
+        star.clock_offsets()
+        gather_notes(star, memory.trace().note())
 
 
 def _check_alike(ours: SliceIdentity, rank: int, theirs: SliceIdentity) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from tpimpi.engine.engine import CONTEXT, Engine
-from tpimpi.engine.rank_memory import MemoryAllotment, RankMemory
+from tpimpi.engine.allotment import MemoryAllotment
+from tpimpi.engine.engine import CONTEXT, OpenedEngine
+from tpimpi.engine.rank_memory import RankMemory
 from tpimpi.engine.startup import allot_memory, finish
 from tpimpi.engine.trace import RankTrace
 from tpimpi.serving.conversation import Conversation
@@ -26,7 +27,7 @@ def load_tokenizer_of_slices(file: SliceFile) -> tuple[Tokenizer | TokenIds, int
 
 
 def load_llm(
-    engine: Engine, conversation: Conversation, report: Report, first: Turn | None, tokenizer_bytes: int = 0
+    engine: OpenedEngine, conversation: Conversation, report: Report, first: Turn | None, tokenizer_bytes: int = 0
 ) -> tuple[LLM, list[MemoryAllotment]]:
     """Have every rank take memory: for the `first` turn and its answer, or where there is none for what may come.
 
@@ -38,14 +39,15 @@ def load_llm(
     context = params.context or min(conversation.limit, wanted)
     memory, allotments = allot_memory(engine.star, [engine], context, tokenizer_bytes)
     rooms = [rank.most_context for rank in allotments if rank.most_context is not None]
-    return LLM(engine, memory, conversation.limited(min([conversation.limit, *rooms])), report), allotments
+    return LLM(memory, conversation.limited(min([conversation.limit, *rooms])), report), allotments
 
 
 class LLM:
     """Rank 0's use of a model for which every rank has its memory (see load_llm)."""
 
-    def __init__(self, engine: Engine, memory: RankMemory, conversation: Conversation, report: Report) -> None:
-        self.engine, self.memory, self.conversation, self.report = engine, memory, conversation, report
+    def __init__(self, memory: RankMemory, conversation: Conversation, report: Report) -> None:
+        self.memory, self.conversation, self.report = memory, conversation, report
+        self.engine = memory.engines[0]
 
     def answer(self, turn: Turn) -> Iterator[str]:
         """Text of the answer, as it comes, first what there is of it; the report has its figures when it is done."""
@@ -66,8 +68,8 @@ class LLM:
             history = [*turn.ids, *made]
             tokens = generate(
                 model,
-                self.engine.star,
-                self.engine.file.embedding_rows,
+                model.star,
+                self.engine.opened.file.embedding_rows,
                 history,
                 params.sample(turn.seed, len(made)),
                 max_tokens=max_tokens - len(made),
@@ -93,11 +95,10 @@ class LLM:
 
     def finish(self) -> list[RankTrace]:
         """End the run on every rank and gather the figures; the traces, if they were wanted, are returned."""
-        figures, traces = finish(self.engine.star, self.memory)
+        figures, traces = finish(self.memory.star, self.memory)
         self.report.ranks += figures[0]
         return traces
 
     def close(self) -> None:
         """Stop reading, however the run ends."""
         self.memory.close()
-        self.engine.close()

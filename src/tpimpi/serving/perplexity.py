@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tpimpi.compute.arrays import F32
-from tpimpi.engine.engine import Engine
+from tpimpi.engine.engine import Engine, OpenedEngine
 from tpimpi.engine.figures import RankFigures
 from tpimpi.engine.overlap import PREFILL_CHUNK
 from tpimpi.engine.protocol import begin, step
@@ -198,7 +198,7 @@ class Measurement:
 
     def __init__(
         self,
-        engines: Sequence[Engine],
+        engines: Sequence[OpenedEngine],
         tokenizer: Tokenizer | TokenIds,
         name: str,
         text: str,
@@ -207,7 +207,7 @@ class Measurement:
         max_tokens: int | None,
     ) -> None:
         """`name` is the text's file, for messages. Raises InputError where text and context leave nothing to score."""
-        self.engines, self.name = engines, name
+        self.name = name
         most = engines[0].header.config.context
         if context is not None and context > most:
             raise InputError(f"--context is {context}, this model has {most} positions; give at most that")
@@ -221,28 +221,28 @@ class Measurement:
         self.bos = tokenizer.bos_id if adds_bos else None
         self.chunks = cut(self.ids, self.context, self.bos)
 
-    def run(self, *, quiet: bool) -> Result:
-        """Run every chunk; the other ranks follow. Raises ModelError where logits are not finite."""
-        nll: list[list[F64]] = [[] for _ in self.engines]
+    def run(self, engines: Sequence[Engine], *, quiet: bool) -> Result:
+        """Run every chunk through the engines; the other ranks follow. Raises ModelError where logits are not finite."""
+        nll: list[list[F64]] = [[] for _ in engines]
         kl: list[F64] = []
         same: list[npt.NDArray[np.bool_]] = []
-        seconds = [0.0] * len(self.engines)
+        seconds = [0.0] * len(engines)
         done, total, said = 0, sum(len(chunk) - 1 for chunk in self.chunks), time.monotonic()
         for chunk in self.chunks:
-            self._begin()
+            self._begin(engines)
             for start in range(0, len(chunk) - 1, PREFILL_CHUNK):
                 ids = chunk[start : start + PREFILL_CHUNK + 1]
                 found: list[tuple[F32, F64]] = []
-                for index, engine in enumerate(self.engines):
+                for index, engine in enumerate(engines):
                     began = time.monotonic()
                     logits = engine.model.logits(
-                        step(engine.model, engine.star, engine.file.embedding_rows(ids[:-1]), start)
+                        step(engine.model, engine.model.star, engine.opened.file.embedding_rows(ids[:-1]), start)
                     )
                     seconds[index] += time.monotonic() - began
                     normalizers = log_normalizers(logits)
                     nll[index].append(negative_log_likelihoods(logits, normalizers, ids[1:]))
                     if not np.isfinite(nll[index][-1]).all():
-                        raise ModelError(f"the logits of {engine.header.format} are not finite; check the model")
+                        raise ModelError(f"the logits of {engine.opened.header.format} are not finite; check the model")
                     found.append((logits, normalizers))
                 if len(found) > 1:
                     kl.append(kl_divergences(*found[1], *found[0]))
@@ -253,14 +253,14 @@ class Measurement:
                     so_far = math.exp(min(np.concatenate(nll[0]).mean(), 700.0))
                     print(f"{done} of {total} tokens, perplexity so far {so_far:.4f}", file=sys.stderr, flush=True)
         scores = [
-            Score.of(engine.header.format, np.concatenate(values), spent)
-            for engine, values, spent in zip(self.engines, nll, seconds, strict=True)
+            Score.of(engine.opened.header.format, np.concatenate(values), spent)
+            for engine, values, spent in zip(engines, nll, seconds, strict=True)
         ]
-        header = self.engines[0].header
+        header = engines[0].opened.header
         return Result(
             model=header.model,
-            backend=self.engines[0].model.backend.name,
-            allreduce=self.engines[0].star.algorithm,
+            backend=engines[0].model.backend.name,
+            allreduce=engines[0].model.star.algorithm,
             text=self.name,
             text_tokens=len(self.ids),
             context=self.context,
@@ -272,9 +272,9 @@ class Measurement:
             divergence=Divergence.of(np.concatenate(kl), np.concatenate(same)) if kl else None,
         )
 
-    def _begin(self) -> None:
-        for engine in self.engines:
-            begin(engine.model, engine.star, self.context)
+    def _begin(self, engines: Sequence[Engine]) -> None:
+        for engine in engines:
+            begin(engine.model, engine.model.star, self.context)
 
 
 CHUNK = 512  # positions of a chunk of such a text, where the model has as many

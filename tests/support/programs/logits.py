@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tpimpi.engine.engine import EngineConfig
-from tpimpi.engine.rank_memory import RankMemory
+from tpimpi.engine.rank_memory import MemoryPlanner
 from tpimpi.engine.startup import open_engine
 from tpimpi.star import connect
 
@@ -39,17 +39,23 @@ def main() -> None:
             kv=job.get("kv", "auto"),
             cores_shared_by=[star.rank.size] * star.rank.size,
         )
-        engine = open_engine(star, settings)
-        memory = RankMemory([engine])
-        needs = memory.needs(len(job["ids"]))
-        memory.plan(len(job["ids"]), int(needs.least + job["pins"] * needs.tiles) if "pins" in job else None, 0)
-        memory.allot_memory()
+        memory_needs = MemoryPlanner([open_engine(star, settings)])
+        needs = memory_needs.needs(len(job["ids"]))
+        plan = memory_needs.plan(
+            len(job["ids"]), int(needs.least + job["pins"] * needs.tiles) if "pins" in job else None, 0
+        )
+        memory = plan.take()
+        engine = memory.engines[0]
         engine.model.begin(len(job["ids"]))
         position, logits, digest = 0, [], hashlib.sha256()
         for count in job["chunks"]:
             ids = job["ids"][position : position + count]
-            hidden_size = engine.header.config.hidden
-            x = engine.file.embedding_rows(ids) if star.rank.is_hub else np.empty((count, hidden_size), np.float32)
+            hidden_size = engine.opened.header.config.hidden
+            x = (
+                engine.opened.file.embedding_rows(ids)
+                if star.rank.is_hub
+                else np.empty((count, hidden_size), np.float32)
+            )
             star.broadcast(x)
             hidden = engine.model.forward(x, position)
             digest.update(hidden.tobytes())

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from tpimpi.engine.rank_memory import MEASURING
+from tpimpi.engine.rank_memory import DISK_TRIAL_S
 from tpimpi.errors import StorageError
 from tpimpi.star import Star
 from tpimpi.star.control import encode_note, on_every_rank, receive_note, report_errors
@@ -59,7 +59,7 @@ def _disk() -> tuple[float, float]:
                 trial.rate(buffer, DEPTHS[0], 0.05)
                 began = time.process_time()
                 wall = time.perf_counter()
-                rate = trial.rate(buffer, DEPTHS[0], MEASURING)
+                rate = trial.rate(buffer, DEPTHS[0], DISK_TRIAL_S)
                 nbytes = rate * (time.perf_counter() - wall)
                 cpu = (time.process_time() - began) / max(nbytes, 1.0)
             finally:
