@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.support.launch import Launcher, Result, run_command
 from tests.support.messages import assert_one_line
+from tests.support.ranks import Ranks
 from tests.support.tiny_models import write_tiny_hf
 from tpimpi.system.launcher import launched_size
 from tpimpi.weights.make import choose_formats, slice_model
@@ -412,14 +413,14 @@ def test_two_first_runs_at_once(cache, tiny: Path, tmp_path: Path) -> None:
 # A run that goes well, from outside
 
 
-def test_text_alone_is_on_stdout(tpimpi, mpirun: Launcher, cache, tiny: Path, tmp_path: Path) -> None:
+def test_text_alone_is_on_stdout(tpimpi, on_ranks: Ranks, cache, tiny: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     options = [*PROMPT, "--max-tokens", "12", "--ignore-eos", "--report", str(report)]
     alone = tpimpi(*options, env={"TPIMPI_MODEL": str(tiny)})
     assert alone.code == 0, alone.err
     text = json.loads(report.read_text())["text"]
     assert alone.out == (text if text.endswith("\n") else f"{text}\n")
-    quiet = mpirun(2, "-m", "tpimpi", *options, "--quiet", env={**cache, "TPIMPI_MODEL": str(tiny)})
+    quiet = on_ranks(2, "-m", "tpimpi", *options, "--quiet", env={**cache, "TPIMPI_MODEL": str(tiny)})
     assert quiet.code == 0, quiet.err
     assert quiet.out == alone.out
     assert quiet.err.strip() == ""
@@ -443,17 +444,17 @@ def test_a_stop_string_ends_the_answer(tpimpi, tiny: Path) -> None:
     assert tpimpi(*options, "--stop", stop, env={"TPIMPI_MODEL": str(tiny)}).out == whole[: whole.index(stop)] + "\n"
 
 
-def test_lines_of_stdin_are_answered_in_turn(mpirun: Launcher, tpimpi, cache, tiny: Path) -> None:
+def test_lines_of_stdin_are_answered_in_turn(on_ranks: Ranks, tpimpi, cache, tiny: Path) -> None:
     env = {**cache, "TPIMPI_MODEL": str(tiny)}
     options = ["--max-tokens", "9", "--ignore-eos", "--quiet"]
     expected = "".join(tpimpi("--prompt", prompt, *options, env=env).out for prompt in ("the fox", "lazy dog"))
-    result = mpirun(2, "-m", "tpimpi", *options, env=env, stdin="the fox\n\nlazy dog\n")
+    result = on_ranks(2, "-m", "tpimpi", *options, env=env, stdin="the fox\n\nlazy dog\n")
     assert (result.code, result.out) == (0, expected), result.err
-    too_long = mpirun(2, "-m", "tpimpi", *options, env=env, stdin="the fox\n" + "fox " * 200 + "\nlazy dog")
+    too_long = on_ranks(2, "-m", "tpimpi", *options, env=env, stdin="the fox\n" + "fox " * 200 + "\nlazy dog")
     assert too_long.out == expected, "a prompt that cannot be answered does not end the others"
     assert too_long.code == 2
     assert len(too_long.our_lines) == 1
-    nothing = mpirun(2, "-m", "tpimpi", *options, env=env)
+    nothing = on_ranks(2, "-m", "tpimpi", *options, env=env)
     assert_one_line(nothing, "no prompt: standard input ended without a line")
 
 
@@ -647,10 +648,10 @@ def test_a_changed_tokenizer_is_noticed(tpimpi, model: Path) -> None:
 
 
 @pytest.mark.slow
-def test_shares_that_differ_a_little_are_sliced_apart(mpirun: Launcher, cache, tiny: Path) -> None:
+def test_shares_that_differ_a_little_are_sliced_apart(on_ranks: Ranks, cache, tiny: Path) -> None:
     for shares in ("1,1", "1.0000001,1"):
         options = [*PROMPT, "--max-tokens", "3", "--shares", shares]
-        result = mpirun(2, "-m", "tpimpi", *options, env={**cache, "TPIMPI_MODEL": str(tiny)}, timeout=60)
+        result = on_ranks(2, "-m", "tpimpi", *options, env={**cache, "TPIMPI_MODEL": str(tiny)}, timeout=60)
         assert result.code == 0, result.err
 
 

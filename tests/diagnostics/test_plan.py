@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.launch import Launcher, Result
 from tests.support.prediction import WORKLOAD, predictor, speed
+from tests.support.ranks import Ranks
 from tpimpi.diagnostics.options import MeasureOptions
 from tpimpi.diagnostics.planner import command
 from tpimpi.diagnostics.planner.command import (
@@ -233,11 +234,11 @@ def test_plan_of_one_rank(tpimpi: Callable[..., Result], tiny: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_plan_of_a_prompt_that_is_computed_in_halves(mpirun: Launcher, tmp_path: Path, cache: dict[str, str]) -> None:
+def test_plan_of_a_prompt_that_is_computed_in_halves(on_ranks: Ranks, tmp_path: Path, cache: dict[str, str]) -> None:
     """From 32 positions on a chunk is computed in two halves: which the layers that stand in for a model's have to allow."""
     report = tmp_path / "plan.json"
     arguments = ("--shape", "tinyllama-1.1b", "--layers", "2", "--prompt-tokens", "40", "--json", str(report))
-    found = mpirun(2, "-m", "tpimpi", "plan", *arguments, env=cache)
+    found = on_ranks(2, "-m", "tpimpi", "plan", *arguments, env=cache)
     assert found.code == 0, found.err
     plans = json.loads(report.read_text())["plans"]
     assert {plan["ranks"] for plan in plans} == {1, 2}
@@ -245,10 +246,10 @@ def test_plan_of_a_prompt_that_is_computed_in_halves(mpirun: Launcher, tmp_path:
         assert plan["first_token_s"] > plan["s_per_token"] > 0
 
 
-def test_plan_of_three_ranks(mpirun: Launcher, tmp_path: Path, cache: dict[str, str]) -> None:
+def test_plan_of_three_ranks(on_ranks: Ranks, tmp_path: Path, cache: dict[str, str]) -> None:
     report = tmp_path / "plan.json"
     arguments = ("--shape", "llama-2-7b", "--layers", "2", "--shares", "5,4,3", "--threads", "1", "--json", str(report))
-    found = mpirun(3, "-m", "tpimpi", "plan", *arguments, env=cache)
+    found = on_ranks(3, "-m", "tpimpi", "plan", *arguments, env=cache)
     assert found.code == 0, found.err
     for ranks in (1, 2, 3):
         row = row_of(found.out, ranks, ",".join("1" * ranks))
@@ -334,11 +335,11 @@ def test_bad_input_under_mpirun_is_one_line(mpirun: Launcher, cache: dict[str, s
 SHARES = re.compile(r"^shares: (\S+) \(auto(, sliced already)?; predicted [0-9.]+ s/token", re.MULTILINE)
 
 
-def test_auto_shares_are_said_used_and_used_again(mpirun: Launcher, tiny: Path, tmp_path: Path) -> None:
+def test_auto_shares_are_said_used_and_used_again(on_ranks: Ranks, tiny: Path, tmp_path: Path) -> None:
     env = {"TPIMPI_CACHE": str(tmp_path / "cache"), "TPIMPI_MODEL": ""}
     arguments = ("-m", "tpimpi", "--model", str(tiny), "--format", "f32", "--prompt", "the fox", "--max-tokens", "4")
-    usual = mpirun(2, *arguments, "--quiet", env=env | {"TPIMPI_CACHE": str(tmp_path / "other")})
-    first = mpirun(2, *arguments, "--shares", "auto", env=env)
+    usual = on_ranks(2, *arguments, "--quiet", env=env | {"TPIMPI_CACHE": str(tmp_path / "other")})
+    first = on_ranks(2, *arguments, "--shares", "auto", env=env)
     assert first.code == 0, first.err
     said = SHARES.search(first.err)
     assert said is not None and said[2] is None
@@ -347,17 +348,17 @@ def test_auto_shares_are_said_used_and_used_again(mpirun: Launcher, tiny: Path, 
     assert len(folders) == 1 and f"-{said[1].replace(',', '-')}-v" in folders[0]
     assert said[1] in first.err
     # And again: these slices are taken unless others are predicted to be much faster, which noise may make them seem.
-    again = mpirun(2, *arguments, "--shares", "auto", env=env)
+    again = on_ranks(2, *arguments, "--shares", "auto", env=env)
     assert again.code == 0 and again.out == usual.out
     said_again = SHARES.search(again.err)
     assert said_again is not None and (said_again[2] is not None) == (said_again[1] == said[1])
 
 
 @pytest.mark.slow
-def test_auto_shares_of_slices(mpirun: Launcher, tiny: Path, tmp_path: Path) -> None:
+def test_auto_shares_of_slices(on_ranks: Ranks, tiny: Path, tmp_path: Path) -> None:
     env = {"TPIMPI_CACHE": str(tmp_path / "cache"), "TPIMPI_MODEL": ""}
     out = tmp_path / "slices"
-    found = mpirun(2, "-m", "tpimpi", "slice", "--model", str(tiny), "--shares", "auto", "--out", str(out), env=env)
+    found = on_ranks(2, "-m", "tpimpi", "slice", "--model", str(tiny), "--shares", "auto", "--out", str(out), env=env)
     assert found.code == 0, found.err
     said = SHARES.search(found.err)
     assert said is not None and f"shares {said[1]})" in found.err

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.support.launch import PROGRAMS, Launcher, run_command
+from tests.support.ranks import Ranks
 from tpimpi.weights.make import choose_formats, slice_model
 from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.sources import open_source
@@ -72,12 +73,12 @@ def _check(report: Path, oracle) -> None:
 )
 @pytest.mark.slow_but("2-native", "4,2,2,1-native")
 def test_greedy_tokens_are_those_of_transformers(
-    mpirun: Launcher, cache: dict[str, str], oracle, ranks: int | str, backend: str, tmp_path: Path
+    on_ranks: Ranks, cache: dict[str, str], oracle, ranks: int | str, backend: str, tmp_path: Path
 ) -> None:
     shares = ["--shares", ranks] if isinstance(ranks, str) else []
     count = len(ranks.split(",")) if isinstance(ranks, str) else ranks
     report = tmp_path / "report.json"
-    result = mpirun(
+    result = on_ranks(
         count,
         *("-m", "tpimpi", "--format", "f32", "--allreduce", "star", "--max-tokens", str(TOKENS), *shares),
         *("--backend", backend, "--report", str(report)),
@@ -103,7 +104,7 @@ def test_without_a_launcher_it_answers_alone(cache: dict[str, str], oracle, tmp_
 @pytest.mark.parametrize(("fmt", "backend"), [("f32", "torch"), ("auto", "native")])
 @pytest.mark.slow_but("auto-native")
 def test_logits_are_the_same_to_the_bit_for_every_window(
-    mpirun: Launcher, smollm2: Path, tmp_path: Path, fmt: str, backend: str
+    on_ranks: Ranks, smollm2: Path, tmp_path: Path, fmt: str, backend: str
 ) -> None:
     with open_source(smollm2) as source:
         slice_model(source, make_partition(source.config, [1, 1, 1]), choose_formats(source, fmt), tmp_path / "slices")
@@ -113,7 +114,7 @@ def test_logits_are_the_same_to_the_bit_for_every_window(
     ways = [{"pins" if isinstance(w, float) else "window": w} for w in windows]
     jobs = [{**job, "name": f"w{w}", **way} for w, way in zip(windows, ways, strict=True)]
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    result = mpirun(3, str(PROGRAMS / "logits.py"), str(tmp_path / "jobs.json"), str(tmp_path))
+    result = on_ranks(3, str(PROGRAMS / "logits.py"), str(tmp_path / "jobs.json"), str(tmp_path))
     assert result.code == 0, result.err
     logits = {window: np.load(tmp_path / f"w{window}.npy") for window in windows}
     assert np.ptp(logits["all"]) > 1

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.launch import PROGRAMS, Launcher, Result, run_command
+from tests.support.ranks import Ranks
 from tpimpi.serving.perplexity import (
     Divergence,
     Score,
@@ -225,12 +226,12 @@ def test_the_window_changes_nothing(tpimpi: Callable[..., Result], tiny: Path, t
 
 
 def test_ranks_follow_two_models_in_turn(
-    mpirun: Launcher, tpimpi: Callable[..., Result], cache: dict[str, str], tiny: Path, text: Path, tmp_path: Path
+    on_ranks: Ranks, tpimpi: Callable[..., Result], cache: dict[str, str], tiny: Path, text: Path, tmp_path: Path
 ) -> None:
     arguments = ("--model", str(tiny), "--format", "bf16", "--against", "f32")
     alone = measure(tpimpi, tmp_path, text, *arguments)
     report = tmp_path / "three.json"
-    result = mpirun(
+    result = on_ranks(
         3,
         *("-m", "tpimpi", "perplexity", str(text), "--context", str(CONTEXT), "--backend", "torch", "--threads", "1"),
         *("--report", str(report), *arguments),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.support.launch import PROGRAMS, Launcher
+from tests.support.ranks import Ranks
 from tests.support.tiny_models import write_tiny_hf
 from tpimpi.engine.overlap import largest_sum
 from tpimpi.errors import StarError
@@ -24,8 +25,8 @@ from tpimpi.weights.sources import open_source
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
 @pytest.mark.slow_but("1", "3")
-def test_every_algorithm_over_every_wire(mpirun: Launcher, ranks: int) -> None:
-    result = mpirun(ranks, str(PROGRAMS / "allreduce.py"))
+def test_every_algorithm_over_every_wire(on_ranks: Ranks, ranks: int) -> None:
+    result = on_ranks(ranks, str(PROGRAMS / "allreduce.py"))
     assert result.code == 0, result.err
     assert "all well" in result.out
 
@@ -271,10 +272,10 @@ def test_two_ranks_exchange_whatever_the_size() -> None:
 # The command line
 
 
-def test_bench_prints_and_writes_what_it_measured(mpirun: Launcher, tmp_path: Path) -> None:
+def test_bench_prints_and_writes_what_it_measured(on_ranks: Ranks, tmp_path: Path) -> None:
     options = ["--sizes", "64,20000", "--repeats", "2", "--wire", "f32,q8_0", "--json", str(tmp_path / "found.json")]
     options += ["--plot", str(tmp_path / "found.png")]
-    result = mpirun(3, "-m", "tpimpi", "bench", "allreduce", *options)
+    result = on_ranks(3, "-m", "tpimpi", "bench", "allreduce", *options)
     assert result.code == 0, result.err
     found = json.loads((tmp_path / "found.json").read_text())
     assert len(found["hosts"]) == 3 and len(found["latencies"]) == 2 and set(found["rules"]) == {"f32", "q8_0"}
@@ -310,14 +311,14 @@ def test_the_library_adds_f32_alone(mpirun: Launcher, tiny: Path, cache: dict[st
 
 @pytest.mark.slow
 def test_what_auto_chose_is_said_and_gives_the_stars_text(
-    mpirun: Launcher, smollm2: Path, cache: dict[str, str]
+    on_ranks: Ranks, smollm2: Path, cache: dict[str, str]
 ) -> None:
     options = ["--model", str(smollm2), "--format", "f32", "--max-tokens", "24", "--prompt", "Why is the sky blue?"]
-    said = mpirun(3, "-m", "tpimpi", *options, env=cache)
+    said = on_ranks(3, "-m", "tpimpi", *options, env=cache)
     assert said.code == 0, said.err
     assert "allreduce: " in said.err and " (latency " in said.err
     for more in (["--allreduce", "star"], ["--allreduce", "exchange"], ["--wire", "bf16", "--allreduce", "star"]):
-        other = mpirun(3, "-m", "tpimpi", *options, *more, "--quiet", env=cache)
+        other = on_ranks(3, "-m", "tpimpi", *options, *more, "--quiet", env=cache)
         assert (other.code, other.out.strip()) == (0, said.out.strip()), other.err
         assert "allreduce: " not in other.err
 
@@ -334,7 +335,7 @@ def test_the_largest_sum_of_a_run_is_that_of_half_a_chunk(tmp_path: Path) -> Non
 # A chunk in two halves
 
 
-def test_a_long_chunk_in_halves_gives_the_logits_of_transformers(mpirun: Launcher, tmp_path: Path) -> None:
+def test_a_long_chunk_in_halves_gives_the_logits_of_transformers(on_ranks: Ranks, tmp_path: Path) -> None:
     """40 positions at once, then 33 of them: the first half is computed while the sum of the second is under way."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -356,7 +357,7 @@ def test_a_long_chunk_in_halves_gives_the_logits_of_transformers(mpirun: Launche
         {**job, "name": "mesh", "allreduce": "exchange:64,mesh"},
     ]
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    result = mpirun(3, str(PROGRAMS / "logits.py"), str(tmp_path / "jobs.json"), str(tmp_path))
+    result = on_ranks(3, str(PROGRAMS / "logits.py"), str(tmp_path / "jobs.json"), str(tmp_path))
     assert result.code == 0, result.err
     found = np.load(tmp_path / "all.npy")
     assert np.abs(found - expected).max() < 2e-4

@@ -16,6 +16,7 @@ import pytest
 import xxhash
 
 from tests.support.launch import Launcher
+from tests.support.ranks import Ranks
 from tests.support.slices import datasets, spoil
 from tests.support.tiny_models import write_tiny_hf
 from tpimpi.compute.backends import load_quantizer
@@ -88,17 +89,17 @@ def alike(hosts: str, one: Path, ranks: int) -> None:
 )
 @pytest.mark.slow_but("shares1-q8_0", "shares5-f32")
 def test_ranks_get_the_tiles_that_one_process_makes(
-    mpirun: Launcher, hosts: tuple[str, str], tiny: Path, tmp_path: Path, shares: list[float], fmt: str
+    on_ranks: Ranks, hosts: tuple[str, str], tiny: Path, tmp_path: Path, shares: list[float], fmt: str
 ) -> None:
     ranks, text = len(shares), ",".join(map(str, shares))
     by_one_process(tiny, shares, fmt, tmp_path / "one")
     command = [*hosts, "slice", "--model", str(tiny), "--shares", text, "--format", fmt]
-    result = mpirun(ranks, *command)
+    result = on_ranks(ranks, *command)
     assert result.code == 0, result.err
     assert f"rank-0-of-{ranks}.h5 to rank-{ranks - 1}-of-{ranks}.h5" in result.err
     alike(hosts[1], tmp_path / "one", ranks)
     before = [made(Path(hosts[1]), rank, ranks).stat() for rank in range(ranks)]
-    result = mpirun(ranks, *command, "--ranks", str(ranks))
+    result = on_ranks(ranks, *command, "--ranks", str(ranks))
     assert result.code == 0, result.err
     assert "there already" in result.err
     after = [made(Path(hosts[1]), rank, ranks).stat() for rank in range(ranks)]
@@ -106,66 +107,66 @@ def test_ranks_get_the_tiles_that_one_process_makes(
 
 
 @pytest.mark.slow
-def test_the_real_model_in_its_own_format(mpirun: Launcher, hosts, smollm2: Path, tmp_path: Path) -> None:
+def test_the_real_model_in_its_own_format(on_ranks: Ranks, hosts, smollm2: Path, tmp_path: Path) -> None:
     by_one_process(smollm2, [1, 1, 1], "auto", tmp_path / "one")
-    result = mpirun(3, *hosts, "slice", "--model", str(smollm2))
+    result = on_ranks(3, *hosts, "slice", "--model", str(smollm2))
     assert result.code == 0, result.err
     assert "for 3 ranks as q4_1, head q8_0, to r0 " in result.err
     alike(hosts[1], tmp_path / "one", 3)
 
 
 def test_a_run_sends_what_is_missing_and_is_told_nothing_when_all_is_there(
-    mpirun: Launcher, hosts, tiny: Path, tmp_path: Path
+    on_ranks: Ranks, hosts, tiny: Path, tmp_path: Path
 ) -> None:
     by_one_process(tiny, [1, 1, 1], "auto", tmp_path / "one")
     command = [*hosts, "--model", str(tiny), "--prompt", "fox", "--max-tokens", "4"]
-    first = mpirun(3, *command)
+    first = on_ranks(3, *command)
     assert first.code == 0, first.err
     assert "to r0 " in first.err and ", r2 " in first.err
     alike(hosts[1], tmp_path / "one", 3)
     made(Path(hosts[1]), 1, 3).unlink()
-    second = mpirun(3, *command)
+    second = on_ranks(3, *command)
     assert second.code == 0, second.err
     assert second.out == first.out
     assert "as f32, to r1 " in second.err
     assert ", r2 " not in second.err
     alike(hosts[1], tmp_path / "one", 3)
-    third = mpirun(3, *command)
+    third = on_ranks(3, *command)
     assert third.out == first.out
     assert "slicing" not in third.err
 
 
-def test_into_a_folder_that_the_ranks_share(mpirun: Launcher, tiny: Path, tmp_path: Path) -> None:
+def test_into_a_folder_that_the_ranks_share(on_ranks: Ranks, tiny: Path, tmp_path: Path) -> None:
     by_one_process(tiny, [1, 1, 1], "q8_0", tmp_path / "one")
     out = tmp_path / "out"
     command = ["-m", "tpimpi", "slice", "--model", str(tiny), "--format", "q8_0", "--out", str(out)]
-    result = mpirun(3, *command, env={"TPIMPI_CACHE": str(tmp_path / "cache")})
+    result = on_ranks(3, *command, env={"TPIMPI_CACHE": str(tmp_path / "cache")})
     assert result.code == 0, result.err
     assert sorted(path.name for path in out.iterdir()) == [slice_name(rank, 3) for rank in range(3)]
     for rank in range(3):
         assert datasets(out / slice_name(rank, 3)) == datasets(tmp_path / "one" / slice_name(rank, 3))
 
 
-def test_what_is_broken_is_mended(mpirun: Launcher, hosts, tiny: Path, tmp_path: Path) -> None:
+def test_what_is_broken_is_mended(on_ranks: Ranks, hosts, tiny: Path, tmp_path: Path) -> None:
     by_one_process(tiny, [1, 1, 1], "auto", tmp_path / "one")
     command = [*hosts, "slice", "--model", str(tiny)]
-    assert mpirun(3, *command).code == 0
+    assert on_ranks(3, *command).code == 0
     spoil(made(Path(hosts[1]), 1, 3), "layers/0001/mlp/tile-000/gate", 9)
     spoil(made(Path(hosts[1]), 0, 3), "embedding/weight", 300)
     inodes = [made(Path(hosts[1]), rank, 3).stat().st_ino for rank in range(3)]
-    run = mpirun(3, *hosts, "--model", str(tiny), "--prompt", "fox", "--max-tokens", "4")
+    run = on_ranks(3, *hosts, "--model", str(tiny), "--prompt", "fox", "--max-tokens", "4")
     assert run.code == 2
     assert any("mend it with: python -m tpimpi slice --verify" in line for line in run.our_lines), run.err
-    result = mpirun(3, *command, "--verify")
+    result = on_ranks(3, *command, "--verify")
     assert result.code == 0, result.err
     said = "".join(result.our_lines)
     assert "1 of 7 tiles was broken" in said and "r2" not in said, result.err
     assert inodes == [made(Path(hosts[1]), rank, 3).stat().st_ino for rank in range(3)], "mended in place"
     alike(hosts[1], tmp_path / "one", 3)
-    result = mpirun(3, *command, "--verify")
+    result = on_ranks(3, *command, "--verify")
     assert "there already and as they should be" in result.err, result.err
     made(Path(hosts[1]), 2, 3).write_bytes(b"no slice at all")
-    result = mpirun(3, *command)
+    result = on_ranks(3, *command)
     assert result.code == 0, result.err
     assert "is broken (" in result.err and "it is made again" in result.err
     alike(hosts[1], tmp_path / "one", 3)
@@ -173,11 +174,11 @@ def test_what_is_broken_is_mended(mpirun: Launcher, hosts, tiny: Path, tmp_path:
 
 @pytest.mark.slow
 def test_tiles_that_are_there_are_not_sent_with_another_number_of_ranks(
-    mpirun: Launcher, hosts, tiny: Path, tmp_path: Path
+    on_ranks: Ranks, hosts, tiny: Path, tmp_path: Path
 ) -> None:
     by_one_process(tiny, [1, 1, 0], "auto", tmp_path / "one")
-    assert mpirun(2, *hosts, "slice", "--model", str(tiny)).code == 0
-    result = mpirun(3, *hosts, "slice", "--model", str(tiny), "--shares", "1,1,0")
+    assert on_ranks(2, *hosts, "slice", "--model", str(tiny)).code == 0
+    result = on_ranks(3, *hosts, "slice", "--model", str(tiny), "--shares", "1,1,0")
     assert result.code == 0, result.err
     assert "5 of 5 tiles of r1 " in result.err
     assert "to r0 " in result.err and ", r1 " not in result.err

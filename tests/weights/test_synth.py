@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from gguf.quants import dequantize
 
-from tests.support.launch import Launcher, Result
+from tests.support.launch import Result
+from tests.support.ranks import Ranks
 from tests.support.slices import joined
 from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.compute.formats.bf16 import to_bf16
@@ -279,7 +280,7 @@ def test_gguf_rows_of_q_and_k_are_interleaved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["llama-3.1", "llama-bias", "qwen2"])
 @pytest.mark.slow_but("qwen2")
-def test_runs_give_the_tokens_of_transformers(tpimpi: Cli, mpirun: Launcher, tmp_path: Path, kind: str) -> None:
+def test_runs_give_the_tokens_of_transformers(tpimpi: Cli, on_ranks: Ranks, tmp_path: Path, kind: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -300,7 +301,7 @@ def test_runs_give_the_tokens_of_transformers(tpimpi: Cli, mpirun: Launcher, tmp
         assert result == Result(0, "", "")
         arguments = ("--slices", str(tmp_path / "slices"), "--raw", "--ignore-eos", "--quiet", "--max-tokens", "2")
         lines = "".join(" ".join(map(str, prompt)) + "\n" for prompt in prompts)
-        result = mpirun(ranks, "-m", "tpimpi", *arguments, stdin=lines)
+        result = on_ranks(ranks, "-m", "tpimpi", *arguments, stdin=lines)
         assert (result.code, result.err) == (0, "")
         assert [list(map(int, line.split())) for line in result.out.splitlines()] == answers
 
