@@ -481,7 +481,7 @@ TALE = ("--format", "f32", "--allreduce", "star", "--quiet", "--max-tokens", "64
 
 
 @pytest.mark.parametrize(("ranks", "victim", "ranks_then"), [(3, 0, 2), (2, 1, 4)])
-@pytest.mark.slow_but("2-1-4")
+@pytest.mark.slow
 def test_killed_in_mid_answer_it_goes_on_with_other_ranks(
     mpirun: Launcher, cache, undisturbed: str, begun, tmp_path: Path, ranks: int, victim: int, ranks_then: int
 ) -> None:
