@@ -29,8 +29,10 @@ from tpimpi.diagnostics.doctor.host_findings import (
     check_programs,
     check_versions,
     interfaces_of,
+    remote_word,
     ssh_problem,
 )
+from tpimpi.diagnostics.doctor.hosts import tell
 from tpimpi.diagnostics.doctor.ssh import LocalFacts, local_facts, script
 from tpimpi.system.hostfile import Host
 from tpimpi.system.network import Interface
@@ -70,7 +72,7 @@ def test_what_ssh_says(said: str, piece: str) -> None:
 
 def test_another_port_stands_in_what_is_to_be_typed() -> None:
     changed = "REMOTE HOST IDENTIFICATION HAS CHANGED! Host key verification failed."
-    assert "ssh-keygen -R [desktop]:2222, then: ssh -p 2222 me@desktop" in ssh_problem(changed, DESKTOP, 2222)
+    assert "ssh-keygen -R '[desktop]:2222', then: ssh -p 2222 me@desktop" in ssh_problem(changed, DESKTOP, 2222)
     assert "ssh-copy-id -p 2222 me@desktop" in ssh_problem("Permission denied (publickey).", DESKTOP, 2222)
 
 
@@ -148,7 +150,21 @@ def test_programs_that_are_not_where_they_must_be() -> None:
     check_programs(found, ours(), {"python": "yes", "daemon": "no", "path-daemon": "/usr/bin/prted", "folder": "no"})
     daemon, folder = wrong(found)
     assert "/home/me/tpimpi/.venv/bin/prted, which mpirun starts, is not there (but /usr/bin/prted is)" in daemon
-    assert "type: ssh me@desktop mkdir -p '/home/me/my models'" in folder
+    assert "type: ssh me@desktop mkdir -p \"'/home/me/my models'\"" in folder
+
+
+@pytest.mark.parametrize("word", ["plain", "my models", "it's", '"$HOME"', "a\\b `x` !", "*"])
+def test_a_word_behind_ssh_survives_both_shells(word: str) -> None:
+    here = subprocess.run(["sh", "-c", f"printf %s {remote_word(word)}"], capture_output=True, text=True, check=True)
+    there = subprocess.run(["sh", "-c", f"printf %s {here.stdout}"], capture_output=True, text=True, check=True)
+    assert there.stdout == word
+
+
+def test_the_next_command_is_quoted(capsys: pytest.CaptureFixture[str]) -> None:
+    ok = HostChecks(DESKTOP)
+    assert tell("my home.txt", ours(python="/home/me/my venv/bin/python"), [ok]) == 0
+    said = capsys.readouterr().out
+    assert "--hostfile 'my home.txt' '/home/me/my venv/bin/python' -m tpimpi doctor" in said
 
 
 def test_without_our_python_the_rest_is_hopeless() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +178,7 @@ def _rank(checkup: Checkup, rank: int) -> Iterator[Finding]:
         yield Finding(where, each.slice.problem)
     elif each.slice.state == MISSING and each.slice.missing_bytes is None:
         folder = Path(each.slice.path).parent
-        make = f"mpirun … python -m tpimpi slice --model PATH --out {folder}"
+        make = f"mpirun … python -m tpimpi slice --model PATH --out {shlex.quote(str(folder))}"
         yield Finding(where, f"its slice {each.slice.path} is missing; send it there: {make}")
     elif each.slice.state == MISSING:
         size = show_size(each.slice.missing_bytes or 0)

@@ -50,6 +50,14 @@ class HostChecks:
         return sum(check.state == WRONG for check in self.checks)
 
 
+def remote_word(word: str) -> str:
+    """A word of a command that is typed behind `ssh HOST`: this shell and the one there each take off their quotes."""
+    quoted = shlex.quote(word)
+    if quoted == word:
+        return word
+    return shlex.quote(quoted) if set(quoted) & set('"$`\\!') else f'"{quoted}"'
+
+
 class CannotContinue(Exception):  # noqa: N818  (not an error)
     """The rest cannot work; what is wrong is among the checks."""
 
@@ -85,7 +93,7 @@ def ssh_problem(said: str, host: Host, port: int = 22) -> str:
     at = f" -p {port}" if port != 22 else ""
     line = " ".join(said.split())[-300:]
     if "IDENTIFICATION HAS CHANGED" in said:
-        known = f"[{host.address}]:{port}" if port != 22 else host.address
+        known = shlex.quote(f"[{host.address}]:{port}" if port != 22 else host.address)
         return (
             f"its host key is not the one that ssh knows; if the machine was installed anew: ssh-keygen -R {known}, then: "
             f"ssh{at} {name}"
@@ -115,7 +123,11 @@ def check_programs(found: HostChecks, ours: LocalFacts, heads: Mapping[str, str]
         )
         raise CannotContinue
     if not found.facts:
-        found.add("python", WRONG, f"{ours.python} is there but does not run; try: ssh {name} {ours.python} --version")
+        found.add(
+            "python",
+            WRONG,
+            f"{ours.python} is there but does not run; try: ssh {name} {remote_word(ours.python)} --version",
+        )
         raise CannotContinue
     if ours.daemon and heads.get("daemon") == "yes":
         found.add("mpirun", OK, f"{ours.daemon} is there")
@@ -131,14 +143,14 @@ def check_programs(found: HostChecks, ours: LocalFacts, heads: Mapping[str, str]
         found.add(
             "folder",
             WRONG,
-            f"{ours.folder}, where ranks would start, is not there; type: ssh {name} mkdir -p {shlex.quote(ours.folder)}",
+            f"{ours.folder}, where ranks would start, is not there; type: ssh {name} mkdir -p {remote_word(ours.folder)}",
         )
 
 
 def check_versions(found: HostChecks, ours: LocalFacts) -> None:
     """From what Python said: is everything there, and in the same version?"""
     facts, name = found.facts, found.host.name
-    pip = f"ssh {name} {ours.python} -m pip"
+    pip = f"ssh {name} {remote_word(ours.python)} -m pip"
     minor = [of["python"].split(".")[:2] for of in (facts, ours.facts)]
     same = "" if minor[0] == minor[1] else f" (here {ours.facts['python']})"
     found.add("python", NOTE if same else OK, f"{facts['python']}{same}, {facts['cores']} cores, {facts['arch']}")

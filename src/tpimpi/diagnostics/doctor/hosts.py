@@ -308,7 +308,8 @@ def tell(given: str, ours: LocalFacts, found: Sequence[HostChecks]) -> int:
     else:
         total = sum(one.host.ranks for one in found)
         round_the_hosts = by_node(ours.mpirun_kind, [one.host for one in found])
-        launch = ["mpirun", "-np", str(total), round_the_hosts, "--hostfile", shlex.quote(given), options, ours.python]
+        hostfile, python = shlex.quote(given), shlex.quote(ours.python)
+        launch = ["mpirun", "-np", str(total), round_the_hosts, "--hostfile", hostfile, options, python]
         print(f"nothing wrong; next: {' '.join(filter(None, launch))} -m tpimpi doctor")
     return wrong
 

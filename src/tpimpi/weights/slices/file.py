@@ -48,6 +48,7 @@ import contextlib
 import errno
 import os
 import re
+import shlex
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -127,17 +128,17 @@ def _unreadable(path: Path, number: int) -> SliceError:
 
 
 def _missing(path: Path) -> SliceError:
-    wanted = parse_slice_name(path.name)
+    wanted, folder = parse_slice_name(path.name), shlex.quote(str(path.parent))
     found = {parsed[1] for other in path.parent.glob("*.h5") if (parsed := parse_slice_name(other.name))}
     if wanted and found and wanted[1] not in found:
         made_for = " and ".join(str(ranks) for ranks in sorted(found))
         return SliceError(
             f"the slices in {path.parent} are for {made_for} ranks, this run has {wanted[1]}; start as many ranks, "
-            f"or make slices for {wanted[1]} with: python -m tpimpi slice --ranks {wanted[1]} --out {path.parent}"
+            f"or make slices for {wanted[1]} with: python -m tpimpi slice --ranks {wanted[1]} --out {folder}"
         )
     return SliceError(
-        f"slice file {path} is missing; make it with: python -m tpimpi slice --out {path.parent} (under mpirun as in a run, "
-        "with its --model, --format and --shares), or copy it there from the host that has it"
+        f"slice file {path} is missing; make it with: python -m tpimpi slice --out {folder} (under mpirun as in a "
+        "run, with its --model, --format and --shares), or copy it there from the host that has it"
     )
 
 
