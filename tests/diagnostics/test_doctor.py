@@ -19,6 +19,7 @@ from tpimpi.diagnostics.doctor.findings import Checkup, findings
 from tpimpi.diagnostics.doctor.rank_facts import ExpectedSlices, Facts, LinkFacts, Slice, look_at_slice
 from tpimpi.errors import InputError
 from tpimpi.star import MpiLibrary, Ping
+from tpimpi.star.control import decode_note
 from tpimpi.system.cpu import processor_quota
 from tpimpi.system.hostfile import Host, read_hostfile
 from tpimpi.system.network import (
@@ -184,15 +185,14 @@ def test_processor_quota_of_either_kind_of_control_group(tmp_path: Path) -> None
 
 
 def test_facts_of_another_version_are_taken_as_far_as_they_go() -> None:
-    facts = Facts.from_note(
-        {
-            "host": "pi",
-            "tpimpi": "9.9",
-            "colour": "red",
-            "mpi": {"kind": "MPICH", "shape": "round"},
-            "interfaces": [{"name": "eth0", "kind": "cable", "networks": ["10.0.0.1/8"], "hops": 3}],
-        }
-    )
+    note = {
+        "host": "pi",
+        "tpimpi": "9.9",
+        "colour": "red",
+        "mpi": {"kind": "MPICH", "shape": "round"},
+        "interfaces": [{"name": "eth0", "kind": "cable", "networks": ["10.0.0.1/8"], "hops": 3}],
+    }
+    facts = decode_note(json.dumps(note).encode(), Facts, "r1 pi", any_version=True)
     assert facts == Facts(
         host="pi",
         tpimpi="9.9",

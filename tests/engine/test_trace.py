@@ -21,7 +21,7 @@ from tpimpi.diagnostics.trace_file import chrome_trace, left_out, write_trace
 from tpimpi.engine.trace import COMPUTE, KINDS, READ, STAR, WAIT, RankTrace, Recorder, TraceNote, unpack
 from tpimpi.errors import InputError, StarError, StorageError
 from tpimpi.star import Star
-from tpimpi.star.control import decode_note, note_bytes
+from tpimpi.star.control import decode_note, to_json
 
 BLOCKS = ["layer 0 attn", "layer 0 mlp", "head"]
 HOSTILE = 'pi"},{"ph":"X"</script>\n\x1b[31m\u202e\ud800 $x_{1}$ ' + "y" * 300
@@ -197,7 +197,7 @@ def test_threads_may_add_at_the_same_time() -> None:
 
 def test_a_note_brings_everything_but_the_offset() -> None:
     rank = RankTrace(2, HOSTILE, 0.0, recorded((READ, 0, 0, 1.0, 2.0, 0)).pack(), [[1.0, 2, 3, 4]], 9)
-    note = decode_note(note_bytes(rank.note()), TraceNote, "r2")
+    note = decode_note(to_json(rank.note()), TraceNote, "r2")
     assert RankTrace.from_note(2, note, 4.5) == RankTrace(2, HOSTILE, 4.5, rank.spans, [[1.0, 2, 3, 4]], 9)
 
 

@@ -20,31 +20,31 @@ from tpimpi.weights import distribute
 def _look_at_this_rank(star: Star, task: Task) -> None:
     from tpimpi.diagnostics.doctor.rank_facts import take_part
 
-    take_part(star, task.values())
+    take_part(star, task)
 
 
 def _time_sums(star: Star, task: Task) -> None:
     from tpimpi.diagnostics.bench.allreduce import follow
 
-    follow(star, task.values())
+    follow(star, task)
 
 
 def _measure_layers(star: Star, task: Task) -> None:
     from tpimpi.diagnostics.planner.measure_layers import take_part_in_measuring
 
-    take_part_in_measuring(star, task.values())
+    take_part_in_measuring(star, task)
 
 
 def _measure_disk(star: Star, task: Task) -> None:
     from tpimpi.diagnostics.planner.measure_disks import take_part_in_disks
 
-    take_part_in_disks(star, task.values())
+    take_part_in_disks(star, task)
 
 
 def _tell_slices(star: Star, task: Task) -> None:
     from tpimpi.weights.find import tell_slices
 
-    tell_slices(star, task.values())
+    tell_slices(star, task)
 
 
 # What rank 0 may ask for before a run, or instead of one: by a note with the `task` of that name, which the function gets.

@@ -71,9 +71,9 @@ class Task:
     data: bytes
     sender: str
 
-    def note(self, kind: type[N]) -> N:
-        """What it says. Raises StarError."""
-        return decode_note(self.data, kind, self.sender)
+    def note(self, kind: type[N], *, any_version: bool = False) -> N:
+        """What it says (see decode_note). Raises StarError."""
+        return decode_note(self.data, kind, self.sender, any_version=any_version)
 
     def values(self) -> dict[str, Any]:
         values: dict[str, Any] = json.loads(self.data)
@@ -92,8 +92,9 @@ def encode_note(**values: Any) -> bytes:
     return json.dumps(values).encode()
 
 
-def note_bytes(note: Note) -> bytes:
-    """A note as JSON, in ASCII: a path may have bytes that are no UTF-8, which msgspec's own encoder refuses."""
+def to_json(note: object) -> bytes:
+    """A note, or a dataclass sent as one, as JSON in ASCII: a path may hold bytes that are no UTF-8, which msgspec's own
+    encoder refuses."""
     return json.dumps(msgspec.to_builtins(note, enc_hook=_plain)).encode()
 
 
@@ -104,10 +105,19 @@ def _plain(value: Any) -> float:
     raise TypeError(f"{type(value)} in a note")
 
 
-def decode_note(data: bytes, kind: type[T], sender: str) -> T:
+def decode_note(data: bytes, kind: type[T], sender: str, *, any_version: bool = False) -> T:
     """The note of type `kind`, or of one of a Union's, that `data` is. Raises StarError, which names `sender` and the field,
-    where it is another, or has a field that is not known."""
-    return _converted(_values(data, sender), kind, sender)
+    where it is another, or has a field that is not known: with `any_version` that is left out."""
+    values = _values(data, sender)
+    try:
+        note = msgspec.convert(values, kind)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise _makes_no_sense(sender, error) from error
+    # msgspec forbids unknown fields in a Struct, but not in a dataclass inside it.
+    unknown = None if any_version else _unknown_field(values, msgspec.to_builtins(note), "$")
+    if unknown is not None:
+        raise _makes_no_sense(sender, f"it has the unknown field `{unknown}`")
+    return note
 
 
 def _values(data: bytes, sender: str) -> Any:
@@ -115,17 +125,6 @@ def _values(data: bytes, sender: str) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise _makes_no_sense(sender, error) from error
-
-
-def _converted(values: Any, kind: type[T], sender: str) -> T:
-    try:
-        note = msgspec.convert(values, kind)
-    except (msgspec.MsgspecError, RecursionError) as error:
-        raise _makes_no_sense(sender, error) from error
-    # msgspec forbids unknown fields in a Struct, but not in a dataclass inside it.
-    if (unknown := _unknown_field(values, msgspec.to_builtins(note), "$")) is not None:
-        raise _makes_no_sense(sender, f"it has the unknown field `{unknown}`")
-    return note
 
 
 def _makes_no_sense(sender: str, why: object) -> StarError:
@@ -156,7 +155,7 @@ def _kind(data: bytes, sender: str) -> _Kind:
 
 def send_note(star: Star, note: Note) -> None:
     """Hub: send a note to every other rank."""
-    star.broadcast_note(note_bytes(note))
+    star.broadcast_note(to_json(note))
 
 
 @overload
@@ -193,7 +192,7 @@ def gather_notes(star: Star, note: N) -> list[N]:
 
     Raises StarError, and on the hub the first error that a rank sent instead.
     """
-    gathered = star.gather_notes(note_bytes(note))
+    gathered = star.gather_notes(to_json(note))
     return [note, *_replies(star, gathered, type(note), None)] if star.rank.is_hub else []
 
 
@@ -211,7 +210,7 @@ def on_every_rank(star: Star, work: Callable[[], T], kind: Any = None) -> tuple[
         result = work()
     except Exception as error:
         problem = as_ours(error)
-    gathered = star.gather_notes(note_bytes(Done()))
+    gathered = star.gather_notes(to_json(Done()))
     if kind is None:
         _replies(star, gathered, None, problem)
         return result, [{}, *(json.loads(note) for note in gathered[1:])]  # type: ignore[return-value]
@@ -264,4 +263,4 @@ def report_errors(star: Star, work: Callable[[], T]) -> T:
 def error_note(star: Star, error: Exception) -> bytes:
     """The note with which a rank tells rank 0 of an error."""
     ours = as_ours(error)
-    return note_bytes(ErrorNote(str(ours), ours.exit_code, star.rank.host))
+    return to_json(ErrorNote(str(ours), ours.exit_code, star.rank.host))

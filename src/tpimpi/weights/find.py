@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from tpimpi.errors import TpimpiError
 from tpimpi.star import Star
-from tpimpi.star.control import encode_note
+from tpimpi.star.control import Note, Task, TaskNote, gather_notes, send_note
 from tpimpi.weights.locations import cache_folder
 from tpimpi.weights.slices.file import SliceFile, slice_name
 
@@ -25,19 +22,31 @@ def hidden_of_slices(folder: str, ranks: int) -> int:
     return 0
 
 
+class FindSlices(TaskNote, frozen=True, tag="find-slices"):
+    """Hub: say of which cache folders between this prefix and this suffix you have your slice."""
+
+    prefix: str
+    suffix: str
+
+
+class FoundSlices(Note, frozen=True):
+    """What stands between prefix and suffix in the names of those folders."""
+
+    shares: list[str]
+
+
 def find_slices(star: Star, prefix: str, suffix: str) -> list[str]:
     """Rank 0: the shares, as they stand in the names of cache folders between `prefix` and `suffix`, of which every rank has
     its slice."""
-    star.broadcast_note(encode_note(task="find-slices", prefix=prefix, suffix=suffix))
-    notes = [
-        json.loads(note)["shares"] for note in star.gather_notes(encode_note(shares=_shares(star, prefix, suffix)))
-    ]
-    return sorted(set(notes[0]).intersection(*notes[1:]))
+    send_note(star, FindSlices(prefix, suffix))
+    found = [note.shares for note in gather_notes(star, FoundSlices(_shares(star, prefix, suffix)))]
+    return sorted(set(found[0]).intersection(*found[1:]))
 
 
-def tell_slices(star: Star, note: Mapping[str, Any]) -> None:
+def tell_slices(star: Star, task: Task) -> None:
     """Another rank's side of `find_slices`."""
-    star.gather_notes(encode_note(shares=_shares(star, note["prefix"], note["suffix"])))
+    note = task.note(FindSlices)
+    gather_notes(star, FoundSlices(_shares(star, note.prefix, note.suffix)))
 
 
 def _shares(star: Star, prefix: str, suffix: str) -> list[str]:

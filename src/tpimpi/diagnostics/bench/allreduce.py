@@ -22,7 +22,7 @@ from tpimpi.diagnostics.options import AllreduceBenchOptions
 from tpimpi.errors import InputError
 from tpimpi.star import Star, choose, parse_rule
 from tpimpi.star.codec import wire_of
-from tpimpi.star.control import encode_note
+from tpimpi.star.control import Task, TaskNote, send_note
 from tpimpi.system.files import write_json
 
 TASK = "bench allreduce"
@@ -60,6 +60,15 @@ class Found:
         return {**asdict(self), "rows": rows}
 
 
+class BenchAllreduce(TaskNote, frozen=True, tag=TASK):
+    """Hub: sums of so many numbers are timed now, each algorithm over each wire, in so many rounds."""
+
+    sizes: list[int]
+    algorithms: list[str]
+    wires: list[str]
+    rounds: int
+
+
 def bench(options: AllreduceBenchOptions, star: Star, hosts: list[str]) -> None:
     """Rank 0: the whole command. Raises InputError, StorageError."""
     if star.rank.size == 1:
@@ -75,9 +84,7 @@ def bench(options: AllreduceBenchOptions, star: Star, hosts: list[str]) -> None:
 def lead(star: Star, hosts: list[str], options: AllreduceBenchOptions) -> Found:
     """Rank 0: measure, while the others `follow`."""
     sizes, algorithms, wires, rounds = options.sizes, options.algorithms, options.wires, options.rounds
-    star.broadcast_note(
-        encode_note(task=TASK, sizes=list(sizes), algorithms=list(algorithms), wires=list(wires), rounds=rounds)
-    )
+    send_note(star, BenchAllreduce(list(sizes), list(algorithms), list(wires), rounds))
     found = Found(hosts, star.library, [], {})
     for wire in wires:
         star.wire = wire_of(wire)
@@ -98,13 +105,14 @@ def lead(star: Star, hosts: list[str], options: AllreduceBenchOptions) -> Found:
     return found
 
 
-def follow(star: Star, note: dict[str, Any]) -> None:
+def follow(star: Star, task: Task) -> None:
     """Other ranks: their part of that."""
-    for wire in note["wires"]:
+    note = task.note(BenchAllreduce)
+    for wire in note.wires:
         star.wire = wire_of(wire)
         star.measure_links()
-    for _ in range(note["rounds"]):
-        for _ in _round(star, note["sizes"], note["algorithms"], note["wires"]):
+    for _ in range(note.rounds):
+        for _ in _round(star, note.sizes, note.algorithms, note.wires):
             pass
 
 

@@ -22,7 +22,7 @@ from tpimpi.engine.engine import identity
 from tpimpi.engine.ranks import meet
 from tpimpi.errors import InputError, ModelError, SliceError
 from tpimpi.star import Star
-from tpimpi.star.control import encode_note
+from tpimpi.star.control import StopNote, send_note
 from tpimpi.system import placement
 from tpimpi.system.files import write_json
 from tpimpi.weights.locations import cache_name, model_path
@@ -47,7 +47,7 @@ def doctor(options: DoctorOptions, star: Star, arguments: Sequence[str]) -> int:
     star.timeout = rank_facts.TIMEOUT_S
     hellos = meet(star, arguments)
     checkup = _check_up(star, hellos, _expected_slices(options, star.rank.size))
-    star.broadcast_note(encode_note(stop=0))
+    send_note(star, StopNote(0))
     found = list(findings(checkup))
     print_report(checkup, found)
     if options.json is not None:

@@ -6,17 +6,15 @@ Nothing here fails because of what it finds: what cannot be found out is left at
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +23,17 @@ from tpimpi.compute.backends import has_native
 from tpimpi.engine.engine import identity
 from tpimpi.errors import TpimpiError
 from tpimpi.star import MpiLibrary, Ping, Star, answer_link, mpi_library, ping_link
-from tpimpi.star.control import encode_note, receive_note
+from tpimpi.star.control import (
+    Note,
+    Proceed,
+    Task,
+    TaskNote,
+    decode_note,
+    gather_notes,
+    receive_note,
+    send_note,
+    to_json,
+)
 from tpimpi.system.buffers import aligned_buffer
 from tpimpi.system.cpu import processor_quota
 from tpimpi.system.direct_io import MEASURED, PIECE, Descriptor, Extent, Trial
@@ -101,24 +109,6 @@ class Facts:
     disk_problem: str = ""
     slice: Slice = field(default_factory=Slice)
     interfaces: list[Interface] = field(default_factory=list)
-
-    @classmethod
-    def from_note(cls, note: Mapping[str, Any]) -> Facts:
-        """What a rank told; names that this version does not know are left out."""
-        values = _known(cls, note)
-        for name, kind in {"mpi": MpiLibrary, "slice": Slice}.items():
-            if name in values:
-                values[name] = kind(**_known(kind, values[name]))
-        values["interfaces"] = [
-            Interface(**{**_known(Interface, one), "networks": tuple(one["networks"])})
-            for one in values.get("interfaces", [])
-        ]
-        return cls(**values)
-
-
-def _known(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    names = {known.name for known in fields(cls)}
-    return {name: value for name, value in values.items() if name in names}
 
 
 def examine(star: Star, wanted: ExpectedSlices) -> Facts:
@@ -255,15 +245,34 @@ class LinkFacts:
     after: tuple[Counters, Counters]
 
 
+class ExamineRank(TaskNote, frozen=True, tag=TASK, forbid_unknown_fields=False):
+    """Hub: examine yourself, and answer with Facts. Both may go between ranks of different versions."""
+
+    wanted: ExpectedSlices
+
+
+class TestLink(Note, frozen=True):
+    """Hub: the link to this rank is looked at next; None: that was all, every rank answers with LinkCounters."""
+
+    rank: int | None
+
+
+class LinkCounters(Note, frozen=True):
+    """What the sender's interfaces counted before and after the look at its link."""
+
+    before: Counters
+    after: Counters
+
+
 def lead(star: Star, wanted: ExpectedSlices) -> list[Facts]:
     """Rank 0: have every rank examine itself, all at once; in rank order. `lead_links` is to follow.
 
     Raises StarError where a rank does not answer.
     """
     star.timeout = TIMEOUT_S
-    star.broadcast_note(encode_note(task=TASK, wanted=asdict(wanted)))
-    notes = star.gather_notes(encode_note(**asdict(examine(star, wanted))))
-    return [Facts.from_note(json.loads(note)) for note in notes]
+    send_note(star, ExamineRank(wanted))
+    notes = star.gather_notes(to_json(examine(star, wanted)))
+    return [decode_note(note, Facts, f"rank {rank}", any_version=True) for rank, note in enumerate(notes)]
 
 
 def lead_links(star: Star) -> tuple[list[float], list[LinkFacts]]:
@@ -271,37 +280,34 @@ def lead_links(star: Star) -> tuple[list[float], list[LinkFacts]]:
 
     Raises StarError where a rank does not answer.
     """
-    star.broadcast_note(encode_note(clocks=True))
+    send_note(star, Proceed())
     clocks = star.clock_offsets(time.time)
     pings: list[tuple[Ping, Counters, Counters]] = []
     for rank in range(1, star.rank.size):
-        star.broadcast_note(encode_note(link=rank))
+        send_note(star, TestLink(rank))
         before = counters()
         ping = ping_link(star, rank)
         pings.append((ping, before, counters()))
-    star.broadcast_note(encode_note(done=True))
-    theirs = [json.loads(note) for note in star.gather_notes(encode_note())][1:]
+    send_note(star, TestLink(None))
+    theirs = gather_notes(star, LinkCounters({}, {}))[1:]
     return clocks, [
-        LinkFacts(ping, (before, _counters(their["before"])), (after, _counters(their["after"])))
+        LinkFacts(ping, (before, their.before), (after, their.after))
         for (ping, before, after), their in zip(pings, theirs, strict=True)
     ]
 
 
-def take_part(star: Star, note: Mapping[str, Any]) -> None:
+def take_part(star: Star, task: Task) -> None:
     """Another rank's side of `lead` and `lead_links`; either may be all."""
     star.timeout = TIMEOUT_S
-    star.gather_notes(encode_note(**asdict(examine(star, ExpectedSlices(**_known(ExpectedSlices, note["wanted"]))))))
-    receive_note(star)
+    wanted = task.note(ExamineRank, any_version=True).wanted
+    star.gather_notes(to_json(examine(star, wanted)))
+    receive_note(star, Proceed)
     star.clock_offsets(time.time)
     before: Counters = {}
     after: Counters = {}
-    while "link" in (word := receive_note(star)):
-        if word["link"] == star.rank.index:
+    while (rank := receive_note(star, TestLink).rank) is not None:
+        if rank == star.rank.index:
             before = counters()
             answer_link(star)
             after = counters()
-    star.gather_notes(encode_note(before=before, after=after))
-
-
-def _counters(note: Mapping[str, list[int]]) -> dict[str, tuple[int, int]]:
-    return {name: (sent, received) for name, (sent, received) in note.items()}
+    gather_notes(star, LinkCounters(before, after))

@@ -36,7 +36,7 @@ from tpimpi.models.blocks import Block
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.star import Rank, Star
-from tpimpi.star.control import encode_note, receive_note
+from tpimpi.star.control import Note, receive_note, send_note
 from tpimpi.system.buffers import Pages
 from tpimpi.system.cpu import last_level_cache
 from tpimpi.system.memory import headroom, places, resident_bytes
@@ -84,6 +84,12 @@ class LayerTiming:
     wall: float
     compute: float
     cpu: float
+
+
+class StepCount(Note, frozen=True):
+    """Hub: every rank makes so many steps in a row, in lockstep."""
+
+    count: int
 
 
 class _WeightRing:
@@ -231,9 +237,9 @@ class LayerBenchmark:
             took = kind.warm_up()
             if star.rank.is_hub:
                 kind.count = max(1, math.ceil(LAYERS_S / _TURNS / max(took, 1e-6)))
-                star.broadcast_note(encode_note(count=kind.count))
+                send_note(star, StepCount(kind.count))
             else:
-                kind.count = receive_note(star)["count"]
+                kind.count = receive_note(star, StepCount).count
         began, cpu = time.perf_counter(), time.process_time()
         for _ in range(_TURNS):
             for kind in kinds:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -15,7 +14,18 @@ import xxhash
 from tpimpi.engine.rank_memory import DISK_TRIAL_S
 from tpimpi.errors import StorageError
 from tpimpi.star import Star
-from tpimpi.star.control import encode_note, on_every_rank, receive_note, report_errors
+from tpimpi.star.control import (
+    Done,
+    Note,
+    Proceed,
+    Task,
+    TaskNote,
+    gather_notes,
+    on_every_rank,
+    receive_note,
+    report_errors,
+    send_note,
+)
 from tpimpi.system.buffers import aligned_buffer
 from tpimpi.system.direct_io import DEPTHS, MEASURED, Descriptor, Extent, Trial
 from tpimpi.weights.locations import cache_folder
@@ -27,24 +37,36 @@ SCRATCH_SECONDS = 0.4  # of writing it
 # Disks
 
 
+class MeasureDisks(TaskNote, frozen=True, tag="disk"):
+    """Hub: every rank measures its disk, all at the same time."""
+
+
+class DiskRate(Note, frozen=True):
+    """What the sender's disk gives: bytes a second, and the processor seconds that a byte takes."""
+
+    rate: float
+    cpu: float
+
+
 def measure_disks(star: Star) -> list[tuple[float, float]]:
     """Rank 0: what every rank's disk gives while all read, in rank order: (bytes a second, processor seconds a byte).
 
     Raises StorageError.
     """
-    star.broadcast_note(encode_note(task="disk"))
-    _, notes = on_every_rank(star, lambda: None)
-    star.broadcast_note(encode_note(go=True))
-    mine, notes = on_every_rank(star, _disk)
-    return [mine, *((note["rate"], note["cpu"]) for note in notes[1:])]
+    send_note(star, MeasureDisks())
+    on_every_rank(star, lambda: None, Done)
+    send_note(star, Proceed())
+    mine, others = on_every_rank(star, _disk, DiskRate)
+    return [mine, *((note.rate, note.cpu) for note in others)]
 
 
-def take_part_in_disks(star: Star, note: Mapping[str, Any]) -> None:
+def take_part_in_disks(star: Star, task: Task) -> None:
     """Another rank's side of `measure_disks`."""
-    star.gather_notes(encode_note())
-    receive_note(star)
+    task.note(MeasureDisks)
+    gather_notes(star, Done())
+    receive_note(star, Proceed)
     rate, cpu = report_errors(star, _disk)
-    star.gather_notes(encode_note(rate=rate, cpu=cpu))
+    gather_notes(star, DiskRate(rate, cpu))
 
 
 def _disk() -> tuple[float, float]:

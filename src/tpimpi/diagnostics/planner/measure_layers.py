@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass
-from typing import Any
+from dataclasses import astuple, dataclass
 
 from tpimpi.diagnostics.planner.layer_benchmark import LayerBenchmark, LayerTiming, MeasureTask
 from tpimpi.engine.overlap import largest_sum
 from tpimpi.star import Star, choose
 from tpimpi.star.codec import wire_of
-from tpimpi.star.control import encode_note, on_every_rank, receive_note, report_errors
+from tpimpi.star.control import (
+    Done,
+    Note,
+    Proceed,
+    Task,
+    TaskNote,
+    gather_notes,
+    on_every_rank,
+    receive_note,
+    report_errors,
+    send_note,
+)
 from tpimpi.system.memory import places, resident_bytes
 
 
@@ -30,16 +38,23 @@ class RankMeasurement:
     base: int
     places: list[tuple[str, int, int]]
 
-    @classmethod
-    def from_note(cls, note: Mapping[str, Any]) -> RankMeasurement:
-        values = {name: note[name] for name in cls.__dataclass_fields__}
-        return cls(**{**values, "timings": [LayerTiming(**timing) for timing in note["timings"]]})
+
+class MeasureLayers(TaskNote, frozen=True, tag="measure"):
+    """Hub: this is measured now."""
+
+    wanted: MeasureTask
 
 
-# A layer of weights that are made up
+class Measured(Note, frozen=True):
+    """What the sender found; None of a rank that does not take part."""
+
+    measurement: RankMeasurement | None
 
 
-# All ranks together
+class AllreduceRule(Note, frozen=True):
+    """Hub: sums are made by this rule."""
+
+    rule: str
 
 
 def measure(star: Star, task: MeasureTask) -> list[RankMeasurement]:
@@ -47,26 +62,26 @@ def measure(star: Star, task: MeasureTask) -> list[RankMeasurement]:
 
     Raises InputError and the like where a rank cannot take part.
     """
-    star.broadcast_note(encode_note(task="measure", **asdict(task)))
-    benchmark, _ = on_every_rank(star, lambda: LayerBenchmark(star.rank, task))
-    star.broadcast_note(encode_note(go=True))
-    notes = star.gather_notes(encode_note(**asdict(_run_benchmark(star, benchmark))))
-    return [RankMeasurement.from_note(json.loads(note)) for note in notes[: task.ranks]]
+    send_note(star, MeasureLayers(task))
+    benchmark, _ = on_every_rank(star, lambda: LayerBenchmark(star.rank, task), Done)
+    send_note(star, Proceed())
+    notes = gather_notes(star, Measured(_run_benchmark(star, benchmark)))
+    return [note.measurement for note in notes if note.measurement is not None]
 
 
-def take_part_in_measuring(star: Star, note: Mapping[str, Any]) -> None:
+def take_part_in_measuring(star: Star, task: Task) -> None:
     """Another rank's side of `measure`."""
-    task = MeasureTask(**{name: note[name] for name in MeasureTask.__dataclass_fields__})
-    if star.rank.index >= task.ranks:  # idle, as in a run without it
-        star.gather_notes(encode_note())
-        receive_note(star)
-        star.first(task.ranks)
-        star.gather_notes(encode_note())
+    wanted = task.note(MeasureLayers).wanted
+    if star.rank.index >= wanted.ranks:  # idle, as in a run without it
+        gather_notes(star, Done())
+        receive_note(star, Proceed)
+        star.first(wanted.ranks)
+        gather_notes(star, Measured(None))
         return
-    benchmark = report_errors(star, lambda: LayerBenchmark(star.rank, task))
-    star.gather_notes(encode_note())
-    receive_note(star)
-    star.gather_notes(encode_note(**asdict(_run_benchmark(star, benchmark))))
+    benchmark = report_errors(star, lambda: LayerBenchmark(star.rank, wanted))
+    gather_notes(star, Done())
+    receive_note(star, Proceed)
+    gather_notes(star, Measured(_run_benchmark(star, benchmark)))
 
 
 def _run_benchmark(star: Star, benchmark: LayerBenchmark) -> RankMeasurement:
@@ -85,9 +100,9 @@ def _run_benchmark(star: Star, benchmark: LayerBenchmark) -> RankMeasurement:
             if links.times
             else "star"
         )
-        few.broadcast_note(encode_note(rule=rule))
+        send_note(few, AllreduceRule(rule))
     else:
-        rule = receive_note(few)["rule"]
+        rule = receive_note(few, AllreduceRule).rule
     few.algorithm = rule
     with contextlib.closing(benchmark):
         processors, timings = benchmark.processors(), benchmark.timings(few)
