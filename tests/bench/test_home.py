@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -343,11 +346,43 @@ def test_the_command_passes_input_output_and_exit_code_through(mpirun: Launcher)
         "case $(uname -n) in laptop) read line; echo got $line;; *) echo bad >&2; sleep 1; exit 7;; esac",
     ]
     done = subprocess.run(
-        [*command, *program], input="a line\n", capture_output=True, text=True, timeout=TIMEOUT, check=False
+        [*command, *program], cwd=ROOT, input="a line\n", capture_output=True, text=True, timeout=TIMEOUT, check=False
     )
     assert done.stdout == "got a line\n"
     assert "bad" in done.stderr
     assert done.returncode == 7
+
+
+@needs_home
+def test_in_a_terminal_it_answers_and_ends_with_its_input(mpirun: Launcher, tiny: Path) -> None:
+    program = [sys.executable, "-m", "tpimpi", "--model", str(tiny), "--raw", "--max-tokens", "4", "--quiet"]
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(  # `setsid --ctty` makes the terminal that of a session of its own, as a shell has it
+        ["setsid", "--ctty", *HOME, "run", "--devices", "2", "--mpi", mpirun.mpi, "--", *program],
+        **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
+        cwd=ROOT,
+    )
+    os.close(theirs)
+    try:
+        shown = read_terminal(ours, lambda text: text.endswith("> "), "a prompt")
+        os.write(ours, b"the quick\n")
+        read_terminal(ours, lambda text: text.endswith("\n> "), f"the next prompt, after {shown!r}")
+        os.write(ours, b"\x04")  # Ctrl-D
+        assert process.wait(60) == 0
+    finally:
+        process.terminate()
+        process.wait()
+        os.close(ours)
+
+
+def read_terminal(terminal: int, ready: Callable[[str], bool], what: str) -> str:
+    """What comes out of the terminal until `ready` says that it is there; fails after a minute."""
+    text, deadline = "", time.monotonic() + 60
+    while not ready(text):
+        assert time.monotonic() < deadline, f"no {what}: {text!r}"
+        if select.select([terminal], [], [], 0.2)[0]:
+            text += os.read(terminal, 4096).decode(errors="replace").replace("\r\n", "\n")
+    return text
 
 
 # The file and the options
