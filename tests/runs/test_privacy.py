@@ -119,7 +119,7 @@ def recorded(mpirun: Launcher, cache: dict[str, str], tmp_path_factory: pytest.T
 
 
 def _ids(report: dict[str, object], smollm2: Path) -> list[int]:
-    from tpimpi.serving.text.tokenizer import load_tokenizer
+    from tpimpi.serving.text.load import load_tokenizer
     from tpimpi.weights.sources import open_source
 
     with open_source(smollm2) as source:

@@ -26,7 +26,7 @@ from tpimpi.serving.perplexity import (
     mean_and_error,
     negative_log_likelihoods,
 )
-from tpimpi.serving.text.tokenizer import load_tokenizer
+from tpimpi.serving.text.load import load_tokenizer
 from tpimpi.weights.sources import open_source
 
 TEXT = "the lazy fox jumps over the quick brown dog, and the dog is quick to jump over the lazy brown fox. " * 6

@@ -25,7 +25,7 @@ from tests.support.messages import assert_one_line
 from tpimpi.errors import InputError
 from tpimpi.serving.sampling import make_sampler
 from tpimpi.serving.session import Session, Turn
-from tpimpi.serving.text.tokenizer import load_tokenizer
+from tpimpi.serving.text.load import load_tokenizer
 from tpimpi.weights.sources import open_source
 
 # The format, as the head of session.py has it.

@@ -17,7 +17,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tpimpi.errors import InputError, ModelError
-from tpimpi.serving.text.tokenizer import Tokenizer, load_tokenizer
+from tpimpi.serving.text.load import load_tokenizer
+from tpimpi.serving.text.tokenizer import Tokenizer
 
 OTHER_DIGITS = "مرحبا بالعالم १२३ ٣٤ Ⅷ ½"
 CORPUS = [
@@ -785,6 +786,6 @@ def test_packages_that_are_not_installed_are_named(
 def test_importing_is_light() -> None:
     """Every rank may import the module; only loading a tokenizer needs the libraries."""
     heavy = ["torch", "transformers", "tokenizers", "sentencepiece", "jinja2", "numpy"]
-    code = f"import sys, tpimpi.serving.text.tokenizer; print([m for m in {heavy!r} if m in sys.modules])"
+    code = f"import sys, tpimpi.serving.text.load; print([m for m in {heavy!r} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.strip() == "[]"

@@ -25,7 +25,8 @@ from tpimpi.models.layers.rope import rope_frequencies
 from tpimpi.models.shapes import SHAPES, load_shape
 from tpimpi.models.tensors import expected_tensors
 from tpimpi.models.weight_formats import ModelFormats
-from tpimpi.serving.text.tokenizer import TokenIds, tokenizer_of_slices
+from tpimpi.serving.text.load import tokenizer_of_slices
+from tpimpi.serving.text.token_ids import TokenIds
 from tpimpi.weights.make import slice_model
 from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.sources import export, open_source

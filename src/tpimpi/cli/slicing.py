@@ -13,7 +13,7 @@ from tpimpi.cli.process import cleaning_up_on_signals
 from tpimpi.compute.backends import load_quantizer
 from tpimpi.errors import SliceError, StorageError
 from tpimpi.models.weight_formats import ModelFormats
-from tpimpi.serving.text.tokenizer import load_tokenizer
+from tpimpi.serving.text.load import load_tokenizer
 from tpimpi.star import Star
 from tpimpi.system.terminal import progress_bar
 from tpimpi.weights.distribute import SliceOutcome, distribute_slices

@@ -10,7 +10,8 @@ from functools import partial
 from tpimpi.errors import InputError
 from tpimpi.serving.generate import Sampler
 from tpimpi.serving.session import Session, Turn
-from tpimpi.serving.text.tokenizer import TokenIds, Tokenizer
+from tpimpi.serving.text.token_ids import TokenIds
+from tpimpi.serving.text.tokenizer import Tokenizer
 from tpimpi.weights.slices.header import Header
 
 MOST_BYTES_A_TOKEN = 16  # of usual text; with more, a prompt is looked at twice

@@ -14,7 +14,9 @@ from tpimpi.serving.conversation import Conversation
 from tpimpi.serving.generate import generate, to_text, until_stop
 from tpimpi.serving.report import Answer, Report
 from tpimpi.serving.session import Turn
-from tpimpi.serving.text.tokenizer import TokenIds, Tokenizer, tokenizer_of_slices
+from tpimpi.serving.text.load import tokenizer_of_slices
+from tpimpi.serving.text.token_ids import TokenIds
+from tpimpi.serving.text.tokenizer import Tokenizer
 from tpimpi.system.memory import resident_bytes
 from tpimpi.weights.slices.file import SliceFile
 

@@ -31,7 +31,8 @@ from tpimpi.engine.figures import RankFigures
 from tpimpi.engine.overlap import PREFILL_CHUNK
 from tpimpi.engine.protocol import begin, step
 from tpimpi.errors import InputError, ModelError
-from tpimpi.serving.text.tokenizer import TokenIds, Tokenizer
+from tpimpi.serving.text.token_ids import TokenIds
+from tpimpi.serving.text.tokenizer import Tokenizer
 
 F64 = npt.NDArray[np.float64]
 

@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tpimpi.errors import ModelError
+from tpimpi.serving.text.checks import is_unicode, needing, refusing
 
 if TYPE_CHECKING:
     import tokenizers
@@ -59,38 +58,6 @@ _TEKKEN = (
 )
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
-
-
-@contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """Turns whatever a tokenizer library raises over its input into a ModelError that begins with `what`."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic of a Rust library is no Exception
-        raise ModelError(f"{what}: {error}; download or convert the model again") from error
-
-
-@contextmanager
-def needing(packages: str) -> Iterator[None]:
-    """Turns an import that fails into a ModelError that says which packages to install."""
-    try:
-        yield
-    except Exception as error:  # a package that is broken, or of another version, fails as it likes
-        raise ModelError(
-            f"the model's tokenizer needs a package that cannot be imported ({type(error).__name__}: {error}); "
-            f"pip install {packages}"
-        ) from error
-
-
-def is_unicode(text: str) -> bool:
-    """False for lone surrogates: undecodable bytes of argv arrive as such, and JSON can spell them."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -145,6 +112,41 @@ def read_gguf_vocabulary(data: bytes) -> GgufVocabulary:
     Raises ModelError for JSON that is broken, a key of the wrong kind, a tokenizer model or pre-tokenizer that is
     not known here.
     """
+    keys = _read_keys(data)
+    model = _get(keys, "model", str)
+    if model not in ("gpt2", "llama"):
+        raise ModelError(
+            f"tokenizer.ggml.model of the GGUF file is {model!r}, tpimpi knows 'gpt2' and 'llama'; use another model"
+        )
+    tokens, types = _read_tokens(keys)
+    sentencepiece = model == "llama"
+    pre, merges = ("", ()) if sentencepiece else _read_merges(keys)
+    scores = _read_scores(keys, tokens) if sentencepiece else ()
+    eos_id = _token_id(keys, "eos_token_id", len(tokens), 2 if sentencepiece else None)
+    template = keys.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise ModelError(f"tokenizer.chat_template of the GGUF file is a {type(template).__name__}, must be text")
+    return GgufVocabulary(
+        model=model,
+        pre=pre,
+        tokens=tokens,
+        types=types,
+        scores=scores,
+        merges=merges,
+        bos_id=_token_id(keys, "bos_token_id", len(tokens), 1 if sentencepiece else None),
+        eos_id=eos_id,
+        unknown_id=_token_id(keys, "unknown_token_id", len(tokens), 0 if sentencepiece else None),
+        padding_id=_token_id(keys, "padding_token_id", len(tokens), None),
+        end_ids=_read_end_ids(keys, tokens, types, eos_id),
+        add_bos=_get(keys, "add_bos_token", bool, sentencepiece or _PRE_TOKENIZERS[pre].add_bos),
+        add_eos=_get(keys, "add_eos_token", bool, False),
+        add_space_prefix=_get(keys, "add_space_prefix", bool, sentencepiece),
+        remove_extra_whitespaces=_get(keys, "remove_extra_whitespaces", bool, False),
+        chat_template=template,
+    )
+
+
+def _read_keys(data: bytes) -> dict[str, Any]:
     try:
         keys = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -153,12 +155,11 @@ def read_gguf_vocabulary(data: bytes) -> GgufVocabulary:
         ) from error
     if not isinstance(keys, dict):
         raise ModelError(f"the vocabulary of the GGUF file is a {type(keys).__name__}, must be an object of keys")
+    return keys
 
-    model = _get(keys, "model", str)
-    if model not in ("gpt2", "llama"):
-        raise ModelError(
-            f"tokenizer.ggml.model of the GGUF file is {model!r}, tpimpi knows 'gpt2' and 'llama'; use another model"
-        )
+
+def _read_tokens(keys: dict[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The tokens, each once, and their types; where the file has no types all are normal."""
     tokens = _list(keys, "tokens", str)
     if not tokens:
         raise ModelError("tokenizer.ggml.tokens of the GGUF file is missing or empty; use a file with its vocabulary")
@@ -170,51 +171,37 @@ def read_gguf_vocabulary(data: bytes) -> GgufVocabulary:
     _same_length("token_type", types, tokens)
     if not set(types) <= {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE}:
         raise ModelError(f"tokenizer.ggml.token_type of the GGUF file holds {sorted(set(types))}, must be from 1 to 6")
+    return tokens, types
 
-    pre = ""
-    scores: tuple[float, ...] = ()
-    merges: tuple[tuple[str, str], ...] = ()
-    if model == "gpt2":
-        pre = _get(keys, "pre", str, "default") or "default"
-        if pre not in _PRE_TOKENIZERS:
-            raise ModelError(
-                f"tokenizer.ggml.pre of the GGUF file is {pre!r}, tpimpi knows {', '.join(sorted(_PRE_TOKENIZERS))}; "
-                f"use the model as a directory with its tokenizer.json"
-            )
-        merges = tuple(_pair(merge) for merge in _list(keys, "merges", str))
-    else:
-        scores = _list(keys, "scores", (int, float))
-        _same_length("scores", scores, tokens)
-        if not all(abs(score) < 1e38 for score in scores):  # false for NaN as well
-            raise ModelError("tokenizer.ggml.scores of the GGUF file holds a value that is no float32")
 
-    sentencepiece = model == "llama"
-    bos_id = _token_id(keys, "bos_token_id", len(tokens), 1 if sentencepiece else None)
-    eos_id = _token_id(keys, "eos_token_id", len(tokens), 2 if sentencepiece else None)
+def _read_merges(keys: dict[str, Any]) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """The name of the pre-tokenizer and the merges of a "gpt2" vocabulary."""
+    pre = _get(keys, "pre", str, "default") or "default"
+    if pre not in _PRE_TOKENIZERS:
+        raise ModelError(
+            f"tokenizer.ggml.pre of the GGUF file is {pre!r}, tpimpi knows {', '.join(sorted(_PRE_TOKENIZERS))}; "
+            f"use the model as a directory with its tokenizer.json"
+        )
+    return pre, tuple(_pair(merge) for merge in _list(keys, "merges", str))
+
+
+def _read_scores(keys: dict[str, Any], tokens: tuple[str, ...]) -> tuple[float, ...]:
+    """The scores of a "llama" vocabulary."""
+    scores = _list(keys, "scores", (int, float))
+    _same_length("scores", scores, tokens)
+    if not all(abs(score) < 1e38 for score in scores):  # false for NaN as well
+        raise ModelError("tokenizer.ggml.scores of the GGUF file holds a value that is no float32")
+    return scores
+
+
+def _read_end_ids(
+    keys: dict[str, Any], tokens: tuple[str, ...], types: tuple[int, ...], eos_id: int | None
+) -> frozenset[int]:
+    """Every id that ends an answer: those that the file names, and the special tokens of END_TOKENS."""
     ends = {_token_id(keys, key, len(tokens), None) for key in ("eot_token_id", "eom_token_id")} | {eos_id}
     # Only of the special types: "</s>" as an ordinary token is just text.
     ends |= {i for i, t in enumerate(tokens) if t in END_TOKENS and types[i] in (CONTROL, USER_DEFINED)}
-    template = keys.get("tokenizer.chat_template")
-    if not isinstance(template, str | None):
-        raise ModelError(f"tokenizer.chat_template of the GGUF file is a {type(template).__name__}, must be text")
-    return GgufVocabulary(
-        model=model,
-        pre=pre,
-        tokens=tokens,
-        types=types,
-        scores=scores,
-        merges=merges,
-        bos_id=bos_id,
-        eos_id=eos_id,
-        unknown_id=_token_id(keys, "unknown_token_id", len(tokens), 0 if sentencepiece else None),
-        padding_id=_token_id(keys, "padding_token_id", len(tokens), None),
-        end_ids=frozenset(end for end in ends if end is not None),
-        add_bos=_get(keys, "add_bos_token", bool, sentencepiece or _PRE_TOKENIZERS[pre].add_bos),
-        add_eos=_get(keys, "add_eos_token", bool, False),
-        add_space_prefix=_get(keys, "add_space_prefix", bool, sentencepiece),
-        remove_extra_whitespaces=_get(keys, "remove_extra_whitespaces", bool, False),
-        chat_template=template,
-    )
+    return frozenset(end for end in ends if end is not None)
 
 
 def build_byte_level(vocabulary: GgufVocabulary) -> tokenizers.Tokenizer:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from tpimpi.errors import ModelError
-from tpimpi.serving.text.gguf_vocabulary import needing, refusing
+from tpimpi.serving.text.checks import needing, refusing
 
 if TYPE_CHECKING:
     import tokenizers

@@ -1,0 +1,49 @@
+"""What stands in for a tokenizer where a model has none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tpimpi.errors import InputError
+from tpimpi.serving.text.stream import IdStream
+
+
+class TokenIds:
+    """Stands in for a Tokenizer where slices have none (those of `synth`): text is ids in decimal, one after another."""
+
+    bos_id = None
+    end_ids: frozenset[int] = frozenset()
+    has_chat_template = False
+
+    def __init__(self, vocab: int) -> None:
+        self.vocab_size = vocab
+
+    def check_params(self, *, raw: bool, stops: Sequence[str]) -> None:
+        """Raise InputError for what has no meaning without a tokenizer: a chat, and texts to stop before."""
+        if not raw:
+            raise InputError(
+                "these slices have no tokenizer (synth made them), so a prompt is token ids; give --raw, and ids such as "
+                '--prompt "1 15043 29871"'
+            )
+        if stops:
+            raise InputError("these slices have no tokenizer, so there is no text to stop before; leave --stop out")
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """The ids that a text holds, with blanks or commas between them. InputError for anything else."""
+        words = text.replace(",", " ").split()
+        for word in words:
+            if not (word.isascii() and word.isdecimal() and len(word) <= 10 and int(word) < self.vocab_size):
+                raise InputError(
+                    f"{word[:40]!r} is no token id; these slices have no tokenizer, so give whole numbers below "
+                    f"{self.vocab_size} with blanks or commas between them"
+                )
+        return [int(word) for word in words]
+
+    def encode_chat(self, prompt: str, said: Sequence[tuple[str, str]] = ()) -> list[int]:
+        """InputError always: there is no chat template."""
+        self.check_params(raw=False, stops=())
+        return []
+
+    def stream(self) -> IdStream:
+        """A fresh IdStream, for one answer."""
+        return IdStream()
