@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 
 from bench.limits.trees import GroupFilesV1, GroupFilesV2, LimitError, Trees, find_trees, read_file
-from tpimpi.diagnostics.bench.disk import mount_of
+from tpimpi.system.disk import mount_of
 
 CPU_PERIOD_US = 100_000
 SHORTEST_QUOTA_US = 1000  # the kernel refuses less

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tpimpi.errors import TpimpiError
+from tpimpi.system.disk import MOUNTINFO, mounts
 
 LARGEST_CHARGE_BYTES = 2 << 20  # that the kernel counts at once: a large page
 _V1_NAMES = {"memory": "memory", "cpu": "cpu", "io": "blkio"}  # of the controllers
@@ -30,21 +31,18 @@ class Trees:
     v2: Path | None
 
 
-def find_trees(mountinfo: Path = Path("/proc/self/mountinfo")) -> Trees:
+def find_trees(mountinfo: Path = MOUNTINFO) -> Trees:
     """The mounted trees of groups, of both versions."""
     v1: dict[str, Path] = {}
     v2: Path | None = None
-    for line in mountinfo.read_text(errors="replace").splitlines():
-        before, _, after = line.partition(" - ")
-        kind, _, options = after.split(" ", 2)
-        point = Path(re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), before.split(" ")[4]))
-        if kind == "cgroup":
-            controllers = options.split(",")
+    for mount in mounts(mountinfo):
+        if mount.kind == "cgroup":
+            controllers = mount.options.split(",")
             for name, old in _V1_NAMES.items():
                 if old in controllers:
-                    v1.setdefault(name, point)
-        elif kind == "cgroup2" and v2 is None:
-            v2 = point
+                    v1.setdefault(name, mount.point)
+        elif mount.kind == "cgroup2" and v2 is None:
+            v2 = mount.point
     return Trees(v1, v2)
 
 

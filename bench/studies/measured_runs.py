@@ -24,7 +24,8 @@ from rich.table import Table
 
 from bench.limits import Group, RankGroups, available
 from tpimpi.diagnostics.bench.disk import BUFFERED, DIRECT
-from tpimpi.weights.slices.file import SliceFile, slice_name
+from tpimpi.weights.slices.file import SliceFile
+from tpimpi.weights.slices.names import slice_name
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "1 2 3 4 5 6 7 8"  # token ids: slices of synth have no tokenizer

@@ -45,7 +45,7 @@ from bench.studies.measured_runs import (
     show,
 )
 from tpimpi.system.units import parse_size
-from tpimpi.weights.slices.file import slice_name
+from tpimpi.weights.slices.names import slice_name
 
 MIB = 1 << 20
 

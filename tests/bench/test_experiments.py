@@ -23,7 +23,8 @@ from tests.support.experiments import run
 from tests.support.homes import needs_home
 from tests.support.launch import ROOT, TIMEOUT, Launcher
 from tpimpi.errors import InputError
-from tpimpi.weights.slices.file import SliceFile, slice_name
+from tpimpi.weights.slices.file import SliceFile
+from tpimpi.weights.slices.names import slice_name
 
 pytestmark = pytest.mark.alone
 

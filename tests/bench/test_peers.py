@@ -169,7 +169,7 @@ def test_unknown_peers_and_missing_models_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="no way to ask what the page cache holds")
 def test_the_page_cache_is_dropped(tmp_path: Path) -> None:
-    from tpimpi.diagnostics.bench.disk import mount_of
+    from tpimpi.system.disk import mount_of
 
     if (kind := mount_of(tmp_path).kind) not in ("ext4", "xfs", "btrfs"):
         pytest.skip(f"{kind} is in memory, or may not tell")

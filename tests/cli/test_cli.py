@@ -28,7 +28,8 @@ from tests.support.ranks import Ranks
 from tests.support.tiny_models import write_tiny_hf
 from tpimpi.system.launcher import launched_size
 from tpimpi.weights.make import choose_formats, slice_model
-from tpimpi.weights.slices.file import SliceFile, slice_name
+from tpimpi.weights.slices.file import SliceFile
+from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.sources import open_source
 

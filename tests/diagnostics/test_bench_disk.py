@@ -15,15 +15,14 @@ from tpimpi.diagnostics.bench.disk import (
     BUFFERED,
     DIRECT,
     Bench,
-    Mount,
     Row,
     best,
     find_files,
     make_regions,
-    mount_of,
     sharing,
 )
 from tpimpi.errors import InputError, StorageError
+from tpimpi.system.disk import Mount, mount_of
 
 pytestmark = pytest.mark.alone
 

@@ -13,7 +13,8 @@ from tests.support.tiny_models import write_tiny_hf
 from tpimpi.diagnostics.inspect import inspect
 from tpimpi.errors import InputError, SliceError
 from tpimpi.weights.make import choose_formats, slice_model
-from tpimpi.weights.slices.file import SliceFile, slice_name
+from tpimpi.weights.slices.file import SliceFile
+from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.sources import open_source
 

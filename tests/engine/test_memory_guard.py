@@ -21,7 +21,8 @@ from tpimpi.engine.window import Window, records_of, ring_bytes
 from tpimpi.models.blocks import Block
 from tpimpi.system.memory import Place
 from tpimpi.weights.make import choose_formats, slice_model
-from tpimpi.weights.slices.file import SliceFile, slice_name
+from tpimpi.weights.slices.file import SliceFile
+from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.sources import open_source
 

@@ -17,7 +17,8 @@ from tpimpi.star import BULK, CLOCK, CONTROL, HIDDEN, NOTE, PARTIAL, SUM
 from tpimpi.star.channel import ECHO
 from tpimpi.star.pieces import LARGE_PIECE_NUMBERS
 from tpimpi.weights import stream
-from tpimpi.weights.slices.file import SliceFile, slice_name
+from tpimpi.weights.slices.file import SliceFile
+from tpimpi.weights.slices.names import slice_name
 
 PROMPT = "Zanzibar ornithologist whispers quixotic melodies about elderberries. Please continue the story."
 HIDDEN_SIZE, VOCAB, PROMPT_LIMIT = 576, 49152, 200

@@ -13,7 +13,8 @@ import numpy as np
 import xxhash
 
 from tpimpi.compute.formats.packed import values
-from tpimpi.weights.slices.file import SliceFile, slice_name
+from tpimpi.weights.slices.file import SliceFile
+from tpimpi.weights.slices.names import slice_name
 
 
 def datasets(path: Path) -> dict[str, bytes]:

@@ -23,7 +23,8 @@ from tpimpi.compute.backends import load_quantizer
 from tpimpi.errors import StarError
 from tpimpi.weights.distribute import _receive
 from tpimpi.weights.make import choose_formats, make_header, slice_model
-from tpimpi.weights.slices.file import SliceFile, slice_name
+from tpimpi.weights.slices.file import SliceFile
+from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.slices.writer import SliceWriter
 from tpimpi.weights.sources import open_source

@@ -20,10 +20,12 @@ from tests.support.slices import datasets, spoil
 from tests.support.tiny_models import write_tiny_hf
 from tpimpi.errors import InputError, SliceError, StorageError
 from tpimpi.weights.make import choose_formats, make_header, slice_model
-from tpimpi.weights.slices.file import SliceFile, slice_name
+from tpimpi.weights.slices.file import SliceFile
+from tpimpi.weights.slices.header import tile_spans
 from tpimpi.weights.slices.local import LocalSlice
+from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import Span, make_partition
-from tpimpi.weights.slices.writer import SliceWriter, partial_path, tile_spans
+from tpimpi.weights.slices.writer import SliceWriter, partial_path
 from tpimpi.weights.sources import Source, open_source
 
 SHARES = [2, 1, 1]

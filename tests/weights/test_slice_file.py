@@ -26,9 +26,10 @@ from tests.support.tiny_models import write_tiny_hf
 from tpimpi.errors import SliceError, StorageError
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.weights.make import choose_formats, make_header, slice_model
-from tpimpi.weights.slices.file import SliceFile, parse_slice_name, slice_name
+from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import slice_records
+from tpimpi.weights.slices.names import parse_slice_name, slice_name
 from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.slices.writer import SliceWriter
 from tpimpi.weights.sources import open_source

@@ -21,7 +21,8 @@ from tpimpi.compute.formats.packed import decode, encode
 from tpimpi.compute.formats.quantize import quantize
 from tpimpi.errors import InputError, ModelError, StorageError
 from tpimpi.weights.make import choose_formats, requantized, slice_model
-from tpimpi.weights.slices.file import SliceFile, slice_name
+from tpimpi.weights.slices.file import SliceFile
+from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.sources import open_source
 

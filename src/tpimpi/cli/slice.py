@@ -21,7 +21,7 @@ from tpimpi.star import Star
 from tpimpi.star.control import encode_note, stop_others_on_error
 from tpimpi.weights.locations import SliceLocation, cache_name, model_path
 from tpimpi.weights.make import choose_formats
-from tpimpi.weights.slices.file import slice_name
+from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import Partition, make_partition
 from tpimpi.weights.sources import open_source
 

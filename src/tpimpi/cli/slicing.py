@@ -7,24 +7,20 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tpimpi.cli.process import cleaning_up_on_signals
 from tpimpi.compute.backends import load_quantizer
-from tpimpi.errors import SliceError, StorageError
+from tpimpi.errors import SliceError
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.serving.text.load import load_tokenizer
 from tpimpi.star import Star
 from tpimpi.system.terminal import progress_bar
 from tpimpi.weights.distribute import SliceOutcome, distribute_slices
 from tpimpi.weights.locations import SliceLocation
-from tpimpi.weights.make import make_header, requantized, slice_model
+from tpimpi.weights.make import make_header, only_slicing, requantized, slice_model
 from tpimpi.weights.slices.local import LocalSlice, is_good
 from tpimpi.weights.slices.partition import Partition
 from tpimpi.weights.sources import Source
-
-if TYPE_CHECKING:
-    from filelock import FileLock
 
 
 def ensure_slices(
@@ -44,30 +40,9 @@ def ensure_slices(
         there = is_good(path, make_header(source, partition, 0, formats))
     with contextlib.ExitStack() as stack:
         if location.folder is None and not there:
-            stack.enter_context(cache_lock(path.parent, quiet=quiet))
+            stack.enter_context(only_slicing(path.parent, quiet=quiet))
         stack.enter_context(cleaning_up_on_signals())
         return distribute_slices(star, source, partition, formats, location, verify=verify, quiet=quiet, before=before)
-
-
-def cache_lock(folder: Path, *, quiet: bool) -> FileLock:
-    """A lock, taken, that keeps other processes of this host from making the slices in a folder of the cache."""
-    from filelock import FileLock, Timeout
-
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{folder}.lock").touch()  # FileLock would wait for ever for a file that it cannot make
-        lock = FileLock(f"{folder}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            if not quiet:
-                print("another tpimpi is slicing this model; waiting for it", file=sys.stderr, flush=True)
-            lock.acquire()
-    except OSError as error:
-        raise StorageError(
-            f"cannot write to {folder.parent}: {error.strerror}; set TPIMPI_CACHE to another place"
-        ) from error
-    return lock
 
 
 def check_before_slicing(source: Source, partition: Partition, formats: ModelFormats, *, quiet: bool) -> None:

@@ -18,7 +18,7 @@ from tpimpi.models.shapes import SHAPES, Shape, load_shape
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.system.terminal import progress_bar
 from tpimpi.weights.make import slice_model
-from tpimpi.weights.slices.file import slice_name
+from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import Partition, make_partition
 from tpimpi.weights.sources.export import write_gguf, write_hf
 from tpimpi.weights.sources.synthetic import SyntheticSource, quantize_exactly

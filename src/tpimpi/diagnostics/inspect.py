@@ -12,8 +12,9 @@ from rich.table import Table
 from tpimpi.errors import InputError, ModelError, SliceError, StorageError, TpimpiError
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.keys import show
-from tpimpi.weights.slices.file import SliceFile, slice_name
+from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.header import Header
+from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import Span
 from tpimpi.weights.sources import Source, open_source
 

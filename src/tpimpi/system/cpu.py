@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
+from tpimpi.system.cgroups import CGROUPS, PROC, cgroup_folders
+
 
 def _text(path: Path) -> str:
     try:
@@ -38,22 +40,12 @@ def last_level_cache(threads: int, cpus: Path = Path("/sys/devices/system/cpu"))
     )
 
 
-def processor_quota(proc: Path = Path("/proc"), root: Path = Path("/sys/fs/cgroup")) -> float | None:
+def processor_quota(proc: Path = PROC, root: Path = CGROUPS) -> float | None:
     """Processors that the control groups (v1 or v2) of this process allow it in the long run; None where they do not say."""
     found = []
-    for line in _text(proc / "self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if "cpu" in controllers.split(","):
-            top, names = root / "cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-        elif controllers == "":
-            top, names = root, ("cpu.max", "")
-        else:
-            continue
-        folder = top / path.lstrip("/")
-        for place in (folder, *folder.parents):
-            values = " ".join(_text(place / name) for name in names if name).split()
-            if len(values) == 2 and values[0] not in ("max", "-1"):
-                found.append(int(values[0]) / int(values[1]))
-            if place == top:
-                break
+    names = {1: ("cpu.cfs_quota_us", "cpu.cfs_period_us"), 2: ("cpu.max",)}
+    for folder, version in cgroup_folders("cpu", proc, root):
+        values = " ".join(_text(folder / name) for name in names[version]).split()
+        if len(values) == 2 and values[0] not in ("max", "-1"):
+            found.append(int(values[0]) / int(values[1]))
     return min(found, default=None)

@@ -1,11 +1,13 @@
-"""Output files: checked before any work is done, and written whole or not at all."""
+"""Output files: checked before any work is done, and written whole or not at all. Locks on files."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,46 +45,81 @@ def check_writable(
         raise InputError(f"{option} {str(path)[:80]}: {reason}; choose another place") from error
 
 
-def write_json(path: Path, values: Mapping[str, Any], option: str = "--report") -> None:
-    """Write JSON to `path`, which `option` gave: a regular file whole or not at all, a device or pipe as it is.
+@contextlib.contextmanager
+def whole_file(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of `path` once it is whole; a device or pipe is written as it is.
 
-    Raises StorageError.
+    Where `private`, only its owner can read it, whatever the umask and the file before it allow. Raises OSError.
     """
+    if path.exists() and not path.is_file():
+        with path.open("wb") as stream:
+            yield stream
+        return
+    target = path.resolve()  # a link stays a link
+    temporary = target.with_name(f".{os.getpid()}.{secrets.token_hex(4)}.partial")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
+        with os.fdopen(descriptor, "wb") as file:
+            if private:
+                os.fchmod(descriptor, 0o600)
+            yield file
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Mapping[str, Any], option: str = "--report", *, private: bool = False) -> None:
+    """Write JSON to `path`, which `option` gave; see `whole_file`. Raises StorageError."""
     text = json.dumps(values, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
     try:
-        if path.exists() and not path.is_file():
-            with path.open("w", encoding="utf-8") as stream:
-                stream.write(text)
-            return
-        target = path.resolve()  # a link stays a link
-        temporary = target.with_name(f".{os.getpid()}.report.partial")
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(path, private=private) as file:
+            file.write(text.encode())
     except OSError as error:
         raise StorageError(f"cannot write the report {path}: {error.strerror}; choose another {option}") from error
 
 
 @contextlib.contextmanager
-def replacing(path: Path, option: str) -> Iterator[BinaryIO]:
-    """A file to write what `path` shall hold; a regular file changes whole or not at all, a device or pipe as it is written.
-
-    Raises StorageError.
-    """
+def replacing(path: Path, option: str, *, private: bool = False) -> Iterator[BinaryIO]:
+    """A file to write what `path`, which `option` gave, shall hold; see `whole_file`. Raises StorageError."""
     try:
-        if path.exists() and not path.is_file():
-            with path.open("wb") as stream:
-                yield stream
-            return
-        target = path.resolve()  # a link stays a link
-        temporary = target.with_name(f".{os.getpid()}.{option.lstrip('-')}.partial")
-        try:
-            with temporary.open("wb") as file:
-                yield file
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(path, private=private) as file:
+            yield file
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}; choose another {option}") from error
+
+
+# Locks
+
+
+def try_lock(descriptor: int) -> OSError | None:
+    """Lock an open file or folder (flock) for this process alone, until the descriptor is closed.
+
+    None where it is locked; else why its file system has no locks, as some Lustre, NFS and FUSE mounts. Raises
+    BlockingIOError where another process has the lock.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        return error
+    return None
+
+
+@contextlib.contextmanager
+def locked_file(path: Path, on_wait: Callable[[], None]) -> Iterator[OSError | None]:
+    """Have the lock of the file `path`, which is made if it is not there; gives what `try_lock` returns.
+
+    `on_wait` is called before waiting for another process. Raises OSError where the file cannot be made.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            problem = try_lock(descriptor)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            problem = None
+        yield problem
+    finally:
+        os.close(descriptor)

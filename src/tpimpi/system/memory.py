@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import psutil
+
+from tpimpi.system.cgroups import CGROUPS, PROC, cgroup_folders
 
 _HOST_RESERVE = Fraction(1, 16)  # of a host's or cgroup's memory, left to other programs by --memory auto
 _LEAST_HOST_RESERVE = 256_000_000  # bytes
@@ -43,15 +45,15 @@ class Place:
         return min(max(_LEAST_HOST_RESERVE, int(self.total * _HOST_RESERVE)), self.total // 4)
 
 
-def places(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> list[Place]:
+def places(proc: Path = PROC, cgroups: Path = CGROUPS) -> list[Place]:
     """The host, and every cgroup (v1 or v2) with a memory limit that this process is in. What is not there is left out."""
     host = psutil.virtual_memory()
     found = [Place("", host.total, host.available)]
     job = _slurm_job()
     if job and job < host.total:
         found.append(Place(JOB, job, job))
-    for folder, names in _memory_cgroups(proc, cgroups):
-        place = _cgroup(folder, names)
+    for folder, version in cgroup_folders("memory", proc, cgroups):
+        place = _cgroup(folder, _NAMES[version])
         if place is not None and place.total < host.total:
             found.append(place)
     return found
@@ -76,30 +78,10 @@ class _Names:
     file: str  # in memory.stat: page cache that the kernel drops first
 
 
-_V1 = _Names("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-_V2 = _Names("memory.max", "memory.current", "inactive_file")
-
-
-def _memory_cgroups(proc: Path, root: Path) -> Iterator[tuple[Path, _Names]]:
-    """Folders of the cgroups that this process is in, from its own up to the root, with the names of their files."""
-    try:
-        lines = (proc / "self/cgroup").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            top, names = root / "memory", _V1
-        elif controllers == "":
-            top, names = root, _V2
-        else:
-            continue
-        folder = top / path.lstrip("/")
-        while True:
-            yield folder, names
-            if folder == top or top not in folder.parents:
-                break
-            folder = folder.parent
+_NAMES = {  # by version
+    1: _Names("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: _Names("memory.max", "memory.current", "inactive_file"),
+}
 
 
 def _cgroup(folder: Path, names: _Names) -> Place | None:

@@ -20,10 +20,10 @@ from tpimpi.compute.formats.packed import encode, holds_infinities, pack, row_by
 from tpimpi.errors import ModelError
 from tpimpi.models.blocks import Block
 from tpimpi.models.tensors import EMBEDDING, NORM, head_name, part_name
-from tpimpi.weights.slices.header import Header
+from tpimpi.weights.slices.header import Header, tile_spans
 from tpimpi.weights.slices.layout import Record
 from tpimpi.weights.slices.partition import Span
-from tpimpi.weights.slices.writer import SliceWriter, tile_spans
+from tpimpi.weights.slices.writer import SliceWriter
 from tpimpi.weights.sources import Source, decode
 
 SLAB_NUMBERS = 1 << 20  # of a tensor, worked on at a time; at least 16 rows

@@ -7,30 +7,23 @@ messages for each rank, of 2 MiB (stream.MESSAGE_BYTES). A rank that has all of 
 
 from __future__ import annotations
 
-import os
-import queue
 import sys
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from tpimpi.compute.arrays import Bytes
-from tpimpi.compute.backends import load_quantizer
-from tpimpi.errors import ModelError, StarError, StorageError, as_ours
+from tpimpi.errors import ModelError, StarError
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import ModelFormats
-from tpimpi.star import Pending, Star
+from tpimpi.star import Star
 from tpimpi.star.control import encode_note, on_every_rank, receive_note, report_errors
+from tpimpi.system.disk import disk_full
 from tpimpi.system.terminal import progress_bar
-from tpimpi.weights.build import TileWriter, build_tiles, bytes_to_build
-from tpimpi.weights.locations import SliceLocation
+from tpimpi.weights.locations import SliceLocation, elsewhere
 from tpimpi.weights.make import make_header
+from tpimpi.weights.send import TileSender
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import slice_records
 from tpimpi.weights.slices.local import LocalSlice, tidy_up
@@ -40,10 +33,8 @@ from tpimpi.weights.sources import Source
 from tpimpi.weights.stream import CHECKSUM, DATA, END, FAILED, StreamWriter, checksum_in, frames
 
 TASK = "distribute slices"  # in a note of rank 0: what follows is `receive_slices`
-IN_FLIGHT = 2  # messages to a rank
-_PATIENCE = 20.0  # seconds without a message after which an empty one is sent
-_TURN = 0.5  # seconds of looking at files between two words to rank 0
-_NAMED = 6  # ranks that are named in the title of the progress
+TURN_S = 0.5  # of looking at files between two notes to rank 0
+MOST_RANKS_NAMED = 6  # in the title of the progress
 
 
 @dataclass(frozen=True)
@@ -88,57 +79,64 @@ def distribute_slices(
     broken. Raises ModelError, StorageError, InputError, StarError.
     """
     header = make_header(source, partition, 0, formats)
-    job = {
-        "task": TASK,
-        "model": header.model,
-        "fingerprint": header.fingerprint,
-        "config": header.config.to_dict(),
-        "formats": header.formats.to_dict(),
-        "weights": list(partition.weights),
-        "folder": location.folder,
-        "cache_name": location.cache_name,
-        "verify": verify,
-    }
     with ExitStack() as stack:
         local = LocalSlice(location.path(0, partition.ranks), header, verify=verify)
         stack.callback(local.close)
-        star.broadcast_note(encode_note(**job))
+        star.broadcast_note(_job_note(header, location, verify=verify))
         _, notes = on_every_rank(star, local.look)
         notes[0] = _look_note(star, local)
         if not verify and all(note["good"] for note in notes):
             star.broadcast_note(encode_note(prepare=False))
-            return _what_became(notes)
+            return _outcomes(notes)
         _check_room(notes)
         if not all(note["good"] for note in notes):
             before()
         star.broadcast_note(encode_note(prepare=True))
-        with progress_bar(
-            f"looking at the tiles of {partition.ranks} {_ranks(partition.ranks)}", quiet=quiet
-        ) as update:
-            notes = _prepare(star, local, notes, update)
-        found = _what_became(notes)
+        notes = _prepare(star, local, notes, quiet=quiet)
+        found = _outcomes(notes)
         for line in [rank.line() for rank in found]:
             if line is not None and not quiet:
                 _say(line)
-        lacking = {rank: _indexes(note["missing"]) for rank, note in enumerate(notes[1:], start=1) if note["missing"]}
-        writers = [
-            StreamWriter(rank, make_header(source, partition, rank, formats), missing)
-            for rank, missing in lacking.items()
-        ]
-        if local.writer is not None or writers:
-            to = _named([f"r{r.rank} {r.host}" for r in found if r.rank in lacking or (r.rank == 0 and not r.good)])
-            ranks = f"{partition.ranks} {_ranks(partition.ranks)}"
-            title = f"slicing {source.path.name} for {ranks} as {formats.describe()}, to {to}"
-            with progress_bar(title, quiet=quiet) as update:
-                try:
-                    _send(star, source, local.writer, writers, update)
-                except ModelError:
-                    local.discard()  # of a model that is broken nothing is worth going on with
-                    raise
+        _make_missing(star, source, local, notes, quiet=quiet)
         on_every_rank(star, local.finish)
         star.broadcast_note(encode_note(publish=True))
         on_every_rank(star, lambda: _publish(local))
     return found
+
+
+def _job_note(header: Header, location: SliceLocation, *, verify: bool) -> bytes:
+    """What the other ranks need to know to call `receive_slices`: `_header_from` undoes it."""
+    return encode_note(
+        task=TASK,
+        model=header.model,
+        fingerprint=header.fingerprint,
+        config=header.config.to_dict(),
+        formats=header.formats.to_dict(),
+        weights=list(header.partition.weights),
+        folder=location.folder,
+        cache_name=location.cache_name,
+        verify=verify,
+    )
+
+
+def _make_missing(
+    star: Star, source: Source, local: LocalSlice, notes: Sequence[dict[str, Any]], *, quiet: bool
+) -> None:
+    """Make the tiles that ranks lack: rank 0's own, and those of others, which are sent to them."""
+    lacking = {rank: _indexes(note["missing"]) for rank, note in enumerate(notes[1:], start=1) if note["missing"]}
+    if local.writer is None and not lacking:
+        return
+    partition, formats = local.header.partition, local.header.formats
+    streams = [StreamWriter(r, make_header(source, partition, r, formats), missing) for r, missing in lacking.items()]
+    to = [f"r{r.rank} {r.host}" for r in _outcomes(notes) if r.rank in lacking or (r.rank == 0 and not r.good)]
+    ranks = f"{partition.ranks} {_ranks(partition.ranks)}"
+    title = f"slicing {source.path.name} for {ranks} as {formats.describe()}, to {_named(to)}"
+    with progress_bar(title, quiet=quiet) as update:
+        try:
+            TileSender(star, source, local.writer, streams).run(update)
+        except ModelError:
+            local.discard()  # of a model that is broken nothing is worth going on with
+            raise
 
 
 def _ranks(count: int) -> str:
@@ -148,8 +146,8 @@ def _ranks(count: int) -> str:
 def _named(ranks: Sequence[str]) -> str:
     return (
         ", ".join(ranks)
-        if len(ranks) <= _NAMED
-        else f"{', '.join(ranks[: _NAMED - 1])} and {len(ranks) - _NAMED + 1} more"
+        if len(ranks) <= MOST_RANKS_NAMED
+        else f"{', '.join(ranks[: MOST_RANKS_NAMED - 1])} and {len(ranks) - MOST_RANKS_NAMED + 1} more"
     )
 
 
@@ -157,7 +155,7 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _what_became(notes: Sequence[dict[str, Any]]) -> list[SliceOutcome]:
+def _outcomes(notes: Sequence[dict[str, Any]]) -> list[SliceOutcome]:
     kept = ("host", "tiles", "good", "here", "broken", "complaint")
     return [SliceOutcome(rank, *(note[name] for name in kept)) for rank, note in enumerate(notes)]
 
@@ -173,34 +171,30 @@ def _check_room(notes: Sequence[dict[str, Any]]) -> None:
         needed = sum(notes[other]["needed"] for other in beside)
         if note["needed"] and needed > note["free"]:
             whose = "its slice needs" if beside == [rank] else f"the slices of ranks {', '.join(map(str, beside))} need"
-            problem = StorageError(
-                f"disk full: {whose} {needed / 1e9:.2f} GB, {note['folder']} has {note['free'] / 1e9:.2f} GB free; "
-                "free some space there, or choose another place with --out or TPIMPI_CACHE"
-            )
+            problem = disk_full(whose, needed, f"{note['folder']} has", note["free"], note["elsewhere"])
             problem.where = f"r{rank} {note['host']}"
             raise problem
 
 
-def _prepare(
-    star: Star, local: LocalSlice, notes: list[dict[str, Any]], update: Callable[[int, int], None]
-) -> list[dict[str, Any]]:
+def _prepare(star: Star, local: LocalSlice, notes: list[dict[str, Any]], *, quiet: bool) -> list[dict[str, Any]]:
     """Every rank looks at its tiles, in turns of a moment, so that a long look is no silence; what they found in the end."""
     total = sum(note["to_look"] for note in notes)
-    looking = _Looking(star, local)
-    while True:
-        _, found = on_every_rank(star, looking.a_turn)
-        found[0] = looking.note()
-        done = all(note["ready"] for note in found)
-        if total and not done:
-            update(min(sum(note["looked"] for note in found), total - 1), total)
-        star.broadcast_note(encode_note(more=not done))
-        if done:
-            if total:
-                update(total, total)
-            return found
+    looking = _LookingInTurns(star, local)
+    with progress_bar(f"looking at the tiles of {len(notes)} {_ranks(len(notes))}", quiet=quiet) as update:
+        while True:
+            _, found = on_every_rank(star, looking.a_turn)
+            found[0] = looking.note()
+            done = all(note["ready"] for note in found)
+            if total and not done:
+                update(min(sum(note["looked"] for note in found), total - 1), total)
+            star.broadcast_note(encode_note(more=not done))
+            if done:
+                if total:
+                    update(total, total)
+                return found
 
 
-class _Looking:
+class _LookingInTurns:
     """`LocalSlice.prepare`, a moment at a time."""
 
     def __init__(self, star: Star, local: LocalSlice) -> None:
@@ -209,7 +203,7 @@ class _Looking:
         self._looked, self._ready = 0, False
 
     def a_turn(self) -> None:
-        ends = time.monotonic() + _TURN
+        ends = time.monotonic() + TURN_S
         while not self._ready and time.monotonic() < ends:
             try:
                 self._looked += next(self._work)
@@ -228,6 +222,7 @@ def _look_note(star: Star, local: LocalSlice) -> dict[str, Any]:
     return {
         "host": star.rank.host,
         "folder": str(local.path.parent),
+        "elsewhere": elsewhere(local.path),
         "tiles": len(local.header.records),
         **{name: getattr(local, name) for name in ("good", "complaint", "needed", "free", "device", "to_look")},
         **{name: getattr(local, name) for name in ("here", "broken")},
@@ -254,121 +249,6 @@ def _publish(local: LocalSlice) -> None:
     tidy_up(local.path, local.header.fingerprint)
 
 
-# Sending: the model is read and quantized on a thread of its own, the main thread alone talks
-
-
-class _Stopping(Exception):  # noqa: N818  (not an error)
-    """The main thread has given up."""
-
-
-def _send(
-    star: Star,
-    source: Source,
-    own: SliceWriter | None,
-    ways: Sequence[StreamWriter],
-    update: Callable[[int, int], None],
-) -> None:
-    """Make what is missing: ours to our file, the others' to their ranks."""
-    messages: queue.Queue[tuple[int, Bytes] | Exception | None] = queue.Queue(IN_FLIGHT)
-    stopping, done = threading.Event(), 0
-    writers: list[TileWriter] = [*([] if own is None else [own]), *ways]
-    total = max(1, bytes_to_build(writers, own))
-
-    def hand_over(item: tuple[int, Bytes] | Exception | None) -> None:
-        while not stopping.is_set():
-            try:
-                messages.put(item, timeout=1.0)
-                return
-            except queue.Full:
-                continue
-        raise _Stopping
-
-    def report(nbytes: int) -> None:
-        nonlocal done
-        done = nbytes
-        if stopping.is_set():
-            raise _Stopping
-
-    def make() -> None:
-        try:
-            try:
-                build_tiles(source, writers, own, report, load_quantizer(len(os.sched_getaffinity(0))))
-                for way in ways:
-                    way.end(END)
-                hand_over(None)
-            except _Stopping:
-                raise
-            except Exception as error:
-                hand_over(error)
-        except _Stopping:
-            pass
-
-    for way in ways:
-        way.send = lambda rank, message: hand_over((rank, message))
-    post = _Sending(star, [way.rank for way in ways])
-    maker = threading.Thread(target=make, name="tpimpi-slicing", daemon=True)
-    maker.start()
-    try:
-        while True:
-            try:
-                item = messages.get(timeout=0.2)
-            except queue.Empty:
-                post.keep_waiting()
-            else:
-                if item is None:
-                    break
-                if isinstance(item, Exception):
-                    raise item
-                post.send(*item)
-                post.keep_waiting()
-            update(min(done, total - 1), total)
-        post.finish()
-    except Exception as error:
-        stopping.set()
-        maker.join()
-        if not isinstance(as_ours(error), StarError):
-            post.give_up(ways)
-        raise
-    finally:
-        stopping.set()
-        maker.join()
-    update(total, total)
-
-
-class _Sending:
-    """Messages on their way to the other ranks, at most IN_FLIGHT to each."""
-
-    def __init__(self, star: Star, ranks: Sequence[int]) -> None:
-        self.star = star
-        self._pending: dict[int, deque[tuple[Pending, Bytes]]] = {rank: deque() for rank in ranks}
-        self._last = dict.fromkeys(ranks, time.monotonic())
-
-    def send(self, rank: int, message: Bytes) -> None:
-        pending = self._pending[rank]
-        while len(pending) >= IN_FLIGHT:
-            self.star.finish_bulk(pending.popleft()[0])
-        pending.append((self.star.start_bulk(message, rank), message))  # kept until it is gone
-        self._last[rank] = time.monotonic()
-
-    def keep_waiting(self) -> None:
-        """Ranks whose next tile takes long are told that it will come."""
-        for rank, last in self._last.items():
-            if time.monotonic() - last > _PATIENCE:
-                self.send(rank, np.empty(0, np.uint8))
-
-    def finish(self) -> None:
-        for pending in self._pending.values():
-            while pending:
-                self.star.finish_bulk(pending.popleft()[0])
-
-    def give_up(self, ways: Sequence[StreamWriter]) -> None:
-        """Tell the ranks that wait for tiles that none will come."""
-        for way in ways:
-            way.send = self.send
-            way.end(FAILED)
-        self.finish()
-
-
 # The other ranks
 
 
@@ -388,7 +268,7 @@ def receive_slices(star: Star, note: dict[str, Any]) -> None:
         star.gather_notes(encode_note(**_look_note(star, local)))
         if not receive_note(star)["prepare"]:
             return
-        looking = _Looking(star, local)
+        looking = _LookingInTurns(star, local)
         more = True
         while more:
             report_errors(star, looking.a_turn)

@@ -9,7 +9,8 @@ from tpimpi.errors import TpimpiError
 from tpimpi.star import Star
 from tpimpi.star.control import Note, Task, TaskNote, gather_notes, send_note
 from tpimpi.weights.locations import cache_folder
-from tpimpi.weights.slices.file import SliceFile, slice_name
+from tpimpi.weights.slices.file import SliceFile
+from tpimpi.weights.slices.names import slice_name
 
 
 def hidden_of_slices(folder: str, ranks: int) -> int:

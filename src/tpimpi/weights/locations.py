@@ -11,8 +11,8 @@ import xxhash
 
 from tpimpi.errors import InputError, ModelError
 from tpimpi.models.weight_formats import ModelFormats
-from tpimpi.weights.slices.file import slice_name
 from tpimpi.weights.slices.header import FORMAT_VERSION
+from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import Partition
 from tpimpi.weights.sources import Source
 
@@ -54,6 +54,19 @@ class SliceLocation:
 
 
 LONGEST_NAME = 40  # characters of a model's name, and of the shares, in the name of its cache folder
+
+
+def in_cache(path: Path) -> bool:
+    """Whether a slice, or a folder of slices, is in the cache folder of this host."""
+    try:
+        return path.absolute().is_relative_to(cache_folder().absolute())
+    except InputError:
+        return False
+
+
+def elsewhere(path: Path) -> str:
+    """The remedy where slices cannot be written to `path`."""
+    return "set TPIMPI_CACHE to another place" if in_cache(path) else "choose another place with --out"
 
 
 def cache_name(source: Source, partition: Partition, formats: ModelFormats) -> str:

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,13 +19,15 @@ from tpimpi.compute.formats.quantize import quantize
 from tpimpi.errors import InputError, ModelError, StorageError
 from tpimpi.models.tensors import EMBEDDING, head_name, part_name
 from tpimpi.models.weight_formats import LayerFormats, ModelFormats
+from tpimpi.system.disk import disk_full, storage_error
+from tpimpi.system.files import locked_file, try_lock
 from tpimpi.weights.build import build_tiles, bytes_to_build, on_blocks, times
-from tpimpi.weights.slices.file import slice_name
+from tpimpi.weights.locations import elsewhere
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import slice_records
 from tpimpi.weights.slices.local import LocalSlice, tidy_up
+from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import Partition, Span, attention_tiles
-from tpimpi.weights.slices.writer import storage_error
 from tpimpi.weights.sources import FLOAT_FORMATS, Source
 
 Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
@@ -127,17 +130,14 @@ def slice_model(
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise storage_error(folder, error) from error
+            raise storage_error(folder, error, elsewhere(folder)) from error
         stack.callback(os.close, _lock(folder))
         for local in slices:
             local.look()
             stack.callback(local.close)
         needed = sum(local.needed for local in slices)
         if needed > slices[0].free:
-            raise StorageError(
-                f"disk full: the slices need {needed / 1e9:.2f} GB, {folder} has {slices[0].free / 1e9:.2f} GB free; "
-                "free some space there, or choose another place with --out or TPIMPI_CACHE"
-            )
+            raise disk_full("the slices need", needed, f"{folder} has", slices[0].free, elsewhere(folder))
         looked, to_look = 0, sum(local.to_look for local in slices)
         for local in slices:
             for nbytes in local.prepare():
@@ -167,14 +167,43 @@ def _lock(folder: Path) -> int:
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise storage_error(folder, error) from error
+        raise storage_error(folder, error, elsewhere(folder)) from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try_lock(descriptor)  # where there are no locks we go on without
     except BlockingIOError as error:
         os.close(descriptor)
         raise InputError(
             f"another tpimpi is slicing into {folder}; wait until it is done, or choose another --out"
         ) from error
-    except OSError:
-        pass  # a file system without locks
     return descriptor
+
+
+@contextlib.contextmanager
+def only_slicing(folder: Path, *, quiet: bool) -> Iterator[None]:
+    """Keep other processes of this host from making the slices in `folder`, one of the cache, and wait for one that does.
+
+    Goes on where the file system has no locks, and says so. Raises StorageError.
+    """
+
+    def say(line: str) -> None:
+        if not quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    with ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = locked_file(
+                folder.with_name(f"{folder.name}.lock"),
+                lambda: say("another tpimpi is slicing this model; waiting for it"),
+            )
+            problem = stack.enter_context(lock)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write to {folder.parent}: {error.strerror}; set TPIMPI_CACHE to another place"
+            ) from error
+        if problem is not None:
+            say(
+                f"the file system of {folder.parent} has no locks ({problem.strerror}); going on without: "
+                "start no other run of this model until its slices are made"
+            )
+        yield

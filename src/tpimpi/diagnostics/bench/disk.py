@@ -16,8 +16,6 @@ Peak memory: readers x 8 x the size of a read.
 from __future__ import annotations
 
 import os
-import re
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +30,8 @@ import psutil
 from tpimpi.errors import InputError, StorageError
 from tpimpi.system.buffers import PAGE, aligned_buffer
 from tpimpi.system.direct_io import open_direct
-from tpimpi.weights.slices.file import parse_slice_name
+from tpimpi.system.disk import Mount, mount_of
+from tpimpi.weights.slices.names import parse_slice_name
 
 ROUNDS = 5
 DEPTHS = (1, 2, 4, 8)  # reads in flight
@@ -40,60 +39,9 @@ BUFFERED = "buffered"
 DIRECT = "O_DIRECT"
 SMALLEST = 1 << 20  # bytes that a reader needs at least
 ENOUGH = 64 << 20  # bytes that a reader should have
-_IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
 
 
 # Where a file lies
-
-
-@dataclass(frozen=True)
-class Mount:
-    """A mounted file system: its device (as the system names it), its kind (ext4, …), and MAJOR:MINOR of the device."""
-
-    point: Path
-    device: str
-    kind: str
-    number: str
-
-    @property
-    def in_memory(self) -> bool:
-        return self.kind in _IN_MEMORY
-
-    def disk(self, blocks: Path = Path("/sys/dev/block")) -> str | None:
-        """MAJOR:MINOR of the whole disk, of which the device may be a partition; None for what is no local disk."""
-        number = self.number
-        if number.startswith("0:"):  # btrfs and others that have a number of their own
-            try:
-                found = Path(self.device).stat()
-            except OSError:
-                return None
-            if not stat.S_ISBLK(found.st_mode):
-                return None
-            number = f"{os.major(found.st_rdev)}:{os.minor(found.st_rdev)}"
-        place = (blocks / number).resolve()
-        if (place / "partition").exists():
-            place = place.parent
-        return (place / "dev").read_text().strip() if (place / "dev").exists() else None
-
-    def describe(self) -> str:
-        return f"{self.device} ({self.kind}, mounted at {self.point})"
-
-
-def mount_of(path: Path, mountinfo: Path = Path("/proc/self/mountinfo")) -> Mount:
-    """The file system that `path` is on: the last mounted of those with the longest mount point above it."""
-    whole = path.resolve()
-    best = Mount(Path("/"), "unknown", "unknown", "0:0")
-    try:
-        lines = mountinfo.read_text(errors="replace").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    for line in lines:
-        before, _, after = line.partition(" - ")
-        fields, (kind, device, *_) = before.split(" "), after.split(" ")
-        point = Path(re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4]))
-        if whole.is_relative_to(point) and len(point.parts) >= len(best.point.parts):
-            best = Mount(point, device, kind, fields[2])
-    return best
 
 
 def sharing(mounts: Sequence[Mount]) -> str:

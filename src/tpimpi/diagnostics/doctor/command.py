@@ -27,7 +27,8 @@ from tpimpi.system import placement
 from tpimpi.system.files import write_json
 from tpimpi.weights.locations import cache_name, model_path
 from tpimpi.weights.make import choose_formats, make_header
-from tpimpi.weights.slices.file import SliceFile, slice_name
+from tpimpi.weights.slices.file import SliceFile
+from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.slices.writer import stored_bytes
 from tpimpi.weights.sources import open_source

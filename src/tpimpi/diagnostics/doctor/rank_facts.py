@@ -11,7 +11,6 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,17 +36,17 @@ from tpimpi.star.control import (
 from tpimpi.system.buffers import aligned_buffer
 from tpimpi.system.cpu import processor_quota
 from tpimpi.system.direct_io import MEASURED, PIECE, Descriptor, Extent, Trial
+from tpimpi.system.disk import scratch_file
 from tpimpi.system.memory import headroom, places
 from tpimpi.system.network import Counters, Interface, counters, interfaces
 from tpimpi.weights.locations import cache_folder
-from tpimpi.weights.slices.file import SliceFile, slice_name
+from tpimpi.weights.slices.file import SliceFile
+from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.writer import partial_path
 
 TASK = "doctor"
 TIMEOUT_S = 60.0  # seconds that ranks wait for one another here
 DISK_READING_S = 0.3  # of reading
-SCRATCH_BYTES = 64 << 20  # of a file to read, where there is no slice
-SCRATCH_WRITING_S = 1.0  # of writing it
 SPARE_DISK_BYTES = 256 << 20  # bytes of disk without which no such file is written
 
 HERE, MISSING, WRONG, UNKNOWN = "here", "missing", "wrong", ""
@@ -200,8 +199,10 @@ def _disk_rate(folder: Path, path: Path | None) -> tuple[float | None, str]:
     try:
         if path is not None and path.is_file():
             return (_rate(path) if path.stat().st_size >= PIECE else None), ""
-        with _scratch(folder) as scratch:
-            return (None, "") if scratch is None else (_rate(scratch), "")
+        if (_free(folder) or 0) < SPARE_DISK_BYTES:
+            return None, ""
+        with scratch_file(folder) as scratch:
+            return _rate(scratch), ""
     except (OSError, EOFError) as error:
         return None, f"{folder}: {getattr(error, 'strerror', None) or error}"
 
@@ -210,27 +211,6 @@ def _rate(path: Path) -> float:
     with closing(Descriptor(path)) as file:
         nbytes = path.stat().st_size // PIECE * PIECE
         return Trial(file, [Extent(0, 0, nbytes)]).rate(aligned_buffer(MEASURED), 4, DISK_READING_S)
-
-
-@contextlib.contextmanager
-def _scratch(folder: Path) -> Iterator[Path | None]:
-    """A file in `folder`, as large as can be written in SCRATCH_WRITING_S; None where the disk is nearly full."""
-    if (_free(folder) or 0) < SPARE_DISK_BYTES:
-        yield None
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f".doctor-{os.getpid()}.partial"
-    try:
-        began, piece = time.monotonic(), np.random.default_rng().bytes(PIECE)
-        with path.open("wb") as file:
-            for _ in range(SCRATCH_BYTES // PIECE):
-                file.write(piece)
-                os.fdatasync(file.fileno())
-                if time.monotonic() > began + SCRATCH_WRITING_S:
-                    break
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
 
 
 # All ranks together

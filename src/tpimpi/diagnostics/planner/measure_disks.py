@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import xxhash
 
 from tpimpi.engine.rank_memory import DISK_TRIAL_S
@@ -28,11 +26,8 @@ from tpimpi.star.control import (
 )
 from tpimpi.system.buffers import aligned_buffer
 from tpimpi.system.direct_io import DEPTHS, MEASURED, Descriptor, Extent, Trial
+from tpimpi.system.disk import SCRATCH_BYTES, scratch_file
 from tpimpi.weights.locations import cache_folder
-
-SCRATCH = 64 << 20  # bytes of a file to measure a disk with, where there is no slice
-SCRATCH_SECONDS = 0.4  # of writing it
-
 
 # Disks
 
@@ -95,29 +90,16 @@ def _disk() -> tuple[float, float]:
 
 @contextlib.contextmanager
 def _some_file(folder: Path) -> Iterator[Path]:
-    """The largest slice below the cache folder; or a file of our own, which is removed again."""
+    """The largest slice below the cache folder; or a file of our own, which is removed again. Raises StorageError."""
     slices = [(path.stat().st_size, path) for path in folder.glob("*/rank-*.h5") if path.is_file()]
     size, path = max(slices, default=(0, folder))
-    if size >= SCRATCH // 2:
+    if size >= SCRATCH_BYTES // 2:
         yield path
         return
-    path = folder / f".disk-{os.getpid()}.partial"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        began, piece = time.monotonic(), np.random.default_rng().bytes(4 << 20)
-        with path.open("wb") as file:
-            for _ in range(SCRATCH // len(piece)):
-                file.write(piece)
-                os.fdatasync(file.fileno())
-                if time.monotonic() > began + SCRATCH_SECONDS:
-                    break
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise StorageError(f"cannot write to {folder}: {error.strerror}; set TPIMPI_CACHE to another place") from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            path = stack.enter_context(scratch_file(folder))
+        except OSError as error:
+            text = f"cannot write to {folder}: {error.strerror}; set TPIMPI_CACHE to another place"
+            raise StorageError(text) from error
         yield path
-    finally:
-        path.unlink(missing_ok=True)
-
-
-# Slices that there are

@@ -46,10 +46,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
-import re
-import shlex
-import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,17 +62,14 @@ from tpimpi.compute.formats.packed import Matrix, decode, row_bytes
 from tpimpi.errors import InputError, SliceError, StorageError
 from tpimpi.system.buffers import Bytes, aligned_buffer
 from tpimpi.system.direct_io import Descriptor, Extent, Trial, pieces
+from tpimpi.system.disk import error_number
 from tpimpi.weights.slices.header import Header
-from tpimpi.weights.slices.layout import Part, Record, aligned, embedding_dataset
+from tpimpi.weights.slices.layout import Part, Record, embedding_dataset
+from tpimpi.weights.slices.problems import NOT_THE_FILE, broken, changed, failing, missing, not_a_file, unreadable
 
 T = TypeVar("T")
 _ROWS_BYTES = 1 << 20  # of the embedding, read at a time to check it
 _MOST_HEADER_BYTES = 2**28  # far above any model's; a hostile file may promise to unpack to anything
-# What the operating system says of a disk, a network or a limit, and not of what is in the file.
-_NOT_THE_FILE = {
-    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EAGAIN, errno.ENODEV, errno.ENXIO),
-    *(errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENAMETOOLONG),
-}
 
 
 @dataclass(frozen=True)
@@ -86,60 +79,6 @@ class Tile:
     record: Record
     parts: Mapping[str, Array]  # biases, norms (f32) and files (uint8), in their shapes
     matrices: Mapping[str, Matrix]
-
-
-def slice_name(rank: int, ranks: int) -> str:
-    """File name of one rank's slice."""
-    return f"rank-{rank}-of-{ranks}.h5"
-
-
-def parse_slice_name(name: str) -> tuple[int, int] | None:
-    """Undo `slice_name`: (rank, ranks), or None for a name that no slice has, such as rank-2-of-2.h5."""
-    match = re.fullmatch(r"rank-([0-9]{1,9})-of-([0-9]{1,9})\.h5", name)
-    parsed = (int(match[1]), int(match[2])) if match else None
-    return parsed if parsed and parsed[0] < parsed[1] and slice_name(*parsed) == name else None
-
-
-def error_number(error: Exception) -> int | None:
-    """The errno of what the operating system or HDF5 raised; HDF5 may give it in its text alone."""
-    if isinstance(error, OSError) and error.errno:
-        return error.errno
-    match = re.search(r"errno = ([1-9][0-9]*)", str(error))
-    return int(match[1]) if match else None
-
-
-def _not_a_file(path: Path, mode: int) -> SliceError | None:
-    """What stands in a slice's place, where that is no file."""
-    if stat.S_ISREG(mode):
-        return None
-    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
-    kind = kinds.get(stat.S_IFMT(mode), "a device")
-    return SliceError(f"{path} is {kind} where a slice file is needed; remove it, and make the slices again")
-
-
-def _unreadable(path: Path, number: int) -> SliceError:
-    remedy = {
-        errno.EACCES: "let this user read it, or use slices elsewhere (--slices)",
-        errno.EMFILE: "raise the limit of open files (ulimit -n 4096)",
-        errno.ENAMETOOLONG: "use a shorter path",
-    }
-    what = remedy.get(number, "check the disk or network it is on, or use slices elsewhere (--slices)")
-    return SliceError(f"slice file {path} cannot be read: {os.strerror(number)}; {what}")
-
-
-def _missing(path: Path) -> SliceError:
-    wanted, folder = parse_slice_name(path.name), shlex.quote(str(path.parent))
-    found = {parsed[1] for other in path.parent.glob("*.h5") if (parsed := parse_slice_name(other.name))}
-    if wanted and found and wanted[1] not in found:
-        made_for = " and ".join(str(ranks) for ranks in sorted(found))
-        return SliceError(
-            f"the slices in {path.parent} are for {made_for} ranks, this run has {wanted[1]}; start as many ranks, "
-            f"or make slices for {wanted[1]} with: python -m tpimpi slice --ranks {wanted[1]} --out {folder}"
-        )
-    return SliceError(
-        f"slice file {path} is missing; make it with: python -m tpimpi slice --out {folder} (under mpirun as in a "
-        "run, with its --model, --format and --shares), or copy it there from the host that has it"
-    )
 
 
 @dataclass(frozen=True)
@@ -164,13 +103,13 @@ class SliceFile:
         )
         self._file: h5py.File | None = None
         try:
-            if (other := _not_a_file(path, path.stat().st_mode)) is not None:
+            if (other := not_a_file(path, path.stat().st_mode)) is not None:
                 raise other
             self._data = Descriptor(path)
         except FileNotFoundError as error:
-            raise _missing(path) from error
+            raise missing(path) from error
         except OSError as error:
-            raise _unreadable(path, error.errno or errno.EIO) from error
+            raise unreadable(path, error.errno or errno.EIO) from error
         try:
             self._open()
         except SliceError:
@@ -186,19 +125,16 @@ class SliceFile:
                     f"slice file {path} has {error}; make the slices again with: python -m tpimpi slice (see --help)"
                 ) from error
             number = error_number(error) if isinstance(error, OSError) else None
-            if number in _NOT_THE_FILE:
-                raise _unreadable(path, number) from error
+            if number in NOT_THE_FILE:
+                raise unreadable(path, number) from error
             kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
             raise self._broken(f"{kind}{error}") from error
 
     def _broken(self, what: str) -> SliceError:
-        return SliceError(
-            f"slice file {self.path} is broken ({what}); delete it and make the slices again, or mend it with: "
-            "python -m tpimpi slice --verify (under mpirun as in a run, with its --model, --format and --shares)"
-        )
+        return broken(self.path, what)
 
     def _open(self) -> None:
-        file = self._file = h5py.File(self.path, "r")
+        file = self._file = h5py.File(self.path, "r", locking=False)
         raw_header = self._small(file["header"], np.dtype("u1"))
         self._sums = self._small(file["checksums"], np.dtype("<u8"))
         if xxhash.xxh3_64_intdigest(raw_header) != int(self._sums[0]):
@@ -285,7 +221,7 @@ class SliceFile:
     def pieces(self, record: Record) -> list[Extent] | None:
         """The reads that a tile is made of, for `read_piece`; None where it is chunked, and only `read` can read it."""
         places = self._places[record.path].offsets
-        return None if places is None else list(pieces(_extents(places, _spans(record))))
+        return None if places is None else list(pieces(_extents(places, record.spans())))
 
     def read_piece(self, record: Record, piece: Extent, buffer: Bytes) -> None:
         """Read one of `pieces` into `buffer`, that of the tile. Raises SliceError where the file is cut short."""
@@ -299,7 +235,7 @@ class SliceFile:
         parts: dict[str, Array] = {}
         matrices: dict[str, Matrix] = {}
         digest = xxhash.xxh3_64()
-        for start, stop, part in _spans(record):
+        for start, stop, part in record.spans():
             data = buffer[start:stop]
             digest.update(data)
             if part.is_matrix:
@@ -323,7 +259,7 @@ class SliceFile:
     def trial(self, records: Sequence[Record]) -> Trial:
         """For measuring how fast the disk gives these tiles; those that are chunked are left out."""
         placed = [(record, self._places[record.path].offsets) for record in records]
-        return Trial(self._opened(), (e for r, offsets in placed if offsets for e in _extents(offsets, _spans(r))))
+        return Trial(self._opened(), (e for r, offsets in placed if offsets for e in _extents(offsets, r.spans())))
 
     def measure(self, what: Callable[[], T]) -> T:
         """What a trial's method gives. Raises StorageError or SliceError where reading fails."""
@@ -342,7 +278,7 @@ class SliceFile:
 
     def _read_chunked(self, record: Record, buffer: Bytes) -> None:
         assert self._file is not None
-        for start, stop, part in _spans(record):
+        for start, stop, part in record.spans():
             if part.nbytes:
                 target = buffer[start:stop].view(part.dtype).reshape(part.dataset_shape)
                 with self._reading(f"{record.path}/{part.name}"):
@@ -359,26 +295,16 @@ class SliceFile:
 
     def _failing(self, what: str, error: Exception) -> SliceError | StorageError:
         """What to say of an error of the system, of HDF5 or EOFError while `what` was read."""
-        if changed := self._changed(what):
-            return changed
-        number = error_number(error)
-        of_the_system = isinstance(error, OSError) and error.errno is not None
-        if number is not None and (of_the_system or number in _NOT_THE_FILE):
-            return StorageError(
-                f"slice file {self.path} can no longer be read at {what}: {os.strerror(number)}; "
-                "check the disk or network it is on, and start again"
-            )
-        return self._broken(f"{what}: {error}")
+        if (problem := self._changed(what)) is not None:
+            return problem
+        return failing(self.path, what, error)
 
     def _changed(self, what: str) -> SliceError | None:
         """What to say where another program has written to the file since it was opened."""
         now = self._opened().stat()
         if (now.st_size, now.st_mtime_ns) == (self._found.st_size, self._found.st_mtime_ns):
             return None
-        return SliceError(
-            f"slice file {self.path} was changed while this run was using it: {what} is no longer what it was; make the "
-            "slices again if they are not whole (slice --verify), and start when nothing writes to them"
-        )
+        return changed(self.path, what)
 
     def _small_read(self, target: Array, offset: int) -> None:
         """Fill an array from any place in the file; pages that this brings into the page cache are not kept there."""
@@ -420,9 +346,9 @@ class SliceFile:
         for record in self.records:
             self.read(record, buffer)
             yield record.nbytes
-        for first, broken, nbytes in self.check_rows():
-            if broken.any():
-                raise self._broken(f"row {first + int(np.argmax(broken))} of the embedding does not match its checksum")
+        for first, wrong, nbytes in self.check_rows():
+            if wrong.any():
+                raise self._broken(f"row {first + int(np.argmax(wrong))} of the embedding does not match its checksum")
             yield nbytes
 
     def check_rows(self) -> Iterator[tuple[int, npt.NDArray[np.bool_], int]]:
@@ -451,14 +377,6 @@ class SliceFile:
         if self._data is not None:
             self._data.close()
             self._data = None
-
-
-def _spans(record: Record) -> Iterator[tuple[int, int, Part]]:
-    """Where each part lies in the tile's buffer: (start, stop, part)."""
-    position = 0
-    for part in record.parts:
-        yield position, position + part.nbytes, part
-        position += aligned(part.nbytes)
 
 
 def _extents(offsets: Sequence[int], spans: Iterable[tuple[int, int, Part]]) -> Iterator[Extent]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from tpimpi.models.blocks import Block
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.keys import show
 from tpimpi.models.weight_formats import ModelFormats
-from tpimpi.weights.slices.layout import Part, Record, slice_records
+from tpimpi.weights.slices.layout import NONE, Part, Record, slice_records
 from tpimpi.weights.slices.partition import Partition, Share, Span, make_partition
 
 FORMAT_VERSION = 2
@@ -147,3 +148,23 @@ def _tokenizer_sizes(record: Record) -> dict[str, int]:
             raise ValueError(f"tokenizer file {name} has {show(part.shape)} bytes")
         sizes[name] = size
     return sizes
+
+
+def same_slice(one: Header, other: Header) -> bool:
+    """Whether two slices hold the same tiles of the same model, whatever it was called and which version made them."""
+    return dataclasses.replace(one, made_by=other.made_by, model=other.model) == other
+
+
+def tile_spans(header: Header) -> list[Span]:
+    """For each record, the columns of the MLP or the rows of the head that the tile has (none, where it is neither)."""
+    starts = {"mlp": header.share.columns.start, "head": 0}
+    spans, at, block = [], 0, None
+    for record in header.records:
+        if record.block.kind not in starts:
+            spans.append(NONE)
+            continue
+        if record.block != block:
+            block, at = record.block, starts[record.block.kind]
+        spans.append(Span(at, at + record.parts[0].shape[0]))
+        at = spans[-1].stop
+    return spans

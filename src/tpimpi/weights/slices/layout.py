@@ -77,6 +77,13 @@ class Record:
         """Size in a buffer, where each part starts at a multiple of ALIGNMENT."""
         return sum(aligned(part.nbytes) for part in self.parts)
 
+    def spans(self) -> Iterator[tuple[int, int, Part]]:
+        """Where each part lies in the tile's buffer: (start, stop, part)."""
+        position = 0
+        for part in self.parts:
+            yield position, position + part.nbytes, part
+            position += aligned(part.nbytes)
+
 
 def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT

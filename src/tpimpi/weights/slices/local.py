@@ -16,20 +16,14 @@ import numpy as np
 
 from tpimpi.errors import InputError, SliceError, StorageError
 from tpimpi.system.buffers import Bytes, aligned_buffer
-from tpimpi.weights.locations import cache_folder
-from tpimpi.weights.slices.file import SliceFile, Tile, parse_slice_name
-from tpimpi.weights.slices.header import Header
+from tpimpi.system.disk import storage_error
+from tpimpi.weights.locations import cache_folder, elsewhere, in_cache
+from tpimpi.weights.slices.file import SliceFile, Tile
+from tpimpi.weights.slices.header import Header, same_slice, tile_spans
 from tpimpi.weights.slices.layout import Record
+from tpimpi.weights.slices.names import parse_slice_name
 from tpimpi.weights.slices.partition import Span
-from tpimpi.weights.slices.writer import (
-    SliceWriter,
-    partial_path,
-    remove_leftovers,
-    same_slice,
-    storage_error,
-    stored_bytes,
-    tile_spans,
-)
+from tpimpi.weights.slices.writer import SliceWriter, partial_path, remove_leftovers, stored_bytes
 
 _NAMED_BY = 12  # digits of a model's fingerprint in the names of its cache folders
 
@@ -61,7 +55,7 @@ class LocalSlice:
         try:
             if self.path.is_dir() and not self.path.is_symlink():
                 raise StorageError(
-                    f"cannot write {self.path}: a directory of that name is there; remove it, or choose another --out"
+                    f"cannot write {self.path}: a directory of that name is there; remove it{self._or_out()}"
                 )
             self.good = self._is_good()
             if not self.good:
@@ -75,7 +69,7 @@ class LocalSlice:
             folder = self.path.parent
             self.free, self.device = shutil.disk_usage(folder).free, folder.stat().st_dev
         except OSError as error:
-            raise storage_error(self.path, error) from error
+            raise storage_error(self.path, error, elsewhere(self.path)) from error
 
     def _is_good(self) -> bool:
         try:
@@ -84,10 +78,12 @@ class LocalSlice:
             self.complaint = str(error)
             return False
         if there is not None and there.fingerprint != self.header.fingerprint:
-            raise InputError(
-                f"{self.path} is a slice of another model, {there.model[:80]}; remove it, or choose another --out"
-            )
+            raise InputError(f"{self.path} is a slice of another model, {there.model[:80]}; remove it{self._or_out()}")
         return there is not None and same_slice(there, self.header)
+
+    def _or_out(self) -> str:
+        """The other remedy where something is in the way."""
+        return "" if in_cache(self.path) else ", or choose another --out"
 
     def prepare(self) -> Iterator[int]:
         """Open the slice for writing, unless it is good, with all of it that is to be had here; yields the bytes gone

@@ -9,49 +9,28 @@ it is and which tiles it has; the next one reads these again, compares, and goes
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import errno
-import fcntl
 import os
 import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from tpimpi.compute.arrays import Array, Bytes
 from tpimpi.compute.formats.packed import row_bytes
-from tpimpi.errors import InputError, StorageError
-from tpimpi.weights.slices.file import error_number
+from tpimpi.errors import InputError
+from tpimpi.system.disk import storage_error
+from tpimpi.system.files import try_lock
+from tpimpi.weights.locations import elsewhere
 from tpimpi.weights.slices.header import Header
-from tpimpi.weights.slices.layout import ALIGNMENT, NONE, embedding_dataset
+from tpimpi.weights.slices.layout import ALIGNMENT
 from tpimpi.weights.slices.partition import Span
+from tpimpi.weights.slices.skeleton import read_skeleton, write_skeleton
 
 _SYNC_EVERY = 64 << 20  # bytes written between two waits for the disk, which else come all at the end
 _LOOK_AT = 2 << 20  # bytes read at a time, of what is there already
-
-_Dataset = tuple[str, tuple[int, ...], np.dtype[Any]]
-
-
-def storage_error(path: Path, error: Exception) -> StorageError:
-    """What the operating system, or HDF5, says of a full or unwritable disk, in one line with its remedy."""
-    number = error_number(error)
-    said = os.strerror(number) if number else str(error)
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        return StorageError(
-            f"disk full while writing {path}: {said}; "
-            "free some space there, or choose another place with --out or TPIMPI_CACHE"
-        )
-    if number in (errno.EMFILE, errno.ENFILE):
-        return StorageError(
-            f"cannot write {path}: {said}; slicing has a file open for each rank: raise the limit (ulimit -n 4096), "
-            "or slice for fewer ranks"
-        )
-    return StorageError(f"cannot write {path}: {said}; choose another place with --out or TPIMPI_CACHE")
 
 
 @contextlib.contextmanager
@@ -59,7 +38,7 @@ def _storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise storage_error(path, error) from error
+        raise storage_error(path, error, elsewhere(path)) from error
 
 
 def partial_path(path: Path) -> Path:
@@ -81,30 +60,10 @@ def remove_leftovers(folder: Path) -> None:
         with contextlib.suppress(OSError):
             descriptor = os.open(path, os.O_RDWR)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
+                if try_lock(descriptor) is None:
+                    path.unlink()
             finally:
                 os.close(descriptor)
-
-
-def same_slice(one: Header, other: Header) -> bool:
-    """Whether two slices hold the same tiles of the same model, whatever it was called and which version made them."""
-    return dataclasses.replace(one, made_by=other.made_by, model=other.model) == other
-
-
-def tile_spans(header: Header) -> list[Span]:
-    """For each record, the columns of the MLP or the rows of the head that the tile has (none, where it is neither)."""
-    starts = {"mlp": header.share.columns.start, "head": 0}
-    spans, at, block = [], 0, None
-    for record in header.records:
-        if record.block.kind not in starts:
-            spans.append(NONE)
-            continue
-        if record.block != block:
-            block, at = record.block, starts[record.block.kind]
-        spans.append(Span(at, at + record.parts[0].shape[0]))
-        at = spans[-1].stop
-    return spans
 
 
 def _runs(there: npt.NDArray[np.bool_]) -> list[Span]:
@@ -127,6 +86,7 @@ class SliceWriter:
     Raises StorageError where the disk is full or cannot be written, InputError where another process is writing the file.
     """
 
+    _offsets: dict[str, int]  # of each dataset in the file
     awaits_sums = False  # a tile is whole only when `confirm` is told the checksum that it should have
     _row_claims: Array | None = None  # checksums of the embedding's rows that were in the file when we found it
 
@@ -140,12 +100,13 @@ class SliceWriter:
                 try:
                     resumed = os.fstat(self._fd).st_size > 0 and self._adopt()
                     if not resumed:
-                        self._skeleton()
+                        os.ftruncate(self._fd, 0)  # checksums that are not written below are zeros
+                        self._offsets, header_hash = write_skeleton(self.temporary, self.header)
                 except (RuntimeError, ValueError) as error:  # what HDF5 raises besides OSError
-                    raise storage_error(path, error) from error
+                    raise storage_error(path, error, elsewhere(path)) from error
                 os.posix_fallocate(self._fd, 0, os.fstat(self._fd).st_size)
                 if not resumed:
-                    self._put_sum(0, self._header_hash)
+                    self._put_sum(0, header_hash)
             self._complete_empty_tiles()
         except BaseException:
             self.close()
@@ -182,7 +143,7 @@ class SliceWriter:
         self._there = np.zeros(len(records), bool)  # tiles that are whole
         self._claims = np.zeros(1 + len(records), "<u8")  # checksums that were in the file when we found it
         self._rows_there = np.zeros(self.header.config.vocab if self.header.rank == 0 else 0, bool)
-        self._offsets: dict[str, int] = {}
+        self._offsets = {}
         self._unsynced = 0
 
     def _lock(self) -> int:
@@ -199,71 +160,12 @@ class SliceWriter:
                 raise
             os.close(descriptor)
 
-    def _datasets(self, header_size: int) -> list[_Dataset]:
-        datasets: list[_Dataset] = [
-            ("header", (header_size,), np.dtype("u1")),
-            ("checksums", (1 + len(self.header.records),), np.dtype("<u8")),
-        ]
-        for record in self.header.records:
-            datasets += [(f"{record.path}/{part.name}", part.dataset_shape, part.dtype) for part in record.parts]
-        if self.header.rank == 0:
-            table, dtype = embedding_dataset(self.header.config, self.header.formats.embedding)
-            datasets += [("embedding/weight", table, dtype), ("embedding/checksums", table[:1], np.dtype("<u8"))]
-        return datasets
-
-    def _skeleton(self) -> None:
-        header_json = np.frombuffer(self.header.to_json(), np.uint8)
-        datasets = self._datasets(header_json.size)
-        create = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        create.set_layout(h5py.h5d.CONTIGUOUS)
-        create.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-        create.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-        links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
-        links.set_create_intermediate_group(True)
-        # Metadata is aligned like data, so it takes a page for each object; one block of that size for all of it keeps
-        # it from coming between the parts of a tile.
-        metadata = (len(datasets) + len(self.header.records) * 2 + 64) * 2 * ALIGNMENT
-        os.ftruncate(self._fd, 0)  # checksums that are not written below are zeros
-        with h5py.File(
-            self.temporary,
-            "w",
-            libver="latest",
-            locking=False,  # we have locked it ourselves
-            alignment_threshold=1,
-            alignment_interval=ALIGNMENT,
-            meta_block_size=metadata,
-        ) as file:
-            for name, shape, dtype in datasets:
-                kind = h5py.h5t.py_create(dtype)
-                space = h5py.h5s.create_simple(shape)
-                dataset = h5py.h5d.create(file.id, name.encode(), kind, space, create, lcpl=links)
-                # A dataset of no bytes has no place in the file.
-                self._offsets[name] = dataset.get_offset() or 0
-            h5py.Dataset(h5py.h5d.open(file.id, b"header"))[...] = header_json
-        self._header_hash = xxhash.xxh3_64_intdigest(header_json)
-
     def _adopt(self) -> bool:
         """Whether the file that is there was begun for this very slice; then we know where its parts lie."""
-        size = os.fstat(self._fd).st_size
-        try:
-            with h5py.File(self.temporary, "r", locking=False) as file:
-                raw, claims = np.asarray(file["header"][...]), np.asarray(file["checksums"][...])
-                found = Header.from_json(raw.tobytes())
-                if xxhash.xxh3_64_intdigest(raw) != int(claims[0]) or not same_slice(found, self.header):
-                    return False
-                offsets: dict[str, int] = {}
-                for name, shape, dtype in self._datasets(raw.size):
-                    dataset = file[name]
-                    if dataset.shape != shape or dataset.dtype != dtype:
-                        return False
-                    offset = dataset.id.get_offset()
-                    if dataset.nbytes and (offset is None or offset + dataset.nbytes > size):
-                        return False
-                    offsets[name] = offset or 0
-                rows = np.asarray(file["embedding/checksums"][...]) if self.header.rank == 0 else None
-        except (OSError, LookupError, ValueError, TypeError, RuntimeError, AttributeError, OverflowError, InputError):
-            return False  # whatever is wrong with it: it is made anew
-        self._offsets, self._claims, self._row_claims = offsets, claims, rows
+        found = read_skeleton(self.temporary, self.header, os.fstat(self._fd).st_size)
+        if found is None:
+            return False
+        self._offsets, self._claims, self._row_claims = found.offsets, found.checksums, found.row_checksums
         return True
 
     # What is there already
@@ -432,13 +334,9 @@ class SliceWriter:
 
 def _take_lock(descriptor: int, path: Path) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try_lock(descriptor)  # where there are no locks we go on without
     except BlockingIOError as error:
-        raise InputError(
-            f"another tpimpi is writing {path}; wait until it is done, or choose another --out or TPIMPI_CACHE"
-        ) from error
-    except OSError:
-        pass  # a file system without locks
+        raise InputError(f"another tpimpi is writing {path}; wait until it is done, or {elsewhere(path)}") from error
 
 
 def _row_sums(rows: Bytes) -> Array:

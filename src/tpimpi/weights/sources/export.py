@@ -29,7 +29,7 @@ from tpimpi.errors import InputError, StorageError
 from tpimpi.models.architectures import ARCHITECTURES
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.tensors import hf_name, interleaved_heads, model_tensors
-from tpimpi.weights.slices.writer import storage_error
+from tpimpi.system.disk import disk_full, storage_error
 from tpimpi.weights.sources.synthetic import SyntheticSource
 
 Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
@@ -37,6 +37,7 @@ Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
 FILE_BYTES = 5 * 10**9  # of a safetensors file at most, unless a single tensor is larger
 _SLAB_NUMBERS = 1 << 20  # of a tensor, written at a time; at least a row
 _INDEX = "model.safetensors.index.json"
+_ELSEWHERE = "choose another place with --out"  # the remedy of a full disk
 _MARK = "_tpimpi_synth"  # the key of config.json that says that a folder is ours to write over
 
 
@@ -275,10 +276,7 @@ def _reserve(file: BinaryIO, size: int, path: Path) -> None:
 
 
 def _too_full(path: Path, size: int, free: int) -> StorageError:
-    return StorageError(
-        f"disk full: the weights need {size / 1e9:.2f} GB, where {path} shall be there are {free / 1e9:.2f} GB free; "
-        "free some space there, or choose another place with --out"
-    )
+    return disk_full("the weights need", size, f"where {path} shall be there are", free, _ELSEWHERE)
 
 
 def _temporary(path: Path) -> Path:
@@ -291,7 +289,7 @@ def _storing(path: Path, temporaries: Sequence[Path]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise storage_error(path, error) from error
+        raise storage_error(path, error, _ELSEWHERE) from error
     finally:
         for temporary in temporaries:
             with contextlib.suppress(OSError):  # what went wrong before is said instead
