@@ -99,7 +99,7 @@ def test_trees_are_found(tmp_path: Path) -> None:
 
 
 def test_files_of_version_2(fake: Path) -> None:
-    trees = v2(limits, fake)
+    trees = v2(fake)
     folder = fake / "unified" / "g"
     limited = {"memory": 700_000_000, "cpu": 0.5, "read_bps": 200_000_000, "device": Path("/x")}
     with limits.Group("g", **limited, trees=trees) as group:
@@ -119,7 +119,7 @@ def test_files_of_version_2(fake: Path) -> None:
 
 
 def test_controllers_that_version_2_has_already_given(fake: Path) -> None:
-    trees = v2(limits, fake)
+    trees = v2(fake)
     with limits.Group("g", memory=10**8, trees=trees):
         assert text(fake / "unified" / "cgroup.subtree_control") == "memory\n"
     with limits.Group("g", cpu=1, trees=trees):
@@ -127,7 +127,7 @@ def test_controllers_that_version_2_has_already_given(fake: Path) -> None:
 
 
 def test_files_of_version_1(fake: Path) -> None:
-    trees = v1(limits, fake)
+    trees = v1(fake)
     limited = {"memory": 700_000_000, "cpu": 1.5, "read_bps": 200_000_000, "device": Path("/x")}
     with limits.Group("g", **limited, trees=trees) as group:
         memory = fake / "memory" / "g"
@@ -147,7 +147,7 @@ def test_files_of_version_1(fake: Path) -> None:
 
 
 def test_version_1_near_the_limit_counts_as_at_it(fake: Path) -> None:
-    with limits.Group("g", memory=700_000_000, trees=v1(limits, fake)) as group:
+    with limits.Group("g", memory=700_000_000, trees=v1(fake)) as group:
         memory = fake / "memory" / "g"
         (memory / "memory.max_usage_in_bytes").write_text(f"{700_000_000 - (2 << 20)}\n")
         assert group.limit_hits() == 0
@@ -157,7 +157,7 @@ def test_version_1_near_the_limit_counts_as_at_it(fake: Path) -> None:
 
 @pytest.mark.parametrize("version", [v1, v2])
 def test_a_command_enters_its_group(fake: Path, version: Any) -> None:
-    with limits.Group("g", cpu=1, trees=version(limits, fake)) as group:
+    with limits.Group("g", cpu=1, trees=version(fake)) as group:
         command = group.command(["sh", "-c", 'echo $$ "$1"', "sh", "two words"])
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         pid, words = done.stdout.strip().split(" ", 1)
@@ -175,7 +175,7 @@ def test_a_command_enters_its_group(fake: Path, version: Any) -> None:
 
 @pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_RANK", "PMI_RANK"])
 def test_a_rank_enters_its_own_group(fake: Path, variable: str) -> None:
-    with limits.RankGroups("g", 2, memory=10**8, trees=v2(limits, fake)) as groups:
+    with limits.RankGroups("g", 2, memory=10**8, trees=v2(fake)) as groups:
         env = {name: value for name, value in os.environ.items() if not name.endswith("_RANK")}
         command = groups.command(["sh", "-c", "echo $$"])
         done = subprocess.run(command, env={**env, variable: "1"}, capture_output=True, text=True, check=True)
@@ -193,7 +193,7 @@ def test_what_cannot_be(fake: Path) -> None:
     with pytest.raises(limits.LimitError, match=r"no control groups \(v1\) for cpu are mounted here"):
         limits.Group("g", cpu=1, trees=limits.Trees({"memory": fake}, None))
     with pytest.raises(limits.LimitError, match=r"in .*unified have no controller memory"):
-        limits.Group("g", trees=v2(limits, fake, "cpu io")).__enter__()
+        limits.Group("g", trees=v2(fake, "cpu io")).__enter__()
     with pytest.raises(limits.LimitError, match=r"a group cannot be named '\.\./g'"):
         limits.Group("../g", trees=limits.Trees({}, fake / "unified"))
     with pytest.raises(limits.LimitError, match="read_bps needs device"):
