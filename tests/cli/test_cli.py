@@ -117,7 +117,7 @@ def config_changed(model: Path, **values: object) -> None:
         ([*PROMPT, "--timeout", "-1"], "--timeout is -1"),
         (
             [*PROMPT, "--shares", "1,1,1"],
-            "--shares is '1,1,1', must be 1 numbers|--shares is '1,1,1', must be 2 numbers",
+            "--shares is '1,1,1', must be 1 number:|--shares is '1,1,1', must be 2 numbers",
         ),
         ([*PROMPT, "--format", "q9"], "format is 'q9', must be auto, f32, bf16, q8_0, q4_0 or q4_1"),
         ([*PROMPT, "--nonsense"], "unrecognized arguments: --nonsense"),

@@ -297,7 +297,7 @@ def test_ranks_without_room_are_said(tpimpi: Callable[..., Result]) -> None:
         (["--shape", "llama-9"], "--shape is 'llama-9', must be one of "),
         (["--shape", "llama-2-7b", "--model", "x"], "--model and --shape are both given; give one of them"),
         (["--layers", "3"], "--layers is for --shape; leave it out, or name a shape"),
-        (["--shape", "llama-2-7b", "--shares", "1,2"], "--shares is '1,2', must be 1 numbers"),
+        (["--shape", "llama-2-7b", "--shares", "1,2"], "--shares is '1,2', must be 1 number: there is 1 rank"),
         (["--shape", "llama-2-7b", "--prompt-tokens", "0"], "--prompt-tokens is 0, must be 1 or more"),
         (
             ["--shape", "llama-2-7b", "--prompt-tokens", "4096"],

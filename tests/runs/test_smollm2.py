@@ -141,6 +141,7 @@ def test_the_report_says_what_was_done(mpirun: Launcher, cache: dict[str, str], 
         "load_s",
         "ttft_s",
         "s_per_token",
+        "s_per_token_mean",
         "model",
         "format",
         "backend",
@@ -158,7 +159,7 @@ def test_the_report_says_what_was_done(mpirun: Launcher, cache: dict[str, str], 
         assert 50e6 < rank["peak_rss_bytes"] < 2e9
         assert min(rank[key] for key in ("compute_s", "star_s", "read_wait_s")) >= 0
     assert found["ttft_s"] > 0
-    assert found["s_per_token"] > 0
+    assert found["s_per_token"] > 0 and found["s_per_token_mean"] > 0
     # The tables of memory and of the run: a line for each rank in both.
     lines = result.err.splitlines()
     assert [line.split()[0] for line in lines if line.startswith(("r0 ", "r1 "))] == ["r0", "r1"] * 2

@@ -120,7 +120,10 @@ def share_weights(text: str | None, ranks: int) -> list[float]:
     except ValueError:
         weights = []
     if len(weights) != ranks:
-        raise InputError(f"--shares is {text!r}, must be {ranks} numbers with commas between them, one for each rank")
+        needed = (
+            f"{ranks} numbers with commas between them, one for each rank" if ranks > 1 else "1 number: there is 1 rank"
+        )
+        raise InputError(f"--shares is {text!r}, must be {needed}")
     return weights
 
 

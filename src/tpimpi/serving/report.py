@@ -6,40 +6,47 @@ import itertools
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 from tpimpi.engine.figures import RankFigures, disk_lines
+from tpimpi.star.tuning import describe_rule
 from tpimpi.system.files import write_json
 from tpimpi.system.units import show_size
 
-_LIMITED_BY_DISK = 0.3  # of a rank's time, waited for the disk
+_DISK_LIMITED_SHARE = 0.3  # of a rank's time: above it, waiting for the disk is said to limit the run
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to one prompt. `ttft_s` is from the prompt being ready to the first token (None where there was none),
-    `s_per_token` the median time between two tokens (None with fewer than two)."""
+    """The answer to one prompt. Times are in seconds.
+
+    `ttft_s` is from the prompt being ready to the first token (None where there was none). `s_per_token` is the median of
+    the times between two tokens, `s_per_token_mean` their mean (both None with fewer than two): where a few tokens take
+    long (a processor quota, a disk), only the mean says how long the answer took.
+    """
 
     text: str
     token_ids: list[int]
     prompt_tokens: int
     ttft_s: float | None
     s_per_token: float | None
+    s_per_token_mean: float | None
 
     @classmethod
     def timed(cls, text: str, token_ids: list[int], prompt_tokens: int, ready: float, times: list[float]) -> Answer:
         """From the monotonic times of the prompt being ready and of each token."""
         gaps = [b - a for a, b in itertools.pairwise(times)]
         first = times[0] - ready if times else None
-        return cls(text, token_ids, prompt_tokens, first, median(gaps) if gaps else None)
+        middle, average = (median(gaps), fmean(gaps)) if gaps else (None, None)
+        return cls(text, token_ids, prompt_tokens, first, middle, average)
 
 
 @dataclass
 class Report:
     """A run, as `--report` writes it.
 
-    `load_s` is from the start of the program to being ready. Where several prompts were answered, `text` to `s_per_token`
-    are those of the last; `answers` has these keys for each.
+    `load_s` is from the start of the program to being ready. Where several prompts were answered, `text` to
+    `s_per_token_mean` are those of the last; `answers` has these keys for each.
     """
 
     model: str
@@ -52,6 +59,7 @@ class Report:
     prompt_tokens: int = 0
     ttft_s: float | None = None
     s_per_token: float | None = None
+    s_per_token_mean: float | None = None
     answers: list[Answer] = field(default_factory=list)
     ranks: list[RankFigures] = field(default_factory=list)
 
@@ -87,20 +95,20 @@ class Report:
         times = [f"load {self.load_s:.2f} s"]
         if self.ttft_s is not None:
             times.append(f"first token {self.ttft_s:.2f} s")
-        if self.s_per_token is not None:
-            times.append(f"{self.s_per_token:.3g} s/token")
+        if self.s_per_token is not None and self.s_per_token_mean is not None:
+            times.append(f"{self.s_per_token_mean:.3g} s/token (mean; median {self.s_per_token:.3g})")
         print(file=sys.stderr)
         Console(file=sys.stderr, width=120, highlight=False, color_system=None).print(table)
         print(
-            f"{self.model} {self.format} · {self.backend} · {self.allreduce} · {self.prompt_tokens} prompt tokens, "
-            f"{len(self.token_ids)} generated · " + " · ".join(times),
+            f"{self.model} {self.format} · {self.backend} · {describe_rule(self.allreduce)} · "
+            f"{self.prompt_tokens} prompt tokens, {len(self.token_ids)} generated · " + " · ".join(times),
             file=sys.stderr,
         )
-        if self.s_per_token is not None:
+        if self.s_per_token_mean is not None:
             used = [(r.host, r.device, r.streamed_bytes_per_token) for r in self.ranks]
-            rates = [(*what, what[2] / self.s_per_token) for what in used]
+            rates = [(*what, what[2] / self.s_per_token_mean) for what in used]
             busy = [(r.read_wait_s, r.read_wait_s + r.compute_s + r.star_s) for r in self.ranks]
-            limited = any(waited > _LIMITED_BY_DISK * whole for waited, whole in busy)
+            limited = any(waited > _DISK_LIMITED_SHARE * whole for waited, whole in busy)
             for line in disk_lines(rates, alone=limited):
                 print(f"seen: {line}", file=sys.stderr)
         sys.stderr.flush()

@@ -270,16 +270,21 @@ def hub_rate(points: Sequence[tuple[int, float]], ranks: int) -> float | None:
     return (ranks - 1) * 4 * (n1 - n0) / (t1 - t0) if t1 > t0 else None
 
 
-def describe(rule: str, links: Links, ranks: int) -> str:
-    """The line that tells the user what was chosen, and why."""
+def describe_rule(rule: str) -> str:
+    """An allreduce's rule for people: "star", or "star up to 256 KiB, mesh above" for "star:65536,mesh"."""
     words: list[str] = []
     for step in rule.split(","):
         name, _, most = step.partition(":")
         words.append(f"{name} up to {_size(int(most) * 4)}" if most else f"{name} above" if words else name)
+    return ", ".join(words)
+
+
+def describe(rule: str, links: Links, ranks: int) -> str:
+    """The line that tells the user what was chosen, and why."""
     why = f"latency {_time(links.latency_s)}"
     if "star" in links.times and (rate := hub_rate(links.times["star"], ranks)) is not None:
         why += f", {rate / 1e6:.0f} MB/s"
-    return f"allreduce: {', '.join(words)} ({why})"
+    return f"allreduce: {describe_rule(rule)} ({why})"
 
 
 def _size(nbytes: int) -> str:

@@ -1,0 +1,63 @@
+"""What a run's table and its JSON say of the time a token takes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tpimpi.engine.figures import RankFigures
+from tpimpi.serving.report import Answer, Report
+
+
+def answer(*gaps: float) -> Answer:
+    times = [1.5]
+    for gap in gaps:
+        times.append(times[-1] + gap)
+    return Answer.timed("text", [7] * len(times), 3, ready=1.0, times=times)
+
+
+def figures(streamed_bytes_per_token: int = 0, read_wait_s: float = 0.0) -> RankFigures:
+    values: dict[str, Any] = dict.fromkeys((field.name for field in fields(RankFigures)), 0)
+    values |= {"host": "vm", "memory_bytes": None, "disk_bytes_per_s": 1e9, "timeline": []}
+    values |= {"streamed_bytes_per_token": streamed_bytes_per_token, "read_wait_s": read_wait_s}
+    return RankFigures(**values)
+
+
+def test_a_few_slow_tokens_show_in_the_mean_and_not_in_the_median() -> None:
+    """As under a processor quota: two thirds of the tokens wait for nothing, the others for a whole period."""
+    found = answer(0.02, 0.02, 0.11, 0.02, 0.11, 0.02)
+    assert found.ttft_s == pytest.approx(0.5)
+    assert found.s_per_token == pytest.approx(0.02) and found.s_per_token_mean == pytest.approx(0.05)
+
+
+def test_one_token_has_no_time_between_two() -> None:
+    assert (answer().s_per_token, answer().s_per_token_mean) == (None, None)
+    empty = Answer.timed("", [], 3, ready=1.0, times=[])
+    assert (empty.ttft_s, empty.s_per_token, empty.s_per_token_mean) == (None, None, None)
+
+
+def test_table_and_json_name_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report("model", "q8_0", "native", "star:65536,mesh")
+    report.add(answer(0.02, 0.02, 0.11))
+    report.ranks = [figures()]
+    report.print_table()
+    last = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("model "))
+    assert last.endswith("0.05 s/token (mean; median 0.02)")
+    assert "star up to 256 KiB, mesh above" in last  # as the run said when it chose it
+    report.write(tmp_path / "report.json")
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["allreduce"] == "star:65536,mesh"
+    for where in (found, found["answers"][0]):
+        assert where["s_per_token"] == pytest.approx(0.02) and where["s_per_token_mean"] == pytest.approx(0.05)
+
+
+def test_the_rate_of_a_disk_comes_from_the_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report("model", "q8_0", "native", "star")
+    report.add(answer(0.02, 0.02, 0.11))
+    report.ranks = [figures(streamed_bytes_per_token=50_000_000, read_wait_s=1.0)]
+    report.print_table()
+    assert "50 MB a token from the disk of vm at 1000 MB/s, 0.05 s/token" in capsys.readouterr().err
