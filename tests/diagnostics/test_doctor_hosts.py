@@ -6,21 +6,19 @@ of ssh there is a program that runs the command in the other namespace, or a rea
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.support.doctor_hosts_cases import wrong
 from tests.support.launch import Result, run_command
 from tpimpi import __version__
-from tpimpi.diagnostics.doctor import hosts, ssh
+from tpimpi.diagnostics.doctor import hosts
 from tpimpi.diagnostics.doctor.host_findings import (
     CannotContinue,
     Check,
@@ -111,10 +109,6 @@ def there(**values: object) -> HostChecks:
     }
     facts = {key: value for key, value in {**usual, **values}.items() if value is not None}
     return HostChecks(DESKTOP, facts=facts)
-
-
-def wrong(found: HostChecks) -> list[str]:
-    return [f"{check.what}: {check.text}" for check in found.checks if check.state == "wrong"]
 
 
 def test_a_host_that_is_as_it_must_be() -> None:
@@ -289,40 +283,6 @@ def test_the_script_where_nothing_is_there() -> None:
 # Programs in the place of ssh
 
 
-@pytest.fixture
-def program(tmp_path: Path) -> Callable[..., str]:
-    """Writes a shell script and returns its path."""
-
-    def write(text: str, name: str = "agent") -> str:
-        path = tmp_path / "bin" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f"#!/bin/sh\n{text}\n")
-        path.chmod(0o755)
-        return str(path)
-
-    return write
-
-
-@pytest.fixture
-def doctor(tpimpi: Callable[..., Result], tmp_path: Path) -> Callable[..., tuple[Result, dict[str, list[str]]]]:
-    """Runs doctor with a hostfile of those lines: its result, and the checks of each host in words."""
-
-    def run(lines: list[str], *options: str, **more: object) -> tuple[Result, dict[str, list[str]]]:
-        (tmp_path / "home.txt").write_text("\n".join(lines) + "\n")
-        (tmp_path / "found.json").unlink(missing_ok=True)
-        arguments = ("--hostfile", str(tmp_path / "home.txt"), "--json", str(tmp_path / "found.json"))
-        result = tpimpi("doctor", *arguments, *options, **more)
-        found = json.loads((tmp_path / "found.json").read_text())
-        assert result.code == (1 if found["wrong"] else 0)
-        words = {
-            host["name"]: [f"{check['state']} {check['what']}: {check['text']}" for check in host["checks"]]
-            for host in found["hosts"]
-        }
-        return result, words
-
-    return run
-
-
 def test_this_machine_alone(doctor: Callable[..., tuple[Result, dict[str, list[str]]]]) -> None:
     result, words = doctor(["localhost slots=2"])
     assert "ok name: this machine" in words["localhost"]
@@ -397,166 +357,3 @@ def test_a_host_with_another_tpimpi_and_mpi(
     assert any(line.startswith("wrong tpimpi: 9.9.9 in ") for line in lines)
     assert any(line.startswith("wrong mpi: ") for line in lines)
     assert "things wrong" in result.out
-
-
-# Two hosts
-
-
-class Pair:
-    """Two network namespaces, a and b: 10.99.0.1 and 10.99.0.2 on eth0, and docker0 with 172.17.0.1 on each, which is up
-    without a carrier, as Docker's is as long as it has no containers."""
-
-    def __init__(self) -> None:
-        self.a, self.b = (f"tpd{os.getpid()}{end}" for end in "ab")
-
-    def __enter__(self) -> Pair:
-        ip = shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-        if os.geteuid() != 0 or ip is None:
-            pytest.skip("network namespaces need root and the program ip")
-        self.ip = ip
-        if self._do("netns", "add", self.a).returncode:
-            pytest.skip("this machine does not let us make network namespaces")
-        try:
-            steps = [f"netns add {self.b}", f"link add eth0 netns {self.a} type veth peer name eth0 netns {self.b}"]
-            for number, name in enumerate((self.a, self.b), start=1):
-                steps += [
-                    f"-n {name} link add docker0 type veth peer name docker1",
-                    f"-n {name} addr add 10.99.0.{number}/24 dev eth0",
-                    f"-n {name} addr add 172.17.0.1/16 dev docker0",
-                    *(f"-n {name} link set {interface} up" for interface in ("lo", "eth0", "docker0")),
-                ]
-            for step in steps:
-                done = self._do(*step.split())
-                assert done.returncode == 0, f"ip {step}: {done.stderr}"
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def _do(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([self.ip, *arguments], capture_output=True, text=True, timeout=30, check=False)
-
-    def __exit__(self, *exception: object) -> None:
-        for name in (self.a, self.b):
-            self._do("netns", "del", name)
-
-    def on(self, name: str, *command: str) -> list[str]:
-        return [self.ip, "netns", "exec", name, *command]
-
-    def unreachable(self) -> None:
-        """From b nothing comes to 10.99.0.1, as behind a firewall."""
-        assert self._do("-n", self.b, "route", "add", "blackhole", "10.99.0.1/32").returncode == 0
-
-
-@pytest.fixture
-def pair() -> Iterator[Pair]:
-    with Pair() as made:
-        yield made
-
-
-def look(pair: Pair, tmp_path: Path, lines: list[str], ssh: str, env: dict[str, str] | None = None) -> Result:
-    """doctor on host a."""
-    (tmp_path / "home.txt").write_text("\n".join(lines) + "\n")
-    command = [sys.executable, "-m", "tpimpi", "doctor", "--hostfile", str(tmp_path / "home.txt"), "--ssh", ssh]
-    return run_command(pair.on(pair.a, *command), env={"TPIMPI_CACHE": str(tmp_path), **(env or {})}, timeout=120)
-
-
-@pytest.mark.slow
-def test_two_hosts_with_a_docker_bridge_each(pair: Pair, program: Callable[..., str], tmp_path: Path) -> None:
-    agent = program(f'shift; exec {pair.ip} netns exec {pair.b} sh -c "$*"')
-    result = look(pair, tmp_path, ["10.99.0.1", "10.99.0.2"], agent)
-    assert result.code == 0, result.out + result.err
-    assert "ok     from it   reaches 10.99.0.1 here, any port" in result.out
-    assert "ok     to it     any port" in result.out
-    options = "--mca btl_tcp_if_include 10.99.0.0/24 --prtemca prte_if_include 10.99.0.0/24"
-    assert f"interfaces that lead nowhere (docker0) could be taken; give mpirun: {options}" in result.out
-    words = f"-np 2 --map-by node --hostfile {tmp_path / 'home.txt'} {options}"
-    assert f"next: mpirun {words} {sys.executable} -m tpimpi doctor" in result.out
-
-
-def test_a_firewall_between_them(pair: Pair, program: Callable[..., str], tmp_path: Path) -> None:
-    pair.unreachable()
-    agent = program(f'shift; exec {pair.ip} netns exec {pair.b} sh -c "$*"')
-    result = look(pair, tmp_path, ["10.99.0.1", "10.99.0.2"], agent)
-    assert result.code == 1
-    assert "wrong  from it   cannot reach 10.99.0.1:" in result.out
-    assert "sudo ufw allow from 10.99.0.0/24" in result.out
-    assert "wrong  to it     its port" in result.out
-
-
-@pytest.mark.slow
-def test_a_host_that_is_off_and_one_without_ssh(pair: Pair, tmp_path: Path) -> None:
-    """By the real ssh, which does not get far."""
-    if shutil.which("ssh") is None:
-        pytest.skip("ssh is not installed")
-    result = look(pair, tmp_path, ["10.99.0.1", "10.99.0.2", "10.99.0.77"], "ssh")
-    assert result.code == 1
-    assert "wrong  ssh       10.99.0.2 is up but has nothing at port 22" in result.out
-    assert "wrong  ssh       10.99.0.77" in result.out
-    assert "is it switched on" in result.out
-
-
-@contextlib.contextmanager
-def sshd(pair: Pair, folder: Path) -> Iterator[str]:
-    """A real sshd on host b; what is given is a program named ssh that keeps its files in `folder`."""
-    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    program, keygen, client = (shutil.which(name, path=path) for name in ("sshd", "ssh-keygen", "ssh"))
-    if program is None or keygen is None or client is None:
-        pytest.skip("openssh-server is not installed")
-    made = not (needed := Path("/run/sshd")).exists()
-    needed.mkdir(exist_ok=True)
-    for name in ("host", "user"):
-        subprocess.run([keygen, "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True, timeout=30)
-    (folder / "sshd_config").write_text(
-        f"HostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\nPidFile none\nStrictModes no\nUsePAM no\n"
-        "PermitRootLogin prohibit-password\nPasswordAuthentication yes\n"
-    )
-    (folder / "ssh_config").write_text(f"Host *\n IdentityFile {folder}/user\n UserKnownHostsFile {folder}/known\n")
-    (folder / "ssh").write_text(f'#!/bin/sh\nexec {client} -F {folder}/ssh_config "$@"\n')
-    (folder / "ssh").chmod(0o755)
-    server = subprocess.Popen(
-        pair.on(pair.b, program, "-D", "-e", "-f", str(folder / "sshd_config")),
-        stderr=(folder / "sshd.log").open("w"),
-        start_new_session=True,
-    )
-    try:
-        end = time.monotonic() + 30
-        while "listening" not in (folder / "sshd.log").read_text():
-            assert time.monotonic() < end, (folder / "sshd.log").read_text()
-            if server.poll() is not None:
-                pytest.skip(f"sshd does not start here: {(folder / 'sshd.log').read_text()}")
-            time.sleep(0.05)
-        yield str(folder / "ssh")
-    finally:
-        server.kill()
-        server.wait()
-        if made:
-            needed.rmdir()
-
-
-@pytest.mark.slow
-def test_a_real_sshd(pair: Pair, tmp_path: Path) -> None:
-    lines = ["10.99.0.1", "10.99.0.2"]
-    with sshd(pair, tmp_path) as ssh:
-        result = look(pair, tmp_path, lines, ssh)
-        assert "wrong  ssh       ssh does not know its host key yet; type: ssh 10.99.0.2" in result.out
-        kind, key = (tmp_path / "host.pub").read_text().split()[:2]
-        (tmp_path / "known").write_text(f"10.99.0.2 {kind} {key}\n")
-        result = look(pair, tmp_path, lines, ssh)
-        assert "type: ssh-copy-id 10.99.0.2" in result.out
-        shutil.copy(tmp_path / "user.pub", tmp_path / "authorized")
-        result = look(pair, tmp_path, lines, ssh)
-        assert "ok     ssh       without a password" in result.out
-        assert f"ok     tpimpi    {__version__}" in result.out
-        assert "ok     to it     any port" in result.out
-        other = (tmp_path / "user.pub").read_text().split()[1]
-        (tmp_path / "known").write_text(f"10.99.0.2 {kind} {other}\n")
-        result = look(pair, tmp_path, lines, ssh)
-        assert "type: ssh" not in result.out
-        assert "ssh-keygen -R 10.99.0.2, then: ssh 10.99.0.2" in result.out
-
-
-def test_waits_have_an_end() -> None:
-    """A host that is down: a name, a connection, or ssh itself; each by itself is within what was promised."""
-    assert ssh.CONNECT_S + ssh.CONNECT_S <= ssh.DEAD_HOST_S
-    assert ssh.SSH_S <= ssh.DEAD_HOST_S

@@ -5,75 +5,29 @@ a wrong answer. Every fault here is a real one, and every run a program of its o
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
 
 import h5py
 import pytest
 
 from bench import limits
-from tests.support.launch import TIMEOUT, Launcher, Result, run_command
-from tpimpi.system.units import parse_size
+from tests.support.faults_cases import (
+    MANY,
+    SOME,
+    Runs,
+    on_one_and_two_ranks,
+    on_one_rank,
+)
+from tests.support.launch import run_command
 
-# 82 MB in q8_0: enough that a token takes a while where it is streamed.
-SHAPE = {
-    "model_type": "llama",
-    "vocab_size": 2048,
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-}
-MANY = 200  # tokens; more than are made before a fault is noticed
-SOME = 24
-PROMPT = ("--raw", "--prompt", "1 2 3", "--ignore-eos", "--context", "256", "--quiet")
-SAMPLING = ("--temperature", "1", "--seed", "7")  # so that the text tells where the smallest thing differs
-BEFORE = 3  # tokens that are there when a fault comes
-MB = 1_000_000
-RANKS = [1, pytest.param(2, marks=pytest.mark.mpi)]
 TILE = r"(layers/\d{4}/(attn|mlp)/tile-\d{3}|head/tile-\d{3}|the embedding|a row of the embedding)"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder on the disk for large files, which are not kept after the tests as pytest's own are."""
-    path = Path(tempfile.mkdtemp(dir=tmp_path_factory.getbasetemp()))
-    yield path
-    shutil.rmtree(path)
-
-
-@pytest.fixture(scope="module")
-def slices(folder: Path) -> Callable[..., Path]:
-    """Makes slices for so many ranks, of a model that a seed tells, once."""
-    (folder / "config.json").write_text(json.dumps(SHAPE))
-
-    def make(ranks: int, seed: int = 0) -> Path:
-        out = folder / f"{ranks}-{seed}"
-        if not out.exists():
-            options = ("--format", "q8_0", "--ranks", str(ranks), "--seed", str(seed), "--quiet", "--out", str(out))
-            done = run_command(
-                [sys.executable, "-m", "tpimpi", "synth", "--shape", str(folder / "config.json"), *options], env={}
-            )
-            assert done.code == 0, done.err
-        return out
-
-    return make
 
 
 @pytest.fixture
@@ -90,162 +44,6 @@ def copies(folder: Path, slices: Callable[..., Path]) -> Iterator[Callable[[int]
     yield copy
     for path in made:
         shutil.rmtree(path)
-
-
-class Running:
-    """A run whose output is read as it comes."""
-
-    def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
-        self.process = subprocess.Popen(
-            command,
-            env={**os.environ, **env},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        self._deadline = time.monotonic() + TIMEOUT
-        self._found = [bytearray(), bytearray()]
-        streams = (self.process.stdout, self.process.stderr)
-        self._threads = [
-            threading.Thread(target=self._gather, args=pair, daemon=True)
-            for pair in zip(streams, self._found, strict=True)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def _gather(self, stream: IO[bytes], into: bytearray) -> None:
-        while data := os.read(stream.fileno(), 1 << 16):
-            into += data
-
-    @property
-    def texts(self) -> list[str]:
-        """Standard output and standard error, as far as they have come."""
-        return [bytes(found).decode(errors="replace") for found in self._found]
-
-    def wait_until(self, what: str, reached: Callable[[str, str], bool]) -> None:
-        while not reached(*self.texts):
-            out, err = self.texts
-            if self.process.poll() is not None or time.monotonic() > self._deadline:
-                pytest.fail(f"no {what}; exit code {self.process.poll()}\nstdout: {out}\nstderr: {err}")
-            time.sleep(0.005)
-
-    def finish(self, timeout: float = TIMEOUT) -> Result:
-        try:
-            code = self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"it did not end\nstdout: {self.texts[0]}\nstderr: {self.texts[1]}")
-        for thread in self._threads:
-            thread.join()
-        return Result(code, *self.texts)
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        for thread, stream in zip(self._threads, (self.process.stdout, self.process.stderr), strict=True):
-            thread.join()
-            if stream is not None:
-                stream.close()
-
-
-class Runs:
-    """Runs of the model on one number of ranks."""
-
-    def __init__(self, launcher: Launcher | None, ranks: int, slices: Path) -> None:
-        self._launcher, self.ranks, self.slices = launcher, ranks, slices
-        self.victim = ranks - 1  # the rank whose file the faults befall: not the one that prints
-        self._least: int | None = None
-        self._text: list[str] | None = None
-        self._running: list[Running] = []
-
-    def command(self, *options: str, slices: Path | None = None, tokens: int = SOME) -> list[str]:
-        arguments = ["-m", "tpimpi", "--slices", str(slices or self.slices), *PROMPT, *SAMPLING]
-        arguments += ["--max-tokens", str(tokens), *options]
-        return [sys.executable, *arguments] if self._launcher is None else self._launcher.command(self.ranks, arguments)
-
-    @property
-    def env(self) -> dict[str, str]:
-        return {"TPIMPI_MODEL": "", **(self._launcher.env if self._launcher else {})}
-
-    def run(self, *options: str, slices: Path | None = None, tokens: int = SOME) -> Result:
-        return run_command(self.command(*options, slices=slices, tokens=tokens), env=self.env)
-
-    def start(self, command: Sequence[str]) -> Running:
-        """Begin a run; it is going on when this returns."""
-        running = Running(command, self.env)
-        self._running.append(running)
-        running.wait_until("tokens", lambda out, err: out.count(" ") >= BEFORE)
-        return running
-
-    def end(self) -> None:
-        for running in self._running:
-            running.kill()
-        self._running.clear()
-
-    @property
-    def least(self) -> int:
-        """The smallest --memory that a run says works, in MB."""
-        if self._least is None:
-            result = self.run("--memory", "1M")
-            match = re.search(r"this rank needs at least (\d+) MB", result.err)
-            assert match, result.err
-            self._least = int(match[1])
-        return self._least
-
-    @property
-    def little(self) -> tuple[str, str]:
-        """--memory at about the smallest that works, so that nearly everything is streamed for each token."""
-        return "--memory", f"{self.least + 2}M"
-
-    @property
-    def text(self) -> list[str]:
-        """The tokens of a run to which nothing happens."""
-        if self._text is None:
-            result = self.run(tokens=MANY)
-            assert result.code == 0, result.err
-            self._text = result.out.split()
-            assert len(self._text) == MANY and len(set(self._text)) > MANY // 4, "it would not tell a wrong answer"
-        return self._text
-
-    def slice_of_victim(self, folder: Path) -> Path:
-        return folder / f"rank-{self.victim}-of-{self.ranks}.h5"
-
-    @property
-    def who(self) -> str:
-        """How the victim's line begins."""
-        return "tpimpi: " if self.ranks == 1 else rf"r{self.victim} \S+: "
-
-    def check_ended(self, result: Result, line: str) -> None:
-        """It ended with one line of ours, of this pattern, and printed nothing that is wrong."""
-        assert result.code != 0
-        assert len(result.our_lines) == 1, result.err
-        assert re.fullmatch(self.who + line, result.our_lines[0]), result.our_lines[0]
-        tokens = result.out.split()
-        assert BEFORE <= len(tokens) < MANY
-        assert tokens == self.text[: len(tokens)]
-
-
-@pytest.fixture(scope="module")
-def all_runs(slices: Callable[..., Path]) -> dict[int, Runs]:
-    """By the number of ranks; so that what they know is found out once."""
-    return {}
-
-
-@pytest.fixture
-def runs(request: pytest.FixtureRequest, all_runs: dict[int, Runs], slices: Callable[..., Path]) -> Iterator[Runs]:
-    """Of one rank without a launcher, or of two under mpirun; what still runs at the end is killed."""
-    ranks: int = request.param
-    if ranks not in all_runs:
-        launcher = request.getfixturevalue("mpirun") if ranks > 1 else None
-        all_runs[ranks] = Runs(launcher, ranks, slices(ranks))
-    yield all_runs[ranks]
-    all_runs[ranks].end()
-
-
-on_one_and_two_ranks = pytest.mark.parametrize("runs", RANKS, indirect=True)
-on_one_rank = pytest.mark.parametrize("runs", [1], indirect=True)
-on_two_ranks = pytest.mark.parametrize("runs", RANKS[1:], indirect=True)
 
 
 # The file
@@ -458,92 +256,3 @@ def test_a_disk_that_stalls_is_waited_for(runs: Runs) -> None:
         ), line
     goes_on = [line for line in result.our_lines if "the disk goes on" in line]
     assert len(goes_on) == len(stalled) and len(result.our_lines) == 2 * len(stalled), result.err
-
-
-# Memory that is not enough
-
-
-@on_one_and_two_ranks
-def test_less_memory_than_works_is_refused(runs: Runs) -> None:
-    for size in ("1M", f"{runs.least - 10}M"):
-        result = runs.run("--memory", size)
-        assert (result.code, result.out) == (2, ""), result.err
-        assert len(result.our_lines) == 1, result.err
-        who = "tpimpi" if runs.ranks == 1 else r"r0 \S+"
-        mb = size.removesuffix("M")
-        line = rf"{who}: --memory is {mb} MB, this rank needs at least (\d+) MB \(.*"
-        match = re.fullmatch(line, result.our_lines[0])
-        assert match, result.our_lines[0]
-        assert abs(int(match[1]) - runs.least) <= 4  # the program itself is not always as large
-
-
-def _check_kept(runs: Runs, memory: str, report: Path) -> list[dict[str, Any]]:
-    """A run with this --memory gives the text and keeps the promise; what each rank reports."""
-    result = runs.run("--memory", memory, "--report", str(report))
-    assert (result.code, result.our_lines) == (0, []), result.err
-    assert result.out.split() == runs.text[:SOME]
-    ranks: list[dict[str, Any]] = json.loads(report.read_text())["ranks"]
-    for rank in ranks:
-        assert rank["memory_bytes"] == parse_size(memory, "--memory")
-        assert rank["peak_rss_bytes"] <= rank["memory_bytes"]
-        assert max(point[1] for point in rank["timeline"]) <= rank["peak_rss_bytes"] + 4 * MB  # counters are not exact
-        assert rank["timeline"] == sorted(rank["timeline"])
-    return ranks
-
-
-@on_one_and_two_ranks
-def test_the_smallest_that_is_named_works(runs: Runs, tmp_path: Path) -> None:
-    _check_kept(runs, f"{runs.least} MB", tmp_path / "report")  # as it is written in the message
-
-
-@on_one_and_two_ranks
-@pytest.mark.slow
-def test_about_the_smallest_works(runs: Runs, tmp_path: Path) -> None:
-    for rank in _check_kept(runs, runs.little[1], tmp_path / "report"):
-        assert rank["bytes_read"] >= SOME * rank["streamed_bytes_per_token"] > 0
-
-
-@on_one_rank
-@pytest.mark.parametrize("more", [7, 20, 45, 500])
-@pytest.mark.slow_but("45-1")
-def test_the_text_is_the_same_with_any_memory(runs: Runs, more: int, tmp_path: Path) -> None:
-    (rank,) = _check_kept(runs, f"{runs.least + more}M", tmp_path / "report")
-    streamed = rank["streamed_bytes_per_token"]
-    assert (streamed == 0) == (more == 500)
-    assert SOME * streamed <= rank["bytes_read"] - rank["pinned_bytes"] <= (SOME + 1) * streamed
-
-
-@on_two_ranks
-@pytest.mark.slow
-def test_a_size_for_each_rank(runs: Runs) -> None:
-    result = runs.run("--memory", f"{runs.least + 10}M,{runs.least + 30}M")
-    assert result.code == 0 and result.out.split() == runs.text[:SOME], result.err
-    result = runs.run("--memory", f"{runs.least + 10}M,3M")
-    assert (result.code, result.out, len(result.our_lines)) == (2, "", 1), result.err
-    assert re.match(r"r1 \S+: --memory is 3 MB, this rank needs at least \d+ MB ", result.our_lines[0])
-
-
-@on_two_ranks
-@pytest.mark.parametrize(
-    ("options", "line"),
-    [
-        (["--memory", "1G,1G,1G"], "--memory has 3 sizes, this run has 2 ranks; "),
-        (["--memory", "1G,"], "--memory is '1G,', must be auto, or one size, or a size for each rank"),
-        (["--memory", "1G,auto"], "--memory is '1G,auto', must be auto, or one size, or a size for each rank"),
-        (["--memory", "1G", "--window", "2"], "--window 2 and --memory 1G are both given; "),
-        (["--memory", "auto", "--window", "all"], "--window all and --memory auto are both given; "),
-    ],
-)
-def test_memory_that_makes_no_sense_is_one_line(runs: Runs, options: list[str], line: str) -> None:
-    result = runs.run(*options)
-    assert (result.code, result.out) == (2, ""), result.err
-    assert len(result.our_lines) == 1 and line in result.our_lines[0], result.err
-
-
-@on_one_rank
-@pytest.mark.parametrize("size", ["", "0", "-1G", "1e9", "700", "x" * 5000, "1G,1G"])
-def test_no_size_is_one_line(runs: Runs, size: str) -> None:
-    result = runs.run(f"--memory={size}")
-    assert (result.code, result.out) == (2, ""), result.err
-    assert len(result.err.splitlines()) == 1 and len(result.err) < 300
-    assert result.err.startswith("tpimpi: --memory ")

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -14,21 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.drawn import examples
-from tpimpi.engine.budget import RESERVE, Needs, allowances, divide, make_budget, per_rank
+from tests.support.memory_cases import GB, HOST, MB
+from tpimpi.engine.budget import RESERVE, Needs, divide, make_budget, per_rank
 from tpimpi.errors import InputError
 from tpimpi.system.memory import JOB, Place, headroom, places, resident_bytes
 from tpimpi.system.units import megabytes_up, parse_size, show_size
 
-MB, GB = 10**6, 10**9
-HOST = 32 * GB  # of the host in these tests
-
-
-@pytest.fixture(autouse=True)
-def host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host with 32 GB, 20 of them free, and no batch job, whatever the tests run on."""
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=HOST, available=20 * GB))
-    for name in ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"):
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("host")
 
 
 # Sizes
@@ -346,62 +337,3 @@ def test_the_rank_with_most_to_keep_gets_more() -> None:
     assert divide(460 * MB, needs) == {0: 300 * MB, 1: 80 * MB, 2: 80 * MB}
     assert divide(2760 * MB, needs) == {0: 1200 * MB, 1: 780 * MB, 2: 780 * MB}, "more than is of use: divided evenly"
     assert divide(130 * MB, needs) == {0: 50 * MB, 1: 40 * MB, 2: 40 * MB}, "too little in any case: in proportion"
-
-
-# Several hosts, and cgroups that some share
-
-
-def _plain(base: int, tiles: int) -> Needs:
-    return Needs(base, 0, 0, 0, 0, tiles)
-
-
-def test_hosts_are_divided_each_for_itself() -> None:
-    needs = dict.fromkeys(range(3), _plain(100 * MB, 50 * GB))
-    host = {0: Place("", 16 * GB, 9 * GB), 1: Place("", 8 * GB, 6 * GB), 2: Place("", 8 * GB, 6 * GB - 64)}
-    found = allowances({r: [host[r]] for r in range(3)}, {0: "laptop", 1: "desktop", 2: "desktop"}, needs)
-    # 1/16 is left to others; what the ranks have already is theirs; the lesser of what two on one host saw counts.
-    assert found == {0: 8 * GB + 100 * MB, 1: (5500 * MB - 64) // 2 + 100 * MB, 2: (5500 * MB - 64) // 2 + 100 * MB}
-
-
-def test_a_cgroup_that_only_some_ranks_are_in() -> None:
-    needs = dict.fromkeys(range(3), _plain(100 * MB, 50 * GB))
-    host, group = Place("", 32 * GB, 20 * GB), Place("/sys/fs/cgroup/a", 4 * GB, 3056 * MB)
-    found = allowances({0: [host], 1: [host, group], 2: [host, group]}, dict.fromkeys(range(3), "laptop"), needs)
-    assert found == {0: 6 * GB + 100 * MB, 1: 1500 * MB, 2: 1500 * MB}
-    # A cgroup of the same name on another host is another one.
-    found = allowances({0: [host], 1: [host, group], 2: [host, group]}, {0: "a", 1: "b", 2: "c"}, needs)
-    assert found == {0: 18 * GB + 100 * MB, 1: 2900 * MB, 2: 2900 * MB}
-
-
-def test_a_job_is_what_its_ranks_may_have_in_all() -> None:
-    needs = dict.fromkeys(range(2), _plain(100 * MB, 50 * GB))
-    host, job = Place("", 32 * GB, 20 * GB), Place(JOB, 4 * GB, 4 * GB)
-    found = allowances({0: [host, job], 1: [host, job]}, {0: "c1", 1: "c1"}, needs)
-    assert found == {0: 1872 * MB, 1: 1872 * MB}, "what they have already is part of it"
-
-
-def test_where_nothing_is_free_a_rank_gets_no_more_than_it_has() -> None:
-    needs = dict.fromkeys(range(2), _plain(100 * MB, 50 * GB))
-    found = allowances({r: [Place("", 32 * GB, 0)] for r in range(2)}, {0: "a", 1: "a"}, needs)
-    assert found == {0: 0, 1: 0}
-
-
-@examples(200)
-@given(st.data())
-def test_no_place_is_ever_promised_twice(data: st.DataObject) -> None:
-    ranks = data.draw(st.integers(1, 6))
-    hosts = {rank: data.draw(st.sampled_from(["a", "b"])) for rank in range(ranks)}
-    amounts = st.integers(0, 40 * GB)
-    groups = {
-        (host, name): Place(name, total := data.draw(st.integers(GB, 40 * GB)), min(total, data.draw(amounts)))
-        for host in "ab"
-        for name in ("", "/x", "/x/y", JOB)
-    }
-    mine = {rank: data.draw(st.sets(st.sampled_from(["/x", "/x/y", JOB]))) for rank in range(ranks)}
-    places_of = {r: [groups[hosts[r], name] for name in ["", *sorted(mine[r])]] for r in range(ranks)}
-    needs = {r: _plain(data.draw(st.integers(50 * MB, GB)), data.draw(st.integers(0, 20 * GB))) for r in range(ranks)}
-    found = allowances(places_of, hosts, needs)
-    for (host, name), place in groups.items():
-        inside = [rank for rank in range(ranks) if hosts[rank] == host and place in places_of[rank]]
-        already = 0 if name == JOB else sum(needs[rank].base for rank in inside)
-        assert sum(found[rank] for rank in inside) <= max(0, place.free - place.reserve + already) or not inside
