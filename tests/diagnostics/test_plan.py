@@ -38,7 +38,7 @@ MB = 10**6
 def measurement(rank: int, timings: list[LayerTiming]) -> RankMeasurement:
     head = (10 * MB, 0.002, 0.001) if rank == 0 else None
     return RankMeasurement(
-        rank, f"host{rank}", 2, "native", 1.5, timings, head, 80 * MB, [("", 1000, 500), ("job", 700, 700)]
+        *(rank, f"host{rank}", 2, "native", 1.5, timings, head, 80 * MB, [("", 1000, 500), ("job", 700, 700)], "star")
     )
 
 

@@ -108,11 +108,24 @@ def test_a_rank_that_streams_takes_its_reading_if_that_is_longer() -> None:
     assert predictor(*ranks, workload=dataclasses.replace(WORKLOAD, window="all")).predict([1.0]).streamed == (0,)
 
 
-def test_memory_is_what_a_seat_reckons() -> None:
+def test_memory_is_what_an_engine_reckons() -> None:
     found = predictor(speed()).predict([1.0])
     tiles, cache = 10 * (ATTN + MLP) + HEAD, 2 * 10 * 16 * 128 * 64 * 2
     assert found.memory[0] > 100_000_000 + RESERVE + tiles + cache
     assert found.memory[0] < 100_000_000 + RESERVE + tiles + cache + 20_000_000  # to work with
+
+
+def test_memory_for_messages_depends_on_the_allreduce() -> None:
+    """With exchange every rank gets the partials of all, as the hub does with any."""
+
+    def taken(rule: str) -> tuple[int, ...]:
+        star = predictor(*[speed()] * 5)
+        return Predictor(star.workload, dataclasses.replace(star.measured, allreduce=rule)).predict([1] * 5).memory
+
+    chunk = 128 * 1024 * 4  # bytes of hidden vectors; held twice while they are received, from 3 ranks more
+    more = [b - a for a, b in zip(taken("star"), taken("star:512,exchange"), strict=True)]
+    assert more == [0, *[2 * 3 * chunk] * 4]
+    assert taken("star") == taken("exchange:512,star")
 
 
 def test_too_little_memory_is_said() -> None:

@@ -116,6 +116,7 @@ def as_measured(measurements: Sequence[RankMeasurement], positions: int) -> Meas
         allreduce_chunk_s=allreduce(positions),
         head=LinearCost(0.0, seconds / nbytes),
         head_cpu=LinearCost(0.0, cpu / nbytes),
+        allreduce=measurements[0].allreduce,
     )
 
 

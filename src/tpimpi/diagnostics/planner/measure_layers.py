@@ -37,6 +37,7 @@ class RankMeasurement:
     head: tuple[int, float, float] | None
     base: int
     places: list[tuple[str, int, int]]
+    allreduce: str  # the rule by which sums were made
 
 
 class MeasureLayers(TaskNote, frozen=True, tag="measure"):
@@ -118,4 +119,5 @@ def _run_benchmark(star: Star, benchmark: LayerBenchmark) -> RankMeasurement:
         head=head,
         base=resident_bytes(),
         places=[astuple(place) for place in places()],
+        allreduce=rule,
     )

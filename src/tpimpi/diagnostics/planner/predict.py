@@ -25,12 +25,10 @@ from dataclasses import dataclass, replace
 
 from tpimpi.diagnostics.options import Workload
 from tpimpi.engine.budget import Needs, allowances, make_budget
-from tpimpi.engine.needs import work_bytes
+from tpimpi.engine.needs import needs_of_model
 from tpimpi.engine.overlap import PREFILL_CHUNK
-from tpimpi.engine.window import FEWEST_TILES, USUAL_TILES
 from tpimpi.errors import InputError
 from tpimpi.models.config import ModelConfig
-from tpimpi.models.kv.cache import cache_bytes, kv_dtype
 from tpimpi.models.weight_formats import LayerFormats, ModelFormats
 from tpimpi.system.memory import Place
 from tpimpi.weights.slices.header import Header
@@ -106,6 +104,7 @@ class Measured:
     allreduce_chunk_s: float
     head: LinearCost  # rank 0's, of one position
     head_cpu: LinearCost
+    allreduce: str = "star"  # the rule by which a run makes its sums
 
 
 # What a plan asks of a rank
@@ -184,7 +183,6 @@ class Predictor:
     def __init__(self, workload: Workload, measured: Measured) -> None:
         self.workload, self.measured = workload, measured
         self.loads = Loads(workload.config, workload.formats)
-        self._dtype = kv_dtype(workload.kv, (fmt for layer in workload.formats.layers for fmt in layer))
         self._found: dict[tuple[float, ...], Prediction] = {}
 
     def predict(self, weights: Sequence[float]) -> Prediction:
@@ -291,20 +289,16 @@ class Predictor:
 
     def needs(self, plan: Partition, rank: int, load: Load) -> Needs:
         """What a rank would need, as an engine reckons it."""
-        config, formats, context = self.workload.config, self.workload.formats, self.workload.context
-        header = Header(rank, formats, "", "", config, plan, ())
-        speed = self.measured.ranks[rank]
-        least, usual = (
-            min(load.tiles, tiles * max((record.nbytes for record in load.records), default=0))
-            for tiles in (FEWEST_TILES, USUAL_TILES)
-        )
-        return Needs(
-            base=speed.base,
-            cache=cache_bytes(config.layers, plan.shares[rank].kv_heads.size, context, config.head_dim, self._dtype),
-            work=work_bytes(header, load.records, speed.backend, context, 1),
-            least_buffers=least,
-            usual_buffers=usual,
+        speed, workload = self.measured.ranks[rank], self.workload
+        return needs_of_model(
+            Header(rank, workload.formats, "", "", workload.config, plan, ()),
+            load.records,
             tiles=load.tiles,
+            base=speed.base,
+            backend=speed.backend,
+            kv=workload.kv,
+            allreduce=self.measured.allreduce,
+            context=workload.context,
         )
 
     def memory(self, plan: Partition, loads: Sequence[Load]) -> tuple[list[int], list[int]]:
