@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from tpimpi.errors import InputError
 
-COMMANDS = ("slice", "synth", "inspect", "perplexity", "bench", "plan", "doctor")
+COMMANDS = ("slice", "synth", "inspect", "cache", "perplexity", "bench", "plan", "doctor")
 # What other programs call a run.
 RUN_WORDS = ("chat", "complete", "completion", "generate", "prompt", "run")
 

@@ -36,7 +36,7 @@ def perplexity(star: Star, job: Job) -> int:
         result.load_s, result.ranks = load_s, startup.finish(star, memory)[0][0]
     print_answer(result.line() + "\n")
     if output.report is not None:
-        write_json(Path(output.report), result.as_json())
+        write_json(Path(output.report), result.as_json(), private=True)
     if not output.quiet:
         with contextlib.suppress(OSError):
             result.print_table()

@@ -49,6 +49,7 @@ Run a large language model across the machines you own.
     python -m tpimpi slice --model PATH --ranks N --out DIR          make the ranks' slices of a model
     python -m tpimpi synth --shape llama-2-70b --ranks N --out DIR   slices with random weights, to measure with
     python -m tpimpi inspect PATH [--verify]                         what a model, a slice file or a folder holds
+    python -m tpimpi cache [--older-than 30d]                        the slices that runs have kept, and their removal
     python -m tpimpi perplexity FILE [--against f32]                 how well a model predicts a text; what a format costs
     python -m tpimpi bench kernels                                   how fast the kernels are on this machine
     python -m tpimpi bench disk [PATH] [--readers N]                 how fast the disk under the slices is
@@ -57,6 +58,7 @@ Run a large language model across the machines you own.
     python -m tpimpi doctor --hostfile home.txt                      whether these machines can work together; what to mend
     mpirun … python -m tpimpi doctor                                 what each rank has, and what is wrong
 
+Slices that a run makes are kept in $TPIMPI_CACHE, or in tpimpi in the user's cache folder.
 where mpirun … is: mpirun -np 4 --map-by node --hostfile home.txt    (with MPICH without --map-by node)
 """
 

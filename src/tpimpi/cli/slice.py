@@ -44,7 +44,8 @@ def slice_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m tpimpi slice",
         description="Make the ranks' slices of a model. Under mpirun each rank's slice goes to that rank's own disk. What "
-        "is there already stays; what was interrupted goes on.",
+        "is there already stays; what was interrupted goes on. Slices of another model, format or shares are never "
+        "replaced: remove them first, or give another --out.",
         allow_abbrev=False,
     )
     parser.add_argument("--model", metavar="PATH", help="Hugging Face directory or .gguf file (default: as in a run)")

@@ -9,9 +9,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from tpimpi.diagnostics.cache_table import print_cache
 from tpimpi.errors import InputError, ModelError, SliceError, StorageError, TpimpiError
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.keys import show
+from tpimpi.weights.cache import list_cache
+from tpimpi.weights.locations import cache_folder
 from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.names import slice_name
@@ -32,6 +35,9 @@ def inspect(path: Path, *, verify: bool) -> None:
         _slices([path], verify=verify)
     elif files:
         _whole_set(path, _slices(files, verify=verify))
+    elif names is not None and path.resolve() == cache_folder().resolve():
+        print("this is where runs keep the slices they make; see also: python -m tpimpi cache --help")
+        print_cache(path, list_cache(path))
     elif names is not None and not any(name == "config.json" or name.endswith(".gguf") for name in names):
         raise InputError(f"{path} holds no model and no slices (rank-R-of-N.h5); give a folder or file that does")
     else:

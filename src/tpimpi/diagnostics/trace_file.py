@@ -38,12 +38,12 @@ def chrome_trace(ranks: Sequence[RankTrace], blocks: Sequence[str]) -> dict[str,
 
 
 def write_trace(path: Path, ranks: Sequence[RankTrace], blocks: Sequence[str], option: str = "--trace") -> None:
-    """Write the trace to `path`, which `option` gave, piece by piece: a regular file whole or not at all.
+    """Write the trace to `path`, which `option` gave, piece by piece: a file for its owner alone, whole or not at all.
 
     Memory: a few megabytes beside the spans themselves. Raises StorageError, and StarError as `chrome_trace` does.
     """
     encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
-    with replacing(path, option) as file:
+    with replacing(path, option, private=True) as file:
         file.write(BEGINNING + b"[")
         events, between = _events(ranks, blocks), "\n"
         while chunk := list(itertools.islice(events, _CHUNK)):

@@ -15,6 +15,7 @@ from tpimpi.engine.trace import Recorder
 from tpimpi.engine.window import Window, records_of
 from tpimpi.errors import SliceError
 from tpimpi.star import Rank, Star
+from tpimpi.weights.cache import mark_used
 from tpimpi.weights.locations import SliceLocation
 from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.header import Header
@@ -75,6 +76,7 @@ class OpenedEngine:
         try:
             self.header = self.file.header
             _check_slice(self.header, path, star.rank, settings)
+            mark_used(path)
             neighbours = settings.cores_shared_by[star.rank.index]
             threads = settings.threads or usual_threads(len(os.sched_getaffinity(0)), neighbours)
             self.backend = load_backend(settings.backend, threads)

@@ -70,8 +70,8 @@ class Report:
             setattr(self, key, value)
 
     def write(self, path: Path) -> None:
-        """Write JSON to `path`; see write_json. Raises StorageError."""
-        write_json(path, asdict(self))
+        """Write JSON to `path`, for its owner alone; see write_json. Raises StorageError."""
+        write_json(path, asdict(self), private=True)
 
     def print_table(self) -> None:
         """The table, on stderr."""

@@ -112,14 +112,17 @@ def locked_file(path: Path, on_wait: Callable[[], None]) -> Iterator[OSError | N
 
     `on_wait` is called before waiting for another process. Raises OSError where the file cannot be made.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            problem = try_lock(descriptor)
-        except BlockingIOError:
-            on_wait()
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            problem = None
-        yield problem
-    finally:
-        os.close(descriptor)
+            try:
+                problem = try_lock(descriptor)
+            except BlockingIOError:
+                on_wait()
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                problem = None
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):  # else it was removed meanwhile
+                yield problem
+                return
+        finally:
+            os.close(descriptor)

@@ -50,7 +50,7 @@ class LocalSlice:
     def look(self) -> None:
         """Find out whether the slice is good, and what room it takes if it is not.
 
-        Raises StorageError, InputError where another model's slice is in its place.
+        Raises StorageError, InputError where another slice is in its place.
         """
         try:
             if self.path.is_dir() and not self.path.is_symlink():
@@ -79,7 +79,14 @@ class LocalSlice:
             return False
         if there is not None and there.fingerprint != self.header.fingerprint:
             raise InputError(f"{self.path} is a slice of another model, {there.model[:80]}; remove it{self._or_out()}")
-        return there is not None and same_slice(there, self.header)
+        if there is None or same_slice(there, self.header):
+            return there is not None
+        if not in_cache(self.path):
+            raise InputError(
+                f"{self.path} is there in {there.format} for shares {there.partition.describe()}, asked for is "
+                f"{self.header.format} for {self.header.partition.describe()}; choose another --out, or remove it"
+            )
+        return False
 
     def _or_out(self) -> str:
         """The other remedy where something is in the way."""
