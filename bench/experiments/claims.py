@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from bench.experiments.tables import Found, by_network, mb, ms, per_token, seconds, times
 from bench.home.devices import parse_bandwidth
 
-NEAR = 0.9  # of a claimed figure is still that figure, on machines as noisy as these
-ALIKE = 0.15  # two of our own figures that differ by less say nothing
+NEAR_SHARE = 0.9  # of a claimed figure is still that figure, on machines as noisy as these
+ALIKE_SHARE = 0.15  # two of our own figures that differ by less say nothing
 Claim = tuple[str, str, str]
 
 
@@ -26,16 +26,16 @@ def _one(found: Sequence[Found], **settings: object) -> Found | None:
 
 def _verdict(measured: float, claimed: float) -> str:
     """Of something of which more is better."""
-    if measured >= claimed / NEAR:
+    if measured >= claimed / NEAR_SHARE:
         return "better"
-    return "confirmed" if measured >= claimed * NEAR else "worse" if measured > 1 else "not so"
+    return "confirmed" if measured >= claimed * NEAR_SHARE else "worse" if measured > 1 else "not so"
 
 
 def _verdict_less(less: float, low: float, high: float) -> str:
     """Of something that is to be less by a share between `low` and `high`: a tenth counts of what is left of it."""
-    if 1 - less < (1 - high) * NEAR:
+    if 1 - less < (1 - high) * NEAR_SHARE:
         return "better"
-    return "confirmed" if 1 - less <= (1 - low) / NEAR else "worse" if less > 0 else "not so"
+    return "confirmed" if 1 - less <= (1 - low) / NEAR_SHARE else "worse" if less > 0 else "not so"
 
 
 def _pair(found: Sequence[Found], model: str, fmt: str, memory: str) -> tuple[Found, Found] | None:
@@ -105,7 +105,7 @@ def _offloading(found: Sequence[Found]) -> tuple[str, str]:
 
 def _less(less: float) -> str:
     """Of a time that is less by this share than another, or more where it is negative."""
-    if abs(less) < ALIKE:
+    if abs(less) < ALIKE_SHARE:
         return "about the same as"
     return f"{100 * abs(less):.0f} % {'less' if less > 0 else 'more'} than"
 
@@ -162,9 +162,9 @@ def _latency(found: Sequence[Found]) -> tuple[str, str]:
 
 def _costlier(ratio: float) -> str:
     """The verdict where so many times the latency costs `ratio` times what as little of the bandwidth does."""
-    if ratio > 1 + ALIKE:
+    if ratio > 1 + ALIKE_SHARE:
         return "confirmed"
-    return "as much as bandwidth" if ratio >= 1 / (1 + ALIKE) else "not so"
+    return "as much as bandwidth" if ratio >= 1 / (1 + ALIKE_SHARE) else "not so"
 
 
 def _star(found: Sequence[Found]) -> tuple[str, str]:

@@ -40,13 +40,13 @@ from bench.experiments.site import Site
 from tpimpi.errors import InputError, TpimpiError
 
 EXIT_INPUT, EXIT_INTERRUPTED = 2, 130
-ENDING = (signal.SIGTERM, signal.SIGHUP)
-ALONE = ("perplexity", "predict")
+END_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+WITHOUT_DEVICES = ("perplexity", "predict")  # measures
 
 
-def end(number: int, frame: FrameType | None) -> None:
+def exit_on_signal(number: int, frame: FrameType | None) -> None:
     """By an exception, so that homes are removed; nothing breaks that off."""
-    for other in (*ENDING, signal.SIGINT):
+    for other in (*END_SIGNALS, signal.SIGINT):
         signal.signal(other, signal.SIG_IGN)
     sys.exit(128 + number)
 
@@ -202,9 +202,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     os.environ.setdefault("PRTE_MCA_hwloc_default_binding_policy", "none")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
-        os.environ |= {f"{name}_ALLOW_RUN_AS_ROOT{end}": "1" for name in ("OMPI", "PRTE") for end in ("", "_CONFIRM")}
-    for number in ENDING:
-        signal.signal(number, end)
+        os.environ |= {
+            f"{name}_ALLOW_RUN_AS_ROOT{suffix}": "1" for name in ("OMPI", "PRTE") for suffix in ("", "_CONFIRM")
+        }
+    for number in END_SIGNALS:
+        signal.signal(number, exit_on_signal)
     try:
         check(options)
         results = Results(options.results)
@@ -223,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.what == "list":
             list_rows(rows, results, now=not options.missing)
             return 0
-        if not options.launch and os.geteuid() != 0 and any(row.measure not in ALONE for row in rows):
+        if not options.launch and os.geteuid() != 0 and any(row.measure not in WITHOUT_DEVICES for row in rows):
             raise InputError('emulated homes need root: sudo env PATH="$PATH" …, or --launch for real machines')
         try:
             options.work.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from bench.home.devices import Device, Link, equal_devices
 
 ROUNDS = 3  # of what is compared in turn
 SHARE_S = 1.0  # processor seconds that measure a device's share
-WISHED_CORES, WISHED_READ_BPS, WISHED_BANDWIDTH_BPS = 0.5, 200_000_000, 37_500_000  # bytes a second
+ASKED_CORES, ASKED_READ_BPS, ASKED_BANDWIDTH_BPS = 0.5, 200_000_000, 37_500_000  # bytes a second
 STREAM_BYTES, STREAM_TIMEOUT_S = 16 << 20, 30.0  # that measure a link's bandwidth; it may take so long
 
 
@@ -35,7 +35,7 @@ def emulation(row: Row, site: Site) -> Figures:
         f"while time.process_time() - p < {SHARE_S}: pass\n"
         "print(time.perf_counter() - a)"
     )
-    devices = [Device("laptop", cores=WISHED_CORES, read_bps=WISHED_READ_BPS, cache=site.work), *equal_devices(4)[1:]]
+    devices = [Device("laptop", cores=ASKED_CORES, read_bps=ASKED_READ_BPS, cache=site.work), *equal_devices(4)[1:]]
     with Home(devices, link_of(row)) as home:
         home.ping(0, 1, 3)
         trips = home.ping(0, 1, 200, 0.005)
@@ -47,17 +47,17 @@ def emulation(row: Row, site: Site) -> Figures:
             rate = _disk(home, file)
         finally:
             file.unlink(missing_ok=True)
-        home.set_link(replace(link_of(row), bandwidth=WISHED_BANDWIDTH_BPS))
+        home.set_link(replace(link_of(row), bandwidth=ASKED_BANDWIDTH_BPS))
         bandwidth = stream_rate(home)
     wished = link_of(row).latency_s
     return {
         "latency_wished_s": wished,
         "latency_s": median(trips) / 2,
-        "cores_wished": WISHED_CORES,
+        "cores_wished": ASKED_CORES,
         "cores": SHARE_S / seconds,
-        "read_wished_bps": WISHED_READ_BPS,
+        "read_wished_bps": ASKED_READ_BPS,
         "read_bps": rate,
-        "bandwidth_wished": WISHED_BANDWIDTH_BPS,
+        "bandwidth_wished": ASKED_BANDWIDTH_BPS,
         "bandwidth": bandwidth,
     }
 

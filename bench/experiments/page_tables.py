@@ -10,11 +10,11 @@ from typing import Any
 
 from bench.experiments.claims import claims
 from bench.experiments.rows import read_rows
-from bench.experiments.tables import Found, Table, again, by_network, mb, mbits, ms, per_token, seconds, times
+from bench.experiments.tables import Found, Table, by_network, command_cell, mb, mbits, ms, per_token, seconds, times
 from bench.home.devices import parse_bandwidth, parse_duration
 from tpimpi.diagnostics.plots import Line, plot_lines
 
-LIMIT = "the disk alone, q4_0"
+DISK_LINE = "the disk alone, q4_0"
 
 
 def _of(found: Iterable[Found], experiment: str, measure: str = "generate") -> list[Found]:
@@ -67,13 +67,13 @@ def emulation(found: Sequence[Found], folder: Path) -> str:
         table.add(
             *(ms(f["latency_wished_s"]), ms(f["latency_s"]), str(f["cores_wished"]), f"{f['cores']:.3f}"),
             *(f"{mb(f['read_wished_bps'])}/s", f"{mb(f['read_bps'])}/s"),
-            *(mbits(f.get("bandwidth_wished")), mbits(f.get("bandwidth")), again(each)),
+            *(mbits(f.get("bandwidth_wished")), mbits(f.get("bandwidth")), command_cell(each)),
         )
     other = Table("Four ranks", "s/token", "of shared memory's", "`… run`")
     for each in _of(found, "emulation", "ways"):
         times_ = each.figures["s_per_token"]
         for name, value in times_.items():
-            other.add(name, per_token(value), times(value / times_["shared memory"]), again(each))
+            other.add(name, per_token(value), times(value / times_["shared memory"]), command_cell(each))
     return f"{table}\n\n{other}"
 
 
@@ -118,7 +118,7 @@ def _devices(found: Sequence[Found], experiment: str) -> str:
                 mb(max(f["streamed_bytes_per_token"])),
                 parts,
             ),
-            again(each),
+            command_cell(each),
         )
     return str(table)
 
@@ -177,7 +177,9 @@ def peers(found: Sequence[Found], folder: Path) -> str:
             cells = [seconds(f["load_s"])]
             cells += [seconds(each.first_cold_s), seconds(f.get("ttft_warm_s", f["ttft_s"]))]
             cells.append(per_token(f["s_per_token"]))
-        table.add(each["program"], each["format"], str(each["devices"]), limits, *cells, mb(each.peak), again(each))
+        table.add(
+            each["program"], each["format"], str(each["devices"]), limits, *cells, mb(each.peak), command_cell(each)
+        )
     return str(table)
 
 
@@ -200,7 +202,7 @@ def memory(found: Sequence[Found], folder: Path) -> str:
         f = each.figures
         cells = [each["program"], each["format"], each.asked, mb(each.peak)]
         if "killed" in f:
-            table.add(*cells, "", "", f"killed: {f['killed']}", "", "", again(each))
+            table.add(*cells, "", "", f"killed: {f['killed']}", "", "", command_cell(each))
             continue
         where, token = (each.peak or 0) / 1e6, f["s_per_token"]
         name = f"{each['program']} {each['format']}{', window' if each['window'] else ''}"
@@ -209,12 +211,12 @@ def memory(found: Sequence[Found], folder: Path) -> str:
             streamed = sum(f["streamed_bytes_per_token"])
             line = streamed / parse_bandwidth(each["read"], "read")
             cells += [mb(sum(f["pinned_bytes"])), mb(streamed), per_token(token), per_token(line)]
-            table.add(*cells, times(token / line) if line > 0.01 else "-", again(each))
+            table.add(*cells, times(token / line) if line > 0.01 else "-", command_cell(each))
             if line > 0.01 and each["format"] == "q4_0" and not each["window"]:
-                lines.setdefault(LIMIT, []).append((where, line))
+                lines.setdefault(DISK_LINE, []).append((where, line))
         else:
-            table.add(*cells, "", "", per_token(token), "", "", again(each))
-    drawn = [_line(name, points, limit=name == LIMIT) for name, points in lines.items()]
+            table.add(*cells, "", "", per_token(token), "", "", command_cell(each))
+    drawn = [_line(name, points, limit=name == DISK_LINE) for name, points in lines.items()]
     panels = [("seconds a token against peak memory", drawn)] if drawn else []
     return str(table) + _picture(panels, folder, "memory", ("peak memory, MB", "seconds a token"))
 
@@ -235,7 +237,7 @@ def _sums(rows: Sequence[Found]) -> Table:
             table.add(
                 *(str(size), str(each["devices"]), each["latency"], each["bandwidth"], ms(row["two_hops"])),
                 *(f"**{ms(took[name])}**" if took[name] == min(took.values()) else ms(took[name]) for name in names),
-                *(row["auto"], again(each)),
+                *(row["auto"], command_cell(each)),
             )
     return table
 
@@ -266,7 +268,7 @@ def _network_runs(rows: Sequence[Found]) -> Table:
     names = list(dict.fromkeys(each["allreduce"] for each in rows))
     table = Table("One way", "bandwidth", "", *names, "`… run`")
     for network, at in by_network(rows).items():
-        command = again(next(iter(at.values())), each="allreduce")
+        command = command_cell(next(iter(at.values())), each="allreduce")
         for what, figure, show in (("s/token", "s_per_token", per_token), ("TTFT", "ttft_s", seconds)):
             shown = (show(at[name].figures[figure]) if name in at else "" for name in names)
             table.add(*network, what, *shown, command)
@@ -300,7 +302,7 @@ def predictions(found: Sequence[Found], folder: Path) -> str:
                     seconds(one["ttft_s"]),
                 ),
                 *(one["limit"], mb(max(one["memory_bytes"], default=0)), mb(sum(one["streamed_bytes_per_token"]))),
-                again(each),
+                command_cell(each),
             )
     return str(table)
 
@@ -312,7 +314,7 @@ def formats(found: Sequence[Found], folder: Path) -> str:
         f = each.figures
         table.add(
             *(each["format"], str(f["tokens_scored"]), f"{f['perplexity']:.3f} ± {f['perplexity_se']:.2f}"),
-            *(f"{f['against']['perplexity']:.3f}", f"{f['against']['kl_mean']:.2g}", again(each)),
+            *(f"{f['against']['perplexity']:.3f}", f"{f['against']['kl_mean']:.2g}", command_cell(each)),
         )
     return str(table)
 

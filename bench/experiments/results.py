@@ -23,15 +23,15 @@ from tpimpi.errors import InputError, StorageError
 
 ROOT = Path(__file__).resolve().parents[2]
 # What a measurement depends on; a change of a page or a test makes none old.
-PROGRAM = (
+PROGRAM_FILES = (
     "src",
     "CMakeLists.txt",
     *("bench/home/*.*", "bench/limits", "bench/peers"),
     *(f"bench/experiments/{name}.py" for name in ("site", "runs", "emulation", "machines")),
 )
-SOURCES = (".py", ".c", ".cpp", ".h", ".txt")  # beside them lies what was built
+SOURCE_SUFFIXES = (".py", ".c", ".cpp", ".h", ".txt")  # beside them lies what was built
 DIGEST_DIGITS = 6
-CONGESTION = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+CONGESTION_FILE = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 Values = dict[str, Any]
 _KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("settings", "figures", "machine", "versions"), dict),
@@ -60,7 +60,7 @@ def versions() -> Values:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     with contextlib.suppress(OSError):  # Linux alone has it
-        found["TCP"] = CONGESTION.read_text(encoding="ascii").strip()
+        found["TCP"] = CONGESTION_FILE.read_text(encoding="ascii").strip()
     return found
 
 
@@ -71,8 +71,8 @@ def commit() -> str:
     Outside of git "files-" and that digest.
     """
     try:
-        last = _git("log", "-1", "--format=%h", "--abbrev=10", "--", *PROGRAM).strip()
-        changed = _git("status", "--porcelain", "--", *PROGRAM).strip()
+        last = _git("log", "-1", "--format=%h", "--abbrev=10", "--", *PROGRAM_FILES).strip()
+        changed = _git("status", "--porcelain", "--", *PROGRAM_FILES).strip()
     except (OSError, subprocess.CalledProcessError):
         last = changed = ""
     if not last:
@@ -82,11 +82,11 @@ def commit() -> str:
 
 def _digest() -> str:
     """Of the program's sources, by name and content; not of what is built of them."""
-    found = [path for pattern in PROGRAM for path in ROOT.glob(pattern)]
+    found = [path for pattern in PROGRAM_FILES for path in ROOT.glob(pattern)]
     files = {path for top in found for path in ([top] if top.is_file() else top.rglob("*")) if path.is_file()}
     hashed = hashlib.sha256()
     for path in sorted(files):
-        if path.suffix in SOURCES:
+        if path.suffix in SOURCE_SUFFIXES:
             data = path.read_bytes()
             hashed.update(f"{path.relative_to(ROOT)} {len(data)}\n".encode() + data)
     return hashed.hexdigest()[:DIGEST_DIGITS]

@@ -21,16 +21,16 @@ from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.system.units import parse_size
 from tpimpi.weights.slices.partition import make_partition
 
-DATA = Path(__file__).with_name("experiments.toml")
+ROWS_FILE = Path(__file__).with_name("experiments.toml")
 SIZES = ("full", "quick", "smallest")
 MEASURES = ("generate", "peer", "allreduce", "perplexity", "predict", "emulation", "ways")
-PORTABLE = ("generate", "allreduce", "perplexity", "predict")  # what can do without an emulated home
+MEASURES_ON_MACHINES = ("generate", "allreduce", "perplexity", "predict")  # what can do without an emulated home
 # On real machines no limits are set: these settings then have these values.
-FREE: dict[str, Any] = {"cores": None, "memory": "", "read": "", "latency": "", "bandwidth": "", "threads": 0}
+UNLIMITED: dict[str, Any] = {"cores": None, "memory": "", "read": "", "latency": "", "bandwidth": "", "threads": 0}
 CORE_BYTES_PER_S = 8e9  # weights that a core goes through, roughly
 LAUNCHER_BYTES = 48_000_000  # of a device's memory, for mpirun and its daemons
 SLICES_BYTES_PER_S = 4e8  # that synth writes, roughly
-ABOUT_S = 20.0  # that the tokens of an answer take, where the row leaves their number open
+ANSWER_S = 20.0  # that the tokens of an answer take, where the row leaves their number open
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Row:
     @property
     def answer_tokens(self) -> int:
         """Of each answer."""
-        return self.tokens or min(16, max(2, round(ABOUT_S / self.pass_s)))
+        return self.tokens or min(16, max(2, round(ANSWER_S / self.pass_s)))
 
     @property
     def expected_s(self) -> float:
@@ -178,7 +178,7 @@ VARIED = (
 _TYPES = {field.name: str(field.type) for field in fields(Row)}
 
 
-def read_rows(size: str = "full", path: Path = DATA) -> list[Row]:
+def read_rows(size: str = "full", path: Path = ROWS_FILE) -> list[Row]:
     """All rows of a size, in the order of the file. Raises InputError."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -258,8 +258,8 @@ def _text(value: Any) -> str:
 
 def on_machines(rows: Sequence[Row], ranks: int) -> list[Row]:
     """The rows as they can run on real machines: without limits, each once."""
-    fit = [row for row in rows if row.measure in PORTABLE and row.devices <= ranks]
-    return list(dict.fromkeys(replace(row, **FREE) for row in fit))
+    fit = [row for row in rows if row.measure in MEASURES_ON_MACHINES and row.devices <= ranks]
+    return list(dict.fromkeys(replace(row, **UNLIMITED) for row in fit))
 
 
 def repeat(settings: Mapping[str, Any], *, each: str = "", launch: str = "") -> str:
@@ -270,13 +270,13 @@ def repeat(settings: Mapping[str, Any], *, each: str = "", launch: str = "") -> 
     """
     own = dict(settings)
     for machines in (False, True) if not launch else (True,):
-        keys = [key for key in (*VARIED, *_TYPES) if key != each and not (machines and key in FREE)]
+        keys = [key for key in (*VARIED, *_TYPES) if key != each and not (machines and key in UNLIMITED)]
         for size in SIZES:
             rows = [row for row in _all_rows(size) if row.experiment == own["experiment"]]
             if machines:  # --only chooses before limits are left out, so by what is no limit
                 rows = [row for row in rows if on_machines([row], row.devices)]
             there = [row.settings() for row in rows]
-            if own not in [{**row, **FREE} if machines else row for row in there]:
+            if own not in [{**row, **UNLIMITED} if machines else row for row in there]:
                 continue
             words = []
             for key in keys:

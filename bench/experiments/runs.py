@@ -18,7 +18,7 @@ from typing import Any
 from bench.experiments.emulation import emulation, ways
 from bench.experiments.machines import predictions
 from bench.experiments.rows import LAUNCHER_BYTES, Row
-from bench.experiments.site import ROOT, Ended, Figures, RunError, Site, devices_of, last_line, run
+from bench.experiments.site import ROOT, Figures, FinishedRun, RunError, Site, devices_of, last_line, run
 from bench.home import Home
 from bench.peers.peers import ENVIRONMENTS_FOLDER, prepare, run_peer
 
@@ -68,7 +68,7 @@ def _chosen(row: Row, site: Site) -> Figures:
     return {"shares": best["shares"], "predicted": predicted}
 
 
-def _figures(found: dict[str, Any], ended: Ended) -> Figures:
+def _figures(found: dict[str, Any], ended: FinishedRun) -> Figures:
     cold, warm = found["answers"]
     if cold["token_ids"] != warm["token_ids"]:
         raise RunError("the two answers to the same prompt differ")

@@ -67,7 +67,7 @@ def link_of(row: Row) -> Link:
 
 
 @dataclass(frozen=True)
-class Ended:
+class FinishedRun:
     """How a run ended; `groups` are its devices', read before they were removed."""
 
     code: int
@@ -94,7 +94,7 @@ def finish(process: subprocess.Popen[str], timeout: float) -> tuple[int, str, st
     return process.returncode, out, err
 
 
-def run(row: Row, site: Site, arguments: Sequence[str], stdin: Path | None = None) -> Ended:
+def run(row: Row, site: Site, arguments: Sequence[str], stdin: Path | None = None) -> FinishedRun:
     """tpimpi with these arguments, a rank on each of the row's devices. Raises RunError where it takes too long."""
     command = [sys.executable, "-m", "tpimpi", *arguments]
     if stdin is not None:  # not by way of the launcher: some never say that it ends
@@ -109,13 +109,15 @@ def run(row: Row, site: Site, arguments: Sequence[str], stdin: Path | None = Non
     if site.launch:
         words = shlex.split(site.launch.replace("{ranks}", str(row.devices)))
         process = subprocess.Popen([*words, *command], start_new_session=True, **pipes)
-        return Ended(*finish(process, timeout), [], 0)
+        return FinishedRun(*finish(process, timeout), [], 0)
     with site.folder() as folder, Home(devices_of(row, Path(folder)), link_of(row)) as home:
         process = home.mpirun(command, mpi=row.mpi, **pipes)
         code, out, err = finish(process, timeout)
         groups: list[Group] = [group for group in home.groups if group is not None]
         limited = [group for group in groups if row.memory_bytes]
-        return Ended(code, out, err, [group.peak() for group in groups], sum(group.limit_hits() for group in limited))
+        return FinishedRun(
+            code, out, err, [group.peak() for group in groups], sum(group.limit_hits() for group in limited)
+        )
 
 
 def last_line(text: str) -> str:

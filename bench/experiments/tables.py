@@ -82,7 +82,7 @@ class Table:
         return "\n".join(self._lines) if len(self._lines) > 2 else "Not measured yet."
 
 
-def again(found: Found, *, each: str = "") -> str:
+def command_cell(found: Found, *, each: str = "") -> str:
     """What stands after `python -m bench.experiments run` to repeat it, or all that only differ in the setting `each`."""
     words = repeat(found.line["settings"], each=each, launch=found.launch)
     return f"`{words}`" if words else ""

@@ -29,8 +29,19 @@ from typing import Any
 
 from bench.home.devices import Device, Link, equal_devices
 from bench.home.scripts import HOLDER, launcher, write_scripts
-from bench.home.sweep import PREFIX, TAG, HomeError, clean, do, in_network, make_disk, make_folder, network, sweep
-from bench.home.wire import Traffic, Wire, build, need, ping, socket_in
+from bench.home.sweep import (
+    PREFIX,
+    TAG_VARIABLE,
+    HomeError,
+    clean,
+    make_disk,
+    make_folder,
+    network,
+    processes_in_network,
+    run_program,
+    sweep,
+)
+from bench.home.wire import Traffic, Wire, build, ping, program_path, socket_in
 from bench.limits import Group
 from tpimpi.errors import InputError, TpimpiError
 
@@ -68,7 +79,7 @@ class Home:
         if not Path("/dev/net/tun").exists():
             raise HomeError("an emulated home needs /dev/net/tun; load the module tun (modprobe tun)")
         for program in ("unshare", "nsenter", "ip", "mount"):
-            need(program)
+            program_path(program)
         build()
         with contextlib.suppress(TpimpiError):  # what does not go does not hinder this one
             clean()
@@ -81,7 +92,7 @@ class Home:
             write_scripts(self.folder, self.names, self.addresses)
             for rank in range(len(self.devices)):
                 self._start_device(rank)
-            self._wire = Wire([holder.pid for holder in self._holders], {**os.environ, TAG: self.id})
+            self._wire = Wire([holder.pid for holder in self._holders], {**os.environ, TAG_VARIABLE: self.id})
             end.callback(self._wire.close)
             for rank, address in enumerate(self.addresses):
                 self._ip(
@@ -116,14 +127,14 @@ class Home:
         loop = "" if device.disk is None else make_disk(self.folder / f"{device.name}.img", device.disk)
         holder = subprocess.Popen(
             [
-                *(need("unshare"), "--net", "--uts", "--ipc", "--mount", "--propagation", "private"),
+                *(program_path("unshare"), "--net", "--uts", "--ipc", "--mount", "--propagation", "private"),
                 *("sh", "-c", HOLDER, "holder", device.name, str(folder), str(self.folder), loop),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=(log := (self.folder / f"{device.name}.log").open("w")),
             text=True,
-            env={**os.environ, TAG: self.id},
+            env={**os.environ, TAG_VARIABLE: self.id},
             start_new_session=True,
         )
         log.close()
@@ -133,7 +144,7 @@ class Home:
             said = (self.folder / f"{device.name}.log").read_text().strip()
             raise HomeError(f"device {device.name} cannot be made: {said or 'its shell ended'}")
         if loop:  # mounted by now: it goes when the last mount goes
-            subprocess.run([need("losetup"), "--detach", loop], check=False, capture_output=True)
+            subprocess.run([program_path("losetup"), "--detach", loop], check=False, capture_output=True)
         else:
             cache.mkdir(parents=True, exist_ok=True)
         self._caches.append(cache)
@@ -144,7 +155,7 @@ class Home:
             f"holder={holder.pid}; groups={shlex.quote(files)}; network='{network(holder.pid)}'\n"
         )
         own = {"HOME": folder / "home", "TPIMPI_CACHE": cache, "TMPDIR": temporary, "HOSTNAME": device.name}
-        exports = {**{key: str(value) for key, value in own.items()}, **device.env, TAG: self.id}
+        exports = {**{key: str(value) for key, value in own.items()}, **device.env, TAG_VARIABLE: self.id}
         lines = [f"export {key}={shlex.quote(value)}\n" for key, value in exports.items()]
         (self.folder / "env" / device.name).write_text("".join(lines))
 
@@ -168,7 +179,17 @@ class Home:
         return group.__enter__()  # sweep removes it, when what runs in it is dead
 
     def _ip(self, rank: int, commands: str) -> None:
-        do("nsenter", "--target", str(self._holders[rank].pid), "--net", "--", need("ip"), "-batch", "-", text=commands)
+        run_program(
+            "nsenter",
+            "--target",
+            str(self._holders[rank].pid),
+            "--net",
+            "--",
+            program_path("ip"),
+            "-batch",
+            "-",
+            text=commands,
+        )
 
     # Running programs
 
@@ -179,7 +200,7 @@ class Home:
         self, rank: int, command: Sequence[str], *, env: Mapping[str, str] | None = None, **popen: Any
     ) -> subprocess.Popen[Any]:
         """The command on device `rank`, in a session of its own; its process is the command's."""
-        popen = {"start_new_session": True, "env": {**os.environ, **(env or {}), TAG: self.id}, **popen}
+        popen = {"start_new_session": True, "env": {**os.environ, **(env or {}), TAG_VARIABLE: self.id}, **popen}
         return subprocess.Popen(self._on(rank, command), **popen)
 
     def run(
@@ -196,7 +217,7 @@ class Home:
             "stdin": subprocess.DEVNULL,
             "capture_output": True,
             "text": True,
-            "env": {**os.environ, **(env or {}), TAG: self.id},
+            "env": {**os.environ, **(env or {}), TAG_VARIABLE: self.id},
             **run,
         }
         return subprocess.run(self._on(rank, command), timeout=timeout, check=False, **run)
@@ -230,7 +251,7 @@ class Home:
     def pids(self, rank: int) -> set[int]:
         """The processes on device `rank`."""
         holder = self._holders[rank].pid
-        return in_network(holder) - {holder}
+        return processes_in_network(holder) - {holder}
 
     def set_link(self, link: Link, rank: int | None = None) -> None:
         """Change the link of every device that has none of its own, or of device `rank`, at once."""

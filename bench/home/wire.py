@@ -22,7 +22,7 @@ from platformdirs import user_cache_path
 
 from tpimpi.errors import InputError, TpimpiError
 
-SOURCE = Path(__file__).resolve().parent / "delay_line.c"
+SOURCE_FILE = Path(__file__).resolve().parent / "delay_line.c"
 CLONE_NEWNET = 0x40000000  # of <sched.h>; os.setns is there from Python 3.12 on
 SO_TIMESTAMPNS = 35  # of <asm-generic/socket.h>
 
@@ -33,19 +33,24 @@ class WireError(TpimpiError):
 
 def build() -> Path:
     """The delay line, compiled where it was not yet. Raises WireError."""
-    program = user_cache_path("tpimpi-bench") / f"delay_line-{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]}"
+    program = (
+        user_cache_path("tpimpi-bench") / f"delay_line-{hashlib.sha256(SOURCE_FILE.read_bytes()).hexdigest()[:16]}"
+    )
     if program.exists():
         return program
     if (compiler := shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")) is None:
-        raise WireError(f"no C compiler (cc) for {SOURCE.name}; install one (Debian: apt-get install gcc)")
+        raise WireError(f"no C compiler (cc) for {SOURCE_FILE.name}; install one (Debian: apt-get install gcc)")
     program.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=program.parent) as folder:
         made = Path(folder) / "delay_line"
         done = subprocess.run(
-            [compiler, "-std=c11", "-O2", "-o", str(made), str(SOURCE)], capture_output=True, text=True, check=False
+            [compiler, "-std=c11", "-O2", "-o", str(made), str(SOURCE_FILE)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
-            raise WireError(f"{compiler} cannot compile {SOURCE}: {done.stderr.strip()[-400:]}")
+            raise WireError(f"{compiler} cannot compile {SOURCE_FILE}: {done.stderr.strip()[-400:]}")
         made.replace(program)
     return program
 
@@ -177,7 +182,7 @@ def _checksum(data: bytes) -> int:
     return ~(total + (total >> 16)) & 0xFFFF
 
 
-def need(program: str) -> str:
+def program_path(program: str) -> str:
     """The path of a program. Raises InputError."""
     if (found := shutil.which(program)) is None:
         raise InputError(

@@ -30,8 +30,8 @@ from tpimpi.system.disk import mount_of
 
 CPU_PERIOD_US = 100_000
 SHORTEST_QUOTA_US = 1000  # the kernel refuses less
-REMOVAL_S = 10.0  # for what is left in a group to die
-RANK = "${OMPI_COMM_WORLD_RANK:-${PMI_RANK:?mpirun gave no rank}}"
+REMOVAL_TIMEOUT_S = 10.0  # for what is left in a group to die
+RANK_VARIABLE = "${OMPI_COMM_WORLD_RANK:-${PMI_RANK:?mpirun gave no rank}}"
 
 
 class Group:
@@ -154,7 +154,7 @@ def remove_groups(prefix: str, trees: Trees | None = None) -> None:
 
 
 def _remove(folders: Iterable[Path]) -> None:
-    deadline = time.monotonic() + REMOVAL_S
+    deadline = time.monotonic() + REMOVAL_TIMEOUT_S
     left = [folder for folder in folders if folder.exists()]
     while left:
         for pid in _pids(left) - {os.getpid()}:
@@ -218,7 +218,7 @@ class RankGroups:
     def command(self, argv: Sequence[str]) -> list[str]:
         """`argv`, run by each rank inside its own group."""
         stems = [folder.with_name(folder.name.removesuffix("-r0")) for folder in self.groups[0].folders]
-        return _enter(stems, argv, f"-r{RANK}")
+        return _enter(stems, argv, f"-r{RANK_VARIABLE}")
 
 
 def disk_number(path: Path, blocks: Path = Path("/sys/dev/block")) -> str:

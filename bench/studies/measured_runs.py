@@ -239,7 +239,7 @@ def peaks(found: Values) -> str:
     return mb(max(known)) if known else "-"
 
 
-def middle(runs: Sequence[Values], name: str) -> float | None:
+def median_of(runs: Sequence[Values], name: str) -> float | None:
     """Median of the runs' figures that are there."""
     values = [run[name] for run in runs if run.get(name) is not None]
     return median(values) if values else None

@@ -39,7 +39,7 @@ from bench.studies.measured_runs import (
     figures,
     groups_of,
     mb,
-    middle,
+    median_of,
     peaks,
     prepare,
     show,
@@ -125,7 +125,7 @@ def summarize_line(runs: Sequence[Values], smallest: str, pinned: str) -> list[V
                 "budget": budget,
                 "limited": limited,
                 "runs": len(these),
-                **{name: middle(these, name) for name in ("streamed_bytes_per_token", "s_per_token", "of_disk")},
+                **{name: median_of(these, name) for name in ("streamed_bytes_per_token", "s_per_token", "of_disk")},
                 "pinned_bytes": sum(rank["pinned_bytes"] for rank in these[0]["ranks"]),
                 "disk_bytes_per_s": median(rate for run in these for rate in run["disk_bytes_per_s"]),
                 "peak_bytes": max(group_peaks) if group_peaks else max(run["peak_rss_bytes"] for run in these),
@@ -136,7 +136,7 @@ def summarize_line(runs: Sequence[Values], smallest: str, pinned: str) -> list[V
     ends = [[run for run in runs if run["budget"] == budget] for budget in (smallest, pinned)]
     if all(ends):
         (x0, y0), (x1, y1) = (
-            [middle(end, name) or 0.0 for name in ("streamed_bytes_per_token", "s_per_token")] for end in ends
+            [median_of(end, name) or 0.0 for name in ("streamed_bytes_per_token", "s_per_token")] for end in ends
         )
         for row in rows:
             if x0 != x1:
@@ -228,8 +228,8 @@ def overlap(options: argparse.Namespace) -> None:
     rows = []
     for name, times, _ in cases:
         these = [run for run in setup.found["runs"] if run["case"] == name]
-        seconds = (middle(these, key) or 0.0 for key in ("computing_s", "reading_s", "sum_s", "s_per_token"))
-        rows.append((name, f"{times:.2f}", *(f"{s:.2f}" for s in seconds), f"{middle(these, 'of_larger'):.3f}"))
+        seconds = (median_of(these, key) or 0.0 for key in ("computing_s", "reading_s", "sum_s", "s_per_token"))
+        rows.append((name, f"{times:.2f}", *(f"{s:.2f}" for s in seconds), f"{median_of(these, 'of_larger'):.3f}"))
     columns = ("", "times", "computing", "reading", "their sum", "s/token", "/ the larger")
     show(f"--memory {options.memory}, medians of {options.rounds} (s)", columns, rows)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bench.home.devices import Device, Link
 from bench.home.faults.cases import BROKEN_BEFORE, KINDS, NAMES, PROMPT, RANKS, Case
-from bench.home.faults.screen import START_TIMEOUT_S, Screen, ours
+from bench.home.faults.screen import START_TIMEOUT_S, Screen, tpimpi_processes
 from bench.home.home import Home
 
 DISK_BYTES = 2 << 30  # of a device's own disk
@@ -70,7 +70,7 @@ def try_once(kind: str, home: Home, mpi: str, rank: int, silence: float, whole: 
                 outcome.message_s, outcome.line = max(0.0, moment - broken), line
                 break
         end = time.monotonic() + LEAVE_TIMEOUT_S
-        while left := [f"r{r} {c}" for r in range(RANKS) for c in ours(home, r).values()]:
+        while left := [f"r{r} {c}" for r in range(RANKS) for c in tpimpi_processes(home, r).values()]:
             if time.monotonic() > end:
                 break
             time.sleep(0.1)

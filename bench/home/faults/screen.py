@@ -57,7 +57,7 @@ class Screen:
             thread.join(2)
 
 
-def ours(home: Home, rank: int) -> dict[int, str]:
+def tpimpi_processes(home: Home, rank: int) -> dict[int, str]:
     """Processes of tpimpi on a device: id and command line."""
     found = {}
     for pid in home.pids(rank):
@@ -70,7 +70,11 @@ def ours(home: Home, rank: int) -> dict[int, str]:
 
 def rank_process(home: Home, rank: int) -> int:
     """The process of the rank on device `rank`, which has threads of ours; not the shells around it."""
-    mine = [pid for pid, command in ours(home, rank).items() if Path(command.split()[0]).name.startswith("python")]
+    mine = [
+        pid
+        for pid, command in tpimpi_processes(home, rank).items()
+        if Path(command.split()[0]).name.startswith("python")
+    ]
     if not mine:
         raise HomeError(f"rank {rank} has no process any more")
     return max(mine, key=lambda pid: len(list(Path(f"/proc/{pid}/task").iterdir())))
