@@ -1,0 +1,136 @@
+"""Every command in README, CONTRIBUTING and docs: it runs, or stands in a list that says why it cannot run in a test.
+
+A block of a page is run by bash as a reader would type it, one after the other, in a folder that looks like a checkout: what
+one block makes (slices, a prompt) the next may use. Long commands are made shorter (SHORTER), never left out for that alone.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.launch import ROOT, Launcher, run_command
+
+PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+FIRST_WORDS = set(
+    re.findall(
+        r"\S+",
+        "apt-get bash echo export for git mpirun pip printf python python3 qsub ruff sbatch source ssh-copy-id sudo tpimpi "
+        "while",
+    )
+)
+
+# What cannot run in a test, by a pattern for the whole line, and why.
+NOT_HERE = {
+    r"(sudo )?(env \S+ )?bash jobs/\S+\.sh.*": "CI runs the scripts themselves",
+    r"(apt-get|git|pip|python3 -m venv|ssh-copy-id) .*": "changes the machine, or needs another",
+    r"(sbatch|qsub) .*": "needs a batch system; tests/runs/test_jobs.py has one",
+    r"(sudo )?sysctl .*": "changes the machine",
+    r"(sudo )?(env \S+ )?python (-m bench\.|bench/)\S+.*": "hours, or root; tests/bench runs them",
+    r"export MPI4PY_MPIABI=mpich .*": "the suite's --mpi mpich does that",
+    r"python -m pytest .*": "a test within a test",
+    r".*slices-7b.*--other-.*": "measures for a long time",
+}
+
+# Commands that are made shorter, or more plain, than they stand on a page.
+SHORTER = (
+    (r"--model PATH", "--model '{smollm2}'"),
+    (r"“…”|\"…\"", '"Name a colour."'),
+    (r"--shape llama-2-7b\b", "--shape llama-2-7b --layers 2"),
+    (r"--shape llama-3\.1-8b\b", "--shape llama-3.1-8b --layers 2"),
+    (r"(tpimpi bench kernels)\b", r"\1 --seconds 0.01 --positions 1 --shape 256x256"),
+    (r"(tpimpi bench disk \S+)", r"\1 --seconds 0.1"),
+    (r"(tpimpi bench allreduce)", r"\1 --repeats 1 --sizes 576"),
+    (r"(tpimpi perplexity \S+)", r"\1 --max-tokens 600"),
+    (r"(-m tpimpi)(?=\s+--|\s*(?:#.*)?$)(?!.*--max-tokens)", r"\1 --max-tokens 8"),
+)
+
+
+def blocks() -> Iterator[tuple[str, list[str]]]:
+    """(name, lines) of each block of commands, in the order of the pages."""
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for found in re.finditer(r"^( *)```(?:sh|bash)?\n(.*?)^ *```$", text, re.M | re.S):
+            lines = [line.removeprefix(found[1]).rstrip() for line in found[2].replace("\\\n", "").splitlines()]
+            if lines and lines[0].split(" ", 1)[0] in FIRST_WORDS:
+                yield f"{page}:{text.count(chr(10), 0, found.start()) + 2}", lines
+
+
+BLOCKS = dict(blocks())
+
+
+def runs_here(line: str) -> bool:
+    command = re.split(r"\s+#\s", line, maxsplit=1)[0].strip()
+    return bool(command) and not any(re.fullmatch(pattern, command) for pattern in NOT_HERE)
+
+
+def is_output(line: str) -> bool:
+    """A line that a block shows of what a command prints."""
+    return bool(line) and not line.startswith((" ", "#")) and line.split(" ", 1)[0] not in (*FIRST_WORDS, "done", "do")
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
+    """A folder with what a checkout has, an environment, and the files that pages speak of."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("bench", "docs", "hostfiles", "jobs", "src", "tests"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / ".venv").symlink_to(sys.prefix)
+    (folder / "home.txt").write_text("localhost\n" * 4)
+    (folder / "prompt.txt").write_text("Name a colour.\n")
+    (folder / "questions.txt").write_text("Name a colour.\nName a fruit.\n")
+    (folder / "text").mkdir()
+    (folder / "text" / "alice29.txt").write_text((ROOT / "LICENSE").read_text())
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name, lines in BLOCKS.items() if any(map(runs_here, lines))])
+def test_commands_of_a_page_run(
+    name: str, checkout: Path, smollm2: Path, mpirun: Launcher, cache: dict[str, str]
+) -> None:
+    script = ["set -eo pipefail"]
+    for line in BLOCKS[name]:
+        if not runs_here(line) or is_output(line):
+            continue
+        for pattern, instead in SHORTER:
+            line = re.sub(pattern, instead.replace("{smollm2}", str(smollm2)), line)  # noqa: PLW2901
+        script.append(line.replace("--map-by node ", ""))  # one machine carries all ranks
+    result = run_command(["bash", "-c", "\n".join(script)], env={**mpirun.env, **cache}, cwd=checkout, timeout=400)
+    assert result.code == 0, f"{chr(10).join(script)}\n{result.out[-2000:]}\n{result.err[-4000:]}"
+
+
+def test_what_does_not_run_here_is_still_there() -> None:
+    lines = [re.split(r"\s+#\s", line, maxsplit=1)[0].strip() for block in BLOCKS.values() for line in block]
+    for pattern in NOT_HERE:
+        assert any(re.fullmatch(pattern, line) for line in lines), f"no page has a command like {pattern}"
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", text):
+            path = (ROOT / page).parent / target if target else ROOT / page
+            assert path.exists(), f"{page} links to {target}, which is not there"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
+                slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+                assert anchor in slugs, f"{page} links to #{anchor} of {target or page}, which is not there"
+
+
+def test_pages_are_wrapped() -> None:
+    for page in PAGES:
+        generated = code = False
+        for number, line in enumerate((ROOT / page).read_text(encoding="utf-8").splitlines(), start=1):
+            code ^= line.lstrip().startswith("```")
+            if line.startswith("<!--"):
+                generated = "<!-- end" not in line
+            if not code and not generated and not line.startswith(("|", "![", "<")):
+                assert len(line) <= 120, f"{page}:{number} has {len(line)} characters"
+
+
+def test_readme_is_a_page() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
