@@ -6,6 +6,7 @@ one block makes (slices, a prompt) the next may use. Long commands are made shor
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -88,7 +89,14 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", [name for name, lines in BLOCKS.items() if any(map(runs_here, lines))])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name.startswith("README") else pytest.mark.slow)
+        for name, lines in BLOCKS.items()
+        if any(map(runs_here, lines))
+    ],
+)
 def test_commands_of_a_page_run(
     name: str, checkout: Path, smollm2: Path, mpirun: Launcher, cache: dict[str, str]
 ) -> None:
@@ -99,7 +107,10 @@ def test_commands_of_a_page_run(
         for pattern, instead in SHORTER:
             line = re.sub(pattern, instead.replace("{smollm2}", str(smollm2)), line)  # noqa: PLW2901
         script.append(line.replace("--map-by node ", ""))  # one machine carries all ranks
-    result = run_command(["bash", "-c", "\n".join(script)], env={**mpirun.env, **cache}, cwd=checkout, timeout=400)
+    env = {**mpirun.env, **cache, "PATH": f"{Path(mpirun.program).parent}:{os.environ['PATH']}"}
+    result = run_command(
+        ["bash", "-c", "\n".join(script)], env=env, cwd=checkout, stdin="Name a colour.\n", timeout=200
+    )
     assert result.code == 0, f"{chr(10).join(script)}\n{result.out[-2000:]}\n{result.err[-4000:]}"
 
 
