@@ -1,4 +1,4 @@
-// tpimpi._native: hands NumPy's buffers to the kernels. It checks shapes and releases the GIL; see backends/native.py.
+// tpimpi._native: hands NumPy's buffers to the kernels. It checks shapes and releases the GIL; see compute/backends/native.py.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>

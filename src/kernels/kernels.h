@@ -1,8 +1,8 @@
 // The kernels' interface: what a level (an instruction set) provides, and the packed weights that it reads.
 //
-// All arrays are row-major. The packed form of weights is specified in tpimpi/formats.py: panels of 16 rows, each made of
+// All arrays are row-major. The packed form of weights is specified in tpimpi/compute/formats: panels of 16 rows, each made of
 // lines of 64 bytes that hold one 4-byte word of each row. Every operation has a twin of the same meaning in
-// tpimpi/backends/numpy_twin.py.
+// tpimpi/compute/backends/reference.py.
 #pragma once
 
 #include <cstddef>

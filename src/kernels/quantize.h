@@ -1,4 +1,4 @@
-// Quantizing to q8_0, q4_0 and q4_1 by the search that tpimpi/quantize.py states, to the same bytes.
+// Quantizing to q8_0, q4_0 and q4_1 by the search that tpimpi/compute/formats/search.py states, to the same bytes.
 //
 // Sixteen blocks are worked on side by side, one in each lane, in loops that the compiler turns into vector code. All arithmetic
 // is single operations in f32: compile with -ffp-contract=off.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.launch import Result
-from tpimpi.compute.backends import NAMES
+from tpimpi.compute.backends import BACKEND_NAMES
 from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.compute.formats.packed import packed_bytes
 from tpimpi.diagnostics.bench.kernels import TORCH, Limits, Timing, make_rows
@@ -68,7 +68,7 @@ def test_the_last_level_cache_is_found(tmp_path: Path) -> None:
     assert last_level_cache(4, tmp_path) == 32 << 20
 
 
-@pytest.mark.parametrize("backend", [None, *(name for name in NAMES if name not in ("auto", "native"))])
+@pytest.mark.parametrize("backend", [None, *(name for name in BACKEND_NAMES if name not in ("auto", "native"))])
 def test_every_row_is_there(tpimpi: Callable[..., Result], tmp_path: Path, backend: str | None) -> None:
     report = tmp_path / "bench.json"
     chosen = [] if backend is None else ["--backend", backend]

@@ -175,7 +175,7 @@ def test_slices_hold_the_sources_numbers(tmp_path: Path, fmt: str, ranks: int) -
 def test_the_folder_and_the_gguf_file_hold_the_same_numbers(
     tmp_path: Path, kind: str, fmt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "FILE_BYTES", 300_000)
+    monkeypatch.setattr(export, "MAX_FILE_BYTES", 300_000)
     source = made(write_config(tmp_path / "shape", kind), fmt)
     export.write_hf(source, tmp_path / "hf", lambda done, total: None)
     export.write_gguf(source, tmp_path / "model.gguf", lambda done, total: None)
@@ -204,7 +204,7 @@ def test_transformers_reads_the_folder(tmp_path: Path, monkeypatch: pytest.Monke
     import torch
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(export, "FILE_BYTES", 300_000)
+    monkeypatch.setattr(export, "MAX_FILE_BYTES", 300_000)
     source = made(write_config(tmp_path / "shape", "qwen2"), "q4_1")
     export.write_hf(source, tmp_path / "hf", lambda done, total: None)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")

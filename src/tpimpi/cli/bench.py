@@ -10,7 +10,7 @@ from typing import Any
 from tpimpi.cli.parser import Parser
 from tpimpi.cli.process import Job, say
 from tpimpi.cli.values import MOST_THREADS, count, seconds, some_of, whole_number, whole_numbers
-from tpimpi.compute.backends import NAMES
+from tpimpi.compute.backends import BACKEND_NAMES
 from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.diagnostics.options import AllreduceBenchOptions
 from tpimpi.engine.ranks import greet
@@ -80,7 +80,9 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
         "--threads", type=whole_number("--threads", 1, MOST_THREADS), default=1, metavar="N", help="default 1"
     )
     parser.add_argument(
-        "--backend", choices=NAMES, help="bench this one (default: native where it is installed, else the others)"
+        "--backend",
+        choices=BACKEND_NAMES,
+        help="bench this one (default: native where it is installed, else the others)",
     )
     parser.add_argument(
         "--seconds", type=SECONDS, default=1.0, metavar="S", help="of each measurement, at least one call (default 1)"

@@ -25,12 +25,12 @@ from tpimpi.cli.options import (
 )
 from tpimpi.cli.parser import Parser
 from tpimpi.cli.values import AUTO, MOST_THREADS, against_format, memory_limit, seconds, whole_number, window_blocks
-from tpimpi.compute.backends import NAMES
+from tpimpi.compute.backends import BACKEND_NAMES
 from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.diagnostics.trace_file import BEGINNING
 from tpimpi.errors import InputError
 from tpimpi.models.kv.cache import KV_FORMATS
-from tpimpi.serving.perplexity import CHUNK
+from tpimpi.serving.perplexity import CHUNK_POSITIONS
 from tpimpi.serving.session import SAMPLING
 from tpimpi.star import ALLREDUCES, DEFAULT_SILENCE_S, DEFAULT_TIMEOUT_S, SHORTEST_SILENCE_S, WIRES
 from tpimpi.system.files import check_writable
@@ -173,7 +173,10 @@ def _add_prompt_and_answer(parser: argparse.ArgumentParser) -> None:
 def add_computing(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("computing")
     group.add_argument(
-        "--backend", default="auto", choices=NAMES, help="what computes (default auto: native if installed, else torch)"
+        "--backend",
+        default="auto",
+        choices=BACKEND_NAMES,
+        help="what computes (default auto: native if installed, else torch)",
     )
     group.add_argument(
         "--memory",
@@ -250,7 +253,7 @@ def perplexity_parser() -> argparse.ArgumentParser:
         "--context",
         type=whole_number("--context", 2, why=NOTHING_TO_PREDICT),
         metavar="N",
-        help=f"positions of each chunk, 2 or more (default {CHUNK}, or what the model has)",
+        help=f"positions of each chunk, 2 or more (default {CHUNK_POSITIONS}, or what the model has)",
     )
     group.add_argument(
         "--max-tokens",

@@ -19,7 +19,7 @@ _LLAMA_3_1_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-_MOST_BYTES = 1 << 20  # of a config.json
+_MAX_CONFIG_BYTES = 1 << 20  # of a config.json
 
 
 def _shape(
@@ -119,11 +119,11 @@ def _config_path(wanted: str) -> Path:
 def _read(path: Path) -> Any:
     try:
         with path.open("rb") as file:
-            data = file.read(_MOST_BYTES + 1)
+            data = file.read(_MAX_CONFIG_BYTES + 1)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}; let your user read it") from error
-    if len(data) > _MOST_BYTES:
-        raise ModelError(f"{path}: is longer than {_MOST_BYTES >> 20} MiB; give a model's config.json")
+    if len(data) > _MAX_CONFIG_BYTES:
+        raise ModelError(f"{path}: is longer than {_MAX_CONFIG_BYTES >> 20} MiB; give a model's config.json")
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:

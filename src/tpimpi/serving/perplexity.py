@@ -36,8 +36,9 @@ from tpimpi.serving.text.tokenizer import Tokenizer
 
 F64 = npt.NDArray[np.float64]
 
-_ROWS = 8  # rows of logits that are widened to f64 at a time
-_SAY_EVERY = 5.0  # seconds between two lines of progress
+CHUNK_POSITIONS = 512  # of a chunk, where --context does not say; fewer where the model has fewer
+_WIDENED_ROWS = 8  # rows of logits that are widened to f64 at a time
+_PROGRESS_INTERVAL_S = 5.0  # seconds between two lines of progress
 
 
 # The arithmetic
@@ -78,7 +79,7 @@ def kl_divergences(reference: F32, reference_normalizers: F64, logits: F32, norm
 
 
 def _runs(count: int) -> Iterator[slice]:
-    return (slice(start, min(start + _ROWS, count)) for start in range(0, count, _ROWS))
+    return (slice(start, min(start + _WIDENED_ROWS, count)) for start in range(0, count, _WIDENED_ROWS))
 
 
 def mean_and_error(values: F64) -> tuple[float, float]:
@@ -212,7 +213,7 @@ class Measurement:
         most = engines[0].header.config.context
         if context is not None and context > most:
             raise InputError(f"--context is {context}, this model has {most} positions; give at most that")
-        self.context = context or min(CHUNK, most)
+        self.context = context or min(CHUNK_POSITIONS, most)
         if not text:
             raise InputError(f"the text {name} is empty; give some text")
         self.ids = tokenizer.encode(text, special=False)[:max_tokens]
@@ -249,7 +250,7 @@ class Measurement:
                     kl.append(kl_divergences(*found[1], *found[0]))
                     same.append(found[1][0].argmax(axis=1) == found[0][0].argmax(axis=1))
                 done += len(ids) - 1
-                if not quiet and time.monotonic() - said > _SAY_EVERY:
+                if not quiet and time.monotonic() - said > _PROGRESS_INTERVAL_S:
                     said = time.monotonic()
                     so_far = math.exp(min(np.concatenate(nll[0]).mean(), 700.0))
                     print(f"{done} of {total} tokens, perplexity so far {so_far:.4f}", file=sys.stderr, flush=True)
@@ -276,6 +277,3 @@ class Measurement:
     def _begin(self, engines: Sequence[Engine]) -> None:
         for engine in engines:
             begin(engine.model, engine.model.star, self.context)
-
-
-CHUNK = 512  # positions of a chunk of such a text, where the model has as many

@@ -33,10 +33,10 @@ from tpimpi.errors import InputError, StorageError
 
 FORMAT_VERSION = 1
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "raw")  # options of a run
-ENDS = ("end", "stop", "max_tokens", "context")
-_BEGINNING = b'{"tpimpi session": '
-_MOST_FIRST = 4096  # bytes of the first line
-_FIRST: dict[str, type | None] = {  # what it holds
+END_REASONS = ("end", "stop", "max_tokens", "context")
+_FIRST_LINE_START = b'{"tpimpi session": '
+_MAX_FIRST_LINE_BYTES = 4096  # bytes of the first line
+_FIRST_LINE_TYPES: dict[str, type | None] = {  # what it holds
     "tpimpi session": int,
     "model": str,
     "fingerprint": str,
@@ -53,7 +53,7 @@ class Turn:
     ids: list[int]
     seed: int  # of the random draws, of which there is one for each of `tokens`
     tokens: list[int] = field(default_factory=list)
-    ended: str | None = None  # one of ENDS
+    ended: str | None = None  # one of END_REASONS
     text: str = ""  # of an answer that has ended
 
 
@@ -66,7 +66,7 @@ class Session:
             raise InputError("--session is empty; give the name of a file")
         self._path = Path(given)
         self._header: dict[str, Any] | None = None
-        self._whose: dict[str, Any] = {}  # a first line to be written
+        self._new_header: dict[str, Any] = {}  # a first line to be written
         self.turns: list[Turn] = []
         self._file = -1
         self._made = False
@@ -111,8 +111,8 @@ class Session:
     def _read(self) -> int:
         """Take in what the file holds; returns how many of its bytes are whole lines."""
         with open(self._file, "rb", closefd=False) as file:
-            first = file.readline(_MOST_FIRST)
-            if not first.startswith(_BEGINNING[: len(first)]) or (not first.endswith(b"\n") and file.read(1)):
+            first = file.readline(_MAX_FIRST_LINE_BYTES)
+            if not first.startswith(_FIRST_LINE_START[: len(first)]) or (not first.endswith(b"\n") and file.read(1)):
                 raise self._wrong(" is there, and is no session; give the name of a new file, or of a session")
             if not first.endswith(b"\n"):
                 return 0
@@ -137,7 +137,7 @@ class Session:
                     f"this tpimpi knows version {FORMAT_VERSION}; use the one that made the file, or give another file"
                 )
                 raise self._wrong(f" is of format version {version}, {ours}")
-            _require(value, _FIRST)
+            _require(value, _FIRST_LINE_TYPES)
             _require(value["options"], {**dict.fromkeys(SAMPLING), "raw": bool})
             for name, number in value["options"].items():
                 if type(number) not in (int, float, bool) and (name, number) != ("seed", None):
@@ -157,7 +157,7 @@ class Session:
         else:
             _require(value, {"end": str, "text": str})
             value["text"].encode()
-            turn.ended, turn.text = ENDS[ENDS.index(value["end"])], value["text"]
+            turn.ended, turn.text = END_REASONS[END_REASONS.index(value["end"])], value["text"]
 
     def _id(self, number: object) -> int:
         assert self._header is not None
@@ -178,8 +178,8 @@ class Session:
         Raises InputError for one that the user has `given` (not None) and that is not the session's.
         """
         if self._header is None:
-            self._whose["options"] = {name: parsed[name] for name in SAMPLING}
-            return dict(self._whose["options"])
+            self._new_header["options"] = {name: parsed[name] for name in SAMPLING}
+            return dict(self._new_header["options"])
         options: dict[str, Any] = self._header["options"]
         for name in SAMPLING:
             if (value := given.get(name)) is not None and value != options[name]:
@@ -194,7 +194,7 @@ class Session:
     def check_model(self, name: str, fingerprint: str, vocabulary: int) -> None:
         """Raise InputError where the conversation was begun with another model."""
         ours: dict[str, Any] = {"model": name, "fingerprint": fingerprint, "vocabulary": vocabulary}
-        self._whose |= ours
+        self._new_header |= ours
         if self._header is None:
             return
         theirs = self._header
@@ -211,8 +211,8 @@ class Session:
             return
         lines = _line({"prompt": turn.prompt, "ids": turn.ids, "seed": turn.seed})
         if self._header is None:
-            self._whose["tpimpi session"] = FORMAT_VERSION
-            self._header = {key: self._whose[key] for key in _FIRST}
+            self._new_header["tpimpi session"] = FORMAT_VERSION
+            self._header = {key: self._new_header[key] for key in _FIRST_LINE_TYPES}
             lines = _line(self._header) + lines
         self._write(lines)
         self.turns.append(turn)
@@ -223,7 +223,7 @@ class Session:
         self.turns[-1].tokens.append(token)
 
     def end(self, why: str, text: str) -> None:
-        """The last turn's answer is done, for one of ENDS."""
+        """The last turn's answer is done, for one of END_REASONS."""
         self._write(_line({"end": why, "text": text}))
         self.turns[-1].ended, self.turns[-1].text = why, text
 

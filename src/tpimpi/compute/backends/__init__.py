@@ -1,7 +1,7 @@
 """The operations that a layer is made of, behind one small surface.
 
 A backend is a module or object with the functions of `Backend`. All arrays are NumPy; f32 comes in and goes out; weight
-matrices are packed, in a format of their own (see tpimpi.compute.formats.packed). `reference` states each operation plainly,
+matrices are packed, in a format of their own (see tpimpi.compute.formats). `reference` states each operation plainly,
 and tests compare the others against it.
 """
 
@@ -16,7 +16,7 @@ from tpimpi.compute.formats.packed import Matrix
 from tpimpi.compute.formats.quantize import quantize
 from tpimpi.errors import InputError
 
-NAMES = ("auto", "native", "torch", "numpy")  # what --backend takes
+BACKEND_NAMES = ("auto", "native", "torch", "numpy")  # what --backend takes
 
 
 class Backend(Protocol):
@@ -27,7 +27,8 @@ class Backend(Protocol):
     def linear(self, x: F32, weight: Matrix, bias: F32 | None = None) -> F32:
         """x [n, columns] times the transpose of weight [rows, columns], plus bias [rows]: [n, rows].
 
-        A backend may round x as numpy_twin does: to bf16 beside bf16 weights, to int8 in blocks of 32 beside quantized ones.
+        A backend may round x as `reference` does: to bf16 beside bf16 weights, to int8 in blocks of 32 beside quantized
+        ones.
         """
 
     def rms_norm(self, x: F32, weight: F32, eps: float) -> F32:
@@ -49,7 +50,7 @@ class Backend(Protocol):
 
 
 def load_backend(name: str, threads: int) -> Backend:
-    """The backend `name` (one of NAMES), computing with `threads` threads; "auto" is native where it is installed, or torch.
+    """The backend `name`, computing with `threads` threads; "auto" is native where it is installed, or torch.
 
     Raises InputError where native is asked for and not installed, ImportError where torch is missing.
     """

@@ -30,6 +30,7 @@ import psutil
 from tpimpi import __version__
 from tpimpi.compute.arrays import F32
 from tpimpi.compute.backends import Backend, has_native, load_backend
+from tpimpi.compute.formats import FORMATS
 from tpimpi.compute.formats.packed import Matrix, encode, pack, packed_bytes, row_bytes
 from tpimpi.errors import InputError
 from tpimpi.system.buffers import aligned_buffer
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 ROUNDS = 5
 CACHE_TIMES = 4  # the copies of a matrix together are so many times the last-level cache
 TORCH = "torch F.linear"
-PEAK_OF_FORMAT = {"f32": "f32", "bf16": "bf16", "q8_0": "int8", "q4_0": "int8", "q4_1": "int8"}
 _PATTERN_ROWS = 256  # rows of random weights, repeated: quantizing all of them would take longer than the measurement
 _TORCH_FORMATS = ("f32", "bf16")
 _METER_BYTES = 256 << 20  # read at least, to measure the bandwidth
@@ -104,7 +104,7 @@ def make_rows(timings: Sequence[Timing], rows: int, columns: int, limits: Limits
                 gb_per_s=bandwidth / 1e9,
                 gflop_per_s=rate / 1e9,
                 of_read_bandwidth=_over(bandwidth, limits.read_bandwidth),
-                of_multiply_peak=_over(rate, limits.multiply_peak.get(PEAK_OF_FORMAT[t.format])),
+                of_multiply_peak=_over(rate, limits.multiply_peak.get(FORMATS[t.format].multiplied_as)),
                 of_one_position=_over(seconds, one.get((t.backend, t.format))),
             )
         )
@@ -299,7 +299,7 @@ class Bench:
         if with_torch:
             for fmt, count, nbytes, call in _torchs(pattern, self.rows, inputs, threads, cache):
                 self._kernels.append((TORCH, fmt, count, nbytes, _Kernel(call)))
-        kinds = [PEAK_OF_FORMAT[fmt] for fmt in (*formats, *(_TORCH_FORMATS if with_torch else ()))]
+        kinds = [FORMATS[fmt].multiplied_as for fmt in (*formats, *(_TORCH_FORMATS if with_torch else ()))]
         self._meter: _Meter | None = None
         if self.backend.name == "native":
             from tpimpi.compute.backends.native import NativeBackend

@@ -1,4 +1,8 @@
-"""The keys and values of this rank's KV heads."""
+"""The KV cache: the keys and values of this rank's KV heads, of one sequence.
+
+It is one run of positions. Pages of several sequences (see the design: rank 0 decides which page is whose) belong beside it
+in this package.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from tpimpi.compute.arrays import F32, Array
 from tpimpi.system.buffers import Pages
 
 KV_FORMATS = ("auto", "f16", "f32")  # what --kv takes; auto is as precise as the weights deserve, see `kv_dtype`
-_MOST_F16 = np.float32(65504)  # the largest finite f16
+_LARGEST_F16 = np.float32(65504)  # the largest finite f16
 
 
 class KVCache:
@@ -71,4 +75,4 @@ def to_f16(values: F32) -> npt.NDArray[Any]:
     What is beyond the range of f16, an infinity too, becomes +-65504, the largest that is finite: an infinite key or value
     would make NaN of every position after it. NaN stays NaN.
     """
-    return np.maximum(np.minimum(values, _MOST_F16), -_MOST_F16).astype(np.float16)
+    return np.maximum(np.minimum(values, _LARGEST_F16), -_LARGEST_F16).astype(np.float16)

@@ -30,7 +30,7 @@ A slice file is named `rank-R-of-N.h5` and holds these objects:
     [vocab, bytes a row]; and XXH3-64 of each row's bytes (uint64).
 
 Matrices (q, k, v, o, gate, up, down, rows; the shapes given above are those of the numbers, as in the header) are
-stored in packed form: panels of 16 rows, as `tpimpi.compute.formats.packed` specifies. The dataset is float32
+stored in packed form: panels of 16 rows, as `tpimpi.compute.formats` specifies. The dataset is float32
 [panels, columns, 16] for f32, uint16 [panels, ceil(columns / 2), 16, 2] for bf16, and uint8 [panels, bytes a panel] for
 the quantized formats. Where the number of rows is no multiple of 16, or that of columns no multiple of 32 (of 2, in
 bf16), the numbers that are not there are zeros. Biases are f32, not packed. f32 is stored as IEEE little-endian float,

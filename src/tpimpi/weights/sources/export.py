@@ -34,11 +34,11 @@ from tpimpi.weights.sources.synthetic import SyntheticSource
 
 Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
 
-FILE_BYTES = 5 * 10**9  # of a safetensors file at most, unless a single tensor is larger
+MAX_FILE_BYTES = 5 * 10**9  # of a safetensors file at most, unless a single tensor is larger
 _SLAB_NUMBERS = 1 << 20  # of a tensor, written at a time; at least a row
 _INDEX = "model.safetensors.index.json"
 _ELSEWHERE = "choose another place with --out"  # the remedy of a full disk
-_MARK = "_tpimpi_synth"  # the key of config.json that says that a folder is ours to write over
+_MARK_KEY = "_tpimpi_synth"  # the key of config.json that says that a folder is ours to write over
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"--out {folder} is there and is no folder; give another name, or remove it")
     found = sorted(path.name for path in folder.iterdir())
     try:
-        ours = not found or _MARK in json.loads((folder / "config.json").read_bytes())
+        ours = not found or _MARK_KEY in json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError, TypeError):  # not there, no JSON, no object
         ours = False
     if not ours:
@@ -184,7 +184,7 @@ def check_folder(folder: Path) -> None:
 
 
 def write_hf(source: SyntheticSource, folder: Path, progress: Progress) -> None:
-    """Write config.json, and safetensors files of FILE_BYTES with their index; what is unfinished has other names.
+    """Write config.json, and safetensors files of MAX_FILE_BYTES with their index; what is unfinished has other names.
 
     Raises InputError, StorageError.
     """
@@ -225,14 +225,14 @@ def _hf_config(source: SyntheticSource) -> dict[str, Any]:
     values = {name: value for name, value in source.shape.values.items() if name not in ("dtype", "torch_dtype")}
     made_by = {"version": __version__, "seed": source.seed, "format": source.formats.describe()}
     architectures = [ARCHITECTURES[source.config.architecture].hf_class]
-    return {**values, "architectures": architectures, "torch_dtype": "bfloat16", _MARK: made_by}
+    return {**values, "architectures": architectures, "torch_dtype": "bfloat16", _MARK_KEY: made_by}
 
 
 def _safetensors_files(source: SyntheticSource) -> list[list[_Tensor]]:
     files: list[list[_Tensor]] = [[]]
     for name, info in source.tensors().items():
         tensor = _Tensor(name, hf_name(name), 2 * int(np.prod(info.shape)))
-        if files[-1] and sum(other.nbytes for other in files[-1]) + tensor.nbytes > FILE_BYTES:
+        if files[-1] and sum(other.nbytes for other in files[-1]) + tensor.nbytes > MAX_FILE_BYTES:
             files.append([])
         files[-1].append(tensor)
     return files

@@ -36,9 +36,9 @@ from tpimpi.weights.sources.source import (
     unreadable,
 )
 
-_GGUF_SCALARS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}
-_GGUF_STRING, _GGUF_ARRAY = 8, 9
-_MAX_GGUF_HEADER = 256 << 20
+_SCALAR_CODES = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_MAX_HEADER_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class _GgufHeader:
 
     def __init__(self, stream: BinaryIO, size: int, path: Path) -> None:
         self.stream = stream
-        self.limit = min(size, _MAX_GGUF_HEADER)
+        self.limit = min(size, _MAX_HEADER_BYTES)
         self.size = size
         self.path = path
         self.position = 0
@@ -229,9 +229,9 @@ class _GgufHeader:
         """The elements of an array that `parse` stepped over."""
         self.stream.seek(array.offset)
         self.position = array.offset
-        if array.kind == _GGUF_STRING:
+        if array.kind == _STRING:
             return [self.string() for _ in range(array.count)]
-        code = f"<{array.count}{_GGUF_SCALARS[array.kind]}"
+        code = f"<{array.count}{_SCALAR_CODES[array.kind]}"
         return list(struct.unpack(code, self.take(struct.calcsize(code))))
 
     def tensor(self) -> _GgufTensor:
@@ -243,19 +243,19 @@ class _GgufHeader:
         return _GgufTensor(name, shape, self.number("I"), self.number("Q"))
 
     def value(self, kind: int) -> Any:
-        if kind == _GGUF_STRING:
+        if kind == _STRING:
             return self.string()
-        if kind in _GGUF_SCALARS:
-            return self.number(_GGUF_SCALARS[kind])
-        if kind != _GGUF_ARRAY:
+        if kind in _SCALAR_CODES:
+            return self.number(_SCALAR_CODES[kind])
+        if kind != _ARRAY:
             raise self.broken(f"metadata type {kind} is unknown")
         kind, count = self.number("I"), self.number("Q")
         array = _GgufArray(self.position, kind, count)
-        if kind == _GGUF_STRING:
+        if kind == _STRING:
             self.skip_strings(count)
-        elif kind in _GGUF_SCALARS:
-            self.need(count * struct.calcsize(f"<{_GGUF_SCALARS[kind]}"))
-            self.position += count * struct.calcsize(f"<{_GGUF_SCALARS[kind]}")
+        elif kind in _SCALAR_CODES:
+            self.need(count * struct.calcsize(f"<{_SCALAR_CODES[kind]}"))
+            self.position += count * struct.calcsize(f"<{_SCALAR_CODES[kind]}")
             self.stream.seek(self.position)
         else:
             raise self.broken(f"array of metadata type {kind}")

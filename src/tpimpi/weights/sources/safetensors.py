@@ -47,8 +47,8 @@ TOKENIZER_FILES = (
 )
 
 _SAFETENSORS_DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
-_MAX_JSON = 64 << 20
-_HEAD_ROWS = 64  # of a saved head, compared with the embedding it is tied to
+_MAX_JSON_BYTES = 64 << 20
+_COMPARED_HEAD_ROWS = 64  # of a saved head, compared with the embedding it is tied to
 
 
 def open_hf(directory: Path) -> Source:
@@ -137,11 +137,11 @@ def _no_safetensors(directory: Path) -> ModelError:
 def _read_json(path: Path) -> Any:
     try:
         with open_file(path) as file:
-            data = file.read(_MAX_JSON + 1)
+            data = file.read(_MAX_JSON_BYTES + 1)
     except OSError as error:
         raise unreadable(path, error) from error
-    if len(data) > _MAX_JSON:
-        raise ModelError(f"{path}: is longer than {_MAX_JSON >> 20} MiB; it is no such file")
+    if len(data) > _MAX_JSON_BYTES:
+        raise ModelError(f"{path}: is longer than {_MAX_JSON_BYTES >> 20} MiB; it is no such file")
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -199,7 +199,9 @@ def _check_tied(found: Mapping[str, Stored]) -> None:
     same = table is not None and head.info.shape == table.info.shape and len(head.info.shape) == 2
     if table is not None and same:
         rows = head.info.shape[0]
-        for row in {sample * (rows - 1) // (_HEAD_ROWS - 1) for sample in range(_HEAD_ROWS)} if rows else ():
+        for row in (
+            {sample * (rows - 1) // (_COMPARED_HEAD_ROWS - 1) for sample in range(_COMPARED_HEAD_ROWS)} if rows else ()
+        ):
             pair = [decode(tensor.info.format, tensor.rows(row, row + 1)) for tensor in (head, table)]
             same = same and np.array_equal(pair[0], pair[1], equal_nan=True)
     if not same:

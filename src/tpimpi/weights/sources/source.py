@@ -38,7 +38,7 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "give a shorter path",
 }
 
-_SAMPLES = 64  # of each weight file, in a fingerprint
+_FILE_SAMPLES = 64  # of each weight file, in a fingerprint
 _SAMPLE_BYTES = 4096
 _SLAB_NUMBERS = 1 << 20  # decoded at once: what dequantizing needs beside its result
 _BF16_SLAB_NUMBERS = 1 << 15  # stays in the cache; slabs of 1 << 20 take twice as long
@@ -281,11 +281,11 @@ def unreadable(path: Path, error: OSError) -> ModelError:
 def _file_digest(file: WeightFile) -> bytes:
     digest = xxhash.xxh3_128(file.size.to_bytes(8, "little"))
     digest.update(file.read(0, file.header_end))
-    if file.size <= _SAMPLES * _SAMPLE_BYTES:
+    if file.size <= _FILE_SAMPLES * _SAMPLE_BYTES:
         digest.update(file.read(0, file.size))
     else:
-        for sample in range(_SAMPLES):
-            digest.update(file.read(sample * (file.size - _SAMPLE_BYTES) // (_SAMPLES - 1), _SAMPLE_BYTES))
+        for sample in range(_FILE_SAMPLES):
+            digest.update(file.read(sample * (file.size - _SAMPLE_BYTES) // (_FILE_SAMPLES - 1), _SAMPLE_BYTES))
     return digest.digest()
 
 

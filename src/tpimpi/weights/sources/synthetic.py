@@ -35,9 +35,9 @@ VERSION = 1  # of the numbers that a seed gives
 SIGMA = 0.02
 _PLACE_BITS = 18
 _PLACES = 1 << _PLACE_BITS  # blocks of the pool at which a row can begin
-_DRAWS = 12  # bytes that are added up for a number
-_MEAN, _DEVIATION = _DRAWS * 255 // 2, 256  # of such sums
-_SLAB = 1 << 18  # numbers worked on at a time
+_BYTES_PER_NUMBER = 12  # bytes that are added up for a number
+_MEAN, _DEVIATION = _BYTES_PER_NUMBER * 255 // 2, 256  # of such sums
+_SLAB_NUMBERS = 1 << 18  # numbers worked on at a time
 _NORM_STEPS = 20  # a norm's weight is 1 + n / 128, n with a standard deviation of 256 / 20
 
 
@@ -114,10 +114,15 @@ class _Pool:
         count = (_PLACES + -(-longest // BLOCK_WEIGHTS)) * BLOCK_WEIGHTS
         self._sums = np.empty(count, np.int16)  # of mean 0 and standard deviation 256
         bits = np.random.PCG64(xxhash.xxh3_64_intdigest(f"tpimpi {VERSION} {seed}".encode()))
-        for start in range(0, count, _SLAB):
-            drawn = bits.random_raw(_DRAWS * _SLAB // 8).astype("<u8").view(np.uint8).reshape(_DRAWS, _SLAB)
+        for start in range(0, count, _SLAB_NUMBERS):
+            drawn = (
+                bits.random_raw(_BYTES_PER_NUMBER * _SLAB_NUMBERS // 8)
+                .astype("<u8")
+                .view(np.uint8)
+                .reshape(_BYTES_PER_NUMBER, _SLAB_NUMBERS)
+            )
             total = drawn.sum(axis=0, dtype=np.int16)
-            self._sums[start : start + _SLAB] = total[: count - start] - np.int16(_MEAN)
+            self._sums[start : start + _SLAB_NUMBERS] = total[: count - start] - np.int16(_MEAN)
         self._forms: dict[tuple[str, bool], Bytes] = {}
 
     def rows(self, fmt: str, places: npt.NDArray[np.intp], columns: int, *, as_bf16: bool) -> Bytes:
@@ -144,8 +149,8 @@ class _Pool:
         key = (fmt, as_bf16)
         if key not in self._forms:
             pieces = []
-            for start in range(0, self._sums.size, _SLAB):
-                sums = self._sums[start : start + _SLAB].astype(np.float32)
+            for start in range(0, self._sums.size, _SLAB_NUMBERS):
+                sums = self._sums[start : start + _SLAB_NUMBERS].astype(np.float32)
                 numbers = from_bf16(to_bf16(sums * np.float32(SIGMA / _DEVIATION)))[None]
                 stored = encode(numbers, fmt, quantize_exactly)
                 pieces.append(to_bf16(decode(stored, fmt, numbers.shape[1])).view(np.uint8) if as_bf16 else stored)
