@@ -16,7 +16,7 @@ from tpimpi.diagnostics.options import AllreduceBenchOptions
 from tpimpi.engine.ranks import greet
 from tpimpi.errors import InputError
 from tpimpi.star import ALGORITHMS, WIRES, Star
-from tpimpi.star.control import encode_note, stop_others_on_error
+from tpimpi.star.control import StopNote, send_note, stop_others_on_error
 from tpimpi.system.buffers import PAGE
 from tpimpi.system.files import check_writable, write_json
 from tpimpi.system.units import parse_size
@@ -216,7 +216,7 @@ def bench_together(star: Star, job: Job) -> int:
     with stop_others_on_error(star):
         hosts = [rank.host for rank in greet(star, job.arguments)]
         allreduce.bench(parse_allreduce(job.arguments[1:]), star, hosts)
-    star.broadcast_note(encode_note(stop=0))
+    send_note(star, StopNote(0))
     return 0
 
 

@@ -21,7 +21,7 @@ from tpimpi.models.config import ModelConfig
 from tpimpi.models.shapes import load_shape
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.star import Star
-from tpimpi.star.control import encode_note, stop_others_on_error
+from tpimpi.star.control import StopNote, send_note, stop_others_on_error
 from tpimpi.system.files import check_writable
 from tpimpi.weights.locations import model_path
 from tpimpi.weights.make import choose_formats, wanted_formats
@@ -102,7 +102,7 @@ def plan_together(star: Star, job: Job) -> int:
         star.allow_silence(network.silence)
         config, formats, name = _planned_model(command)
         plan(star, ranks, _plan_options(command, compute, network, config, formats, len(ranks)), name)
-    star.broadcast_note(encode_note(stop=0))
+    send_note(star, StopNote(0))
     return 0
 
 

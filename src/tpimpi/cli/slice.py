@@ -18,7 +18,7 @@ from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.engine.ranks import greet
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.star import Star
-from tpimpi.star.control import encode_note, stop_others_on_error
+from tpimpi.star.control import StopNote, send_note, stop_others_on_error
 from tpimpi.weights.locations import SliceLocation, cache_name, model_path
 from tpimpi.weights.make import choose_formats
 from tpimpi.weights.slices.names import slice_name
@@ -106,7 +106,7 @@ def slice_together(star: Star, job: Job) -> int:
             made = ensure_slices(star, source, partition, formats, location, verify=options.verify, quiet=options.quiet)
         folder = options.out or f"{location.cache_name} in the cache of each host"
         _say_made(options, folder, partition, formats, there=all(rank.good for rank in made))
-    star.broadcast_note(encode_note(stop=0))
+    send_note(star, StopNote(0))
     return 0
 
 

@@ -14,7 +14,6 @@ from tpimpi import __version__
 from tpimpi.compute.backends import NOT_INSTALLED, has_native
 from tpimpi.errors import InputError
 from tpimpi.star import Star
-from tpimpi.star.control import encode_note
 
 NO_WATCH = "this MPI has no MPI_THREAD_MULTIPLE, so there is no watch, and a rank that hangs is noticed only after"
 
@@ -44,8 +43,8 @@ def meet(star: Star, arguments: Sequence[str], tasks: Iterable[str] = ()) -> lis
     where ranks were started with different arguments."""
     cores = sorted(os.sched_getaffinity(0))
     about = {"cores": cores, "host_cores": os.cpu_count() or 1, "native": has_native(), "tasks": sorted(tasks)}
-    hello = encode_note(version=__version__, host=star.rank.host, **about, options=options_hash(arguments))
-    notes = [json.loads(note) for note in star.gather_notes(hello)]
+    hello = {"version": __version__, "host": star.rank.host, **about, "options": options_hash(arguments)}
+    notes = [json.loads(note) for note in star.gather_notes(json.dumps(hello).encode())]
     if notes:
         star.set_hosts([note["host"] for note in notes])
     for rank, note in enumerate(notes):

@@ -53,7 +53,7 @@ def allot_memory(
         planner = MemoryPlanner(engines, tokenizer_bytes)
         allowed = _promises(planner, context)
         send_note(star, allowed)
-        plan, _ = on_every_rank(star, lambda: planner.plan(context, allowed.promises[0], allowed.watched[0]))
+        plan, _ = on_every_rank(star, lambda: planner.plan(context, allowed.promises[0], allowed.watched[0]), Done)
         send_note(star, Proceed())  # all at the same time, as they will read
         memory, others = on_every_rank(star, lambda: undo.enter_context(closing(plan.take())), Allotted)
         undo.pop_all()

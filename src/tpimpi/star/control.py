@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar, Union, overload
+from typing import Any, NoReturn, TypeVar, Union
 
 import msgspec
 
@@ -68,16 +68,12 @@ class Task:
     """A TaskNote that came, for whoever does the task to decode: most runs do without the modules of most tasks."""
 
     name: str
-    data: bytes
+    values: Any  # as JSON has it
     sender: str
 
     def note(self, kind: type[N], *, any_version: bool = False) -> N:
         """What it says (see decode_note). Raises StarError."""
-        return decode_note(self.data, kind, self.sender, any_version=any_version)
-
-    def values(self) -> dict[str, Any]:
-        values: dict[str, Any] = json.loads(self.data)
-        return values
+        return _convert(self.values, kind, self.sender, any_version=any_version)
 
 
 class Stopped(Exception):  # noqa: N818  (not an error of this rank)
@@ -86,10 +82,6 @@ class Stopped(Exception):  # noqa: N818  (not an error of this rank)
     def __init__(self, code: int) -> None:
         super().__init__(f"stopped with exit code {code}")
         self.code = code
-
-
-def encode_note(**values: Any) -> bytes:
-    return json.dumps(values).encode()
 
 
 def to_json(note: object) -> bytes:
@@ -108,7 +100,17 @@ def _plain(value: Any) -> float:
 def decode_note(data: bytes, kind: type[T], sender: str, *, any_version: bool = False) -> T:
     """The note of type `kind`, or of one of a Union's, that `data` is. Raises StarError, which names `sender` and the field,
     where it is another, or has a field that is not known: with `any_version` that is left out."""
-    values = _values(data, sender)
+    return _convert(_values(data, sender), kind, sender, any_version=any_version)
+
+
+def _values(data: bytes, sender: str) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise _makes_no_sense(sender, error) from error
+
+
+def _convert(values: Any, kind: type[T], sender: str, *, any_version: bool = False) -> T:
     try:
         note = msgspec.convert(values, kind)
     except (msgspec.MsgspecError, RecursionError) as error:
@@ -118,13 +120,6 @@ def decode_note(data: bytes, kind: type[T], sender: str, *, any_version: bool = 
     if unknown is not None:
         raise _makes_no_sense(sender, f"it has the unknown field `{unknown}`")
     return note
-
-
-def _values(data: bytes, sender: str) -> Any:
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise _makes_no_sense(sender, error) from error
 
 
 def _makes_no_sense(sender: str, why: object) -> StarError:
@@ -146,45 +141,39 @@ def _unknown_field(sent: Any, known: Any, path: str) -> str | None:
     return None
 
 
-def _kind(data: bytes, sender: str) -> _Kind:
-    try:
-        return msgspec.convert(_values(data, sender), _Kind)
-    except msgspec.MsgspecError as error:
-        raise _makes_no_sense(sender, error) from error
-
-
 def send_note(star: Star, note: Note) -> None:
     """Hub: send a note to every other rank."""
     star.broadcast_note(to_json(note))
 
 
-@overload
-def receive_note(star: Star) -> Any: ...
-@overload
-def receive_note(star: Star, kind: type[N]) -> N: ...
-def receive_note(star: Star, kind: Any = None) -> Any:
+def receive_note(star: Star, kind: type[N]) -> N:
     """Other ranks: the hub's next note, of this type, however long it takes. Raises Stopped, StarError."""
-    data, sender = star.receive_note(), star.rank_name(0)
-    if kind is None:
-        note = json.loads(data)
-        if "stop" in note:
-            raise Stopped(note["stop"])
-        return note
-    if _kind(data, sender).stop is not None:
-        raise Stopped(decode_note(data, StopNote, sender).stop)
-    return decode_note(data, kind, sender)
+    values, sender = _receive(star)
+    return _convert(values, kind, sender)
 
 
 def receive_task(star: Star, kind: type[N], other: type[M]) -> Task | N | M:
     """Other ranks: the hub's next task, or a note of one of these two types. Raises Stopped, StarError."""
-    data, sender = star.receive_note(), star.rank_name(0)
-    found = _kind(data, sender)
-    if found.stop is not None:
-        raise Stopped(decode_note(data, StopNote, sender).stop)
-    if found.task is not None:
-        return Task(found.task, data, sender)
-    note: N | M = decode_note(data, Union[kind, other], sender)  # type: ignore[arg-type]  # noqa: UP007
+    values, sender = _receive(star)
+    if (name := _convert(values, _Kind, sender, any_version=True).task) is not None:
+        return Task(name, values, sender)
+    note: N | M = _convert(values, Union[kind, other], sender)  # type: ignore[arg-type]  # noqa: UP007
     return note
+
+
+def receive_stop(star: Star) -> NoReturn:
+    """Other ranks: wait until the hub ends the run. Raises Stopped, or StarError where it sends another note."""
+    _, sender = _receive(star)
+    raise _makes_no_sense(sender, "the end of the run was due")
+
+
+def _receive(star: Star) -> tuple[Any, str]:
+    """The hub's next note, as JSON has it, and how messages name the hub. Raises Stopped where it ends the run."""
+    sender = star.rank_name(0)
+    values = _values(star.receive_note(), sender)
+    if _convert(values, _Kind, sender, any_version=True).stop is not None:
+        raise Stopped(_convert(values, StopNote, sender).stop)
+    return values, sender
 
 
 def gather_notes(star: Star, note: N) -> list[N]:
@@ -196,11 +185,7 @@ def gather_notes(star: Star, note: N) -> list[N]:
     return [note, *_replies(star, gathered, type(note), None)] if star.rank.is_hub else []
 
 
-@overload
-def on_every_rank(star: Star, work: Callable[[], T]) -> tuple[T, list[Any]]: ...
-@overload
-def on_every_rank(star: Star, work: Callable[[], T], kind: type[N]) -> tuple[T, list[N]]: ...
-def on_every_rank(star: Star, work: Callable[[], T], kind: Any = None) -> tuple[T, list[Any]]:
+def on_every_rank(star: Star, work: Callable[[], T], kind: type[N]) -> tuple[T, list[N]]:
     """Hub: do our part of what every rank does. What `work` returns, and the replies of ranks 1, 2, …, of type `kind`.
 
     Raises the first error, ours or another's.
@@ -211,25 +196,23 @@ def on_every_rank(star: Star, work: Callable[[], T], kind: Any = None) -> tuple[
     except Exception as error:
         problem = as_ours(error)
     gathered = star.gather_notes(to_json(Done()))
-    if kind is None:
-        _replies(star, gathered, None, problem)
-        return result, [{}, *(json.loads(note) for note in gathered[1:])]  # type: ignore[return-value]
     return result, _replies(star, gathered, kind, problem)  # type: ignore[return-value]
 
 
-def _replies(star: Star, gathered: Sequence[bytes], kind: type[N] | None, problem: TpimpiError | None) -> list[N]:
+def _replies(star: Star, gathered: Sequence[bytes], kind: type[N], problem: TpimpiError | None) -> list[N]:
     """What ranks 1, 2, … of `gathered` reply. Raises `problem`, which went wrong on this rank, or else what another says
     went wrong there."""
     if problem is not None:
         raise problem
-    others = [(star.rank_name(rank), data) for rank, data in enumerate(gathered[1:], start=1)]
+    names = [star.rank_name(rank) for rank in range(1, len(gathered))]
+    others = [(_values(data, name), name) for data, name in zip(gathered[1:], names, strict=True)]
     errors = [
-        (rank, decode_note(data, ErrorNote, sender))
-        for rank, (sender, data) in enumerate(others, start=1)
-        if _kind(data, sender).error is not None
+        (rank, _convert(values, ErrorNote, name))
+        for rank, (values, name) in enumerate(others, start=1)
+        if _convert(values, _Kind, name, any_version=True).error is not None
     ]
     if not errors:
-        return [] if kind is None else [decode_note(data, kind, sender) for sender, data in others]
+        return [_convert(values, kind, name) for values, name in others]
     (rank, note), rest = errors[0], ", ".join(f"r{rank} {note.host}" for rank, note in errors[1:])
     text = note.error + (f" (there is trouble on {rest} too)" if rest else "")
     problem = (InputError if note.code == InputError.exit_code else TpimpiError)(text)
@@ -255,12 +238,6 @@ def report_errors(star: Star, work: Callable[[], T]) -> T:
     try:
         return work()
     except Exception as error:
-        star.gather_notes(error_note(star, error))
-        receive_note(star, Done)  # raises Stopped
-        raise
-
-
-def error_note(star: Star, error: Exception) -> bytes:
-    """The note with which a rank tells rank 0 of an error."""
-    ours = as_ours(error)
-    return to_json(ErrorNote(str(ours), ours.exit_code, star.rank.host))
+        ours = as_ours(error)
+        star.gather_notes(to_json(ErrorNote(str(ours), ours.exit_code, star.rank.host)))
+        receive_stop(star)

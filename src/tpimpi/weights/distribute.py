@@ -9,20 +9,30 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 from tpimpi.errors import ModelError, StarError
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.star import Star
-from tpimpi.star.control import encode_note, on_every_rank, receive_note, report_errors
+from tpimpi.star.control import (
+    Done,
+    Proceed,
+    Task,
+    gather_notes,
+    on_every_rank,
+    receive_note,
+    receive_stop,
+    report_errors,
+    send_note,
+)
 from tpimpi.system.disk import disk_full
 from tpimpi.system.terminal import progress_bar
 from tpimpi.weights.locations import SliceLocation, elsewhere
 from tpimpi.weights.make import make_header
+from tpimpi.weights.notes import DistributeSlices, LookAtTiles, LookOn, SliceFound, TilesFound
 from tpimpi.weights.send import TileSender
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import slice_records
@@ -32,7 +42,6 @@ from tpimpi.weights.slices.writer import SliceWriter
 from tpimpi.weights.sources import Source
 from tpimpi.weights.stream import CHECKSUM, DATA, END, FAILED, StreamWriter, checksum_in, frames
 
-TASK = "distribute slices"  # in a note of rank 0: what follows is `receive_slices`
 TURN_S = 0.5  # of looking at files between two notes to rank 0
 MOST_RANKS_NAMED = 6  # in the title of the progress
 
@@ -82,32 +91,31 @@ def distribute_slices(
     with ExitStack() as stack:
         local = LocalSlice(location.path(0, partition.ranks), header, verify=verify)
         stack.callback(local.close)
-        star.broadcast_note(_job_note(header, location, verify=verify))
-        _, notes = on_every_rank(star, local.look)
-        notes[0] = _look_note(star, local)
-        if not verify and all(note["good"] for note in notes):
-            star.broadcast_note(encode_note(prepare=False))
-            return _outcomes(notes)
-        _check_room(notes)
-        if not all(note["good"] for note in notes):
+        send_note(star, _job_note(header, location, verify=verify))
+        _, others = on_every_rank(star, local.look, SliceFound)
+        slices = [_slice_found(star, local), *others]
+        if not verify and all(each.good for each in slices):
+            send_note(star, LookAtTiles(prepare=False))
+            return _outcomes(slices)
+        _check_room(slices)
+        if not all(each.good for each in slices):
             before()
-        star.broadcast_note(encode_note(prepare=True))
-        notes = _prepare(star, local, notes, quiet=quiet)
-        found = _outcomes(notes)
+        send_note(star, LookAtTiles(prepare=True))
+        slices, lacking = _prepare(star, local, slices, quiet=quiet)
+        found = _outcomes(slices)
         for line in [rank.line() for rank in found]:
             if line is not None and not quiet:
                 _say(line)
-        _make_missing(star, source, local, notes, quiet=quiet)
-        on_every_rank(star, local.finish)
-        star.broadcast_note(encode_note(publish=True))
-        on_every_rank(star, lambda: _publish(local))
+        _make_missing(star, source, local, found, lacking, quiet=quiet)
+        on_every_rank(star, local.finish, Done)
+        send_note(star, Proceed())
+        on_every_rank(star, lambda: _publish(local), Done)
     return found
 
 
-def _job_note(header: Header, location: SliceLocation, *, verify: bool) -> bytes:
+def _job_note(header: Header, location: SliceLocation, *, verify: bool) -> DistributeSlices:
     """What the other ranks need to know to call `receive_slices`: `_header_from` undoes it."""
-    return encode_note(
-        task=TASK,
+    return DistributeSlices(
         model=header.model,
         fingerprint=header.fingerprint,
         config=header.config.to_dict(),
@@ -120,15 +128,20 @@ def _job_note(header: Header, location: SliceLocation, *, verify: bool) -> bytes
 
 
 def _make_missing(
-    star: Star, source: Source, local: LocalSlice, notes: Sequence[dict[str, Any]], *, quiet: bool
+    star: Star,
+    source: Source,
+    local: LocalSlice,
+    found: Sequence[SliceOutcome],
+    lacking: Mapping[int, list[int]],
+    *,
+    quiet: bool,
 ) -> None:
-    """Make the tiles that ranks lack: rank 0's own, and those of others, which are sent to them."""
-    lacking = {rank: _indexes(note["missing"]) for rank, note in enumerate(notes[1:], start=1) if note["missing"]}
+    """Make the tiles that ranks lack: rank 0's own, and those of others (`lacking`), which are sent to them."""
     if local.writer is None and not lacking:
         return
     partition, formats = local.header.partition, local.header.formats
     streams = [StreamWriter(r, make_header(source, partition, r, formats), missing) for r, missing in lacking.items()]
-    to = [f"r{r.rank} {r.host}" for r in _outcomes(notes) if r.rank in lacking or (r.rank == 0 and not r.good)]
+    to = [f"r{r.rank} {r.host}" for r in found if r.rank in lacking or (r.rank == 0 and not r.good)]
     ranks = f"{partition.ranks} {_ranks(partition.ranks)}"
     title = f"slicing {source.path.name} for {ranks} as {formats.describe()}, to {_named(to)}"
     with progress_bar(title, quiet=quiet) as update:
@@ -155,43 +168,49 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _outcomes(notes: Sequence[dict[str, Any]]) -> list[SliceOutcome]:
-    kept = ("host", "tiles", "good", "here", "broken", "complaint")
-    return [SliceOutcome(rank, *(note[name] for name in kept)) for rank, note in enumerate(notes)]
+def _outcomes(slices: Sequence[SliceFound]) -> list[SliceOutcome]:
+    return [
+        SliceOutcome(rank, each.host, each.tiles, each.good, each.here, each.broken, each.complaint)
+        for rank, each in enumerate(slices)
+    ]
 
 
-def _check_room(notes: Sequence[dict[str, Any]]) -> None:
+def _check_room(slices: Sequence[SliceFound]) -> None:
     """Raise StorageError where a disk has not enough room for the slices of the ranks that share it."""
-    for rank, note in enumerate(notes):
+    for rank, each in enumerate(slices):
         beside = [
             other
-            for other, found in enumerate(notes)
-            if (found["host"], found["device"]) == (note["host"], note["device"]) and found["needed"]
+            for other, found in enumerate(slices)
+            if (found.host, found.device) == (each.host, each.device) and found.needed
         ]
-        needed = sum(notes[other]["needed"] for other in beside)
-        if note["needed"] and needed > note["free"]:
+        needed = sum(slices[other].needed for other in beside)
+        if each.needed and needed > each.free:
             whose = "its slice needs" if beside == [rank] else f"the slices of ranks {', '.join(map(str, beside))} need"
-            problem = disk_full(whose, needed, f"{note['folder']} has", note["free"], note["elsewhere"])
-            problem.where = f"r{rank} {note['host']}"
+            problem = disk_full(whose, needed, f"{each.folder} has", each.free, each.elsewhere)
+            problem.where = f"r{rank} {each.host}"
             raise problem
 
 
-def _prepare(star: Star, local: LocalSlice, notes: list[dict[str, Any]], *, quiet: bool) -> list[dict[str, Any]]:
-    """Every rank looks at its tiles, in turns of a moment, so that a long look is no silence; what they found in the end."""
-    total = sum(note["to_look"] for note in notes)
+def _prepare(
+    star: Star, local: LocalSlice, slices: Sequence[SliceFound], *, quiet: bool
+) -> tuple[list[SliceFound], dict[int, list[int]]]:
+    """Every rank looks at its tiles, in turns of a moment, so that a long look is no silence. What they found in the end,
+    and the tiles that ranks other than 0 lack."""
+    total = sum(each.to_look for each in slices)
     looking = _LookingInTurns(star, local)
-    with progress_bar(f"looking at the tiles of {len(notes)} {_ranks(len(notes))}", quiet=quiet) as update:
+    with progress_bar(f"looking at the tiles of {len(slices)} {_ranks(len(slices))}", quiet=quiet) as update:
         while True:
-            _, found = on_every_rank(star, looking.a_turn)
-            found[0] = looking.note()
-            done = all(note["ready"] for note in found)
+            _, others = on_every_rank(star, looking.a_turn, TilesFound)
+            notes = [looking.note(), *others]
+            done = all(note.ready for note in notes)
             if total and not done:
-                update(min(sum(note["looked"] for note in found), total - 1), total)
-            star.broadcast_note(encode_note(more=not done))
+                update(min(sum(note.looked for note in notes), total - 1), total)
+            send_note(star, LookOn(more=not done))
             if done:
                 if total:
                     update(total, total)
-                return found
+                lacking = {rank: _indexes(note.missing) for rank, note in enumerate(others, start=1) if note.missing}
+                return [note.found for note in notes if note.found is not None], lacking
 
 
 class _LookingInTurns:
@@ -210,33 +229,38 @@ class _LookingInTurns:
             except StopIteration:
                 self._ready = True
 
-    def note(self) -> dict[str, Any]:
-        local, note = self.local, {"looked": self._looked, "ready": self._ready}
+    def note(self) -> TilesFound:
         if not self._ready:
-            return note
-        missing = [] if local.writer is None else local.writer.missing
-        return {**note, **_look_note(self.star, local), "missing": _as_runs(missing)}
+            return TilesFound(self._looked)
+        missing = [] if self.local.writer is None else self.local.writer.missing
+        return TilesFound(self._looked, _slice_found(self.star, self.local), _as_runs(missing))
 
 
-def _look_note(star: Star, local: LocalSlice) -> dict[str, Any]:
-    return {
-        "host": star.rank.host,
-        "folder": str(local.path.parent),
-        "elsewhere": elsewhere(local.path),
-        "tiles": len(local.header.records),
-        **{name: getattr(local, name) for name in ("good", "complaint", "needed", "free", "device", "to_look")},
-        **{name: getattr(local, name) for name in ("here", "broken")},
-    }
+def _slice_found(star: Star, local: LocalSlice) -> SliceFound:
+    return SliceFound(
+        host=star.rank.host,
+        folder=str(local.path.parent),
+        elsewhere=elsewhere(local.path),
+        tiles=len(local.header.records),
+        good=local.good,
+        complaint=local.complaint,
+        needed=local.needed,
+        free=local.free,
+        device=local.device,
+        to_look=local.to_look,
+        here=local.here,
+        broken=local.broken,
+    )
 
 
-def _as_runs(indexes: Sequence[int]) -> list[list[int]]:
+def _as_runs(indexes: Sequence[int]) -> list[tuple[int, int]]:
     """Ascending numbers as runs [first, behind the last]."""
-    runs: list[list[int]] = []
+    runs: list[tuple[int, int]] = []
     for index in indexes:
         if runs and runs[-1][1] == index:
-            runs[-1][1] = index + 1
+            runs[-1] = (runs[-1][0], index + 1)
         else:
-            runs.append([index, index + 1])
+            runs.append((index, index + 1))
     return runs
 
 
@@ -252,45 +276,46 @@ def _publish(local: LocalSlice) -> None:
 # The other ranks
 
 
-def receive_slices(star: Star, note: dict[str, Any]) -> None:
+def receive_slices(star: Star, task: Task) -> None:
     """A rank other than 0: look at what is here of our slice, write what rank 0 sends. Raises StorageError, StarError."""
+    note = task.note(DistributeSlices)
     with ExitStack() as stack:
 
         def look() -> LocalSlice:
             header = _header_from(note, star.rank.index, star.rank.size)
-            location = SliceLocation(note["folder"], note["cache_name"])
-            local = LocalSlice(location.path(header.rank, header.partition.ranks), header, verify=note["verify"])
+            location = SliceLocation(note.folder, note.cache_name)
+            local = LocalSlice(location.path(header.rank, header.partition.ranks), header, verify=note.verify)
             stack.callback(local.close)
             local.look()
             return local
 
         local = report_errors(star, look)
-        star.gather_notes(encode_note(**_look_note(star, local)))
-        if not receive_note(star)["prepare"]:
+        gather_notes(star, _slice_found(star, local))
+        if not receive_note(star, LookAtTiles).prepare:
             return
         looking = _LookingInTurns(star, local)
         more = True
         while more:
             report_errors(star, looking.a_turn)
-            star.gather_notes(encode_note(**looking.note()))
-            more = receive_note(star)["more"]
+            gather_notes(star, looking.note())
+            more = receive_note(star, LookOn).more
         if local.writer is not None and local.writer.missing:
             _receive(star, local.writer)
         report_errors(star, local.finish)
-        star.gather_notes(encode_note())
-        receive_note(star)
+        gather_notes(star, Done())
+        receive_note(star, Proceed)
         report_errors(star, lambda: _publish(local))
-        star.gather_notes(encode_note())
+        gather_notes(star, Done())
 
 
-def _header_from(note: dict[str, Any], rank: int, ranks: int) -> Header:
-    config = ModelConfig.from_dict(note["config"])
-    formats = ModelFormats.from_dict(note["formats"], config.layers)
-    partition = make_partition(config, note["weights"])
+def _header_from(note: DistributeSlices, rank: int, ranks: int) -> Header:
+    config = ModelConfig.from_dict(note.config)
+    formats = ModelFormats.from_dict(note.formats, config.layers)
+    partition = make_partition(config, note.weights)
     if partition.ranks != ranks:
         raise StarError(f"rank 0 has a plan for {partition.ranks} ranks, the run has {ranks}")
     records = tuple(slice_records(config, partition.shares[rank], rank, formats, {}))
-    return Header(rank, formats, note["model"], note["fingerprint"], config, partition, records)
+    return Header(rank, formats, note.model, note.fingerprint, config, partition, records)
 
 
 def _receive(star: Star, writer: SliceWriter) -> None:
@@ -310,8 +335,7 @@ def _receive(star: Star, writer: SliceWriter) -> None:
                     raise StarError(f"{path} came otherwise than rank 0 sent it; start again: what came whole is kept")
                 wanted.remove(index)
             elif kind == FAILED:
-                receive_note(star)  # raises Stopped
-                raise StarError("rank 0 gave up sending tiles without a reason")
+                receive_stop(star)
             elif kind == END and not wanted:
                 return
             else:
