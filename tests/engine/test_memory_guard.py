@@ -13,9 +13,11 @@ from tests.support.memory_guard_cases import BASE, CALM, Case
 from tests.support.tiny_models import write_tiny_hf
 from tpimpi.engine import memory_guard as keeping
 from tpimpi.engine.budget import RESERVE
+from tpimpi.engine.cycle import records_of
 from tpimpi.engine.memory_guard import STALL, MemoryGuard, Timeline
 from tpimpi.engine.model import block_order
-from tpimpi.engine.window import Window, records_of, ring_bytes
+from tpimpi.engine.ring import ring_bytes
+from tpimpi.engine.window import Window
 from tpimpi.models.blocks import Block
 from tpimpi.weights.make import choose_formats, slice_model
 from tpimpi.weights.slices.file import SliceFile

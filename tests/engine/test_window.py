@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 
 from tests.support.drawn import examples
 from tests.support.tiny_models import write_tiny_hf
+from tpimpi.engine.cycle import records_of
 from tpimpi.engine.model import block_order
-from tpimpi.engine.window import Window, _Ring, pin_order, records_of, ring_bytes
+from tpimpi.engine.pinned_set import pin_order
+from tpimpi.engine.ring import Ring, ring_bytes
+from tpimpi.engine.window import Window
 from tpimpi.errors import InputError, SliceError
 from tpimpi.models.blocks import HEAD, Block
 from tpimpi.weights.make import choose_formats, slice_model
@@ -101,7 +104,7 @@ def test_every_window_gives_the_same_tiles(file: SliceFile, memory: dict[str, fl
 @pytest.mark.parametrize("blocks", [2, 3, 5])
 def test_it_never_reads_further_ahead_than_its_blocks(file: SliceFile, blocks: int, monkeypatch) -> None:
     order = block_order(file.header)
-    window = Window.__new__(Window)
+    made: list[Window] = []
     furthest: list[int] = []
     turns = {record.path: order.index(record.block) for record in records_of(file, order)}
     begun = dict.fromkeys(turns, 0)
@@ -110,12 +113,16 @@ def test_it_never_reads_further_ahead_than_its_blocks(file: SliceFile, blocks: i
     def watched(record, piece, buffer):
         turn = begun[record.path] * len(order) + turns[record.path]
         begun[record.path] += 1  # every tile here is one piece
-        cycle, index = divmod(window._use, window._n)
-        furthest.append(turn - (cycle * len(order) + window._block_of[index]))
+        while not made:
+            time.sleep(0.001)
+        queue, cycle = made[0]._queue, made[0]._cycle
+        turns_of_cycles, index = divmod(queue.use, cycle.count)
+        furthest.append(turn - (turns_of_cycles * len(order) + cycle.block_of[index]))
         return original(record, piece, buffer)
 
     monkeypatch.setattr(file, "read_piece", watched)
-    window.__init__(file, order, blocks=blocks, reads=1)  # type: ignore[misc]
+    window = Window(file, order, blocks=blocks, reads=1)
+    made.append(window)
     patience = time.monotonic() + 20
     for _ in range(3):
         for block in order:
@@ -347,7 +354,7 @@ def test_a_rank_without_tiles(file: SliceFile) -> None:
 @examples(200)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.randoms(use_true_random=False))
 def test_places_in_the_ring_never_overlap(sizes: list[int], choices) -> None:
-    ring, live = _Ring(100), []
+    ring, live = Ring(100), []
     memory = np.zeros(100, np.int64)
     for number, size in enumerate(sizes, start=1):
         while (place := ring.allocate(size)) is None:
@@ -367,7 +374,7 @@ def test_places_in_the_ring_never_overlap(sizes: list[int], choices) -> None:
 
 
 def test_a_place_is_given_out_again_where_it_fits_exactly() -> None:
-    ring = _Ring(100)
+    ring = Ring(100)
     assert [ring.allocate(50), ring.allocate(50), ring.allocate(1)] == [0, 50, None]
     for place in (0, 50, 0):
         ring.free_oldest()

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from tpimpi.compute.backends import load_backend
 from tpimpi.engine.budget import Needs
+from tpimpi.engine.cycle import records_of
 from tpimpi.engine.model import Model, block_order
 from tpimpi.engine.needs import needs_of_model
 from tpimpi.engine.trace import Recorder
-from tpimpi.engine.window import Window, records_of
+from tpimpi.engine.window import Window
 from tpimpi.errors import SliceError
 from tpimpi.star import Rank, Star
 from tpimpi.weights.cache import mark_used

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from tpimpi.engine.budget import Needs
 from tpimpi.engine.overlap import PREFILL_CHUNK
-from tpimpi.engine.window import FEWEST_TILES, USUAL_TILES
+from tpimpi.engine.ring import FEWEST_TILES, USUAL_TILES
 from tpimpi.models.kv.cache import cache_bytes, kv_dtype
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import Record

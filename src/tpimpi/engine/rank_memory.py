@@ -16,8 +16,9 @@ from tpimpi.engine.engine import OpenedEngine
 from tpimpi.engine.figures import RankFigures
 from tpimpi.engine.memory_guard import MemoryGuard
 from tpimpi.engine.needs import needs_together
+from tpimpi.engine.ring import FEWEST_TILES, ring_bytes
 from tpimpi.engine.trace import RankTrace, Recorder
-from tpimpi.engine.window import DEFAULT_READS, FEWEST_TILES, Window, ring_bytes
+from tpimpi.engine.window import DEFAULT_READS, Window
 from tpimpi.errors import InputError
 from tpimpi.system.buffers import Bytes, aligned_buffer
 from tpimpi.system.direct_io import MEASURED, PIECE, Trial

@@ -1,0 +1,244 @@
+"""The readers of a window: what is to be read next, and the threads that read it, ahead of its use."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+
+from tpimpi.engine.cycle import Cycle
+from tpimpi.engine.load import Load
+from tpimpi.engine.pinned_set import PinnedSet
+from tpimpi.engine.ring import Ring
+from tpimpi.engine.trace import READ, Recorder
+from tpimpi.system.direct_io import Extent
+from tpimpi.weights.slices.file import SliceFile, Tile
+
+JOIN_TIMEOUT_S = 2.0  # a reader that waits for a disk which stalls is left behind
+
+
+class ReadQueue:
+    """Reads the tiles of a cycle in the order of use, into pinned memory or into the ring, as far as there is room.
+
+    All methods may be called while the readers are at work; each takes the lock.
+    """
+
+    def __init__(
+        self,
+        file: SliceFile,
+        cycle: Cycle,
+        pinned: PinnedSet,
+        ring: Ring,
+        *,
+        blocks: int | None,
+        reads: int,
+        recorder: Recorder | None,
+    ) -> None:
+        """Starts `reads` threads. They stay within a cycle of the turn in use, or within so many `blocks`."""
+        self._file, self._cycle, self._pinned, self._ring = file, cycle, pinned, ring
+        self._blocks, self._recorder = blocks, recorder
+        self._pieces = [file.pieces(record) for record in cycle.records]
+        lock = threading.Lock()
+        self._changed = threading.Condition(lock)  # a tile is there, or never will be: `wait` waits for it
+        self._room = threading.Condition(lock)  # there may be something to read: wakes one reader, which wakes the next
+        self.use = 0  # the turn in use, or next to be used
+        self.held = 1  # turns in use at once, from there on
+        self.bytes_read = 0
+        self.most_bytes = 0  # memory that tiles took, at most
+        self.stream: deque[Load] = deque()  # the ring's loads, oldest first
+        self._live: dict[int, Load] = {}  # by turn: those of them that are of use
+        self._skipped: set[int] = set()  # turns that will not come to be used
+        self._current: Load | None = None  # whose pieces are being handed out
+        self._next = 0  # the turn that is to be read next
+        self._error: BaseException | None = None
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._read, args=(lane,), name=f"tpimpi-read-{lane}", daemon=True)
+            for lane in range(reads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # For the window
+
+    def loaded(self, turn: int) -> Tile | None:
+        """The tile of a turn, if it is in memory."""
+        load = self._live.get(turn)
+        return self._pinned.tiles[turn % self._cycle.count] if load is None else load.tile
+
+    def wait(self, turn: int) -> Tile:
+        """The tile of a turn, once it is in memory. Raises what reading raised."""
+        with self._changed:
+            while (tile := self.loaded(turn)) is None:
+                if self._error is not None:
+                    raise self._error
+                self._changed.wait()
+            return tile
+
+    def advance(self, turn: int) -> None:
+        """`turn` is next: what was used before it makes room."""
+        with self._changed:
+            self.use, self.held = turn, 1
+            self._next = max(self._next, turn)
+            for live in [live for live in self._live if live < turn]:
+                self._live.pop(live).give_up()
+            self._reap()
+            self._release_late()
+            self._skipped = {skipped for skipped in self._skipped if skipped >= turn}
+            self._room.notify()
+
+    def hold(self, first: int, last: int) -> list[Tile] | None:
+        """The tiles with indices from `first` to before `last`, in use together; None where they are not all pinned."""
+        with self._changed:
+            tiles = [tile for tile in self._pinned.tiles[first:last] if tile is not None]
+            if len(tiles) < last - first:
+                return None
+            self.held = max(1, len(tiles))
+        return tiles
+
+    def skip(self, first: int, last: int) -> None:
+        """The next turns of these tiles will not be used, so they need not be read."""
+        with self._changed:
+            turn = self._cycle.next_turn(first, self.use)
+            if turn in self._skipped:  # it was, and is still the next
+                turn += self._cycle.count
+            self._skipped = {skipped for skipped in self._skipped if skipped >= self.use}
+            self._skipped.update(range(turn, turn + last - first))
+
+    def pin_at_most(self, nbytes: int | None) -> int:
+        """See Window.pin_at_most."""
+        with self._changed:
+            given_up = self._pinned.want(nbytes)
+            self._release_late()
+            self._read_again(given_up)
+            self._reap()
+            self._room.notify()
+            return self._pinned.wanted_bytes
+
+    def close(self) -> None:
+        """Stop reading; those of the threads that a disk keeps waiting are left behind."""
+        with self._changed:
+            self._closed = True
+            self._room.notify_all()
+        for thread in self._threads:
+            thread.join(JOIN_TIMEOUT_S)
+
+    # What is in memory; the lock is held
+
+    def _read_again(self, indices: set[int]) -> None:
+        """Tiles that the readers passed over, since they were pinned, and that now are not: go back to the first of them."""
+        turns = [turn for turn in range(self.use, self._next) if turn % self._cycle.count in indices]
+        if not turns:
+            return
+        for turn in [turn for turn in self._live if turn >= turns[0]]:
+            self._live.pop(turn).give_up()
+        self._next = turns[0]
+        self._reap()
+
+    def _release_late(self) -> None:
+        """Give back the memory of pinned tiles that had to go; not of those in use, nor of those still being read."""
+        self._pinned.release_late(lambda index: (index - self.use) % self._cycle.count < self.held)
+
+    def _reap(self) -> None:
+        """Free the oldest places of the ring that are of no more use."""
+        while self.stream and self.stream[0].over and not self.stream[0].pending:
+            self.stream.popleft()
+            self._ring.free_oldest()
+        if not self.stream and self._pinned.all_loaded and self._ring.touched:
+            self._ring.release()
+
+    # The readers
+
+    def _read(self, lane: int) -> None:
+        """A thread: read piece after piece. An error ends all of them, and is raised by `wait`."""
+        try:
+            while (job := self._take()) is not None:
+                load, piece = job
+                record = self._cycle.records[load.index]
+                began = time.monotonic()
+                if piece is not None:
+                    self._file.read_piece(record, piece, load.buffer)
+                    tile = None
+                else:
+                    tile = self._file.read(record, load.buffer)
+                if self._recorder is not None:
+                    self._recorder.add(READ, *self._cycle.name(load.index), began, time.monotonic(), lane)
+                self._took(load, record.nbytes if piece is None else piece.stop - piece.start, tile)
+        except BaseException as error:
+            with self._changed:
+                self._error = self._error or error
+                self._changed.notify_all()
+                self._room.notify_all()
+
+    def _take(self) -> tuple[Load, Extent | None] | None:
+        """The next piece to read, once there is one; None when the window is closed."""
+        with self._changed:
+            while not self._closed and self._error is None:
+                if self._current is None or not self._current.pieces:
+                    self._current = self._next_load()
+                if self._current is not None:
+                    self._current.pending += 1
+                    self._room.notify()
+                    return self._current, self._current.pieces.popleft()
+                self._room.wait()
+            return None
+
+    def _next_load(self) -> Load | None:
+        """The next tile to read; None where there is nothing to do, or no room."""
+        if self._pinned.all_loaded:
+            return None
+        self._next = max(self._next, self.use)
+        while self._next < self._limit():
+            turn, index = self._next, self._next % self._cycle.count
+            if index not in self._pinned.loads and turn not in self._skipped:
+                load = self._start_load(turn, index)
+                if load is not None:
+                    self._next += 1
+                return load
+            self._next += 1
+        return None
+
+    def _start_load(self, turn: int, index: int) -> Load | None:
+        """Take memory for a tile; None where there is no room in the ring."""
+        pinned = self._pinned.wants(index)
+        buffer = self._pinned.take_memory(index) if pinned else self._ring.take(self._cycle.sizes[index])
+        if buffer is None:
+            return None
+        pieces = self._pieces[index]
+        load = Load(index, turn, pinned, buffer, deque([None] if pieces is None else pieces))
+        if pinned:
+            self._pinned.add(load)
+        else:
+            self.stream.append(load)
+            self._live[turn] = load
+        self.most_bytes = max(self.most_bytes, self._pinned.nbytes + self._ring.touched)
+        return load
+
+    def _limit(self) -> int:
+        """The turn before which the readers stop."""
+        if self._blocks is None:
+            return self.use + self._cycle.count
+        return self._cycle.turn_after_blocks(self.use, self._blocks)
+
+    def _took(self, load: Load, nbytes: int, tile: Tile | None) -> None:
+        """A piece is in memory; with the last one the tile is checked and can be used."""
+        with self._changed:
+            self.bytes_read += nbytes
+            last = load.pending == 1 and not load.pieces and not load.over
+            if not last:
+                load.pending -= 1
+                if load.over:
+                    self._reap()
+                    self._release_late()
+                    self._room.notify()
+                return
+        if tile is None:  # still counted as pending, so that its memory stays
+            tile = self._file.tile(self._cycle.records[load.index], load.buffer)
+        with self._changed:
+            load.pending -= 1
+            load.tile = tile
+            if load.pinned and not load.over:
+                self._pinned.tiles[load.index] = tile
+            self._reap()
+            self._release_late()
+            self._changed.notify_all()
