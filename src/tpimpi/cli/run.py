@@ -27,7 +27,7 @@ from tpimpi.serving.sampling import make_sampler
 from tpimpi.serving.session import Session, Turn
 from tpimpi.star import Star
 from tpimpi.star.control import stop_others_on_error
-from tpimpi.system.terminal import Input
+from tpimpi.system.terminal import Input, has_input
 
 AFTER_CTRL_C_S = 0.5  # Open MPI's launcher first ends standard input, then the ranks
 
@@ -43,6 +43,8 @@ def run(star: Star, job: Job) -> int:
         code, answers = answer_all(llm, first, job, options)
         if not answers:
             time.sleep(AFTER_CTRL_C_S)
+        if given_by_options(options.generate) and not output.quiet:
+            say(unread_remark(job))
         traces = llm.finish()
     if not answers and code == 0:
         raise InputError(
@@ -176,6 +178,23 @@ def stop_texts(generate: GenerateOptions, hosts: Sequence[str]) -> list[str]:
     return stops
 
 
+def given_by_options(generate: GenerateOptions) -> bool:
+    """Whether the prompt is an option's; else prompts come from standard input."""
+    return generate.prompt is not None or generate.prompt_file is not None
+
+
+def unread_remark(job: Job) -> str | None:
+    """What to say where the prompt is an option's and standard input, a file or a pipe, has something in it."""
+    if job.input is None:
+        return "standard input was not read: the prompt is an option's" if has_input() else None
+    if not job.input.received:
+        return None
+    return (
+        "standard input was taken by mpirun and not used, as the prompt is an option's; where a loop reads it, start mpirun "
+        "with </dev/null"
+    )
+
+
 # Answers
 
 
@@ -188,7 +207,7 @@ def answer_all(llm: LLM, first: Turn | None, job: Job, options: RunOptions) -> t
     if first is not None:
         answer(llm, first, options)
         answers += 1
-    if options.generate.prompt is not None or options.generate.prompt_file is not None:
+    if given_by_options(options.generate):
         return code, answers
     for line in (job.input or Input()).lines("> "):
         if not line.strip():
@@ -212,6 +231,20 @@ def answer(llm: LLM, turn: Turn, options: RunOptions) -> None:
         print_answer(piece)
     if not last.endswith("\n"):
         print_answer("\n")
+    if not options.output.quiet:
+        say(why_cut(llm, turn))
+
+
+def why_cut(llm: LLM, turn: Turn) -> str | None:
+    """What to say of an answer that ends in mid-sentence; None of one that is whole."""
+    conversation = llm.conversation
+    if turn.ended == "max_tokens":
+        most = conversation.params.max_tokens
+        return f"the answer was cut at --max-tokens {most}; give more to have it whole"
+    if turn.ended == "context":
+        raised = " or raise --context" if conversation.params.context is not None else ""
+        return f"the answer was cut at the end of the context, {conversation.limit} positions; ask for less{raised}"
+    return None
 
 
 def write_what_was_measured(llm: LLM, traces: Sequence[RankTrace], output: OutputOptions) -> None:

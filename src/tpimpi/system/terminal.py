@@ -7,13 +7,16 @@ pass on the end of its standard input, at which a run that reads prompts from a 
 
 from __future__ import annotations
 
+import array
 import contextlib
 import ctypes
+import fcntl
 import io
 import os
 import queue
 import stat
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -84,6 +87,21 @@ def is_terminal(number: int) -> bool:
     return stream is not None and _names_terminal(stream)
 
 
+def has_input() -> bool:
+    """Whether standard input is a file or a pipe with something left to read. Takes nothing from it."""
+    try:
+        info = os.fstat(STDIN)
+        if stat.S_ISREG(info.st_mode):
+            return os.lseek(STDIN, 0, os.SEEK_CUR) < info.st_size
+        if stat.S_ISFIFO(info.st_mode):
+            waiting = array.array("i", [0])
+            fcntl.ioctl(STDIN, termios.FIONREAD, waiting)
+            return waiting[0] > 0
+    except OSError:
+        pass
+    return False
+
+
 # Has the launcher's input ended?
 
 
@@ -138,6 +156,8 @@ def _is_watched_no_more(stream: Path) -> bool:
 class Input:
     """Standard input, read on a thread of its own from the start: MPICH ends a job whose rank 0 leaves 64 KB lying."""
 
+    received = False  # something that is no terminal's
+
     def __init__(self) -> None:
         self._pieces: queue.Queue[bytes] = queue.Queue(MOST_LINE // _PIECE)
         threading.Thread(target=self._read, name="tpimpi-input", daemon=True).start()
@@ -145,6 +165,7 @@ class Input:
     def _read(self) -> None:
         try:
             while data := os.read(STDIN, _PIECE):
+                self.received = self.received or not is_terminal(STDIN)
                 self._pieces.put(data)
         except OSError:
             pass  # it cannot be read, so there is none

@@ -1,0 +1,105 @@
+"""What the program says of a command line that it does not understand, of ranks that differ, and of what it left out."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.launch import Launcher, Result, run_command
+from tpimpi.cli.parser import COMMANDS
+from tpimpi.cli.run_options import parse_run, run_parser
+from tpimpi.cli.slice import slice_parser
+from tpimpi.errors import InputError
+
+PROMPT = ["--prompt", "the quick brown fox"]
+CUT = "the answer was cut at --max-tokens 4; give more to have it whole"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["--temp", "0.5"], "(did you mean --temperature?)"),
+        (["--max_tokens=5"], "(did you mean --max-tokens?)"),
+        (["--sesion", "x"], "(did you mean --session?)"),
+        (["slise", "--model", "x"], "(did you mean slice?)"),
+        (["perplexty", "x"], "(did you mean perplexity?)"),
+        (["chat"], "(a run has no name: leave the word out, and give the prompt with --prompt, or on standard input)"),
+    ],
+)
+def test_what_is_nearly_right_is_named(arguments: list[str], meant: str) -> None:
+    with pytest.raises(InputError, match=re.escape(f"{meant}; see: python -m tpimpi --help")):
+        parse_run(arguments)
+
+
+def test_a_command_names_its_own_options_and_what_is_far_off_names_nothing() -> None:
+    with pytest.raises(InputError, match=r"--rank 3 \(did you mean --ranks\?\); see: python -m tpimpi slice --help"):
+        slice_parser().parse_args(["--rank", "3"])
+    for wrong in ("--nonsense", "xyzzy", "-q", "--"):
+        with pytest.raises(InputError) as caught:
+            parse_run([wrong, "zebra"])
+        assert "mean" not in str(caught.value)
+
+
+def test_every_command_is_in_the_help() -> None:
+    text = run_parser().format_help()
+    assert [name for name in COMMANDS if f"-m tpimpi {name}" not in text] == []
+
+
+def test_help_ends_at_once_on_all_ranks(mpirun: Launcher) -> None:
+    """Rank 0 used to leave without telling the others, which then waited for it for 10 s."""
+    began = time.monotonic()
+    assert mpirun(2, "-c", "from tpimpi.star import connect; connect().close()", timeout=60).code == 0
+    alone = time.monotonic() - began
+    began = time.monotonic()
+    result = mpirun(2, "-m", "tpimpi", "--version", timeout=60)
+    assert (result.code, result.our_lines) == (0, [])
+    assert time.monotonic() - began < alone + 6
+
+
+def test_ranks_with_other_options_are_named(mpirun: Launcher, cache: dict[str, str], tiny: Path) -> None:
+    rank = [*mpirun.command(1, ["-m", "tpimpi", *PROMPT, "--max-tokens", "2"])]
+    odd = ["-np", "1", *rank[rank.index("-m") - 1 :], "--bogus"]
+    result = run_command([*rank, ":", *odd], env={**mpirun.env, **cache, "TPIMPI_MODEL": str(tiny)}, timeout=60)
+    assert result.code == 2, result.err
+    assert len(result.our_lines) == 1, result.err
+    assert re.search(r"r1 \S+ was started with other options than rank 0; give all ranks the same", result.our_lines[0])
+    assert "bogus" not in result.err and result.out == ""
+
+
+def test_an_answer_that_is_cut_says_so(tpimpi: Callable[..., Result], tiny: Path, tmp_path: Path) -> None:
+    env = {"TPIMPI_MODEL": str(tiny)}
+    cut = tpimpi(*PROMPT, "--max-tokens", "4", "--ignore-eos", env=env)
+    assert (cut.code, cut.err.count("was cut at")) == (0, 1) and CUT in cut.err.splitlines()
+    quiet = tpimpi(*PROMPT, "--max-tokens", "4", "--ignore-eos", "--quiet", env=env)
+    assert (quiet.out, quiet.err) == (cut.out, "")
+    stop = cut.out.strip()[3:5]
+    whole = tpimpi(*PROMPT, "--max-tokens", "4", "--ignore-eos", "--stop", stop, env=env)
+    assert whole.code == 0 and "was cut at" not in whole.err
+    full = tpimpi(*PROMPT, "--max-tokens", "200", "--ignore-eos", env=env)
+    assert "the answer was cut at the end of the context, 128 positions; ask for less" in full.err
+
+
+def test_input_that_a_prompt_leaves_unread_is_said(
+    tpimpi: Callable[..., Result], mpirun: Launcher, cache: dict[str, str], tiny: Path, tmp_path: Path
+) -> None:
+    """A loop over the lines of a list lost all but the first: mpirun takes what is there."""
+    env, options = {**cache, "TPIMPI_MODEL": str(tiny)}, [*PROMPT, "--max-tokens", "2"]
+    listed = tmp_path / "list"
+    listed.write_text("one\ntwo\nthree\n")
+    loop = f"while read p; do {' '.join(mpirun.command(1, ['-m', 'tpimpi', *options[2:]]))} --prompt $p; done <{listed}"
+    taken = run_command(["bash", "-c", loop], env={**mpirun.env, **env}, timeout=60)
+    assert taken.code == 0
+    assert "standard input was taken by mpirun and not used" in taken.err and "</dev/null" in taken.err
+    said = "standard input was not read: the prompt is an option's"
+    assert said in tpimpi(*options, env=env, stdin="and this\n").err
+    for silent in (
+        tpimpi(*options, env=env),
+        tpimpi(*options, env=env, stdin=""),
+        tpimpi(*options, "--quiet", stdin="x"),
+    ):
+        assert "standard input" not in silent.err
+    assert "standard input" not in mpirun(2, "-m", "tpimpi", *options, env=env).err
