@@ -36,8 +36,8 @@ def main() -> None:
         sys.exit("slowed: the first argument is how many times to multiply, 1 or more, such as 3.5")
     load_backend = backends.load_backend
 
-    def load_slowed(name: str, threads: int) -> Any:
-        backend = load_backend(name, threads)
+    def load_slowed(name: str, threads: int, kernels: str = "auto") -> Any:
+        backend = load_backend(name, threads, kernels)
         repeat_linear(backend, times)
         return backend
 

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.launch import Launcher, Result, run_command
+from tests.support.messages import assert_one_line
 from tpimpi.cli.parser import COMMANDS
 from tpimpi.cli.run_options import parse_run, run_parser
 from tpimpi.cli.slice import slice_parser
+from tpimpi.compute.backends import KERNEL_LEVELS, load_backend
 from tpimpi.errors import InputError
 
 PROMPT = ["--prompt", "the quick brown fox"]
@@ -103,3 +105,20 @@ def test_input_that_a_prompt_leaves_unread_is_said(
     ):
         assert "standard input" not in silent.err
     assert "standard input" not in mpirun(2, "-m", "tpimpi", *options, env=env).err
+
+
+def test_the_level_of_the_kernels_can_be_chosen(tpimpi: Callable[..., Result], tiny: Path) -> None:
+    native = pytest.importorskip("tpimpi._native")
+    lacking = next(level for level in KERNEL_LEVELS if level not in native.levels())
+    for arguments in ([*PROMPT], ["bench", "kernels"]):
+        result = tpimpi(*arguments, "--kernels", lacking, env={"TPIMPI_MODEL": str(tiny)})
+        assert_one_line(result, f"--kernels is {lacking}, this processor has .*portable; give one of those")
+    other = tpimpi(*PROMPT, "--kernels", "portable", "--backend", "numpy", env={"TPIMPI_MODEL": str(tiny)})
+    assert_one_line(other, "--kernels is portable, a level of the native kernels, and numpy computes; leave it out")
+    assert load_backend("native", 1, "portable").level == "portable"  # type: ignore[attr-defined]
+    made = [
+        tpimpi(*PROMPT, "--max-tokens", "3", "--kernels", level, "--quiet", env={"TPIMPI_MODEL": str(tiny)})
+        for level in ("auto", native.levels()[0], "portable")
+    ]
+    assert [result.code for result in made] == [0, 0, 0]
+    assert made[0].out == made[1].out

@@ -9,6 +9,7 @@ from typing import Any
 
 from tpimpi.cli.parser import Parser
 from tpimpi.cli.process import Job, say
+from tpimpi.cli.run_options import add_kernels
 from tpimpi.cli.values import MOST_THREADS, count, seconds, some_of, whole_number, whole_numbers
 from tpimpi.compute.backends import BACKEND_NAMES
 from tpimpi.compute.formats import WEIGHT_FORMATS
@@ -79,6 +80,7 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=whole_number("--threads", 1, MOST_THREADS), default=1, metavar="N", help="default 1"
     )
+    add_kernels(parser)
     parser.add_argument(
         "--backend",
         choices=BACKEND_NAMES,
@@ -187,7 +189,7 @@ def _bench_kernels(parsed: argparse.Namespace) -> dict[str, Any]:
 
     backend, remark = kernels.choose_backend(parsed.backend)
     say(remark)
-    bench = kernels.Bench(backend, parsed.formats, parsed.positions, parsed.shape, parsed.threads)
+    bench = kernels.Bench(backend, parsed.formats, parsed.positions, parsed.shape, parsed.threads, parsed.kernels)
     table, limits = bench.run(parsed.seconds, _say_round)
     kernels.print_table(table, bench.title(), limits)
     return bench.as_json(table, limits)

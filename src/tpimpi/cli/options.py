@@ -35,6 +35,7 @@ class ComputeOptions:
     """How each rank computes. `memory` and `window` (a number of blocks, or "all") are None where they are not given."""
 
     backend: str = "auto"
+    kernels: str = "auto"
     memory: MemoryLimit | None = None
     window: int | str | None = None
     kv: str = "auto"

@@ -85,6 +85,7 @@ def prepare(
         window=compute.window,
         kv=compute.kv,
         trace=trace,
+        kernels=compute.kernels,
     )
 
 
@@ -146,7 +147,7 @@ def workload(
 
 def measure_options(compute: ComputeOptions, network: NetworkOptions) -> MeasureOptions:
     """How the ranks would compute and add."""
-    return MeasureOptions(compute.backend, compute.threads, network.allreduce, network.wire)
+    return MeasureOptions(compute.backend, compute.threads, network.allreduce, network.wire, compute.kernels)
 
 
 def ensure_cached_slices(

@@ -25,7 +25,7 @@ from tpimpi.cli.options import (
 )
 from tpimpi.cli.parser import Parser
 from tpimpi.cli.values import AUTO, MOST_THREADS, against_format, memory_limit, seconds, whole_number, window_blocks
-from tpimpi.compute.backends import BACKEND_NAMES
+from tpimpi.compute.backends import BACKEND_NAMES, KERNEL_LEVELS
 from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.diagnostics.trace_file import BEGINNING
 from tpimpi.errors import InputError
@@ -170,6 +170,17 @@ def _add_prompt_and_answer(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ignore-eos", action="store_true", help="go on past the model's end of text")
 
 
+def add_kernels(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--kernels",
+        default="auto",
+        choices=("auto", *KERNEL_LEVELS),
+        metavar="LEVEL",
+        help=f"instruction set of the native kernels, {', '.join(KERNEL_LEVELS)}, to measure with (default auto: the best "
+        "that each rank's processor has)",
+    )
+
+
 def add_computing(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("computing")
     group.add_argument(
@@ -178,6 +189,7 @@ def add_computing(parser: argparse.ArgumentParser) -> None:
         choices=BACKEND_NAMES,
         help="what computes (default auto: native if installed, else torch)",
     )
+    add_kernels(group)
     group.add_argument(
         "--memory",
         type=memory_limit,

@@ -17,6 +17,7 @@ class MeasureOptions:
     threads: int | None  # of each rank; None: its cores, shared among the ranks on its host
     allreduce: str  # "auto", an algorithm, or a rule
     wire: str
+    kernels: str = "auto"  # or one of KERNEL_LEVELS
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class EngineConfig:
     wire: str = "f32"  # one of WIRES
     trace: bool = False  # record what is done when
     logits_of: int = 1  # positions whose logits rank 0 holds at once
+    kernels: str = "auto"  # or one of KERNEL_LEVELS
 
     def slice_path(self, rank: int, ranks: int) -> Path:
         return SliceLocation(self.folder, self.cache_name).path(rank, ranks)
@@ -80,7 +81,7 @@ class OpenedEngine:
             mark_used(path)
             neighbours = settings.cores_shared_by[star.rank.index]
             threads = settings.threads or usual_threads(len(os.sched_getaffinity(0)), neighbours)
-            self.backend = load_backend(settings.backend, threads)
+            self.backend = load_backend(settings.backend, threads, settings.kernels)
             self.resident = self.file.load(self.file.records_of("resident")[0]).parts
             self.order = block_order(self.header)
             self.records = records_of(self.file, self.order)

@@ -17,6 +17,8 @@ from tpimpi.compute.formats.quantize import quantize
 from tpimpi.errors import InputError
 
 BACKEND_NAMES = ("auto", "native", "torch", "numpy")  # what --backend takes
+# Instruction sets that the native kernels are made for, which --kernels takes beside auto.
+KERNEL_LEVELS = ("avx512-bf16", "avx512", "avx2", "neon-dot", "neon", "portable")
 
 
 class Backend(Protocol):
@@ -49,10 +51,12 @@ class Backend(Protocol):
         """silu(gate) * up, elementwise [n, columns] (Shazeer 2020)."""
 
 
-def load_backend(name: str, threads: int) -> Backend:
+def load_backend(name: str, threads: int, kernels: str = "auto") -> Backend:
     """The backend `name`, computing with `threads` threads; "auto" is native where it is installed, or torch.
 
-    Raises InputError where native is asked for and not installed, ImportError where torch is missing.
+    `kernels` is the level of the native backend, one of KERNEL_LEVELS, or "auto": the best that this processor has.
+
+    Raises InputError where native, or a level of its kernels, is asked for and not there; ImportError without torch.
     """
     if name == "auto":
         name = "native" if has_native() else "torch"
@@ -61,7 +65,9 @@ def load_backend(name: str, threads: int) -> Backend:
             raise InputError(f"--backend is native, but {NOT_INSTALLED}; or give --backend torch")
         from tpimpi.compute.backends.native import NativeBackend
 
-        return NativeBackend(threads)
+        return NativeBackend(threads, "" if kernels == "auto" else kernels)
+    if kernels != "auto":
+        raise InputError(f"--kernels is {kernels}, a level of the native kernels, and {name} computes; leave it out")
     if name == "torch":
         from tpimpi.compute.backends.torch_backend import TorchBackend
 

@@ -22,7 +22,7 @@ class NativeBackend:
 
     def __init__(self, threads: int, level: str = "") -> None:
         if level and level not in levels():
-            raise InputError(f"kernel level is {level!r}, this processor has {', '.join(levels())}; give one of those")
+            raise InputError(f"--kernels is {level}, this processor has {', '.join(levels())}; give one of those")
         try:
             self._session = Session(level, threads)
         except RuntimeError as error:

@@ -279,14 +279,17 @@ class Bench:
         positions: Sequence[int],
         shape: tuple[int, int],
         threads: int,
+        level: str = "auto",
     ) -> None:
-        """`shape` is the matrix's (rows, columns). Raises InputError where memory is too small for the matrices."""
+        """`shape` is the matrix's (rows, columns), `level` one of KERNEL_LEVELS, or auto.
+
+        Raises InputError where memory is too small for the matrices."""
         self.rows, self.columns = shape
         self.threads = threads
         cache = last_level_cache(threads)
         with_torch = importlib.util.find_spec("torch") is not None
         self._check_memory(formats, positions, cache, with_torch)
-        self.backend = load_backend(backend, threads)
+        self.backend = load_backend(backend, threads, level)
         rng = np.random.default_rng(0)
         pattern = (rng.standard_normal((min(self.rows, _PATTERN_ROWS), self.columns)) * 0.02).astype(np.float32)
         inputs = [rng.standard_normal((count, self.columns)).astype(np.float32) for count in positions]

@@ -73,6 +73,7 @@ class MeasureTask:
     wire: str
     kv: str
     memory: list[int] | None  # of each rank, as --memory says
+    kernels: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class LayerBenchmark:
         self.threads = task.threads or usual_threads(
             len(os.sched_getaffinity(0)), task.cores_shared_by[self.rank.index]
         )
-        self.backend: Backend = load_backend(task.backend, self.threads)
+        self.backend: Backend = load_backend(task.backend, self.threads, task.kernels)
         most = _most_weights(task.memory[self.rank.index] if task.memory else None)
         vocab = _rows_within(config, formats.head, min(MOST_LAYER_BYTES, most // 4))
         self._config = replace(config, layers=1, vocab=vocab, attention_windows=(config.attention_windows[0],))
