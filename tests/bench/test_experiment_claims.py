@@ -1,4 +1,4 @@
-"""The claims on the page of bench/experiments.py."""
+"""The claims on the page of bench/experiments."""
 
 from __future__ import annotations
 

@@ -207,9 +207,10 @@ def test_a_result_is_found_again_unless_machine_commit_or_row_differ(data: Path,
 def test_a_commit_with_changes_is_told_from_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By what decides figures; of a commit that is clean, one with two changes in turn, and files without git."""
     monkeypatch.setattr(results_of, "ROOT", tmp_path)
-    source, delay, page = tmp_path / "src" / "a.py", tmp_path / "bench" / "delay_line.c", tmp_path / "bench" / "page.py"
+    source, delay = tmp_path / "src" / "a.py", tmp_path / "bench" / "home" / "delay_line.c"
+    page = tmp_path / "bench" / "page.py"
     for path in (source, delay, page):
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("1\n")
 
     def commit() -> str:

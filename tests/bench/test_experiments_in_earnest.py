@@ -1,4 +1,4 @@
-"""bench/experiments.py run in earnest, in small."""
+"""bench/experiments run in earnest, in small."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bench/home.py: what is left after errors, signals and kills; its options and its file of devices."""
+"""bench/home: what is left after errors, signals and kills; its options and its file of devices."""
 
 from __future__ import annotations
 
