@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -56,7 +55,8 @@ def whole_file(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
             yield stream
         return
     target = path.resolve()  # a link stays a link
-    temporary = target.with_name(f".{os.getpid()}.{secrets.token_hex(4)}.partial")
+    # Not from `secrets`, which would load 4 MB of OpenSSL.
+    temporary = target.with_name(f".{os.getpid()}.{os.urandom(4).hex()}.partial")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
         with os.fdopen(descriptor, "wb") as file:
