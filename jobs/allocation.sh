@@ -4,7 +4,7 @@
 #   by_mpirun N FILE    says how mpirun starts N ranks on the hosts of a file
 #   choose WAY...       takes the first of these launchers whose ranks find each other (each is one word here, "mpirun -n 4" say)
 #   experiment          runs the experiments with the launcher $LAUNCH, in which {ranks} stands for their number
-#   answer_and_measure  lets the ranks answer the prompt, then measures; results go to the folder $OUT
+#   answer_and_measure  lets the ranks answer the prompt, then, if they did, measures; results go to the folder $OUT
 #
 # What the user may set is at the head of those files. $RANKS is the number of ranks, $MACHINES (where it is set) that of the hosts
 # that they must be on; the array each_machine starts a program once on every machine.
@@ -89,7 +89,10 @@ each_machine_measures() { # each_machine_measures BENCHMARK: into a file for eac
 answer_and_measure() {
   local name failed=0
   mkdir -p "$OUT"
-  [ -e "$OUT/answer.txt" ] || part "answer" answer || failed=1
+  if ! [ -e "$OUT/answer.txt" ] && ! part "answer" answer; then
+    echo "job: the ranks did not answer, so nothing is measured; give the same OUT again to go on" >&2
+    return 1
+  fi
   for name in ${BENCHMARKS-kernels disk allreduce}; do
     case "$name" in
       allreduce) part "bench $name" ranks -m tpimpi bench allreduce >"$OUT/$name.txt" || failed=1 ;;

@@ -13,8 +13,8 @@ from tests.support.launch import Result
 from tpimpi.compute.backends import BACKEND_NAMES
 from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.compute.formats.packed import packed_bytes
-from tpimpi.diagnostics.bench.kernels import TORCH, Limits, Timing, make_rows
-from tpimpi.system.cpu import last_level_cache
+from tpimpi.diagnostics.bench.kernels import TORCH, Limits, Timing, make_rows, print_table
+from tpimpi.system.cpu import amx_extensions, last_level_cache
 
 pytestmark = pytest.mark.alone
 
@@ -50,6 +50,18 @@ def test_ratios_to_limits_that_were_not_measured() -> None:
     (row,) = make_rows([Timing("torch", "q8_0", 1, 100, [0.5])], 10, 10, Limits(None, {}))
     assert (row.of_read_bandwidth, row.of_multiply_peak) == (None, None)
     assert row.gb_per_s == pytest.approx(200e-9)
+
+
+def test_amx_is_named_where_the_processor_has_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cpuinfo").write_text("flags\t\t: fpu amx_tile amx_int8 avx2 amx_bf16\n\nflags\t\t: fpu\n")
+    (tmp_path / "other").write_text("model name : x\nflags\t\t: fpu avx2\n")
+    assert amx_extensions(tmp_path / "cpuinfo") == ["amx_bf16", "amx_int8"]
+    assert amx_extensions(tmp_path / "other") == amx_extensions(tmp_path / "none") == []
+    rows = make_rows([Timing("native", "f32", 1, 100, [0.5])], 10, 10, LIMITS)
+    print_table(rows, "title", LIMITS, ["amx_bf16"])
+    assert "has AMX (amx_bf16): the peak is without it" in capsys.readouterr().out
+    print_table(rows, "title", LIMITS, [])
+    assert "AMX" not in capsys.readouterr().out
 
 
 def test_the_last_level_cache_is_found(tmp_path: Path) -> None:
@@ -95,6 +107,9 @@ def test_every_row_is_there(tpimpi: Callable[..., Result], tmp_path: Path, backe
         assert set(found["multiply_peak"]) == {"f32", "bf16", "int8"}
         assert all(row["of_read_bandwidth"] > 0 and row["of_multiply_peak"] > 0 for row in found["rows"])
     # The table: a line for each row.
+    seconds = len(expected) * 0.001
+    assert f"timing {len(expected)} kernels for 0.001 s each: {seconds:.0f} s at least" in result.err
+    assert re.search(r"^round 5 of 5, about \d+ s left$", result.err, re.MULTILINE)
     lines = [line for line in result.out.splitlines() if re.match(rf"({ours}|{TORCH}) +\w+ +\d+ ", line)]
     assert len(lines) == len(expected), result.out
 

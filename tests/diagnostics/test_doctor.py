@@ -20,7 +20,7 @@ from tpimpi.errors import InputError
 from tpimpi.star import MpiLibrary
 from tpimpi.star.control import decode_note
 from tpimpi.system.cpu import processor_quota
-from tpimpi.system.hostfile import Host, read_hostfile
+from tpimpi.system.hostfile import Host, read_hostfile, refused_lines
 from tpimpi.system.network import (
     Interface,
     carrier,
@@ -151,6 +151,29 @@ def test_a_hostfile_that_cannot_be_used(text: str, message: str, tmp_path: Path)
     with pytest.raises(InputError) as caught:
         read_hostfile(str(path))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "open_mpi", "mpich"),
+    [
+        (b"a slots=2\nb slots = 3\n# c\r\n\tc max_slots=4\n# \xc3\xbc\n", "", ""),
+        (b"a\r\n", "line 1 ends with a carriage return", ""),
+        (b"a\n\r\n", "line 2 ends with a carriage return", ""),
+        (b"\xef\xbb\xbfa\n", "line 1 begins with a byte order mark", "line 1 begins with a byte order mark"),
+        ("a\nbücher\n".encode(), "line 2 has '\\xfc', which is not ASCII", "line 2 has '\\xfc'"),
+        (b"a slots=1\nb\na slots=1\n", "line 3 says again how many slots a has, as line 1 does", ""),
+        (b"a slots=1\na\n", "", ""),
+        (b"a SLOTS=2\n", "line 1 has SLOTS=", ""),
+        (b"a user=me\n", "line 1 has user=", ""),
+    ],
+)
+def test_lines_that_mpirun_refuses(data: bytes, open_mpi: str, mpich: str, tmp_path: Path) -> None:
+    (tmp_path / "home.txt").write_bytes(data)
+    read_hostfile(str(tmp_path / "home.txt"))
+    for launcher, wanted in (("Open MPI", open_mpi), ("MPICH", mpich)):
+        refused = refused_lines(str(tmp_path / "home.txt"), launcher)
+        assert len(refused) == bool(wanted), refused
+        assert wanted in "".join(refused)
 
 
 def test_a_hostfile_that_is_not_there(tmp_path: Path) -> None:

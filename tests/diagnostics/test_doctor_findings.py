@@ -65,8 +65,12 @@ PIECES = "--mca btl_tcp_if_include 192.168.1.0/24 --prtemca prte_if_include 192.
         ),
         ({"byte_order": "big"}, True, ["byte order differs", "r1 pi has big"]),
         ({"kernels": ""}, True, ["r1 pi: the native kernels are not installed", "g++"]),
-        ({"cores": [2]}, True, ["r1 pi: bound to one core of 4", "mpirun --bind-to none"]),
-        ({"cores": [2], "mpi": MpiLibrary("Open MPI", "5.0.8")}, True, ["mpirun --bind-to none"]),
+        ({"cores": [2], "bound_by_launcher": True}, True, ["r1 pi: bound to one core of 4", "mpirun --bind-to none"]),
+        (
+            {"cores": [2], "bound_by_launcher": True, "mpi": MpiLibrary("Open MPI", "5.0.8")},
+            True,
+            ["mpirun --bind-to none"],
+        ),
         ({"quota": 0.5}, False, ["note: r1 pi: a control group allows it 0.5 of its 4 cores", "--shares auto"]),
         (
             {"memory_headroom": -1, "memory_free": 100_000_000, "memory_limit": 512_000_000},

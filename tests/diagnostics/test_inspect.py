@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -159,3 +160,24 @@ def test_a_file_is_closed_after_it_was_shown(make: Callable[..., Path], monkeypa
     folder = make()
     inspect(folder, verify=False)
     assert sorted(closed) == sorted(folder.iterdir())
+
+
+def test_what_was_found_as_json(make: Callable[..., Path], model: Path, tmp_path: Path, capsys) -> None:
+    folder, file = make(), tmp_path / "found.json"
+    inspect(folder, verify=False, json=file)
+    table = capsys.readouterr().out.rstrip().splitlines()
+    assert len(table) == 3, "a line for each slice, and none is wrapped where there is no terminal"
+    found = json.loads(file.read_text())
+    assert [slice["file"] for slice in found["slices"]] == [slice_name(0, 2), slice_name(1, 2)]
+    assert found["slices"][1]["bytes"] == (folder / slice_name(1, 2)).stat().st_size
+    assert (found["model"], found["problem"]) == (None, None)
+    (folder / slice_name(1, 2)).write_bytes(b"nothing")
+    with pytest.raises(SliceError) as caught:
+        inspect(folder, verify=False, json=file)
+    found = json.loads(file.read_text())
+    assert found["problem"] == str(caught.value) and found["slices"][1]["state"] == "broken"
+    inspect(model, verify=True, json=file)
+    told = json.loads(file.read_text())["model"]
+    assert (
+        told["config"]["architecture"] == "llama" and told["whole"] and sum(told["formats"].values()) == told["tensors"]
+    )

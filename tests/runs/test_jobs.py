@@ -72,6 +72,9 @@ def why_not() -> str | None:
     return None if os.geteuid() == 0 else "its daemons are to be started as root"
 
 
+SUBMIT_FOLDERS = {"slurm": "SLURM_SUBMIT_DIR", "pbs": "PBS_O_WORKDIR"}
+
+
 @dataclass(frozen=True)
 class Cluster:
     """A Slurm of two nodes, n1 and n2, both of them this machine."""
@@ -272,7 +275,7 @@ def test_what_is_wrong_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:
     wrong = [
         ({"MODEL": "/nowhere/model"}, "model not found: /nowhere/model"),
         ({"PROMPT": "/nowhere/prompt"}, "/nowhere/prompt: No such file"),
-        ({"LAUNCH": "false"}, "== answer: .*failed"),
+        ({"LAUNCH": "false", "BENCHMARKS": "disk"}, "== answer: .*failed"),
         ({"PATH": f"{broken.parent}:{cluster.env['PATH']}"}, "none of these starts 4 ranks that find each other"),
     ]
     for number, (variables, said) in enumerate(wrong):
@@ -281,6 +284,29 @@ def test_what_is_wrong_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:
         assert result.code != 0
         assert re.search(said, (out / "job.log").read_text()), (out / "job.log").read_text()
         assert not (out / "answer.txt").exists()
+        assert "== bench disk" not in (out / "job.log").read_text(), "measured though the ranks did not answer"
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [(f"{job}.{kind}", folder) for job in ("tpimpi", "bench") for kind, folder in SUBMIT_FOLDERS.items()],
+)
+def test_a_job_that_was_put_in_elsewhere_says_from_where(name: str, folder: str) -> None:
+    jobs = ROOT / "jobs"
+    result = run_command(("bash", str(jobs / name)), env={folder: str(jobs)}, cwd=jobs)
+    assert result.code == 1
+    assert "jobs is not the root of the checkout" in result.err and f"jobs/{name}" in result.err
+
+
+def test_nothing_is_measured_after_an_answer_that_failed(tmp_path: Path) -> None:
+    script = """. jobs/allocation.sh
+answer() { return 3; }
+ranks() { echo measured; }
+each_machine_measures() { echo measured; }
+answer_and_measure"""
+    result = run_command(("bash", "-c", script), env={"OUT": str(tmp_path / "out")}, cwd=ROOT)
+    assert result.code == 1 and "nothing is measured" in result.err
+    assert "measured\n" not in result.out and not (tmp_path / "out" / "allreduce.txt").exists()
 
 
 # What a file for Slurm, or for PBS, may say at its head (the manuals of sbatch, and of qsub of OpenPBS)

@@ -20,8 +20,9 @@ def test_ranks_share_the_cores_that_both_may_use_on_one_host() -> None:
 
 
 def test_a_rank_bound_to_one_core_of_several_is_named() -> None:
-    bound, small = RankInfo("laptop", frozenset({2}), 4, True), RankInfo("pi", frozenset({0}), 1, True)
+    bound, small = RankInfo("laptop", frozenset({2}), 4, True, True), RankInfo("pi", frozenset({0}), 1, True)
     assert bound_to_one_core([FREE, small]) is None
+    assert bound_to_one_core([RankInfo("laptop", frozenset({2}), 4, True)]) is None, "somebody else did it"
     said = bound_to_one_core([FREE, bound, small])
     assert said is not None and said.startswith("r1 laptop: bound to one core") and "--bind-to none" in said
 
@@ -37,12 +38,17 @@ def test_ranks_without_kernels_are_named() -> None:
 def test_a_launcher_that_binds_ranks_is_noticed(mpirun: Launcher, tiny, cache) -> None:
     arguments = ("-m", "tpimpi", "--model", str(tiny), "--prompt", "the fox", "--max-tokens", "1", "--format", "f32")
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(before)})  # the ranks inherit it, as they would a launcher's binding
+    binding = {"PRTE_MCA_hwloc_default_binding_policy": "core"}
+    if mpirun.mpi == "openmpi":
+        result = mpirun(2, *arguments, env={**cache, **binding})
+        assert result.code == 0, result.err
+        assert "bound to one core" in result.err
+        again = mpirun(2, *arguments, "--threads", "1", env={**cache, **binding})
+        assert again.code == 0 and "bound to one core" not in again.err
+    os.sched_setaffinity(0, {min(before)})  # as taskset does: the launcher and its ranks inherit it
     try:
         result = mpirun(2, *arguments, env=cache)
-        again = mpirun(2, *arguments, "--threads", "1", env=cache)
     finally:
         os.sched_setaffinity(0, before)
     assert result.code == 0, result.err
-    assert "bound to one core" in result.err
-    assert again.code == 0 and "bound to one core" not in again.err
+    assert "bound to one core" not in result.err

@@ -103,3 +103,11 @@ def test_mpirun_of_another_mpi_is_noticed(tpimpi, mpirun: Launcher, tmp_path: Pa
     assert result.code == 2
     assert len(result.our_lines) == 1, result.err
     assert "mpirun started 4 ranks, but this process sees 1" in result.our_lines[0]
+
+
+def test_srun_that_does_not_speak_with_the_mpi_library_is_noticed(tpimpi) -> None:
+    result = tpimpi("--prompt", "x", env={"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, timeout=60)
+    assert result.code == 2
+    assert len(result.our_lines) == 1, result.err
+    assert "srun started 2 ranks, but this process sees 1" in result.our_lines[0]
+    assert "srun --mpi=pmix" in result.our_lines[0]

@@ -189,8 +189,9 @@ def _bench_kernels(parsed: argparse.Namespace) -> dict[str, Any]:
 
     backend, remark = kernels.choose_backend(parsed.backend)
     say(remark)
+    say(kernels.duration(parsed.formats, parsed.positions, parsed.seconds))
     bench = kernels.Bench(backend, parsed.formats, parsed.positions, parsed.shape, parsed.threads, parsed.kernels)
-    table, limits = bench.run(parsed.seconds, _say_round)
+    table, limits = bench.run(parsed.seconds, say)
     kernels.print_table(table, bench.title(), limits)
     return bench.as_json(table, limits)
 

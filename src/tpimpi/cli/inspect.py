@@ -8,6 +8,7 @@ from pathlib import Path
 from tpimpi.cli.parser import Parser
 from tpimpi.cli.process import Job
 from tpimpi.diagnostics.inspect import inspect
+from tpimpi.system.files import check_writable
 
 
 def inspect_parser() -> argparse.ArgumentParser:
@@ -19,11 +20,14 @@ def inspect_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("path", metavar="PATH")
     parser.add_argument("--verify", action="store_true", help="read and check everything")
+    parser.add_argument("--json", metavar="FILE", help="write what was found as JSON")
     return parser
 
 
 def inspect_alone(job: Job) -> int:
     """The whole command."""
     parsed = inspect_parser().parse_args(job.arguments[1:])
-    inspect(Path(parsed.path), verify=parsed.verify)
+    if parsed.json is not None:
+        check_writable(parsed.json, "--json", [parsed.path])
+    inspect(Path(parsed.path), verify=parsed.verify, json=None if parsed.json is None else Path(parsed.json))
     return 0

@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from tpimpi.system.terminal import print_table
 from tpimpi.system.units import show_size
 from tpimpi.weights.cache import CachedSlices
 
@@ -31,8 +31,7 @@ def print_cache(folder: Path, found: Sequence[CachedSlices]) -> None:
             *(_printable(text) for text in (slices.name, slices.model, here, slices.shares, slices.format)),
             *(show_size(slices.nbytes), when),
         )
-    # Names come from files: nothing in them is markup, nor a command to the terminal.
-    Console(width=160, highlight=False, markup=False, emoji=False, color_system=None).print(table)
+    print_table(table, 160)
 
 
 def _printable(text: str) -> str:

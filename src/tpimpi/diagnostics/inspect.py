@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from tpimpi.diagnostics.cache_table import print_cache
 from tpimpi.errors import InputError, ModelError, SliceError, StorageError, TpimpiError
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.keys import show
+from tpimpi.system.files import write_json
+from tpimpi.system.terminal import print_table
 from tpimpi.weights.cache import list_cache
 from tpimpi.weights.locations import cache_folder
 from tpimpi.weights.slices.file import SliceFile
@@ -21,20 +23,34 @@ from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import Span
 from tpimpi.weights.sources import Source, open_source
 
+_WIDTH = 140  # columns of a table at a terminal
 _MOST_NAMES = 8  # in one message
 
 
-def inspect(path: Path, *, verify: bool) -> None:
-    """Print a table of what is at `path`; with `verify`, read and check all of it.
+def inspect(path: Path, *, verify: bool, json: Path | None = None) -> None:
+    """Print a table of what is at `path`; with `verify`, read and check all of it. The same as JSON goes to the file `json`.
 
     Raises InputError (after the table) where something is broken, missing, or not of one set.
     """
+    found: dict[str, Any] = {"path": str(path), "verified": verify, "model": None, "slices": [], "problem": None}
+    try:
+        _inspect(path, found, verify=verify)
+    except TpimpiError as error:
+        found["problem"] = str(error)
+        raise
+    finally:
+        if json is not None:
+            write_json(json, found, "--json")
+
+
+def _inspect(path: Path, found: dict[str, Any], *, verify: bool) -> None:
+    """Print the table, and put what it says into `found`."""
     names = _names(path)
     files = [path / name for name in names or () if name.startswith("rank-") and name.endswith(".h5")]
     if names is None and path.suffix == ".h5":
-        _slices([path], verify=verify)
+        _slices([path], found["slices"], verify=verify)
     elif files:
-        _whole_set(path, _slices(files, verify=verify))
+        _whole_set(path, _slices(files, found["slices"], verify=verify))
     elif names is not None and path.resolve() == cache_folder().resolve():
         print("this is where runs keep the slices they make; see also: python -m tpimpi cache --help")
         print_cache(path, list_cache(path))
@@ -42,7 +58,8 @@ def inspect(path: Path, *, verify: bool) -> None:
         raise InputError(f"{path} holds no model and no slices (rank-R-of-N.h5); give a folder or file that does")
     else:
         with open_source(path) as source:
-            _model(source, verify=verify)
+            found["model"] = {}
+            _model(source, found["model"], verify=verify)
 
 
 def _names(path: Path) -> list[str] | None:
@@ -55,17 +72,12 @@ def _names(path: Path) -> list[str] | None:
         ) from error
 
 
-def _print(table: Table) -> None:
-    # Names come from files: nothing in them is markup, nor a command to the terminal.
-    Console(width=140, highlight=False, markup=False, emoji=False, color_system=None).print(table)
-
-
 def _shown(text: str) -> str:
     """`text` with its control characters written out (ESC is \\x1b)."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _model(source: Source, *, verify: bool) -> None:
+def _model(source: Source, told: dict[str, Any], *, verify: bool) -> None:
     tensors = source.tensors()
     formats = Counter(info.format for info in tensors.values())
     parameters = sum(int(np.prod(info.shape)) for info in tensors.values())
@@ -77,6 +89,15 @@ def _model(source: Source, *, verify: bool) -> None:
                     f"{source.path}: tensor {name} holds numbers that are not finite; download it again"
                 )
                 break
+    told |= {
+        "path": str(source.path),
+        "config": source.config.to_dict(),
+        "parameters": parameters,
+        "tensors": len(tensors),
+        "formats": dict(formats),
+        "fingerprint": source.fingerprint(),
+        "whole": problem is None,
+    }
     table = _table_of(source.config)
     table.add_row("path", _shown(str(source.path)))
     table.add_row("parameters", f"{parameters / 1e6:.1f} million in {len(tensors)} tensors")
@@ -85,7 +106,7 @@ def _model(source: Source, *, verify: bool) -> None:
     table.add_row(
         "state", ("broken" if problem else "whole, every tensor read") if verify else "whole (names and shapes)"
     )
-    _print(table)
+    print_table(table, _WIDTH)
     if problem:
         raise problem
 
@@ -109,7 +130,7 @@ def _table_of(config: ModelConfig) -> Table:
     return table
 
 
-def _slices(files: list[Path], *, verify: bool) -> dict[Path, Header]:
+def _slices(files: list[Path], told: list[dict[str, Any]], *, verify: bool) -> dict[Path, Header]:
     """Print a table of slice files. Returns their headers; raises the first of what is wrong with one of them."""
     headers: dict[Path, Header] = {}
     table = Table(box=None, pad_edge=False, header_style="none")
@@ -125,6 +146,7 @@ def _slices(files: list[Path], *, verify: bool) -> dict[Path, Header]:
         except SliceError as error:
             problems.append(error)
             table.add_row(_shown(path.name), *[""] * 9, "broken")
+            told.append({"file": path.name, "state": "broken", "problem": str(error)})
             continue
         state = "whole (header)"
         try:
@@ -143,6 +165,21 @@ def _slices(files: list[Path], *, verify: bool) -> dict[Path, Header]:
         if header.rank == 0 and not header.records[-1].parts:
             state += ", no tokenizer"
         tiles = [record.nbytes for record in header.records if record.block.kind in ("attn", "mlp", "head")]
+        told.append(
+            {
+                "file": path.name,
+                "state": state,
+                "rank": header.rank,
+                "ranks": header.partition.ranks,
+                "model": header.model,
+                "fingerprint": header.fingerprint,
+                "format": header.format,
+                "shares": header.partition.describe(),
+                "tiles": len(tiles),
+                "largest_tile_bytes": max(tiles, default=0),
+                "bytes": file.size,
+            }
+        )
         table.add_row(
             _shown(path.name),
             f"{_shown(header.model)} ({_shown(header.fingerprint[:12])})",
@@ -156,7 +193,7 @@ def _slices(files: list[Path], *, verify: bool) -> dict[Path, Header]:
             f"{file.size / 1e6:.0f} MB",
             state,
         )
-    _print(table)
+    print_table(table, _WIDTH)
     if problems:
         raise problems[0]
     return headers

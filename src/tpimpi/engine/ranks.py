@@ -14,18 +14,21 @@ from tpimpi import __version__
 from tpimpi.compute.backends import NOT_INSTALLED, has_native
 from tpimpi.errors import InputError
 from tpimpi.star import Star
+from tpimpi.system.launcher import bound_by_launcher
 
 NO_WATCH = "this MPI has no MPI_THREAD_MULTIPLE, so there is no watch, and a rank that hangs is noticed only after"
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """What a rank says of itself: its host, the cores it may use, how many that host has, whether it has native kernels."""
+    """What a rank says of itself: its host, the cores it may use, how many that host has, whether it has native kernels,
+    and whether it is the launcher that bound it to its cores."""
 
     host: str
     cores: frozenset[int]
     host_cores: int
     native: bool
+    bound_by_launcher: bool = False
 
     def shares_cores_with(self, other: RankInfo) -> bool:
         return self.host == other.host and bool(self.cores & other.cores)
@@ -43,6 +46,7 @@ def meet(star: Star, arguments: Sequence[str], tasks: Iterable[str] = ()) -> lis
     where ranks were started with different arguments."""
     cores = sorted(os.sched_getaffinity(0))
     about = {"cores": cores, "host_cores": os.cpu_count() or 1, "native": has_native(), "tasks": sorted(tasks)}
+    about |= {"bound_by_launcher": bound_by_launcher()}
     hello = {"version": __version__, "host": star.rank.host, **about, "options": options_hash(arguments)}
     notes = [json.loads(note) for note in star.gather_notes(json.dumps(hello).encode())]
     if notes:
@@ -64,7 +68,8 @@ def greet(star: Star, arguments: Sequence[str], tasks: Iterable[str] = ()) -> li
                 f"r{rank} {hello['host']} runs tpimpi {hello['version']}, rank 0 runs {__version__}; "
                 "install the same version on every host"
             )
-        ranks.append(RankInfo(hello["host"], frozenset(hello["cores"]), hello["host_cores"], hello["native"]))
+        bound = hello.get("bound_by_launcher", False)
+        ranks.append(RankInfo(hello["host"], frozenset(hello["cores"]), hello["host_cores"], hello["native"], bound))
     return ranks
 
 
@@ -75,7 +80,11 @@ def cores_shared_by(ranks: Sequence[RankInfo]) -> list[int]:
 
 def bound_to_one_core(ranks: Sequence[RankInfo]) -> str | None:
     """What to tell a user whose launcher gave some ranks a single core each, of several; None where it did not."""
-    bound = [f"r{index} {rank.host}" for index, rank in enumerate(ranks) if len(rank.cores) == 1 < rank.host_cores]
+    bound = [
+        f"r{index} {rank.host}"
+        for index, rank in enumerate(ranks)
+        if rank.bound_by_launcher and len(rank.cores) == 1 < rank.host_cores
+    ]
     if not bound:
         return None
     return (

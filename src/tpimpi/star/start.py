@@ -11,7 +11,7 @@ from tpimpi.errors import InputError
 from tpimpi.star.heartbeat import DEFAULT_SILENCE_S, Heartbeat
 from tpimpi.star.pieces import EAGER_BYTES
 from tpimpi.star.star import Star
-from tpimpi.system.launcher import launched_rank, launched_size
+from tpimpi.system.launcher import launched_rank, launched_size, launcher_kind
 
 SLOW_START_S = 20.0  # rank 0 says that MPI takes long to start after this time
 
@@ -36,6 +36,11 @@ def connect() -> Star:
         wanted = launched_size()
         if wanted != world.size:
             library = MPI.Get_library_version().split(",")[0].split("\n")[0].strip()
+            if launcher_kind() == "Slurm":
+                raise InputError(
+                    f"srun started {wanted} ranks, but this process sees {world.size}: srun and the MPI library ({library}) "
+                    "do not find each other; type srun --mpi=pmix (or pmi2, as srun --mpi=list says), or mpirun in the job"
+                )
             raise InputError(
                 f"mpirun started {wanted} ranks, but this process sees {world.size}: mpirun and the MPI library ({library}) "
                 "are of two kinds; use the mpirun of that library, or set MPI4PY_MPIABI=mpich (or openmpi) to change the "

@@ -25,6 +25,12 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return next(names, platform.processor() or platform.machine())
 
 
+def amx_extensions(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """The matrix extensions of an x86 processor that compute ("amx_bf16", "amx_int8"); none where it has no AMX."""
+    flags = next((line.split() for line in _text(cpuinfo).splitlines() if line.startswith("flags")), [])
+    return sorted(flag for flag in flags if flag in ("amx_bf16", "amx_fp16", "amx_int8"))
+
+
 def last_level_cache(threads: int, cpus: Path = Path("/sys/devices/system/cpu")) -> int:
     """Bytes of the last-level caches that so many threads can fill; 32 MiB where the system does not say."""
     sizes: dict[tuple[int, str], int] = {}  # by level and by the cores that share it

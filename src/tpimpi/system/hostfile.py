@@ -5,13 +5,23 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from tpimpi.errors import InputError
+from tpimpi.system.launcher import OPEN_MPI
 
 MOST_BYTES = 1 << 20
+_BYTE_ORDER_MARK = "\ufeff"
 # No name begins with a dash, which ssh would take for an option.
 _HOST = re.compile(
     r"(?:(?P<user>[A-Za-z0-9_][\w.-]*)@)?(?P<host>\w[\w.-]*|\[[0-9A-Fa-f:.]+\]|[0-9A-Fa-f]*:[0-9A-Fa-f:]+)"
+)
+_SLOTS_KEYS = ("slots", "cpu", "count")
+# All that Open MPI 5 reads behind a host's name; it stops at anything else.
+_OPEN_MPI_KEYS = frozenset(
+    [*_SLOTS_KEYS, "port", "username", "user-name", "user_name"]
+    + [f"{key}{sep}max" for key in _SLOTS_KEYS for sep in "-_"]
+    + [f"max{sep}{key}" for key in ("slots", "cpu") for sep in "-_"]
 )
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 
@@ -34,20 +44,10 @@ class Host:
 
 def read_hostfile(given: str) -> list[Host]:
     """The hosts in order, each once, with the ranks of all of its lines. Raises InputError."""
-    path = Path(given)
-    try:
-        with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            raise InputError(f"--hostfile {given} has over {MOST_BYTES} bytes; give a file with a host a line")
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"--hostfile {given}: {error.strerror}; give a file with a host a line") from error
-    except ValueError as error:  # not UTF-8, or a NUL in the name
-        raise InputError(f"--hostfile {given!r}: {error}; give a text file with a host a line") from error
+    text = _read(given).removeprefix(_BYTE_ORDER_MARK)
     hosts: dict[str, Host] = {}
     for number, line in enumerate(text.splitlines(), start=1):
-        if words := line.partition("#")[0].split():
+        if words := _words(line):
             host = _host(words, f"--hostfile {given}, line {number}")
             before = hosts.get(host.name)
             if before is not None:
@@ -64,6 +64,55 @@ def read_hostfile(given: str) -> list[Host]:
     return list(hosts.values())
 
 
+def _read(given: str) -> str:
+    """The text of a hostfile, with its line ends as they are. Raises InputError."""
+    try:
+        with Path(given).open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise InputError(f"--hostfile {given} has over {MOST_BYTES} bytes; give a file with a host a line")
+        return data.decode("utf-8")
+    except OSError as error:
+        raise InputError(f"--hostfile {given}: {error.strerror}; give a file with a host a line") from error
+    except ValueError as error:  # not UTF-8, or a NUL in the name
+        raise InputError(f"--hostfile {given!r}: {error}; give a text file with a host a line") from error
+
+
+def _words(line: str) -> list[str]:
+    """The words of a line without its comment; `slots = 4` is one word, as Open MPI reads it."""
+    return re.sub(r"\s*=\s*", "=", line.partition("#")[0]).split()
+
+
+def refused_lines(given: str, launcher: str) -> list[str]:
+    """What the launcher of that kind would not read, though `read_hostfile` does: the line, why, and what to do.
+
+    As Open MPI 5.0 and MPICH 5.0 were seen to do. Raises InputError where the file cannot be read.
+    """
+    problems, with_slots = [], dict[str, int]()
+    for number, line in enumerate(_read(given).split("\n"), start=1):
+        where, said = f"line {number}", line.partition("#")[0]
+        if said.startswith(_BYTE_ORDER_MARK):
+            problems.append(
+                f"{where} begins with a byte order mark; type: sed -i '1s/^\\xef\\xbb\\xbf//' {quote(given)}"
+            )
+        said = said.removeprefix(_BYTE_ORDER_MARK)
+        if launcher == OPEN_MPI and said.endswith("\r"):
+            problems.append(f"{where} ends with a carriage return; type: sed -i 's/\\r$//' {quote(given)}")
+        words = _words(said)
+        if other := next((character for character in said if not character.isascii()), ""):
+            problems.append(f"{where} has {other!a}, which is not ASCII; write it without, or in a comment")
+        if launcher != OPEN_MPI or not words:
+            continue
+        keys = [word.partition("=")[0] for word in words[1:]]
+        if unknown := [key for key in keys if key not in _OPEN_MPI_KEYS]:
+            problems.append(f"{where} has {unknown[0]}=, which Open MPI does not know; write NAME slots=N")
+        if any(key in _SLOTS_KEYS for key in keys) and with_slots.setdefault(words[0], number) != number:
+            problems.append(
+                f"{where} says again how many slots {words[0]} has, as line {with_slots[words[0]]} does; write it once"
+            )
+    return problems
+
+
 def _host(words: list[str], where: str) -> Host:
     name, colon, count = words[0], False, 1
     if (match := re.fullmatch(r"(\[.*\]|[^:]*):(\d{1,6})", name)) is not None:
@@ -75,9 +124,9 @@ def _host(words: list[str], where: str) -> Host:
         key, equals, value = word.partition("=")
         if not equals or not key.replace("_", "").replace("-", "").isalpha():
             raise InputError(f"{where}: {word[:60]!r} is not understood; write one host a line, and slots=N behind it")
-        if key == "slots":
+        if key in _SLOTS_KEYS:
             if not value.isdecimal() or len(value) > 6:
-                raise InputError(f"{where}: slots is {value[:20]!r}, must be a number up to 999999")
+                raise InputError(f"{where}: {key} is {value[:20]!r}, must be a number up to 999999")
             slots, count = True, int(value)
     if count < 1:
         raise InputError(f"{where}: {count} ranks on {name}; give 1 or more, or leave the line out")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass
 
 import psutil
 
 LAUNCHERS = ("mpirun", "mpiexec", "prterun", "prte", "orterun", "srun", "mpiexec.hydra", "ompirun_wrapper")
-DAEMONS = ("prted", "hydra_pmi_proxy")  # the launchers' own, one on each host
+DAEMONS = ("prted", "orted", "hydra_pmi_proxy", "slurmstepd")  # the launchers' own, one on each host
 
 # Variables by which the launchers tell a process its rank, and how many there are.
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PALS_RANKID")
@@ -77,6 +78,25 @@ def launcher_program() -> str:
         return above[-1].exe() if above else ""
     except psutil.Error:
         return ""
+
+
+def bound_by_launcher() -> bool:
+    """Whether the launcher gave this process fewer cores than it may use itself, on this host."""
+    settings = ("PRTE_MCA_hwloc_default_binding_policy", "OMPI_MCA_hwloc_base_binding_policy")
+    if any(os.environ.get(name) == "none" for name in settings):
+        return False
+    try:
+        for process in psutil.Process().parents():
+            if process.name() not in (*LAUNCHERS, *DAEMONS):
+                continue
+            words = process.cmdline()
+            unbound = any(
+                option.lstrip("-") == "bind-to" and value == "none" for option, value in itertools.pairwise(words)
+            )
+            return not unbound and set(process.cpu_affinity()) > os.sched_getaffinity(0)
+    except psutil.Error:
+        pass
+    return False
 
 
 def launcher_commands() -> list[tuple[list[str], str]]:

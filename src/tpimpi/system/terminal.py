@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TextIO
 
 import psutil
 
@@ -29,6 +30,7 @@ from tpimpi.system.launcher import LAUNCHERS
 
 STDIN, STDOUT, STDERR = 0, 1, 2
 MOST_LINE = 4 << 20  # bytes of a prompt
+_PIPE_COLUMNS = 10_000  # of a table that no terminal shows
 _PIECE = 65536  # bytes read at a time
 _LOOK_EVERY = 0.2  # seconds between two looks at the launcher's input
 _GRACE = 1.0  # seconds in which what the launcher has read may still arrive
@@ -208,6 +210,17 @@ class Input:
 
 def _text(line: bytes) -> str:
     return line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape").rstrip("\r")
+
+
+def print_table(table: Any, width: int, stream: TextIO | None = None) -> None:
+    """A rich table on `stream` (standard output): at a terminal `width` columns wide, else as wide as it is, so that what
+    reads it gets whole lines. Nothing in it is markup, nor a command to the terminal."""
+    from rich.console import Console
+
+    file = sys.stdout if stream is None else stream
+    number = STDOUT if file is sys.stdout else STDERR
+    columns = width if is_terminal(number) else _PIPE_COLUMNS
+    Console(file=file, width=columns, highlight=False, markup=False, emoji=False, color_system=None).print(table)
 
 
 @contextmanager

@@ -46,6 +46,12 @@ def show_time(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.0f} us"
 
 
+def show_minutes(seconds: float) -> str:
+    """A long time for people: "45 s", "2:45 min"."""
+    whole = round(seconds)
+    return f"{whole} s" if whole < 60 else f"{whole // 60}:{whole % 60:02} min"
+
+
 def show_rate(bytes_per_s: float) -> str:
     """A rate for people: "11.8 MB/s", "950 MB/s"."""
     return f"{bytes_per_s / 1e6:.1f} MB/s" if bytes_per_s < 1e8 else f"{bytes_per_s / 1e6:.0f} MB/s"

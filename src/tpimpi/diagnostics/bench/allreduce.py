@@ -24,6 +24,7 @@ from tpimpi.star import Star, choose, parse_rule
 from tpimpi.star.codec import wire_of
 from tpimpi.star.control import Task, TaskNote, send_note
 from tpimpi.system.files import write_json
+from tpimpi.system.terminal import print_table as show_table
 
 TASK = "bench allreduce"
 AT_ONCE, LARGE = 5, 1 << 17  # sums in a row, of which the first does not count; and from so many numbers on, two
@@ -140,13 +141,11 @@ def _round(
 
 def print_table(found: Found) -> None:
     """On standard output: milliseconds."""
-    from rich.console import Console
     from rich.table import Table
 
     slowest, count = max(found.latencies), len(set(found.hosts))
     hosts = f"{count} hosts" if count > 1 else "one host"
     print(f"{len(found.hosts)} ranks on {hosts} · {found.library} · one way {slowest * 1e3:.2f} ms")
-    console = Console(file=sys.stdout, width=160, highlight=False, color_system=None)
     for wire, rule in found.rules.items():
         rows = [row for row in found.rows if row.wire == wire]
         table = Table(box=None, pad_edge=False, header_style="none", title=f"wire {wire}, ms", title_justify="left")
@@ -158,7 +157,7 @@ def print_table(found: Found) -> None:
             cells = [f"{row.seconds[name] * 1e3:.3f}" for name in names]
             ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
             table.add_row(str(row.numbers), f"{row.two_hops * 1e3:.3f}", *cells, ratio, row.auto)
-        console.print(table)
+        show_table(table, 160)
         print(f"auto: {rule} (numbers, at most)")
 
 

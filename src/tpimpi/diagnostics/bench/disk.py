@@ -31,6 +31,7 @@ from tpimpi.errors import InputError, StorageError
 from tpimpi.system.buffers import PAGE, aligned_buffer
 from tpimpi.system.direct_io import open_direct
 from tpimpi.system.disk import Mount, mount_of
+from tpimpi.system.terminal import print_table as show_table
 from tpimpi.weights.slices.names import parse_slice_name
 
 ROUNDS = 5
@@ -327,7 +328,6 @@ def best(table: Sequence[Row]) -> Row:
 
 def print_table(table: Sequence[Row], title: Iterable[str]) -> None:
     """The table, on stdout."""
-    from rich.console import Console
     from rich.table import Table
 
     shown = Table(box=None, pad_edge=False, header_style="none")
@@ -341,4 +341,4 @@ def print_table(table: Sequence[Row], title: Iterable[str]) -> None:
     for line in title:
         print(line)
     print()
-    Console(width=120, highlight=False, color_system=None).print(shown)
+    show_table(shown, 120)

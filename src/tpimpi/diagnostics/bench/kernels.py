@@ -34,7 +34,9 @@ from tpimpi.compute.formats import FORMATS
 from tpimpi.compute.formats.packed import Matrix, encode, pack, packed_bytes, row_bytes
 from tpimpi.errors import InputError
 from tpimpi.system.buffers import aligned_buffer
-from tpimpi.system.cpu import cpu_name, last_level_cache
+from tpimpi.system.cpu import amx_extensions, cpu_name, last_level_cache
+from tpimpi.system.terminal import print_table as show_table
+from tpimpi.system.units import show_minutes
 
 if TYPE_CHECKING:
     from tpimpi.compute.backends.native import NativeBackend
@@ -115,9 +117,8 @@ def _over(value: float, limit: float | None) -> float | None:
     return value / limit if limit else None
 
 
-def print_table(table: Sequence[Row], title: str, limits: Limits) -> None:
-    """The table, on stdout."""
-    from rich.console import Console
+def print_table(table: Sequence[Row], title: str, limits: Limits, amx: Sequence[str] | None = None) -> None:
+    """The table, on stdout. `amx` are the matrix extensions of this processor, as `amx_extensions` finds them."""
     from rich.table import Table
 
     shown = Table(box=None, pad_edge=False, header_style="none")
@@ -142,11 +143,13 @@ def print_table(table: Sequence[Row], title: str, limits: Limits) -> None:
     if limits.read_bandwidth is not None:
         peaks = ", ".join(f"{kind} {rate / 1e9:.0f}" for kind, rate in limits.multiply_peak.items())
         print(f"read bandwidth {limits.read_bandwidth / 1e9:.2f} GB/s; multiply peak, GFLOP/s: {peaks}")
+    if names := ", ".join(amx_extensions() if amx is None else amx):
+        print(f"this processor has AMX ({names}): the peak is without it, so torch, which uses it, may exceed the peak")
     print(
         "/ 1 position: of the time for one; / read, / peak: of the bandwidth and the peak (a noisy machine may exceed them)"
     )
     print()
-    Console(width=120, highlight=False, color_system=None).print(shown)
+    show_table(shown, 120)
 
 
 # The machine
@@ -162,6 +165,7 @@ def machine(threads: int, backend: Backend) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "last_level_cache_bytes": last_level_cache(threads),
         "system": platform.platform(),
+        "amx": amx_extensions(),
         "kernel_level": getattr(backend, "level", None),
         "versions": versions,
     }
@@ -244,6 +248,10 @@ class _Meter:
         self._reading = _Kernel(lambda: backend.read(self._memory))
         self._peaks: dict[str, list[float]] = {kind: [] for kind in kinds}
 
+    @property
+    def limits_measured(self) -> int:
+        return 1 + len(self._peaks)
+
     def turn(self, seconds: float) -> None:
         """Measure each limit for about so long."""
         self._reading.turn(seconds)
@@ -257,6 +265,16 @@ class _Meter:
 
 
 # The bench
+
+
+def duration(formats: Sequence[str], positions: Sequence[int], seconds: float) -> str:
+    """A line that says before anything is measured how long that will take at least."""
+    with_torch = importlib.util.find_spec("torch") is not None
+    count = (len(formats) + (len(_TORCH_FORMATS) if with_torch else 0)) * len(positions)
+    return (
+        f"timing {count} kernels for {seconds:g} s each: {show_minutes(count * seconds)} at least, and about four times "
+        "that where calls are long (many positions); fewer --formats or --positions, or less of --seconds, is shorter"
+    )
 
 
 def choose_backend(wanted: str | None) -> tuple[str, str]:
@@ -323,22 +341,29 @@ class Bench:
                 "give fewer --formats or --positions, or a smaller --shape"
             )
 
-    def run(self, seconds: float, progress: Callable[[int, int], None]) -> tuple[list[Row], Limits]:
-        """Time each kernel for about `seconds`; progress(round, rounds) is called as each round begins."""
-        slow = set()
+    def run(self, seconds: float, progress: Callable[[str], None]) -> tuple[list[Row], Limits]:
+        """Time each kernel for about `seconds`; progress(line) is called with how far it is, and how long it will take."""
+        slow: set[int] = set()
+        left = 0.0  # seconds, of all rounds
         for *_, kernel in self._kernels:  # the first call of each finds memory and code cold
             kernel.turn(0)
+            if kernel.seconds[0] < max(seconds, _SLOW):
+                left += max(seconds, ROUNDS * kernel.seconds[0])
             if kernel.seconds[0] < max(seconds, _SLOW):
                 kernel.seconds.clear()
             else:
                 slow.add(id(kernel))
+        if self._meter is not None:
+            left += seconds * self._meter.limits_measured
         for number in range(ROUNDS):
-            progress(number + 1, ROUNDS)
+            progress(f"round {number + 1} of {ROUNDS}, about {show_minutes(left)} left")
+            began = time.perf_counter()
             if self._meter is not None:
                 self._meter.turn(seconds / ROUNDS)
             for *_, kernel in self._kernels:
                 if id(kernel) not in slow:
                     kernel.turn(seconds / ROUNDS)
+            left = (time.perf_counter() - began) * (ROUNDS - 1 - number)
         timings = [Timing(name, fmt, count, size, k.seconds) for name, fmt, count, size, k in self._kernels]
         limits = Limits(None, {}) if self._meter is None else self._meter.limits()
         return make_rows(timings, self.rows, self.columns, limits), limits

@@ -162,7 +162,7 @@ def _rank(checkup: Checkup, rank: int) -> Iterator[Finding]:
     each, where = checkup.facts[rank], checkup.name(rank)
     if not each.kernels:
         yield Finding(where, NOT_INSTALLED)
-    if len(each.cores) == 1 < each.host_cores:
+    if each.bound_by_launcher and len(each.cores) == 1 < each.host_cores:
         text = f"bound to one core of {each.host_cores} by the launcher, which computing and reading then share; type:"
         yield Finding(where, f"{text} mpirun {'-bind-to' if each.mpi.kind == MPICH else '--bind-to'} none")
     if each.quota is not None and each.quota < max(1, len(each.cores)):

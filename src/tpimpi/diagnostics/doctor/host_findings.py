@@ -222,9 +222,12 @@ def network_of(own: str, ours: LocalFacts) -> str:
     return next((str(ipaddress.ip_interface(n).network) for n in networks if n.partition("/")[0] == own), own)
 
 
-def check_file(found: Sequence[HostChecks], ours: LocalFacts) -> None:
-    """What is wrong with the hostfile as a whole, said of the hosts concerned."""
+def check_file(found: Sequence[HostChecks], ours: LocalFacts, refused: Sequence[str] = ()) -> None:
+    """What is wrong with the hostfile as a whole, said of the hosts concerned, and of the first the lines that mpirun would
+    refuse."""
     first, several = found[0], len(found) > 1
+    for problem in refused:
+        first.add("hostfile", WRONG, problem)
     if not first.here:
         first.add(
             "order",

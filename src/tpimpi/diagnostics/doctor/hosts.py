@@ -41,7 +41,7 @@ from tpimpi.diagnostics.doctor.host_findings import (
 from tpimpi.diagnostics.doctor.ssh import CONNECT_S, DEAD_HOST_S, PROBE_S, LocalFacts, Probe, local_facts
 from tpimpi.star import MPICH
 from tpimpi.system.files import write_json
-from tpimpi.system.hostfile import Host, read_hostfile
+from tpimpi.system.hostfile import Host, read_hostfile, refused_lines
 from tpimpi.system.network import INNER, choosing_mpich, choosing_openmpi, common_network
 from tpimpi.system.placement import by_node
 
@@ -65,7 +65,7 @@ def look_at_hosts(given: str, ssh: str) -> tuple[LocalFacts, list[HostChecks]]:
             one.add(
                 "time", WRONG, f"not done after {PROBE_S + DEAD_HOST_S:.0f} s; see what keeps it busy, and try again"
             )
-    check_file(found, ours)
+    check_file(found, ours, refused_lines(given, ours.mpirun_kind))
     return ours, found
 
 

@@ -37,6 +37,7 @@ from tpimpi.system.buffers import aligned_buffer
 from tpimpi.system.cpu import processor_quota
 from tpimpi.system.direct_io import MEASURED, PIECE, Descriptor, Extent, Trial
 from tpimpi.system.disk import scratch_file
+from tpimpi.system.launcher import bound_by_launcher
 from tpimpi.system.memory import headroom, places
 from tpimpi.system.network import Counters, Interface, counters, interfaces
 from tpimpi.weights.locations import cache_folder
@@ -97,6 +98,7 @@ class Facts:
     kernels: str = ""  # the instruction set they use, "" where none were built
     cores: list[int] = field(default_factory=list)  # that this rank may use
     host_cores: int = 0
+    bound_by_launcher: bool = False  # to those cores, of more
     quota: float | None = None  # processors that a control group allows
     memory_total: int = 0
     memory_free: int = 0
@@ -131,6 +133,7 @@ def examine(star: Star, wanted: ExpectedSlices) -> Facts:
         kernels=_kernels(),
         cores=sorted(os.sched_getaffinity(0)),
         host_cores=os.cpu_count() or 1,
+        bound_by_launcher=bound_by_launcher(),
         quota=processor_quota(),
         memory_total=host.total,
         memory_free=min(place.free for place in found),

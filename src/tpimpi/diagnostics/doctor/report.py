@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from tpimpi import __version__
 from tpimpi.diagnostics.doctor.findings import Checkup, Finding
+from tpimpi.system.terminal import print_table
 from tpimpi.system.units import show_rate, show_size, show_time
 
 
@@ -33,11 +33,8 @@ def as_json(checkup: Checkup, found: Sequence[Finding]) -> dict[str, Any]:
 
 
 def print_report(checkup: Checkup, found: Sequence[Finding]) -> None:
-    from rich.console import Console
-
-    console = Console(file=sys.stdout, width=160, highlight=False, color_system=None)
     for table in _tables(checkup):
-        console.print(table)
+        print_table(table, 160)
     for finding in sorted(found, key=lambda finding: not finding.wrong):
         print(" ".join(finding.line().split()))
     wrong = sum(finding.wrong for finding in found)

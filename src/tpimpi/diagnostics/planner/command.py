@@ -25,6 +25,7 @@ from tpimpi.errors import InputError
 from tpimpi.star import Star
 from tpimpi.system.files import write_json
 from tpimpi.system.memory import Place
+from tpimpi.system.terminal import print_table as show_table
 from tpimpi.system.units import show_size
 from tpimpi.weights.find import find_slices
 from tpimpi.weights.slices.partition import describe_shares
@@ -245,7 +246,6 @@ def advice(lines: Sequence[PlanRow]) -> list[str]:
 
 def print_table(lines: Sequence[PlanRow], guests: Sequence[RankInfo], title: Sequence[str]) -> None:
     """The table, on stdout."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="none")
@@ -267,7 +267,7 @@ def print_table(lines: Sequence[PlanRow], guests: Sequence[RankInfo], title: Seq
     for text in title:
         print(text)
     print()
-    Console(width=150, highlight=False, color_system=None).print(table)
+    show_table(table, 150)
     problems = {line.prediction.problem: line.ranks for line in lines if line.prediction.problem}
     for problem, ranks in problems.items():
         print(f"{_ranks(ranks)}: {problem}")
