@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tracemalloc
 
 import gguf
@@ -12,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.drawn import examples
-from tpimpi.compute.formats import WEIGHT_FORMATS, is_quantized
+from tests.support.launch import ROOT
+from tpimpi.compute.formats import FORMATS, WEIGHT_FORMATS, is_quantized, nearest_format
 from tpimpi.compute.formats.bf16 import from_bf16, to_bf16
 from tpimpi.compute.formats.packed import (
     Matrix,
@@ -31,6 +33,33 @@ from tpimpi.compute.formats.packed import (
 QUANTIZED = [fmt for fmt in WEIGHT_FORMATS if is_quantized(fmt)]
 KINDS = {fmt: gguf.GGMLQuantizationType[fmt.upper()] for fmt in QUANTIZED}
 shapes = {"fmt": st.sampled_from(WEIGHT_FORMATS), "rows": st.integers(1, 40), "columns": st.integers(1, 200)}
+
+
+def test_the_formats_are_known_to_the_kernels_by_the_same_numbers() -> None:
+    enum = re.search(r"enum class Format \{([^}]*)\}", (ROOT / "src/kernels/kernels.h").read_text(encoding="utf-8"))
+    assert enum is not None
+    assert [name.strip() for name in enum[1].split(",")] == sorted(FORMATS, key=lambda name: FORMATS[name].kernel_code)
+    assert sorted(form.kernel_code for form in FORMATS.values()) == list(range(len(FORMATS)))
+
+
+@pytest.mark.parametrize("fmt", QUANTIZED)
+def test_blocks_are_as_large_as_ggmls(fmt: str) -> None:
+    assert (FORMATS[fmt].block_weights, FORMATS[fmt].block_bytes) == gguf.GGML_QUANT_SIZES[KINDS[fmt]]
+
+
+def test_the_format_that_other_types_become() -> None:
+    """Its own where there is one; 4 bits in uniform steps where a type has no more, else 8 bits."""
+    found = {kind: nearest_format(kind) for kind in (*WEIGHT_FORMATS, "f16", "q4_k", "q2_k", "q5_k", "q6_k", "iq4_nl")}
+    own = {fmt: fmt for fmt in WEIGHT_FORMATS}
+    assert found == {
+        **own,
+        "f16": "bf16",
+        "q4_k": "q4_1",
+        "q2_k": "q4_1",
+        "q5_k": "q8_0",
+        "q6_k": "q8_0",
+        "iq4_nl": "q8_0",
+    }
 
 
 def random_rows(fmt: str, rows: int, columns: int) -> np.ndarray:

@@ -17,7 +17,7 @@ import pytest
 
 from tests.support.launch import ROOT
 from tpimpi.compute.backends.reference import NumpyTwin, rounded_activations
-from tpimpi.compute.formats import WEIGHT_FORMATS
+from tpimpi.compute.formats import FORMATS, WEIGHT_FORMATS, is_quantized
 from tpimpi.compute.formats.packed import Matrix, encode, pack, row_bytes, values
 from tpimpi.compute.formats.quantize import quantize
 
@@ -80,7 +80,7 @@ def linear_case(
         if weight.format == "q4_1":  # its minima and its scales are summed apart
             size += np.abs(x).max(axis=1, keepdims=True) * 2 * np.abs(values(weight)).max() * weight.columns
     arrays = [weight.data, x, NOTHING if bias is None else bias]
-    parameters = [WEIGHT_FORMATS.index(weight.format), weight.rows, weight.columns, len(x), parts]
+    parameters = [FORMATS[weight.format].kernel_code, weight.rows, weight.columns, len(x), parts]
     tolerance = np.nan_to_num(size + (0 if bias is None else np.abs(bias))) * EPS * slack + 1e-37
     return Case(f"linear {name}", LINEAR, parameters, arrays, expected.shape, within(expected, tolerance))
 
@@ -261,13 +261,11 @@ def attention_cases(random: np.random.Generator) -> list[Case]:
 
 def quantize_cases(random: np.random.Generator) -> list[Case]:
     cases = []
-    for code, fmt in enumerate(WEIGHT_FORMATS):
-        if fmt in ("f32", "bf16"):
-            continue
+    for fmt in filter(is_quantized, WEIGHT_FORMATS):
         x = random.standard_normal((19, 32), dtype=np.float32) * np.logspace(-9, 6, 19, dtype=np.float32)[:, None]
         x[4], x[5, 3], x[6] = 0, 1e-38, 3.4e38
         expected = quantize(x, fmt)
-        parameters, byte = [code, len(x)], np.dtype(np.uint8)
+        parameters, byte = [FORMATS[fmt].kernel_code, len(x)], np.dtype(np.uint8)
         cases.append(Case(f"quantize {fmt}", QUANTIZE, parameters, [x], expected.shape, same_bits(expected), byte))
         for value in (np.nan, np.inf):
             bad = x.copy()
