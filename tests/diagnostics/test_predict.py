@@ -10,7 +10,7 @@ import pytest
 from tests.support.prediction import CONFIG, FORMATS, GB, WORKLOAD, predictor, speed
 from tpimpi.diagnostics.planner.predict import LinearCost, Loads, Measured, Predictor, chunks
 from tpimpi.diagnostics.planner.shares import MOST_WEIGHT, best_shares
-from tpimpi.engine.budget import RESERVE
+from tpimpi.engine.budget import RESERVE_BYTES
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.weights.slices.layout import slice_records
 from tpimpi.weights.slices.partition import make_partition
@@ -111,8 +111,8 @@ def test_a_rank_that_streams_takes_its_reading_if_that_is_longer() -> None:
 def test_memory_is_what_an_engine_reckons() -> None:
     found = predictor(speed()).predict([1.0])
     tiles, cache = 10 * (ATTN + MLP) + HEAD, 2 * 10 * 16 * 128 * 64 * 2
-    assert found.memory[0] > 100_000_000 + RESERVE + tiles + cache
-    assert found.memory[0] < 100_000_000 + RESERVE + tiles + cache + 20_000_000  # to work with
+    assert found.memory[0] > 100_000_000 + RESERVE_BYTES + tiles + cache
+    assert found.memory[0] < 100_000_000 + RESERVE_BYTES + tiles + cache + 20_000_000  # to work with
 
 
 def test_memory_for_messages_depends_on_the_allreduce() -> None:

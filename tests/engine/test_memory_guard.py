@@ -12,9 +12,9 @@ import pytest
 from tests.support.memory_guard_cases import BASE, CALM, Case
 from tests.support.tiny_models import write_tiny_hf
 from tpimpi.engine import memory_guard as keeping
-from tpimpi.engine.budget import RESERVE
+from tpimpi.engine.budget import RESERVE_BYTES
 from tpimpi.engine.cycle import records_of
-from tpimpi.engine.memory_guard import STALL, MemoryGuard, Timeline
+from tpimpi.engine.memory_guard import STALL_REPORT_S, MemoryGuard, Timeline
 from tpimpi.engine.model import block_order
 from tpimpi.engine.ring import ring_bytes
 from tpimpi.engine.window import Window
@@ -60,7 +60,7 @@ def test_no_rank_takes_all_the_room_of_a_host(case: Callable[..., Case]) -> None
 
 def test_both_bounds_hold(case: Callable[..., Case]) -> None:
     c = case(20)
-    guard = c.keep(promise=RESERVE + BASE + 150, shared_by=1)
+    guard = c.keep(promise=RESERVE_BYTES + BASE + 150, shared_by=1)
     c.free = 10**9
     guard.look(0.0)
     assert c.pinned == [150]
@@ -93,9 +93,9 @@ def test_a_real_window_gives_back_and_takes_again(file: SliceFile, monkeypatch: 
     order = block_order(file.header)
     window = Window(file, order, ring=ring_bytes(records_of(file, order), 2))
     total, others = window.total_bytes, 0
-    monkeypatch.setattr(keeping, "PERIOD", threading.TIMEOUT_MAX)
+    monkeypatch.setattr(keeping, "CHECK_INTERVAL_S", threading.TIMEOUT_MAX)
     monkeypatch.setattr(keeping, "resident_bytes", lambda: BASE + others + window.pinned_bytes + window.buffer_bytes)
-    guard = MemoryGuard([window], promise=RESERVE + BASE + total)
+    guard = MemoryGuard([window], promise=RESERVE_BYTES + BASE + total)
     try:
         _token(window, order)
         guard.look(0.0)
@@ -157,7 +157,7 @@ def test_points_that_are_too_near_are_left_out() -> None:
 
 def test_a_look_is_noted(case: Callable[..., Case]) -> None:
     c = case(20, 10)
-    guard = c.keep(promise=RESERVE + BASE + 300)
+    guard = c.keep(promise=RESERVE_BYTES + BASE + 300)
     guard.look(7.0)
     c.others = 100
     guard.look(8.0)
@@ -177,7 +177,7 @@ def _lines(c: Case, now: float) -> list[str]:
 def test_a_stall_is_said_at_5_10_and_20_seconds_once_each(case: Callable[..., Case]) -> None:
     c = case(1)
     c.keep(promise=None)
-    assert STALL == 5.0
+    assert STALL_REPORT_S == 5.0
     c.windows[0].waiting_since, c.windows[0].waiting_for = 100.0, "layers/0003/mlp/tile-001"
     said = {}
     for tick in range(1, 45 * 20):  # a look every 0.05 s

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from tests.support.drawn import examples
 from tests.support.memory_guard_cases import BASE, CALM, Case
-from tpimpi.engine.budget import RESERVE
+from tpimpi.engine.budget import RESERVE_BYTES
 
 pytestmark = pytest.mark.alone
 
 
 def test_what_is_over_the_promise_is_given_back_at_once(case: Callable[..., Case]) -> None:
     c = case(20)
-    guard = c.keep(promise=RESERVE + BASE + 200)
+    guard = c.keep(promise=RESERVE_BYTES + BASE + 200)
     guard.look(0.0)
     assert c.pinned == [200], "just within it"
     c.others = 1
@@ -35,7 +35,7 @@ def test_what_is_over_the_promise_is_given_back_at_once(case: Callable[..., Case
 
 def test_it_is_taken_again_only_when_there_has_been_room_for_a_while(case: Callable[..., Case]) -> None:
     c = case(20)
-    guard = c.keep(promise=RESERVE + BASE + 200)
+    guard = c.keep(promise=RESERVE_BYTES + BASE + 200)
     c.others = 100
     guard.look(0.0)
     assert c.wanted == [100]
@@ -49,7 +49,7 @@ def test_it_is_taken_again_only_when_there_has_been_room_for_a_while(case: Calla
 
 def test_a_squeeze_in_between_begins_the_wait_anew(case: Callable[..., Case]) -> None:
     c = case(20)
-    guard = c.keep(promise=RESERVE + BASE + 200)
+    guard = c.keep(promise=RESERVE_BYTES + BASE + 200)
     c.others = 100
     guard.look(0.0)
     c.others = 0
@@ -67,7 +67,7 @@ def test_a_squeeze_in_between_begins_the_wait_anew(case: Callable[..., Case]) ->
 
 def test_what_is_on_its_way_is_counted(case: Callable[..., Case]) -> None:
     c = case(20)
-    guard = c.keep(promise=RESERVE + BASE + 200)
+    guard = c.keep(promise=RESERVE_BYTES + BASE + 200)
     c.others = 200
     guard.look(0.0)
     assert c.wanted == [0]
@@ -87,7 +87,7 @@ def test_what_is_on_its_way_is_counted(case: Callable[..., Case]) -> None:
 
 def test_small_amounts_of_room_are_not_worth_the_reading(case: Callable[..., Case]) -> None:
     c = case(100)
-    guard = c.keep(promise=RESERVE + BASE + 1000)
+    guard = c.keep(promise=RESERVE_BYTES + BASE + 1000)
     c.others = 500
     guard.look(0.0)
     c.others = 450  # a tenth of what is missing
@@ -98,7 +98,7 @@ def test_small_amounts_of_room_are_not_worth_the_reading(case: Callable[..., Cas
 
 def test_never_more_than_is_planned(case: Callable[..., Case]) -> None:
     c = case(20)
-    guard = c.keep(promise=RESERVE + 10**6)
+    guard = c.keep(promise=RESERVE_BYTES + 10**6)
     guard.plan(135)
     assert c.pinned == c.wanted == [130], "at once"
     for now in range(20):
@@ -116,7 +116,7 @@ def test_never_more_than_is_planned(case: Callable[..., Case]) -> None:
 
 def test_windows_share_by_their_size(case: Callable[..., Case]) -> None:
     c = case(30, 10)
-    guard = c.keep(promise=RESERVE + BASE + 400)
+    guard = c.keep(promise=RESERVE_BYTES + BASE + 400)
     c.others = 200
     guard.look(0.0)
     assert c.pinned == [150, 50]
@@ -141,7 +141,7 @@ def test_without_a_promise_nothing_is_given_back(case: Callable[..., Case]) -> N
 def test_whatever_happens_it_stays_within_promise_and_plan(tiles: list[int], steps) -> None:
     with pytest.MonkeyPatch.context() as patch:
         c = Case(patch, *tiles)
-        guard = c.keep(promise=RESERVE + BASE + 500)
+        guard = c.keep(promise=RESERVE_BYTES + BASE + 500)
         try:
             plan = sum(c.wanted)
             for number, (others, read, most) in enumerate(steps):

@@ -48,7 +48,7 @@ class Case:
         self.free = 0  # of the host, beyond its reserve
         self.lines: list[str] = []
         self.row: tuple[float, str] | None = None
-        patch.setattr(keeping, "PERIOD", threading.TIMEOUT_MAX)
+        patch.setattr(keeping, "CHECK_INTERVAL_S", threading.TIMEOUT_MAX)
         patch.setattr(keeping, "resident_bytes", lambda: self.resident)
         patch.setattr(keeping, "places", lambda: [Place("", 4 * 10**9, 10**9)])
         patch.setattr(keeping, "headroom", lambda places: self.free)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.support.drawn import examples
 from tests.support.memory_cases import GB, HOST, MB
-from tpimpi.engine.budget import RESERVE, Needs, divide, make_budget, per_rank
+from tpimpi.engine.budget import RESERVE_BYTES, Needs, divide, make_budget, per_rank
 from tpimpi.errors import InputError
 from tpimpi.system.memory import JOB, Place, headroom, places, resident_bytes
 from tpimpi.system.units import megabytes_up, parse_size, show_size
@@ -222,10 +222,10 @@ def test_what_is_left_for_others() -> None:
 
 
 def _needs(fixed: int, tiles: int, least: int = 0, usual: int = 0) -> Needs:
-    """So much in all for base, cache, work and reserve (of which no less than RESERVE)."""
-    base = (fixed - RESERVE) // 2
-    work = (fixed - RESERVE - base) // 2
-    return Needs(base, fixed - RESERVE - base - work, work, least, max(least, usual), tiles)
+    """So much in all for base, cache, work and reserve (of which no less than RESERVE_BYTES)."""
+    base = (fixed - RESERVE_BYTES) // 2
+    work = (fixed - RESERVE_BYTES - base) // 2
+    return Needs(base, fixed - RESERVE_BYTES - base - work, work, least, max(least, usual), tiles)
 
 
 NEEDS = _needs(fixed=200 * MB, tiles=1000 * MB, least=30 * MB, usual=80 * MB)
@@ -286,11 +286,11 @@ def _streamed(needs: Mapping[int, Needs], shares: Mapping[int, int]) -> int:
     return max(max(0, need.tiles - (shares[rank] - need.fixed)) for rank, need in needs.items())
 
 
-rank_needs = st.builds(_needs, st.integers(RESERVE, RESERVE + 50), st.integers(0, 60))
+rank_needs = st.builds(_needs, st.integers(RESERVE_BYTES, RESERVE_BYTES + 50), st.integers(0, 60))
 
 
 @examples(300)
-@given(st.lists(rank_needs, min_size=1, max_size=6), st.integers(0, 6 * (RESERVE + 120)))
+@given(st.lists(rank_needs, min_size=1, max_size=6), st.integers(0, 6 * (RESERVE_BYTES + 120)))
 def test_never_more_is_given_out_than_there_is(each: list[Needs], free: int) -> None:
     needs = dict(enumerate(each))
     shares = divide(free, needs)
@@ -305,7 +305,7 @@ def test_never_more_is_given_out_than_there_is(each: list[Needs], free: int) -> 
     st.integers(0, 40),
 )
 def test_what_is_streamed_is_as_level_as_can_be(each: list[tuple[int, int]], spare: int) -> None:
-    needs = {rank: _needs(RESERVE + fixed, tiles) for rank, (fixed, tiles) in enumerate(each)}
+    needs = {rank: _needs(RESERVE_BYTES + fixed, tiles) for rank, (fixed, tiles) in enumerate(each)}
     fixed = sum(need.fixed for need in needs.values())
     # Every way to divide what is to be spared, tried out.
     ways = itertools.product(*(range(need.tiles + 1) for need in needs.values()))

@@ -15,7 +15,7 @@ from tpimpi.cli.values import AUTO, share_weights
 from tpimpi.diagnostics.options import MeasureOptions, Workload
 from tpimpi.engine import ranks as ranks_of_run
 from tpimpi.engine.budget import per_rank
-from tpimpi.engine.engine import CONTEXT, EngineConfig
+from tpimpi.engine.engine import DEFAULT_CONTEXT, EngineConfig
 from tpimpi.engine.overlap import largest_sum
 from tpimpi.engine.ranks import RankInfo
 from tpimpi.models.config import ModelConfig
@@ -137,7 +137,7 @@ def workload(
     return Workload(
         config=config,
         formats=formats,
-        context=min(context or CONTEXT, config.context),
+        context=min(context or DEFAULT_CONTEXT, config.context),
         prompt=min(prompt_tokens, config.context - 1),
         memory=compute.memory_sizes,
         kv=compute.kv,

@@ -1,4 +1,14 @@
-"""Traces as files, for ui.perfetto.dev and chrome://tracing."""
+"""Traces as files: what each rank did when, on one clock, for ui.perfetto.dev and chrome://tracing.
+
+The file is a JSON object in the Trace Event Format
+(https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU):
+
+    {"traceEvents": [EVENT, …], "displayTimeUnit": "ms", "otherData": {…}}
+
+one event a line. A process is a rank (its pid), a thread a lane: compute, star, disk wait, read 0, read 1, … Events are
+"X" (a span: its name is the block, its category the kind, args the tile), "C" (resident, pinned and buffer memory, in MB)
+and "M" (names and order). `ts` and `dur` are whole microseconds, from the earliest event on the hub's clock.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from tpimpi.engine.trace import _MOST_BYTES, _MOST_SECONDS, COMPUTE, KINDS, READ, STAR, WAIT, RankTrace, Spans, unpack
+from tpimpi.engine.trace import COMPUTE, KINDS, MOST_BYTES, MOST_SECONDS, READ, STAR, WAIT, RankTrace, Spans, unpack
 from tpimpi.errors import StarError
 from tpimpi.system.files import replacing
 
@@ -87,9 +97,9 @@ def _checked(rank: RankTrace, blocks: Sequence[str]) -> Spans:
         if wrong.size:
             raise StarError(f"{where} recorded a span of {name} {wrong[0]}, must be from {least} to {limit - 1}")
     began, ended = spans["began"], spans["ended"]
-    if not ((abs(began) < _MOST_SECONDS) & (abs(ended) < _MOST_SECONDS) & (ended >= began)).all():
+    if not ((abs(began) < MOST_SECONDS) & (abs(ended) < MOST_SECONDS) & (ended >= began)).all():
         raise StarError(f"{where} recorded a span that ends before it begins, or at no time that a clock shows")
-    if any(len(point) != 1 + len(_COUNTERS) or not all(abs(v) < _MOST_BYTES for v in point) for point in rank.timeline):
+    if any(len(point) != 1 + len(_COUNTERS) or not all(abs(v) < MOST_BYTES for v in point) for point in rank.timeline):
         raise StarError(f"{where} sent a timeline that is not [time, {', '.join(_COUNTERS)}]")
     return spans
 

@@ -5,7 +5,7 @@ Everything that a rank takes is one of these (`Needs`, and `Budget` for what is 
     base         what it has resident when its model is about to be loaded: Python, libraries, MPI, the tokenizer
     cache        keys and values, for the context
     work         activations and messages of the largest step
-    reserve      RESERVE: what cannot be seen from inside (the page cache of files that it reads, the kernel's own tables)
+    reserve      RESERVE_BYTES: what cannot be seen from inside (page cache of the files it reads, the kernel's own tables)
     buffers      the window's ring, and records for a trace
     pinned       tiles that stay; all that is left
 
@@ -22,10 +22,10 @@ from tpimpi.errors import InputError
 from tpimpi.system.memory import JOB, Place
 from tpimpi.system.units import megabytes_up, show_size
 
-RESERVE = 24_000_000  # bytes; of page cache, page tables and sockets, 12 to 17 MB were seen
-
-
-_VARIES = 4_000_000  # bytes; up to 3 MB more were seen from one start to the next, on a busy machine
+# Page cache, page tables and sockets took 12 to 17 MB.
+RESERVE_BYTES = 24_000_000
+# From one start to the next a rank took up to 3 MB more, on a busy machine.
+_START_VARIATION_BYTES = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Needs:
 
     @property
     def fixed(self) -> int:
-        return self.base + self.cache + self.work + RESERVE
+        return self.base + self.cache + self.work + RESERVE_BYTES
 
     @property
     def least(self) -> int:
@@ -73,9 +73,9 @@ def make_budget(needs: Needs, promise: int, whose: str = "") -> Budget:
     if promise < needs.least:
         whose = whose or f"--memory is {show_size(promise)}"
         raise InputError(
-            f"{whose}, this rank needs at least {megabytes_up(needs.least + _VARIES)} "
+            f"{whose}, this rank needs at least {megabytes_up(needs.least + _START_VARIATION_BYTES)} "
             f"({show_size(needs.base)} for program and libraries, {show_size(needs.cache)} for keys and values, "
-            f"{show_size(needs.work + RESERVE)} to work with, {show_size(needs.least_buffers)} for buffers); "
+            f"{show_size(needs.work + RESERVE_BYTES)} to work with, {show_size(needs.least_buffers)} for buffers); "
             "give that, or a smaller --context"
         )
     left = promise - needs.fixed

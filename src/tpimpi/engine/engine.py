@@ -1,4 +1,8 @@
-"""A rank's engine: what it holds for a run of one model (slice, window, model, cache), and the memory that this takes."""
+"""A rank's engine: what it holds for a run of one model (slice, window, model).
+
+It is made in two steps: `OpenedEngine` is the slice, open and checked, with which memory can be planned; `Engine` has a
+window that reads the tiles, and the model.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ from tpimpi.weights.locations import SliceLocation
 from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.header import Header
 
-CONTEXT = 2048  # positions that memory is planned for where nobody says how many there will be
+DEFAULT_CONTEXT = 2048  # positions that memory is planned for where no option or prompt says how many
 
 
 @dataclass(frozen=True)

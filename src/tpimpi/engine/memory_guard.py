@@ -12,17 +12,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from tpimpi.engine.budget import RESERVE
+from tpimpi.engine.budget import RESERVE_BYTES
 from tpimpi.engine.window import Window
 from tpimpi.system.memory import headroom, places, resident_bytes
 
-PERIOD = 0.05  # seconds between two looks
-IDLE_PERIOD = 0.2  # the same, where nothing is computed: a look takes 1 ms
-_IDLE = 0.2  # of a core, which an idle rank does not use
-_CALM = 2.0  # seconds for which there has to be room before more is pinned again
-_MOST_POINTS = 400  # of the timeline; with more, every other goes, and they come half as often
-_FIRST_POINTS = 0.1  # seconds between points at first
-STALL = 5.0  # seconds after which waiting for the disk is reported, and again after each doubling
+CHECK_INTERVAL_S = 0.05  # time between two looks at memory
+IDLE_CHECK_INTERVAL_S = 0.2  # the same while nothing is computed; a look takes 1 ms
+_IDLE_CORE_SHARE = 0.2  # a rank that uses less of one core is idle
+_CALM_TIME_S = 2.0  # there has to be room for so long before more is pinned again
+_MOST_TIMELINE_POINTS = 400  # with more, every other point is dropped, and new ones come half as often
+_FIRST_POINT_INTERVAL_S = 0.1  # time between two points of the timeline at first
+STALL_REPORT_S = 5.0  # waiting for the disk is reported after so long, and again after each doubling
 
 
 class Timeline:
@@ -30,14 +30,14 @@ class Timeline:
 
     def __init__(self) -> None:
         self.points: list[list[float]] = []
-        self._every = _FIRST_POINTS
+        self._every = _FIRST_POINT_INTERVAL_S
 
     def add(self, now: float, resident: int, pinned: int, buffers: int) -> None:
         """Note a point, unless the last is too near."""
         if self.points and now - self.points[-1][0] < self._every:
             return
         self.points.append([round(now, 3), resident, pinned, buffers])
-        if len(self.points) > _MOST_POINTS:
+        if len(self.points) > _MOST_TIMELINE_POINTS:
             self.points = self.points[::2]
             self._every *= 2
 
@@ -90,11 +90,11 @@ class MemoryGuard:
             window.pin_at_most(max(0, nbytes) * window.total_bytes // max(1, whole))
 
     def _run(self) -> None:
-        period, used = PERIOD, time.process_time()
+        period, used = CHECK_INTERVAL_S, time.process_time()
         while not self._closed.wait(period):
             self.look(time.monotonic())
             before, used = used, time.process_time()
-            period = IDLE_PERIOD if used - before < _IDLE * period else PERIOD
+            period = IDLE_CHECK_INTERVAL_S if used - before < _IDLE_CORE_SHARE * period else CHECK_INTERVAL_S
 
     def look(self, now: float) -> None:
         """One look: at memory, and at waiting."""
@@ -117,7 +117,7 @@ class MemoryGuard:
         """Bytes that this rank may take beyond what it has; negative: that it should give back; None: unbounded."""
         rooms = []
         if self._promise is not None:
-            rooms.append(self._promise - RESERVE - resident)
+            rooms.append(self._promise - RESERVE_BYTES - resident)
         if self._shared_by:
             free = headroom(places())
             # All ranks see the same want, and each gives its part; but all of the room, if one took it, would be too much.
@@ -132,14 +132,14 @@ class MemoryGuard:
             self._roomy_since = None
         elif self._roomy_since is None:
             self._roomy_since = now
-        elif now - self._roomy_since >= _CALM:
+        elif now - self._roomy_since >= _CALM_TIME_S:
             self._pin(self.wanted + worth)
             self._roomy_since = None
 
     def _report_stall(self, now: float) -> None:
         waits = [self._waiting(), *((w.waiting_since, w.waiting_for) for w in self._windows if w.waiting_since)]
         longest = max(((now - wait[0], wait[1]) for wait in waits if wait and wait[0]), default=(0.0, ""))
-        if longest[0] < STALL:
+        if longest[0] < STALL_REPORT_S:
             if self._said:
                 self._stalled("the disk goes on")
             self._said = 0.0

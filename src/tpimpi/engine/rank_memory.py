@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from tpimpi.engine.allotment import MemoryAllotment
-from tpimpi.engine.budget import RESERVE, Budget, Needs, make_budget
+from tpimpi.engine.budget import RESERVE_BYTES, Budget, Needs, make_budget
 from tpimpi.engine.engine import OpenedEngine
 from tpimpi.engine.figures import RankFigures
 from tpimpi.engine.memory_guard import MemoryGuard
@@ -163,7 +163,7 @@ class RankMemory:
             promise=plan.promise,
             base=needs.base,
             cache=needs.cache,
-            work=needs.work + RESERVE,
+            work=needs.work + RESERVE_BYTES,
             buffers=self._rings if any(map(plan.streams, opened)) else 0,
             pinned=sum(engine.window.wanted_bytes for engine in self.engines),
             streamed=sum(engine.window.streamed_bytes for engine in self.engines),

@@ -1,13 +1,6 @@
-"""A trace of a run: what each rank did when, on one clock, for chrome://tracing and ui.perfetto.dev.
+"""What a rank records of its time, for a trace of the run: spans of reading, waiting, computing and the star.
 
-The file is a JSON object in the Trace Event Format
-(https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU):
-
-    {"traceEvents": [EVENT, …], "displayTimeUnit": "ms", "otherData": {…}}
-
-one event a line. A process is a rank (its pid), a thread a lane: compute, star, disk wait, read 0, read 1, … Events are
-"X" (a span: its name is the block, its category the kind, args the tile), "C" (resident, pinned and buffer memory, in MB)
-and "M" (names and order). `ts` and `dur` are whole microseconds, from the earliest event on the hub's clock.
+See diagnostics/trace_file.py for the file.
 """
 
 from __future__ import annotations
@@ -27,13 +20,13 @@ from tpimpi.star.control import Note
 KINDS = ("read", "disk wait", "compute", "star")
 READ, WAIT, COMPUTE, STAR = range(4)
 
-MOST_SPANS = 200_000  # of a rank: 5.2 MB
+MOST_SPANS = 200_000  # that a rank records; they take 5.2 MB
 _SPAN = np.dtype(
     [("kind", "u1"), ("lane", "u1"), ("block", "<i4"), ("tile", "<i4"), ("began", "<f8"), ("ended", "<f8")]
 )
 Spans = npt.NDArray[np.void]
 
-_MOST_SECONDS, _MOST_BYTES = 1e10, 1e18  # beyond what is meant as a time or a size
+MOST_SECONDS, MOST_BYTES = 1e10, 1e18  # more than any time or size in a trace can be
 
 
 class Recorder:
@@ -118,9 +111,3 @@ class RankTrace:
     def from_note(cls, rank: int, note: TraceNote, clock_offset: float) -> RankTrace:
         """Hub: what `rank` recorded."""
         return cls(rank, note.host, clock_offset, note.spans, note.timeline, note.dropped)
-
-
-# Events
-
-
-# Files

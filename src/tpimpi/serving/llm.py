@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from tpimpi.engine.allotment import MemoryAllotment
-from tpimpi.engine.engine import CONTEXT, OpenedEngine
+from tpimpi.engine.engine import DEFAULT_CONTEXT, OpenedEngine
 from tpimpi.engine.rank_memory import RankMemory
 from tpimpi.engine.startup import allot_memory, finish
 from tpimpi.engine.trace import RankTrace
@@ -37,7 +37,7 @@ def load_llm(
     where a rank's promise is too small.
     """
     params = conversation.params
-    wanted = CONTEXT if first is None else len(first.ids) + params.max_tokens
+    wanted = DEFAULT_CONTEXT if first is None else len(first.ids) + params.max_tokens
     context = params.context or min(conversation.limit, wanted)
     memory, allotments = allot_memory(engine.star, [engine], context, tokenizer_bytes)
     rooms = [rank.most_context for rank in allotments if rank.most_context is not None]
