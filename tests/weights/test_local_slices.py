@@ -112,10 +112,14 @@ def test_good_slices_are_left_alone(model: Path, tmp_path: Path, monkeypatch) ->
             (path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in sorted((tmp_path / "out").iterdir())
         ]
         assert before == after
-        make(source, tmp_path / "out", fmt="bf16")  # others of the same name are replaced
-        file = SliceFile(tmp_path / "out" / slice_name(1, 3))
-        assert file.header.format == "bf16"
-        file.close()
+        for other in ({"fmt": "bf16"}, {"shares": [1, 1, 1]}):
+            with pytest.raises(
+                InputError, match=r"out/rank-0-of-3\.h5 is there in q8_0 for shares 2,1,1, asked for is .*; choose"
+            ):
+                make(source, tmp_path / "out", **other)
+        assert before == [
+            (path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in sorted((tmp_path / "out").iterdir())
+        ]
 
 
 @pytest.mark.parametrize("unfinished", [False, True])
@@ -343,6 +347,8 @@ def test_a_message_of_a_broken_slice_says_what_to_type(model: Path, tmp_path: Pa
     spoil(tmp_path / slice_name(1, 3), "layers/0002/mlp/tile-000/up")
     file = SliceFile(tmp_path / slice_name(1, 3))
     record = next(record for record in file.records if record.path == "layers/0002/mlp/tile-000")
-    with pytest.raises(SliceError, match=r"mend it with: python -m tpimpi slice --verify \(under mpirun as in a run"):
+    with pytest.raises(
+        SliceError, match=r"mend it with: python -m tpimpi slice --verify --out \S+ \(under mpirun as in a run"
+    ):
         file.load(record)
     file.close()

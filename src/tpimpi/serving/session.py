@@ -20,7 +20,6 @@ One run at a time uses a file, which a lock (flock) sees to. Only its owner can 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import stat
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from tpimpi.errors import InputError, StorageError
+from tpimpi.system.files import try_lock
 
 FORMAT_VERSION = 1
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "raw")  # options of a run
@@ -95,14 +95,14 @@ class Session:
             self._file = os.open(self._path, flags)
         except FileNotFoundError:
             self._file = os.open(self._path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+            os.fchmod(self._file, 0o600)  # whatever the umask
             self._made = True
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            problem = try_lock(self._file)
         except BlockingIOError as error:
             raise self._wrong(" is in use by another run; wait for its end, or give another file") from error
-        except OSError as error:
-            reason = f" cannot be locked: {error.strerror}; put it on a local disk"
-            raise self._wrong(reason) from error
+        if problem is not None:
+            raise self._wrong(f" cannot be locked: {problem.strerror}; put it on a local disk") from problem
         if not self._path.exists() or not os.path.samestat(os.fstat(self._file), self._path.stat()):
             raise self._wrong(" was removed by another run just now; try again")
 
