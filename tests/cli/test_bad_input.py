@@ -225,7 +225,7 @@ def test_a_flipped_byte_in_a_weight(mpirun: Launcher, two: Path, cache, rank: in
     path = two / slice_name(rank, 2)
     file = SliceFile(path)
     record = next(r for r in file.records if r.path == "layers/0001/attn/tile-000")
-    place = file._places[record.path].offsets[0] + 77
+    place = file._offsets[record.path][0] + 77
     file.close()
     data = bytearray(path.read_bytes())
     data[place] ^= 4

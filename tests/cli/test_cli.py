@@ -44,7 +44,7 @@ def test_inspect_finds_what_is_broken(tpimpi, two: Path, tmp_path: Path) -> None
     path = two / slice_name(1, 2)
     file = SliceFile(path)
     record = file.records[-1]
-    place = file._places[record.path].offsets[0]
+    place = file._offsets[record.path][0]
     file.close()
     data = bytearray(path.read_bytes())
     data[place] ^= 1

@@ -144,7 +144,7 @@ def test_less_than_two_blocks_are_refused(file: SliceFile, blocks: int) -> None:
 def test_what_reading_raises_is_raised_where_the_tile_is_used(slice_path: Path, tmp_path: Path, memory) -> None:
     whole = SliceFile(slice_path)
     record = next(r for r in whole.records if r.path == "layers/0003/mlp/tile-000")
-    offset = whole._places[record.path].offsets[1] + 5
+    offset = whole._offsets[record.path][1] + 5
     whole.close()
     data = bytearray(slice_path.read_bytes())
     data[offset] ^= 0x10
@@ -171,7 +171,7 @@ def test_a_tile_that_goes_bad_later_is_noticed_too(slice_path: Path, tmp_path: P
     _token(window, order)
     record = next(r for r in file.records if r.path == "layers/0004/attn/tile-000")
     with path.open("r+b") as stream:
-        stream.seek(file._places[record.path].offsets[0])
+        stream.seek(file._offsets[record.path][0])
         stream.write(b"other bytes")
     with pytest.raises(SliceError, match="was changed while this run was using it: layers/0004/attn/tile-000"):
         _token(window, order)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tpimpi.system import buffers
-from tpimpi.system.buffers import PAGE, Bytes, Pages, Places, aligned_buffer
+from tpimpi.system.buffers import PAGE_BYTES, BufferPool, Bytes, Pages, aligned_buffer
 from tpimpi.system.memory import resident_bytes
 
 LARGE = 2 << 20
@@ -19,8 +19,8 @@ PAGEMAP = Path("/proc/self/pagemap")
 def _present(array: Bytes) -> int:
     """How many of an array's pages, of 4096 bytes, are in memory."""
     # Documentation/admin-guide/mm/pagemap.rst: a uint64 for each page, bit 63: present, bit 62: swapped.
-    first = array.ctypes.data // PAGE
-    last = -(-(array.ctypes.data + array.nbytes) // PAGE)
+    first = array.ctypes.data // PAGE_BYTES
+    last = -(-(array.ctypes.data + array.nbytes) // PAGE_BYTES)
     with PAGEMAP.open("rb", buffering=0) as file:
         file.seek(first * 8)
         entries = np.frombuffer(file.read((last - first) * 8), np.uint64)
@@ -29,7 +29,7 @@ def _present(array: Bytes) -> int:
 
 
 pages_can_be_told = pytest.mark.skipif(
-    mmap.PAGESIZE != PAGE or not PAGEMAP.exists(), reason="needs pages of 4096 bytes, and /proc/self/pagemap"
+    mmap.PAGESIZE != PAGE_BYTES or not PAGEMAP.exists(), reason="needs pages of 4096 bytes, and /proc/self/pagemap"
 )
 
 
@@ -38,11 +38,11 @@ pages_can_be_told = pytest.mark.skipif(
 def test_it_is_aligned_and_zero(nbytes: int, large: bool) -> None:
     array = Pages(nbytes, large=large).array
     assert (array.dtype, array.shape) == (np.uint8, (nbytes,))
-    assert array.ctypes.data % PAGE == 0
+    assert array.ctypes.data % PAGE_BYTES == 0
     assert not array.any()
     array[:] = 255
     assert array.all()
-    assert aligned_buffer(nbytes).shape == (nbytes,) and aligned_buffer(nbytes).ctypes.data % PAGE == 0
+    assert aligned_buffer(nbytes).shape == (nbytes,) and aligned_buffer(nbytes).ctypes.data % PAGE_BYTES == 0
 
 
 def test_two_never_overlap_and_one_outlives_its_pages() -> None:
@@ -60,24 +60,26 @@ def test_released_memory_is_the_systems_at_once(large: bool) -> None:
     for _ in range(3):
         pages.array[:] = 7
         with_it = resident_bytes()
-        assert _present(pages.array) == size // PAGE
+        assert _present(pages.array) == size // PAGE_BYTES
         pages.release()
         assert _present(pages.array) == 0
         assert with_it - resident_bytes() > size // 2  # the kernel's own count is not exact
-        assert not pages.array[:: PAGE // 2].any()  # which reads zeros
+        assert not pages.array[:: PAGE_BYTES // 2].any()  # which reads zeros
     pages.array[5] = 1
     assert pages.array[:10].tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 0, 0]
 
 
 @pages_can_be_told
-@pytest.mark.parametrize("nbytes", [PAGE, LARGE - PAGE, LARGE, 3 * LARGE + PAGE, 5 * LARGE - PAGE])
+@pytest.mark.parametrize(
+    "nbytes", [PAGE_BYTES, LARGE - PAGE_BYTES, LARGE, 3 * LARGE + PAGE_BYTES, 5 * LARGE - PAGE_BYTES]
+)
 @pytest.mark.parametrize("large", [True, False])
 def test_no_more_is_taken_than_was_asked_for(nbytes: int, large: bool) -> None:
     pages = Pages(nbytes, large=large)
     whole = np.frombuffer(pages._memory, np.uint8)
     assert _present(whole) == 0, "nothing before it is used"
     pages.array[:] = 1
-    assert _present(whole) == nbytes // PAGE
+    assert _present(whole) == nbytes // PAGE_BYTES
 
 
 @pages_can_be_told
@@ -97,15 +99,15 @@ def test_what_no_machine_has_is_a_memory_error(nbytes: int) -> None:
 def test_places_keep_to_themselves_and_take_a_large_page_more_at_most() -> None:
     rng = np.random.default_rng(3)
     sizes = [int(size) for size in rng.integers(1, 5 * LARGE, 60)]  # several chunks
-    places = Places(sizes)
+    places = BufferPool(sizes)
     taken: dict[int, Bytes] = {}
 
     def check() -> None:
         for index, array in taken.items():
-            assert array.size == sizes[index] and array.ctypes.data % PAGE == 0
+            assert array.size == sizes[index] and array.ctypes.data % PAGE_BYTES == 0
             assert array[0] == array[-1] == index and not np.any(array != index)
-        in_use = sum(-(-sizes[index] // PAGE) * PAGE for index in taken)
-        present = sum(_present(pages.array) for pages in places._pages.values()) * PAGE
+        in_use = sum(-(-sizes[index] // PAGE_BYTES) * PAGE_BYTES for index in taken)
+        present = sum(_present(pages.array) for pages in places._pages.values()) * PAGE_BYTES
         assert in_use <= present <= in_use + LARGE
 
     for most in (60, 7, 41, 0, 60):  # like a stack
@@ -125,8 +127,8 @@ def test_places_keep_to_themselves_and_take_a_large_page_more_at_most() -> None:
 
 def test_places_begin_where_the_system_has_larger_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a system with pages of 16 KiB (a Raspberry Pi 5), madvise refuses what does not begin at one of them."""
-    monkeypatch.setattr(buffers, "_STEP", 16384)
-    places = Places([5000, 20_000, 1, 16_384])
+    monkeypatch.setattr(buffers, "_RELEASE_BYTES", 16384)
+    places = BufferPool([5000, 20_000, 1, 16_384])
     arrays = [places.take(index) for index in range(4)]
     first = arrays[0].ctypes.data
     assert [array.ctypes.data - first for array in arrays] == [0, 16_384, 49_152, 65_536]

@@ -16,13 +16,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpimpi.system.buffers import PAGE, Bytes, aligned_buffer
-from tpimpi.system.direct_io import DEPTHS, MEASURED, PIECE, Descriptor, Extent, Trial, open_direct, pieces
+from tpimpi.system.buffers import PAGE_BYTES, Bytes, aligned_buffer
+from tpimpi.system.direct_io import (
+    DEPTHS,
+    READ_BYTES,
+    TRIAL_BUFFER_BYTES,
+    Descriptor,
+    Extent,
+    Trial,
+    open_direct,
+    pieces,
+)
 
 pytestmark = pytest.mark.alone
 
 ODD = 1234  # bytes after the last whole page
-CONTENT = np.random.default_rng(3).integers(0, 256, 3 * PIECE + 5 * PAGE + ODD, np.uint8)
+CONTENT = np.random.default_rng(3).integers(0, 256, 3 * READ_BYTES + 5 * PAGE_BYTES + ODD, np.uint8)
 SIZE = CONTENT.size
 
 
@@ -66,7 +75,11 @@ def file(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 # Pieces
 
 
-@given(st.lists(st.tuples(st.integers(0, 1 << 40), st.integers(0, 20 * PIECE), st.integers(1, 9 * PIECE)), max_size=5))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 1 << 40), st.integers(0, 20 * READ_BYTES), st.integers(1, 9 * READ_BYTES)), max_size=5
+    )
+)
 def test_pieces_cover_extents_exactly(given_extents: list[tuple[int, int, int]]) -> None:
     extents = [Extent(offset, start, start + size) for offset, start, size in given_extents]
     cut = iter(pieces(extents))
@@ -74,18 +87,18 @@ def test_pieces_cover_extents_exactly(given_extents: list[tuple[int, int, int]])
         position = extent.start
         while position < extent.stop:
             piece = next(cut)
-            assert piece.start == position < piece.stop <= min(position + PIECE, extent.stop)
+            assert piece.start == position < piece.stop <= min(position + READ_BYTES, extent.stop)
             assert piece.offset - extent.offset == piece.start - extent.start
             position = piece.stop
     assert next(cut, None) is None
 
 
 def test_a_piece_is_cut_only_where_it_must_be() -> None:
-    extent = Extent(PAGE, 2 * PAGE, 2 * PAGE + 2 * PIECE + 5)
+    extent = Extent(PAGE_BYTES, 2 * PAGE_BYTES, 2 * PAGE_BYTES + 2 * READ_BYTES + 5)
     assert list(pieces([extent])) == [
-        Extent(PAGE, 2 * PAGE, 2 * PAGE + PIECE),
-        Extent(PAGE + PIECE, 2 * PAGE + PIECE, 2 * PAGE + 2 * PIECE),
-        Extent(PAGE + 2 * PIECE, 2 * PAGE + 2 * PIECE, 2 * PAGE + 2 * PIECE + 5),
+        Extent(PAGE_BYTES, 2 * PAGE_BYTES, 2 * PAGE_BYTES + READ_BYTES),
+        Extent(PAGE_BYTES + READ_BYTES, 2 * PAGE_BYTES + READ_BYTES, 2 * PAGE_BYTES + 2 * READ_BYTES),
+        Extent(PAGE_BYTES + 2 * READ_BYTES, 2 * PAGE_BYTES + 2 * READ_BYTES, 2 * PAGE_BYTES + 2 * READ_BYTES + 5),
     ]
     assert list(pieces([Extent(7, 9, 9)])) == []
 
@@ -102,7 +115,7 @@ def _read(file: Descriptor, extents: list[Extent], nbytes: int) -> Bytes:
 
 def test_a_whole_file_whose_end_is_within_a_page(file: Descriptor) -> None:
     assert file.stat().st_size == SIZE
-    for room in (SIZE, -(-SIZE // PAGE) * PAGE):
+    for room in (SIZE, -(-SIZE // PAGE_BYTES) * PAGE_BYTES):
         assert np.array_equal(_read(file, [Extent(0, 0, SIZE)], room)[:SIZE], CONTENT)
 
 
@@ -110,36 +123,36 @@ def test_a_whole_file_whose_end_is_within_a_page(file: Descriptor) -> None:
     "extent",
     [
         Extent(SIZE - ODD, 0, ODD),  # the end of the file, from a page on
-        Extent(SIZE - ODD - PAGE, PAGE, 2 * PAGE + ODD),
+        Extent(SIZE - ODD - PAGE_BYTES, PAGE_BYTES, 2 * PAGE_BYTES + ODD),
         Extent(SIZE - 3, 0, 3),
-        Extent(PAGE, 0, 100),  # ends within a page
-        Extent(PAGE, PAGE, PAGE + PIECE + 1),
-        Extent(PAGE + 512, 0, PAGE),  # begins within a page of the file
-        Extent(77, 0, PIECE + 77),
-        Extent(PAGE, 100, PAGE + 100),  # begins within a page of the buffer
+        Extent(PAGE_BYTES, 0, 100),  # ends within a page
+        Extent(PAGE_BYTES, PAGE_BYTES, PAGE_BYTES + READ_BYTES + 1),
+        Extent(PAGE_BYTES + 512, 0, PAGE_BYTES),  # begins within a page of the file
+        Extent(77, 0, READ_BYTES + 77),
+        Extent(PAGE_BYTES, 100, PAGE_BYTES + 100),  # begins within a page of the buffer
         Extent(1, 1, 2),
     ],
 )
 def test_any_place_and_length(file: Descriptor, extent: Extent) -> None:
-    room = -(-extent.stop // PAGE) * PAGE + 2 * PAGE
+    room = -(-extent.stop // PAGE_BYTES) * PAGE_BYTES + 2 * PAGE_BYTES
     buffer = aligned_buffer(room)
     buffer[:] = 170
     for piece in pieces([extent]):
         file.read(piece, buffer)
     assert np.array_equal(buffer[extent.start : extent.stop], CONTENT[extent.offset :][: extent.stop - extent.start])
     assert (buffer[: extent.start] == 170).all(), "nothing before it is written over"
-    assert (buffer[-(-extent.stop // PAGE) * PAGE :] == 170).all(), "nor after its last page"
+    assert (buffer[-(-extent.stop // PAGE_BYTES) * PAGE_BYTES :] == 170).all(), "nor after its last page"
 
 
 def test_a_buffer_that_ends_within_a_page(file: Descriptor) -> None:
-    for nbytes in (1, 511, 5000, PIECE + 5000):
-        assert np.array_equal(_read(file, [Extent(PAGE, 0, nbytes)], nbytes), CONTENT[PAGE:][:nbytes])
+    for nbytes in (1, 511, 5000, READ_BYTES + 5000):
+        assert np.array_equal(_read(file, [Extent(PAGE_BYTES, 0, nbytes)], nbytes), CONTENT[PAGE_BYTES:][:nbytes])
 
 
 @given(
-    st.integers(0, 5 * PAGE),
-    st.integers(0, 2 * PAGE),
-    st.one_of(st.integers(0, 3 * PAGE), st.integers(SIZE - 6 * PAGE, SIZE)),
+    st.integers(0, 5 * PAGE_BYTES),
+    st.integers(0, 2 * PAGE_BYTES),
+    st.one_of(st.integers(0, 3 * PAGE_BYTES), st.integers(SIZE - 6 * PAGE_BYTES, SIZE)),
 )
 def test_any_bytes_are_the_right_ones(on_disk: Path, offset: int, start: int, nbytes: int) -> None:
     nbytes = min(nbytes, SIZE - offset)
@@ -155,28 +168,28 @@ def test_any_bytes_are_the_right_ones(on_disk: Path, offset: int, start: int, nb
     ("extent", "end"),
     [
         (Extent(SIZE - ODD, 0, ODD + 1), SIZE),
-        (Extent(SIZE - ODD, 0, 2 * PAGE), SIZE),
+        (Extent(SIZE - ODD, 0, 2 * PAGE_BYTES), SIZE),
         (Extent(SIZE - 1, 0, 2), SIZE),
-        (Extent(SIZE - ODD + PAGE, 0, 1), SIZE - ODD + PAGE),
-        (Extent(1 << 40, 0, PAGE), 1 << 40),
+        (Extent(SIZE - ODD + PAGE_BYTES, 0, 1), SIZE - ODD + PAGE_BYTES),
+        (Extent(1 << 40, 0, PAGE_BYTES), 1 << 40),
     ],
 )
 def test_a_file_that_ends_before_is_an_eof_error(file: Descriptor, extent: Extent, end: int) -> None:
     with pytest.raises(EOFError, match=f"it ends at byte {end}$"):
-        _read(file, [extent], -(-extent.stop // PAGE) * PAGE)
+        _read(file, [extent], -(-extent.stop // PAGE_BYTES) * PAGE_BYTES)
 
 
 def test_a_file_that_is_cut_off_while_it_is_open(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(CONTENT.tobytes())
     file = Descriptor(path)
-    os.truncate(path, PIECE + 10)
+    os.truncate(path, READ_BYTES + 10)
     try:
-        with pytest.raises(EOFError, match=f"it ends at byte {PIECE + 10}$"):
+        with pytest.raises(EOFError, match=f"it ends at byte {READ_BYTES + 10}$"):
             _read(file, [Extent(0, 0, SIZE)], SIZE)
         os.truncate(path, 0)
         with pytest.raises(EOFError, match=r"it ends at byte 0$"):
-            _read(file, [Extent(0, 0, PAGE)], PAGE)
+            _read(file, [Extent(0, 0, PAGE_BYTES)], PAGE_BYTES)
     finally:
         file.close()
 
@@ -185,14 +198,14 @@ def test_it_goes_on_where_the_system_gave_less_than_was_asked(file: Descriptor, 
     whole = os.preadv
 
     def in_parts(descriptor: int, buffers: list[Bytes], offset: int) -> int:
-        return whole(descriptor, [buffers[0][: 3 * PAGE]], offset)
+        return whole(descriptor, [buffers[0][: 3 * PAGE_BYTES]], offset)
 
     monkeypatch.setattr(os, "preadv", in_parts)
-    assert np.array_equal(_read(file, [Extent(0, 0, SIZE)], SIZE + PAGE)[:SIZE], CONTENT)
+    assert np.array_equal(_read(file, [Extent(0, 0, SIZE)], SIZE + PAGE_BYTES)[:SIZE], CONTENT)
 
 
 def test_several_threads_at_once(file: Descriptor) -> None:
-    buffer, cut = aligned_buffer(-(-SIZE // PAGE) * PAGE), list(pieces([Extent(0, 0, SIZE)]))
+    buffer, cut = aligned_buffer(-(-SIZE // PAGE_BYTES) * PAGE_BYTES), list(pieces([Extent(0, 0, SIZE)]))
     for _ in range(5):
         buffer[:] = 0
         threads = [threading.Thread(target=file.read, args=(piece, buffer)) for piece in cut]
@@ -260,11 +273,11 @@ def cold(on_disk: Path) -> Path:
     ("extents", "left"),
     [
         ([Extent(0, 0, SIZE)], 0),
-        ([Extent(5 * PAGE, 0, PIECE)], 0),
+        ([Extent(5 * PAGE_BYTES, 0, READ_BYTES)], 0),
         ([Extent(SIZE - ODD, 0, ODD)], 0),
         ([Extent(offset, 0, 3000) for offset in range(10_000, SIZE - 3000, 400_000)], 0),
         # Not on a page, so not past the page cache; and of two reads in a row, after which the kernel reads ahead.
-        ([Extent(PIECE + 77, 0, PIECE + 77)], AHEAD),
+        ([Extent(READ_BYTES + 77, 0, READ_BYTES + 77)], AHEAD),
     ],
 )
 def test_reading_leaves_the_page_cache_empty(cold: Path, monkeypatch, direct: bool, extents, left: int) -> None:
@@ -286,7 +299,7 @@ def test_a_read_past_the_page_cache_fills_none_of_it_meanwhile(cold: Path, monke
     try:
         if not file.direct:
             pytest.skip("the file system of the temporary folder has no O_DIRECT")
-        _read(file, [Extent(0, 0, SIZE)], SIZE + PAGE)
+        _read(file, [Extent(0, 0, SIZE)], SIZE + PAGE_BYTES)
     finally:
         file.close()
     assert _cached(cold) == 0
@@ -295,7 +308,7 @@ def test_a_read_past_the_page_cache_fills_none_of_it_meanwhile(cold: Path, monke
 def test_rows_that_are_forgotten_leave_the_page_cache(cold: Path) -> None:
     file = Descriptor(cold)
     row = np.empty(2176, np.uint8)
-    for offset in range(3 * PAGE + 100, SIZE - 4096, 300_000):
+    for offset in range(3 * PAGE_BYTES + 100, SIZE - 4096, 300_000):
         file.read_plain(row, offset)
         file.forget(offset, row.nbytes)
     file.close()
@@ -320,7 +333,7 @@ class _Disk:
 
 
 def test_a_speed_is_measured(file: Descriptor) -> None:
-    trial, buffer = Trial(file, [Extent(0, 0, SIZE)]), aligned_buffer(MEASURED)
+    trial, buffer = Trial(file, [Extent(0, 0, SIZE)]), aligned_buffer(TRIAL_BUFFER_BYTES)
     assert trial.depth(buffer) in DEPTHS
     for depth in (1, *DEPTHS):
         assert 0 < trial.rate(buffer, depth, 0.005) < 1e13
@@ -338,31 +351,34 @@ def test_a_speed_is_measured(file: Descriptor) -> None:
 def test_the_fewest_reads_that_are_nearly_the_best(monkeypatch, rates: dict[int, float], chosen: int) -> None:
     trial = Trial(_Disk(), [Extent(0, 0, SIZE)])  # type: ignore[arg-type]
     monkeypatch.setattr(trial, "rate", lambda buffer, depth, seconds: rates[depth])
-    assert trial.depth(aligned_buffer(MEASURED)) == chosen
+    assert trial.depth(aligned_buffer(TRIAL_BUFFER_BYTES)) == chosen
 
 
 @pytest.mark.parametrize(("slots", "reads"), [(0, 4), (3, 4), (4, 4), (7, 4), (8, 8), (9, 8)])
 def test_no_more_reads_are_tried_than_the_buffer_has_room_for(monkeypatch, slots: int, reads: int) -> None:
     trial = Trial(_Disk(), [Extent(0, 0, SIZE)])  # type: ignore[arg-type]
     monkeypatch.setattr(trial, "rate", lambda buffer, depth, seconds: float(depth))
-    assert trial.depth(aligned_buffer(slots * PIECE + PAGE)) == reads
+    assert trial.depth(aligned_buffer(slots * READ_BYTES + PAGE_BYTES)) == reads
 
 
 @pytest.mark.parametrize(
     ("extents", "sizes"),
     [
-        ([Extent(0, 0, PAGE)], {PAGE}),  # a tiny tile, again and again
-        ([Extent(n * PAGE, 0, 100 + n) for n in range(20)], set(range(100, 120))),
-        ([Extent(0, 0, PIECE), Extent(PIECE, 0, 10)], {PIECE}),  # what is small beside the largest says nothing
-        ([Extent(PAGE, 0, 5 * PIECE + 10)], {PIECE}),
+        ([Extent(0, 0, PAGE_BYTES)], {PAGE_BYTES}),  # a tiny tile, again and again
+        ([Extent(n * PAGE_BYTES, 0, 100 + n) for n in range(20)], set(range(100, 120))),
+        (
+            [Extent(0, 0, READ_BYTES), Extent(READ_BYTES, 0, 10)],
+            {READ_BYTES},
+        ),  # what is small beside the largest says nothing
+        ([Extent(PAGE_BYTES, 0, 5 * READ_BYTES + 10)], {READ_BYTES}),
     ],
 )
 def test_what_is_tried_lies_where_there_is_something(extents: list[Extent], sizes: set[int]) -> None:
     disk = _Disk()
     trial = Trial(disk, extents)  # type: ignore[arg-type]
     for depth in DEPTHS:
-        assert trial.rate(aligned_buffer(MEASURED), depth, 0.002) > 0
-    assert {piece.start for piece in disk.seen} == {slot * PIECE for slot in range(max(DEPTHS))}
+        assert trial.rate(aligned_buffer(TRIAL_BUFFER_BYTES), depth, 0.002) > 0
+    assert {piece.start for piece in disk.seen} == {slot * READ_BYTES for slot in range(max(DEPTHS))}
     assert {piece.stop - piece.start for piece in disk.seen} <= sizes
     places = {(piece.offset, piece.stop - piece.start) for piece in pieces(extents)}
     assert {(piece.offset, piece.stop - piece.start) for piece in disk.seen} <= places
@@ -370,21 +386,21 @@ def test_what_is_tried_lies_where_there_is_something(extents: list[Extent], size
 
 def test_each_read_is_of_another_place() -> None:
     disk = _Disk()
-    trial = Trial(disk, [Extent(0, 0, 10 * PIECE)])  # type: ignore[arg-type]
+    trial = Trial(disk, [Extent(0, 0, 10 * READ_BYTES)])  # type: ignore[arg-type]
     while len(disk.seen) < 20:
-        trial.rate(aligned_buffer(PIECE), 1, 0.0)
-    turns = [piece.offset // PIECE for piece in disk.seen[:20]]
+        trial.rate(aligned_buffer(READ_BYTES), 1, 0.0)
+    turns = [piece.offset // READ_BYTES for piece in disk.seen[:20]]
     assert turns == [(turns[0] + number) % 10 for number in range(20)]
 
 
 def test_nothing_to_measure() -> None:
     trial = Trial(_Disk(), [])  # type: ignore[arg-type]
-    assert trial.rate(aligned_buffer(MEASURED), 4, 60.0) == 0.0
-    assert trial.depth(aligned_buffer(MEASURED)) in (1, *DEPTHS)
+    assert trial.rate(aligned_buffer(TRIAL_BUFFER_BYTES), 4, 60.0) == 0.0
+    assert trial.depth(aligned_buffer(TRIAL_BUFFER_BYTES)) in (1, *DEPTHS)
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), EOFError("it ends at byte 7")])
 def test_what_a_trial_raises_is_raised(error: Exception) -> None:
     with pytest.raises(type(error)):
-        Trial(_Disk(error), [Extent(0, 0, SIZE)]).depth(aligned_buffer(MEASURED))  # type: ignore[arg-type]
+        Trial(_Disk(error), [Extent(0, 0, SIZE)]).depth(aligned_buffer(TRIAL_BUFFER_BYTES))  # type: ignore[arg-type]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("tpimpi-disk")]

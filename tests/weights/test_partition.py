@@ -15,7 +15,14 @@ from tpimpi.compute.formats.packed import packed_bytes, weight_bytes
 from tpimpi.errors import InputError
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import LayerFormats, ModelFormats
-from tpimpi.weights.slices.partition import TILE_LIMIT, Span, attention_tiles, head_tiles, make_partition, mlp_tiles
+from tpimpi.weights.slices.partition import (
+    TILE_LIMIT_BYTES,
+    Span,
+    attention_tiles,
+    head_tiles,
+    make_partition,
+    mlp_tiles,
+)
 
 LLAMA_70B = config(hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, vocab=32000)
 LLAMA_405B = config(hidden=16384, intermediate=53248, heads=128, kv_heads=8, head_dim=128, vocab=128256)
@@ -58,13 +65,13 @@ def test_everything_is_owned_exactly_once(model: ModelConfig, shares: list[float
             query = weight_bytes(formats.q) + weight_bytes(formats.o)
             key_and_value = weight_bytes(formats.k) + weight_bytes(formats.v)
             size = (tile.heads.size * query + tile.kv_heads.size * key_and_value) * model.head_dim * model.hidden
-            assert size <= TILE_LIMIT or tile.heads.size + tile.kv_heads.size == 1
+            assert size <= TILE_LIMIT_BYTES or tile.heads.size + tile.kv_heads.size == 1
         runs = list(mlp_tiles(model, share, formats))
         assert [c for run in runs for c in range(*run)] == list(range(*share.columns))
         # Nor does a border between tiles divide a pair of blocks, which are packed together.
         assert all(run.start % 64 == 0 for run in runs[1:])
         column = (weight_bytes(formats.gate) + weight_bytes(formats.up) + weight_bytes(formats.down)) * model.hidden
-        assert all(run.size * column <= TILE_LIMIT or run.size <= 64 for run in runs)
+        assert all(run.size * column <= TILE_LIMIT_BYTES or run.size <= 64 for run in runs)
     assert heads == list(range(model.heads))
     assert columns == list(range(model.intermediate))
 
@@ -111,7 +118,7 @@ def test_head_tiles_cover_the_vocabulary() -> None:
     runs = list(head_tiles(LLAMA_70B, "f32"))
     assert [runs[0].start, runs[-1].stop] == [0, 32000]
     assert all(a.stop == b.start for a, b in itertools.pairwise(runs))
-    assert all(run.size * 8192 * 4 <= TILE_LIMIT for run in runs)
+    assert all(run.size * 8192 * 4 <= TILE_LIMIT_BYTES for run in runs)
     assert len(list(head_tiles(LLAMA_70B, "q4_0"))) < len(runs) / 6
 
 

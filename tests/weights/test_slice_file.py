@@ -77,7 +77,7 @@ def test_it_is_what_the_specification_says(slices: Path, model: Path) -> None:
 def test_a_tile_is_one_extent_of_the_file(slices: Path) -> None:
     file = SliceFile(slices / slice_name(0, 3))
     for record in file.records:
-        places = file._places[record.path].offsets
+        places = file._offsets[record.path]
         assert places is not None
         assert all(place % 4096 == 0 for place in places)
         for place, part, following in zip(places, record.parts, places[1:], strict=False):

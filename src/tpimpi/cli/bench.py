@@ -18,7 +18,7 @@ from tpimpi.engine.ranks import greet
 from tpimpi.errors import InputError
 from tpimpi.star import ALGORITHMS, WIRES, Star
 from tpimpi.star.control import StopNote, send_note, stop_others_on_error
-from tpimpi.system.buffers import PAGE
+from tpimpi.system.buffers import PAGE_BYTES
 from tpimpi.system.files import check_writable, write_json
 from tpimpi.system.units import parse_size
 
@@ -159,10 +159,10 @@ def matrix_shape(text: str) -> tuple[int, int]:
 
 def read_bytes(text: str) -> int:
     """The meaning of `--size`: bytes, as O_DIRECT wants them."""
-    size = parse_size(text, "--size", least=PAGE)
-    if size % PAGE or size > MOST_READ_BYTES:
+    size = parse_size(text, "--size", least=PAGE_BYTES)
+    if size % PAGE_BYTES or size > MOST_READ_BYTES:
         raise InputError(
-            f"--size is {text[:40]}, must be a multiple of {PAGE} bytes, at most {MOST_READ_BYTES >> 20}MiB"
+            f"--size is {text[:40]}, must be a multiple of {PAGE_BYTES} bytes, at most {MOST_READ_BYTES >> 20}MiB"
         )
     return size
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from tpimpi.engine.load import Load
-from tpimpi.system.buffers import Bytes, Places
+from tpimpi.system.buffers import BufferPool, Bytes
 from tpimpi.weights.slices.file import Tile
 
 
@@ -24,7 +24,7 @@ class PinnedSet:
         self._sizes = sizes
         self._order = pin_order(len(sizes))
         self._place = {index: place for place, index in enumerate(self._order)}
-        self._places = Places([sizes[index] for index in self._order])
+        self._places = BufferPool([sizes[index] for index in self._order])
         self.tiles: list[Tile | None] = [None] * len(sizes)  # by index: those that can be used
         self.loads: dict[int, Load] = {}  # by index: pinned tiles, and those on their way
         self.late: list[Load] = []  # given up, to be released once they are not in use

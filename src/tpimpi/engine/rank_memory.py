@@ -21,7 +21,7 @@ from tpimpi.engine.trace import RankTrace, Recorder
 from tpimpi.engine.window import DEFAULT_READS, Window
 from tpimpi.errors import InputError
 from tpimpi.system.buffers import Bytes, aligned_buffer
-from tpimpi.system.direct_io import MEASURED, PIECE, Trial
+from tpimpi.system.direct_io import READ_BYTES, TRIAL_BUFFER_BYTES, Trial
 from tpimpi.system.memory import peak_rss_bytes, resident_bytes
 from tpimpi.system.units import show_size
 
@@ -112,7 +112,7 @@ class MemoryPlan:
     def _trial_buffer(self) -> Bytes:
         """Memory to measure with, not more than will be needed anyway."""
         room = self.needs.least_buffers if self.budget is None else self.budget.buffers
-        return aligned_buffer(max(PIECE, min(MEASURED, room)))
+        return aligned_buffer(max(READ_BYTES, min(TRIAL_BUFFER_BYTES, room)))
 
     def _open_window(self, engine: OpenedEngine, trial: DiskTrial | None) -> Window:
         """The window of one engine, with its part of the budget."""

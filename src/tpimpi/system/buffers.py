@@ -11,10 +11,12 @@ import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
 
-PAGE = 4096  # what O_DIRECT needs of a buffer's address and length, on any disk of today
-_LARGE_PAGE = 2 << 20
-_STEP = max(PAGE, mmap.PAGESIZE)  # what can be given back alone: 16 KiB on some Arm systems, a Raspberry Pi 5's for one
-_CHUNK = 64 << 20  # bytes of memory that neighbours have in common, at least
+PAGE_BYTES = 4096  # what O_DIRECT needs of a buffer's address and length, on any disk of today
+_LARGE_PAGE_BYTES = 2 << 20
+_RELEASE_BYTES = max(
+    PAGE_BYTES, mmap.PAGESIZE
+)  # what can be given back alone: 16 KiB on some Arm systems, a Raspberry Pi 5's for one
+_CHUNK_BYTES = 64 << 20  # bytes of memory that neighbours have in common, at least
 
 
 class Pages:
@@ -28,19 +30,19 @@ class Pages:
         """Unless `large`, it is in pages of 4096, so that memory which is used here and there is taken where it is used."""
         # Large pages begin at multiples of their size, so there is room to begin at one; room that is not touched costs
         # nothing.
-        slack = _LARGE_PAGE if large and nbytes >= _LARGE_PAGE else 0
+        slack = _LARGE_PAGE_BYTES if large and nbytes >= _LARGE_PAGE_BYTES else 0
         try:
             self._memory = mmap.mmap(-1, max(nbytes + slack, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, OverflowError, ValueError) as error:
             raise MemoryError(f"no memory for {nbytes} bytes") from error
         whole = np.frombuffer(self._memory, dtype=np.uint8)
-        self._start = start = -whole.ctypes.data % _LARGE_PAGE if slack else 0
+        self._start = start = -whole.ctypes.data % _LARGE_PAGE_BYTES if slack else 0
         self.array: Bytes = whole[start : start + nbytes]
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel built without them
                 self._memory.madvise(mmap.MADV_NOHUGEPAGE)
                 if slack:
-                    self._memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _LARGE_PAGE * _LARGE_PAGE)
+                    self._memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _LARGE_PAGE_BYTES * _LARGE_PAGE_BYTES)
 
     def release(self, first: int = 0, last: int | None = None) -> None:
         """Give the memory back to the system now, of all bytes or of those from `first`, where a page begins, to `last`;
@@ -50,7 +52,7 @@ class Pages:
             self._memory.madvise(mmap.MADV_DONTNEED, self._start + first, last - first)
 
 
-class Places:
+class BufferPool:
     """Memory for arrays of these sizes, taken and given back one by one; each begins at a multiple of 4096.
 
     Neighbours share large pages, so that hardly any of the memory is in small ones, in which a processor reads weights
@@ -62,10 +64,10 @@ class Places:
         self._at: list[tuple[int, int]] = []  # of a place: its chunk, and where it begins there
         self._chunks: list[int] = []  # bytes
         for size in sizes:
-            if not self._chunks or self._chunks[-1] >= _CHUNK:
+            if not self._chunks or self._chunks[-1] >= _CHUNK_BYTES:
                 self._chunks.append(0)
             self._at.append((len(self._chunks) - 1, self._chunks[-1]))
-            self._chunks[-1] += -(-size // _STEP) * _STEP
+            self._chunks[-1] += -(-size // _RELEASE_BYTES) * _RELEASE_BYTES
         self._pages: dict[int, Pages] = {}  # of a chunk
         self._taken: set[int] = set()
 

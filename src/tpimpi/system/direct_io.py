@@ -18,13 +18,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tpimpi.system.buffers import PAGE, Bytes, aligned_buffer
+from tpimpi.system.buffers import PAGE_BYTES, Bytes, aligned_buffer
 
-PIECE = 2 << 20  # bytes of one read: a few in flight keep a disk busy, and a tile is spread over them
+READ_BYTES = 2 << 20  # bytes of one read: a few in flight keep a disk busy, and a tile is spread over them
 DEPTHS = (4, 8)  # reads in flight that are tried; with fewer the disk idles while their threads wait for a busy core
-MEASURED = max(DEPTHS) * PIECE  # bytes of the buffer that a Trial can use
-_TRIAL_SECONDS = 0.06  # of each depth
-_GOOD_ENOUGH = 0.9  # of the best rate: the fewest reads in flight that give it are used
+TRIAL_BUFFER_BYTES = max(DEPTHS) * READ_BYTES  # bytes of the buffer that a Trial can use
+_TRIAL_S = 0.06  # of each depth
+_GOOD_RATE = 0.9  # of the best rate: the fewest reads in flight that give it are used
 
 
 class Extent(NamedTuple):
@@ -54,7 +54,7 @@ def open_direct(path: Path) -> tuple[int, bool]:
 def _reads_directly(descriptor: int) -> bool:
     """Whether the file system that let us open a file so lets us read it so."""
     try:
-        os.preadv(descriptor, [aligned_buffer(PAGE)], 0)
+        os.preadv(descriptor, [aligned_buffer(PAGE_BYTES)], 0)
     except OSError as error:
         if error.errno in (errno.EINVAL, errno.ENOTSUP):
             return False
@@ -63,10 +63,10 @@ def _reads_directly(descriptor: int) -> bool:
 
 
 def pieces(extents: Iterable[Extent]) -> Iterator[Extent]:
-    """The extents, cut into reads of at most PIECE bytes."""
+    """The extents, cut into reads of at most READ_BYTES bytes."""
     for extent in extents:
-        for start in range(extent.start, extent.stop, PIECE):
-            yield Extent(extent.offset + start - extent.start, start, min(start + PIECE, extent.stop))
+        for start in range(extent.start, extent.stop, READ_BYTES):
+            yield Extent(extent.offset + start - extent.start, start, min(start + READ_BYTES, extent.stop))
 
 
 class Descriptor:
@@ -90,9 +90,9 @@ class Descriptor:
         Raises OSError, and EOFError where the file ends before.
         """
         wanted = piece.stop - piece.start
-        if self.direct and piece.offset % PAGE == 0 and piece.start % PAGE == 0:
-            padded = min(piece.start + -(-wanted // PAGE) * PAGE, len(buffer))
-            if padded % PAGE == 0:
+        if self.direct and piece.offset % PAGE_BYTES == 0 and piece.start % PAGE_BYTES == 0:
+            padded = min(piece.start + -(-wanted // PAGE_BYTES) * PAGE_BYTES, len(buffer))
+            if padded % PAGE_BYTES == 0:
                 self._fill(self._direct, buffer[piece.start : padded], piece.offset, wanted)
                 return
         self._fill(self._plain, buffer[piece.start : piece.stop], piece.offset, wanted)
@@ -109,14 +109,14 @@ class Descriptor:
             if got == 0:
                 raise EOFError(f"it ends at byte {offset + done}")
             done += got
-            if done < wanted and descriptor != self._plain and done % PAGE:
+            if done < wanted and descriptor != self._plain and done % PAGE_BYTES:
                 descriptor, target = self._plain, target[:wanted]  # the end of the file, which another program moved
 
     def forget(self, offset: int = 0, nbytes: int = 0) -> None:
         """Have the page cache let go of these bytes (of all, where nbytes is 0), which it would otherwise keep for us."""
         if hasattr(os, "posix_fadvise"):
-            first = offset // PAGE * PAGE
-            last = -(-(offset + nbytes) // PAGE) * PAGE if nbytes else 0
+            first = offset // PAGE_BYTES * PAGE_BYTES
+            last = -(-(offset + nbytes) // PAGE_BYTES) * PAGE_BYTES if nbytes else 0
             os.posix_fadvise(self._plain, first, last - first if last else 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
@@ -139,11 +139,11 @@ class Trial:
         self._turn = itertools.count(random.randrange(len(self._places)) if self._places else 0)
 
     def depth(self, buffer: Bytes) -> int:
-        """The fewest of DEPTHS reads in flight that give nearly the best rate: those for which `buffer` (PIECE bytes
+        """The fewest of DEPTHS reads in flight that give nearly the best rate: those for which `buffer` (READ_BYTES bytes
         each) has room are tried for a moment. Raises what Descriptor.read raises."""
-        rates = {depth: self.rate(buffer, depth, _TRIAL_SECONDS) for depth in DEPTHS if depth * PIECE <= len(buffer)}
+        rates = {depth: self.rate(buffer, depth, _TRIAL_S) for depth in DEPTHS if depth * READ_BYTES <= len(buffer)}
         best = max(rates.values(), default=0.0)
-        return next((depth for depth, rate in rates.items() if rate >= _GOOD_ENOUGH * best), DEPTHS[0])
+        return next((depth for depth, rate in rates.items() if rate >= _GOOD_RATE * best), DEPTHS[0])
 
     def rate(self, buffer: Bytes, depth: int, seconds: float) -> float:
         """Bytes a second with `depth` reads in flight (fewer, if `buffer` has no room for them), over about `seconds`.
@@ -152,7 +152,7 @@ class Trial:
         """
         if not self._places:
             return 0.0
-        depth = min(depth, len(buffer) // PIECE)
+        depth = min(depth, len(buffer) // READ_BYTES)
         began = time.monotonic()
         done = [0] * depth
         errors: list[BaseException] = []
@@ -161,7 +161,7 @@ class Trial:
             try:
                 while not errors and (not done[slot] or time.monotonic() < began + seconds):
                     offset, nbytes = self._places[next(self._turn) % len(self._places)]
-                    self._file.read(Extent(offset, slot * PIECE, slot * PIECE + nbytes), buffer)
+                    self._file.read(Extent(offset, slot * READ_BYTES, slot * READ_BYTES + nbytes), buffer)
                     done[slot] += nbytes
             except BaseException as error:
                 errors.append(error)

@@ -14,10 +14,10 @@ _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*(?:([kmgt]?)(i?)b?)", re.IGNORECASE | re.ASCII)
 
 
-MIN_SIZE = 1_000_000  # bytes; a smaller one is a unit that was forgotten
+MIN_SIZE_BYTES = 1_000_000  # bytes; a smaller one is a unit that was forgotten
 
 
-def parse_size(text: str, option: str, least: int = MIN_SIZE) -> int:
+def parse_size(text: str, option: str, least: int = MIN_SIZE_BYTES) -> int:
     """Bytes that a user writes: 700M and 2.5G are powers of ten, 512MiB and 2GiB (or Mi, Gi) of two, 700000000 bytes.
 
     Raises InputError, which names `option`, also for less than `least`.

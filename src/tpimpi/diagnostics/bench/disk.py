@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 
 from tpimpi.errors import InputError, StorageError
-from tpimpi.system.buffers import PAGE, aligned_buffer
+from tpimpi.system.buffers import PAGE_BYTES, aligned_buffer
 from tpimpi.system.direct_io import open_direct
 from tpimpi.system.disk import Mount, mount_of
 from tpimpi.system.terminal import print_table as show_table
@@ -60,7 +60,7 @@ def sharing(mounts: Sequence[Mount]) -> str:
 
 @dataclass
 class Region:
-    """A part of a file that one reader goes round in: `length` bytes from `start`, both multiples of PAGE."""
+    """A part of a file that one reader goes round in: `length` bytes from `start`, both multiples of PAGE_BYTES."""
 
     path: Path
     start: int
@@ -124,7 +124,7 @@ def make_regions(files: Sequence[Path], readers: int) -> list[Region]:
             size = path.stat().st_size
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}; give a file that can be read") from error
-        length = size // parts // PAGE * PAGE
+        length = size // parts // PAGE_BYTES * PAGE_BYTES
         if length < SMALLEST:
             for_each = f", {length} for each of {parts} readers" if parts > 1 else ""
             raise InputError(f"{path} has {size} bytes{for_each}; each needs {SMALLEST} at least: give a larger file")
@@ -194,7 +194,7 @@ class Bench:
     """Files, ready to be read and timed; `with` closes them."""
 
     def __init__(self, path: Path, readers: int, size: int) -> None:
-        """`path` as in find_files; `size` of a read, a multiple of PAGE. Raises InputError."""
+        """`path` as in find_files; `size` of a read, a multiple of PAGE_BYTES. Raises InputError."""
         self.size = size
         self.regions = make_regions(find_files(path, readers), readers)
         needed, free = readers * max(DEPTHS) * size, psutil.virtual_memory().available

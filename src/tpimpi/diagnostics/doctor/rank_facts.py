@@ -35,7 +35,7 @@ from tpimpi.star.control import (
 )
 from tpimpi.system.buffers import aligned_buffer
 from tpimpi.system.cpu import processor_quota
-from tpimpi.system.direct_io import MEASURED, PIECE, Descriptor, Extent, Trial
+from tpimpi.system.direct_io import READ_BYTES, TRIAL_BUFFER_BYTES, Descriptor, Extent, Trial
 from tpimpi.system.disk import scratch_file
 from tpimpi.system.launcher import bound_by_launcher
 from tpimpi.system.memory import headroom, places
@@ -201,7 +201,7 @@ def _disk_rate(folder: Path, path: Path | None) -> tuple[float | None, str]:
     for it in `folder`, None where it is too small; and what is wrong where that cannot be done."""
     try:
         if path is not None and path.is_file():
-            return (_rate(path) if path.stat().st_size >= PIECE else None), ""
+            return (_rate(path) if path.stat().st_size >= READ_BYTES else None), ""
         if (_free(folder) or 0) < SPARE_DISK_BYTES:
             return None, ""
         with scratch_file(folder) as scratch:
@@ -212,8 +212,8 @@ def _disk_rate(folder: Path, path: Path | None) -> tuple[float | None, str]:
 
 def _rate(path: Path) -> float:
     with closing(Descriptor(path)) as file:
-        nbytes = path.stat().st_size // PIECE * PIECE
-        return Trial(file, [Extent(0, 0, nbytes)]).rate(aligned_buffer(MEASURED), 4, DISK_READING_S)
+        nbytes = path.stat().st_size // READ_BYTES * READ_BYTES
+        return Trial(file, [Extent(0, 0, nbytes)]).rate(aligned_buffer(TRIAL_BUFFER_BYTES), 4, DISK_READING_S)
 
 
 # All ranks together

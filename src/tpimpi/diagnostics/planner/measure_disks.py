@@ -25,7 +25,7 @@ from tpimpi.star.control import (
     send_note,
 )
 from tpimpi.system.buffers import aligned_buffer
-from tpimpi.system.direct_io import DEPTHS, MEASURED, Descriptor, Extent, Trial
+from tpimpi.system.direct_io import DEPTHS, TRIAL_BUFFER_BYTES, Descriptor, Extent, Trial
 from tpimpi.system.disk import SCRATCH_BYTES, scratch_file
 from tpimpi.weights.locations import cache_folder
 
@@ -72,7 +72,7 @@ def _disk() -> tuple[float, float]:
             file = Descriptor(path)
             try:
                 trial = Trial(file, [Extent(0, 0, path.stat().st_size)])
-                buffer = aligned_buffer(MEASURED)
+                buffer = aligned_buffer(TRIAL_BUFFER_BYTES)
                 trial.rate(buffer, DEPTHS[0], 0.05)
                 began = time.process_time()
                 wall = time.perf_counter()

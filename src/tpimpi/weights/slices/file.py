@@ -81,13 +81,6 @@ class Tile:
     matrices: Mapping[str, Matrix]
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a record's parts lie: (offset of each part), or None where a part is chunked and h5py must read it."""
-
-    offsets: tuple[int, ...] | None
-
-
 class SliceFile:
     """A slice file, opened and validated. A tile that is laid out as we write it is one extent, read without HDF5.
 
@@ -145,7 +138,8 @@ class SliceFile:
         assert self._data is not None
         self._found = self._data.stat()
         self.size = size = self._found.st_size
-        self._places: dict[str, _Place] = {}
+        # Of each record the offsets of its parts; None where one is chunked, and h5py must read it.
+        self._offsets: dict[str, tuple[int, ...] | None] = {}
         self._index = {record.path: index for index, record in enumerate(self.header.records)}
         chunked = False
         for record in self.header.records:
@@ -164,7 +158,7 @@ class SliceFile:
                 if (offset or 0) + part.nbytes > size:
                     raise self._broken(f"{dataset.name} ends beyond the file's {size} bytes")
                 offsets.append(offset or 0)
-            self._places[record.path] = _Place(tuple(offsets) if len(offsets) == len(record.parts) else None)
+            self._offsets[record.path] = tuple(offsets) if len(offsets) == len(record.parts) else None
         self.has_embedding = "embedding" in file
         if self.has_embedding != (self.header.rank == 0):
             has = "has an" if self.has_embedding else "has no"
@@ -220,7 +214,7 @@ class SliceFile:
 
     def pieces(self, record: Record) -> list[Extent] | None:
         """The reads that a tile is made of, for `read_piece`; None where it is chunked, and only `read` can read it."""
-        places = self._places[record.path].offsets
+        places = self._offsets[record.path]
         return None if places is None else list(pieces(_extents(places, record.spans())))
 
     def read_piece(self, record: Record, piece: Extent, buffer: Bytes) -> None:
@@ -258,7 +252,7 @@ class SliceFile:
 
     def trial(self, records: Sequence[Record]) -> Trial:
         """For measuring how fast the disk gives these tiles; those that are chunked are left out."""
-        placed = [(record, self._places[record.path].offsets) for record in records]
+        placed = [(record, self._offsets[record.path]) for record in records]
         return Trial(self._opened(), (e for r, offsets in placed if offsets for e in _extents(offsets, r.spans())))
 
     def measure(self, what: Callable[[], T]) -> T:

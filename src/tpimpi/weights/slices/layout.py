@@ -21,7 +21,7 @@ from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.weights.slices.partition import Share, Span, attention_tiles, head_tiles, mlp_tiles
 
 NONE = Span(0, 0)
-ALIGNMENT = 4096  # of each dataset in the file, and of each part in a buffer
+ALIGNMENT_BYTES = 4096  # of each dataset in the file, and of each part in a buffer
 RESIDENT = Block("resident", -1)
 TOKENIZER = Block("tokenizer", -1)
 MATRICES = frozenset({"q", "k", "v", "o", "gate", "up", "down", "rows"})  # parts in packed form
@@ -74,7 +74,7 @@ class Record:
 
     @property
     def nbytes(self) -> int:
-        """Size in a buffer, where each part starts at a multiple of ALIGNMENT."""
+        """Size in a buffer, where each part starts at a multiple of ALIGNMENT_BYTES."""
         return sum(aligned(part.nbytes) for part in self.parts)
 
     def spans(self) -> Iterator[tuple[int, int, Part]]:
@@ -86,7 +86,7 @@ class Record:
 
 
 def aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def embedding_dataset(config: ModelConfig, fmt: str) -> tuple[tuple[int, int], np.dtype[Any]]:

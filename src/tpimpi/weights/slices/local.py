@@ -25,7 +25,7 @@ from tpimpi.weights.slices.names import parse_slice_name
 from tpimpi.weights.slices.partition import Span
 from tpimpi.weights.slices.writer import SliceWriter, partial_path, remove_leftovers, stored_bytes
 
-_NAMED_BY = 12  # digits of a model's fingerprint in the names of its cache folders
+_FINGERPRINT_DIGITS = 12  # digits of a model's fingerprint in the names of its cache folders
 
 
 class LocalSlice:
@@ -207,7 +207,7 @@ def _content(record: Record, span: Span) -> Hashable:
 
 def model_folders(fingerprint: str, pattern: str) -> list[Path]:
     """Files of that pattern in the cache folders of a model."""
-    return list(cache_folder().glob(f"*-{fingerprint[:_NAMED_BY]}-*/{pattern}"))
+    return list(cache_folder().glob(f"*-{fingerprint[:_FINGERPRINT_DIGITS]}-*/{pattern}"))
 
 
 def tidy_up(path: Path, fingerprint: str) -> None:

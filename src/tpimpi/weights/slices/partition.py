@@ -21,10 +21,10 @@ from tpimpi.errors import InputError
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import LayerFormats
 
-COLUMN_RUN = 32
+RUN_COLUMNS = 32
 TILE_RUN = 64  # tiles of columns or of the head are cut at multiples of it: pairs of blocks, and panels of 16 rows
-TILE_LIMIT = 16 * 2**20  # bytes; a tile is never larger unless a single head or run of 64 columns already is
-TILE_TARGET = 8 * 2**20  # bytes; below this, neighbouring KV heads (or columns) share a tile
+TILE_LIMIT_BYTES = 16 * 2**20  # bytes; a tile is never larger unless a single head or run of 64 columns already is
+TILE_TARGET_BYTES = 8 * 2**20  # bytes; below this, neighbouring KV heads (or columns) share a tile
 
 
 class Span(NamedTuple):
@@ -92,8 +92,8 @@ def make_partition(config: ModelConfig, weights: Sequence[float]) -> Partition:
             "such as --shares 2,1,1"
         )
     head_cuts = _cuts(config.heads, weights)
-    run_cuts = _cuts(-(-config.intermediate // COLUMN_RUN), weights)
-    column_cuts = [min(cut * COLUMN_RUN, config.intermediate) for cut in run_cuts]
+    run_cuts = _cuts(-(-config.intermediate // RUN_COLUMNS), weights)
+    column_cuts = [min(cut * RUN_COLUMNS, config.intermediate) for cut in run_cuts]
     group = config.heads // config.kv_heads
     shares = []
     for rank in range(len(weights)):
@@ -125,8 +125,8 @@ def attention_tiles(config: ModelConfig, share: Share, formats: LayerFormats) ->
     """
     group = config.heads // config.kv_heads
     head_bytes, kv_bytes = _attention_bytes(config, formats)
-    whole = head_bytes * share.heads.size + kv_bytes * share.kv_heads.size <= TILE_TARGET
-    together = _power_of_two_below(TILE_TARGET / (head_bytes * group + kv_bytes))
+    whole = head_bytes * share.heads.size + kv_bytes * share.kv_heads.size <= TILE_TARGET_BYTES
+    together = _power_of_two_below(TILE_TARGET_BYTES / (head_bytes * group + kv_bytes))
     heads: list[int] = []
     kv_heads: list[int] = []
     next_head, next_kv = share.heads.start, share.kv_heads.start
@@ -146,7 +146,7 @@ def attention_tiles(config: ModelConfig, share: Share, formats: LayerFormats) ->
         mine = range(max(kv_head * group, share.heads.start), min((kv_head + 1) * group, share.heads.stop))
         for head in itertools.chain([None], mine):
             more = kv_bytes if head is None else head_bytes
-            if len(heads) * head_bytes + len(kv_heads) * kv_bytes + more > TILE_LIMIT:
+            if len(heads) * head_bytes + len(kv_heads) * kv_bytes + more > TILE_LIMIT_BYTES:
                 yield from close()
             if head is None:
                 kv_heads.append(kv_head)
@@ -176,10 +176,10 @@ def head_tiles(config: ModelConfig, fmt: str) -> Iterator[Span]:
 
 
 def _runs(span: Span, item_bytes: float) -> Iterator[Span]:
-    """`span` whole if it is at most TILE_TARGET bytes; else cut at multiples of as many items, a multiple of 64."""
-    if span.size * item_bytes <= TILE_TARGET:
+    """`span` whole if it is at most TILE_TARGET_BYTES bytes; else cut at multiples of as many items, a multiple of 64."""
+    if span.size * item_bytes <= TILE_TARGET_BYTES:
         return iter([span] if span.size else [])
-    step = max(TILE_RUN, int(TILE_TARGET / item_bytes) // TILE_RUN * TILE_RUN)
+    step = max(TILE_RUN, int(TILE_TARGET_BYTES / item_bytes) // TILE_RUN * TILE_RUN)
     inside = range((span.start // step + 1) * step, span.stop, step)
     cuts = itertools.chain([span.start], inside, [span.stop])
     return (Span(a, b) for a, b in itertools.pairwise(cuts) if a < b)

@@ -13,7 +13,7 @@ import xxhash
 from tpimpi.compute.arrays import Array
 from tpimpi.errors import InputError
 from tpimpi.weights.slices.header import Header, same_slice
-from tpimpi.weights.slices.layout import ALIGNMENT, embedding_dataset
+from tpimpi.weights.slices.layout import ALIGNMENT_BYTES, embedding_dataset
 
 _Dataset = tuple[str, tuple[int, ...], np.dtype[Any]]  # name, shape, dtype
 
@@ -40,7 +40,7 @@ def write_skeleton(path: Path, header: Header) -> tuple[dict[str, int], int]:
     links.set_create_intermediate_group(True)
     # Metadata is aligned like data, so it takes a page for each object; one block of that size for all of it keeps
     # it from coming between the parts of a tile.
-    metadata = (len(datasets) + len(header.records) * 2 + 64) * 2 * ALIGNMENT
+    metadata = (len(datasets) + len(header.records) * 2 + 64) * 2 * ALIGNMENT_BYTES
     offsets: dict[str, int] = {}
     with h5py.File(
         path,
@@ -48,7 +48,7 @@ def write_skeleton(path: Path, header: Header) -> tuple[dict[str, int], int]:
         libver="latest",
         locking=False,  # we have locked it ourselves
         alignment_threshold=1,
-        alignment_interval=ALIGNMENT,
+        alignment_interval=ALIGNMENT_BYTES,
         meta_block_size=metadata,
     ) as file:
         for name, shape, dtype in datasets:

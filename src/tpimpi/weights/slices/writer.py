@@ -25,12 +25,12 @@ from tpimpi.system.disk import storage_error
 from tpimpi.system.files import try_lock
 from tpimpi.weights.locations import elsewhere
 from tpimpi.weights.slices.header import Header
-from tpimpi.weights.slices.layout import ALIGNMENT
+from tpimpi.weights.slices.layout import ALIGNMENT_BYTES
 from tpimpi.weights.slices.partition import Span
 from tpimpi.weights.slices.skeleton import read_skeleton, write_skeleton
 
-_SYNC_EVERY = 64 << 20  # bytes written between two waits for the disk, which else come all at the end
-_LOOK_AT = 2 << 20  # bytes read at a time, of what is there already
+_SYNC_BYTES = 64 << 20  # bytes written between two waits for the disk, which else come all at the end
+_READ_BYTES = 2 << 20  # bytes read at a time, of what is there already
 
 
 @contextlib.contextmanager
@@ -193,7 +193,7 @@ class SliceWriter:
                 yield self.header.records[index].nbytes
         if self._row_claims is not None:
             width = row_bytes(self.header.formats.embedding, self.header.config.hidden)
-            step = max(1, _LOOK_AT // width)
+            step = max(1, _READ_BYTES // width)
             for first in range(0, len(self._rows_there), step):
                 claims = self._row_claims[first : first + step]
                 if claims.any():
@@ -219,8 +219,8 @@ class SliceWriter:
         digest, record = xxhash.xxh3_64(), self.header.records[index]
         for part in record.parts:
             at = self._offsets[f"{record.path}/{part.name}"]
-            for first in range(0, part.nbytes, _LOOK_AT):
-                digest.update(self._pread(at + first, min(_LOOK_AT, part.nbytes - first)))
+            for first in range(0, part.nbytes, _READ_BYTES):
+                digest.update(self._pread(at + first, min(_READ_BYTES, part.nbytes - first)))
         return digest.intdigest()
 
     def _pread(self, offset: int, nbytes: int) -> Bytes:
@@ -294,7 +294,7 @@ class SliceWriter:
             while data:
                 written = os.pwrite(self._fd, data, offset)
                 data, offset = data[written:], offset + written
-            if self._unsynced > _SYNC_EVERY:
+            if self._unsynced > _SYNC_BYTES:
                 os.fdatasync(self._fd)
                 self._unsynced = 0
 
@@ -348,5 +348,5 @@ def stored_bytes(header: Header) -> int:
     """Space a slice file takes on disk, to within a few pages."""
     row = row_bytes(header.formats.embedding, header.config.hidden) + 8
     table = header.config.vocab * row if header.rank == 0 else 0
-    metadata = sum(len(record.parts) + 2 for record in header.records) * 2 * ALIGNMENT
+    metadata = sum(len(record.parts) + 2 for record in header.records) * 2 * ALIGNMENT_BYTES
     return sum(record.nbytes for record in header.records) + table + metadata
