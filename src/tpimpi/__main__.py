@@ -1,11 +1,20 @@
-"""`python -m tpimpi`."""
+# PYTHON_ARGCOMPLETE_OK
+"""`python -m tpimpi`, and the command `tpimpi`."""
 
 import contextlib
+import os
 import sys
+from typing import NoReturn
 
-if __name__ == "__main__":
+
+def main() -> NoReturn:
+    """Run what the arguments name, and leave with its exit code. A shell that completes words asks here too."""
     try:
-        from tpimpi.cli.main import main
+        if "_ARGCOMPLETE" in os.environ:
+            from tpimpi.cli.completion import complete
+
+            complete()
+        from tpimpi.cli.main import main as run
     except ImportError as error:
         from tpimpi.errors import as_ours
 
@@ -16,4 +25,8 @@ if __name__ == "__main__":
 
             connect().abort(1)
         sys.exit(1)
+    run()
+
+
+if __name__ == "__main__":
     main()

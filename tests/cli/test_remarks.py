@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.support.launch import Launcher, Result, run_command
+from tests.support.launch import ROOT, Launcher, Result, run_command
 from tests.support.messages import assert_one_line
+from tpimpi import __version__
 from tpimpi.cli.parser import COMMANDS
 from tpimpi.cli.run_options import parse_run, run_parser
 from tpimpi.cli.slice import slice_parser
@@ -122,3 +125,31 @@ def test_the_level_of_the_kernels_can_be_chosen(tpimpi: Callable[..., Result], t
     ]
     assert [result.code for result in made] == [0, 0, 0]
     assert made[0].out == made[1].out
+
+
+@pytest.mark.parametrize(
+    ("line", "among", "not_among"),
+    [
+        ("tpimpi sl", {"slice"}, {"synth", "--model"}),
+        ("tpimpi --max", {"--max-tokens"}, {"--memory"}),
+        ("tpimpi slice --", {"--ranks", "--out"}, {"--prompt"}),
+        ("tpimpi --backend ", {"native", "numpy"}, {"slice"}),
+    ],
+)
+def test_a_shell_completes_words(tmp_path: Path, line: str, among: set[str], not_among: set[str]) -> None:
+    pytest.importorskip("argcomplete")
+    out = tmp_path / "out"
+    env = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
+    env |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(out), "COMP_TYPE": "9", "_ARGCOMPLETE_SUPPRESS_SPACE": "1"}
+    result = run_command([sys.executable, "-m", "tpimpi"], env=env, timeout=60)
+    assert result.code == 0, result.err
+    words = {word.strip() for word in out.read_text().split("\n")}
+    assert among <= words and not not_among & words, words
+
+
+def test_the_command_tpimpi_is_the_module() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, _, function = project["scripts"]["tpimpi"].partition(":")
+    program = f"import sys; sys.argv = ['tpimpi', '--version']; import {module} as m; sys.exit(m.{function}())"
+    result = run_command([sys.executable, "-c", program], env={})
+    assert (result.code, result.out) == (0, f"tpimpi {__version__}\n"), result.err

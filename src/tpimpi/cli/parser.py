@@ -40,5 +40,6 @@ class Parser(argparse.ArgumentParser):
             known = [option for option in self._option_string_actions if option.startswith("--")]
             wanted = f"--{name.lstrip('-').replace('_', '-')}"
             near = [option for option in known if len(wanted) > 3 and option.startswith(wanted)]
-            near = near or difflib.get_close_matches(wanted, known, n=1)
+            # Compared without the dashes, which all of them have.
+            near = near or [f"--{n}" for n in difflib.get_close_matches(wanted[2:], [k[2:] for k in known], n=1)]
         return f" (did you mean {' or '.join(near[:3])}?)" if near else ""
