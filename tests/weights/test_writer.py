@@ -41,6 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("fmt", ["f32", "q4_1"])
+@pytest.mark.slow_but("f32")
 def test_memory_does_not_grow_with_the_tensors(tmp_path: Path, fmt: str) -> None:
     model = write_tiny_hf(
         tmp_path / "model", "llama", vocab_size=200_000, intermediate_size=150_016, num_hidden_layers=1
@@ -54,6 +55,27 @@ def test_memory_does_not_grow_with_the_tensors(tmp_path: Path, fmt: str) -> None
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert peak < 32e6
+
+
+def test_every_file_is_on_the_disk_before_the_first_gets_its_name(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        done.append("on the disk")
+
+    def named(path: Path, target: Path) -> Path:
+        done.append("named")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", named)
+    with open_source(model) as source:
+        slice_model(source, make_partition(source.config, [1, 1, 1]), choose_formats(source, "f32"), tmp_path)
+    assert done == ["on the disk"] * 3 + ["named"] * 3
 
 
 def test_progress_goes_up_to_all_there_is(model: Path, tmp_path: Path) -> None:
