@@ -17,6 +17,7 @@ from tests.support.slices import joined
 from tests.support.synth_cases import KINDS, Cli, made, write_config
 from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.compute.formats.bf16 import to_bf16
+from tpimpi.engine.overlap import PREFILL_CHUNK
 from tpimpi.models.layers.rope import rope_frequencies
 from tpimpi.models.shapes import SHAPES, load_shape
 from tpimpi.models.tensors import expected_tensors
@@ -235,12 +236,14 @@ def test_runs_give_the_tokens_of_transformers(tpimpi: Cli, on_ranks: Ranks, tmp_
     import torch
     from transformers import AutoModelForCausalLM
 
-    shape = str(write_config(tmp_path / "shape", kind, vocab_size=5000))
+    shape = str(write_config(tmp_path / "shape", kind, vocab_size=5000, max_position_embeddings=256))
     synth = ("synth", "--shape", shape, "--format", "f32", "--seed", "3", "--quiet")
     assert tpimpi(*synth, "--as", "hf", "--out", str(tmp_path / "hf")) == Result(0, "", "")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     dice = np.random.default_rng(0)
     prompts = [dice.integers(0, 5000, length).tolist() for length in range(1, 33)]
+    # Two of more positions than are computed at once: a seam at the last token, and one in the middle.
+    prompts += [dice.integers(0, 5000, length).tolist() for length in (PREFILL_CHUNK + 1, PREFILL_CHUNK + 60)]
     answers = []
     for prompt in prompts:
         with torch.no_grad():
