@@ -40,9 +40,8 @@ from tpimpi.system.disk import scratch_file
 from tpimpi.system.launcher import bound_by_launcher
 from tpimpi.system.memory import headroom, places
 from tpimpi.system.network import Counters, Interface, counters, interfaces
-from tpimpi.weights.locations import cache_folder
+from tpimpi.weights.locations import SliceLocation, cache_folder
 from tpimpi.weights.slices.file import SliceFile
-from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.writer import partial_path
 
 TASK = "doctor"
@@ -66,8 +65,7 @@ class ExpectedSlices:
     def path(self, rank: int, ranks: int) -> Path | None:
         if self.folder is None and self.cache_name is None:
             return None
-        folder = cache_folder() / str(self.cache_name) if self.folder is None else Path(self.folder)
-        return folder / slice_name(rank, ranks)
+        return SliceLocation(self.folder, self.cache_name).path(rank, ranks)
 
 
 @dataclass(frozen=True)
