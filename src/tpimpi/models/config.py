@@ -1,4 +1,4 @@
-"""What a model is, as numbers; and what the readers of config.json and of GGUF metadata share.
+"""What a model is, as numbers.
 
 `config_hf` and `config_gguf` make a ModelConfig; what they do not know they refuse: a key that tpimpi does not know
 could change the mathematics, and an answer that is silently wrong is worse than none. So unknown keys are errors unless
@@ -15,9 +15,9 @@ from tpimpi.errors import ModelError
 from tpimpi.models.architectures import ARCHITECTURES
 from tpimpi.models.keys import MAX_LAYERS, MAX_SIZE, Keys, is_positive, show
 
-ROPE_THETA = 10000.0
+ROPE_THETA = 10000.0  # the base of the rotary angles where a file has none (Su et al. 2021)
 
-_MAX_NORM_EPS = 1.0  # above it the norm is no norm any more
+_MAX_NORM_EPS = 1.0  # with more, rows of usual size are not normed any more
 _MAX_ROPE_THETA = 1e30  # well within f32
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from tpimpi.errors import InputError
-from tpimpi.serving.generate import Sampler
+from tpimpi.serving.sampling import Sampler
 from tpimpi.serving.session import Session, Turn
 from tpimpi.serving.text.token_ids import TokenIds
 from tpimpi.serving.text.tokenizer import Tokenizer

@@ -1,9 +1,8 @@
-"""Generation: on rank 0 generators that nest (tokens, text, text up to a stop string); on the other ranks `follow`."""
+"""Generation, on rank 0: generators that nest. Tokens, their text, the text up to a stop string."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -11,17 +10,9 @@ from tpimpi.compute.arrays import F32
 from tpimpi.engine.model import Model
 from tpimpi.engine.overlap import PREFILL_CHUNK
 from tpimpi.engine.protocol import begin, step
+from tpimpi.serving.sampling import Sampler
+from tpimpi.serving.text.stream import IdStream, TextStream
 from tpimpi.star import Star
-
-Sampler = Callable[[F32, Sequence[int]], int]  # logits [vocab] and the ids so far -> the next id
-
-
-class TextStream(Protocol):
-    """Turns ids into text as it becomes certain; see tokenizer."""
-
-    def push(self, token: int) -> str: ...
-
-    def flush(self) -> str: ...
 
 
 def generate(
@@ -56,7 +47,7 @@ def generate(
         yield token
 
 
-def to_text(tokens: Iterable[int], stream: TextStream) -> Iterator[str]:
+def to_text(tokens: Iterable[int], stream: TextStream | IdStream) -> Iterator[str]:
     """Text of `tokens` as it becomes certain."""
     for token in tokens:
         if piece := stream.push(token):

@@ -34,6 +34,7 @@ def rope_frequencies(config: ModelConfig) -> F32:
 
 
 def _llama3_frequencies(frequencies: F32, scaling: RopeScaling) -> F32:
+    """Llama 3.1's rule, as transformers' `_compute_llama3_parameters` states it: [head_dim / 2] f32."""
     assert scaling.kind == "llama3", scaling.kind
     wavelengths = 2 * np.pi / frequencies
     slow = frequencies / scaling.factor
