@@ -215,6 +215,10 @@ def add_computing(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of each rank (default: its cores, shared among the ranks on its host)",
     )
+    _add_network(group)
+
+
+def _add_network(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--allreduce",
         default="auto",

@@ -65,10 +65,10 @@ class Checkup:
 
     def threads(self) -> list[int]:
         """With how many each rank computes, unless a run says otherwise."""
-        guests = [RankInfo(f.host, frozenset(f.cores), f.host_cores, bool(f.kernels)) for f in self.facts]
+        infos = [RankInfo(f.host, frozenset(f.cores), f.host_cores, bool(f.kernels)) for f in self.facts]
         return [
             usual_threads(len(each.cores), max(1, shared))
-            for each, shared in zip(self.facts, cores_shared_by(guests), strict=True)
+            for each, shared in zip(self.facts, cores_shared_by(infos), strict=True)
         ]
 
     def carriers(self, rank: int) -> tuple[str | None, str | None]:

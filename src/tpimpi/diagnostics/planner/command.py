@@ -37,22 +37,22 @@ class Survey:
     """The ranks of this run, measured when they are asked about. Raises InputError where --memory has not one size, nor
     one for each rank."""
 
-    def __init__(self, star: Star, guests: Sequence[RankInfo], workload: Workload, measuring: MeasureOptions) -> None:
-        self.star, self._guests, self.workload, self._measuring = star, list(guests), workload, measuring
+    def __init__(self, star: Star, infos: Sequence[RankInfo], workload: Workload, measuring: MeasureOptions) -> None:
+        self.star, self._infos, self.workload, self._measuring = star, list(infos), workload, measuring
         sizes = workload.memory
-        self._memory = None if sizes is None else per_rank(sizes, len(guests))
+        self._memory = None if sizes is None else per_rank(sizes, len(infos))
         self._disks: list[tuple[float, float]] | None = None
 
     def predictor(self, ranks: int, positions: int = 1) -> Predictor:
         """Measure the first so many ranks, with so many positions of a prompt at once. Raises what measuring raises."""
-        workload, guests = self.workload, self._guests[:ranks]
+        workload, infos = self.workload, self._infos[:ranks]
         task = MeasureTask(
             config=workload.config.to_dict(),
             formats=workload.formats.to_dict(),
             ranks=ranks,
             positions=positions,
             start=workload.prompt,
-            cores_shared_by=cores_shared_by(guests),
+            cores_shared_by=cores_shared_by(infos),
             kv=workload.kv,
             memory=self._memory,
             **asdict(self._measuring),
@@ -181,18 +181,18 @@ class PlanRow:
 
 def plan(
     star: Star,
-    guests: Sequence[RankInfo],
+    infos: Sequence[RankInfo],
     options: PlanOptions,
     name: str,
 ) -> None:
     """Rank 0 of `plan`: measure, print, and write what is wanted. `name` is the model's. Raises InputError."""
     workload = options.workload
-    survey = Survey(star, guests, workload, options.measuring)
-    lines = make_table(survey, len(guests), options.shares, quiet=options.quiet)
+    survey = Survey(star, infos, workload, options.measuring)
+    lines = make_table(survey, len(infos), options.shares, quiet=options.quiet)
     positions = f"a prompt of {workload.prompt} tokens, {workload.context} positions"
-    print_table(lines, guests, [f"{name}, {workload.formats.describe()}; {positions}"])
+    print_table(lines, infos, [f"{name}, {workload.formats.describe()}; {positions}"])
     if options.json is not None:
-        write_json(options.json, as_json(survey, lines, guests), "--json")
+        write_json(options.json, as_json(survey, lines, infos), "--json")
 
 
 def make_table(survey: Survey, ranks: int, given: Sequence[float] | None, *, quiet: bool) -> list[PlanRow]:
@@ -244,7 +244,7 @@ def advice(lines: Sequence[PlanRow]) -> list[str]:
     return words
 
 
-def print_table(lines: Sequence[PlanRow], guests: Sequence[RankInfo], title: Sequence[str]) -> None:
+def print_table(lines: Sequence[PlanRow], infos: Sequence[RankInfo], title: Sequence[str]) -> None:
     """The table, on stdout."""
     from rich.table import Table
 
@@ -263,7 +263,7 @@ def print_table(lines: Sequence[PlanRow], guests: Sequence[RankInfo], title: Seq
         times = (found.s_per_token, found.first_token_s, found.compute_s, found.star_s, found.head_s)
         sizes = (max(found.memory), max(found.streamed))
         shown = [show_size(size) if size else "-" for size in sizes]
-        table.add_row(count, found.shares, *map(_seconds, times), *shown, _limit(found, guests))
+        table.add_row(count, found.shares, *map(_seconds, times), *shown, _limit(found, infos))
     for text in title:
         print(text)
     print()
@@ -275,8 +275,8 @@ def print_table(lines: Sequence[PlanRow], guests: Sequence[RankInfo], title: Seq
         print(text)
 
 
-def _limit(found: Prediction, guests: Sequence[RankInfo]) -> str:
-    where = f"r{found.limit_rank} {guests[found.limit_rank].host}"
+def _limit(found: Prediction, infos: Sequence[RankInfo]) -> str:
+    where = f"r{found.limit_rank} {infos[found.limit_rank].host}"
     return {
         "star": "star: latency of the network",
         "compute": f"computing of {where}",
@@ -285,7 +285,7 @@ def _limit(found: Prediction, guests: Sequence[RankInfo]) -> str:
     }[found.limit]
 
 
-def as_json(survey: Survey, lines: Sequence[PlanRow], guests: Sequence[RankInfo]) -> dict[str, Any]:
+def as_json(survey: Survey, lines: Sequence[PlanRow], infos: Sequence[RankInfo]) -> dict[str, Any]:
     """What `plan --json` writes: seconds and bytes; null where a plan cannot work."""
     workload = survey.workload
 
@@ -300,7 +300,7 @@ def as_json(survey: Survey, lines: Sequence[PlanRow], guests: Sequence[RankInfo]
         "formats": workload.formats.describe(),
         "context": workload.context,
         "prompt_tokens": workload.prompt,
-        "hosts": [guest.host for guest in guests],
+        "hosts": [info.host for info in infos],
         "plans": [{"ranks": line.ranks, "kind": line.kind, **finite(asdict(line.prediction))} for line in lines],
         "advice": advice(lines),
     }
