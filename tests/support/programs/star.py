@@ -12,6 +12,7 @@ from tpimpi.engine.protocol import Operation, StepHeader, receive_header, send_h
 from tpimpi.errors import StarError
 from tpimpi.star import Star, connect
 from tpimpi.star.allreduce import ALGORITHMS, IN_RANK_ORDER
+from tpimpi.star.control import Done, gather_notes, on_every_rank
 
 SIZES = (1, 2, 31, 576, 4096, 16_385, 262_144, 1_048_576)  # elements: up to 4 MiB
 FEW_SIZES = (2, 576, 262_144)  # where many ranks share few cores
@@ -88,6 +89,24 @@ def _broadcast_and_notes(star: Star) -> None:
         assert star.receive_note() == b'{"a": 1}'
     notes = star.gather_notes(f"note of {star.rank.index}".encode())
     assert notes == ([f"note of {r}".encode() for r in range(star.rank.size)] if hub else [])
+    _a_note_with_an_unknown_field(star)
+
+
+def _a_note_with_an_unknown_field(star: Star) -> None:
+    """The last rank's note is not as it is due: the hub names that rank and the field."""
+    last = star.rank.size - 1
+    if star.rank.index == last > 0:
+        star.gather_notes(b'{"note": "Done", "colour": 1}')
+    elif not star.rank.is_hub:
+        gather_notes(star, Done())
+    elif last:
+        try:
+            on_every_rank(star, lambda: None, Done)
+        except StarError as error:
+            assert str(error).startswith(f"{star.rank_name(last)} sent a note that makes no sense: "), error
+            assert "unknown field `colour`" in str(error), error
+        else:
+            raise AssertionError("the hub did not notice")
 
 
 def _fewer_ranks(star: Star) -> None:
