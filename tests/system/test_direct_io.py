@@ -5,10 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import shutil
-import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,60 +13,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.direct_io_cases import CONTENT, ODD, SIZE
 from tpimpi.system.buffers import PAGE_BYTES, Bytes, aligned_buffer
 from tpimpi.system.direct_io import (
-    DEPTHS,
     READ_BYTES,
-    TRIAL_BUFFER_BYTES,
     Descriptor,
     Extent,
-    Trial,
     open_direct,
     pieces,
 )
 
 pytestmark = pytest.mark.alone
-
-ODD = 1234  # bytes after the last whole page
-CONTENT = np.random.default_rng(3).integers(0, 256, 3 * READ_BYTES + 5 * PAGE_BYTES + ODD, np.uint8)
-SIZE = CONTENT.size
-
-
-@pytest.fixture(scope="module")
-def on_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("reader") / "file"
-    path.write_bytes(CONTENT.tobytes())
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return path
-
-
-@pytest.fixture(scope="module")
-def in_memory() -> Iterator[Path]:
-    """The same file on tmpfs, which older kernels do not read with O_DIRECT."""
-    if not Path("/dev/shm").is_dir():
-        pytest.skip("there is no /dev/shm")
-    folder = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="tpimpi-test-"))
-    try:
-        path = folder / "file"
-        path.write_bytes(CONTENT.tobytes())
-        yield path
-    finally:
-        shutil.rmtree(folder)
-
-
-@pytest.fixture(params=["direct", "plain", "tmpfs"])
-def file(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Descriptor]:
-    """A descriptor of the file, past the page cache, through it because the system has no O_DIRECT, and on tmpfs."""
-    if request.param == "plain":
-        monkeypatch.delattr(os, "O_DIRECT", raising=False)
-    opened = Descriptor(request.getfixturevalue("in_memory" if request.param == "tmpfs" else "on_disk"))
-    if request.param == "direct" and not opened.direct:
-        opened.close()
-        pytest.skip("the file system of the temporary folder has no O_DIRECT")
-    assert not (request.param == "plain" and opened.direct)
-    yield opened
-    opened.close()
 
 
 # Pieces
@@ -313,94 +267,3 @@ def test_rows_that_are_forgotten_leave_the_page_cache(cold: Path) -> None:
         file.forget(offset, row.nbytes)
     file.close()
     assert _cached(cold) == 0
-
-
-# The speed of a disk
-
-
-class _Disk:
-    """Stands for a Descriptor: notes what is read, and fails if told to."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.seen: list[Extent] = []
-        self.error = error
-
-    def read(self, piece: Extent, buffer: Bytes) -> None:
-        if self.error is not None:
-            raise self.error
-        assert piece.stop <= len(buffer)
-        self.seen.append(piece)
-
-
-def test_a_speed_is_measured(file: Descriptor) -> None:
-    trial, buffer = Trial(file, [Extent(0, 0, SIZE)]), aligned_buffer(TRIAL_BUFFER_BYTES)
-    assert trial.depth(buffer) in DEPTHS
-    for depth in (1, *DEPTHS):
-        assert 0 < trial.rate(buffer, depth, 0.005) < 1e13
-
-
-@pytest.mark.parametrize(
-    ("rates", "chosen"),
-    [
-        ({4: 100, 8: 100}, 4),
-        ({4: 89, 8: 100}, 8),
-        ({4: 90, 8: 100}, 4),
-        ({4: 100, 8: 10}, 4),
-    ],
-)
-def test_the_fewest_reads_that_are_nearly_the_best(monkeypatch, rates: dict[int, float], chosen: int) -> None:
-    trial = Trial(_Disk(), [Extent(0, 0, SIZE)])  # type: ignore[arg-type]
-    monkeypatch.setattr(trial, "rate", lambda buffer, depth, seconds: rates[depth])
-    assert trial.depth(aligned_buffer(TRIAL_BUFFER_BYTES)) == chosen
-
-
-@pytest.mark.parametrize(("slots", "reads"), [(0, 4), (3, 4), (4, 4), (7, 4), (8, 8), (9, 8)])
-def test_no_more_reads_are_tried_than_the_buffer_has_room_for(monkeypatch, slots: int, reads: int) -> None:
-    trial = Trial(_Disk(), [Extent(0, 0, SIZE)])  # type: ignore[arg-type]
-    monkeypatch.setattr(trial, "rate", lambda buffer, depth, seconds: float(depth))
-    assert trial.depth(aligned_buffer(slots * READ_BYTES + PAGE_BYTES)) == reads
-
-
-@pytest.mark.parametrize(
-    ("extents", "sizes"),
-    [
-        ([Extent(0, 0, PAGE_BYTES)], {PAGE_BYTES}),  # a tiny tile, again and again
-        ([Extent(n * PAGE_BYTES, 0, 100 + n) for n in range(20)], set(range(100, 120))),
-        (
-            [Extent(0, 0, READ_BYTES), Extent(READ_BYTES, 0, 10)],
-            {READ_BYTES},
-        ),  # what is small beside the largest says nothing
-        ([Extent(PAGE_BYTES, 0, 5 * READ_BYTES + 10)], {READ_BYTES}),
-    ],
-)
-def test_what_is_tried_lies_where_there_is_something(extents: list[Extent], sizes: set[int]) -> None:
-    disk = _Disk()
-    trial = Trial(disk, extents)  # type: ignore[arg-type]
-    for depth in DEPTHS:
-        assert trial.rate(aligned_buffer(TRIAL_BUFFER_BYTES), depth, 0.002) > 0
-    assert {piece.start for piece in disk.seen} == {slot * READ_BYTES for slot in range(max(DEPTHS))}
-    assert {piece.stop - piece.start for piece in disk.seen} <= sizes
-    places = {(piece.offset, piece.stop - piece.start) for piece in pieces(extents)}
-    assert {(piece.offset, piece.stop - piece.start) for piece in disk.seen} <= places
-
-
-def test_each_read_is_of_another_place() -> None:
-    disk = _Disk()
-    trial = Trial(disk, [Extent(0, 0, 10 * READ_BYTES)])  # type: ignore[arg-type]
-    while len(disk.seen) < 20:
-        trial.rate(aligned_buffer(READ_BYTES), 1, 0.0)
-    turns = [piece.offset // READ_BYTES for piece in disk.seen[:20]]
-    assert turns == [(turns[0] + number) % 10 for number in range(20)]
-
-
-def test_nothing_to_measure() -> None:
-    trial = Trial(_Disk(), [])  # type: ignore[arg-type]
-    assert trial.rate(aligned_buffer(TRIAL_BUFFER_BYTES), 4, 60.0) == 0.0
-    assert trial.depth(aligned_buffer(TRIAL_BUFFER_BYTES)) in (1, *DEPTHS)
-
-
-@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), EOFError("it ends at byte 7")])
-def test_what_a_trial_raises_is_raised(error: Exception) -> None:
-    with pytest.raises(type(error)):
-        Trial(_Disk(error), [Extent(0, 0, SIZE)]).depth(aligned_buffer(TRIAL_BUFFER_BYTES))  # type: ignore[arg-type]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tpimpi-disk")]

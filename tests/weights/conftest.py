@@ -51,3 +51,10 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llama(pristine: Path, tmp_path: Path) -> Path:
     """A tiny llama that a test may spoil."""
     return Path(shutil.copytree(pristine, tmp_path / "llama"))
+
+
+@pytest.fixture(scope="module")
+def llama_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = write_tiny_hf(tmp_path_factory.mktemp("slicing") / "model", "llama")
+    (path / "tokenizer.json").write_text("{}")
+    return path
