@@ -13,13 +13,13 @@ from tpimpi.cli.options import MemoryLimit
 from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.engine.window import SMALLEST_WINDOW
 from tpimpi.errors import InputError
-from tpimpi.system.terminal import MOST_LINE
+from tpimpi.system.terminal import MOST_LINE_BYTES
 from tpimpi.system.units import parse_size
 
 MOST_THREADS = 1024
 MOST_RANKS = 4096
 AUTO = "auto"  # of --shares: those that are predicted to be fastest
-TEXT_FILE_BYTES = MOST_LINE  # the most that is read of a prompt file, or of a text that is measured
+TEXT_FILE_BYTES = MOST_LINE_BYTES  # the most that is read of a prompt file, or of a text that is measured
 
 
 def whole_number(option: str, least: int = 1, most: int | None = None, why: str = "") -> Callable[[str], int]:

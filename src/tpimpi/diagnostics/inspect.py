@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,9 @@ def _inspect(path: Path, found: dict[str, Any], *, verify: bool) -> None:
         _whole_set(path, _slices(files, found["slices"], verify=verify))
     elif names is not None and path.resolve() == cache_folder().resolve():
         print("this is where runs keep the slices they make; see also: python -m tpimpi cache --help")
-        print_cache(path, list_cache(path))
+        cached = list_cache(path)
+        found["cache"] = [asdict(slices) for slices in cached]
+        print_cache(path, cached)
     elif names is not None and not any(name == "config.json" or name.endswith(".gguf") for name in names):
         raise InputError(f"{path} holds no model and no slices (rank-R-of-N.h5); give a folder or file that does")
     else:

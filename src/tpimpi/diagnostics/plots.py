@@ -30,8 +30,8 @@ MOST_DRAWN = 20_000  # spans of a trace
 LONGEST_LABEL = 24  # characters
 SHORT_DECADES = 3.2  # of a logarithmic axis that has more than powers of ten
 
-_POINTS = 10  # matplotlib's own size of letters in a legend
-_BESIDE_LABEL = 0.7  # inches: a line's sample and the gaps
+_LEGEND_FONT_POINTS = 10  # matplotlib's own size of letters in a legend
+_LEGEND_MARGIN_INCHES = 0.7  # inches: a line's sample and the gaps
 _INK, _GRID = "#1a202c", "#e2e8f0"
 _PINNED, _BUFFERS, _REST, _PROMISE = "#2b6cb0", "#ed8936", "#cbd5e0", "#c53030"
 _LINES = ("#c53030", "#2b6cb0", "#2f855a", "#ed8936", "#805ad5", "#718096", "#319795")
@@ -337,7 +337,7 @@ def plot_lines(
     for axes in grid[:, 0]:
         axes.set_ylabel(axes_are[1], color=_INK)
     names = [_label(label) for label in handles]
-    ncols = max(1, int(width / (_BESIDE_LABEL + max(map(_text_width, names), default=0.0))))
+    ncols = max(1, int(width / (_LEGEND_MARGIN_INCHES + max(map(_text_width, names), default=0.0))))
     figure.legend(list(handles.values()), names, loc="outside upper center", ncols=ncols, frameon=False)
     _write(figure, path, path.suffix.lower().removeprefix(".") or "png", option)
 
@@ -346,7 +346,7 @@ def _text_width(text: str) -> float:
     """Of a label in a legend, in inches."""
     from matplotlib.textpath import TextPath
 
-    return float(TextPath((0, 0), text, size=_POINTS).get_extents().width) / 72 if text.strip() else 0.0
+    return float(TextPath((0, 0), text, size=_LEGEND_FONT_POINTS).get_extents().width) / 72 if text.strip() else 0.0
 
 
 def _number(axis: Axis) -> None:

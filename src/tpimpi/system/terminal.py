@@ -29,12 +29,12 @@ import psutil
 from tpimpi.system.launcher import LAUNCHERS
 
 STDIN, STDOUT, STDERR = 0, 1, 2
-MOST_LINE = 4 << 20  # bytes of a prompt
+MOST_LINE_BYTES = 4 << 20  # bytes of a prompt
 _PIPE_COLUMNS = 10_000  # of a table that no terminal shows
-_PIECE = 65536  # bytes read at a time
-_LOOK_EVERY = 0.2  # seconds between two looks at the launcher's input
-_GRACE = 1.0  # seconds in which what the launcher has read may still arrive
-_SAY_EVERY = 5.0  # seconds between two lines of progress
+_READ_BYTES = 65536  # bytes read at a time
+_LAUNCHER_CHECK_INTERVAL_S = 0.2  # seconds between two looks at the launcher's input
+_LATE_INPUT_S = 1.0  # seconds in which what the launcher has read may still arrive
+_PROGRESS_INTERVAL_S = 5.0  # seconds between two lines of progress
 
 
 def repair_streams() -> None:
@@ -161,12 +161,12 @@ class Input:
     received = False  # something that is no terminal's
 
     def __init__(self) -> None:
-        self._pieces: queue.Queue[bytes] = queue.Queue(MOST_LINE // _PIECE)
+        self._pieces: queue.Queue[bytes] = queue.Queue(MOST_LINE_BYTES // _READ_BYTES)
         threading.Thread(target=self._read, name="tpimpi-input", daemon=True).start()
 
     def _read(self) -> None:
         try:
-            while data := os.read(STDIN, _PIECE):
+            while data := os.read(STDIN, _READ_BYTES):
                 self.received = self.received or not is_terminal(STDIN)
                 self._pieces.put(data)
         except OSError:
@@ -176,7 +176,7 @@ class Input:
     def lines(self, prompt: str) -> Iterator[str]:
         """Lines as they come, decoded as UTF-8, without their ends; `prompt` is shown at a terminal.
 
-        What is beyond MOST_LINE bytes of a line is dropped: no model has room for it. Ends where the input does, also
+        What is beyond MOST_LINE_BYTES bytes of a line is dropped: no model has room for it. Ends where the input does, also
         where the launcher does not say so.
         """
         launcher = _launcher_stream(STDIN)
@@ -185,18 +185,18 @@ class Input:
         print(shown, end="", file=sys.stderr, flush=True)
         while True:
             try:
-                data = self._pieces.get(timeout=_LOOK_EVERY)
+                data = self._pieces.get(timeout=_LAUNCHER_CHECK_INTERVAL_S)
             except queue.Empty:
                 if launcher is not None and ended_at is None and _has_ended(launcher):
                     ended_at = time.monotonic()
-                if ended_at is not None and time.monotonic() - ended_at > _GRACE:
+                if ended_at is not None and time.monotonic() - ended_at > _LATE_INPUT_S:
                     break
                 continue
             if not data:
                 break
             ended_at = None
             piece, *following = data.split(b"\n")
-            held.write(piece[: MOST_LINE - held.tell()])
+            held.write(piece[: MOST_LINE_BYTES - held.tell()])
             for piece in following:
                 yield _text(held.getvalue())
                 print(shown, end="", file=sys.stderr, flush=True)
@@ -242,7 +242,7 @@ def progress_bar(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], Non
 
         def update(done: int, total: int) -> None:
             nonlocal said
-            if total and (time.monotonic() - said > _SAY_EVERY or done == total):
+            if total and (time.monotonic() - said > _PROGRESS_INTERVAL_S or done == total):
                 said = time.monotonic()
                 with contextlib.suppress(OSError):  # nobody reads it; the work goes on
                     share = done * 100 // max(total, 1)

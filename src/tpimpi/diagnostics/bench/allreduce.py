@@ -27,7 +27,10 @@ from tpimpi.system.files import write_json
 from tpimpi.system.terminal import print_table as show_table
 
 TASK = "bench allreduce"
-AT_ONCE, LARGE = 5, 1 << 17  # sums in a row, of which the first does not count; and from so many numbers on, two
+SUMS_IN_A_ROW, LARGE_SUM_NUMBERS = (
+    5,
+    1 << 17,
+)  # sums in a row, of which the first does not count; and from so many numbers on, two
 
 
 @dataclass
@@ -124,7 +127,7 @@ def _round(
     for wire in wires:
         star.wire = wire_of(wire)
         for size in sizes:
-            times = AT_ONCE if size < LARGE else 2
+            times = SUMS_IN_A_ROW if size < LARGE_SUM_NUMBERS else 2
             values = np.zeros(size, np.float32)
             for rank in range(1, star.rank.size):
                 yield (wire, size, f"rank {rank}"), [star.ping(rank, values) for _ in range(times)][1:]

@@ -38,8 +38,8 @@ ROUNDS = 5
 DEPTHS = (1, 2, 4, 8)  # reads in flight
 BUFFERED = "buffered"
 DIRECT = "O_DIRECT"
-SMALLEST = 1 << 20  # bytes that a reader needs at least
-ENOUGH = 64 << 20  # bytes that a reader should have
+LEAST_READER_BYTES = 1 << 20  # bytes that a reader needs at least
+ENOUGH_READER_BYTES = 64 << 20  # bytes that a reader should have
 
 
 # Where a file lies
@@ -114,7 +114,7 @@ def _size(files: Iterable[Path]) -> int:
 def make_regions(files: Sequence[Path], readers: int) -> list[Region]:
     """A region for each reader: a file each where there are as many, else equal parts of the files, which take turns.
 
-    Raises InputError where one would be under SMALLEST bytes.
+    Raises InputError where one would be under LEAST_READER_BYTES bytes.
     """
     regions = []
     for reader in range(readers):
@@ -125,9 +125,11 @@ def make_regions(files: Sequence[Path], readers: int) -> list[Region]:
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}; give a file that can be read") from error
         length = size // parts // PAGE_BYTES * PAGE_BYTES
-        if length < SMALLEST:
+        if length < LEAST_READER_BYTES:
             for_each = f", {length} for each of {parts} readers" if parts > 1 else ""
-            raise InputError(f"{path} has {size} bytes{for_each}; each needs {SMALLEST} at least: give a larger file")
+            raise InputError(
+                f"{path} has {size} bytes{for_each}; each needs {LEAST_READER_BYTES} at least: give a larger file"
+            )
         regions.append(Region(path, reader // len(files) * length, length))
     return regions
 
@@ -285,10 +287,10 @@ class Bench:
     def remarks(self) -> Iterator[str]:
         """What makes the figures less than they seem."""
         smallest = min(self.regions, key=lambda region: region.length)
-        if smallest.length < ENOUGH:
+        if smallest.length < ENOUGH_READER_BYTES:
             yield (
                 f"{smallest.path}: only {smallest.length / 1e6:.1f} MB for a reader, which a cache in the disk may hold; "
-                f"{ENOUGH / 1e6:.0f} MB or more would be sure"
+                f"{ENOUGH_READER_BYTES / 1e6:.0f} MB or more would be sure"
             )
         for mount in dict.fromkeys(reader.mount for reader in self._readers if reader.mount.in_memory):
             yield f"{mount.point} is in memory ({mount.kind}): no disk is measured, and there is no O_DIRECT"

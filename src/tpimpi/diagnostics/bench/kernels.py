@@ -42,13 +42,13 @@ if TYPE_CHECKING:
     from tpimpi.compute.backends.native import NativeBackend
 
 ROUNDS = 5
-CACHE_TIMES = 4  # the copies of a matrix together are so many times the last-level cache
+CACHE_RATIO = 4  # the copies of a matrix together are so many times the last-level cache
 TORCH = "torch F.linear"
 _PATTERN_ROWS = 256  # rows of random weights, repeated: quantizing all of them would take longer than the measurement
 _TORCH_FORMATS = ("f32", "bf16")
 _METER_BYTES = 256 << 20  # read at least, to measure the bandwidth
 _MOST_COPIES = 4096
-_SLOW = 1.0  # seconds; a kernel that takes longer is called once
+_SLOW_CALL_S = 1.0  # seconds; a kernel that takes longer is called once
 
 
 # What comes out
@@ -195,7 +195,7 @@ class _Kernel:
 
 def _copies(nbytes: int, cache: int) -> int:
     """How many of `nbytes` are as large as so many caches; not more than _MOST_COPIES, which suffice for 32 KB each."""
-    return min(max(1, -(-CACHE_TIMES * cache // nbytes)), _MOST_COPIES)
+    return min(max(1, -(-CACHE_RATIO * cache // nbytes)), _MOST_COPIES)
 
 
 def _make_matrices(pattern: F32, rows: int, fmt: str, cache: int) -> list[Matrix]:
@@ -326,7 +326,7 @@ class Bench:
             from tpimpi.compute.backends.native import NativeBackend
 
             assert isinstance(self.backend, NativeBackend)
-            self._meter = _Meter(self.backend, threads, CACHE_TIMES * cache, kinds)
+            self._meter = _Meter(self.backend, threads, CACHE_RATIO * cache, kinds)
 
     def _check_memory(self, formats: Sequence[str], positions: Sequence[int], cache: int, with_torch: bool) -> None:
         sizes = [packed_bytes(fmt, self.rows, self.columns) for fmt in formats]
@@ -347,9 +347,9 @@ class Bench:
         left = 0.0  # seconds, of all rounds
         for *_, kernel in self._kernels:  # the first call of each finds memory and code cold
             kernel.turn(0)
-            if kernel.seconds[0] < max(seconds, _SLOW):
+            if kernel.seconds[0] < max(seconds, _SLOW_CALL_S):
                 left += max(seconds, ROUNDS * kernel.seconds[0])
-            if kernel.seconds[0] < max(seconds, _SLOW):
+            if kernel.seconds[0] < max(seconds, _SLOW_CALL_S):
                 kernel.seconds.clear()
             else:
                 slow.add(id(kernel))

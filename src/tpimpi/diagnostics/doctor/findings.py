@@ -17,24 +17,13 @@ from tpimpi.system.hostfile import Host
 from tpimpi.system.network import INNER, Interface, carrier, choosing_mpich, choosing_openmpi, common_network, kind_of
 from tpimpi.system.units import show_rate, show_size, show_time
 
-SLOW_LINK_BYTES_PER_S = 10e6  # bytes a second
-
-
-HIGH_LATENCY_S = 5e-3  # seconds one way
-
-
-SLEEPING_LINK_RATIO = 3.0  # times the shortest: a median that says that the link sleeps
-
-
-SLEEPING_LINK_S = 0.5e-3  # seconds that it must be longer, too
-
-
-CLOCK_TOLERANCE_S = 1.0  # seconds
-
-
-LITTLE_DISK_BYTES = 1_000_000_000  # bytes
-
-
+SLOW_LINK_BYTES_PER_S = 10e6  # a link under this rate is called slow
+HIGH_LATENCY_S = 5e-3  # one way; from here on a model waits noticeably for the network
+# A link sleeps between messages where the median latency is so many times the shortest, and so much longer.
+SLEEPING_LINK_RATIO = 3.0
+SLEEPING_LINK_S = 0.5e-3
+CLOCK_TOLERANCE_S = 1.0  # a clock that differs by more is worth a note
+LITTLE_DISK_BYTES = 1_000_000_000  # less free space than this is worth a note
 _USUAL_LAYERS = 32
 
 

@@ -17,7 +17,7 @@ from tpimpi.diagnostics.planner.layer_benchmark import MeasureTask
 from tpimpi.diagnostics.planner.measure_disks import measure_disks
 from tpimpi.diagnostics.planner.measure_layers import RankMeasurement, measure
 from tpimpi.diagnostics.planner.predict import LayerCost, LinearCost, Measured, Prediction, Predictor, RankSpeed
-from tpimpi.diagnostics.planner.shares import FINE, best_shares
+from tpimpi.diagnostics.planner.shares import SLICED_SHARES_TOLERANCE, best_shares
 from tpimpi.engine.budget import per_rank
 from tpimpi.engine.overlap import PREFILL_CHUNK
 from tpimpi.engine.ranks import RankInfo, cores_shared_by
@@ -30,7 +30,7 @@ from tpimpi.system.units import show_size
 from tpimpi.weights.find import find_slices
 from tpimpi.weights.slices.partition import describe_shares
 
-_FASTER = 1.05  # so many times: a number of ranks is said to be faster than another
+_FASTER_RATIO = 1.05  # so many times: a number of ranks is said to be faster than another
 
 
 class Survey:
@@ -147,7 +147,7 @@ def choose_shares(survey: Survey, ranks: int, names: tuple[str, str] | None, *, 
     )
     if best.problem:
         raise InputError(best.problem)
-    as_good = [found for found in others if found.s_per_token <= FINE * best.s_per_token]
+    as_good = [found for found in others if found.s_per_token <= SLICED_SHARES_TOLERANCE * best.s_per_token]
     chosen = min(as_good, key=lambda found: found.s_per_token, default=best)
     if not quiet:
         here = ", sliced already" if as_good else ""
@@ -232,7 +232,7 @@ def advice(lines: Sequence[PlanRow]) -> list[str]:
     elif fastest.ranks < most:
         there = min(line.prediction.s_per_token for line in at_most)
         here = fastest.prediction.s_per_token
-        if there > here * _FASTER:
+        if there > here * _FASTER_RATIO:
             words.append(
                 f"{_ranks(fastest.ranks)} {'is' if fastest.ranks == 1 else 'are'} faster than {most} here: "
                 f"{_seconds(here)} against {_seconds(there)} s/token; use -np {fastest.ranks}"

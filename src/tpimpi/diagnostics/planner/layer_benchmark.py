@@ -28,7 +28,7 @@ import numpy as np
 from tpimpi.compute.arrays import F32, Array
 from tpimpi.compute.backends import Backend, load_backend
 from tpimpi.compute.formats.packed import Matrix, packed_bytes
-from tpimpi.diagnostics.bench.kernels import CACHE_TIMES
+from tpimpi.diagnostics.bench.kernels import CACHE_RATIO
 from tpimpi.engine.engine import usual_threads
 from tpimpi.engine.model import Model
 from tpimpi.engine.window import Window
@@ -178,7 +178,7 @@ class LayerBenchmark:
         part *= min(1.0, MOST_LAYER_BYTES / max(1, largest))
         self._parts = [part, part / _SIZE_RATIO]
         # In a run a rank goes through all of its share for each token: the caches keep what is smaller than they are.
-        room = min(config.layers * largest, CACHE_TIMES * last_level_cache(self.threads), most // 3)
+        room = min(config.layers * largest, CACHE_RATIO * last_level_cache(self.threads), most // 3)
         self._rings: list[_WeightRing] = []
         self._models = [self._model(part, room) for part in self._parts]
 

@@ -9,9 +9,11 @@ from tpimpi.diagnostics.planner.predict import Prediction, Predictor
 from tpimpi.weights.slices.partition import make_partition
 
 MOST_WEIGHT = 16  # of a rank: they stay short
-EQUAL_AS_GOOD = 1.1  # equal shares are taken if they are predicted to take at most so many times the best's time
-AS_GOOD = 1.03  # so are shorter ones
-FINE = 1.15  # so are those for which there are slices
+EQUAL_SHARES_TOLERANCE = (
+    1.1  # equal shares are taken if they are predicted to take at most so many times the best's time
+)
+SHORT_SHARES_TOLERANCE = 1.03  # so are shorter ones
+SLICED_SHARES_TOLERANCE = 1.15  # so are those for which there are slices
 _HALVINGS = 40  # of an interval, in search of a time or a part
 
 
@@ -36,9 +38,9 @@ def best_shares(predictor: Predictor, ranks: int) -> Prediction:
         found = min(steps, key=lambda weights: predictor.predict(weights).s_per_token)
         better = found if predictor.predict(found).s_per_token < limit else None
     least = predictor.predict(best).s_per_token
-    if predictor.predict(equal).s_per_token <= least * EQUAL_AS_GOOD:
+    if predictor.predict(equal).s_per_token <= least * EQUAL_SHARES_TOLERANCE:
         return predictor.predict(equal)
-    good = [weights for weights in tried if predictor.predict(weights).s_per_token <= least * AS_GOOD]
+    good = [weights for weights in tried if predictor.predict(weights).s_per_token <= least * SHORT_SHARES_TOLERANCE]
     return predictor.predict(
         min(good, key=lambda weights: (max(weights), predictor.predict(weights).s_per_token, weights))
     )
