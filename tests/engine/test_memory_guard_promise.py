@@ -99,18 +99,18 @@ def test_small_amounts_of_room_are_not_worth_the_reading(case: Callable[..., Cas
 def test_never_more_than_is_planned(case: Callable[..., Case]) -> None:
     c = case(20)
     guard = c.keep(promise=RESERVE_BYTES + 10**6)
-    guard.plan(135)
+    guard.limit_pinned(135)
     assert c.pinned == c.wanted == [130], "at once"
     for now in range(20):
         guard.look(float(now))
         c.read()
     assert c.wanted == [130]
-    guard.plan(200)
+    guard.limit_pinned(200)
     assert c.wanted == [130], "more is taken only when there has been room"
     guard.look(30.0)
     guard.look(30.0 + CALM)
     assert c.wanted == [200]
-    guard.plan(0)
+    guard.limit_pinned(0)
     assert c.pinned == [0]
 
 
@@ -120,7 +120,7 @@ def test_windows_share_by_their_size(case: Callable[..., Case]) -> None:
     c.others = 200
     guard.look(0.0)
     assert c.pinned == [150, 50]
-    guard.plan(40)
+    guard.limit_pinned(40)
     assert c.pinned == [30, 10]
 
 
@@ -148,7 +148,7 @@ def test_whatever_happens_it_stays_within_promise_and_plan(tiles: list[int], ste
                 c.others = others
                 if most is not None:
                     plan = most
-                    guard.plan(most)
+                    guard.limit_pinned(most)
                 if read:
                     c.read()
                 guard.look(number * 0.7)

@@ -43,7 +43,7 @@ class Timeline:
 
 
 class MemoryGuard:
-    """Watches the windows of a rank; `plan` says how much they may pin at most."""
+    """Watches the windows of a rank; `limit_pinned` says how much they may pin at most."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class MemoryGuard:
     def wanted(self) -> int:
         return sum(window.wanted_bytes for window in self._windows)
 
-    def plan(self, most: int) -> None:
+    def limit_pinned(self, most: int) -> None:
         """From now on pin at most so many bytes."""
         with self._lock:
             self._most = min(most, sum(window.total_bytes for window in self._windows))

@@ -149,7 +149,7 @@ class RankMemory:
             waiting=self._waiting_for_a_row,
         )
         if plan.watched_by:
-            self.guard.plan(plan.needs.tiles)  # if other programs end, there may be room for more
+            self.guard.limit_pinned(plan.needs.tiles)  # if other programs end, there may be room for more
         self.allotment = self._allotment(disk_bytes_per_s)
 
     def _allotment(self, disk_bytes_per_s: float) -> MemoryAllotment:
@@ -186,7 +186,7 @@ class RankMemory:
                 f"{context} positions need {show_size(-left)} more than the {show_size(promise)} of --memory; "
                 "give more, or a smaller --context"
             )
-        self.guard.plan(left)
+        self.guard.limit_pinned(left)
 
     def _say(self, line: str) -> None:
         rank = self.star.rank
