@@ -202,9 +202,8 @@ def test_blocks_of_the_wanted_format_are_taken_over_too(tmp_path: Path) -> None:
         assert formats == choose_formats(source, "auto")
         slice_model(source, make_partition(source.config, [1]), formats, tmp_path, quantizer=refusing)
         with pytest.raises(AssertionError, match="nothing should be quantized"):
-            slice_model(
-                source, make_partition(source.config, [1]), choose_formats(source, "q8_0"), tmp_path, quantizer=refusing
-            )
+            formats = choose_formats(source, "q8_0")
+            slice_model(source, make_partition(source.config, [1]), formats, tmp_path / "other", quantizer=refusing)
     np.testing.assert_array_equal(joined(tmp_path, 1)["blk.1.ffn_down"], expected["blk.1.ffn_down"])
 
 
