@@ -27,10 +27,8 @@ from tpimpi.system.files import write_json
 from tpimpi.system.terminal import print_table as show_table
 
 TASK = "bench allreduce"
-SUMS_IN_A_ROW, LARGE_SUM_NUMBERS = (
-    5,
-    1 << 17,
-)  # sums in a row, of which the first does not count; and from so many numbers on, two
+SUMS_IN_A_ROW = 5  # of which the first does not count
+LARGE_SUM_NUMBERS = 1 << 17  # from here on two sums in a row are enough
 
 
 @dataclass

@@ -9,11 +9,10 @@ from tpimpi.diagnostics.planner.predict import Prediction, Predictor
 from tpimpi.weights.slices.partition import make_partition
 
 MOST_WEIGHT = 16  # of a rank: they stay short
-EQUAL_SHARES_TOLERANCE = (
-    1.1  # equal shares are taken if they are predicted to take at most so many times the best's time
-)
-SHORT_SHARES_TOLERANCE = 1.03  # so are shorter ones
-SLICED_SHARES_TOLERANCE = 1.15  # so are those for which there are slices
+# Shares are as good as the best if they are predicted to take at most so many times the best's time.
+EQUAL_SHARES_TOLERANCE = 1.1
+SHORT_SHARES_TOLERANCE = 1.03
+SLICED_SHARES_TOLERANCE = 1.15  # those for which there are slices already
 _HALVINGS = 40  # of an interval, in search of a time or a part
 
 
