@@ -151,22 +151,11 @@ def _slices(files: list[Path], told: list[dict[str, Any]], *, verify: bool) -> d
             table.add_row(_shown(path.name), *[""] * 9, "broken")
             told.append({"file": path.name, "state": "broken", "problem": str(error)})
             continue
-        state = "whole (header)"
-        try:
-            _check_name(path, file.header)
-            if verify:
-                for _ in file.verify():
-                    pass
-                state = "whole, every byte checked"
-        except (SliceError, StorageError) as error:
-            problems.append(error)
-            state = "misnamed" if isinstance(error, _MisnamedError) else "broken"
-        finally:
-            file.close()
         header, share = file.header, file.header.share
+        state, problem = _state(path, file, verify=verify)
+        if problem is not None:
+            problems.append(problem)
         headers[path] = header
-        if header.rank == 0 and not header.records[-1].parts:
-            state += ", no tokenizer"
         tiles = [record.nbytes for record in header.records if record.block.kind in ("attn", "mlp", "head")]
         told.append(
             {
@@ -200,6 +189,24 @@ def _slices(files: list[Path], told: list[dict[str, Any]], *, verify: bool) -> d
     if problems:
         raise problems[0]
     return headers
+
+
+def _state(path: Path, file: SliceFile, *, verify: bool) -> tuple[str, TpimpiError | None]:
+    """Look at a slice file, and close it: its state in words, and what is wrong with it."""
+    state, problem = "whole (header)", None
+    try:
+        _check_name(path, file.header)
+        if verify:
+            for _ in file.verify():
+                pass
+            state = "whole, every byte checked"
+    except (SliceError, StorageError) as error:
+        state, problem = "misnamed" if isinstance(error, _MisnamedError) else "broken", error
+    finally:
+        file.close()
+    if file.header.rank == 0 and not file.header.records[-1].parts:
+        state += ", no tokenizer"
+    return state, problem
 
 
 class _MisnamedError(SliceError):
