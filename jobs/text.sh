@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Puts the text that docs/formats.md measures perplexity on into a folder (default: text), as alice29.txt, and says where it is.
+# Puts the text that docs/measurements.md measures perplexity on into a folder (default: text), as alice29.txt, and says where it is.
 #
 # It is Lewis Carroll's Alice's Adventures in Wonderland (public domain), as the sources of PyPI's package brotli carry it.
 set -euo pipefail
