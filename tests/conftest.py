@@ -33,21 +33,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     quick: dict[str, set[str]] = {}  # of a test with slow_but: the ids in the short suite that were found
+    named: dict[str, set[str]] = {}  # and those that its mark names
     for item in items:
         if "mpirun" in getattr(item, "fixturenames", ()):
             item.add_marker("mpi")
         if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
             item.add_marker("drawn")
         if (mark := item.get_closest_marker("slow_but")) is not None:
-            found = quick.setdefault(item.nodeid.partition("[")[0], set())
+            test = item.nodeid.partition("[")[0]
+            found = quick.setdefault(test, set())
+            named[test] = set(mark.args)
             if (name := item.callspec.id) in mark.args:  # type: ignore[attr-defined]
                 found.add(name)
             else:
                 item.add_marker("slow")
     # One item may have been asked for by its id; of several, one at least is in the short suite.
     several = [test for test in quick if sum(item.nodeid.startswith(f"{test}[") for item in items) > 1]
-    if wrong := [test for test in several if not quick[test]]:
-        raise pytest.UsageError(f"slow_but names no id that there is: {', '.join(wrong)}")
+    if wrong := [test for test in several if quick[test] != named[test]]:
+        raise pytest.UsageError(f"slow_but names ids that there are not: {', '.join(wrong)}")
 
 
 @pytest.fixture(scope="session")

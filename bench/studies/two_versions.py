@@ -27,7 +27,7 @@ WORDS = "the quick brown fox jumps over the lazy dog and "
 
 @dataclass(frozen=True)
 class Run:
-    """What one run took: seconds a token (mean), seconds of the prompt, and bytes of each rank's peak."""
+    """What one run took: seconds a token (median of the gaps), seconds of the prompt, and bytes of each rank's peak."""
 
     decode_s: float
     prompt_s: float

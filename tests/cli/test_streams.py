@@ -142,6 +142,7 @@ def test_a_cache_that_is_a_file_is_refused(tpimpi, tiny: Path, tmp_path: Path, p
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_slicing_leaves_what_can_go_on(smollm2: Path, tmp_path: Path, number: signal.Signals) -> None:
     # f32 takes longer than this test does to notice that it has begun.

@@ -257,7 +257,7 @@ def test_experiments_run_on_the_machines_of_a_job(cluster: Cluster, tmp_path: Pa
 @pytest.mark.parametrize(("code", "page"), [(0, True), (1, True), (2, False), (143, False)])
 def test_rows_that_failed_leave_a_page_of_the_others(tmp_path: Path, code: int, page: bool) -> None:
     python = tmp_path / "python"  # stands for the experiments
-    python.write_text(f'#!/bin/sh\necho "$2" >>{tmp_path}/calls\n[ "$2" = page ] || exit {code}\n')
+    python.write_text(f'#!/bin/sh\necho "$3" >>{tmp_path}/calls\n[ "$3" = page ] || exit {code}\n')
     python.chmod(0o755)
     job = f"set -euo pipefail; . jobs/allocation.sh; python={python}; OUT={tmp_path}/out; RANKS=2; LAUNCH=true; experiment"
     result = run_command(["bash", "-c", job], env={}, cwd=ROOT)

@@ -189,7 +189,7 @@ def test_other_ranks_show_nothing_outside(recorded) -> None:
         assert f"rank-{rank}-of-3.h5" in files, "its own slice is not even open: the test sees nothing"
         assert not {"rank-0-of-3.h5", "prompt.txt", "stop.txt", "report.json"} & set(files)
         assert not [name for name in files if name.endswith((".gguf", "tokenizer.json", ".model"))]
-        # And in its slice there is no embedding, head or tokenizer: see test_slicefile.
+        # And in its slice there is no embedding, head or tokenizer: see tests/weights/test_slice_file.py.
 
 
 def test_other_ranks_import_neither_serving_nor_the_options(recorded) -> None:

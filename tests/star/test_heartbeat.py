@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.support.launch import PROGRAMS, Launcher
+from tpimpi.star.heartbeat import end_without_mpi
+from tpimpi.system.launcher import Rank
 
 WATCHED = str(PROGRAMS / "watched.py")
 
@@ -24,6 +27,36 @@ def test_a_rank_that_hangs_is_named_and_leaves_nothing(mpirun: Launcher) -> None
     assert re.search(r"^\0?r2 \S+: no sign of life for [23] s, says r0 \S+: ", result.err, re.MULTILINE), result.err
     assert "all well" not in result.out
     assert _left() == []
+
+
+def test_the_step_of_a_batch_job_is_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that a job of Slurm does is below slurmstepd: ended are mpirun and what is below it, or this process."""
+
+    class Process:
+        def __init__(self, pid: int = 1, name: str = "python") -> None:
+            self.pid, self._name = pid, name
+
+        def name(self) -> str:
+            return self._name
+
+        def parents(self) -> list[Process]:
+            return above
+
+        def children(self, recursive: bool) -> list[Process]:
+            return []
+
+    above: list[Process] = []
+    ended: list[str] = []
+    monkeypatch.setattr(psutil, "Process", Process)
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: ended.append(command[-1]))
+    for rank, parents, pid in (
+        (0, [Process(2, "prted"), Process(3, "mpirun"), Process(4, "slurmstepd")], "3"),
+        (0, [Process(4, "slurmstepd")], "1"),
+        (1, [Process(4, "slurmstepd")], "1"),
+    ):
+        above[:] = parents
+        end_without_mpi(Rank(rank, 2, "here"))
+        assert ended[-1] == pid
 
 
 def test_a_rank_that_is_slow_is_not_gone(mpirun: Launcher) -> None:

@@ -272,7 +272,7 @@ def test_a_file_that_may_not_be_read_is_one_line(slices: Path, monkeypatch) -> N
 
 
 def test_hdf5_does_not_call_a_file_broken_that_the_disk_refuses(slices: Path, monkeypatch) -> None:
-    def failing(*_: object) -> None:
+    def failing(*_: object, **__: object) -> None:
         raise OSError("Unable to synchronously open file (unable to open file: name = 'x', errno = 116, flags = 0)")
 
     monkeypatch.setattr(h5py, "File", failing)

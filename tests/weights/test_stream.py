@@ -12,8 +12,11 @@ import xxhash
 from tests.support.distribute_cases import by_one_process
 from tests.support.slices import datasets
 from tpimpi.errors import StarError
+from tpimpi.star.control import decode_note, to_json
 from tpimpi.weights.distribute import _receive
+from tpimpi.weights.locations import SliceLocation
 from tpimpi.weights.make import choose_formats, make_header
+from tpimpi.weights.notes import DistributeSlices
 from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import make_partition
@@ -135,21 +138,13 @@ def test_frames_that_make_no_sense_are_refused(tiles, tmp_path: Path) -> None:
 
 def test_a_header_is_the_same_on_both_ends(tiny: Path) -> None:
     """Rank 0 tells the others what a header is made of; each makes its own."""
-    import json
-
-    from tpimpi.weights.distribute import _header_from
+    from tpimpi.weights.distribute import _header_from, _job_note
 
     with open_source(tiny) as source:
         plan, formats = make_partition(source.config, [1.5, 0.1, 7]), choose_formats(source, "q4_1")
         for rank in (1, 2):
             header = make_header(source, plan, rank, formats)
-            note = {
-                "model": header.model,
-                "fingerprint": header.fingerprint,
-                "config": header.config.to_dict(),
-                "formats": formats.to_dict(),
-                "weights": list(plan.weights),
-            }
-            assert _header_from(json.loads(json.dumps(note)), rank, 3) == header
+            note = _job_note(header, SliceLocation("/slices", None), verify=False)
+            assert _header_from(decode_note(to_json(note), DistributeSlices, "r0"), rank, 3) == header
         with pytest.raises(StarError, match="a plan for 3 ranks, the run has 4"):
             _header_from(note, 1, 4)

@@ -67,9 +67,9 @@ def do_together(job: Job) -> int:
 
 def follow(star: Star, job: Job) -> int:
     """A rank other than 0; the exit code is rank 0's where that ended the run before it began."""
-    from tpimpi.cli.follow import take_part
+    with job.others_waiting():  # before the import: a rank without one of its packages ends the job at once
+        from tpimpi.cli.follow import take_part
 
-    with job.others_waiting():
         try:
             take_part(star, job.arguments)
         except Stopped as stopped:

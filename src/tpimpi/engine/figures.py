@@ -40,7 +40,7 @@ class RankFigures:
     read_wait_s: float
     compute_s: float
     star_s: float
-    timeline: list[list[float]]
+    timeline: list[list[int | float]]
 
 
 def disk_lines(streams: Sequence[tuple[str, int, int, float]], *, alone: bool) -> Iterator[str]:

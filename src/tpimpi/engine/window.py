@@ -14,7 +14,7 @@ evenly spread.
 
 The head is spread like the rest. Rank 0 alone has it, and the other ranks wait meanwhile: where each rank has its own
 disk, a token takes as long as the rank that reads most, wherever its pinned tiles lie. So rank 0 wants the larger budget
-(tpimpi.system.memory divides a host's so) or a smaller share.
+(tpimpi.engine.budget divides a host's so) or a smaller share.
 
 `blocks` is the scheduler of arXiv 2410.00531 instead: nothing is pinned, and so many consecutive blocks are in memory.
 

@@ -177,7 +177,7 @@ class Star:
         """Measure the links to rank 0; every rank calls it, and the hub alone says what is to be measured, and gets it.
 
         Latency always, in a tenth of a second or a few round trips; and where there are to be sums, of `largest` numbers at
-        most, how long they take, over the wire that is set, for `links.choose`. Afterwards every rank's waiting suits the
+        most, how long they take, over the wire that is set, for `tuning.choose`. Afterwards every rank's waiting suits the
         latency.
         """
         if self._channel is None or self.rank.size == 1:

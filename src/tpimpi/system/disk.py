@@ -89,9 +89,9 @@ def mount_of(path: Path, mountinfo: Path = MOUNTINFO) -> Mount:
 
 
 @contextlib.contextmanager
-def scratch_file(folder: Path, most: int = SCRATCH_BYTES) -> Iterator[Path]:
+def scratch_file(folder: Path, most: int = SCRATCH_BYTES, write_s: float = SCRATCH_WRITE_S) -> Iterator[Path]:
     """A file of random bytes in `folder`, which is made if it is not there: of `most` bytes, or fewer where writing them
-    takes longer than SCRATCH_WRITE_S. It is removed at the end. Raises OSError."""
+    takes longer than `write_s` seconds. It is removed at the end. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".disk-{os.getpid()}.partial"
     try:
@@ -100,7 +100,7 @@ def scratch_file(folder: Path, most: int = SCRATCH_BYTES) -> Iterator[Path]:
             for _ in range(most // len(data)):
                 file.write(data)
                 os.fdatasync(file.fileno())
-                if time.monotonic() > began + SCRATCH_WRITE_S:
+                if time.monotonic() > began + write_s:
                     break
         yield path
     finally:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import psutil
 
 LAUNCHERS = ("mpirun", "mpiexec", "prterun", "prte", "orterun", "srun", "mpiexec.hydra", "ompirun_wrapper")
-DAEMONS = ("prted", "orted", "hydra_pmi_proxy", "slurmstepd")  # the launchers' own, one on each host
+DAEMONS = ("prted", "orted", "hydra_pmi_proxy")  # the launchers' own, one on each host
+_BATCH_STEP = "slurmstepd"  # binds what srun starts; all of a batch job is below it, so it is no daemon to be ended
 
 # Variables by which the launchers tell a process its rank, and how many there are.
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PALS_RANKID")
@@ -87,7 +88,7 @@ def bound_by_launcher() -> bool:
         return False
     try:
         for process in psutil.Process().parents():
-            if process.name() not in (*LAUNCHERS, *DAEMONS):
+            if process.name() not in (*LAUNCHERS, *DAEMONS, _BATCH_STEP):
                 continue
             words = process.cmdline()
             unbound = any(

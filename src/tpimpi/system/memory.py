@@ -96,9 +96,6 @@ def _cgroup(folder: Path, names: _Names) -> Place | None:
         return None
 
 
-# Budgets
-
-
 def headroom(found: Iterable[Place]) -> int:
     """Bytes that may be taken before a place is down to its reserve; negative where it is past that."""
     return min(place.free - place.reserve for place in found if place.name != JOB)

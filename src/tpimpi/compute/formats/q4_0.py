@@ -33,7 +33,9 @@ class _Q40(BlockFormat):
 
     def blocks_of_codes(self, codes: npt.NDArray[np.int8], scale: float) -> Bytes:
         flat = codes.reshape(-1, self.block_weights).T + np.int8(8)
-        return join([np.full(flat.shape[1], scale, np.float32)], nibbles(flat)).reshape(*codes.shape[:-1], -1)
+        return join([np.full(flat.shape[1], scale, np.float32)], nibbles(flat)).reshape(
+            *codes.shape[:-1], self.block_bytes
+        )
 
 
 Q4_0 = _Q40(

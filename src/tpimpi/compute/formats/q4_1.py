@@ -37,7 +37,7 @@ class _Q41(BlockFormat):
     def blocks_of_codes(self, codes: npt.NDArray[np.int8], scale: float) -> Bytes:
         flat = codes.reshape(-1, self.block_weights).T + np.int8(8)
         d = np.full(flat.shape[1], scale, np.float32)
-        return join([d, -8 * d], nibbles(flat)).reshape(*codes.shape[:-1], -1)
+        return join([d, -8 * d], nibbles(flat)).reshape(*codes.shape[:-1], self.block_bytes)
 
 
 Q4_1 = _Q41(

@@ -30,7 +30,9 @@ class _Q80(BlockFormat):
 
     def blocks_of_codes(self, codes: npt.NDArray[np.int8], scale: float) -> Bytes:
         flat = codes.reshape(-1, self.block_weights).T
-        return join([np.full(flat.shape[1], scale, np.float32)], flat.view(np.uint8)).reshape(*codes.shape[:-1], -1)
+        return join([np.full(flat.shape[1], scale, np.float32)], flat.view(np.uint8)).reshape(
+            *codes.shape[:-1], self.block_bytes
+        )
 
 
 Q8_0 = _Q80(

@@ -349,7 +349,6 @@ class Bench:
             kernel.turn(0)
             if kernel.seconds[0] < max(seconds, _SLOW_CALL_S):
                 left += max(seconds, ROUNDS * kernel.seconds[0])
-            if kernel.seconds[0] < max(seconds, _SLOW_CALL_S):
                 kernel.seconds.clear()
             else:
                 slow.add(id(kernel))

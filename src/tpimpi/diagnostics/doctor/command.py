@@ -106,9 +106,3 @@ def _identity_of(folder: Path, ranks: int) -> dict[str, str]:
             return identity(file.header)
     except SliceError:
         return {}
-
-
-# What is wrong
-
-
-# Telling

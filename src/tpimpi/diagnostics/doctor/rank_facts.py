@@ -47,6 +47,7 @@ from tpimpi.weights.slices.writer import partial_path
 TASK = "doctor"
 TIMEOUT_S = 60.0  # seconds that ranks wait for one another here
 DISK_READING_S = 0.3  # of reading
+SCRATCH_WRITE_S = 1.0  # of writing a file to read, where there is no slice
 SPARE_DISK_BYTES = 256 << 20  # bytes of disk without which no such file is written
 
 HERE, MISSING, WRONG, UNKNOWN = "here", "missing", "wrong", ""
@@ -202,7 +203,7 @@ def _disk_rate(folder: Path, path: Path | None) -> tuple[float | None, str]:
             return (_rate(path) if path.stat().st_size >= READ_BYTES else None), ""
         if (_free(folder) or 0) < SPARE_DISK_BYTES:
             return None, ""
-        with scratch_file(folder) as scratch:
+        with scratch_file(folder, write_s=SCRATCH_WRITE_S) as scratch:
             return _rate(scratch), ""
     except (OSError, EOFError) as error:
         return None, f"{folder}: {getattr(error, 'strerror', None) or error}"

@@ -1,4 +1,4 @@
-"""What rank 0 asks of every rank beside its speed: what its disk gives, and which slices it has."""
+"""What rank 0 asks of every rank beside its speed: what its disk gives."""
 
 from __future__ import annotations
 
@@ -28,8 +28,6 @@ from tpimpi.system.buffers import aligned_buffer
 from tpimpi.system.direct_io import DEPTHS, TRIAL_BUFFER_BYTES, Descriptor, Extent, Trial
 from tpimpi.system.disk import SCRATCH_BYTES, scratch_file
 from tpimpi.weights.locations import cache_folder
-
-# Disks
 
 
 class MeasureDisks(TaskNote, frozen=True, tag="disk"):

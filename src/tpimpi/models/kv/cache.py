@@ -1,7 +1,6 @@
 """The KV cache: the keys and values of this rank's KV heads, of one sequence.
 
-It is one run of positions. Pages of several sequences (see the design: rank 0 decides which page is whose) belong beside it
-in this package.
+It is one run of positions.
 """
 
 from __future__ import annotations

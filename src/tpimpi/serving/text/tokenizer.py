@@ -8,9 +8,7 @@ from tpimpi.errors import InputError, ModelError
 from tpimpi.serving.text.chat_template import render_chat
 from tpimpi.serving.text.checks import is_unicode
 from tpimpi.serving.text.stream import TextStream
-from tpimpi.serving.text.vocabularies import (
-    Vocabulary,
-)
+from tpimpi.serving.text.vocabularies import Vocabulary
 
 
 class Tokenizer:

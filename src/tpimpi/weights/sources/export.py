@@ -2,7 +2,7 @@
 
 Neither has a tokenizer. GGUF (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): names, keys and types as
 llama.cpp's converter writes them; for architecture llama the rows of Q and K are interleaved within each head, and
-Llama 3.1's rope scaling is a tensor of factors. Safetensors are specified in sources.safetensors_model.
+Llama 3.1's rope scaling is a tensor of factors. Safetensors are specified in sources.safetensors.
 
 Memory: the source's pool, and a run of rows of a million numbers.
 """

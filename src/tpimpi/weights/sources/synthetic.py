@@ -97,7 +97,8 @@ class SyntheticSource(Source):
 def quantize_exactly(values: F32, fmt: str) -> Bytes:
     """A Quantizer for numbers of a SyntheticSource: [rows, columns], a multiple of 32, to blocks of the one scale."""
     form, scale = FORMATS[fmt], block_scale(fmt)
-    codes = np.rint(values.reshape(values.shape[0], -1, form.block_weights) / np.float32(scale))
+    blocks = values.reshape(values.shape[0], values.shape[1] // form.block_weights, form.block_weights)
+    codes = np.rint(blocks / np.float32(scale))
     codes = np.clip(codes, *form.code_range()).astype(np.int8)
     return form.blocks_of_codes(codes, scale).reshape(values.shape[0], -1)
 
