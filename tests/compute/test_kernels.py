@@ -325,6 +325,7 @@ def run(program: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callabl
     return run_all
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

@@ -252,6 +252,7 @@ def test_timelines_that_make_no_sense_are_refused(point: list[float]) -> None:
 # Large ones, and files
 
 
+@pytest.mark.slow
 def test_a_large_trace_is_written_in_little_memory(tmp_path: Path) -> None:
     """80,000 spans are 60 MB as Python objects, and 9 MB of text."""
     count = 20_000

@@ -92,6 +92,7 @@ def test_greedy_tokens_are_those_of_transformers(
     assert result.out == "".join(text if text.endswith("\n") else text + "\n" for text in texts)
 
 
+@pytest.mark.slow
 def test_without_a_launcher_it_answers_alone(cache: dict[str, str], oracle, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     command = [sys.executable, "-m", "tpimpi", "--format", "f32", "--max-tokens", str(TOKENS), "--report", str(report)]

@@ -188,6 +188,7 @@ def logits_of(model: Path, fmt: str, tpimpi: Callable[..., Result], folder: Path
     return np.concatenate([np.load(folder / f"{job['name']}.npy") for job in jobs])
 
 
+@pytest.mark.slow
 def test_divergence_is_what_torch_computes_from_both_logits(
     tpimpi: Callable[..., Result], tiny: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -218,6 +219,7 @@ def test_a_format_does_not_diverge_from_itself(
     assert against["perplexity"] == found["perplexity"]
 
 
+@pytest.mark.slow
 def test_the_window_changes_nothing(tpimpi: Callable[..., Result], tiny: Path, text: Path, tmp_path: Path) -> None:
     arguments = ("--model", str(tiny), "--format", "bf16", "--against", "f32")
     found = [measure(tpimpi, tmp_path, text, *arguments, "--window", window) for window in ("all", "2")]
@@ -262,6 +264,7 @@ def test_what_is_shown(tpimpi: Callable[..., Result], tiny: Path, text: Path) ->
     assert re.fullmatch(r"perplexity \d+\.\d{4} ± \d+\.\d{4} over 19 tokens\n", quiet.out), quiet.out
 
 
+@pytest.mark.slow
 def test_slices_already_made(tpimpi: Callable[..., Result], tiny: Path, text: Path, tmp_path: Path) -> None:
     slices = tmp_path / "slices"
     made = tpimpi("slice", "--model", str(tiny), "--ranks", "1", "--format", "bf16", "--out", str(slices))

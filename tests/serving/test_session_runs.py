@@ -144,6 +144,7 @@ def test_a_conversation_that_is_too_long(tpimpi, tiny: Path, tmp_path: Path) -> 
     assert_one_line(result, r"the conversation has \d+ tokens, the context is 5 positions")
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_a_session_is_one_line(tpimpi, tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "s"
     options = ("--max-tokens", "8", "--ignore-eos", "--session", str(path))

@@ -190,6 +190,7 @@ def test_a_partial_file_of_no_use_is_written_anew(model: Path, tmp_path: Path, m
     alike(folder, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_slicing_killed_at_random_points_ends_whole(tmp_path: Path) -> None:
     """kill -9, again and again, until it ends."""
     model = write_tiny_hf(tmp_path / "model", "qwen3", num_hidden_layers=12, hidden_size=256, intermediate_size=1024)

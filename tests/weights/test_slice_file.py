@@ -112,6 +112,7 @@ def damaged(path: Path, tmp_path: Path, change) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_is_refused_or_means_nothing(slices: Path, tmp_path: Path) -> None:
     """Thousands of places, HDF5's own metadata among them; in processes of their own, since HDF5 is C."""
     original = slices / slice_name(0, 3)

@@ -278,6 +278,7 @@ def reader(smollm: Path) -> gguf.GGUFReader:
     return gguf.GGUFReader(smollm)
 
 
+@pytest.mark.slow
 def test_smollm_is_what_transformers_reads(
     smollm: Path, reader: gguf.GGUFReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:

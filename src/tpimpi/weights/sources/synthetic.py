@@ -100,7 +100,7 @@ def quantize_exactly(values: F32, fmt: str) -> Bytes:
     blocks = values.reshape(values.shape[0], values.shape[1] // form.block_weights, form.block_weights)
     codes = np.rint(blocks / np.float32(scale))
     codes = np.clip(codes, *form.code_range()).astype(np.int8)
-    return form.blocks_of_codes(codes, scale).reshape(values.shape[0], -1)
+    return form.blocks_of_codes(codes, scale).reshape(values.shape[0], form.row_bytes(values.shape[1]))
 
 
 def block_scale(fmt: str) -> float:
