@@ -18,6 +18,7 @@ from tpimpi.weights.locations import cache_name
 from tpimpi.weights.make import choose_formats, slice_model
 from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import make_partition
+from tpimpi.weights.slices.writer import partial_path
 from tpimpi.weights.sources import open_source
 
 
@@ -65,6 +66,46 @@ def test_only_slices_are_removed(folder: Path) -> None:
     os.close(lock)
     remove_slices(folder, names)
     assert sorted(path.name for path in folder.iterdir()) == ["notes", "some.lock"]
+
+
+def test_a_slice_that_a_rank_is_writing_is_not_removed(folder: Path) -> None:
+    """Only rank 0 locks the file beside the folder; another rank has nothing but the lock of its own unfinished slice."""
+    first, second = (folder / slices.name for slices in list_cache(folder))
+    partial = partial_path(second / slice_name(2, 3))
+    partial.write_bytes(b"some tiles")
+    lock = os.open(partial, os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(InputError, match=f"another tpimpi is slicing into {second}"):
+        remove_slices(folder, [first.name, second.name])
+    assert sorted(folder.rglob("*")) == before, "something was removed, or a lock was left"
+    os.close(lock)
+    assert remove_slices(folder, [first.name, second.name]) == []
+    assert list_cache(folder) == []
+
+
+def test_links_are_not_of_the_cache(folder: Path, tmp_path: Path) -> None:
+    one, other = (slices.name for slices in list_cache(folder))
+    (folder / one).rename(tmp_path / "slices")
+    (folder / "link").symlink_to(tmp_path / "slices")
+    there = sorted((tmp_path / "slices").iterdir())
+    assert [slices.name for slices in list_cache(folder)] == [other]
+    with pytest.raises(InputError, match="there are no slices named 'link'"):
+        remove_slices(folder, [other, "link"])
+    remove_slices(folder, [other])
+    assert sorted((tmp_path / "slices").iterdir()) == there
+    assert sorted(path.name for path in folder.iterdir()) == ["link", "notes", "some.lock"]
+
+
+def test_what_else_is_in_a_folder_stays_and_the_others_go(folder: Path, tpimpi: Callable[..., Result]) -> None:
+    one, other = (slices.name for slices in list_cache(folder))
+    (folder / one / "mine.txt").write_text("mine")
+    result = tpimpi("cache", "--remove", one, other, "--yes", env={"TPIMPI_CACHE": str(folder)})
+    assert result.code == 0, result.err
+    assert f"{folder / one} stays, as there is something besides slices in it" in result.err
+    assert [path.name for path in (folder / one).iterdir()] == ["mine.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([one, "notes", "some.lock"])
+    assert list_cache(folder) == []
 
 
 def test_the_command(folder: Path, tpimpi: Callable[..., Result], tiny: Path, tmp_path: Path) -> None:

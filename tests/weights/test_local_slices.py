@@ -19,6 +19,7 @@ import pytest
 from tests.support.slices import datasets, spoil
 from tests.support.tiny_models import write_tiny_hf
 from tpimpi.errors import InputError, SliceError, StorageError
+from tpimpi.weights.locations import in_cache
 from tpimpi.weights.make import choose_formats, make_header, slice_model
 from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.header import tile_spans
@@ -332,6 +333,27 @@ def test_leftovers_of_other_plans_go_when_a_slicing_is_done(model: Path, tmp_pat
         assert list(folders[0].iterdir()) == []
         assert others.exists() and writing.temporary.exists()
         writing.close()
+
+
+@pytest.mark.parametrize("out", ["cache/../out", "cache/mine", "link/mine"])
+def test_slices_in_a_folder_of_the_user_are_not_replaced(model: Path, tmp_path: Path, out: str) -> None:
+    """However its path is written, and even where it is in the cache: only a run's own slices may be made anew."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "cache")
+    folder = tmp_path / out
+    with open_source(model) as source:
+        make(source, folder, [1])
+        before = (folder / slice_name(0, 1)).read_bytes()
+        with pytest.raises(
+            InputError, match="is there in q8_0 for shares 1, asked for is bf16 for 1; choose another --out"
+        ):
+            make(source, folder, [1], "bf16")
+        assert (folder / slice_name(0, 1)).read_bytes() == before
+        assert in_cache(folder) == (out != "cache/../out")
+        header = make_header(source, make_partition(source.config, [1]), 0, choose_formats(source, "bf16"))
+        local = LocalSlice(folder / slice_name(0, 1), header, of_cache=True)
+        local.look()
+        assert not local.good, "one that a run made is made anew"
 
 
 def test_a_slice_in_whose_place_a_directory_stands(model: Path, tmp_path: Path) -> None:

@@ -82,7 +82,8 @@ def cache_alone(job: Job) -> int:
     if not options.yes and not _agreed(folder, chosen):
         say("nothing was removed")
         return 0
-    remove_slices(folder, [slices.name for slices in chosen])
+    for path in remove_slices(folder, [slices.name for slices in chosen]):
+        say(f"{path} stays, as there is something besides slices in it")
     say(f"removed {_sets(chosen)}")
     return 0
 

@@ -7,9 +7,10 @@ that cannot be written to it stays the time when they were made.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,10 +41,11 @@ class CachedSlices:
 def list_cache(folder: Path) -> list[CachedSlices]:
     """All slices in a cache folder, those last used first; none where there is no such folder.
 
-    Reads a header for each. Raises StorageError where the folder cannot be read.
+    Symbolic links are left out: what they lead to is not the cache's. Reads a header for each set. Raises
+    StorageError where the folder cannot be read.
     """
     try:
-        folders = [path for path in folder.iterdir() if path.is_dir() and _files(path)] if folder.is_dir() else []
+        folders = [path for path in folder.iterdir() if _is_set(path)] if folder.is_dir() else []
     except OSError as error:
         raise StorageError(f"cannot read {folder}: {error.strerror}; set TPIMPI_CACHE to another place") from error
     found = []
@@ -78,38 +80,91 @@ def _describe(folder: Path) -> CachedSlices:
 
 def mark_used(path: Path) -> None:
     """Note that a run uses this slice, where it is one of the cache: see the module."""
-    if in_cache(path):
+    if in_cache(path.parent):
         with contextlib.suppress(OSError):
             os.utime(path.parent)
 
 
-def remove_slices(folder: Path, names: Iterable[str]) -> None:
+def remove_slices(folder: Path, names: Iterable[str]) -> list[Path]:
     """Remove folders of slices from a cache folder. A run that uses such slices keeps them until its end.
 
-    Raises InputError, before any is removed, where one is not there, and where a process is making its slices; StorageError.
+    Nothing but slices is removed: a folder with something else in it stays, with that. Returns these folders. Where one set
+    cannot be removed, the others are all the same. Raises InputError, before any is removed, where one is not there, and
+    where a process is making its slices; StorageError.
     """
     chosen = list(dict.fromkeys(names))
     for name in chosen:
-        if Path(name).name != name or not (folder / name).is_dir() or not _files(folder / name):
+        if Path(name).name != name or not _is_set(folder / name):
             raise InputError(f"there are no slices named {name[:80]!r} in {folder}; see: python -m tpimpi cache")
-    for name in chosen:
-        try:
-            _remove(folder / name)
-        except OSError as error:
-            raise StorageError(f"cannot remove {folder / name}: {error.strerror}; remove it by hand") from error
+    stay, failure = [], None
+    with ExitStack() as locks:
+        files = {folder / name: _lock_set(folder / name, locks) for name in chosen}
+        for path, slices in files.items():
+            try:
+                if not _remove(path, slices):
+                    stay.append(path)
+            except OSError as error:
+                failure = failure or _not_removed(path, error)
+    if failure is not None:
+        raise failure
+    return stay
 
 
-def _remove(folder: Path) -> None:
-    """Nothing but slices is removed: what else is in the folder stays, and the folder with it."""
-    lock = folder.with_name(f"{folder.name}.lock")
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+def _is_set(path: Path) -> bool:
+    """Whether this is a folder of slices. A symbolic link is none: what it leads to is not the cache's to remove."""
+    return not path.is_symlink() and path.is_dir() and bool(_files(path))
+
+
+def _lock_set(folder: Path, locks: ExitStack) -> list[Path]:
+    """Keep other processes from making slices in a folder until `locks` ends; the slices in it that may be removed.
+
+    Rank 0 of a run locks the file beside the folder, every rank the slice that it writes, `slice --out` the folder.
+    """
     try:
-        try_lock(descriptor)
-        for path in _files(folder):
-            path.unlink()
-        folder.rmdir()
-        lock.unlink()
+        _lock_beside(folder.with_name(f"{folder.name}.lock"), locks)
+        files = _files(folder)
+        for path in (folder, *(path for path in files if path.suffix == ".partial" and path.is_file())):
+            with contextlib.suppress(FileNotFoundError):  # finished, or removed, meanwhile
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                locks.callback(os.close, descriptor)
+                try_lock(descriptor)
     except BlockingIOError as error:
         raise InputError(f"another tpimpi is slicing into {folder}; remove it when that is done") from error
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        raise _not_removed(folder, error) from error
+    return files
+
+
+def _lock_beside(path: Path, locks: ExitStack) -> None:
+    """Lock a file that is made if it is not there, until `locks` ends, which removes it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        locks.callback(os.close, descriptor)
+        try_lock(descriptor)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(descriptor)):  # else another process removed it meanwhile
+                locks.callback(_unlink, path)
+                return
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):  # a lock that is left over is in nobody's way
+        path.unlink()
+
+
+def _remove(folder: Path, files: Iterable[Path]) -> bool:
+    """Remove these files and the folder; False where there is something else in it, with which it stays."""
+    for path in files:
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+    try:
+        folder.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
+
+
+def _not_removed(folder: Path, error: OSError) -> StorageError:
+    return StorageError(f"cannot remove {folder}: {error.strerror}; remove it by hand")

@@ -89,7 +89,8 @@ def distribute_slices(
     """
     header = make_header(source, partition, 0, formats)
     with ExitStack() as stack:
-        local = LocalSlice(location.path(0, partition.ranks), header, verify=verify)
+        path, of_cache = location.path(0, partition.ranks), location.folder is None
+        local = LocalSlice(path, header, verify=verify, of_cache=of_cache)
         stack.callback(local.close)
         send_note(star, _job_note(header, location, verify=verify))
         _, others = on_every_rank(star, local.look, SliceFound)
@@ -284,7 +285,8 @@ def receive_slices(star: Star, task: Task) -> None:
         def look() -> LocalSlice:
             header = _header_from(note, star.rank.index, star.rank.size)
             location = SliceLocation(note.folder, note.cache_name)
-            local = LocalSlice(location.path(header.rank, header.partition.ranks), header, verify=note.verify)
+            path, of_cache = location.path(header.rank, header.partition.ranks), location.folder is None
+            local = LocalSlice(path, header, verify=note.verify, of_cache=of_cache)
             stack.callback(local.close)
             local.look()
             return local

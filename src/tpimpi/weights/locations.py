@@ -57,9 +57,9 @@ MOST_NAME_CHARACTERS = 40  # characters of a model's name, and of the shares, in
 
 
 def in_cache(path: Path) -> bool:
-    """Whether a slice, or a folder of slices, is in the cache folder of this host."""
+    """Whether a slice, or a folder of slices, is in the cache folder of this host, links and `..` followed."""
     try:
-        return path.absolute().is_relative_to(cache_folder().absolute())
+        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(cache_folder()))
     except InputError:
         return False
 

@@ -17,7 +17,7 @@ import numpy as np
 from tpimpi.errors import InputError, SliceError, StorageError
 from tpimpi.system.buffers import Bytes, aligned_buffer
 from tpimpi.system.disk import storage_error
-from tpimpi.weights.locations import cache_folder, elsewhere, in_cache
+from tpimpi.weights.locations import cache_folder, elsewhere
 from tpimpi.weights.slices.file import SliceFile, Tile
 from tpimpi.weights.slices.header import Header, same_slice, tile_spans
 from tpimpi.weights.slices.layout import Record
@@ -32,11 +32,13 @@ class LocalSlice:
     """One rank's slice, as far as its host has it. `look`, `prepare`, then the missing tiles, `finish`, `publish`; `close`
     however it ends.
 
-    `good`: it was there already, and nothing is to be done. Memory: a tile.
+    With `of_cache` it is one that a run makes by itself in the cache, where it takes the place of one in another format or
+    for other shares; elsewhere the user's folder is left as it is. `good`: it was there already, and nothing is to be done.
+    Memory: a tile.
     """
 
-    def __init__(self, path: Path, header: Header, *, verify: bool = False) -> None:
-        self.path, self.header, self.verify = path, header, verify
+    def __init__(self, path: Path, header: Header, *, verify: bool = False, of_cache: bool = False) -> None:
+        self.path, self.header, self.verify, self.of_cache = path, header, verify, of_cache
         self.good = False
         self.complaint = ""  # what is wrong with a file of its name
         self.needed = 0  # bytes of disk that it will take
@@ -81,7 +83,7 @@ class LocalSlice:
             raise InputError(f"{self.path} is a slice of another model, {there.model[:80]}; remove it{self._or_out()}")
         if there is None or same_slice(there, self.header):
             return there is not None
-        if not in_cache(self.path):
+        if not self.of_cache:
             raise InputError(
                 f"{self.path} is there in {there.format} for shares {there.partition.describe()}, asked for is "
                 f"{self.header.format} for {self.header.partition.describe()}; choose another --out, or remove it"
@@ -90,7 +92,7 @@ class LocalSlice:
 
     def _or_out(self) -> str:
         """The other remedy where something is in the way."""
-        return "" if in_cache(self.path) else ", or choose another --out"
+        return "" if self.of_cache else ", or choose another --out"
 
     def prepare(self) -> Iterator[int]:
         """Open the slice for writing, unless it is good, with all of it that is to be had here; yields the bytes gone

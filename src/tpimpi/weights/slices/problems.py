@@ -59,7 +59,7 @@ def missing(path: Path) -> SliceError:
 
 def broken(path: Path, what: str) -> SliceError:
     """What is in the file is wrong."""
-    out = "" if in_cache(path) else f" --out {shlex.quote(str(path.parent))}"
+    out = "" if in_cache(path.parent) else f" --out {shlex.quote(str(path.parent))}"
     return SliceError(
         f"slice file {path} is broken ({what}); delete it and make the slices again, or mend it with: "
         f"python -m tpimpi slice --verify{out} (under mpirun as in a run, with its --model, --format and --shares)"
