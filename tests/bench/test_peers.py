@@ -217,6 +217,7 @@ print(look())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 def test_what_is_copied_is_no_longer_mapped_and_what_is_on_the_disk_stays_there(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")

@@ -162,6 +162,7 @@ def test_a_stop_string_ends_the_answer(tpimpi, tiny: Path) -> None:
     assert tpimpi(*options, "--stop", stop, env={"TPIMPI_MODEL": str(tiny)}).out == whole[: whole.index(stop)] + "\n"
 
 
+@pytest.mark.slow
 def test_lines_of_stdin_are_answered_in_turn(on_ranks: Ranks, tpimpi, cache, tiny: Path) -> None:
     env = {**cache, "TPIMPI_MODEL": str(tiny)}
     options = ["--max-tokens", "9", "--ignore-eos", "--quiet"]

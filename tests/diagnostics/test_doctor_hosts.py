@@ -317,6 +317,7 @@ def test_an_ssh_that_is_not_there(doctor: Callable[..., tuple[Result, dict[str, 
     assert words["far.invalid"][-1].startswith("wrong ssh: /nowhere/agent: No such file or directory")
 
 
+@pytest.mark.slow
 def test_a_silent_ssh_does_not_delay_the_others(
     doctor: Callable[..., tuple[Result, dict[str, list[str]]]], program: Callable[..., str]
 ) -> None:

@@ -51,7 +51,7 @@ def copies(folder: Path, slices: Callable[..., Path]) -> Iterator[Callable[[int]
 
 @on_one_and_two_ranks
 @pytest.mark.parametrize("part", [0, 0.5])
-@pytest.mark.slow_but("0.5-2")
+@pytest.mark.slow
 def test_a_slice_that_shrinks(runs: Runs, copies: Callable[[int], Path], part: float) -> None:
     folder = copies(runs.ranks)
     path = runs.slice_of_victim(folder)

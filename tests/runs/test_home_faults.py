@@ -33,7 +33,7 @@ def home(mpirun: Launcher) -> Iterator[tuple[Home, str]]:
 
 
 @pytest.mark.parametrize("kind", cases.KINDS)
-@pytest.mark.slow_but("kill-decode")
+@pytest.mark.slow
 def test_trouble_is_named_and_nothing_is_left(home: tuple[Home, str], mpirun: Launcher, kind: str) -> None:
     place, whole = home
     random.seed(kind)

@@ -52,6 +52,7 @@ def _check_kept(runs: Runs, memory: str, report: Path) -> list[dict[str, Any]]:
     return ranks
 
 
+@pytest.mark.slow
 @on_one_and_two_ranks
 def test_the_smallest_that_is_named_works(runs: Runs, tmp_path: Path) -> None:
     _check_kept(runs, f"{runs.least} MB", tmp_path / "report")  # as it is written in the message

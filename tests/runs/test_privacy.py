@@ -145,6 +145,7 @@ def test_messages_give_nothing_away(recorded, smollm2: Path) -> None:
         assert leaks(messages, words, ids) == []
 
 
+@pytest.mark.slow
 def test_slices_bring_tiles_and_nothing_else(recorded) -> None:
     out, _ = recorded
     (slices,) = (out / "cache").glob("*-v2")

@@ -71,7 +71,7 @@ def _check(report: Path, oracle) -> None:
     ("ranks", "backend"),
     [*((ranks, "native") for ranks in (1, 2, 3, 4, 5, 7, "4,2,2,1")), (1, "torch"), (3, "torch")],
 )
-@pytest.mark.slow_but("2-native", "4,2,2,1-native")
+@pytest.mark.slow
 def test_greedy_tokens_are_those_of_transformers(
     on_ranks: Ranks, cache: dict[str, str], oracle, ranks: int | str, backend: str, tmp_path: Path
 ) -> None:
@@ -168,7 +168,7 @@ def test_the_report_says_what_was_done(mpirun: Launcher, cache: dict[str, str], 
 
 
 @pytest.mark.parametrize("window", ["2", "all"])
-@pytest.mark.slow_but("2")
+@pytest.mark.slow
 def test_a_native_rank_is_light(mpirun: Launcher, cache: dict[str, str], window: str, tmp_path: Path) -> None:
     """At most 90 MB beside weights, cache and tokenizer, which the report tells apart."""
     report = tmp_path / "report.json"

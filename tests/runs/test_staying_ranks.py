@@ -49,6 +49,7 @@ def test_programs_share_a_launch_and_nothing_else(ranks: Ranks, program: str) ->
     assert first.our_lines == ["r0 here: some line", "r1 here: some line"]
 
 
+@pytest.mark.slow
 def test_after_a_failure_the_next_program_has_ranks_of_its_own(ranks: Ranks, program: str) -> None:
     failed = ranks(2, program, "fail")
     assert failed.code == 3, failed.err

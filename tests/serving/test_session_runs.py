@@ -257,6 +257,7 @@ def given_away(messages: list[bytes], words: set[str], ids: list[int]) -> list[s
     return [what for what, pattern in patterns.items() if any(pattern in message for message in messages)]
 
 
+@pytest.mark.slow
 def test_other_ranks_get_nothing_of_the_conversation(mpirun: Launcher, cache, tmp_path: Path) -> None:
     path = tmp_path / "s"
     arguments = (str(PROGRAMS / "recorded_run.py"), str(tmp_path), "--session", str(path), "--max-tokens", "12")

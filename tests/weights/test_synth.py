@@ -231,7 +231,7 @@ def test_gguf_rows_of_q_and_k_are_interleaved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama-3.1", "llama-bias", "qwen2"])
-@pytest.mark.slow_but("qwen2")
+@pytest.mark.slow
 def test_runs_give_the_tokens_of_transformers(tpimpi: Cli, on_ranks: Ranks, tmp_path: Path, kind: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
