@@ -3,7 +3,7 @@
 #   setup run     what a run needs: tpimpi, Open MPI, and a small real model
 #   setup test    the same, MPICH beside it in .venv/mpich, and what the tests need
 #
-# What is already there, from the same pyproject.toml, constraints.txt, setup.sh and C++ sources, with the same compiler, is not
+# What is already there, from the same version, pyproject.toml, constraints.txt, setup.sh and C++ sources, with the same compiler, is not
 # installed again. After a change of C++ alone this is quicker, as it compiles only what has changed:
 #
 #   pip install --quiet --no-deps --no-build-isolation --editable .
@@ -56,7 +56,7 @@ setup() {
   # shellcheck disable=SC1091
   . .venv/bin/activate
 
-  stamp="$({ cat pyproject.toml constraints.txt jobs/setup.sh CMakeLists.txt src/kernels/*; build_tools; } | sha256sum | cut -c1-32)"
+  stamp="$({ cat pyproject.toml constraints.txt jobs/setup.sh CMakeLists.txt src/tpimpi/__init__.py src/kernels/*; build_tools; } | sha256sum | cut -c1-32)"
   if ! grep -qsx "$stamp" ".venv/installed-$want"; then
     echo "setup: installing into .venv (some minutes; once)" >&2
     if [ "$want" = test ]; then
