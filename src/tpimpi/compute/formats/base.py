@@ -93,15 +93,15 @@ class WeightFormat(ABC):
 
     def quantize_blocks(self, x: F32) -> Bytes:
         """Blocks, one a column: x [block_weights, blocks], finite, to uint8 [blocks, block_bytes], as search.py states."""
-        raise NotImplementedError(f"{self.name} is no quantized format")
+        raise TypeError(f"{self.name} is no quantized format")
 
     def blocks_of_codes(self, codes: npt.NDArray[np.int8], scale: float) -> Bytes:
         """Blocks that all have this scale, of weights `scale * code`: [..., block_weights] to uint8 [..., block_bytes]."""
-        raise NotImplementedError(f"{self.name} is no quantized format")
+        raise TypeError(f"{self.name} is no quantized format")
 
     def code_range(self) -> tuple[int, int]:
         """The least and the greatest code that `blocks_of_codes` takes."""
-        raise NotImplementedError(f"{self.name} is no quantized format")
+        raise TypeError(f"{self.name} is no quantized format")
 
     def holds_infinities(self, stored: Bytes) -> bool:
         """Whether a scale or minimum of rows [rows, row_bytes] is infinite or NaN."""
