@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
+from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -24,9 +27,29 @@ TOKENS = 64
 CLOSE = 0.002  # two best logits nearer than this may change places when sums are ordered differently
 
 
+class Answer(NamedTuple):
+    """Greedy ids, how many of them are certain, and the token that ended the answer."""
+
+    ids: list[int]
+    certain: int
+    end: int | None
+
+
 @pytest.fixture(scope="module")
-def oracle(smollm2: Path) -> list[tuple[list[int], int, int | None]]:
-    """For each prompt: transformers' greedy ids, how many of them are certain, and the token that ended it."""
+def oracle(smollm2: Path, request: pytest.FixtureRequest) -> list[Answer]:
+    """For each prompt what transformers answers. Minutes of work, so pytest's cache keeps it for the next suite."""
+    asked = json.dumps([metadata.version("transformers"), smollm2.name, smollm2.stat().st_size, PROMPTS, TOKENS, CLOSE])
+    key = f"tpimpi/smollm2-{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
+    cache = request.config.cache
+    found = None if cache is None else cache.get(key, None)
+    answers = [Answer(*answer) for answer in found] if found else _answers_of_transformers(smollm2)
+    if cache is not None:
+        cache.set(key, [list(answer) for answer in answers])
+    assert sum(answer.certain for answer in answers) > 100, "too little is certain for the comparison to mean something"
+    return answers
+
+
+def _answers_of_transformers(smollm2: Path) -> list[Answer]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -53,8 +76,7 @@ def oracle(smollm2: Path) -> list[tuple[list[int], int, int | None]]:
                     break
                 ids.append(token)
                 tokens = best.indices[:1][None]
-        answers.append((ids, len(ids) if certain is None else certain, end))
-    assert sum(certain for _, certain, _ in answers) > 100, "too little is certain for the comparison to mean something"
+        answers.append(Answer(ids, len(ids) if certain is None else certain, end))
     return answers
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import cProfile
 import errno
 import os
+import pstats
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,8 @@ from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import slice_records
 from tpimpi.weights.slices.names import parse_slice_name, slice_name
 from tpimpi.weights.slices.partition import make_partition
+
+pytestmark = pytest.mark.timeout(60)  # a size that a file claims is not counted up to
 
 # A header that does not fit its plan: every checksum is right, what it says is wrong
 
@@ -153,12 +156,10 @@ CONFIGS: list[dict[str, Any]] = [
 
 
 def refused(path: Path) -> str:
-    began = time.monotonic()
     with pytest.raises(
         SliceError, match=r"^slice file .* is broken \(.*\); delete it and make the slices again, or mend it with: "
     ) as seen:
         SliceFile(path)
-    assert time.monotonic() - began < 5
     assert str(seen.value).isprintable()
     return str(seen.value)
 
@@ -225,18 +226,21 @@ def test_rank_0_alone_has_the_embedding(slices: Path, tmp_path: Path) -> None:
         assert f"rank {rank} has {'no' if rank == 0 else 'an'} embedding" in refused(target)
 
 
-def test_the_plan_of_a_large_model_is_checked_in_no_time() -> None:
-    large = config(hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, vocab=32000)
-    large = replace(large, layers=80, attention_windows=(0,) * 80)
-    plan = make_partition(large, [1])
-    formats = ModelFormats.of("f32", 80)
-    records = tuple(slice_records(large, plan.shares[0], 0, formats, {"tokenizer.json": 10}))
-    assert len(records) > 80 * 60
-    header = Header(0, formats, "large", "f" * 32, large, plan, records)
-    text = header.to_json()
-    began = time.process_time()
-    assert Header.from_json(text) == header
-    assert time.process_time() - began < 3
+def test_checking_the_plan_of_a_model_takes_work_in_proportion_to_its_layers() -> None:
+    def calls(layers: int) -> int:
+        large = config(hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, vocab=32000)
+        large = replace(large, layers=layers, attention_windows=(0,) * layers)
+        plan = make_partition(large, [1])
+        formats = ModelFormats.of("f32", layers)
+        records = tuple(slice_records(large, plan.shares[0], 0, formats, {"tokenizer.json": 10}))
+        assert len(records) > layers * 60
+        header = Header(0, formats, "large", "f" * 32, large, plan, records)
+        text = header.to_json()
+        with cProfile.Profile() as profile:
+            assert Header.from_json(text) == header
+        return int(pstats.Stats(profile).total_calls)  # type: ignore[attr-defined]
+
+    assert calls(16) < 5 * calls(4)
 
 
 # What stands in a slice's place, and what the operating system says
