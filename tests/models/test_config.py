@@ -269,3 +269,23 @@ def test_every_key_with_every_wrong_type_is_never_a_traceback() -> None:
                     config_from_hf({**values, key: value}, PATH)
                 except ModelError as error:
                     assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("llama", {"hidden_act": "swish"}),
+        ("llama", {"layer_types": ["full_attention"] * 3}),
+        ("mistral", {"layer_types": ["full_attention"] * 2}),
+        ("llama", {"num_local_experts": 0, "final_logit_softcapping": 0.0}),
+    ],
+)
+def test_what_says_the_same_in_other_words_changes_nothing(kind: str, change: dict[str, Any]) -> None:
+    values = saved(kind)
+    assert config_from_hf({**values, **change}, PATH) == config_from_hf(values, PATH)
+
+
+def test_full_attention_beside_a_window_is_refused() -> None:
+    values = saved("mistral-window")
+    assert "'layer_types'" in refusal({**values, "layer_types": ["full_attention"] * 3})
+    assert "'layer_types'" in refusal({**saved("llama"), "layer_types": ["full_attention", "sliding_attention"]})

@@ -135,3 +135,16 @@ def test_gguf_rope_factors_are_checked() -> None:
 
 def test_gguf_window_without_layers_is_refused() -> None:
     assert "sliding_window is 7" in gguf_refusal(metadata("qwen2", **{"qwen2.attention.sliding_window": 7}))
+
+
+def test_gguf_sizes_given_layer_by_layer() -> None:
+    alike = {
+        "llama.attention.head_count_kv": [2, 2],
+        "feed_forward_length": [96, 96],
+        "llama.attention.head_count": [4, 4],
+    }
+    assert config_from_gguf(metadata(**alike), "x.gguf", SHAPES) == config_from_gguf(metadata(), "x.gguf", SHAPES)
+    message = gguf_refusal(metadata(feed_forward_length=[96, 64]))
+    assert "llama.feed_forward_length is [96, 64]" in message and "all of one size" in message
+    assert "llama.feed_forward_length has 3 numbers" in gguf_refusal(metadata(feed_forward_length=[96] * 3))
+    assert "llama.attention.head_count_kv has 0" in gguf_refusal(metadata(**{"llama.attention.head_count_kv": []}))

@@ -174,6 +174,7 @@ def test_template_forms(tokenizer_json: bytes) -> None:
     assert said(chat(tokenizer_json, "A {{ messages[0]['content'] }}")) == "A hi"
     listed = [{"name": "rag", "template": "R"}, {"name": "default", "template": "D"}]
     assert said(chat(tokenizer_json, listed)) == "D"
+    assert said(chat(tokenizer_json, {"rag": "R", "default": "D"})) == "D"
     assert said(chat(tokenizer_json, "A", **{"chat_template.jinja": "ü".encode()})) == "ü"
     without = chat(tokenizer_json, listed[:1])
     assert not without.has_chat_template

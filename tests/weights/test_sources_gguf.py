@@ -136,7 +136,10 @@ def test_gguf_fingerprint_is_of_the_tokenizer_too(tmp_path: Path) -> None:
         (lambda writer: writer.add_expert_count(8), ["expert_count is 8", "mixture of experts"]),
         (lambda writer: writer.add_float32("llama.attention.scale", 0.5), ["llama.attention.scale"]),
         (lambda writer: writer.add_uint32("general.alignment", 48), ["general.alignment is 48"]),
-        (lambda writer: writer.add_array("llama.rope.dimension_sections", [1, 2]), ["an array of 2"]),
+        (
+            lambda writer: writer.add_array("llama.rope.dimension_sections", [1, 2]),
+            ["llama.rope.dimension_sections", "[1, 2]"],
+        ),
     ],
 )
 def test_gguf_metadata_refused_by_name(
@@ -146,6 +149,22 @@ def test_gguf_metadata_refused_by_name(
     message = refusal(write_tiny_gguf(path, edit=edit))
     for word in (str(path), *words):
         assert word in message
+
+
+def test_gguf_sizes_given_layer_by_layer(tmp_path: Path) -> None:
+    """Converters of models with layers of several sizes write arrays, also where all are the same."""
+
+    def arrays(writer: gguf.GGUFWriter) -> None:
+        writer.add_array("llama.attention.head_count_kv", [2, 2])
+        writer.add_array("llama.feed_forward_length", [96, 96])
+
+    tensors = gguf_tensors("llama")
+    with (
+        open_source(write_tiny_gguf(tmp_path / "m.gguf", tensors=tensors, edit=arrays)) as source,
+        open_source(write_tiny_gguf(tmp_path / "plain.gguf", tensors=tensors)) as plain,
+    ):
+        assert source.config == plain.config
+        check_gguf(source, tensors, Q8_0)
 
 
 def test_gguf_of_another_architecture_or_byte_order(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ _GGUF_KEYS = words(
     rope.scaling.original_context_length rope.scale_linear tensor_data_layout expert_used_count
     """
 )
+# Of these a file may hold one number, or one for each layer.
+_SIZES_OF_LAYERS = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
 
 
 def config_from_gguf(
@@ -32,7 +34,7 @@ def config_from_gguf(
     shapes: Mapping[str, tuple[int, ...]],
     rope_factors: Sequence[float] | None = None,
 ) -> ModelConfig:
-    """The config of a GGUF file from its metadata (key -> number, string, or anything else for an array).
+    """The config of a GGUF file from its metadata (key -> number, string, list of numbers, or anything else for another array).
 
     `shapes` holds the file's tensors by their GGUF names, as [out, in]: which biases there are, and whether the head
     has a tensor of its own, is known from them alone. `rope_factors` is the `rope_freqs.weight` tensor.
@@ -47,6 +49,7 @@ def config_from_gguf(
     family = GGUF_ARCHITECTURES[arch]
     if metadata.get("general.type", "model") != "model":
         raise ModelError(f"{path}: general.type is {show(metadata['general.type'])}; a file of type 'model' is needed")
+    metadata = _with_sizes_of_layers(metadata, arch, path)
     _refuse_unknown_gguf_keys(metadata, arch, path)
     keys = Keys(metadata, path, f"{arch}.")
 
@@ -80,6 +83,26 @@ def config_from_gguf(
         ),
         path,
     )
+
+
+def _with_sizes_of_layers(metadata: Mapping[str, Any], arch: str, path: Path | str) -> dict[str, Any]:
+    """The metadata with one number for each size that a file may give layer by layer, where all layers have the same."""
+    values = dict(metadata)
+    layers = values.get(f"{arch}.block_count")
+    for name in _SIZES_OF_LAYERS:
+        sizes = values.get(f"{arch}.{name}")
+        if not isinstance(sizes, list):
+            continue
+        if len(sizes) != layers:
+            raise ModelError(
+                f"{path}: {arch}.{name} has {len(sizes)} numbers; one for each layer is needed, {show(layers)} (block_count)"
+            )
+        if any(size != sizes[0] for size in sizes):
+            raise ModelError(
+                f"{path}: {arch}.{name} is {show(sizes)}; tpimpi computes only models whose layers are all of one size"
+            )
+        values[f"{arch}.{name}"] = sizes[0]
+    return values
 
 
 def _gguf_head_dim(keys: Keys, hidden: int, heads: int) -> int:

@@ -16,6 +16,7 @@ from tpimpi.models.config import ROPE_THETA, ModelConfig, RopeScaling, checked
 from tpimpi.models.keys import MAX_LAYERS, Keys, even_split, is_off, show, words
 
 _NORM_EPS = 1e-6  # what transformers takes where config.json has none
+_SILU = ("silu", "swish")  # one function, under both of the names that transformers has for it
 
 _COMMON_KEYS = words(
     """
@@ -71,7 +72,7 @@ def config_from_hf(values: Any, path: Path | str) -> ModelConfig:
         )
     _refuse_unknown_hf_keys(values, _COMMON_KEYS | family.hf_keys, path)
     activation = values.get("hidden_act", "silu")
-    if activation != "silu":
+    if activation not in _SILU:
         raise ModelError(f"{path}: hidden_act is {show(activation)}; tpimpi computes only 'silu'")
 
     layers = keys.integer("num_hidden_layers", high=MAX_LAYERS)
@@ -136,12 +137,24 @@ def _hf_family(values: Mapping[str, Any], path: Path | str) -> Architecture:
 
 def _refuse_unknown_hf_keys(values: Mapping[str, Any], known: frozenset[str], path: Path | str) -> None:
     for key, value in values.items():
-        if key in known or key in _HARMLESS_KEYS or key.startswith("_") or is_off(value):
+        if key in known or key in _HARMLESS_KEYS or key.startswith("_") or is_off(value) or _is_zero(value):
+            continue
+        if key == "layer_types" and _all_full(value) and not values.get("sliding_window"):
             continue
         raise ModelError(
             f"{path}: key {show(key)} is {show(value)}, which tpimpi does not know and which may change the "
             f"mathematics; remove the key if the model does not need it, else the model cannot be run"
         )
+
+
+def _is_zero(value: Any) -> bool:
+    """Whether this is the number 0, which switches off whatever it is the size or the strength of."""
+    return isinstance(value, int | float) and value == 0
+
+
+def _all_full(types: Any) -> bool:
+    """Whether this list of layers' kinds of attention says no more than that every layer sees all positions."""
+    return isinstance(types, list) and all(kind == "full_attention" for kind in types)
 
 
 def _hf_rope(values: Mapping[str, Any], context: int, path: Path | str) -> tuple[float, RopeScaling | None]:

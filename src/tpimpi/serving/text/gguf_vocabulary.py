@@ -14,6 +14,7 @@ Only rank 0 ever reads this.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 # Token types; SentencePiece numbers its pieces in the same way.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+_NO_TOKEN = 0xFFFFFFFF  # what converters write as the id of a special token that a model does not have
 
 # Tokens that end an answer whatever the file says: files that name only one of several are common.
 END_TOKENS = frozenset(
@@ -160,6 +163,9 @@ def _read_keys(data: bytes) -> dict[str, Any]:
 
 def _read_tokens(keys: dict[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """The tokens, each once, and their types; where the file has no types all are normal."""
+    texts = _get(keys, "tokens", list, [])
+    # Bytes that are no UTF-8 come as surrogate escapes; no text is ever cut into such a token.
+    keys = {**keys, "tokenizer.ggml.tokens": [_readable(text) for text in texts]}
     tokens = _list(keys, "tokens", str)
     if not tokens:
         raise ModelError("tokenizer.ggml.tokens of the GGUF file is missing or empty; use a file with its vocabulary")
@@ -169,9 +175,16 @@ def _read_tokens(keys: dict[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...]
         raise ModelError(f"tokenizer.ggml.tokens of the GGUF file holds {twice!r} twice; convert the model again")
     types = _list(keys, "token_type", int) or (NORMAL,) * len(tokens)
     _same_length("token_type", types, tokens)
-    if not set(types) <= {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE}:
-        raise ModelError(f"tokenizer.ggml.token_type of the GGUF file holds {sorted(set(types))}, must be from 1 to 6")
-    return tokens, types
+    # Other numbers than these six (0 is "undefined") are, as in llama.cpp, tokens like any other.
+    return tokens, tuple(kind if NORMAL <= kind <= BYTE else NORMAL for kind in types)
+
+
+def _readable(token: object) -> object:
+    """A token whose bytes are no UTF-8 as a name of its own, "[BYTES_ff]"; anything else as it is."""
+    if isinstance(token, str) and not is_unicode(token):
+        with contextlib.suppress(UnicodeEncodeError):
+            return f"[BYTES_{token.encode('utf-8', 'surrogateescape').hex()}]"
+    return token
 
 
 def _read_merges(keys: dict[str, Any]) -> tuple[str, tuple[tuple[str, str], ...]]:
@@ -299,7 +312,7 @@ def _pair(merge: str) -> tuple[str, str]:
 
 def _token_id(keys: dict[str, Any], name: str, count: int, default: int | None) -> int | None:
     value = keys.get(f"tokenizer.ggml.{name}", default)
-    if value is None:
+    if value is None or value == _NO_TOKEN:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:
         raise ModelError(f"tokenizer.ggml.{name} of the GGUF file is {value!r}, must be an id below {count}")

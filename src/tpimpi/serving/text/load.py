@@ -213,6 +213,8 @@ def _chat_template(assets: dict[str, bytes], config: dict[str, Any]) -> str | No
     if isinstance(template, list):
         by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = by_name.get("default")
+    elif isinstance(template, dict):  # by name, as transformers keeps it in memory
+        template = template.get("default")
     if not isinstance(template, str | None):
         raise ModelError(f"chat_template in tokenizer_config.json is a {type(template).__name__}, must be text")
     return template

@@ -22,6 +22,7 @@ import numpy as np
 
 from tpimpi.errors import ModelError
 from tpimpi.models.config_gguf import config_from_gguf
+from tpimpi.models.keys import MAX_LAYERS
 from tpimpi.models.tensors import interleaved_heads, model_tensors
 from tpimpi.weights.sources.source import (
     DOWNLOAD_AGAIN,
@@ -78,6 +79,9 @@ def _open_gguf_file(file: WeightFile) -> Source:
         header = _GgufHeader(stream, file.size, path)
         try:
             metadata, tensors = header.parse()
+            metadata_end = header.position
+            metadata |= _arrays_of_layers(header, metadata)
+            header.position = metadata_end
         except OSError as error:
             raise unreadable(path, error) from error
         except struct.error as error:
@@ -109,6 +113,19 @@ def _open_gguf_file(file: WeightFile) -> Source:
     checked = check_tensors(config, stored, gguf_name, path)
     _check_decodable(checked, gguf_name, path)
     return Source(path, config, checked, [file], lambda: _gguf_assets(path, file.size, metadata), assets_in_header=True)
+
+
+def _arrays_of_layers(header: _GgufHeader, metadata: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The arrays that describe the model's layers, as lists: numbers below "<architecture>.", at most one for each layer."""
+    prefix = f"{metadata.get('general.architecture')}."
+    return {
+        key: header.array(value)
+        for key, value in metadata.items()
+        if key.startswith(prefix)
+        and isinstance(value, _GgufArray)
+        and value.kind != _STRING
+        and value.count <= MAX_LAYERS
+    }
 
 
 def _gguf_data_start(header_end: int, metadata: Mapping[str, Any], path: Path) -> int:
