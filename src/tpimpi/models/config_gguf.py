@@ -34,7 +34,7 @@ def config_from_gguf(
     shapes: Mapping[str, tuple[int, ...]],
     rope_factors: Sequence[float] | None = None,
 ) -> ModelConfig:
-    """The config of a GGUF file from its metadata (key -> number, string, list of numbers, or anything else for another array).
+    """The config of a GGUF file from its metadata (key -> number, string, list of numbers, else an array that nobody read).
 
     `shapes` holds the file's tensors by their GGUF names, as [out, in]: which biases there are, and whether the head
     has a tensor of its own, is known from them alone. `rope_factors` is the `rope_freqs.weight` tensor.
