@@ -152,13 +152,6 @@ def test_old_rope_layout() -> None:
     assert config.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
 
 
-def test_rope_theta_inside_goes_before_beside_as_in_transformers() -> None:
-    rope = {"rope_type": "default", "rope_theta": 7.0}
-    values = {**saved("llama"), "rope_theta": 5.0, "rope_parameters": rope}
-    theirs = transformers_config("llama", rope_theta=5.0, rope_parameters=dict(rope))
-    assert config_from_hf(values, PATH).rope_theta == theirs.rope_parameters["rope_theta"]
-
-
 def test_smollm2_and_harmless_keys_are_read() -> None:
     extras = {
         "is_llama_config": True,
@@ -289,3 +282,58 @@ def test_full_attention_beside_a_window_is_refused() -> None:
     values = saved("mistral-window")
     assert "'layer_types'" in refusal({**values, "layer_types": ["full_attention"] * 3})
     assert "'layer_types'" in refusal({**saved("llama"), "layer_types": ["full_attention", "sliding_attention"]})
+
+
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"quantization_config": FP8}, ["FP8, E4M3", "128 x 128"]),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}, ["GPTQ, 4 bits"]),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4, "version": "gemm"}}, ["AWQ, 4 bits"]),
+        ({"quantization_config": NF4}, ["bitsandbytes, 4 bits"]),
+        ({"quantization_config": PACKED}, ["compressed-tensors", "pack-quantized"]),
+        ({"quantization_config": {"quant_method": "exl2", "bits": 4.25}}, ["EXL2, 4.25 bits"]),
+        ({"quantization": {"group_size": 64, "bits": 4}}, ["MLX, 4 bits"]),
+        ({"quantization_config": {"group_size": 64, "bits": 4}}, ["MLX, 4 bits"]),
+        ({"quantization_config": {"quant_method": "new\nest"}}, [r"'new\nest'"]),
+        ({"quantization_config": {"quant_method": [1]}}, ["[1]"]),
+    ],
+)
+def test_quantized_checkpoints_are_refused_by_name(change: dict[str, Any], names: list[str]) -> None:
+    message = refusal({**saved("llama"), **change})
+    for name in names:
+        assert name in message
+    assert message.endswith(
+        "take the model's original safetensors (bf16 or f16), or a GGUF file of it (Q4_K_M or Q8_0, say)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rope_theta": 500000.0}, "rope_parameters.rope_theta is 10000.0 and rope_theta is 500000.0; remove"),
+        (
+            {
+                "rope_parameters": None,
+                "rope_theta": 1e6,
+                "rope_scaling": {"type": "linear", "factor": 2, "rope_theta": 1e4},
+            },
+            "1e6",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}, "rope_theta": 1e4}, "full_attention.rope_theta"),
+    ],
+)
+def test_rope_parameters_that_contradict_the_older_keys(change: dict[str, Any], says: str) -> None:
+    assert says.replace("1e6", "1000000.0") in refusal({**saved("llama"), **change})
+
+
+def test_rope_parameters_that_repeat_the_older_keys() -> None:
+    values = saved("llama")
+    assert config_from_hf({**values, "rope_theta": values["rope_parameters"]["rope_theta"]}, PATH) == config_from_hf(
+        values, PATH
+    )

@@ -14,6 +14,7 @@ from tpimpi.errors import ModelError
 from tpimpi.models.architectures import ARCHITECTURES, Architecture
 from tpimpi.models.config import ROPE_THETA, ModelConfig, RopeScaling, checked
 from tpimpi.models.keys import MAX_LAYERS, Keys, even_split, is_off, show, words
+from tpimpi.models.refused_checkpoints import refuse_quantized, refuse_rope_contradictions
 
 _NORM_EPS = 1e-6  # what transformers takes where config.json has none
 _SILU = ("silu", "swish")  # one function, under both of the names that transformers has for it
@@ -63,13 +64,8 @@ def config_from_hf(values: Any, path: Path | str) -> ModelConfig:
         raise ModelError(f"{path}: holds {show(values)} where a JSON object is needed; it is no model's config.json")
     keys = Keys(values, path)
     family = _hf_family(values, path)
-    if values.get("quantization_config"):
-        method = values["quantization_config"]
-        method = method.get("quant_method", method) if isinstance(method, dict) else method
-        raise ModelError(
-            f"{path}: quantization_config says the weights are quantized ({show(method)}), which tpimpi does not "
-            f"read; give --model the model's unquantized safetensors, or a GGUF file of it"
-        )
+    refuse_quantized(values, path)
+    refuse_rope_contradictions(values, path)
     _refuse_unknown_hf_keys(values, _COMMON_KEYS | family.hf_keys, path)
     activation = values.get("hidden_act", "silu")
     if activation not in _SILU:

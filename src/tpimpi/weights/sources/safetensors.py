@@ -19,6 +19,7 @@ import numpy as np
 
 from tpimpi.errors import ModelError
 from tpimpi.models.config_hf import config_from_hf
+from tpimpi.models.refused_checkpoints import TAKE_INSTEAD, refuse_quantized_tensors
 from tpimpi.models.tensors import EMBEDDING, HEAD, canonical_hf_name, hf_name
 from tpimpi.weights.sources.source import (
     DOWNLOAD_AGAIN,
@@ -105,6 +106,7 @@ def _hf_tensors(directory: Path, files: list[WeightFile]) -> dict[str, Stored]:
         file = WeightFile(path)
         files.append(file)
         header = _read_safetensors_header(file)
+        refuse_quantized_tensors(header, path)
         for name, place in placed.items():
             if place == file_name and name not in header:
                 raise ModelError(
@@ -183,6 +185,11 @@ def _read_safetensors_header(file: WeightFile) -> dict[str, Any]:
 
 def _safetensors_entry(file: WeightFile, name: str, canonical: str, entry: Mapping[str, Any]) -> Stored:
     format = _SAFETENSORS_DTYPES.get(entry["dtype"])
+    if format is None and entry["dtype"].startswith("F8_"):
+        raise ModelError(
+            f"{file.path}: tensor {shown(name)} is stored as {entry['dtype']}, FP8, which tpimpi does not read; "
+            f"{TAKE_INSTEAD}"
+        )
     if format is None:
         raise ModelError(
             f"{file.path}: tensor {shown(name)} is stored as {entry['dtype']}; "
