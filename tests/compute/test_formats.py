@@ -190,7 +190,6 @@ def test_a_scale_that_is_no_number_is_found(fmt: str) -> None:
 
 
 @pytest.mark.parametrize("fmt", WEIGHT_FORMATS)
-@pytest.mark.slow_but("q8_0")
 def test_converting_needs_little_beside_its_result(fmt: str) -> None:
     numbers = np.random.default_rng(3).standard_normal((4096, 2048), dtype=np.float32)
     stored = encode(numbers, fmt)

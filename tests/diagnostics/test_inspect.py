@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import gguf
 import pytest
 
 from tests.support.slices import forged
+from tests.support.sources_cases import gguf_tensors, write_tiny_gguf
 from tests.support.tiny_models import write_tiny_hf
 from tpimpi.diagnostics.inspect import inspect
-from tpimpi.errors import InputError, SliceError
+from tpimpi.errors import InputError, ModelError, SliceError
 from tpimpi.weights.make import choose_formats, slice_model
 from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.names import slice_name
@@ -181,3 +185,70 @@ def test_what_was_found_as_json(make: Callable[..., Path], model: Path, tmp_path
     assert (
         told["config"]["architecture"] == "llama" and told["whole"] and sum(told["formats"].values()) == told["tensors"]
     )
+
+
+def told_of(path: Path, tmp_path: Path, **options: Any) -> dict[str, Any]:
+    """What `inspect` writes as JSON of a model, whether it runs or not."""
+    file = tmp_path / "told.json"
+    with contextlib.suppress(ModelError):
+        inspect(path, verify=False, json=file, **options)
+    found = json.loads(file.read_text())
+    model = found["model"]
+    assert found["problem"] == model["why_not"] and model["runs"] == (found["problem"] is None)
+    return dict(model)
+
+
+def test_a_model_that_runs_is_told_by_what_it_is(smollm2: Path, tmp_path: Path, capsys) -> None:
+    told = told_of(smollm2, tmp_path)
+    reader = gguf.GGUFReader(smollm2)
+    stored: dict[str, dict[str, int]] = {}
+    for tensor in reader.tensors:
+        of = stored.setdefault(tensor.tensor_type.name.lower(), {"nbytes": 0, "tensors": 0})
+        of["nbytes"] += int(tensor.n_bytes)
+        of["tensors"] += 1
+    assert told["stored"] == stored
+    assert (told["kind"], told["family"], told["context"]) == ("GGUF version 3", "llama", 8192)
+    assert told["chat_templates"] == ["default"] and told["runs"]
+    out = " ".join(capsys.readouterr().out.split())
+    assert "kind GGUF version 3" in out and "chat template yes" in out and "runs yes" in out and "formats q4_1 " in out
+
+
+def test_a_model_that_does_not_run_is_told_too(model: Path, tmp_path: Path, capsys) -> None:
+    tensors = gguf_tensors("llama")
+    path = write_tiny_gguf(
+        tmp_path / "m.gguf", "mamba", tensors, edit=lambda w: w.add_chat_template("x"), split_max_tensors=9
+    )
+    path = path.with_name("m-00002-of-00003.gguf")
+    told = told_of(path, tmp_path)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "kind GGUF version 3 in 3 parts family mamba" in out and "context 128 positions" in out and "runs no" in out
+    assert "'mamba', which tpimpi does not compute" in told["why_not"] and told["chat_templates"] == ["default"]
+    assert set(told["stored"]) == {"q8_0", "f32"} and sum(of["tensors"] for of in told["stored"].values()) == len(
+        tensors
+    )
+    fp8 = Path(shutil.copytree(model, tmp_path / "fp8"))
+    (fp8 / "chat_template.jinja").write_text("x")
+    values = json.loads((fp8 / "config.json").read_text())
+    (fp8 / "config.json").write_text(json.dumps({**values, "quantization_config": {"quant_method": "fp8"}}))
+    told = told_of(fp8, tmp_path)
+    assert told["kind"] == "Hugging Face directory, 1 safetensors file" and told["family"] == "llama (LlamaForCausalLM)"
+    assert "FP8" in told["why_not"] and told["context"] == 128 and told["chat_templates"] == ["default"]
+    weights = json.loads((model / "config.json").read_text())
+    assert told["stored"]["f32"]["nbytes"] > weights["vocab_size"] * weights["hidden_size"] * 4
+
+
+def test_a_tokenizer_that_no_run_can_use_is_a_reason(model: Path, tmp_path: Path) -> None:
+    def refuse(assets: dict[str, bytes], vocab: int) -> None:
+        assert assets["tokenizer.json"] == b"{}" and vocab == 160
+        raise ModelError("no such tokenizer")
+
+    assert told_of(model, tmp_path)["runs"]
+    assert told_of(model, tmp_path, check_tokenizer=refuse)["why_not"] == "no such tokenizer"
+
+
+def test_a_folder_of_a_hugging_face_cache_is_told(model: Path, tmp_path: Path) -> None:
+    snapshots = tmp_path / "models--a--b" / "snapshots"
+    shutil.copytree(model, snapshots / "c")
+    assert told_of(snapshots, tmp_path)["name"] == "b"
+    with pytest.raises(ModelError, match="is a Hugging Face cache, of 1 model"):
+        inspect(tmp_path, verify=False)

@@ -282,7 +282,7 @@ def test_slices_already_made(tpimpi: Callable[..., Result], tiny: Path, text: Pa
 @pytest.mark.parametrize(
     ("content", "arguments", "pattern"),
     [
-        (None, [], "the text .*: No such file"),
+        (None, [], "the text .*text.txt: No such file"),
         (b"", [], "the text .*text.txt is empty; give some text"),
         (b"x", [], r"the text .*text.txt has 1 token\(s\), must have 2 or more"),
         (b"the fox \xff", [], "the text .*text.txt: not UTF-8 at byte 8"),

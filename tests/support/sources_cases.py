@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -79,9 +80,13 @@ def write_tiny_gguf(
     kind: gguf.GGMLQuantizationType = Q8_0,
     edit: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
     endianess: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE,
+    **splitting: Any,
 ) -> Path:
-    """A GGUF file of `tensors` (rows in Hugging Face's order), matrices quantized to `kind`."""
-    writer = gguf.GGUFWriter(path, arch, endianess=endianess)
+    """A GGUF file of `tensors` (rows in Hugging Face's order), matrices quantized to `kind`.
+
+    With the writer's options of `splitting`, several files, named as it names them.
+    """
+    writer = gguf.GGUFWriter(path, arch, endianess=endianess, **splitting)
     writer.add_block_count(2)
     writer.add_context_length(128)
     writer.add_embedding_length(64)
@@ -108,3 +113,19 @@ def write_tiny_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def state_dict(directory: Path) -> dict[str, np.ndarray]:
+    """What transformers loads, by canonical names, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    return {name.removeprefix("model."): value.float().numpy() for name, value in model.state_dict().items()}
+
+
+def edit_tensors(directory: Path, edit: Callable[[dict[str, np.ndarray]], None]) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(directory / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, directory / "model.safetensors")

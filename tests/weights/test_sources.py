@@ -8,7 +8,6 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,16 @@ import numpy as np
 import pytest
 
 from tests.support.sources_cases import (
+    edit_tensors,
     fingerprint,
     refusal,
+    state_dict,
     write_tiny_gguf,
 )
 from tests.support.tiny_models import TINY, write_tiny_hf
 from tpimpi.errors import ModelError
 from tpimpi.models.tensors import expected_tensors
 from tpimpi.weights.sources import TOKENIZER_FILES, open_source
-
-
-def state_dict(directory: Path) -> dict[str, np.ndarray]:
-    """What transformers loads, by canonical names, in float32."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    return {name.removeprefix("model."): value.float().numpy() for name, value in model.state_dict().items()}
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Any], bytes]:
@@ -48,14 +41,6 @@ def write_safetensors(path: Path, header: dict[str, Any], data: bytes) -> None:
 def edit_config(directory: Path, **changes: Any) -> None:
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def edit_tensors(directory: Path, edit: Callable[[dict[str, np.ndarray]], None]) -> None:
-    from safetensors.numpy import load_file, save_file
-
-    tensors = load_file(directory / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, directory / "model.safetensors")
 
 
 # Hugging Face directories
@@ -295,41 +280,6 @@ def test_fp8_is_named(llama: Path) -> None:
     write_safetensors(llama / "model.safetensors", header, data)
     message = refusal(llama)
     assert f"{name} is stored as F8_E4M3, FP8" in message and "a GGUF file of it" in message
-
-
-@pytest.mark.parametrize(
-    ("tensor", "name"),
-    [
-        ("q_proj.qweight", "GPTQ or AWQ"),
-        ("q_proj.weight_scale_inv", "FP8, E4M3"),
-        ("q_proj.weight_packed", "compressed-tensors"),
-        ("q_proj.weight.absmax", "bitsandbytes"),
-        ("q_proj.q_weight", "EXL2"),
-        ("q_proj.scales", "MLX"),
-    ],
-)
-def test_tensors_of_quantized_checkpoints_are_refused_by_name(tensor: str, name: str, llama: Path) -> None:
-    """Older ones keep their method in a file of its own (quantize_config.json), beside a config.json that says nothing."""
-    edit_tensors(llama, lambda tensors: tensors.update({f"model.layers.0.self_attn.{tensor}": np.zeros(4, np.int32)}))
-    message = refusal(llama)
-    assert tensor in message and name in message and "a GGUF file of it" in message
-
-
-def test_mixed_dtypes_read_as_transformers_loads(llama: Path) -> None:
-    """Norms in f32 beside matrices in bf16 and f16, as trainers save them: each keeps its own."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    kinds = {"mlp.up_proj": torch.bfloat16, "embed_tokens": torch.float16, "input_layernorm": torch.float16}
-    tensors = load_file(llama / "model.safetensors")
-    for name in tensors:
-        tensors[name] = tensors[name].to(next((kind for part, kind in kinds.items() if part in name), torch.float32))
-    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
-    with open_source(llama) as source:
-        for name, info in source.tensors().items():
-            stored = tensors[name if name == "lm_head.weight" else f"model.{name}"]
-            assert info.format == {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[stored.dtype]
-            np.testing.assert_array_equal(source.read(name), stored.float().numpy())
 
 
 def test_missing_wrong_and_unknown_tensors_are_named(llama: Path) -> None:

@@ -132,7 +132,7 @@ def test_gguf_fingerprint_is_of_the_tokenizer_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda writer: writer.add_uint16("split.count", 3), ["one of 3 parts"]),
+        (lambda writer: writer.add_uint16("split.count", 3), ["is part 1 of 3"]),
         (lambda writer: writer.add_expert_count(8), ["expert_count is 8", "mixture of experts"]),
         (lambda writer: writer.add_float32("llama.attention.scale", 0.5), ["llama.attention.scale"]),
         (lambda writer: writer.add_uint32("general.alignment", 48), ["general.alignment is 48"]),
@@ -233,6 +233,41 @@ def test_gguf_cut_short_anywhere_is_refused(tmp_path: Path) -> None:
     for keep in [*range(0, 3000, 37), len(data) // 2, len(data) - 33]:
         path.write_bytes(data[:keep])
         assert str(path) in refusal(path)
+
+
+def test_gguf_tensors_that_overlap_are_named(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "m.gguf")
+    good = path.read_bytes()
+    name = b"blk.0.attn_norm.weight"
+    at = good.index(name) + len(name) + 4 + 8 + 4  # number of dimensions, one dimension, type, then the offset
+    (offset,) = struct.unpack_from("<Q", good, at)
+    for place, other in (
+        (0, "token_embd.weight"),
+        (offset - 32, "output.weight"),
+        (offset + 32, "blk.0.attn_q.weight"),
+    ):
+        data = bytearray(good)
+        struct.pack_into("<Q", data, at, place)
+        path.write_bytes(data)
+        message = refusal(path)
+        assert "blk.0.attn_norm.weight" in message and other in message and "overlap" in message
+
+
+def test_gguf_vectors_written_as_one_row(tmp_path: Path) -> None:
+    """As llama.cpp, which fills dimensions up with ones."""
+    tensors = gguf_tensors("llama")
+    as_rows = {name: values[None] if values.ndim == 1 else values for name, values in tensors.items()}
+    path = write_tiny_gguf(tmp_path / "m.gguf", tensors=as_rows, kind=F32)
+    assert [int(size) for size in gguf.GGUFReader(path).tensors[1].shape] == [64, 1]
+    with open_source(path) as source:
+        check_gguf(source, tensors, F32)
+
+
+def test_gguf_metadata_beyond_what_is_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tpimpi.weights.sources.gguf_header._MAX_HEADER_BYTES", 1 << 20)
+    path = write_tiny_gguf(tmp_path / "m.gguf", edit=lambda writer: writer.add_array("x.y", [0.5] * 300_000))
+    message = refusal(path)
+    assert "its metadata goes on past 1 MiB, with key 'x.y'" in message and "cut short" not in message
 
 
 def test_gguf_with_absurd_counts_is_refused_at_once(tmp_path: Path) -> None:

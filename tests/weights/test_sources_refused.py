@@ -43,10 +43,22 @@ def test_missing_model(tmp_path: Path) -> None:
     assert refusal(path) == f"model not found: {path}; give a Hugging Face directory or a .gguf file"
 
 
+def test_names_that_no_cache_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    message = refusal(Path("org/Model-1.5"))
+    assert (
+        f"org/Model-1.5 is neither a folder nor in the Hugging Face cache, {tmp_path}; download it (hf download"
+        in message
+    )
+    for path in ("../x", "a/b/c/d", "org/m.gguf", "./org/name"):
+        assert "model not found" in refusal(Path(path))
+
+
 def test_paths_that_are_no_model(tmp_path: Path, pristine: Path) -> None:
     assert "holds no config.json and no .gguf" in refusal(tmp_path)
     assert "no GGUF file" in refusal(pristine / "config.json")
     assert "neither a directory nor a file" in refusal(Path("/dev/null"))
+    assert "give a .gguf file" in refusal(pristine / "model.safetensors")
     for name in ("a.gguf", "b.gguf"):
         write_tiny_gguf(tmp_path / name)
     assert "2 .gguf files (a.gguf, b.gguf" in refusal(tmp_path)
@@ -116,6 +128,18 @@ def test_gguf_files_that_are_no_files(make: Callable[[Path], None], what: str, t
             assert "holds no config.json and no .gguf" in refusal(path)
         else:
             assert f"{path}: is {what}, neither a directory nor a file; give one of the two" in refusal(path)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 268435456\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "m.gguf", "other.gguf"])
+def test_git_lfs_pointers_are_told_from_files(name: str, llama: Path) -> None:
+    path = llama / name
+    path.write_bytes(POINTER)
+    with pytest.raises(ModelError) as caught, open_source(path if path.suffix == ".gguf" else llama) as source:
+        source.tokenizer_assets()
+    assert str(caught.value).startswith(f"{path}: is a Git LFS pointer") and "git lfs pull" in str(caught.value)
 
 
 def test_links_to_files_are_files(llama: Path, tmp_path: Path) -> None:
@@ -195,13 +219,13 @@ def test_gguf_header_that_the_disk_does_not_give(fails: int, tmp_path: Path, mon
 
 
 def test_gguf_header_that_breaks_off_with_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tpimpi.weights.sources.gguf import _GgufHeader
+    from tpimpi.weights.sources.gguf_header import GgufHeader
 
-    def fail(self: _GgufHeader, count: int) -> bytes:
+    def fail(self: GgufHeader, count: int) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     path = write_tiny_gguf(tmp_path / "m.gguf")
-    monkeypatch.setattr(_GgufHeader, "take", fail)
+    monkeypatch.setattr(GgufHeader, "take", fail)
     assert f"{path}: cannot be read: Input/output error; check its disk" in refusal(path)
 
 

@@ -15,7 +15,7 @@ def inspect_parser() -> argparse.ArgumentParser:
     """Options of `inspect`."""
     parser = Parser(
         prog="python -m tpimpi inspect",
-        description="Show what a model, a slice file or a folder of them holds.",
+        description="Show what a model, a slice file or a folder of them holds, and whether tpimpi runs the model.",
         allow_abbrev=False,
     )
     parser.add_argument("path", metavar="PATH")
@@ -29,5 +29,17 @@ def inspect_alone(job: Job) -> int:
     parsed = inspect_parser().parse_args(job.arguments[1:])
     if parsed.json is not None:
         check_writable(parsed.json, "--json", [parsed.path])
-    inspect(Path(parsed.path), verify=parsed.verify, json=None if parsed.json is None else Path(parsed.json))
+    inspect(
+        Path(parsed.path),
+        verify=parsed.verify,
+        json=None if parsed.json is None else Path(parsed.json),
+        check_tokenizer=_check_tokenizer,
+    )
     return 0
+
+
+def _check_tokenizer(assets: dict[str, bytes], vocab: int) -> None:
+    """Raise ModelError where a run could make no tokenizer of these files."""
+    from tpimpi.serving.text.load import load_tokenizer  # which only a model needs
+
+    load_tokenizer(assets, vocab)

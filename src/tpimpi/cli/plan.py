@@ -12,7 +12,7 @@ from tpimpi.cli.parser import Parser
 from tpimpi.cli.prepare import PROMPT_TOKENS, measure_options, workload
 from tpimpi.cli.process import Job
 from tpimpi.cli.run_options import add_computing, add_shares, check_combinations, parsed_into
-from tpimpi.cli.values import AUTO, share_weights, whole_number
+from tpimpi.cli.values import AUTO, given_model, share_weights, whole_number
 from tpimpi.diagnostics.options import PlanOptions
 from tpimpi.diagnostics.planner.command import plan
 from tpimpi.engine.ranks import greet
@@ -52,7 +52,7 @@ def plan_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="PATH", help="Hugging Face directory or .gguf file (default: as in a run)")
+    group.add_argument("--model", type=given_model, metavar="PATH", help="where the model is (default: as in a run)")
     group.add_argument("--shape", metavar="NAME", help="instead: a known model's shape, or a config.json (see synth)")
     group.add_argument(
         "--layers", type=int, metavar="N", help="with --shape: so many layers (default: as the shape has)"
@@ -112,7 +112,7 @@ def _planned_model(command: PlanCommand) -> tuple[ModelConfig, ModelFormats, str
         shape = load_shape(command.shape, command.layers)
         return shape.config, wanted_formats(command.format or "q4_0", shape.config.layers), shape.name
     with open_source(model_path(command.model)) as source:
-        return source.config, choose_formats(source, command.format or "auto"), source.path.stem
+        return source.config, choose_formats(source, command.format or "auto"), source.name
 
 
 def _plan_options(

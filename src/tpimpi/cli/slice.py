@@ -13,7 +13,7 @@ from tpimpi.cli.prepare import choose_partition
 from tpimpi.cli.process import Job, say
 from tpimpi.cli.run_options import add_shares, parsed_into
 from tpimpi.cli.slicing import ensure_slices, slice_source
-from tpimpi.cli.values import MOST_RANKS, path_given, share_weights, slice_count, whole_number
+from tpimpi.cli.values import MOST_RANKS, given_model, path_given, share_weights, slice_count, whole_number
 from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.engine.ranks import greet
 from tpimpi.models.weight_formats import ModelFormats
@@ -48,7 +48,7 @@ def slice_parser() -> argparse.ArgumentParser:
         "replaced: remove them first, or give another --out.",
         allow_abbrev=False,
     )
-    parser.add_argument("--model", metavar="PATH", help="Hugging Face directory or .gguf file (default: as in a run)")
+    parser.add_argument("--model", type=given_model, metavar="PATH", help="where the model is (default: as in a run)")
     parser.add_argument(
         "--ranks",
         type=whole_number("--ranks", 1, MOST_RANKS),

@@ -61,6 +61,11 @@ def path_given(option: str, what: str) -> Callable[[str], str]:
     return convert
 
 
+def given_model(text: str) -> str:
+    """The meaning of `--model`: where the model is. Empty, as an unset variable is, it is no wish for the default model."""
+    return path_given("--model", "the path of a model, or leave --model out")(text)
+
+
 def read_text(option: str, path: str) -> str:
     """A UTF-8 file of at most TEXT_FILE_BYTES, named by an option. Raises InputError where it cannot be read."""
     try:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 
 from tpimpi.diagnostics.cache_table import print_cache
-from tpimpi.errors import InputError, ModelError, SliceError, StorageError, TpimpiError
-from tpimpi.models.config import ModelConfig
+from tpimpi.diagnostics.inspect_model import WIDTH, CheckTokenizer, inspect_model, shown
+from tpimpi.errors import InputError, SliceError, StorageError, TpimpiError
 from tpimpi.models.keys import show
 from tpimpi.system.files import write_json
 from tpimpi.system.terminal import print_table
@@ -22,20 +20,22 @@ from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import Span
-from tpimpi.weights.sources import Source, open_source
+from tpimpi.weights.sources.hub import resolve_folder
 
-_WIDTH = 140  # columns of a table at a terminal
 _MOST_NAMES = 8  # in one message
 
 
-def inspect(path: Path, *, verify: bool, json: Path | None = None) -> None:
+def inspect(
+    path: Path, *, verify: bool, json: Path | None = None, check_tokenizer: CheckTokenizer = lambda assets, vocab: None
+) -> None:
     """Print a table of what is at `path`; with `verify`, read and check all of it. The same as JSON goes to the file `json`.
 
-    Raises InputError (after the table) where something is broken, missing, or not of one set.
+    Raises InputError (after the table) where something is broken, missing, or not of one set, and for a model that tpimpi
+    does not run.
     """
     found: dict[str, Any] = {"path": str(path), "verified": verify, "model": None, "slices": [], "problem": None}
     try:
-        _inspect(path, found, verify=verify)
+        _inspect(path, found, verify=verify, check_tokenizer=check_tokenizer)
     except TpimpiError as error:
         found["problem"] = str(error)
         raise
@@ -44,7 +44,7 @@ def inspect(path: Path, *, verify: bool, json: Path | None = None) -> None:
             write_json(json, found, "--json")
 
 
-def _inspect(path: Path, found: dict[str, Any], *, verify: bool) -> None:
+def _inspect(path: Path, found: dict[str, Any], *, verify: bool, check_tokenizer: CheckTokenizer) -> None:
     """Print the table, and put what it says into `found`."""
     names = _names(path)
     files = [path / name for name in names or () if name.startswith("rank-") and name.endswith(".h5")]
@@ -57,12 +57,18 @@ def _inspect(path: Path, found: dict[str, Any], *, verify: bool) -> None:
         cached = list_cache(path)
         found["cache"] = [asdict(slices) for slices in cached]
         print_cache(path, cached)
-    elif names is not None and not any(name == "config.json" or name.endswith(".gguf") for name in names):
+    elif names is not None and not _has_model(path, names):
         raise InputError(f"{path} holds no model and no slices (rank-R-of-N.h5); give a folder or file that does")
     else:
-        with open_source(path) as source:
-            found["model"] = {}
-            _model(source, found["model"], verify=verify)
+        found["model"] = {}
+        inspect_model(path, found["model"], verify=verify, check_tokenizer=check_tokenizer)
+
+
+def _has_model(path: Path, names: list[str]) -> bool:
+    """Whether a folder that holds these names holds a model, or is one of a Hugging Face cache."""
+    return (
+        any(name == "config.json" or name.lower().endswith(".gguf") for name in names) or resolve_folder(path) != path
+    )
 
 
 def _names(path: Path) -> list[str] | None:
@@ -73,64 +79,6 @@ def _names(path: Path) -> list[str] | None:
         raise InputError(
             f"{path} cannot be read: {error.strerror}; give a folder or file that this user may read"
         ) from error
-
-
-def _shown(text: str) -> str:
-    """`text` with its control characters written out (ESC is \\x1b)."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _model(source: Source, told: dict[str, Any], *, verify: bool) -> None:
-    tensors = source.tensors()
-    formats = Counter(info.format for info in tensors.values())
-    parameters = sum(int(np.prod(info.shape)) for info in tensors.values())
-    problem: ModelError | None = None
-    if verify:
-        for name in tensors:
-            if not np.isfinite(source.read(name)).all():
-                problem = ModelError(
-                    f"{source.path}: tensor {name} holds numbers that are not finite; download it again"
-                )
-                break
-    told |= {
-        "path": str(source.path),
-        "config": source.config.to_dict(),
-        "parameters": parameters,
-        "tensors": len(tensors),
-        "formats": dict(formats),
-        "fingerprint": source.fingerprint(),
-        "whole": problem is None,
-    }
-    table = _table_of(source.config)
-    table.add_row("path", _shown(str(source.path)))
-    table.add_row("parameters", f"{parameters / 1e6:.1f} million in {len(tensors)} tensors")
-    table.add_row("formats", ", ".join(f"{count} {name}" for name, count in formats.most_common()))
-    table.add_row("fingerprint", source.fingerprint())
-    table.add_row(
-        "state", ("broken" if problem else "whole, every tensor read") if verify else "whole (names and shapes)"
-    )
-    print_table(table, _WIDTH)
-    if problem:
-        raise problem
-
-
-def _table_of(config: ModelConfig) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    windows = sorted({window for window in config.attention_windows if window})
-    scaling = config.rope_scaling.kind if config.rope_scaling else "none"
-    rows = {
-        "architecture": config.architecture,
-        "layers": f"{config.layers}",
-        "hidden": f"{config.hidden}",
-        "heads": f"{config.heads} query, {config.kv_heads} KV, of {config.head_dim}",
-        "MLP columns": f"{config.intermediate}",
-        "vocabulary": f"{config.vocab}, head {'tied to the embedding' if config.tied_head else 'of its own'}",
-        "context": f"{config.context} positions, rope scaling {scaling}"
-        + (f", attention window {windows}" if windows else ""),
-    }
-    for name, value in rows.items():
-        table.add_row(name, _shown(value))
-    return table
 
 
 def _slices(files: list[Path], told: list[dict[str, Any]], *, verify: bool) -> dict[Path, Header]:
@@ -148,7 +96,7 @@ def _slices(files: list[Path], told: list[dict[str, Any]], *, verify: bool) -> d
             file = SliceFile(path)
         except SliceError as error:
             problems.append(error)
-            table.add_row(_shown(path.name), *[""] * 9, "broken")
+            table.add_row(shown(path.name), *[""] * 9, "broken")
             told.append({"file": path.name, "state": "broken", "problem": str(error)})
             continue
         header, share = file.header, file.header.share
@@ -173,8 +121,8 @@ def _slices(files: list[Path], told: list[dict[str, Any]], *, verify: bool) -> d
             }
         )
         table.add_row(
-            _shown(path.name),
-            f"{_shown(header.model)} ({_shown(header.fingerprint[:12])})",
+            shown(path.name),
+            f"{shown(header.model)} ({shown(header.fingerprint[:12])})",
             header.format,
             header.partition.describe(),
             _span(share.heads),
@@ -185,7 +133,7 @@ def _slices(files: list[Path], told: list[dict[str, Any]], *, verify: bool) -> d
             f"{file.size / 1e6:.0f} MB",
             state,
         )
-    print_table(table, _WIDTH)
+    print_table(table, WIDTH)
     if problems:
         raise problems[0]
     return headers

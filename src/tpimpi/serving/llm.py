@@ -17,7 +17,7 @@ from tpimpi.serving.session import Turn
 from tpimpi.serving.text.load import tokenizer_of_slices
 from tpimpi.serving.text.token_ids import TokenIds
 from tpimpi.serving.text.tokenizer import Tokenizer
-from tpimpi.system.memory import release_freed_memory, resident_bytes
+from tpimpi.system.memory import resident_bytes
 from tpimpi.weights.slices.file import SliceFile
 
 
@@ -25,7 +25,6 @@ def load_tokenizer_of_slices(file: SliceFile) -> tuple[Tokenizer | TokenIds, int
     """The tokenizer that rank 0's slice carries, and the bytes of memory that it takes; nothing else may be loading now."""
     before = resident_bytes()
     tokenizer = tokenizer_of_slices(file.tokenizer_assets(), file.header.config.vocab)
-    release_freed_memory()
     return tokenizer, max(0, resident_bytes() - before)
 
 

@@ -253,7 +253,8 @@ class Session:
 
 
 def _line(values: Mapping[str, Any]) -> bytes:
-    return json.dumps(values, ensure_ascii=False).encode() + b"\n"
+    # A model's name that is no UTF-8 keeps its bytes, as \udcXX.
+    return json.dumps(values, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def _require(value: Mapping[str, Any], types: Mapping[str, type | None]) -> None:

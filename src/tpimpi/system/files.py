@@ -73,7 +73,7 @@ def write_json(path: Path, values: Mapping[str, Any], option: str = "--report", 
     text = json.dumps(values, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
     try:
         with whole_file(path, private=private) as file:
-            file.write(text.encode())
+            file.write(text.encode("utf-8", "backslashreplace"))  # a path that is no UTF-8 keeps its bytes, as \udcXX
     except OSError as error:
         raise StorageError(f"cannot write the report {path}: {error.strerror}; choose another {option}") from error
 

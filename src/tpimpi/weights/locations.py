@@ -80,7 +80,7 @@ def cache_name(source: Source, partition: Partition, formats: ModelFormats) -> s
 
 def cache_names(source: Source, formats: ModelFormats) -> tuple[str, str]:
     """What stands before and after the shares in such a name."""
-    name = f"{source.path.stem[:MOST_NAME_CHARACTERS]}-{source.fingerprint()[:12]}"
+    name = f"{source.name[:MOST_NAME_CHARACTERS]}-{source.fingerprint()[:12]}"
     return f"{name}-{formats.key()}-", f"-v{FORMAT_VERSION}"
 
 

@@ -101,7 +101,7 @@ def make_header(source: Source, partition: Partition, rank: int, formats: ModelF
     config = source.config
     tokenizer = {name: len(content) for name, content in source.tokenizer_assets().items()} if rank == 0 else {}
     records = slice_records(config, partition.shares[rank], rank, formats, tokenizer)
-    return Header(rank, formats, source.path.stem, source.fingerprint(), config, partition, tuple(records))
+    return Header(rank, formats, source.name, source.fingerprint(), config, partition, tuple(records))
 
 
 def slice_model(

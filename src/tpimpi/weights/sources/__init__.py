@@ -14,7 +14,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from tpimpi.errors import ModelError
+from tpimpi.weights.sources.describe import ModelFacts, describe_gguf, describe_hf
 from tpimpi.weights.sources.gguf import open_gguf
+from tpimpi.weights.sources.gguf_header import MAGIC
+from tpimpi.weights.sources.gguf_parts import one_model
+from tpimpi.weights.sources.hub import in_hub_cache, model_of_snapshot, not_found, resolve_folder
 from tpimpi.weights.sources.safetensors import TOKENIZER_FILES, open_hf
 from tpimpi.weights.sources.source import (
     FLOAT_FORMATS,
@@ -28,15 +32,39 @@ from tpimpi.weights.sources.source import (
     what_is,
 )
 
-__all__ = ["FLOAT_FORMATS", "TOKENIZER_FILES", "Source", "TensorInfo", "decode", "open_source"]
+__all__ = [
+    "FLOAT_FORMATS",
+    "TOKENIZER_FILES",
+    "ModelFacts",
+    "Source",
+    "TensorInfo",
+    "decode",
+    "describe_model",
+    "locate_model",
+    "open_source",
+]
 
 
 def open_source(path: str | Path) -> Source:
-    """Open a Hugging Face directory, a .gguf file, or a directory that holds exactly one .gguf file.
+    """Open a Hugging Face directory, a .gguf file or all parts of a split one, a directory that holds one model in .gguf
+    files, or what a Hugging Face cache has of a model: one of its folders, or ORG/NAME.
 
     Reads and checks the headers alone (and the `rope_freqs` of a GGUF file, and a few rows of a head that a tied model
     has twice). ModelError, one line that names the file, for whatever is missing, broken, or unknown.
     """
+    found = locate_model(path)
+    return open_hf(found, model_of_snapshot(found)) if _is_hf(found) else open_gguf(found)
+
+
+def describe_model(path: str | Path) -> ModelFacts:
+    """What the model at `path`, as `open_source` takes it, is, whether it can be opened or not. ModelError as there, for
+    what is missing or broken."""
+    found = locate_model(path)
+    return describe_hf(found) if _is_hf(found) else describe_gguf(found)
+
+
+def locate_model(path: str | Path) -> Path:
+    """The directory that holds config.json, or the GGUF file, of the model at `path`. ModelError where there is none."""
     path = Path(path)
     try:
         kind = what_is(path)
@@ -45,22 +73,35 @@ def open_source(path: str | Path) -> Source:
             f"{str(path)!a} is no path ({error}); give a Hugging Face directory or a .gguf file"
         ) from error
     if kind == "nothing":
-        raise ModelError(f"model not found: {path}; give a Hugging Face directory or a .gguf file")
+        cached = in_hub_cache(path)
+        if cached is None:
+            raise not_found(path)
+        path, kind = cached, what_is(cached)
     if kind == "a directory":
-        if is_file(path / "config.json"):
-            return open_hf(path)
-        found = listed(path, ".gguf")
-        if len(found) == 1:
-            return open_gguf(found[0])
-        what = f"{len(found)} .gguf files ({', '.join(file.name for file in found[:3])}, …)" if found else "no .gguf"
-        raise ModelError(f"{path}: holds no config.json and {what}; give a Hugging Face directory or one .gguf file")
+        return _in_directory(path)
     if kind != "a file":
         raise ModelError(f"{path}: is {kind}, neither a directory nor a file; give one of the two")
     try:
         with open_file(path) as file:
-            magic = file.read(4)
+            magic = file.read(len(MAGIC))
     except OSError as error:
         raise unreadable(path, error) from error
-    if magic != b"GGUF" and path.suffix != ".gguf":
+    if magic != MAGIC and path.suffix.lower() != ".gguf":
         raise ModelError(f"{path}: is no GGUF file; give a .gguf file, or the directory that holds config.json")
-    return open_gguf(path)
+    return path
+
+
+def _is_hf(found: Path) -> bool:
+    return found.is_dir() and is_file(found / "config.json")
+
+
+def _in_directory(path: Path) -> Path:
+    if is_file(path / "config.json"):
+        return path
+    found = listed(path, ".gguf")
+    if found and (chosen := one_model(found)) is not None:
+        return chosen
+    if (resolved := resolve_folder(path)) != path:
+        return _in_directory(resolved)
+    what = f"{len(found)} .gguf files ({', '.join(file.name for file in found[:3])}, …)" if found else "no .gguf"
+    raise ModelError(f"{path}: holds no config.json and {what}; give a Hugging Face directory or one .gguf file")

@@ -117,7 +117,7 @@ def _gguf_writer(source: SyntheticSource, path: Path) -> Any:
 
     config, fmt = source.config, source.formats.layers[0].q
     writer = GGUFWriter(path, ARCHITECTURES[config.architecture].gguf_name)
-    writer.add_name(source.path.stem)
+    writer.add_name(source.name.encode("utf-8", "replace").decode())  # of a folder whose name may be no UTF-8
     kinds = {"f32": LlamaFileType.ALL_F32}
     writer.add_file_type(kinds[fmt] if fmt in kinds else LlamaFileType[f"MOSTLY_{fmt.upper()}"])
     writer.add_quantization_version(2)

@@ -1,29 +1,24 @@
 """Open a GGUF file: its header, its config, and where its tensors lie.
 
-The format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), versions 2 and 3, little-endian: magic, version,
-counts, metadata, tensor infos, then aligned data. Dimensions stand innermost first. For architecture llama the rows
-of Q and K are interleaved within each head (row 2i is Hugging Face's i, row 2i + 1 its i + head_dim / 2).
-
-The header is parsed here and not by gguf.GGUFReader, which makes NumPy objects of every vocabulary entry: 2.3 s for
-49,152 tokens against 0.1 s.
+`gguf_header` specifies the file, `gguf_parts` the file that was split. For architecture llama the rows of Q and K are
+interleaved within each head (row 2i is Hugging Face's i, row 2i + 1 its i + head_dim / 2).
 """
 
 from __future__ import annotations
 
 import json
 import math
-import struct
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from tpimpi.errors import ModelError
 from tpimpi.models.config_gguf import config_from_gguf
-from tpimpi.models.keys import MAX_LAYERS
 from tpimpi.models.tensors import interleaved_heads, model_tensors
+from tpimpi.weights.sources.gguf_header import GgufArray, GgufFile, GgufHeader, GgufTensor
+from tpimpi.weights.sources.gguf_parts import model_of, read_parts, tensors_of_parts
 from tpimpi.weights.sources.source import (
     DOWNLOAD_AGAIN,
     Source,
@@ -37,105 +32,57 @@ from tpimpi.weights.sources.source import (
     unreadable,
 )
 
-_SCALAR_CODES = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
-_MAX_HEADER_BYTES = 256 << 20
-
-
-@dataclass(frozen=True)
-class _GgufArray:
-    """An array in the metadata, left in the file until somebody wants it."""
-
-    offset: int
-    kind: int
-    count: int
-
-    def __repr__(self) -> str:
-        return f"an array of {self.count}"
-
-
-@dataclass(frozen=True)
-class _GgufTensor:
-    """A tensor info as it stands in the file; the shape is turned to [out, in]."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: int
-    offset: int
+_ROPE_FREQS = "rope_freqs.weight"
 
 
 def open_gguf(path: Path) -> Source:
-    file = WeightFile(path)
+    """Open a GGUF file, or all parts of the split file that it is a part of. Errors as `open_source`."""
+    files: list[WeightFile] = []
     try:
-        return _open_gguf_file(file)
+        return _open_parts(read_parts(path, files), files)
     except BaseException:
-        file.file.close()
+        for file in files:
+            file.file.close()
         raise
 
 
-def _open_gguf_file(file: WeightFile) -> Source:
-    path = file.path
-    with open_file(path, buffering=1 << 20) as stream:
-        header = _GgufHeader(stream, file.size, path)
-        try:
-            metadata, tensors = header.parse()
-            metadata_end = header.position
-            metadata |= _arrays_of_layers(header, metadata)
-            header.position = metadata_end
-        except OSError as error:
-            raise unreadable(path, error) from error
-        except struct.error as error:
-            raise header.broken(str(error)) from error
-    split = metadata.get("split.count", 0)
-    if split not in (0, 1):
-        raise ModelError(
-            f"{path}: is one of {split} parts (split.count); tpimpi reads whole files: "
-            f"join the parts with llama-gguf-split --merge"
-        )
-    file.header_end = _gguf_data_start(header.position, metadata, path)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    rope = tensors.pop("rope_freqs.weight", None)
-    config = config_from_gguf(metadata, path, shapes, None if rope is None else _rope_factors(rope, file))
+def _open_parts(parts: Sequence[GgufFile], files: Sequence[WeightFile]) -> Source:
+    first = parts[0]
+    path, metadata = first.file.path, first.metadata
+    tensors = tensors_of_parts(parts)
+    shapes = {name: tensor.shape for name, (tensor, _) in tensors.items()}
+    rope = tensors.pop(_ROPE_FREQS, None)
+    apart = [] if rope is None else [_gguf_stored(rope[0], _ROPE_FREQS, rope[1])]
+    config = config_from_gguf(metadata, path, shapes, _rope_factors(apart[0]) if apart else None)
     needed = model_tensors(config)
     known = {tensor.gguf_name: tensor for tensor in needed.values()}
     stored = {}
-    for name, tensor in tensors.items():
+    for name, (tensor, file) in tensors.items():
         canonical, heads = name, 0  # a name that is not known stays as it is, and is refused below
         if name in known:
             canonical, heads = known[name].name, interleaved_heads(config, known[name].part)
         if canonical in stored:
-            raise ModelError(f"{path}: tensor {shown(name)} is there twice; {DOWNLOAD_AGAIN}")
+            raise ModelError(f"{file.path}: tensor {shown(name)} is there twice; {DOWNLOAD_AGAIN}")
         stored[canonical] = _gguf_stored(tensor, canonical, file, heads)
 
     def gguf_name(name: str) -> str:
         return needed[name].gguf_name if name in needed else name
 
+    _refuse_overlaps([*stored.values(), *apart], gguf_name)
     checked = check_tensors(config, stored, gguf_name, path)
     _check_decodable(checked, gguf_name, path)
-    return Source(path, config, checked, [file], lambda: _gguf_assets(path, file.size, metadata), assets_in_header=True)
+    return Source(
+        path,
+        config,
+        checked,
+        files,
+        lambda: _gguf_assets(path, first.file.size, metadata),
+        assets_in_header=True,
+        name=model_of(path.name),
+    )
 
 
-def _arrays_of_layers(header: _GgufHeader, metadata: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The arrays that describe the model's layers, as lists: numbers below "<architecture>.", at most one for each layer."""
-    prefix = f"{metadata.get('general.architecture')}."
-    return {
-        key: header.array(value)
-        for key, value in metadata.items()
-        if key.startswith(prefix)
-        and isinstance(value, _GgufArray)
-        and value.kind != _STRING
-        and value.count <= MAX_LAYERS
-    }
-
-
-def _gguf_data_start(header_end: int, metadata: Mapping[str, Any], path: Path) -> int:
-    alignment = metadata.get("general.alignment", 32)
-    if isinstance(alignment, bool) or not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise ModelError(f"{path}: general.alignment is {alignment!r}; a power of two is needed; {DOWNLOAD_AGAIN}")
-    return -(-header_end // alignment) * alignment
-
-
-def _gguf_stored(tensor: _GgufTensor, canonical: str, file: WeightFile, heads: int = 0) -> Stored:
+def _gguf_stored(tensor: GgufTensor, canonical: str, file: WeightFile, heads: int = 0) -> Stored:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:
@@ -162,14 +109,28 @@ def _gguf_stored(tensor: _GgufTensor, canonical: str, file: WeightFile, heads: i
     return Stored(TensorInfo(canonical, tensor.shape, kind.name.lower()), file, offset, row_bytes, heads)
 
 
-def _rope_factors(tensor: _GgufTensor, file: WeightFile) -> list[float]:
-    stored = _gguf_stored(tensor, tensor.name, file)
-    if len(tensor.shape) != 1 or stored.info.format != "f32":
+def _refuse_overlaps(stored: Iterable[Stored], gguf_name: Callable[[str], str]) -> None:
+    """Refuse a file of which two tensors have bytes in common: at least one of the two would be nonsense."""
+    ends: dict[Path, tuple[int, str]] = {}
+    for tensor in sorted(stored, key=lambda tensor: tensor.offset):
+        path, name = tensor.file.path, gguf_name(tensor.info.name)
+        end, before = ends.get(path, (0, ""))
+        if tensor.offset < end:
+            raise ModelError(
+                f"{path}: tensors {shown(before)} and {shown(name)} overlap (one ends at byte {end}, the other begins at "
+                f"{tensor.offset}); {DOWNLOAD_AGAIN}"
+            )
+        ends[path] = tensor.offset + tensor.info.shape[0] * tensor.row_bytes, name
+
+
+def _rope_factors(stored: Stored) -> list[float]:
+    shape, file = stored.info.shape, stored.file
+    if len(shape) != 1 or stored.info.format != "f32":
         raise ModelError(
-            f"{file.path}: tensor {tensor.name} has shape {list(tensor.shape)} and format {stored.info.format}; "
+            f"{file.path}: tensor {_ROPE_FREQS} has shape {list(shape)} and format {stored.info.format}; "
             f"a vector of f32 is needed"
         )
-    factors: list[float] = file.read(stored.offset, tensor.shape[0] * 4).view("<f4").tolist()
+    factors: list[float] = file.read(stored.offset, shape[0] * 4).view("<f4").tolist()
     return factors
 
 
@@ -196,120 +157,8 @@ def _gguf_assets(path: Path, size: int, metadata: Mapping[str, Any]) -> dict[str
         with open_file(path, buffering=1 << 20) as stream:
             for key, value in metadata.items():
                 if key.startswith("tokenizer."):
-                    header = _GgufHeader(stream, size, path)
-                    values[key] = header.array(value) if isinstance(value, _GgufArray) else value
+                    header = GgufHeader(stream, size, path)
+                    values[key] = header.array(value) if isinstance(value, GgufArray) else value
     except OSError as error:
         raise unreadable(path, error) from error
     return {"gguf.json": json.dumps(values).encode()}
-
-
-class _GgufHeader:
-    """Reads a GGUF header from front to back; every step is checked against the file's end.
-
-    Memory: scalars and tensor infos; arrays are stepped over, and read when `array` is called.
-    """
-
-    def __init__(self, stream: BinaryIO, size: int, path: Path) -> None:
-        self.stream = stream
-        self.limit = min(size, _MAX_HEADER_BYTES)
-        self.size = size
-        self.path = path
-        self.position = 0
-
-    def parse(self) -> tuple[dict[str, Any], dict[str, _GgufTensor]]:
-        """Metadata (arrays as `_GgufArray`) and tensors by name; `position` is then the header's end."""
-        if self.size < 4 or self.take(4) != b"GGUF":
-            raise ModelError(f"{self.path}: is no GGUF file (it does not begin with 'GGUF'); download it again")
-        version = self.number("I")
-        if version and version & 0xFFFF == 0:
-            raise ModelError(
-                f"{self.path}: is a big-endian GGUF file; tpimpi reads little-endian ones, take one of those"
-            )
-        if version not in (2, 3):
-            raise ModelError(f"{self.path}: is GGUF version {version}; tpimpi reads versions 2 and 3, convert it anew")
-        tensor_count, key_count = self.number("Q"), self.number("Q")
-        metadata: dict[str, Any] = {}
-        for _ in range(key_count):
-            key = self.string()
-            if key in metadata:
-                raise self.broken(f"key {key[:80]!r} is there twice")
-            metadata[key] = self.value(self.number("I"))
-        tensors: dict[str, _GgufTensor] = {}
-        for _ in range(tensor_count):
-            tensor = self.tensor()
-            if tensor.name in tensors:
-                raise self.broken(f"tensor {tensor.name[:80]!r} is there twice")
-            tensors[tensor.name] = tensor
-        return metadata, tensors
-
-    def array(self, array: _GgufArray) -> list[Any]:
-        """The elements of an array that `parse` stepped over."""
-        self.stream.seek(array.offset)
-        self.position = array.offset
-        if array.kind == _STRING:
-            return [self.string() for _ in range(array.count)]
-        code = f"<{array.count}{_SCALAR_CODES[array.kind]}"
-        return list(struct.unpack(code, self.take(struct.calcsize(code))))
-
-    def tensor(self) -> _GgufTensor:
-        name = self.string()
-        dimensions = self.number("I")
-        if not 1 <= dimensions <= 4:
-            raise self.broken(f"tensor {name[:80]!r} has {dimensions} dimensions")
-        shape = tuple(self.number("Q") for _ in range(dimensions))[::-1]
-        return _GgufTensor(name, shape, self.number("I"), self.number("Q"))
-
-    def value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self.string()
-        if kind in _SCALAR_CODES:
-            return self.number(_SCALAR_CODES[kind])
-        if kind != _ARRAY:
-            raise self.broken(f"metadata type {kind} is unknown")
-        kind, count = self.number("I"), self.number("Q")
-        array = _GgufArray(self.position, kind, count)
-        if kind == _STRING:
-            self.skip_strings(count)
-        elif kind in _SCALAR_CODES:
-            self.need(count * struct.calcsize(f"<{_SCALAR_CODES[kind]}"))
-            self.position += count * struct.calcsize(f"<{_SCALAR_CODES[kind]}")
-            self.stream.seek(self.position)
-        else:
-            raise self.broken(f"array of metadata type {kind}")
-        return array
-
-    def skip_strings(self, count: int) -> None:
-        # The one loop that a big vocabulary makes long.
-        read, unpack, position, limit = self.stream.read, struct.Struct("<Q").unpack, self.position, self.limit
-        for _ in range(count):
-            if position + 8 > limit:
-                self.position = position
-                self.need(8)
-            (length,) = unpack(read(8))
-            position += 8 + length
-            if position > limit:
-                self.position = position - length
-                self.need(length)
-            read(length)
-        self.position = position
-
-    def string(self) -> str:
-        return self.take(self.number("Q")).decode("utf-8", "surrogateescape")
-
-    def number(self, code: str) -> Any:
-        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
-
-    def take(self, count: int) -> bytes:
-        self.need(count)
-        data = self.stream.read(count)
-        self.position += count
-        if len(data) != count:
-            raise self.broken("it became shorter while it was read")
-        return data
-
-    def need(self, count: int) -> None:
-        if self.position + count > self.limit:
-            raise self.broken(f"its header goes on to byte {self.position + count}, past the limit of {self.limit}")
-
-    def broken(self, what: str) -> ModelError:
-        return ModelError(f"{self.path}: no whole GGUF file ({what}), {self.size} bytes; {DOWNLOAD_AGAIN}")

@@ -12,6 +12,7 @@ import math
 import re
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from tpimpi.weights.sources.source import (
     is_file,
     listed,
     open_file,
+    refuse_pointer,
     shown,
     unreadable,
 )
@@ -48,25 +50,30 @@ TOKENIZER_FILES = (
 )
 
 _SAFETENSORS_DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+_INDEX = "model.safetensors.index.json"
 _MAX_JSON_BYTES = 64 << 20
 _COMPARED_HEAD_ROWS = 64  # of a saved head, compared with the embedding it is tied to
 
 
-def open_hf(directory: Path) -> Source:
+def open_hf(directory: Path, name: str | None = None) -> Source:
+    """Open a directory with config.json and safetensors; `name` is the model's where it is not the directory's."""
     config_path = directory / "config.json"
-    config = config_from_hf(_read_json(config_path), config_path)
+    config = config_from_hf(read_json(config_path), config_path)
     files: list[WeightFile] = []
     try:
         found = _hf_tensors(directory, files)
         if config.tied_head and HEAD in found:
-            _check_tied(found)
+            if EMBEDDING in found:
+                _check_tied(found)
+            else:  # saved under the other of its two names, as some trainers do; transformers reads it too
+                found[EMBEDDING] = replace(found[HEAD], info=replace(found[HEAD].info, name=EMBEDDING))
             del found[HEAD]
         stored = check_tensors(config, found, hf_name, directory)
     except BaseException:
         for file in files:
             file.file.close()
         raise
-    return Source(directory, config, stored, files, lambda: _hf_assets(directory), assets_in_header=False)
+    return Source(directory, config, stored, files, lambda: _hf_assets(directory), assets_in_header=False, name=name)
 
 
 def _hf_assets(directory: Path) -> dict[str, bytes]:
@@ -77,6 +84,7 @@ def _hf_assets(directory: Path) -> dict[str, bytes]:
             if is_file(path):
                 with open_file(path) as file:
                     assets[name] = file.read()
+                refuse_pointer(assets[name], path)
         except OSError as error:
             raise unreadable(path, error) from error
     return assets
@@ -84,25 +92,14 @@ def _hf_assets(directory: Path) -> dict[str, bytes]:
 
 def _hf_tensors(directory: Path, files: list[WeightFile]) -> dict[str, Stored]:
     """Canonical name -> tensor, of every weight file; each is opened and appended to `files`."""
-    index_path = directory / "model.safetensors.index.json"
-    placed: dict[str, str] = {}
-    if is_file(directory / "model.safetensors"):
-        names = ["model.safetensors"]
-    elif is_file(index_path):
-        placed = _read_index(index_path)
-        names = sorted(set(placed.values()))
-    else:
-        # consolidated.*: the same weights once more, under the names of Meta's and Mistral's own code.
-        names = sorted(
-            file.name for file in listed(directory, ".safetensors") if not file.name.startswith("consolidated")
-        )
+    names, placed = _weight_files(directory)
     if not names:
         raise _no_safetensors(directory)
     found: dict[str, Stored] = {}
     for file_name in names:
         path = directory / file_name
         if not is_file(path):
-            raise ModelError(f"{path}: is missing, and {index_path.name} places tensors in it; download it")
+            raise ModelError(f"{path}: is missing, and {_INDEX} places tensors in it; download it")
         file = WeightFile(path)
         files.append(file)
         header = _read_safetensors_header(file)
@@ -110,7 +107,7 @@ def _hf_tensors(directory: Path, files: list[WeightFile]) -> dict[str, Stored]:
         for name, place in placed.items():
             if place == file_name and name not in header:
                 raise ModelError(
-                    f"{path}: has no tensor {shown(name)}, which {index_path.name} places there; "
+                    f"{path}: has no tensor {shown(name)}, which {_INDEX} places there; "
                     f"download both again, of the same version of the model"
                 )
         for name, entry in header.items():
@@ -125,6 +122,32 @@ def _hf_tensors(directory: Path, files: list[WeightFile]) -> dict[str, Stored]:
     return found
 
 
+def _weight_files(directory: Path) -> tuple[list[str], dict[str, str]]:
+    """The names of the weight files, and in which of them the index, where there is one, places each tensor."""
+    if is_file(directory / "model.safetensors"):
+        return ["model.safetensors"], {}
+    if is_file(directory / _INDEX):
+        placed = _read_index(directory / _INDEX)
+        return sorted(set(placed.values())), placed
+    # consolidated.*: the same weights once more, under the names of Meta's and Mistral's own code.
+    found = (file.name for file in listed(directory, ".safetensors"))
+    return sorted(name for name in found if not name.startswith("consolidated")), {}
+
+
+def weight_headers(directory: Path) -> dict[str, dict[str, Any]]:
+    """The header of each weight file that is there, by its name: tensors' dtype, shape and data_offsets. ModelError where
+    one is broken."""
+    found = {}
+    for name in _weight_files(directory)[0]:
+        if is_file(directory / name):
+            file = WeightFile(directory / name)
+            try:
+                found[name] = _read_safetensors_header(file)
+            finally:
+                file.file.close()
+    return found
+
+
 def _no_safetensors(directory: Path) -> ModelError:
     if listed(directory, ".bin", ".pth"):
         return ModelError(
@@ -136,7 +159,8 @@ def _no_safetensors(directory: Path) -> ModelError:
     return ModelError(f"{directory}: holds config.json and no safetensors file; download the model's weights")
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a JSON file of a model holds. ModelError where it cannot be read, or is no JSON."""
     try:
         with open_file(path) as file:
             data = file.read(_MAX_JSON_BYTES + 1)
@@ -144,6 +168,7 @@ def _read_json(path: Path) -> Any:
         raise unreadable(path, error) from error
     if len(data) > _MAX_JSON_BYTES:
         raise ModelError(f"{path}: is longer than {_MAX_JSON_BYTES >> 20} MiB; it is no such file")
+    refuse_pointer(data, path)
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -151,7 +176,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    index = _read_json(path)
+    index = read_json(path)
     placed = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(placed, dict) or not placed:
         raise ModelError(f"{path}: has no weight_map; download it again")
@@ -169,6 +194,7 @@ def _read_safetensors_header(file: WeightFile) -> dict[str, Any]:
     """The tensors' entries, after the safetensors library has accepted the file: sizes, offsets, no gaps, no overlap."""
     from safetensors import safe_open
 
+    refuse_pointer(file.read(0, min(file.size, 128)).tobytes(), file.path)
     try:
         with safe_open(file.path, framework="numpy"):
             pass

@@ -38,6 +38,10 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "give a shorter path",
 }
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_WRAPPERS = frozenset(
+    {"model", "language_model", "text_model", "base_model", "module", "_orig_mod", "_fsdp_wrapped_module"}
+)
 _FILE_SAMPLES = 64  # of each weight file, in a fingerprint
 _SAMPLE_BYTES = 4096
 _SLAB_NUMBERS = 1 << 20  # decoded at once: what dequantizing needs beside its result
@@ -103,7 +107,8 @@ class Stored:
 class Source:
     """An opened model: its config, and its tensors one at a time. Made by `open_source`; close it, or use `with`.
 
-    Holds the files' headers (a few MB at most) and open files, no tensor data. Reading is thread-safe.
+    `name` is the model's, as people see it: its folder's, or its file's without .gguf. Holds the files' headers (a few MB at
+    most) and open files, no tensor data. Reading is thread-safe.
     """
 
     def __init__(
@@ -115,8 +120,10 @@ class Source:
         assets: Callable[[], dict[str, bytes]],
         *,
         assets_in_header: bool,
+        name: str | None = None,
     ) -> None:
         self.path = path
+        self.name = os.path.basename(os.path.abspath(path)) if name is None else name  # noqa: PTH100, PTH119 (links stay)
         self.config = config
         self._stored = dict(stored)
         self._files = list(files)
@@ -264,10 +271,19 @@ def open_file(path: Path, buffering: int = -1) -> BinaryIO:
         raise unreadable(path, error) from error
 
 
+def refuse_pointer(start: bytes, path: Path) -> None:
+    """Raise ModelError where a file that begins with `start` is not itself but the pointer to it that Git LFS keeps."""
+    if start.startswith(_LFS_POINTER):
+        raise ModelError(
+            f"{path}: is a Git LFS pointer, a few lines of text in place of the file; fetch the file itself with "
+            f"git lfs pull, or download it again"
+        )
+
+
 def listed(directory: Path, *suffixes: str) -> list[Path]:
-    """What a directory holds with one of these suffixes, by name; ModelError if it cannot be listed."""
+    """What a directory holds with one of these suffixes, in capitals too, by name; ModelError if it cannot be listed."""
     try:
-        return sorted(path for path in directory.iterdir() if path.suffix in suffixes)
+        return sorted(path for path in directory.iterdir() if path.suffix.lower() in suffixes)
     except OSError as error:
         raise unreadable(directory, error) from error
 
@@ -296,6 +312,12 @@ def check_tensors(
     needed = expected_tensors(config)
     for name, tensor in found.items():
         if name not in needed:
+            if (inner := _in_wrappers(name, needed)) is not None:
+                raise ModelError(
+                    f"{tensor.file.path}: tensor {shown(spell(name))} is {spell(inner)} with a prefix too many, as programs "
+                    f"write it that save a model inside another; save the model itself (save_pretrained), or take the "
+                    f"published one"
+                )
             raise ModelError(
                 f"{tensor.file.path}: tensor {shown(spell(name))} is unknown in a {config.architecture} model of "
                 f"{config.layers} layers with this config; tpimpi would leave it out, so it does not run the model"
@@ -319,6 +341,16 @@ def check_tensors(
                 f"one of {', '.join(FLOAT_FORMATS)} is needed"
             )
     return {name: found[name] for name in needed}
+
+
+def _in_wrappers(name: str, needed: Mapping[str, object]) -> str | None:
+    """The tensor that this is but for the names of classes around the model; None for another."""
+    parts = name.split(".")
+    while parts and parts[0] in _WRAPPERS:
+        parts = parts[1:]
+        if ".".join(parts) in needed:
+            return ".".join(parts)
+    return None
 
 
 def shown(name: str) -> str:

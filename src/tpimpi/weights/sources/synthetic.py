@@ -44,12 +44,13 @@ _NORM_STEPS = 20  # a norm's weight is 1 + n / 128, n with a standard deviation 
 class SyntheticSource(Source):
     """Random weights for a shape, each matrix in the format that `formats` gives it (see the module); no tokenizer.
 
-    `path` is no file: its stem is the name of the model in slices. Holds the pool: 17 MB, and 5 (q4_0) to 34 MB (f32) for
+    `path` is no file. Holds the pool: 17 MB, and 5 (q4_0) to 34 MB (f32) for
     each format that is read.
     """
 
     def __init__(self, shape: Shape, formats: ModelFormats, seed: int) -> None:
-        super().__init__(Path(f"{shape.name}-random.synth"), shape.config, {}, [], dict, assets_in_header=True)
+        name = f"{shape.name}-random"
+        super().__init__(Path(f"{name}.synth"), shape.config, {}, [], dict, assets_in_header=True, name=name)
         self.shape, self.formats, self.seed = shape, formats, seed
         tensors = model_tensors(shape.config)
         infos = {name: TensorInfo(name, tensor.shape, self._format(tensor)) for name, tensor in tensors.items()}
