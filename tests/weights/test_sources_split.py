@@ -181,3 +181,19 @@ def test_reading_holds_one_tensor_and_reads_its_part_alone(parts: Path, monkeypa
             assert [count for _, count in seen] == [blocks.nbytes]
         source.read("layers.1.mlp.down_proj.weight")
         assert seen[-1][0] == part(3)
+
+
+def test_pieces_of_a_file_are_told_from_parts(originals: Path, tmp_path: Path) -> None:
+    """Cut anywhere, as by split(1), and not into files that are whole in themselves."""
+    data = (originals / "whole" / "m.gguf").read_bytes()
+    for names in (
+        ("m.gguf.part00", "m.gguf.part01", "m.gguf.part02"),
+        ("m.gguf-split-a", "m.gguf-split-b", "m.gguf-split-c"),
+    ):
+        for name, cut in zip(names, (data[:500], data[500:50_000], data[50_000:]), strict=True):
+            (tmp_path / name).write_bytes(cut)
+            assert "one of several pieces of a file: join them all, in order (cat PIECES > m.gguf)" in refusal(
+                tmp_path / name
+            )
+        (tmp_path / names[0]).write_bytes(data[:50_000])  # the header whole, its tensors not
+        assert "one of several pieces of a file" in refusal(tmp_path / names[0])

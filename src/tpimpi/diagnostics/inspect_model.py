@@ -123,7 +123,7 @@ def _formats(facts: ModelFacts) -> str:
         f"{shown(name)} {_size(stored.nbytes)} in {stored.tensors}{'' if number else ' tensors'}"
         for number, (name, stored) in enumerate(facts.formats.items())
     ]
-    return ", ".join(words) or "no weights that tpimpi reads"
+    return ", ".join(words) or "no weights"
 
 
 def _size(nbytes: int) -> str:

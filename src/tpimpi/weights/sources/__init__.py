@@ -28,6 +28,7 @@ from tpimpi.weights.sources.source import (
     is_file,
     listed,
     open_file,
+    piece_of,
     unreadable,
     what_is,
 )
@@ -87,7 +88,8 @@ def locate_model(path: str | Path) -> Path:
     except OSError as error:
         raise unreadable(path, error) from error
     if magic != MAGIC and path.suffix.lower() != ".gguf":
-        raise ModelError(f"{path}: is no GGUF file; give a .gguf file, or the directory that holds config.json")
+        remedy = piece_of(path) or "give a .gguf file, or the directory that holds config.json"
+        raise ModelError(f"{path}: is no GGUF file; {remedy}")
     return path
 
 

@@ -28,6 +28,7 @@ from tpimpi.weights.sources.source import (
     check_tensors,
     decode,
     open_file,
+    piece_of,
     shown,
     unreadable,
 )
@@ -102,7 +103,7 @@ def _gguf_stored(tensor: GgufTensor, canonical: str, file: WeightFile, heads: in
     if offset + size > file.size:
         raise ModelError(
             f"{file.path}: tensor {shown(tensor.name)} needs bytes {offset} to {offset + size}, and the file has "
-            f"{file.size}; {DOWNLOAD_AGAIN}"
+            f"{file.size}; {piece_of(file.path) or DOWNLOAD_AGAIN}"
         )
     # A vector's "row" is one number, so that runs of it are read as runs of rows.
     row_bytes = math.prod(tensor.shape[1:]) // block * block_bytes

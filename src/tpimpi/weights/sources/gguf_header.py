@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from tpimpi.errors import ModelError
 from tpimpi.models.keys import MAX_LAYERS
-from tpimpi.weights.sources.source import DOWNLOAD_AGAIN, WeightFile, open_file, refuse_pointer, unreadable
+from tpimpi.weights.sources.source import DOWNLOAD_AGAIN, WeightFile, open_file, piece_of, refuse_pointer, unreadable
 
 MAGIC = b"GGUF"
 _SCALAR_CODES = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}
@@ -221,4 +221,5 @@ class GgufHeader:
             raise self.broken(f"its header goes on to byte {self.position + count}, past the limit of {self.limit}")
 
     def broken(self, what: str) -> ModelError:
-        return ModelError(f"{self.path}: no whole GGUF file ({what}), {self.size} bytes; {DOWNLOAD_AGAIN}")
+        remedy = piece_of(self.path) or DOWNLOAD_AGAIN
+        return ModelError(f"{self.path}: no whole GGUF file ({what}), {self.size} bytes; {remedy}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from tpimpi.models.tensors import expected_tensors
 FLOAT_FORMATS = MappingProxyType({"f32": 4, "bf16": 2, "f16": 2})  # bytes a number
 DOWNLOAD_AGAIN = "it is cut short or broken; download it again"
 
+_PIECE = re.compile(
+    r"(?P<file>.+\.gguf)[._-][\w-]+", re.IGNORECASE | re.DOTALL
+)  # m.gguf.part00, m.gguf-split-a
 _KINDS = (
     (stat.S_ISREG, "a file"),
     (stat.S_ISDIR, "a directory"),
@@ -269,6 +273,16 @@ def open_file(path: Path, buffering: int = -1) -> BinaryIO:
         return path.open("rb", buffering=buffering)
     except OSError as error:
         raise unreadable(path, error) from error
+
+
+def piece_of(path: Path) -> str | None:
+    """The remedy for a file that is not whole where its name is that of a piece of one, as uploads with a limit have it."""
+    match = _PIECE.fullmatch(path.name)
+    if match is None:
+        return None
+    return (
+        f"it looks like one of several pieces of a file: join them all, in order (cat PIECES > {shown(match['file'])})"
+    )
 
 
 def refuse_pointer(start: bytes, path: Path) -> None:
