@@ -25,9 +25,7 @@ from tpimpi.models.tensors import expected_tensors
 FLOAT_FORMATS = MappingProxyType({"f32": 4, "bf16": 2, "f16": 2})  # bytes a number
 DOWNLOAD_AGAIN = "it is cut short or broken; download it again"
 
-_PIECE = re.compile(
-    r"(?P<file>.+\.gguf)[._-][\w-]+", re.IGNORECASE | re.DOTALL
-)  # m.gguf.part00, m.gguf-split-a
+_PIECE = re.compile(r"(?P<file>.+\.gguf)[._-][\w-]+", re.IGNORECASE | re.DOTALL)  # m.gguf.part00, m.gguf-split-a
 _KINDS = (
     (stat.S_ISREG, "a file"),
     (stat.S_ISDIR, "a directory"),
