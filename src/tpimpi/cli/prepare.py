@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from tpimpi.cli.options import ComputeOptions, ModelOptions, NetworkOptions
 from tpimpi.cli.process import say
-from tpimpi.cli.slicing import ensure_slices
+from tpimpi.cli.slicing import ensure_slices, say_left_out
 from tpimpi.cli.values import AUTO, share_weights
 from tpimpi.diagnostics.options import MeasureOptions, Workload
 from tpimpi.engine import ranks as ranks_of_run
@@ -60,6 +60,7 @@ def prepare(
     """
     if model.slices is None:
         with open_source(model_path(model.model)) as source:
+            say_left_out(source, quiet=quiet)
             formats = choose_formats(source, model.format)
             network = tune_links(star, network, source.config.hidden, quiet=quiet)
             how = (compute, network)

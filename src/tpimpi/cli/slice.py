@@ -12,7 +12,7 @@ from tpimpi.cli.parser import Parser
 from tpimpi.cli.prepare import choose_partition
 from tpimpi.cli.process import Job, say
 from tpimpi.cli.run_options import add_shares, parsed_into
-from tpimpi.cli.slicing import ensure_slices, slice_source
+from tpimpi.cli.slicing import ensure_slices, say_left_out, slice_source
 from tpimpi.cli.values import MOST_RANKS, given_model, path_given, share_weights, slice_count, whole_number
 from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.engine.ranks import greet
@@ -81,6 +81,7 @@ def slice_alone(job: Job) -> int:
     weights = share_weights(options.shares, slice_count(options.ranks, options.out))
     folder = Path(options.out or "")
     with open_source(model_path(options.model)) as source:
+        say_left_out(source, quiet=options.quiet)
         formats = choose_formats(source, options.format)
         partition = make_partition(source.config, weights)
         made = slice_source(source, partition, formats, folder, quiet=options.quiet, verify=options.verify)
@@ -95,6 +96,7 @@ def slice_together(star: Star, job: Job) -> int:
         options = parse_slice(job.arguments[1:])
         slice_count(options.ranks, options.out, star.rank.size)
         with open_source(model_path(options.model)) as source:
+            say_left_out(source, quiet=options.quiet)
             formats = choose_formats(source, options.format)
             usual = ComputeOptions(), NetworkOptions()  # --shares auto is for a run without options
             partition = choose_partition(

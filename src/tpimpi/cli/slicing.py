@@ -45,6 +45,12 @@ def ensure_slices(
         return distribute_slices(star, source, partition, formats, location, verify=verify, quiet=quiet, before=before)
 
 
+def say_left_out(source: Source, *, quiet: bool) -> None:
+    """One line on stderr where a model in a file can do more than tpimpi computes."""
+    if source.left_out and not quiet:
+        print(f"{source.path.name}: {source.left_out}", file=sys.stderr, flush=True)
+
+
 def check_before_slicing(source: Source, partition: Partition, formats: ModelFormats, *, quiet: bool) -> None:
     """What is wrong with the tokenizer is said before the work, and what is quantized a second time."""
     load_tokenizer(source.tokenizer_assets(), source.config.vocab)

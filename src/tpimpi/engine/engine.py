@@ -7,10 +7,13 @@ window that reads the tiles, and the model.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from tpimpi.compute.arrays import F32
 from tpimpi.compute.backends import load_backend
 from tpimpi.engine.budget import Needs
 from tpimpi.engine.cycle import records_of
@@ -145,6 +148,12 @@ class Engine:
     opened: OpenedEngine
     window: Window
     model: Model
+
+    def embed(self, ids: Iterable[int]) -> F32:
+        """Rank 0: the hidden vectors that ids begin with, f32 [len(ids), hidden]."""
+        rows = self.opened.file.embedding_rows(ids)
+        scale = self.opened.header.config.embedding_scale
+        return rows if scale == 1 else rows * np.float32(scale)
 
     def close(self) -> None:
         """Stop reading, and give the tiles' memory back."""

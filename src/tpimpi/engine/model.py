@@ -1,7 +1,7 @@
 """The model on one rank: where the window, the layers and the star meet.
 
 Compute never talks, reading never computes: `Model._through_layers` is where they meet, a block in four steps: norm, partial
-(of this rank's tiles), star (the sum over all ranks), residual.
+(of this rank's tiles), star (the sum over all ranks), residual (through a norm of its own in some families).
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from tpimpi.engine.trace import COMPUTE, STAR, Recorder
 from tpimpi.engine.window import Window
 from tpimpi.models.blocks import HEAD, Block
 from tpimpi.models.kv.cache import KVCache, kv_dtype
+from tpimpi.models.layer_spec import Rope
 from tpimpi.models.layers.attention import QKNorm, attention_partial
-from tpimpi.models.layers.head import head_logits
+from tpimpi.models.layers.head import head_logits, scaled_logits
 from tpimpi.models.layers.mlp import mlp_partial
+from tpimpi.models.layers.norms import pre_norm
 from tpimpi.models.layers.rope import Angles, angles, rope_frequencies
 from tpimpi.star import Star
 from tpimpi.weights.slices.file import Tile
@@ -61,7 +63,8 @@ class Model:
         self.compute_seconds = 0.0
         self._make_room, self._recorder = make_room, recorder
         self._blocks = [block for block in block_order(header) if block != HEAD]
-        self._frequencies = rope_frequencies(self.config)
+        self._layers = [self.config.layer(index) for index in range(self.config.layers)]
+        self._frequencies: dict[Rope, F32] = {}
 
     def begin(self, context: int) -> None:
         """Start a new sequence of at most `context` positions."""
@@ -70,6 +73,8 @@ class Model:
             self._make_room(context)
             shape = (self.config.layers, self.share.kv_heads.size, context, self.config.head_dim)
             self.cache = KVCache(*shape, self._kv_dtype)
+            ropes = {spec.rope for spec in self._layers if spec.rope is not None}
+            self._frequencies = {rope: rope_frequencies(rope, context) for rope in ropes}
 
     def forward(self, x: F32, start: int, *, head: bool = True) -> F32:
         """Run hidden vectors `x` [n, hidden], the same on every rank, through all layers, at positions from `start`.
@@ -91,40 +96,67 @@ class Model:
 
         See overlap.py for the `yield`s: each lets the other half of the chunk go on where it is `overlapped`.
         """
-        rotary = angles(self._frequencies, start, x.shape[0])
+        rotary = self._angles(start, x.shape[0])
+        h = partial = x
         for place, block in enumerate(self._blocks):
-            h = self.backend.rms_norm(x, self.resident[f"{block.kind}_norm"][block.layer], self.config.norm_eps)
-            partial, number = np.zeros_like(x), 0
+            spec = self._layers[block.layer]
+            if not (spec.parallel and block.kind == "mlp"):  # which goes on with what its attention read and made
+                h, partial = self._normed(x, block), np.zeros_like(x)
+            number = 0
             while (tile := (yield Need.TILE)) is not None:
                 with self._recorded(COMPUTE, place, number):
-                    partial += self._tile_partial(h, tile, rotary)
+                    partial += self._tile_partial(h, tile, start, rotary)
                 number += 1
             self._add_bias(partial, block)
+            if spec.parallel and block.kind == "attn":
+                continue
             total = self.star.start(partial, background=overlapped)
             yield Need.SUM
             with self._recorded(STAR, place):
                 total.wait()
-            x += partial
+            x += self._to_residual(partial, block)
 
-    def _tile_partial(self, h: F32, tile: Tile, rotary: Angles) -> F32:
+    def _normed(self, x: F32, block: Block) -> F32:
+        """What a block reads, [n, hidden]."""
+        spec = self._layers[block.layer]
+        if not spec.pre_norms:
+            return x
+        weight = self.resident[f"{block.kind}_norm"][block.layer]
+        return pre_norm(self.backend, spec.norm, x, weight, self.config.norm_eps)
+
+    def _to_residual(self, total: F32, block: Block) -> F32:
+        """What is added to the residual, from a block's sum over all ranks, [n, hidden]: the same bits on every rank."""
+        spec = self._layers[block.layer]
+        if spec.post_norms:
+            weight = self.resident[f"{block.kind}_post_norm"][block.layer]
+            total = self.backend.fixed_rms_norm(total, weight, self.config.norm_eps)
+        return total if spec.residual_scale == 1 else total * np.float32(spec.residual_scale)
+
+    def _angles(self, start: int, positions: int) -> dict[Rope, Angles]:
+        """Rotary angles of these positions, for each rope that the layers have."""
+        return {rope: angles(rope, frequencies, start, positions) for rope, frequencies in self._frequencies.items()}
+
+    def _tile_partial(self, h: F32, tile: Tile, start: int, rotary: Mapping[Rope, Angles]) -> F32:
         """What one tile adds to its block: [n, hidden] from `h` [n, hidden]."""
         if tile.record.block.kind == "attn":
-            return self._attention(h, tile, rotary)
-        return mlp_partial(self.backend, h, tile)
+            return self._attention(h, tile, start, rotary)
+        return mlp_partial(self.backend, h, tile, self._layers[tile.record.block.layer].activation)
 
     def logits(self, x: F32) -> F32:
         """Rank 0: final norm and output head of hidden vectors `x` [n, hidden]; returns [n, vocab]."""
         with self._computing():
-            h = self.backend.rms_norm(x, self.resident["norm"], self.config.norm_eps)
+            config = self.config
+            h = pre_norm(self.backend, config.norm, x, self.resident["norm"], config.norm_eps)
             found = []
             for number, tile in enumerate(self.window.tiles(HEAD)):
                 with self._recorded(COMPUTE, len(self._blocks), number):
                     found.append(head_logits(self.backend, h, tile))
-            return np.concatenate(found, axis=1)
+            return scaled_logits(np.concatenate(found, axis=1), config.logit_scale, config.logit_softcap)
 
-    def _attention(self, h: F32, tile: Tile, rotary: Angles) -> F32:
+    def _attention(self, h: F32, tile: Tile, start: int, rotary: Mapping[Rope, Angles]) -> F32:
         assert self.cache is not None, "forward before begin"
         record, layer, config = tile.record, tile.record.block.layer, self.config
+        spec = self._layers[layer]
         norm = None
         if config.qk_norm:
             norm = QKNorm(self.resident["q_norm"][layer], self.resident["k_norm"][layer], config.norm_eps)
@@ -134,10 +166,11 @@ class Model:
             tile,
             self.cache,
             layer,
+            spec,
             record.kv_heads.start - self.share.kv_heads.start,
             record.q_to_kv,
-            rotary,
-            config.attention_windows[layer],
+            start,
+            None if spec.rope is None else rotary[spec.rope],
             norm,
         )
 

@@ -7,44 +7,31 @@ they are switched off (null, false) or known to be harmless.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from tpimpi.errors import ModelError
 from tpimpi.models.architectures import ARCHITECTURES
 from tpimpi.models.keys import MAX_LAYERS, MAX_SIZE, Keys, is_positive, show
+from tpimpi.models.layer_spec import ACTIVATIONS, NORMS, Activation, LayerSpec, Norm, Rope, RopeScaling
 
 ROPE_THETA = 10000.0  # the base of the rotary angles where a file has none (Su et al. 2021)
+
+ROPE_KINDS = ("linear", "llama3", "factors", "yarn", "longrope")  # of RopeScaling
 
 _MAX_NORM_EPS = 1.0  # with more, rows of usual size are not normed any more
 _MAX_ROPE_THETA = 1e30  # well within f32
 
 
 @dataclass(frozen=True)
-class RopeScaling:
-    """How the rotary frequencies are changed for long contexts.
-
-    kind "linear": frequencies are divided by `factor`.
-    kind "llama3": Llama 3.1's rule (wavelengths above original_context / low_freq_factor are divided by `factor`,
-        below original_context / high_freq_factor kept, interpolated between).
-    kind "factors": frequency i is divided by factors[i] (GGUF's `rope_freqs` tensor); head_dim / 2 of them.
-    """
-
-    kind: str
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    original_context: int = 0
-    factors: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer of the Llama family (RMS norm, rotary positions, grouped-query attention, SwiGLU).
+    """A decoder-only transformer with rotary positions, grouped-query attention and a gated feed-forward block.
 
     Sizes are numbers of elements; `context` is in positions; `attention_windows` holds for each layer the number of
-    positions a query sees (itself included), 0 for all of them.
+    positions a query sees (itself included), 0 for all of them. What differs from a Llama has a default, which is a
+    Llama's. `layer` says what one layer is.
     """
 
     architecture: str  # one of ARCHITECTURES
@@ -66,9 +53,59 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
 
+    rotary_dims: int = 0  # elements of a head that are rotated; 0: all
+    local_rope_theta: float = 0.0  # of layers that have a window, which then have no scaling; 0: as the others
+    unrotated_layers: tuple[int, ...] = ()  # those without positions
+    qk_norm_over_all: bool = False  # one norm over all heads together, where qk_norm
+    norm: Norm = "rms"
+    pre_norms: bool = True
+    post_norms: bool = False
+    parallel_blocks: bool = False
+    activation: Activation = "silu"
+    attention_scale: float = 0.0  # 0: 1 / sqrt(head_dim)
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+
+    def layer(self, index: int) -> LayerSpec:
+        """What this layer is."""
+        window, rope = self.attention_windows[index], None
+        if index not in self.unrotated_layers:
+            local = bool(window and self.local_rope_theta)
+            rope = Rope(
+                theta=self.local_rope_theta if local else self.rope_theta,
+                dims=self.rotary_dims or self.head_dim,
+                scaling=None if local else self.rope_scaling,
+            )
+        return LayerSpec(
+            window=window,
+            rope=rope,
+            attention_scale=self.attention_scale or self.head_dim**-0.5,
+            attention_softcap=self.attention_softcap,
+            qk_norm=("all" if self.qk_norm_over_all else "head") if self.qk_norm else "none",
+            norm=self.norm,
+            pre_norms=self.pre_norms,
+            post_norms=self.post_norms,
+            activation=self.activation,
+            residual_scale=self.residual_scale,
+            parallel=self.parallel_blocks,
+        )
+
+    def with_layers(self, layers: int) -> ModelConfig:
+        """The same model with so many layers, all like the first."""
+        unrotated = tuple(range(layers)) if 0 in self.unrotated_layers else ()
+        return replace(
+            self, layers=layers, attention_windows=self.attention_windows[:1] * layers, unrotated_layers=unrotated
+        )
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; `from_dict` undoes it."""
-        return asdict(self)
+        """JSON-ready form, without what is as in a Llama; `from_dict` undoes it."""
+        values = _without_defaults(self)
+        if self.rope_scaling is not None:
+            values["rope_scaling"] = _without_defaults(self.rope_scaling, keep=_FIRST_SCALING_FIELDS)
+        return values
 
     @classmethod
     def from_dict(cls, values: Any, where: str = "config") -> ModelConfig:
@@ -76,69 +113,130 @@ class ModelConfig:
 
         Raises ModelError, which begins with `where`, for a field that is unknown, missing, or of no possible value.
         """
-        _same_fields(values, cls, where)
-        keys = Keys(values, where)
-        architecture = values["architecture"]
-        if architecture not in ARCHITECTURES:
-            raise ModelError(f"{where}: architecture is {show(architecture)}; {', '.join(ARCHITECTURES)} are known")
-        layers, head_dim = keys.integer("layers", high=MAX_LAYERS), keys.integer("head_dim")
-        windows = values["attention_windows"]
-        if not isinstance(windows, list | tuple) or len(windows) != layers or not all(map(_is_window, windows)):
-            raise ModelError(
-                f"{where}: attention_windows is {show(windows)}; {layers} whole numbers of 0 or more are needed"
-            )
-        return checked(
-            cls(
-                architecture=architecture,
-                hidden=keys.integer("hidden"),
-                intermediate=keys.integer("intermediate"),
-                layers=layers,
-                heads=keys.integer("heads"),
-                kv_heads=keys.integer("kv_heads"),
-                head_dim=head_dim,
-                vocab=keys.integer("vocab"),
-                context=keys.integer("context"),
-                norm_eps=keys.number("norm_eps"),
-                rope_theta=keys.number("rope_theta"),
-                rope_scaling=_rope_scaling_from_dict(values["rope_scaling"], head_dim, where),
-                attention_windows=tuple(windows),
-                tied_head=keys.flag("tied_head"),
-                qkv_bias=keys.flag("qkv_bias"),
-                o_bias=keys.flag("o_bias"),
-                mlp_bias=keys.flag("mlp_bias"),
-                qk_norm=keys.flag("qk_norm"),
-            ),
-            where,
+        return config_from_dict(values, where)
+
+
+# Fields of RopeScaling that were there from the beginning, and are always written.
+_FIRST_SCALING_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_context", "factors")
+
+
+def _without_defaults(of: ModelConfig | RopeScaling, keep: Sequence[str] = ()) -> dict[str, Any]:
+    """The fields of a dataclass by name, but those that have a default and are as it says."""
+    return {
+        field.name: getattr(of, field.name)
+        for field in fields(of)
+        if field.default is MISSING or field.name in keep or getattr(of, field.name) != field.default
+    }
+
+
+def config_from_dict(values: Any, where: str) -> ModelConfig:
+    """See ModelConfig.from_dict."""
+    values = _whole(values, ModelConfig, where)
+    keys = Keys(values, where)
+    architecture = values["architecture"]
+    if architecture not in ARCHITECTURES:
+        raise ModelError(f"{where}: architecture is {show(architecture)}; {', '.join(ARCHITECTURES)} are known")
+    layers, head_dim = keys.integer("layers", high=MAX_LAYERS), keys.integer("head_dim")
+    windows = values["attention_windows"]
+    if not isinstance(windows, list | tuple) or len(windows) != layers or not all(map(_is_window, windows)):
+        raise ModelError(
+            f"{where}: attention_windows is {show(windows)}; {layers} whole numbers of 0 or more are needed"
         )
+    unrotated = values["unrotated_layers"]
+    if not isinstance(unrotated, list | tuple) or not all(_is_window(layer) and layer < layers for layer in unrotated):
+        raise ModelError(f"{where}: unrotated_layers is {show(unrotated)}; layers below {layers} are needed")
+    found: dict[str, Any] = {"attention_windows": tuple(windows), "unrotated_layers": tuple(unrotated)}
+    for name in ("hidden", "intermediate", "heads", "kv_heads", "vocab", "context"):
+        found[name] = keys.integer(name)
+    for name in ("norm_eps", "rope_theta", "embedding_scale", "residual_scale", "logit_scale"):
+        found[name] = keys.number(name)
+    for name in ("local_rope_theta", "attention_scale", "attention_softcap", "logit_softcap"):
+        found[name] = _number_or_0(keys, name)
+    for name in (
+        *("tied_head", "qkv_bias", "o_bias", "mlp_bias", "qk_norm", "qk_norm_over_all"),
+        *("pre_norms", "post_norms", "parallel_blocks"),
+    ):
+        found[name] = keys.flag(name)
+    rotary = 0 if _is_0(values["rotary_dims"]) else keys.integer("rotary_dims", high=head_dim)
+    return checked(
+        ModelConfig(
+            architecture=architecture,
+            layers=layers,
+            head_dim=head_dim,
+            rotary_dims=rotary,
+            rope_scaling=_rope_scaling_from_dict(values["rope_scaling"], rotary or head_dim, where),
+            norm=keys.choice("norm", NORMS),
+            activation=keys.choice("activation", ACTIVATIONS),
+            **found,
+        ),
+        where,
+    )
 
 
-def _rope_scaling_from_dict(values: Any, head_dim: int, where: str) -> RopeScaling | None:
+def _number_or_0(keys: Keys, name: str) -> float:
+    """A positive number, or the 0 that says that there is none."""
+    return 0.0 if _is_0(keys.values[name]) else keys.number(name)
+
+
+def _is_0(value: Any) -> bool:
+    return type(value) in (int, float) and value == 0
+
+
+def _rope_scaling_from_dict(values: Any, dims: int, where: str) -> RopeScaling | None:
+    """`dims`: elements of a head that are rotated."""
     if values is None:
         return None
-    _same_fields(values, RopeScaling, f"{where}: rope_scaling")
-    kind, factors, keys = values["kind"], values["factors"], Keys(values, f"{where}: rope_scaling")
-    if kind not in ("linear", "llama3", "factors"):
-        raise ModelError(f"{where}: rope_scaling.kind is {show(kind)}; linear, llama3 and factors are known")
-    wanted = head_dim // 2 if kind == "factors" else 0
-    if not isinstance(factors, list | tuple) or len(factors) != wanted or not all(map(is_positive, factors)):
-        raise ModelError(f"{where}: rope_scaling.factors is {show(factors)}; {wanted} positive numbers are needed")
+    values = _whole(values, RopeScaling, f"{where}: rope_scaling", needed=("kind", *_FIRST_SCALING_FIELDS))
+    kind, keys = values["kind"], Keys(values, f"{where}: rope_scaling")
+    if kind not in ROPE_KINDS:
+        raise ModelError(f"{where}: rope_scaling.kind is {show(kind)}; {', '.join(ROPE_KINDS)} are known")
+    factors = _factors(values, "factors", dims // 2 if kind in ("factors", "longrope") else 0, where)
+    long_factors = _factors(values, "long_factors", dims // 2 if kind == "longrope" else 0, where)
     low, high = keys.number("low_freq_factor"), keys.number("high_freq_factor")
     if kind == "llama3" and not low < high:
         raise ModelError(
             f"{where}: low_freq_factor is {low:g} and high_freq_factor is {high:g}; the first must be less"
         )
     original = values["original_context"]
-    if kind == "llama3" or not (type(original) is int and original == 0):
+    if kind in ("llama3", "yarn", "longrope") or not (type(original) is int and original == 0):
         original = keys.integer("original_context")
-    return RopeScaling(kind, keys.number("factor"), low, high, original, tuple(float(value) for value in factors))
+    return RopeScaling(
+        kind=kind,
+        factor=keys.number("factor"),
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_context=original,
+        factors=factors,
+        long_factors=long_factors,
+        attention_factor=keys.number("attention_factor"),
+        beta_fast=keys.number("beta_fast"),
+        beta_slow=keys.number("beta_slow"),
+        truncate=keys.flag("truncate"),
+        query_growth=_number_or_0(keys, "query_growth"),
+    )
 
 
-def _same_fields(values: Any, kind: type[ModelConfig | RopeScaling], where: str) -> None:
+def _factors(values: Mapping[str, Any], name: str, count: int, where: str) -> tuple[float, ...]:
+    factors = values[name]
+    if not isinstance(factors, list | tuple) or len(factors) != count or not all(map(is_positive, factors)):
+        raise ModelError(f"{where}: rope_scaling.{name} is {show(factors)}; {count} positive numbers are needed")
+    return tuple(float(value) for value in factors)
+
+
+def _whole(
+    values: Any, kind: type[ModelConfig | RopeScaling], where: str, needed: Sequence[str] = ()
+) -> dict[str, Any]:
+    """These fields of a dataclass with what has a default and is not there; `needed` must be there all the same."""
     if not isinstance(values, dict):
         raise ModelError(f"{where}: is {show(values)}; an object is needed")
-    wrong = sorted(set(values) ^ {field.name for field in fields(kind)})
-    if wrong:
-        raise ModelError(f"{where}: {show(wrong[0])} is {'unknown' if wrong[0] in values else 'missing'}")
+    defaults = {field.name: field.default for field in fields(kind)}
+    unknown = sorted(set(values) - set(defaults), key=str)
+    if unknown:
+        raise ModelError(f"{where}: {show(unknown[0])} is unknown")
+    for name, default in sorted(defaults.items()):
+        if name not in values and (default is MISSING or name in needed):
+            raise ModelError(f"{where}: {show(name)} is missing")
+    return {**{name: value for name, value in defaults.items() if name not in values}, **values}
 
 
 def _is_window(value: Any) -> bool:
@@ -154,6 +252,18 @@ def checked(config: ModelConfig, path: Path | str) -> ModelConfig:
         )
     if config.head_dim % 2:
         raise ModelError(f"{path}: the head size is {config.head_dim}; rotary positions need an even one")
+    parts = {tensor.part for tensor in ARCHITECTURES[config.architecture].layer}
+    flags = {
+        "qk_norm": "q_norm" in parts,
+        "pre_norms": "attn_norm" in parts,
+        "post_norms": "attn_post_norm" in parts,
+        "parallel_blocks": "attn_norm" in parts and "mlp_norm" not in parts,
+    }
+    for name, needed in flags.items():
+        if getattr(config, name) != needed:
+            raise ModelError(f"{path}: {name} is {getattr(config, name)}; a {config.architecture} model needs {needed}")
+    if config.rotary_dims % 2:
+        raise ModelError(f"{path}: {config.rotary_dims} elements of a head are rotated; an even number is needed")
     if config.norm_eps > _MAX_NORM_EPS:
         raise ModelError(f"{path}: the norms' epsilon is {config.norm_eps:g}; at most {_MAX_NORM_EPS:g} makes sense")
     if config.rope_theta > _MAX_ROPE_THETA:

@@ -12,12 +12,15 @@ from typing import Any
 
 from tpimpi.errors import ModelError
 from tpimpi.models.architectures import ARCHITECTURES, Architecture
-from tpimpi.models.config import ROPE_THETA, ModelConfig, RopeScaling, checked
+from tpimpi.models.config import ModelConfig, checked
 from tpimpi.models.keys import MAX_LAYERS, Keys, even_split, is_off, show, words
+from tpimpi.models.layer_spec import Activation
 from tpimpi.models.refused_checkpoints import refuse_quantized, refuse_rope_contradictions
+from tpimpi.models.rope_hf import read_hf_rope
 
-_NORM_EPS = 1e-6  # what transformers takes where config.json has none
-_SILU = ("silu", "swish")  # one function, under both of the names that transformers has for it
+# What transformers takes where config.json has none, and the family no default of its own.
+_NORM_EPS = 1e-6
+_CONTEXT = 2048
 
 _COMMON_KEYS = words(
     """
@@ -45,13 +48,23 @@ _HARMLESS_KEYS = words(
     """
 )
 
-_ROPE_KEYS = {
-    "default": {"rope_type", "type", "rope_theta", "partial_rotary_factor"},
-    "linear": {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"},
-    "llama3": {
-        *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"),
-        *("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    },
+# Models that also see images: the class in config.json, and what the text part is where it does not say so itself.
+_MULTIMODAL = {"gemma3": "Gemma3ForConditionalGeneration", "mistral3": "Mistral3ForConditionalGeneration"}
+_MULTIMODAL_TEXT = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+_MULTIMODAL_KEYS = words(
+    """
+    model_type architectures text_config vision_config tie_word_embeddings quantization_config mm_tokens_per_image
+    boi_token_index eoi_token_index image_token_index boi_token_id eoi_token_id image_token_id projector_hidden_act
+    vision_feature_layer multimodal_projector_bias spatial_merge_size
+    """
+)
+
+# By the names of transformers' ACT2FN.
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
 }
 
 
@@ -62,30 +75,27 @@ def config_from_hf(values: Any, path: Path | str) -> ModelConfig:
     """
     if not isinstance(values, dict):
         raise ModelError(f"{path}: holds {show(values)} where a JSON object is needed; it is no model's config.json")
-    keys = Keys(values, path)
+    if is_multimodal(values):
+        values = _text_part(values, path)
     family = _hf_family(values, path)
     refuse_quantized(values, path)
     refuse_rope_contradictions(values, path)
     _refuse_unknown_hf_keys(values, _COMMON_KEYS | family.hf_keys, path)
-    activation = values.get("hidden_act", "silu")
-    if activation not in _SILU:
-        raise ModelError(f"{path}: hidden_act is {show(activation)}; tpimpi computes only 'silu'")
-
+    values = {**family.hf_defaults, **values}
+    keys = Keys(values, path)
     layers = keys.integer("num_hidden_layers", high=MAX_LAYERS)
     hidden = keys.integer("hidden_size")
     heads = keys.integer("num_attention_heads")
-    if values.get("num_key_value_heads", 0) is None:
-        kv_heads = heads
-    else:
-        kv_heads = keys.integer("num_key_value_heads", default=family.hf_kv_heads or heads)
-    if family.hf_head_dim is not None:
-        head_dim = keys.integer("head_dim", default=family.hf_head_dim)
+    kv_heads = heads if values.get("num_key_value_heads", heads) is None else keys.integer("num_key_value_heads", heads)
+    if "head_dim" in family.hf_defaults:
+        head_dim = keys.integer("head_dim")
     elif values.get("head_dim") is None:
         head_dim = even_split(hidden, heads, path, ("hidden_size", "num_attention_heads", "head_dim"))
     else:
         head_dim = keys.integer("head_dim")
-    context = keys.integer("max_position_embeddings", default=family.hf_context)
-    rope_theta, rope_scaling = _hf_rope(values, context, path)
+    context = keys.integer("max_position_embeddings", default=_CONTEXT)
+    rope = read_hf_rope(values, family, context, head_dim, path)
+    rotary = int(head_dim * rope.partial)
     attention_bias = keys.flag("attention_bias")
     return checked(
         ModelConfig(
@@ -98,18 +108,53 @@ def config_from_hf(values: Any, path: Path | str) -> ModelConfig:
             head_dim=head_dim,
             vocab=keys.integer("vocab_size"),
             context=context,
-            norm_eps=keys.number("rms_norm_eps", default=_NORM_EPS),
-            rope_theta=rope_theta,
-            rope_scaling=rope_scaling,
+            norm_eps=keys.number(family.hf_norm_eps_key, default=_NORM_EPS),
+            rope_theta=rope.theta,
+            rope_scaling=rope.scaling,
             attention_windows=family.hf_windows(keys, layers),
             tied_head=keys.flag("tie_word_embeddings"),
             qkv_bias=family.always_qkv_bias or attention_bias,
-            o_bias=attention_bias,
+            o_bias=attention_bias and family.hf_o_bias,
             mlp_bias=keys.flag("mlp_bias"),
             qk_norm=family.qk_norm,
+            rotary_dims=rotary if rotary != head_dim else 0,
+            local_rope_theta=rope.local_theta,
+            activation=_activation(values, family.hf_activation_key, path),
+            **family.hf_fields(keys, layers),
         ),
         path,
     )
+
+
+def is_multimodal(values: Mapping[str, Any]) -> bool:
+    """Whether this is the config.json of a model of which tpimpi computes the text part alone."""
+    model_type = values.get("model_type")
+    return isinstance(model_type, str) and model_type in _MULTIMODAL
+
+
+def _text_part(values: Mapping[str, Any], path: Path | str) -> dict[str, Any]:
+    """What a multimodal config.json says of its text model, as that model's own config.json would."""
+    model_type = str(values["model_type"])
+    text = values.get("text_config")
+    if not isinstance(text, dict):
+        raise ModelError(f"{path}: text_config is {show(text)}; the text model's object is needed")
+    architectures = values.get("architectures")
+    if architectures and architectures != [_MULTIMODAL[model_type]]:
+        raise ModelError(
+            f"{path}: architectures is {show(architectures)}; for model_type '{model_type}' tpimpi computes only the text "
+            f"part of ['{_MULTIMODAL[model_type]}']"
+        )
+    _refuse_unknown_hf_keys(values, _MULTIMODAL_KEYS, path)
+    outer = {key: values[key] for key in ("tie_word_embeddings", "quantization_config") if values.get(key) is not None}
+    inner = {key: value for key, value in text.items() if key != "architectures"}
+    return {"model_type": _MULTIMODAL_TEXT[model_type], **inner, **outer}
+
+
+def _activation(values: Mapping[str, Any], key: str, path: Path | str) -> Activation:
+    name = values.get(key, "silu")
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
+        raise ModelError(f"{path}: {key} is {show(name)}; tpimpi computes only {', '.join(map(repr, _ACTIVATIONS))}")
+    return _ACTIVATIONS[name]
 
 
 def _hf_family(values: Mapping[str, Any], path: Path | str) -> Architecture:
@@ -151,57 +196,3 @@ def _is_zero(value: Any) -> bool:
 def _all_full(types: Any) -> bool:
     """Whether this list of layers' kinds of attention says no more than that every layer sees all positions."""
     return isinstance(types, list) and all(kind == "full_attention" for kind in types)
-
-
-def _hf_rope(values: Mapping[str, Any], context: int, path: Path | str) -> tuple[float, RopeScaling | None]:
-    """Base and scaling of the rotary positions, from the old layout (rope_theta, rope_scaling) or the new one.
-
-    As in transformers: rope_scaling or rope_parameters, and what stands inside goes before what stands beside.
-    """
-    beside = {key: values[key] for key in ("rope_theta", "partial_rotary_factor") if values.get(key) is not None}
-    read = []
-    for name in ("rope_scaling", "rope_parameters"):
-        inside = values.get(name)
-        if inside is not None and not isinstance(inside, dict):
-            raise ModelError(f"{path}: {name} is {show(inside)}; a JSON object or null is needed")
-        if inside:
-            present = {key: value for key, value in inside.items() if value is not None}
-            read.append(_hf_rope_dict({**beside, **present}, name, context, path))
-    if len(read) == 2 and read[0] != read[1]:
-        raise ModelError(f"{path}: rope_scaling and rope_parameters say different things; remove the wrong one")
-    return read[0] if read else _hf_rope_dict(beside, "", context, path)
-
-
-def _hf_rope_dict(
-    values: Mapping[str, Any], name: str, context: int, path: Path | str
-) -> tuple[float, RopeScaling | None]:
-    prefix = f"{name}." if name else ""
-    kind = values.get("rope_type", values.get("type", "default"))
-    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
-        raise ModelError(
-            f"{path}: {prefix}rope_type is {show(kind)}, which tpimpi does not compute; it computes "
-            f"{', '.join(_ROPE_KEYS)}"
-        )
-    for key, value in values.items():
-        if key not in _ROPE_KEYS[kind] and not is_off(value):
-            raise ModelError(
-                f"{path}: key {show(prefix + key)} is {show(value)}, which tpimpi does not know for rope_type "
-                f"'{kind}' and which may change the mathematics; remove it if the model does not need it"
-            )
-    partial = values.get("partial_rotary_factor", 1.0)
-    if isinstance(partial, bool) or partial != 1:
-        raise ModelError(f"{path}: partial_rotary_factor is {show(partial)}; tpimpi computes only 1 (the whole head)")
-    keys = Keys({prefix + key: value for key, value in values.items()}, path, prefix)
-    theta = keys.number("rope_theta", default=ROPE_THETA)
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, RopeScaling("linear", factor=keys.number("factor"))
-    low, high = keys.number("low_freq_factor"), keys.number("high_freq_factor")
-    if not low < high:
-        raise ModelError(
-            f"{path}: {prefix}low_freq_factor is {low:g} and {prefix}high_freq_factor is {high:g}; "
-            f"the first must be the smaller one"
-        )
-    original = keys.integer("original_max_position_embeddings", default=context)
-    return theta, RopeScaling("llama3", keys.number("factor"), low, high, original)

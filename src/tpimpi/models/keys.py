@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tpimpi.errors import ModelError
 
 # Far above any real model, and low enough that no list made from a hostile config fills the memory.
 MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 4096
+
+Word = TypeVar("Word", bound=str)
 
 
 class Keys:
@@ -43,12 +45,20 @@ class Keys:
             raise ModelError(f"{self.path}: {self.prefix}{key} is {show(value)}; a positive number is needed")
         return float(value)
 
-    def flag(self, key: str) -> bool:
-        """A truth value, false if missing or null."""
-        value = self.values.get(self.prefix + key)
+    def flag(self, key: str, *, default: bool = False) -> bool:
+        """A truth value; if missing the default, and false if null."""
+        value = self.values.get(self.prefix + key, default)
         if value is not None and not isinstance(value, bool):
             raise ModelError(f"{self.path}: {self.prefix}{key} is {show(value)}; true or false is needed")
         return bool(value)
+
+    def choice(self, key: str, known: Sequence[Word]) -> Word:
+        """One of some words; a missing key is refused."""
+        value = self._get(key, None)
+        for word in known:
+            if value == word:
+                return word
+        raise ModelError(f"{self.path}: {self.prefix}{key} is {show(value)}; one of {', '.join(known)} is needed")
 
     def _get(self, key: str, default: Any) -> Any:
         value = self.values.get(self.prefix + key, default)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tpimpi.models.architectures import ARCHITECTURES, TensorSpec
 from tpimpi.models.architectures.base import EMBEDDING as EMBEDDING_SPEC
@@ -58,6 +59,15 @@ def canonical_hf_name(name: str) -> str:
     return name.removeprefix("model.")
 
 
+def canonical_text_name(name: str) -> str | None:
+    """The canonical name of a tensor of a multimodal model's safetensors files; None for one that is not of its text part."""
+    for prefix in ("model.language_model.", "language_model.model.", "language_model."):
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    other = name.removeprefix("model.").split(".")[0] in ("vision_tower", "multi_modal_projector")
+    return None if other else canonical_hf_name(name)
+
+
 def part_name(config: ModelConfig, layer: int, part: str, kind: str = "weight") -> str:
     """The canonical name of the tensor that a part of a layer comes from; `kind` is weight or bias."""
     family = ARCHITECTURES[config.architecture]
@@ -70,17 +80,62 @@ def head_name(config: ModelConfig) -> str:
     return EMBEDDING if config.tied_head else HEAD
 
 
-def interleaved_heads(config: ModelConfig, part: str) -> int:
-    """How many heads the rows of this matrix have where a GGUF file interleaves them within each head, else 0.
+def interleaved_heads(config: ModelConfig, part: str, *, hf: bool = False) -> int:
+    """How many heads the rows of this matrix have where a file, GGUF or `hf`, interleaves them within each head, else 0.
 
-    Row 2i of a head is then row i of Hugging Face's, and row 2i + 1 its row i + head_dim / 2.
+    Of the rows that are rotated (`rotated_rows`), row 2i of a head is then that which is paired with row 2i + 1: its row i
+    and i + half of them in slices.
     """
-    if not ARCHITECTURES[config.architecture].gguf_interleaves_qk:
+    family = ARCHITECTURES[config.architecture]
+    if not (family.hf_interleaves_qk if hf else family.gguf_interleaves_qk):
         return 0
     return {"q": config.heads, "k": config.kv_heads}.get(part, 0)
 
 
-def _tensors(config: ModelConfig) -> Iterator[ModelTensor]:
+def rotated_rows(config: ModelConfig) -> int:
+    """How many rows of a head of Q or K are rotated: the first."""
+    return config.rotary_dims or config.head_dim
+
+
+def hf_norm_offset(config: ModelConfig) -> float:
+    """What is to be added to the norms' weights of safetensors files."""
+    return ARCHITECTURES[config.architecture].hf_norm_offset
+
+
+def layer_norms(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The norms of a layer by their parts' names, and their shapes; the order is that of slices."""
+    order = ("attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "q_norm", "k_norm")
+    specs = {spec.part: spec for spec in ARCHITECTURES[config.architecture].layer}
+    return {part: _shape(config, specs[part]) for part in order if part in specs}
+
+
+class Piece(NamedTuple):
+    """Some rows of a fused matrix, and the canonical name of the matrix that they are."""
+
+    name: str
+    first: int
+    rows: int
+
+
+def fused_tensors(config: ModelConfig, *, hf: bool) -> dict[str, list[Piece]]:
+    """The matrices that a file, safetensors or GGUF, holds as one, by its name there ("model." left out)."""
+    family = ARCHITECTURES[config.architecture]
+    tensors = model_tensors(config)
+    found = {}
+    for spec in family.fused:
+        stored = spec.hf if hf else spec.gguf
+        if stored is None:
+            continue
+        for layer in range(config.layers):
+            pieces: list[Piece] = []
+            for part in spec.parts:
+                tensor = tensors[part_name(config, layer, part)]
+                pieces.append(Piece(tensor.name, sum(piece.rows for piece in pieces), tensor.shape[0]))
+            found[f"{'layers' if hf else 'blk'}.{layer}.{stored}.weight"] = pieces
+    return found
+
+
+def _shape(config: ModelConfig, spec: TensorSpec) -> tuple[int, ...]:
     sizes = {
         "hidden": config.hidden,
         "intermediate": config.intermediate,
@@ -89,9 +144,12 @@ def _tensors(config: ModelConfig) -> Iterator[ModelTensor]:
         "head_dim": config.head_dim,
         "vocab": config.vocab,
     }
+    return tuple(sizes[dimension] for dimension in spec.shape)
 
+
+def _tensors(config: ModelConfig) -> Iterator[ModelTensor]:
     def of(spec: TensorSpec, layer: int = -1) -> Iterator[ModelTensor]:
-        shape = tuple(sizes[dimension] for dimension in spec.shape)
+        shape = _shape(config, spec)
         hf, gguf = (spec.hf, spec.gguf) if layer < 0 else (f"layers.{layer}.{spec.hf}", f"blk.{layer}.{spec.gguf}")
         yield ModelTensor(f"{hf}.weight", f"{gguf}.weight", shape, spec.part, layer)
         if spec.bias is not None and getattr(config, spec.bias):

@@ -71,7 +71,7 @@ class LLM:
             tokens = generate(
                 model,
                 model.star,
-                self.engine.opened.file.embedding_rows,
+                self.engine.embed,
                 history,
                 params.sample(turn.seed, len(made)),
                 max_tokens=max_tokens - len(made),

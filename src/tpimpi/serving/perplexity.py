@@ -237,9 +237,7 @@ class Measurement:
                 found: list[tuple[F32, F64]] = []
                 for index, engine in enumerate(engines):
                     began = time.monotonic()
-                    logits = engine.model.logits(
-                        step(engine.model, engine.model.star, engine.opened.file.embedding_rows(ids[:-1]), start)
-                    )
+                    logits = engine.model.logits(step(engine.model, engine.model.star, engine.embed(ids[:-1]), start))
                     seconds[index] += time.monotonic() - began
                     normalizers = log_normalizers(logits)
                     nll[index].append(negative_log_likelihoods(logits, normalizers, ids[1:]))

@@ -51,11 +51,7 @@ def main() -> None:
         for count in job["chunks"]:
             ids = job["ids"][position : position + count]
             hidden_size = engine.opened.header.config.hidden
-            x = (
-                engine.opened.file.embedding_rows(ids)
-                if star.rank.is_hub
-                else np.empty((count, hidden_size), np.float32)
-            )
+            x = engine.embed(ids) if star.rank.is_hub else np.empty((count, hidden_size), np.float32)
             star.broadcast(x)
             hidden = engine.model.forward(x, position)
             digest.update(hidden.tobytes())

@@ -36,19 +36,42 @@ class Backend(Protocol):
     def rms_norm(self, x: F32, weight: F32, eps: float) -> F32:
         """x [..., size] over the root of its mean square, times weight [size] (Zhang and Sennrich 2019)."""
 
-    def rope(self, x: F32, cos: F32, sin: F32) -> F32:
-        """Rotate x [n, heads, head_dim] by angles cos, sin [n, head_dim / 2]; element i pairs with i + head_dim / 2."""
+    def fixed_rms_norm(self, x: F32, weight: F32, eps: float) -> F32:
+        """As rms_norm, x [n, size], with the same bits on every processor, in every backend: see `reference`.
 
-    def attention(self, q: F32, k: Array, v: Array, q_to_kv: tuple[int, ...], start: int, window: int) -> F32:
+        For what is added to the residual, of which every rank must have the same bits.
+        """
+
+    def rope(self, x: F32, cos: F32, sin: F32) -> F32:
+        """Rotate the first 2 * half elements of each head of x [n, heads, head_dim] by angles cos, sin [n, half].
+
+        Element i pairs with i + half.
+        """
+
+    def attention(
+        self,
+        q: F32,
+        k: Array,
+        v: Array,
+        q_to_kv: tuple[int, ...],
+        start: int,
+        window: int,
+        scale: float = 0.0,
+        softcap: float = 0.0,
+    ) -> F32:
         """Causal attention of q [n, heads, head_dim] at positions from `start` over k, v [kv_heads, start + n, head_dim].
 
         k and v are both f32 or both f16, which is widened; a head's positions are contiguous.
         Query head i reads KV head q_to_kv[i]. A position sees `window` positions, itself included; 0: all before it.
+        Scores are q k times `scale` (0: 1 / sqrt(head_dim)); with a `softcap` c > 0 they become c tanh(score / c).
         Returns [n, heads, head_dim].
         """
 
     def swiglu(self, gate: F32, up: F32) -> F32:
         """silu(gate) * up, elementwise [n, columns] (Shazeer 2020)."""
+
+    def geglu(self, gate: F32, up: F32) -> F32:
+        """gelu(gate) * up, elementwise [n, columns], gelu by its tanh formula (Hendrycks and Gimpel 2016)."""
 
 
 def load_backend(name: str, threads: int, kernels: str = "auto") -> Backend:

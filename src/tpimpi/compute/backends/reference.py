@@ -11,6 +11,8 @@ from tpimpi.compute.formats.bf16 import from_bf16, to_bf16
 from tpimpi.compute.formats.packed import Matrix, runs_of_rows, values
 
 _RUN_NUMBERS = 1 << 22  # of a weight, as f32 at a time
+_FIXED_LANES = 16  # of fixed_rms_norm's sums
+_GELU_SLOPE, _GELU_CUBE = 0.7978845608028654, 0.044715  # sqrt(2 / pi), and the factor of the cube
 _ACTIVATION_BLOCK = 32  # numbers of a row of activations that share a scale
 
 
@@ -36,27 +38,79 @@ class NumpyTwin:
         inverse: F32 = np.reciprocal(np.sqrt(mean_square + np.float32(eps)))
         return x * inverse * weight
 
-    def rope(self, x: F32, cos: F32, sin: F32) -> F32:
-        first, second = np.split(x, 2, axis=-1)
-        cos, sin = cos[:, None], sin[:, None]
-        return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    def fixed_rms_norm(self, x: F32, weight: F32, eps: float) -> F32:
+        return fixed_rms_norm(x, weight, eps)
 
-    def attention(self, q: F32, k: Array, v: Array, q_to_kv: tuple[int, ...], start: int, window: int) -> F32:
-        n, _, head_dim = q.shape
-        position = start + np.arange(n)[:, None]
-        key = np.arange(start + n)[None]
-        seen = (key <= position) & ((key > position - window) if window else True)
-        heads = list(q_to_kv)
-        k, v = k[heads].astype(np.float32), v[heads].astype(np.float32)  # [heads, start + n, head_dim]
-        scores = np.einsum("nhd,hkd->hnk", q, k) * np.float32(head_dim**-0.5)
-        scores = np.where(seen, scores, -np.inf)
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        weights /= weights.sum(axis=-1, keepdims=True)
-        return np.einsum("hnk,hkd->nhd", weights, v)
+    def rope(self, x: F32, cos: F32, sin: F32) -> F32:
+        half = cos.shape[-1]
+        first, second, rest = np.split(x, [half, 2 * half], axis=-1)
+        cos, sin = cos[:, None], sin[:, None]
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+    def attention(
+        self,
+        q: F32,
+        k: Array,
+        v: Array,
+        q_to_kv: tuple[int, ...],
+        start: int,
+        window: int,
+        scale: float = 0.0,
+        softcap: float = 0.0,
+    ) -> F32:
+        return capped_attention(q, k, v, q_to_kv, start, window, scale, softcap)
 
     def swiglu(self, gate: F32, up: F32) -> F32:
         with np.errstate(over="ignore"):  # exp(-gate) may be infinite: gate / inf is the right limit, 0
             return gate / (1 + np.exp(-gate)) * up
+
+    def geglu(self, gate: F32, up: F32) -> F32:
+        return geglu(gate, up)
+
+
+def capped_attention(
+    q: F32, k: Array, v: Array, q_to_kv: tuple[int, ...], start: int, window: int, scale: float, softcap: float
+) -> F32:
+    """Attention as Backend.attention."""
+    n, _, head_dim = q.shape
+    position = start + np.arange(n)[:, None]
+    key = np.arange(start + n)[None]
+    seen = (key <= position) & ((key > position - window) if window else True)
+    heads = list(q_to_kv)
+    k, v = k[heads].astype(np.float32), v[heads].astype(np.float32)  # [heads, start + n, head_dim]
+    scores = np.einsum("nhd,hkd->hnk", q, k) * np.float32(scale or head_dim**-0.5)
+    if softcap:
+        scores = np.float32(softcap) * np.tanh(scores / np.float32(softcap))
+    scores = np.where(seen, scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return np.einsum("hnk,hkd->nhd", weights, v)
+
+
+def geglu(gate: F32, up: F32) -> F32:
+    """gelu(gate) * up, as Backend.geglu."""
+    with np.errstate(over="ignore"):  # the cube may be infinite, and tanh then 1 or -1
+        inner = np.float32(_GELU_SLOPE) * (gate + np.float32(_GELU_CUBE) * gate * gate * gate)
+    return np.float32(0.5) * gate * (1 + np.tanh(inner)) * up
+
+
+def fixed_rms_norm(x: F32, weight: F32, eps: float) -> F32:
+    """x [n, size] over the root of its mean square, times weight [size]: the same bits wherever it is computed.
+
+    In f64, in which the square of an f32 is exact: element i is added to lane i mod 16 in the order of i, then lane j + 8 to
+    lane j, j + 4 to j, j + 2 to j, 1 to 0. x / sqrt(mean + eps) * weight is rounded to f32 at its end. Nothing else is
+    rounded, and each operation is one that IEEE 754 defines to the bit.
+    """
+    n, size = x.shape
+    wide = x.astype(np.float64)
+    squares = np.zeros((n, -(-size // _FIXED_LANES) * _FIXED_LANES))
+    squares[:, :size] = wide * wide
+    lanes = np.add.accumulate(squares.reshape(n, -1, _FIXED_LANES), axis=1)[:, -1]
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    inverse = 1 / np.sqrt(lanes / size + eps)
+    return (wide * inverse * weight.astype(np.float64)).astype(np.float32)
 
 
 def rounded_activations(x: F32, fmt: str) -> F32:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (the name that torch's own documentation uses)
 
 from tpimpi.compute.arrays import F32, Array
+from tpimpi.compute.backends.reference import capped_attention, fixed_rms_norm
 from tpimpi.compute.formats.base import PANEL_ROWS
 from tpimpi.compute.formats.packed import Matrix, runs_of_rows, values
 
@@ -33,12 +34,28 @@ class TorchBackend:
     def rms_norm(self, x: F32, weight: F32, eps: float) -> F32:
         return F.rms_norm(_tensor(x), weight.shape, _tensor(weight), eps).numpy()
 
-    def rope(self, x: F32, cos: F32, sin: F32) -> F32:
-        first, second = _tensor(x).chunk(2, dim=-1)
-        c, s = _tensor(cos)[:, None], _tensor(sin)[:, None]
-        return torch.cat([first * c - second * s, second * c + first * s], dim=-1).numpy()
+    def fixed_rms_norm(self, x: F32, weight: F32, eps: float) -> F32:
+        return fixed_rms_norm(x, weight, eps)
 
-    def attention(self, q: F32, k: Array, v: Array, q_to_kv: tuple[int, ...], start: int, window: int) -> F32:
+    def rope(self, x: F32, cos: F32, sin: F32) -> F32:
+        half = cos.shape[-1]
+        first, second, rest = _tensor(x).split([half, half, x.shape[-1] - 2 * half], dim=-1)
+        c, s = _tensor(cos)[:, None], _tensor(sin)[:, None]
+        return torch.cat([first * c - second * s, second * c + first * s, rest], dim=-1).numpy()
+
+    def attention(
+        self,
+        q: F32,
+        k: Array,
+        v: Array,
+        q_to_kv: tuple[int, ...],
+        start: int,
+        window: int,
+        scale: float = 0.0,
+        softcap: float = 0.0,
+    ) -> F32:
+        if softcap:
+            return capped_attention(q, k, v, q_to_kv, start, window, scale, softcap)
         n, heads, _ = q.shape
         mask = None
         if n > 1 or window:
@@ -50,17 +67,22 @@ class TorchBackend:
         queries, keys, values = _tensor(q).transpose(0, 1), _tensor(k), _tensor(v)  # [heads, positions, head_dim]
         if q_to_kv == tuple(range(q_to_kv[0], q_to_kv[0] + heads)):  # a KV head for each query head
             own = slice(q_to_kv[0], q_to_kv[0] + heads)
-            y = F.scaled_dot_product_attention(queries, keys[own].float(), values[own].float(), mask)
+            y = F.scaled_dot_product_attention(
+                queries, keys[own].float(), values[own].float(), mask, scale=scale or None
+            )
         else:  # a KV head at a time with the query heads that read it, so that no f32 key is copied
             y = torch.empty_like(queries)
             for kv_head in sorted(set(q_to_kv)):
                 group = [head for head, own_kv in enumerate(q_to_kv) if own_kv == kv_head]
                 k_group, v_group = (kv[kv_head].float().expand(len(group), -1, -1) for kv in (keys, values))
-                y[group] = F.scaled_dot_product_attention(queries[group], k_group, v_group, mask)
+                y[group] = F.scaled_dot_product_attention(queries[group], k_group, v_group, mask, scale=scale or None)
         return y.transpose(0, 1).contiguous().numpy()
 
     def swiglu(self, gate: F32, up: F32) -> F32:
         return (F.silu(_tensor(gate)) * _tensor(up)).numpy()
+
+    def geglu(self, gate: F32, up: F32) -> F32:
+        return (F.gelu(_tensor(gate), approximate="tanh") * _tensor(up)).numpy()
 
 
 def _tensor(array: Array) -> torch.Tensor:

@@ -34,6 +34,7 @@ from tpimpi.engine.model import Model
 from tpimpi.engine.window import Window
 from tpimpi.models.blocks import Block
 from tpimpi.models.config import ModelConfig
+from tpimpi.models.tensors import layer_norms
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.star import Rank, Star
 from tpimpi.star.control import Note, receive_note, send_note
@@ -170,7 +171,7 @@ class LayerBenchmark:
         self.backend: Backend = load_backend(task.backend, self.threads, task.kernels)
         most = _most_weights(task.memory[self.rank.index] if task.memory else None)
         vocab = _rows_within(config, formats.head, min(MOST_LAYER_BYTES, most // 4))
-        self._config = replace(config, layers=1, vocab=vocab, attention_windows=(config.attention_windows[0],))
+        self._config = replace(config.with_layers(1), vocab=vocab)
         self._formats = replace(formats, layers=(usual,))
         part = 1 / task.ranks
         whole = self._records(part)[1]
@@ -199,8 +200,7 @@ class LayerBenchmark:
         self._rings.append(ring)
         header = Header(self.rank.index, self._formats, "", "", self._config, plan, tuple(records))
         config, hidden = self._config, self._config.hidden
-        ones = {name: np.ones((1, hidden), np.float32) for name in ("attn_norm", "mlp_norm")}
-        ones |= {name: np.ones((1, config.head_dim), np.float32) for name in ("q_norm", "k_norm") if config.qk_norm}
+        ones = {name: np.ones((1, *shape), np.float32) for name, shape in layer_norms(config).items()}
         resident = {**ones, "norm": np.ones(hidden, np.float32)}
         model = Model(header, resident, cast(Window, ring), Star(None), self.backend, self.task.kv)
         model.begin(self.task.start + self.task.positions + 1)

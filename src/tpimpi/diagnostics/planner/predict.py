@@ -131,7 +131,7 @@ class Loads:
         self._counts: Mapping[LayerFormats, int] = Counter(formats.layers)
         kinds = tuple(self._counts)
         self._formats = replace(formats, layers=kinds)
-        self._small = replace(config, layers=len(kinds), attention_windows=(0,) * len(kinds))
+        self._small = config.with_layers(len(kinds))
         self._found: dict[tuple[Share, bool], Load] = {}
 
     def of(self, share: Share, rank: int) -> Load:

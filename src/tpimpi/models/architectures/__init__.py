@@ -1,20 +1,29 @@
 """The families of models that tpimpi computes, a small module each.
 
-To add one: a module that says its tensors and how its config is read (see `base.Architecture`), and its line below. A layer
-that is not attention and SwiGLU between norms also needs its mathematics, in tpimpi.models.layers.
+To add one: a module that says its tensors and how its config is read (see `base.Architecture`), and its line below. What a
+layer is must be said in `models.layer_spec`; mathematics that is not there yet is added to `models.layers`.
 """
 
 from __future__ import annotations
 
-from tpimpi.models.architectures.base import Architecture, TensorSpec
+from tpimpi.models.architectures.base import Architecture, FusedSpec, TensorSpec
+from tpimpi.models.architectures.cohere2 import COHERE2
+from tpimpi.models.architectures.exaone4 import EXAONE4
+from tpimpi.models.architectures.gemma import GEMMA2, GEMMA3
+from tpimpi.models.architectures.glm4 import GLM4
+from tpimpi.models.architectures.granite import GRANITE
 from tpimpi.models.architectures.llama import LLAMA
-from tpimpi.models.architectures.mistral import MISTRAL
+from tpimpi.models.architectures.ministral3 import MINISTRAL3
+from tpimpi.models.architectures.mistral import MINISTRAL, MISTRAL
+from tpimpi.models.architectures.phi3 import PHI3
 from tpimpi.models.architectures.qwen2 import QWEN2
 from tpimpi.models.architectures.qwen3 import QWEN3
+from tpimpi.models.architectures.smollm3 import SMOLLM3
 
-__all__ = ["ARCHITECTURES", "GGUF_ARCHITECTURES", "Architecture", "TensorSpec"]
+__all__ = ["ARCHITECTURES", "GGUF_ARCHITECTURES", "Architecture", "FusedSpec", "TensorSpec"]
 
-_FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3)
+_FAMILIES = (LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, GRANITE, SMOLLM3)
+_FAMILIES += (GLM4, EXAONE4, COHERE2)
 
 # By ModelConfig.architecture, which is model_type in config.json.
 ARCHITECTURES: dict[str, Architecture] = {family.name: family for family in _FAMILIES}

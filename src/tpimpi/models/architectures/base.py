@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from tpimpi.models.keys import Keys
+from tpimpi.errors import ModelError
+from tpimpi.models.keys import Keys, show
 
 # A size of a tensor, as a number of the config: "queries" is heads * head_dim, "keys" is kv_heads * head_dim.
 Dimension = Literal["hidden", "intermediate", "queries", "keys", "head_dim", "vocab"]
 # The field of ModelConfig that says whether a matrix has a bias.
 BiasFlag = Literal["qkv_bias", "o_bias", "mlp_bias"]
+# Keys and the number of layers -> attention_windows.
 Windows = Callable[[Keys, int], tuple[int, ...]]
+# Keys and the number of layers -> fields of ModelConfig that are not a Llama's.
+Fields = Callable[[Keys, int], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,18 @@ class TensorSpec:
     gguf: str
     shape: tuple[Dimension, ...]
     bias: BiasFlag | None = None  # None: never one
+
+
+@dataclass(frozen=True)
+class FusedSpec:
+    """A matrix in a file that is several of a layer's: the rows of the first of `parts`, then those of the next.
+
+    `hf` or `gguf` is None where that kind of file has them one by one.
+    """
+
+    hf: str | None
+    gguf: str | None
+    parts: tuple[str, ...]
 
 
 EMBEDDING = TensorSpec("embedding", "embed_tokens", "token_embd", ("vocab", "hidden"))
@@ -51,11 +67,17 @@ MLP = (
     TensorSpec("up", "mlp.up_proj", "ffn_up", ("intermediate", "hidden"), "mlp_bias"),
     TensorSpec("down", "mlp.down_proj", "ffn_down", ("hidden", "intermediate"), "mlp_bias"),
 )
+FUSED_GATE_UP = FusedSpec("mlp.gate_up_proj", "ffn_up", ("gate", "up"))
 
 
 def no_windows(keys: Keys, layers: int) -> tuple[int, ...]:
-    """Every layer sees all positions, whatever config.json holds."""
+    """Every layer sees all positions, whatever the file holds."""
     return (0,) * layers
+
+
+def no_fields(keys: Keys, layers: int) -> dict[str, Any]:
+    """As a Llama."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -66,22 +88,119 @@ class Architecture:
     hf_class: str  # in config.json's `architectures`
     gguf_name: str  # general.architecture in GGUF
     layer: tuple[TensorSpec, ...]  # every tensor of a layer, in the order in which messages and files of ours have them
+    fused: tuple[FusedSpec, ...] = ()
+    partial_rotary: bool = False  # a part of each head may be rotated
     always_qkv_bias: bool = (
         False  # whatever the files say; else config.json's attention_bias, or what a GGUF file holds
     )
 
-    # config.json: the keys beside those that all families have, and what transformers takes where one is missing.
+    # config.json: the keys beside those that all families have, and what transformers takes where one is missing and that is
+    # not what it takes for a Llama.
     hf_keys: frozenset[str] = frozenset()
-    hf_context: int = 2048
-    hf_kv_heads: int | None = None  # None: as many as query heads
-    hf_head_dim: int | None = None  # None: hidden / heads
-    hf_windows: Windows = no_windows  # its keys and the number of layers -> attention_windows
+    hf_defaults: Mapping[str, Any] = field(default_factory=dict)
+    hf_activation_key: str = "hidden_act"
+    hf_norm_eps_key: str = "rms_norm_eps"
+    hf_o_bias: bool = True  # attention_bias is also of the output projection
+    hf_rope_names: Mapping[str, str] = field(default_factory=dict)  # other names of rope types
+    hf_query_growth: bool = False  # llama_4_scaling_beta is understood
+    hf_rope_by_layer: bool = False  # a rope for full attention, and another one, unscaled, for layers with a window
+    hf_windows: Windows = no_windows
+    hf_fields: Fields = no_fields
+    hf_norm_offset: float = 0.0  # what a norm's weight is in the file, plus this, is what is multiplied
+    hf_interleaves_qk: bool = False
 
-    # GGUF: whether rows of Q and K are interleaved within each head, and whether one window holds for every layer.
+    # GGUF: the keys beside those that all families have, without "<arch>."; whether rows of Q and K are interleaved within
+    # each head; and which layers have a window.
+    gguf_keys: frozenset[str] = frozenset()
+    gguf_norm_eps_key: str = "attention.layer_norm_rms_epsilon"
     gguf_interleaves_qk: bool = False
-    gguf_has_windows: bool = False
+    gguf_windows: Windows | None = None  # None: none can be said
+    gguf_fields: Fields = no_fields
 
     @property
     def qk_norm(self) -> bool:
-        """Whether queries and keys are normed, head by head."""
+        """Whether queries and keys are normed."""
         return any(tensor.part == "q_norm" for tensor in self.layer)
+
+
+# Windows of config.json
+
+
+def hf_layer_types(keys: Keys, layers: int) -> list[str] | None:
+    """layer_types, None where there is none. Raises ModelError where it is no list of the two kinds that are computed."""
+    types = keys.values.get("layer_types")
+    if types is None:
+        return None
+    if not isinstance(types, list) or len(types) != layers:
+        found = f"{len(types)} entries" if isinstance(types, list) else show(types)
+        raise ModelError(f"{keys.path}: layer_types has {found}; a list of {layers} (num_hidden_layers) is needed")
+    for layer, kind in enumerate(types):
+        if kind not in ("full_attention", "sliding_attention"):
+            raise ModelError(
+                f"{keys.path}: layer_types[{layer}] is {show(kind)}, which tpimpi does not compute; "
+                f"'full_attention' or 'sliding_attention' is needed"
+            )
+    return types
+
+
+def hf_window(keys: Keys, default: int | None) -> int:
+    """sliding_window in positions; 0 where it is null."""
+    if keys.values.get("sliding_window", default) is None:
+        return 0
+    return keys.integer("sliding_window", default=default)
+
+
+def hf_windows_of_types(default_window: int | None, default_period: int, period_key: str | None = None) -> Windows:
+    """A rule: layer_types says which layers have the window; without it all have but every `default_period`th.
+
+    `period_key` is the key that older files have for the period.
+    """
+
+    def windows(keys: Keys, layers: int) -> tuple[int, ...]:
+        window, types = hf_window(keys, default_window), hf_layer_types(keys, layers)
+        if types is None:
+            period = default_period if period_key is None else keys.integer(period_key, default=default_period)
+            types = ["sliding_attention" if (layer + 1) % period else "full_attention" for layer in range(layers)]
+        for layer, kind in enumerate(types):
+            if kind == "sliding_attention" and not window:
+                raise ModelError(
+                    f"{keys.path}: layer_types[{layer}] is 'sliding_attention', but there is no window (sliding_window is "
+                    f"{show(keys.values.get('sliding_window'))}); a window, or 'full_attention', is needed"
+                )
+        return tuple(window if kind == "sliding_attention" else 0 for kind in types)
+
+    return windows
+
+
+# Windows of GGUF
+
+GGUF_WINDOW, GGUF_PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
+
+
+def gguf_window(keys: Keys, default: int = 0) -> int:
+    """The window in positions, 0 where there is none."""
+    value = keys.values.get(keys.prefix + GGUF_WINDOW, default)
+    return 0 if value is None or (type(value) is int and value == 0) else keys.integer(GGUF_WINDOW, default=default)
+
+
+def gguf_same_window(keys: Keys, layers: int) -> tuple[int, ...]:
+    """A rule: every layer has the window."""
+    return (gguf_window(keys),) * layers
+
+
+def gguf_periodic_windows(period: int, default_window: int = 0) -> Windows:
+    """A rule: a flag for each layer says which have the window, or all have but every so manieth, by default `period`th."""
+
+    def windows(keys: Keys, layers: int) -> tuple[int, ...]:
+        window, pattern = gguf_window(keys, default_window), keys.values.get(keys.prefix + GGUF_PATTERN)
+        if isinstance(pattern, list):
+            if len(pattern) != layers or any(type(flag) is not bool for flag in pattern):
+                raise ModelError(
+                    f"{keys.path}: {keys.prefix}{GGUF_PATTERN} is {show(pattern)}; true or false for each of {layers} "
+                    f"layers, or one number, is needed"
+                )
+            return tuple(window if flag else 0 for flag in pattern)
+        every = period if pattern is None else keys.integer(GGUF_PATTERN)
+        return tuple(window if (layer + 1) % every else 0 for layer in range(layers))
+
+    return windows

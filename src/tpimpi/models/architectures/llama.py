@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from tpimpi.models.architectures.base import ATTENTION, ATTENTION_NORM, MLP, MLP_NORM, Architecture
+from tpimpi.models.architectures.base import (
+    ATTENTION,
+    ATTENTION_NORM,
+    MLP,
+    MLP_NORM,
+    Architecture,
+    gguf_same_window,
+)
 
 LLAMA_LAYER = (ATTENTION_NORM, *ATTENTION, *MLP, MLP_NORM)
 
@@ -12,7 +19,6 @@ LLAMA = Architecture(
     gguf_name="llama",
     layer=LLAMA_LAYER,
     hf_keys=frozenset({"attention_bias", "mlp_bias"}),
-    hf_context=2048,
     gguf_interleaves_qk=True,
-    gguf_has_windows=True,
+    gguf_windows=gguf_same_window,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tpimpi.errors import ModelError
-from tpimpi.models.architectures.base import Architecture
+from tpimpi.models.architectures.base import Architecture, hf_layer_types
 from tpimpi.models.architectures.llama import LLAMA_LAYER
 from tpimpi.models.keys import Keys, show
 
@@ -20,21 +20,13 @@ def qwen_windows(keys: Keys, layers: int) -> tuple[int, ...]:
     window = 0
     if keys.flag("use_sliding_window") and values.get("sliding_window", 0) is not None:
         window = keys.integer("sliding_window", default=_WINDOW)
-    types = values.get("layer_types")
+    types = hf_layer_types(keys, layers)
     if types is None:
         first = values.get("max_window_layers", _MAX_WINDOW_LAYERS)
         if isinstance(first, bool) or not isinstance(first, int) or first < 0:
             raise ModelError(f"{path}: max_window_layers is {show(first)}; a whole number, 0 or more, is needed")
         return tuple(window if layer >= first else 0 for layer in range(layers))
-    if not isinstance(types, list) or len(types) != layers:
-        found = f"{len(types)} entries" if isinstance(types, list) else show(types)
-        raise ModelError(f"{path}: layer_types has {found}; a list of {layers} (num_hidden_layers) is needed")
     for layer, kind in enumerate(types):
-        if kind not in ("full_attention", "sliding_attention"):
-            raise ModelError(
-                f"{path}: layer_types[{layer}] is {show(kind)}, which tpimpi does not compute; "
-                f"'full_attention' or 'sliding_attention' is needed"
-            )
         if kind == "sliding_attention" and not window:
             raise ModelError(
                 f"{path}: layer_types[{layer}] is 'sliding_attention', but there is no window "
@@ -51,7 +43,6 @@ QWEN2 = Architecture(
     layer=LLAMA_LAYER,
     always_qkv_bias=True,
     hf_keys=QWEN_WINDOW_KEYS,
-    hf_context=32768,
-    hf_kv_heads=32,
+    hf_defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32},
     hf_windows=qwen_windows,
 )

@@ -11,8 +11,6 @@ QWEN3 = Architecture(
     gguf_name="qwen3",
     layer=(ATTENTION_NORM, *ATTENTION, *MLP, *QK_NORM, MLP_NORM),
     hf_keys=QWEN_WINDOW_KEYS | {"attention_bias"},
-    hf_context=32768,
-    hf_kv_heads=32,
-    hf_head_dim=128,
+    hf_defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
     hf_windows=qwen_windows,
 )

@@ -29,7 +29,7 @@ class KVCache:
     ) -> None:
         self.k: Array
         self.v: Array
-        self.context = context
+        self.context, self.head_dim = context, head_dim
         self.filled = 0  # positions that were ever written
         nbytes = cache_bytes(layers, kv_heads, context, head_dim, dtype) // 2
         # np.zeros would take large pages, and with them the memory of positions that are not there yet.

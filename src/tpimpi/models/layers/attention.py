@@ -9,13 +9,14 @@ import numpy as np
 from tpimpi.compute.arrays import F32
 from tpimpi.compute.backends import Backend
 from tpimpi.models.kv.cache import KVCache
+from tpimpi.models.layer_spec import LayerSpec
 from tpimpi.models.layers.parts import Parts
 from tpimpi.models.layers.rope import Angles
 
 
 @dataclass(frozen=True)
 class QKNorm:
-    """Weights, [head_dim] f32 each, of the norm over each query and key head (Qwen3), and its epsilon."""
+    """Weights, [head_dim] f32 each, of the norm over each query and key head, and its epsilon."""
 
     q: F32
     k: F32
@@ -28,14 +29,15 @@ def attention_partial(
     tile: Parts,
     cache: KVCache,
     layer: int,
+    spec: LayerSpec,
     first_kv: int,  # where this tile's KV heads stand in the cache
     q_to_kv: tuple[int, ...],
-    rotary: Angles,
-    window: int,
+    start: int,  # of the positions
+    rotary: Angles | None,
     qk_norm: QKNorm | None = None,
 ) -> F32:
     """Attention of one tile's query heads, through its columns of the output projection: [n, hidden]."""
-    n, head_dim = x.shape[0], rotary.cos.shape[1] * 2
+    n, head_dim = x.shape[0], cache.head_dim
 
     def heads(name: str) -> F32:
         return backend.linear(x, tile.matrices[name], tile.parts.get(f"{name}_bias")).reshape(n, -1, head_dim)
@@ -44,12 +46,17 @@ def attention_partial(
         y = heads(name)
         if qk_norm is not None:
             y = backend.rms_norm(y, qk_norm.q if name == "q" else qk_norm.k, qk_norm.eps)
-        return backend.rope(y, rotary.cos, rotary.sin)
+        if rotary is None:
+            return y
+        y = backend.rope(y, rotary.cos, rotary.sin)
+        return y if name == "k" or rotary.query_scale is None else y * rotary.query_scale
 
     if "k" in tile.matrices:
-        cache.write(layer, first_kv, rotary.start, turned("k"), heads("v"))
+        cache.write(layer, first_kv, start, turned("k"), heads("v"))
     if "q" not in tile.matrices:
         return np.zeros_like(x)
-    k, v = cache.read(layer, rotary.start + n)
-    seen = backend.attention(turned("q"), k, v, q_to_kv, rotary.start, window)
+    k, v = cache.read(layer, start + n)
+    seen = backend.attention(
+        turned("q"), k, v, q_to_kv, start, spec.window, spec.attention_scale, spec.attention_softcap
+    )
     return backend.linear(seen.reshape(n, -1), tile.matrices["o"])

@@ -1,6 +1,8 @@
-"""The output head of one tile."""
+"""The output head of one tile, and what becomes of its logits."""
 
 from __future__ import annotations
+
+import numpy as np
 
 from tpimpi.compute.arrays import F32
 from tpimpi.compute.backends import Backend
@@ -10,3 +12,10 @@ from tpimpi.models.layers.parts import Parts
 def head_logits(backend: Backend, x: F32, tile: Parts) -> F32:
     """Logits of one tile's run of the vocabulary, x [n, hidden] normed: [n, rows]."""
     return backend.linear(x, tile.matrices["rows"])
+
+
+def scaled_logits(logits: F32, scale: float, softcap: float) -> F32:
+    """Logits [n, vocab] times `scale`; with a `softcap` c > 0 then c tanh(logit / c)."""
+    if scale != 1:
+        logits = logits * np.float32(scale)
+    return np.float32(softcap) * np.tanh(logits / np.float32(softcap)) if softcap else logits

@@ -17,6 +17,7 @@ from tpimpi.compute.formats.base import PANEL_ROWS, UINT8
 from tpimpi.compute.formats.packed import packed_bytes
 from tpimpi.models.blocks import HEAD, Block
 from tpimpi.models.config import ModelConfig
+from tpimpi.models.tensors import layer_norms
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.weights.slices.partition import Share, Span, attention_tiles, head_tiles, mlp_tiles
 
@@ -130,9 +131,9 @@ def slice_records(
 
 
 def _resident(config: ModelConfig, rank: int) -> Record:
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("attn_norm", "mlp_norm"), (config.layers, config.hidden))
-    if config.qk_norm:
-        shapes |= dict.fromkeys(("q_norm", "k_norm"), (config.layers, config.head_dim))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in layer_norms(config).items():
+        shapes[name] = (config.layers, *shape)
     if rank == 0:
         if config.o_bias:
             shapes["o_bias"] = (config.layers, config.hidden)

@@ -34,6 +34,8 @@ from tpimpi.weights.sources.synthetic import SyntheticSource
 
 Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
 
+# Whose tensors are in files what they are in slices, one by one, and whose GGUF metadata are a Llama's.
+WRITTEN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 MAX_FILE_BYTES = 5 * 10**9  # of a safetensors file at most, unless a single tensor is larger
 _SLAB_NUMBERS = 1 << 20  # of a tensor, written at a time; at least a row
 _INDEX = "model.safetensors.index.json"
@@ -67,8 +69,11 @@ def check_gguf(config: ModelConfig, fmt: str, path: Path) -> None:
                 f"this shape has rows of {size} numbers, {fmt} in a GGUF file needs a multiple of {block}; "
                 "give --format bf16 or f32"
             )
-    has_windows = ARCHITECTURES[config.architecture].gguf_has_windows
-    if any(config.attention_windows) and (not has_windows or len(set(config.attention_windows)) > 1):
+    family = ARCHITECTURES[config.architecture]
+    if family.name not in WRITTEN_FAMILIES:
+        raise InputError(f"this shape is a {family.name}; tpimpi writes {', '.join(WRITTEN_FAMILIES)}")
+    windows = set(config.attention_windows)
+    if any(windows) and (family.gguf_windows is None or len(windows) > 1):
         raise InputError("this shape has attention windows, which a GGUF file of it cannot say; write it --as hf")
 
 

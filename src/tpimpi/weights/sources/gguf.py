@@ -16,7 +16,7 @@ import numpy as np
 
 from tpimpi.errors import ModelError
 from tpimpi.models.config_gguf import config_from_gguf
-from tpimpi.models.tensors import interleaved_heads, model_tensors
+from tpimpi.models.tensors import fused_tensors, interleaved_heads, model_tensors, rotated_rows
 from tpimpi.weights.sources.gguf_header import GgufArray, GgufFile, GgufHeader, GgufTensor
 from tpimpi.weights.sources.gguf_parts import model_of, read_parts, tensors_of_parts
 from tpimpi.weights.sources.source import (
@@ -33,7 +33,12 @@ from tpimpi.weights.sources.source import (
     unreadable,
 )
 
-_ROPE_FREQS = "rope_freqs.weight"
+# Vectors that belong to the rotary positions, by what config_from_gguf calls them.
+_ROPE_TENSORS = {
+    "factors": "rope_freqs.weight",
+    "short": "rope_factors_short.weight",
+    "long": "rope_factors_long.weight",
+}
 
 
 def open_gguf(path: Path) -> Source:
@@ -52,24 +57,31 @@ def _open_parts(parts: Sequence[GgufFile], files: Sequence[WeightFile]) -> Sourc
     path, metadata = first.file.path, first.metadata
     tensors = tensors_of_parts(parts)
     shapes = {name: tensor.shape for name, (tensor, _) in tensors.items()}
-    rope = tensors.pop(_ROPE_FREQS, None)
-    apart = [] if rope is None else [_gguf_stored(rope[0], _ROPE_FREQS, rope[1])]
-    config = config_from_gguf(metadata, path, shapes, _rope_factors(apart[0]) if apart else None)
-    needed = model_tensors(config)
+    apart = {}
+    for name, stored_name in _ROPE_TENSORS.items():
+        if stored_name in tensors:
+            tensor, file = tensors.pop(stored_name)
+            apart[name] = _gguf_stored(tensor, stored_name, file)
+    config = config_from_gguf(metadata, path, shapes, {name: _rope_factors(found) for name, found in apart.items()})
+    needed, fused = model_tensors(config), fused_tensors(config, hf=False)
     known = {tensor.gguf_name: tensor for tensor in needed.values()}
-    stored = {}
+    stored: dict[str, Stored] = {}
     for name, (tensor, file) in tensors.items():
+        if name in fused:
+            stored |= _gguf_stored(tensor, name, file).split(fused[name])
+            continue
         canonical, heads = name, 0  # a name that is not known stays as it is, and is refused below
         if name in known:
             canonical, heads = known[name].name, interleaved_heads(config, known[name].part)
         if canonical in stored:
             raise ModelError(f"{file.path}: tensor {shown(name)} is there twice; {DOWNLOAD_AGAIN}")
-        stored[canonical] = _gguf_stored(tensor, canonical, file, heads)
+        stored[canonical] = _gguf_stored(tensor, canonical, file, heads, rotated_rows(config))
+    spelled = {piece.name: name for name, pieces in fused.items() for piece in pieces}
 
     def gguf_name(name: str) -> str:
-        return needed[name].gguf_name if name in needed else name
+        return spelled.get(name, needed[name].gguf_name if name in needed else name)
 
-    _refuse_overlaps([*stored.values(), *apart], gguf_name)
+    _refuse_overlaps([*stored.values(), *apart.values()], gguf_name)
     checked = check_tensors(config, stored, gguf_name, path)
     _check_decodable(checked, gguf_name, path)
     return Source(
@@ -83,7 +95,9 @@ def _open_parts(parts: Sequence[GgufFile], files: Sequence[WeightFile]) -> Sourc
     )
 
 
-def _gguf_stored(tensor: GgufTensor, canonical: str, file: WeightFile, heads: int = 0) -> Stored:
+def _gguf_stored(
+    tensor: GgufTensor, canonical: str, file: WeightFile, heads: int = 0, permuted_rows: int = 0
+) -> Stored:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:
@@ -107,7 +121,7 @@ def _gguf_stored(tensor: GgufTensor, canonical: str, file: WeightFile, heads: in
         )
     # A vector's "row" is one number, so that runs of it are read as runs of rows.
     row_bytes = math.prod(tensor.shape[1:]) // block * block_bytes
-    return Stored(TensorInfo(canonical, tensor.shape, kind.name.lower()), file, offset, row_bytes, heads)
+    return Stored(TensorInfo(canonical, tensor.shape, kind.name.lower()), file, offset, row_bytes, heads, permuted_rows)
 
 
 def _refuse_overlaps(stored: Iterable[Stored], gguf_name: Callable[[str], str]) -> None:
@@ -128,7 +142,7 @@ def _rope_factors(stored: Stored) -> list[float]:
     shape, file = stored.info.shape, stored.file
     if len(shape) != 1 or stored.info.format != "f32":
         raise ModelError(
-            f"{file.path}: tensor {_ROPE_FREQS} has shape {list(shape)} and format {stored.info.format}; "
+            f"{file.path}: tensor {stored.info.name} has shape {list(shape)} and format {stored.info.format}; "
             f"a vector of f32 is needed"
         )
     factors: list[float] = file.read(stored.offset, shape[0] * 4).view("<f4").tolist()

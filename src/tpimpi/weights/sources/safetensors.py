@@ -11,7 +11,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,21 @@ from typing import Any
 import numpy as np
 
 from tpimpi.errors import ModelError
-from tpimpi.models.config_hf import config_from_hf
+from tpimpi.models.config import ModelConfig
+from tpimpi.models.config_hf import config_from_hf, is_multimodal
 from tpimpi.models.refused_checkpoints import TAKE_INSTEAD, refuse_quantized_tensors
-from tpimpi.models.tensors import EMBEDDING, HEAD, canonical_hf_name, hf_name
+from tpimpi.models.tensors import (
+    EMBEDDING,
+    HEAD,
+    canonical_hf_name,
+    canonical_text_name,
+    fused_tensors,
+    hf_name,
+    hf_norm_offset,
+    interleaved_heads,
+    model_tensors,
+    rotated_rows,
+)
 from tpimpi.weights.sources.source import (
     DOWNLOAD_AGAIN,
     FLOAT_FORMATS,
@@ -58,22 +70,57 @@ _COMPARED_HEAD_ROWS = 64  # of a saved head, compared with the embedding it is t
 def open_hf(directory: Path, name: str | None = None) -> Source:
     """Open a directory with config.json and safetensors; `name` is the model's where it is not the directory's."""
     config_path = directory / "config.json"
-    config = config_from_hf(read_json(config_path), config_path)
+    values = read_json(config_path)
+    config = config_from_hf(values, config_path)
+    multimodal = is_multimodal(values)
     files: list[WeightFile] = []
     try:
-        found = _hf_tensors(directory, files)
+        found = _hf_tensors(directory, files, canonical_text_name if multimodal else canonical_hf_name)
+        found = _as_computed(config, found)
         if config.tied_head and HEAD in found:
             if EMBEDDING in found:
                 _check_tied(found)
             else:  # saved under the other of its two names, as some trainers do; transformers reads it too
                 found[EMBEDDING] = replace(found[HEAD], info=replace(found[HEAD].info, name=EMBEDDING))
             del found[HEAD]
-        stored = check_tensors(config, found, hf_name, directory)
+        stored = check_tensors(config, found, _spelling(config), directory)
     except BaseException:
         for file in files:
             file.file.close()
         raise
-    return Source(directory, config, stored, files, lambda: _hf_assets(directory), assets_in_header=False, name=name)
+    left_out = "of this model the text part alone is computed: it cannot be given images" if multimodal else ""
+    return Source(
+        directory,
+        config,
+        stored,
+        files,
+        lambda: _hf_assets(directory),
+        assets_in_header=False,
+        name=name,
+        left_out=left_out,
+    )
+
+
+def _as_computed(config: ModelConfig, found: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Fused matrices one by one, rows of Q and K in the order of slices, norms with what is added to them."""
+    fused, needed = fused_tensors(config, hf=True), model_tensors(config)
+    offset, made = hf_norm_offset(config), {}
+    for name, tensor in found.items():
+        for own, piece in (tensor.split(fused[name]) if name in fused else {name: tensor}).items():
+            part = needed[own].part if own in needed else ""
+            if (heads := interleaved_heads(config, part, hf=True)) and own in needed:
+                made[own] = replace(piece, permuted_heads=heads, permuted_rows=rotated_rows(config))
+            elif offset and part.endswith("norm"):
+                made[own] = replace(piece, offset_value=offset)
+            else:
+                made[own] = piece
+    return made
+
+
+def _spelling(config: ModelConfig) -> Callable[[str], str]:
+    """How a tensor is called in the files: a part of a fused one by the name of that."""
+    fused = {piece.name: name for name, pieces in fused_tensors(config, hf=True).items() for piece in pieces}
+    return lambda name: hf_name(fused.get(name, name))
 
 
 def _hf_assets(directory: Path) -> dict[str, bytes]:
@@ -90,8 +137,13 @@ def _hf_assets(directory: Path) -> dict[str, bytes]:
     return assets
 
 
-def _hf_tensors(directory: Path, files: list[WeightFile]) -> dict[str, Stored]:
-    """Canonical name -> tensor, of every weight file; each is opened and appended to `files`."""
+def _hf_tensors(
+    directory: Path, files: list[WeightFile], canonical_name: Callable[[str], str | None]
+) -> dict[str, Stored]:
+    """Canonical name -> tensor, of every weight file; each is opened and appended to `files`.
+
+    `canonical_name` gives None for a tensor that is not wanted.
+    """
     names, placed = _weight_files(directory)
     if not names:
         raise _no_safetensors(directory)
@@ -111,8 +163,12 @@ def _hf_tensors(directory: Path, files: list[WeightFile]) -> dict[str, Stored]:
                     f"download both again, of the same version of the model"
                 )
         for name, entry in header.items():
-            canonical = canonical_hf_name(name)
-            if canonical.endswith("rotary_emb.inv_freq") or placed.get(name, file_name) != file_name:
+            canonical = canonical_name(name)
+            if (
+                canonical is None
+                or canonical.endswith("rotary_emb.inv_freq")
+                or placed.get(name, file_name) != file_name
+            ):
                 continue
             if canonical in found:
                 raise ModelError(

@@ -7,8 +7,8 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, BinaryIO
@@ -20,7 +20,7 @@ import xxhash
 from tpimpi.compute.formats.bf16 import from_bf16
 from tpimpi.errors import ModelError
 from tpimpi.models.config import ModelConfig
-from tpimpi.models.tensors import expected_tensors
+from tpimpi.models.tensors import Piece, expected_tensors
 
 FLOAT_FORMATS = MappingProxyType({"f32": 4, "bf16": 2, "f16": 2})  # bytes a number
 DOWNLOAD_AGAIN = "it is cut short or broken; download it again"
@@ -92,13 +92,35 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies. `permuted_heads` > 0: the rows of each of that many heads are interleaved."""
+    """Where a tensor lies. `permuted_heads` > 0: the first `permuted_rows` rows of each of that many heads are interleaved.
+
+    `offset_value` is added to the numbers of a vector.
+    """
 
     info: TensorInfo
     file: WeightFile
     offset: int
     row_bytes: int
     permuted_heads: int = 0
+    permuted_rows: int = 0
+    offset_value: float = 0.0
+
+    def split(self, pieces: Sequence[Piece]) -> dict[str, Stored]:
+        """The matrices that this one holds, by their canonical names. Raises ModelError where it has not as many rows."""
+        rows = sum(piece.rows for piece in pieces)
+        if len(self.info.shape) != 2 or self.info.shape[0] != rows:
+            raise ModelError(
+                f"{self.file.path}: tensor {shown(self.info.name)} has shape {list(self.info.shape)}, and the config needs "
+                f"{rows} rows; config and weights are not of the same model"
+            )
+        return {
+            piece.name: replace(
+                self,
+                info=TensorInfo(piece.name, (piece.rows, self.info.shape[1]), self.info.format),
+                offset=self.offset + piece.first * self.row_bytes,
+            )
+            for piece in pieces
+        }
 
     def rows(self, start: int, stop: int) -> Bytes:
         """Rows [start, stop) in the file's order: uint8 [rows, bytes a row]."""
@@ -123,9 +145,12 @@ class Source:
         *,
         assets_in_header: bool,
         name: str | None = None,
+        left_out: str = "",
     ) -> None:
+        """`left_out`: what of the model in the files is not taken, in a line; "" where all is."""
         self.path = path
         self.name = os.path.basename(os.path.abspath(path)) if name is None else name  # noqa: PTH100, PTH119 (links stay)
+        self.left_out = left_out
         self.config = config
         self._stored = dict(stored)
         self._files = list(files)
@@ -144,9 +169,11 @@ class Source:
         in a GGUF file twice the stored bytes). KeyError for a name that is not in `tensors()`; ModelError if the
         file cannot be read.
         """
-        info = self._stored[name].info
+        info, offset = self._stored[name].info, self._stored[name].offset_value
         numbers = decode(info.format, self.read_blocks(name, rows))
-        return numbers if len(info.shape) > 1 else numbers.reshape(-1)
+        if len(info.shape) > 1:
+            return numbers
+        return numbers.reshape(-1) + np.float32(offset) if offset else numbers.reshape(-1)
 
     def read_blocks(self, name: str, rows: slice | None = None) -> Bytes:
         """Rows of a tensor as they are stored: uint8 [rows, bytes a row], in the order of `read`'s rows.
@@ -165,8 +192,9 @@ class Source:
         head = total // tensor.permuted_heads
         first, last = start // head * head, -(-stop // head) * head
         wanted = np.arange(start, stop)
-        inside = wanted % head
-        stored = wanted - inside + inside % (head // 2) * 2 + inside // (head // 2)
+        inside, half = wanted % head, tensor.permuted_rows // 2
+        interleaved = inside % half * 2 + inside // half
+        stored = wanted - inside + np.where(inside < 2 * half, interleaved, inside)
         block: Bytes = tensor.rows(first, last)[stored - first]
         return block
 
