@@ -33,6 +33,18 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "beta_fast": 4.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 32,
+}
+GROWTH = {"llama_4_scaling_beta": 0.3}  # the queries from position 32 on grow
+FULL, SLIDING = "full_attention", "sliding_attention"
+GEMMA_CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5}  # low, so that they show
+
 # kind -> (model_type, what differs from SMALL)
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"num_key_value_heads": 4, "num_hidden_layers": 3}),
@@ -80,6 +92,82 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "num_hidden_layers": 3},
     ),
     "qwen3": ("qwen3", {"head_dim": 32, "rms_norm_eps": 1e-6}),
+    "llama-yarn": ("llama", {"rope_parameters": YARN_ROPE}),
+    "qwen3-yarn": ("qwen3", {"head_dim": 32, "rope_parameters": {**YARN_ROPE, "attention_factor": 1.25}}),
+    "ministral": (
+        "ministral",
+        {"sliding_window": 7, "head_dim": 24, "num_hidden_layers": 3, "layer_types": [FULL, SLIDING, SLIDING]},
+    ),
+    "ministral3": (
+        "ministral3",
+        {"head_dim": 24, "rope_parameters": {**YARN_ROPE, "mscale": 1.0, "mscale_all_dim": 0.5, **GROWTH}},
+    ),
+    "gemma2": (
+        "gemma2",
+        {"head_dim": 24, "query_pre_attn_scalar": 40, "num_hidden_layers": 3, "sliding_window": 7, **GEMMA_CAPS},
+    ),
+    # Layers 0, 1, 3 and 4 have the window; the global one a scaled rope.
+    "gemma3": (
+        "gemma3_text",
+        {
+            "head_dim": 24,
+            "query_pre_attn_scalar": 40,
+            "num_hidden_layers": 5,
+            "sliding_window": 7,
+            "layer_types": [SLIDING, SLIDING, FULL, SLIDING, SLIDING],
+            "rope_parameters": {
+                FULL: {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0},
+                SLIDING: {"rope_type": "default", "rope_theta": 300.0},
+            },
+        },
+    ),
+    "phi3": ("phi3", {"sliding_window": 9, "pad_token_id": 0}),
+    "phi3-long": (
+        "phi3",
+        {
+            "pad_token_id": 0,
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 32,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+                "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 8.0],
+            },
+        },
+    ),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 2.0,
+            "attention_bias": True,
+        },
+    ),
+    "smollm3": (
+        "smollm3",
+        {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0], "pad_token_id": 0, "tie_word_embeddings": True},
+    ),
+    "glm4": ("glm4", {"head_dim": 16, "attention_bias": True, "pad_token_id": 0}),
+    "exaone4": (
+        "exaone4",
+        {"head_dim": 24, "num_hidden_layers": 3, "sliding_window": 7, "layer_types": [SLIDING, FULL, SLIDING]},
+    ),
+    "exaone4-full": ("exaone4", {"sliding_window": None, "layer_types": [FULL, FULL]}),
+    "cohere2": (
+        "cohere2",
+        {
+            "num_hidden_layers": 3,
+            "sliding_window": 7,
+            "layer_types": [SLIDING, FULL, SLIDING],
+            "logit_scale": 0.5,
+            "pad_token_id": 0,
+            "tie_word_embeddings": True,
+        },
+    ),
     "mqa": ("llama", {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 1}),
 }
 
@@ -109,7 +197,8 @@ def write_tiny_hf(
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith("norm.weight"):
-                    parameter.uniform_(0.5, 1.5)
+                    # A Gemma holds its norms less 1.
+                    parameter.uniform_(0.5, 1.5).sub_(1.0 if model_type.startswith("gemma") else 0.0)
                 elif name.endswith(".bias"):
                     parameter.normal_(0.0, 0.3)
                 elif "embed_tokens" in name or "lm_head" in name:

@@ -21,7 +21,7 @@ class GgufRope:
         self._keys, self._context, self._dims = keys, context, dims
 
     def scaling(self, tensors: Mapping[str, Sequence[float]]) -> RopeScaling | None:
-        """The scaling, with the numbers of the tensors `rope_freqs` ("factors"), `rope_factors_short`, `rope_factors_long`."""
+        """The scaling, with the tensors `rope_freqs` ("factors"), `rope_factors_short` and `rope_factors_long`."""
         keys = self._keys
         kind_key, factor_key = (f"{keys.prefix}rope.scaling.{name}" for name in ("type", "factor"))
         kind = keys.values.get(kind_key)
@@ -54,7 +54,7 @@ class GgufRope:
         keys = self._keys
         if factors is not None:
             raise ModelError(
-                f"{keys.path}: holds rope_freqs.weight beside rope.scaling.type 'yarn'; tpimpi knows one of them"
+                f"{keys.path}: holds tensor rope_freqs.weight, and rope.scaling.type is 'yarn'; one of them is needed"
             )
         attention = yarn_attention_factor(factor)
         log_multiplier = keys.values.get(f"{keys.prefix}rope.scaling.yarn_log_multiplier")

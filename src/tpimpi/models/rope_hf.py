@@ -58,13 +58,14 @@ def read_hf_rope(
         inside = values.get(name)
         if inside is not None and not isinstance(inside, dict):
             raise ModelError(f"{path}: {name} is {show(inside)}; a JSON object or null is needed")
+        prefix = f"{name}."
         if inside and family.hf_rope_by_layer and name == "rope_parameters":
-            inside, name = inside.get("full_attention") or {}, "rope_parameters.full_attention"
-            if not isinstance(inside, dict):
-                raise ModelError(f"{path}: {name} is {show(inside)}; a JSON object or null is needed")
+            inside, prefix = inside.get("full_attention"), f"{name}.full_attention."
+            if inside is not None and not isinstance(inside, dict):
+                raise ModelError(f"{path}: {prefix[:-1]} is {show(inside)}; a JSON object or null is needed")
         if inside:
             present = {key: value for key, value in inside.items() if value is not None}
-            read.append(reader.read({**beside, **present}, f"{name}."))
+            read.append(reader.read({**beside, **present}, prefix))
     if len(read) == 2 and read[0] != read[1]:
         raise ModelError(f"{path}: rope_scaling and rope_parameters say different things; remove the wrong one")
     theta, scaling, partial = read[0] if read else reader.read(beside, "")

@@ -60,7 +60,7 @@ def canonical_hf_name(name: str) -> str:
 
 
 def canonical_text_name(name: str) -> str | None:
-    """The canonical name of a tensor of a multimodal model's safetensors files; None for one that is not of its text part."""
+    """The canonical name of a tensor of a multimodal model's safetensors; None for one that is not of its text part."""
     for prefix in ("model.language_model.", "language_model.model.", "language_model."):
         if name.startswith(prefix):
             return name.removeprefix(prefix)

@@ -39,7 +39,7 @@ class TorchBackend:
 
     def rope(self, x: F32, cos: F32, sin: F32) -> F32:
         half = cos.shape[-1]
-        first, second, rest = _tensor(x).split([half, half, x.shape[-1] - 2 * half], dim=-1)
+        first, second, rest = torch.tensor_split(_tensor(x), [half, 2 * half], dim=-1)
         c, s = _tensor(cos)[:, None], _tensor(sin)[:, None]
         return torch.cat([first * c - second * s, second * c + first * s, rest], dim=-1).numpy()
 

@@ -22,8 +22,10 @@ from tpimpi.models.architectures.smollm3 import SMOLLM3
 
 __all__ = ["ARCHITECTURES", "GGUF_ARCHITECTURES", "Architecture", "FusedSpec", "TensorSpec"]
 
-_FAMILIES = (LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, GRANITE, SMOLLM3)
-_FAMILIES += (GLM4, EXAONE4, COHERE2)
+_FAMILIES = (
+    *(LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, QWEN2, QWEN3, GEMMA2, GEMMA3),
+    *(PHI3, GRANITE, SMOLLM3, GLM4, EXAONE4, COHERE2),
+)
 
 # By ModelConfig.architecture, which is model_type in config.json.
 ARCHITECTURES: dict[str, Architecture] = {family.name: family for family in _FAMILIES}

@@ -20,9 +20,9 @@ A slice file is named `rank-R-of-N.h5` and holds these objects:
 `/head/tile-TTT/rows` (rank 0 only)
     A run of vocabulary rows of the output head ([rows, hidden]).
 `/resident/tile-000/{attn_norm,mlp_norm,attn_post_norm,mlp_post_norm,q_norm,k_norm,o_bias,down_bias,norm}`
-    f32, not packed, small, kept in memory for the whole run: those norms that the model has, of all layers ([layers,
-    hidden], or [layers, head_dim] for q_norm and k_norm); rank 0 alone has the biases of the output projections ([layers, hidden]), added
-    once, and the final norm ([hidden]).
+    f32, not packed, small, kept in memory for the whole run: those norms that the model has, of all layers
+    ([layers, hidden], or [layers, head_dim] for q_norm and k_norm); rank 0 alone has the biases of the output
+    projections ([layers, hidden]), added once, and the final norm ([hidden]).
 `/tokenizer/tile-000/NAME` (rank 0 only)
     The tokenizer's files as they are (uint8).
 `/embedding/weight`, `/embedding/checksums` (rank 0 only)

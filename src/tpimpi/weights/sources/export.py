@@ -56,6 +56,14 @@ class _Tensor:
 # GGUF
 
 
+def check_family(config: ModelConfig) -> None:
+    """Raise InputError for a family whose files are not written."""
+    if config.architecture not in WRITTEN_FAMILIES:
+        raise InputError(
+            f"this shape is a {config.architecture}; synth writes {', '.join(WRITTEN_FAMILIES)}; choose one of those"
+        )
+
+
 def check_gguf(config: ModelConfig, fmt: str, path: Path) -> None:
     """Raise InputError where GGUF cannot hold such a model, or `path` is no place for a .gguf file."""
     if path.suffix != ".gguf":
@@ -69,9 +77,8 @@ def check_gguf(config: ModelConfig, fmt: str, path: Path) -> None:
                 f"this shape has rows of {size} numbers, {fmt} in a GGUF file needs a multiple of {block}; "
                 "give --format bf16 or f32"
             )
+    check_family(config)
     family = ARCHITECTURES[config.architecture]
-    if family.name not in WRITTEN_FAMILIES:
-        raise InputError(f"this shape is a {family.name}; tpimpi writes {', '.join(WRITTEN_FAMILIES)}")
     windows = set(config.attention_windows)
     if any(windows) and (family.gguf_windows is None or len(windows) > 1):
         raise InputError("this shape has attention windows, which a GGUF file of it cannot say; write it --as hf")
@@ -193,6 +200,7 @@ def write_hf(source: SyntheticSource, folder: Path, progress: Progress) -> None:
 
     Raises InputError, StorageError.
     """
+    check_family(source.config)
     files = _safetensors_files(source)
     names = [f"model-{number + 1:05}-of-{len(files):05}.safetensors" for number in range(len(files))]
     temporaries = [_temporary(folder / name) for name in names]
