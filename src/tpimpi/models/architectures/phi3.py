@@ -18,8 +18,10 @@ PHI3 = Architecture(
     gguf_name="phi3",
     layer=LLAMA_LAYER,
     fused=(FusedSpec("self_attn.qkv_proj", "attn_qkv", ("q", "k", "v")), FUSED_GATE_UP),
-    # The first says where the code of the model is, which transformers has.
-    hf_keys=frozenset({"auto_map", "original_max_position_embeddings", "sliding_window"}),
+    # auto_map says where the code of the model is, which transformers has; it reads neither of the last two.
+    hf_keys=frozenset(
+        {"auto_map", "original_max_position_embeddings", "sliding_window", "full_attn_mod", "interpolate_factor"}
+    ),
     hf_defaults={
         "vocab_size": 32064,
         "hidden_size": 3072,

@@ -1,0 +1,139 @@
+"""A Hugging Face folder written as a GGUF file, as llama.cpp's converter does: the names are those of the gguf package, the
+keys and what is done to the tensors are the facts of convert_hf_to_gguf.py, family by family.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from safetensors.numpy import load_file
+
+from tests.support.sources_cases import permute
+
+# model_type of config.json -> general.architecture
+ARCHITECTURES = {
+    **{
+        name: name
+        for name in ("llama", "qwen2", "qwen3", "gemma2", "phi3", "granite", "smollm3", "glm4", "exaone4", "cohere2")
+    },
+    **{"mistral": "llama", "ministral3": "mistral3", "gemma3_text": "gemma3", "olmo2": "olmo2", "olmo3": "olmo2"},
+}
+_PERMUTED = ("llama", "granite", "smollm3", "mistral3")  # rows of Q and K
+_NORMS_PLUS_1 = ("gemma2", "gemma3")
+
+
+def write_gguf_of(folder: Path, path: Path) -> Path:
+    """Write the model in `folder`, one safetensors file in f32, as `path`; returns it."""
+    config = json.loads((folder / "config.json").read_text())
+    arch = ARCHITECTURES[config["model_type"]]
+    writer = gguf.GGUFWriter(path, arch)
+    _metadata(writer, arch, config)
+    number = next(number for number, word in gguf.MODEL_ARCH_NAMES.items() if word == arch)
+    names = gguf.get_tensor_name_map(number, config["num_hidden_layers"])
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    for name, values in load_file(folder / "model.safetensors").items():
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert stored is not None, name
+        rows = values
+        if arch in _PERMUTED and (".q_proj." in name or ".k_proj." in name):
+            rows = permute(values, heads if ".q_proj." in name else kv_heads)
+        if arch in _NORMS_PLUS_1 and name.endswith("norm.weight"):
+            rows = values + np.float32(1)
+        writer.add_tensor(stored, np.ascontiguousarray(rows), raw_dtype=gguf.GGMLQuantizationType.F32)
+    for stored, factors in _rope_tensors(config).items():
+        writer.add_tensor(stored, factors, raw_dtype=gguf.GGMLQuantizationType.F32)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """The rope of full attention."""
+    rope = config.get("rope_parameters") or {}
+    return rope.get("full_attention", rope)
+
+
+def _head_dim(config: dict[str, Any]) -> int:
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
+def _metadata(writer: gguf.GGUFWriter, arch: str, config: dict[str, Any]) -> None:
+    rope, head_dim = _rope(config), _head_dim(config)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if arch == "cohere2":
+        writer.add_layer_norm_eps(config["layer_norm_eps"])
+    else:
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if arch != "phi3":
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+    _scaling(writer, config, rope)
+    _of_family(writer, arch, config)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([str(number).encode() for number in range(config["vocab_size"])])
+
+
+def _scaling(writer: gguf.GGUFWriter, config: dict[str, Any], rope: dict[str, Any]) -> None:
+    kind = rope["rope_type"]
+    if kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    elif kind == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+    elif kind == "longrope":
+        original = rope["original_max_position_embeddings"]
+        writer.add_rope_scaling_orig_ctx_len(original)
+        longer = config["max_position_embeddings"] / original
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(longer) / math.log(original)))
+    if "llama_4_scaling_beta" in rope:
+        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+        writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+
+
+def _of_family(writer: gguf.GGUFWriter, arch: str, config: dict[str, Any]) -> None:
+    if arch in ("gemma2", "gemma3", "cohere2", "phi3") and config.get("sliding_window"):
+        writer.add_sliding_window(config["sliding_window"])
+    if arch in ("gemma3", "cohere2", "exaone4", "olmo2") and "sliding_attention" in config.get("layer_types", []):
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
+    if arch == "gemma2":
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    if arch == "gemma3":
+        writer.add_float32("gemma3.rope.freq_base_swa", config["rope_parameters"]["sliding_attention"]["rope_theta"])
+    if arch == "granite":
+        writer.add_attention_scale(config["attention_multiplier"])
+        writer.add_embedding_scale(config["embedding_multiplier"])
+        writer.add_residual_scale(config["residual_multiplier"])
+        writer.add_logit_scale(config["logits_scaling"])
+    if arch == "cohere2":
+        writer.add_logit_scale(config["logit_scale"])
+        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+
+
+def _rope_tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
+    rope = _rope(config)
+    if rope["rope_type"] == "longrope":
+        return {
+            f"rope_factors_{length}.weight": np.array(rope[f"{length}_factor"], np.float32)
+            for length in ("long", "short")
+        }
+    return {}
