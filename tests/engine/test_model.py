@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support.gguf_models import write_gguf_of
 from tests.support.launch import PROGRAMS
 from tests.support.ranks import Ranks
 from tests.support.slices import joined
@@ -23,8 +24,13 @@ TOLERANCE = 2e-4
 # kind of tiny model, ranks or shares -> beyond the 1, 2 and 3 equal ranks that every kind gets
 MORE = {
     4: [("smollm", [4, 2, 2, 1]), ("llama-bias", [1, 1, 1, 1])],
-    7: [("mqa", [1] * 7), ("llama-odd", [1] * 7), ("qwen3", [5, 1, 1, 1, 1, 0, 1])],
+    7: [("mqa", [1] * 7), ("llama-odd", [1] * 7), ("qwen3", [5, 1, 1, 1, 1, 0, 1]), ("cohere2", [5, 1, 1, 1, 1, 0, 1])],
 }
+# Those of which a GGUF file can say all.
+GGUF_KINDS = (
+    *("llama", "llama-yarn", "qwen3", "ministral3", "gemma2", "gemma3", "phi3", "phi3-long", "granite", "smollm3"),
+    *("glm4", "exaone4", "exaone4-full", "cohere2"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +69,13 @@ def test_logits_are_those_of_transformers(on_ranks: Ranks, models, ranks: int, t
         with open_source(path) as source:
             slice_model(source, make_partition(source.config, weights), choose_formats(source, "f32"), tmp_path / kind)
         jobs.append({"name": kind, "slices": str(tmp_path / kind), "ids": ids, "chunks": CHUNKS})
+        if ranks == 1:  # our own kernels, and what a GGUF file of the model says
+            jobs.append({**jobs[-1], "name": f"{kind}@native", "backend": "native"})
+            if kind in GGUF_KINDS:
+                folder = tmp_path / f"{kind}@gguf"
+                with open_source(write_gguf_of(path, tmp_path / f"{kind}.gguf")) as source:
+                    slice_model(source, make_partition(source.config, [1]), choose_formats(source, "f32"), folder)
+                jobs.append({**jobs[-2], "name": folder.name, "slices": str(folder)})
         if ranks == 2:  # the other backend, and a window that streams
             jobs.append({**jobs[-1], "name": f"{kind}@numpy", "backend": "numpy", "window": 2})
     _run(on_ranks, ranks, jobs, tmp_path)

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from tpimpi.errors import ModelError
-from tpimpi.models.config import ModelConfig, RopeScaling
+from tpimpi.models.config import ModelConfig
 from tpimpi.models.config_gguf import config_from_gguf
+from tpimpi.models.layer_spec import RopeScaling
 
 SHAPES = {"token_embd.weight": (160, 64), "output.weight": (160, 64), "blk.0.attn_q.weight": (64, 64)}
 
@@ -76,9 +77,9 @@ def test_gguf_rope_and_window() -> None:
     scaled = metadata(**{"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0})
     assert config_from_gguf(scaled, "x.gguf", SHAPES).rope_scaling == RopeScaling("linear", factor=4.0)
     factors = [1.0, 1.0, 2.0, 2.0, 4.0, 8.0, 8.0, 8.0]
-    config = config_from_gguf(metadata(), "x.gguf", SHAPES, factors)
+    config = config_from_gguf(metadata(), "x.gguf", SHAPES, {"factors": factors})
     assert config.rope_scaling == RopeScaling("factors", factors=tuple(factors))
-    both = config_from_gguf(scaled, "x.gguf", SHAPES, factors).rope_scaling
+    both = config_from_gguf(scaled, "x.gguf", SHAPES, {"factors": factors}).rope_scaling
     assert both == RopeScaling("factors", factors=tuple(4 * factor for factor in factors))
     assert config_from_gguf(metadata(**{"llama.attention.sliding_window": 7}), "x.gguf", SHAPES).attention_windows == (
         7,
@@ -89,14 +90,15 @@ def test_gguf_rope_and_window() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"general.architecture": "gemma3"}, ["general.architecture", "'gemma3'", "llama, qwen2, qwen3"]),
+        ({"general.architecture": "gpt-oss"}, ["general.architecture", "'gpt-oss'", "llama, mistral3, qwen2, qwen3"]),
         ({"general.architecture": None}, ["general.architecture is None"]),
         ({"general.type": "adapter"}, ["general.type is 'adapter'"]),
         ({"expert_count": 8}, ["llama.expert_count is 8", "mixture of experts"]),
         ({"llama.attention.causal": False}, ["llama.attention.causal is False"]),
         ({"llama.attention.scale": 0.5}, ["'llama.attention.scale' is 0.5"]),
         ({"logit_scale": 2.0}, ["'llama.logit_scale' is 2.0"]),
-        ({"llama.rope.scaling.type": "yarn"}, ["llama.rope.scaling.type is 'yarn'"]),
+        ({"llama.rope.scaling.type": "dynamic"}, ["llama.rope.scaling.type is 'dynamic'"]),
+        ({"llama.rope.scaling.type": "longrope"}, ["rope_factors_short.weight is missing"]),
         ({"llama.rope.scaling.factor": -1.0}, ["llama.rope.scaling.factor is -1.0"]),
         ({"llama.rope.scaling.factor": float("nan")}, ["llama.rope.scaling.factor is nan"]),
         ({"llama.rope.dimension_count": 8}, ["llama.rope.dimension_count is 8", "16"]),
@@ -129,8 +131,8 @@ def test_gguf_zero_keys_are_harmless() -> None:
 
 
 def test_gguf_rope_factors_are_checked() -> None:
-    assert "has 3 numbers; 8" in gguf_refusal(metadata(), rope_factors=[1.0] * 3)
-    assert "holds 0.0" in gguf_refusal(metadata(), rope_factors=[0.0] * 8)
+    assert "has 3 numbers; 8" in gguf_refusal(metadata(), rope_factors={"factors": [1.0] * 3})
+    assert "holds 0.0" in gguf_refusal(metadata(), rope_factors={"factors": [0.0] * 8})
 
 
 def test_gguf_window_without_layers_is_refused() -> None:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 
+from tests.support.rope_oracle import check_angles_and_windows
 from tpimpi.errors import ModelError
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.config_hf import config_from_hf, is_multimodal
-from tpimpi.models.layers.rope import angles, rope_frequencies
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -453,42 +452,7 @@ def test_every_key_is_accounted_for(name: str) -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_angles_and_windows_are_those_of_transformers(name: str) -> None:
-    """Of every layer: the angles that its positions are turned by, and whether it has a window."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    config, theirs = _ours(name), _theirs(PUBLISHED[name])
-    theirs.num_hidden_layers = 1  # the rotary embedding is all that is wanted of the model
-    types = getattr(theirs, "layer_types", None)
-    theirs.hidden_size = theirs.intermediate_size = 64 * theirs.num_attention_heads
-    theirs.vocab_size, theirs.pad_token_id = 8, None
-    head_dim = config.head_dim
-    theirs.head_dim = head_dim
-    if types is not None:
-        theirs.layer_types = types[:1]
-    with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(theirs).model.rotary_emb)
-    if types is not None:
-        theirs.layer_types = types
-    rotary = kind(theirs)
-    positions = torch.arange(5)[None] + 100
-    for layer in range(config.layers):
-        spec = config.layer(layer)
-        sliding = types is not None and types[layer] == SLIDING
-        window = getattr(theirs, "sliding_window", None)
-        if getattr(theirs, "use_sliding_window", True) is False:
-            window = None
-        assert spec.window == ((window or 0) if sliding or (types is None and window) else 0), layer
-        if spec.rope is None:
-            continue
-        arguments = (types[layer],) if hasattr(rotary, "layer_types") else ()
-        cos, sin = rotary(torch.zeros(1), positions, *arguments)
-        mine = angles(spec.rope, rope_frequencies(spec.rope, 1000), 100, 5)
-        if config.architecture == "cohere2":  # which repeats each angle
-            cos, sin = cos[..., ::2], sin[..., ::2]
-        half = mine.cos.shape[1]
-        np.testing.assert_allclose(mine.cos, cos[0, :, :half].numpy(), atol=2e-5)
-        np.testing.assert_allclose(mine.sin, sin[0, :, :half].numpy(), atol=2e-5)
+    check_angles_and_windows(_ours(name), _theirs(PUBLISHED[name]))
 
 
 def test_what_no_shape_shows() -> None:

@@ -21,7 +21,11 @@ ARCHITECTURES = {
         name: name
         for name in ("llama", "qwen2", "qwen3", "gemma2", "phi3", "granite", "smollm3", "glm4", "exaone4", "cohere2")
     },
-    **{"mistral": "llama", "ministral3": "mistral3", "gemma3_text": "gemma3", "olmo2": "olmo2", "olmo3": "olmo2"},
+    "mistral": "llama",
+    "ministral3": "mistral3",
+    "gemma3_text": "gemma3",
+    "olmo2": "olmo2",
+    "olmo3": "olmo2",
 }
 _PERMUTED = ("llama", "granite", "smollm3", "mistral3")  # rows of Q and K
 _NORMS_PLUS_1 = ("gemma2", "gemma3")

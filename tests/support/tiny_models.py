@@ -149,7 +149,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "smollm3": (
         "smollm3",
-        {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0], "pad_token_id": 0, "tie_word_embeddings": True},
+        {"num_hidden_layers": 4, "pad_token_id": 0, "tie_word_embeddings": True},
     ),
     "glm4": ("glm4", {"head_dim": 16, "attention_bias": True, "pad_token_id": 0}),
     "exaone4": (

@@ -23,6 +23,7 @@ from tests.support.sources_cases import (
 )
 from tests.support.tiny_models import TINY, write_tiny_hf
 from tpimpi.errors import ModelError
+from tpimpi.models.config import ModelConfig
 from tpimpi.models.tensors import expected_tensors
 from tpimpi.weights.sources import TOKENIZER_FILES, open_source
 
@@ -46,6 +47,28 @@ def edit_config(directory: Path, **changes: Any) -> None:
 # Hugging Face directories
 
 
+def as_computed(theirs: dict[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
+    """The tensors as layers use them: fused ones one by one, a Gemma's norms whole, pairs of rotated rows half a head apart."""
+    made = {}
+    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    for name, values in theirs.items():
+        if "qkv_proj" in name:
+            for part, rows in zip("qkv", np.split(values, [queries, queries + keys]), strict=True):
+                made[name.replace("qkv_proj", f"{part}_proj")] = rows
+        elif "gate_up_proj" in name:
+            for part, rows in zip(("gate", "up"), np.split(values, 2), strict=True):
+                made[name.replace("gate_up_proj", f"{part}_proj")] = rows
+        elif config.architecture in ("glm4", "cohere2") and (".q_proj." in name or ".k_proj." in name):
+            heads = values.reshape(-1, config.head_dim, *values.shape[1:])
+            rotated, rest = np.split(heads, [config.rotary_dims or config.head_dim], axis=1)
+            made[name] = np.concatenate([rotated[:, ::2], rotated[:, 1::2], rest], axis=1).reshape(values.shape)
+        elif config.architecture.startswith("gemma") and name.endswith("norm.weight"):
+            made[name] = values + np.float32(1)
+        else:
+            made[name] = values
+    return made
+
+
 @pytest.mark.parametrize("kind", TINY)
 def test_every_architecture_reads_as_transformers_loads(kind: str, tmp_path: Path) -> None:
     directory = write_tiny_hf(tmp_path / kind, kind)
@@ -53,6 +76,7 @@ def test_every_architecture_reads_as_transformers_loads(kind: str, tmp_path: Pat
     with open_source(directory) as source:
         if source.config.tied_head:
             theirs.pop("lm_head.weight", None)
+        theirs = as_computed(theirs, source.config)
         assert set(source.tensors()) == set(theirs)
         for name, info in source.tensors().items():
             assert info.shape == theirs[name].shape and info.name == name and info.format == "f32"
