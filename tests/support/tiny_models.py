@@ -104,12 +104,20 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma2": (
         "gemma2",
-        {"head_dim": 24, "query_pre_attn_scalar": 40, "num_hidden_layers": 3, "sliding_window": 7, **GEMMA_CAPS},
+        {
+            "tie_word_embeddings": True,
+            "head_dim": 24,
+            "query_pre_attn_scalar": 40,
+            "num_hidden_layers": 3,
+            "sliding_window": 7,
+            **GEMMA_CAPS,
+        },
     ),
     # Layers 0, 1, 3 and 4 have the window; the global one a scaled rope.
     "gemma3": (
         "gemma3_text",
         {
+            "tie_word_embeddings": True,
             "head_dim": 24,
             "query_pre_attn_scalar": 40,
             "num_hidden_layers": 5,
