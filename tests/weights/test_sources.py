@@ -48,7 +48,7 @@ def edit_config(directory: Path, **changes: Any) -> None:
 
 
 def as_computed(theirs: dict[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
-    """The tensors as layers use them: fused ones one by one, a Gemma's norms whole, rows that are a pair half a head apart."""
+    """The tensors as layers use them: fused ones one by one, a Gemma's norms whole, rows of a pair half a head apart."""
     made = {}
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
     for name, values in theirs.items():
