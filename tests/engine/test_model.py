@@ -29,7 +29,7 @@ MORE = {
 # Those of which a GGUF file can say all.
 GGUF_KINDS = (
     *("llama", "llama-yarn", "qwen3", "ministral3", "gemma2", "gemma3", "phi3", "phi3-long", "granite", "smollm3"),
-    *("glm4", "exaone4", "exaone4-full", "cohere2"),
+    *("olmo2", "olmo3", "glm4", "exaone4", "exaone4-full", "cohere2"),
 )
 
 

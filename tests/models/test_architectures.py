@@ -64,7 +64,8 @@ def test_every_family_has_the_matrices_that_formats_are_chosen_for(name: str) ->
     parts = {spec.part: spec for spec in ARCHITECTURES[name].layer}
     assert len(parts) == len(ARCHITECTURES[name].layer)
     assert [part for part, spec in parts.items() if len(spec.shape) == 2] == list(LayerFormats._fields)
-    assert ("q_norm" in parts) == ARCHITECTURES[name].qk_norm == (name in ("qwen3", "gemma3_text", "exaone4"))
+    assert ("q_norm" in parts) == ARCHITECTURES[name].qk_norm
+    assert ARCHITECTURES[name].qk_norm == (name in ("qwen3", "gemma3_text", "exaone4", "olmo2", "olmo3"))
 
 
 def test_shapes_biases_and_a_tied_head() -> None:

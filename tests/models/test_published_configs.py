@@ -262,6 +262,57 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "torch_dtype": "bfloat16",
         "vocab_size": 151552,
     },
+    "allenai/OLMo-2-1124-7B": {
+        **_COMMON,
+        "architectures": ["Olmo2ForCausalLM"],
+        "attention_bias": False,
+        "eos_token_id": 100257,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 4096,
+        "model_type": "olmo2",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "pad_token_id": 100277,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 500000,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "vocab_size": 100352,
+    },
+    "allenai/Olmo-3-7B-Instruct": {
+        **_COMMON,
+        "architectures": ["Olmo3ForCausalLM"],
+        "attention_bias": False,
+        "eos_token_id": 100257,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "layer_types": every(4, 32),
+        "max_position_embeddings": 65536,
+        "model_type": "olmo3",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "pad_token_id": 100277,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {
+            "attention_factor": 1.2079441541679836,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 8.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "yarn",
+        },
+        "rope_theta": 500000,
+        "sliding_window": 4096,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 100278,
+    },
     "LGAI-EXAONE/EXAONE-4.0-32B": {
         **_COMMON,
         "architectures": ["Exaone4ForCausalLM"],
@@ -473,6 +524,9 @@ def test_what_no_shape_shows() -> None:
     assert smollm3.unrotated_layers == (3, 7, 11, 15, 19, 23, 27, 31, 35) and smollm3.tied_head
     glm4 = _ours("THUDM/GLM-4-9B-0414")
     assert glm4.rotary_dims == 64 and glm4.qkv_bias and not glm4.o_bias and glm4.post_norms and glm4.pre_norms
+    olmo = _ours("allenai/Olmo-3-7B-Instruct")
+    assert olmo.qk_norm_over_all and not olmo.pre_norms and olmo.post_norms and olmo.layer(0).window == 4096
+    assert olmo.layer(0).rope.scaling is None and olmo.layer(3).rope.scaling.kind == "yarn"  # type: ignore[union-attr]
     exaone = _ours("LGAI-EXAONE/EXAONE-4.0-32B")
     assert not exaone.pre_norms and exaone.layer(3).rope is None and exaone.layer(2).window == 4096
     cohere = _ours("CohereForAI/c4ai-command-r7b-12-2024")

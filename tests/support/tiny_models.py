@@ -176,6 +176,17 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "olmo2": ("olmo2", {"num_attention_heads": 8, "num_key_value_heads": 2, "pad_token_id": 0}),
+    "olmo3": (
+        "olmo3",
+        {
+            "num_hidden_layers": 3,
+            "sliding_window": 7,
+            "layer_types": [SLIDING, FULL, SLIDING],
+            "pad_token_id": 0,
+            "rope_parameters": {FULL: YARN_ROPE, SLIDING: {"rope_type": "default", "rope_theta": 500.0}},
+        },
+    ),
     "mqa": ("llama", {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 1}),
 }
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from tpimpi.diagnostics.cache_table import print_cache
 from tpimpi.diagnostics.inspect_model import WIDTH, CheckTokenizer, inspect_model, shown
 from tpimpi.errors import InputError, SliceError, StorageError, TpimpiError
+from tpimpi.models.blocks import LAYER_KINDS
 from tpimpi.models.keys import show
 from tpimpi.system.files import write_json
 from tpimpi.system.terminal import print_table
@@ -104,7 +105,7 @@ def _slices(files: list[Path], told: list[dict[str, Any]], *, verify: bool) -> d
         if problem is not None:
             problems.append(problem)
         headers[path] = header
-        tiles = [record.nbytes for record in header.records if record.block.kind in ("attn", "mlp", "head")]
+        tiles = [record.nbytes for record in header.records if record.block.kind in (*LAYER_KINDS, "head")]
         told.append(
             {
                 "file": path.name,

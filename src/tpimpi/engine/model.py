@@ -18,13 +18,14 @@ from tpimpi.compute.backends import Backend
 from tpimpi.engine.overlap import HalfChunk, Need, Steps, go_through_blocks, half_chunks
 from tpimpi.engine.trace import COMPUTE, STAR, Recorder
 from tpimpi.engine.window import Window
-from tpimpi.models.blocks import HEAD, Block
+from tpimpi.models.blocks import HEAD, Block, layer_blocks
 from tpimpi.models.kv.cache import KVCache, kv_dtype
 from tpimpi.models.layer_spec import Rope
 from tpimpi.models.layers.attention import QKNorm, attention_partial
 from tpimpi.models.layers.head import head_logits, scaled_logits
 from tpimpi.models.layers.mlp import mlp_partial
 from tpimpi.models.layers.norms import pre_norm
+from tpimpi.models.layers.projections import Projections, TileHeads
 from tpimpi.models.layers.rope import Angles, angles, rope_frequencies
 from tpimpi.star import Star
 from tpimpi.weights.slices.file import Tile
@@ -35,7 +36,7 @@ _NOT_RECORDED = contextlib.nullcontext()
 
 def block_order(header: Header) -> list[Block]:
     """The cycle of blocks that a rank goes through for each token; only rank 0 has the head."""
-    layers = [Block(kind, layer) for layer in range(header.config.layers) for kind in ("attn", "mlp")]
+    layers = [block for layer in range(header.config.layers) for block in layer_blocks(header.config, layer)]
     return [*layers, HEAD] if header.rank == 0 else layers
 
 
@@ -98,14 +99,20 @@ class Model:
         """
         rotary = self._angles(start, x.shape[0])
         h = partial = x
+        projections = None
         for place, block in enumerate(self._blocks):
             spec = self._layers[block.layer]
             if not (spec.parallel and block.kind == "mlp"):  # which goes on with what its attention read and made
                 h, partial = self._normed(x, block), np.zeros_like(x)
+            if block.kind == "qkv":  # whose partial is of sums of squares
+                projections, partial = (
+                    Projections(self.backend, self.config.head_dim),
+                    np.zeros((x.shape[0], 2), np.float32),
+                )
             number = 0
             while (tile := (yield Need.TILE)) is not None:
                 with self._recorded(COMPUTE, place, number):
-                    partial += self._tile_partial(h, tile, start, rotary)
+                    partial += self._tile_partial(h, tile, start, rotary, projections)
                 number += 1
             self._add_bias(partial, block)
             if spec.parallel and block.kind == "attn":
@@ -114,7 +121,10 @@ class Model:
             yield Need.SUM
             with self._recorded(STAR, place):
                 total.wait()
-            x += self._to_residual(partial, block)
+            if projections is not None and block.kind == "qkv":
+                self._finish(projections, partial, block.layer, start, rotary)
+            else:
+                x += self._to_residual(partial, block)
 
     def _normed(self, x: F32, block: Block) -> F32:
         """What a block reads, [n, hidden]."""
@@ -136,11 +146,31 @@ class Model:
         """Rotary angles of these positions, for each rope that the layers have."""
         return {rope: angles(rope, frequencies, start, positions) for rope, frequencies in self._frequencies.items()}
 
-    def _tile_partial(self, h: F32, tile: Tile, start: int, rotary: Mapping[Rope, Angles]) -> F32:
-        """What one tile adds to its block: [n, hidden] from `h` [n, hidden]."""
-        if tile.record.block.kind == "attn":
+    def _tile_partial(
+        self, h: F32, tile: Tile, start: int, rotary: Mapping[Rope, Angles], projections: Projections | None
+    ) -> F32:
+        """What one tile adds to its block: [n, hidden] from `h` [n, hidden], or [n, 2] sums of squares."""
+        record = tile.record
+        if projections is not None and record.block.kind == "qkv":
+            first = -(-self.share.heads.start // (self.config.heads // self.config.kv_heads))
+            counted = (max(record.kv_heads.start, min(first, record.kv_heads.stop)), record.kv_heads.stop)
+            return projections.add(h, tile, TileHeads(tuple(record.heads), tuple(record.kv_heads), counted))
+        if projections is not None and record.block.kind == "attn":
+            assert self.cache is not None, "forward before begin"
+            layer, spec = record.block.layer, self._layers[record.block.layer]
+            return projections.attention(tile, tuple(record.heads), self.cache, layer, spec, record.q_to_kv, start)
+        if record.block.kind == "attn":
             return self._attention(h, tile, start, rotary)
         return mlp_partial(self.backend, h, tile, self._layers[tile.record.block.layer].activation)
+
+    def _finish(
+        self, projections: Projections, squares: F32, layer: int, start: int, rotary: Mapping[Rope, Angles]
+    ) -> None:
+        assert self.cache is not None, "forward before begin"
+        rope = self._layers[layer].rope
+        norm = QKNorm(self.resident["q_norm"][layer], self.resident["k_norm"][layer], self.config.norm_eps)
+        turned = None if rope is None else rotary[rope]
+        projections.finish(squares, norm, self.cache, layer, self.share.kv_heads.start, start, turned)
 
     def logits(self, x: F32) -> F32:
         """Rank 0: final norm and output head of hidden vectors `x` [n, hidden]; returns [n, vocab]."""
@@ -176,6 +206,8 @@ class Model:
 
     def _add_bias(self, partial: F32, block: Block) -> None:
         # Only rank 0's file has the biases of the output projections, so each is added once.
+        if block.kind == "qkv":
+            return
         bias = self.resident.get("o_bias" if block.kind == "attn" else "down_bias")
         if bias is not None:
             partial += bias[block.layer]

@@ -252,9 +252,11 @@ def checked(config: ModelConfig, path: Path | str) -> ModelConfig:
         )
     if config.head_dim % 2:
         raise ModelError(f"{path}: the head size is {config.head_dim}; rotary positions need an even one")
-    parts = {tensor.part for tensor in ARCHITECTURES[config.architecture].layer}
+    layer = ARCHITECTURES[config.architecture].layer
+    parts = {tensor.part for tensor in layer}
     flags = {
         "qk_norm": "q_norm" in parts,
+        "qk_norm_over_all": any(tensor.part == "q_norm" and tensor.shape == ("queries",) for tensor in layer),
         "pre_norms": "attn_norm" in parts,
         "post_norms": "attn_post_norm" in parts,
         "parallel_blocks": "attn_norm" in parts and "mlp_norm" not in parts,

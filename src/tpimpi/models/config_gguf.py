@@ -25,6 +25,7 @@ _GGUF_KEYS = words(
     attention.value_length attention.sliding_window attention.causal
     rope.freq_base rope.dimension_count rope.scaling.type rope.scaling.factor rope.scaling.finetuned
     rope.scaling.original_context_length rope.scaling.attn_factor rope.scaling.yarn_log_multiplier
+    rope.scaling.yarn_attn_factor
     rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow rope.scale_linear tensor_data_layout expert_used_count
     """
 )

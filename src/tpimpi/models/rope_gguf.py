@@ -65,7 +65,8 @@ class GgufRope:
             "yarn",
             factor=factor,
             original_context=self._original(),
-            attention_factor=attention * keys.number("rope.scaling.attn_factor", default=1.0),
+            attention_factor=keys.number("rope.scaling.yarn_attn_factor", default=attention)
+            * keys.number("rope.scaling.attn_factor", default=1.0),
             beta_fast=keys.number("rope.scaling.yarn_beta_fast", default=32.0),
             beta_slow=keys.number("rope.scaling.yarn_beta_slow", default=1.0),
             query_growth=keys.number("attention.temperature_scale") if growth else 0.0,

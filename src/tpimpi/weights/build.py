@@ -18,7 +18,7 @@ from tpimpi.compute.formats import FORMATS, is_quantized
 from tpimpi.compute.formats.base import PANEL_ROWS, Quantizer
 from tpimpi.compute.formats.packed import encode, holds_infinities, pack, row_bytes, weight_bytes
 from tpimpi.errors import ModelError
-from tpimpi.models.blocks import Block
+from tpimpi.models.blocks import LAYER_KINDS, Block
 from tpimpi.models.tensors import EMBEDDING, NORM, head_name, part_name
 from tpimpi.weights.slices.header import Header, tile_spans
 from tpimpi.weights.slices.layout import Record
@@ -145,16 +145,17 @@ class _Builder:
             elif block.kind == "head":
                 for tile in tiles:
                     self._rows(tile, "rows", head_name(self.config), tile[3])
-            elif block.kind == "attn":
+            elif block.kind in ("qkv", "attn"):
                 self._attention(block.layer, tiles)
             else:
                 self._mlp(block.layer, tiles)
         if self.table is not None:
             self._embedding(self.table)
 
-    def _turn(self, block: Block) -> tuple[int, int, int]:
+    def _turn(self, block: Block) -> tuple[bool, int, int]:
         """Sorts blocks in the order in which a model's file has them: what is small, the layers, the head."""
-        return (block.kind in ("head", "tokenizer"), block.layer, block.kind == "mlp")
+        inside = LAYER_KINDS.index(block.kind) if block.kind in LAYER_KINDS else 0
+        return (block.kind in ("head", "tokenizer"), block.layer, inside)
 
     def _write(self, place: _Target, name: str, values: np.ndarray) -> None:
         place[0].write(place[1], name, values)
@@ -198,7 +199,8 @@ class _Builder:
                 if part.name != "o":
                     heads = record.heads if part.name.startswith("q") else record.kv_heads
                     self._rows(tile, part.name, part_name(self.config, layer, part.name[0]), times(heads, size))
-        self._columns([(tile, times(tile[2].heads, size)) for tile in tiles if tile[2].heads.size], "o", layer)
+        with_output = [tile for tile in tiles if tile[2].parts[-1].name == "o"]
+        self._columns([(tile, times(tile[2].heads, size)) for tile in with_output], "o", layer)
 
     def _mlp(self, layer: int, tiles: list[_Target]) -> None:
         for tile in tiles:

@@ -32,7 +32,7 @@ from tpimpi.diagnostics.bench.kernels import CACHE_RATIO
 from tpimpi.engine.engine import usual_threads
 from tpimpi.engine.model import Model
 from tpimpi.engine.window import Window
-from tpimpi.models.blocks import Block
+from tpimpi.models.blocks import LAYER_KINDS, Block
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.tensors import layer_norms
 from tpimpi.models.weight_formats import ModelFormats
@@ -189,7 +189,7 @@ class LayerBenchmark:
         share = make_partition(config, [part, 1 - part]).shares[0]
         plan = Partition((1.0,) * ranks, (share,) * ranks)
         records = slice_records(config, share, self.rank.index, self._formats, {})
-        return plan, [record for record in records if record.block.kind in ("attn", "mlp", "head")]
+        return plan, [record for record in records if record.block.kind in (*LAYER_KINDS, "head")]
 
     def _model(self, part: float, room: int) -> tuple[Model, int]:
         """A model of one layer, and the bytes of its tiles."""

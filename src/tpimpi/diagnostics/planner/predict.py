@@ -28,6 +28,7 @@ from tpimpi.engine.budget import Needs, allowances, make_budget
 from tpimpi.engine.needs import needs_of_model
 from tpimpi.engine.overlap import PREFILL_CHUNK
 from tpimpi.errors import InputError
+from tpimpi.models.blocks import LAYER_KINDS
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import LayerFormats, ModelFormats
 from tpimpi.system.memory import Place
@@ -140,14 +141,15 @@ class Loads:
             records = [
                 record
                 for record in slice_records(self._small, share, rank, self._formats, {})
-                if record.block.kind in ("attn", "mlp", "head")
+                if record.block.kind in (*LAYER_KINDS, "head")
             ]
-            sizes = {(kind, layer): 0 for kind in ("attn", "mlp") for layer in range(len(self._counts))}
+            sizes = {(kind, layer): 0 for kind in LAYER_KINDS for layer in range(len(self._counts))}
             for record in records:
                 if record.block.kind != "head":
                     sizes[record.block] += record.nbytes
             layers = tuple(
-                (count, sizes["attn", layer], sizes["mlp", layer]) for layer, count in enumerate(self._counts.values())
+                (count, sizes["qkv", layer] + sizes["attn", layer], sizes["mlp", layer])
+                for layer, count in enumerate(self._counts.values())
             )
             head = sum(record.nbytes for record in records if record.block.kind == "head")
             self._found[key] = Load(layers, head, tuple(records))

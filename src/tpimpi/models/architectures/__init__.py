@@ -15,6 +15,7 @@ from tpimpi.models.architectures.granite import GRANITE
 from tpimpi.models.architectures.llama import LLAMA
 from tpimpi.models.architectures.ministral3 import MINISTRAL3
 from tpimpi.models.architectures.mistral import MINISTRAL, MISTRAL
+from tpimpi.models.architectures.olmo import OLMO2, OLMO3
 from tpimpi.models.architectures.phi3 import PHI3
 from tpimpi.models.architectures.qwen2 import QWEN2
 from tpimpi.models.architectures.qwen3 import QWEN3
@@ -24,7 +25,7 @@ __all__ = ["ARCHITECTURES", "GGUF_ARCHITECTURES", "Architecture", "FusedSpec", "
 
 _FAMILIES = (
     *(LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, QWEN2, QWEN3, GEMMA2, GEMMA3),
-    *(PHI3, GRANITE, SMOLLM3, GLM4, EXAONE4, COHERE2),
+    *(PHI3, GRANITE, SMOLLM3, GLM4, EXAONE4, COHERE2, OLMO2, OLMO3),
 )
 
 # By ModelConfig.architecture, which is model_type in config.json.

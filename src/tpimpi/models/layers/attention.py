@@ -16,7 +16,10 @@ from tpimpi.models.layers.rope import Angles
 
 @dataclass(frozen=True)
 class QKNorm:
-    """Weights, [head_dim] f32 each, of the norm over each query and key head, and its epsilon."""
+    """Weights of the norms of queries and keys, f32, and their epsilon.
+
+    Over each head: [head_dim] each. Over all heads together: [heads * head_dim] and [kv_heads * head_dim], of all ranks.
+    """
 
     q: F32
     k: F32
@@ -46,10 +49,7 @@ def attention_partial(
         y = heads(name)
         if qk_norm is not None:
             y = backend.rms_norm(y, qk_norm.q if name == "q" else qk_norm.k, qk_norm.eps)
-        if rotary is None:
-            return y
-        y = backend.rope(y, rotary.cos, rotary.sin)
-        return y if name == "k" or rotary.query_scale is None else y * rotary.query_scale
+        return rotated(backend, y, rotary, queries=name == "q")
 
     if "k" in tile.matrices:
         cache.write(layer, first_kv, start, turned("k"), heads("v"))
@@ -60,3 +60,11 @@ def attention_partial(
         turned("q"), k, v, q_to_kv, start, spec.window, spec.attention_scale, spec.attention_softcap
     )
     return backend.linear(seen.reshape(n, -1), tile.matrices["o"])
+
+
+def rotated(backend: Backend, y: F32, rotary: Angles | None, *, queries: bool) -> F32:
+    """Queries or keys [n, heads, head_dim] at their positions."""
+    if rotary is None:
+        return y
+    y = backend.rope(y, rotary.cos, rotary.sin)
+    return y * rotary.query_scale if queries and rotary.query_scale is not None else y

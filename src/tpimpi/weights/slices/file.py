@@ -15,14 +15,17 @@ A slice file is named `rank-R-of-N.h5` and holds these objects:
 `/layers/LLLL/attn/tile-TTT/{q,k,v,o,q_bias,k_bias,v_bias}`
     Rows of the query, key and value projections of the tile's heads ([rows, hidden]), and its query heads' columns of
     the output projection ([hidden, heads * head_dim]); biases of the rows. A tile without KV heads has no k and v.
+`/layers/LLLL/qkv/tile-TTT/{q,k,v,q_bias,k_bias,v_bias}`, `/layers/LLLL/attn/tile-TTT/o`
+    The same in two tiles, where queries and keys are normed over all heads (see models/blocks).
 `/layers/LLLL/mlp/tile-TTT/{gate,up,down,gate_bias,up_bias}`
     The tile's columns: rows of gate and up ([columns, hidden]), columns of down ([hidden, columns]).
 `/head/tile-TTT/rows` (rank 0 only)
     A run of vocabulary rows of the output head ([rows, hidden]).
 `/resident/tile-000/{attn_norm,mlp_norm,attn_post_norm,mlp_post_norm,q_norm,k_norm,o_bias,down_bias,norm}`
     f32, not packed, small, kept in memory for the whole run: those norms that the model has, of all layers
-    ([layers, hidden], or [layers, head_dim] for q_norm and k_norm); rank 0 alone has the biases of the output
-    projections ([layers, hidden]), added once, and the final norm ([hidden]).
+    ([layers, hidden]; q_norm and k_norm [layers, head_dim], or [layers, heads * head_dim] and [layers, kv_heads *
+    head_dim] where they are over all heads); rank 0 alone has the biases of the output projections ([layers, hidden]),
+    added once, and the final norm ([hidden]).
 `/tokenizer/tile-000/NAME` (rank 0 only)
     The tokenizer's files as they are (uint8).
 `/embedding/weight`, `/embedding/checksums` (rank 0 only)

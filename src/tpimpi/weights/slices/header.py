@@ -95,7 +95,7 @@ def _record_to_json(record: Record) -> dict[str, Any]:
         "block": record.block,
         "parts": [[part.name, part.format, part.shape] for part in record.parts],
     }
-    if record.block.kind == "attn":
+    if record.block.kind in ("qkv", "attn"):
         values |= {"heads": record.heads, "kv_heads": record.kv_heads, "q_to_kv": record.q_to_kv}
     return values
 

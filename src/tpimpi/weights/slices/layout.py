@@ -15,10 +15,10 @@ import numpy as np
 from tpimpi.compute.formats import FORMATS
 from tpimpi.compute.formats.base import PANEL_ROWS, UINT8
 from tpimpi.compute.formats.packed import packed_bytes
-from tpimpi.models.blocks import HEAD, Block
+from tpimpi.models.blocks import HEAD, Block, layer_blocks
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.tensors import layer_norms
-from tpimpi.models.weight_formats import ModelFormats
+from tpimpi.models.weight_formats import LayerFormats, ModelFormats
 from tpimpi.weights.slices.partition import Share, Span, attention_tiles, head_tiles, mlp_tiles
 
 NONE = Span(0, 0)
@@ -105,17 +105,8 @@ def slice_records(
     """
     yield _resident(config, rank)
     for layer, here in enumerate(formats.layers):
-        attn, mlp = Block("attn", layer), Block("mlp", layer)
-        for index, tile in enumerate(attention_tiles(config, share, here)):
-            heads = {"q": tile.heads.size, "k": tile.kv_heads.size, "v": tile.kv_heads.size}
-            rows = {name: count * config.head_dim for name, count in heads.items() if count}
-            parts = [Part(name, getattr(here, name), (size, config.hidden)) for name, size in rows.items()]
-            if config.qkv_bias:
-                parts += [Part(f"{name}_bias", "f32", (size,)) for name, size in rows.items()]
-            if tile.heads.size:
-                parts.append(Part("o", here.o, (config.hidden, rows["q"])))
-            path = f"layers/{layer:04d}/attn/tile-{index:03d}"
-            yield Record(path, attn, tuple(parts), tile.heads, tile.kv_heads, tile.q_to_kv)
+        mlp = Block("mlp", layer)
+        yield from _attention_records(config, share, layer, here)
         for index, columns in enumerate(mlp_tiles(config, share, here)):
             parts = [Part(name, getattr(here, name), (columns.size, config.hidden)) for name in ("gate", "up")]
             if config.mlp_bias:
@@ -128,6 +119,26 @@ def slice_records(
             yield Record(f"head/tile-{index:03d}", HEAD, (part,))
         texts = tuple(Part(name, _BYTES, (size,)) for name, size in tokenizer.items())
         yield Record("tokenizer/tile-000", TOKENIZER, texts)
+
+
+def _attention_records(config: ModelConfig, share: Share, layer: int, formats: LayerFormats) -> Iterator[Record]:
+    """The tiles of a layer's attention: whole ones, or first those of the projections, then those of the output."""
+    for block in layer_blocks(config, layer)[:-1]:
+        for index, tile in enumerate(attention_tiles(config, share, formats)):
+            heads = {"q": tile.heads.size, "k": tile.kv_heads.size, "v": tile.kv_heads.size}
+            rows = {name: count * config.head_dim for name, count in heads.items() if count}
+            parts: list[Part] = []
+            kv_heads = NONE
+            if block.kind == "qkv" or not config.qk_norm_over_all:
+                parts = [Part(name, getattr(formats, name), (size, config.hidden)) for name, size in rows.items()]
+                if config.qkv_bias:
+                    parts += [Part(f"{name}_bias", "f32", (size,)) for name, size in rows.items()]
+                kv_heads = tile.kv_heads
+            if block.kind == "attn" and tile.heads.size:
+                parts.append(Part("o", formats.o, (config.hidden, rows["q"])))
+            if parts:
+                path = f"layers/{layer:04d}/{block.kind}/tile-{index:03d}"
+                yield Record(path, block, tuple(parts), tile.heads, kv_heads, tile.q_to_kv)
 
 
 def _resident(config: ModelConfig, rank: int) -> Record:
