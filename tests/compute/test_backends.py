@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from tpimpi.compute.backends import load_backend
+from tpimpi.compute.backends import has_native, load_backend
 from tpimpi.compute.backends.reference import rounded_activations
 from tpimpi.compute.formats import WEIGHT_FORMATS, is_quantized
 from tpimpi.compute.formats.packed import decode, encode, pack, row_bytes
 
 TWIN, TORCH = load_backend("numpy", 1), load_backend("torch", 1)
+BACKENDS = [TWIN, TORCH, *([load_backend("native", 1)] if has_native() else [])]
 
 
 @pytest.fixture
@@ -114,6 +117,50 @@ def test_rope_turns_pairs_by_their_angle(random: np.random.Generator) -> None:
         np.testing.assert_allclose(backend.rope(x, np.cos(angle), np.sin(angle)), expected, atol=1e-5)
 
 
+def test_rope_leaves_what_is_not_rotated(random: np.random.Generator) -> None:
+    x, angle = normal(random, 4, 3, 10), normal(random, 4, 3)
+    for backend in BACKENDS:
+        found = backend.rope(x, np.cos(angle), np.sin(angle))
+        np.testing.assert_array_equal(found[..., 6:], x[..., 6:])
+        whole = backend.rope(np.ascontiguousarray(x[..., :6]), np.cos(angle), np.sin(angle))
+        np.testing.assert_array_equal(found[..., :6], whole)
+
+
+def test_fixed_rms_norm_is_the_same_bits_everywhere(random: np.random.Generator) -> None:
+    """The order of its sum, as it is specified, number by number; and torch's own norm."""
+    for size in (1, 15, 16, 33, 640):
+        x, weight = normal(random, 3, size) * 7, normal(random, size)
+        expected = np.empty_like(x)
+        for row, numbers in enumerate(x.astype(float)):
+            lanes = [0.0] * 16
+            for place, number in enumerate(numbers.tolist()):
+                lanes[place % 16] += number * number
+            for half in (8, 4, 2, 1):
+                lanes = [lanes[lane] + lanes[lane + half] for lane in range(half)]
+            inverse = 1 / math.sqrt(lanes[0] / size + 1e-5)
+            expected[row] = [
+                np.float32(a * inverse * b)
+                for a, b in zip(numbers.tolist(), weight.astype(float).tolist(), strict=True)
+            ]
+        for backend in BACKENDS:
+            np.testing.assert_array_equal(backend.fixed_rms_norm(x, weight, 1e-5), expected)
+        theirs = torch.nn.functional.rms_norm(torch.from_numpy(x), (size,), torch.from_numpy(weight), 1e-5).numpy()
+        np.testing.assert_allclose(expected, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_with_a_scale_and_a_soft_cap(random: np.random.Generator) -> None:
+    q, (k, v) = 3 * normal(random, 5, 2, 8), normal(random, 2, 2, 9, 8)
+    scores = np.einsum("nhd,hkd->hnk", q, k).astype(float) * 0.7
+    for softcap in (0.0, 2.0):
+        capped = softcap * np.tanh(scores / softcap) if softcap else scores
+        capped = np.where(np.arange(9)[None] <= 4 + np.arange(5)[:, None], capped, -np.inf)
+        weights = np.exp(capped - capped.max(axis=-1, keepdims=True))
+        expected = np.einsum("hnk,hkd->nhd", weights / weights.sum(axis=-1, keepdims=True), v)
+        for backend in BACKENDS:
+            found = backend.attention(q, k, v, (0, 1), 4, 0, 0.7, softcap)
+            np.testing.assert_allclose(found, expected, atol=2e-5, err_msg=f"{backend.name} {softcap}")
+
+
 @pytest.mark.parametrize("q_to_kv", [(0, 1, 2), (1, 2), (0, 0, 1, 2, 2), (2,), (1, 1)])
 @pytest.mark.parametrize(("start", "positions"), [(0, 6), (5, 1), (3, 4)])
 @pytest.mark.parametrize("window", [0, 3])
@@ -143,3 +190,11 @@ def test_swiglu_also_far_from_zero() -> None:
     expected = (torch.nn.functional.silu(torch.from_numpy(gate)) * 2).numpy()
     for backend in (TWIN, TORCH):
         np.testing.assert_allclose(backend.swiglu(gate, up), expected, atol=1e-6)
+
+
+def test_geglu_also_far_from_zero() -> None:
+    gate = np.array([[-1e20, -200, -3, -0.1, 0, 0.5, 3, 200, 1e20]], np.float32)
+    up = np.full_like(gate, 2)
+    expected = (torch.nn.functional.gelu(torch.from_numpy(gate), approximate="tanh") * 2).numpy()
+    for backend in BACKENDS:
+        np.testing.assert_allclose(backend.geglu(gate, up), expected, rtol=1e-5, atol=1e-6)
