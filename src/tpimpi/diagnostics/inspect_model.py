@@ -111,6 +111,8 @@ def _source(
     table.add_row("parameters", f"{parameters / 1e6:.1f} million in {len(tensors)} tensors")
     table.add_row("formats", _formats(facts))
     table.add_row("fingerprint", source.fingerprint())
+    if source.left_out:
+        table.add_row("left out", source.left_out)
     table.add_row(
         "state", ("broken" if problem else "whole, every tensor read") if verify else "whole (names and shapes)"
     )
