@@ -117,7 +117,7 @@ class Model:
             self._add_bias(partial, block)
             if spec.parallel and block.kind == "attn":
                 continue
-            total = self.star.start(partial, background=overlapped)
+            total = self.star.start(partial, background=overlapped, exact=block.kind == "qkv")
             yield Need.SUM
             with self._recorded(STAR, place):
                 total.wait()

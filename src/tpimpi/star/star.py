@@ -74,10 +74,11 @@ class Star:
         """Replace `array` (f32, contiguous, the same shape on every rank) by its sum over all ranks, in place."""
         self.start(array).wait()
 
-    def start(self, array: F32, *, background: bool = False) -> Allreduce:
+    def start(self, array: F32, *, background: bool = False, exact: bool = False) -> Allreduce:
         """Begin the sum of `array` over all ranks; it may not be touched until the sum's `wait` has returned.
 
-        It goes on while one waits for it or polls it, and with `background` also while this rank computes.
+        It goes on while one waits for it or polls it, and with `background` also while this rank computes. An `exact` sum
+        travels in f32, whatever the wire is.
 
         Several may be under way; every rank starts them in the same order, and ends them in that order.
         """
@@ -86,18 +87,18 @@ class Star:
             return Allreduce(None, iter(()), 0, self._spent)
         began = time.monotonic()
         name = next(name for most, name in self._rule if array.size <= most)
-        steps = ALGORITHMS[name](self._piece_channel(), array.reshape(-1))
+        steps = ALGORITHMS[name](self._piece_channel(Wire() if exact else self.wire), array.reshape(-1))
         allreduce = Allreduce(self._channel, steps, self.timeout, self._spent)
         if background and self.threads:
             self._background.add(allreduce)
         self._spent(time.monotonic() - began)
         return allreduce
 
-    def _piece_channel(self) -> PieceChannel:
+    def _piece_channel(self, wire: Wire) -> PieceChannel:
         """The messages of the next sum."""
         assert self._channel is not None
         self._turn += 1
-        return PieceChannel(self._channel, self.wire, self._turn - 1)
+        return PieceChannel(self._channel, wire, self._turn - 1)
 
     def _spent(self, seconds: float) -> None:
         self.seconds += seconds
@@ -184,7 +185,7 @@ class Star:
             return Links([])
 
         def add(name: str, count: int) -> None:
-            steps = ALGORITHMS[name](self._piece_channel(), np.zeros(count, np.float32))
+            steps = ALGORITHMS[name](self._piece_channel(self.wire), np.zeros(count, np.float32))
             Allreduce(self._channel, steps, ANSWER_TIMEOUT_S, lambda seconds: None).wait()
 
         measuring = LinkMeasurement(self._channel, add)

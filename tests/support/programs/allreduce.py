@@ -32,6 +32,8 @@ def main() -> None:
                     for count in sizes:
                         _near_the_sum(star, count, wire)
                     _two_under_way(star)
+        star.algorithm = "star"
+        _exact(star)
         _broadcast(star, wire)
         _links(star)
     star.wire = wire_of("f32")
@@ -62,6 +64,15 @@ def _near_the_sum(star: Star, count: int, wire: str) -> None:
     )
     if wire != "f32" and world.size > 1 and count > 1:
         assert error.max() > 100 * ROUNDING["f32"], f"{star.algorithm} {wire}: nothing was rounded"
+
+
+def _exact(star: Star) -> None:
+    """A sum that is not to be rounded travels in f32: numbers that no other wire has."""
+    values = np.array([1 + 2.0**-20, 3e30, 1e-30, 2.0**-12], np.float32)
+    under_way = star.start(found := values * (star.rank.index + 1), exact=True)
+    under_way.wait()
+    size = star.rank.size
+    np.testing.assert_allclose(found, values * (size * (size + 1) // 2), rtol=3e-7)
 
 
 def _same_bits_everywhere(values: np.ndarray) -> None:
