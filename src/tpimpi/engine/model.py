@@ -154,11 +154,11 @@ class Model:
         if projections is not None and record.block.kind == "qkv":
             first = -(-self.share.heads.start // (self.config.heads // self.config.kv_heads))
             counted = (max(record.kv_heads.start, min(first, record.kv_heads.stop)), record.kv_heads.stop)
-            return projections.add(h, tile, TileHeads(tuple(record.heads), tuple(record.kv_heads), counted))
+            return projections.add(h, tile, TileHeads(record.heads, record.kv_heads, counted))
         if projections is not None and record.block.kind == "attn":
             assert self.cache is not None, "forward before begin"
             layer, spec = record.block.layer, self._layers[record.block.layer]
-            return projections.attention(tile, tuple(record.heads), self.cache, layer, spec, record.q_to_kv, start)
+            return projections.attention(tile, record.heads, self.cache, layer, spec, record.q_to_kv, start)
         if record.block.kind == "attn":
             return self._attention(h, tile, start, rotary)
         return mlp_partial(self.backend, h, tile, self._layers[tile.record.block.layer].activation)
