@@ -107,11 +107,16 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "tie_word_embeddings": True,
             "head_dim": 24,
-            "query_pre_attn_scalar": 40,
+            "query_pre_attn_scalar": 24,
             "num_hidden_layers": 3,
             "sliding_window": 7,
             **GEMMA_CAPS,
         },
+    ),
+    # A scale of scores that is not that of the heads' size, which GGUF cannot say.
+    "gemma2-scale": (
+        "gemma2",
+        {"tie_word_embeddings": True, "head_dim": 24, "query_pre_attn_scalar": 40, "attn_logit_softcapping": None},
     ),
     # Layers 0, 1, 3 and 4 have the window; the global one a scaled rope.
     "gemma3": (
@@ -119,7 +124,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "tie_word_embeddings": True,
             "head_dim": 24,
-            "query_pre_attn_scalar": 40,
+            "query_pre_attn_scalar": 24,
             "num_hidden_layers": 5,
             "sliding_window": 7,
             "layer_types": [SLIDING, SLIDING, FULL, SLIDING, SLIDING],
