@@ -13,11 +13,10 @@ from typing import Any
 
 from bench.home.devices import parse_bandwidth, parse_duration
 from tpimpi.cli.values import AUTO, share_weights
-from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.diagnostics.planner.predict import Loads
 from tpimpi.errors import InputError
 from tpimpi.models.shapes import SHAPES, load_shape
-from tpimpi.models.weight_formats import ModelFormats
+from tpimpi.models.weight_formats import FORMAT_CHOICES, ModelFormats
 from tpimpi.system.units import parse_size
 from tpimpi.weights.slices.partition import make_partition
 
@@ -216,8 +215,8 @@ def _row(settings: dict[str, Any], where: str) -> Row:
     row = Row(**settings)
     if row.measure not in MEASURES:
         raise InputError(f"{where}: measure is {row.measure!r}, must be one of {', '.join(MEASURES)}")
-    if row.format not in WEIGHT_FORMATS:
-        raise InputError(f"{where}: format is {row.format!r}, must be one of {', '.join(WEIGHT_FORMATS)}")
+    if row.format not in FORMAT_CHOICES:
+        raise InputError(f"{where}: format is {row.format!r}, must be one of {', '.join(FORMAT_CHOICES)}")
     return row
 
 

@@ -3,7 +3,8 @@
 // Queries that read the same KV head are taken together, so that keys and values are read from memory once for them. Two
 // ways: for few queries (decoding) the 16 lanes run along head_dim; for many (prefill) each lane is a query, and elements of
 // keys and values are broadcast to them. The second does 16 lanes' work for any number of queries, and needs no sums across
-// lanes.
+// lanes. Both add the same numbers in the same order (that of S::sums4, in blocks of keys that begin at fixed positions), so a
+// query's result does not depend on those that are computed beside it.
 #pragma once
 
 #include <cmath>
@@ -47,6 +48,14 @@ struct Group {
   }
 };
 
+// Blocks of keys begin at multiples of kKeys, and the first of a group's at a multiple of 16, whatever its queries see. Keys
+// that a query does not see add zeros to its sums, which changes none.
+inline int64_t first_key(const Group& group) { return group.first / kLanes * kLanes; }
+inline int64_t keys_of_block(const Group& group, int64_t first) {
+  const int64_t end = (first / kKeys + 1) * kKeys;
+  return (end < group.last ? end : group.last) - first;
+}
+
 // Keys or values of one KV head, in either format.
 template <class S, bool f16>
 struct Rows {
@@ -83,16 +92,52 @@ struct ManyScratch {
   float* rows;      // [kKeys][head_dim], and room for 16 more
 };
 
-// scores [keys][16] of R keys, which are `stride` apart.
+// scores [keys][16] of R keys, head_dim apart: every 16th element makes one of 16 sums, which are added as S::sums4 adds lanes.
 template <class S, int R>
 inline void many_scores(const float* q, const float* k, int64_t head_dim, float* scores) {
-  typename S::F sum[R];
-  for (int r = 0; r < R; ++r) sum[r] = S::zero();
-  for (int64_t i = 0; i < head_dim; ++i) {
-    const auto v = S::load(q + i * kLanes);
-    for (int r = 0; r < R; ++r) sum[r] = S::fma(v, S::set(k[r * head_dim + i]), sum[r]);
-  }
+  using F = typename S::F;
+  const auto lane = [&](int first, F* sum) {
+    for (int r = 0; r < R; ++r) sum[r] = S::zero();
+    for (int64_t i = first; i < head_dim; i += kLanes) {
+      const auto v = S::load(q + i * kLanes);
+      for (int r = 0; r < R; ++r) sum[r] = S::fma(v, S::set(k[r * head_dim + i]), sum[r]);
+    }
+  };
+  const auto add = [](F* sum, const F* more) {
+    for (int r = 0; r < R; ++r) sum[r] = S::add(sum[r], more[r]);
+  };
+  const auto quarter = [&](int first, F* sum) {
+    F half[R], other[R];
+    lane(first, sum);
+    lane(first + 8, other);
+    add(sum, other);
+    lane(first + 4, half);
+    lane(first + 12, other);
+    add(half, other);
+    add(sum, half);
+  };
+  F sum[R], last[R], other[R];
+  quarter(0, sum);
+  quarter(1, other);
+  add(sum, other);
+  quarter(2, last);
+  quarter(3, other);
+  add(last, other);
+  add(sum, last);
   for (int r = 0; r < R; ++r) S::store(scores + r * kLanes, sum[r]);
+}
+
+// The sum of weights [keys][16] of each query, each 16th key's first.
+template <class S>
+inline typename S::F many_total(const float* weights, int64_t keys) {
+  typename S::F sum[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    sum[lane] = S::zero();
+    for (int64_t key = lane; key < keys; key += kLanes) sum[lane] = S::add(sum[lane], S::load(weights + key * kLanes));
+  }
+  for (int lane = 0; lane < 8; ++lane) sum[lane] = S::add(sum[lane], sum[lane + 8]);
+  for (int lane = 0; lane < 4; ++lane) sum[lane] = S::add(sum[lane], sum[lane + 4]);
+  return S::add(S::add(sum[0], sum[1]), S::add(sum[2], sum[3]));
 }
 
 // sums [R][16] = themselves times `rescale` + weights [keys][16] times R columns of v, whose rows are head_dim apart.
@@ -120,8 +165,8 @@ void attend_many(const Attention& a, const Group& group, const ManyScratch& scra
   std::memset(scratch.sums, 0, size_t(head_dim) * kLanes * sizeof(float));
 
   F greatest = S::set(kNone), total = S::zero();
-  for (int64_t first = group.first; first < group.last; first += kKeys) {
-    const int64_t keys = group.last - first < kKeys ? group.last - first : kKeys;
+  for (int64_t first = first_key(group), keys; first < group.last; first += keys) {
+    keys = keys_of_block(group, first);
     const float* block = k.widened(first, keys, scratch.rows);
     int64_t key = 0;
     for (; key + R <= keys; key += R)
@@ -138,12 +183,9 @@ void attend_many(const Attention& a, const Group& group, const ManyScratch& scra
     for (key = 0; key < keys; ++key) greater = S::max(greater, S::load(scratch.scores + key * kLanes));
     const F rescale = exponential<S>(S::sub(greatest, greater));
     greatest = greater;
-    total = S::mul(total, rescale);
-    for (key = 0; key < keys; ++key) {
-      const F weight = exponential<S>(S::sub(S::load(scratch.scores + key * kLanes), greatest));
-      S::store(scratch.scores + key * kLanes, weight);
-      total = S::add(total, weight);
-    }
+    for (key = 0; key < keys; ++key)
+      S::store(scratch.scores + key * kLanes, exponential<S>(S::sub(S::load(scratch.scores + key * kLanes), greatest)));
+    total = S::add(S::mul(total, rescale), many_total<S>(scratch.scores, keys));
 
     block = v.widened(first, keys, scratch.rows);
     int64_t i = 0;
@@ -284,8 +326,8 @@ void attend_few(const Attention& a, const Group& group, const FewScratch& scratc
   }
   static constexpr Block blocks[] = {few_block<S, f16, 1>, few_block<S, f16, S::queries >= 2 ? 2 : 1>,
                                      few_block<S, f16, S::queries >= 3 ? 3 : 1>, few_block<S, f16, S::queries >= 4 ? 4 : 1>};
-  for (int64_t first = group.first; first < group.last; first += kKeys) {
-    const int64_t keys = group.last - first < kKeys ? group.last - first : kKeys;
+  for (int64_t first = first_key(group), keys; first < group.last; first += keys) {
+    keys = keys_of_block(group, first);
     for (int t = 0, n; t < group.count; t += n) {
       n = group.count - t < S::queries ? group.count - t : S::queries;
       blocks[n - 1](k, v, group, t, first, keys, filled, scratch, greatest, total);

@@ -44,12 +44,14 @@ std::vector<std::string> level_names() {
 }
 
 void linear(Session& session, int format, int64_t rows, int64_t columns, const Bytes& data, const Floats<nb::ndim<2>>& x,
-            std::optional<Floats<nb::ndim<1>>> bias, const Result& y) {
-  check(format >= 0 && format <= int(Format::q4_1), "format is unknown");
+            std::optional<Floats<nb::ndim<1>>> bias, const Result& y, int64_t first) {
+  check(format >= 0 && format <= int(kLastFormat), "format is unknown");
   check(rows >= 0 && columns >= 1, "rows must be 0 or more, columns 1 or more");
   check(rows <= kMost && columns <= kMost && int64_t(x.shape(0)) <= kMost, "a size is beyond all measure");
-  const Matrix w{Format(format), rows, columns, data.data()};
-  check(int64_t(data.size()) == divided_up(rows, kPanelRows) * panel_bytes(w.format, columns), "weights have another size");
+  const int64_t block = quantized(Format(format)) ? group_units(Format(format)) * kBlock : 1;
+  check(first == 0 || (block == 256 && first > 0 && first < block && first % kBlock == 0), "first is no place in a block of 256");
+  const Matrix w{Format(format), rows, columns, first, data.data()};
+  check(int64_t(data.size()) == divided_up(rows, kPanelRows) * panel_bytes(w.format, columns, first), "weights have another size");
   check(int64_t(x.shape(1)) == columns, "x has another number of columns than the weights");
   check(y.ndim() == 2 && y.shape(0) == x.shape(0) && int64_t(y.shape(1)) == rows, "y must be [positions, rows]");
   check(!bias || int64_t(bias->size()) == rows, "bias must be [rows]");
@@ -101,7 +103,7 @@ void attention(Session& session, const Floats<nb::ndim<3>>& q, const Cached& k, 
 
 bool quantize(Session& session, int format, const Floats<nb::ndim<2>>& values,
               const nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>& out) {
-  check(format >= int(Format::q8_0) && format <= int(Format::q4_1), "format must be a quantized one");
+  check(format >= 0 && can_quantize(Format(format)), "format must be q8_0, q4_0 or q4_1");
   check(values.shape(1) % kBlock == 0, "columns must be a multiple of 32");
   const int64_t blocks = int64_t(values.size()) / kBlock;
   check(out.shape(0) == values.shape(0) && int64_t(out.size()) == blocks * block_bytes(Format(format)), "out has another size");
@@ -115,7 +117,7 @@ uint64_t read_all(Session& session, const Bytes& data) {
 }
 
 double multiply_peak(Session& session, int format, double seconds) {
-  check(format >= 0 && format <= int(Format::q4_1), "format is unknown");
+  check(format >= 0 && format <= int(kLastFormat), "format is unknown");
   nb::gil_scoped_release free;
   return session.multiply_peak(Format(format), seconds);
 }
@@ -132,7 +134,8 @@ NB_MODULE(_native, m) {
            }, "level"_a, "threads"_a)
       .def_prop_ro("level", [](const Session& self) { return std::string(self.level().name); })
       .def_prop_ro("threads", &Session::threads)
-      .def("linear", &linear, "format"_a, "rows"_a, "columns"_a, "data"_a, "x"_a, "bias"_a.none(), "y"_a.noconvert())
+      .def("linear", &linear, "format"_a, "rows"_a, "columns"_a, "data"_a, "x"_a, "bias"_a.none(), "y"_a.noconvert(),
+           "first"_a = 0)
       .def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "y"_a.noconvert())
       .def("rope", &rope, "x"_a, "cos"_a, "sin"_a, "y"_a.noconvert())
       .def("swiglu", &swiglu, "gate"_a, "up"_a, "y"_a.noconvert())

@@ -60,8 +60,8 @@ void run(const Level& level, const Case& c, const Buffer& result) {
   const auto& p = c.parameters;
   float* y = result.as<float>();
   switch (c.operation) {
-    case kLinear: {  // format, rows, columns, positions, parts; data, x, and bias or nothing
-      const Matrix w{Format(p.at(0)), p.at(1), p.at(2), c.arrays.at(0).as<const uint8_t>()};
+    case kLinear: {  // format, rows, columns, positions, parts, first; data, x, and bias or nothing
+      const Matrix w{Format(p.at(0)), p.at(1), p.at(2), p.at(5), c.arrays.at(0).as<const uint8_t>()};
       const Buffer prepared(level.prepared_words(w.format, w.columns) * 4 * p.at(3));
       level.prepare(w.format, w.columns, p[3], c.floats(1), prepared.as<uint8_t>());
       in_parts(p.at(4), divided_up(w.rows, kPanelRows), [&](int64_t first, int64_t last) {

@@ -12,36 +12,83 @@ namespace tpimpi {
 
 constexpr int kPanelRows = 16;
 constexpr int kLanes = 16;     // numbers that a level computes side by side
-constexpr int kBlock = 32;      // weights that share a scale
+constexpr int kBlock = 32;      // numbers of activations that share a scale, and where rows of blocks may be cut
 constexpr int kLine = 64;       // bytes: one word of each row of a panel
 
-enum class Format { f32, bf16, q8_0, q4_0, q4_1 };
+enum class Format { f32, bf16, q8_0, q4_0, q4_1, q4_k, q6_k, q5_k, q3_k, q2_k, q5_0, q5_1, iq4_nl, iq4_xs, mxfp4, f16 };
+
+constexpr Format kLastFormat = Format::f16;
 
 // Functions that levels use are static: levels are compiled with different flags, and must not share code.
-static constexpr bool quantized(Format format) { return format >= Format::q8_0; }
+static constexpr bool quantized(Format format) { return format >= Format::q8_0 && format != Format::f16; }
+
+// Whether the kernels make blocks of this format (`Level::quantize`).
+static constexpr bool can_quantize(Format format) { return format >= Format::q8_0 && format <= Format::q4_1; }
 
 static constexpr int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Bytes of a block of quantized weights in GGML's row form.
+// Bytes of a block that the kernels can make, in GGML's row form.
 static constexpr int64_t block_bytes(Format format) { return format == Format::q8_0 ? 34 : format == Format::q4_0 ? 18 : 20; }
 
-// Bytes of a panel of `columns` columns.
-static constexpr int64_t panel_bytes(Format format, int64_t columns) {
-  const int64_t blocks = divided_up(columns, kBlock), pairs = divided_up(blocks, 2);
+// Quantized weights are packed in groups of units of 32 columns: first a group's lines of scales, then each unit's lines of codes.
+static constexpr int group_units(Format format) {
   switch (format) {
-    case Format::f32: return columns * kLine;
-    case Format::bf16: return divided_up(columns, 2) * kLine;
-    case Format::q8_0: return (pairs + 8 * blocks) * kLine;
-    case Format::q4_0: return (pairs + 4 * blocks) * kLine;
-    case Format::q4_1: return (2 * pairs + 4 * blocks) * kLine;
+    case Format::q4_k:
+    case Format::q5_k:
+    case Format::q6_k:
+    case Format::q3_k:
+    case Format::q2_k:
+    case Format::iq4_xs: return 8;
+    case Format::mxfp4: return 4;
+    default: return 2;
   }
-  return 0;
+}
+
+static constexpr int unit_lines(Format format) {
+  switch (format) {
+    case Format::q8_0: return 8;
+    case Format::q6_k: return 6;
+    case Format::q5_k:
+    case Format::q5_0:
+    case Format::q5_1: return 5;
+    case Format::q3_k: return 3;
+    case Format::q2_k: return 2;
+    default: return 4;
+  }
+}
+
+// Lines of scales of a group of so many units: fewer than all where a matrix begins or ends within a block of 256.
+static constexpr int scale_lines(Format format, int units) {
+  switch (format) {
+    case Format::q4_1:
+    case Format::q5_1:
+    case Format::iq4_xs: return 2;
+    case Format::q4_k:
+    case Format::q5_k:
+    case Format::q3_k: return 1 + (units <= 2 ? 1 : units <= 4 ? 2 : 3);
+    case Format::q6_k:
+    case Format::q2_k: return 1 + (units + 1) / 2;
+    default: return 1;
+  }
+}
+
+// Bytes of a panel of `columns` columns, of which the first is column `first` of a block of 256 (0 in other formats).
+static constexpr int64_t panel_bytes(Format format, int64_t columns, int64_t first) {
+  if (format == Format::f32) return columns * kLine;
+  if (!quantized(format)) return divided_up(columns, 2) * kLine;
+  const int64_t units = divided_up(columns, kBlock), size = group_units(format), skipped = first / kBlock;
+  const int64_t lead = skipped ? (units < size - skipped ? units : size - skipped) : 0;
+  const int64_t whole = (units - lead) / size, last = (units - lead) % size;
+  const int64_t scales = (lead ? scale_lines(format, int(lead)) : 0) + whole * scale_lines(format, int(size)) +
+                         (last ? scale_lines(format, int(last)) : 0);
+  return (scales + units * unit_lines(format)) * kLine;
 }
 
 struct Matrix {
   Format format;
   int64_t rows, columns;
-  const uint8_t* data;  // panel_bytes(format, columns) for each 16 rows
+  int64_t first;        // where in a block of 256 the first column stands: a multiple of 32; 0 in other formats
+  const uint8_t* data;  // panel_bytes(format, columns, first) for each 16 rows
 };
 
 // Grouped-query attention of n query positions over a cache. Strides count elements.

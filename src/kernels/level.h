@@ -33,6 +33,6 @@ constexpr Level level_of() {
 }  // namespace
 
 // Those that are built for this processor's architecture.
-extern const Level kAvx512Bf16, kAvx512, kAvx2, kNeonDot, kNeon, kPortable;
+extern const Level kAvx512Bf16, kAvx512, kAvxVnni, kAvx2, kNeonDot, kNeon, kPortable;
 
 }  // namespace tpimpi

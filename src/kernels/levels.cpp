@@ -14,12 +14,12 @@
 
 namespace tpimpi {
 
-extern const Level kAvx512Bf16, kAvx512, kAvx2, kNeonDot, kNeon, kPortable;
+extern const Level kAvx512Bf16, kAvx512, kAvxVnni, kAvx2, kNeonDot, kNeon, kPortable;
 
 namespace {
 
 struct Found {
-  const Level* levels[4];
+  const Level* levels[5];
   int count = 0;
 
   Found() {
@@ -33,6 +33,8 @@ struct Found {
                         __builtin_cpu_supports("avx512vnni");
     if (avx512 && __builtin_cpu_supports("avx512bf16")) add(kAvx512Bf16);
     if (avx512) add(kAvx512);
+    constexpr unsigned kAvxVnniBit = 1 << 4;  // of eax, leaf 7, subleaf 1; not every compiler knows its name
+    if (avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & kAvxVnniBit) add(kAvxVnni);
     if (avx2) add(kAvx2);
 #elif defined(__aarch64__)
 #if defined(__APPLE__)

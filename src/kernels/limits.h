@@ -31,19 +31,19 @@ int64_t multiply_round(Format format, int64_t rounds, float* sink) {
     parts[c] = S::set_int(c);
   }
   alignas(kLine) uint8_t bytes[kLine];
-  for (int i = 0; i < kLine; ++i) bytes[i] = uint8_t(format == Format::bf16 || format == Format::f32 ? (i % 2 ? 0x3f : 0) : 1);
+  for (int i = 0; i < kLine; ++i) bytes[i] = uint8_t(!quantized(format) ? (i % 2 ? 0x3f : 0) : 1);
   const auto w = S::load_line(bytes);
   int64_t multiplied = 0;
   for (int64_t r = 0; r < rounds; ++r) {
     for (int c = 0; c < chains; ++c) {
-      if (format == Format::f32)
+      if (format == Format::f32 || format == Format::f16)
         sums[c] = S::fma(sums[c], S::as_float(w), S::as_float(w));
       else if (format == Format::bf16)
         sums[c] = S::dot_bf16(sums[c], w, &small);
       else
         parts[c] = S::dot_u4(parts[c], w, &one);
     }
-    multiplied += chains * (format == Format::f32 ? 16 : format == Format::bf16 ? 32 : 64);
+    multiplied += chains * (format == Format::f32 || format == Format::f16 ? 16 : format == Format::bf16 ? 32 : 64);
   }
   float lanes[kPanelRows];
   *sink = 0;

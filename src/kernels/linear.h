@@ -5,23 +5,23 @@
 // word of x is broadcast to the 16 rows of a panel.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
+#include "blocks.h"
 #include "kernels.h"
 
 namespace tpimpi {
 namespace {  // each level is compiled with flags of its own: nothing of it may be shared with another
 
-// A group of n positions, prepared: for f32 [columns][n] floats; for bf16 [columns / 2][n] pairs; for quantized weights,
-// for each block of 32 columns: words [8][n] (4 int8 each), scale [n] (f32), and third [n], which is what the sum starts
-// with, int32 (it undoes the offset of unsigned weights), or for q4_1 the f32 sum of the block, which its minimum multiplies.
-constexpr int kBlockWords = 10;
-
+// A group of n positions, prepared: for f32 and f16 [columns][n] floats; for bf16 [columns / 2][n] pairs; for quantized
+// weights, for each unit of 32 columns: words [8][n] (4 int8 each), scale [n] (f32), and third [n], which is what the sum starts
+// with, int32 (it undoes the offset of unsigned weights), or for formats with minima the f32 sum of the unit, which its minimum
+// multiplies; where scales are for 16 columns, third is of the first 16, and then comes fourth [n] of the others.
 inline int64_t prepared_words(Format format, int64_t columns) {  // for one position
-  if (format == Format::f32) return columns;
   if (format == Format::bf16) return divided_up(columns, 2);
-  return divided_up(columns, kBlock) * kBlockWords;
+  return quantized(format) ? divided_up(columns, kBlock) * unit_words(format) : columns;
 }
 
 inline uint32_t bits_of(float v) {
@@ -40,7 +40,7 @@ inline uint32_t bf16_pair(float low, float high) {
   return b[0] | b[1] << 16;
 }
 
-// Quantize one block of one position, 32 numbers, to words [10][n]. The loops are such that compilers make vector code of them.
+// Quantize one unit of one position, 32 numbers, to words [10 or 11][n]. The loops are such that compilers make vector code of them.
 template <class S>
 void prepare_block(Format format, const float* x, int32_t* words, int64_t n) {
   constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, ties to even, in its last places
@@ -52,7 +52,7 @@ void prepare_block(Format format, const float* x, int32_t* words, int64_t n) {
   float amax, scale = 0;
   std::memcpy(&amax, &greatest, 4);
   int8_t q[kBlock] = {};
-  int32_t sum = 0;
+  int32_t sums[2] = {};  // of each 16
   if (greatest >= 0x7f800000) {
     scale = NAN;
   } else if (amax >= 1e-30f) {
@@ -60,23 +60,36 @@ void prepare_block(Format format, const float* x, int32_t* words, int64_t n) {
     const float inverse = 127 / amax;
     int32_t rounded[kBlock];
     for (int i = 0; i < kBlock; ++i) rounded[i] = int32_t(bits_of(x[i] * inverse + magic) - bits_of(magic));
-    for (int i = 0; i < kBlock; ++i) sum += rounded[i];
+    for (int i = 0; i < kBlock / 2; ++i) sums[0] += rounded[i];
+    for (int i = kBlock / 2; i < kBlock; ++i) sums[1] += rounded[i];
     for (int i = 0; i < kBlock; ++i) q[i] = int8_t(rounded[i]);
   }
   for (int j = 0; j < 8; ++j) std::memcpy(words + j * n, q + 4 * j, 4);
   std::memcpy(words + 8 * n, &scale, 4);
-  if (format == Format::q4_1) {
-    const float scaled = scale * float(sum);
-    std::memcpy(words + 9 * n, &scaled, 4);
-  } else {
-    words[9 * n] = -sum * (format == Format::q8_0 ? S::kQ8Offset : 8);
+  const Traits t = traits(format);
+  if (!t.by_16) sums[0] += sums[1];
+  for (int i = 0; i < (t.by_16 ? 2 : 1); ++i) {
+    if (t.minima) {
+      const float scaled = scale * float(sums[i]);
+      std::memcpy(words + (9 + i) * n, &scaled, 4);
+    } else {
+      words[(9 + i) * n] = -sums[i] * (t.wide ? S::kQ8Offset : t.offset);
+    }
   }
 }
 
-// Positions are taken in groups of S::together (8 or 16) while there are as many, then of 8, then what is left.
+// Whether groups of 3, 5, 6 and 7 positions have code of their own. Of most quantized formats they are taken in fewer: each makes
+// the kernels larger by as much again.
+constexpr bool any_number_together(Format format) { return !quantized(format) || can_quantize(format); }
+
+// Positions are taken in groups of S::together (S::blocks_together with quantized weights) while there are as many, then of 8,
+// then what is left.
 template <class S>
-int64_t next_group(int64_t left) {
-  return left >= S::together ? S::together : left >= 8 ? 8 : left;
+int64_t next_group(Format format, int64_t left) {
+  const int64_t together = quantized(format) ? S::blocks_together : S::together;
+  if (left >= together) return together;
+  if (left >= 8) return 8;
+  return any_number_together(format) ? left : left >= 4 ? 4 : left >= 2 ? 2 : 1;
 }
 
 template <class S>
@@ -84,21 +97,22 @@ void prepare(Format format, int64_t columns, int64_t positions, const float* x, 
   constexpr int64_t run = 4 * kBlock;  // columns after which the next position comes: what is written stays in the cache
   const int64_t size = prepared_words(format, columns);
   for (int64_t first = 0, n; first < positions; first += n) {
-    n = next_group<S>(positions - first);
+    n = next_group<S>(format, positions - first);
     int32_t* group = reinterpret_cast<int32_t*>(prepared) + first * size;
     for (int64_t column = 0; column < columns; column += run) {
       const int64_t end = column + run < columns ? column + run : columns;
       for (int64_t p = 0; p < n; ++p) {
         const float* row = x + (first + p) * columns;
         int64_t k = column;
-        if (format == Format::f32) {
+        if (format == Format::f32 || format == Format::f16) {
           for (; k < end; ++k) group[k * n + p] = int32_t(bits_of(row[k]));
         } else if (format == Format::bf16) {
           for (; k + 1 < end; k += 2) group[k / 2 * n + p] = int32_t(bf16_pair(row[k], row[k + 1]));
           if (k < end) group[k / 2 * n + p] = int32_t(bf16_pair(row[k], 0));
         } else {
-          int32_t* words = group + k / kBlock * kBlockWords * n + p;
-          for (; k + kBlock <= end; k += kBlock, words += kBlockWords * n) prepare_block<S>(format, row + k, words, n);
+          const int64_t size = unit_words(format) * n;
+          int32_t* words = group + k / kBlock * size + p;
+          for (; k + kBlock <= end; k += kBlock, words += size) prepare_block<S>(format, row + k, words, n);
           if (k < end) {
             float last[kBlock] = {};
             std::memcpy(last, row + k, size_t(end - k) * sizeof(float));
@@ -110,133 +124,98 @@ void prepare(Format format, int64_t columns, int64_t positions, const float* x, 
   }
 }
 
-// Have memory send weights that will be used some time after the line at w, of which `products` vector products are made. The
-// hardware's own fetching stops at page ends, and falls behind where there is much to multiply. (Measured on Zen 4.)
-template <int products>
-inline void fetch_ahead(const uint8_t* w) {
-  constexpr int second_cache = 2, first_cache = 3;
-  if constexpr (products <= 4) {
-    __builtin_prefetch(w + 2048, 0, first_cache);
-  } else {  // so slow that few of the first cache's own requests would be under way: let the second cache run ahead of it
-    __builtin_prefetch(w + 8192, 0, second_cache);
-    __builtin_prefetch(w + 512, 0, first_cache);
-  }
-}
-
-// What `lines` lines of f32 or bf16 weights give with N positions: sums [N], 16 rows each.
-template <class S, Format format, int N>
-inline void sum_lines(const uint8_t* w, int64_t lines, const int32_t* x, typename S::F* sums) {
-  // With few positions more than one chain of sums keeps the multipliers busy.
-  constexpr int chains = N <= 2 ? 4 : N <= 4 ? 2 : 1;
-  typename S::F part[chains][N];
-  for (int c = 0; c < chains; ++c)
-    for (int p = 0; p < N; ++p) part[c][p] = S::zero();
-  auto line = [&](int c, int64_t i) {
-    const auto v = S::load_line(w + i * kLine);
-    fetch_ahead<N>(w + i * kLine);
-    for (int p = 0; p < N; ++p) {
-      if constexpr (format == Format::bf16)
-        part[c][p] = S::dot_bf16(part[c][p], v, x + i * N + p);
-      else
-        part[c][p] = S::fma(S::as_float(v), S::set(reinterpret_cast<const float*>(x)[i * N + p]), part[c][p]);
-    }
-  };
-  int64_t i = 0;
-  for (; i + 4 <= lines; i += 4)
-    for (int c = 0; c < 4; ++c) line(c % chains, i + c);
-  for (; i < lines; ++i) line(0, i);
-  for (int p = 0; p < N; ++p) {
-    sums[p] = part[0][p];
-    for (int c = 1; c < chains; ++c) sums[p] = S::add(sums[p], part[c][p]);
-  }
-}
-
-// Add to sums [n] what one block gives: its lines at w, the scales (and minima) of its 16 rows, its activations at x, of which
-// positions [first, first + n) of N are taken.
-template <class S, Format format, int N, int first, int n>
-inline void add_block(const uint8_t* w, typename S::F scale, typename S::F minimum, const int32_t* x, typename S::F* sums) {
-  typename S::I parts[n];
-  x += first;
-  for (int p = 0; p < n; ++p) parts[p] = S::set_int(format == Format::q4_1 ? 0 : x[9 * N + p]);
-  if constexpr (format == Format::q8_0) {
-    for (int j = 0; j < 8; ++j) {
-      const auto v = S::load_line(w + j * kLine);
-      for (int p = 0; p < n; ++p) parts[p] = S::dot_u8(parts[p], v, x + j * N + p);
-    }
-  } else {
-    for (int j = 0; j < 4; ++j) {
-      const auto v = S::load_line(w + j * kLine);
-      const auto low = S::low_nibbles(v), high = S::high_nibbles(v);
-      for (int p = 0; p < n; ++p) parts[p] = S::dot_u4(parts[p], low, x + j * N + p);
-      for (int p = 0; p < n; ++p) parts[p] = S::dot_u4(parts[p], high, x + (j + 4) * N + p);
-    }
-  }
+// What P panels of f32, bf16 or f16 weights, `stride` bytes apart, give with N positions: sums [P][N], 16 rows each. A row's sum
+// is one chain, from the first column to the last, whatever P and N are; with few positions several panels side by side keep the
+// multipliers busy.
+template <class S, Format format, int N, int P>
+inline void sum_lines(const uint8_t* w, int64_t stride, int64_t columns, const int32_t* x, typename S::F (*sums)[N]) {
   const float* fx = reinterpret_cast<const float*>(x);
-  for (int p = 0; p < n; ++p) {
-    sums[p] = S::fma(S::to_float(parts[p]), S::mul(scale, S::set(fx[8 * N + p])), sums[p]);
-    if constexpr (format == Format::q4_1) sums[p] = S::fma(minimum, S::set(fx[9 * N + p]), sums[p]);
-  }
-}
-
-constexpr int block_lines(Format format) { return format == Format::q8_0 ? 8 : 4; }
-constexpr int head_lines(Format format) { return format == Format::q4_1 ? 2 : 1; }  // scales and minima of two blocks
-
-// What `blocks` blocks of quantized weights give with N positions: sums [N], 16 rows each.
-template <class S, Format format, int N>
-inline void sum_blocks(const uint8_t* w, int64_t blocks, const int32_t* x, typename S::F* sums) {
-  constexpr int lines = block_lines(format), heads = head_lines(format);
-  // Sums and the parts of a block must fit the registers; a block of many positions is gone through twice.
-  constexpr int half = N > S::parts ? S::parts : N;
-  for (int p = 0; p < N; ++p) sums[p] = S::zero();
-  for (; blocks > 0; blocks -= 2) {
-    const uint8_t* q = w + heads * kLine;
-    for (int b = 0; b < (blocks > 1 ? 2 : 1); ++b) {
-      for (int i = 0; i < lines + heads; ++i) fetch_ahead<format == Format::q8_0 ? N : 2 * N>(q + i * kLine);
-      const auto scale = S::load_f16(w + b * 32), minimum = S::load_f16(w + (heads - 1) * kLine + b * 32);
-      add_block<S, format, N, 0, half>(q, scale, minimum, x, sums);
-      if constexpr (half < N) add_block<S, format, N, half, N - half>(q, scale, minimum, x, sums + half);
-      q += lines * kLine;
-      x += kBlockWords * N;
+  for (int r = 0; r < P; ++r)
+    for (int p = 0; p < N; ++p) sums[r][p] = S::zero();
+  const auto add = [&](int r, int64_t column, const typename S::F v) {
+    for (int p = 0; p < N; ++p) sums[r][p] = S::fma(v, S::set(fx[column * N + p]), sums[r][p]);
+  };
+  const int64_t lines = format == Format::f32 ? columns : format == Format::bf16 ? divided_up(columns, 2) : columns / 2;
+  for (int64_t i = 0; i < lines; ++i)
+    for (int r = 0; r < P; ++r) {
+      const uint8_t* line = w + r * stride + i * kLine;
+      fetch_ahead<N>(line);
+      if constexpr (format == Format::bf16) {
+        const auto v = S::load_line(line);
+        for (int p = 0; p < N; ++p) sums[r][p] = S::dot_bf16(sums[r][p], v, x + i * N + p);
+      } else if constexpr (format == Format::f32) {
+        add(r, i, S::as_float(S::load_line(line)));
+      } else {
+        add(r, 2 * i, S::load_f16(line));
+        add(r, 2 * i + 1, S::load_f16(line + kLine / 2));
+      }
     }
-    w = q;
-  }
+  if (format == Format::f16 && columns % 2)
+    for (int r = 0; r < P; ++r) add(r, columns - 1, S::load_f16(w + r * stride + lines * kLine));
 }
 
-template <class S, Format format, int N>
-void group_of_positions(const Matrix& w, int64_t panel, const int32_t* x, const float* bias, float* y) {
-  typename S::F sums[N];
-  const uint8_t* data = w.data + panel * panel_bytes(format, w.columns);
-  if constexpr (quantized(format))
-    sum_blocks<S, format, N>(data, divided_up(w.columns, kBlock), x, sums);
-  else
-    sum_lines<S, format, N>(data, panel_bytes(format, w.columns) / kLine, x, sums);
+template <class S>
+void store_rows(const Matrix& w, int64_t panel, int64_t p, typename S::F sum, const float* bias, float* y) {
   const int64_t row = panel * kPanelRows;
   const int64_t rows = std::min<int64_t>(kPanelRows, w.rows - row);
-  for (int p = 0; p < N; ++p) {
-    if (rows == kPanelRows) {
-      S::store(y + p * w.rows + row, bias ? S::add(sums[p], S::load(bias + row)) : sums[p]);
-    } else {
-      float last[kPanelRows];
-      S::store(last, sums[p]);
-      for (int64_t r = 0; r < rows; ++r) y[p * w.rows + row + r] = last[r] + (bias ? bias[row + r] : 0);
-    }
+  if (rows == kPanelRows) {
+    S::store(y + p * w.rows + row, bias ? S::add(sum, S::load(bias + row)) : sum);
+  } else {
+    float last[kPanelRows];
+    S::store(last, sum);
+    for (int64_t r = 0; r < rows; ++r) y[p * w.rows + row + r] = last[r] + (bias ? bias[row + r] : 0);
   }
+}
+
+// N positions with P panels from `panel` on.
+template <class S, Format format, int N, int P>
+void group_of_positions(const Matrix& w, int64_t panel, const int32_t* x, const float* bias, float* y) {
+  typename S::F sums[P][N];
+  const int64_t size = panel_bytes(format, w.columns, w.first);
+  const uint8_t* data = w.data + panel * size;
+  if constexpr (quantized(format))
+    sum_blocks<S, format, N>(data, w.columns, w.first, x, sums[0]);
+  else
+    sum_lines<S, format, N, P>(data, size, w.columns, x, sums);
+  for (int r = 0; r < P; ++r)
+    for (int p = 0; p < N; ++p) store_rows<S>(w, panel + r, p, sums[r][p], bias, y);
+}
+
+// Of so few positions so many panels are computed side by side.
+template <class S, Format format>
+constexpr int panels_together(int positions) {
+  return quantized(format) ? 1 : positions <= 2 ? 4 : positions <= 4 ? 2 : 1;
 }
 
 template <class S, Format format>
 void multiply_format(const Matrix& w, int64_t first, int64_t last, int64_t positions, const uint8_t* prepared,
                      const float* bias, float* y) {
   using Function = void (*)(const Matrix&, int64_t, const int32_t*, const float*, float*);
-  static constexpr Function few[] = {
-      group_of_positions<S, format, 1>, group_of_positions<S, format, 2>, group_of_positions<S, format, 3>,
-      group_of_positions<S, format, 4>, group_of_positions<S, format, 5>, group_of_positions<S, format, 6>,
-      group_of_positions<S, format, 7>, group_of_positions<S, format, 8>};
+  constexpr int most = quantized(format) ? S::blocks_together : S::together;
+  constexpr bool any = any_number_together(format);
+  // Those that `next_group` never gives are 1 here.
+  static constexpr Function one[] = {
+      group_of_positions<S, format, 1, 1>,
+      group_of_positions<S, format, 2, 1>,
+      group_of_positions<S, format, (any && most > 2) ? 3 : 1, 1>,
+      group_of_positions<S, format, 4, 1>,
+      group_of_positions<S, format, (any && most > 4) ? 5 : 1, 1>,
+      group_of_positions<S, format, (any && most > 5) ? 6 : 1, 1>,
+      group_of_positions<S, format, (any && most > 6) ? 7 : 1, 1>,
+      group_of_positions<S, format, (most > 7) ? 8 : 1, 1>};
   const int64_t size = prepared_words(format, w.columns);
   const int32_t* x = reinterpret_cast<const int32_t*>(prepared);
+  if constexpr (!quantized(format)) {
+    static constexpr Function several[] = {group_of_positions<S, format, 1, 4>, group_of_positions<S, format, 2, 4>,
+                                           group_of_positions<S, format, 3, 2>, group_of_positions<S, format, 4, 2>};
+    if (positions <= 4 && positions <= most)
+      for (const int64_t step = panels_together<S, format>(int(positions)); first + step <= last; first += step)
+        several[positions - 1](w, first, x, bias, y);
+  }
   for (int64_t panel = first; panel < last; ++panel) {
     for (int64_t p = 0, n; p < positions; p += n) {
-      n = next_group<S>(positions - p);
-      const Function function = n > 8 ? group_of_positions<S, format, S::together> : few[n - 1];
+      n = next_group<S>(format, positions - p);
+      const Function function = n > 8 ? group_of_positions<S, format, most, 1> : one[n - 1];
       function(w, panel, x + p * size, bias, y + p * w.rows);
     }
   }
@@ -251,6 +230,17 @@ void multiply(const Matrix& w, int64_t first, int64_t last, int64_t positions, c
     case Format::q8_0: return multiply_format<S, Format::q8_0>(w, first, last, positions, prepared, bias, y);
     case Format::q4_0: return multiply_format<S, Format::q4_0>(w, first, last, positions, prepared, bias, y);
     case Format::q4_1: return multiply_format<S, Format::q4_1>(w, first, last, positions, prepared, bias, y);
+    case Format::q4_k: return multiply_format<S, Format::q4_k>(w, first, last, positions, prepared, bias, y);
+    case Format::q6_k: return multiply_format<S, Format::q6_k>(w, first, last, positions, prepared, bias, y);
+    case Format::q5_k: return multiply_format<S, Format::q5_k>(w, first, last, positions, prepared, bias, y);
+    case Format::q3_k: return multiply_format<S, Format::q3_k>(w, first, last, positions, prepared, bias, y);
+    case Format::q2_k: return multiply_format<S, Format::q2_k>(w, first, last, positions, prepared, bias, y);
+    case Format::q5_0: return multiply_format<S, Format::q5_0>(w, first, last, positions, prepared, bias, y);
+    case Format::q5_1: return multiply_format<S, Format::q5_1>(w, first, last, positions, prepared, bias, y);
+    case Format::iq4_nl: return multiply_format<S, Format::iq4_nl>(w, first, last, positions, prepared, bias, y);
+    case Format::iq4_xs: return multiply_format<S, Format::iq4_xs>(w, first, last, positions, prepared, bias, y);
+    case Format::mxfp4: return multiply_format<S, Format::mxfp4>(w, first, last, positions, prepared, bias, y);
+    case Format::f16: return multiply_format<S, Format::f16>(w, first, last, positions, prepared, bias, y);
   }
 }
 

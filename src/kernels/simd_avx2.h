@@ -1,4 +1,4 @@
-// 16 lanes by AVX2, FMA and F16C, two registers of 8 each. See simd_portable.h for what each function means.
+// 16 lanes by AVX2, FMA and F16C, two registers of 8 each; with AVX-VNNI where the compiler is allowed it. See simd_portable.h for what each function means.
 #pragma once
 
 #include <immintrin.h>
@@ -10,11 +10,17 @@ namespace tpimpi {
 namespace {  // each level is compiled with flags of its own: nothing of it may be shared with another
 
 struct Avx2 {
+#ifdef __AVXVNNI__
+  static constexpr const char* name = "avx-vnni";
+  static constexpr int kQ8Offset = 128;  // dot_u8 takes weights as they are stored: q + 128
+#else
   static constexpr const char* name = "avx2";
+  static constexpr int kQ8Offset = 0;  // dot_u8 makes the weights signed
+#endif
   static constexpr int together = 6;
+  static constexpr int blocks_together = 8;
   static constexpr int parts = 4;
   static constexpr int queries = 1;
-  static constexpr int kQ8Offset = 0;  // dot_u8 makes the weights signed
 
   struct F { __m256 a, b; };
   struct I { __m256i a, b; };
@@ -58,10 +64,7 @@ struct Avx2 {
     return load_f16(lanes);
   }
   static void sums4(const F* v, float* out) {
-    const __m256 first = _mm256_hadd_ps(_mm256_add_ps(v[0].a, v[0].b), _mm256_add_ps(v[1].a, v[1].b));
-    const __m256 second = _mm256_hadd_ps(_mm256_add_ps(v[2].a, v[2].b), _mm256_add_ps(v[3].a, v[3].b));
-    const __m256 all = _mm256_hadd_ps(first, second);
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+    _mm_storeu_ps(out, _mm_hadd_ps(_mm_hadd_ps(quarter(v[0]), quarter(v[1])), _mm_hadd_ps(quarter(v[2]), quarter(v[3]))));
   }
 
   static I set_int(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
@@ -77,6 +80,47 @@ struct Avx2 {
   static W high_nibbles(W w) { return low_nibbles({_mm256_srli_epi16(w.a, 4), _mm256_srli_epi16(w.b, 4)}); }
   static F as_float(W w) { return {_mm256_castsi256_ps(w.a), _mm256_castsi256_ps(w.b)}; }
 
+  template <int right>
+  static W masked(W w, uint32_t mask) {
+    const __m256i kept = _mm256_set1_epi32(int32_t(mask));
+    if constexpr (right < 0)
+      return {_mm256_and_si256(_mm256_slli_epi32(w.a, -right), kept), _mm256_and_si256(_mm256_slli_epi32(w.b, -right), kept)};
+    else
+      return {_mm256_and_si256(_mm256_srli_epi32(w.a, right), kept), _mm256_and_si256(_mm256_srli_epi32(w.b, right), kept)};
+  }
+  static W combined(W x, W y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+  static F field(W w, int shift, uint32_t mask) {
+    const __m128i count = _mm_cvtsi32_si128(shift);
+    const __m256i kept = _mm256_set1_epi32(int32_t(mask));
+    return to_float(I{_mm256_and_si256(_mm256_srl_epi32(w.a, count), kept), _mm256_and_si256(_mm256_srl_epi32(w.b, count), kept)});
+  }
+  static F signed_byte(W w, int shift) {
+    const __m128i count = _mm_cvtsi32_si128(24 - shift);
+    return to_float(I{_mm256_srai_epi32(_mm256_sll_epi32(w.a, count), 24), _mm256_srai_epi32(_mm256_sll_epi32(w.b, count), 24)});
+  }
+  static W load_u16(const uint8_t* p) {
+    return {_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p + 1))};
+  }
+  static F power_field(W w, int shift) {
+    const __m128i count = _mm_cvtsi32_si128(shift);
+    return {half_power(_mm256_srl_epi32(w.a, count)), half_power(_mm256_srl_epi32(w.b, count))};
+  }
+  static W lookup(W w, const uint8_t* table) {
+    const __m256i entries = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
+    return {_mm256_shuffle_epi8(entries, w.a), _mm256_shuffle_epi8(entries, w.b)};
+  }
+
+#ifdef __AVXVNNI__
+  static constexpr bool kNarrow = false;
+  static I dot_u8(I sum, W w, const int32_t* x) {
+    const __m256i xs = _mm256_set1_epi32(*x);
+    return {_mm256_dpbusd_avx_epi32(sum.a, w.a, xs), _mm256_dpbusd_avx_epi32(sum.b, w.b, xs)};
+  }
+  static I dot_u4(I sum, W w, const int32_t* x) { return dot_u8(sum, w, x); }
+  static I narrow(W w, const int32_t* x) { return dot_u8(set_int(0), w, x); }
+  static I add_narrow(I x, I y) { return add_int(x, y); }
+  static I widened(I v) { return v; }
+#else
   static I dot_u4(I sum, W w, const int32_t* x) {
     const __m256i xs = _mm256_set1_epi32(*x);
     return {add_products(sum.a, w.a, xs), add_products(sum.b, w.b, xs)};
@@ -89,6 +133,20 @@ struct Avx2 {
     return {add_products(sum.a, _mm256_abs_epi8(a), _mm256_sign_epi8(xs, a)),
             add_products(sum.b, _mm256_abs_epi8(b), _mm256_sign_epi8(xs, b))};
   }
+
+  // Products of two and their sum fit 16 bits for weights up to 129; their sums for a few of them, if the weights are small.
+  static constexpr bool kNarrow = true;
+  static I narrow(W w, const int32_t* x) {
+    const __m256i xs = _mm256_set1_epi32(*x);
+    return {_mm256_maddubs_epi16(w.a, xs), _mm256_maddubs_epi16(w.b, xs)};
+  }
+  static I add_narrow(I x, I y) { return {_mm256_add_epi16(x.a, y.a), _mm256_add_epi16(x.b, y.b)}; }
+  static I widened(I v) {
+    const __m256i one = _mm256_set1_epi16(1);
+    return {_mm256_madd_epi16(v.a, one), _mm256_madd_epi16(v.b, one)};
+  }
+#endif
+  static I add_int(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 
   static F dot_bf16(F sum, W w, const int32_t* x) {
     const __m256i high = _mm256_set1_epi32(int32_t(0xffff0000)), xs = _mm256_set1_epi32(*x);
@@ -104,12 +162,21 @@ struct Avx2 {
  private:
   static constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 
-  static __m256i add_products(__m256i sum, __m256i w, __m256i x) {
+  static __m128 quarter(F v) {
+    const __m256 half = _mm256_add_ps(v.a, v.b);
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  }
+  [[maybe_unused]] static __m256i add_products(__m256i sum, __m256i w, __m256i x) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
   }
   static __m256 scale2(__m256 v, __m256 n) {  // in two steps: 2^n itself may be out of range
     const __m256i power = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(power, 1);
     return _mm256_mul_ps(_mm256_mul_ps(v, power_of_2(half)), power_of_2(_mm256_sub_epi32(power, half)));
+  }
+  static __m256 half_power(__m256i v) {
+    const __m256i e = _mm256_and_si256(v, _mm256_set1_epi32(255)), half = _mm256_srli_epi32(e, 1);
+    return _mm256_mul_ps(power_of_2(_mm256_sub_epi32(half, _mm256_set1_epi32(64))),
+                         power_of_2(_mm256_sub_epi32(_mm256_sub_epi32(e, half), _mm256_set1_epi32(64))));
   }
   static __m256 power_of_2(__m256i n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));

@@ -22,6 +22,7 @@ struct Avx512 {
   static constexpr const char* name = "avx512";
 #endif
   static constexpr int together = 16;     // positions whose sums fit the registers
+  static constexpr int blocks_together = 16;
   static constexpr int parts = 8;         // and of how many the parts of a block beside them
   static constexpr int queries = 4;       // of attention, whose sums with 4 keys fit the registers
   static constexpr int kQ8Offset = 128;   // dot_u8 takes weights as they are stored: q + 128
@@ -54,8 +55,7 @@ struct Avx512 {
   }
 
   static void sums4(const F* v, float* out) {
-    const __m256 all = pairs(pairs(folded(v[0]), folded(v[2])), pairs(folded(v[1]), folded(v[3])));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+    _mm_storeu_ps(out, _mm_hadd_ps(_mm_hadd_ps(quarter(v[0]), quarter(v[1])), _mm_hadd_ps(quarter(v[2]), quarter(v[3]))));
   }
 
   static I set_int(int32_t v) { return _mm512_set1_epi32(v); }
@@ -66,10 +66,39 @@ struct Avx512 {
   static W high_nibbles(W w) { return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(15)); }
   static F as_float(W w) { return _mm512_castsi512_ps(w); }
 
+  template <int right>
+  static W masked(W w, uint32_t mask) {
+    const W kept = _mm512_set1_epi32(int32_t(mask));
+    if constexpr (right < 0)
+      return _mm512_and_si512(_mm512_slli_epi32(w, -right), kept);
+    else
+      return _mm512_and_si512(_mm512_srli_epi32(w, right), kept);
+  }
+  static W combined(W a, W b) { return _mm512_or_si512(a, b); }
+  static F field(W w, int shift, uint32_t mask) {
+    return to_float(_mm512_and_si512(_mm512_srl_epi32(w, _mm_cvtsi32_si128(shift)), _mm512_set1_epi32(int32_t(mask))));
+  }
+  static F signed_byte(W w, int shift) {
+    return to_float(_mm512_srai_epi32(_mm512_sll_epi32(w, _mm_cvtsi32_si128(24 - shift)), 24));
+  }
+  static W load_u16(const uint8_t* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
+  static F power_field(W w, int shift) {
+    return scale2(set(1), sub(field(w, shift, 255), set(128)));
+  }
+  static W lookup(W w, const uint8_t* table) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), w);
+  }
+
   // Each lane: sum + the four bytes of w (unsigned) times the four bytes of x (signed).
   static I dot(I sum, W w, const int32_t* x) { return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(*x)); }
   static I dot_u4(I sum, W w, const int32_t* x) { return dot(sum, w, x); }
   static I dot_u8(I sum, W w, const int32_t* x) { return dot(sum, w, x); }
+
+  static constexpr bool kNarrow = false;
+  static I narrow(W w, const int32_t* x) { return dot(_mm512_setzero_si512(), w, x); }
+  static I add_narrow(I a, I b) { return add_int(a, b); }
+  static I widened(I a) { return a; }
+  static I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
 
   // Each lane: sum + the two bf16 of w times the two of x.
   static F dot_bf16(F sum, W w, const int32_t* x) {
@@ -89,9 +118,10 @@ struct Avx512 {
   static constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 
   static __mmask16 first(int64_t n) { return __mmask16((1 << n) - 1); }
-  static __m256 folded(F v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
-  // In each half: a0 + a2, b0 + b2, a1 + a3, b1 + b3.
-  static __m256 pairs(__m256 a, __m256 b) { return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); }
+  static __m128 quarter(F v) {
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  }
 };
 
 }  // namespace

@@ -17,6 +17,7 @@ struct Neon {
   static constexpr const char* name = "neon";
 #endif
   static constexpr int together = 6;
+  static constexpr int blocks_together = 8;
   static constexpr int parts = 4;
   static constexpr int queries = 1;
   static constexpr int kQ8Offset = 0;  // dot_u8 makes the weights signed
@@ -85,6 +86,46 @@ struct Neon {
   }
   static F as_float(W w) { return each([&](int i) { return vreinterpretq_f32_u8(w.v[i]); }); }
 
+  template <int right>
+  static W masked(W w, uint32_t mask) {
+    for (auto& v : w.v) {
+      uint32x4_t words = vreinterpretq_u32_u8(v);
+      if constexpr (right < 0)
+        words = vshlq_n_u32(words, -right);
+      else if constexpr (right > 0)
+        words = vshrq_n_u32(words, right);
+      v = vreinterpretq_u8_u32(vandq_u32(words, vdupq_n_u32(mask)));
+    }
+    return w;
+  }
+  static W combined(W a, W b) {
+    for (int i = 0; i < 4; ++i) a.v[i] = vorrq_u8(a.v[i], b.v[i]);
+    return a;
+  }
+  static F field(W w, int shift, uint32_t mask) {
+    return each([&](int i) { return vcvtq_f32_u32(vandq_u32(right_by(w, i, shift), vdupq_n_u32(mask))); });
+  }
+  static F signed_byte(W w, int shift) {
+    const int32x4_t left = vdupq_n_s32(24 - shift);
+    return each([&](int i) { return vcvtq_f32_s32(vshrq_n_s32(vshlq_s32(vreinterpretq_s32_u8(w.v[i]), left), 24)); });
+  }
+  static W load_u16(const uint8_t* p) {
+    W w;
+    for (int i = 0; i < 4; ++i) w.v[i] = vreinterpretq_u8_u32(vmovl_u16(vreinterpret_u16_u8(vld1_u8(p + 8 * i))));
+    return w;
+  }
+  static F power_field(W w, int shift) {
+    return each([&](int i) {
+      const int32x4_t e = vreinterpretq_s32_u32(vandq_u32(right_by(w, i, shift), vdupq_n_u32(255))), half = vshrq_n_s32(e, 1);
+      return vmulq_f32(power_of_2(vsubq_s32(half, vdupq_n_s32(64))), power_of_2(vsubq_s32(vsubq_s32(e, half), vdupq_n_s32(64))));
+    });
+  }
+  static W lookup(W w, const uint8_t* table) {
+    const uint8x16_t entries = vld1q_u8(table);
+    for (auto& v : w.v) v = vqtbl1q_u8(entries, v);
+    return w;
+  }
+
   static I dot_u4(I sum, W w, const int32_t* x) {
     const int8x16_t xs = vreinterpretq_s8_s32(vld1q_dup_s32(x));
     for (int i = 0; i < 4; ++i) sum.v[i] = add_products(sum.v[i], vreinterpretq_s8_u8(w.v[i]), xs);
@@ -93,6 +134,15 @@ struct Neon {
   static I dot_u8(I sum, W w, const int32_t* x) {
     for (auto& v : w.v) v = veorq_u8(v, vdupq_n_u8(128));
     return dot_u4(sum, w, x);
+  }
+
+  static constexpr bool kNarrow = false;
+  static I narrow(W w, const int32_t* x) { return dot_u4(set_int(0), w, x); }
+  static I add_narrow(I a, I b) { return add_int(a, b); }
+  static I widened(I a) { return a; }
+  static I add_int(I a, I b) {
+    for (int i = 0; i < 4; ++i) a.v[i] = vaddq_s32(a.v[i], b.v[i]);
+    return a;
   }
 
   static F dot_bf16(F sum, W w, const int32_t* x) {
@@ -115,10 +165,11 @@ struct Neon {
     return {{function(0), function(1), function(2), function(3)}};
   }
 
+  static uint32x4_t right_by(W w, int i, int shift) { return vshlq_u32(vreinterpretq_u32_u8(w.v[i]), vdupq_n_s32(-shift)); }
   static float32x4_t power_of_2(int32x4_t n) {
     return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23));
   }
-  static float32x4_t quarter(F v) { return vaddq_f32(vaddq_f32(v.v[0], v.v[1]), vaddq_f32(v.v[2], v.v[3])); }
+  static float32x4_t quarter(F v) { return vaddq_f32(vaddq_f32(v.v[0], v.v[2]), vaddq_f32(v.v[1], v.v[3])); }
 
   static int32x4_t add_products(int32x4_t sum, int8x16_t w, int8x16_t x) {
 #ifdef __ARM_FEATURE_DOTPROD

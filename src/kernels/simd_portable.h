@@ -11,6 +11,7 @@ namespace {  // each level is compiled with flags of its own: nothing of it may 
 struct Portable {
   static constexpr const char* name = "portable";
   static constexpr int together = 4;   // positions whose sums fit the registers
+  static constexpr int blocks_together = 4;  // the same, of quantized weights
   static constexpr int parts = 4;      // and of how many the parts of a block beside them
   static constexpr int queries = 1;    // queries of attention whose sums with 4 keys fit the registers
   static constexpr int kQ8Offset = 128;  // what dot_u8 takes off a weight late: it multiplies q + kQ8Offset
@@ -59,11 +60,11 @@ struct Portable {
     std::memcpy(h, p, size_t(n) * 2);
     return load_f16(h);
   }
-  // out[i] = the sum of the lanes of v[i], for 4 of them.
+  // out[i] = the sum of the lanes of v[i], for 4 of them: halves are added, then quarters, then neighbours.
   static void sums4(const F* v, float* out) {
     for (int i = 0; i < 4; ++i) {
       float part[4];
-      for (int k = 0; k < 4; ++k) part[k] = v[i].v[k] + v[i].v[4 + k] + (v[i].v[8 + k] + v[i].v[12 + k]);
+      for (int k = 0; k < 4; ++k) part[k] = v[i].v[k] + v[i].v[8 + k] + (v[i].v[4 + k] + v[i].v[12 + k]);
       out[i] = part[0] + part[1] + (part[2] + part[3]);
     }
   }
@@ -90,7 +91,45 @@ struct Portable {
   }
   static F as_float(W w) { return each([&](int i) { return bits(w.v[i]); }); }
 
-  // Each lane: sum + the four bytes of w (unsigned; in dot_u4 at most 15) times the four bytes of x (signed, not -128).
+  // The bits of each word that `mask` has after a shift by `right` (to the left where it is negative); of both.
+  template <int right>
+  static W masked(W w, uint32_t mask) {
+    for (auto& v : w.v) v = (right < 0 ? v << (right < 0 ? -right : 0) : v >> (right < 0 ? 0 : right)) & mask;
+    return w;
+  }
+  static W combined(W a, W b) {
+    for (int i = 0; i < 16; ++i) a.v[i] |= b.v[i];
+    return a;
+  }
+  // Of each word the bits of `mask` from bit `shift` on, as a number; the byte from there, signed.
+  static F field(W w, int shift, uint32_t mask) { return each([&](int i) { return float(w.v[i] >> shift & mask); }); }
+  static F signed_byte(W w, int shift) { return each([&](int i) { return float(int8_t(w.v[i] >> shift)); }); }
+  // 16 numbers of 16 bits, a word each.
+  static W load_u16(const uint8_t* p) {
+    uint16_t h[16];
+    std::memcpy(h, p, sizeof h);
+    W w;
+    for (int i = 0; i < 16; ++i) w.v[i] = h[i];
+    return w;
+  }
+  // 2 to the power of the lowest byte of each word after a shift, less 128: a scale of mxfp4 (E8M0), halved.
+  static F power_field(W w, int shift) {
+    return each([&](int i) {
+      const uint32_t e = w.v[i] >> shift & 255;
+      return bits(((e >> 1) + 63) << 23) * bits((e - (e >> 1) + 63) << 23);
+    });
+  }
+  // table[b] for each byte b, which is at most 15.
+  static W lookup(W w, const uint8_t* table) {
+    for (auto& v : w.v) {
+      uint32_t found = 0;
+      for (int b = 0; b < 32; b += 8) found |= uint32_t(table[v >> b & 15]) << b;
+      v = found;
+    }
+    return w;
+  }
+
+  // Each lane: sum + the four bytes of w (unsigned; in dot_u4 at most 63) times the four bytes of x (signed, not -128).
   static I dot_u8(I sum, W w, const int32_t* x) {
     for (int b = 0; b < 4; ++b) {
       const int32_t factor = int8_t(uint32_t(*x) >> 8 * b);
@@ -99,6 +138,16 @@ struct Portable {
     return sum;
   }
   static I dot_u4(I sum, W w, const int32_t* x) { return dot_u8(sum, w, x); }
+
+  // Where kNarrow is set: sums of products that are kept in 16 bits for a while, `narrow` as dot_u4 from 0.
+  static constexpr bool kNarrow = false;
+  static I narrow(W w, const int32_t* x) { return dot_u8(set_int(0), w, x); }
+  static I add_narrow(I a, I b) { return add_int(a, b); }
+  static I widened(I a) { return a; }
+  static I add_int(I a, I b) {
+    for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
+    return a;
+  }
 
   // Each lane: sum + the two bf16 of w times the two of x.
   static F dot_bf16(F sum, W w, const int32_t* x) {

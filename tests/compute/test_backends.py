@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.formats import EVERY_FORMAT, EVERY_QUANTIZED
 from tpimpi.compute.backends import has_native, load_backend
 from tpimpi.compute.backends.reference import rounded_activations
-from tpimpi.compute.formats import WEIGHT_FORMATS, is_quantized
 from tpimpi.compute.formats.packed import decode, encode, pack, row_bytes
 
 TWIN, TORCH = load_backend("numpy", 1), load_backend("torch", 1)
@@ -52,7 +52,7 @@ def product_as_specified(x: np.ndarray, stored: np.ndarray, fmt: str, columns: i
 
 
 @pytest.mark.parametrize("positions", [1, 5])
-@pytest.mark.parametrize("fmt", WEIGHT_FORMATS)
+@pytest.mark.parametrize("fmt", ["f32", "bf16", "q8_0", "q4_0", "q4_1"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("rows", "columns"), [(24, 40), (1, 1), (16, 96), (33, 129)])
 def test_linear(random: np.random.Generator, positions: int, fmt: str, bias: bool, rows: int, columns: int) -> None:
@@ -74,16 +74,16 @@ def test_linear(random: np.random.Generator, positions: int, fmt: str, bias: boo
         assert np.abs(rounded - exact).max() > 1e-3, "nothing was rounded: the test shows nothing"
 
 
-@pytest.mark.parametrize("fmt", WEIGHT_FORMATS)
+@pytest.mark.parametrize("fmt", EVERY_FORMAT)
 def test_linear_of_a_large_matrix_goes_in_runs(random: np.random.Generator, fmt: str) -> None:
-    x, stored = normal(random, 2, 1024), encode(normal(random, 5000, 1024), fmt)
+    x, stored = normal(random, 2, 1024), np.resize(encode(normal(random, 250, 1024), fmt), (5000, row_bytes(fmt, 1024)))
     expected = x @ decode(stored, fmt, 1024).T
     for backend in (TWIN, TORCH):
         found = backend.linear(x, pack(stored, fmt, 1024))
-        assert np.abs(found - expected).max() < (1e-3 if fmt == "f32" or backend is TORCH else 1.5)
+        assert np.abs(found - expected).max() < (2e-3 if fmt in ("f32", "f16") or backend is TORCH else 1.5)
 
 
-@pytest.mark.parametrize("fmt", [fmt for fmt in WEIGHT_FORMATS if is_quantized(fmt)])
+@pytest.mark.parametrize("fmt", EVERY_QUANTIZED)
 @pytest.mark.parametrize("hostile", [float("nan"), float("inf"), float("-inf")])
 def test_a_position_that_is_not_finite_stays_so(random: np.random.Generator, fmt: str, hostile: float) -> None:
     x, weight = normal(random, 3, 70), pack(encode(normal(random, 20, 70), fmt), fmt, 70)

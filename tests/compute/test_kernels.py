@@ -17,14 +17,16 @@ import pytest
 
 from tests.support.launch import ROOT
 from tpimpi.compute.backends.reference import NumpyTwin, rounded_activations
-from tpimpi.compute.formats import FORMATS, WEIGHT_FORMATS, is_quantized
-from tpimpi.compute.formats.packed import Matrix, encode, pack, row_bytes, values
+from tpimpi.compute.formats import FORMATS, WEIGHT_FORMATS
+from tpimpi.compute.formats.packed import Matrix, decode, encode, pack, unpack, values
 from tpimpi.compute.formats.quantize import quantize
 
 TWIN = NumpyTwin(1)
 LINEAR, RMS_NORM, ROPE, SWIGLU, ATTENTION, QUANTIZE, READ = range(7)
 NOTHING = np.zeros(0, np.float32)
 EPS = np.finfo(np.float32).eps
+# Where codes stand in a block of the formats with minima: what is left when they are zero are the minima.
+CODES_BESIDE_MINIMA = {"q4_1": (4, 20), "q5_1": (4, 24), "q4_k": (16, 144), "q5_k": (16, 176), "q2_k": (16, 80)}
 
 
 @dataclass
@@ -77,10 +79,14 @@ def linear_case(
         expected = TWIN.linear(x, weight, bias)
         # Sums in another order differ by some last places of the sum of what is added, without regard to sign.
         size = np.abs(rounded_activations(x, weight.format).astype(np.float64)) @ np.abs(values(weight)).T.astype(float)
-        if weight.format == "q4_1":  # its minima and its scales are summed apart
-            size += np.abs(x).max(axis=1, keepdims=True) * 2 * np.abs(values(weight)).max() * weight.columns
+        if (codes := CODES_BESIDE_MINIMA.get(weight.format)) is not None:  # minima and scales are summed apart
+            form = FORMATS[weight.format]
+            blocks = unpack(weight).reshape(weight.rows, -1, form.block_bytes)
+            blocks[:, :, slice(*codes)] = 0
+            minima = decode(blocks.reshape(weight.rows, -1), weight.format, weight.columns, weight.first)
+            size += 2 * np.abs(x).astype(np.float64) @ np.abs(minima).T.astype(float)
     arrays = [weight.data, x, NOTHING if bias is None else bias]
-    parameters = [FORMATS[weight.format].kernel_code, weight.rows, weight.columns, len(x), parts]
+    parameters = [FORMATS[weight.format].kernel_code, weight.rows, weight.columns, len(x), parts, weight.first]
     tolerance = np.nan_to_num(size + (0 if bias is None else np.abs(bias))) * EPS * slack + 1e-37
     return Case(f"linear {name}", LINEAR, parameters, arrays, expected.shape, within(expected, tolerance))
 
@@ -95,6 +101,12 @@ def linear_cases(random: np.random.Generator) -> list[Case]:
             weight = pack(encode(random.standard_normal((rows, columns), dtype=np.float32), fmt), fmt, columns)
             bias = random.standard_normal(rows, dtype=np.float32) if number % 2 else None
             cases.append(linear_case(f"{fmt} {rows}x{columns} n={positions}", x, weight, bias, 1 + number % 3))
+        if FORMATS[fmt].block_weights == 256:
+            for first, columns, positions in ((32, 64, 1), (64, 320, 2), (224, 33, 3), (96, 700, 8), (160, 96, 17)):
+                stored = random_blocks(fmt, 19, FORMATS[fmt].blocks(columns, first), random)
+                x = random.standard_normal((positions, columns), dtype=np.float32)
+                name = f"{fmt} from column {first} {columns} n={positions}"
+                cases.append(linear_case(name, x, pack(stored, fmt, columns, first)))
         cases += hostile_linear_cases(fmt, random)
     return cases
 
@@ -117,24 +129,37 @@ def hostile_linear_cases(fmt: str, random: np.random.Generator) -> list[Case]:
         one = x.copy()
         one[2, 40] = one[11, 74] = value
         cases.append(linear_case(f"{fmt} {name} x", one, weight))
-    if fmt in ("f32", "bf16"):
+    form = FORMATS[fmt]
+    if not form.is_quantized:
         return cases
     # Every code beside every scale that is finite: the largest, negative ones, subnormals; x at the ends of int8.
-    stored = random.integers(0, 256, (512, row_bytes(fmt, 64)), np.uint8)
-    halves = stored.view("<u2").reshape(512, 2, -1)
-    scales = random.integers(0, 1 << 16, (512, 2), np.uint16)
-    scales[:8] = np.array([65504, -65504, 2**-24, -(2**-24), 2**-14, 0, -0.0, 6.1e-5], "<f2").view("<u2")[:, None]
-    scales[~np.isfinite(scales.view("<f2"))] = 0
-    halves[:, :, 0] = scales
-    if fmt == "q4_1":
-        halves[:, :, 1] = scales[::-1]
-    ends = np.where(random.integers(0, 2, (9, 64)), np.float32(127), np.float32(-127))
+    columns = 2 * form.block_weights
+    ends = np.where(random.integers(0, 2, (9, columns)), np.float32(127), np.float32(-127))
     for name, codes in (("any code", None), ("least code", 0), ("greatest code", 255), ("middle code", 0x80)):
-        block = stored.copy()
+        stored = random_blocks(fmt, 64, 2, random)
         if codes is not None:
-            block.reshape(512, 2, -1)[:, :, 4 if fmt == "q4_1" else 2 :] = codes
-        cases.append(linear_case(f"{fmt} {name}", ends, pack(block, fmt, 64), slack=16))
+            numbers = [slice(place, place + 2) for place in form.number_places] or [slice(1)]
+            blocks, kept = stored.reshape(64, 2, -1), stored.reshape(64, 2, -1).copy()
+            blocks[:] = codes
+            for place in numbers:
+                blocks[:, :, place] = kept[:, :, place]
+        cases.append(linear_case(f"{fmt} {name}", ends, pack(stored, fmt, columns), slack=16))
     return cases
+
+
+def random_blocks(fmt: str, rows: int, blocks: int, random: np.random.Generator) -> np.ndarray:
+    """Rows of any bytes, with scales and minima that are finite."""
+    form = FORMATS[fmt]
+    stored = random.integers(0, 256, (rows, blocks * form.block_bytes), np.uint8)
+    if fmt == "mxfp4":
+        stored.reshape(rows, blocks, -1)[:, :, 0] = random.integers(0, 230, (rows, blocks))
+    for number, place in enumerate(form.number_places):
+        scales = random.integers(0, 1 << 16, (rows, blocks), np.uint16)
+        some = np.array([65504, -65504, 2**-24, -(2**-24), 2**-14, 0, -0.0, 6.1e-5], "<f2").view("<u2")[:rows, None]
+        scales[: len(some)] = np.roll(some, number)
+        scales[~np.isfinite(scales.view("<f2"))] = 0
+        stored.reshape(rows, blocks, -1)[:, :, place : place + 2] = scales[:, :, None].view(np.uint8)
+    return stored
 
 
 def rms_norm_cases(random: np.random.Generator) -> list[Case]:
@@ -261,7 +286,7 @@ def attention_cases(random: np.random.Generator) -> list[Case]:
 
 def quantize_cases(random: np.random.Generator) -> list[Case]:
     cases = []
-    for fmt in filter(is_quantized, WEIGHT_FORMATS):
+    for fmt in ("q8_0", "q4_0", "q4_1"):
         x = random.standard_normal((19, 32), dtype=np.float32) * np.logspace(-9, 6, 19, dtype=np.float32)[:, None]
         x[4], x[5, 3], x[6] = 0, 1e-38, 3.4e38
         expected = quantize(x, fmt)

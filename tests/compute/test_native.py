@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.drawn import examples
+from tests.support.formats import EVERY_FORMAT
 from tpimpi.compute.backends import load_backend
 from tpimpi.compute.backends.native import NativeBackend
-from tpimpi.compute.formats import FORMATS, WEIGHT_FORMATS
+from tpimpi.compute.formats import FORMATS, WEIGHT_FORMATS, is_quantized
 from tpimpi.compute.formats.packed import Matrix, encode, pack, packed_bytes, values
 from tpimpi.compute.formats.quantize import quantize
 from tpimpi.errors import InputError
@@ -55,7 +56,7 @@ def test_linear(level: str, fmt: str, rows: int, columns: int, positions: int, b
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("fmt", WEIGHT_FORMATS)
+@pytest.mark.parametrize("fmt", EVERY_FORMAT)
 def test_linear_of_many_rows_with_any_number_of_threads(level: str, fmt: str) -> None:
     random = np.random.default_rng(3)
     w, x = matrix(random, fmt, 1111, 544), random.standard_normal((19, 544), dtype=np.float32)
@@ -65,7 +66,7 @@ def test_linear_of_many_rows_with_any_number_of_threads(level: str, fmt: str) ->
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("fmt", WEIGHT_FORMATS)
+@pytest.mark.parametrize("fmt", EVERY_FORMAT)
 def test_linear_with_hostile_values(level: str, fmt: str) -> None:
     """Zeros, all-zero blocks, weights at the ends of the format; a position that is not finite spoils itself alone."""
     weights = np.zeros((48, 96), np.float32)
@@ -79,10 +80,10 @@ def test_linear_with_hostile_values(level: str, fmt: str) -> None:
     x[3, 70] = np.nan
     x[4, 3] = np.inf
     x[5] *= 1e-35
-    x[6] *= 1e30 if fmt not in ("f32", "bf16") else 1
+    x[6] *= 1e30 if is_quantized(fmt) else 1
     w = pack(encode(weights, fmt), fmt, 96)
     found, expected = BACKENDS[level].linear(x, w), TWIN.linear(x, w)
-    if fmt in ("f32", "bf16"):  # inf times zero is NaN there too, but which rows of an infinity are NaN is the format's
+    if not is_quantized(fmt):  # inf times zero is NaN there too, but which rows of an infinity are NaN is the format's
         assert np.isnan(found[3]).all() and not np.isfinite(found[4]).any()
     else:
         assert np.isnan(found[3]).all() and np.isnan(found[4]).all()
@@ -102,6 +103,47 @@ def test_the_largest_scale(level: str, fmt: str) -> None:
     expected = TWIN.linear(x, w)
     assert np.isfinite(expected).all() and np.abs(expected).max() > 1e25
     assert_same(BACKENDS[level].linear(x, w), expected, float(np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("fmt", EVERY_FORMAT)
+def test_a_rows_numbers_do_not_depend_on_the_rows_beside_it(level: str, fmt: str) -> None:
+    """Batches, drafts and chunks of a prompt change no answer: bit for bit, with any number of threads."""
+    random = np.random.default_rng(5)
+    for rows, columns in ((16 * 9 + 5, 352), (64, 33)):
+        w, x = matrix(random, fmt, rows, columns), random.standard_normal((17, columns), dtype=np.float32)
+        alone = np.concatenate([BACKENDS[level].linear(x[[i]], w) for i in range(len(x))])
+        for positions in range(2, 18):
+            np.testing.assert_array_equal(BACKENDS[level].linear(x[:positions], w), alone[:positions])
+        np.testing.assert_array_equal(NativeBackend(3, level).linear(x, w), alone)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@examples(40)
+@given(
+    heads=st.integers(1, 9),
+    half_dim=st.integers(1, 70),
+    start=st.integers(0, 200),
+    positions=st.integers(2, 20),
+    window=st.integers(0, 150),
+    f16=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_a_query_does_not_depend_on_the_queries_beside_it(
+    level: str, heads: int, half_dim: int, start: int, positions: int, window: int, f16: bool, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    head_dim, stop, q_to_kv = 2 * half_dim, start + positions, (0,) * heads
+    k, v = random.standard_normal((2, 1, stop, head_dim)).astype(np.float16 if f16 else np.float32)
+    q = 2 * random.standard_normal((positions, heads, head_dim), dtype=np.float32)
+    together = BACKENDS[level].attention(q, k, v, q_to_kv, start, window)
+    for i in (0, positions // 2, positions - 1):
+        seen = start + i + 1
+        cut = [np.ascontiguousarray(of[:, :seen]) for of in (k, v)]
+        alone = BACKENDS[level].attention(q[[i]], *cut, q_to_kv, start + i, window)
+        np.testing.assert_array_equal(alone[0], together[i])
+        one = BACKENDS[level].attention(np.ascontiguousarray(q[[i]][:, :1]), *cut, (0,), start + i, window)
+        np.testing.assert_array_equal(one[0, 0], together[i, 0])
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -179,7 +221,10 @@ def test_what_does_not_fit_is_refused() -> None:
         ((0, 16, 64, data, x[:, :32].copy(), None, y), "another number of columns"),
         ((0, 16, 64, data, x, np.zeros(15, np.float32), y), "bias"),
         ((0, 16, 64, data, x, None, y[:1]), "y must be"),
-        ((9, 16, 64, data, x, None, y), "format is unknown"),
+        ((16, 16, 64, data, x, None, y), "format is unknown"),
+        ((0, 16, 64, data, x, None, y, 32), "first is no place"),
+        ((5, 16, 64, data, x, None, y, 40), "first is no place"),
+        ((5, 16, 64, data, x, None, y, 256), "first is no place"),
         ((-1, 16, 64, data, x, None, y), "format is unknown"),
     ]:
         with pytest.raises(ValueError, match=what):

@@ -11,11 +11,14 @@ import h5py
 import numpy as np
 import pytest
 
+from tests.support.formats import EVERY_QUANTIZED
 from tests.support.slices import joined
 from tests.support.tiny_models import write_tiny_hf
+from tpimpi.compute.formats import FORMATS
 from tpimpi.compute.formats.packed import decode, encode
 from tpimpi.compute.formats.quantize import quantize
 from tpimpi.errors import InputError, ModelError
+from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.weights.make import choose_formats, requantized, slice_model
 from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.names import slice_name
@@ -91,7 +94,7 @@ def test_progress_goes_up_to_all_there_is(llama_model: Path, tmp_path: Path) -> 
     [
         ("float32", "auto", "f32"),
         ("bfloat16", "auto", "bf16"),
-        ("float16", "auto", "bf16"),
+        ("float16", "auto", "f16"),
         ("bfloat16", "f32", "f32"),
         ("float32", "bf16", "bf16"),
         ("float32", "q8_0", "q8_0"),
@@ -115,22 +118,23 @@ def test_auto_keeps_the_precision_of_the_source(tmp_path: Path, dtype: str, want
         embedding = decode(encode(source.read("embed_tokens.weight"), outer), outer, 64)
         np.testing.assert_array_equal(file.embedding_rows([5, 0, 159]), embedding[[5, 0, 159]])
         file.close()
-        with pytest.raises(InputError, match="format is 'f16', must be auto, f32, bf16, q8_0, q4_0 or q4_1"):
-            choose_formats(source, "f16")
+        with pytest.raises(InputError, match=r"format is 'f64', must be auto, f32, bf16, f16, q8_0, .* or q5_k_m"):
+            choose_formats(source, "f64")
 
 
 def random_blocks(kind: gguf.GGMLQuantizationType, rows: int, columns: int, seed: int) -> np.ndarray:
-    """Rows of blocks as gguf quantizes normal numbers; of K-quants, which it cannot make, any codes with a small scale."""
+    """Rows of blocks as gguf quantizes normal numbers; where it cannot, any codes with a small scale."""
     dice = np.random.default_rng(seed)
-    if kind in (gguf.GGMLQuantizationType.Q4_K, gguf.GGMLQuantizationType.Q6_K):
+    numbers = dice.standard_normal((rows, columns), dtype=np.float32) * 0.05
+    try:
+        return gguf.quants.quantize(numbers, kind)
+    except NotImplementedError:
         weights, size = gguf.GGML_QUANT_SIZES[kind]
         blocks = dice.integers(0, 256, (rows, columns // weights, size), np.uint8)
-        scale = np.frombuffer(np.float16(0.001).tobytes(), np.uint8)
-        places = (0, 2) if kind == gguf.GGMLQuantizationType.Q4_K else (size - 2,)
-        for place in places:
-            blocks[:, :, place : place + 2] = scale
+        form = FORMATS.get(kind.name.lower())
+        for place in form.number_places if form else (0,):
+            blocks[:, :, place : place + 2] = np.frombuffer(np.float16(0.001).tobytes(), np.uint8)
         return blocks.reshape(rows, -1)
-    return gguf.quants.quantize(dice.standard_normal((rows, columns), dtype=np.float32) * 0.05, kind)
 
 
 def write_gguf(
@@ -177,7 +181,7 @@ def write_gguf(
     return numbers
 
 
-@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1"])
+@pytest.mark.parametrize("kind", EVERY_QUANTIZED)
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_blocks_are_taken_over_without_loss(tmp_path: Path, kind: str, ranks: int) -> None:
     expected = write_gguf(tmp_path / "m.gguf", kind, kinds={"token_embd": "q8_0", "blk.1.attn_v": "q8_0"})
@@ -232,24 +236,56 @@ def test_heads_that_are_cut_within_blocks_are_quantized_again(tmp_path: Path) ->
 def test_other_types_are_quantized_again_and_that_is_said_once(tmp_path: Path, monkeypatch, capsys) -> None:
     from tpimpi.cli import slicing
 
-    kinds = {"output": "q6_k", "token_embd": "q6_k", "blk.0.attn_v": "q6_k", "blk.1.ffn_down": "q8_0"}
-    expected = write_gguf(tmp_path / "m.gguf", "q4_k", kinds=kinds)
+    kinds = {"output": "iq3_s", "token_embd": "q6_k", "blk.0.attn_v": "iq3_s", "blk.1.ffn_down": "q8_0"}
+    expected = write_gguf(tmp_path / "m.gguf", "iq2_xs", kinds=kinds)
     monkeypatch.setattr(slicing, "load_tokenizer", lambda *_: None)
     with open_source(tmp_path / "m.gguf") as source:
         plan, formats = make_partition(source.config, [1, 1]), choose_formats(source, "auto")
-        assert formats.describe() == "q4_1, v q8_0 in 1 layer, down q8_0 in 1 layer, head q8_0"
+        assert formats.describe() == "q4_k, v q5_k in 1 layer, down q8_0 in 1 layer, head q5_k, embedding q6_k"
         for quiet in (True, False):
             slicing.slice_source(source, plan, formats, tmp_path / "out", quiet=quiet)
             said = capsys.readouterr().err
-            assert ("q4_k is re-quantized to q4_1, q6_k to q8_0\n" in said) is not quiet
+            expected_words = "iq2_xs is re-quantized to q4_k (q, k, v, o, gate, up, down; 2.31 to 4.50 bits a weight)"
+            assert (expected_words in said) is not quiet
+            assert ("iq3_s to q5_k (v, head; 3.44 to 5.50 bits a weight)\n" in said) is not quiet
             assert said.count("re-quantized") == (0 if quiet else 1)
         assert requantized(source, plan, choose_formats(source, "f32")) == ""
     found = joined(tmp_path / "out", 2)
     np.testing.assert_array_equal(found["blk.1.ffn_down"], expected["blk.1.ffn_down"])
     for name, numbers in expected.items():
-        kind = kinds.get(name, "q4_k")
+        kind = kinds.get(name, "iq2_xs")
         error = np.sqrt(np.mean(np.square(found[name] - numbers)) / np.mean(np.square(numbers)))
-        assert error < {"q4_k": 0.06, "q6_k": 0.01, "q8_0": 1e-9}[kind], name
+        assert error < {"iq2_xs": 0.12, "iq3_s": 0.06, "q8_0": 1e-9, "q6_k": 1e-9}[kind], name
+
+
+@pytest.mark.parametrize(
+    ("layers", "more"),
+    [
+        (22, [0, 1, 4, 7, 10, 13, 16, 19, 20, 21]),
+        (32, [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]),
+        (4, [2, 3]),
+    ],
+)
+def test_mixes_have_more_bits_where_llama_cpp_has(layers: int, more: list[int]) -> None:
+    """Worked out by hand from its rule: i < n/8, or i >= 7n/8, or (i - n/8) % 3 == 2, in whole numbers."""
+    for mix, main in (("q4_k_m", "q4_k"), ("q5_k_m", "q5_k")):
+        formats = ModelFormats.of(mix, layers)
+        assert (formats.head, formats.embedding) == ("q6_k", "q6_k")
+        for layer, here in enumerate(formats.layers):
+            wide = "q6_k" if layer in more else main
+            assert here._asdict() == dict.fromkeys(("q", "k", "o", "gate", "up"), main) | {"v": wide, "down": wide}
+
+
+def test_numbers_in_blocks_of_256_do_not_depend_on_how_they_are_cut(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", "q8_0")
+    assert path
+    with open_source(tmp_path / "m.gguf") as source:
+        formats = choose_formats(source, "q4_k")
+        for ranks in (1, 3):
+            slice_model(source, make_partition(source.config, [1] * ranks), formats, tmp_path / str(ranks))
+    one, three = joined(tmp_path / "1", 1), joined(tmp_path / "3", 3)
+    for name, numbers in one.items():
+        np.testing.assert_array_equal(three[name], numbers, err_msg=name)
 
 
 def test_numbers_that_blocks_cannot_hold_name_the_tensor(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tpimpi.star import DEFAULT_SILENCE_S, DEFAULT_TIMEOUT_S
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, in which slices. `format` is "auto" or one of WEIGHT_FORMATS; `shares` as the user writes them."""
+    """Which model, in which slices. `format` is "auto" or one of FORMAT_CHOICES; `shares` as the user writes them."""
 
     model: str | None = None
     slices: str | None = None

@@ -19,7 +19,7 @@ from tpimpi.engine.engine import DEFAULT_CONTEXT, EngineConfig
 from tpimpi.engine.overlap import largest_sum
 from tpimpi.engine.ranks import RankInfo
 from tpimpi.models.config import ModelConfig
-from tpimpi.models.weight_formats import ModelFormats
+from tpimpi.models.weight_formats import MIXES, ModelFormats
 from tpimpi.star import Star, launcher_kind, settle
 from tpimpi.system import placement
 from tpimpi.weights.find import hidden_of_slices
@@ -166,7 +166,8 @@ def given_slices(model: ModelOptions, ranks: int) -> RunSlices:
     if model.model is not None:
         with open_source(model_path(model.model)) as source:
             fingerprint = source.fingerprint()
-    fmt = "" if model.format == "auto" else wanted_formats(model.format, layers=1).key()
+    # Of a mix the name depends on the number of layers, which the slices know.
+    fmt = "" if model.format in ("auto", *MIXES) else wanted_formats(model.format, layers=1).key()
     shares = "" if model.shares is None else describe_shares(share_weights(model.shares, ranks))
     return RunSlices(model.slices, None, fingerprint, fmt, shares)
 

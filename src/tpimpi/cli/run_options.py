@@ -35,10 +35,10 @@ from tpimpi.cli.values import (
     window_blocks,
 )
 from tpimpi.compute.backends import BACKEND_NAMES, KERNEL_LEVELS
-from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.diagnostics.trace_file import BEGINNING
 from tpimpi.errors import InputError
 from tpimpi.models.kv.cache import KV_FORMATS
+from tpimpi.models.weight_formats import FORMAT_CHOICES
 from tpimpi.serving.perplexity import CHUNK_POSITIONS
 from tpimpi.serving.session import SAMPLING
 from tpimpi.star import ALLREDUCES, DEFAULT_SILENCE_S, DEFAULT_TIMEOUT_S, SHORTEST_SILENCE_S, WIRES
@@ -111,8 +111,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--format",
         default="auto",
-        help=f"format of the weights: auto, {', '.join(WEIGHT_FORMATS)}; beside q4_0 and q4_1 the head and the embedding "
-        "are q8_0 (default auto: each tensor's own, or the nearest that there is)",
+        help=f"format of the weights: auto, {', '.join(FORMAT_CHOICES)}; the head and the embedding have more bits than "
+        "layers of few (default auto: each tensor's own, or the nearest that there is)",
     )
     add_shares(group)
 

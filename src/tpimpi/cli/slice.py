@@ -14,9 +14,8 @@ from tpimpi.cli.process import Job, say
 from tpimpi.cli.run_options import add_shares, parsed_into
 from tpimpi.cli.slicing import ensure_slices, say_left_out, slice_source
 from tpimpi.cli.values import MOST_RANKS, given_model, path_given, share_weights, slice_count, whole_number
-from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.engine.ranks import greet
-from tpimpi.models.weight_formats import ModelFormats
+from tpimpi.models.weight_formats import FORMAT_CHOICES, ModelFormats
 from tpimpi.star import Star
 from tpimpi.star.control import StopNote, send_note, stop_others_on_error
 from tpimpi.weights.locations import SliceLocation, cache_name, model_path
@@ -56,7 +55,7 @@ def slice_parser() -> argparse.ArgumentParser:
         help="how many slices to make (default: as many as mpirun starts)",
     )
     add_shares(parser)
-    parser.add_argument("--format", default="auto", help=f"auto, {', '.join(WEIGHT_FORMATS)} (default: as in a run)")
+    parser.add_argument("--format", default="auto", help=f"auto, {', '.join(FORMAT_CHOICES)} (default: as in a run)")
     parser.add_argument(
         "--out",
         type=path_given("--out", "the folder that gets the slices"),

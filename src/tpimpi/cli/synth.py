@@ -12,10 +12,9 @@ from tpimpi.cli.parser import Parser
 from tpimpi.cli.process import Job, cleaning_up_on_signals
 from tpimpi.cli.run_options import parsed_into
 from tpimpi.cli.values import MOST_RANKS, path_given, share_weights, slice_count, whole_number
-from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.errors import InputError
 from tpimpi.models.shapes import SHAPES, Shape, load_shape
-from tpimpi.models.weight_formats import ModelFormats
+from tpimpi.models.weight_formats import FORMAT_CHOICES, ModelFormats
 from tpimpi.system.terminal import progress_bar
 from tpimpi.weights.make import slice_model
 from tpimpi.weights.slices.names import slice_name
@@ -51,7 +50,7 @@ def synth_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", required=True, metavar="NAME", help=shapes)
     parser.add_argument("--layers", type=int, metavar="N", help="so many layers (default: as the shape has)")
     parser.add_argument(
-        "--format", type=weight_format, default="q4_0", help=f"{', '.join(WEIGHT_FORMATS)} (default q4_0)"
+        "--format", type=weight_format, default="q4_0", help=f"{', '.join(FORMAT_CHOICES)} (default q4_0)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="other weights for another one (default 0)")
     parser.add_argument(
@@ -77,9 +76,9 @@ def synth_parser() -> argparse.ArgumentParser:
 
 
 def weight_format(text: str) -> str:
-    """The meaning of `--format`: one of WEIGHT_FORMATS."""
-    if text not in WEIGHT_FORMATS:
-        raise InputError(f"--format is {text[:40]!r}, must be one of {', '.join(WEIGHT_FORMATS)}")
+    """The meaning of `--format`: one of FORMAT_CHOICES."""
+    if text not in FORMAT_CHOICES:
+        raise InputError(f"--format is {text[:40]!r}, must be one of {', '.join(FORMAT_CHOICES)}")
     return text
 
 

@@ -11,6 +11,11 @@ import xxhash
 
 from tpimpi.compute.formats import FORMATS, WEIGHT_FORMATS
 
+# llama.cpp's mixes of K-quants, and the format of most of their matrices; in every third layer, and in the first and last
+# eighths, v and down are q6_k, as is the head (llama-quant.cpp, as of 2026).
+MIXES = {"q4_k_m": "q4_k", "q5_k_m": "q5_k"}
+FORMAT_CHOICES = (*WEIGHT_FORMATS, *MIXES)  # what `--format` takes beside auto
+
 
 class LayerFormats(NamedTuple):
     """The format of each matrix of a layer."""
@@ -34,7 +39,11 @@ class ModelFormats:
 
     @classmethod
     def of(cls, fmt: str, layers: int) -> ModelFormats:
-        """What `--format` asks for: every matrix in `fmt`, but the head and the embedding in its `head_format`."""
+        """What `--format` asks for: every matrix in `fmt`, but the head and the embedding in its `head_format`; or a mix."""
+        if fmt in MIXES:
+            main = LayerFormats(*[MIXES[fmt]] * len(LayerFormats._fields))
+            more = main._replace(v="q6_k", down="q6_k")
+            return cls(tuple(more if _has_more_bits(i, layers) else main for i in range(layers)), "q6_k", "q6_k")
         outer = FORMATS[fmt].head_format or fmt
         return cls((LayerFormats(*[fmt] * len(LayerFormats._fields)),) * layers, outer, outer)
 
@@ -87,3 +96,9 @@ class ModelFormats:
         if made.to_dict() != values:
             raise ValueError("formats are not as they are written")
         return made
+
+
+def _has_more_bits(layer: int, layers: int) -> bool:
+    """Whether a mix has more bits for v and down in this layer."""
+    eighth = layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2

@@ -1,7 +1,8 @@
 """Building tiles: each tensor is read once, a run of its rows at a time, and written to the tiles that own it.
 
-A matrix that is stored in the format it shall have is taken over as it is, whole rows always, and columns where their
-borders are borders of the format's blocks; else its numbers are rounded or quantized. Only what is missing somewhere is
+A matrix that is stored in the format it shall have is taken over as it is, whole rows always, and columns where they are
+cut at multiples of 32; else its numbers are rounded or quantized, blocks of 256 where they lie in the whole matrix, so that
+its numbers do not depend on how it is cut. Only what is missing somewhere is
 written, and a tensor of which nothing is missing is not read. Peak memory: a run of rows of SLAB_NUMBERS numbers, as stored
 and as f32, and what quantizing them needs, or one of SLAB_BYTES: 32 MB, whatever the size of the tensors.
 """
@@ -21,7 +22,7 @@ from tpimpi.errors import ModelError
 from tpimpi.models.blocks import LAYER_KINDS, Block
 from tpimpi.models.tensors import EMBEDDING, NORM, head_name, part_name
 from tpimpi.weights.slices.header import Header, tile_spans
-from tpimpi.weights.slices.layout import Record
+from tpimpi.weights.slices.layout import Record, times
 from tpimpi.weights.slices.partition import Span
 from tpimpi.weights.slices.writer import SliceWriter
 from tpimpi.weights.sources import Source, decode
@@ -47,10 +48,10 @@ class TileWriter(Protocol):
 
 
 def on_blocks(columns: Span, source: Source, tensor: str) -> bool:
-    """Whether these columns of a tensor are whole blocks."""
+    """Whether these columns of a tensor may be cut out as they are stored."""
     info = source.tensors()[tensor]
-    block = FORMATS[info.format].block_weights
-    return columns.start % block == 0 and (columns.stop % block == 0 or columns.stop == info.shape[1])
+    unit = FORMATS[info.format].cut_weights
+    return columns.start % unit == 0 and (columns.stop % unit == 0 or columns.stop == info.shape[1])
 
 
 def _is_taken_over(source: Source, tensor: str, fmt: str, columns: Span) -> bool:
@@ -96,18 +97,28 @@ class _Slab:
         self._blocks = source.read_blocks(tensor, rows)
         self._numbers: F32 | None = None
 
+    def packed(self, fmt: str, columns: Span) -> Bytes:
+        """These columns in packed form. Raises ModelError for numbers that blocks cannot hold."""
+        return pack(self.stored(fmt, columns), fmt, columns.size, FORMATS[fmt].first_column(columns.start)).data
+
     def stored(self, fmt: str, columns: Span) -> Bytes:
         """These columns in row form: uint8 [rows, bytes a row]. Raises ModelError for numbers that blocks cannot hold."""
+        form = FORMATS[fmt]
+        first = form.first_column(columns.start)
+        start, width = columns.start - first, self.info.shape[1]
         try:
             if _is_taken_over(self.source, self.tensor, fmt, columns):
-                first = row_bytes(fmt, columns.start)
-                cut = self._blocks[:, first : first + row_bytes(fmt, columns.size)]
+                begin = form.row_bytes(start)
+                cut = self._blocks[:, begin : begin + form.row_bytes(columns.size, first)]
                 if is_quantized(fmt) and holds_infinities(cut, fmt):
                     raise ValueError("holds scales that are not finite")
                 return cut
             if self._numbers is None:
                 self._numbers = decode(self.info.format, self._blocks)
-            return encode(self._numbers[:, slice(*columns)], fmt, self.quantizer)
+            stop = columns.stop
+            if form.block_weights > form.cut_weights and start % form.block_weights == 0:
+                stop = min(width, start + form.blocks(columns.size, first) * form.block_weights)
+            return encode(self._numbers[:, start:stop], fmt, self.quantizer)
         except ValueError as error:
             remedy = "download it again, or choose another --format" if "over" in str(error) else "download it again"
             raise ModelError(f"{self.source.path}: tensor {self.tensor} {error}; {remedy}") from error
@@ -217,7 +228,7 @@ class _Builder:
         part = next(part for part in tile[2].parts if part.name == name)
         columns = part.shape[1]
         for _, slab in self._slabs(tensor, rows):
-            self._write(tile, name, pack(slab.stored(part.format, Span(0, columns)), part.format, columns).data)
+            self._write(tile, name, slab.packed(part.format, Span(0, columns)))
 
     def _columns(self, tiles: list[tuple[_Target, Span]], name: str, layer: int) -> None:
         """The tiles' columns of a matrix, all of its rows: the last part of each tile."""
@@ -228,7 +239,7 @@ class _Builder:
             numbers = int(SLAB_BYTES / weight_bytes(fmt))
         for _, slab in self._slabs(tensor, Span(0, self.config.hidden), numbers):
             for tile, columns in tiles:
-                self._write(tile, name, pack(slab.stored(fmt, columns), fmt, columns.size).data)
+                self._write(tile, name, slab.packed(fmt, columns))
 
     def _embedding(self, table: SliceWriter) -> None:
         fmt = table.header.formats.embedding
@@ -237,8 +248,3 @@ class _Builder:
                 rows = slab.stored(fmt, Span(0, self.config.hidden))
                 table.write_embedding(first, rows)
                 self._count(rows.nbytes)
-
-
-def times(heads: Span, size: int) -> Span:
-    """The rows or columns of these heads."""
-    return Span(heads.start * size, heads.stop * size)

@@ -12,23 +12,25 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from tpimpi.compute.formats import WEIGHT_FORMATS, is_quantized, nearest_format
+from tpimpi.compute.formats import is_quantized, nearest_format
 from tpimpi.compute.formats.base import Quantizer
 from tpimpi.compute.formats.blocks_of_32 import BLOCK_WEIGHTS
 from tpimpi.compute.formats.quantize import quantize
 from tpimpi.errors import InputError, ModelError, StorageError
 from tpimpi.models.tensors import EMBEDDING, head_name, part_name
-from tpimpi.models.weight_formats import LayerFormats, ModelFormats
+from tpimpi.models.weight_formats import FORMAT_CHOICES, LayerFormats, ModelFormats
 from tpimpi.system.disk import disk_full, storage_error
 from tpimpi.system.files import locked_file, try_lock
-from tpimpi.weights.build import build_tiles, bytes_to_build, on_blocks, times
+from tpimpi.weights.build import build_tiles, bytes_to_build, on_blocks
 from tpimpi.weights.locations import elsewhere
 from tpimpi.weights.slices.header import Header
-from tpimpi.weights.slices.layout import slice_records
+from tpimpi.weights.slices.layout import slice_records, times
 from tpimpi.weights.slices.local import LocalSlice, tidy_up
 from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import Partition, Span, attention_tiles
 from tpimpi.weights.sources import FLOAT_FORMATS, Source
+
+_PARTS = (*LayerFormats._fields, "head", "embedding")  # in the order in which texts list them
 
 Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
 
@@ -36,8 +38,7 @@ Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
 def choose_formats(source: Source, wanted: str) -> ModelFormats:
     """The formats of a source's slices for `--format`. Raises InputError for a format that there is not.
 
-    `auto` keeps each tensor's own; f16 becomes bf16, and the types of GGUF that slices do not have become q4_1 (those of at
-    most 4 bits and uniform steps: q4_k, q3_k, q2_k) or q8_0 (all others).
+    `auto` keeps each tensor's own; the types of GGUF that slices do not have become those that stand in for them.
     """
     config = source.config
     if wanted == "auto":
@@ -51,9 +52,9 @@ def choose_formats(source: Source, wanted: str) -> ModelFormats:
 
 def wanted_formats(wanted: str, layers: int) -> ModelFormats:
     """The formats of a model of so many layers for a `--format` other than auto. Raises InputError as choose_formats."""
-    if wanted not in WEIGHT_FORMATS:
+    if wanted not in FORMAT_CHOICES:
         raise InputError(
-            f"format is {wanted!r}, must be auto, {', '.join(WEIGHT_FORMATS[:-1])} or {WEIGHT_FORMATS[-1]}"
+            f"format is {wanted!r}, must be auto, {', '.join(FORMAT_CHOICES[:-1])} or {FORMAT_CHOICES[-1]}"
         )
     return ModelFormats.of(wanted, layers)
 
@@ -63,13 +64,21 @@ def _own(source: Source, tensor: str) -> str:
 
 
 def requantized(source: Source, partition: Partition, formats: ModelFormats) -> str:
-    """What slicing quantizes a second time, in one line: "q4_k is re-quantized to q4_1, q6_k to q8_0"; "" if nothing."""
-    pairs: dict[tuple[str, str], None] = {}
+    """What slicing quantizes a second time, in one line; "" if nothing.
+
+    "iq2_xs is re-quantized to q4_k (q, k, head; 2.31 to 4.50 bits a weight), iq3_s to q5_k (v; …)": from what, to what,
+    which tensors, and what that costs.
+    """
+    parts: dict[tuple[str, str], dict[str, None]] = {}
+
+    def note(tensor: str, fmt: str, part: str) -> None:
+        parts.setdefault((source.tensors()[tensor].format, fmt), {})[part] = None
+
     divided: set[str] = set()
     seen: set[tuple[str, LayerFormats]] = set()
     for layer, here in enumerate(formats.layers):
         for part, fmt in zip(LayerFormats._fields, here, strict=True):
-            pairs[source.tensors()[part_name(source.config, layer, part)].format, fmt] = None
+            note(part_name(source.config, layer, part), fmt, part)
         stored = source.tensors()[part_name(source.config, layer, "o")].format
         if stored == here.o and is_quantized(stored) and (stored, here) not in seen:
             seen.add((stored, here))
@@ -78,16 +87,28 @@ def requantized(source: Source, partition: Partition, formats: ModelFormats) -> 
                 for columns in _o_columns(source, partition, here)
             ):
                 divided.add(stored)
-    pairs[source.tensors()[head_name(source.config)].format, formats.head] = None
-    pairs[source.tensors()[EMBEDDING].format, formats.embedding] = None
-    changes = [f"{old} to {new}" for old, new in pairs if old not in FLOAT_FORMATS and is_quantized(new) and old != new]
-    words = [changes[0].replace(" to ", " is re-quantized to "), *changes[1:]] if changes else []
+    note(head_name(source.config), formats.head, "head")
+    note(EMBEDDING, formats.embedding, "embedding")
+    changes = [
+        f"{old} to {new} ({', '.join(sorted(names, key=_PARTS.index))}; {_bits(old):.2f} to {_bits(new):.2f} bits a weight)"
+        for (old, new), names in parts.items()
+        if old not in FLOAT_FORMATS and is_quantized(new) and old != new
+    ]
+    words = [changes[0].replace(" to ", " is re-quantized to ", 1), *changes[1:]] if changes else []
     for stored in sorted(divided):
         words.append(
             f"o_proj is re-quantized in its own {stored}, as heads of {source.config.head_dim} columns are cut "
             f"within its blocks of {BLOCK_WEIGHTS}"
         )
     return ", ".join(words)
+
+
+def _bits(stored: str) -> float:
+    """Bits a weight of a type of GGUF."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    weights, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[stored.upper()]]
+    return 8 * nbytes / weights
 
 
 def _o_columns(source: Source, partition: Partition, formats: LayerFormats) -> Iterator[Span]:

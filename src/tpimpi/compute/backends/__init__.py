@@ -18,7 +18,7 @@ from tpimpi.errors import InputError
 
 BACKEND_NAMES = ("auto", "native", "torch", "numpy")  # what --backend takes
 # Instruction sets that the native kernels are made for, which --kernels takes beside auto.
-KERNEL_LEVELS = ("avx512-bf16", "avx512", "avx2", "neon-dot", "neon", "portable")
+KERNEL_LEVELS = ("avx512-bf16", "avx512", "avx-vnni", "avx2", "neon-dot", "neon", "portable")
 
 
 class Backend(Protocol):

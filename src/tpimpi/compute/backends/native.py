@@ -9,14 +9,17 @@ from tpimpi.compute.arrays import F32, Array, Bytes
 from tpimpi.compute.backends.reference import capped_attention, fixed_rms_norm, geglu
 from tpimpi.compute.formats import FORMATS
 from tpimpi.compute.formats.packed import Matrix, row_bytes
+from tpimpi.compute.formats.quantize import quantize
 from tpimpi.errors import InputError
+
+_QUANTIZED_HERE = ("q8_0", "q4_0", "q4_1")  # the others with NumPy
 
 
 class NativeBackend:
     """See `Backend` for shapes and meaning, and kernels.h for the kernels.
 
     `level` is the instruction set that computes, the best that this processor has unless another is named: avx512-bf16,
-    avx512, avx2, neon-dot, neon, or portable. Not to be used by two threads at once.
+    avx512, avx-vnni, avx2, neon-dot, neon, or portable. Not to be used by two threads at once.
     """
 
     name = "native"
@@ -32,7 +35,9 @@ class NativeBackend:
 
     def linear(self, x: F32, weight: Matrix, bias: F32 | None = None) -> F32:
         y = np.empty((len(x), weight.rows), np.float32)
-        self._session.linear(FORMATS[weight.format].kernel_code, weight.rows, weight.columns, weight.data, x, bias, y)
+        cut = {"first": weight.first} if weight.first else {}  # only of blocks of 256
+        code = FORMATS[weight.format].kernel_code
+        self._session.linear(code, weight.rows, weight.columns, weight.data, x, bias, y, **cut)
         return y
 
     def rms_norm(self, x: F32, weight: F32, eps: float) -> F32:
@@ -93,6 +98,8 @@ class NativeBackend:
 
     def quantize(self, values: F32, fmt: str) -> Bytes:
         """As tpimpi.compute.formats.quantize.quantize, to the same bytes. ValueError for numbers that are not finite."""
+        if fmt not in _QUANTIZED_HERE:
+            return quantize(values, fmt)
         rows, columns = values.shape
         out = np.empty((rows, row_bytes(fmt, columns)), np.uint8)
         if not self._session.quantize(FORMATS[fmt].kernel_code, np.ascontiguousarray(values), out):

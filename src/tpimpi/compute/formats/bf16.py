@@ -37,19 +37,19 @@ def from_bf16(bits: Array) -> F32:
 
 
 class _BF16(WeightFormat):
-    def panel_shape(self, columns: int) -> tuple[int, ...]:
+    def panel_shape(self, columns: int, first: int = 0) -> tuple[int, ...]:
         return (-(-columns // 2), PANEL_ROWS, 2)
 
-    def pack_panels(self, rows: Bytes, present: int, out: Bytes) -> None:
+    def pack_panels(self, rows: Bytes, present: int, out: Bytes, columns: int, first: int) -> None:
         pack_words(rows, out)
 
-    def unpack_panels(self, panels: Bytes, columns: int) -> Bytes:
+    def unpack_panels(self, panels: Bytes, columns: int, first: int) -> Bytes:
         return unpack_words(panels, self.row_bytes(columns))
 
     def encode(self, values: F32, quantizer: Quantizer) -> Bytes:
         return to_bf16(values).view(np.uint8)
 
-    def decode(self, stored: Bytes, columns: int) -> F32:
+    def decode(self, stored: Bytes, columns: int, first: int = 0) -> F32:
         return from_bf16(stored.view("<u2"))
 
 
@@ -59,5 +59,4 @@ BF16 = _BF16(
     block_bytes=2,
     dtype=np.dtype("<u2"),
     multiplied_as="bf16",
-    stands_in_for=("f16",),
 )

@@ -1,10 +1,12 @@
-"""What GGML's q8_0, q4_0 and q4_1 have in common: blocks of 32 weights along a row.
+"""What GGML's q8_0, q4_0, q4_1, q5_0, q5_1 and iq4_nl have in common: blocks of 32 weights along a row.
 
-Row form: blocks one after another; a block is its f16 numbers (the scale d, of q4_1 then the minimum m), then its codes.
+Row form: blocks one after another; a block is its f16 numbers (the scale d, of some then the minimum m), then its
+codes.
 
-Packed form: the blocks are taken in pairs; if their number is odd, the last pair is one block. A pair is: a line of scales
-(16 f16 of the first block, one of each row, then 16 of the second, or zeros), of q4_1 a line of minima laid out likewise;
-then the lines of codes of the first block, then those of the second: line j is bytes 4j to 4j + 3 of each row's codes.
+Packed form: the blocks are taken in pairs; if their number is odd, the last pair is one block. A pair is: a line of
+scales (16 f16 of the first block, one of each row, then 16 of the second, or zeros), where there are minima a line of
+them laid out likewise; then the lines of codes of the first block, then those of the second: line j is bytes 4j to 4j
++ 3 of each row's codes, unless a format says otherwise.
 """
 
 from __future__ import annotations
@@ -16,18 +18,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from tpimpi.compute.arrays import F32, Array, Bytes
-from tpimpi.compute.formats.base import LINE_BYTES, PANEL_ROWS, SLAB_BYTES, Quantizer, WeightFormat
+from tpimpi.compute.formats.base import LINE_BYTES, PANEL_ROWS
+from tpimpi.compute.formats.blocks import BlockFormat
 
 BLOCK_WEIGHTS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockFormat(WeightFormat):
-    """A format of blocks of 32 weights."""
+class PairedFormat(BlockFormat):
+    """A format of blocks of 32 weights, packed in pairs."""
 
     block_weights: int = BLOCK_WEIGHTS
-    numbers: int  # f16 numbers of a block: d, or d and m
-    panel_mask: int = 0  # exclusive or of each 4-byte word of codes in packed form with that in row form
+
+    @property
+    def numbers(self) -> int:
+        """F16 numbers of a block: d, or d and m."""
+        return len(self.number_places)
 
     @property
     def code_words(self) -> int:
@@ -38,66 +44,46 @@ class BlockFormat(WeightFormat):
     def dequantize(self, numbers: F32, codes: Bytes, out: F32) -> None:
         """Numbers [rows, blocks, 1 or 2] and bytes of codes [rows, blocks, bytes] into weights `out` [rows, blocks, 32]."""
 
-    def panel_shape(self, columns: int) -> tuple[int, ...]:
+    def panel_shape(self, columns: int, first: int = 0) -> tuple[int, ...]:
         blocks = self.blocks(columns)
         return ((self.numbers * -(-blocks // 2) + self.code_words * blocks) * LINE_BYTES,)
 
-    def pack_panels(self, rows: Bytes, present: int, out: Bytes) -> None:
+    def to_lines(self, words: Array) -> Array:
+        """Words of codes, uint32 [..., words a block], as lines hold them. Those of absent rows are zeroed afterwards."""
+        return words
+
+    def from_lines(self, words: Array) -> Array:
+        """Undoes `to_lines`."""
+        return words
+
+    def pack_panels(self, rows: Bytes, present: int, out: Bytes, columns: int, first: int) -> None:
         panels = rows.shape[0]
         numbers, codes = self._numbers_and_codes(rows)
-        words = np.ascontiguousarray(codes).view("<u4")
-        if self.panel_mask:
-            words ^= np.uint32(self.panel_mask)
-            words.reshape(panels * PANEL_ROWS, -1)[present:] = 0
-        for first, last, number_lines, word_lines in self._pair_lines(out, words.shape[2]):
+        words = self.to_lines(np.ascontiguousarray(codes).view("<u4"))
+        words.reshape(panels * PANEL_ROWS, -1)[present:] = 0
+        for begin, last, number_lines, word_lines in self._pair_lines(out, words.shape[2]):
             pairs, _, per_pair, _ = number_lines.shape[1:]
             kinds, lines = number_lines.shape[2], word_lines.shape[2]
             number_lines[:] = (
-                numbers[:, :, first:last].reshape(panels, PANEL_ROWS, pairs, per_pair, kinds).transpose(0, 2, 4, 3, 1)
+                numbers[:, :, begin:last].reshape(panels, PANEL_ROWS, pairs, per_pair, kinds).transpose(0, 2, 4, 3, 1)
             )
-            word_lines[:] = words[:, :, first:last].reshape(panels, PANEL_ROWS, pairs, lines).transpose(0, 2, 3, 1)
+            word_lines[:] = words[:, :, begin:last].reshape(panels, PANEL_ROWS, pairs, lines).transpose(0, 2, 3, 1)
 
-    def unpack_panels(self, panels: Bytes, columns: int) -> Bytes:
+    def unpack_panels(self, panels: Bytes, columns: int, first: int) -> Bytes:
         count, width = panels.shape[0], self.row_bytes(columns)
         rows = np.empty((count, PANEL_ROWS, width), np.uint8)
         numbers, codes = self._numbers_and_codes(rows)
-        for first, last, number_lines, word_lines in self._pair_lines(panels, numbers.shape[2]):
-            shape = (count, PANEL_ROWS, last - first, -1)
-            numbers[:, :, first:last] = number_lines.transpose(0, 4, 1, 3, 2).reshape(shape)
-            words = np.ascontiguousarray(word_lines.transpose(0, 3, 1, 2)).reshape(shape)
-            if self.panel_mask:
-                words ^= np.uint32(self.panel_mask)
-            codes[:, :, first:last] = words.view("<u2")
+        for begin, last, number_lines, word_lines in self._pair_lines(panels, numbers.shape[2]):
+            shape = (count, PANEL_ROWS, last - begin, -1)
+            numbers[:, :, begin:last] = number_lines.transpose(0, 4, 1, 3, 2).reshape(shape)
+            words = np.ascontiguousarray(word_lines.transpose(0, 3, 1, 2)).reshape(*shape[:-1], self.code_words)
+            codes[:, :, begin:last] = self.from_lines(words).view("<u2")
         return rows.reshape(count * PANEL_ROWS, width)
 
-    def encode(self, values: F32, quantizer: Quantizer) -> Bytes:
-        if missing := -values.shape[1] % self.block_weights:
-            values = np.pad(values, ((0, 0), (0, missing)))
-        greatest = max(values.max(initial=0), -values.min(initial=0))
-        if greatest > self.largest and np.isfinite(greatest):
-            raise ValueError(f"holds {greatest:g}, and {self.name} nothing over {self.largest:g}")
-        return quantizer(values, self.name)
-
-    def decode(self, stored: Bytes, columns: int) -> F32:
-        out = np.empty((stored.shape[0], self.blocks(columns) * self.block_weights), np.float32)
-        step = max(1, SLAB_BYTES // 4 // max(1, out.shape[1]))
-        for first in range(0, stored.shape[0], step):
-            self._decode_slab(np.ascontiguousarray(stored[first : first + step]), out[first : first + step])
-        return np.ascontiguousarray(out[:, :columns])
-
-    def _decode_slab(self, stored: Bytes, out: F32) -> None:
-        """Rows [rows, row_bytes] as numbers, into `out` [rows, blocks * 32]."""
-        stored_numbers, stored_codes = self._numbers_and_codes(stored)
+    def decode_blocks(self, blocks: Bytes, out: F32) -> None:
+        stored_numbers, stored_codes = self._numbers_and_codes(blocks.reshape(blocks.shape[0], -1))
         numbers = np.ascontiguousarray(stored_numbers).view("<f2").astype(np.float32)  # [rows, blocks, 1 or 2]
-        codes = np.ascontiguousarray(stored_codes).view(np.uint8)  # [rows, blocks, 32 or 16]
-        with np.errstate(
-            over="ignore", invalid="ignore"
-        ):  # scales that a hostile file holds; they are refused elsewhere
-            self.dequantize(numbers, codes, out.reshape(*codes.shape[:2], self.block_weights))
-
-    def holds_infinities(self, stored: Bytes) -> bool:
-        numbers, _ = self._numbers_and_codes(stored)
-        return bool(((numbers & 0x7C00) == 0x7C00).any())
+        self.dequantize(numbers, np.ascontiguousarray(stored_codes).view(np.uint8), out)
 
     def _numbers_and_codes(self, rows: Bytes) -> tuple[Array, Array]:
         """Views of rows [..., row_bytes] as uint16: numbers [..., blocks, 1 or 2], codes [..., blocks, 2 * words]."""

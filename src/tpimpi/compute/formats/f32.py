@@ -9,19 +9,19 @@ from tpimpi.compute.formats.base import PANEL_ROWS, Quantizer, WeightFormat, pac
 
 
 class _F32(WeightFormat):
-    def panel_shape(self, columns: int) -> tuple[int, ...]:
+    def panel_shape(self, columns: int, first: int = 0) -> tuple[int, ...]:
         return (columns, PANEL_ROWS)
 
-    def pack_panels(self, rows: arrays.Bytes, present: int, out: arrays.Bytes) -> None:
+    def pack_panels(self, rows: arrays.Bytes, present: int, out: arrays.Bytes, columns: int, first: int) -> None:
         pack_words(rows, out)
 
-    def unpack_panels(self, panels: arrays.Bytes, columns: int) -> arrays.Bytes:
+    def unpack_panels(self, panels: arrays.Bytes, columns: int, first: int) -> arrays.Bytes:
         return unpack_words(panels, self.row_bytes(columns))
 
     def encode(self, values: arrays.F32, quantizer: Quantizer) -> arrays.Bytes:
         return values.view(np.uint8)
 
-    def decode(self, stored: arrays.Bytes, columns: int) -> arrays.F32:
+    def decode(self, stored: arrays.Bytes, columns: int, first: int = 0) -> arrays.F32:
         return stored.view("<f4")
 
 

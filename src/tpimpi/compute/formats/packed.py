@@ -20,27 +20,28 @@ class Matrix:
     format: str  # one of WEIGHT_FORMATS
     rows: int
     columns: int
-    data: Bytes  # [packed_bytes(format, rows, columns)], contiguous; 64-byte aligned from `pack` or a tile
+    data: Bytes  # [packed_bytes(format, rows, columns, first)], contiguous; 64-byte aligned from `pack` or a tile
+    first: int = 0  # where in a block of 256 the first column stands (see `base`)
 
 
 def weight_bytes(fmt: str) -> float:
-    """Size of one weight in bytes: 4 (f32), 2 (bf16), 1.0625 (q8_0), 0.5625 (q4_0) or 0.625 (q4_1)."""
+    """Size of one weight in bytes: 4 (f32), 2 (bf16), 1.0625 (q8_0), 0.5625 (q4_0), …"""
     return FORMATS[fmt].weight_bytes
 
 
-def row_bytes(fmt: str, columns: int) -> int:
+def row_bytes(fmt: str, columns: int, first: int = 0) -> int:
     """Bytes of a row in row form."""
-    return FORMATS[fmt].row_bytes(columns)
+    return FORMATS[fmt].row_bytes(columns, first)
 
 
-def panel_bytes(fmt: str, columns: int) -> int:
+def panel_bytes(fmt: str, columns: int, first: int = 0) -> int:
     """Bytes of a panel of 16 rows in packed form, a multiple of 64."""
-    return FORMATS[fmt].panel_bytes(columns)
+    return FORMATS[fmt].panel_bytes(columns, first)
 
 
-def packed_bytes(fmt: str, rows: int, columns: int) -> int:
+def packed_bytes(fmt: str, rows: int, columns: int, first: int = 0) -> int:
     """Bytes of a matrix in packed form."""
-    return _panels(rows) * panel_bytes(fmt, columns)
+    return _panels(rows) * panel_bytes(fmt, columns, first)
 
 
 def _panels(rows: int) -> int:
@@ -50,40 +51,40 @@ def _panels(rows: int) -> int:
 def runs_of_rows(matrix: Matrix, numbers: int) -> Iterator[tuple[int, Matrix]]:
     """The matrix in runs of whole panels, of about so many numbers each: (first row, a view of the run)."""
     step = max(1, numbers // max(1, PANEL_ROWS * matrix.columns))
-    width = panel_bytes(matrix.format, matrix.columns)
+    width = panel_bytes(matrix.format, matrix.columns, matrix.first)
     for first in range(0, _panels(matrix.rows), step):
         rows = min(step * PANEL_ROWS, matrix.rows - first * PANEL_ROWS)
         data = matrix.data[first * width : (first + _panels(rows)) * width]
-        yield first * PANEL_ROWS, Matrix(matrix.format, rows, matrix.columns, data)
+        yield first * PANEL_ROWS, Matrix(matrix.format, rows, matrix.columns, data, matrix.first)
 
 
 # Row form <-> packed form
 
 
-def pack(stored: Bytes, fmt: str, columns: int) -> Matrix:
+def pack(stored: Bytes, fmt: str, columns: int, first: int = 0) -> Matrix:
     """Row form, uint8 [rows, row_bytes], to packed form; exact. Peak memory: the result and a few MB."""
     rows, width = stored.shape
-    assert stored.dtype == np.uint8 and width == row_bytes(fmt, columns), (stored.dtype, width, fmt, columns)
-    panels = _aligned_zeros(packed_bytes(fmt, rows, columns)).reshape(_panels(rows), panel_bytes(fmt, columns))
-    for first, last in _panel_runs(rows, width):
-        block = stored[first * PANEL_ROWS : last * PANEL_ROWS]
+    assert stored.dtype == np.uint8 and width == row_bytes(fmt, columns, first), (stored.dtype, width, fmt, columns)
+    panels = _aligned_zeros(packed_bytes(fmt, rows, columns, first)).reshape(_panels(rows), -1)
+    for panel, last in _panel_runs(rows, width):
+        block = stored[panel * PANEL_ROWS : last * PANEL_ROWS]
         present = block.shape[0]
-        if present < (last - first) * PANEL_ROWS:
-            block = np.concatenate([block, np.zeros(((last - first) * PANEL_ROWS - present, width), np.uint8)])
-        block = np.ascontiguousarray(block).reshape(last - first, PANEL_ROWS, width)
-        FORMATS[fmt].pack_panels(block, present, panels[first:last])
-    return Matrix(fmt, rows, columns, panels.reshape(-1))
+        if present < (last - panel) * PANEL_ROWS:
+            block = np.concatenate([block, np.zeros(((last - panel) * PANEL_ROWS - present, width), np.uint8)])
+        block = np.ascontiguousarray(block).reshape(last - panel, PANEL_ROWS, width)
+        FORMATS[fmt].pack_panels(block, present, panels[panel:last], columns, first)
+    return Matrix(fmt, rows, columns, panels.reshape(-1), first)
 
 
 def unpack(matrix: Matrix) -> Bytes:
     """Packed form to row form, uint8 [rows, row_bytes]; exact. Peak memory: the result and a few MB."""
-    fmt, rows, columns = matrix.format, matrix.rows, matrix.columns
-    width = row_bytes(fmt, columns)
-    panels = matrix.data.reshape(_panels(rows), panel_bytes(fmt, columns))
+    fmt, rows, columns, first = matrix.format, matrix.rows, matrix.columns, matrix.first
+    width = row_bytes(fmt, columns, first)
+    panels = matrix.data.reshape(_panels(rows), panel_bytes(fmt, columns, first))
     out = np.empty((rows, width), np.uint8)
-    for first, last in _panel_runs(rows, width):
-        target = out[first * PANEL_ROWS : last * PANEL_ROWS]
-        target[:] = FORMATS[fmt].unpack_panels(panels[first:last], columns)[: target.shape[0]]
+    for panel, last in _panel_runs(rows, width):
+        target = out[panel * PANEL_ROWS : last * PANEL_ROWS]
+        target[:] = FORMATS[fmt].unpack_panels(panels[panel:last], columns, first)[: target.shape[0]]
     return out
 
 
@@ -112,17 +113,17 @@ def encode(values: F32, fmt: str, quantizer: Quantizer = quantize) -> Bytes:
     return FORMATS[fmt].encode(np.ascontiguousarray(values, dtype="<f4"), quantizer)
 
 
-def decode(stored: Bytes, fmt: str, columns: int) -> F32:
+def decode(stored: Bytes, fmt: str, columns: int, first: int = 0) -> F32:
     """Row form, uint8 [rows, row_bytes], as numbers: f32 [rows, columns], contiguous. Exact; f32 is not copied.
 
     Peak memory: the result and a few MB.
     """
-    return FORMATS[fmt].decode(stored, columns)
+    return FORMATS[fmt].decode(stored, columns, first)
 
 
 def values(matrix: Matrix) -> F32:
     """The numbers of a matrix, f32 [rows, columns]; exact. Peak memory: the result, and the matrix in row form."""
-    return decode(unpack(matrix), matrix.format, matrix.columns)
+    return decode(unpack(matrix), matrix.format, matrix.columns, matrix.first)
 
 
 def holds_infinities(stored: Bytes, fmt: str) -> bool:

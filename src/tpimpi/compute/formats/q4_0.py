@@ -11,13 +11,13 @@ import numpy.typing as npt
 
 from tpimpi.compute.arrays import F32, Bytes
 from tpimpi.compute.formats import search
-from tpimpi.compute.formats.blocks_of_32 import BlockFormat, from_nibbles, join, nibbles
+from tpimpi.compute.formats.blocks_of_32 import PairedFormat, from_nibbles, join, nibbles
 
 _CODES = (-8, 7)
 CANDIDATES = (-8, -8.5, -7.25, -8.75, -7.75, -8.25, -9, -7, -7.5, 7.5, -6.75, 8)  # see search.py
 
 
-class _Q40(BlockFormat):
+class _Q40(PairedFormat):
     def dequantize(self, numbers: F32, codes: Bytes, out: F32) -> None:
         from_nibbles(codes, out)
         out -= 8
@@ -42,7 +42,7 @@ Q4_0 = _Q40(
     name="q4_0",
     kernel_code=3,
     block_bytes=18,
-    numbers=1,
+    number_places=(0,),
     largest=65504.0 * 8,  # at the largest scale that is finite in f16, of either sign
     multiplied_as="int8",
     head_format="q8_0",  # the head and the embedding table would lose more than their size is worth

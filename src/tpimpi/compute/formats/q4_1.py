@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from tpimpi.compute.arrays import F32, Bytes
 from tpimpi.compute.formats import search
-from tpimpi.compute.formats.blocks_of_32 import BlockFormat, from_nibbles, join, nibbles
+from tpimpi.compute.formats.blocks_of_32 import PairedFormat, from_nibbles, join, nibbles
 
 _CODES = (0, 15)
 # See search.py.
@@ -21,7 +21,7 @@ CANDIDATE_PAIRS = (
 )
 
 
-class _Q41(BlockFormat):
+class _Q41(PairedFormat):
     def dequantize(self, numbers: F32, codes: Bytes, out: F32) -> None:
         from_nibbles(codes, out)
         out *= numbers[..., :1]
@@ -44,10 +44,8 @@ Q4_1 = _Q41(
     name="q4_1",
     kernel_code=4,
     block_bytes=20,
-    numbers=2,
+    number_places=(0, 2),
     largest=65504.0,  # at the largest minimum that is finite in f16
     multiplied_as="int8",
     head_format="q8_0",  # the head and the embedding table would lose more than their size is worth
-    # GGML's types with uniform steps of at most 4 bits, which q4_1 has too.
-    stands_in_for=("q4_k", "q3_k", "q2_k", "tq1_0", "tq2_0"),
 )

@@ -9,17 +9,24 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from tpimpi.compute.arrays import F32, Bytes
+from tpimpi.compute.arrays import F32, Array, Bytes
 from tpimpi.compute.formats import search
-from tpimpi.compute.formats.blocks_of_32 import BlockFormat, join
+from tpimpi.compute.formats.blocks_of_32 import PairedFormat, join
 
 _CODES = (-127, 127)
+_SIGNS = np.uint32(0x80808080)  # int8 q <-> unsigned q + 128, four at once
 CANDIDATES = (127.0, 126.0, 125.0, 124.0, 123.0, 122.0, 121.0, 120.0)  # see search.py
 
 
-class _Q80(BlockFormat):
+class _Q80(PairedFormat):
     def dequantize(self, numbers: F32, codes: Bytes, out: F32) -> None:
         np.multiply(codes.view(np.int8), numbers, out=out)
+
+    def to_lines(self, words: Array) -> Array:
+        return words ^ _SIGNS
+
+    def from_lines(self, words: Array) -> Array:
+        return words ^ _SIGNS
 
     def quantize_blocks(self, x: F32) -> Bytes:
         d, q = search.search_scale(x, np.abs(x).max(axis=0), 127, CANDIDATES, _CODES)
@@ -39,8 +46,7 @@ Q8_0 = _Q80(
     name="q8_0",
     kernel_code=2,
     block_bytes=34,
-    numbers=1,
+    number_places=(0,),
     largest=65504.0 * 127,  # at the largest scale that is finite in f16
     multiplied_as="int8",
-    panel_mask=0x80808080,  # int8 q <-> unsigned q + 128, four at once
 )

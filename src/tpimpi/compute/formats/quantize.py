@@ -8,7 +8,7 @@ from tpimpi.compute.arrays import F32, Bytes
 from tpimpi.compute.formats import FORMATS
 from tpimpi.compute.formats.search import LIMIT
 
-_SLAB_BLOCKS = 1024  # worked on at a time: 128 KiB an array, so that the few of them stay in the cache
+_SLAB_WEIGHTS = 1 << 15  # worked on at a time: 128 KiB an array, so that the few of them stay in the cache
 
 
 def quantize(values: F32, fmt: str) -> Bytes:
@@ -23,11 +23,12 @@ def quantize(values: F32, fmt: str) -> Bytes:
     blocks = np.ascontiguousarray(values, dtype=np.float32).reshape(-1, form.block_weights)
     out = np.empty((len(blocks), form.block_bytes), np.uint8)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
-        for first in range(0, len(blocks), _SLAB_BLOCKS):
+        step = _SLAB_WEIGHTS // form.block_weights
+        for first in range(0, len(blocks), step):
             # Blocks are columns here: a sum over a block adds whole rows.
-            x = np.ascontiguousarray(blocks[first : first + _SLAB_BLOCKS].T)  # [block_weights, blocks]
+            x = np.ascontiguousarray(blocks[first : first + step].T)  # [block_weights, blocks]
             if not np.isfinite(x).all():
                 raise ValueError("holds numbers that are not finite")
             np.clip(x, -LIMIT, LIMIT, out=x)
-            out[first : first + _SLAB_BLOCKS] = form.quantize_blocks(x)
+            out[first : first + step] = form.quantize_blocks(x)
     return out.reshape(rows, form.row_bytes(columns))

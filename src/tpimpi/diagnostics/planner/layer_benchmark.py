@@ -129,8 +129,7 @@ class _WeightRing:
             data = pages.array[place : place + part.nbytes]
             place += aligned(part.nbytes)
             if part.is_matrix:
-                rows, columns = part.shape
-                matrices[part.name] = Matrix(part.format, rows, columns, data)
+                matrices[part.name] = part.matrix(data)
             else:
                 parts[part.name] = data.view(part.dtype).reshape(part.shape)
         return Tile(record, parts, matrices)

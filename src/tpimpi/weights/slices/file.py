@@ -236,8 +236,7 @@ class SliceFile:
             data = buffer[start:stop]
             digest.update(data)
             if part.is_matrix:
-                rows, columns = part.shape
-                matrices[part.name] = Matrix(part.format, rows, columns, data)
+                matrices[part.name] = part.matrix(data)
             else:
                 parts[part.name] = data.view(part.dtype).reshape(part.shape)
         if digest.intdigest() != int(self._sums[1 + self._index[record.path]]):

@@ -93,18 +93,23 @@ def _record_to_json(record: Record) -> dict[str, Any]:
     values: dict[str, Any] = {
         "path": record.path,
         "block": record.block,
-        "parts": [[part.name, part.format, part.shape] for part in record.parts],
+        "parts": [_part_to_json(part) for part in record.parts],
     }
     if record.block.kind in ("qkv", "attn"):
         values |= {"heads": record.heads, "kv_heads": record.kv_heads, "q_to_kv": record.q_to_kv}
     return values
 
 
+def _part_to_json(part: Part) -> list[Any]:
+    """Where in a block of 256 a part begins stands at the end, and only where that is not at its begin."""
+    return [part.name, part.format, part.shape, *([part.first] if part.first else [])]
+
+
 def _record_from_json(values: dict[str, Any]) -> Record:
     return Record(
         path=values["path"],
         block=Block(*values["block"]),
-        parts=tuple(Part(name, form, tuple(shape)) for name, form, shape in values["parts"]),
+        parts=tuple(Part(name, form, tuple(shape), *more) for name, form, shape, *more in values["parts"]),
         heads=Span(*values.get("heads", (0, 0))),
         kv_heads=Span(*values.get("kv_heads", (0, 0))),
         q_to_kv=tuple(values.get("q_to_kv", ())),

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from tpimpi.compute.arrays import Bytes
 from tpimpi.compute.formats import FORMATS
 from tpimpi.compute.formats.base import PANEL_ROWS, UINT8
-from tpimpi.compute.formats.packed import packed_bytes
+from tpimpi.compute.formats.packed import Matrix, packed_bytes
 from tpimpi.models.blocks import HEAD, Block, layer_blocks
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.tensors import layer_norms
@@ -36,6 +37,7 @@ class Part:
     name: str
     format: str  # a weight format, or bytes
     shape: tuple[int, ...]  # of a matrix [rows, columns], however it is stored
+    first: int = 0  # of a cut of columns: where in a block of 256 the first one stands
 
     @property
     def is_matrix(self) -> bool:
@@ -53,13 +55,19 @@ class Part:
         if not self.is_matrix:
             return self.shape
         rows, columns = self.shape
-        return (-(-rows // PANEL_ROWS), *FORMATS[self.format].panel_shape(columns))
+        return (-(-rows // PANEL_ROWS), *FORMATS[self.format].panel_shape(columns, self.first))
 
     @property
     def nbytes(self) -> int:
         if self.is_matrix:
-            return packed_bytes(self.format, *self.shape)
+            rows, columns = self.shape
+            return packed_bytes(self.format, rows, columns, self.first)
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def matrix(self, data: Bytes) -> Matrix:
+        """A matrix of these bytes, which are not copied."""
+        rows, columns = self.shape
+        return Matrix(self.format, rows, columns, data, self.first)
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,7 @@ def slice_records(
             parts = [Part(name, getattr(here, name), (columns.size, config.hidden)) for name in ("gate", "up")]
             if config.mlp_bias:
                 parts += [Part(f"{name}_bias", "f32", (columns.size,)) for name in ("gate", "up")]
-            parts.append(Part("down", here.down, (config.hidden, columns.size)))
+            parts.append(_cut("down", here.down, config.hidden, columns))
             yield Record(f"layers/{layer:04d}/mlp/tile-{index:03d}", mlp, tuple(parts))
     if rank == 0:
         for index, rows_of_head in enumerate(head_tiles(config, formats.head)):
@@ -135,10 +143,20 @@ def _attention_records(config: ModelConfig, share: Share, layer: int, formats: L
                     parts += [Part(f"{name}_bias", "f32", (size,)) for name, size in rows.items()]
                 kv_heads = tile.kv_heads
             if block.kind == "attn" and tile.heads.size:
-                parts.append(Part("o", formats.o, (config.hidden, rows["q"])))
+                parts.append(_cut("o", formats.o, config.hidden, times(tile.heads, config.head_dim)))
             if parts:
                 path = f"layers/{layer:04d}/{block.kind}/tile-{index:03d}"
                 yield Record(path, block, tuple(parts), tile.heads, kv_heads, tile.q_to_kv)
+
+
+def _cut(name: str, fmt: str, rows: int, columns: Span) -> Part:
+    """These columns of a matrix of so many rows."""
+    return Part(name, fmt, (rows, columns.size), FORMATS[fmt].first_column(columns.start))
+
+
+def times(heads: Span, size: int) -> Span:
+    """The rows or columns of these heads."""
+    return Span(heads.start * size, heads.stop * size)
 
 
 def _resident(config: ModelConfig, rank: int) -> Record:

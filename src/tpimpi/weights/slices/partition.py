@@ -2,9 +2,9 @@
 
 Pure arithmetic on a `ModelConfig`; nothing here reads or writes. Query heads are divided contiguously in proportion
 to the shares; a KV head whose group of query heads is divided is held by each rank that needs it, so any number of
-ranks works, also more ranks than KV heads or than query heads. Columns are divided in runs of 32 (the block of the
-quantized formats), so that no quantized block ever crosses from one rank, or one tile, to another. Within a share, tiles
-are cut at multiples of 64, so that pairs of blocks, which are packed together, stay together.
+ranks works, also more ranks than KV heads or than query heads. Columns are divided in runs of 32 (the block of some
+quantized formats, and where blocks of 256 may be cut). Within a share, tiles are cut at multiples of 64, so that
+pairs of blocks, which are packed together, stay together, and at borders of blocks of 256 where there are such.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
+from tpimpi.compute.formats import FORMATS
 from tpimpi.compute.formats.packed import weight_bytes
 from tpimpi.errors import InputError
 from tpimpi.models.config import ModelConfig
@@ -167,7 +168,7 @@ def _attention_bytes(config: ModelConfig, formats: LayerFormats) -> tuple[float,
 def mlp_tiles(config: ModelConfig, share: Share, formats: LayerFormats) -> Iterator[Span]:
     """Runs of columns of one rank's MLP, in order: each with its rows of gate and up and its columns of down."""
     column = sum(map(weight_bytes, (formats.gate, formats.up, formats.down)))
-    return _runs(share.columns, config.hidden * column)
+    return _runs(share.columns, config.hidden * column, FORMATS[formats.down].block_weights)
 
 
 def head_tiles(config: ModelConfig, fmt: str) -> Iterator[Span]:
@@ -175,11 +176,15 @@ def head_tiles(config: ModelConfig, fmt: str) -> Iterator[Span]:
     return _runs(Span(0, config.vocab), config.hidden * weight_bytes(fmt))
 
 
-def _runs(span: Span, item_bytes: float) -> Iterator[Span]:
-    """`span` whole if it is at most TILE_TARGET_BYTES bytes; else cut at multiples of as many items, a multiple of 64."""
+def _runs(span: Span, item_bytes: float, block: int = 1) -> Iterator[Span]:
+    """`span` whole if it is at most TILE_TARGET_BYTES bytes; else cut at multiples of as many items, a multiple of 64.
+
+    `block` > 64: a multiple of that, so that no block is divided where that saves nothing.
+    """
+    run = block if block > TILE_RUN and block * item_bytes <= TILE_TARGET_BYTES else TILE_RUN
     if span.size * item_bytes <= TILE_TARGET_BYTES:
         return iter([span] if span.size else [])
-    step = max(TILE_RUN, int(TILE_TARGET_BYTES / item_bytes) // TILE_RUN * TILE_RUN)
+    step = max(run, int(TILE_TARGET_BYTES / item_bytes) // run * run)
     inside = range((span.start // step + 1) * step, span.stop, step)
     cuts = itertools.chain([span.start], inside, [span.stop])
     return (Span(a, b) for a, b in itertools.pairwise(cuts) if a < b)

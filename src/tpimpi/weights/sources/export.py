@@ -40,6 +40,12 @@ MAX_FILE_BYTES = 5 * 10**9  # of a safetensors file at most, unless a single ten
 _SLAB_NUMBERS = 1 << 20  # of a tensor, written at a time; at least a row
 _INDEX = "model.safetensors.index.json"
 _ELSEWHERE = "choose another place with --out"  # the remedy of a full disk
+# What LlamaFileType calls a file of one format where that is not its own name.
+_FILE_TYPES = {
+    "f32": "ALL_F32",
+    **{fmt: f"MOSTLY_{fmt.upper()}_S" for fmt in ("q3_k", "q4_k", "q5_k")},
+    "mxfp4": "MOSTLY_MXFP4_MOE",
+}
 _MARK_KEY = "_tpimpi_synth"  # the key of config.json that says that a folder is ours to write over
 
 
@@ -130,8 +136,10 @@ def _gguf_writer(source: SyntheticSource, path: Path) -> Any:
     config, fmt = source.config, source.formats.layers[0].q
     writer = GGUFWriter(path, ARCHITECTURES[config.architecture].gguf_name)
     writer.add_name(source.name.encode("utf-8", "replace").decode())  # of a folder whose name may be no UTF-8
-    kinds = {"f32": LlamaFileType.ALL_F32}
-    writer.add_file_type(kinds[fmt] if fmt in kinds else LlamaFileType[f"MOSTLY_{fmt.upper()}"])
+    kind = _FILE_TYPES.get(fmt, f"MOSTLY_{fmt.upper()}")
+    if len(set(source.formats.layers)) > 1:  # a mix
+        kind = f"MOSTLY_{fmt.upper()}_M"
+    writer.add_file_type(LlamaFileType[kind])
     writer.add_quantization_version(2)
     writer.add_tokenizer_model("none")  # llama.cpp then takes the vocabulary's size from its key
     writer.add_vocab_size(config.vocab)

@@ -35,6 +35,7 @@ VERSION = 1  # of the numbers that a seed gives
 SIGMA = 0.02
 _PLACE_BITS = 18
 _PLACES = 1 << _PLACE_BITS  # blocks of the pool at which a row can begin
+_LONGEST_BLOCK = 256  # weights, of any format
 _BYTES_PER_NUMBER = 12  # bytes that are added up for a number
 _MEAN, _DEVIATION = _BYTES_PER_NUMBER * 255 // 2, 256  # of such sums
 _SLAB_NUMBERS = 1 << 18  # numbers worked on at a time
@@ -96,7 +97,7 @@ class SyntheticSource(Source):
 
 
 def quantize_exactly(values: F32, fmt: str) -> Bytes:
-    """A Quantizer for numbers of a SyntheticSource: [rows, columns], a multiple of 32, to blocks of the one scale."""
+    """A Quantizer for numbers of a SyntheticSource: [rows, columns] in whole blocks, to blocks of the one scale."""
     form, scale = FORMATS[fmt], block_scale(fmt)
     blocks = values.reshape(values.shape[0], values.shape[1] // form.block_weights, form.block_weights)
     codes = np.rint(blocks / np.float32(scale))
@@ -113,7 +114,7 @@ class _Pool:
     """Random numbers, and the same in the forms that rows are cut from; `longest` is the longest row, in numbers."""
 
     def __init__(self, seed: int, longest: int) -> None:
-        count = (_PLACES + -(-longest // BLOCK_WEIGHTS)) * BLOCK_WEIGHTS
+        count = (_PLACES + -(-longest // _LONGEST_BLOCK) * _LONGEST_BLOCK // BLOCK_WEIGHTS) * BLOCK_WEIGHTS
         self._sums = np.empty(count, np.int16)  # of mean 0 and standard deviation 256
         bits = np.random.PCG64(xxhash.xxh3_64_intdigest(f"tpimpi {VERSION} {seed}".encode()))
         for start in range(0, count, _SLAB_NUMBERS):
@@ -131,10 +132,12 @@ class _Pool:
         """The rows that begin at these blocks: uint8 [rows, bytes a row]."""
         form = self._form(fmt, as_bf16)
         stored = "bf16" if as_bf16 else fmt
-        whole = -(-columns // BLOCK_WEIGHTS) * BLOCK_WEIGHTS if is_quantized(stored) else columns
-        step, width = row_bytes(stored, BLOCK_WEIGHTS), row_bytes(stored, whole)
-        at_each_block = np.lib.stride_tricks.as_strided(form, (_PLACES, width), (step, 1), writeable=False)
-        cut = at_each_block[places]
+        block = FORMATS[stored].block_weights if is_quantized(stored) else BLOCK_WEIGHTS
+        whole = -(-columns // block) * block if is_quantized(stored) else columns
+        step, width = row_bytes(stored, block), row_bytes(stored, whole)
+        every = block // BLOCK_WEIGHTS  # places a block: rows of blocks of 256 begin at every eighth
+        at_each_block = np.lib.stride_tricks.as_strided(form, (_PLACES // every, width), (step, 1), writeable=False)
+        cut = at_each_block[places // every]
         if whole > columns:  # the last block ends with zeros
             cut = encode(decode(cut, fmt, columns), fmt, quantize_exactly)
         return cut

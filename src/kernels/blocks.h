@@ -1,0 +1,272 @@
+// Products with quantized weights, for one level: a group of units of 32 columns at a time. What lines hold is specified in
+// tpimpi/compute/formats.
+//
+// A unit's codes are dotted with its int8 activations in integers, exactly; then its scale and its minimum come in, in f32, unit
+// after unit. So each row of a result is summed in one order, however many positions are computed at once.
+#pragma once
+
+#include <cstring>
+
+#include "kernels.h"
+
+namespace tpimpi {
+namespace {  // each level is compiled with flags of its own: nothing of it may be shared with another
+
+// Have memory send weights that will be used some time after the line at w, of which `products` vector products are made. The
+// hardware's own fetching stops at page ends, and falls behind where there is much to multiply. (Measured on Zen 4.)
+template <int products>
+inline void fetch_ahead(const uint8_t* w) {
+  constexpr int second_cache = 2, first_cache = 3;
+  if constexpr (products <= 4) {
+    __builtin_prefetch(w + 2048, 0, first_cache);
+  } else {  // so slow that few of the first cache's own requests would be under way: let the second cache run ahead of it
+    __builtin_prefetch(w + 8192, 0, second_cache);
+    __builtin_prefetch(w + 512, 0, first_cache);
+  }
+}
+
+// What a format's kernel is made of.
+struct Traits {
+  bool by_16;         // scales are for 16 columns: two a unit
+  bool minima;        // a weight has a minimum beside its scale
+  bool wide;          // codes take 8 bits, offset by S::kQ8Offset: multiplied by dot_u8
+  int offset;         // what is taken off a code; 0 where there are minima; of wide ones S::kQ8Offset
+  int narrow_words;   // of so many words of codes, products with int8 add up within 16 bits
+  bool neighbours;    // a line of nibbles holds words 2j and 2j + 1 of a unit; else j and j + 4
+};
+
+constexpr Traits traits(Format format) {
+  switch (format) {
+    case Format::q8_0: return {false, false, true, 0, 0, false};
+    case Format::q4_0: return {false, false, false, 8, 8, false};
+    case Format::q4_1: return {false, true, false, 0, 8, false};
+    case Format::q5_0: return {false, false, false, 16, 4, false};
+    case Format::q5_1: return {false, true, false, 0, 4, false};
+    case Format::q4_k: return {false, true, false, 0, 8, true};
+    case Format::q5_k: return {false, true, false, 0, 4, true};
+    case Format::q6_k: return {true, false, false, 32, 2, true};
+    case Format::q3_k: return {true, false, false, 4, 8, true};
+    case Format::q2_k: return {true, true, false, 0, 8, true};
+    case Format::iq4_nl: return {false, false, true, 0, 0, false};
+    case Format::iq4_xs: return {false, false, true, 0, 0, true};
+    case Format::mxfp4: return {false, false, false, 12, 4, false};
+    default: return {};
+  }
+}
+
+// Words of a unit's activations: 8 of 4 int8 each, their scale, and what undoes an offset (int32) or multiplies a minimum (f32):
+// one, or one for each 16.
+constexpr int unit_words(Format format) { return traits(format).by_16 ? 11 : 10; }
+
+// The values of codes of 4 bits that have no even steps, offset so that none is negative: GGML's iq4_nl by 128, as q8_0's codes
+// are packed, and FP4 (E2M1) doubled by 12.
+alignas(16) constexpr uint8_t kIq4[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+alignas(16) constexpr uint8_t kFp4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
+// What is called for each word is to be inlined, however much that is: parts would else stand in memory.
+#define TPIMPI_INLINE __attribute__((always_inline))
+
+// Word k of the codes of a unit whose lines are at q: columns 4k to 4k + 3 of 16 rows, a byte each.
+template <class S, Format format, int k>
+TPIMPI_INLINE inline typename S::W code_word(const uint8_t* q) {
+  constexpr Traits t = traits(format);
+  if constexpr (format == Format::q8_0) {
+    return S::load_line(q + k * kLine);
+  } else if constexpr (format == Format::q3_k || format == Format::q2_k) {
+    const uint8_t* pairs = q + (format == Format::q3_k ? 1 : 0) * kLine;
+    const auto low = S::template masked<2 * (k % 4)>(S::load_line(pairs + k / 4 * kLine), 0x03030303);
+    if constexpr (format == Format::q2_k) return low;
+    return S::combined(low, S::template masked<k - 2>(S::load_line(q), 0x04040404));
+  } else {
+    constexpr int first = unit_lines(format) - 4;  // the lines before those of nibbles hold higher bits
+    const auto line = S::load_line(q + (first + (t.neighbours ? k / 2 : k % 4)) * kLine);
+    const auto nibbles = (t.neighbours ? k % 2 : k / 4) ? S::high_nibbles(line) : S::low_nibbles(line);
+    if constexpr (format == Format::iq4_nl || format == Format::iq4_xs) return S::lookup(nibbles, kIq4);
+    if constexpr (format == Format::mxfp4) return S::lookup(nibbles, kFp4);
+    if constexpr (format == Format::q5_k || format == Format::q5_0 || format == Format::q5_1)
+      return S::combined(nibbles, S::template masked<k - 4>(S::load_line(q), 0x10101010));
+    if constexpr (format == Format::q6_k)
+      return S::combined(nibbles, S::template masked<2 * (k % 4) - 4>(S::load_line(q + k / 4 * kLine), 0x30303030));
+    return nibbles;
+  }
+}
+
+// Call function.operator()<i>() for i in [from, to).
+template <int from, int to, class Function>
+TPIMPI_INLINE inline void unrolled(Function function) {
+  if constexpr (from < to) {
+    function.template operator()<from>();
+    unrolled<from + 1, to>(function);
+  }
+}
+
+// Add to parts [n] the products of words [from, to) of a unit with n of N positions' activations, of which the first are at x.
+template <class S, Format format, int from, int to, int N, int n>
+TPIMPI_INLINE inline void dot_words(const uint8_t* q, const int32_t* x, typename S::I* parts) {
+  constexpr Traits t = traits(format);
+  if constexpr (t.wide || !S::kNarrow) {
+    unrolled<from, to>([&]<int k>() TPIMPI_INLINE {
+      const auto w = code_word<S, format, k>(q);
+      for (int p = 0; p < n; ++p)
+        parts[p] = t.wide ? S::dot_u8(parts[p], w, x + k * N + p) : S::dot_u4(parts[p], w, x + k * N + p);
+    });
+  } else if constexpr (from < to) {
+    constexpr int end = from + t.narrow_words < to ? from + t.narrow_words : to;
+    typename S::I narrow[n];
+    unrolled<from, end>([&]<int k>() TPIMPI_INLINE {
+      const auto w = code_word<S, format, k>(q);
+      for (int p = 0; p < n; ++p) {
+        const auto products = S::narrow(w, x + k * N + p);
+        narrow[p] = k == from ? products : S::add_narrow(narrow[p], products);
+      }
+    });
+    for (int p = 0; p < n; ++p) parts[p] = S::add_int(parts[p], S::widened(narrow[p]));
+    dot_words<S, format, end, to, N, n>(q, x, parts);
+  }
+}
+
+// The scales of a unit's 16 rows, and what is added for their minima; the second ones where scales are for 16 columns.
+template <class S>
+struct Numbers {
+  typename S::F scale, minimum, second_scale, second_minimum;
+};
+
+// Add to sums [n] what one unit gives: its lines of codes at q, the numbers of its 16 rows, its activations at x, of which
+// positions [first, first + n) of N are taken.
+template <class S, Format format, int N, int first, int n>
+inline void add_unit(const uint8_t* q, const Numbers<S>& v, const int32_t* x, typename S::F* sums) {
+  constexpr Traits t = traits(format);
+  x += first;
+  const float* fx = reinterpret_cast<const float*>(x);
+  typename S::I parts[n];
+  for (int p = 0; p < n; ++p) parts[p] = S::set_int(t.minima ? 0 : x[9 * N + p]);
+  if constexpr (t.by_16) {
+    typename S::F whole[n];
+    dot_words<S, format, 0, 4, N, n>(q, x, parts);
+    for (int p = 0; p < n; ++p) {
+      whole[p] = S::mul(S::to_float(parts[p]), v.scale);
+      parts[p] = S::set_int(t.minima ? 0 : x[10 * N + p]);
+    }
+    dot_words<S, format, 4, 8, N, n>(q, x, parts);
+    for (int p = 0; p < n; ++p) {
+      whole[p] = S::fma(S::to_float(parts[p]), v.second_scale, whole[p]);
+      sums[p] = S::fma(whole[p], S::set(fx[8 * N + p]), sums[p]);
+    }
+  } else {
+    dot_words<S, format, 0, 8, N, n>(q, x, parts);
+    for (int p = 0; p < n; ++p)
+      sums[p] = S::fma(S::to_float(parts[p]), S::mul(v.scale, S::set(fx[8 * N + p])), sums[p]);
+  }
+  if constexpr (t.minima) {
+    for (int p = 0; p < n; ++p) sums[p] = S::fma(v.minimum, S::set(fx[9 * N + p]), sums[p]);
+    if constexpr (t.by_16)
+      for (int p = 0; p < n; ++p) sums[p] = S::fma(v.second_minimum, S::set(fx[10 * N + p]), sums[p]);
+  }
+}
+
+// A group's lines of scales, from which `at` takes the numbers of one of its units.
+template <class S, Format format>
+struct Scales {
+  typename S::F d, dmin;
+  typename S::W first[4], second[2];
+  const uint8_t* lines;
+
+  Scales(const uint8_t* w, int units) : lines(w) {
+    if constexpr (group_units(format) < 8) {
+      if constexpr (format == Format::mxfp4) first[0] = S::load_line(w);
+    } else {
+      d = S::load_f16(w);
+      if constexpr (traits(format).minima) dmin = S::sub(S::zero(), S::load_f16(w + 32));
+      w += kLine;
+      if constexpr (format == Format::q4_k || format == Format::q5_k || format == Format::q3_k) {
+        pairs_of_6_bits(w, units);
+      } else if constexpr (format == Format::iq4_xs) {
+        first[0] = S::load_line(w);
+        second[0] = S::load_u16(w - 32);
+      } else {
+        for (int i = 0; i < (units + 1) / 2; ++i) first[i] = S::load_line(w + i * kLine);
+      }
+    }
+  }
+
+  Numbers<S> at(int u) const {
+    Numbers<S> v;
+    if constexpr (format == Format::mxfp4) {
+      v.scale = S::power_field(first[0], 8 * u);
+    } else if constexpr (group_units(format) < 8) {
+      v.scale = S::load_f16(lines + u * 32);
+      if constexpr (traits(format).minima) v.minimum = S::load_f16(lines + kLine + u * 32);
+    } else if constexpr (format == Format::q4_k || format == Format::q5_k) {
+      v.scale = S::mul(d, S::field(first[u / 4], u % 4 * 8, 63));
+      v.minimum = S::mul(dmin, S::field(second[u / 4], u % 4 * 8, 63));
+    } else if constexpr (format == Format::q3_k) {
+      v.scale = S::mul(d, S::sub(S::field(first[u / 4], u % 4 * 8, 63), S::set(32)));
+      v.second_scale = S::mul(d, S::sub(S::field(second[u / 4], u % 4 * 8, 63), S::set(32)));
+    } else if constexpr (format == Format::q6_k) {
+      v.scale = S::mul(d, S::signed_byte(first[u / 2], u % 2 * 16));
+      v.second_scale = S::mul(d, S::signed_byte(first[u / 2], u % 2 * 16 + 8));
+    } else if constexpr (format == Format::q2_k) {
+      v.scale = S::mul(d, S::field(first[u / 2], u % 2 * 16, 15));
+      v.minimum = S::mul(dmin, S::field(first[u / 2], u % 2 * 16 + 4, 15));
+      v.second_scale = S::mul(d, S::field(first[u / 2], u % 2 * 16 + 8, 15));
+      v.second_minimum = S::mul(dmin, S::field(first[u / 2], u % 2 * 16 + 12, 15));
+    } else {  // iq4_xs
+      const auto high = S::mul(S::field(second[0], 2 * u, 3), S::set(16));
+      v.scale = S::mul(d, S::sub(S::add(S::field(first[0], 4 * u, 15), high), S::set(32)));
+    }
+    return v;
+  }
+
+ private:
+  // Two numbers of 6 bits for each unit, into the bytes of `first` and `second`; the bits above them are others'.
+  void pairs_of_6_bits(const uint8_t* w, int units) {
+    first[0] = S::load_line(w);
+    if (units <= 2) {
+      second[0] = S::template masked<16>(first[0], 0xffff);
+      return;
+    }
+    second[0] = S::load_line(w + kLine);
+    if (units <= 4) return;
+    const auto low = S::load_line(w + 2 * kLine);
+    first[1] = S::combined(S::low_nibbles(low), S::template masked<2>(first[0], 0x30303030));
+    second[1] = S::combined(S::high_nibbles(low), S::template masked<2>(second[0], 0x30303030));
+  }
+};
+
+// The same pointer, of which the compiler does not know that it is: it would else keep what it took from there the first time,
+// and has no registers for it.
+inline const uint8_t* another(const uint8_t* p) {
+#ifdef __GNUC__
+  __asm__("" : "+r"(p));
+#endif
+  return p;
+}
+
+// What a panel at w gives with N positions: sums [N], 16 rows each.
+template <class S, Format format, int N>
+inline void sum_blocks(const uint8_t* w, int64_t columns, int64_t first, const int32_t* x, typename S::F* sums) {
+  constexpr int lines = unit_lines(format), size = group_units(format);
+  // Sums and the parts of a unit must fit the registers; a unit of many positions is gone through twice.
+  constexpr int half = N > S::parts ? S::parts : N;
+  for (int p = 0; p < N; ++p) sums[p] = S::zero();
+  int64_t left = divided_up(columns, kBlock);
+  for (int skipped = int(first / kBlock); left > 0; skipped = 0) {
+    const int units = left < size - skipped ? int(left) : size - skipped;
+    const Scales<S, format> scales(w, units);
+    w += scale_lines(format, units) * kLine;
+    for (int u = 0; u < units; ++u) {
+      for (int i = 0; i < lines + 1; ++i) fetch_ahead<format == Format::q8_0 ? N : 2 * N>(w + i * kLine);
+      const Numbers<S> numbers = scales.at(u);
+      add_unit<S, format, N, 0, half>(w, numbers, x, sums);
+      if constexpr (half < N) add_unit<S, format, N, half, N - half>(another(w), numbers, x, sums + half);
+      w += lines * kLine;
+      x += unit_words(format) * N;
+    }
+    left -= units;
+  }
+}
+
+#undef TPIMPI_INLINE
+
+}  // namespace
+}  // namespace tpimpi
