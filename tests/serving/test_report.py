@@ -11,13 +11,14 @@ import pytest
 
 from tpimpi.engine.figures import RankFigures
 from tpimpi.serving.report import Answer, Report
+from tpimpi.serving.session import END_REASONS
 
 
-def answer(*gaps: float) -> Answer:
+def answer(*gaps: float, ended: str = "end") -> Answer:
     times = [1.5]
     for gap in gaps:
         times.append(times[-1] + gap)
-    return Answer.timed("text", [7] * len(times), 3, ready=1.0, times=times)
+    return Answer.timed("text", [7] * len(times), 3, ready=1.0, times=times, ended=ended)
 
 
 def figures(streamed_bytes_per_token: int = 0, read_wait_s: float = 0.0) -> RankFigures:
@@ -36,7 +37,7 @@ def test_a_few_slow_tokens_show_in_the_mean_and_not_in_the_median() -> None:
 
 def test_one_token_has_no_time_between_two() -> None:
     assert (answer().s_per_token, answer().s_per_token_mean) == (None, None)
-    empty = Answer.timed("", [], 3, ready=1.0, times=[])
+    empty = Answer.timed("", [], 3, ready=1.0, times=[], ended="end")
     assert (empty.ttft_s, empty.s_per_token, empty.s_per_token_mean) == (None, None, None)
 
 
@@ -52,7 +53,24 @@ def test_table_and_json_name_both(tmp_path: Path, capsys: pytest.CaptureFixture[
     found = json.loads((tmp_path / "report.json").read_text())
     assert found["allreduce"] == "star:65536,mesh"
     for where in (found, found["answers"][0]):
+        assert where["finish_reason"] == "stop"
         assert where["s_per_token"] == pytest.approx(0.02) and where["s_per_token_mean"] == pytest.approx(0.05)
+
+
+def test_why_an_answer_ended_is_in_the_words_of_openai() -> None:
+    reasons = {ended: answer(ended=ended).finish_reason for ended in END_REASONS}
+    assert reasons == {"end": "stop", "stop": "stop", "max_tokens": "length", "context": "length"}
+
+
+def test_the_line_below_the_table_says_that_it_is_of_the_last_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report("model", "q8_0", "native", "star")
+    report.ranks = [figures()]
+    report.add(answer(0.02))
+    report.print_table()
+    assert "last of" not in capsys.readouterr().err
+    report.add(answer(0.02, 0.02))
+    report.print_table()
+    assert " · last of 2 prompts: 3 prompt tokens, 3 generated · " in capsys.readouterr().err
 
 
 def test_the_rate_of_a_disk_comes_from_the_mean(capsys: pytest.CaptureFixture[str]) -> None:

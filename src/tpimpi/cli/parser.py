@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+from collections.abc import Iterable
 from typing import NoReturn
 
 from tpimpi.errors import InputError
@@ -11,6 +12,12 @@ from tpimpi.errors import InputError
 COMMANDS = ("slice", "synth", "inspect", "cache", "perplexity", "bench", "plan", "doctor")
 # What other programs call a run.
 RUN_WORDS = ("chat", "complete", "completion", "generate", "prompt", "run")
+
+
+def offer(option: argparse.Action, values: Iterable[str]) -> None:
+    """Known values of an option that code of our own checks, not `choices`: argcomplete completes them in a shell."""
+    known = list(values)
+    option.completer = lambda **_: known  # type: ignore[attr-defined]
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,6 +43,8 @@ class Parser(argparse.ArgumentParser):
                     " (a run has no name: leave the word out, and give the prompt with --prompt, or on standard input)"
                 )
             near = difflib.get_close_matches(name, COMMANDS, n=1)
+            if not near:
+                return " (to ask that, give it with --prompt)"
         else:
             known = [option for option in self._option_string_actions if option.startswith("--")]
             wanted = f"--{name.lstrip('-').replace('_', '-')}"

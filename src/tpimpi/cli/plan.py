@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tpimpi.cli.options import ComputeOptions, NetworkOptions
-from tpimpi.cli.parser import Parser
+from tpimpi.cli.parser import Parser, offer
 from tpimpi.cli.prepare import PROMPT_TOKENS, measure_options, workload
 from tpimpi.cli.process import Job
 from tpimpi.cli.run_options import add_computing, add_shares, check_combinations, parsed_into
@@ -19,7 +19,7 @@ from tpimpi.engine.ranks import greet
 from tpimpi.errors import InputError
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.shapes import load_shape
-from tpimpi.models.weight_formats import ModelFormats
+from tpimpi.models.weight_formats import FORMAT_CHOICES, ModelFormats
 from tpimpi.star import Star
 from tpimpi.star.control import StopNote, send_note, stop_others_on_error
 from tpimpi.system.files import check_writable
@@ -57,7 +57,8 @@ def plan_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--layers", type=int, metavar="N", help="with --shape: so many layers (default: as the shape has)"
     )
-    group.add_argument("--format", help="as in a run (default: auto; with --shape q4_0)")
+    weights = group.add_argument("--format", help="as in a run (default: auto; with --shape q4_0)")
+    offer(weights, (AUTO, *FORMAT_CHOICES))
     add_shares(group)
     group.add_argument(
         "--context",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import select
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 from tpimpi.errors import LostError, StorageError, as_ours
 from tpimpi.star import WAIT_FOR_HUB_REPORT_S, Star
-from tpimpi.system.terminal import STDOUT, Input
+from tpimpi.system.terminal import STDERR, STDOUT, Input
 
 STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 RELAY_TIME_S = 0.2  # the launcher relays our line in it; its own banner would else come before or within ours
@@ -106,8 +107,10 @@ def set_up_streams() -> None:
 
 
 def say(line: str | None) -> None:
-    """A line on stderr, where there is one to say."""
+    """A line on stderr, where there is one to say, after what stdout has so far."""
     if line:
+        with contextlib.suppress(OSError):  # said where the answer is written
+            sys.stdout.flush()
         print(line, file=sys.stderr, flush=True)
 
 
@@ -127,10 +130,15 @@ def print_answer(text: str) -> None:
 # Signals
 
 
-def leave_on_signals() -> None:
-    """Ctrl-C, or the launcher's word to stop: leave at once. What was printed was flushed as it came."""
+def leave_on_signals(last_line: Callable[[], str | None] = lambda: None) -> None:
+    """Ctrl-C, or the launcher's word to stop: leave at once. What was printed was flushed as it came. `last_line` is said on
+    stderr then, where there is one to say, and stderr takes it at once."""
 
     def leave(number: int, frame: object) -> None:
+        line = last_line()
+        with contextlib.suppress(OSError, ValueError):
+            if line and select.select([], [STDERR], [], 0)[1]:
+                os.write(STDERR, f"\n{line}\n".encode(errors="replace"))
         os._exit(128 + number)
 
     for number in STOPPING_SIGNALS:

@@ -6,11 +6,13 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
+from tpimpi.cli import remarks
 from tpimpi.cli.options import GenerateOptions, OutputOptions, RunOptions, SamplingOptions
 from tpimpi.cli.prepare import prepare, say_what_slows
-from tpimpi.cli.process import Job, print_answer, say
+from tpimpi.cli.process import Job, leave_on_signals, print_answer, say
 from tpimpi.cli.run_options import parse_run
 from tpimpi.cli.values import read_text
 from tpimpi.compute.arrays import F32
@@ -27,7 +29,7 @@ from tpimpi.serving.sampling import make_sampler
 from tpimpi.serving.session import Session, Turn
 from tpimpi.star import Star
 from tpimpi.star.control import stop_others_on_error
-from tpimpi.system.terminal import Input, has_input
+from tpimpi.system.terminal import Input
 
 AFTER_CTRL_C_S = 0.5  # Open MPI's launcher first ends standard input, then the ranks
 
@@ -44,7 +46,7 @@ def run(star: Star, job: Job) -> int:
         if not answers:
             time.sleep(AFTER_CTRL_C_S)
         if given_by_options(options.generate) and not output.quiet:
-            say(unread_remark(job))
+            say(remarks.unread(job))
         traces = llm.finish()
     if not answers and code == 0:
         raise InputError(
@@ -71,6 +73,10 @@ def load(star: Star, job: Job) -> tuple[RunOptions, LLM, Turn | None]:
     prompt = given_prompt(options.generate, hosts)
     params = sampling_params(options.generate, hosts)
     quiet = options.output.quiet
+    if not quiet:
+        say(remarks.loading(options.model))
+        if session is not None:
+            leave_on_signals(partial(remarks.kept, session))
     say_what_slows(star, ranks, options.compute, options.network, quiet=quiet)
     config = prepare(
         *(star, ranks, options.model, options.compute, options.network),
@@ -183,18 +189,6 @@ def given_by_options(generate: GenerateOptions) -> bool:
     return generate.prompt is not None or generate.prompt_file is not None
 
 
-def unread_remark(job: Job) -> str | None:
-    """What to say where the prompt is an option's and standard input, a file or a pipe, has something in it."""
-    if job.input is None:
-        return "standard input was not read: the prompt is an option's" if has_input() else None
-    if not job.input.received:
-        return None
-    return (
-        "standard input was taken by mpirun and not used, as the prompt is an option's; where a loop reads it, start mpirun "
-        "with </dev/null"
-    )
-
-
 # Answers
 
 
@@ -204,12 +198,16 @@ def answer_all(llm: LLM, first: Turn | None, job: Job, options: RunOptions) -> t
     Returns the exit code, and how many answers there were.
     """
     code, answers = 0, 0
+    session, quiet = llm.conversation.session, options.output.quiet
     if first is not None:
+        if not quiet:
+            say(remarks.going_on(session, first))
         answer(llm, first, options)
         answers += 1
     if given_by_options(options.generate):
         return code, answers
-    for line in (job.input or Input()).lines("> "):
+    remark = remarks.EACH_FOR_ITSELF if session is None and not quiet else None
+    for line in (job.input or Input()).lines("> ", remark):
         if not line.strip():
             continue
         try:
@@ -232,19 +230,7 @@ def answer(llm: LLM, turn: Turn, options: RunOptions) -> None:
     if not last.endswith("\n"):
         print_answer("\n")
     if not options.output.quiet:
-        say(why_cut(llm, turn))
-
-
-def why_cut(llm: LLM, turn: Turn) -> str | None:
-    """What to say of an answer that ends in mid-sentence; None of one that is whole."""
-    conversation = llm.conversation
-    if turn.ended == "max_tokens":
-        most = conversation.params.max_tokens
-        return f"the answer was cut at --max-tokens {most}; give more to have it whole"
-    if turn.ended == "context":
-        raised = " or raise --context" if conversation.params.context is not None else ""
-        return f"the answer was cut at the end of the context, {conversation.limit} positions; ask for less{raised}"
-    return None
+        say(remarks.why_cut(llm, turn))
 
 
 def write_what_was_measured(llm: LLM, traces: Sequence[RankTrace], output: OutputOptions) -> None:

@@ -23,7 +23,7 @@ from tpimpi.cli.options import (
     RunOptions,
     SamplingOptions,
 )
-from tpimpi.cli.parser import Parser
+from tpimpi.cli.parser import Parser, offer
 from tpimpi.cli.values import (
     AUTO,
     MOST_THREADS,
@@ -108,12 +108,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="slices made by the slice command (default: made on first use, in a cache folder)",
     )
-    group.add_argument(
+    weights = group.add_argument(
         "--format",
         default="auto",
         help=f"format of the weights: auto, {', '.join(FORMAT_CHOICES)}; the head and the embedding have more bits than "
         "layers of few (default auto: each tensor's own, or the nearest that there is)",
     )
+    offer(weights, (AUTO, *FORMAT_CHOICES))
     add_shares(group)
 
 
@@ -270,12 +271,13 @@ def perplexity_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("text", metavar="FILE", help="a text in UTF-8, read by rank 0 alone")
     group = parser.add_argument_group("measuring")
-    group.add_argument(
+    against = group.add_argument(
         "--against",
         type=against_format,
         metavar="FORMAT",
         help="run the model in this format too, f32 say, and give the mean KL divergence from it; both are held in memory",
     )
+    offer(against, WEIGHT_FORMATS)
     group.add_argument(
         "--context",
         type=whole_number("--context", 2, why=NOTHING_TO_PREDICT),

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tpimpi.cli.options import ComputeOptions, NetworkOptions
-from tpimpi.cli.parser import Parser
+from tpimpi.cli.parser import Parser, offer
 from tpimpi.cli.prepare import choose_partition
 from tpimpi.cli.process import Job, say
 from tpimpi.cli.run_options import add_shares, parsed_into
 from tpimpi.cli.slicing import ensure_slices, say_left_out, slice_source
-from tpimpi.cli.values import MOST_RANKS, given_model, path_given, share_weights, slice_count, whole_number
+from tpimpi.cli.values import AUTO, MOST_RANKS, given_model, path_given, share_weights, slice_count, whole_number
 from tpimpi.engine.ranks import greet
 from tpimpi.models.weight_formats import FORMAT_CHOICES, ModelFormats
 from tpimpi.star import Star
@@ -55,7 +55,10 @@ def slice_parser() -> argparse.ArgumentParser:
         help="how many slices to make (default: as many as mpirun starts)",
     )
     add_shares(parser)
-    parser.add_argument("--format", default="auto", help=f"auto, {', '.join(FORMAT_CHOICES)} (default: as in a run)")
+    weights = parser.add_argument(
+        "--format", default="auto", help=f"auto, {', '.join(FORMAT_CHOICES)} (default: as in a run)"
+    )
+    offer(weights, (AUTO, *FORMAT_CHOICES))
     parser.add_argument(
         "--out",
         type=path_given("--out", "the folder that gets the slices"),

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tpimpi.cli.parser import Parser
+from tpimpi.cli.parser import Parser, offer
 from tpimpi.cli.process import Job, cleaning_up_on_signals
 from tpimpi.cli.run_options import parsed_into
 from tpimpi.cli.values import MOST_RANKS, path_given, share_weights, slice_count, whole_number
@@ -47,11 +47,12 @@ def synth_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     shapes = f"{', '.join(SHAPES)}, or the path of a config.json or of its folder"
-    parser.add_argument("--shape", required=True, metavar="NAME", help=shapes)
+    offer(parser.add_argument("--shape", required=True, metavar="NAME", help=shapes), SHAPES)
     parser.add_argument("--layers", type=int, metavar="N", help="so many layers (default: as the shape has)")
-    parser.add_argument(
+    weights = parser.add_argument(
         "--format", type=weight_format, default="q4_0", help=f"{', '.join(FORMAT_CHOICES)} (default q4_0)"
     )
+    offer(weights, FORMAT_CHOICES)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="other weights for another one (default 0)")
     parser.add_argument(
         "--as",

@@ -93,7 +93,7 @@ class LLM:
         if session is not None:
             session.end(why, text)
         turn.ended, turn.text = why, text
-        self.report.add(Answer.timed(text, made, len(turn.ids), ready, times))
+        self.report.add(Answer.timed(text, made, len(turn.ids), ready, times, ended=why))
 
     def finish(self) -> list[RankTrace]:
         """End the run on every rank and gather the figures; the traces, if they were wanted, are returned."""

@@ -13,6 +13,7 @@ from tpimpi.star.tuning import describe_rule
 from tpimpi.system.files import write_json
 from tpimpi.system.units import show_size
 
+FINISH_REASONS = {"end": "stop", "stop": "stop", "max_tokens": "length", "context": "length"}  # by session.END_REASONS
 _DISK_LIMITED_SHARE = 0.3  # of a rank's time: above it, waiting for the disk is said to limit the run
 
 
@@ -23,6 +24,8 @@ class Answer:
     `ttft_s` is from the prompt being ready to the first token (None where there was none). `s_per_token` is the median of
     the times between two tokens, `s_per_token_mean` their mean (both None with fewer than two): where a few tokens take
     long (a processor quota, a disk), only the mean says how long the answer took.
+    `finish_reason` is OpenAI's word for why it ended: "stop" by itself or before a stop text, "length" cut, where no more
+    tokens were allowed or the context was full.
     """
 
     text: str
@@ -31,14 +34,17 @@ class Answer:
     ttft_s: float | None
     s_per_token: float | None
     s_per_token_mean: float | None
+    finish_reason: str
 
     @classmethod
-    def timed(cls, text: str, token_ids: list[int], prompt_tokens: int, ready: float, times: list[float]) -> Answer:
-        """From the monotonic times of the prompt being ready and of each token."""
+    def timed(
+        cls, text: str, token_ids: list[int], prompt_tokens: int, ready: float, times: list[float], *, ended: str
+    ) -> Answer:
+        """From the monotonic times of the prompt being ready and of each token; `ended` is one of session.END_REASONS."""
         gaps = [b - a for a, b in itertools.pairwise(times)]
         first = times[0] - ready if times else None
         middle, average = (median(gaps), fmean(gaps)) if gaps else (None, None)
-        return cls(text, token_ids, prompt_tokens, first, middle, average)
+        return cls(text, token_ids, prompt_tokens, first, middle, average, FINISH_REASONS[ended])
 
 
 @dataclass
@@ -46,7 +52,7 @@ class Report:
     """A run, as `--report` writes it.
 
     `load_s` is from the start of the program to being ready. Where several prompts were answered, `text` to
-    `s_per_token_mean` are those of the last; `answers` has these keys for each.
+    `finish_reason` are those of the last; `answers` has these keys for each.
     """
 
     model: str
@@ -60,6 +66,7 @@ class Report:
     ttft_s: float | None = None
     s_per_token: float | None = None
     s_per_token_mean: float | None = None
+    finish_reason: str | None = None
     answers: list[Answer] = field(default_factory=list)
     ranks: list[RankFigures] = field(default_factory=list)
 
@@ -74,7 +81,7 @@ class Report:
         write_json(path, asdict(self), private=True)
 
     def print_table(self) -> None:
-        """The table, on stderr."""
+        """The table, on stderr. Its columns are of the whole run, the line below it of the last answer."""
         from rich.console import Console
         from rich.table import Table
 
@@ -99,9 +106,10 @@ class Report:
             times.append(f"{self.s_per_token_mean:.3g} s/token (mean; median {self.s_per_token:.3g})")
         print(file=sys.stderr)
         Console(file=sys.stderr, width=120, highlight=False, color_system=None).print(table)
+        last = f"last of {len(self.answers)} prompts: " if len(self.answers) > 1 else ""
         print(
             f"{self.model} {self.format} · {self.backend} · {describe_rule(self.allreduce)} · "
-            f"{self.prompt_tokens} prompt tokens, {len(self.token_ids)} generated · " + " · ".join(times),
+            f"{last}{self.prompt_tokens} prompt tokens, {len(self.token_ids)} generated · " + " · ".join(times),
             file=sys.stderr,
         )
         if self.s_per_token_mean is not None:

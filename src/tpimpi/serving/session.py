@@ -64,7 +64,7 @@ class Session:
         """Open the file, or make it. Raises InputError, having changed nothing, where it is no session or is in use."""
         if not given:
             raise InputError("--session is empty; give the name of a file")
-        self._path = Path(given)
+        self.path = Path(given)
         self._header: dict[str, Any] | None = None
         self._new_header: dict[str, Any] = {}  # a first line to be written
         self.turns: list[Turn] = []
@@ -84,17 +84,17 @@ class Session:
             raise
 
     def _wrong(self, what: str) -> InputError:
-        return InputError(f"--session {str(self._path)[:200]}{what}")
+        return InputError(f"--session {str(self.path)[:200]}{what}")
 
     def _open(self) -> None:
         flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY
         try:
-            if not stat.S_ISREG(kind := self._path.stat().st_mode):
+            if not stat.S_ISREG(kind := self.path.stat().st_mode):
                 what = "a folder" if stat.S_ISDIR(kind) else "no file that can be kept"
                 raise self._wrong(f" is {what}; give the name of a file")
-            self._file = os.open(self._path, flags)
+            self._file = os.open(self.path, flags)
         except FileNotFoundError:
-            self._file = os.open(self._path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+            self._file = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o600)
             os.fchmod(self._file, 0o600)  # whatever the umask
             self._made = True
         try:
@@ -103,7 +103,7 @@ class Session:
             raise self._wrong(" is in use by another run; wait for its end, or give another file") from error
         if problem is not None:
             raise self._wrong(f" cannot be locked: {problem.strerror}; put it on a local disk") from problem
-        if not self._path.exists() or not os.path.samestat(os.fstat(self._file), self._path.stat()):
+        if not self.path.exists() or not os.path.samestat(os.fstat(self._file), self.path.stat()):
             raise self._wrong(" was removed by another run just now; try again")
 
     # Reading
@@ -237,7 +237,7 @@ class Session:
                 lines, self._whole = lines[done:], self._whole + done
         except OSError as error:
             raise StorageError(
-                f"cannot write --session {self._path}: {error.strerror}; make room, and run with that session again"
+                f"cannot write --session {self.path}: {error.strerror}; make room, and run with that session again"
             ) from error
 
     def close(self) -> None:
@@ -247,7 +247,7 @@ class Session:
         if self._made:
             with contextlib.suppress(OSError):
                 if os.fstat(self._file).st_size == 0:
-                    self._path.unlink()
+                    self.path.unlink()
         os.close(self._file)
         self._file = -1
 

@@ -173,8 +173,9 @@ class Input:
             pass  # it cannot be read, so there is none
         self._pieces.put(b"")
 
-    def lines(self, prompt: str) -> Iterator[str]:
-        """Lines as they come, decoded as UTF-8, without their ends; `prompt` is shown at a terminal.
+    def lines(self, prompt: str, remark: str | None = None) -> Iterator[str]:
+        """Lines as they come, decoded as UTF-8, without their ends; at a terminal `prompt` is shown before each, and before
+        the first the line `remark`.
 
         What is beyond MOST_LINE_BYTES bytes of a line is dropped: no model has room for it. Ends where the input does, also
         where the launcher does not say so.
@@ -182,6 +183,8 @@ class Input:
         launcher = _launcher_stream(STDIN)
         shown = prompt if is_terminal(STDIN) and is_terminal(STDERR) else ""
         held, ended_at = io.BytesIO(), None
+        if shown and remark:
+            print(remark, file=sys.stderr)
         print(shown, end="", file=sys.stderr, flush=True)
         while True:
             try:

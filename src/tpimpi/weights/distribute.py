@@ -65,7 +65,10 @@ class SliceOutcome:
             return f"{where}: {self.broken} of {self.tiles} tiles {'was' if self.broken == 1 else 'were'} broken; made again"
         if self.complaint:
             return f"{where}: {self.complaint.split(';')[0]}; it is made again"
-        return f"{self.here} of {self.tiles} tiles of {where} were there already" if self.here else None
+        if not self.here:
+            return None
+        were = "was" if self.here == 1 else "were"
+        return f"{where}: {self.here} of {self.tiles} parts of its slice {were} there already, in slices made earlier"
 
 
 # Rank 0

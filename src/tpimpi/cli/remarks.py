@@ -1,0 +1,65 @@
+"""What a run says to its user on stderr, beside the answer: lines, or None where there is nothing to say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tpimpi.cli.options import ModelOptions
+from tpimpi.cli.process import Job
+from tpimpi.serving.llm import LLM
+from tpimpi.serving.session import Session, Turn
+from tpimpi.system.terminal import STDERR, has_input, is_terminal
+from tpimpi.weights.locations import model_path
+
+EACH_FOR_ITSELF = "each line is answered for itself; --session FILE keeps a conversation (Ctrl-D ends)"
+MOST_PROMPT_CHARACTERS = 60  # characters of a prompt that is named in a line
+
+
+def loading(model: ModelOptions) -> str | None:
+    """Said at a terminal before the model is loaded, which may take minutes. Raises ModelError where there is no model."""
+    if not is_terminal(STDERR):
+        return None
+    path = Path(model.slices) if model.slices is not None else model_path(model.model)
+    return f"loading {path.name.removesuffix('.gguf')} …"
+
+
+def going_on(session: Session | None, turn: Turn) -> str | None:
+    """Said before an answer that an earlier run left unfinished. Its prompt is named at a terminal only: what else takes
+    stderr, the log of a batch job say, others may read."""
+    if session is None or turn is not session.unfinished:
+        return None
+    if not is_terminal(STDERR):
+        return "going on with the answer that was broken off"
+    more = "…" if len(turn.prompt) > MOST_PROMPT_CHARACTERS else ""
+    return f"going on with the answer to {turn.prompt[:MOST_PROMPT_CHARACTERS] + more!r}"
+
+
+def kept(session: Session) -> str | None:
+    """Said when a run is ended by a signal."""
+    if not session.turns:
+        return None
+    return f"the conversation is kept in {session.path}; the same --session goes on with it"
+
+
+def why_cut(llm: LLM, turn: Turn) -> str | None:
+    """What to say of an answer that ends in mid-sentence; None of one that is whole."""
+    conversation = llm.conversation
+    if turn.ended == "max_tokens":
+        most = conversation.params.max_tokens
+        return f"the answer was cut at --max-tokens {most}; give more to have it whole"
+    if turn.ended == "context":
+        raised = " or raise --context" if conversation.params.context is not None else ""
+        return f"the answer was cut at the end of the context, {conversation.limit} positions; ask for less{raised}"
+    return None
+
+
+def unread(job: Job) -> str | None:
+    """What to say where the prompt is an option's and standard input, a file or a pipe, has something in it."""
+    if job.input is None:
+        return "standard input was not read: the prompt is an option's" if has_input() else None
+    if not job.input.received:
+        return None
+    return (
+        "standard input was taken by mpirun and not used, as the prompt is an option's; where a loop reads it, start mpirun "
+        "with </dev/null"
+    )

@@ -1,0 +1,82 @@
+"""A program at a terminal: what it shows, and what somebody types."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import select
+import signal
+import subprocess
+import termios
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from tests.support.launch import TIMEOUT
+
+
+class Terminal:
+    """A running program whose streams are a terminal. `seen` is all that it has shown."""
+
+    def __init__(self, process: subprocess.Popen[bytes], ours: int) -> None:
+        self.process, self.ours = process, ours
+        self._shown, self._taken = b"", 0  # bytes so far, and how many of them were returned
+
+    @property
+    def seen(self) -> str:
+        return _text(self._shown)
+
+    def _wait_for(self, what: str, reached: Callable[[], bool], timeout: float) -> str:
+        deadline = time.monotonic() + timeout
+        while not reached() or select.select([self.ours], [], [], 0)[0]:
+            assert time.monotonic() < deadline, f"no {what}: {self.seen!r}"
+            if select.select([self.ours], [], [], 0.1)[0]:
+                try:
+                    self._shown += os.read(self.ours, 4096)
+                except OSError:  # the program has ended
+                    self.process.wait(timeout)
+                    assert reached(), f"it ended without {what}: {self.seen!r}"
+                    break
+        new, self._taken = self._shown[self._taken :], len(self._shown)
+        return _text(new)
+
+    def until(self, end: str, timeout: float = TIMEOUT) -> str:
+        """Wait until the program has shown something new that ends so; what came since the last call."""
+        return self._wait_for(repr(end), lambda: self._shown[self._taken :].endswith(end.encode()), timeout)
+
+    def type(self, text: str) -> None:
+        """As from the keyboard: \\x03 is Ctrl-C, \\x04 Ctrl-D."""
+        os.write(self.ours, text.encode())
+
+    def end(self, timeout: float = TIMEOUT) -> tuple[int, str]:
+        """The exit code, once the program has ended; and what it showed since the last call."""
+        shown = self._wait_for("end", lambda: self.process.poll() is not None, timeout)
+        return self.process.returncode, shown
+
+
+def _text(shown: bytes) -> str:
+    return shown.decode(errors="replace").replace("\r\n", "\n")
+
+
+@contextmanager
+def terminal(command: Sequence[str], env: Mapping[str, str]) -> Iterator[Terminal]:
+    """Run the command at a terminal; it is killed at the end, if it still runs."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, **env},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(theirs, termios.TIOCSCTTY, 0),  # noqa: PLW1509  (nothing else runs yet)
+    )
+    os.close(theirs)
+    try:
+        yield Terminal(process, ours)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        os.close(ours)
