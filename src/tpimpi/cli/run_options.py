@@ -35,6 +35,7 @@ from tpimpi.cli.values import (
     window_blocks,
 )
 from tpimpi.compute.backends import BACKEND_NAMES, KERNEL_LEVELS
+from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.diagnostics.trace_file import BEGINNING
 from tpimpi.errors import InputError
 from tpimpi.models.kv.cache import KV_FORMATS
