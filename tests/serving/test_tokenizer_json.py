@@ -47,7 +47,7 @@ def test_tokenizer_json(tokenizer_json: bytes, byte_level: tokenizers.Tokenizer)
         assert "".join(streamed(tokenizer, ids)) == text
     assert tokenizer.decode([count + 3]) == "<think>"
     user = byte_level.encode("user\nhi").ids
-    assert tokenizer.encode_chat("hi")[: len(user) + 2] == [count + 1, *user, count + 2]
+    assert tokenizer.encode_chat("hi")[: len(user) + 3] == [count, count + 1, *user, count + 2]
 
 
 def test_tokenizer_json_flags_override_its_post_processor(tokenizer_json: bytes) -> None:
@@ -151,8 +151,13 @@ def test_ids_beyond_the_model(tokenizer_json: bytes) -> None:
     tokenizer = load_tokenizer(assets_of(tokenizer_json, config={"eos_token_id": [2, 700]}), 501)
     assert tokenizer.end_ids == {2}
     assert tokenizer.encode("fine")
-    with pytest.raises(ModelError, match="gives id 502, the model's vocabulary has 501"):
-        tokenizer.encode("not <|im_end|>")
+    # What has no row is text, to a chat and without one.
+    ids = tokenizer.encode("not <|im_end|>", special=False)
+    assert max(ids) < 500 and tokenizer.decode(ids) == "not <|im_end|>"
+    with pytest.raises(ModelError, match="gives ids up to 503, the model's vocabulary has 490; put the tokenizer that"):
+        load_tokenizer(assets_of(tokenizer_json), 490)  # 500 tokens of text
+    with pytest.raises(ModelError, match="gives ids up to 503, the model's vocabulary has 501"):
+        load_tokenizer(assets_of(tokenizer_json, tokenizer={"chat_template": CHATML}), 501)  # which it writes
 
 
 @pytest.mark.parametrize("prompt", ["\udcff", "a\ud800b"])
@@ -178,7 +183,9 @@ def test_template_forms(tokenizer_json: bytes) -> None:
     assert said(chat(tokenizer_json, "A", **{"chat_template.jinja": "ü".encode()})) == "ü"
     without = chat(tokenizer_json, listed[:1])
     assert not without.has_chat_template
-    with pytest.raises(ModelError, match="no chat template; use --raw"):
+    with pytest.raises(
+        ModelError, match=r"no chat template; give --raw to .*, or a template with --chat-template FILE"
+    ):
         without.encode_chat("hi")
 
 
@@ -189,15 +196,21 @@ def test_an_empty_template_is_none(tokenizer_json: bytes, pieces: bytes, empty: 
     listed = chat(tokenizer_json, [{"name": "default", "template": empty}])
     for tokenizer in (chat(tokenizer_json, empty), in_jinja, listed, in_gguf):
         assert not tokenizer.has_chat_template
-        with pytest.raises(ModelError, match="no chat template; use --raw"):
+        with pytest.raises(
+            ModelError, match=r"no chat template; give --raw to .*, or a template with --chat-template FILE"
+        ):
             tokenizer.encode_chat("hi")
 
 
-def test_bos_only_where_the_template_writes_it(tokenizer_json: bytes) -> None:
+def test_one_bos_where_the_tokenizer_asks_for_one(tokenizer_json: bytes) -> None:
     bare = chat(tokenizer_json, "x").encode("x", special=False)
     assert chat(tokenizer_json, "{{ bos_token }}x").encode_chat("") == [500, *bare]
-    assert chat(tokenizer_json, "x").encode_chat("") == bare
-    assert chat(tokenizer_json, "x").encode("x") == [500, *bare]
+    assert chat(tokenizer_json, "x").encode_chat("") == [500, *bare]
+    assert chat(tokenizer_json, "x").encode("x") == chat(tokenizer_json, "x").encode("<|begin|>x") == [500, *bare]
+    config = {"chat_template": "x", "bos_token": "<|begin|>", "add_bos_token": False}
+    unasked = load_tokenizer(assets_of(tokenizer_json, tokenizer=config), 600)
+    assert unasked.encode_chat("") == unasked.encode("x") == bare
+    assert unasked.encode("<|begin|><|begin|>x") == [500, 500, *bare]
 
 
 def test_template_environment(tokenizer_json: bytes) -> None:

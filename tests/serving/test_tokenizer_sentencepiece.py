@@ -71,7 +71,7 @@ def test_sentencepiece_as_transformers_reads_it(pieces: bytes, tmp_path: Path) -
             assert tokenizer.encode(marked) == oracle(marked).input_ids, text
     messages = [{"role": "user", "content": "Hello, world!"}]
     expected = oracle.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    assert tokenizer.encode_chat("Hello, world!") == expected
+    assert tokenizer.encode_chat("Hello, world!") == [1, *expected]  # the BOS that the config asks for
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_gguf_sentencepiece_ids_are_sentencepieces_own(pieces: bytes, processor:
     assert tokenizer.encode("<think>a</s>", special=False) == [482, *processor.encode("a"), 2]
     assert tokenizer.decode([480, 482, 481]) == "<think>"
     chat = tokenizer.encode_chat("Hello")
-    assert chat[0] == 480 and chat[1 : chat.index(481)] == processor.encode("user\nHello")
+    assert chat[:2] == [1, 480] and chat[2 : chat.index(481)] == processor.encode("user\nHello")
 
 
 def test_gguf_sentencepiece_without_prefix(pieces: bytes) -> None:

@@ -82,6 +82,7 @@ class GenerateOptions:
     stop: tuple[str, ...] = ()
     stop_file: str | None = None
     ignore_eos: bool = False
+    chat_template: str | None = None
     sampling: SamplingOptions = SamplingOptions()
     given: Mapping[str, Any] = field(default_factory=dict)
 

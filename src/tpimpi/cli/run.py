@@ -72,6 +72,7 @@ def load(star: Star, job: Job) -> tuple[RunOptions, LLM, Turn | None]:
     hosts = [rank.host for rank in ranks]
     prompt = given_prompt(options.generate, hosts)
     params = sampling_params(options.generate, hosts)
+    template = given_template(options.generate)
     quiet = options.output.quiet
     if not quiet:
         say(remarks.loading(options.model))
@@ -85,7 +86,7 @@ def load(star: Star, job: Job) -> tuple[RunOptions, LLM, Turn | None]:
         trace=options.output.trace is not None,
     )
     engine = startup.open_engines(star, config)
-    tokenizer, tokenizer_bytes = load_tokenizer_of_slices(engine.file)
+    tokenizer, tokenizer_bytes = load_tokenizer_of_slices(engine.file, template)
     conversation = Conversation.begin(engine.header, tokenizer, params, session)
     report = Report(engine.header.model, engine.header.format, engine.backend.name, star.algorithm)
     llm, allotments = load_llm(engine, conversation, report, conversation.next_turn(prompt), tokenizer_bytes)
@@ -116,6 +117,18 @@ def given_prompt(generate: GenerateOptions, hosts: Sequence[str]) -> str | None:
     if not prompt.strip():
         raise InputError("the prompt is empty; give some text")
     return prompt
+
+
+def given_template(generate: GenerateOptions) -> str | None:
+    """The chat template that the options give. Raises InputError for one that is not used or holds nothing."""
+    if generate.chat_template is None:
+        return None
+    if generate.sampling.raw:
+        raise InputError("--raw does without a chat template, and --chat-template is given; leave one of them out")
+    template = read_text("--chat-template", generate.chat_template)
+    if not template.strip():
+        raise InputError(f"--chat-template {generate.chat_template} is empty; give a file that holds a template")
+    return template
 
 
 def refuse_on_other_hosts(option: str, instead: str, hosts: Sequence[str]) -> None:

@@ -142,6 +142,9 @@ def _add_prompt_and_answer(parser: argparse.ArgumentParser) -> None:
         "--raw", action="store_true", default=None, help="complete the text as it is, without the model's chat template"
     )
     group.add_argument(
+        "--chat-template", metavar="FILE", help="a Jinja template in place of the model's, read by rank 0"
+    )
+    group.add_argument(
         "--session",
         metavar="FILE",
         help="keep the conversation in this file, and go on where it ends, in mid-answer too; read and written by rank 0 "
@@ -316,6 +319,7 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
         stop=tuple(parsed.stop),
         stop_file=parsed.stop_file,
         ignore_eos=parsed.ignore_eos,
+        chat_template=parsed.chat_template,
         sampling=SamplingOptions(**given),
         given=given,
     )
@@ -329,7 +333,7 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
     if generate.prompt is not None and generate.prompt_file is not None:
         raise InputError("--prompt and --prompt-file are both given; give one of them")
     check_combinations(options.compute, options.network, options.model)
-    inputs = (options.model.model, generate.prompt_file, generate.stop_file, generate.session)
+    inputs = (options.model.model, generate.prompt_file, generate.stop_file, generate.session, generate.chat_template)
     check_outputs(options.output, inputs, session=generate.session)
     return options
 

@@ -47,15 +47,14 @@ class Conversation:
     def begin(
         cls, header: Header, tokenizer: Tokenizer | TokenIds, params: SamplingParams, session: Session | None = None
     ) -> Conversation:
-        """For the model of `header`. Raises InputError for a context beyond the model's, for params that need a tokenizer
-        where there is none, and for a session that was begun with another model."""
+        """For the model of `header`. Raises InputError for a context beyond the model's, for params that need a tokenizer or
+        a chat template where there is none, and for a session that was begun with another model."""
         if session is not None:
             session.check_model(header.model, header.fingerprint, header.config.vocab)
         most = header.config.context
         if params.context is not None and params.context > most:
             raise InputError(f"--context is {params.context}, this model has {most} positions; give at most that")
-        if isinstance(tokenizer, TokenIds):
-            tokenizer.check_params(raw=params.raw, stops=params.stops)
+        tokenizer.check_params(raw=params.raw, stops=params.stops)
         return cls(tokenizer, params, session, most, params.context or most)
 
     def limited(self, positions: int) -> Conversation:
@@ -97,7 +96,7 @@ class Conversation:
     def _encoding(self) -> Callable[[str], list[int]]:
         """How a prompt becomes ids, what was said before included."""
         said = [] if self.session is None else self.session.turns
-        if not self.params.raw and self.tokenizer.has_chat_template:
+        if not self.params.raw:
             return partial(self.tokenizer.encode_chat, said=[(turn.prompt, turn.text) for turn in said])
         if not said:
             return self.tokenizer.encode

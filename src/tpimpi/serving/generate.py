@@ -25,8 +25,10 @@ def generate(
     max_tokens: int,
     context: int,
     end_ids: Collection[int],
+    sampled_ids: int | None = None,
 ) -> Iterator[int]:
     """Rank 0: the tokens that follow `prompt`, as they are made, at most `max_tokens`; one of `end_ids` is not yielded.
+    With `sampled_ids` all are below it: what follows in the head has no token.
 
     `embed` gives the embedding rows of ids, [n, hidden]. `context` is the number of positions that every rank keeps room
     for; len(prompt) + max_tokens - 1 are used.
@@ -40,7 +42,7 @@ def generate(
     for made in range(max_tokens):
         if made:
             hidden = step(model, star, embed(history[-1:]), len(history) - 1)
-        token = sample(model.logits(hidden[-1:])[0], history)
+        token = sample(model.logits(hidden[-1:])[0, :sampled_ids], history)
         if token in end_ids:
             return
         history.append(token)

@@ -21,10 +21,11 @@ from tpimpi.system.memory import resident_bytes
 from tpimpi.weights.slices.file import SliceFile
 
 
-def load_tokenizer_of_slices(file: SliceFile) -> tuple[Tokenizer | TokenIds, int]:
-    """The tokenizer that rank 0's slice carries, and the bytes of memory that it takes; nothing else may be loading now."""
+def load_tokenizer_of_slices(file: SliceFile, chat_template: str | None = None) -> tuple[Tokenizer | TokenIds, int]:
+    """The tokenizer that rank 0's slice carries, with another `chat_template` if one is given, and the bytes of memory that
+    it takes; nothing else may be loading now."""
     before = resident_bytes()
-    tokenizer = tokenizer_of_slices(file.tokenizer_assets(), file.header.config.vocab)
+    tokenizer = tokenizer_of_slices(file.tokenizer_assets(), file.header.config.vocab, chat_template)
     return tokenizer, max(0, resident_bytes() - before)
 
 
@@ -77,6 +78,7 @@ class LLM:
                 max_tokens=max_tokens - len(made),
                 context=params.context or len(turn.ids) + max_tokens,
                 end_ids=() if params.ignore_eos else conversation.tokenizer.end_ids,
+                sampled_ids=conversation.tokenizer.sampled_ids,
             )
             for token in tokens if len(made) < max_tokens else ():
                 times.append(time.monotonic())

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from tpimpi.errors import ModelError
 from tpimpi.serving.text.checks import is_unicode, needing, refusing
+from tpimpi.serving.text.control_tokens import ends_of_generation
+from tpimpi.serving.text.pre_tokenizers import PRE_TOKENIZERS
 
 if TYPE_CHECKING:
     import tokenizers
@@ -31,60 +33,17 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _NO_TOKEN = 0xFFFFFFFF  # what converters write as the id of a special token that a model does not have
 
-# Tokens that end an answer whatever the file says: files that name only one of several are common.
-END_TOKENS = frozenset(
-    {
-        "<|im_end|>",
-        "<|eot_id|>",
-        "<|eom_id|>",
-        "<|end|>",
-        "<|endoftext|>",
-        "<|end_of_text|>",
-        "<end_of_turn>",
-        "<end_of_utterance>",
-        "<｜end▁of▁sentence｜>",  # noqa: RUF001 (DeepSeek spells it with full-width bars)
-        "<EOT>",
-        "[EOT]",
-        "</s>",
-    }
-)
-
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
-
-
-@dataclass(frozen=True)
-class _PreTokenizer:
-    """How text is cut before the merges: each regex cuts the pieces of the one before it."""
-
-    regexes: tuple[str, ...]
-    ignore_merges: bool = False  # a piece that is itself a token is taken whole
-    add_bos: bool = False  # where the file does not say
-    nfc: bool = False  # the model's own tokenizer composes accents first
-
-
-_PRE_TOKENIZERS = {
-    "default": _PreTokenizer(_DEFAULT),
-    "gpt-2": _PreTokenizer((_GPT2,)),
-    "smollm": _PreTokenizer((r"\p{N}", _GPT2)),
-    "llama-bpe": _PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True),
-    "llama3": _PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True),
-    "llama-v3": _PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True),
-    "smaug-bpe": _PreTokenizer((_LLAMA3,)),
-    "qwen2": _PreTokenizer((_QWEN2,), nfc=True),
-    "deepseek-r1-qwen": _PreTokenizer((_QWEN2,), nfc=True),
-    "tekken": _PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
+# Special tokens that templates name, beside those that every vocabulary has; the misspelling is GGUF's.
+_NAMED_KEYS = {
+    "pad": "padding_token_id",
+    "sep": "seperator_token_id",
+    "cls": "cls_token_id",
+    "mask": "mask_token_id",
 }
+# Phi-3's vocabulary has these in places of their own; the flags of its tokens are in no GGUF file.
+_PHI3_TOKENS = ("<|endoftext|>", "<|assistant|>", "<|placeholder1|>")
+_PHI3_FIRST_ID = 32000
+_PHI3_NOT_SWALLOWING = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 
 
 @dataclass(frozen=True)
@@ -92,7 +51,7 @@ class GgufVocabulary:
     """`gguf.json`, checked. Every list has one entry a token; ids are below `len(tokens)`."""
 
     model: str  # "gpt2" or "llama"
-    pre: str  # a key of _PRE_TOKENIZERS; "" with "llama"
+    pre: str  # a key of PRE_TOKENIZERS; "" with "llama"
     tokens: tuple[str, ...]
     types: tuple[int, ...]
     scores: tuple[float, ...]  # empty with "gpt2"
@@ -101,7 +60,9 @@ class GgufVocabulary:
     eos_id: int | None
     unknown_id: int | None
     padding_id: int | None
+    named_ids: dict[str, int]  # under the names that chat templates use
     end_ids: frozenset[int]
+    swallowing: frozenset[str]  # the tokens that take the blanks behind them
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool
@@ -129,6 +90,10 @@ def read_gguf_vocabulary(data: bytes) -> GgufVocabulary:
     template = keys.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
         raise ModelError(f"tokenizer.chat_template of the GGUF file is a {type(template).__name__}, must be text")
+    bos_id = _token_id(keys, "bos_token_id", len(tokens), 1 if sentencepiece else None)
+    unknown_id = _token_id(keys, "unknown_token_id", len(tokens), 0 if sentencepiece else None)
+    named = {"bos": bos_id, "eos": eos_id, "unk": unknown_id}
+    named |= {name: _token_id(keys, key, len(tokens), None) for name, key in _NAMED_KEYS.items()}
     return GgufVocabulary(
         model=model,
         pre=pre,
@@ -136,12 +101,14 @@ def read_gguf_vocabulary(data: bytes) -> GgufVocabulary:
         types=types,
         scores=scores,
         merges=merges,
-        bos_id=_token_id(keys, "bos_token_id", len(tokens), 1 if sentencepiece else None),
+        bos_id=bos_id,
         eos_id=eos_id,
-        unknown_id=_token_id(keys, "unknown_token_id", len(tokens), 0 if sentencepiece else None),
-        padding_id=_token_id(keys, "padding_token_id", len(tokens), None),
+        unknown_id=unknown_id,
+        padding_id=named["pad"],
+        named_ids={f"{name}_token": token_id for name, token_id in named.items() if token_id is not None},
         end_ids=_read_end_ids(keys, tokens, types, eos_id),
-        add_bos=_get(keys, "add_bos_token", bool, sentencepiece or _PRE_TOKENIZERS[pre].add_bos),
+        swallowing=_swallowing(tokens, types),
+        add_bos=_get(keys, "add_bos_token", bool, sentencepiece or PRE_TOKENIZERS[pre].add_bos),
         add_eos=_get(keys, "add_eos_token", bool, False),
         add_space_prefix=_get(keys, "add_space_prefix", bool, sentencepiece),
         remove_extra_whitespaces=_get(keys, "remove_extra_whitespaces", bool, False),
@@ -190,9 +157,9 @@ def _readable(token: object) -> object:
 def _read_merges(keys: dict[str, Any]) -> tuple[str, tuple[tuple[str, str], ...]]:
     """The name of the pre-tokenizer and the merges of a "gpt2" vocabulary."""
     pre = _get(keys, "pre", str, "default") or "default"
-    if pre not in _PRE_TOKENIZERS:
+    if pre not in PRE_TOKENIZERS:
         raise ModelError(
-            f"tokenizer.ggml.pre of the GGUF file is {pre!r}, tpimpi knows {', '.join(sorted(_PRE_TOKENIZERS))}; "
+            f"tokenizer.ggml.pre of the GGUF file is {pre!r}, tpimpi knows {', '.join(sorted(PRE_TOKENIZERS))}; "
             f"use the model as a directory with its tokenizer.json"
         )
     return pre, tuple(_pair(merge) for merge in _list(keys, "merges", str))
@@ -210,11 +177,18 @@ def _read_scores(keys: dict[str, Any], tokens: tuple[str, ...]) -> tuple[float, 
 def _read_end_ids(
     keys: dict[str, Any], tokens: tuple[str, ...], types: tuple[int, ...], eos_id: int | None
 ) -> frozenset[int]:
-    """Every id that ends an answer: those that the file names, and the special tokens of END_TOKENS."""
-    ends = {_token_id(keys, key, len(tokens), None) for key in ("eot_token_id", "eom_token_id")} | {eos_id}
-    # Only of the special types: "</s>" as an ordinary token is just text.
-    ends |= {i for i, t in enumerate(tokens) if t in END_TOKENS and types[i] in (CONTROL, USER_DEFINED)}
-    return frozenset(end for end in ends if end is not None)
+    """Every id that ends an answer: those that the file names, and the special tokens that are known to."""
+    named = [_token_id(keys, key, len(tokens), None) for key in ("eot_token_id", "eom_token_id")]
+    special = {token: i for i, token in enumerate(tokens) if types[i] in (CONTROL, USER_DEFINED)}
+    return ends_of_generation(special, [*named, eos_id])
+
+
+def _swallowing(tokens: tuple[str, ...], types: tuple[int, ...]) -> frozenset[str]:
+    """The tokens that, in the tokenizer.json of the same model, take the blanks behind them: Phi-3's have `rstrip`."""
+    if tokens[_PHI3_FIRST_ID : _PHI3_FIRST_ID + len(_PHI3_TOKENS)] != _PHI3_TOKENS:
+        return frozenset()
+    special = (token for token, kind in zip(tokens, types, strict=True) if kind in (UNKNOWN, CONTROL, USER_DEFINED))
+    return frozenset(special) - _PHI3_NOT_SWALLOWING
 
 
 def build_byte_level(vocabulary: GgufVocabulary) -> tokenizers.Tokenizer:
@@ -223,7 +197,7 @@ def build_byte_level(vocabulary: GgufVocabulary) -> tokenizers.Tokenizer:
         import tokenizers
         from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-    pre = _PRE_TOKENIZERS[vocabulary.pre]
+    pre = PRE_TOKENIZERS[vocabulary.pre]
     ids = {token: index for index, token in enumerate(vocabulary.tokens)}
     with refusing("tokenizer.ggml.merges of the GGUF file do not fit its tokens"):
         model = models.BPE(vocab=ids, merges=list(vocabulary.merges), ignore_merges=pre.ignore_merges)

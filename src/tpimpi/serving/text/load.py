@@ -4,7 +4,7 @@ A source hands them out, and rank 0's slice file keeps them:
 
 - a Hugging Face directory: `tokenizer.json` (run by `tokenizers`) or else `tokenizer.model` (run by `sentencepiece`),
   and what stands beside it: `tokenizer_config.json`, `special_tokens_map.json`, `generation_config.json`,
-  `config.json`, `chat_template.jinja`;
+  `config.json`, `chat_template.jinja` and the other files of templates (see template_files.py);
 - a GGUF file: `gguf.json` alone (see gguf_vocabulary.py).
 """
 
@@ -14,53 +14,51 @@ import json
 from typing import Any
 
 from tpimpi.errors import ModelError
+from tpimpi.serving.text.added_tokens import AddedToken
 from tpimpi.serving.text.checks import is_unicode
 from tpimpi.serving.text.gguf_vocabulary import (
     CONTROL,
     UNKNOWN,
+    UNUSED,
     USER_DEFINED,
     GgufVocabulary,
     build_byte_level,
     build_sentencepiece,
     read_gguf_vocabulary,
 )
+from tpimpi.serving.text.sentencepiece_vocabulary import Prefix, SentencePieceVocabulary
+from tpimpi.serving.text.template_files import chat_template_of_directory
 from tpimpi.serving.text.token_ids import TokenIds
 from tpimpi.serving.text.tokenizer import Tokenizer
-from tpimpi.serving.text.vocabularies import (
-    AddedToken,
-    Prefix,
-    SentencePieceVocabulary,
-    TokenizersVocabulary,
-    Vocabulary,
-    parse_tokenizer_json,
-)
+from tpimpi.serving.text.vocabularies import TokenizersVocabulary, Vocabulary, parse_tokenizer_json
 
-# The special tokens that tokenizer_config.json and chat templates name.
-_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+# The special tokens that tokenizer_config.json and chat templates name, beside those of a model's own.
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def tokenizer_of_slices(assets: dict[str, bytes], vocab: int) -> Tokenizer | TokenIds:
-    """The tokenizer that slices carry; TokenIds where they carry none, as those of `synth`. Errors as load_tokenizer."""
-    return load_tokenizer(assets, vocab) if assets else TokenIds(vocab)
+def tokenizer_of_slices(assets: dict[str, bytes], vocab: int, chat_template: str | None = None) -> Tokenizer | TokenIds:
+    """The tokenizer that slices carry; TokenIds where they carry none, as those of `synth`. Otherwise as load_tokenizer."""
+    return load_tokenizer(assets, vocab, chat_template) if assets else TokenIds(vocab)
 
 
-def load_tokenizer(assets: dict[str, bytes], vocab: int) -> Tokenizer:
+def load_tokenizer(assets: dict[str, bytes], vocab: int, chat_template: str | None = None) -> Tokenizer:
     """The tokenizer in `assets` (file name → content), for a model with `vocab` rows in its embedding table.
 
-    Raises ModelError where there is none, or it is broken, or of a kind that is not known here.
+    A `chat_template` takes the place of the model's own. Raises ModelError where there is no tokenizer, or it is broken, or
+    of a kind that is not known here.
     """
     if "gguf.json" in assets:
-        return _load_gguf(read_gguf_vocabulary(assets["gguf.json"]), vocab)
+        return _load_gguf(read_gguf_vocabulary(assets["gguf.json"]), vocab, chat_template)
     if "tokenizer.json" not in assets and "tokenizer.model" not in assets:
         found = f"found only {', '.join(sorted(assets))}" if assets else "found no file of one"
         raise ModelError(f"no tokenizer beside the model: {found}; put tokenizer.json or tokenizer.model there")
-    return _load_directory(assets, vocab)
+    return _load_directory(assets, vocab, chat_template)
 
 
 # A GGUF file
 
 
-def _load_gguf(gguf: GgufVocabulary, vocab: int) -> Tokenizer:
+def _load_gguf(gguf: GgufVocabulary, vocab: int, chat_template: str | None) -> Tokenizer:
     vocabulary: Vocabulary
     if gguf.model == "gpt2":
         vocabulary = TokenizersVocabulary(build_byte_level(gguf))
@@ -68,13 +66,12 @@ def _load_gguf(gguf: GgufVocabulary, vocab: int) -> Tokenizer:
         # llama.cpp: every stretch of text between special tokens gets the prefix space.
         pieces = SentencePieceVocabulary(build_sentencepiece(gguf), "the vocabulary of the GGUF file", "every")
         pieces.add(
-            AddedToken(token, index, special=kind != USER_DEFINED)
+            AddedToken(token, index, special=kind != USER_DEFINED, rstrip=token in gguf.swallowing)
             for index, (token, kind) in enumerate(zip(gguf.tokens, gguf.types, strict=True))
             if kind in (UNKNOWN, CONTROL, USER_DEFINED)
         )
         vocabulary = pieces
-    ids = {"bos_token": gguf.bos_id, "eos_token": gguf.eos_id, "unk_token": gguf.unknown_id}
-    ids["pad_token"] = gguf.padding_id
+    used = next((count for count in range(len(gguf.types), 0, -1) if gguf.types[count - 1] != UNUSED), 0)
     return Tokenizer(
         vocabulary,
         vocab,
@@ -82,22 +79,19 @@ def _load_gguf(gguf: GgufVocabulary, vocab: int) -> Tokenizer:
         suffix=[gguf.eos_id] if gguf.add_eos and gguf.eos_id is not None else [],
         bos_id=gguf.bos_id,
         end_ids=gguf.end_ids,
-        chat_template=gguf.chat_template,
-        named={name: gguf.tokens[index] for name, index in ids.items() if index is not None},
+        chat_template=gguf.chat_template if chat_template is None else chat_template,
+        named={name: gguf.tokens[index] for name, index in gguf.named_ids.items()},
+        used_ids=used,
     )
 
 
 # A Hugging Face directory
 
 
-def _load_directory(assets: dict[str, bytes], vocab: int) -> Tokenizer:
+def _load_directory(assets: dict[str, bytes], vocab: int, chat_template: str | None) -> Tokenizer:
     config = _read_json(assets, "tokenizer_config.json")
     special_map = _read_json(assets, "special_tokens_map.json")
-    named = {}
-    for name in _NAMED:
-        token = _token_text(name, config[name] if name in config else special_map.get(name))
-        if token is not None:
-            named[name] = token
+    named = _named(config, special_map)
     add_bos, add_eos = _flag(config, "add_bos_token"), _flag(config, "add_eos_token")
 
     vocabulary: Vocabulary
@@ -134,7 +128,7 @@ def _load_directory(assets: dict[str, bytes], vocab: int) -> Tokenizer:
         suffix=suffix,
         bos_id=bos_id,
         end_ids=ends,
-        chat_template=_chat_template(assets, config),
+        chat_template=chat_template_of_directory(assets, config) if chat_template is None else chat_template,
         named=named,
     )
 
@@ -165,6 +159,21 @@ def _token_text(name: str, value: object) -> str | None:
     if not isinstance(text, str | None) or not is_unicode(text or ""):
         raise ModelError(f"{name} in tokenizer_config.json is {value!r}, must be a token's text")
     return text
+
+
+def _named(config: dict[str, Any], special_map: dict[str, Any]) -> dict[str, str]:
+    """The special tokens by the names that a template has for them: the usual ones, and those of the model's own."""
+    values = {name: config[name] if name in config else special_map.get(name) for name in _NAMED}
+    values |= {
+        name: value
+        for name, value in config.items()
+        if name.endswith("_token") and name not in values and isinstance(value, str | dict)
+    }
+    for name in ("model_specific_special_tokens", "extra_special_tokens"):
+        more = config.get(name)
+        values |= more if isinstance(more, dict) else {}
+    texts = {name: _token_text(name, value) for name, value in values.items()}
+    return {name: text for name, text in texts.items() if text is not None}
 
 
 def _more_special(config: dict[str, Any]) -> list[str]:
@@ -201,20 +210,3 @@ def _eos_ids(name: str, value: object) -> set[int]:
         if not isinstance(token_id, int) or isinstance(token_id, bool):
             raise ModelError(f"eos_token_id in {name} is {value!r}, must be an id or a list of ids")
     return set(ids)
-
-
-def _chat_template(assets: dict[str, bytes], config: dict[str, Any]) -> str | None:
-    if "chat_template.jinja" in assets:
-        try:
-            return assets["chat_template.jinja"].decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ModelError(f"chat_template.jinja is not UTF-8: {error}; download the model again") from error
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = by_name.get("default")
-    elif isinstance(template, dict):  # by name, as transformers keeps it in memory
-        template = template.get("default")
-    if not isinstance(template, str | None):
-        raise ModelError(f"chat_template in tokenizer_config.json is a {type(template).__name__}, must be text")
-    return template

@@ -16,7 +16,7 @@ class TokenIds:
     has_chat_template = False
 
     def __init__(self, vocab: int) -> None:
-        self.vocab_size = vocab
+        self.vocab_size = self.sampled_ids = vocab
 
     def check_params(self, *, raw: bool, stops: Sequence[str]) -> None:
         """Raise InputError for what has no meaning without a tokenizer: a chat, and texts to stop before."""

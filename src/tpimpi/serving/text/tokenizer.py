@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from tpimpi.errors import InputError, ModelError
-from tpimpi.serving.text.chat_template import render_chat
+from tpimpi.serving.text.chat_template import ChatTemplate
 from tpimpi.serving.text.checks import is_unicode
+from tpimpi.serving.text.control_tokens import ControlTokens, looks_like_control, written_by_template
 from tpimpi.serving.text.stream import TextStream
 from tpimpi.serving.text.vocabularies import Vocabulary
+
+NO_TEMPLATE = "give --raw to complete the text as it is, or a template with --chat-template FILE"
 
 
 class Tokenizer:
     """One model's text ↔ ids.
 
     vocab_size: number of ids the tokenizer knows (the model's table may have more rows, or fewer).
+    sampled_ids: number of ids that an answer is made of: those from there on only fill the model's table.
     bos_id: the token that begins a text, or None.
-    end_ids: every id that ends an answer.
+    control_ids: what no content of a chat becomes: special tokens, and those that the template writes.
     has_chat_template: whether `encode_chat` can be used; an empty template, which would leave the prompt out, is none.
     """
 
@@ -30,47 +35,97 @@ class Tokenizer:
         bos_id: int | None,
         end_ids: Iterable[int],
         chat_template: str | None,
-        named: dict[str, str],
+        named: Mapping[str, Any],
+        used_ids: int | None = None,
     ) -> None:
         self.vocab_size = vocabulary.size
+        self.sampled_ids = min(vocab, vocabulary.size if used_ids is None else used_ids)
         self.bos_id = bos_id
-        self.end_ids = frozenset(end for end in end_ids if 0 <= end < vocab)
-        self._chat_template = chat_template if chat_template and chat_template.strip() else None
-        self.has_chat_template = self._chat_template is not None
+        self._end_ids = frozenset(end for end in end_ids if end < vocab)
+        self._chat = ChatTemplate(chat_template, named) if chat_template and chat_template.strip() else None
+        self.has_chat_template = self._chat is not None
         self._vocabulary = vocabulary
         self._vocab = vocab
         self._prefix, self._suffix = prefix, suffix
-        self._named = named
+        self._closing_id: int | None = None
+        self._control = self._take_out_control_tokens()
+        self.control_ids = self._control.ids
+
+    def _take_out_control_tokens(self) -> ControlTokens:
+        """The control tokens, which the vocabulary makes of no text from now on.
+
+        Raises ModelError where a text could become an id that the model has no row for, or the template writes one.
+        """
+        added = self._vocabulary.added()
+        rowless = [token for token in added if token.token_id >= self._vocab]
+        beside = {token.token_id for token in rowless}
+        lost = [index for index in range(self._vocab, self._vocabulary.size_of_text) if index not in beside]
+        source = self._chat.source if self._chat is not None else None
+        written = written_by_template(
+            (token.content for token in added), source, lambda: self._chat.literals() if self._chat else ""
+        )
+        named = {self.bos_id, *self._end_ids}
+        control = [
+            token
+            for token in added
+            if token.special or token.token_id in named or token.content in written or looks_like_control(token.content)
+        ]
+        if lost or any(token.content in written for token in rowless):
+            raise ModelError(
+                f"the tokenizer gives ids up to {self.vocab_size - 1}, the model's vocabulary has {self._vocab}; "
+                f"put the tokenizer that belongs to the model beside it"
+            )
+        self._vocabulary.keep_out(control, rowless)
+        return ControlTokens(token for token in control if token.token_id < self._vocab)
+
+    def check_params(self, *, raw: bool, stops: Sequence[str]) -> None:
+        """Raise InputError for a chat where the model has no template."""
+        if not raw and self._chat is None:
+            raise InputError(f"the model has no chat template; {NO_TEMPLATE}")
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Every id that ends an answer: those that the model's files name, and what the template writes behind one."""
+        if self._chat is not None and self._closing_id is None:
+            closing = self._chat.closing(self._control)
+            self._closing_id = -1 if closing is None else closing
+        return self._end_ids | {self._closing_id} if self._closing_id not in (None, -1) else self._end_ids
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Ids of a text as it is; with `special`, BOS and EOS where the model's own tokenizer adds them.
+        """Ids of a text as it is, names of control tokens in it being those tokens; with `special`, BOS and EOS where the
+        model's own tokenizer adds them, and never a second BOS.
 
         Raises InputError for text that has no UTF-8 form, ModelError for an id that the model has no row for.
         """
         _check_prompt(text)
         ids = self._vocabulary.encode(text)
         if special:
-            ids = [*self._prefix, *ids, *self._suffix]
+            ids = [*self._prefix, *self._without_bos(ids), *self._suffix]
         return self._checked(ids)
 
     def encode_chat(self, prompt: str, said: Sequence[tuple[str, str]] = ()) -> list[int]:
         """Ids of a user message in the model's own chat template, up to where the answer begins; before it are the prompts
-        and answers of `said`.
+        and answers of `said`. Names of control tokens in any of them are text.
 
-        The rendered template is complete: BOS is there if and only if the template writes it, as in transformers.
+        BOS is there if the template writes it or the model's own tokenizer adds one, once.
         Raises InputError for text that has no UTF-8 form, ModelError where the template is missing or fails.
         """
         _check_prompt(prompt)
-        if self._chat_template is None:
-            raise ModelError("the model has no chat template; use --raw to complete the prompt as it is")
+        if self._chat is None:
+            raise ModelError(f"the model has no chat template; {NO_TEMPLATE}")
         messages = []
         for asked, answered in said:
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
         messages.append({"role": "user", "content": prompt})
-        text = render_chat(self._chat_template, messages, self._named)
-        if not is_unicode(text):
-            raise ModelError("the model's chat template writes text that is not Unicode; use --raw to do without it")
-        return self._checked(self._vocabulary.encode(text))
+        ids = self._vocabulary.encode_parts(self._chat.parts(messages, self._control))
+        if self.bos_id is not None and self.bos_id in self._prefix:
+            ids = [self.bos_id, *self._without_bos(ids)]
+        return self._checked(ids)
+
+    def _without_bos(self, ids: list[int]) -> list[int]:
+        """The ids after a BOS that they begin with, where the tokenizer adds one."""
+        twice = self.bos_id in self._prefix and ids[:1] == [self.bos_id]
+        return ids[1:] if twice else ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, special tokens skipped; bytes that are not UTF-8 become U+FFFD."""

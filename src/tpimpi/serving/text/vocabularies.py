@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from tpimpi.errors import ModelError
+from tpimpi.serving.text.added_tokens import AddedToken, Part, TokenFinder, joined
 from tpimpi.serving.text.checks import needing, refusing
 
 if TYPE_CHECKING:
     import tokenizers
 
-_SPACE = "▁"  # how SentencePiece spells a space
+SPACE = "▁"  # how SentencePiece spells a space
+_LAST_PRIVATE_CHARACTER = 0x10FFFD
 # What happens to spaces at the start of an answer: SentencePiece puts one before the first word of a text.
 Leading = Literal["keep", "drop one", "drop all"]
 
@@ -27,23 +28,21 @@ class Vocabulary(Protocol):
     @property
     def size(self) -> int: ...  # ids are below it
 
-    def encode(self, text: str) -> list[int]: ...  # the text's own ids, special tokens in it recognised
+    @property
+    def size_of_text(self) -> int: ...  # ids of tokens that any text may become are below it, or are of `added`
+
+    def added(self) -> list[AddedToken]: ...  # the tokens that are looked for in a text, in the order of ids
+
+    def keep_out(self, control: Collection[AddedToken], rowless: Collection[AddedToken]) -> None:
+        """From now on `encode_parts` makes neither of a text, and `encode` not what the model has no row for."""
+
+    def encode(self, text: str) -> list[int]: ...  # the text's own ids, added tokens in it recognised
+
+    def encode_parts(self, parts: Sequence[Part]) -> list[int]: ...  # of a text whose control tokens are parts
 
     def piece(self, token_id: int) -> bytes: ...  # the bytes it stands for; b"" for a special or an unknown id
 
     def find(self, token: str) -> int | None: ...
-
-
-@dataclass(frozen=True)
-class AddedToken:
-    """A token beside the vocabulary, cut out of the text before anything else; flags as in `tokenizers`."""
-
-    content: str
-    token_id: int
-    special: bool  # not part of the text that a user sees
-    lstrip: bool = False
-    rstrip: bool = False
-    single_word: bool = False
 
 
 class TokenizersVocabulary:
@@ -56,10 +55,36 @@ class TokenizersVocabulary:
         self._special = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self._byte_level, self.leading = _read_decoder(tokenizer)
         self._bytes = _byte_alphabet() if self._byte_level else {}
+        self._size = 0  # until `keep_out` has put tokens of its own beside
+        self._kept_out: frozenset[int] = frozenset()
+        self._with_rows: TokenFinder | None = None  # where not all tokens have one
 
     @property
     def size(self) -> int:
-        return self._tokenizer.get_vocab_size()
+        last = max(self._tokenizer.get_added_tokens_decoder(), default=-1)
+        return self._size or max(self._tokenizer.get_vocab_size(), last + 1)
+
+    @property
+    def size_of_text(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=False)
+
+    def added(self) -> list[AddedToken]:
+        return [
+            AddedToken(token.content, index, index in self._special, token.lstrip, token.rstrip, token.single_word)
+            for index, token in sorted(self._tokenizer.get_added_tokens_decoder().items())
+        ]
+
+    def keep_out(self, control: Collection[AddedToken], rowless: Collection[AddedToken]) -> None:
+        """See Vocabulary."""
+        self._size = self.size
+        self._kept_out = frozenset(token.token_id for token in (*control, *rowless))
+        if rowless:
+            self._with_rows = TokenFinder(token for token in self.added() if token not in rowless)
+        found = self._tokenizer.get_added_tokens_decoder()
+        plain = [found[index] for index in self._kept_out if index in found and not found[index].special]
+        for token in plain:  # special ones are left as text where that is asked for
+            token.special = True
+        self._tokenizer.add_special_tokens(plain)
 
     def add(self, tokens: list[AddedToken]) -> None:
         """Tokens of tokenizer_config.json that tokenizer.json may lack. Raises ModelError if the two contradict."""
@@ -100,16 +125,53 @@ class TokenizersVocabulary:
         return [], []
 
     def encode(self, text: str) -> list[int]:
+        if self._with_rows is not None:
+            return self.encode_parts(self._with_rows.cut(text))
         with refusing("the tokenizer fails"):
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    def encode_parts(self, parts: Sequence[Part]) -> list[int]:
+        """See Vocabulary. All parts in one text, a mark for each token: what stands between is cut as in any text."""
+        text = joined(parts, "")
+        mark = next(mark for code in range(_LAST_PRIVATE_CHARACTER, 0, -1) if (mark := chr(code)) not in text)
+        mark_id = self._id_of_mark(mark)
+        self._tokenizer.encode_special_tokens = True  # as any other text
+        try:
+            with refusing("the tokenizer fails"):
+                ids: list[int] = self._tokenizer.encode(joined(parts, mark), add_special_tokens=False).ids
+        finally:
+            self._tokenizer.encode_special_tokens = False
+        tokens = (part.token_id for part in parts if isinstance(part, AddedToken))
+        known: list[int] = []
+        for token_id in ids:
+            if token_id == mark_id:
+                known.append(next(tokens))
+            elif token_id in self._kept_out:
+                known += self._spelled(token_id)
+            else:
+                known.append(token_id)
+        return known
+
+    def _id_of_mark(self, mark: str) -> int | None:
+        if self._tokenizer.token_to_id(mark) is None:
+            import tokenizers
+
+            self._tokenizer.add_tokens([tokenizers.AddedToken(mark, normalized=False)])
+        return self._tokenizer.token_to_id(mark)
+
+    def _spelled(self, token_id: int) -> list[int]:
+        """A token that text became by the vocabulary's own merges, character by character."""
+        text = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        ids = (self._tokenizer.encode(char, add_special_tokens=False).ids for char in text)
+        return [index for char in ids for index in char if index not in self._kept_out]
 
     def piece(self, token_id: int) -> bytes:
         token = None if token_id in self._special else self._tokenizer.id_to_token(token_id)
         if token is None:
             return b""
         if not self._byte_level:
-            return _piece_bytes(token)
+            return piece_bytes(token)
         try:
             return bytes(self._bytes[char] for char in token)
         except KeyError:  # an added token, spelled as it is
@@ -119,109 +181,11 @@ class TokenizersVocabulary:
         return self._tokenizer.token_to_id(token)
 
 
-Prefix = Literal["every", "first", "never"]  # which stretches of text get SentencePiece's space in front
-
-
-class SentencePieceVocabulary:
-    """A SentencePiece model, and the tokens beside it that SentencePiece itself does not look for in a text."""
-
-    def __init__(self, model: bytes, name: str, prefix: Prefix) -> None:
-        with needing("sentencepiece protobuf"):
-            import sentencepiece
-            from sentencepiece import sentencepiece_model_pb2
-
-        pb2: Any = sentencepiece_model_pb2  # its classes are made at import, unseen by mypy
-        sentencepiece.set_min_log_level(3)  # our line says it
-        with refusing(f"{name} is not a SentencePiece model"):
-            proto = pb2.ModelProto.FromString(model)
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-            dummy, collapse = proto.normalizer_spec.add_dummy_prefix, proto.normalizer_spec.remove_extra_whitespaces
-            self._bare = self._model  # for the stretches that get no space
-            if dummy and prefix != "every":
-                proto.normalizer_spec.add_dummy_prefix = False
-                self._bare = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-            pieces = [self._model.id_to_piece(index) for index in range(len(self._model))]  # all read: all UTF-8
-        if prefix == "never":
-            self._model, dummy = self._bare, False
-        self.leading: Leading = "drop all" if collapse else "drop one" if dummy else "keep"
-
-        self._added: dict[str, AddedToken] = {}
-        self._by_id: dict[int, AddedToken] = {}
-        self._pattern: re.Pattern[str] | None = None
-        self._order: list[AddedToken] = []
-        self.add(
-            AddedToken(piece, index, special=True)
-            for index, piece in enumerate(pieces)
-            if self._model.is_control(index) or self._model.is_unknown(index)
-        )
-
-    @property
-    def size(self) -> int:
-        return max(len(self._model), max(self._by_id, default=-1) + 1)
-
-    def named(self) -> dict[str, str]:
-        """The model's own special tokens, under the names that the configs use."""
-        ids = {"bos_token": self._model.bos_id(), "eos_token": self._model.eos_id()}
-        ids |= {"unk_token": self._model.unk_id(), "pad_token": self._model.pad_id()}
-        return {name: self._model.id_to_piece(index) for name, index in ids.items() if index >= 0}
-
-    def add(self, tokens: Iterable[AddedToken]) -> None:
-        """Tokens to cut out of a text; one with the id of a piece takes that piece's place."""
-        for token in tokens:
-            if token.token_id in self._by_id:
-                self._added.pop(self._by_id[token.token_id].content, None)
-            self._added[token.content] = self._by_id[token.token_id] = token
-        self._order = sorted(self._added.values(), key=lambda token: len(token.content), reverse=True)
-        self._pattern = re.compile("|".join(map(_token_pattern, self._order))) if self._order else None
-
-    def mark_special(self, tokens: list[str]) -> None:
-        """Tokens, where they exist, are whole in a text and absent from an answer."""
-        ids = {token: self.find(token) for token in tokens}
-        found = {token: index for token, index in ids.items() if index is not None}
-        self.add(
-            replace(self._added.get(t, AddedToken(t, index, special=True)), special=True) for t, index in found.items()
-        )
-
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = []
-        end = 0
-        for match in self._pattern.finditer(text) if self._pattern else ():
-            ids += self._plain(text[end : match.start()], first=end == 0)
-            ids.append(self._order[(match.lastindex or 1) - 1].token_id)
-            end = match.end()
-        return ids + self._plain(text[end:], first=end == 0)
-
-    def _plain(self, text: str, *, first: bool) -> list[int]:
-        with refusing("tokenizer.model fails"):
-            ids: list[int] = (self._model if first else self._bare).encode(text)
-        return ids
-
-    def piece(self, token_id: int) -> bytes:
-        added = self._by_id.get(token_id)
-        if added is not None:
-            return b"" if added.special else added.content.encode("utf-8")
-        return _piece_bytes(self._model.id_to_piece(token_id)) if 0 <= token_id < len(self._model) else b""
-
-    def find(self, token: str) -> int | None:
-        if token in self._added:
-            return self._added[token].token_id
-        index: int = self._model.piece_to_id(token)  # the unknown token's id where there is none
-        known = 0 <= index < len(self._model) and index not in self._by_id
-        return index if known and self._model.id_to_piece(index) == token else None
-
-
-def _token_pattern(token: AddedToken) -> str:
-    """A regex whose one group is the token."""
-    before, after = (r"(?<!\w)", r"(?!\w)") if token.single_word else ("", "")
-    before, after = r"\s*" * token.lstrip + before, after + r"\s*" * token.rstrip
-    return f"{before}({re.escape(token.content)}){after}"
-
-
-def _piece_bytes(piece: str) -> bytes:
+def piece_bytes(piece: str) -> bytes:
     """The bytes of a SentencePiece piece: text with its spaces spelled out, or one byte as <0x0A>."""
     if re.fullmatch("<0x[0-9A-F]{2}>", piece):
         return bytes([int(piece[3:5], 16)])
-    return piece.replace(_SPACE, " ").encode("utf-8")
+    return piece.replace(SPACE, " ").encode("utf-8")
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -58,8 +58,10 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "generation_config.json",
     "chat_template.jinja",
+    "chat_template.json",
     "config.json",
 )
+_TEMPLATE_FOLDER = "additional_chat_templates"  # whose NAME.jinja is the asset additional_chat_template.NAME.jinja
 
 _SAFETENSORS_DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _INDEX = "model.safetensors.index.json"
@@ -125,8 +127,9 @@ def _spelling(config: ModelConfig) -> Callable[[str], str]:
 
 def _hf_assets(directory: Path) -> dict[str, bytes]:
     assets = {}
-    for name in TOKENIZER_FILES:
-        path = directory / name
+    paths = {name: directory / name for name in TOKENIZER_FILES}
+    paths |= {f"additional_chat_template.{path.name}": path for path in _templates(directory / _TEMPLATE_FOLDER)}
+    for name, path in paths.items():
         try:
             if is_file(path):
                 with open_file(path) as file:
@@ -135,6 +138,16 @@ def _hf_assets(directory: Path) -> dict[str, bytes]:
         except OSError as error:
             raise unreadable(path, error) from error
     return assets
+
+
+def _templates(folder: Path) -> list[Path]:
+    """Chat templates that have names."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix == ".jinja" and path.name.isprintable())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise unreadable(folder, error) from error
 
 
 def _hf_tensors(
