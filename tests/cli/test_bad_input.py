@@ -82,7 +82,7 @@ def config_changed(model: Path, **values: object) -> None:
             [*PROMPT, "--shares", "1,1,1"],
             "--shares is '1,1,1', must be 1 number:|--shares is '1,1,1', must be 2 numbers",
         ),
-        ([*PROMPT, "--format", "q9"], "format is 'q9', must be auto, f32, bf16, q8_0, q4_0 or q4_1"),
+        ([*PROMPT, "--format", "q9"], "format is 'q9', must be auto, f32, bf16, f16, q8_0, q4_0, q4_1, q6_k"),
         ([*PROMPT, "--nonsense"], "unrecognized arguments: --nonsense"),
         ([*PROMPT, "--backend", "cuda"], "--backend: invalid choice: 'cuda'"),
         ([*PROMPT, "--stop", ""], "--stop is empty"),

@@ -119,7 +119,7 @@ def test_every_row_is_there(tpimpi: Callable[..., Result], tmp_path: Path, backe
     [
         (["bench"], "the following arguments are required: kernels"),
         (["bench", "disks"], "invalid choice: 'disks'"),
-        ([*SMALL, "--formats", "f32,q9"], "--formats has 'q9', must be some of f32, bf16, q8_0, q4_0, q4_1"),
+        ([*SMALL, "--formats", "f32,q9"], "--formats has 'q9', must be some of f32, bf16, f16, q8_0, q4_0, q4_1, q6_k"),
         ([*SMALL, "--formats", ""], "--formats has ''"),
         ([*SMALL, "--positions", "1,0"], "--positions has '0', must be a whole number from 1 to 65536"),
         ([*SMALL, "--positions", "1,,2"], "--positions has ''"),
