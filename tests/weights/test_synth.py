@@ -17,6 +17,7 @@ from tests.support.launch import Result
 from tests.support.ranks import Ranks
 from tests.support.slices import joined
 from tests.support.synth_cases import KINDS, Cli, made, write_config
+from tpimpi.compute.formats import FORMATS
 from tpimpi.compute.formats.bf16 import to_bf16
 from tpimpi.engine.overlap import PREFILL_CHUNK
 from tpimpi.models.config import ModelConfig
@@ -186,7 +187,10 @@ def test_the_folder_and_the_gguf_file_hold_the_same_numbers(
     tmp_path: Path, kind: str, fmt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export, "MAX_FILE_BYTES", 300_000)
-    source = made(write_config(tmp_path / "shape", kind), fmt)
+    # Rows of a GGUF file are whole blocks.
+    large = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64}
+    large |= {"num_key_value_heads": 2}
+    source = made(write_config(tmp_path / "shape", kind, **(large if FORMATS[fmt].block_weights == 256 else {})), fmt)
     export.write_hf(source, tmp_path / "hf", lambda done, total: None)
     export.write_gguf(source, tmp_path / "model.gguf", lambda done, total: None)
     expected = numbers_of(source)

@@ -58,7 +58,10 @@ def test_help_names_the_shapes(tpimpi: Cli) -> None:
         (["--ranks", "0"], "--ranks is 0, must be 1 to 4096"),
         ([], "--ranks is missing; say how many slices to make, or write the model --as hf or gguf"),
         (["--ranks", "2", "--shares", "1,2,3"], "--shares is '1,2,3', must be 2 numbers with commas between them"),
-        (["--ranks", "2", "--format", "auto"], "--format is 'auto', must be one of f32, bf16, f16, q8_0, q4_0, q4_1, q6_k"),
+        (
+            ["--ranks", "2", "--format", "auto"],
+            "--format is 'auto', must be one of f32, bf16, f16, q8_0, q4_0, q4_1, q6_k",
+        ),
         (["--ranks", "2", "--layers", "0"], "--layers is 0, must be 1 to 4096"),
         (["--as", "hf", "--ranks", "2"], "--ranks is for slices; leave it out with --as hf"),
         (["--as", "gguf", "--shares", "2,1"], "--shares is for slices; leave it out with --as gguf"),

@@ -132,10 +132,10 @@ class _Pool:
         """The rows that begin at these blocks: uint8 [rows, bytes a row]."""
         form = self._form(fmt, as_bf16)
         stored = "bf16" if as_bf16 else fmt
-        block = FORMATS[stored].block_weights if is_quantized(stored) else BLOCK_WEIGHTS
+        block = max(FORMATS[fmt].block_weights, BLOCK_WEIGHTS)  # rows of blocks of 256 begin at every eighth place
         whole = -(-columns // block) * block if is_quantized(stored) else columns
         step, width = row_bytes(stored, block), row_bytes(stored, whole)
-        every = block // BLOCK_WEIGHTS  # places a block: rows of blocks of 256 begin at every eighth
+        every = block // BLOCK_WEIGHTS
         at_each_block = np.lib.stride_tricks.as_strided(form, (_PLACES // every, width), (step, 1), writeable=False)
         cut = at_each_block[places // every]
         if whole > columns:  # the last block ends with zeros
