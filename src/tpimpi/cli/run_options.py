@@ -141,9 +141,7 @@ def _add_prompt_and_answer(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--raw", action="store_true", default=None, help="complete the text as it is, without the model's chat template"
     )
-    group.add_argument(
-        "--chat-template", metavar="FILE", help="a Jinja template in place of the model's, read by rank 0"
-    )
+    group.add_argument("--chat-template", metavar="FILE", help="a Jinja template in place of the model's own")
     group.add_argument(
         "--session",
         metavar="FILE",
