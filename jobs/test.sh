@@ -33,16 +33,16 @@ if [ "$suite" != rest ]; then
   part lint-imports lint-imports
 fi
 
-# tests NAME WHICH OPTION...: those without ranks, devices or stopwatches two at a time, then the others one after another.
+# tests NAME WHICH OPTION...: two at a time, then one after another those that measure time or set up devices.
 tests() {
   local name="$1" which="$2"
   shift 2
-  part "tests $name, two at a time" python -m pytest --durations=15 -n 2 --dist loadfile -m "not mpi and not alone and ($which)" "$@"
-  part "tests $name, under Open MPI" python -m pytest --durations=15 --mpi openmpi -m "(mpi or alone) and ($which)" "$@"
+  part "tests $name, two at a time" python -m pytest --durations=15 -n 2 --dist loadfile -m "not alone and ($which)" "$@"
+  part "tests $name, alone" python -m pytest --durations=15 -m "alone and ($which)" "$@"
 }
 case "$suite" in
   short) tests "of the short suite" "not slow" --hypothesis-profile quick ;;
   rest) tests "beyond the short suite" "slow or drawn" --hypothesis-profile thorough ;;
   all) tests "of the whole suite" "slow or not slow" --hypothesis-profile thorough ;;
 esac
-[ "$suite" = short ] || part "tests under MPICH" python -m pytest --durations=15 --mpi mpich -m mpi
+[ "$suite" = short ] || tests "under MPICH" mpi --mpi mpich

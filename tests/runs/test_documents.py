@@ -51,6 +51,8 @@ SHORTER = (
     (r"(-m tpimpi)(?=\s+--|\s*(?:#.*)?$)(?!.*--max-tokens)", r"\1 --max-tokens 8"),
 )
 
+pytestmark = pytest.mark.alone  # it sets up machines, or runs what does
+
 
 def blocks() -> Iterator[tuple[str, list[str]]]:
     """(name, lines) of each block of commands, in the order of the pages."""

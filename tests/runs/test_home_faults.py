@@ -18,6 +18,8 @@ from bench.home import Home, HomeError
 from bench.home.faults import cases, rounds, screen
 from tests.support.launch import Launcher
 
+pytestmark = pytest.mark.alone  # it sets up machines, or runs what does
+
 SILENCE = 3.0  # shorter than usual, so that the tests are
 
 
