@@ -61,15 +61,17 @@ class Tokenizer:
         beside = {token.token_id for token in rowless}
         lost = [index for index in range(self._vocab, self._vocabulary.size_of_text) if index not in beside]
         source = self._chat.source if self._chat is not None else None
-        written = written_by_template(
-            (token.content for token in added), source, lambda: self._chat.literals() if self._chat else ""
-        )
         named = {self.bos_id, *self._end_ids}
         control = [
-            token
-            for token in added
-            if token.special or token.token_id in named or token.content in written or looks_like_control(token.content)
+            token for token in added if token.special or token.token_id in named or looks_like_control(token.content)
         ]
+        known = {token.token_id for token in control} - beside
+        written = written_by_template(
+            [token.content for token in added if token.token_id not in known],
+            source,
+            lambda: self._chat.literals() if self._chat else "",
+        )
+        control += [token for token in added if token.content in written and token not in control]
         if lost or any(token.content in written for token in rowless):
             raise ModelError(
                 f"the tokenizer gives ids up to {self.vocab_size - 1}, the model's vocabulary has {self._vocab}; "
