@@ -115,9 +115,10 @@ def test_numbers_are_about_gaussian_and_bf16(tmp_path: Path, fmt: str) -> None:
         elif values.ndim > 1:
             error = SIGMA / values.size**0.5
             assert abs(values.mean()) < 5 * error + 2e-5, name  # the pool's own mean is not quite 0
-            assert values.std() == pytest.approx(SIGMA, rel=0.02), name
+            few = fmt == "mxfp4"  # its greatest number is 2.3 standard deviations
+            assert values.std() == pytest.approx(SIGMA, rel=0.1 if few else 0.02), name
             fourth = np.mean(((values - values.mean()) / values.std()) ** 4)  # 3 for a Gaussian
-            assert 2.6 < fourth < 3.1, (name, fourth)
+            assert (2 if few else 2.6) < fourth < 3.1, (name, fourth)
         else:
             assert values.std() == pytest.approx(SIGMA, rel=0.25), name
 

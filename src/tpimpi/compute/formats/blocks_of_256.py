@@ -11,6 +11,7 @@ stands with each format.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -253,8 +254,8 @@ def words_at(blocks: Bytes, start: int, stop: int) -> Array:
 
 def put_words(blocks: Bytes, start: int, words: Array) -> None:
     """Undoes `words_at`: words [..., n], whatever their last axes, into blocks from byte `start` on."""
-    own = np.ascontiguousarray(words).view(np.uint8).reshape(*blocks.shape[:-1], -1)
-    blocks[..., start : start + own.shape[-1]] = own
+    size = 4 * math.prod(words.shape[blocks.ndim - 1 :])
+    blocks[..., start : start + size] = np.ascontiguousarray(words).view(np.uint8).reshape(*blocks.shape[:-1], size)
 
 
 def join_pairs_of_bytes(pairs: Bytes) -> Array:

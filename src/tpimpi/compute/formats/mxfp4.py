@@ -61,7 +61,10 @@ class _MXFP4(BlockFormat):
 
     def blocks_of_codes(self, codes: npt.NDArray[np.int8], scale: float) -> Bytes:
         flat = codes.reshape(-1, self.block_weights).T.astype(np.float32)
-        found = _CODES_OF_SORTED[np.searchsorted(_SORTED, search_scales.listed_levels(_SORTED)(flat))]
+        nearest = np.sign(flat) * search_scales.listed_levels(_SORTED)(
+            np.abs(flat)
+        )  # a half the same way on both sides
+        found = _CODES_OF_SORTED[np.searchsorted(_SORTED, nearest)]
         exponents = np.full((flat.shape[1], 1), 128 + np.frexp(scale)[1] - 1, np.uint8)
         return np.concatenate([exponents, nibbles(found).T], axis=1).reshape(*codes.shape[:-1], self.block_bytes)
 
