@@ -18,7 +18,8 @@ from tpimpi.serving.text.chat_template import ChatTemplate
 from tpimpi.serving.text.control_tokens import ControlTokens
 from tpimpi.serving.text.load import load_tokenizer
 from tpimpi.serving.text.tokenizer import Tokenizer
-from tpimpi.weights.sources import gguf as gguf_source
+from tpimpi.weights.sources.gguf import _gguf_assets
+from tpimpi.weights.sources.gguf_header import GgufHeader
 
 ROWS = 10**6  # more than any of these has
 
@@ -66,8 +67,8 @@ def vocabulary_of(name: str, template: str | None = None) -> Tokenizer:
     path = next(path for path in vocabularies() if path.name == f"ggml-vocab-{name}.gguf")
     size = path.stat().st_size
     with path.open("rb") as stream:
-        metadata, _ = gguf_source._GgufHeader(stream, size, path).parse()
-    return load_tokenizer(gguf_source._gguf_assets(path, size, metadata), ROWS, template)
+        metadata, _ = GgufHeader(stream, size, path).parse()
+    return load_tokenizer(_gguf_assets(path, size, metadata), ROWS, template)
 
 
 def controls(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
