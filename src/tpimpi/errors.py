@@ -11,6 +11,8 @@
 A message is one line and names the thing, the value found, the value needed, and what to do about it.
 """
 
+import errno
+
 
 class TpimpiError(Exception):
     """Base of every error that is reported to the user as one line."""
@@ -50,6 +52,29 @@ class StorageError(TpimpiError):
     """The disk is full, or a file could not be written."""
 
 
+_REMEDIES = {
+    errno.EACCES: "let this user read and write it, or use another place",
+    errno.EPERM: "let this user read and write it, or use another place",
+    errno.EROFS: "use another place, which can be written",
+    errno.ENOSPC: "make room, or use another place",
+    errno.EMFILE: "raise the limit of open files (ulimit -n 4096)",
+    errno.ENAMETOOLONG: "use a shorter path",
+}
+MOST_VALUE_CHARACTERS = 40  # of a value that a message shows
+MOST_PATH_CHARACTERS = 200  # of a path that a message shows
+
+
+def shorten(text: str, most: int = MOST_VALUE_CHARACTERS) -> str:
+    """A value as messages show it: of a longer one the beginning, and … in the place of the rest."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def shorten_path(path: object, most: int = MOST_PATH_CHARACTERS) -> str:
+    """A path as messages show it: of a longer one the end, which says most, and … in the place of the rest."""
+    text = str(path)
+    return text if len(text) <= most else f"…{text[1 - most :]}"
+
+
 def as_ours(error: Exception) -> TpimpiError:
     """`error`, or what stands for it where it is not one of ours: with a remedy where the cause is plain."""
     if isinstance(error, TpimpiError):
@@ -66,7 +91,8 @@ def as_ours(error: Exception) -> TpimpiError:
         what = f"package {error.name} is missing" if isinstance(error, ModuleNotFoundError) else text
         return TpimpiError(f"{what} on this host; install tpimpi there with what it needs (pip install -e .)")
     if isinstance(error, OSError) and error.strerror:
-        return TpimpiError(f"{error.filename or 'the system'}: {error.strerror}")
+        what = _REMEDIES.get(error.errno or 0, "mend that, or use another place")
+        return TpimpiError(f"{shorten_path(error.filename or 'the system')}: {error.strerror}; {what}")
     return TpimpiError(
         f"internal error: {type(error).__name__}: {text}; set TPIMPI_TRACEBACK=1 to see where, and please report it"
     )

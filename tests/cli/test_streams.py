@@ -278,7 +278,8 @@ def test_a_report_is_not_written_over_something_else(tpimpi, tiny: Path, tmp_pat
     prompt, other, earlier = tmp_path / "prompt.json", tmp_path / "weights.h5", tmp_path / "report.json"
     prompt.write_text("{the fox}")
     other.write_bytes(b"\x89HDF")
-    earlier.write_text('{"text": "of an earlier run"}')
+    keys = ("model", "format", "backend", "allreduce", "load_s", "token_ids", "prompt_tokens", "ranks")
+    earlier.write_text(json.dumps(dict.fromkeys(keys), indent=1))  # as the first version wrote it
     run = ("--model", str(tiny), "--prompt-file", str(prompt), "--max-tokens", "2", "--quiet", "--report")
     for target, what in [(prompt, "is a file that this run reads"), (other, "is there, and is no report")]:
         before = target.read_bytes()

@@ -9,6 +9,7 @@ import itertools
 import json
 import threading
 import tracemalloc
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,10 @@ from tpimpi.cli.run_options import parse_run
 from tpimpi.diagnostics.trace_file import chrome_trace, left_out, write_trace
 from tpimpi.engine.trace import COMPUTE, KINDS, READ, STAR, WAIT, RankTrace, Recorder, TraceNote, unpack
 from tpimpi.errors import InputError, StarError, StorageError
+from tpimpi.serving.report import Report
 from tpimpi.star import Star
 from tpimpi.star.control import decode_note, to_json
+from tpimpi.system.files import write_json
 
 BLOCKS = ["layer 0 attn", "layer 0 mlp", "head"]
 HOSTILE = 'pi"},{"ph":"X"</script>\n\x1b[31m\u202e\ud800 $x_{1}$ ' + "y" * 300
@@ -292,7 +295,7 @@ def checked(*arguments: str) -> None:
 def test_targets_are_refused_before_the_work(tmp_path: Path) -> None:
     prompt, report, notes = tmp_path / "prompt.txt", tmp_path / "report.json", tmp_path / "notes.txt"
     prompt.write_text('{"traceEvents":[')
-    report.write_text('{\n "model": "x"\n}')
+    write_json(report, asdict(Report("x", "f32", "numpy", "star")))
     notes.write_text("mine")
     for target, what in [
         ("", "--trace is empty"),

@@ -10,12 +10,12 @@ from typing import Any
 from tpimpi.cli.parser import Parser
 from tpimpi.cli.process import Job, say
 from tpimpi.cli.run_options import add_kernels
-from tpimpi.cli.values import MOST_THREADS, count, seconds, some_of, whole_number, whole_numbers
+from tpimpi.cli.values import MOST_THREADS, count, path_given, seconds, some_of, whole_number, whole_numbers
 from tpimpi.compute.backends import BACKEND_NAMES
 from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.diagnostics.options import AllreduceBenchOptions
 from tpimpi.engine.ranks import greet
-from tpimpi.errors import InputError
+from tpimpi.errors import InputError, shorten
 from tpimpi.star import ALGORITHMS, WIRES, Star
 from tpimpi.star.control import StopNote, send_note, stop_others_on_error
 from tpimpi.system.buffers import PAGE_BYTES
@@ -94,6 +94,7 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
 def _add_disk(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path",
+        type=path_given("the path", "a file or a folder, or leave it out"),
         nargs="?",
         metavar="PATH",
         help="a slice file, a folder of slices, or any file (default: the cache folder)",
@@ -152,7 +153,7 @@ def matrix_shape(text: str) -> tuple[int, int]:
     """The meaning of `--shape`: (rows, columns)."""
     parts = text.split("x")
     if len(parts) != 2:
-        raise InputError(f"--shape is {text[:40]!r}, must be rows and columns, such as 11008x4096")
+        raise InputError(f"--shape is {shorten(text)!r}, must be rows and columns, such as 11008x4096")
     rows, columns = (count(number, "--shape", MOST_SIDE) for number in parts)
     return rows, columns
 
@@ -162,7 +163,7 @@ def read_bytes(text: str) -> int:
     size = parse_size(text, "--size", least=PAGE_BYTES)
     if size % PAGE_BYTES or size > MOST_READ_BYTES:
         raise InputError(
-            f"--size is {text[:40]}, must be a multiple of {PAGE_BYTES} bytes, at most {MOST_READ_BYTES >> 20}MiB"
+            f"--size is {shorten(text)}, must be a multiple of {PAGE_BYTES} bytes, at most {MOST_READ_BYTES >> 20}MiB"
         )
     return size
 
@@ -185,10 +186,12 @@ def bench_alone(job: Job) -> int:
 
 def _bench_kernels(parsed: argparse.Namespace) -> dict[str, Any]:
     """Measure, and print the table; returns what `--json` writes."""
+    from tpimpi.compute.backends import load_backend
     from tpimpi.diagnostics.bench import kernels
 
     backend, remark = kernels.choose_backend(parsed.backend)
     say(remark)
+    load_backend(backend, parsed.threads, parsed.kernels)  # what is wrong with these is said before the work
     say(kernels.duration(parsed.formats, parsed.positions, parsed.seconds))
     bench = kernels.Bench(backend, parsed.formats, parsed.positions, parsed.shape, parsed.threads, parsed.kernels)
     table, limits = bench.run(parsed.seconds, say)

@@ -14,7 +14,7 @@ from tpimpi.cli.parser import Parser
 from tpimpi.cli.process import Job, say
 from tpimpi.cli.run_options import parsed_into
 from tpimpi.diagnostics.cache_table import print_cache
-from tpimpi.errors import InputError
+from tpimpi.errors import InputError, shorten, shorten_path
 from tpimpi.system.files import check_writable, write_json
 from tpimpi.system.terminal import is_terminal
 from tpimpi.system.units import show_size
@@ -58,7 +58,7 @@ def age(text: str) -> int:
     """The meaning of `--older-than`, in seconds."""
     match = re.fullmatch(r"([0-9]{1,6})([hdw])", text)
     if match is None:
-        raise InputError(f"--older-than is {text[:40]!r}, must be a number of hours, days or weeks: 12h, 30d or 2w")
+        raise InputError(f"--older-than is {shorten(text)!r}, must be a number of hours, days or weeks: 12h, 30d or 2w")
     return int(match[1]) * _UNITS_S[match[2]]
 
 
@@ -93,7 +93,9 @@ def _chosen(options: CacheOptions, folder: Path, found: Sequence[CachedSlices]) 
     by_name = {slices.name: slices for slices in found}
     for name in options.remove:
         if name not in by_name:
-            raise InputError(f"there are no slices named {name[:80]!r} in {folder}; see: python -m tpimpi cache")
+            raise InputError(
+                f"there are no slices named {shorten_path(name)!r} in {folder}; see: python -m tpimpi cache"
+            )
     if options.older_than is None:
         return [by_name[name] for name in dict.fromkeys(options.remove)]
     oldest = time.time() - options.older_than

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 
 from tpimpi.cli.parser import COMMANDS
 from tpimpi.cli.run_options import perplexity_parser, run_parser
@@ -14,9 +15,13 @@ from tpimpi.cli.run_options import perplexity_parser, run_parser
 
 def complete() -> None:
     """Write what may come next for the shell, and leave."""
+    try:
+        program, line = int(os.environ["_ARGCOMPLETE"]), os.environ["COMP_LINE"]
+        int(os.environ["COMP_POINT"])
+    except (KeyError, ValueError):  # no shell asks
+        sys.exit(1)
     import argcomplete
 
-    program, line = int(os.environ["_ARGCOMPLETE"]), os.environ.get("COMP_LINE", "")
     words = line.split()
     after = words[program:] if line.endswith(" ") else words[program:-1]  # but for the word that is being typed
     parser = command_parser(after[0]) if after else None

@@ -9,10 +9,10 @@ from pathlib import Path
 from tpimpi.cli.parser import Parser
 from tpimpi.cli.process import Job
 from tpimpi.cli.run_options import add_shares
-from tpimpi.cli.values import AUTO, share_weights
+from tpimpi.cli.values import AUTO, path_given, share_weights
 from tpimpi.diagnostics.doctor.command import doctor
 from tpimpi.diagnostics.options import DoctorOptions
-from tpimpi.errors import InputError
+from tpimpi.errors import InputError, shorten
 from tpimpi.star import Star
 from tpimpi.star.control import stop_others_on_error
 from tpimpi.system.files import check_writable
@@ -27,7 +27,12 @@ def doctor_parser() -> argparse.ArgumentParser:
         "is wrong.",
         allow_abbrev=False,
     )
-    parser.add_argument("--hostfile", metavar="FILE", help="without mpirun: look at the hosts of that file, over ssh")
+    parser.add_argument(
+        "--hostfile",
+        type=path_given("--hostfile", "the name of a file"),
+        metavar="FILE",
+        help="without mpirun: look at the hosts of that file, over ssh",
+    )
     parser.add_argument(
         "--ssh",
         type=ssh_program,
@@ -36,7 +41,12 @@ def doctor_parser() -> argparse.ArgumentParser:
         help="with --hostfile: instead of ssh, called as PROGRAM HOST COMMAND",
     )
     parser.add_argument("--model", metavar="PATH", help="look for the slices of that model (default: as in a run)")
-    parser.add_argument("--slices", metavar="DIR", help="look for the slices in that folder")
+    parser.add_argument(
+        "--slices",
+        type=path_given("--slices", "the folder of the slices"),
+        metavar="DIR",
+        help="look for the slices in that folder",
+    )
     parser.add_argument("--format", default="auto", help="of the slices, as in a run")
     add_shares(parser)
     parser.add_argument("--json", metavar="FILE", help="write everything that was found as JSON")
@@ -68,7 +78,7 @@ def parse_doctor(arguments: Sequence[str], ranks: int) -> DoctorOptions:
 def ssh_program(text: str) -> str:
     """The meaning of `--ssh`: a program's name or path."""
     if not text or text.startswith("-"):
-        raise InputError(f"--ssh is {text[:40]!r}; give the name or the path of a program")
+        raise InputError(f"--ssh is {shorten(text)!r}; give the name or the path of a program")
     return text
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tpimpi.cli.parser import Parser
 from tpimpi.cli.process import Job
+from tpimpi.cli.values import path_given
 from tpimpi.diagnostics.inspect import inspect
 from tpimpi.system.files import check_writable
 
@@ -18,7 +19,7 @@ def inspect_parser() -> argparse.ArgumentParser:
         description="Show what a model, a slice file or a folder of them holds, and whether tpimpi runs the model.",
         allow_abbrev=False,
     )
-    parser.add_argument("path", metavar="PATH")
+    parser.add_argument("path", type=path_given("the path", "the path of a model or of slices"), metavar="PATH")
     parser.add_argument("--verify", action="store_true", help="read and check everything")
     parser.add_argument("--json", metavar="FILE", help="write what was found as JSON")
     return parser

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-from tpimpi.errors import InputError
+from tpimpi.errors import InputError, shorten
 
 COMMANDS = ("slice", "synth", "inspect", "cache", "perplexity", "bench", "plan", "doctor")
+MOST_MESSAGE_CHARACTERS = 300  # of what argparse says, values included
 # What other programs call a run.
 RUN_WORDS = ("chat", "complete", "completion", "generate", "prompt", "run")
 
@@ -23,11 +24,23 @@ def offer(option: argparse.Action, values: Iterable[str]) -> None:
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, like every other error of ours."""
 
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse's, but for `--option=--`, of which argparse before Python 3.13 makes an empty list."""
+        for word in args or ():
+            name, _, value = word.partition("=")
+            if word == "--":
+                break
+            if value == "--" and name in self._option_string_actions:
+                self.error(f"{name} is '--', which is no value of an option; give another, or leave {name} out")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         meant = ""
         if message.startswith("unrecognized arguments: "):
             meant = self._meant(message.removeprefix("unrecognized arguments: ").split(" ")[0])
-        message = message if len(message) < 300 else f"{message[:300]}…"
+        message = shorten(message, MOST_MESSAGE_CHARACTERS)
         if "expected one argument" in message:
             message += " (a value that begins with - is given as --option=-value)"
         raise InputError(f"{message}{meant}; see: {self.prog} --help")

@@ -68,18 +68,20 @@ def guarded(command: Callable[[Job], int], arguments: list[str]) -> int:
     try:
         with job.at_end:
             code = _until_exit(command, job)
+        sys.stdout.flush()
     except BrokenPipeError:
         code = 1  # whoever read our output has gone; there is nobody to tell
-        _flush_stdout()
+        _drop_unwritten()
     except Exception as error:
         if isinstance(error, LostError) and job.star is not None and not job.star.rank.is_hub:
             time.sleep(WAIT_FOR_HUB_REPORT_S)  # rank 0 or the launcher knows better who is gone, and ends us meanwhile
         ours = as_ours(error)
         code = ours.exit_code
-        if os.environ.get("TPIMPI_TRACEBACK"):
-            traceback.print_exc()
-        say(f"{ours.where or job.name()}: {ours}")
-        _flush_stdout()
+        with contextlib.suppress(OSError):  # where standard error cannot be written either, the exit code says it alone
+            if os.environ.get("TPIMPI_TRACEBACK", "0") not in ("", "0"):
+                traceback.print_exc()
+            say(f"{ours.where or job.name()}: {ours}")
+        _drop_unwritten()
     job.leave(code)
     return code
 
@@ -92,15 +94,47 @@ def _until_exit(command: Callable[[Job], int], job: Job) -> int:
         return left.code if isinstance(left.code, int) else int(left.code is not None)
 
 
-def _flush_stdout() -> None:
-    try:
-        sys.stdout.flush()
-    except OSError:  # Python would try again at its end, and say so
-        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+def _drop_unwritten() -> None:
+    """Write what is left in the streams, or drop it where that fails: Python would try again at its end, and say so."""
+    for stream, number in ((sys.stdout, STDOUT), (sys.stderr, STDERR)):
+        try:
+            stream.flush()
+        except (OSError, StorageError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
+class Stdout(io.TextIOWrapper):
+    """Standard output, which says in one line of ours why it cannot be written. Raises StorageError, BrokenPipeError.
+
+    `what` is being written, for the message.
+    """
+
+    what = ""
+
+    def write(self, text: str) -> int:
+        with self._in_words():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with self._in_words():
+            super().flush()
+
+    @contextlib.contextmanager
+    def _in_words(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # which argparse would drop
+            raise StorageError(
+                f"cannot write {self.what}to standard output: {error.strerror}; write it elsewhere"
+            ) from error
 
 
 def set_up_streams() -> None:
     """UTF-8 on both output streams, and each line in one write: the launcher would put other ranks' lines within it."""
+    if type(sys.stdout) is io.TextIOWrapper:
+        sys.stdout = Stdout(sys.stdout.detach())
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # also with PYTHONUNBUFFERED
             stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True, write_through=False)
@@ -116,15 +150,10 @@ def say(line: str | None) -> None:
 
 def print_answer(text: str) -> None:
     """Text of an answer on stdout, at once. Raises StorageError where it cannot be written."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise StorageError(
-            f"cannot write the answer to standard output: {error.strerror}; write it elsewhere"
-        ) from error
+    if isinstance(sys.stdout, Stdout):
+        sys.stdout.what = "the answer "
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 # Signals

@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import TypeVar
 
 from tpimpi import __version__
@@ -23,6 +21,7 @@ from tpimpi.cli.options import (
     RunOptions,
     SamplingOptions,
 )
+from tpimpi.cli.outputs import check_outputs
 from tpimpi.cli.parser import Parser, offer
 from tpimpi.cli.values import (
     AUTO,
@@ -30,20 +29,19 @@ from tpimpi.cli.values import (
     against_format,
     given_model,
     memory_limit,
+    path_given,
     seconds,
     whole_number,
     window_blocks,
 )
 from tpimpi.compute.backends import BACKEND_NAMES, KERNEL_LEVELS
 from tpimpi.compute.formats import WEIGHT_FORMATS
-from tpimpi.diagnostics.trace_file import BEGINNING
 from tpimpi.errors import InputError
 from tpimpi.models.kv.cache import KV_FORMATS
 from tpimpi.models.weight_formats import FORMAT_CHOICES
 from tpimpi.serving.perplexity import CHUNK_POSITIONS
 from tpimpi.serving.session import SAMPLING
 from tpimpi.star import ALLREDUCES, DEFAULT_SILENCE_S, DEFAULT_TIMEOUT_S, SHORTEST_SILENCE_S, WIRES
-from tpimpi.system.files import check_writable
 
 LONGEST_SILENCE_S = 86400
 
@@ -106,6 +104,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--slices",
+        type=path_given("--slices", "the folder of the slices"),
         metavar="DIR",
         help="slices made by the slice command (default: made on first use, in a cache folder)",
     )
@@ -135,13 +134,19 @@ def _add_prompt_and_answer(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--prompt-file",
+        type=path_given("--prompt-file", "the name of a file"),
         metavar="FILE",
         help="one prompt, read by rank 0 alone (default: standard input, one prompt a line)",
     )
     group.add_argument(
         "--raw", action="store_true", default=None, help="complete the text as it is, without the model's chat template"
     )
-    group.add_argument("--chat-template", metavar="FILE", help="a Jinja template in place of the model's own")
+    group.add_argument(
+        "--chat-template",
+        type=path_given("--chat-template", "the name of a file"),
+        metavar="FILE",
+        help="a Jinja template in place of the model's own",
+    )
     group.add_argument(
         "--session",
         metavar="FILE",
@@ -180,7 +185,12 @@ def _add_prompt_and_answer(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="end before this text; may be given again; one host only, like --prompt",
     )
-    group.add_argument("--stop-file", metavar="FILE", help="one such text a line, read by rank 0 alone")
+    group.add_argument(
+        "--stop-file",
+        type=path_given("--stop-file", "the name of a file"),
+        metavar="FILE",
+        help="one such text a line, read by rank 0 alone",
+    )
     group.add_argument("--ignore-eos", action="store_true", help="go on past the model's end of text")
 
 
@@ -271,7 +281,8 @@ def perplexity_parser() -> argparse.ArgumentParser:
         description="How well a model predicts a text, and what a format costs against another. Works under mpirun too.",
         allow_abbrev=False,
     )
-    parser.add_argument("text", metavar="FILE", help="a text in UTF-8, read by rank 0 alone")
+    text = path_given("the text's name", "a file in UTF-8")
+    parser.add_argument("text", type=text, metavar="FILE", help="a text in UTF-8, read by rank 0 alone")
     group = parser.add_argument_group("measuring")
     against = group.add_argument(
         "--against",
@@ -375,25 +386,3 @@ def check_combinations(compute: ComputeOptions, network: NetworkOptions, model: 
         raise InputError(
             "--shares auto chooses shares for slices that are yet to be made; leave out --slices, or --shares"
         )
-
-
-def check_outputs(output: OutputOptions, read: Sequence[str | None], session: str | None = None) -> None:
-    """Raise InputError where a file that is to be written cannot be, or would replace another that this run uses: one that
-    is `read`, or the `session`."""
-    inputs = [path for path in read if path]
-    if output.report is not None:
-        check_writable(output.report, inputs=inputs)
-    if output.trace is not None:
-        check_writable(output.trace, "--trace", inputs, start=BEGINNING, kind="trace")
-    if output.plot is not None:
-        from tpimpi.diagnostics.plots import check_plot  # which most runs do without
-
-        check_plot(output.plot, "--plot", inputs)
-    written = {"--session": session, "--report": output.report, "--trace": output.trace, "--plot": output.plot}
-    taken: dict[Path, str] = {}
-    for option, given in written.items():
-        if given is None or (os.path.exists(given) and not os.path.isfile(given)):  # noqa: PTH110, PTH113
-            continue  # a device takes anything
-        other = taken.setdefault(Path(os.path.realpath(given)), option)  # never raises, as resolve() does
-        if other != option:
-            raise InputError(f"{other} and {option} are both {given}; give each a file of its own")

@@ -12,7 +12,7 @@ from tpimpi.cli.parser import Parser, offer
 from tpimpi.cli.process import Job, cleaning_up_on_signals
 from tpimpi.cli.run_options import parsed_into
 from tpimpi.cli.values import MOST_RANKS, path_given, share_weights, slice_count, whole_number
-from tpimpi.errors import InputError
+from tpimpi.errors import InputError, shorten
 from tpimpi.models.shapes import SHAPES, Shape, load_shape
 from tpimpi.models.weight_formats import FORMAT_CHOICES, ModelFormats
 from tpimpi.system.terminal import progress_bar
@@ -79,7 +79,7 @@ def synth_parser() -> argparse.ArgumentParser:
 def weight_format(text: str) -> str:
     """The meaning of `--format`: one of FORMAT_CHOICES."""
     if text not in FORMAT_CHOICES:
-        raise InputError(f"--format is {text[:40]!r}, must be one of {', '.join(FORMAT_CHOICES)}")
+        raise InputError(f"--format is {shorten(text)!r}, must be one of {', '.join(FORMAT_CHOICES)}")
     return text
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from tpimpi.cli.options import MemoryLimit
 from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.engine.window import SMALLEST_WINDOW
-from tpimpi.errors import InputError
+from tpimpi.errors import InputError, shorten, shorten_path
 from tpimpi.system.terminal import MOST_LINE_BYTES
 from tpimpi.system.units import parse_size
 
@@ -73,13 +73,15 @@ def read_text(option: str, path: str) -> str:
             data = file.read(TEXT_FILE_BYTES + 1)
         if len(data) > TEXT_FILE_BYTES:
             raise InputError(
-                f"{option} {path} has over {TEXT_FILE_BYTES} bytes, more than is read; give a shorter file"
+                f"{option} {shorten_path(path)} has over {TEXT_FILE_BYTES} bytes, more than is read; give a shorter file"
             )
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
-        raise InputError(f"{option} {path[:80]}: {error.strerror}; give a file that rank 0 can read") from error
+        raise InputError(
+            f"{option} {shorten_path(path)}: {error.strerror}; give a file that rank 0 can read"
+        ) from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{option} {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+        raise InputError(f"{option} {shorten_path(path)}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
     except ValueError as error:  # a NUL in the name
         raise InputError(f"{option} {path!r}: {error}; give a file that rank 0 can read") from error
 
@@ -89,7 +91,9 @@ def window_blocks(text: str) -> int | str:
     if text == "all":
         return text
     if not text.isascii() or not text.isdecimal() or len(text) > 9 or int(text) < SMALLEST_WINDOW:
-        raise InputError(f"--window is {text[:40]!r}, must be a number of blocks, {SMALLEST_WINDOW} or more, or all")
+        raise InputError(
+            f"--window is {shorten(text)!r}, must be a number of blocks, {SMALLEST_WINDOW} or more, or all"
+        )
     return int(text)
 
 
@@ -100,7 +104,7 @@ def memory_limit(text: str) -> MemoryLimit:
     sizes = text.split(",")
     if len(sizes) > 1 and {"", "auto"} & {size.strip() for size in sizes}:
         raise InputError(
-            f"--memory is {text[:40]!r}, must be auto, or one size, or a size for each rank: 900M,700M,700M"
+            f"--memory is {shorten(text)!r}, must be auto, or one size, or a size for each rank: 900M,700M,700M"
         )
     return MemoryLimit(text, tuple(parse_size(size, "--memory") for size in sizes))
 
@@ -108,7 +112,7 @@ def memory_limit(text: str) -> MemoryLimit:
 def against_format(text: str) -> str:
     """The meaning of `--against`: one of WEIGHT_FORMATS."""
     if text not in WEIGHT_FORMATS:
-        raise InputError(f"--against is {text!r}, must be one of {', '.join(WEIGHT_FORMATS)}")
+        raise InputError(f"--against is {shorten(text)!r}, must be one of {', '.join(WEIGHT_FORMATS)}")
     return text
 
 
@@ -128,7 +132,7 @@ def share_weights(text: str | None, ranks: int) -> list[float]:
         needed = (
             f"{ranks} numbers with commas between them, one for each rank" if ranks > 1 else "1 number: there is 1 rank"
         )
-        raise InputError(f"--shares is {text!r}, must be {needed}")
+        raise InputError(f"--shares is {shorten(text)!r}, must be {needed}")
     return weights
 
 
@@ -153,7 +157,7 @@ def some_of(option: str, known: Sequence[str]) -> Callable[[str], list[str]]:
         names = text.split(",")
         for name in names:
             if name not in known:
-                raise InputError(f"{option} has {name[:40]!r}, must be some of {', '.join(known)}")
+                raise InputError(f"{option} has {shorten(name)!r}, must be some of {', '.join(known)}")
         return list(dict.fromkeys(names))
 
     return convert
@@ -171,5 +175,5 @@ def whole_numbers(option: str, most: int) -> Callable[[str], list[int]]:
 def count(text: str, option: str, most: int) -> int:
     """A whole number from 1 to `most` that is part of an option's value."""
     if not text.isascii() or not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= most:
-        raise InputError(f"{option} has {text[:40]!r}, must be a whole number from 1 to {most}")
+        raise InputError(f"{option} has {shorten(text)!r}, must be a whole number from 1 to {most}")
     return int(text)

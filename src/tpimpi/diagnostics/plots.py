@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tpimpi.errors import InputError
+from tpimpi.errors import InputError, shorten_path
 from tpimpi.system.files import check_writable, replacing
+from tpimpi.system.own_files import DOTS_PER_INCH, PICTURE, SOFTWARE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-PNG = b"\x89PNG\r\n\x1a\n"
 MOST_PANELS = 24  # ranks whose memory is drawn
 MOST_DRAWN = 20_000  # spans of a trace
 LONGEST_LABEL = 24  # characters
@@ -59,8 +59,8 @@ def check_plot(given: str, option: str = "--plot", inputs: Sequence[str] = ()) -
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError(f"{option} needs matplotlib, which is not installed; do: pip install 'matplotlib>=3.8'")
     if Path(given).suffix.lower() not in ("", ".png"):
-        raise InputError(f"{option} {given[:80]}: the picture is a PNG; give a name that ends in .png")
-    check_writable(given, option, inputs, start=PNG, kind="PNG picture")
+        raise InputError(f"{option} {shorten_path(given)}: the picture is a PNG; give a name that ends in .png")
+    check_writable(given, option, inputs, PICTURE)
 
 
 # Memory
@@ -388,8 +388,7 @@ def _write(figure: Figure, path: Path, form: str, option: str) -> None:
     data = io.BytesIO()
     # Text stays text in an SVG, and the same picture gives the same bytes.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tpimpi", "font.family": "sans-serif"}):
-        figure.savefig(
-            data, format=form, dpi=150, facecolor="white", metadata={"Date": None} if form == "svg" else None
-        )
+        metadata = {"Date": None} if form == "svg" else {"Software": SOFTWARE}
+        figure.savefig(data, format=form, dpi=DOTS_PER_INCH, facecolor="white", metadata=metadata)
     with replacing(path, option) as file:
         file.write(data.getbuffer())

@@ -23,9 +23,7 @@ import numpy as np
 from tpimpi.engine.trace import COMPUTE, KINDS, MOST_BYTES, MOST_SECONDS, READ, STAR, WAIT, RankTrace, Spans, unpack
 from tpimpi.errors import StarError
 from tpimpi.system.files import replacing
-
-BEGINNING = b'{"traceEvents":'  # of every trace that is written here
-
+from tpimpi.system.own_files import TRACE_BEGINNING
 
 _LANES = {COMPUTE: 0, STAR: 1, WAIT: 2, READ: 3}  # from top to bottom; there may be many lanes that read
 
@@ -54,7 +52,7 @@ def write_trace(path: Path, ranks: Sequence[RankTrace], blocks: Sequence[str], o
     """
     encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
     with replacing(path, option, private=True) as file:
-        file.write(BEGINNING + b"[")
+        file.write(TRACE_BEGINNING + b"[")
         events, between = _events(ranks, blocks), "\n"
         while chunk := list(itertools.islice(events, _CHUNK)):
             file.write((between + ",\n".join(map(encode, chunk))).encode("ascii"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tpimpi.errors import InputError, ModelError
+from tpimpi.errors import InputError, ModelError, shorten_path
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.config_hf import config_from_hf
 from tpimpi.models.keys import MAX_LAYERS
@@ -112,7 +112,8 @@ def _config_path(wanted: str) -> Path:
     except (OSError, ValueError, RuntimeError):  # no path at all: too long, a NUL, an unknown home
         pass
     raise InputError(
-        f"--shape is {wanted[:80]!r}, must be one of {', '.join(SHAPES)}, or the path of a config.json (or of its folder)"
+        f"--shape is {shorten_path(wanted)!r}, must be one of {', '.join(SHAPES)}, or the path of a config.json (or of "
+        "its folder)"
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from tpimpi.compute.formats import FORMATS, WEIGHT_FORMATS
+from tpimpi.errors import shorten
 
 # llama.cpp's mixes of K-quants, and the format of most of their matrices; in every third layer, and in the first and last
 # eighths, v and down are q6_k, as is the head (llama-quant.cpp, as of 2026).
@@ -83,7 +84,7 @@ class ModelFormats:
         found: list[LayerFormats] = []
         for count, formats in values["layers"]:
             if type(count) is not int or not 0 < count <= layers - len(found):
-                raise ValueError(f"formats of {layers} layers do not have a run of {str(count)[:20]}")
+                raise ValueError(f"formats of {layers} layers do not have a run of {shorten(str(count))}")
             found += [LayerFormats(**formats)] * count
         made = cls(tuple(found), values["head"], values["embedding"])
         if len(found) != layers:
@@ -91,7 +92,7 @@ class ModelFormats:
         for fmt in {*itertools.chain(*found), made.head, made.embedding}:
             if fmt not in WEIGHT_FORMATS:
                 raise ValueError(
-                    f"format is {str(fmt)[:20]!r}, must be {', '.join(WEIGHT_FORMATS[:-1])} or {WEIGHT_FORMATS[-1]}"
+                    f"format is {shorten(str(fmt))!r}, must be {', '.join(WEIGHT_FORMATS[:-1])} or {WEIGHT_FORMATS[-1]}"
                 )
         if made.to_dict() != values:
             raise ValueError("formats are not as they are written")

@@ -28,13 +28,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tpimpi.errors import InputError, StorageError
+from tpimpi.errors import InputError, StorageError, shorten, shorten_path
+from tpimpi.serving.sampling import make_sampler
 from tpimpi.system.files import try_lock
 
 FORMAT_VERSION = 1
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "raw")  # options of a run
 END_REASONS = ("end", "stop", "max_tokens", "context")
 _FIRST_LINE_START = b'{"tpimpi session": '
+MOST_LINE_SHOWN = 60  # characters of a broken line
 _MAX_FIRST_LINE_BYTES = 4096  # bytes of the first line
 _FIRST_LINE_TYPES: dict[str, type | None] = {  # what it holds
     "tpimpi session": int,
@@ -84,7 +86,7 @@ class Session:
             raise
 
     def _wrong(self, what: str) -> InputError:
-        return InputError(f"--session {str(self.path)[:200]}{what}")
+        return InputError(f"--session {shorten_path(self.path)}{what}")
 
     def _open(self) -> None:
         flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY
@@ -94,6 +96,9 @@ class Session:
                 raise self._wrong(f" is {what}; give the name of a file")
             self._file = os.open(self.path, flags)
         except FileNotFoundError:
+            if self.path.is_symlink():
+                leads = shorten_path(os.path.realpath(self.path))
+                raise self._wrong(f" is a link to {leads}, which is not there; give the name of a file") from None
             self._file = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o600)
             os.fchmod(self._file, 0o600)  # whatever the umask
             self._made = True
@@ -121,8 +126,8 @@ class Session:
                 number += 1
                 try:
                     self._take(json.loads(line))
-                except (ValueError, KeyError, TypeError, RecursionError) as error:
-                    found = line[:60].decode(errors="replace")
+                except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+                    found = shorten(line[:400].decode(errors="replace"), MOST_LINE_SHOWN)
                     remedy = "cut it off before that line, or give another file"
                     raise self._wrong(f" is broken in line {number}, {found!r}; {remedy}") from error
                 whole += len(line)
@@ -139,9 +144,7 @@ class Session:
                 raise self._wrong(f" is of format version {version}, {ours}")
             _require(value, _FIRST_LINE_TYPES)
             _require(value["options"], {**dict.fromkeys(SAMPLING), "raw": bool})
-            for name, number in value["options"].items():
-                if type(number) not in (int, float, bool) and (name, number) != ("seed", None):
-                    raise ValueError(number)
+            make_sampler(**{name: value["options"][name] for name in SAMPLING if name != "raw"})
             self._header = value
             return
         turn = self.unfinished

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
+import stat
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tpimpi.errors import InputError, StorageError
+from tpimpi.errors import InputError, StorageError, shorten, shorten_path
+from tpimpi.system.own_files import REPORT, Kind
+
+READER_WAIT_S = 1.0  # that what reads a pipe may take to begin
 
 
-def check_writable(
-    given: str, option: str = "--report", inputs: Sequence[str] = (), *, start: bytes = b"{", kind: str = "report"
-) -> None:
-    """Raise InputError, before any work is done, where a report could not be written to `given`, the value of `option`.
+def check_writable(given: str, option: str = "--report", inputs: Sequence[str] = (), kind: Kind = REPORT) -> None:
+    """Raise InputError, before any work is done, where no file could be written to `given`, the value of `option`.
 
-    Nor is a file written over that is one of `inputs`, or that does not begin with `start` and so is no earlier `kind`.
+    Nor is a file written over that is one of `inputs`, or no earlier one of this `kind` of ours (an empty one is anybody's).
     """
     if not given:
         raise InputError(f"{option} is empty; give the name of a file")
@@ -26,22 +30,83 @@ def check_writable(
     try:
         target = path.resolve()
         if path.is_dir():
-            raise InputError(f"{option} {path} is a folder; give the name of a file")
+            raise InputError(f"{option} {shorten_path(path)} is a folder; give the name of a file")
         if path.exists() and not path.is_file():
-            return  # a device or a pipe
+            _check_special(path, option)
+            return
         if not target.parent.is_dir():
-            raise InputError(f"{option} {path}: there is no folder {target.parent}; make it, or choose another place")
+            raise InputError(
+                f"{option} {shorten_path(path)}: there is no folder {shorten_path(target.parent)}; make it, or choose "
+                "another place"
+            )
         if not os.access(target if target.exists() else target.parent, os.W_OK):
-            raise InputError(f"{option} {path} cannot be written: permission denied; choose another place")
+            raise InputError(
+                f"{option} {shorten_path(path)} cannot be written: permission denied; choose another place"
+            )
         if target.exists():
             if any(Path(other).exists() and target.samefile(other) for other in inputs):
-                raise InputError(f"{option} {path} is a file that this run reads; choose another name")
+                raise InputError(f"{option} {shorten_path(path)} is a file that this run reads; choose another name")
             with target.open("rb") as file:
-                if file.read(len(start)) not in (b"", start):
-                    raise InputError(f"{option} {path} is there, and is no {kind}; remove it, or choose another name")
+                if target.stat().st_size and not kind.is_ours(file):
+                    raise InputError(
+                        f"{option} {shorten_path(path)} is there, and is no {kind.name} of tpimpi; remove it, or choose "
+                        "another name"
+                    )
     except (OSError, RuntimeError) as error:  # RuntimeError: Path.resolve, before Python 3.13
         reason = error.strerror if isinstance(error, OSError) else "a loop of symbolic links"
-        raise InputError(f"{option} {str(path)[:80]}: {reason}; choose another place") from error
+        raise InputError(f"{option} {shorten_path(path)}: {reason}; choose another place") from error
+    except ValueError as error:  # a NUL in the name
+        raise InputError(f"{option} {shorten(given)!r}: {error}; choose another place") from error
+
+
+def _check_special(path: Path, option: str) -> None:
+    """Raise InputError where `path`, which is neither a file nor a folder, takes no output: only a device such as /dev/null
+    and a pipe that somebody reads do."""
+    mode = path.stat().st_mode
+    if stat.S_ISFIFO(mode):
+        if not _has_reader(path):
+            raise InputError(
+                f"{option} {shorten_path(path)} is a pipe that nobody reads; start what reads it, or give the name of a file"
+            )
+    elif not stat.S_ISCHR(mode):
+        what = "a socket" if stat.S_ISSOCK(mode) else "a disk"
+        raise InputError(f"{option} {shorten_path(path)} is {what}; give the name of a file")
+
+
+def _has_reader(path: Path) -> bool:
+    """Whether another process reads a pipe, or soon does."""
+    deadline = time.monotonic() + READER_WAIT_S
+    while True:
+        try:
+            # Left open: what reads would take our leaving for the end of its input.
+            os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        else:
+            return True
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Raise InputError where `folder`, the value of `option`, is no folder, and cannot be made for what stands there."""
+    for there in (folder, *folder.parents):
+        try:
+            there.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise InputError(f"{option} {shorten_path(folder)}: {error.strerror}; give a shorter path") from error
+            return  # found when it is used
+        if not os.path.isdir(there):  # noqa: PTH112 (of a loop of links Path.is_dir may raise)
+            inside = "" if there == folder else f", so {shorten_path(folder)} cannot be made"
+            raise InputError(
+                f"{option} {shorten_path(there)} is there and is no folder{inside}; give another name, or remove it"
+            )
+        return
 
 
 @contextlib.contextmanager
@@ -75,7 +140,9 @@ def write_json(path: Path, values: Mapping[str, Any], option: str = "--report", 
         with whole_file(path, private=private) as file:
             file.write(text.encode("utf-8", "backslashreplace"))  # a path that is no UTF-8 keeps its bytes, as \udcXX
     except OSError as error:
-        raise StorageError(f"cannot write the report {path}: {error.strerror}; choose another {option}") from error
+        raise StorageError(
+            f"cannot write the report {shorten_path(path)}: {error.strerror}; choose another {option}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -85,7 +152,7 @@ def replacing(path: Path, option: str, *, private: bool = False) -> Iterator[Bin
         with whole_file(path, private=private) as file:
             yield file
     except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}; choose another {option}") from error
+        raise StorageError(f"cannot write {shorten_path(path)}: {error.strerror}; choose another {option}") from error
 
 
 # Locks

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
-from tpimpi.errors import InputError
+from tpimpi.errors import InputError, shorten
 from tpimpi.system.launcher import OPEN_MPI
 
 MOST_BYTES = 1 << 20
@@ -118,15 +118,17 @@ def _host(words: list[str], where: str) -> Host:
     if (match := re.fullmatch(r"(\[.*\]|[^:]*):(\d{1,6})", name)) is not None:
         name, colon, count = match[1], True, int(match[2])
     if (found := _HOST.fullmatch(name)) is None:
-        raise InputError(f"{where}: {words[0][:60]!r} is no host; write a name or an address, such as desktop.home")
+        raise InputError(f"{where}: {shorten(words[0])!r} is no host; write a name or an address, such as desktop.home")
     slots = False
     for word in words[1:]:
         key, equals, value = word.partition("=")
         if not equals or not key.replace("_", "").replace("-", "").isalpha():
-            raise InputError(f"{where}: {word[:60]!r} is not understood; write one host a line, and slots=N behind it")
+            raise InputError(
+                f"{where}: {shorten(word)!r} is not understood; write one host a line, and slots=N behind it"
+            )
         if key in _SLOTS_KEYS:
             if not value.isdecimal() or len(value) > 6:
-                raise InputError(f"{where}: {key} is {value[:20]!r}, must be a number up to 999999")
+                raise InputError(f"{where}: {key} is {shorten(value)!r}, must be a number up to 999999")
             slots, count = True, int(value)
     if count < 1:
         raise InputError(f"{where}: {count} ranks on {name}; give 1 or more, or leave the line out")

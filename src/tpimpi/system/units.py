@@ -6,7 +6,7 @@ import math
 import re
 from fractions import Fraction
 
-from tpimpi.errors import InputError
+from tpimpi.errors import InputError, shorten
 
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
@@ -24,10 +24,12 @@ def parse_size(text: str, option: str, least: int = MIN_SIZE_BYTES) -> int:
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None or (match[3] and not match[2]):
-        raise InputError(f"{option} is {text[:40]!r}, must be a size such as 700M, 2.5G, 512MiB or 2GiB")
+        raise InputError(f"{option} is {shorten(text)!r}, must be a size such as 700M, 2.5G, 512MiB or 2GiB")
     size = math.floor(Fraction(match[1]) * (1024 if match[3] else 1000) ** _UNITS[match[2].lower()])
     if not least <= size < 1 << 60:
-        raise InputError(f"{option} is {text[:40]!r}, which is {size} bytes; give a size such as 700M, 2.5G or 512MiB")
+        raise InputError(
+            f"{option} is {shorten(text)!r}, which is {size} bytes; give a size such as 700M, 2.5G or 512MiB"
+        )
     return size
 
 

@@ -14,7 +14,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from tpimpi.errors import InputError, SliceError, StorageError
+from tpimpi.errors import InputError, SliceError, StorageError, shorten_path
 from tpimpi.system.files import try_lock
 from tpimpi.weights.locations import in_cache
 from tpimpi.weights.slices.file import SliceFile
@@ -56,15 +56,24 @@ def list_cache(folder: Path) -> list[CachedSlices]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Slices in a folder, whole and unfinished."""
+    """Slices in a folder, whole and unfinished; also links that lead nowhere, but no folders."""
     whole = [path for path in folder.glob("rank-*.h5") if parse_slice_name(path.name)]
-    return sorted(whole) + sorted(folder.glob(_UNFINISHED))
+    found = sorted(whole) + sorted(folder.glob(_UNFINISHED))
+    return [path for path in found if os.path.islink(path) or not os.path.isdir(path)]  # noqa: PTH112, PTH114
+
+
+def _disk_bytes(path: Path) -> int:
+    """What a file takes on the disk; 0 where it cannot be looked at, or was removed meanwhile."""
+    try:
+        return path.lstat().st_blocks * 512
+    except OSError:
+        return 0
 
 
 def _describe(folder: Path) -> CachedSlices:
     files = _files(folder)
     whole = [path for path in files if path.suffix == ".h5"]
-    nbytes = sum(path.stat().st_blocks * 512 for path in files)
+    nbytes = sum(_disk_bytes(path) for path in files)
     values, problem = ("", 0, "", ""), "unfinished"
     for path in whole:
         try:
@@ -95,7 +104,9 @@ def remove_slices(folder: Path, names: Iterable[str]) -> list[Path]:
     chosen = list(dict.fromkeys(names))
     for name in chosen:
         if Path(name).name != name or not _is_set(folder / name):
-            raise InputError(f"there are no slices named {name[:80]!r} in {folder}; see: python -m tpimpi cache")
+            raise InputError(
+                f"there are no slices named {shorten_path(name)!r} in {folder}; see: python -m tpimpi cache"
+            )
     stay, failure = [], None
     with ExitStack() as locks:
         files = {folder / name: _lock_set(folder / name, locks) for name in chosen}
@@ -131,7 +142,7 @@ def _lock_set(folder: Path, locks: ExitStack) -> list[Path]:
     except BlockingIOError as error:
         raise InputError(f"another tpimpi is slicing into {folder}; remove it when that is done") from error
     except OSError as error:
-        raise _not_removed(folder, error) from error
+        raise _not_removed(Path(error.filename or folder), error) from error
     return files
 
 

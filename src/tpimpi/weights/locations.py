@@ -9,8 +9,9 @@ from pathlib import Path
 
 import xxhash
 
-from tpimpi.errors import InputError, ModelError
+from tpimpi.errors import InputError, ModelError, shorten_path
 from tpimpi.models.weight_formats import ModelFormats
+from tpimpi.system.files import check_folder
 from tpimpi.weights.slices.header import FORMAT_VERSION
 from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import Partition
@@ -26,10 +27,16 @@ def cache_folder() -> Path:
         try:
             folder = Path(chosen).expanduser()
         except RuntimeError as error:
-            raise InputError(f"TPIMPI_CACHE is {chosen[:80]!r}: no such user; give the path of a folder") from error
+            raise InputError(
+                f"TPIMPI_CACHE is {shorten_path(chosen)!r}: no such user; give the path of a folder"
+            ) from error
         for there in (folder, *folder.parents):
-            if there.is_file():
-                raise InputError(f"TPIMPI_CACHE is {chosen!r}, but {there} is a file; give the path of a folder")
+            if os.path.isfile(there):  # noqa: PTH113 (never raises, whatever the name)
+                raise InputError(
+                    f"TPIMPI_CACHE is {shorten_path(chosen)!r}, but {shorten_path(there)} is a file; give the path of a "
+                    "folder"
+                )
+        check_folder(folder, "TPIMPI_CACHE")
         return folder
     import platformdirs
 

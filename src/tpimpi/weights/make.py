@@ -16,11 +16,11 @@ from tpimpi.compute.formats import is_quantized, nearest_format
 from tpimpi.compute.formats.base import Quantizer
 from tpimpi.compute.formats.blocks_of_32 import BLOCK_WEIGHTS
 from tpimpi.compute.formats.quantize import quantize
-from tpimpi.errors import InputError, ModelError, StorageError
+from tpimpi.errors import InputError, ModelError, StorageError, shorten
 from tpimpi.models.tensors import EMBEDDING, head_name, part_name
 from tpimpi.models.weight_formats import FORMAT_CHOICES, LayerFormats, ModelFormats
 from tpimpi.system.disk import disk_full, storage_error
-from tpimpi.system.files import locked_file, try_lock
+from tpimpi.system.files import check_folder, locked_file, try_lock
 from tpimpi.weights.build import build_tiles, bytes_to_build, on_blocks
 from tpimpi.weights.locations import elsewhere
 from tpimpi.weights.slices.header import Header
@@ -54,7 +54,7 @@ def wanted_formats(wanted: str, layers: int) -> ModelFormats:
     """The formats of a model of so many layers for a `--format` other than auto. Raises InputError as choose_formats."""
     if wanted not in FORMAT_CHOICES:
         raise InputError(
-            f"format is {wanted!r}, must be auto, {', '.join(FORMAT_CHOICES[:-1])} or {FORMAT_CHOICES[-1]}"
+            f"--format is {shorten(wanted)!r}, must be auto, {', '.join(FORMAT_CHOICES[:-1])} or {FORMAT_CHOICES[-1]}"
         )
     return ModelFormats.of(wanted, layers)
 
@@ -148,6 +148,7 @@ def slice_model(
         LocalSlice(folder / slice_name(header.rank, partition.ranks), header, verify=verify) for header in headers
     ]
     with ExitStack() as stack:
+        check_folder(folder, "--out")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -90,12 +90,13 @@ def find_files(path: Path, readers: int) -> list[Path]:
             raise InputError(f"{path} is not there; {remedy}")
         if not path.is_dir():
             raise InputError(f"{path} is neither a file nor a folder; {remedy}")
-        folders = [path, *sorted(other for other in path.iterdir() if other.is_dir())]
+        folders = [path, *sorted(other for other in path.iterdir() if os.path.isdir(other))]  # noqa: PTH112
         sets: list[tuple[bool, int, list[Path]]] = []
         for folder in folders:
             of: dict[int, list[Path]] = {}
             for file in sorted(folder.glob("*.h5")):
-                if parsed := parse_slice_name(file.name):
+                # A link that leads nowhere is left out, as is what this user may not look at.
+                if os.path.isfile(file) and (parsed := parse_slice_name(file.name)):  # noqa: PTH113
                     of.setdefault(parsed[1], []).append(file)
             sets += [(len(files) == readers, _size(files), files) for files in of.values()]
     except OSError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tpimpi.errors import InputError
+from tpimpi.errors import InputError, shorten
 from tpimpi.serving.text.stream import IdStream
 
 
@@ -34,7 +34,7 @@ class TokenIds:
         for word in words:
             if not (word.isascii() and word.isdecimal() and len(word) <= 10 and int(word) < self.vocab_size):
                 raise InputError(
-                    f"{word[:40]!r} is no token id; these slices have no tokenizer, so give whole numbers below "
+                    f"{shorten(word)!r} is no token id; these slices have no tokenizer, so give whole numbers below "
                     f"{self.vocab_size} with blanks or commas between them"
                 )
         return [int(word) for word in words]

@@ -68,7 +68,16 @@ from tpimpi.system.direct_io import Descriptor, Extent, Trial, pieces
 from tpimpi.system.disk import error_number
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import Part, Record, embedding_dataset
-from tpimpi.weights.slices.problems import NOT_THE_FILE, broken, changed, failing, missing, not_a_file, unreadable
+from tpimpi.weights.slices.problems import (
+    NOT_THE_FILE,
+    broken,
+    changed,
+    failing,
+    in_words,
+    missing,
+    not_a_file,
+    unreadable,
+)
 
 T = TypeVar("T")
 _ROWS_BYTES = 1 << 20  # of the embedding, read at a time to check it
@@ -123,8 +132,7 @@ class SliceFile:
             number = error_number(error) if isinstance(error, OSError) else None
             if number in NOT_THE_FILE:
                 raise unreadable(path, number) from error
-            kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-            raise self._broken(f"{kind}{error}") from error
+            raise self._broken(in_words(error)) from error
 
     def _broken(self, what: str) -> SliceError:
         return broken(self.path, what)

@@ -7,6 +7,8 @@ heads or columns in the same formats holds the same bytes. Only then it is asked
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Hashable, Iterator
 from contextlib import closing
@@ -14,17 +16,22 @@ from pathlib import Path
 
 import numpy as np
 
-from tpimpi.errors import InputError, SliceError, StorageError
+from tpimpi.errors import InputError, SliceError, StorageError, shorten
 from tpimpi.system.buffers import Bytes, aligned_buffer
 from tpimpi.system.disk import storage_error
+from tpimpi.system.files import check_folder
 from tpimpi.weights.locations import cache_folder, elsewhere
 from tpimpi.weights.slices.file import SliceFile, Tile
 from tpimpi.weights.slices.header import Header, same_slice, tile_spans
 from tpimpi.weights.slices.layout import Record
 from tpimpi.weights.slices.names import parse_slice_name
 from tpimpi.weights.slices.partition import Span
+from tpimpi.weights.slices.problems import unreadable
 from tpimpi.weights.slices.writer import SliceWriter, partial_path, remove_leftovers, stored_bytes
 
+# What the HDF5 of every slice names before its tiles, and the beginning of its header.
+OBJECT_NAMES, HEADER_MARK = (b"header", b"checksums", b"resident"), b'{"tpimpi_slice":'
+MOST_SEARCHED_BYTES = 64 << 20  # of a file, for these
 _FINGERPRINT_DIGITS = 12  # digits of a model's fingerprint in the names of its cache folders
 
 
@@ -55,6 +62,7 @@ class LocalSlice:
         Raises StorageError, InputError where another slice is in its place.
         """
         try:
+            check_folder(self.path.parent, "TPIMPI_CACHE" if self.of_cache else "--out")
             if self.path.is_dir() and not self.path.is_symlink():
                 raise StorageError(
                     f"cannot write {self.path}: a directory of that name is there; remove it{self._or_out()}"
@@ -77,10 +85,16 @@ class LocalSlice:
         try:
             there = _header_of(self.path)
         except SliceError as error:
+            if not self.of_cache and not is_ours(self.path):
+                raise InputError(
+                    f"{self.path} is there and is no slice of tpimpi; choose another --out, or remove it"
+                ) from error
             self.complaint = str(error)
             return False
         if there is not None and there.fingerprint != self.header.fingerprint:
-            raise InputError(f"{self.path} is a slice of another model, {there.model[:80]}; remove it{self._or_out()}")
+            raise InputError(
+                f"{self.path} is a slice of another model, {shorten(there.model)}; remove it{self._or_out()}"
+            )
         if there is None or same_slice(there, self.header):
             return there is not None
         if not self.of_cache:
@@ -157,7 +171,7 @@ class LocalSlice:
     def _others(self) -> list[Path]:
         """Slices that may be of the same model: beside ours (the one that ours will replace, too), and in the cache."""
         found = [*self.path.parent.glob("rank-*.h5"), *model_folders(self.header.fingerprint, "rank-*.h5")]
-        return sorted({path.resolve() for path in found if parse_slice_name(path.name) is not None})
+        return sorted({Path(os.path.realpath(path)) for path in found if parse_slice_name(path.name) is not None})
 
     def finish(self) -> None:
         """All that was missing is written: have it on the disk."""
@@ -186,10 +200,22 @@ def is_good(path: Path, header: Header) -> bool:
     return there is not None and same_slice(there, header)
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a file that cannot be opened as a slice was one once, or is empty. Raises OSError where it cannot be read."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        beginning = file.read(MOST_SEARCHED_BYTES)
+    return not beginning or HEADER_MARK in beginning or all(name in beginning for name in OBJECT_NAMES)
+
+
 def _header_of(path: Path) -> Header | None:
     """Of the slice that is there, if one is. Raises SliceError."""
-    if not path.exists():
-        return None
+    try:
+        if not path.exists():
+            return None
+    except OSError as error:  # of a folder that may not be searched
+        raise unreadable(path, error.errno or errno.EIO) from error
     with closing(SliceFile(path)) as file:
         return file.header
 

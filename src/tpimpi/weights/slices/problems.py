@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shlex
 import stat
@@ -55,6 +56,17 @@ def missing(path: Path) -> SliceError:
         f"slice file {path} is missing; make it with: python -m tpimpi slice --out {folder} (under mpirun as in a run, "
         "with its --model, --format and --shares), or copy it there from the host that has it"
     )
+
+
+def in_words(error: Exception) -> str:
+    """What is wrong with a file that raised this when it was opened, in plain words."""
+    if isinstance(error, UnicodeDecodeError | json.JSONDecodeError | RecursionError):
+        return "its header is no JSON"
+    if isinstance(error, KeyError):
+        return str(error.args[0]) if "object" in str(error) else f"its header has no {error}"  # HDF5 speaks of objects
+    if isinstance(error, ValueError | OSError | RuntimeError) and "values to unpack" not in str(error):
+        return str(error)  # ours, and what HDF5 says
+    return "its header holds other values than a slice's"
 
 
 def broken(path: Path, what: str) -> SliceError:

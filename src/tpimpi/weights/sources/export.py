@@ -30,6 +30,7 @@ from tpimpi.models.architectures import ARCHITECTURES
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.tensors import hf_name, interleaved_heads, model_tensors
 from tpimpi.system.disk import disk_full, storage_error
+from tpimpi.system.files import check_folder as check_is_folder
 from tpimpi.weights.sources.synthetic import SyntheticSource
 
 Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
@@ -76,6 +77,7 @@ def check_gguf(config: ModelConfig, fmt: str, path: Path) -> None:
         raise InputError(f"--out is {path}, must be the name of a file that ends in .gguf")
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise InputError(f"--out {path} is there and is no regular file; give another name, or remove it")
+    check_is_folder(path.parent, "--out")
     block = FORMATS[fmt].block_weights
     for size in (config.hidden, config.intermediate, config.heads * config.head_dim):
         if size % block:
@@ -188,10 +190,9 @@ def _rope_factors(config: ModelConfig) -> F32 | None:
 
 def check_folder(folder: Path) -> None:
     """Raise InputError where the folder holds anything but an older model of ours: nobody's weights are written over."""
-    if not folder.exists() and not folder.is_symlink():
+    check_is_folder(folder, "--out")
+    if not folder.exists():
         return
-    if not folder.is_dir():
-        raise InputError(f"--out {folder} is there and is no folder; give another name, or remove it")
     found = sorted(path.name for path in folder.iterdir())
     try:
         ours = not found or _MARK_KEY in json.loads((folder / "config.json").read_bytes())

@@ -1,0 +1,34 @@
+"""The files that a run writes: each can be written, and none takes the place of another that is used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from tpimpi.cli.options import OutputOptions
+from tpimpi.errors import InputError
+from tpimpi.system.files import check_writable
+from tpimpi.system.own_files import TRACE
+
+
+def check_outputs(output: OutputOptions, read: Sequence[str | None], session: str | None = None) -> None:
+    """Raise InputError where a file that is to be written cannot be, or would replace another that this run uses: one that
+    is `read`, or the `session`."""
+    inputs = [path for path in read if path]
+    if output.report is not None:
+        check_writable(output.report, inputs=inputs)
+    if output.trace is not None:
+        check_writable(output.trace, "--trace", inputs, TRACE)
+    if output.plot is not None:
+        from tpimpi.diagnostics.plots import check_plot  # which most runs do without
+
+        check_plot(output.plot, "--plot", inputs)
+    written = {"--session": session, "--report": output.report, "--trace": output.trace, "--plot": output.plot}
+    taken: dict[Path, str] = {}
+    for option, given in written.items():
+        if given is None or (os.path.exists(given) and not os.path.isfile(given)):  # noqa: PTH110, PTH113
+            continue  # a device takes anything
+        other = taken.setdefault(Path(os.path.realpath(given)), option)  # never raises, as resolve() does
+        if other != option:
+            raise InputError(f"{other} and {option} are both {given}; give each a file of its own")
