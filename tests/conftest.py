@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import tests.support.drawn  # noqa: F401  (the profiles of hypothesis)
+from tests.support.forks import can_fork, run_forked, start
 from tests.support.launch import Launcher, Result, launcher, run_command
 from tests.support.ranks import Ranks
 
@@ -73,13 +74,21 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"TPIMPI_CACHE": str(tmp_path_factory.mktemp("cache")), "TPIMPI_MODEL": ""}
 
 
+@pytest.fixture(scope="session")
+def forks() -> None:
+    """The process that runs without a launcher are forked from."""
+    start()
+
+
 @pytest.fixture
-def tpimpi(cache: dict[str, str]) -> Callable[..., Result]:
+def tpimpi(cache: dict[str, str], forks: None) -> Callable[..., Result]:
     """Runs `python -m tpimpi ARGUMENTS` without a launcher."""
 
     def run(*arguments: str, env: Mapping[str, str] | None = None, **options: object) -> Result:
-        command = [sys.executable, "-m", "tpimpi", *arguments]
-        return run_command(command, env={**cache, **(env or {})}, **options)  # type: ignore[arg-type]
+        variables = {**cache, **(env or {})}
+        if can_fork(variables):
+            return run_forked(arguments, env=variables, **options)  # type: ignore[arg-type]
+        return run_command([sys.executable, "-m", "tpimpi", *arguments], env=variables, **options)  # type: ignore[arg-type]
 
     return run
 

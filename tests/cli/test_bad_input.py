@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tests.support.cli_cases import PROMPT
 from tests.support.launch import Launcher, Result, run_command
 from tests.support.messages import assert_one_line
+from tests.support.ranks import Ranks
 from tests.support.tiny_models import write_tiny_hf
 from tpimpi.weights.make import choose_formats, slice_model
 from tpimpi.weights.slices.file import SliceFile
@@ -117,17 +118,17 @@ def test_a_bad_option_is_one_line(
     ],
 )
 def test_under_a_launcher_rank_0_alone_says_it(
-    mpirun: Launcher, cache: dict[str, str], tiny: Path, arguments: list[str], pattern: str
+    on_ranks: Ranks, cache: dict[str, str], tiny: Path, arguments: list[str], pattern: str
 ) -> None:
-    result = mpirun(2, "-m", "tpimpi", *arguments, env={**cache, "TPIMPI_MODEL": str(tiny)}, timeout=60)
+    result = on_ranks(2, "-m", "tpimpi", *arguments, env={**cache, "TPIMPI_MODEL": str(tiny)}, timeout=60)
     assert_one_line(result, pattern)
     assert result.our_lines[0].startswith("r0 ")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["slice", "--help"], ["inspect", "--help"]])
 @pytest.mark.slow_but("arguments0")
-def test_help_is_not_an_error(tpimpi: Callable[..., Result], mpirun: Launcher, arguments: list[str]) -> None:
-    for result in (tpimpi(*arguments), mpirun(2, "-m", "tpimpi", *arguments, timeout=60)):
+def test_help_is_not_an_error(tpimpi: Callable[..., Result], on_ranks: Ranks, arguments: list[str]) -> None:
+    for result in (tpimpi(*arguments), on_ranks(2, "-m", "tpimpi", *arguments, timeout=60)):
         assert result.code == 0
         assert result.out.count("tpimpi") >= 1
         assert result.our_lines == []

@@ -143,6 +143,7 @@ def test_a_cache_that_is_a_file_is_refused(tpimpi, tiny: Path, tmp_path: Path, p
 
 
 @pytest.mark.alone
+@pytest.mark.slow_but("15")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_slicing_leaves_what_can_go_on(smollm2: Path, tmp_path: Path, number: signal.Signals) -> None:
     # f32 takes longer than this test does to notice that it has begun.
@@ -159,6 +160,7 @@ def test_a_signal_while_slicing_leaves_what_can_go_on(smollm2: Path, tmp_path: P
     assert left <= {f".rank-{rank}-of-2.h5.partial" for rank in range(2)}
 
 
+@pytest.mark.slow_but("h5py")
 @pytest.mark.parametrize("package", ["h5py", "torch"])
 def test_a_package_missing_on_one_rank_is_one_line(
     mpirun: Launcher, cache, tiny: Path, tmp_path: Path, package: str

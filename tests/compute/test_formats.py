@@ -191,6 +191,7 @@ def test_a_scale_that_is_no_number_is_found(fmt: str) -> None:
 
 
 @pytest.mark.parametrize("fmt", EVERY_FORMAT)
+@pytest.mark.slow_but("q8_0", "q4_k")
 def test_converting_needs_little_beside_its_result(fmt: str) -> None:
     quick = fmt in ("f32", "bf16", "f16", *QUANTIZED)  # the others are quantized with NumPy: few rows show it too
     numbers = np.random.default_rng(3).standard_normal((4096 if quick else 256, 2048), dtype=np.float32)

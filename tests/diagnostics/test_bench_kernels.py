@@ -80,6 +80,7 @@ def test_the_last_level_cache_is_found(tmp_path: Path) -> None:
     assert last_level_cache(4, tmp_path) == 32 << 20
 
 
+@pytest.mark.slow_but("None")
 @pytest.mark.parametrize("backend", [None, *(name for name in BACKEND_NAMES if name not in ("auto", "native"))])
 def test_every_row_is_there(tpimpi: Callable[..., Result], tmp_path: Path, backend: str | None) -> None:
     report = tmp_path / "bench.json"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import Launcher, Result
+from tests.support.launch import Result
 from tests.support.prediction import WORKLOAD, predictor, speed
 from tests.support.ranks import Ranks
 from tpimpi.diagnostics.options import MeasureOptions
@@ -260,7 +260,7 @@ def test_plan_of_three_ranks(on_ranks: Ranks, tmp_path: Path, cache: dict[str, s
     equal = [plan for plan in plans if plan["kind"] == "equal"]
     # Every rank holds its part of 2 layers of 114 MB (q4_0), rank 0 the head (139 MB in q8_0) too, and all some 100 MB more.
     assert [len(plan["memory"]) for plan in equal] == [1, 2, 3]
-    assert 350e6 < equal[0]["memory"][0] < 800e6
+    assert 350e6 < equal[0]["memory"][0] < 900e6
     assert equal[2]["memory"][0] - equal[2]["memory"][1] == pytest.approx(139e6, rel=0.3)
     assert not (Path(cache["TPIMPI_CACHE"]) / "llama-2-7b").exists()
     for plan in plans:
@@ -322,8 +322,8 @@ def test_bad_input_is_one_line(tpimpi: Callable[..., Result], arguments: list[st
     assert line.startswith(f"tpimpi: {said}"), line
 
 
-def test_bad_input_under_mpirun_is_one_line(mpirun: Launcher, cache: dict[str, str]) -> None:
-    found = mpirun(2, "-m", "tpimpi", "plan", "--shape", "llama-2-7b", "--shares", "1", env=cache)
+def test_bad_input_under_mpirun_is_one_line(on_ranks: Ranks, cache: dict[str, str]) -> None:
+    found = on_ranks(2, "-m", "tpimpi", "plan", "--shape", "llama-2-7b", "--shares", "1", env=cache)
     assert found.code != 0
     (line,) = found.our_lines
     assert "--shares is '1', must be 2 numbers with commas between them" in line

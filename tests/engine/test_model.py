@@ -60,7 +60,7 @@ def _run(on_ranks: Ranks, ranks: int, jobs: list[dict[str, object]], folder: Pat
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
-@pytest.mark.slow_but("1", "3", "4")
+@pytest.mark.slow_but("3")
 def test_logits_are_those_of_transformers(on_ranks: Ranks, models, ranks: int, tmp_path: Path) -> None:
     wanted = MORE.get(ranks) or [(kind, [1] * ranks) for kind in TINY]
     jobs = []

@@ -94,7 +94,7 @@ def test_a_slice_that_is_written_over_while_all_tiles_are_pinned(runs: Runs, cop
 
 @on_one_and_two_ranks
 @pytest.mark.parametrize("how", ["replaced", "removed"])
-@pytest.mark.slow_but("removed-2")
+@pytest.mark.slow_but("removed-1")
 def test_a_slice_that_is_replaced_is_used_to_the_end(runs: Runs, copies, slices, how: str) -> None:
     folder = copies(runs.ranks)
     path = runs.slice_of_victim(folder)

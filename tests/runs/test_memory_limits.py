@@ -16,6 +16,7 @@ from tests.support.faults_cases import (
     on_one_and_two_ranks,
     on_one_rank,
 )
+from tests.support.ranks import Ranks
 from tpimpi.system.units import parse_size
 
 MB = 1_000_000
@@ -25,6 +26,7 @@ on_two_ranks = pytest.mark.parametrize("runs", RANKS[1:], indirect=True)
 
 
 @on_one_and_two_ranks
+@pytest.mark.slow_but("1")
 def test_less_memory_than_works_is_refused(runs: Runs) -> None:
     for size in ("1M", f"{runs.least - 10}M"):
         result = runs.run("--memory", size)
@@ -85,7 +87,6 @@ def test_a_size_for_each_rank(runs: Runs) -> None:
     assert re.match(r"r1 \S+: --memory is 3 MB, this rank needs at least \d+ MB ", result.our_lines[0])
 
 
-@on_two_ranks
 @pytest.mark.parametrize(
     ("options", "line"),
     [
@@ -96,8 +97,11 @@ def test_a_size_for_each_rank(runs: Runs) -> None:
         (["--memory", "auto", "--window", "all"], "--window all and --memory auto are both given; "),
     ],
 )
-def test_memory_that_makes_no_sense_is_one_line(runs: Runs, options: list[str], line: str) -> None:
-    result = runs.run(*options)
+def test_memory_that_makes_no_sense_is_one_line(
+    on_ranks: Ranks, cache: dict[str, str], tiny: Path, options: list[str], line: str
+) -> None:
+    arguments = ["-m", "tpimpi", "--model", str(tiny), "--prompt", "fox", "--max-tokens", "1", *options]
+    result = on_ranks(2, *arguments, env=cache)
     assert (result.code, result.out) == (2, ""), result.err
     assert len(result.our_lines) == 1 and line in result.our_lines[0], result.err
 

@@ -21,6 +21,7 @@ from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.names import slice_name
 
 PROMPT = "Zanzibar ornithologist whispers quixotic melodies about elderberries. Please continue the story."
+BETWEEN_MESSAGES = b"\xa5" * 16  # in no pattern: what is found is within one message
 HIDDEN_SIZE, VOCAB, PROMPT_LIMIT = 576, 49152, 200
 
 Message = tuple[int, int, bytes]
@@ -94,12 +95,10 @@ def leaks(messages: list[Message], words: set[str], ids: list[int]) -> list[str]
         elif tag == ECHO:
             if len(data) not in (8, 32):
                 found.append(f"a ping of {len(data)} bytes to rank {destination}")
-        elif tag == BULK:
-            continue
-        else:
+        elif tag != BULK:
             found.append(f"an unknown tag {tag}")
-        found += [what for what, pattern in patterns if pattern in data]
-    return found
+    searched = BETWEEN_MESSAGES.join(data for _, tag, data in messages if tag != BULK)
+    return found + [what for what, pattern in patterns if pattern in searched]
 
 
 @pytest.fixture(scope="module")

@@ -145,6 +145,7 @@ def test_logits_are_the_same_to_the_bit_for_every_window(
         assert logits[window].tobytes() == logits["all"].tobytes(), f"window or pins {window}"
 
 
+@pytest.mark.slow
 def test_the_report_says_what_was_done(mpirun: Launcher, cache: dict[str, str], tmp_path: Path) -> None:
     report, prompt = tmp_path / "report.json", tmp_path / "prompt.txt"
     prompt.write_text("Count to twenty.")

@@ -55,7 +55,7 @@ class Ranks:
         except BaseException:
             group.close()
             raise
-        if result.code == 0:
+        if result.code in (0, 2) and group.is_whole:  # done, or refused before it began
             self._groups[ranks] = group
         else:  # whatever it left behind is nobody's trouble
             group.close()
@@ -75,6 +75,7 @@ class _Group:
         self._said = self._folder / "launcher"  # a file: text then comes from each rank's own streams
         self._pids: list[int] = []
         self._connections: list[Connection] = []
+        self.is_whole = True  # every rank is there and has ended the last program by itself
         address = str(self._folder / "socket")
         with Listener(address, "AF_UNIX", backlog=ranks) as listener, self._said.open("w") as said:
             self._process = subprocess.Popen(
@@ -122,7 +123,8 @@ class _Group:
                 }
             )
         code, all_ended = self._codes(time.monotonic() + timeout)
-        if code != 0:
+        self.is_whole = code is not None and all_ended
+        if code not in (0, 2) or not self.is_whole:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 ended = self._process.wait(END_S)
                 code = ended if code is None and ended else code

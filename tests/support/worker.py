@@ -39,12 +39,12 @@ def _run(request: dict[str, Any]) -> int:
         opened = os.open(name, flags)
         os.dup2(opened, number)
         os.close(opened)
-    sys.stdin, sys.stdout, sys.stderr = (_stream(number) for number in range(3))
+    sys.stdin, sys.stdout, sys.stderr = (open_stream(number) for number in range(3))
     os.environ.update(request["env"])
     if request["cwd"]:
         os.chdir(request["cwd"])
     try:
-        return _program(request["arguments"])
+        return program(request["arguments"])
     finally:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
@@ -58,11 +58,13 @@ def _run(request: dict[str, Any]) -> int:
         os.environ.update(environment)
 
 
-def _stream(number: int) -> io.TextIOWrapper:
+def open_stream(number: int) -> io.TextIOWrapper:
+    """Text on this file descriptor, as Python opens it at its start."""
     return io.TextIOWrapper(io.FileIO(number, "r" if number == 0 else "w", closefd=False), line_buffering=True)
 
 
-def _program(arguments: list[str]) -> int:
+def program(arguments: list[str]) -> int:
+    """Run `python ARGUMENTS` here: its exit code."""
     try:
         if arguments[0] == "-m":
             sys.argv = arguments[1:]

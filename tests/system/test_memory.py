@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import platform
+import sys
 from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
@@ -13,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.drawn import examples
+from tests.support.launch import run_command
 from tests.support.memory_cases import GB, HOST, MB
 from tpimpi.engine.budget import RESERVE_BYTES, Needs, divide, make_budget, per_rank
 from tpimpi.errors import InputError
@@ -20,6 +23,24 @@ from tpimpi.system.memory import JOB, Place, headroom, places, resident_bytes
 from tpimpi.system.units import megabytes_up, parse_size, show_size
 
 pytestmark = pytest.mark.usefixtures("host")
+
+
+# This process
+
+FREED_AND_RELEASED = """
+from tpimpi.system.memory import release_freed_memory, resident_bytes
+kept = [bytearray(4000) for _ in range(16_000)]
+del kept[:-1]  # what stays lies at the end of the heap, so the C library gives nothing back by itself
+before = resident_bytes()
+release_freed_memory()
+print(before - resident_bytes())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    result = run_command([sys.executable, "-c", FREED_AND_RELEASED], env={})
+    assert int(result.out) > 50e6, result.err
 
 
 # Sizes

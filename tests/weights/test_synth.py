@@ -104,6 +104,7 @@ def test_a_seed_gives_these_numbers_for_ever(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fmt", EVERY_FORMAT)
+@pytest.mark.slow_but("bf16", "q4_1")
 def test_numbers_are_about_gaussian_and_bf16(tmp_path: Path, fmt: str) -> None:
     config = write_config(tmp_path, "llama-bias", intermediate_size=4096, vocab_size=20_000)
     for name, values in numbers_of(made(config, fmt)).items():
@@ -135,6 +136,7 @@ def test_rows_and_tensors_differ_and_are_not_related(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fmt", EVERY_FORMAT)
+@pytest.mark.slow_but("q4_0", "q4_k")
 def test_rows_do_not_depend_on_how_they_are_asked_for(tmp_path: Path, fmt: str) -> None:
     config = write_config(tmp_path, "qwen2", hidden_size=264, head_dim=24)  # 264 is no multiple of 32
     whole, other = made(config, fmt), made(config, fmt)

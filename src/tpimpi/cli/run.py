@@ -29,6 +29,7 @@ from tpimpi.serving.sampling import make_sampler
 from tpimpi.serving.session import Session, Turn
 from tpimpi.star import Star
 from tpimpi.star.control import stop_others_on_error
+from tpimpi.system.memory import release_freed_memory
 from tpimpi.system.terminal import Input
 
 AFTER_CTRL_C_S = 0.5  # Open MPI's launcher first ends standard input, then the ranks
@@ -85,6 +86,7 @@ def load(star: Star, job: Job) -> tuple[RunOptions, LLM, Turn | None]:
         quiet=quiet,
         trace=options.output.trace is not None,
     )
+    release_freed_memory()  # of the model's file
     engine = startup.open_engines(star, config)
     tokenizer, tokenizer_bytes = load_tokenizer_of_slices(engine.file, template)
     conversation = Conversation.begin(engine.header, tokenizer, params, session)

@@ -17,7 +17,7 @@ from tpimpi.serving.session import Turn
 from tpimpi.serving.text.load import tokenizer_of_slices
 from tpimpi.serving.text.token_ids import TokenIds
 from tpimpi.serving.text.tokenizer import Tokenizer
-from tpimpi.system.memory import resident_bytes
+from tpimpi.system.memory import release_freed_memory, resident_bytes
 from tpimpi.weights.slices.file import SliceFile
 
 
@@ -26,6 +26,7 @@ def load_tokenizer_of_slices(file: SliceFile, chat_template: str | None = None) 
     it takes; nothing else may be loading now."""
     before = resident_bytes()
     tokenizer = tokenizer_of_slices(file.tokenizer_assets(), file.header.config.vocab, chat_template)
+    release_freed_memory()
     return tokenizer, max(0, resident_bytes() - before)
 
 
