@@ -246,9 +246,20 @@ def test_a_tokenizer_that_no_run_can_use_is_a_reason(model: Path, tmp_path: Path
     assert told_of(model, tmp_path, check_tokenizer=refuse)["why_not"] == "no such tokenizer"
 
 
+def test_a_folder_without_its_config_is_told(model: Path, tmp_path: Path) -> None:
+    shutil.copy(model / "model.safetensors", tmp_path)
+    with pytest.raises(ModelError, match=r"holds safetensors and no config\.json; download"):
+        inspect(tmp_path, verify=False)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="holds no model and no slices"):
+        inspect(tmp_path, verify=False)
+
+
 def test_a_folder_of_a_hugging_face_cache_is_told(model: Path, tmp_path: Path) -> None:
     snapshots = tmp_path / "models--a--b" / "snapshots"
     shutil.copytree(model, snapshots / "c")
     assert told_of(snapshots, tmp_path)["name"] == "b"
-    with pytest.raises(ModelError, match="is a Hugging Face cache, of 1 model"):
-        inspect(tmp_path, verify=False)
+    with pytest.raises(ModelError, match="is a Hugging Face cache, of 1 model") as caught:
+        inspect(tmp_path, verify=False, json=tmp_path / "told.json")
+    found = json.loads((tmp_path / "told.json").read_text())
+    assert (found["model"], found["problem"]) == (None, str(caught.value))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from tests.support.sources_cases import edit_tensors, refusal, state_dict, write_tiny_gguf
+from tests.support.sources_cases import F32, edit_tensors, refusal, state_dict, write_tiny_gguf
 from tests.support.tiny_models import write_tiny_hf
 from tpimpi.models.tensors import expected_tensors
 from tpimpi.weights.make import choose_formats, make_header
@@ -88,3 +91,24 @@ def test_a_model_is_called_as_its_folder_or_file(llama: Path, monkeypatch: pytes
         with open_source(llama) as source:  # which finds M.GGUF too
             assert source.path.name == name
         (llama / name).unlink()
+
+
+def test_a_window_in_a_llama_gguf_is_mistrals(tmp_path: Path) -> None:
+    """Mistral's files are of architecture llama: what they hold is what transformers computes, the window included."""
+    rope = {"rope_type": "default", "rope_theta": 5000.0}
+    directory = write_tiny_hf(tmp_path / "hf", "mistral-window", num_hidden_layers=2, rope_parameters=rope)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    tensors = {
+        str(names.get_name(name, try_suffixes=(".weight",))): values
+        for name, values in load_file(directory / "model.safetensors").items()
+    }
+    path = write_tiny_gguf(
+        tmp_path / "m.gguf", tensors=tensors, kind=F32, edit=lambda writer: writer.add_sliding_window(7)
+    )
+    with open_source(path) as file, open_source(directory) as theirs:
+        assert replace(file.config, architecture="mistral") == theirs.config and theirs.config.attention_windows == (
+            7,
+            7,
+        )
+        for name in theirs.tensors():
+            np.testing.assert_array_equal(file.read(name), theirs.read(name))

@@ -59,6 +59,10 @@ def test_paths_that_are_no_model(tmp_path: Path, pristine: Path) -> None:
     assert "no GGUF file" in refusal(pristine / "config.json")
     assert "neither a directory nor a file" in refusal(Path("/dev/null"))
     assert "give a .gguf file" in refusal(pristine / "model.safetensors")
+    (tmp_path / "consolidated.safetensors").write_bytes(b"")
+    assert "holds safetensors and no config.json; download" in refusal(tmp_path)
+    (tmp_path / "adapter_config.json").write_bytes(b"{}")
+    assert "holds an adapter" in refusal(tmp_path) and "merge it into its model" in refusal(tmp_path)
     for name in ("a.gguf", "b.gguf"):
         write_tiny_gguf(tmp_path / name)
     assert "2 .gguf files (a.gguf, b.gguf" in refusal(tmp_path)

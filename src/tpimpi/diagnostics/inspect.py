@@ -61,15 +61,17 @@ def _inspect(path: Path, found: dict[str, Any], *, verify: bool, check_tokenizer
     elif names is not None and not _has_model(path, names):
         raise InputError(f"{path} holds no model and no slices (rank-R-of-N.h5); give a folder or file that does")
     else:
-        found["model"] = {}
-        inspect_model(path, found["model"], verify=verify, check_tokenizer=check_tokenizer)
+        told: dict[str, Any] = {}
+        try:
+            inspect_model(path, told, verify=verify, check_tokenizer=check_tokenizer)
+        finally:
+            found["model"] = told or None
 
 
 def _has_model(path: Path, names: list[str]) -> bool:
     """Whether a folder that holds these names holds a model, or is one of a Hugging Face cache."""
-    return (
-        any(name == "config.json" or name.lower().endswith(".gguf") for name in names) or resolve_folder(path) != path
-    )
+    known = any(name == "config.json" or name.lower().endswith((".gguf", ".safetensors")) for name in names)
+    return known or resolve_folder(path) != path
 
 
 def _names(path: Path) -> list[str] | None:

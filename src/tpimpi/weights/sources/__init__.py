@@ -105,5 +105,14 @@ def _in_directory(path: Path) -> Path:
         return chosen
     if (resolved := resolve_folder(path)) != path:
         return _in_directory(resolved)
+    if not found and is_file(path / "adapter_config.json"):
+        raise ModelError(
+            f"{path}: holds an adapter (adapter_config.json), which changes a model and is none; merge it into its model "
+            f"(merge_and_unload of peft) and save that"
+        )
+    if not found and listed(path, ".safetensors"):
+        raise ModelError(
+            f"{path}: holds safetensors and no config.json; download the model's config.json and tokenizer into it too"
+        )
     what = f"{len(found)} .gguf files ({', '.join(file.name for file in found[:3])}, …)" if found else "no .gguf"
     raise ModelError(f"{path}: holds no config.json and {what}; give a Hugging Face directory or one .gguf file")
