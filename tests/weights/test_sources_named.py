@@ -106,9 +106,8 @@ def test_a_window_in_a_llama_gguf_is_mistrals(tmp_path: Path) -> None:
         tmp_path / "m.gguf", tensors=tensors, kind=F32, edit=lambda writer: writer.add_sliding_window(7)
     )
     with open_source(path) as file, open_source(directory) as theirs:
-        assert replace(file.config, architecture="mistral") == theirs.config and theirs.config.attention_windows == (
-            7,
-            7,
-        )
+        assert np.float32(theirs.config.norm_eps) == np.float32(file.config.norm_eps)
+        same = replace(file.config, architecture="mistral", norm_eps=theirs.config.norm_eps)  # GGUF has it as f32
+        assert same == theirs.config and theirs.config.attention_windows == (7, 7)
         for name in theirs.tensors():
             np.testing.assert_array_equal(file.read(name), theirs.read(name))
