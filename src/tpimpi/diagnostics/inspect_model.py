@@ -26,21 +26,24 @@ CheckTokenizer = Callable[[dict[str, bytes], int], object]
 def inspect_model(path: Path, told: dict[str, Any], *, verify: bool, check_tokenizer: CheckTokenizer) -> None:
     """Print what the model at `path` is and put the same into `told`; with `verify` read every tensor.
 
-    Raises ModelError (after the table, where there is one) for a model that tpimpi does not run, or that is broken.
+    Raises ModelError (after the table, where there is one) for a model that tpimpi does not compute, or that is broken; one
+    that only has no tokenizer, as those of `synth`, is shown with that.
     """
     facts = describe_model(path)
     told |= _as_json(path, facts)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("kind", shown(facts.kind))
+    without: ModelError | None = None
     try:
         with open_source(path) as source:
             problem = _source(source, told, table, facts, verify=verify)
-            problem = problem or _tokenizer_problem(source, check_tokenizer)
+            without = _tokenizer_problem(source, check_tokenizer)
     except ModelError as error:
         problem = error
         _unknown(path, facts, table)
-    told |= {"runs": problem is None, "why_not": None if problem is None else str(problem)}
-    table.add_row("runs", "yes" if problem is None else "no, see below")
+    why_not = problem or without
+    told |= {"runs": why_not is None, "why_not": None if why_not is None else str(why_not)}
+    table.add_row("runs", "yes" if why_not is None else "no, see below" if problem else f"no: {shown(str(without))}")
     print_table(table, WIDTH)
     if problem is not None:
         raise problem
