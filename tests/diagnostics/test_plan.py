@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import Result
+from tests.support.launch import Launcher, Result
 from tests.support.prediction import WORKLOAD, predictor, speed
 from tests.support.ranks import Ranks
 from tpimpi.diagnostics.options import MeasureOptions
@@ -246,10 +246,10 @@ def test_plan_of_a_prompt_that_is_computed_in_halves(on_ranks: Ranks, tmp_path: 
         assert plan["first_token_s"] > plan["s_per_token"] > 0
 
 
-def test_plan_of_three_ranks(on_ranks: Ranks, tmp_path: Path, cache: dict[str, str]) -> None:
+def test_plan_of_three_ranks(mpirun: Launcher, tmp_path: Path, cache: dict[str, str]) -> None:
     report = tmp_path / "plan.json"
     arguments = ("--shape", "llama-2-7b", "--layers", "2", "--shares", "5,4,3", "--threads", "1", "--json", str(report))
-    found = on_ranks(3, "-m", "tpimpi", "plan", *arguments, env=cache)
+    found = mpirun(3, "-m", "tpimpi", "plan", *arguments, env=cache)  # its memory is that of processes of their own
     assert found.code == 0, found.err
     for ranks in (1, 2, 3):
         row = row_of(found.out, ranks, ",".join("1" * ranks))
@@ -260,7 +260,7 @@ def test_plan_of_three_ranks(on_ranks: Ranks, tmp_path: Path, cache: dict[str, s
     equal = [plan for plan in plans if plan["kind"] == "equal"]
     # Every rank holds its part of 2 layers of 114 MB (q4_0), rank 0 the head (139 MB in q8_0) too, and all some 100 MB more.
     assert [len(plan["memory"]) for plan in equal] == [1, 2, 3]
-    assert 350e6 < equal[0]["memory"][0] < 900e6
+    assert 350e6 < equal[0]["memory"][0] < 800e6
     assert equal[2]["memory"][0] - equal[2]["memory"][1] == pytest.approx(139e6, rel=0.3)
     assert not (Path(cache["TPIMPI_CACHE"]) / "llama-2-7b").exists()
     for plan in plans:
@@ -308,7 +308,7 @@ def test_ranks_without_room_are_said(tpimpi: Callable[..., Result]) -> None:
             "--context is 5000, this model has 4096 positions; give at most",
         ),
         (["--shape", "llama-2-7b", "--memory", "1G,2G"], "--memory has 2 sizes, this run has 1 ranks; "),
-        (["--shape", "llama-2-7b", "--format", "q3"], "format is 'q3', must be auto, f32"),
+        (["--shape", "llama-2-7b", "--format", "q3"], "--format is 'q3', must be auto, f32"),
         (
             ["--shape", "llama-2-7b", "--json", "/proc/nowhere/plan.json"],
             "--json /proc/nowhere/plan.json: there is no folder",

@@ -45,6 +45,8 @@ def test_missing_model(tmp_path: Path) -> None:
 
 def test_names_that_no_cache_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     message = refusal(Path("org/Model-1.5"))
     assert (
         f"org/Model-1.5 is neither a folder nor in the Hugging Face cache, {tmp_path}; download it (hf download"

@@ -134,7 +134,7 @@ def test_nobodys_weights_are_written_over(tmp_path: Path) -> None:
     config.unlink()
     with pytest.raises(InputError, match=r"holds 'model-00001-of-00001\.safetensors' and no config"):
         export.write_hf(source, out, lambda done, total: None)
-    with pytest.raises(StorageError, match=r"cannot write .*: File name too long; choose another place with --out"):
+    with pytest.raises(InputError, match=r"--out …x+: File name too long; give a shorter path"):
         export.write_hf(source, tmp_path / ("x" * 300), lambda done, total: None)
     with pytest.raises(InputError, match="is no folder"):
         export.write_hf(source, tmp_path / "shape" / "config.json", lambda done, total: None)

@@ -81,7 +81,8 @@ def run_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"tpimpi {__version__}")
     add_model(parser)
-    _add_prompt_and_answer(parser)
+    _add_prompt(parser)
+    _add_answer(parser)
     add_computing(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--quiet", action="store_true", help="only the text, and errors")
@@ -127,7 +128,7 @@ def add_shares(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> Non
     )
 
 
-def _add_prompt_and_answer(parser: argparse.ArgumentParser) -> None:
+def _add_prompt(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("prompt")
     group.add_argument(
         "--prompt", metavar="TEXT", help="stands in the process list of every host, so only for one host"
@@ -153,6 +154,9 @@ def _add_prompt_and_answer(parser: argparse.ArgumentParser) -> None:
         help="keep the conversation in this file, and go on where it ends, in mid-answer too; read and written by rank 0 "
         "alone, with the sampling options that it was begun with",
     )
+
+
+def _add_answer(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("answer")
     group.add_argument(
         "--max-tokens",
