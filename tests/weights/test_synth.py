@@ -115,9 +115,13 @@ def test_numbers_are_about_gaussian_and_bf16(tmp_path: Path, fmt: str) -> None:
             assert 1.1 < values.max() <= 1.5
         elif values.ndim > 1:
             error = SIGMA / values.size**0.5
-            assert abs(values.mean()) < 5 * error + 2e-5, name  # the pool's own mean is not quite 0
+            # The pool's own mean is not quite 0; numbers of iq4 and q2_k lie otherwise below 0 than above it.
+            assert abs(values.mean()) < 5 * error + (4e-4 if fmt in ("iq4_nl", "iq4_xs", "q2_k") else 2e-5), name
             few = fmt == "mxfp4"  # its greatest number is 2.3 standard deviations
-            assert values.std() == pytest.approx(SIGMA, rel=0.1 if few else 0.02), name
+            spread = {"mxfp4": 0.1, "q2_k": 0.1, "q3_k": 0.03}.get(
+                fmt, 0.02
+            )  # steps as wide as a part of the deviation
+            assert values.std() == pytest.approx(SIGMA, rel=spread), name
             fourth = np.mean(((values - values.mean()) / values.std()) ** 4)  # 3 for a Gaussian
             assert (2 if few else 2.6) < fourth < 3.1, (name, fourth)
         else:
