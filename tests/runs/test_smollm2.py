@@ -23,7 +23,7 @@ PROMPTS = [
     "Write a short poem about the sea.",
     "List three prime numbers and explain why 9 is not one.",
 ]
-TOKENS = 64
+TOKENS = 40
 CLOSE = 0.002  # two best logits nearer than this may change places when sums are ordered differently
 
 
