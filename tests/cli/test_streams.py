@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import pty
-import select
 import signal
 import subprocess
 import sys
-import termios
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +16,7 @@ from tests.support.cli_cases import PROMPT, _assert_gone
 from tests.support.launch import Launcher, run_command
 from tests.support.messages import assert_one_line
 from tests.support.ranks import Ranks
+from tests.support.terminal import terminal
 from tpimpi.system.launcher import launched_size
 
 
@@ -210,42 +206,15 @@ def test_how_many_ranks_there_are_is_for_their_own_launcher_to_say(
 
 
 def test_at_a_terminal_it_shows_a_prompt_streams_and_ends_with_ctrl_d(mpirun: Launcher, cache, smollm2: Path) -> None:
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        mpirun.command(2, ["-m", "tpimpi", "--max-tokens", "30", "--raw", "--ignore-eos"]),
-        env={**os.environ, **mpirun.env, **cache},
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(theirs, termios.TIOCSCTTY, 0),  # noqa: PLW1509  (nothing else runs yet)
-    )
-    os.close(theirs)
-    pieces: list[bytes] = []
-
-    def until(done: Callable[[bytes], bool]) -> None:
-        deadline = time.monotonic() + 120
-        while not done(b"".join(pieces)) and time.monotonic() < deadline:
-            if select.select([ours], [], [], 0.2)[0]:
-                try:
-                    pieces.append(os.read(ours, 4096))
-                except OSError:  # the other side is gone
-                    return
-
-    try:
-        until(lambda seen: seen.endswith(b"> "))
-        assert b"".join(pieces).endswith(b"> "), b"".join(pieces)
-        del pieces[:]
-        os.write(ours, b"One, two, three,\n")
-        until(lambda seen: seen.endswith(b"> "))
-        assert len(pieces) > 8, f"the answer did not stream: {pieces}"
-        os.write(ours, b"\x04")
-        until(lambda seen: process.poll() is not None)
-        assert process.wait(30) == 0
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        os.close(ours)
+    command = mpirun.command(2, ["-m", "tpimpi", "--max-tokens", "30", "--raw", "--ignore-eos"])
+    with terminal(command, {**mpirun.env, **cache}) as at:
+        at.until("> ", timeout=120)
+        before = at.pieces
+        at.type("One, two, three,\n")
+        answer = at.until("\n> ", timeout=120)
+        assert at.pieces - before > 8, f"the answer did not stream: {answer!r}"
+        at.type("\x04")
+        assert at.end()[0] == 0
 
 
 @pytest.mark.slow

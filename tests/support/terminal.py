@@ -17,10 +17,11 @@ from tests.support.launch import TIMEOUT
 
 
 class Terminal:
-    """A running program whose streams are a terminal. `seen` is all that it has shown."""
+    """A running program whose streams are a terminal. `seen` is all that it has shown, in so many `pieces`."""
 
     def __init__(self, process: subprocess.Popen[bytes], ours: int) -> None:
         self.process, self.ours = process, ours
+        self.pieces = 0
         self._shown, self._taken = b"", 0  # bytes so far, and how many of them were returned
 
     @property
@@ -34,6 +35,7 @@ class Terminal:
             if select.select([self.ours], [], [], 0.1)[0]:
                 try:
                     self._shown += os.read(self.ours, 4096)
+                    self.pieces += 1
                 except OSError:  # the program has ended
                     self.process.wait(timeout)
                     assert reached(), f"it ended without {what}: {self.seen!r}"

@@ -35,9 +35,8 @@ class NativeBackend:
 
     def linear(self, x: F32, weight: Matrix, bias: F32 | None = None) -> F32:
         y = np.empty((len(x), weight.rows), np.float32)
-        cut = {"first": weight.first} if weight.first else {}  # only of blocks of 256
         code = FORMATS[weight.format].kernel_code
-        self._session.linear(code, weight.rows, weight.columns, weight.data, x, bias, y, **cut)
+        self._session.linear(code, weight.rows, weight.columns, weight.data, x, bias, y, weight.first)
         return y
 
     def rms_norm(self, x: F32, weight: F32, eps: float) -> F32:

@@ -173,6 +173,32 @@ class SuperBlockFormat(BlockFormat):
         return numbers, own[:, :, 1:].view("<u4")
 
 
+class PairsOf6Bits(SuperBlockFormat):
+    """A format with two numbers of 6 bits for each unit: a scale and a minimum, or two scales."""
+
+    def scale_lines(self, units: int) -> int:
+        return pair_lines(units)
+
+    def pack_scales(self, scales: Bytes) -> Array:
+        return join_pairs_of_6_bits(scales)
+
+    def unpack_scales(self, words: Array, spare: Array, units: int) -> Bytes:
+        return split_pairs_of_6_bits(words, units)
+
+
+class PairsOfBytes(SuperBlockFormat):
+    """A format with two bytes for each unit, one for each 16 weights."""
+
+    def scale_lines(self, units: int) -> int:
+        return -(-units // 2)
+
+    def pack_scales(self, scales: Bytes) -> Array:
+        return join_pairs_of_bytes(scales)
+
+    def unpack_scales(self, words: Array, spare: Array, units: int) -> Bytes:
+        return split_pairs_of_bytes(words, units)
+
+
 def _among_zeros(part: Array, units: slice) -> Array:
     whole = np.zeros((*part.shape[:3], UNITS, part.shape[4]), part.dtype)
     whole[..., units, :] = part

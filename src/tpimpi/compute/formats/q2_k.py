@@ -15,12 +15,10 @@ from tpimpi.compute.formats import search_scales
 from tpimpi.compute.formats.blocks_of_256 import (
     UNITS,
     Fields,
-    SuperBlockFormat,
+    PairsOfBytes,
     join_in_fours,
-    join_pairs_of_bytes,
     put_words,
     split_in_fours,
-    split_pairs_of_bytes,
     words_at,
 )
 from tpimpi.compute.formats.q6_k import multiply_by_16
@@ -31,7 +29,7 @@ _GRIDS = ((0, 0), (0, -1), (-0.25, 0.25), (0, 0.5), (-0.5, 0), (-0.4, 0.4), (0.2
 _CODES, _D, _DMIN = 16, 80, 82  # where they begin in a block
 
 
-class _Q2K(SuperBlockFormat):
+class _Q2K(PairsOfBytes):
     def split(self, blocks: Bytes) -> Fields:
         pairs = words_at(blocks, _CODES, _D).reshape(*blocks.shape[:-1], 2, 8)
         return Fields(blocks[..., :_CODES].reshape(*blocks.shape[:-1], 8, 2), split_in_fours(pairs, 2, LOW_PAIRS))
@@ -39,15 +37,6 @@ class _Q2K(SuperBlockFormat):
     def join(self, fields: Fields, blocks: Bytes) -> None:
         blocks[..., :_CODES] = fields.scales.reshape(*blocks.shape[:-1], _CODES)
         put_words(blocks, _CODES, join_in_fours(fields.codes, 2))
-
-    def scale_lines(self, units: int) -> int:
-        return -(-units // 2)
-
-    def pack_scales(self, scales: Bytes) -> Array:
-        return join_pairs_of_bytes(scales)
-
-    def unpack_scales(self, words: Array, spare: Array, units: int) -> Bytes:
-        return split_pairs_of_bytes(words, units)
 
     def pack_codes(self, codes: Array) -> Array:
         return join_pairs(codes)

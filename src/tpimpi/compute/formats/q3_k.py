@@ -16,15 +16,12 @@ from tpimpi.compute.formats import search_scales
 from tpimpi.compute.formats.blocks_of_256 import (
     UNITS,
     Fields,
-    SuperBlockFormat,
+    PairsOf6Bits,
     join_in_eights,
     join_in_fours,
-    join_pairs_of_6_bits,
-    pair_lines,
     put_words,
     split_in_eights,
     split_in_fours,
-    split_pairs_of_6_bits,
     words_at,
 )
 from tpimpi.compute.formats.q6_k import multiply_by_16
@@ -35,7 +32,7 @@ _PAIRS, _SCALES, _D = 32, 96, 108  # where they begin in a block
 _TWO = np.uint32(2)
 
 
-class _Q3K(SuperBlockFormat):
+class _Q3K(PairsOf6Bits):
     def split(self, blocks: Bytes) -> Fields:
         pairs = words_at(blocks, _PAIRS, _SCALES).reshape(*blocks.shape[:-1], 2, 8)
         codes = split_in_fours(pairs, 2, LOW_PAIRS) | split_in_eights(words_at(blocks, 0, _PAIRS)) << _TWO
@@ -53,15 +50,6 @@ class _Q3K(SuperBlockFormat):
         blocks[..., _SCALES + 8 : _D] = 0
         for u in range(4):
             blocks[..., _SCALES + 8 : _D] |= (scales[..., 4 * u : 4 * u + 4] >> 4) << 2 * u
-
-    def scale_lines(self, units: int) -> int:
-        return pair_lines(units)
-
-    def pack_scales(self, scales: Bytes) -> Array:
-        return join_pairs_of_6_bits(scales)
-
-    def unpack_scales(self, words: Array, spare: Array, units: int) -> Bytes:
-        return split_pairs_of_6_bits(words, units)
 
     def pack_codes(self, codes: Array) -> Array:
         return np.concatenate([join_bits(codes >> _TWO & LOW_BITS), join_pairs(codes & LOW_PAIRS)], axis=-1)

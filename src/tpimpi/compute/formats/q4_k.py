@@ -16,9 +16,8 @@ from tpimpi.compute.formats import search_scales
 from tpimpi.compute.formats.blocks_of_256 import (
     UNITS,
     Fields,
-    SuperBlockFormat,
+    PairsOf6Bits,
     join_pairs_of_6_bits,
-    pair_lines,
     put_words,
     split_pairs_of_6_bits,
     words_at,
@@ -41,17 +40,8 @@ _GRIDS = (
 _SCALES, _CODES = 4, 16  # where they begin in a block
 
 
-class AffineSuperBlocks(SuperBlockFormat):
+class AffineSuperBlocks(PairsOf6Bits):
     """What q4_k and q5_k have in common: all but the codes."""
-
-    def scale_lines(self, units: int) -> int:
-        return pair_lines(units)
-
-    def pack_scales(self, scales: Bytes) -> Array:
-        return join_pairs_of_6_bits(scales)
-
-    def unpack_scales(self, words: Array, spare: Array, units: int) -> Bytes:
-        return split_pairs_of_6_bits(words, units)
 
     def code_range(self) -> tuple[int, int]:
         half = 1 << (self.unit_lines - 1)

@@ -17,12 +17,10 @@ from tpimpi.compute.formats import search_scales
 from tpimpi.compute.formats.blocks_of_256 import (
     UNITS,
     Fields,
-    SuperBlockFormat,
+    PairsOfBytes,
     join_in_fours,
-    join_pairs_of_bytes,
     put_words,
     split_in_fours,
-    split_pairs_of_bytes,
     words_at,
 )
 from tpimpi.compute.formats.words import (
@@ -41,7 +39,7 @@ _PAIRS, _SCALES, _D = 128, 192, 208  # where they begin in a block
 _FOUR = np.uint32(4)
 
 
-class _Q6K(SuperBlockFormat):
+class _Q6K(PairsOfBytes):
     def split(self, blocks: Bytes) -> Fields:
         nibbles = words_at(blocks, 0, _PAIRS).reshape(*blocks.shape[:-1], 2, 2, 8)
         codes = np.stack([nibbles & LOW_NIBBLES, nibbles >> _FOUR & LOW_NIBBLES], axis=-3)
@@ -69,15 +67,6 @@ class _Q6K(SuperBlockFormat):
         put_words(blocks, 0, nibbles[..., 0, :, :] | nibbles[..., 1, :, :] << _FOUR)
         put_words(blocks, _PAIRS, join_in_fours(fields.codes >> _FOUR & LOW_PAIRS, 2))
         blocks[..., _SCALES:_D] = fields.scales.reshape(*blocks.shape[:-1], 16)
-
-    def scale_lines(self, units: int) -> int:
-        return -(-units // 2)
-
-    def pack_scales(self, scales: Bytes) -> Array:
-        return join_pairs_of_bytes(scales)
-
-    def unpack_scales(self, words: Array, spare: Array, units: int) -> Bytes:
-        return split_pairs_of_bytes(words, units)
 
     def pack_codes(self, codes: Array) -> Array:
         return np.concatenate([join_pairs(codes >> _FOUR & LOW_PAIRS), join_nibbles(codes & LOW_NIBBLES)], axis=-1)
