@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,14 +102,7 @@ def _hf_templates(directory: Path) -> list[str]:
 
 
 def _gguf_format(tensor: GgufTensor) -> tuple[str, int]:
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    try:
-        kind = GGMLQuantizationType(tensor.kind)
-    except ValueError:
-        return f"type {tensor.kind}", 0
-    block, block_bytes = GGML_QUANT_SIZES[kind]
-    return kind.name.lower(), math.prod(tensor.shape) // block * block_bytes
+    return (f"type {tensor.kind}" if tensor.type is None else tensor.type.name), tensor.nbytes
 
 
 def _entry(entry: Mapping[str, Any]) -> tuple[str, int]:

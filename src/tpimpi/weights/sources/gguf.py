@@ -98,30 +98,26 @@ def _open_parts(parts: Sequence[GgufFile], files: Sequence[WeightFile]) -> Sourc
 def _gguf_stored(
     tensor: GgufTensor, canonical: str, file: WeightFile, heads: int = 0, permuted_rows: int = 0
 ) -> Stored:
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    try:
-        kind = GGMLQuantizationType(tensor.kind)
-    except ValueError:
+    kind = tensor.type
+    if kind is None:
         raise ModelError(
             f"{file.path}: tensor {shown(tensor.name)} is of type {tensor.kind}, which the gguf package does not know; "
             f"update it (pip install -U gguf), or take another file of the model"
-        ) from None
-    block, block_bytes = GGML_QUANT_SIZES[kind]
-    if tensor.shape[-1] % block:
-        raise ModelError(
-            f"{file.path}: tensor {shown(tensor.name)} has rows of {tensor.shape[-1]} numbers; type {kind.name} needs a "
-            f"multiple of {block}; {DOWNLOAD_AGAIN}"
         )
-    offset, size = file.header_end + tensor.offset, math.prod(tensor.shape) // block * block_bytes
+    if tensor.shape[-1] % kind.block:
+        raise ModelError(
+            f"{file.path}: tensor {shown(tensor.name)} has rows of {tensor.shape[-1]} numbers; type {kind.name.upper()} "
+            f"needs a multiple of {kind.block}; {DOWNLOAD_AGAIN}"
+        )
+    offset, size = file.header_end + tensor.offset, tensor.nbytes
     if offset + size > file.size:
         raise ModelError(
             f"{file.path}: tensor {shown(tensor.name)} needs bytes {offset} to {offset + size}, and the file has "
             f"{file.size}; {piece_of(file.path) or DOWNLOAD_AGAIN}"
         )
     # A vector's "row" is one number, so that runs of it are read as runs of rows.
-    row_bytes = math.prod(tensor.shape[1:]) // block * block_bytes
-    return Stored(TensorInfo(canonical, tensor.shape, kind.name.lower()), file, offset, row_bytes, heads, permuted_rows)
+    row_bytes = kind.nbytes(math.prod(tensor.shape[1:]))
+    return Stored(TensorInfo(canonical, tensor.shape, kind.name), file, offset, row_bytes, heads, permuted_rows)
 
 
 def _refuse_overlaps(stored: Iterable[Stored], gguf_name: Callable[[str], str]) -> None:

@@ -9,11 +9,12 @@ The header is parsed here and not by gguf.GGUFReader, which makes NumPy objects 
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from tpimpi.errors import ModelError
 from tpimpi.models.keys import MAX_LAYERS
@@ -37,6 +38,18 @@ class GgufArray:
         return f"an array of {self.count}"
 
 
+class GgufType(NamedTuple):
+    """A type of tensors: GGML's name, and the numbers and bytes of its blocks."""
+
+    name: str
+    block: int
+    block_bytes: int
+
+    def nbytes(self, numbers: int) -> int:
+        """Bytes of so many numbers, whole blocks."""
+        return numbers // self.block * self.block_bytes
+
+
 @dataclass(frozen=True)
 class GgufTensor:
     """A tensor info as it stands in the file; the shape is turned to [out, in]."""
@@ -45,6 +58,22 @@ class GgufTensor:
     shape: tuple[int, ...]
     kind: int
     offset: int  # bytes from the beginning of the file's data
+
+    @property
+    def type(self) -> GgufType | None:
+        """Its type; None where the gguf package does not know it."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        try:
+            kind = GGMLQuantizationType(self.kind)
+        except ValueError:
+            return None
+        return GgufType(kind.name.lower(), *GGML_QUANT_SIZES[kind])
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in the file; 0 where its type is not known."""
+        return 0 if self.type is None else self.type.nbytes(math.prod(self.shape))
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,7 @@ def _refuse_joined(part: GgufFile) -> None:
     """Parts written one behind the other look like the first, with more behind it."""
     file = part.file
     unit = alignment(part.metadata, file.path)
-    end = file.header_end + max((_end(tensor) for tensor in part.tensors.values()), default=0)
+    end = file.header_end + max((tensor.offset + tensor.nbytes for tensor in part.tensors.values()), default=0)
     for place in {end, -(-end // unit) * unit}:
         if place + len(MAGIC) <= file.size and file.read(place, len(MAGIC)).tobytes() == MAGIC:
             raise ModelError(
@@ -217,17 +217,3 @@ def _refuse_joined(part: GgufFile) -> None:
                 f"program reads; give --model the first part as it was downloaded, or join them with "
                 f"llama-gguf-split --merge FIRST-PART OUT"
             )
-
-
-def _end(tensor: GgufTensor) -> int:
-    """Where a tensor ends, in bytes from the beginning of the data; its beginning where its type is not known."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    try:
-        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.kind)]
-    except ValueError:
-        return tensor.offset
-    numbers = 1
-    for size in tensor.shape:
-        numbers *= size
-    return tensor.offset + numbers // block * block_bytes
