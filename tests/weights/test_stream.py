@@ -13,10 +13,10 @@ from tests.support.distribute_cases import by_one_process
 from tests.support.slices import datasets
 from tpimpi.errors import StarError
 from tpimpi.star.control import decode_note, to_json
-from tpimpi.weights.distribute import _receive
 from tpimpi.weights.locations import SliceLocation
 from tpimpi.weights.make import choose_formats, make_header
 from tpimpi.weights.notes import DistributeSlices
+from tpimpi.weights.receive import _receive
 from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import make_partition
@@ -138,7 +138,8 @@ def test_frames_that_make_no_sense_are_refused(tiles, tmp_path: Path) -> None:
 
 def test_a_header_is_the_same_on_both_ends(tiny: Path) -> None:
     """Rank 0 tells the others what a header is made of; each makes its own."""
-    from tpimpi.weights.distribute import _header_from, _job_note
+    from tpimpi.weights.distribute import _job_note
+    from tpimpi.weights.receive import _header_from
 
     with open_source(tiny) as source:
         plan, formats = make_partition(source.config, [1.5, 0.1, 7]), choose_formats(source, "q4_1")

@@ -14,8 +14,8 @@ from tpimpi.errors import StarError
 from tpimpi.star import Star
 from tpimpi.star import settle as link_settle
 from tpimpi.star.control import Proceed, Task, gather_notes, receive_note, receive_task, report_errors
-from tpimpi.weights import distribute
 from tpimpi.weights import notes as distribute_notes
+from tpimpi.weights import receive
 
 
 def _look_at_this_rank(star: Star, task: Task) -> None:
@@ -51,7 +51,7 @@ def _tell_slices(star: Star, task: Task) -> None:
 # What rank 0 may ask for before a run, or instead of one: by a note with the `task` of that name, which the function gets.
 # Modules that most runs do without are imported when they are needed, for the memory that they take.
 TASKS: dict[str, Callable[[Star, Task], None]] = {
-    distribute_notes.TASK: distribute.receive_slices,
+    distribute_notes.TASK: receive.receive_slices,
     link_settle.TASK: link_settle.follow,
     "doctor": _look_at_this_rank,
     "bench allreduce": _time_sums,

@@ -6,7 +6,8 @@ import itertools
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import fmean, median
+
+import numpy as np
 
 from tpimpi.engine.figures import RankFigures, disk_lines
 from tpimpi.star.tuning import describe_rule
@@ -43,7 +44,7 @@ class Answer:
         """From the monotonic times of the prompt being ready and of each token; `ended` is one of session.END_REASONS."""
         gaps = [b - a for a, b in itertools.pairwise(times)]
         first = times[0] - ready if times else None
-        middle, average = (median(gaps), fmean(gaps)) if gaps else (None, None)
+        middle, average = (float(np.median(gaps)), float(np.mean(gaps))) if gaps else (None, None)
         return cls(text, token_ids, prompt_tokens, first, middle, average, FINISH_REASONS[ended])
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from statistics import median
 
 import numpy as np
 
@@ -48,7 +47,7 @@ def ping_link(star: Star, rank: int) -> Ping:
     to_rate, to_moved = _rate(channel, rank, _UP, min(trips))
     from_rate, from_moved = _rate(channel, rank, _DOWN, min(trips))
     _ask(channel, rank, _END, 0)
-    return Ping(min(trips) / 2, median(trips) / 2, to_rate, from_rate, min(to_moved, from_moved))
+    return Ping(min(trips) / 2, float(np.median(trips)) / 2, to_rate, from_rate, min(to_moved, from_moved))
 
 
 def answer_link(star: Star) -> None:

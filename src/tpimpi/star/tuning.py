@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
 
 import numpy as np
 
@@ -164,7 +163,7 @@ class LinkMeasurement:
                 if turn:  # the first is for the links to begin to carry what they can, and for buffers
                     trips[name] += seconds
         for name, seconds in trips.items():
-            times[name].append((largest, median(seconds)))
+            times[name].append((largest, float(np.median(seconds))))
         return times
 
     def _candidates(self, count: int) -> list[str]:

@@ -8,41 +8,32 @@ messages for each rank, of 2 MiB (stream.MESSAGE_BYTES). A rank that has all of 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from tpimpi.errors import ModelError, StarError
-from tpimpi.models.config import ModelConfig
+from tpimpi.errors import ModelError
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.star import Star
 from tpimpi.star.control import (
     Done,
     Proceed,
-    Task,
-    gather_notes,
     on_every_rank,
-    receive_note,
-    receive_stop,
-    report_errors,
     send_note,
 )
 from tpimpi.system.disk import disk_full
 from tpimpi.system.terminal import progress_bar
-from tpimpi.weights.locations import SliceLocation, elsewhere
+from tpimpi.weights.locations import SliceLocation
 from tpimpi.weights.make import make_header
 from tpimpi.weights.notes import DistributeSlices, LookAtTiles, LookOn, SliceFound, TilesFound
+from tpimpi.weights.receive import LookingInTurns, publish, slice_found
 from tpimpi.weights.send import TileSender
 from tpimpi.weights.slices.header import Header
-from tpimpi.weights.slices.layout import slice_records
-from tpimpi.weights.slices.local import LocalSlice, tidy_up
-from tpimpi.weights.slices.partition import Partition, make_partition
-from tpimpi.weights.slices.writer import SliceWriter
+from tpimpi.weights.slices.local import LocalSlice
+from tpimpi.weights.slices.partition import Partition
 from tpimpi.weights.sources import Source
-from tpimpi.weights.stream import CHECKSUM, DATA, END, FAILED, StreamWriter, checksum_in, frames
+from tpimpi.weights.stream import StreamWriter
 
-TURN_S = 0.5  # of looking at files between two notes to rank 0
 MOST_RANKS_NAMED = 6  # in the title of the progress
 
 
@@ -71,9 +62,6 @@ class SliceOutcome:
         return f"{where}: {self.here} of {self.tiles} parts of its slice {were} there already, in slices made earlier"
 
 
-# Rank 0
-
-
 def distribute_slices(
     star: Star,
     source: Source,
@@ -85,7 +73,7 @@ def distribute_slices(
     quiet: bool = False,
     before: Callable[[], None] = lambda: None,
 ) -> list[SliceOutcome]:
-    """Rank 0: have every rank's slice on that rank's disk; the others call `receive_slices`. What each had, in rank order.
+    """Have every rank's slice on that rank's disk; the others call `receive.receive_slices`. What each had, in rank order.
 
     `before` is called before anything is made. With `verify` every tile that is there is read, and made again where it is
     broken. Raises ModelError, StorageError, InputError, StarError.
@@ -97,7 +85,7 @@ def distribute_slices(
         stack.callback(local.close)
         send_note(star, _job_note(header, location, verify=verify))
         _, others = on_every_rank(star, local.look, SliceFound)
-        slices = [_slice_found(star, local), *others]
+        slices = [slice_found(star, local), *others]
         if not verify and all(each.good for each in slices):
             send_note(star, LookAtTiles(prepare=False))
             return _outcomes(slices)
@@ -113,12 +101,12 @@ def distribute_slices(
         _make_missing(star, source, local, found, lacking, quiet=quiet)
         on_every_rank(star, local.finish, Done)
         send_note(star, Proceed())
-        on_every_rank(star, lambda: _publish(local), Done)
+        on_every_rank(star, lambda: publish(local), Done)
     return found
 
 
 def _job_note(header: Header, location: SliceLocation, *, verify: bool) -> DistributeSlices:
-    """What the other ranks need to know to call `receive_slices`: `_header_from` undoes it."""
+    """What the other ranks need to know to call `receive_slices`: `receive._header_from` undoes it."""
     return DistributeSlices(
         model=header.model,
         fingerprint=header.fingerprint,
@@ -201,7 +189,7 @@ def _prepare(
     """Every rank looks at its tiles, in turns of a moment, so that a long look is no silence. What they found in the end,
     and the tiles that ranks other than 0 lack."""
     total = sum(each.to_look for each in slices)
-    looking = _LookingInTurns(star, local)
+    looking = LookingInTurns(star, local)
     with progress_bar(f"looking at the tiles of {len(slices)} {_ranks(len(slices))}", quiet=quiet) as update:
         while True:
             _, others = on_every_rank(star, looking.a_turn, TilesFound)
@@ -213,135 +201,9 @@ def _prepare(
             if done:
                 if total:
                     update(total, total)
-                lacking = {rank: _indexes(note.missing) for rank, note in enumerate(others, start=1) if note.missing}
+                lacking = {
+                    rank: [index for first, last in note.missing for index in range(first, last)]
+                    for rank, note in enumerate(others, start=1)
+                    if note.missing
+                }
                 return [note.found for note in notes if note.found is not None], lacking
-
-
-class _LookingInTurns:
-    """`LocalSlice.prepare`, a moment at a time."""
-
-    def __init__(self, star: Star, local: LocalSlice) -> None:
-        self.star, self.local = star, local
-        self._work = local.prepare()
-        self._looked, self._ready = 0, False
-
-    def a_turn(self) -> None:
-        ends = time.monotonic() + TURN_S
-        while not self._ready and time.monotonic() < ends:
-            try:
-                self._looked += next(self._work)
-            except StopIteration:
-                self._ready = True
-
-    def note(self) -> TilesFound:
-        if not self._ready:
-            return TilesFound(self._looked)
-        missing = [] if self.local.writer is None else self.local.writer.missing
-        return TilesFound(self._looked, _slice_found(self.star, self.local), _as_runs(missing))
-
-
-def _slice_found(star: Star, local: LocalSlice) -> SliceFound:
-    return SliceFound(
-        host=star.rank.host,
-        folder=str(local.path.parent),
-        elsewhere=elsewhere(local.path),
-        tiles=len(local.header.records),
-        good=local.good,
-        complaint=local.complaint,
-        needed=local.needed,
-        free=local.free,
-        device=local.device,
-        to_look=local.to_look,
-        here=local.here,
-        broken=local.broken,
-    )
-
-
-def _as_runs(indexes: Sequence[int]) -> list[tuple[int, int]]:
-    """Ascending numbers as runs [first, behind the last]."""
-    runs: list[tuple[int, int]] = []
-    for index in indexes:
-        if runs and runs[-1][1] == index:
-            runs[-1] = (runs[-1][0], index + 1)
-        else:
-            runs.append((index, index + 1))
-    return runs
-
-
-def _indexes(runs: Sequence[Sequence[int]]) -> list[int]:
-    return [index for first, last in runs for index in range(first, last)]
-
-
-def _publish(local: LocalSlice) -> None:
-    local.publish()
-    tidy_up(local.path, local.header.fingerprint)
-
-
-# The other ranks
-
-
-def receive_slices(star: Star, task: Task) -> None:
-    """A rank other than 0: look at what is here of our slice, write what rank 0 sends. Raises StorageError, StarError."""
-    note = task.note(DistributeSlices)
-    with ExitStack() as stack:
-
-        def look() -> LocalSlice:
-            header = _header_from(note, star.rank.index, star.rank.size)
-            location = SliceLocation(note.folder, note.cache_name)
-            path, of_cache = location.path(header.rank, header.partition.ranks), location.folder is None
-            local = LocalSlice(path, header, verify=note.verify, of_cache=of_cache)
-            stack.callback(local.close)
-            local.look()
-            return local
-
-        local = report_errors(star, look)
-        gather_notes(star, _slice_found(star, local))
-        if not receive_note(star, LookAtTiles).prepare:
-            return
-        looking = _LookingInTurns(star, local)
-        more = True
-        while more:
-            report_errors(star, looking.a_turn)
-            gather_notes(star, looking.note())
-            more = receive_note(star, LookOn).more
-        if local.writer is not None and local.writer.missing:
-            _receive(star, local.writer)
-        report_errors(star, local.finish)
-        gather_notes(star, Done())
-        receive_note(star, Proceed)
-        report_errors(star, lambda: _publish(local))
-        gather_notes(star, Done())
-
-
-def _header_from(note: DistributeSlices, rank: int, ranks: int) -> Header:
-    config = ModelConfig.from_dict(note.config)
-    formats = ModelFormats.from_dict(note.formats, config.layers)
-    partition = make_partition(config, note.weights)
-    if partition.ranks != ranks:
-        raise StarError(f"rank 0 has a plan for {partition.ranks} ranks, the run has {ranks}")
-    records = tuple(slice_records(config, partition.shares[rank], rank, formats, {}))
-    return Header(rank, formats, note.model, note.fingerprint, config, partition, records)
-
-
-def _receive(star: Star, writer: SliceWriter) -> None:
-    """Write tiles as they come, until there are no more."""
-    wanted = set(writer.missing)
-    writer.awaits_sums = True
-    while True:
-        for index, kind, data in frames(star.take_bulk(0)):
-            if kind == DATA and index in wanted:
-                name, left = writer.left_of(index)
-                if not 0 < data.nbytes <= left:
-                    raise StarError(f"rank 0 sent {data.nbytes} bytes for a part of tile {index} that lacks {left}")
-                writer.write(index, name, data)
-            elif kind == CHECKSUM and index in wanted and writer.left_of(index) == ("", 0):
-                if not writer.confirm(index, checksum_in(data)):
-                    path = writer.header.records[index].path
-                    raise StarError(f"{path} came otherwise than rank 0 sent it; start again: what came whole is kept")
-                wanted.remove(index)
-            elif kind == FAILED:
-                receive_stop(star)
-            elif kind == END and not wanted:
-                return
-            else:
-                raise StarError(f"rank 0 sent a frame of kind {kind} for tile {index}, which makes no sense")

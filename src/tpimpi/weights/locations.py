@@ -6,6 +6,7 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xxhash
 
@@ -15,7 +16,9 @@ from tpimpi.system.files import check_folder
 from tpimpi.weights.slices.header import FORMAT_VERSION
 from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import Partition
-from tpimpi.weights.sources import Source
+
+if TYPE_CHECKING:  # ranks other than 0 read no models
+    from tpimpi.weights.sources import Source
 
 
 def cache_folder() -> Path:

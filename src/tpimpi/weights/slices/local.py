@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Hashable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -77,7 +76,8 @@ class LocalSlice:
             elif self.verify:
                 self.to_look = stored_bytes(self.header)
             folder = self.path.parent
-            self.free, self.device = shutil.disk_usage(folder).free, folder.stat().st_dev
+            room = os.statvfs(folder)  # shutil's disk_usage would bring the modules of its archives
+            self.free, self.device = room.f_bavail * room.f_frsize, folder.stat().st_dev
         except OSError as error:
             raise storage_error(self.path, error, elsewhere(self.path)) from error
 
