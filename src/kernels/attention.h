@@ -158,10 +158,9 @@ void attend_many(const Attention& a, const Group& group, const ManyScratch& scra
   constexpr int R = S::parts;
   const Rows<S, f16> k(a.k, a, group.kv_head), v(a.v, a, group.kv_head);
   const int64_t head_dim = a.head_dim;
-  const float scale = 1 / std::sqrt(float(head_dim));
   for (int64_t i = 0; i < head_dim; ++i)
     for (int t = 0; t < kLanes; ++t)
-      scratch.q[i * kLanes + t] = t < group.count ? group.query[t].q[i] * scale : 0;
+      scratch.q[i * kLanes + t] = t < group.count ? group.query[t].q[i] * a.scale : 0;
   std::memset(scratch.sums, 0, size_t(head_dim) * kLanes * sizeof(float));
 
   F greatest = S::set(kNone), total = S::zero();
@@ -173,6 +172,9 @@ void attend_many(const Attention& a, const Group& group, const ManyScratch& scra
       many_scores<S, R>(scratch.q, block + key * head_dim, head_dim, scratch.scores + key * kLanes);
     for (; key < keys; ++key)
       many_scores<S, 1>(scratch.q, block + key * head_dim, head_dim, scratch.scores + key * kLanes);
+    if (a.softcap > 0)
+      for (float* score = scratch.scores; score < scratch.scores + keys * kLanes; score += kLanes)
+        S::store(score, capped<S>(S::load(score), a.softcap));
     if (first < group.all_first || first + keys > group.all_last)
       for (int t = 0; t < group.count; ++t)
         for (key = 0; key < keys; ++key)
@@ -256,7 +258,7 @@ inline void few_sums(const Rows<S, f16>& v, int64_t row, int64_t keys, int64_t i
 // Queries [t, t + Q) of a group and a block of keys; `greatest` and `total` [kMost] go from block to block.
 template <class S, bool f16, int Q>
 void few_block(const Rows<S, f16>& k, const Rows<S, f16>& v, const Group& group, int t, int64_t first, int64_t keys,
-               int64_t filled, const FewScratch& scratch, float* greatest, float* total) {
+               int64_t filled, float softcap, const FewScratch& scratch, float* greatest, float* total) {
   const float* q = scratch.q + t * filled;
   int64_t key = 0;
   for (; key + 4 <= keys; key += 4) few_scores<S, f16, Q, 4>(k, first + key, q, filled, scratch.scores + key);
@@ -266,6 +268,8 @@ void few_block(const Rows<S, f16>& k, const Rows<S, f16>& v, const Group& group,
   for (int r = 0; r < Q; ++r) {
     float* scores = scratch.scores + r * kScores;
     const Query& query = group.query[t + r];
+    if (softcap > 0)
+      each_run(keys, [&](int64_t i, int64_t n) { store_run<S>(scores + i, capped<S>(load_run<S>(scores + i, n), softcap), n); });
     // Keys that are not there, or not seen; all up to whole runs of 16.
     const int64_t seen = query.first > first ? query.first - first : 0;
     const int64_t end = query.last - first < keys ? query.last - first : keys;
@@ -311,14 +315,13 @@ constexpr int64_t filled_up(int64_t size) { return divided_up(size, kLanes) * kL
 template <class S, bool f16>
 void attend_few(const Attention& a, const Group& group, const FewScratch& scratch) {
   using Block = void (*)(const Rows<S, f16>&, const Rows<S, f16>&, const Group&, int, int64_t, int64_t, int64_t,
-                         const FewScratch&, float*, float*);
+                         float, const FewScratch&, float*, float*);
   const Rows<S, f16> k(a.k, a, group.kv_head), v(a.v, a, group.kv_head);
   const int64_t head_dim = a.head_dim, filled = filled_up(head_dim);
-  const float scale = 1 / std::sqrt(float(head_dim));
   float greatest[kMost], total[kMost];
   for (int t = 0; t < group.count; ++t) {
     for (int64_t i = 0; i < filled; ++i) {
-      scratch.q[t * filled + i] = i < head_dim ? group.query[t].q[i] * scale : 0;
+      scratch.q[t * filled + i] = i < head_dim ? group.query[t].q[i] * a.scale : 0;
       scratch.sums[t * filled + i] = 0;
     }
     greatest[t] = kNone;
@@ -330,7 +333,7 @@ void attend_few(const Attention& a, const Group& group, const FewScratch& scratc
     keys = keys_of_block(group, first);
     for (int t = 0, n; t < group.count; t += n) {
       n = group.count - t < S::queries ? group.count - t : S::queries;
-      blocks[n - 1](k, v, group, t, first, keys, filled, scratch, greatest, total);
+      blocks[n - 1](k, v, group, t, first, keys, filled, a.softcap, scratch, greatest, total);
     }
   }
   for (int t = 0; t < group.count; ++t)

@@ -67,36 +67,46 @@ void rms_norm(Session& session, const Floats<>& x, const Floats<nb::ndim<1>>& we
   session.rms_norm(size ? int64_t(x.size()) / size : 0, size, x.data(), weight.data(), eps, y.data());
 }
 
+void fixed_rms_norm(Session& session, const Floats<nb::ndim<2>>& x, const Floats<nb::ndim<1>>& weight, double eps, const Result& y) {
+  check(x.shape(1) == weight.size() && weight.size() > 0, "x must be [n, size], weight [size]");
+  check(y.size() == x.size(), "y must have the shape of x");
+  nb::gil_scoped_release free;
+  session.fixed_rms_norm(int64_t(x.shape(0)), int64_t(x.shape(1)), x.data(), weight.data(), eps, y.data());
+}
+
 void rope(Session& session, const Floats<nb::ndim<3>>& x, const Floats<nb::ndim<2>>& cos, const Floats<nb::ndim<2>>& sin,
           const Result& y) {
-  check(cos.shape(0) == x.shape(0) && 2 * cos.shape(1) == x.shape(2), "cos must be [n, head_dim / 2]");
+  check(cos.shape(0) == x.shape(0) && 2 * cos.shape(1) <= x.shape(2), "cos must be [n, half], of heads with 2 * half elements or more");
   check(sin.shape(0) == cos.shape(0) && sin.shape(1) == cos.shape(1), "sin must have the shape of cos");
   check(y.size() == x.size(), "y must have the shape of x");
   nb::gil_scoped_release free;
-  session.rope(int64_t(x.shape(0)), int64_t(x.shape(1)), int64_t(x.shape(2)), x.data(), cos.data(), sin.data(), y.data());
+  session.rope(int64_t(x.shape(0)), int64_t(x.shape(1)), int64_t(x.shape(2)), 2 * int64_t(cos.shape(1)), x.data(), cos.data(),
+               sin.data(), y.data());
 }
 
-void swiglu(Session& session, const Floats<>& gate, const Floats<>& up, const Result& y) {
+template <void (Session::*activation)(int64_t, const float*, const float*, float*)>
+void gated(Session& session, const Floats<>& gate, const Floats<>& up, const Result& y) {
   check(gate.size() == up.size() && gate.size() == y.size(), "gate, up and y must have one shape");
   nb::gil_scoped_release free;
-  session.swiglu(int64_t(gate.size()), gate.data(), up.data(), y.data());
+  (session.*activation)(int64_t(gate.size()), gate.data(), up.data(), y.data());
 }
 
 void attention(Session& session, const Floats<nb::ndim<3>>& q, const Cached& k, const Cached& v,
-               const std::vector<int64_t>& q_to_kv, int64_t start, int64_t window, const Result& y) {
+               const std::vector<int64_t>& q_to_kv, int64_t start, int64_t window, float scale, float softcap, const Result& y) {
   const bool f16 = k.dtype() == nb::dlpack::dtype{uint8_t(nb::dlpack::dtype_code::Float), 16, 1};
   check(f16 || k.dtype() == nb::dtype<float>(), "k must be f16 or f32");
   check(v.dtype() == k.dtype(), "k and v must be of one type");
   for (int i = 0; i < 3; ++i) check(k.shape(i) == v.shape(i) && k.stride(i) == v.stride(i), "k and v must be laid out alike");
   check(k.shape(2) == q.shape(2), "q and k must have one head_dim");
   check(k.stride(2) == 1 && k.stride(1) == int64_t(k.shape(2)), "the positions of a KV head must be contiguous");
-  check(int64_t(k.shape(1)) == start + int64_t(q.shape(0)) && start >= 0, "k must be [kv_heads, start + n, head_dim]");
+  check(start >= 0 && int64_t(k.shape(1)) - int64_t(q.shape(0)) == start, "k must be [kv_heads, start + n, head_dim]");
   check(q_to_kv.size() == q.shape(1), "q_to_kv must name a KV head for each query head");
   for (int64_t head : q_to_kv) check(head >= 0 && head < int64_t(k.shape(0)), "q_to_kv names a KV head that is not there");
   check(window >= 0, "window may not be negative");
+  check(softcap >= 0, "softcap may not be negative");
   check(y.size() == q.size(), "y must have the shape of q");
-  const Attention a{int64_t(q.shape(0)), int64_t(q.shape(1)), int64_t(q.shape(2)), start, window, q.data(), k.data(),
-                    v.data(), f16, k.stride(0), q_to_kv.data(), y.data()};
+  const Attention a{int64_t(q.shape(0)), int64_t(q.shape(1)), int64_t(q.shape(2)), start, window, scale, softcap, q.data(),
+                    k.data(), v.data(), f16, k.stride(0), q_to_kv.data(), y.data()};
   nb::gil_scoped_release free;
   session.attention(a);
 }
@@ -137,9 +147,12 @@ NB_MODULE(_native, m) {
       .def("linear", &linear, "format"_a, "rows"_a, "columns"_a, "data"_a, "x"_a, "bias"_a.none(), "y"_a.noconvert(),
            "first"_a = 0)
       .def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "y"_a.noconvert())
+      .def("fixed_rms_norm", &fixed_rms_norm, "x"_a, "weight"_a, "eps"_a, "y"_a.noconvert())
       .def("rope", &rope, "x"_a, "cos"_a, "sin"_a, "y"_a.noconvert())
-      .def("swiglu", &swiglu, "gate"_a, "up"_a, "y"_a.noconvert())
-      .def("attention", &attention, "q"_a, "k"_a, "v"_a, "q_to_kv"_a, "start"_a, "window"_a, "y"_a.noconvert())
+      .def("swiglu", &gated<&Session::swiglu>, "gate"_a, "up"_a, "y"_a.noconvert())
+      .def("geglu", &gated<&Session::geglu>, "gate"_a, "up"_a, "y"_a.noconvert())
+      .def("attention", &attention, "q"_a, "k"_a, "v"_a, "q_to_kv"_a, "start"_a, "window"_a, "scale"_a, "softcap"_a,
+           "y"_a.noconvert())
       .def("quantize", &quantize, "format"_a, "values"_a, "out"_a.noconvert(), "False where a value is not finite.")
       .def("read", &read_all, "data"_a, "Read data (whole pieces of 256 bytes) with all threads, and return the sum of its 8-byte words.")
       .def("multiply_peak", &multiply_peak, "format"_a, "seconds"_a,

@@ -39,7 +39,7 @@ struct Buffer {
   std::unique_ptr<uint8_t, void (*)(void*)> data;
 };
 
-enum Operation { kLinear, kRmsNorm, kRope, kSwiglu, kAttention, kQuantize, kRead };
+enum Operation { kLinear, kRmsNorm, kFixedRmsNorm, kRope, kSwiglu, kGeglu, kAttention, kQuantize, kRead };
 
 struct Case {
   int64_t operation;
@@ -73,17 +73,24 @@ void run(const Level& level, const Case& c, const Buffer& result) {
       if (p.at(2)) std::memcpy(y, c.floats(0), size_t(result.size));
       return level.rms_norm(p.at(0), p.at(1), p[2] ? y : c.floats(0), c.floats(1), *c.floats(2), y);
     }
-    case kRope: {  // n, heads, head_dim, whether in place; x, cos, sin
-      if (p.at(3)) std::memcpy(y, c.floats(0), size_t(result.size));
-      return level.rope(p.at(0), p.at(1), p.at(2), p[3] ? y : c.floats(0), c.floats(1), c.floats(2), y);
+    case kFixedRmsNorm: {  // the same; eps is f64
+      if (p.at(2)) std::memcpy(y, c.floats(0), size_t(result.size));
+      const double eps = *c.arrays.at(2).as<const double>();
+      return level.fixed_rms_norm(p.at(0), p.at(1), p[2] ? y : c.floats(0), c.floats(1), eps, y);
     }
-    case kSwiglu: {  // size, which array is the result's too (2: neither); gate, up
+    case kRope: {  // n, heads, head_dim, rotated elements, whether in place; x, cos, sin
+      if (p.at(4)) std::memcpy(y, c.floats(0), size_t(result.size));
+      return level.rope(p.at(0), p.at(1), p.at(2), p.at(3), p[4] ? y : c.floats(0), c.floats(1), c.floats(2), y);
+    }
+    case kSwiglu:
+    case kGeglu: {  // size, which array is the result's too (2: neither); gate, up
       if (p.at(1) < 2) std::memcpy(y, c.floats(size_t(p[1])), size_t(result.size));
-      return level.swiglu(p.at(0), p[1] == 0 ? y : c.floats(0), p[1] == 1 ? y : c.floats(1), y);
+      const auto gated = c.operation == kSwiglu ? level.swiglu : level.geglu;
+      return gated(p.at(0), p[1] == 0 ? y : c.floats(0), p[1] == 1 ? y : c.floats(1), y);
     }
-    case kAttention: {  // n, heads, head_dim, start, window, whether f16, kv_stride, parts; q, k, v, q_to_kv
-      const Attention a{p.at(0), p.at(1), p.at(2), p.at(3), p.at(4), c.floats(0), c.floats(1), c.floats(2), p.at(5) != 0,
-                        p.at(6), c.arrays.at(3).as<const int64_t>(), y};
+    case kAttention: {  // n, heads, head_dim, start, window, whether f16, kv_stride, parts; q, k, v, q_to_kv, [scale, softcap]
+      const Attention a{p.at(0), p.at(1), p.at(2), p.at(3), p.at(4), c.floats(4)[0], c.floats(4)[1], c.floats(0), c.floats(1),
+                        c.floats(2), p.at(5) != 0, p.at(6), c.arrays.at(3).as<const int64_t>(), y};
       const Buffer scratch(level.attention_scratch(a) * 4);
       in_parts(p.at(7), a.n * a.heads, [&](int64_t first, int64_t last) { level.attention(a, first, last, scratch.as<float>()); });
       return;

@@ -96,6 +96,8 @@ struct Attention {
   int64_t n, heads, head_dim;
   int64_t start;               // position of the first query; keys 0 .. start + n - 1 are there
   int64_t window;              // a query sees so many positions, itself included; 0: all before it
+  float scale;                 // of scores
+  float softcap;               // c > 0: scores become c tanh(score / c)
   const float* q;              // [n, heads, head_dim]
   const void* k;               // [kv_heads, start + n, head_dim], f32 or f16, with kv_stride between heads
   const void* v;
@@ -122,11 +124,19 @@ struct Level {
   // y [rows, size] = rows of x over the root of their mean square plus eps, times weight [size]. y may be x.
   void (*rms_norm)(int64_t rows, int64_t size, const float* x, const float* weight, float eps, float* y);
 
-  // y [n, heads, head_dim] = x rotated by the angles of cos, sin [n, head_dim / 2]; i pairs with i + head_dim / 2. y may be x.
-  void (*rope)(int64_t n, int64_t heads, int64_t head_dim, const float* x, const float* cos, const float* sin, float* y);
+  // The same with the same bits at every level: in f64, sums over 16 lanes in a fixed order. y may be x.
+  void (*fixed_rms_norm)(int64_t rows, int64_t size, const float* x, const float* weight, double eps, float* y);
+
+  // y [n, heads, head_dim] = x, of which the first `rotated` elements of each head are rotated by the angles of cos, sin
+  // [n, rotated / 2]; i pairs with i + rotated / 2. y may be x.
+  void (*rope)(int64_t n, int64_t heads, int64_t head_dim, int64_t rotated, const float* x, const float* cos, const float* sin,
+               float* y);
 
   // y [size] = silu(gate) * up. y may be gate or up.
   void (*swiglu)(int64_t size, const float* gate, const float* up, float* y);
+
+  // y [size] = gelu(gate) * up, gelu by its tanh formula. y may be gate or up.
+  void (*geglu)(int64_t size, const float* gate, const float* up, float* y);
 
   // Items [first, last) of the n * heads pairs (position, head), item = head * n + position, of an attention.
   // `scratch` has attention_scratch(a) floats.

@@ -57,16 +57,29 @@ void Session::rms_norm(int64_t rows, int64_t size, const float* x, const float* 
   });
 }
 
-void Session::rope(int64_t n, int64_t heads, int64_t head_dim, const float* x, const float* cos, const float* sin, float* y) {
-  const int64_t size = heads * head_dim, half = head_dim / 2;
+void Session::fixed_rms_norm(int64_t rows, int64_t size, const float* x, const float* weight, double eps, float* y) {
+  deal(parts(rows, rows * size * 4), rows, [&](int, int64_t first, int64_t last) {
+    level_.fixed_rms_norm(last - first, size, x + first * size, weight, eps, y + first * size);
+  });
+}
+
+void Session::rope(int64_t n, int64_t heads, int64_t head_dim, int64_t rotated, const float* x, const float* cos, const float* sin,
+                   float* y) {
+  const int64_t size = heads * head_dim, half = rotated / 2;
   deal(parts(n, n * size * 4), n, [&](int, int64_t first, int64_t last) {
-    level_.rope(last - first, heads, head_dim, x + first * size, cos + first * half, sin + first * half, y + first * size);
+    level_.rope(last - first, heads, head_dim, rotated, x + first * size, cos + first * half, sin + first * half, y + first * size);
   });
 }
 
 void Session::swiglu(int64_t size, const float* gate, const float* up, float* y) {
   deal(parts(size, size * 16), size, [&](int, int64_t first, int64_t last) {
     level_.swiglu(last - first, gate + first, up + first, y + first);
+  });
+}
+
+void Session::geglu(int64_t size, const float* gate, const float* up, float* y) {
+  deal(parts(size, size * 16), size, [&](int, int64_t first, int64_t last) {
+    level_.geglu(last - first, gate + first, up + first, y + first);
   });
 }
 

@@ -21,8 +21,10 @@ class Session {
   void linear(const Matrix& w, int64_t positions, const float* x, const float* bias, float* y);
   void attention(const Attention& a);
   void rms_norm(int64_t rows, int64_t size, const float* x, const float* weight, float eps, float* y);
-  void rope(int64_t n, int64_t heads, int64_t head_dim, const float* x, const float* cos, const float* sin, float* y);
+  void fixed_rms_norm(int64_t rows, int64_t size, const float* x, const float* weight, double eps, float* y);
+  void rope(int64_t n, int64_t heads, int64_t head_dim, int64_t rotated, const float* x, const float* cos, const float* sin, float* y);
   void swiglu(int64_t size, const float* gate, const float* up, float* y);
+  void geglu(int64_t size, const float* gate, const float* up, float* y);
 
   // `blocks` blocks of 32 numbers in GGML's row form; false where a number is not finite.
   bool quantize(Format format, int64_t blocks, const float* x, uint8_t* out);

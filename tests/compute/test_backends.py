@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support.formats import EVERY_FORMAT, EVERY_QUANTIZED
-from tpimpi.compute.backends import has_native, load_backend
+from tpimpi.compute.backends import AttentionSpec, has_native, load_backend
 from tpimpi.compute.backends.reference import rounded_activations
 from tpimpi.compute.formats.packed import decode, encode, pack, row_bytes
 
@@ -157,7 +157,7 @@ def test_attention_with_a_scale_and_a_soft_cap(random: np.random.Generator) -> N
         weights = np.exp(capped - capped.max(axis=-1, keepdims=True))
         expected = np.einsum("hnk,hkd->nhd", weights / weights.sum(axis=-1, keepdims=True), v)
         for backend in BACKENDS:
-            found = backend.attention(q, k, v, (0, 1), 4, 0, 0.7, softcap)
+            found = backend.attention(q, k, v, (0, 1), 4, AttentionSpec(0.7, softcap))
             np.testing.assert_allclose(found, expected, atol=2e-5, err_msg=f"{backend.name} {softcap}")
 
 
@@ -179,7 +179,7 @@ def test_attention(
             weights = np.exp(scores - scores.max())
             expected[n, head] = weights / weights.sum() @ v[kv, first : last + 1].astype(float)
     for backend in (TWIN, TORCH):
-        found = backend.attention(q, k, v, q_to_kv, start, window)
+        found = backend.attention(q, k, v, q_to_kv, start, AttentionSpec(8**-0.5, window=window))
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=backend.name)
 

@@ -10,63 +10,36 @@ import os
 import shlex
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 
+from tests.support.kernel_cases import (
+    ATTENTION,
+    EPS,
+    LINEAR,
+    QUANTIZE,
+    READ,
+    TWIN,
+    Case,
+    fixed_rms_norm_cases,
+    geglu_cases,
+    rms_norm_cases,
+    rope_cases,
+    same_bits,
+    swiglu_cases,
+    within,
+)
 from tests.support.launch import ROOT
-from tpimpi.compute.backends.reference import NumpyTwin, rounded_activations
+from tpimpi.compute.backends import AttentionSpec
+from tpimpi.compute.backends.reference import rounded_activations
 from tpimpi.compute.formats import FORMATS, WEIGHT_FORMATS
 from tpimpi.compute.formats.packed import Matrix, decode, encode, pack, unpack, values
 from tpimpi.compute.formats.quantize import quantize
 
-TWIN = NumpyTwin(1)
-LINEAR, RMS_NORM, ROPE, SWIGLU, ATTENTION, QUANTIZE, READ = range(7)
 NOTHING = np.zeros(0, np.float32)
-EPS = np.finfo(np.float32).eps
 # Where codes stand in a block of the formats with minima: what is left when they are zero are the minima.
 CODES_BESIDE_MINIMA = {"q4_1": (4, 20), "q5_1": (4, 24), "q4_k": (16, 144), "q5_k": (16, 176), "q2_k": (16, 80)}
-
-
-@dataclass
-class Case:
-    """What the program gets, and how its result is judged: `check(result)` raises AssertionError."""
-
-    name: str
-    operation: int
-    parameters: list[int]
-    arrays: list[np.ndarray]
-    shape: tuple[int, ...]
-    check: Callable[[np.ndarray], None]
-    dtype: np.dtype = field(default_factory=lambda: np.dtype(np.float32))
-
-    def to_bytes(self) -> bytes:
-        def numbers(*all_of_them: int) -> bytes:
-            return np.array(all_of_them, "<i8").tobytes()
-
-        data = [np.ascontiguousarray(array).tobytes() for array in self.arrays]
-        packed = b"".join(numbers(len(array)) + array for array in data)
-        head = numbers(self.operation, len(self.parameters), *self.parameters, len(data))
-        return head + packed + numbers(int(np.prod(self.shape)) * self.dtype.itemsize)
-
-
-def within(expected: np.ndarray, tolerance: float | np.ndarray) -> Callable[[np.ndarray], None]:
-    """Infinities and NaNs as expected, the others no further from it than `tolerance`."""
-
-    def check(found: np.ndarray) -> None:
-        finite = np.isfinite(expected)
-        np.testing.assert_array_equal(found[~finite], expected[~finite])
-        assert not np.isnan(found[finite]).any(), "NaN where there should be none"
-        off = np.abs(found[finite].astype(np.float64) - expected[finite])
-        excess = off - np.broadcast_to(tolerance, found.shape)[finite]
-        assert excess.max(initial=0) <= 0, f"{excess.max()} beyond the tolerance"
-
-    return check
-
-
-def same_bits(expected: np.ndarray) -> Callable[[np.ndarray], None]:
-    return lambda found: np.testing.assert_array_equal(found, expected)
 
 
 # Cases
@@ -162,60 +135,6 @@ def random_blocks(fmt: str, rows: int, blocks: int, random: np.random.Generator)
     return stored
 
 
-def rms_norm_cases(random: np.random.Generator) -> list[Case]:
-    cases = []
-    for number, (rows, size) in enumerate([(1, 1), (3, 15), (2, 16), (5, 17), (4, 64), (1, 100), (2, 576)]):
-        for name, factor in (("", 1), (" zero", 0), (" large", 1e18), (" beyond range", 1e25), (" small", 1e-20)):
-            x = random.standard_normal((rows, size), dtype=np.float32) * np.float32(factor)
-            weight, eps = random.standard_normal(size, dtype=np.float32), np.float32(1e-5)
-            with np.errstate(over="ignore"):
-                expected = TWIN.rms_norm(x, weight, float(eps))
-            check = within(expected, np.abs(expected) * 8 * EPS)
-            cases.append(
-                Case(
-                    f"rms_norm{name} {rows}x{size}",
-                    RMS_NORM,
-                    [rows, size, number % 2],
-                    [x, weight, eps],
-                    x.shape,
-                    check,
-                )
-            )
-    x = np.ones((3, 20), np.float32)
-    x[0, 3], x[1, 19] = np.nan, np.inf
-    with np.errstate(invalid="ignore"):
-        expected = TWIN.rms_norm(x, x[2], 1e-5)
-    check = within(expected, 8 * EPS)
-    cases.append(Case("rms_norm of nan", RMS_NORM, [3, 20, 0], [x, x[2], np.float32(1e-5)], x.shape, check))
-    return cases
-
-
-def rope_cases(random: np.random.Generator) -> list[Case]:
-    cases = []
-    for number, (n, heads, head_dim) in enumerate([(1, 1, 2), (3, 2, 20), (2, 3, 64), (4, 1, 70), (1, 5, 128)]):
-        x = random.standard_normal((n, heads, head_dim), dtype=np.float32)
-        angles = random.uniform(0, 6, (n, head_dim // 2)).astype(np.float32)
-        arrays = [x, np.cos(angles), np.sin(angles)]
-        check = within(TWIN.rope(*arrays), 8 * EPS * np.abs(x).max())
-        cases.append(Case(f"rope {x.shape}", ROPE, [n, heads, head_dim, number % 2], arrays, x.shape, check))
-    return cases
-
-
-def swiglu_cases(random: np.random.Generator) -> list[Case]:
-    hostile = np.array([-np.inf, np.inf, np.nan, -0.0, 0, -200, 200, -3e38, 3e38, -88.8, 88.8, -104, 1e-40], np.float32)
-    wide = np.concatenate([hostile, np.linspace(-120, 120, 20001, dtype=np.float32), random.normal(0, 2, 999)])
-    cases = []
-    for alias, gate in enumerate([wide.astype(np.float32), wide[:7].astype(np.float32), wide[-33:].astype(np.float32)]):
-        up = random.standard_normal(gate.size, dtype=np.float32)
-        with np.errstate(invalid="ignore", over="ignore"):
-            # In f64, so that an error of the twin's own does not count.
-            exact = gate.astype(np.float64) / (1 + np.exp(-gate.astype(np.float64))) * up
-            expected = np.where(np.isfinite(gate), exact, TWIN.swiglu(gate, up)).astype(np.float32)
-        check = within(expected, np.abs(expected.astype(np.float64)) * 8 * EPS + 1e-35)
-        cases.append(Case(f"swiglu {gate.size}", SWIGLU, [gate.size, alias], [gate, up], gate.shape, check))
-    return cases
-
-
 def attention_case(
     random: np.random.Generator,
     n: int,
@@ -226,6 +145,8 @@ def attention_case(
     f16: bool,
     parts: int,
     sharp: float = 1,
+    scale: float | None = None,
+    softcap: float = 0,
 ) -> Case:
     kv_heads, there = max(q_to_kv) + 1, start + n
     context = there + random.integers(0, 9)
@@ -233,15 +154,17 @@ def attention_case(
     # Beyond the positions that are there the cache holds NaN, and the array ends with the last one.
     kv = np.full((2, kv_heads, context, head_dim), np.nan, np.float16 if f16 else np.float32)
     kv[:, :, :there] = random.standard_normal((2, kv_heads, there, head_dim))
+    spec = AttentionSpec(head_dim**-0.5 if scale is None else scale, softcap, window)
     with np.errstate(all="ignore"):
-        expected = TWIN.attention(q, kv[0, :, :there], kv[1, :, :there], tuple(q_to_kv), start, window)
+        expected = TWIN.attention(q, kv[0, :, :there], kv[1, :, :there], tuple(q_to_kv), start, spec)
     exact = kv.reshape(2, -1)[:, : ((kv_heads - 1) * context + there) * head_dim]
     parameters = [n, len(q_to_kv), head_dim, start, window, int(f16), context * head_dim, parts]
     # An error of a score, relative to q k, is an error of a weight.
     tolerance = 16 * EPS * np.nanmax(np.abs(kv[1, :, :there])).astype(np.float32)
     tolerance *= max(1.0, sharp * head_dim**0.5) if sharp < 1e30 else 1
     name = f"attention n={n} start={start} head_dim={head_dim} {q_to_kv} window={window} f16={f16} sharp={sharp}"
-    arrays = [q, exact[0], exact[1], np.array(q_to_kv, np.int64)]
+    name += f" scale={scale} cap={softcap}" if softcap else ""
+    arrays = [q, exact[0], exact[1], np.array(q_to_kv, np.int64), np.array([spec.scale, softcap], np.float32)]
     return Case(name, ATTENTION, parameters, arrays, q.shape, within(expected, tolerance))
 
 
@@ -258,9 +181,12 @@ def attention_cases(random: np.random.Generator) -> list[Case]:
         for n in (1, 33):
             for sharp in (0, 30, 1e30):  # 1e30: one weight is 1, the others are 0
                 cases.append(attention_case(random, n, 100, 24, [0, 0, 1], 0, f16, 1, sharp))
+    for n, head_dim, window in ((1, 40, 0), (3, 40, 0), (20, 40, 3), (1, 256, 64), (33, 16, 0)):
+        for softcap, scale in ((0, 0.02), (2, 0.3), (50, 1), (1e30, 0.1)):  # the last caps nothing that is seen
+            cases.append(attention_case(random, n, 70, head_dim, [0, 0, 1], window, n == 3, 1, 2, scale, softcap))
     for n in (1, 9):  # a NaN, and infinite scores, make NaN of the queries that see them, and of no others
-        case = attention_case(random, n, 70, 32, [0, 1], 0, False, 2)
-        q, k, v, _ = case.arrays
+        case, spec = attention_case(random, n, 70, 32, [0, 1], 0, False, 2), AttentionSpec(32**-0.5)
+        q, k, v, *_ = case.arrays
         k, v = k.copy(), v.copy()
         context = case.parameters[6] // 32
         k[70 * 32] = np.inf
@@ -272,11 +198,11 @@ def attention_cases(random: np.random.Generator) -> list[Case]:
         for position in range(n):
             there = 71 + position
             with np.errstate(invalid="ignore"):
-                seen = TWIN.attention(q[[position]], both[0][:, :there], both[1][:, :there], (0, 1), there - 1, 0)
+                seen = TWIN.attention(q[[position]], both[0][:, :there], both[1][:, :there], (0, 1), there - 1, spec)
             expected[position] = seen[0]
         if n > 1:  # the many-query way multiplies what is not seen by zero, as the twin does
             with np.errstate(invalid="ignore"):
-                expected = TWIN.attention(q, both[0][:, : 70 + n], both[1][:, : 70 + n], (0, 1), 70, 0)
+                expected = TWIN.attention(q, both[0][:, : 70 + n], both[1][:, : 70 + n], (0, 1), 70, spec)
         case.arrays[1:3] = [k, v]
         case.check = within(expected, 1e-4)
         case.name += " nan"
@@ -356,8 +282,10 @@ def run(program: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callabl
     [
         linear_cases,
         rms_norm_cases,
+        fixed_rms_norm_cases,
         rope_cases,
         swiglu_cases,
+        geglu_cases,
         attention_cases,
         quantize_cases,
         read_cases,

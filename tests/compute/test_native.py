@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.support.drawn import examples
 from tests.support.formats import EVERY_FORMAT
-from tpimpi.compute.backends import load_backend
+from tpimpi.compute.backends import AttentionSpec, load_backend
 from tpimpi.compute.backends.native import NativeBackend
 from tpimpi.compute.formats import FORMATS, WEIGHT_FORMATS, is_quantized
 from tpimpi.compute.formats.packed import Matrix, encode, pack, packed_bytes, values
@@ -136,13 +136,14 @@ def test_a_query_does_not_depend_on_the_queries_beside_it(
     head_dim, stop, q_to_kv = 2 * half_dim, start + positions, (0,) * heads
     k, v = random.standard_normal((2, 1, stop, head_dim)).astype(np.float16 if f16 else np.float32)
     q = 2 * random.standard_normal((positions, heads, head_dim), dtype=np.float32)
-    together = BACKENDS[level].attention(q, k, v, q_to_kv, start, window)
+    spec = AttentionSpec(head_dim**-0.5, 3.0 if seed % 3 == 0 else 0.0, window)
+    together = BACKENDS[level].attention(q, k, v, q_to_kv, start, spec)
     for i in (0, positions // 2, positions - 1):
         seen = start + i + 1
         cut = [np.ascontiguousarray(of[:, :seen]) for of in (k, v)]
-        alone = BACKENDS[level].attention(q[[i]], *cut, q_to_kv, start + i, window)
+        alone = BACKENDS[level].attention(q[[i]], *cut, q_to_kv, start + i, spec)
         np.testing.assert_array_equal(alone[0], together[i])
-        one = BACKENDS[level].attention(np.ascontiguousarray(q[[i]][:, :1]), *cut, (0,), start + i, window)
+        one = BACKENDS[level].attention(np.ascontiguousarray(q[[i]][:, :1]), *cut, (0,), start + i, spec)
         np.testing.assert_array_equal(one[0, 0], together[i, 0])
 
 
@@ -167,15 +168,16 @@ def test_attention(
     k, v = cache[0, :, :stop], cache[1, :, :stop]  # views with room behind them, as in the cache
     q = 2 * random.standard_normal((positions, heads, head_dim), dtype=np.float32)
     q_to_kv = tuple(random.integers(0, kv_heads, heads).tolist())
-    expected = TWIN.attention(q, k, v, q_to_kv, start, window)
+    spec = AttentionSpec(0.3, 2.5, window) if seed % 3 == 0 else AttentionSpec(head_dim**-0.5, window=window)
+    expected = TWIN.attention(q, k, v, q_to_kv, start, spec)
     for threads in (1, 3):
-        found = NativeBackend(threads, level).attention(q, k, v, q_to_kv, start, window)
+        found = NativeBackend(threads, level).attention(q, k, v, q_to_kv, start, spec)
         np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("shape", [(1, 576), (3, 70), (4, 5, 64), (1, 1)])
-def test_norm_and_swiglu(level: str, shape: tuple[int, ...]) -> None:
+def test_norms_and_activations(level: str, shape: tuple[int, ...]) -> None:
     random = np.random.default_rng(1)
     x, weight = (
         4 * random.standard_normal(shape, dtype=np.float32),
@@ -185,6 +187,11 @@ def test_norm_and_swiglu(level: str, shape: tuple[int, ...]) -> None:
     gate = np.concatenate([x.ravel(), np.array([0, -200, 200, -1e30, 1e30, -87.5, -0.0], np.float32)])
     up = np.concatenate([x.ravel()[::-1], np.full(7, 2, np.float32)])
     assert_same(BACKENDS[level].swiglu(gate, up), TWIN.swiglu(gate, up), 1)
+    assert_same(BACKENDS[level].geglu(gate, up), TWIN.geglu(gate, up), 1)
+    rows = x.reshape(-1, shape[-1])
+    np.testing.assert_array_equal(
+        BACKENDS[level].fixed_rms_norm(rows, weight, 1e-5), TWIN.fixed_rms_norm(rows, weight, 1e-5)
+    )
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -194,7 +201,9 @@ def test_rope(level: str, head_dim: int) -> None:
     x = random.standard_normal((5, 3, head_dim), dtype=np.float32)
     phases = random.uniform(0, 100, (5, head_dim // 2)).astype(np.float32)
     cos, sin = np.cos(phases), np.sin(phases)
-    assert_same(BACKENDS[level].rope(x, cos, sin), TWIN.rope(x, cos, sin), 1)
+    for half in {head_dim // 2, head_dim // 4}:
+        some = np.ascontiguousarray(cos[:, :half]), np.ascontiguousarray(sin[:, :half])
+        assert_same(BACKENDS[level].rope(x, *some), TWIN.rope(x, *some), 1)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -230,9 +239,15 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(ValueError, match=what):
             session.linear(*arguments)
     q, k = np.zeros((1, 2, 8), np.float32), np.zeros((1, 4, 8), np.float32)
-    for q_to_kv, start, what in [((0, 1), 3, "not there"), ((0,), 3, "each query head"), ((0, 0), 2, "start")]:
+    refused = [
+        ((0, 1), 3, "not there"),
+        ((0,), 3, "each query head"),
+        ((0, 0), 2, "start"),
+        ((0, 0), 2**63 - 1, "start"),
+    ]
+    for q_to_kv, start, what in refused:
         with pytest.raises(ValueError, match=what):
-            session.attention(q, k, k, q_to_kv, start, 0, np.zeros_like(q))
+            session.attention(q, k, k, q_to_kv, start, 0, 1.0, 0.0, np.zeros_like(q))
     with pytest.raises(InputError, match=r"this processor has .*portable"):
         NativeBackend(1, "mmx")
 

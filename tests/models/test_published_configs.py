@@ -65,7 +65,7 @@ def test_what_no_shape_shows() -> None:
     assert gemma3.embedding_scale == math.sqrt(640) and gemma2.embedding_scale == math.sqrt(2304)
     assert gemma3.activation == gemma2.activation == "gelu_tanh"
     assert (gemma2.attention_softcap, gemma2.logit_softcap) == (50.0, 30.0)
-    assert gemma3.layer(0).window == 512 and gemma3.layer(5).window == 0
+    assert gemma3.layer(0).attention.window == 512 and gemma3.layer(5).attention.window == 0
     assert gemma3.layer(0).rope.theta == 1e4 and gemma3.layer(5).rope.theta == 1e6  # type: ignore[union-attr]
     four = _ours("google/gemma-3-4b-it")
     assert four.layer(5).rope.scaling.factor == 8 and four.layer(0).rope.scaling is None  # type: ignore[union-attr]
@@ -78,13 +78,13 @@ def test_what_no_shape_shows() -> None:
     glm4 = _ours("THUDM/GLM-4-9B-0414")
     assert glm4.rotary_dims == 64 and glm4.qkv_bias and not glm4.o_bias and glm4.post_norms and glm4.pre_norms
     olmo = _ours("allenai/Olmo-3-7B-Instruct")
-    assert olmo.qk_norm_over_all and not olmo.pre_norms and olmo.post_norms and olmo.layer(0).window == 4096
+    assert olmo.qk_norm_over_all and not olmo.pre_norms and olmo.post_norms and olmo.layer(0).attention.window == 4096
     assert olmo.layer(0).rope.scaling is None and olmo.layer(3).rope.scaling.kind == "yarn"  # type: ignore[union-attr]
     exaone = _ours("LGAI-EXAONE/EXAONE-4.0-32B")
-    assert not exaone.pre_norms and exaone.layer(3).rope is None and exaone.layer(2).window == 4096
+    assert not exaone.pre_norms and exaone.layer(3).rope is None and exaone.layer(2).attention.window == 4096
     cohere = _ours("CohereForAI/c4ai-command-r7b-12-2024")
     assert cohere.parallel_blocks and cohere.norm == "layer" and cohere.logit_scale == 0.25
-    assert cohere.layer(3).rope is None and cohere.layer(3).window == 0
+    assert cohere.layer(3).rope is None and cohere.layer(3).attention.window == 0
     phi = _ours("microsoft/Phi-4-mini-instruct")
     assert phi.rotary_dims == 96 and phi.rope_scaling is not None
     assert phi.rope_scaling.attention_factor == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))

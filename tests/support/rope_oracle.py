@@ -30,7 +30,7 @@ def check_angles_and_windows(config: ModelConfig, theirs: Any) -> None:
     )
     for layer in range(config.layers):
         spec = config.layer(layer)
-        assert spec.window == ((window or 0) if types is None or types[layer] == SLIDING else 0), layer
+        assert spec.attention.window == ((window or 0) if types is None or types[layer] == SLIDING else 0), layer
         if spec.rope is None:
             continue
         which = (types[layer],) if types is not None and hasattr(rotary, "layer_types") else ()

@@ -157,7 +157,8 @@ class Model:
             return projections.add(h, tile, TileHeads(record.heads, record.kv_heads, counted))
         if projections is not None and record.block.kind == "attn":
             assert self.cache is not None, "forward before begin"
-            layer, spec = record.block.layer, self._layers[record.block.layer]
+            layer = record.block.layer
+            spec = self._layers[layer].attention
             return projections.attention(tile, record.heads, self.cache, layer, spec, record.q_to_kv, start)
         if record.block.kind == "attn":
             return self._attention(h, tile, start, rotary)
@@ -196,7 +197,7 @@ class Model:
             tile,
             self.cache,
             layer,
-            spec,
+            spec.attention,
             record.kv_heads.start - self.share.kv_heads.start,
             record.q_to_kv,
             start,

@@ -12,6 +12,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from tpimpi.compute.backends import AttentionSpec
 from tpimpi.errors import ModelError
 from tpimpi.models.architectures import ARCHITECTURES
 from tpimpi.models.keys import MAX_LAYERS, MAX_SIZE, Keys, is_positive, show
@@ -80,10 +81,10 @@ class ModelConfig:
                 scaling=None if local else self.rope_scaling,
             )
         return LayerSpec(
-            window=window,
+            attention=AttentionSpec(
+                scale=self.attention_scale or self.head_dim**-0.5, softcap=self.attention_softcap, window=window
+            ),
             rope=rope,
-            attention_scale=self.attention_scale or self.head_dim**-0.5,
-            attention_softcap=self.attention_softcap,
             qk_norm=("all" if self.qk_norm_over_all else "head") if self.qk_norm else "none",
             norm=self.norm,
             pre_norms=self.pre_norms,

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from tpimpi.compute.backends import AttentionSpec
+
 Norm = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu_tanh"]
 QKNorm = Literal["none", "head", "all"]
@@ -71,10 +73,8 @@ class LayerSpec:
     added together.
     """
 
-    window: int  # positions that a query sees, itself included; 0: all before it
+    attention: AttentionSpec
     rope: Rope | None  # None: no positions at all
-    attention_scale: float  # scores are multiplied by it
-    attention_softcap: float  # c: scores become c tanh(score / c), before the mask; 0: they stay
     qk_norm: QKNorm  # of queries and keys: none, over each head, or over all heads together
     norm: Norm  # of the norms before the blocks and before the head; LayerNorm is without bias
     pre_norms: bool

@@ -8,6 +8,7 @@ and tests compare the others against it.
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from typing import Protocol
 
 from tpimpi.compute.arrays import F32, Array
@@ -19,6 +20,19 @@ from tpimpi.errors import InputError
 BACKEND_NAMES = ("auto", "native", "torch", "numpy")  # what --backend takes
 # Instruction sets that the native kernels are made for, which --kernels takes beside auto.
 KERNEL_LEVELS = ("avx512-bf16", "avx512", "avx-vnni", "avx2", "neon-dot", "neon", "portable")
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """How the queries of a layer see its keys: scores are q k times `scale`.
+
+    With a `softcap` c > 0 they then become c tanh(score / c). A position sees `window` positions, itself included; 0: all
+    before it.
+    """
+
+    scale: float
+    softcap: float = 0.0
+    window: int = 0
 
 
 class Backend(Protocol):
@@ -48,23 +62,11 @@ class Backend(Protocol):
         Element i pairs with i + half.
         """
 
-    def attention(
-        self,
-        q: F32,
-        k: Array,
-        v: Array,
-        q_to_kv: tuple[int, ...],
-        start: int,
-        window: int,
-        scale: float = 0.0,
-        softcap: float = 0.0,
-    ) -> F32:
+    def attention(self, q: F32, k: Array, v: Array, q_to_kv: tuple[int, ...], start: int, spec: AttentionSpec) -> F32:
         """Causal attention of q [n, heads, head_dim] at positions from `start` over k, v [kv_heads, start + n, head_dim].
 
         k and v are both f32 or both f16, which is widened; a head's positions are contiguous.
-        Query head i reads KV head q_to_kv[i]. A position sees `window` positions, itself included; 0: all before it.
-        Scores are q k times `scale` (0: 1 / sqrt(head_dim)); with a `softcap` c > 0 they become c tanh(score / c).
-        Returns [n, heads, head_dim].
+        Query head i reads KV head q_to_kv[i]. Returns [n, heads, head_dim].
         """
 
     def swiglu(self, gate: F32, up: F32) -> F32:

@@ -6,7 +6,7 @@ import numpy as np
 
 from tpimpi._native import Session, levels
 from tpimpi.compute.arrays import F32, Array, Bytes
-from tpimpi.compute.backends.reference import capped_attention, fixed_rms_norm, geglu
+from tpimpi.compute.backends import AttentionSpec
 from tpimpi.compute.formats import FORMATS
 from tpimpi.compute.formats.packed import Matrix, row_bytes
 from tpimpi.compute.formats.quantize import quantize
@@ -45,36 +45,18 @@ class NativeBackend:
         return y
 
     def fixed_rms_norm(self, x: F32, weight: F32, eps: float) -> F32:
-        return fixed_rms_norm(x, weight, eps)
+        y = np.empty(x.shape, np.float32)
+        self._session.fixed_rms_norm(x, weight, eps, y)
+        return y
 
     def rope(self, x: F32, cos: F32, sin: F32) -> F32:
-        rotated = 2 * cos.shape[-1]
-        if rotated < x.shape[-1]:
-            return np.concatenate(
-                [self.rope(np.ascontiguousarray(x[..., :rotated]), cos, sin), x[..., rotated:]], axis=-1
-            )
         y = np.empty(x.shape, np.float32)
         self._session.rope(x, cos, sin, y)
         return y
 
-    def attention(
-        self,
-        q: F32,
-        k: Array,
-        v: Array,
-        q_to_kv: tuple[int, ...],
-        start: int,
-        window: int,
-        scale: float = 0.0,
-        softcap: float = 0.0,
-    ) -> F32:
-        usual = q.shape[-1] ** -0.5
-        if softcap:
-            return capped_attention(q, k, v, q_to_kv, start, window, scale or usual, softcap)
-        if scale and scale != usual:
-            q = q * np.float32(scale / usual)
+    def attention(self, q: F32, k: Array, v: Array, q_to_kv: tuple[int, ...], start: int, spec: AttentionSpec) -> F32:
         y = np.empty(q.shape, np.float32)
-        self._session.attention(q, k, v, q_to_kv, start, window, y)
+        self._session.attention(q, k, v, q_to_kv, start, spec.window, spec.scale, spec.softcap, y)
         return y
 
     def swiglu(self, gate: F32, up: F32) -> F32:
@@ -83,7 +65,9 @@ class NativeBackend:
         return y
 
     def geglu(self, gate: F32, up: F32) -> F32:
-        return geglu(gate, up)
+        y = np.empty(gate.shape, np.float32)
+        self._session.geglu(gate, up, y)
+        return y
 
     def read(self, data: Bytes) -> int:
         """Read all of `data` with all threads, and do nothing else: for measuring. Returns the sum of its 8-byte words."""

@@ -6,6 +6,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from tpimpi.compute.arrays import F32, Array
+from tpimpi.compute.backends import AttentionSpec
 from tpimpi.compute.formats import FORMATS
 from tpimpi.compute.formats.bf16 import from_bf16, to_bf16
 from tpimpi.compute.formats.packed import Matrix, runs_of_rows, values
@@ -47,18 +48,8 @@ class NumpyTwin:
         cos, sin = cos[:, None], sin[:, None]
         return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
-    def attention(
-        self,
-        q: F32,
-        k: Array,
-        v: Array,
-        q_to_kv: tuple[int, ...],
-        start: int,
-        window: int,
-        scale: float = 0.0,
-        softcap: float = 0.0,
-    ) -> F32:
-        return capped_attention(q, k, v, q_to_kv, start, window, scale, softcap)
+    def attention(self, q: F32, k: Array, v: Array, q_to_kv: tuple[int, ...], start: int, spec: AttentionSpec) -> F32:
+        return attention(q, k, v, q_to_kv, start, spec)
 
     def swiglu(self, gate: F32, up: F32) -> F32:
         with np.errstate(over="ignore"):  # exp(-gate) may be infinite: gate / inf is the right limit, 0
@@ -68,19 +59,17 @@ class NumpyTwin:
         return geglu(gate, up)
 
 
-def capped_attention(
-    q: F32, k: Array, v: Array, q_to_kv: tuple[int, ...], start: int, window: int, scale: float, softcap: float
-) -> F32:
-    """Attention as Backend.attention."""
-    n, _, head_dim = q.shape
+def attention(q: F32, k: Array, v: Array, q_to_kv: tuple[int, ...], start: int, spec: AttentionSpec) -> F32:
+    """As Backend.attention."""
+    n = q.shape[0]
     position = start + np.arange(n)[:, None]
     key = np.arange(start + n)[None]
-    seen = (key <= position) & ((key > position - window) if window else True)
+    seen = (key <= position) & ((key > position - spec.window) if spec.window else True)
     heads = list(q_to_kv)
     k, v = k[heads].astype(np.float32), v[heads].astype(np.float32)  # [heads, start + n, head_dim]
-    scores = np.einsum("nhd,hkd->hnk", q, k) * np.float32(scale or head_dim**-0.5)
-    if softcap:
-        scores = np.float32(softcap) * np.tanh(scores / np.float32(softcap))
+    scores = np.einsum("nhd,hkd->hnk", q, k) * np.float32(spec.scale)
+    if spec.softcap:
+        scores = np.float32(spec.softcap) * np.tanh(scores / np.float32(spec.softcap))
     scores = np.where(seen, scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (the name that torch's own documentation uses)
 
 from tpimpi.compute.arrays import F32, Array
-from tpimpi.compute.backends.reference import capped_attention, fixed_rms_norm
+from tpimpi.compute.backends import AttentionSpec
+from tpimpi.compute.backends.reference import attention, fixed_rms_norm
 from tpimpi.compute.formats.base import PANEL_ROWS
 from tpimpi.compute.formats.packed import Matrix, runs_of_rows, values
 
@@ -43,39 +44,27 @@ class TorchBackend:
         c, s = _tensor(cos)[:, None], _tensor(sin)[:, None]
         return torch.cat([first * c - second * s, second * c + first * s, rest], dim=-1).numpy()
 
-    def attention(
-        self,
-        q: F32,
-        k: Array,
-        v: Array,
-        q_to_kv: tuple[int, ...],
-        start: int,
-        window: int,
-        scale: float = 0.0,
-        softcap: float = 0.0,
-    ) -> F32:
-        if softcap:
-            return capped_attention(q, k, v, q_to_kv, start, window, scale, softcap)
+    def attention(self, q: F32, k: Array, v: Array, q_to_kv: tuple[int, ...], start: int, spec: AttentionSpec) -> F32:
+        if spec.softcap:
+            return attention(q, k, v, q_to_kv, start, spec)
         n, heads, _ = q.shape
         mask = None
-        if n > 1 or window:
+        if n > 1 or spec.window:
             position = start + torch.arange(n)[:, None]
             key = torch.arange(start + n)[None]
             mask = key <= position
-            if window:
-                mask &= key > position - window
+            if spec.window:
+                mask &= key > position - spec.window
         queries, keys, values = _tensor(q).transpose(0, 1), _tensor(k), _tensor(v)  # [heads, positions, head_dim]
         if q_to_kv == tuple(range(q_to_kv[0], q_to_kv[0] + heads)):  # a KV head for each query head
             own = slice(q_to_kv[0], q_to_kv[0] + heads)
-            y = F.scaled_dot_product_attention(
-                queries, keys[own].float(), values[own].float(), mask, scale=scale or None
-            )
+            y = F.scaled_dot_product_attention(queries, keys[own].float(), values[own].float(), mask, scale=spec.scale)
         else:  # a KV head at a time with the query heads that read it, so that no f32 key is copied
             y = torch.empty_like(queries)
             for kv_head in sorted(set(q_to_kv)):
                 group = [head for head, own_kv in enumerate(q_to_kv) if own_kv == kv_head]
                 k_group, v_group = (kv[kv_head].float().expand(len(group), -1, -1) for kv in (keys, values))
-                y[group] = F.scaled_dot_product_attention(queries[group], k_group, v_group, mask, scale=scale or None)
+                y[group] = F.scaled_dot_product_attention(queries[group], k_group, v_group, mask, scale=spec.scale)
         return y.transpose(0, 1).contiguous().numpy()
 
     def swiglu(self, gate: F32, up: F32) -> F32:

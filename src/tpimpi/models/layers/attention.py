@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tpimpi.compute.arrays import F32
-from tpimpi.compute.backends import Backend
+from tpimpi.compute.backends import AttentionSpec, Backend
 from tpimpi.models.kv.cache import KVCache
-from tpimpi.models.layer_spec import LayerSpec
 from tpimpi.models.layers.parts import Parts
 from tpimpi.models.layers.rope import Angles
 
@@ -32,7 +31,7 @@ def attention_partial(
     tile: Parts,
     cache: KVCache,
     layer: int,
-    spec: LayerSpec,
+    spec: AttentionSpec,
     first_kv: int,  # where this tile's KV heads stand in the cache
     q_to_kv: tuple[int, ...],
     start: int,  # of the positions
@@ -56,9 +55,7 @@ def attention_partial(
     if "q" not in tile.matrices:
         return np.zeros_like(x)
     k, v = cache.read(layer, start + n)
-    seen = backend.attention(
-        turned("q"), k, v, q_to_kv, start, spec.window, spec.attention_scale, spec.attention_softcap
-    )
+    seen = backend.attention(turned("q"), k, v, q_to_kv, start, spec)
     return backend.linear(seen.reshape(n, -1), tile.matrices["o"])
 
 

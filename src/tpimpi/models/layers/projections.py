@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tpimpi.compute.arrays import F32
-from tpimpi.compute.backends import Backend
+from tpimpi.compute.backends import AttentionSpec, Backend
 from tpimpi.models.kv.cache import KVCache
-from tpimpi.models.layer_spec import LayerSpec
 from tpimpi.models.layers.attention import QKNorm, rotated
 from tpimpi.models.layers.parts import Parts
 from tpimpi.models.layers.rope import Angles
@@ -91,7 +90,7 @@ class Projections:
         heads: tuple[int, int],
         cache: KVCache,
         layer: int,
-        spec: LayerSpec,
+        spec: AttentionSpec,
         q_to_kv: tuple[int, ...],
         start: int,
     ) -> F32:
@@ -99,6 +98,5 @@ class Projections:
         q = self._pieces[heads].q
         assert q is not None, "a tile of the output projection without queries"
         k, v = cache.read(layer, start + q.shape[0])
-        scale, softcap = spec.attention_scale, spec.attention_softcap
-        seen = self._backend.attention(np.ascontiguousarray(q), k, v, q_to_kv, start, spec.window, scale, softcap)
+        seen = self._backend.attention(np.ascontiguousarray(q), k, v, q_to_kv, start, spec)
         return self._backend.linear(seen.reshape(q.shape[0], -1), tile.matrices["o"])
