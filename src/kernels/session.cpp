@@ -36,6 +36,7 @@ uint8_t* Session::scratch(int64_t bytes) {
 }
 
 void Session::linear(const Matrix& w, int64_t positions, const float* x, const float* bias, float* y) {
+  if (positions == 0) return;
   const int64_t panels = divided_up(w.rows, kPanelRows);
   uint8_t* prepared = scratch(level_.prepared_words(w.format, w.columns) * 4 * positions);
   level_.prepare(w.format, w.columns, positions, x, prepared);

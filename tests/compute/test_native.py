@@ -195,6 +195,13 @@ def test_norms_and_activations(level: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("fmt", WEIGHT_FORMATS)
+def test_no_positions_have_no_results(level: str, fmt: str) -> None:
+    w = matrix(np.random.default_rng(1), fmt, 64, 256)
+    assert BACKENDS[level].linear(np.zeros((0, 256), np.float32), w).shape == (0, 64)
+
+
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("head_dim", [2, 20, 64, 70, 128])
 def test_rope(level: str, head_dim: int) -> None:
     random = np.random.default_rng(2)
