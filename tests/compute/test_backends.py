@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.support.formats import EVERY_FORMAT, EVERY_QUANTIZED
-from tpimpi.compute.backends import AttentionSpec, has_native, load_backend
+from tpimpi.compute.attention import AttentionSpec
+from tpimpi.compute.backends import has_native, load_backend
 from tpimpi.compute.backends.reference import rounded_activations
 from tpimpi.compute.formats.packed import decode, encode, pack, row_bytes
 

@@ -31,7 +31,7 @@ from tests.support.kernel_cases import (
     within,
 )
 from tests.support.launch import ROOT
-from tpimpi.compute.backends import AttentionSpec
+from tpimpi.compute.attention import AttentionSpec
 from tpimpi.compute.backends.reference import rounded_activations
 from tpimpi.compute.formats import FORMATS, WEIGHT_FORMATS
 from tpimpi.compute.formats.packed import Matrix, decode, encode, pack, unpack, values

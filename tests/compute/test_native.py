@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from tests.support.drawn import examples
 from tests.support.formats import EVERY_FORMAT
-from tpimpi.compute.backends import AttentionSpec, load_backend
+from tpimpi.compute.attention import AttentionSpec
+from tpimpi.compute.backends import load_backend
 from tpimpi.compute.backends.native import NativeBackend
 from tpimpi.compute.formats import FORMATS, WEIGHT_FORMATS, is_quantized
 from tpimpi.compute.formats.packed import Matrix, encode, pack, packed_bytes, values

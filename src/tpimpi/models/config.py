@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from tpimpi.compute.backends import AttentionSpec
+from tpimpi.compute.attention import AttentionSpec
 from tpimpi.errors import ModelError
 from tpimpi.models.architectures import ARCHITECTURES
 from tpimpi.models.keys import MAX_LAYERS, MAX_SIZE, Keys, is_positive, show

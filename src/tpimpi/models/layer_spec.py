@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from tpimpi.compute.backends import AttentionSpec
+from tpimpi.compute.attention import AttentionSpec
 
 Norm = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu_tanh"]

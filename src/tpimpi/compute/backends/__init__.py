@@ -8,10 +8,10 @@ and tests compare the others against it.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 from typing import Protocol
 
 from tpimpi.compute.arrays import F32, Array
+from tpimpi.compute.attention import AttentionSpec
 from tpimpi.compute.formats.base import Quantizer
 from tpimpi.compute.formats.packed import Matrix
 from tpimpi.compute.formats.quantize import quantize
@@ -20,19 +20,6 @@ from tpimpi.errors import InputError
 BACKEND_NAMES = ("auto", "native", "torch", "numpy")  # what --backend takes
 # Instruction sets that the native kernels are made for, which --kernels takes beside auto.
 KERNEL_LEVELS = ("avx512-bf16", "avx512", "avx-vnni", "avx2", "neon-dot", "neon", "portable")
-
-
-@dataclass(frozen=True)
-class AttentionSpec:
-    """How the queries of a layer see its keys: scores are q k times `scale`.
-
-    With a `softcap` c > 0 they then become c tanh(score / c). A position sees `window` positions, itself included; 0: all
-    before it.
-    """
-
-    scale: float
-    softcap: float = 0.0
-    window: int = 0
 
 
 class Backend(Protocol):

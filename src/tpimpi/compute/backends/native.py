@@ -6,7 +6,7 @@ import numpy as np
 
 from tpimpi._native import Session, levels
 from tpimpi.compute.arrays import F32, Array, Bytes
-from tpimpi.compute.backends import AttentionSpec
+from tpimpi.compute.attention import AttentionSpec
 from tpimpi.compute.formats import FORMATS
 from tpimpi.compute.formats.packed import Matrix, row_bytes
 from tpimpi.compute.formats.quantize import quantize

@@ -6,7 +6,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from tpimpi.compute.arrays import F32, Array
-from tpimpi.compute.backends import AttentionSpec
+from tpimpi.compute.attention import AttentionSpec
 from tpimpi.compute.formats import FORMATS
 from tpimpi.compute.formats.bf16 import from_bf16, to_bf16
 from tpimpi.compute.formats.packed import Matrix, runs_of_rows, values

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (the name that torch's own documentation uses)
 
 from tpimpi.compute.arrays import F32, Array
-from tpimpi.compute.backends import AttentionSpec
+from tpimpi.compute.attention import AttentionSpec
 from tpimpi.compute.backends.reference import attention, fixed_rms_norm
 from tpimpi.compute.formats.base import PANEL_ROWS
 from tpimpi.compute.formats.packed import Matrix, runs_of_rows, values

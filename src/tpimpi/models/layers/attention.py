@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tpimpi.compute.arrays import F32
-from tpimpi.compute.backends import AttentionSpec, Backend
+from tpimpi.compute.attention import AttentionSpec
+from tpimpi.compute.backends import Backend
 from tpimpi.models.kv.cache import KVCache
 from tpimpi.models.layers.parts import Parts
 from tpimpi.models.layers.rope import Angles
