@@ -183,6 +183,24 @@ def peers(found: Sequence[Found], folder: Path) -> str:
     return str(table)
 
 
+def rpc(found: Sequence[Found], folder: Path) -> str:
+    """Beside llama.cpp's RPC servers: how many times as fast ours is on the same home."""
+    rows = [each for each in found if each["experiment"] == "rpc"]
+    table = Table("Program", "model", "one way", "TTFT", "s/token", "times llama.cpp's", "`… run`")
+    keys = ("shape", "layers", "format", "devices", "latency")
+    theirs = {tuple(each[key] for key in keys): each.figures for each in rows if each["measure"] == "peer"}
+    for each in sorted(rows, key=lambda each: (each.model, each["latency"])):
+        if "killed" in each.figures:
+            cells = [f"killed: {each.figures['killed']}", "", ""]
+        else:
+            token = each.figures["s_per_token"]
+            other = theirs.get(tuple(each[key] for key in keys), {}).get("s_per_token")
+            beside = times(other / token) if other and each["measure"] == "generate" else "-"
+            cells = [seconds(each.figures["ttft_s"]), per_token(token), beside]
+        table.add(each["program"], each.model, each["latency"], *cells, command_cell(each))
+    return str(table)
+
+
 def memory(found: Sequence[Found], folder: Path) -> str:
     table = Table(
         "Program",
@@ -348,6 +366,7 @@ TABLES: dict[str, TableMaker] = {
     "devices": devices,
     "eighths": eighths,
     "peers": peers,
+    "rpc": rpc,
     "memory": memory,
     "network": network,
     "big": big,

@@ -18,9 +18,11 @@ from typing import Any
 from bench.experiments.emulation import emulation, ways
 from bench.experiments.machines import predictions
 from bench.experiments.rows import LAUNCHER_BYTES, Row
-from bench.experiments.site import ROOT, Figures, FinishedRun, RunError, Site, devices_of, last_line, run
+from bench.experiments.site import ROOT, Figures, FinishedRun, RunError, Site, devices_of, last_line, link_of, run
 from bench.home import Home
+from bench.peers import rpc
 from bench.peers.peers import ENVIRONMENTS_FOLDER, prepare, run_peer
+from tpimpi.models.shapes import load_shape
 
 DECODE_NUMBERS, PREFILL_NUMBERS = 4096, 128 * 4096  # of a 7B model's allreduce: of one position, and of 128
 REPEATS = 5  # of each sum
@@ -109,9 +111,11 @@ def _memory(row: Row, site: Site, arguments: Sequence[str]) -> list[str]:
 
 
 def peer(row: Row, site: Site) -> Figures:
-    """Another program on one such device; `killed` where the limit ended it."""
+    """Another program on one such device, or llama.cpp on several; `killed` where the limit ended it."""
     model = site.models.make(row)
     model = model / "model.gguf" if (model / "model.gguf").exists() else model
+    if row.program == rpc.NAME:
+        return _rpc(row, site, model)
     model = prepare(row.program, model, site.models.prepared(row))
     with site.folder() as folder, Home(devices_of(row, Path(folder))) as home:
         found = run_peer(
@@ -127,6 +131,21 @@ def peer(row: Row, site: Site) -> Figures:
         )
         group = home.groups[0]
         return {**found, "group_peak_bytes": [None if group is None else group.peak()]}
+
+
+def _rpc(row: Row, site: Site, model: Path) -> Figures:
+    binaries = rpc.build_rpc(ENVIRONMENTS_FOLDER)
+    with site.folder() as folder, Home(devices_of(row, Path(folder)), link_of(row)) as home:
+        return rpc.run_rpc(
+            home,
+            model,
+            binaries,
+            prompt=row.prompt,
+            tokens=row.answer_tokens,
+            threads=row.threads,
+            layers=load_shape(row.shape, row.layers or None).config.layers,
+            timeout=600 + 6 * row.expected_s,
+        )
 
 
 # Sums, texts, predictions
