@@ -21,6 +21,7 @@ from tpimpi.serving.perplexity import (
     Divergence,
     Score,
     cut,
+    cut_whole,
     kl_divergences,
     log_normalizers,
     mean_and_error,
@@ -48,6 +49,18 @@ def test_chunks_hold_the_text_in_order(count: int, context: int, with_bos: bool)
     else:
         left_out = count % context == 1  # a single id at the end predicts nothing
         assert [token for chunk in chunks for token in chunk] == ids[: count - left_out]
+
+
+@given(st.integers(0, 60), st.integers(2, 20), st.booleans())
+def test_whole_chunks_have_bos_in_the_place_of_a_token(count: int, context: int, with_bos: bool) -> None:
+    ids = list(range(100, 100 + count))
+    chunks = cut_whole(ids, context, 1 if with_bos else None)
+    text = [1, *ids] if with_bos else ids
+    assert len(chunks) == len(text) // context
+    for index, chunk in enumerate(chunks):
+        assert len(chunk) == context
+        assert chunk[0] == (1 if with_bos else text[index * context])
+        assert chunk[1:] == text[index * context + 1 : (index + 1) * context]
 
 
 def random_logits(seed: int, positions: int, vocab: int, scale: float) -> np.ndarray:
@@ -171,6 +184,32 @@ def test_perplexity_is_that_of_transformers_logits(
     assert found["tokens_per_s"] == pytest.approx(nll.size / found["seconds"])
 
 
+def test_second_halves_are_scored_as_llama_cpp_does(
+    tpimpi: Callable[..., Result], with_bos: Path, text: Path, tmp_path: Path
+) -> None:
+    """Its tools/perplexity: chunk i has tokens [i * n, (i + 1) * n) of the text with BOS, the first made BOS; the logits
+    at positions n / 2 to n - 2 are asked for the token after each."""
+    import torch
+    from torch.nn import functional
+    from transformers import AutoModelForCausalLM
+
+    tokens, context = [1, *ids_of(with_bos)], CONTEXT + 1  # an odd one
+    assert len(tokens) // context > 1 and len(tokens) % context
+    reference = AutoModelForCausalLM.from_pretrained(with_bos, dtype=torch.float32)
+    losses = []
+    for start in range(0, len(tokens) // context * context, context):
+        chunk = torch.tensor([[1, *tokens[start + 1 : start + context]]])
+        with torch.no_grad():
+            logits = reference(chunk).logits[0, context // 2 : -1].double()
+        losses.append(functional.cross_entropy(logits, chunk[0, context // 2 + 1 :], reduction="none"))
+    nll = torch.cat(losses).numpy()
+    arguments = ("--model", str(with_bos), "--format", "f32", "--second-half", "--context", str(context))
+    found = measure(tpimpi, tmp_path, text, *arguments, "--against", "f32")
+    assert found["perplexity"] == pytest.approx(math.exp(nll.mean()), rel=1e-5)
+    assert (found["tokens_scored"], found["chunks"], found["second_half"]) == (nll.size, len(losses), True)
+    assert found["against"]["kl_mean"] == 0
+
+
 def logits_of(model: Path, fmt: str, tpimpi: Callable[..., Result], folder: Path) -> np.ndarray:
     """Logits of every position of TEXT, chunk by chunk, through the program that tests logits: [tokens, vocab]."""
     slices = folder / fmt
@@ -290,6 +329,12 @@ def test_slices_already_made(tpimpi: Callable[..., Result], tiny: Path, text: Pa
         (b"the quick fox", ["--context", "0"], "--context is 0, must be 2 or more"),
         (b"the quick fox", ["--context", "129"], "--context is 129, this model has 128 positions; give at most that"),
         (b"the quick fox", ["--max-tokens", "1"], "--max-tokens is 1, must be 2 or more"),
+        (
+            b"the quick fox",
+            ["--second-half"],
+            "tokens, less than a chunk of 128, and --second-half scores whole chunks",
+        ),
+        (b"the quick fox", ["--second-half", "--context", "2"], "--context is 2, must be 3 or more with --second-half"),
         (b"the quick fox", ["--against", "q9"], "--against is 'q9', must be one of f32, bf16"),
         (b"the quick fox", ["--format", "q9"], "format is 'q9'"),
         (b"the quick fox", ["--slices", "x", "--against", "f32"], "--slices is not enough; give --model too"),

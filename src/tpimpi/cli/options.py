@@ -116,6 +116,7 @@ class PerplexityOptions:
     against: str | None
     context: int | None
     max_tokens: int | None
+    second_half: bool
     model: ModelOptions
     compute: ComputeOptions
     network: NetworkOptions

@@ -53,8 +53,12 @@ def load(star: Star, job: Job) -> tuple[PerplexityOptions, Measurement, RankMemo
     configs = (replace(config, logits_of=PREFILL_CHUNK) for config in engine_configs(star, ranks, options))
     engines = [startup.open_engines(star, config) for config in list(configs)]
     tokenizer, tokenizer_bytes = load_tokenizer_of_slices(engines[0].file)
-    limits = {"context": options.context, "max_tokens": options.max_tokens}
-    measurement = Measurement(engines, tokenizer, options.text, text, **limits)
+    measurement = Measurement(
+        *(engines, tokenizer, options.text, text),
+        context=options.context,
+        max_tokens=options.max_tokens,
+        second_half=options.second_half,
+    )
     memory, allotments = startup.allot_memory(star, engines, measurement.context, tokenizer_bytes)
     job.at_end.callback(memory.close)
     if not options.output.quiet:

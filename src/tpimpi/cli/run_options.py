@@ -307,6 +307,8 @@ def perplexity_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="use the first N tokens of the text (default: all)",
     )
+    second_half = "score the second half of each whole chunk alone, as llama.cpp's llama-perplexity does (default: all)"
+    group.add_argument("--second-half", action="store_true", help=second_half)
     add_model(parser)
     add_computing(parser)
     group = parser.add_argument_group("output")
@@ -359,6 +361,7 @@ def parse_perplexity(arguments: Sequence[str]) -> PerplexityOptions:
         against=parsed.against,
         context=parsed.context,
         max_tokens=parsed.max_tokens,
+        second_half=parsed.second_half,
         model=parsed_into(ModelOptions, parsed),
         compute=parsed_into(ComputeOptions, parsed),
         network=parsed_into(NetworkOptions, parsed),

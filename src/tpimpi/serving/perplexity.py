@@ -2,8 +2,9 @@
 
 The text is tokenized as it is, without a chat template, and cut into chunks of `context` positions; each is run for
 itself, with BOS before it where the model's tokenizer puts one. Scored are all positions of a chunk but its first: each
-token gets -ln of the probability that the model gives it after what stands before it in the chunk. (llama.cpp scores the
-second half of each chunk only, which gives a lower figure.) The last chunk may be shorter.
+token gets -ln of the probability that the model gives it after what stands before it in the chunk. The last chunk may be
+shorter. With `second_half` chunks and positions are those of llama.cpp's llama-perplexity: whole chunks alone, BOS in the
+place of the first token of each, and of each the second half scored, which gives a lower figure.
 
     perplexity     exp(mean of these), its standard error by the delta method: perplexity * standard error of the mean
     KL divergence  sum over the vocabulary of P * ln(P / Q), in nats, for each scored position: P is the next-token
@@ -50,6 +51,14 @@ def cut(ids: Sequence[int], context: int, bos: int | None) -> list[list[int]]:
     room = context - len(first)
     chunks = [[*first, *ids[start : start + room]] for start in range(0, len(ids), room)]
     return [chunk for chunk in chunks if len(chunk) > 1]
+
+
+def cut_whole(ids: Sequence[int], context: int, bos: int | None) -> list[list[int]]:
+    """Chunks of exactly `context` ids as llama-perplexity makes them: of the text with `bos` before it, which also takes
+    the place of each chunk's first id, unless it is None. What is left at the end is not used."""
+    whole = [*([] if bos is None else [bos]), *ids]
+    starts = range(0, len(whole) - context + 1, context)
+    return [[whole[start] if bos is None else bos, *whole[start + 1 : start + context]] for start in starts]
 
 
 def log_normalizers(logits: F32) -> F64:
@@ -138,6 +147,7 @@ class Result:
     text_tokens: int
     context: int
     bos: bool
+    second_half: bool
     chunks: int
     tokens_scored: int
     score: Score
@@ -182,7 +192,9 @@ class Result:
                 table.add_row(score.format, perplexity, *figures, f"{score.tokens_per_s:.0f}")
         print(file=sys.stderr)
         Console(file=sys.stderr, width=120, highlight=False, color_system=None).print(table)
-        scored = f"{self.tokens_scored} of {self.text_tokens} tokens scored in {self.chunks} chunks of {self.context}"
+        where = "in the second halves of" if self.second_half else "in"
+        scored = f"{self.tokens_scored} of {self.text_tokens} tokens scored"
+        scored += f" {where} {self.chunks} chunks of {self.context}"
         memory = max((rank.peak_rss_bytes for rank in self.ranks), default=0) / 1e6
         print(
             f"{self.model} · {self.backend} · {len(self.ranks)} rank{'s' if len(self.ranks) > 1 else ''} · {scored} · "
@@ -207,6 +219,7 @@ class Measurement:
         *,
         context: int | None,
         max_tokens: int | None,
+        second_half: bool = False,
     ) -> None:
         """`name` is the text's file, for messages. Raises InputError where text and context leave nothing to score."""
         self.name = name
@@ -214,6 +227,10 @@ class Measurement:
         if context is not None and context > most:
             raise InputError(f"--context is {context}, this model has {most} positions; give at most that")
         self.context = context or min(CHUNK_POSITIONS, most)
+        if second_half and self.context < 3:
+            raise InputError(
+                f"--context is {self.context}, must be 3 or more with --second-half, so that each half has a token"
+            )
         if not text:
             raise InputError(f"the text {name} is empty; give some text")
         self.ids = tokenizer.encode(text, special=False)[:max_tokens]
@@ -221,7 +238,14 @@ class Measurement:
             raise InputError(f"the text {name} has {len(self.ids)} token(s), must have 2 or more; give a longer text")
         adds_bos = tokenizer.bos_id is not None and tokenizer.encode("")[:1] == [tokenizer.bos_id]
         self.bos = tokenizer.bos_id if adds_bos else None
-        self.chunks = cut(self.ids, self.context, self.bos)
+        self.second_half = second_half
+        self.first = self.context // 2 if second_half else 0  # the first position of a chunk whose logits are scored
+        self.chunks = (cut_whole if second_half else cut)(self.ids, self.context, self.bos)
+        if not self.chunks:  # of whole ones
+            raise InputError(
+                f"the text {name} has {len(self.ids)} tokens, less than a chunk of {self.context}, and --second-half scores "
+                f"whole chunks; give a longer text, or a smaller --context"
+            )
 
     def run(self, engines: Sequence[Engine], *, quiet: bool) -> Result:
         """Run every chunk through the engines; the other ranks follow. Raises ModelError where logits are not finite."""
@@ -229,26 +253,29 @@ class Measurement:
         kl: list[F64] = []
         same: list[npt.NDArray[np.bool_]] = []
         seconds = [0.0] * len(engines)
-        done, total, said = 0, sum(len(chunk) - 1 for chunk in self.chunks), time.monotonic()
+        done, total, said = 0, sum(len(chunk) - 1 - self.first for chunk in self.chunks), time.monotonic()
         for chunk in self.chunks:
             self._begin(engines)
             for start in range(0, len(chunk) - 1, PREFILL_CHUNK):
                 ids = chunk[start : start + PREFILL_CHUNK + 1]
+                scored = ids[1:][max(self.first - start, 0) :]
                 found: list[tuple[F32, F64]] = []
                 for index, engine in enumerate(engines):
                     began = time.monotonic()
-                    logits = engine.model.logits(step(engine.model, engine.model.star, engine.embed(ids[:-1]), start))
+                    logits = _last_logits(engine, ids[:-1], start, len(scored))
                     seconds[index] += time.monotonic() - began
+                    if not scored:
+                        continue
                     normalizers = log_normalizers(logits)
-                    nll[index].append(negative_log_likelihoods(logits, normalizers, ids[1:]))
+                    nll[index].append(negative_log_likelihoods(logits, normalizers, scored))
                     if not np.isfinite(nll[index][-1]).all():
                         raise ModelError(f"the logits of {engine.opened.header.format} are not finite; check the model")
                     found.append((logits, normalizers))
                 if len(found) > 1:
                     kl.append(kl_divergences(*found[1], *found[0]))
                     same.append(found[1][0].argmax(axis=1) == found[0][0].argmax(axis=1))
-                done += len(ids) - 1
-                if not quiet and time.monotonic() - said > _PROGRESS_INTERVAL_S:
+                done += len(scored)
+                if done and not quiet and time.monotonic() - said > _PROGRESS_INTERVAL_S:
                     said = time.monotonic()
                     so_far = math.exp(min(np.concatenate(nll[0]).mean(), 700.0))
                     print(f"{done} of {total} tokens, perplexity so far {so_far:.4f}", file=sys.stderr, flush=True)
@@ -265,6 +292,7 @@ class Measurement:
             text_tokens=len(self.ids),
             context=self.context,
             bos=self.bos is not None,
+            second_half=self.second_half,
             chunks=len(self.chunks),
             tokens_scored=total,
             score=scores[0],
@@ -275,3 +303,9 @@ class Measurement:
     def _begin(self, engines: Sequence[Engine]) -> None:
         for engine in engines:
             begin(engine.model, engine.model.star, self.context)
+
+
+def _last_logits(engine: Engine, ids: Sequence[int], start: int, count: int) -> F32:
+    """Have all ranks run `ids` at positions from `start`: logits of the last `count` of them, [count, vocab]."""
+    hidden = step(engine.model, engine.model.star, engine.embed(ids), start, head=count > 0)
+    return engine.model.logits(hidden[len(ids) - count :]) if count else np.empty((0, 0), np.float32)
