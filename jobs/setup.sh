@@ -1,7 +1,7 @@
 # Sourced by the other scripts, from anywhere: makes .venv at the root of the checkout, installs into it, and goes in.
 #
 #   setup run     what a run needs: tpimpi, Open MPI, and a small real model
-#   setup test    the same, MPICH beside it in .venv/mpich, and what the tests need; real tokenizers in .venv/share
+#   setup test    the same, MPICH beside it in .venv/mpich, and what the tests need; real tokenizers and Gemma 3 270M in .venv/share
 #
 # What is already there, from the same version, pyproject.toml, constraints.txt, setup.sh and C++ sources, with the same compiler, is not
 # installed again. After a change of C++ alone this is quicker, as it compiles only what has changed:
@@ -95,7 +95,10 @@ setup() {
     echo "$stamp" >.venv/installed-run
     [ "$want" = run ] || echo "$stamp" >".venv/installed-$want"
   fi
-  [ "$want" = run ] || python tests/support/real_tokenizers.py # quick where they are there
+  if [ "$want" = test ]; then # quick where they are there
+    python tests/support/real_tokenizers.py
+    bash jobs/gemma.sh >/dev/null || echo "setup: no Gemma 3 270M; tests that need it are skipped" >&2
+  fi
 
   if [ "$(id -u)" = 0 ]; then # containers and test machines; Open MPI asks for each of these
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1

@@ -2,7 +2,8 @@
 
 A job: {"name", "slices", "ids", "chunks": positions of each forward, "allreduce", "kv", and one of "window" and "pins":
 the part of the tiles, 0 to 1, that the memory has room to pin beyond the least that works}. Rank 0 writes the logits of
-every position, [len(ids), vocab], as NAME.npy; every rank writes a digest of its hidden vectors as NAME-rankR.txt.
+every position, [len(ids), vocab], as NAME.npy, or of those from "logits_from" on, where a chunk begins; every rank writes a
+digest of its hidden vectors as NAME-rankR.txt.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def main() -> None:
             star.broadcast(x)
             hidden = engine.model.forward(x, position)
             digest.update(hidden.tobytes())
-            if star.rank.is_hub and job.get("head", True):
+            if star.rank.is_hub and job.get("head", True) and position >= job.get("logits_from", 0):
                 logits.append(engine.model.logits(hidden))
             position += count
         memory.close()
