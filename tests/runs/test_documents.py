@@ -30,6 +30,7 @@ FIRST_WORDS = set(
 NOT_HERE = {
     r"(sudo )?(env \S+ )?bash jobs/\S+\.sh.*": "CI runs the scripts themselves",
     r"(apt-get|git|pip|python3 -m venv|ssh-copy-id) .*": "changes the machine, or needs another",
+    r"bash bench/\S+\.sh .*": "builds another program, for minutes",
     r"(sbatch|qsub) .*": "needs a batch system; tests/runs/test_jobs.py has one",
     r"(sudo )?sysctl .*": "changes the machine",
     r"(sudo )?(env \S+ )?python (-m bench\.|bench/)\S+.*": "hours, or root; tests/bench runs them",
