@@ -100,30 +100,13 @@ TPIMPI_INLINE inline void unrolled(Function function) {
   }
 }
 
-// Add to parts [n] the products of words [from, to) of a unit with n of N positions' activations, of which the first are at x.
-template <class S, Format format, int from, int to, int N, int n>
-TPIMPI_INLINE inline void dot_words(const uint8_t* q, const int32_t* x, typename S::I* parts) {
-  constexpr Traits t = traits(format);
-  if constexpr (t.wide || !S::kNarrow) {
-    unrolled<from, to>([&]<int k>() TPIMPI_INLINE {
-      const auto w = code_word<S, format, k>(q);
-      for (int p = 0; p < n; ++p)
-        parts[p] = t.wide ? S::dot_u8(parts[p], w, x + k * N + p) : S::dot_u4(parts[p], w, x + k * N + p);
-    });
-  } else if constexpr (from < to) {
-    constexpr int end = from + t.narrow_words < to ? from + t.narrow_words : to;
-    typename S::I narrow[n];
-    unrolled<from, end>([&]<int k>() TPIMPI_INLINE {
-      const auto w = code_word<S, format, k>(q);
-      for (int p = 0; p < n; ++p) {
-        const auto products = S::narrow(w, x + k * N + p);
-        narrow[p] = k == from ? products : S::add_narrow(narrow[p], products);
-      }
-    });
-    for (int p = 0; p < n; ++p) parts[p] = S::add_int(parts[p], S::widened(narrow[p]));
-    dot_words<S, format, end, to, N, n>(q, x, parts);
-  }
-}
+// A unit's lines of codes as they are packed.
+template <class S, Format format>
+struct PackedCodes {
+  const uint8_t* lines;
+  template <int k>
+  TPIMPI_INLINE typename S::W word() const { return code_word<S, format, k>(lines); }
+};
 
 // The scales of a unit's 16 rows, and what is added for their minima; the second ones where scales are for 16 columns.
 template <class S>
@@ -131,36 +114,91 @@ struct Numbers {
   typename S::F scale, minimum, second_scale, second_minimum;
 };
 
-// Add to sums [n] what one unit gives: its lines of codes at q, the numbers of its 16 rows, its activations at x, of which
-// positions [first, first + n) of N are taken.
-template <class S, Format format, int N, int first, int n>
-inline void add_unit(const uint8_t* q, const Numbers<S>& v, const int32_t* x, typename S::F* sums) {
+// A unit taken apart, to be multiplied with one group of positions after another.
+template <class S, Format format>
+struct alignas(kLine) Unit {
+  uint8_t codes[8][kLine];
+  float numbers[4][kPanelRows];  // as in Numbers; those that the format has
+
+  template <int k>
+  TPIMPI_INLINE typename S::W word() const { return S::load_line(codes[k]); }
+
+  void set(const uint8_t* lines, const Numbers<S>& v) {
+    unrolled<0, 8>([&]<int k>() TPIMPI_INLINE { S::store_line(codes[k], code_word<S, format, k>(lines)); });
+    S::store(numbers[0], v.scale);
+    if constexpr (traits(format).minima) S::store(numbers[1], v.minimum);
+    if constexpr (traits(format).by_16) S::store(numbers[2], v.second_scale);
+    if constexpr (traits(format).minima && traits(format).by_16) S::store(numbers[3], v.second_minimum);
+  }
+
+  Numbers<S> get() const {
+    Numbers<S> v;
+    v.scale = S::load(numbers[0]);
+    if constexpr (traits(format).minima) v.minimum = S::load(numbers[1]);
+    if constexpr (traits(format).by_16) v.second_scale = S::load(numbers[2]);
+    if constexpr (traits(format).minima && traits(format).by_16) v.second_minimum = S::load(numbers[3]);
+    return v;
+  }
+};
+
+// Add to parts [N] the products of words [from, to) of a unit with N positions' activations, which are at x.
+template <class S, Format format, int from, int to, int N, class Codes>
+TPIMPI_INLINE inline void dot_words(const Codes& codes, const int32_t* x, typename S::I* parts) {
   constexpr Traits t = traits(format);
-  x += first;
+  if constexpr (t.wide || !S::kNarrow) {
+    unrolled<from, to>([&]<int k>() TPIMPI_INLINE {
+      auto w = codes.template word<k>();
+      S::compute_now(w);
+      for (int p = 0; p < N; ++p) {
+        parts[p] = t.wide ? S::dot_u8(parts[p], w, x + k * N + p) : S::dot_u4(parts[p], w, x + k * N + p);
+        S::compute_now(parts[p]);
+      }
+    });
+  } else if constexpr (from < to) {
+    constexpr int end = from + t.narrow_words < to ? from + t.narrow_words : to;
+    typename S::I narrow[N];
+    unrolled<from, end>([&]<int k>() TPIMPI_INLINE {
+      auto w = codes.template word<k>();
+      S::compute_now(w);
+      for (int p = 0; p < N; ++p) {
+        const auto products = S::narrow(w, x + k * N + p);
+        narrow[p] = k == from ? products : S::add_narrow(narrow[p], products);
+        S::compute_now(narrow[p]);
+      }
+    });
+    for (int p = 0; p < N; ++p) parts[p] = S::add_int(parts[p], S::widened(narrow[p]));
+    dot_words<S, format, end, to, N>(codes, x, parts);
+  }
+}
+
+// Add to sums [N] what one unit gives: its codes, the numbers of its 16 rows, its activations at x.
+template <class S, Format format, int N, class Codes>
+inline void add_unit(const Codes& codes, const Numbers<S>& v, const int32_t* x, typename S::F* sums) {
+  constexpr Traits t = traits(format);
   const float* fx = reinterpret_cast<const float*>(x);
-  typename S::I parts[n];
-  for (int p = 0; p < n; ++p) parts[p] = S::set_int(t.minima ? 0 : x[9 * N + p]);
+  typename S::I parts[N];
+  for (int p = 0; p < N; ++p) parts[p] = S::set_int(t.minima ? 0 : x[9 * N + p]);
   if constexpr (t.by_16) {
-    typename S::F whole[n];
-    dot_words<S, format, 0, 4, N, n>(q, x, parts);
-    for (int p = 0; p < n; ++p) {
+    typename S::F whole[N];
+    dot_words<S, format, 0, 4, N>(codes, x, parts);
+    for (int p = 0; p < N; ++p) {
       whole[p] = S::mul(S::to_float(parts[p]), v.scale);
       parts[p] = S::set_int(t.minima ? 0 : x[10 * N + p]);
     }
-    dot_words<S, format, 4, 8, N, n>(q, x, parts);
-    for (int p = 0; p < n; ++p) {
+    dot_words<S, format, 4, 8, N>(codes, x, parts);
+    for (int p = 0; p < N; ++p) {
       whole[p] = S::fma(S::to_float(parts[p]), v.second_scale, whole[p]);
       sums[p] = S::fma(whole[p], S::set(fx[8 * N + p]), sums[p]);
     }
   } else {
-    dot_words<S, format, 0, 8, N, n>(q, x, parts);
-    for (int p = 0; p < n; ++p)
+    dot_words<S, format, 0, 8, N>(codes, x, parts);
+    for (int p = 0; p < N; ++p)
       sums[p] = S::fma(S::to_float(parts[p]), S::mul(v.scale, S::set(fx[8 * N + p])), sums[p]);
   }
   if constexpr (t.minima) {
-    for (int p = 0; p < n; ++p) sums[p] = S::fma(v.minimum, S::set(fx[9 * N + p]), sums[p]);
+    for (int p = 0; p < N; ++p) sums[p] = S::fma(v.minimum, S::set(fx[9 * N + p]), sums[p]);
     if constexpr (t.by_16)
-      for (int p = 0; p < n; ++p) sums[p] = S::fma(v.second_minimum, S::set(fx[10 * N + p]), sums[p]);
+      for (int p = 0; p < N; ++p) sums[p] = S::fma(v.second_minimum, S::set(fx[10 * N + p]), sums[p]);
   }
 }
 
@@ -233,37 +271,48 @@ struct Scales {
   }
 };
 
-// The same pointer, of which the compiler does not know that it is: it would else keep what it took from there the first time,
-// and has no registers for it.
-inline const uint8_t* another(const uint8_t* p) {
-#ifdef __GNUC__
-  __asm__("" : "+r"(p));
-#endif
-  return p;
+// Call add(lines, numbers) for `count` units of a panel from its unit `unit` on, which is where w stands, at the lines of scales
+// where a group begins there; w goes on behind them. `units` are the panel's; its first is number `skipped` of its group. It ends
+// where a group ends at the latest; the number of units that were gone through is returned.
+template <class S, Format format, int products, class Function>
+inline int each_unit(const uint8_t*& w, int64_t left, int skipped, Function add) {
+  constexpr int lines = unit_lines(format), size = group_units(format);
+  const int units = left < size - skipped ? int(left) : size - skipped;
+  const Scales<S, format> scales(w, units);
+  w += scale_lines(format, units) * kLine;
+  for (int u = 0; u < units; ++u) {
+    for (int i = 0; i < lines + 1; ++i) fetch_ahead<products>(w + i * kLine);
+    add(w, scales.at(u));
+    w += lines * kLine;
+  }
+  return units;
 }
 
 // What a panel at w gives with N positions: sums [N], 16 rows each.
 template <class S, Format format, int N>
 inline void sum_blocks(const uint8_t* w, int64_t columns, int64_t first, const int32_t* x, typename S::F* sums) {
-  constexpr int lines = unit_lines(format), size = group_units(format);
-  // Sums and the parts of a unit must fit the registers; a unit of many positions is gone through twice.
-  constexpr int half = N > S::parts ? S::parts : N;
   for (int p = 0; p < N; ++p) sums[p] = S::zero();
   int64_t left = divided_up(columns, kBlock);
-  for (int skipped = int(first / kBlock); left > 0; skipped = 0) {
-    const int units = left < size - skipped ? int(left) : size - skipped;
-    const Scales<S, format> scales(w, units);
-    w += scale_lines(format, units) * kLine;
-    for (int u = 0; u < units; ++u) {
-      for (int i = 0; i < lines + 1; ++i) fetch_ahead<format == Format::q8_0 ? N : 2 * N>(w + i * kLine);
-      const Numbers<S> numbers = scales.at(u);
-      add_unit<S, format, N, 0, half>(w, numbers, x, sums);
-      if constexpr (half < N) add_unit<S, format, N, half, N - half>(another(w), numbers, x, sums + half);
-      w += lines * kLine;
+  for (int skipped = int(first / kBlock); left > 0; skipped = 0)
+    left -= each_unit<S, format, format == Format::q8_0 ? N : 2 * N>(w, left, skipped, [&](const uint8_t* lines, const Numbers<S>& numbers) {
+      add_unit<S, format, N>(PackedCodes<S, format>{lines}, numbers, x, sums);
       x += unit_words(format) * N;
-    }
-    left -= units;
+    });
+}
+
+// Units of a panel that are taken apart at a time: they stay in the first cache.
+constexpr int kUnitsApart = 16;
+
+// Add to sums [N][16] what `count` units give with N positions.
+template <class S, Format format, int N>
+void add_units(const Unit<S, format>* units, int count, const int32_t* x, float* stored) {
+  typename S::F sums[N];
+  for (int p = 0; p < N; ++p) sums[p] = S::load(stored + p * kPanelRows);
+  for (const auto* unit = units; unit < units + count; ++unit) {
+    add_unit<S, format, N>(*unit, unit->get(), x, sums);
+    x += unit_words(format) * N;
   }
+  for (int p = 0; p < N; ++p) S::store(stored + p * kPanelRows, sums[p]);
 }
 
 #undef TPIMPI_INLINE

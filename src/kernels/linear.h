@@ -82,13 +82,12 @@ void prepare_block(Format format, const float* x, int32_t* words, int64_t n) {
 // the kernels larger by as much again.
 constexpr bool any_number_together(Format format) { return !quantized(format) || can_quantize(format); }
 
-// Positions are taken in groups of S::together (S::blocks_together with quantized weights) while there are as many, then of 8,
-// then what is left.
+// Positions are taken in groups of S::together (S::blocks_together with quantized weights) while there are as many, then what is
+// left.
 template <class S>
 int64_t next_group(Format format, int64_t left) {
   const int64_t together = quantized(format) ? S::blocks_together : S::together;
   if (left >= together) return together;
-  if (left >= 8) return 8;
   return any_number_together(format) ? left : left >= 4 ? 4 : left >= 2 ? 2 : 1;
 }
 
@@ -187,25 +186,75 @@ constexpr int panels_together(int positions) {
   return quantized(format) ? 1 : positions <= 2 ? 4 : positions <= 4 ? 2 : 1;
 }
 
+// Functions for groups of so many positions, of which `next_group` gives 1 to 8 and the most; for others they are 1's.
+template <class Function>
+struct ForGroups {
+  Function of[9];
+};
+template <class S, Format format, class Function, class Get>
+constexpr ForGroups<Function> for_groups(Get get) {
+  constexpr int most = quantized(format) ? S::blocks_together : S::together;
+  constexpr bool any = any_number_together(format);
+  return {{get.template operator()<1>(),
+          get.template operator()<2>(),
+          get.template operator()<(any && most > 2) ? 3 : 1>(),
+          get.template operator()<4>(),
+          get.template operator()<(any && most > 4) ? 5 : 1>(),
+          get.template operator()<(any && most > 5) ? 6 : 1>(),
+          get.template operator()<(any && most > 6) ? 7 : 1>(),
+          get.template operator()<(most > 7) ? 8 : 1>(),
+          get.template operator()<most>()}};
+}
+
+// More positions than one group, with quantized weights: a few units of a panel are taken apart, and multiplied with all groups
+// of a run of positions, whose activations stay in the second cache.
+template <class S, Format format>
+void multiply_groups(const Matrix& w, int64_t first, int64_t last, int64_t positions, const int32_t* x, const float* bias,
+                     float* y) {
+  using Function = void (*)(const Unit<S, format>*, int, const int32_t*, float*);
+  static constexpr auto add = for_groups<S, format, Function>([]<int N>() { return add_units<S, format, N>; });
+  constexpr int64_t most = 64, least = 16, cache_words = 48 << 10;  // runs are whole groups but for the last
+  const int64_t size = prepared_words(format, w.columns);
+  const int64_t run = std::clamp(cache_words / size / least * least, least, most);
+  Unit<S, format> units[kUnitsApart];
+  alignas(kLine) float sums[most * kPanelRows];
+  for (int64_t begin = 0; begin < positions; begin += run) {
+    const int64_t n = std::min(run, positions - begin);
+    for (int64_t panel = first; panel < last; ++panel) {
+      const uint8_t* data = w.data + panel * panel_bytes(format, w.columns, w.first);
+      const int32_t* group = x + begin * size;
+      std::memset(sums, 0, size_t(n) * kLine);
+      int64_t left = divided_up(w.columns, kBlock);
+      for (int count, skipped = int(w.first / kBlock); left > 0; left -= count) {
+        const int64_t done = divided_up(w.columns, kBlock) - left;
+        for (count = 0; count < left && count + group_units(format) <= kUnitsApart; skipped = 0)
+          each_unit<S, format, 8>(data, left - count, skipped, [&](const uint8_t* lines, const Numbers<S>& numbers) {
+            units[count++].set(lines, numbers);
+          });
+        for (int64_t p = 0, together; p < n; p += together) {
+          together = next_group<S>(format, n - p);
+          add.of[std::min<int64_t>(together, 9) - 1](units, count, group + p * size + done * unit_words(format) * together,
+                                                  sums + p * kPanelRows);
+        }
+      }
+      for (int64_t p = 0; p < n; ++p) store_rows<S>(w, panel, begin + p, S::load(sums + p * kPanelRows), bias, y);
+    }
+  }
+}
+
 template <class S, Format format>
 void multiply_format(const Matrix& w, int64_t first, int64_t last, int64_t positions, const uint8_t* prepared,
                      const float* bias, float* y) {
   using Function = void (*)(const Matrix&, int64_t, const int32_t*, const float*, float*);
+  static constexpr auto one =
+      for_groups<S, format, Function>([]<int N>() { return group_of_positions<S, format, N, 1>; });
   constexpr int most = quantized(format) ? S::blocks_together : S::together;
-  constexpr bool any = any_number_together(format);
-  // Those that `next_group` never gives are 1 here.
-  static constexpr Function one[] = {
-      group_of_positions<S, format, 1, 1>,
-      group_of_positions<S, format, 2, 1>,
-      group_of_positions<S, format, (any && most > 2) ? 3 : 1, 1>,
-      group_of_positions<S, format, 4, 1>,
-      group_of_positions<S, format, (any && most > 4) ? 5 : 1, 1>,
-      group_of_positions<S, format, (any && most > 5) ? 6 : 1, 1>,
-      group_of_positions<S, format, (any && most > 6) ? 7 : 1, 1>,
-      group_of_positions<S, format, (most > 7) ? 8 : 1, 1>};
   const int64_t size = prepared_words(format, w.columns);
   const int32_t* x = reinterpret_cast<const int32_t*>(prepared);
-  if constexpr (!quantized(format)) {
+  if constexpr (quantized(format)) {
+    if (next_group<S>(format, positions) < positions)
+      return multiply_groups<S, format>(w, first, last, positions, x, bias, y);
+  } else {
     static constexpr Function several[] = {group_of_positions<S, format, 1, 4>, group_of_positions<S, format, 2, 4>,
                                            group_of_positions<S, format, 3, 2>, group_of_positions<S, format, 4, 2>};
     if (positions <= 4 && positions <= most)
@@ -215,8 +264,7 @@ void multiply_format(const Matrix& w, int64_t first, int64_t last, int64_t posit
   for (int64_t panel = first; panel < last; ++panel) {
     for (int64_t p = 0, n; p < positions; p += n) {
       n = next_group<S>(format, positions - p);
-      const Function function = n > 8 ? group_of_positions<S, format, most, 1> : one[n - 1];
-      function(w, panel, x + p * size, bias, y + p * w.rows);
+      one.of[std::min<int64_t>(n, 9) - 1](w, panel, x + p * size, bias, y + p * w.rows);
     }
   }
 }

@@ -18,7 +18,7 @@ struct Avx2 {
   static constexpr int kQ8Offset = 0;  // dot_u8 makes the weights signed
 #endif
   static constexpr int together = 6;
-  static constexpr int blocks_together = 8;
+  static constexpr int blocks_together = 4;
   static constexpr int parts = 4;
   static constexpr int queries = 1;
 
@@ -68,10 +68,20 @@ struct Avx2 {
   }
 
   static I set_int(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
+  template <class V>
+  static void compute_now(V& v) {
+#ifdef __GNUC__
+    __asm__("" : "+x"(v.a), "+x"(v.b));
+#endif
+  }
   static F to_float(I v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
 
   static W load_line(const uint8_t* p) {
     return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
+  }
+  static void store_line(uint8_t* p, W w) {
+    _mm256_storeu_si256((__m256i*)p, w.a);
+    _mm256_storeu_si256((__m256i*)p + 1, w.b);
   }
   static W low_nibbles(W w) {
     const __m256i mask = _mm256_set1_epi8(15);

@@ -22,7 +22,7 @@ struct Avx512 {
   static constexpr const char* name = "avx512";
 #endif
   static constexpr int together = 16;     // positions whose sums fit the registers
-  static constexpr int blocks_together = 16;
+  static constexpr int blocks_together = 8;
   static constexpr int parts = 8;         // and of how many the parts of a block beside them
   static constexpr int queries = 4;       // of attention, whose sums with 4 keys fit the registers
   static constexpr int kQ8Offset = 128;   // dot_u8 takes weights as they are stored: q + 128
@@ -59,9 +59,12 @@ struct Avx512 {
   }
 
   static I set_int(int32_t v) { return _mm512_set1_epi32(v); }
+  template <class V>
+  static void compute_now(V&) {}
   static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
 
   static W load_line(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static void store_line(uint8_t* p, W w) { _mm512_storeu_si512(p, w); }
   static W low_nibbles(W w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
   static W high_nibbles(W w) { return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(15)); }
   static F as_float(W w) { return _mm512_castsi512_ps(w); }

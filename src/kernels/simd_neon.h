@@ -17,7 +17,7 @@ struct Neon {
   static constexpr const char* name = "neon";
 #endif
   static constexpr int together = 6;
-  static constexpr int blocks_together = 8;
+  static constexpr int blocks_together = 4;
   static constexpr int parts = 4;
   static constexpr int queries = 1;
   static constexpr int kQ8Offset = 0;  // dot_u8 makes the weights signed
@@ -73,9 +73,14 @@ struct Neon {
   }
 
   static I set_int(int32_t v) { return {{vdupq_n_s32(v), vdupq_n_s32(v), vdupq_n_s32(v), vdupq_n_s32(v)}}; }
+  template <class V>
+  static void compute_now(V&) {}
   static F to_float(I a) { return each([&](int i) { return vcvtq_f32_s32(a.v[i]); }); }
 
   static W load_line(const uint8_t* p) { return {{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}}; }
+  static void store_line(uint8_t* p, W w) {
+    for (int i = 0; i < 4; ++i) vst1q_u8(p + 16 * i, w.v[i]);
+  }
   static W low_nibbles(W w) {
     for (auto& v : w.v) v = vandq_u8(v, vdupq_n_u8(15));
     return w;

@@ -74,6 +74,9 @@ struct Portable {
     for (int i = 0; i < 16; ++i) r.v[i] = v;
     return r;
   }
+  // Have the compiler compute this here. GCC puts sums of products off, and has no registers for so many products.
+  template <class V>
+  static void compute_now(V&) {}
   static F to_float(I a) { return each([&](int i) { return float(a.v[i]); }); }
 
   static W load_line(const uint8_t* p) {
@@ -81,6 +84,7 @@ struct Portable {
     std::memcpy(w.v, p, sizeof w);
     return w;
   }
+  static void store_line(uint8_t* p, W w) { std::memcpy(p, w.v, sizeof w); }
   static W low_nibbles(W w) {
     for (auto& v : w.v) v &= 0x0f0f0f0f;
     return w;
