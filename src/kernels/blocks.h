@@ -271,9 +271,9 @@ struct Scales {
   }
 };
 
-// Call add(lines, numbers) for `count` units of a panel from its unit `unit` on, which is where w stands, at the lines of scales
-// where a group begins there; w goes on behind them. `units` are the panel's; its first is number `skipped` of its group. It ends
-// where a group ends at the latest; the number of units that were gone through is returned.
+// Call add(lines, numbers) for the next units of a panel, of which `left` are left: for all that are left of a group, whose lines
+// begin at w, which goes on behind them. Its first `skipped` units are another matrix's. How many they were. Memory is asked for
+// what comes later as is best where so many vector products are made of each line; not at all where that is 0.
 template <class S, Format format, int products, class Function>
 inline int each_unit(const uint8_t*& w, int64_t left, int skipped, Function add) {
   constexpr int lines = unit_lines(format), size = group_units(format);
@@ -281,7 +281,8 @@ inline int each_unit(const uint8_t*& w, int64_t left, int skipped, Function add)
   const Scales<S, format> scales(w, units);
   w += scale_lines(format, units) * kLine;
   for (int u = 0; u < units; ++u) {
-    for (int i = 0; i < lines + 1; ++i) fetch_ahead<products>(w + i * kLine);
+    if constexpr (products > 0)
+      for (int i = 0; i < lines + 1; ++i) fetch_ahead<products>(w + i * kLine);
     add(w, scales.at(u));
     w += lines * kLine;
   }
@@ -290,7 +291,8 @@ inline int each_unit(const uint8_t*& w, int64_t left, int skipped, Function add)
 
 // What a panel at w gives with N positions: sums [N], 16 rows each.
 template <class S, Format format, int N>
-inline void sum_blocks(const uint8_t* w, int64_t columns, int64_t first, const int32_t* x, typename S::F* sums) {
+inline void sum_blocks(const uint8_t* w, int64_t columns, int64_t first, const int32_t* x, typename S::F* result) {
+  typename S::F sums[N];
   for (int p = 0; p < N; ++p) sums[p] = S::zero();
   int64_t left = divided_up(columns, kBlock);
   for (int skipped = int(first / kBlock); left > 0; skipped = 0)
@@ -298,17 +300,19 @@ inline void sum_blocks(const uint8_t* w, int64_t columns, int64_t first, const i
       add_unit<S, format, N>(PackedCodes<S, format>{lines}, numbers, x, sums);
       x += unit_words(format) * N;
     });
+  for (int p = 0; p < N; ++p) result[p] = sums[p];
 }
 
 // Units of a panel that are taken apart at a time: they stay in the first cache.
 constexpr int kUnitsApart = 16;
 
-// Add to sums [N][16] what `count` units give with N positions.
+// Add to sums [N][16] what `count` units give with N positions; meanwhile memory sends `lines` lines for each, from `ahead` on.
 template <class S, Format format, int N>
-void add_units(const Unit<S, format>* units, int count, const int32_t* x, float* stored) {
+void add_units(const Unit<S, format>* units, int count, const int32_t* x, float* stored, const uint8_t* ahead, int lines) {
   typename S::F sums[N];
   for (int p = 0; p < N; ++p) sums[p] = S::load(stored + p * kPanelRows);
   for (const auto* unit = units; unit < units + count; ++unit) {
+    for (int i = 0; i < lines; ++i, ahead += kLine) S::prefetch(ahead);
     add_unit<S, format, N>(*unit, unit->get(), x, sums);
     x += unit_words(format) * N;
   }

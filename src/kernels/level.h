@@ -17,7 +17,7 @@ namespace {  // each level is compiled with flags of its own: nothing of it may 
 template <class S>
 constexpr Level level_of() {
   return {.name = S::name,
-          .prepared_words = prepared_words,
+          .prepared_words = prepared_words<S>,
           .prepare = prepare<S>,
           .multiply = multiply<S>,
           .rms_norm = rms_norm<S>,

@@ -28,7 +28,8 @@ inline uint64_t read(const uint8_t* data, int64_t bytes) {
 template <class S>
 int64_t multiply_round(Format format, int64_t rounds, float* sink) {
   constexpr int chains = 12;
-  static const int32_t one = 0x01010101, small = 0x3f003f00;  // as int8, as bf16
+  static const int32_t one = 0x01010101;  // as int8
+  [[maybe_unused]] static const int32_t small = 0x3f003f00;  // as bf16
   typename S::F sums[chains];
   typename S::I parts[chains];
   for (int c = 0; c < chains; ++c) {
@@ -41,12 +42,16 @@ int64_t multiply_round(Format format, int64_t rounds, float* sink) {
   int64_t multiplied = 0;
   for (int64_t r = 0; r < rounds; ++r) {
     for (int c = 0; c < chains; ++c) {
-      if (format == Format::f32 || format == Format::f16)
+      if (format == Format::f32 || format == Format::f16) {
         sums[c] = S::fma(sums[c], S::as_float(w), S::as_float(w));
-      else if (format == Format::bf16)
-        sums[c] = S::dot_bf16(sums[c], w, &small);
-      else
+      } else if (format == Format::bf16) {
+        if constexpr (S::kBf16Pairs)
+          sums[c] = S::dot_bf16(sums[c], w, &small);
+        else
+          sums[c] = S::fma(S::low_bf16(w), S::as_float(w), S::fma(S::high_bf16(w), S::as_float(w), sums[c]));
+      } else {
         parts[c] = S::dot_u4(parts[c], w, &one);
+      }
     }
     multiplied += chains * (format == Format::f32 || format == Format::f16 ? 16 : format == Format::bf16 ? 32 : 64);
   }

@@ -1,8 +1,7 @@
 // Matrix products for one level: y [n, rows] = x [n, columns] times the transpose of packed weights.
 //
-// Each weight is read from memory once, whatever the number of positions up to S::together, and stays in the cache for
-// the next ones. Positions are taken in groups; a group's activations lie interleaved ("prepared"), so that one
-// word of x is broadcast to the 16 rows of a panel.
+// Each weight is read from memory once for many positions, and stays in the cache for one group of them after another. A
+// group's activations lie interleaved ("prepared"), so that one word of x is broadcast to the 16 rows of a panel.
 #pragma once
 
 #include <algorithm>
@@ -15,12 +14,14 @@
 namespace tpimpi {
 namespace {  // each level is compiled with flags of its own: nothing of it may be shared with another
 
-// A group of n positions, prepared: for f32 and f16 [columns][n] floats; for bf16 [columns / 2][n] pairs; for quantized
+// A group of n positions, prepared: for f32 and f16 [columns][n] floats; for bf16 [columns / 2][n] pairs where a level multiplies
+// those, else [columns][n] floats that are rounded to bf16, up to whole pairs; for quantized
 // weights, for each unit of 32 columns: words [8][n] (4 int8 each), scale [n] (f32), and third [n], which is what the sum starts
 // with, int32 (it undoes the offset of unsigned weights), or for formats with minima the f32 sum of the unit, which its minimum
 // multiplies; where scales are for 16 columns, third is of the first 16, and then comes fourth [n] of the others.
-inline int64_t prepared_words(Format format, int64_t columns) {  // for one position
-  if (format == Format::bf16) return divided_up(columns, 2);
+template <class S>
+int64_t prepared_words(Format format, int64_t columns) {  // for one position
+  if (format == Format::bf16) return divided_up(columns, 2) * (S::kBf16Pairs ? 1 : 2);
   return quantized(format) ? divided_up(columns, kBlock) * unit_words(format) : columns;
 }
 
@@ -87,6 +88,8 @@ constexpr bool any_number_together(Format format) { return !quantized(format) ||
 template <class S>
 int64_t next_group(Format format, int64_t left) {
   const int64_t together = quantized(format) ? S::blocks_together : S::together;
+  // Eight are twice four where more do not fit: with two at last the multipliers would wait for one another's results.
+  if (together == 6 && (left == 7 || left == 8)) return 4;
   if (left >= together) return together;
   return any_number_together(format) ? left : left >= 4 ? 4 : left >= 2 ? 2 : 1;
 }
@@ -94,7 +97,7 @@ int64_t next_group(Format format, int64_t left) {
 template <class S>
 void prepare(Format format, int64_t columns, int64_t positions, const float* x, uint8_t* prepared) {
   constexpr int64_t run = 4 * kBlock;  // columns after which the next position comes: what is written stays in the cache
-  const int64_t size = prepared_words(format, columns);
+  const int64_t size = prepared_words<S>(format, columns);
   for (int64_t first = 0, n; first < positions; first += n) {
     n = next_group<S>(format, positions - first);
     int32_t* group = reinterpret_cast<int32_t*>(prepared) + first * size;
@@ -106,8 +109,15 @@ void prepare(Format format, int64_t columns, int64_t positions, const float* x, 
         if (format == Format::f32 || format == Format::f16) {
           for (; k < end; ++k) group[k * n + p] = int32_t(bits_of(row[k]));
         } else if (format == Format::bf16) {
-          for (; k + 1 < end; k += 2) group[k / 2 * n + p] = int32_t(bf16_pair(row[k], row[k + 1]));
-          if (k < end) group[k / 2 * n + p] = int32_t(bf16_pair(row[k], 0));
+          for (; k < end; k += 2) {
+            const uint32_t pair = bf16_pair(row[k], k + 1 < end ? row[k + 1] : 0);
+            if constexpr (S::kBf16Pairs) {
+              group[k / 2 * n + p] = int32_t(pair);
+            } else {
+              group[k * n + p] = int32_t(pair << 16);
+              group[(k + 1) * n + p] = int32_t(pair & 0xffff0000);
+            }
+          }
         } else {
           const int64_t size = unit_words(format) * n;
           int32_t* words = group + k / kBlock * size + p;
@@ -127,8 +137,9 @@ void prepare(Format format, int64_t columns, int64_t positions, const float* x, 
 // is one chain, from the first column to the last, whatever P and N are; with few positions several panels side by side keep the
 // multipliers busy.
 template <class S, Format format, int N, int P>
-inline void sum_lines(const uint8_t* w, int64_t stride, int64_t columns, const int32_t* x, typename S::F (*sums)[N]) {
+inline void sum_lines(const uint8_t* w, int64_t stride, int64_t columns, const int32_t* x, typename S::F (*result)[N]) {
   const float* fx = reinterpret_cast<const float*>(x);
+  typename S::F sums[P][N];  // not what is returned, which would be written to memory at each line
   for (int r = 0; r < P; ++r)
     for (int p = 0; p < N; ++p) sums[r][p] = S::zero();
   const auto add = [&](int r, int64_t column, const typename S::F v) {
@@ -141,7 +152,12 @@ inline void sum_lines(const uint8_t* w, int64_t stride, int64_t columns, const i
       fetch_ahead<N>(line);
       if constexpr (format == Format::bf16) {
         const auto v = S::load_line(line);
-        for (int p = 0; p < N; ++p) sums[r][p] = S::dot_bf16(sums[r][p], v, x + i * N + p);
+        if constexpr (S::kBf16Pairs) {
+          for (int p = 0; p < N; ++p) sums[r][p] = S::dot_bf16(sums[r][p], v, x + i * N + p);
+        } else {
+          add(r, 2 * i, S::low_bf16(v));
+          add(r, 2 * i + 1, S::high_bf16(v));
+        }
       } else if constexpr (format == Format::f32) {
         add(r, i, S::as_float(S::load_line(line)));
       } else {
@@ -151,6 +167,8 @@ inline void sum_lines(const uint8_t* w, int64_t stride, int64_t columns, const i
     }
   if (format == Format::f16 && columns % 2)
     for (int r = 0; r < P; ++r) add(r, columns - 1, S::load_f16(w + r * stride + lines * kLine));
+  for (int r = 0; r < P; ++r)
+    for (int p = 0; p < N; ++p) result[r][p] = sums[r][p];
 }
 
 template <class S>
@@ -180,10 +198,11 @@ void group_of_positions(const Matrix& w, int64_t panel, const int32_t* x, const 
     for (int p = 0; p < N; ++p) store_rows<S>(w, panel + r, p, sums[r][p], bias, y);
 }
 
-// Of so few positions so many panels are computed side by side.
-template <class S, Format format>
+// Of so few positions so many panels are computed side by side, as far as their sums fit the registers.
+template <class S>
 constexpr int panels_together(int positions) {
-  return quantized(format) ? 1 : positions <= 2 ? 4 : positions <= 4 ? 2 : 1;
+  const int most = positions <= 2 ? 4 : positions <= 4 ? 2 : 1;
+  return most * positions <= S::together ? most : most > 1 && most / 2 * positions <= S::together ? most / 2 : 1;
 }
 
 // Functions for groups of so many positions, of which `next_group` gives 1 to 8 and the most; for others they are 1's.
@@ -211,10 +230,10 @@ constexpr ForGroups<Function> for_groups(Get get) {
 template <class S, Format format>
 void multiply_groups(const Matrix& w, int64_t first, int64_t last, int64_t positions, const int32_t* x, const float* bias,
                      float* y) {
-  using Function = void (*)(const Unit<S, format>*, int, const int32_t*, float*);
+  using Function = void (*)(const Unit<S, format>*, int, const int32_t*, float*, const uint8_t*, int);
   static constexpr auto add = for_groups<S, format, Function>([]<int N>() { return add_units<S, format, N>; });
   constexpr int64_t most = 64, least = 16, cache_words = 48 << 10;  // runs are whole groups but for the last
-  const int64_t size = prepared_words(format, w.columns);
+  const int64_t size = prepared_words<S>(format, w.columns);
   const int64_t run = std::clamp(cache_words / size / least * least, least, most);
   Unit<S, format> units[kUnitsApart];
   alignas(kLine) float sums[most * kPanelRows];
@@ -227,14 +246,18 @@ void multiply_groups(const Matrix& w, int64_t first, int64_t last, int64_t posit
       int64_t left = divided_up(w.columns, kBlock);
       for (int count, skipped = int(w.first / kBlock); left > 0; left -= count) {
         const int64_t done = divided_up(w.columns, kBlock) - left;
+        const uint8_t* const began = data;
         for (count = 0; count < left && count + group_units(format) <= kUnitsApart; skipped = 0)
-          each_unit<S, format, 8>(data, left - count, skipped, [&](const uint8_t* lines, const Numbers<S>& numbers) {
+          each_unit<S, format, 0>(data, left - count, skipped, [&](const uint8_t* lines, const Numbers<S>& numbers) {
             units[count++].set(lines, numbers);
           });
-        for (int64_t p = 0, together; p < n; p += together) {
+        // What comes next, as many lines as these were, is fetched while the first two groups are multiplied.
+        const int lines = int(divided_up((data - began) / kLine, 2 * count));
+        const uint8_t* ahead = data;
+        for (int64_t p = 0, together; p < n; p += together, ahead += lines * count * kLine) {
           together = next_group<S>(format, n - p);
           add.of[std::min<int64_t>(together, 9) - 1](units, count, group + p * size + done * unit_words(format) * together,
-                                                  sums + p * kPanelRows);
+                                                     sums + p * kPanelRows, ahead, ahead < data + (data - began) ? lines : 0);
         }
       }
       for (int64_t p = 0; p < n; ++p) store_rows<S>(w, panel, begin + p, S::load(sums + p * kPanelRows), bias, y);
@@ -249,16 +272,17 @@ void multiply_format(const Matrix& w, int64_t first, int64_t last, int64_t posit
   static constexpr auto one =
       for_groups<S, format, Function>([]<int N>() { return group_of_positions<S, format, N, 1>; });
   constexpr int most = quantized(format) ? S::blocks_together : S::together;
-  const int64_t size = prepared_words(format, w.columns);
+  const int64_t size = prepared_words<S>(format, w.columns);
   const int32_t* x = reinterpret_cast<const int32_t*>(prepared);
   if constexpr (quantized(format)) {
     if (next_group<S>(format, positions) < positions)
       return multiply_groups<S, format>(w, first, last, positions, x, bias, y);
   } else {
-    static constexpr Function several[] = {group_of_positions<S, format, 1, 4>, group_of_positions<S, format, 2, 4>,
-                                           group_of_positions<S, format, 3, 2>, group_of_positions<S, format, 4, 2>};
+    static constexpr Function several[] = {
+        group_of_positions<S, format, 1, panels_together<S>(1)>, group_of_positions<S, format, 2, panels_together<S>(2)>,
+        group_of_positions<S, format, 3, panels_together<S>(3)>, group_of_positions<S, format, 4, panels_together<S>(4)>};
     if (positions <= 4 && positions <= most)
-      for (const int64_t step = panels_together<S, format>(int(positions)); first + step <= last; first += step)
+      for (const int64_t step = panels_together<S>(int(positions)); first + step <= last; first += step)
         several[positions - 1](w, first, x, bias, y);
   }
   for (int64_t panel = first; panel < last; ++panel) {

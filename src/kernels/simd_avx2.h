@@ -158,13 +158,11 @@ struct Avx2 {
 #endif
   static I add_int(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 
-  static F dot_bf16(F sum, W w, const int32_t* x) {
-    const __m256i high = _mm256_set1_epi32(int32_t(0xffff0000)), xs = _mm256_set1_epi32(*x);
-    const __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(xs, 16));
-    const __m256 second = _mm256_castsi256_ps(_mm256_and_si256(xs, high));
-    const W low = {_mm256_slli_epi32(w.a, 16), _mm256_slli_epi32(w.b, 16)};
-    sum = fma(as_float(low), {first, first}, sum);
-    return fma(as_float({_mm256_and_si256(w.a, high), _mm256_and_si256(w.b, high)}), {second, second}, sum);
+  static constexpr bool kBf16Pairs = false;
+  static F low_bf16(W w) { return as_float(W{_mm256_slli_epi32(w.a, 16), _mm256_slli_epi32(w.b, 16)}); }
+  static F high_bf16(W w) {
+    const __m256i high = _mm256_set1_epi32(int32_t(0xffff0000));
+    return as_float(W{_mm256_and_si256(w.a, high), _mm256_and_si256(w.b, high)});
   }
 
   static void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }

@@ -23,7 +23,7 @@ struct Avx512 {
 #endif
   static constexpr int together = 16;     // positions whose sums fit the registers
   static constexpr int blocks_together = 8;
-  static constexpr int parts = 8;         // and of how many the parts of a block beside them
+  static constexpr int parts = 8;         // of attention that are taken together for 16 queries
   static constexpr int queries = 4;       // of attention, whose sums with 4 keys fit the registers
   static constexpr int kQ8Offset = 128;   // dot_u8 takes weights as they are stored: q + 128
 
@@ -103,17 +103,17 @@ struct Avx512 {
   static I widened(I a) { return a; }
   static I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
 
-  // Each lane: sum + the two bf16 of w times the two of x.
-  static F dot_bf16(F sum, W w, const int32_t* x) {
 #ifdef __AVX512BF16__
+  // Each lane: sum + the two bf16 of w times the two of x.
+  static constexpr bool kBf16Pairs = true;
+  static F dot_bf16(F sum, W w, const int32_t* x) {
     return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(*x));
-#else
-    const I xs = _mm512_set1_epi32(*x);
-    const I high = _mm512_set1_epi32(int32_t(0xffff0000));
-    sum = fma(as_float(_mm512_slli_epi32(w, 16)), as_float(_mm512_slli_epi32(xs, 16)), sum);
-    return fma(as_float(_mm512_and_si512(w, high)), as_float(_mm512_and_si512(xs, high)), sum);
-#endif
   }
+#else
+  static constexpr bool kBf16Pairs = false;
+  static F low_bf16(W w) { return as_float(_mm512_slli_epi32(w, 16)); }
+  static F high_bf16(W w) { return as_float(_mm512_and_si512(w, _mm512_set1_epi32(int32_t(0xffff0000)))); }
+#endif
 
   static void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 

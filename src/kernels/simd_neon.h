@@ -150,16 +150,14 @@ struct Neon {
     return a;
   }
 
-  static F dot_bf16(F sum, W w, const int32_t* x) {
-    const uint32x4_t high = vdupq_n_u32(0xffff0000), xs = vreinterpretq_u32_s32(vld1q_dup_s32(x));
-    const float32x4_t first = vreinterpretq_f32_u32(vshlq_n_u32(xs, 16));
-    const float32x4_t second = vreinterpretq_f32_u32(vandq_u32(xs, high));
-    for (int i = 0; i < 4; ++i) {
-      const uint32x4_t words = vreinterpretq_u32_u8(w.v[i]);
-      sum.v[i] = vfmaq_f32(sum.v[i], vreinterpretq_f32_u32(vshlq_n_u32(words, 16)), first);
-      sum.v[i] = vfmaq_f32(sum.v[i], vreinterpretq_f32_u32(vandq_u32(words, high)), second);
-    }
-    return sum;
+  static constexpr bool kBf16Pairs = false;
+  static F low_bf16(W w) {
+    return each([&](int i) { return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u8(w.v[i]), 16)); });
+  }
+  static F high_bf16(W w) {
+    return each([&](int i) {
+      return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_u8(w.v[i]), vdupq_n_u32(0xffff0000)));
+    });
   }
 
   static void prefetch(const uint8_t* p) { __builtin_prefetch(p); }

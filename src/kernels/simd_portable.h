@@ -11,8 +11,8 @@ namespace {  // each level is compiled with flags of its own: nothing of it may 
 struct Portable {
   static constexpr const char* name = "portable";
   static constexpr int together = 4;   // positions whose sums fit the registers
-  static constexpr int blocks_together = 4;  // the same, of quantized weights
-  static constexpr int parts = 4;      // and of how many the parts of a block beside them
+  static constexpr int blocks_together = 4;  // of quantized weights, whose sums within a unit fit them
+  static constexpr int parts = 4;      // keys, or columns of values, of attention that are taken together for 16 queries
   static constexpr int queries = 1;    // queries of attention whose sums with 4 keys fit the registers
   static constexpr int kQ8Offset = 128;  // what dot_u8 takes off a weight late: it multiplies q + kQ8Offset
 
@@ -153,12 +153,10 @@ struct Portable {
     return a;
   }
 
-  // Each lane: sum + the two bf16 of w times the two of x.
-  static F dot_bf16(F sum, W w, const int32_t* x) {
-    const uint32_t high = 0xffff0000, word = uint32_t(*x);
-    const float first = bits(word << 16), second = bits(word & high);
-    return each([&](int i) { return sum.v[i] + bits(w.v[i] << 16) * first + bits(w.v[i] & high) * second; });
-  }
+  // Whether pairs of bf16 are multiplied as such (`dot_bf16`); else the first and the second of each word are widened.
+  static constexpr bool kBf16Pairs = false;
+  static F low_bf16(W w) { return each([&](int i) { return bits(w.v[i] << 16); }); }
+  static F high_bf16(W w) { return each([&](int i) { return bits(w.v[i] & 0xffff0000); }); }
 
   static void prefetch(const uint8_t* p) {
 #ifdef __GNUC__
