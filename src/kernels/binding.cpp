@@ -7,6 +7,7 @@
 
 #include <optional>
 
+#include "pack.h"
 #include "session.h"
 
 namespace nb = nanobind;
@@ -43,13 +44,18 @@ std::vector<std::string> level_names() {
   return names;
 }
 
+// Checks that `first` may be the place of a matrix's first column in its block.
+void check_first(int format, int64_t first) {
+  const int64_t block = quantized(Format(format)) ? group_units(Format(format)) * kBlock : 1;
+  check(first == 0 || (block == 256 && first > 0 && first < block && first % kBlock == 0), "first is no place in a block of 256");
+}
+
 void linear(Session& session, int format, int64_t rows, int64_t columns, const Bytes& data, const Floats<nb::ndim<2>>& x,
             std::optional<Floats<nb::ndim<1>>> bias, const Result& y, int64_t first) {
   check(format >= 0 && format <= int(kLastFormat), "format is unknown");
   check(rows >= 0 && columns >= 1, "rows must be 0 or more, columns 1 or more");
   check(rows <= kMost && columns <= kMost && int64_t(x.shape(0)) <= kMost, "a size is beyond all measure");
-  const int64_t block = quantized(Format(format)) ? group_units(Format(format)) * kBlock : 1;
-  check(first == 0 || (block == 256 && first > 0 && first < block && first % kBlock == 0), "first is no place in a block of 256");
+  check_first(format, first);
   const Matrix w{Format(format), rows, columns, first, data.data()};
   check(int64_t(data.size()) == divided_up(rows, kPanelRows) * panel_bytes(w.format, columns, first), "weights have another size");
   check(int64_t(x.shape(1)) == columns, "x has another number of columns than the weights");
@@ -113,12 +119,25 @@ void attention(Session& session, const Floats<nb::ndim<3>>& q, const Cached& k, 
 
 bool quantize(Session& session, int format, const Floats<nb::ndim<2>>& values,
               const nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>& out) {
-  check(format >= 0 && can_quantize(Format(format)), "format must be q8_0, q4_0 or q4_1");
-  check(values.shape(1) % kBlock == 0, "columns must be a multiple of 32");
-  const int64_t blocks = int64_t(values.size()) / kBlock;
+  check(format >= 0 && can_quantize(Format(format)), "format must be one that the kernels make");
+  const int64_t weights = block_weights(Format(format)), blocks = int64_t(values.size()) / weights;
+  check(int64_t(values.shape(1)) % weights == 0, "columns must be a multiple of the format's block");
   check(out.shape(0) == values.shape(0) && int64_t(out.size()) == blocks * block_bytes(Format(format)), "out has another size");
   nb::gil_scoped_release free;
   return session.quantize(Format(format), blocks, values.data(), out.data());
+}
+
+void pack_rows(int format, const nb::ndarray<const uint8_t, nb::ndim<2>, nb::device::cpu>& stored, int64_t columns, int64_t first,
+               const nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& out) {
+  check(format >= 0 && format <= int(kLastFormat), "format is unknown");
+  const int64_t rows = int64_t(stored.shape(0));
+  check(columns >= 1 && rows <= kMost && columns <= kMost, "columns must be 1 or more, and sizes not beyond all measure");
+  check_first(format, first);
+  check(int64_t(stored.shape(1)) == row_bytes(Format(format), columns, first), "stored must be [rows, row_bytes]");
+  check(stored.stride(1) == 1, "the bytes of a row must be contiguous");
+  check(int64_t(out.size()) == divided_up(rows, kPanelRows) * panel_bytes(Format(format), columns, first), "out has another size");
+  nb::gil_scoped_release free;
+  pack(Format(format), rows, columns, first, stored.data(), stored.stride(0), out.data());
 }
 
 uint64_t read_all(Session& session, const Bytes& data) {
@@ -137,6 +156,8 @@ double multiply_peak(Session& session, int format, double seconds) {
 NB_MODULE(_native, m) {
   nb::set_leak_warnings(false);  // a run that ends by an error leaves while its readers still hold what they hold
   m.def("levels", &level_names, "Levels (instruction sets) that this build has and this processor runs, best first.");
+  m.def("pack", &pack_rows, "format"_a, "stored"_a.noconvert(), "columns"_a, "first"_a, "out"_a.noconvert(),
+        "Rows in row form, uint8 [rows, row_bytes], in packed form into out; see pack.h.");
   nb::class_<Session>(m, "Session")
       .def("__init__", [](Session* self, const std::string& level, int threads) {
              check(threads >= 1, "threads must be 1 or more");

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "pack.h"
 
 using namespace tpimpi;
 
@@ -39,7 +40,7 @@ struct Buffer {
   std::unique_ptr<uint8_t, void (*)(void*)> data;
 };
 
-enum Operation { kLinear, kRmsNorm, kFixedRmsNorm, kRope, kSwiglu, kGeglu, kAttention, kQuantize, kRead };
+enum Operation { kLinear, kRmsNorm, kFixedRmsNorm, kRope, kSwiglu, kGeglu, kAttention, kQuantize, kRead, kPack };
 
 struct Case {
   int64_t operation;
@@ -104,6 +105,8 @@ void run(const Level& level, const Case& c, const Buffer& result) {
       std::memcpy(result.as<uint8_t>(), &sum, sizeof sum);
       return;
     }
+    case kPack:  // format, rows, columns, first, stride; rows in row form
+      return pack(Format(p.at(0)), p.at(1), p.at(2), p.at(3), c.arrays.at(0).as<const uint8_t>(), p.at(4), result.as<uint8_t>());
   }
   fail("an operation is unknown");
 }

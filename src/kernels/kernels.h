@@ -23,12 +23,34 @@ constexpr Format kLastFormat = Format::f16;
 static constexpr bool quantized(Format format) { return format >= Format::q8_0 && format != Format::f16; }
 
 // Whether the kernels make blocks of this format (`Level::quantize`).
-static constexpr bool can_quantize(Format format) { return format >= Format::q8_0 && format <= Format::q4_1; }
+static constexpr bool can_quantize(Format format) {
+  return (format >= Format::q8_0 && format <= Format::q2_k) || format == Format::iq4_xs;
+}
 
 static constexpr int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Bytes of a block that the kernels can make, in GGML's row form.
-static constexpr int64_t block_bytes(Format format) { return format == Format::q8_0 ? 34 : format == Format::q4_0 ? 18 : 20; }
+// Bytes of a block in row form, GGML's; of a number where there are no blocks.
+static constexpr int block_bytes(Format format) {
+  switch (format) {
+    case Format::f32: return 4;
+    case Format::bf16:
+    case Format::f16: return 2;
+    case Format::q8_0: return 34;
+    case Format::q4_0:
+    case Format::iq4_nl: return 18;
+    case Format::q4_1: return 20;
+    case Format::q5_0: return 22;
+    case Format::q5_1: return 24;
+    case Format::mxfp4: return 17;
+    case Format::q4_k: return 144;
+    case Format::q5_k: return 176;
+    case Format::q6_k: return 210;
+    case Format::q3_k: return 110;
+    case Format::q2_k: return 84;
+    case Format::iq4_xs: return 136;
+  }
+  return 0;
+}
 
 // Quantized weights are packed in groups of units of 32 columns: first a group's lines of scales, then each unit's lines of codes.
 static constexpr int group_units(Format format) {
@@ -42,6 +64,11 @@ static constexpr int group_units(Format format) {
     case Format::mxfp4: return 4;
     default: return 2;
   }
+}
+
+// Weights of a block in row form.
+static constexpr int block_weights(Format format) {
+  return !quantized(format) ? 1 : group_units(format) == 8 ? 256 : kBlock;
 }
 
 static constexpr int unit_lines(Format format) {
@@ -143,7 +170,7 @@ struct Level {
   void (*attention)(const Attention& a, int64_t first, int64_t last, float* scratch);
   int64_t (*attention_scratch)(const Attention& a);
 
-  // Blocks of 32 numbers to GGML's row form; false where a number is not finite. See quantize.h.
+  // Blocks of numbers to GGML's row form; false where a number is not finite. See quantize.h and quantize_256.h.
   bool (*quantize)(Format format, int64_t blocks, const float* x, uint8_t* out);
 
   // The limits that kernels are measured against; see limits.h.

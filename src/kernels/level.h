@@ -9,7 +9,7 @@
 #include "layer.h"
 #include "limits.h"
 #include "linear.h"
-#include "quantize.h"
+#include "quantize_256.h"
 
 namespace tpimpi {
 namespace {  // each level is compiled with flags of its own: nothing of it may be shared with another
@@ -27,7 +27,7 @@ constexpr Level level_of() {
           .geglu = geglu<S>,
           .attention = attention<S>,
           .attention_scratch = attention_scratch<S>,
-          .quantize = quantize,
+          .quantize = quantize_blocks,
           .read = read,
           .multiply_round = multiply_round<S>};
 }

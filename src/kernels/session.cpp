@@ -86,8 +86,9 @@ void Session::geglu(int64_t size, const float* gate, const float* up, float* y) 
 
 bool Session::quantize(Format format, int64_t blocks, const float* x, uint8_t* out) {
   std::atomic<bool> finite{true};
-  deal(parts(blocks / 16, blocks * 10000), blocks, [&](int, int64_t first, int64_t last) {
-    if (!level_.quantize(format, last - first, x + first * kBlock, out + first * block_bytes(format))) finite = false;
+  const int64_t weights = block_weights(format);
+  deal(parts(blocks / 16, blocks * weights * 300), blocks, [&](int, int64_t first, int64_t last) {
+    if (!level_.quantize(format, last - first, x + first * weights, out + first * block_bytes(format))) finite = false;
   });
   return finite;
 }

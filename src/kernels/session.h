@@ -26,7 +26,7 @@ class Session {
   void swiglu(int64_t size, const float* gate, const float* up, float* y);
   void geglu(int64_t size, const float* gate, const float* up, float* y);
 
-  // `blocks` blocks of 32 numbers in GGML's row form; false where a number is not finite.
+  // `blocks` blocks of numbers in GGML's row form; false where a number is not finite.
   bool quantize(Format format, int64_t blocks, const float* x, uint8_t* out);
 
   // See limits.h: the sum of all words, read by all threads; operations a second of one thread.

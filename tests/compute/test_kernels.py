@@ -18,6 +18,7 @@ from tests.support.kernel_cases import (
     ATTENTION,
     EPS,
     LINEAR,
+    PACK,
     QUANTIZE,
     READ,
     TWIN,
@@ -34,7 +35,7 @@ from tests.support.launch import ROOT
 from tpimpi.compute.attention import AttentionSpec
 from tpimpi.compute.backends.reference import rounded_activations
 from tpimpi.compute.formats import FORMATS, WEIGHT_FORMATS
-from tpimpi.compute.formats.packed import Matrix, decode, encode, pack, unpack, values
+from tpimpi.compute.formats.packed import Matrix, decode, encode, pack, pack_with_numpy, unpack, values
 from tpimpi.compute.formats.quantize import quantize
 
 NOTHING = np.zeros(0, np.float32)
@@ -212,8 +213,9 @@ def attention_cases(random: np.random.Generator) -> list[Case]:
 
 def quantize_cases(random: np.random.Generator) -> list[Case]:
     cases = []
-    for fmt in ("q8_0", "q4_0", "q4_1"):
-        x = random.standard_normal((19, 32), dtype=np.float32) * np.logspace(-9, 6, 19, dtype=np.float32)[:, None]
+    for fmt in ("q8_0", "q4_0", "q4_1", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "iq4_xs"):
+        size = FORMATS[fmt].block_weights
+        x = random.standard_normal((19, size), dtype=np.float32) * np.logspace(-9, 6, 19, dtype=np.float32)[:, None]
         x[4], x[5, 3], x[6] = 0, 1e-38, 3.4e38
         expected = quantize(x, fmt)
         parameters, byte = [FORMATS[fmt].kernel_code, len(x)], np.dtype(np.uint8)
@@ -230,6 +232,23 @@ def read_cases(random: np.random.Generator) -> list[Case]:
     data = random.integers(0, 1 << 64, 96, np.uint64)
     expected = data.sum(keepdims=True)
     return [Case("read", READ, [data.nbytes], [data], (1,), same_bits(expected), np.dtype(np.uint64))]
+
+
+def pack_cases(random: np.random.Generator) -> list[Case]:
+    """Rows of any bytes, alone and with others beside them; whole ones, and cuts within blocks."""
+    cases, byte = [], np.dtype(np.uint8)
+    for fmt, form in FORMATS.items():
+        for rows, begin, size in [(1, 0, 32), (16, 0, 256), (35, 256, 864), (17, 64, 96), (5, 224, 300), (3, 96, 33)]:
+            first = form.first_column(begin)
+            stored = random.integers(0, 256, (rows, form.row_bytes(begin + size)), np.uint8)
+            at, width = form.row_bytes(begin - first), form.row_bytes(size, first)
+            expected = pack_with_numpy(stored[:, at : at + width], fmt, size, first).data
+            parameters = [form.kernel_code, rows, size, first, stored.shape[1]]
+            # From the first byte of the cut to the last one, so that one more is seen.
+            cut = stored.reshape(-1)[at : (rows - 1) * stored.shape[1] + at + width]
+            name = f"pack {fmt} {rows} {begin} {size}"
+            cases.append(Case(name, PACK, parameters, [cut], expected.shape, same_bits(expected), byte))
+    return cases
 
 
 # Running them
@@ -289,6 +308,7 @@ def run(program: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callabl
         attention_cases,
         quantize_cases,
         read_cases,
+        pack_cases,
     ],
 )
 def test_kernel(run: Callable[[list[Case]], None], make: Callable[[np.random.Generator], list[Case]]) -> None:

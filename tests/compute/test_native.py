@@ -15,9 +15,9 @@ from tests.support.drawn import examples
 from tests.support.formats import EVERY_FORMAT
 from tpimpi.compute.attention import AttentionSpec
 from tpimpi.compute.backends import load_backend
-from tpimpi.compute.backends.native import NativeBackend
+from tpimpi.compute.backends.native import QUANTIZED_HERE, NativeBackend
 from tpimpi.compute.formats import FORMATS, WEIGHT_FORMATS, is_quantized
-from tpimpi.compute.formats.packed import Matrix, encode, pack, packed_bytes, values
+from tpimpi.compute.formats.packed import Matrix, encode, pack, pack_with_numpy, packed_bytes, values
 from tpimpi.compute.formats.quantize import quantize
 from tpimpi.errors import InputError
 
@@ -215,18 +215,58 @@ def test_rope(level: str, head_dim: int) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("fmt", ["q8_0", "q4_0", "q4_1"])
+@pytest.mark.parametrize("fmt", QUANTIZED_HERE)
 def test_quantize_gives_the_bytes_of_its_twin(level: str, fmt: str) -> None:
     random = np.random.default_rng(5)
-    sizes = 10.0 ** random.uniform(-12, 9, (300, 1))
-    x = (random.standard_normal((300, 96)) * sizes).astype(np.float32)
+    rows, columns = (300, 96) if FORMATS[fmt].block_weights == 32 else (75, 512)
+    sizes = 10.0 ** random.uniform(-12, 9, (rows, 1))
+    x = (random.standard_normal((rows, columns)) * sizes).astype(np.float32)
     x[:5, :32] = 0
     x[5:40] = np.round(x[5:40] / sizes[5:40] * 4)
-    x[40:50] = 7
+    x[40:44], x[44:48], x[48:50, ::2] = 7, -0.0, 3e38
+    x[50:60] += 1000 * sizes[50:60].astype(np.float32)
     np.testing.assert_array_equal(BACKENDS[level].quantize(x, fmt), quantize(x, fmt))
     for bad in (np.nan, np.inf, -np.inf):
         with pytest.raises(ValueError, match="not finite"):
-            BACKENDS[level].quantize(np.where(np.arange(96) == 77, np.float32(bad), x).astype(np.float32), fmt)
+            BACKENDS[level].quantize(np.where(np.arange(columns) == 77, np.float32(bad), x).astype(np.float32), fmt)
+
+
+@examples(80)
+@given(
+    fmt=st.sampled_from(WEIGHT_FORMATS),
+    start=st.integers(0, 24),
+    units=st.integers(1, 20),
+    less=st.integers(0, 31),
+    rows=st.integers(1, 40),
+)
+def test_pack_gives_the_bytes_of_its_twin(fmt: str, start: int, units: int, less: int, rows: int) -> None:
+    """Of any bytes: rows that fill no panel, cuts of columns within blocks, columns that fill none."""
+    form, begin, size = FORMATS[fmt], 32 * start, 32 * units - less
+    first = form.first_column(begin)
+    stored = np.random.default_rng(units).integers(0, 256, (rows, form.row_bytes(begin + size + 256)), np.uint8)
+    cut = stored[:, form.row_bytes(begin - first) :][:, : form.row_bytes(size, first)]
+    expected = pack_with_numpy(cut, fmt, size, first)
+    out = np.full(len(expected.data), 0xA5, np.uint8)
+    native.pack(form.kernel_code, cut, size, first, out)
+    np.testing.assert_array_equal(out, expected.data)
+    np.testing.assert_array_equal(pack(cut, fmt, size, first).data, expected.data)
+
+
+def test_what_cannot_be_packed_is_refused() -> None:
+    q4_k, stored = FORMATS["q4_k"].kernel_code, np.zeros((17, 144), np.uint8)
+    out = np.zeros(packed_bytes("q4_k", 17, 256), np.uint8)
+    for arguments, what in [
+        ((q4_k, stored[:, :-1], 256, 0, out), "row_bytes"),
+        ((q4_k, stored, 257, 0, out), "row_bytes"),
+        ((q4_k, stored, 0, 0, out), "columns must be"),
+        ((q4_k, stored, 256, 16, out), "first is no place"),
+        ((q4_k, np.zeros((17, 288), np.uint8)[:, ::2], 256, 0, out), "contiguous"),
+        ((q4_k, stored, 256, 0, out[:-1]), "out has another size"),
+        ((16, stored, 256, 0, out), "format is unknown"),
+        ((-1, stored, 256, 0, out), "format is unknown"),
+    ]:
+        with pytest.raises(ValueError, match=what):
+            native.pack(*arguments)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -273,7 +313,7 @@ def test_a_host_without_enough_threads_or_memory() -> None:
     program = """
 import resource
 import numpy as np
-from tpimpi.compute.backends.native import NativeBackend
+from tpimpi.compute.backends.native import QUANTIZED_HERE, NativeBackend
 from tpimpi.errors import InputError
 from tpimpi.compute.formats.packed import encode, pack
 

@@ -10,7 +10,7 @@ import numpy as np
 from tpimpi.compute.backends.reference import NumpyTwin
 
 TWIN = NumpyTwin(1)
-LINEAR, RMS_NORM, FIXED_RMS_NORM, ROPE, SWIGLU, GEGLU, ATTENTION, QUANTIZE, READ = range(9)
+LINEAR, RMS_NORM, FIXED_RMS_NORM, ROPE, SWIGLU, GEGLU, ATTENTION, QUANTIZE, READ, PACK = range(10)
 EPS = np.finfo(np.float32).eps
 
 

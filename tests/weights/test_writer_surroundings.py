@@ -6,7 +6,9 @@ import errno
 import fcntl
 import os
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import h5py
 import pytest
@@ -15,6 +17,7 @@ from tests.support.launch import run_command
 from tests.support.tiny_models import write_tiny_hf
 from tpimpi.errors import InputError, StorageError
 from tpimpi.weights.make import choose_formats, slice_model
+from tpimpi.weights.slices import writer
 from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.sources import open_source
@@ -63,6 +66,48 @@ def test_what_hdf5_says_of_the_disk_is_one_line(
     assert "errno" not in str(seen.value).lower()
     assert ("free some space" in str(seen.value)) == (number == errno.ENOSPC)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_disk_works_while_we_do(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written goes to the disk beside the writing of more; all of it is there at the end."""
+    pwrite, fsync, going_on, synced = os.pwrite, os.fsync, threading.Event(), []
+
+    def written(*arguments: Any) -> int:
+        going_on.set()
+        return pwrite(*arguments)
+
+    def slow(descriptor: int) -> None:
+        going_on.clear()
+        synced.append(going_on.wait(10) if not synced else True)  # in the thread that writes it would wait for itself
+
+    def last(descriptor: int) -> None:
+        synced.append(True)
+        fsync(descriptor)
+
+    monkeypatch.setattr(writer, "_SYNC_BYTES", 100_000)
+    monkeypatch.setattr(os, "pwrite", written)
+    monkeypatch.setattr(os, "fdatasync", slow)
+    monkeypatch.setattr(os, "fsync", last)
+    with open_source(tiny) as source:
+        slice_model(source, make_partition(source.config, [1]), choose_formats(source, "f32"), tmp_path)
+    assert len(synced) > 2 and synced[0] and synced[-1]
+
+
+def test_a_disk_that_fails_beside_the_writing_is_one_line(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with open_source(tiny) as source:
+        plan, formats = make_partition(source.config, [1]), choose_formats(source, "f32")
+        with monkeypatch.context() as patched:
+            patched.setattr(writer, "_SYNC_BYTES", 100_000)
+            patched.setattr(os, "fdatasync", fail)
+            with pytest.raises(StorageError, match="Input/output error"):
+                slice_model(source, plan, formats, tmp_path)
+        slice_model(source, plan, formats, tmp_path)
+    assert (tmp_path / slice_name(0, 1)).exists()
 
 
 def test_too_many_ranks_for_the_limit_of_open_files(tiny: Path, tmp_path: Path) -> None:

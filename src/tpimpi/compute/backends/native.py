@@ -12,7 +12,8 @@ from tpimpi.compute.formats.packed import Matrix, row_bytes
 from tpimpi.compute.formats.quantize import quantize
 from tpimpi.errors import InputError
 
-_QUANTIZED_HERE = ("q8_0", "q4_0", "q4_1")  # the others with NumPy
+# Formats that the kernels make of numbers; the others are made with NumPy.
+QUANTIZED_HERE = ("q8_0", "q4_0", "q4_1", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "iq4_xs")
 
 
 class NativeBackend:
@@ -81,7 +82,7 @@ class NativeBackend:
 
     def quantize(self, values: F32, fmt: str) -> Bytes:
         """As tpimpi.compute.formats.quantize.quantize, to the same bytes. ValueError for numbers that are not finite."""
-        if fmt not in _QUANTIZED_HERE:
+        if fmt not in QUANTIZED_HERE:
             return quantize(values, fmt)
         rows, columns = values.shape
         out = np.empty((rows, row_bytes(fmt, columns)), np.uint8)

@@ -53,8 +53,8 @@ class BlockFormat(WeightFormat):
 
 
 def f16_bits(blocks: Bytes, place: int) -> Array:
-    """The two bytes at `place` of blocks [..., block_bytes], as uint16 [...]."""
-    return np.ascontiguousarray(blocks[..., place : place + 2]).view("<u2")[..., 0]
+    """The two bytes at `place` of blocks [..., block_bytes], as uint16 [...]: a view."""
+    return blocks[..., place : place + 2].view("<u2")[..., 0]
 
 
 def f16_numbers(blocks: Bytes, place: int) -> F32:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,10 +64,33 @@ def runs_of_rows(matrix: Matrix, numbers: int) -> Iterator[tuple[int, Matrix]]:
 
 
 def pack(stored: Bytes, fmt: str, columns: int, first: int = 0) -> Matrix:
-    """Row form, uint8 [rows, row_bytes], to packed form; exact. Peak memory: the result and a few MB."""
+    """Row form, uint8 [rows, row_bytes], to packed form; exact. Peak memory: the result and a few MB.
+
+    By the kernels where they are installed, else by `pack_with_numpy`, to the same bytes.
+    """
+    native = _native_pack()
+    if native is None or stored.strides[1] != 1 or stored.strides[0] < 0:
+        return pack_with_numpy(stored, fmt, columns, first)
+    rows = len(stored)
+    data = _aligned(np.empty, packed_bytes(fmt, rows, columns, first))
+    native(FORMATS[fmt].kernel_code, stored, columns, first, data)
+    return Matrix(fmt, rows, columns, data, first)
+
+
+@functools.cache
+def _native_pack() -> Callable[[int, Bytes, int, int, Bytes], None] | None:
+    if importlib.util.find_spec("tpimpi._native") is None:
+        return None
+    from tpimpi._native import pack
+
+    return pack
+
+
+def pack_with_numpy(stored: Bytes, fmt: str, columns: int, first: int = 0) -> Matrix:
+    """What `pack` does, with NumPy: the kernels' twin."""
     rows, width = stored.shape
     assert stored.dtype == np.uint8 and width == row_bytes(fmt, columns, first), (stored.dtype, width, fmt, columns)
-    panels = _aligned_zeros(packed_bytes(fmt, rows, columns, first)).reshape(_panels(rows), -1)
+    panels = _aligned(np.zeros, packed_bytes(fmt, rows, columns, first)).reshape(_panels(rows), -1)
     for panel, last in _panel_runs(rows, width):
         block = stored[panel * PANEL_ROWS : last * PANEL_ROWS]
         present = block.shape[0]
@@ -95,8 +120,8 @@ def _panel_runs(rows: int, width: int) -> Iterator[tuple[int, int]]:
     return ((first, min(first + step, panels)) for first in range(0, panels, step))
 
 
-def _aligned_zeros(nbytes: int) -> Bytes:
-    memory = np.zeros(nbytes + LINE_BYTES, np.uint8)
+def _aligned(make: Callable[[int, type[np.uint8]], Bytes], nbytes: int) -> Bytes:
+    memory = make(nbytes + LINE_BYTES, np.uint8)
     start = -memory.ctypes.data % LINE_BYTES
     return memory[start : start + nbytes]
 

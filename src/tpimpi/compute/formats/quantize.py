@@ -30,5 +30,8 @@ def quantize(values: F32, fmt: str) -> Bytes:
             if not np.isfinite(x).all():
                 raise ValueError("holds numbers that are not finite")
             np.clip(x, -LIMIT, LIMIT, out=x)
-            out[first : first + step] = form.quantize_blocks(x)
+            count = x.shape[1]
+            if count == 1:  # NumPy adds a single column in another order, and a block would depend on those beside it
+                x = np.repeat(x, 2, axis=1)
+            out[first : first + step] = form.quantize_blocks(x)[:count]
     return out.reshape(rows, form.row_bytes(columns))

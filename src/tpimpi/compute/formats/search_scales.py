@@ -1,7 +1,8 @@
-"""Quantizing to the formats that NumPy alone makes: a search for scales, like that of search.py, without a native
-twin.
+"""Quantizing to blocks of 256, and to iq4_nl: a search for scales, like that of search.py.
 
-Numbers are [weights, columns] f32, each column a block or a part of one; errors are sums of squares over it. For each
+Numbers are [weights, columns] f32, each column a block or a part of one; errors are sums of squares over it. All
+arithmetic is single operations in f32, and sums are taken in the order of the weights (as NumPy does over the first of
+two axes, where the other is longer than 1), so that the kernels' twin of it gives the same bytes. For each
 column a list of grids is tried, each refined by least squares. In blocks of 256 the scales of the parts are then
 rounded to whole multiples of the block's f16 number, with the neighbours of the nearest tried too, and that number is
 fitted once more.
@@ -34,8 +35,8 @@ def listed_levels(values: F32) -> Levels:
 
 
 def to_f16(v: F32) -> F32:
-    """The nearest finite f16 of each number, as f32."""
-    return np.clip(v, -_LARGEST_F16, _LARGEST_F16).astype(np.float16).astype(np.float32)
+    """The nearest finite f16 of each number, as f32; no negative zero."""
+    return np.clip(v, -_LARGEST_F16, _LARGEST_F16).astype(np.float16).astype(np.float32) + np.float32(0)
 
 
 def inverse(v: F32) -> F32:

@@ -12,6 +12,7 @@ import contextlib
 import os
 import stat
 from collections.abc import Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from tpimpi.weights.slices.layout import ALIGNMENT_BYTES
 from tpimpi.weights.slices.partition import Span
 from tpimpi.weights.slices.skeleton import read_skeleton, write_skeleton
 
-_SYNC_BYTES = 64 << 20  # bytes written between two waits for the disk, which else come all at the end
+_SYNC_BYTES = 64 << 20  # bytes that a thread has put on the disk while the next ones are written
 _READ_BYTES = 2 << 20  # bytes read at a time, of what is there already
 
 
@@ -145,6 +146,8 @@ class SliceWriter:
         self._rows_there = np.zeros(self.header.config.vocab if self.header.rank == 0 else 0, bool)
         self._offsets = {}
         self._unsynced = 0
+        self._syncing: Future[None] | None = None  # of what was written before
+        self._syncer: ThreadPoolExecutor | None = None
 
     def _lock(self) -> int:
         """The temporary file, opened and locked. Another process may rename or remove it before we have the lock."""
@@ -295,8 +298,23 @@ class SliceWriter:
                 written = os.pwrite(self._fd, data, offset)
                 data, offset = data[written:], offset + written
             if self._unsynced > _SYNC_BYTES:
-                os.fdatasync(self._fd)
-                self._unsynced = 0
+                self._sync()
+
+    def _sync(self) -> None:
+        """Begin to have on the disk what is written so far, once what was begun before is there: disk and we work at once.
+
+        Without it all would wait in memory, and for the disk at the end.
+        """
+        if self._syncer is None:
+            self._syncer = ThreadPoolExecutor(1, "disk")
+        self._wait()
+        self._syncing, self._unsynced = self._syncer.submit(os.fdatasync, self._fd), 0
+
+    def _wait(self) -> None:
+        """Wait for the disk. Raises OSError where it failed."""
+        syncing, self._syncing = self._syncing, None
+        if syncing is not None:
+            syncing.result()
 
     # The end
 
@@ -305,14 +323,14 @@ class SliceWriter:
         lacking = [self.header.records[index].path for index in self.missing]
         assert not lacking and not self.missing_rows, f"not written: {lacking}, rows {self.missing_rows}"
         with _storage_errors(self.path):
+            self._wait()
             os.fsync(self._fd)
 
     def publish(self) -> None:
         """Give the finished file its name."""
         with _storage_errors(self.path):
             self.temporary.replace(self.path)
-            os.close(self._fd)
-        self._fd = -1
+            self._close()
 
     def close(self) -> None:
         """Leave the file for another process to go on with, or remove it where nothing was written."""
@@ -320,16 +338,22 @@ class SliceWriter:
         if self._fd >= 0 and not (written or self._claims.any() or self._rows_there.any()):
             self.discard()
         elif self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            self._close()
 
     def discard(self) -> None:
         """Remove the temporary file."""
         if self._fd >= 0:
             with contextlib.suppress(OSError):  # what went wrong before is said instead
                 self.temporary.unlink()
-            os.close(self._fd)
-            self._fd = -1
+            self._close()
+
+    def _close(self) -> None:
+        with contextlib.suppress(OSError):  # of a file that is left as it is
+            self._wait()
+        if self._syncer is not None:
+            self._syncer.shutdown()
+        os.close(self._fd)
+        self._fd = -1
 
 
 def _take_lock(descriptor: int, path: Path) -> None:
