@@ -229,6 +229,7 @@ class _Builder:
         columns = part.shape[1]
         for _, slab in self._slabs(tensor, rows):
             self._write(tile, name, slab.packed(part.format, Span(0, columns)))
+            del slab  # before the next one is read
 
     def _columns(self, tiles: list[tuple[_Target, Span]], name: str, layer: int) -> None:
         """The tiles' columns of a matrix, all of its rows: the last part of each tile."""
@@ -240,6 +241,7 @@ class _Builder:
         for _, slab in self._slabs(tensor, Span(0, self.config.hidden), numbers):
             for tile, columns in tiles:
                 self._write(tile, name, slab.packed(fmt, columns))
+            del slab  # before the next one is read
 
     def _embedding(self, table: SliceWriter) -> None:
         fmt = table.header.formats.embedding
@@ -248,3 +250,4 @@ class _Builder:
                 rows = slab.stored(fmt, Span(0, self.config.hidden))
                 table.write_embedding(first, rows)
                 self._count(rows.nbytes)
+                del slab, rows  # before the next one is read
