@@ -29,7 +29,7 @@ MORE = {
 # Those of which a GGUF file can say all.
 GGUF_KINDS = (
     *("llama", "llama-yarn", "qwen3", "ministral3", "gemma2", "gemma3", "phi3", "phi3-long", "granite", "smollm3"),
-    *("olmo2", "olmo3", "glm4", "exaone4", "exaone4-full", "cohere2"),
+    *("olmo2", "olmo3", "glm", "glm-edge", "glm4", "exaone4", "exaone4-full", "cohere2", "granite4", "granite4-nope"),
 )
 
 
@@ -72,10 +72,12 @@ def test_logits_are_those_of_transformers(on_ranks: Ranks, models, ranks: int, t
         if ranks == 1:  # our own kernels, and what a GGUF file of the model says
             jobs.append({**jobs[-1], "name": f"{kind}@native", "backend": "native"})
             if kind in GGUF_KINDS:
-                folder = tmp_path / f"{kind}@gguf"
-                with open_source(write_gguf_of(path, tmp_path / f"{kind}.gguf")) as source:
-                    slice_model(source, make_partition(source.config, [1]), choose_formats(source, "f32"), folder)
-                jobs.append({**jobs[-2], "name": folder.name, "slices": str(folder)})
+                for name in (f"{kind}@gguf", *(["glm@gguf-fused"] if kind == "glm" else [])):
+                    folder = tmp_path / name
+                    file = write_gguf_of(path, tmp_path / f"{name}.gguf", fused="fused" in name)
+                    with open_source(file) as source:
+                        slice_model(source, make_partition(source.config, [1]), choose_formats(source, "f32"), folder)
+                    jobs.append({**jobs[-1], "name": name, "slices": str(folder), "backend": "torch"})
         if ranks == 2:  # the other backend, and a window that streams
             jobs.append({**jobs[-1], "name": f"{kind}@numpy", "backend": "numpy", "window": 2})
     _run(on_ranks, ranks, jobs, tmp_path)

@@ -57,7 +57,8 @@ def test_sizes_and_rope_are_those_of_transformers(kind: str) -> None:
     attention = "model.layers.0.self_attn"
     assert config.architecture == theirs.model_type
     assert (config.vocab, config.hidden) == shapes["model.embed_tokens.weight"]
-    assert (config.hidden, config.intermediate) == shapes["model.layers.0.mlp.down_proj.weight"]
+    down = "shared_mlp.output_linear" if config.architecture == "granitemoehybrid" else "mlp.down_proj"
+    assert (config.hidden, config.intermediate) == shapes[f"model.layers.0.{down}.weight"]
     assert (config.hidden, config.heads * config.head_dim) == shapes[f"{attention}.o_proj.weight"]
     if f"{attention}.qkv_proj.weight" in shapes:
         rows = (config.heads + 2 * config.kv_heads) * config.head_dim

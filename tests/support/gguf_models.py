@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,11 @@ ARCHITECTURES = {
         name: name
         for name in ("llama", "qwen2", "qwen3", "gemma2", "phi3", "granite", "smollm3", "glm4", "exaone4", "cohere2")
     },
+    # Files of a Ministral 8B are converted as those of a Mistral: MinistralForCausalLM itself has no converter.
     "mistral": "llama",
     "ministral3": "mistral3",
+    "glm": "chatglm",
+    "granitemoehybrid": "granite",  # where no layer is a Mamba's
     "gemma3_text": "gemma3",
     "olmo2": "olmo2",
     "olmo3": "olmo2",
@@ -31,8 +35,11 @@ _PERMUTED = ("llama", "granite", "smollm3", "mistral3")  # rows of Q and K
 _NORMS_PLUS_1 = ("gemma2", "gemma3")
 
 
-def write_gguf_of(folder: Path, path: Path) -> Path:
-    """Write the model in `folder`, one safetensors file in f32, as `path`; returns it."""
+def write_gguf_of(folder: Path, path: Path, *, fused: bool = False) -> Path:
+    """Write the model in `folder`, one safetensors file in f32, as `path`; returns it.
+
+    `fused`: Q, K and V of a GLM are one matrix with one bias, as in files that were converted from THUDM/glm-4-9b.
+    """
     config = json.loads((folder / "config.json").read_text())
     arch = ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(path, arch)
@@ -40,7 +47,8 @@ def write_gguf_of(folder: Path, path: Path) -> Path:
     number = next(number for number, word in gguf.MODEL_ARCH_NAMES.items() if word == arch)
     names = gguf.get_tensor_name_map(number, config["num_hidden_layers"])
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    for name, values in load_file(folder / "model.safetensors").items():
+    tensors = _as_converted(load_file(folder / "model.safetensors"))
+    for name, values in (_fused(tensors) if fused else tensors).items():
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert stored is not None, name
         rows = values
@@ -58,6 +66,28 @@ def write_gguf_of(folder: Path, path: Path) -> Path:
     return path
 
 
+def _as_converted(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The matrices of a dense Granite 4 by the names and as the parts that the converter makes of them."""
+    made = {}
+    for name, values in tensors.items():
+        stem = name.replace("shared_mlp.output_linear", "mlp.down_proj")
+        if "shared_mlp.input_linear" in name:
+            for part, rows in zip(("gate", "up"), np.split(values, 2), strict=True):
+                made[name.replace("shared_mlp.input_linear", f"mlp.{part}_proj")] = rows
+        else:
+            made[stem] = values
+    return made
+
+
+def _fused(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Q, K and V as one matrix."""
+    made = {name: values for name, values in tensors.items() if not re.search(r"\.[qkv]_proj\.", name)}
+    for name in (name for name in tensors if ".q_proj." in name):
+        parts = [tensors[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
+        made[name.replace(".q_proj.", ".qkv_proj.")] = np.concatenate(parts)
+    return made
+
+
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """The rope of full attention."""
     rope = config.get("rope_parameters") or {}
@@ -73,7 +103,7 @@ def _metadata(writer: gguf.GGUFWriter, arch: str, config: dict[str, Any]) -> Non
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_feed_forward_length(config.get("shared_intermediate_size", config["intermediate_size"]))
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_rope_freq_base(rope["rope_theta"])
@@ -81,7 +111,7 @@ def _metadata(writer: gguf.GGUFWriter, arch: str, config: dict[str, Any]) -> Non
         writer.add_layer_norm_eps(config["layer_norm_eps"])
     else:
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    if arch != "phi3":
+    if arch not in ("phi3", "chatglm"):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
@@ -128,6 +158,14 @@ def _of_family(writer: gguf.GGUFWriter, arch: str, config: dict[str, Any]) -> No
         writer.add_embedding_scale(config["embedding_multiplier"])
         writer.add_residual_scale(config["residual_multiplier"])
         writer.add_logit_scale(config["logits_scaling"])
+    if config["model_type"] == "granitemoehybrid":  # keys of the layers that it has none of, too
+        writer.add_expert_shared_feed_forward_length(config["shared_intermediate_size"])
+        writer.add_ssm_conv_kernel(config["mamba_d_conv"])
+        writer.add_ssm_state_size(config["mamba_d_state"])
+        writer.add_ssm_group_count(config["mamba_n_groups"])
+        writer.add_ssm_inner_size(config["mamba_expand"] * config["hidden_size"])
+        writer.add_ssm_time_step_rank(config["mamba_n_heads"])
+        writer.add_rope_scaling_finetuned(config.get("position_embedding_type") == "rope")
     if arch == "cohere2":
         writer.add_logit_scale(config["logit_scale"])
         writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)

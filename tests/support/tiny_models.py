@@ -160,10 +160,28 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_bias": True,
         },
     ),
+    # Dense: attention in every layer, no experts; the feed-forward block is that of the "shared" expert.
+    "granite4": (
+        "granitemoehybrid",
+        {
+            "shared_intermediate_size": 80,
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "layer_types": [FULL, FULL],
+            "position_embedding_type": "rope",
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 2.0,
+            "tie_word_embeddings": True,
+        },
+    ),
     "smollm3": (
         "smollm3",
         {"num_hidden_layers": 4, "pad_token_id": 0, "tie_word_embeddings": True},
     ),
+    "glm": ("glm", {"head_dim": 16, "attention_bias": True, "pad_token_id": 0}),
+    "glm-edge": ("glm", {"head_dim": 16, "attention_bias": False, "partial_rotary_factor": 1.0, "pad_token_id": 0}),
     "glm4": ("glm4", {"head_dim": 16, "attention_bias": True, "pad_token_id": 0}),
     "exaone4": (
         "exaone4",
@@ -190,6 +208,16 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": [SLIDING, FULL, SLIDING],
             "pad_token_id": 0,
             "rope_parameters": {FULL: YARN_ROPE, SLIDING: {"rope_type": "default", "rope_theta": 500.0}},
+        },
+    ),
+    "granite4-nope": (
+        "granitemoehybrid",
+        {
+            "shared_intermediate_size": 80,
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "layer_types": [FULL, FULL],
+            "position_embedding_type": None,
         },
     ),
     "mqa": ("llama", {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 1}),

@@ -55,10 +55,11 @@ def as_computed(theirs: dict[str, np.ndarray], config: ModelConfig) -> dict[str,
         if "qkv_proj" in name:
             for part, rows in zip("qkv", np.split(values, [queries, queries + keys]), strict=True):
                 made[name.replace("qkv_proj", f"{part}_proj")] = rows
-        elif "gate_up_proj" in name:
+        elif "gate_up_proj" in name or "shared_mlp.input_linear" in name:
             for part, rows in zip(("gate", "up"), np.split(values, 2), strict=True):
-                made[name.replace("gate_up_proj", f"{part}_proj")] = rows
-        elif config.architecture in ("glm4", "cohere2") and (".q_proj." in name or ".k_proj." in name):
+                spelled = name.replace("gate_up_proj", f"{part}_proj")
+                made[spelled.replace("shared_mlp.input_linear", f"mlp.{part}_proj")] = rows
+        elif config.architecture in ("glm", "glm4", "cohere2") and (".q_proj." in name or ".k_proj." in name):
             heads = values.reshape(-1, config.head_dim, *values.shape[1:])
             rotated, rest = np.split(heads, [config.rotary_dims or config.head_dim], axis=1)
             made[name] = np.concatenate([rotated[:, ::2], rotated[:, 1::2], rest], axis=1).reshape(values.shape)

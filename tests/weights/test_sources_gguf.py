@@ -270,6 +270,18 @@ def test_gguf_metadata_beyond_what_is_read_is_named(tmp_path: Path, monkeypatch:
     assert "its metadata goes on past 1 MiB, with key 'x.y'" in message and "cut short" not in message
 
 
+def test_gguf_names_that_are_cut_in_messages_show_it(tmp_path: Path) -> None:
+    one, two = (b"k" * 90 + last for last in (b"1", b"2"))
+
+    def edit(writer: gguf.GGUFWriter) -> None:
+        for key in (one, two):
+            writer.add_bool(key.decode(), True)
+
+    path = write_tiny_gguf(tmp_path / "m.gguf", edit=edit)
+    path.write_bytes(path.read_bytes().replace(two, one))
+    assert f"key '{'k' * 79}…' is there twice" in refusal(path)
+
+
 def test_gguf_with_absurd_counts_is_refused_at_once(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "m.gguf")
     data = path.read_bytes()

@@ -241,3 +241,19 @@ def test_a_model_without_a_tokenizer_is_still_not_sliced(tpimpi: Cli, tmp_path: 
     result = tpimpi("slice", "--model", str(tmp_path / "hf"), "--ranks", "1", "--out", str(tmp_path / "slices"))
     assert result.code == 2
     assert "no tokenizer beside the model" in result.err
+
+
+def test_a_mix_asked_for_beside_slices_is_what_they_hold(tpimpi: Cli, tmp_path: Path) -> None:
+    config = str(write_config(tmp_path / "shape", intermediate_size=512))
+    for fmt in ("q4_k", "q4_k_m"):
+        out = str(tmp_path / fmt)
+        assert tpimpi("synth", "--shape", config, "--format", fmt, "--ranks", "1", "--out", out).code == 0
+    arguments = ("--raw", "--prompt", "1 2", "--max-tokens", "2", "--quiet", "--format", "q4_k_m", "--slices")
+    assert tpimpi(*arguments, str(tmp_path / "q4_k_m")).code == 0
+    result = tpimpi(*arguments, str(tmp_path / "q4_k"))
+    assert (result.code, result.out) == (2, "")
+    said = (
+        f"slice file {tmp_path}/q4_k/rank-0-of-1.h5 has format q4_k, head q6_k, --format q4_k_m is q4_k, v q6_k in 2 "
+        "layers, down q6_k in 2 layers, head q6_k; leave --format out, or make slices in that format"
+    )
+    assert said in result.err and len(result.err.splitlines()) == 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from tpimpi.cli.options import ComputeOptions, ModelOptions, NetworkOptions
 from tpimpi.cli.process import say
@@ -18,13 +19,15 @@ from tpimpi.engine.budget import per_rank
 from tpimpi.engine.engine import DEFAULT_CONTEXT, EngineConfig
 from tpimpi.engine.overlap import largest_sum
 from tpimpi.engine.ranks import RankInfo
+from tpimpi.errors import SliceError
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import MIXES, ModelFormats
 from tpimpi.star import Star, launcher_kind, settle
 from tpimpi.system import placement
-from tpimpi.weights.find import hidden_of_slices
+from tpimpi.weights.find import header_of_slices, hidden_of_slices
 from tpimpi.weights.locations import SliceLocation, cache_name, cache_names, model_path
 from tpimpi.weights.make import choose_formats, wanted_formats
+from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import Partition, describe_shares, make_partition
 from tpimpi.weights.sources import Source, open_source
 
@@ -68,7 +71,7 @@ def prepare(
             slices = ensure_cached_slices(star, source, partition, formats, quiet=quiet)
     else:
         network = tune_links(star, network, hidden_of_slices(model.slices, len(ranks)), quiet=quiet)
-        slices = given_slices(model, len(ranks))
+        slices = given_slices(model, model.slices, len(ranks))
     memory = compute.memory_sizes
     return EngineConfig(
         folder=slices.folder,
@@ -160,16 +163,31 @@ def ensure_cached_slices(
     return RunSlices(None, name, source.fingerprint(), formats.key(), partition.describe())
 
 
-def given_slices(model: ModelOptions, ranks: int) -> RunSlices:
+def given_slices(model: ModelOptions, folder: str, ranks: int) -> RunSlices:
     """The slices of --slices, and what --model, --format and --shares say of them."""
     fingerprint = ""
     if model.model is not None:
         with open_source(model_path(model.model)) as source:
             fingerprint = source.fingerprint()
-    # Of a mix the name depends on the number of layers, which the slices know.
+    # Of a mix the key depends on the number of layers, which the slices know.
+    if model.format in MIXES:
+        _check_mix(folder, model.format, ranks)
     fmt = "" if model.format in ("auto", *MIXES) else wanted_formats(model.format, layers=1).key()
     shares = "" if model.shares is None else describe_shares(share_weights(model.shares, ranks))
-    return RunSlices(model.slices, None, fingerprint, fmt, shares)
+    return RunSlices(folder, None, fingerprint, fmt, shares)
+
+
+def _check_mix(folder: str, mix: str, ranks: int) -> None:
+    """Raise SliceError where the slices are there, and are not in this mix of `--format`."""
+    header = header_of_slices(folder, ranks)
+    if header is None:  # which is said where they are opened
+        return
+    wanted = wanted_formats(mix, header.config.layers)
+    if header.formats != wanted:
+        raise SliceError(
+            f"slice file {Path(folder) / slice_name(0, ranks)} has format {header.formats.describe()}, --format {mix} is "
+            f"{wanted.describe()}; leave --format out, or make slices in that format"
+        )
 
 
 def say_what_slows(

@@ -84,7 +84,8 @@ def config_from_gguf(
             attention_windows=_gguf_windows(keys, family, context, layers),
             tied_head="output.weight" not in shapes,
             # A Qwen2 without its biases, or a Qwen3 without its norms, is a broken file and no other model.
-            qkv_bias=family.always_qkv_bias or any(f"blk.0.attn_{part}.bias" in shapes for part in "qkv"),
+            qkv_bias=family.always_qkv_bias
+            or any(f"blk.0.attn_{part}.bias" in shapes for part in ("q", "k", "v", "qkv")),
             o_bias="blk.0.attn_output.bias" in shapes,
             mlp_bias=any(f"blk.0.ffn_{part}.bias" in shapes for part in ("gate", "up", "down")),
             qk_norm=family.qk_norm,

@@ -101,7 +101,7 @@ def config_from_hf(values: Any, path: Path | str) -> ModelConfig:
         ModelConfig(
             architecture=family.name,
             hidden=hidden,
-            intermediate=keys.integer("intermediate_size"),
+            intermediate=keys.integer(family.hf_intermediate_key),
             layers=layers,
             heads=heads,
             kv_heads=kv_heads,

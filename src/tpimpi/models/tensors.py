@@ -118,7 +118,8 @@ class Piece(NamedTuple):
 
 
 def fused_tensors(config: ModelConfig, *, hf: bool) -> dict[str, list[Piece]]:
-    """The matrices that a file, safetensors or GGUF, holds as one, by its name there ("model." left out)."""
+    """The matrices, and their biases, that a file, safetensors or GGUF, may hold as one, by its name there ("model." left
+    out)."""
     family = ARCHITECTURES[config.architecture]
     tensors = model_tensors(config)
     found = {}
@@ -127,11 +128,13 @@ def fused_tensors(config: ModelConfig, *, hf: bool) -> dict[str, list[Piece]]:
         if stored is None:
             continue
         for layer in range(config.layers):
-            pieces: list[Piece] = []
-            for part in spec.parts:
-                tensor = tensors[part_name(config, layer, part)]
-                pieces.append(Piece(tensor.name, sum(piece.rows for piece in pieces), tensor.shape[0]))
-            found[f"{'layers' if hf else 'blk'}.{layer}.{stored}.weight"] = pieces
+            for kind in ("weight", "bias"):
+                pieces: list[Piece] = []
+                for name in (part_name(config, layer, part, kind) for part in spec.parts):
+                    if name in tensors:
+                        pieces.append(Piece(name, sum(piece.rows for piece in pieces), tensors[name].shape[0]))
+                if pieces:
+                    found[f"{'layers' if hf else 'blk'}.{layer}.{stored}.{kind}"] = pieces
     return found
 
 

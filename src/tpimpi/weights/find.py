@@ -10,17 +10,24 @@ from tpimpi.star import Star
 from tpimpi.star.control import Note, Task, TaskNote, gather_notes, send_note
 from tpimpi.weights.locations import cache_folder
 from tpimpi.weights.slices.file import SliceFile
+from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.names import slice_name
 
 
 def hidden_of_slices(folder: str, ranks: int) -> int:
     """The hidden size of the model whose slices for so many ranks are there; 0 where they cannot be read."""
+    header = header_of_slices(folder, ranks)
+    return 0 if header is None else header.config.hidden
+
+
+def header_of_slices(folder: str, ranks: int) -> Header | None:
+    """The header of rank 0's slice, of so many ranks' slices that are there; None where it cannot be read."""
     with (
         contextlib.suppress(TpimpiError),
         contextlib.closing(SliceFile(Path(folder) / slice_name(0, ranks))) as file,
     ):
-        return file.header.config.hidden
-    return 0
+        return file.header
+    return None
 
 
 class FindSlices(TaskNote, frozen=True, tag="find-slices"):

@@ -10,8 +10,8 @@ from tpimpi.models.architectures.base import Architecture, FusedSpec, TensorSpec
 from tpimpi.models.architectures.cohere2 import COHERE2
 from tpimpi.models.architectures.exaone4 import EXAONE4
 from tpimpi.models.architectures.gemma import GEMMA2, GEMMA3
-from tpimpi.models.architectures.glm4 import GLM4
-from tpimpi.models.architectures.granite import GRANITE
+from tpimpi.models.architectures.glm import GLM, GLM4
+from tpimpi.models.architectures.granite import GRANITE, GRANITE_HYBRID
 from tpimpi.models.architectures.llama import LLAMA
 from tpimpi.models.architectures.ministral3 import MINISTRAL3
 from tpimpi.models.architectures.mistral import MINISTRAL, MISTRAL
@@ -25,7 +25,7 @@ __all__ = ["ARCHITECTURES", "GGUF_ARCHITECTURES", "Architecture", "FusedSpec", "
 
 _FAMILIES = (
     *(LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, QWEN2, QWEN3, GEMMA2, GEMMA3),
-    *(PHI3, GRANITE, SMOLLM3, GLM4, EXAONE4, COHERE2, OLMO2, OLMO3),
+    *(PHI3, GRANITE, GRANITE_HYBRID, SMOLLM3, GLM, GLM4, EXAONE4, COHERE2, OLMO2, OLMO3),
 )
 
 # By ModelConfig.architecture, which is model_type in config.json.

@@ -36,9 +36,10 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class FusedSpec:
-    """A matrix in a file that is several of a layer's: the rows of the first of `parts`, then those of the next.
+    """A matrix in a file that is several of a layer's: the rows of the first of `parts`, then those of the next; and its
+    bias, where they have one.
 
-    `hf` or `gguf` is None where that kind of file has them one by one.
+    `hf` or `gguf` is None where that kind of file has them one by one; either kind may have them so all the same.
     """
 
     hf: str | None
@@ -100,6 +101,7 @@ class Architecture:
     hf_defaults: Mapping[str, Any] = field(default_factory=dict)
     hf_activation_key: str = "hidden_act"
     hf_norm_eps_key: str = "rms_norm_eps"
+    hf_intermediate_key: str = "intermediate_size"
     hf_o_bias: bool = True  # attention_bias is also of the output projection
     hf_rope_names: Mapping[str, str] = field(default_factory=dict)  # other names of rope types
     hf_query_growth: bool = False  # llama_4_scaling_beta is understood

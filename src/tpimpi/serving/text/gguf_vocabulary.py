@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # Token types; SentencePiece numbers its pieces in the same way.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
+_NO_VOCABULARY = ("none", "no_vocab")  # tokenizer.ggml.model of a file without one
 _NO_TOKEN = 0xFFFFFFFF  # what converters write as the id of a special token that a model does not have
 
 # Special tokens that templates name, beside those that every vocabulary has; the misspelling is GGUF's.
@@ -70,14 +71,16 @@ class GgufVocabulary:
     chat_template: str | None
 
 
-def read_gguf_vocabulary(data: bytes) -> GgufVocabulary:
-    """Check `gguf.json` and fill in what llama.cpp assumes where a key is absent.
+def read_gguf_vocabulary(data: bytes) -> GgufVocabulary | None:
+    """Check `gguf.json` and fill in what llama.cpp assumes where a key is absent; None where it says that there is none.
 
     Raises ModelError for JSON that is broken, a key of the wrong kind, a tokenizer model or pre-tokenizer that is
     not known here.
     """
     keys = _read_keys(data)
     model = _get(keys, "model", str)
+    if model in _NO_VOCABULARY:
+        return None
     if model not in ("gpt2", "llama"):
         raise ModelError(
             f"tokenizer.ggml.model of the GGUF file is {model!r}, tpimpi knows 'gpt2' and 'llama'; use another model"

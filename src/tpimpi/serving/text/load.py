@@ -41,14 +41,16 @@ def tokenizer_of_slices(assets: dict[str, bytes], vocab: int, chat_template: str
     return load_tokenizer(assets, vocab, chat_template) if assets else TokenIds(vocab)
 
 
-def load_tokenizer(assets: dict[str, bytes], vocab: int, chat_template: str | None = None) -> Tokenizer:
-    """The tokenizer in `assets` (file name → content), for a model with `vocab` rows in its embedding table.
+def load_tokenizer(assets: dict[str, bytes], vocab: int, chat_template: str | None = None) -> Tokenizer | TokenIds:
+    """The tokenizer in `assets` (file name → content), for a model with `vocab` rows in its embedding table; TokenIds for a
+    GGUF file that says that it has none, as those of `synth`.
 
     A `chat_template` takes the place of the model's own. Raises ModelError where there is no tokenizer, or it is broken, or
     of a kind that is not known here.
     """
     if "gguf.json" in assets:
-        return _load_gguf(read_gguf_vocabulary(assets["gguf.json"]), vocab, chat_template)
+        gguf = read_gguf_vocabulary(assets["gguf.json"])
+        return TokenIds(vocab, gguf=True) if gguf is None else _load_gguf(gguf, vocab, chat_template)
     if "tokenizer.json" not in assets and "tokenizer.model" not in assets:
         found = f"found only {', '.join(sorted(assets))}" if assets else "found no file of one"
         raise ModelError(f"no tokenizer beside the model: {found}; put tokenizer.json or tokenizer.model there")

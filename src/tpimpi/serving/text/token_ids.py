@@ -9,24 +9,29 @@ from tpimpi.serving.text.stream import IdStream
 
 
 class TokenIds:
-    """Stands in for a Tokenizer where slices have none (those of `synth`): text is ids in decimal, one after another."""
+    """Stands in for a Tokenizer where there is none, as in what `synth` makes: text is ids in decimal, one after another.
+
+    `gguf`: it is a GGUF file that has none, or slices of one.
+    """
 
     bos_id = None
     end_ids: frozenset[int] = frozenset()
     has_chat_template = False
 
-    def __init__(self, vocab: int) -> None:
+    def __init__(self, vocab: int, *, gguf: bool = False) -> None:
         self.vocab_size = self.sampled_ids = vocab
+        self._lacking = f"{'the GGUF file has' if gguf else 'these slices have'} no tokenizer"
+        self._made = "" if gguf else " (synth made them)"
 
     def check_params(self, *, raw: bool, stops: Sequence[str]) -> None:
         """Raise InputError for what has no meaning without a tokenizer: a chat, and texts to stop before."""
         if not raw:
             raise InputError(
-                "these slices have no tokenizer (synth made them), so a prompt is token ids; give --raw, and ids such as "
+                f"{self._lacking}{self._made}, so a prompt is token ids; give --raw, and ids such as "
                 '--prompt "1 15043 29871"'
             )
         if stops:
-            raise InputError("these slices have no tokenizer, so there is no text to stop before; leave --stop out")
+            raise InputError(f"{self._lacking}, so there is no text to stop before; leave --stop out")
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The ids that a text holds, with blanks or commas between them. InputError for anything else."""
@@ -34,7 +39,7 @@ class TokenIds:
         for word in words:
             if not (word.isascii() and word.isdecimal() and len(word) <= 10 and int(word) < self.vocab_size):
                 raise InputError(
-                    f"{shorten(word)!r} is no token id; these slices have no tokenizer, so give whole numbers below "
+                    f"{shorten(word)!r} is no token id; {self._lacking}, so give whole numbers below "
                     f"{self.vocab_size} with blanks or commas between them"
                 )
         return [int(word) for word in words]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +66,16 @@ def _open_parts(parts: Sequence[GgufFile], files: Sequence[WeightFile]) -> Sourc
     config = config_from_gguf(metadata, path, shapes, {name: _rope_factors(found) for name, found in apart.items()})
     needed, fused = model_tensors(config), fused_tensors(config, hf=False)
     known = {tensor.gguf_name: tensor for tensor in needed.values()}
+    parts_of = {tensor.name: tensor.part for tensor in needed.values()}
     stored: dict[str, Stored] = {}
     for name, (tensor, file) in tensors.items():
-        if name in fused:
-            stored |= _gguf_stored(tensor, name, file).split(fused[name])
-            continue
-        canonical, heads = name, 0  # a name that is not known stays as it is, and is refused below
-        if name in known:
-            canonical, heads = known[name].name, interleaved_heads(config, known[name].part)
-        if canonical in stored:
-            raise ModelError(f"{file.path}: tensor {shown(name)} is there twice; {DOWNLOAD_AGAIN}")
-        stored[canonical] = _gguf_stored(tensor, canonical, file, heads, rotated_rows(config))
+        # A name that is not known stays as it is, and is refused below.
+        whole = _gguf_stored(tensor, name if name in fused or name not in known else known[name].name, file)
+        for canonical, piece in (whole.split(fused[name]) if name in fused else {whole.info.name: whole}).items():
+            if canonical in stored:
+                raise ModelError(f"{file.path}: tensor {shown(name)} is there twice; {DOWNLOAD_AGAIN}")
+            heads = interleaved_heads(config, parts_of.get(canonical, ""))
+            stored[canonical] = replace(piece, permuted_heads=heads, permuted_rows=rotated_rows(config) if heads else 0)
     spelled = {piece.name: name for name, pieces in fused.items() for piece in pieces}
 
     def gguf_name(name: str) -> str:
@@ -95,9 +95,7 @@ def _open_parts(parts: Sequence[GgufFile], files: Sequence[WeightFile]) -> Sourc
     )
 
 
-def _gguf_stored(
-    tensor: GgufTensor, canonical: str, file: WeightFile, heads: int = 0, permuted_rows: int = 0
-) -> Stored:
+def _gguf_stored(tensor: GgufTensor, canonical: str, file: WeightFile) -> Stored:
     kind = tensor.type
     if kind is None:
         raise ModelError(
@@ -117,7 +115,7 @@ def _gguf_stored(
         )
     # A vector's "row" is one number, so that runs of it are read as runs of rows.
     row_bytes = kind.nbytes(math.prod(tensor.shape[1:]))
-    return Stored(TensorInfo(canonical, tensor.shape, kind.name), file, offset, row_bytes, heads, permuted_rows)
+    return Stored(TensorInfo(canonical, tensor.shape, kind.name), file, offset, row_bytes)
 
 
 def _refuse_overlaps(stored: Iterable[Stored], gguf_name: Callable[[str], str]) -> None:

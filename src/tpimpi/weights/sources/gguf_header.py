@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from tpimpi.errors import ModelError
+from tpimpi.errors import ModelError, shorten
 from tpimpi.models.keys import MAX_LAYERS
 from tpimpi.weights.sources.source import DOWNLOAD_AGAIN, WeightFile, open_file, piece_of, refuse_pointer, unreadable
 
 MAGIC = b"GGUF"
 _SCALAR_CODES = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_SHOWN_CHARACTERS = 80  # of a name from a file that a message shows
 _MAX_HEADER_BYTES = 256 << 20
 
 
@@ -163,13 +164,13 @@ class GgufHeader:
         for _ in range(key_count):
             self.key = key = self.string()
             if key in metadata:
-                raise self.broken(f"key {key[:80]!r} is there twice")
+                raise self.broken(f"key {shorten(key, _SHOWN_CHARACTERS)!r} is there twice")
             metadata[key] = self.value(self.number("I"))
         tensors: dict[str, GgufTensor] = {}
         for _ in range(tensor_count):
             tensor = self.tensor()
             if tensor.name in tensors:
-                raise self.broken(f"tensor {tensor.name[:80]!r} is there twice")
+                raise self.broken(f"tensor {shorten(tensor.name, _SHOWN_CHARACTERS)!r} is there twice")
             tensors[tensor.name] = tensor
         return metadata, tensors
 
@@ -186,7 +187,7 @@ class GgufHeader:
         name = self.string()
         dimensions = self.number("I")
         if not 1 <= dimensions <= 4:
-            raise self.broken(f"tensor {name[:80]!r} has {dimensions} dimensions")
+            raise self.broken(f"tensor {shorten(name, _SHOWN_CHARACTERS)!r} has {dimensions} dimensions")
         shape = tuple(self.number("Q") for _ in range(dimensions))[::-1]
         while len(shape) > 1 and shape[0] == 1:  # a vector that was written as a matrix of one row
             shape = shape[1:]
@@ -243,8 +244,9 @@ class GgufHeader:
     def need(self, count: int) -> None:
         if self.position + count > self.limit < self.size >= self.position + count:
             raise ModelError(
-                f"{self.path}: its metadata goes on past {_MAX_HEADER_BYTES >> 20} MiB, with key {self.key[:80]!r}, more "
-                f"than tpimpi reads; take another file of this model, or convert it again without that key"
+                f"{self.path}: its metadata goes on past {_MAX_HEADER_BYTES >> 20} MiB, with key "
+                f"{shorten(self.key, _SHOWN_CHARACTERS)!r}, more than tpimpi reads; take another file of this model, or "
+                f"convert it again without that key"
             )
         if self.position + count > self.limit:
             raise self.broken(f"its header goes on to byte {self.position + count}, past the limit of {self.limit}")

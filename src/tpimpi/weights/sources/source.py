@@ -18,7 +18,7 @@ import numpy.typing as npt
 import xxhash
 
 from tpimpi.compute.formats.bf16 import from_bf16
-from tpimpi.errors import ModelError
+from tpimpi.errors import ModelError, shorten
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.tensors import Piece, expected_tensors
 
@@ -46,6 +46,7 @@ _WRAPPERS = frozenset(
 )
 _FILE_SAMPLES = 64  # of each weight file, in a fingerprint
 _SAMPLE_BYTES = 4096
+_SHOWN_PATH_CHARACTERS = 200  # of one that the system finds too long
 _SLAB_NUMBERS = 1 << 20  # decoded at once: what dequantizing needs beside its result
 _BF16_SLAB_NUMBERS = 1 << 15  # stays in the cache; slabs of 1 << 20 take twice as long
 
@@ -106,9 +107,10 @@ class Stored:
     offset_value: float = 0.0
 
     def split(self, pieces: Sequence[Piece]) -> dict[str, Stored]:
-        """The matrices that this one holds, by their canonical names. Raises ModelError where it has not as many rows."""
+        """The matrices, or biases, that this holds, by their canonical names. ModelError where it has not as many rows."""
         rows = sum(piece.rows for piece in pieces)
-        if len(self.info.shape) != 2 or self.info.shape[0] != rows:
+        dimensions = 1 if pieces[0].name.endswith(".bias") else 2
+        if len(self.info.shape) != dimensions or self.info.shape[0] != rows:
             raise ModelError(
                 f"{self.file.path}: tensor {shown(self.info.name)} has shape {list(self.info.shape)}, and the config needs "
                 f"{rows} rows; config and weights are not of the same model"
@@ -116,7 +118,7 @@ class Stored:
         return {
             piece.name: replace(
                 self,
-                info=TensorInfo(piece.name, (piece.rows, self.info.shape[1]), self.info.format),
+                info=TensorInfo(piece.name, (piece.rows, *self.info.shape[1:]), self.info.format),
                 offset=self.offset + piece.first * self.row_bytes,
             )
             for piece in pieces
@@ -329,7 +331,7 @@ def listed(directory: Path, *suffixes: str) -> list[Path]:
 
 
 def unreadable(path: Path, error: OSError) -> ModelError:
-    name = f"{str(path)[:200]}…" if error.errno == errno.ENAMETOOLONG else path
+    name = shorten(str(path), _SHOWN_PATH_CHARACTERS) if error.errno == errno.ENAMETOOLONG else path
     remedy = _REMEDIES.get(error.errno or 0, "check its disk, or download the model again")
     return ModelError(f"{name}: cannot be read: {error.strerror or error}; {remedy}")
 
@@ -395,4 +397,4 @@ def _in_wrappers(name: str, needed: Mapping[str, object]) -> str | None:
 
 def shown(name: str) -> str:
     """A tensor name from a file, as it may stand in a message."""
-    return name if name.isprintable() and len(name) <= 120 else f"{name[:100]!r}"
+    return name if name.isprintable() and len(name) <= 120 else f"{shorten(name, 100)!r}"

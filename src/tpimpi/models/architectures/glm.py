@@ -1,6 +1,7 @@
 """GLM-4 (GLM Team 2024, arXiv 2406.12793): half of each head is rotated, neighbours paired; gate and up are one matrix.
 
-Of GLM-4-0414, which has norms after its blocks too.
+GLM is the GLM-4-9B of 2024 and GLM-Edge, whose GGUF files, of architecture chatglm, may hold Q, K and V as one matrix.
+GLM4 is GLM-4-0414, which has norms after its blocks too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from tpimpi.models.architectures.base import (
     MLP,
     MLP_NORM,
     Architecture,
+    FusedSpec,
     TensorSpec,
 )
 from tpimpi.models.keys import Keys
@@ -40,6 +42,20 @@ _DEFAULTS: dict[str, Any] = {
 def _post_norms(keys: Keys, layers: int) -> dict[str, Any]:
     return {"post_norms": True}
 
+
+GLM = Architecture(
+    name="glm",
+    hf_class="GlmForCausalLM",
+    gguf_name="chatglm",
+    layer=(ATTENTION_NORM, *ATTENTION, *MLP, MLP_NORM),
+    fused=(FUSED_GATE_UP, FusedSpec(None, "attn_qkv", ("q", "k", "v"))),
+    hf_keys=frozenset({"attention_bias"}),
+    hf_defaults=_DEFAULTS,
+    hf_o_bias=False,
+    partial_rotary=True,
+    hf_interleaves_qk=True,
+    gguf_interleaves_qk=True,
+)
 
 GLM4 = Architecture(
     name="glm4",
