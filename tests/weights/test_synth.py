@@ -44,6 +44,18 @@ PARAMETERS = {
     "llama-3.1-405b": 405_853_388_800,
     "yi-34b": 34_388_917_248,
     "qwen2.5-72b": 72_706_203_648,
+    "llama-3.2-1b": 1_235_814_400,
+    "qwen3-4b": 4_022_468_096,
+    "gemma-3-270m": 268_098_176,
+    "gemma-3-1b": 999_885_952,
+    "gemma-3-4b": 3_880_263_168,  # of the text model
+    "gemma-3-12b": 11_766_034_176,
+    "phi-4-mini": 3_836_021_760,
+    "granite-3.3-8b": 8_170_864_640,
+    "smollm3-3b": 3_075_098_624,
+    "glm-4-9b": 9_400_279_040,
+    "olmo-2-7b": 7_298_617_344,
+    "mistral-small-24b": 23_572_403_200,
 }
 
 
@@ -77,7 +89,8 @@ def test_shapes_are_what_transformers_reads_in_them(name: str) -> None:
         *(theirs.hidden_size, theirs.num_hidden_layers, theirs.num_attention_heads, theirs.num_key_value_heads),
     )
     assert (ours.context, ours.vocab) == (theirs.max_position_embeddings, theirs.vocab_size)
-    assert theirs.rope_parameters["rope_theta"] == ours.rope_theta
+    rope = theirs.rope_parameters
+    assert rope.get("full_attention", rope)["rope_theta"] == ours.rope_theta
 
 
 def test_a_number_of_layers_can_be_asked_for(tmp_path: Path) -> None:

@@ -49,6 +49,38 @@ def _llama_3_1(hidden: int, intermediate: int, layers: int, heads: int) -> dict[
     return _shape(hidden, intermediate, layers, heads, 8, 128256, 131072, **more)
 
 
+def _gemma_3(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:
+    family = {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "tie_word_embeddings": True,
+    }
+    return _shape(hidden, intermediate, layers, heads, kv_heads, **{**family, **more})
+
+
+_SMALL_GEMMA_3 = {"vocab": 262144, "context": 32768, "sliding_window": 512}
+_LARGE_GEMMA_3 = {
+    "vocab": 262208,
+    "context": 131072,
+    "sliding_window": 1024,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+}
+# Of Phi-4-mini's frequencies, in contexts beyond 4096 positions.
+_PHI_4_MINI_FACTORS = (
+    *(1.0, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649, 2.446418898),
+    *(2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845, 5.351743533, 5.984965424),
+    *(6.693110555, 7.485043894, 8.370679318, 9.36110372, 10.4687158, 11.70738129, 13.09260651, 14.64173252),
+    *(16.37415215, 18.31155283, 20.47818807, 22.90118105, 25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23, 32.6),
+    *(32.61, 32.64, 32.66, 32.7, 32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77),
+)
+
 SHAPES: dict[str, dict[str, Any]] = {
     "tinyllama-1.1b": _shape(2048, 5632, 22, 32, 4, 32000, 2048),
     "open-llama-3b": _shape(3200, 8640, 26, 32, 32, 32000, 2048),
@@ -66,6 +98,80 @@ SHAPES: dict[str, dict[str, Any]] = {
         architectures=["Qwen2ForCausalLM"],
         model_type="qwen2",
         rope_theta=1000000.0,
+    ),
+    "llama-3.2-1b": _shape(
+        *(2048, 8192, 16, 32, 8, 128256, 131072),
+        head_dim=64,
+        rope_theta=500000.0,
+        rope_scaling={**_LLAMA_3_1_ROPE, "factor": 32.0},
+        tie_word_embeddings=True,
+    ),
+    "qwen3-4b": _shape(
+        *(2560, 9728, 36, 32, 8, 151936, 40960),
+        architectures=["Qwen3ForCausalLM"],
+        model_type="qwen3",
+        head_dim=128,
+        rms_norm_eps=1e-6,
+        rope_theta=1000000.0,
+        tie_word_embeddings=True,
+    ),
+    "gemma-3-270m": _gemma_3(640, 2048, 18, 4, 1, **_SMALL_GEMMA_3),
+    "gemma-3-1b": _gemma_3(1152, 6912, 26, 4, 1, **_SMALL_GEMMA_3),
+    "gemma-3-4b": _gemma_3(2560, 10240, 34, 8, 4, **_LARGE_GEMMA_3),
+    "gemma-3-12b": _gemma_3(3840, 15360, 48, 16, 8, **_LARGE_GEMMA_3),
+    "phi-4-mini": _shape(
+        *(3072, 8192, 32, 24, 8, 200064, 131072),
+        architectures=["Phi3ForCausalLM"],
+        model_type="phi3",
+        original_max_position_embeddings=4096,
+        partial_rotary_factor=0.75,
+        sliding_window=262144,
+        rope_scaling={"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [*_PHI_4_MINI_FACTORS]},
+        tie_word_embeddings=True,
+        pad_token_id=199999,
+    ),
+    "granite-3.3-8b": _shape(
+        *(4096, 12800, 40, 32, 8, 49159, 131072),
+        architectures=["GraniteForCausalLM"],
+        model_type="granite",
+        rope_theta=10000000.0,
+        embedding_multiplier=12.0,
+        attention_multiplier=0.0078125,
+        residual_multiplier=0.22,
+        logits_scaling=16.0,
+        tie_word_embeddings=True,
+    ),
+    "smollm3-3b": _shape(
+        *(2048, 11008, 36, 16, 4, 128256, 65536),
+        architectures=["SmolLM3ForCausalLM"],
+        model_type="smollm3",
+        no_rope_layer_interval=4,
+        rms_norm_eps=1e-6,
+        rope_theta=5000000.0,
+        tie_word_embeddings=True,
+    ),
+    "glm-4-9b": _shape(
+        *(4096, 13696, 40, 32, 2, 151552, 32768),
+        architectures=["Glm4ForCausalLM"],
+        model_type="glm4",
+        attention_bias=True,
+        head_dim=128,
+        partial_rotary_factor=0.5,
+    ),
+    "olmo-2-7b": _shape(
+        *(4096, 11008, 32, 32, 32, 100352, 4096),
+        architectures=["Olmo2ForCausalLM"],
+        model_type="olmo2",
+        rms_norm_eps=1e-6,
+        rope_theta=500000.0,
+    ),
+    "mistral-small-24b": _shape(
+        *(5120, 32768, 40, 32, 8, 131072, 32768),
+        architectures=["MistralForCausalLM"],
+        model_type="mistral",
+        head_dim=128,
+        rope_theta=100000000.0,
+        sliding_window=None,
     ),
 }
 

@@ -1,8 +1,8 @@
 """A SyntheticSource written as one GGUF file, or as a Hugging Face folder in bf16: the same weights, number for number.
 
 Neither has a tokenizer. GGUF (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): names, keys and types as
-llama.cpp's converter writes them; for architecture llama the rows of Q and K are interleaved within each head, and
-Llama 3.1's rope scaling is a tensor of factors. Safetensors are specified in sources.safetensors.
+llama.cpp's converter writes them (see gguf_metadata). What a family's files hold as one matrix, with rows of Q and K
+interleaved, or with other numbers in the norms, is so in ours. Safetensors are specified in sources.safetensors.
 
 Memory: the source's pool, and a run of rows of a million numbers.
 """
@@ -20,23 +20,32 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 from tpimpi import __version__
-from tpimpi.compute.arrays import F32, Bytes
+from tpimpi.compute.arrays import Bytes
 from tpimpi.compute.formats import FORMATS
+from tpimpi.compute.formats.bf16 import from_bf16, to_bf16
 from tpimpi.compute.formats.packed import row_bytes
 from tpimpi.errors import InputError, StorageError
 from tpimpi.models.architectures import ARCHITECTURES
+from tpimpi.models.architectures.base import gguf_same_window
 from tpimpi.models.config import ModelConfig
-from tpimpi.models.tensors import hf_name, interleaved_heads, model_tensors
+from tpimpi.models.tensors import (
+    ModelTensor,
+    fused_tensors,
+    hf_norm_offset,
+    interleaved_heads,
+    model_tensors,
+    rotated_rows,
+)
 from tpimpi.system.disk import disk_full, storage_error
 from tpimpi.system.files import check_folder as check_is_folder
+from tpimpi.weights.sources.gguf_metadata import add_metadata, check_metadata, rope_tensors
 from tpimpi.weights.sources.synthetic import SyntheticSource
 
 Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
 
-# Whose tensors are in files what they are in slices, one by one, and whose GGUF metadata are a Llama's.
-WRITTEN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 MAX_FILE_BYTES = 5 * 10**9  # of a safetensors file at most, unless a single tensor is larger
 _SLAB_NUMBERS = 1 << 20  # of a tensor, written at a time; at least a row
 _INDEX = "model.safetensors.index.json"
@@ -52,23 +61,16 @@ _MARK_KEY = "_tpimpi_synth"  # the key of config.json that says that a folder is
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor of the source as a file shall have it."""
+    """A tensor as a file shall have it: one of the source, or several as one matrix."""
 
-    name: str  # in the source
-    stored: str  # in the file
+    pieces: tuple[ModelTensor, ...]
+    stored: str  # its name in the file
+    shape: tuple[int, ...]
+    format: str
     nbytes: int
-    interleaved_heads: int = 0
 
 
 # GGUF
-
-
-def check_family(config: ModelConfig) -> None:
-    """Raise InputError for a family whose files are not written."""
-    if config.architecture not in WRITTEN_FAMILIES:
-        raise InputError(
-            f"this shape is a {config.architecture}; synth writes {', '.join(WRITTEN_FAMILIES)}; choose one of those"
-        )
 
 
 def check_gguf(config: ModelConfig, fmt: str, path: Path) -> None:
@@ -85,10 +87,9 @@ def check_gguf(config: ModelConfig, fmt: str, path: Path) -> None:
                 f"this shape has rows of {size} numbers, {fmt} in a GGUF file needs a multiple of {block}; "
                 "give --format bf16 or f32"
             )
-    check_family(config)
     family = ARCHITECTURES[config.architecture]
-    windows = set(config.attention_windows)
-    if any(windows) and (family.gguf_windows is None or len(windows) > 1):
+    windows = {0 if window >= config.context else window for window in config.attention_windows}
+    if any(windows) and (family.gguf_windows is None or (family.gguf_windows is gguf_same_window and len(windows) > 1)):
         raise InputError("this shape has attention windows, which a GGUF file of it cannot say; write it --as hf")
 
 
@@ -96,32 +97,32 @@ def write_gguf(source: SyntheticSource, path: Path, progress: Progress) -> None:
     """Write one GGUF file, under a temporary name until it is whole. Raises InputError, StorageError."""
     from gguf import GGMLQuantizationType
 
-    tensors, factors = _gguf_tensors(source), _rope_factors(source.config)
+    tensors, factors = _stored_tensors(source, hf=False), rope_tensors(source.config)
     temporary = _temporary(path)
     with _storing(path, [temporary]):
         check_gguf(source.config, source.formats.layers[0].q, path)
         path.parent.mkdir(parents=True, exist_ok=True)
         writer = _gguf_writer(source, temporary)
-        if factors is not None:
-            writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+        check_metadata(writer, source.config, {tensor.stored: tensor.shape for tensor in tensors})
+        for name, values in factors.items():
+            writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
         for tensor in tensors:
-            info = source.tensors()[tensor.name]
-            kind = GGMLQuantizationType[info.format.upper()]
-            writer.add_tensor_info(tensor.stored, info.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)
+            kind = GGMLQuantizationType[tensor.format.upper()]
+            writer.add_tensor_info(tensor.stored, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)
         with contextlib.closing(writer):
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             file = writer.fout[0]
-            sizes = [tensor.nbytes for tensor in tensors] + ([] if factors is None else [factors.nbytes])
+            sizes = [tensor.nbytes for tensor in tensors] + [values.nbytes for values in factors.values()]
             total = _aligned(file.tell()) + sum(map(_aligned, sizes))
             _reserve(file, total, path)
             file.seek(_aligned(file.tell()))
-            if factors is not None:
-                file.write(factors)
+            for values in factors.values():
+                file.write(values)
                 file.seek(_aligned(file.tell()))
             for tensor in tensors:
-                for rows in _rows(source, tensor, as_bf16=False):
+                for rows in _rows(source, tensor, hf=False):
                     progress(file.tell(), total)
                     file.write(rows)
                 file.seek(_aligned(file.tell()))
@@ -133,7 +134,7 @@ def write_gguf(source: SyntheticSource, path: Path, progress: Progress) -> None:
 
 def _gguf_writer(source: SyntheticSource, path: Path) -> Any:
     """A GGUFWriter with all metadata; nothing is written yet."""
-    from gguf import GGUFWriter, LlamaFileType, RopeScalingType
+    from gguf import GGUFWriter, LlamaFileType
 
     config, fmt = source.config, source.formats.layers[0].q
     writer = GGUFWriter(path, ARCHITECTURES[config.architecture].gguf_name)
@@ -144,45 +145,8 @@ def _gguf_writer(source: SyntheticSource, path: Path) -> Any:
     writer.add_file_type(LlamaFileType[kind])
     writer.add_quantization_version(2)
     writer.add_tokenizer_model("none")  # llama.cpp then takes the vocabulary's size from its key
-    writer.add_vocab_size(config.vocab)
-    writer.add_block_count(config.layers)
-    writer.add_context_length(config.context)
-    writer.add_embedding_length(config.hidden)
-    writer.add_feed_forward_length(config.intermediate)
-    writer.add_head_count(config.heads)
-    writer.add_head_count_kv(config.kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(config.rope_scaling.factor)
-    if config.attention_windows[0]:
-        writer.add_sliding_window(config.attention_windows[0])
+    add_metadata(writer, config)
     return writer
-
-
-def _gguf_tensors(source: SyntheticSource) -> list[_Tensor]:
-    tensors = []
-    for name, tensor in model_tensors(source.config).items():
-        info = source.tensors()[name]
-        width = row_bytes(info.format, info.shape[1]) if len(info.shape) > 1 else 4
-        heads = interleaved_heads(source.config, tensor.part)
-        tensors.append(_Tensor(name, tensor.gguf_name, info.shape[0] * width, heads))
-    return tensors
-
-
-def _rope_factors(config: ModelConfig) -> F32 | None:
-    """What Llama 3.1's rope scaling divides each frequency by, f32 [head_dim / 2]; None for other models."""
-    scaling = config.rope_scaling
-    if scaling is None or scaling.kind != "llama3":
-        return None
-    wavelengths = 2 * np.pi * config.rope_theta ** (np.arange(0, config.head_dim, 2) / config.head_dim)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    smooth = np.clip((scaling.original_context / wavelengths - low) / (high - low), 0, 1)
-    return (1 / ((1 - smooth) / scaling.factor + smooth)).astype(np.float32)
 
 
 # A Hugging Face folder
@@ -209,7 +173,6 @@ def write_hf(source: SyntheticSource, folder: Path, progress: Progress) -> None:
 
     Raises InputError, StorageError.
     """
-    check_family(source.config)
     files = _safetensors_files(source)
     names = [f"model-{number + 1:05}-of-{len(files):05}.safetensors" for number in range(len(files))]
     temporaries = [_temporary(folder / name) for name in names]
@@ -226,7 +189,7 @@ def write_hf(source: SyntheticSource, folder: Path, progress: Progress) -> None:
                 _reserve(file, len(header) + sum(tensor.nbytes for tensor in tensors), folder)
                 file.write(header)
                 for tensor in tensors:
-                    for rows in _rows(source, tensor, as_bf16=True):
+                    for rows in _rows(source, tensor, hf=True):
                         progress(done, weights)
                         file.write(rows)
                         done += rows.nbytes
@@ -252,8 +215,7 @@ def _hf_config(source: SyntheticSource) -> dict[str, Any]:
 
 def _safetensors_files(source: SyntheticSource) -> list[list[_Tensor]]:
     files: list[list[_Tensor]] = [[]]
-    for name, info in source.tensors().items():
-        tensor = _Tensor(name, hf_name(name), 2 * int(np.prod(info.shape)))
+    for tensor in _stored_tensors(source, hf=True):
         if files[-1] and sum(other.nbytes for other in files[-1]) + tensor.nbytes > MAX_FILE_BYTES:
             files.append([])
         files[-1].append(tensor)
@@ -264,8 +226,8 @@ def _safetensors_header(source: SyntheticSource, tensors: Sequence[_Tensor]) -> 
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for tensor in tensors:
-        shape, place = source.tensors()[tensor.name].shape, [start, start + tensor.nbytes]
-        entries[tensor.stored] = {"dtype": "BF16", "shape": shape, "data_offsets": place}
+        place = [start, start + tensor.nbytes]
+        entries[tensor.stored] = {"dtype": "BF16", "shape": tensor.shape, "data_offsets": place}
         start += tensor.nbytes
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
@@ -275,15 +237,49 @@ def _safetensors_header(source: SyntheticSource, tensors: Sequence[_Tensor]) -> 
 # Both
 
 
-def _rows(source: SyntheticSource, tensor: _Tensor, *, as_bf16: bool) -> Iterator[Bytes]:
-    """The tensor's rows in the file's order, a run at a time: uint8 [rows, bytes a row]."""
-    info = source.tensors()[tensor.name]
-    order = np.arange(info.shape[0])
-    if tensor.interleaved_heads:  # row 2i is the i-th of its head, row 2i + 1 the i-th of the head's second half
-        order = order.reshape(tensor.interleaved_heads, 2, -1).swapaxes(1, 2).reshape(-1)
-    step = max(1, _SLAB_NUMBERS // info.shape[1]) if len(info.shape) > 1 else order.size
-    for first in range(0, order.size, step):
-        yield np.ascontiguousarray(source.pick(tensor.name, order[first : first + step], as_bf16=as_bf16))
+def _stored_tensors(source: SyntheticSource, *, hf: bool) -> list[_Tensor]:
+    """The tensors of a file in the order of the model. Parts of a GGUF matrix that have different formats stay apart."""
+    tensors, infos = model_tensors(source.config), source.tensors()
+    whole, later = {}, set()
+    for stored, pieces in fused_tensors(source.config, hf=hf).items():
+        names = [piece.name for piece in pieces]
+        if hf or len({infos[name].format for name in names}) == 1:
+            whole[names[0]] = f"model.{stored}" if hf else stored, tuple(tensors[name] for name in names)
+            later.update(names[1:])
+    made = []
+    for name, tensor in tensors.items():
+        if name in later:
+            continue
+        stored, parts = whole.get(name, (tensor.hf_name if hf else tensor.gguf_name, (tensor,)))
+        shape, form = (sum(part.shape[0] for part in parts), *tensor.shape[1:]), "bf16" if hf else infos[name].format
+        width = row_bytes(form, shape[1]) if len(shape) > 1 else row_bytes(form, 1)
+        made.append(_Tensor(parts, stored, shape, form, shape[0] * width))
+    return made
+
+
+def _rows(source: SyntheticSource, tensor: _Tensor, *, hf: bool) -> Iterator[Bytes]:
+    """The tensor's rows in the file's order, a run at a time: uint8 [rows, bytes a row]; with `hf` as bf16."""
+    for piece in tensor.pieces:
+        order = _order(source.config, piece, hf=hf)
+        offset = hf_norm_offset(source.config) if hf and piece.part.endswith("norm") else 0.0
+        step = max(1, _SLAB_NUMBERS // piece.shape[1]) if len(piece.shape) > 1 else order.size
+        for first in range(0, order.size, step):
+            rows = np.ascontiguousarray(source.pick(piece.name, order[first : first + step], as_bf16=hf))
+            if offset:  # a norm's numbers are steps of 1/128 around 1, so this is exact
+                rows = to_bf16(from_bf16(rows.view("<u2")) - np.float32(offset)).view(np.uint8)
+            yield rows
+
+
+def _order(config: ModelConfig, tensor: ModelTensor, *, hf: bool) -> npt.NDArray[np.intp]:
+    """Which of the source's rows is each of the file's. Of what is rotated of a head row 2i is the i-th, row 2i + 1 the
+    i-th of the second half."""
+    order = np.arange(tensor.shape[0])
+    heads = interleaved_heads(config, tensor.part, hf=hf)
+    if not heads:
+        return order
+    rotated, rest = np.split(order.reshape(heads, -1), [rotated_rows(config)], axis=1)
+    rotated = rotated.reshape(heads, 2, -1).swapaxes(1, 2).reshape(heads, -1)
+    return np.concatenate([rotated, rest], axis=1).reshape(-1)
 
 
 def _aligned(size: int) -> int:
