@@ -77,7 +77,14 @@ _MULTIPLIERS = frozenset({"embedding_multiplier", "attention_multiplier", "resid
 # Of the layers that a dense model has none of.
 _HYBRID_KEYS = frozenset(
     {f"mamba_{name}" for name in ("n_heads", "n_groups", "d_state", "d_head", "d_conv", "expand", "chunk_size")}
-    | {"mamba_conv_bias", "mamba_proj_bias", "time_step_limit", "num_experts_per_tok", "router_aux_loss_coef"}
+    | {
+        "mamba_conv_bias",
+        "mamba_proj_bias",
+        "time_step_limit",
+        "num_experts_per_tok",
+        "router_aux_loss_coef",
+        "init_method",
+    }
 )
 
 GRANITE = Architecture(
