@@ -133,8 +133,10 @@ def _add_scaling(writer: Any, config: ModelConfig) -> None:
         writer.add_rope_scaling_orig_ctx_len(scaling.original_context)
         writer.add_rope_scaling_yarn_beta_fast(scaling.beta_fast)
         writer.add_rope_scaling_yarn_beta_slow(scaling.beta_slow)
-        if scaling.attention_factor == 1.0 != yarn_attention_factor(scaling.factor):
-            writer.add_rope_scaling_yarn_log_mul(1.0)
+        usual = yarn_attention_factor(scaling.factor)
+        more = usual / scaling.attention_factor - 1
+        if ARCHITECTURES[config.architecture].hf_query_growth and more > 0:  # llama.cpp reads it of Ministral 3 alone
+            writer.add_rope_scaling_yarn_log_mul(more / (usual - 1))
         if scaling.query_growth:
             writer.add_attn_temperature_scale(scaling.query_growth)
     elif scaling.kind == "longrope":
