@@ -253,7 +253,7 @@ def test_a_mix_asked_for_beside_slices_is_what_they_hold(tpimpi: Cli, tmp_path: 
     result = tpimpi(*arguments, str(tmp_path / "q4_k"))
     assert (result.code, result.out) == (2, "")
     said = (
-        f"slice file {tmp_path}/q4_k/rank-0-of-1.h5 has format q4_k, head q6_k, --format q4_k_m is q4_k, v q6_k in 2 "
-        "layers, down q6_k in 2 layers, head q6_k; leave --format out, or make slices in that format"
+        f"slice file {tmp_path}/q4_k/rank-0-of-1.h5 has format q4_k, head q6_k, --format q4_k_m is q4_k, v q6_k in 1 layer, "
+        "down q6_k in 1 layer, head q6_k; leave --format out, or make slices in that format"
     )
     assert said in result.err and len(result.err.splitlines()) == 1

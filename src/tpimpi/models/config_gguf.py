@@ -29,6 +29,7 @@ _GGUF_KEYS = words(
     rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow rope.scale_linear tensor_data_layout expert_used_count
     """
 )
+_QKV = ("q", "k", "v", "qkv")  # by which names files have these matrices, one by one or as one
 # Of these a file may hold one number, or one for each layer.
 _SIZES_OF_LAYERS = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
 
@@ -84,8 +85,7 @@ def config_from_gguf(
             attention_windows=_gguf_windows(keys, family, context, layers),
             tied_head="output.weight" not in shapes,
             # A Qwen2 without its biases, or a Qwen3 without its norms, is a broken file and no other model.
-            qkv_bias=family.always_qkv_bias
-            or any(f"blk.0.attn_{part}.bias" in shapes for part in ("q", "k", "v", "qkv")),
+            qkv_bias=family.always_qkv_bias or any(f"blk.0.attn_{part}.bias" in shapes for part in _QKV),
             o_bias="blk.0.attn_output.bias" in shapes,
             mlp_bias=any(f"blk.0.ffn_{part}.bias" in shapes for part in ("gate", "up", "down")),
             qk_norm=family.qk_norm,
