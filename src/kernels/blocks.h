@@ -141,17 +141,18 @@ struct alignas(kLine) Unit {
   }
 };
 
-// Add to parts [N] the products of words [from, to) of a unit with N positions' activations, which are at x.
+// Add to parts [N] the products of words [from, to) of a unit with N positions' activations, which are at x. Of one position all
+// products fit the registers, and to add them as the compiler likes is quicker.
 template <class S, Format format, int from, int to, int N, class Codes>
 TPIMPI_INLINE inline void dot_words(const Codes& codes, const int32_t* x, typename S::I* parts) {
   constexpr Traits t = traits(format);
   if constexpr (t.wide || !S::kNarrow) {
     unrolled<from, to>([&]<int k>() TPIMPI_INLINE {
       auto w = codes.template word<k>();
-      S::compute_now(w);
+      if constexpr (N > 1) S::compute_now(w);
       for (int p = 0; p < N; ++p) {
         parts[p] = t.wide ? S::dot_u8(parts[p], w, x + k * N + p) : S::dot_u4(parts[p], w, x + k * N + p);
-        S::compute_now(parts[p]);
+        if constexpr (N > 1) S::compute_now(parts[p]);
       }
     });
   } else if constexpr (from < to) {
@@ -159,11 +160,11 @@ TPIMPI_INLINE inline void dot_words(const Codes& codes, const int32_t* x, typena
     typename S::I narrow[N];
     unrolled<from, end>([&]<int k>() TPIMPI_INLINE {
       auto w = codes.template word<k>();
-      S::compute_now(w);
+      if constexpr (N > 1) S::compute_now(w);
       for (int p = 0; p < N; ++p) {
         const auto products = S::narrow(w, x + k * N + p);
         narrow[p] = k == from ? products : S::add_narrow(narrow[p], products);
-        S::compute_now(narrow[p]);
+        if constexpr (N > 1) S::compute_now(narrow[p]);
       }
     });
     for (int p = 0; p < N; ++p) parts[p] = S::add_int(parts[p], S::widened(narrow[p]));
