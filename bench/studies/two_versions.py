@@ -68,6 +68,7 @@ class Version:
             "PRTE_MCA_hwloc_default_binding_policy": "none",
             "PATH": f"{self.checkout}/.venv/bin:{os.environ['PATH']}",
         }
+        env.pop("PYTHONDONTWRITEBYTECODE", None)  # to compile modules anew would cost each run time and memory
         if os.geteuid() == 0:
             env |= {f"{name}_ALLOW_RUN_AS_ROOT{end}": "1" for name in ("OMPI", "PRTE") for end in ("", "_CONFIRM")}
         subprocess.run(
