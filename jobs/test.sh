@@ -8,6 +8,7 @@
 # Other arguments go to pytest, which is then all that is run: bash jobs/test.sh tests/star/test_star.py -k hub
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
+unset PYTHONDONTWRITEBYTECODE # the tests start some thousand processes, and each would compile all modules
 setup test
 suite=short
 case "${1:-}" in
