@@ -88,8 +88,8 @@ def test_a_disk_that_fills_up_while_slicing(tpimpi, tiny: Path, tmp_path: Path) 
     disk.mkdir()
     program = tmp_path / "program.py"
     program.write_text(
-        "import sys, shutil, collections\n"
-        "shutil.disk_usage = lambda path: collections.namedtuple('Usage', 'total used free')(10**12, 0, 10**12)\n"
+        "import os, sys, collections\n"
+        "os.statvfs = lambda path: collections.namedtuple('Room', 'f_bavail f_frsize')(10**12, 1)\n"
         "from tpimpi.cli.main import main\n"
         "main(sys.argv[1:])\n"
     )

@@ -210,8 +210,8 @@ def test_a_full_disk_names_the_rank_and_leaves_nothing(
     disk.mkdir(parents=True)
     if tweak:
         (Path(hosts[1]) / "tweak").write_text(
-            "import shutil, collections\n"
-            "shutil.disk_usage = lambda path: collections.namedtuple('Usage', 'total used free')(10**12, 0, 10**12)\n"
+            "import os, collections\n"
+            "os.statvfs = lambda path: collections.namedtuple('Room', 'f_bavail f_frsize')(10**12, 1)\n"
             "os.posix_fallocate = lambda *_: None\n"
         )
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tpimpi-test", str(disk)], check=True)
