@@ -73,7 +73,7 @@ class _Group:
     def __init__(self, launcher: Launcher, ranks: int) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="tpimpi-ranks-"))
         self._said = self._folder / "launcher"  # a file: text then comes from each rank's own streams
-        self._pids: list[int] = []
+        self._processes: list[int] = []  # as descriptors: numbers are given to others when a process has ended
         self._connections: list[Connection] = []
         self.is_whole = True  # every rank is there and has ended the last program by itself
         address = str(self._folder / "socket")
@@ -94,7 +94,7 @@ class _Group:
                     connection = listener.accept()
                     rank, pid = connection.recv()
                     found[rank] = connection
-                    self._pids.append(pid)
+                    self._processes.append(os.pidfd_open(pid))
             except OSError:
                 self.close()
                 pytest.fail(f"{ranks} ranks did not come up in {START_S:.0f} s: {self._said.read_text()}")
@@ -107,7 +107,7 @@ class _Group:
         self, arguments: list[str], env: Mapping[str, str], stdin: str | None, cwd: Path | None, timeout: float
     ) -> Result:
         (self._folder / "stdin").write_text(stdin or "", errors="surrogateescape")
-        outs, errs = ([self._folder / f"{name}-{i}" for i in range(len(self._pids))] for name in ("out", "err"))
+        outs, errs = ([self._folder / f"{name}-{i}" for i in range(len(self._processes))] for name in ("out", "err"))
         for path in (*outs, *errs):
             path.write_bytes(b"")
         before = self._said.stat().st_size
@@ -157,9 +157,11 @@ class _Group:
         """End the ranks, whatever they are doing, and their launcher."""
         for connection in self._connections:
             connection.close()
-        for pid in self._pids:
+        for process in self._processes:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                signal.pidfd_send_signal(process, signal.SIGKILL)
+            os.close(process)
+        self._processes.clear()
         try:
             self._process.wait(END_S)
         except subprocess.TimeoutExpired:
