@@ -26,7 +26,7 @@ from tpimpi.system.terminal import progress_bar
 from tpimpi.weights.locations import SliceLocation
 from tpimpi.weights.make import make_header
 from tpimpi.weights.notes import DistributeSlices, LookAtTiles, LookOn, SliceFound, TilesFound
-from tpimpi.weights.receive import LookingInTurns, publish, slice_found
+from tpimpi.weights.receive import LookingInTurns, indexes_of, publish, slice_found
 from tpimpi.weights.send import TileSender
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.local import LocalSlice
@@ -201,9 +201,5 @@ def _prepare(
             if done:
                 if total:
                     update(total, total)
-                lacking = {
-                    rank: [index for first, last in note.missing for index in range(first, last)]
-                    for rank, note in enumerate(others, start=1)
-                    if note.missing
-                }
+                lacking = {rank: indexes_of(note.missing) for rank, note in enumerate(others, start=1) if note.missing}
                 return [note.found for note in notes if note.found is not None], lacking

@@ -77,6 +77,11 @@ def _as_runs(indexes: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
+def indexes_of(runs: Sequence[tuple[int, int]]) -> list[int]:
+    """The numbers of such runs."""
+    return [index for first, last in runs for index in range(first, last)]
+
+
 def publish(local: LocalSlice) -> None:
     local.publish()
     tidy_up(local.path, local.header.fingerprint)

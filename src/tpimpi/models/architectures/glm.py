@@ -6,6 +6,7 @@ GLM4 is GLM-4-0414, which has norms after its blocks too.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tpimpi.models.architectures.base import (
@@ -57,18 +58,13 @@ GLM = Architecture(
     gguf_interleaves_qk=True,
 )
 
-GLM4 = Architecture(
+GLM4 = replace(
+    GLM,
     name="glm4",
     hf_class="Glm4ForCausalLM",
     gguf_name="glm4",
-    layer=(ATTENTION_NORM, *ATTENTION, *MLP, MLP_NORM, *_POST_NORMS),
+    layer=(*GLM.layer, *_POST_NORMS),
     fused=(FUSED_GATE_UP,),
-    hf_keys=frozenset({"attention_bias"}),
-    hf_defaults=_DEFAULTS,
-    hf_o_bias=False,
-    partial_rotary=True,
     hf_fields=_post_norms,
-    hf_interleaves_qk=True,
-    gguf_interleaves_qk=True,
     gguf_fields=_post_norms,
 )
