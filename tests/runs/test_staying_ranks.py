@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.launch import Launcher
@@ -16,6 +17,9 @@ from tpimpi.star import connect
 star = connect()
 print(os.getpid(), sys.argv[1:], os.environ.get("GIVEN"), repr(sys.stdin.read()), flush=True)
 print(f"r{star.rank.index} here: some line", file=sys.stderr, flush=True)
+if "refuse" in sys.argv:
+    star.close(failed=True)  # which leaves a process that ends the launch in ten seconds, if MPI has not by then
+    sys.exit(2)
 if "fail" in sys.argv and star.rank.index == 1:
     sys.exit(3)
 if "hang" in sys.argv and star.rank.index == 1:
@@ -47,6 +51,14 @@ def test_programs_share_a_launch_and_nothing_else(ranks: Ranks, program: str) ->
     assert [line.partition(" ")[2] for line in others] == ["['two'] None ''"] * 2
     assert [line.split()[0] for line in lines] == [line.split()[0] for line in others], "other processes"
     assert first.our_lines == ["r0 here: some line", "r1 here: some line"]
+
+
+def test_what_a_refused_program_left_behind_does_not_end_the_next(ranks: Ranks, program: str) -> None:
+    refused = ranks(2, program, "refuse")
+    assert refused.code == 2, refused.err
+    pids = [int(line.split()[0]) for line in refused.out.splitlines()]
+    left = [child.cmdline() for pid in pids for child in psutil.Process(pid).children() if child.status() != "zombie"]
+    assert left == []
 
 
 @pytest.mark.slow

@@ -17,6 +17,8 @@ from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 
 def main() -> None:
     rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0")))
@@ -46,6 +48,7 @@ def _run(request: dict[str, Any]) -> int:
     try:
         return program(request["arguments"])
     finally:
+        _end_children()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
@@ -56,6 +59,16 @@ def _run(request: dict[str, Any]) -> int:
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment)
+
+
+def _end_children() -> None:
+    """End what the program left behind: a refused run leaves a process that kills the launch if it is still there in ten
+    seconds (star.heartbeat.end_without_mpi)."""
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(children, timeout=1)
 
 
 def open_stream(number: int) -> io.TextIOWrapper:
