@@ -1,10 +1,14 @@
-"""Decode the same model with tpimpi and with llama.cpp, in turn, on the same cores; medians and ratios.
+"""Decode the same model with tpimpi and with llama.cpp, in turn, on the same cores, and read a prompt; medians and ratios.
 
     bash bench/studies/llama_cpp.sh build                       # llama.cpp from its PyPI source package, about ten minutes
     python -m bench.studies.beside_llama_cpp --llama-bench build/llama.cpp/bin/llama-bench
     python -m bench.studies.random_gguf 1b.gguf
     python -m bench.studies.beside_llama_cpp --llama-bench build/llama.cpp/bin/llama-bench --model 1b.gguf
 
+    python -m tpimpi synth --shape llama-3.2-1b --as gguf --format q4_k_m --out 1b-q4_k_m.gguf --quiet
+    python -m bench.studies.beside_llama_cpp --llama-bench ... --model 1b-q4_k_m.gguf --prompt-tokens 512 --ids
+
+A prompt's rate is its tokens by the time of the first token, which has the sampling and, over ranks, all messages in it.
 It compares 1 rank of one thread with llama.cpp's one thread, and 2 ranks of one thread with its two. Equal shares are
 the fastest: rank 0's output head is computed when all blocks are done, so with less of the blocks it would only wait longer.
 """
@@ -26,26 +30,35 @@ from bench.studies.random_gguf import smollm2
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def llama_cpp(program: str, model: Path, threads: int, tokens: int) -> float:
-    """Tokens a second of llama.cpp's decoding."""
-    command = [program, "-m", str(model), "-t", str(threads), "-p", "0", "-n", str(tokens), "-r", "1", "-o", "json"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(json.loads(done.stdout)[0]["avg_ts"])
+def llama_cpp(program: str, model: Path, threads: int, options: argparse.Namespace) -> list[float]:
+    """Tokens a second of llama.cpp: decoding, and of a prompt where one is asked for."""
+    rates = []
+    for what, number in (("-n", options.tokens), ("-p", options.prompt_tokens)):
+        if number:
+            command = [program, "-m", str(model), "-t", str(threads), "-p", "0", "-n", "0", "-r", "1", "-o", "json"]
+            done = subprocess.run([*command, what, str(number)], check=True, capture_output=True, text=True)
+            rates.append(float(json.loads(done.stdout)[0]["avg_ts"]))
+    return rates
 
 
-def tpimpi(model: Path, ranks: int, shares: str, tokens: int) -> float:
-    """Tokens a second of tpimpi's decoding, ranks of one thread."""
+def tpimpi(model: Path, ranks: int, options: argparse.Namespace) -> list[float]:
+    """As `llama_cpp`, of tpimpi, whose ranks have one thread each."""
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "report.json")
-        command = [sys.executable, "-m", "tpimpi", "--model", str(model), "--raw", "--prompt", "The", "--ignore-eos"]
-        command += ["--max-tokens", str(tokens), "--threads", "1", "--quiet", "--report", str(report)]
+        report, prompt = Path(folder, "report.json"), Path(folder, "prompt.txt")
+        word = "7 " if options.ids else "The "
+        prompt.write_text((word * max(1, options.prompt_tokens)).strip())
+        command = [sys.executable, "-m", "tpimpi", "--model", str(model), "--raw", "--prompt-file", str(prompt)]
+        command += ["--ignore-eos", "--max-tokens", str(options.tokens), "--threads", "1", "--quiet"]
+        command += ["--report", str(report)]
         if ranks > 1:
             mpirun = shutil.which("mpirun")
             assert mpirun, "no mpirun: source .venv/bin/activate"
             hostfile = str(ROOT / "hostfiles" / "local.txt")
-            command = [mpirun, "-np", str(ranks), "--hostfile", hostfile, *command, "--shares", shares]
+            command = [mpirun, "-np", str(ranks), "--hostfile", hostfile, *command, "--shares", options.shares]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
-        return 1 / float(json.loads(report.read_text())["s_per_token_mean"])  # as avg_ts is a mean
+        found = json.loads(report.read_text())
+        rates = [1 / float(found["s_per_token_mean"])]  # as avg_ts is a mean
+        return rates + ([found["prompt_tokens"] / found["ttft_s"]] if options.prompt_tokens else [])
 
 
 def main() -> None:
@@ -54,26 +67,30 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a GGUF file (default: SmolLM2)")
     parser.add_argument("--shares", default="1,1", help="of two ranks (default 1,1)")
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--prompt-tokens", type=int, default=0, help="of a prompt that is timed too (default: none)")
+    parser.add_argument("--ids", action="store_true", help="the model has no tokenizer: prompts are ids")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     os.environ.setdefault("PRTE_MCA_hwloc_default_binding_policy", "none")
     if os.geteuid() == 0:
         os.environ |= {f"{name}_ALLOW_RUN_AS_ROOT{end}": "1" for name in ("OMPI", "PRTE") for end in ("", "_CONFIRM")}
     model = options.model or smollm2()
-    tpimpi(model, 1, "", 2)  # makes the slices
-    tpimpi(model, 2, options.shares, 2)
-    rounds: dict[str, list[float]] = {name: [] for name in ("llama 1", "tpimpi 1", "llama 2", "tpimpi 2")}
+    for n in (1, 2):
+        tpimpi(model, n, options)  # makes the slices
+    parts = ["decode", f"prompt of {options.prompt_tokens}"] if options.prompt_tokens else ["decode"]
+    rounds: dict[str, list[list[float]]] = {name: [] for name in ("llama 1", "tpimpi 1", "llama 2", "tpimpi 2")}
     for _ in range(options.rounds):
         for n in (1, 2):
-            rounds[f"llama {n}"].append(llama_cpp(options.llama_bench, model, n, options.tokens))
-            rounds[f"tpimpi {n}"].append(tpimpi(model, n, options.shares, options.tokens))
+            rounds[f"llama {n}"].append(llama_cpp(options.llama_bench, model, n, options))
+            rounds[f"tpimpi {n}"].append(tpimpi(model, n, options))
     print(f"{model.name}, {options.tokens} tokens, medians of {options.rounds} rounds, tokens/s (least, most)")
-    for n in (1, 2):
-        ours, theirs = rounds[f"tpimpi {n}"], rounds[f"llama {n}"]
-        ratio = median(a / b for a, b in zip(ours, theirs, strict=True))
-        cells = (f"{median(v):6.1f} ({min(v):.1f}, {max(v):.1f})" for v in (ours, theirs))
-        what = ("1 rank", "1 thread") if n == 1 else (f"2 ranks of one thread, --shares {options.shares}", "2 threads")
-        print(f"{what[0]}: {next(cells)}   llama.cpp, {what[1]}: {next(cells)}   ratio {ratio:.2f}")
+    for i, part in enumerate(parts):
+        for n in (1, 2):
+            ours, theirs = ([found[i] for found in rounds[f"{name} {n}"]] for name in ("tpimpi", "llama"))
+            ratio = median(a / b for a, b in zip(ours, theirs, strict=True))
+            cells = (f"{median(v):6.1f} ({min(v):.1f}, {max(v):.1f})" for v in (ours, theirs))
+            who = "1 rank" if n == 1 else f"2 ranks of one thread, --shares {options.shares}"
+            print(f"{part}, {who}: {next(cells)}   llama.cpp, {n} threads: {next(cells)}   ratio {ratio:.2f}")
 
 
 if __name__ == "__main__":
