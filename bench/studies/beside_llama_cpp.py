@@ -9,8 +9,9 @@
     python -m bench.studies.beside_llama_cpp --llama-bench ... --model 1b-q4_k_m.gguf --prompt-tokens 512 --ids
 
 A prompt's rate is its tokens by the time of the first token, which has the sampling and, over ranks, all messages in it.
-It compares 1 rank of one thread with llama.cpp's one thread, and 2 ranks of one thread with its two. Equal shares are
-the fastest: rank 0's output head is computed when all blocks are done, so with less of the blocks it would only wait longer.
+It compares 1 rank of one thread with llama.cpp's one thread, and 1 rank of two threads and 2 ranks of one with its two.
+Equal shares are the fastest: rank 0's output head is computed when all blocks are done, so with less of the blocks it
+would only wait longer.
 """
 
 from __future__ import annotations
@@ -35,20 +36,24 @@ def llama_cpp(program: str, model: Path, threads: int, options: argparse.Namespa
     rates = []
     for what, number in (("-n", options.tokens), ("-p", options.prompt_tokens)):
         if number:
-            command = [program, "-m", str(model), "-t", str(threads), "-p", "0", "-n", "0", "-r", "1", "-o", "json"]
-            done = subprocess.run([*command, what, str(number)], check=True, capture_output=True, text=True)
+            # Ours decodes after the prompt, so llama.cpp does too.
+            depth = str(options.prompt_tokens) if what == "-n" else "0"
+            command = [program, "-m", str(model), "-t", str(threads), "-p", "0", "-n", "0", "-r", "1", "-d", depth]
+            done = subprocess.run(
+                [*command, "-o", "json", what, str(number)], check=True, capture_output=True, text=True
+            )
             rates.append(float(json.loads(done.stdout)[0]["avg_ts"]))
     return rates
 
 
-def tpimpi(model: Path, ranks: int, options: argparse.Namespace) -> list[float]:
-    """As `llama_cpp`, of tpimpi, whose ranks have one thread each."""
+def tpimpi(model: Path, ranks: int, threads: int, options: argparse.Namespace) -> list[float]:
+    """As `llama_cpp`, of tpimpi, whose ranks have `threads` threads each."""
     with tempfile.TemporaryDirectory() as folder:
         report, prompt = Path(folder, "report.json"), Path(folder, "prompt.txt")
         word = "7 " if options.ids else "The "
         prompt.write_text((word * max(1, options.prompt_tokens)).strip())
         command = [sys.executable, "-m", "tpimpi", "--model", str(model), "--raw", "--prompt-file", str(prompt)]
-        command += ["--ignore-eos", "--max-tokens", str(options.tokens), "--threads", "1", "--quiet"]
+        command += ["--ignore-eos", "--max-tokens", str(options.tokens), "--threads", str(threads), "--quiet"]
         command += ["--report", str(report)]
         if ranks > 1:
             mpirun = shutil.which("mpirun")
@@ -75,22 +80,24 @@ def main() -> None:
     if os.geteuid() == 0:
         os.environ |= {f"{name}_ALLOW_RUN_AS_ROOT{end}": "1" for name in ("OMPI", "PRTE") for end in ("", "_CONFIRM")}
     model = options.model or smollm2()
-    for n in (1, 2):
-        tpimpi(model, n, options)  # makes the slices
+    for ranks in (1, 2):
+        tpimpi(model, ranks, 1, options)  # makes the slices
     parts = ["decode", f"prompt of {options.prompt_tokens}"] if options.prompt_tokens else ["decode"]
-    rounds: dict[str, list[list[float]]] = {name: [] for name in ("llama 1", "tpimpi 1", "llama 2", "tpimpi 2")}
+    rounds: dict[tuple[int, int], list[tuple[list[float], list[float]]]] = {}
     for _ in range(options.rounds):
-        for n in (1, 2):
-            rounds[f"llama {n}"].append(llama_cpp(options.llama_bench, model, n, options))
-            rounds[f"tpimpi {n}"].append(tpimpi(model, n, options))
+        for ranks, threads in ((1, 1), (1, 2), (2, 1)):
+            theirs = llama_cpp(options.llama_bench, model, ranks * threads, options)
+            rounds.setdefault((ranks, threads), []).append((tpimpi(model, ranks, threads, options), theirs))
     print(f"{model.name}, {options.tokens} tokens, medians of {options.rounds} rounds, tokens/s (least, most)")
     for i, part in enumerate(parts):
-        for n in (1, 2):
-            ours, theirs = ([found[i] for found in rounds[f"{name} {n}"]] for name in ("tpimpi", "llama"))
+        for (ranks, threads), found in rounds.items():
+            ours, theirs = ([pair[side][i] for pair in found] for side in (0, 1))
             ratio = median(a / b for a, b in zip(ours, theirs, strict=True))
             cells = (f"{median(v):6.1f} ({min(v):.1f}, {max(v):.1f})" for v in (ours, theirs))
-            who = "1 rank" if n == 1 else f"2 ranks of one thread, --shares {options.shares}"
-            print(f"{part}, {who}: {next(cells)}   llama.cpp, {n} threads: {next(cells)}   ratio {ratio:.2f}")
+            who = f"ranks {ranks}, threads of each {threads}"
+            print(
+                f"{part}, {who}: {next(cells)}   llama.cpp, threads {ranks * threads}: {next(cells)}   ratio {ratio:.2f}"
+            )
 
 
 if __name__ == "__main__":
