@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.launch import ROOT, Launcher, run_command
+from tests.support.pages import PAGES
 
-PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 FIRST_WORDS = set(
     re.findall(
         r"\S+",
@@ -132,29 +132,6 @@ def test_what_does_not_run_here_is_still_there() -> None:
         assert any(re.fullmatch(pattern, line) for line in lines), f"no page has a command like {pattern}"
 
 
-def test_links_between_pages_lead_somewhere() -> None:
-    for page in PAGES:
-        text = (ROOT / page).read_text(encoding="utf-8")
-        for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", text):
-            path = (ROOT / page).parent / target if target else ROOT / page
-            assert path.exists(), f"{page} links to {target}, which is not there"
-            if anchor:
-                headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
-                slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
-                assert anchor in slugs, f"{page} links to #{anchor} of {target or page}, which is not there"
-
-
-def test_pages_are_wrapped() -> None:
-    for page in PAGES:
-        generated = code = False
-        for number, line in enumerate((ROOT / page).read_text(encoding="utf-8").splitlines(), start=1):
-            code ^= line.lstrip().startswith("```")
-            if line.startswith("<!--"):
-                generated = "<!-- end" not in line
-            if not code and not generated and not line.startswith(("|", "![", "<")):
-                assert len(line) <= 120, f"{page}:{number} has {len(line)} characters"
-
-
 def test_a_session_in_the_checkout_is_ignored_by_git() -> None:
     """It holds what was said. What the pages call one is in no list of files to be committed."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
@@ -163,12 +140,3 @@ def test_a_session_in_the_checkout_is_ignored_by_git() -> None:
     assert names == {"chat.jsonl"}
     ignored = run_command(["git", "check-ignore", "--no-index", *names, "docs/measurements.jsonl"], env={}, cwd=ROOT)
     assert ignored.out.split() == ["chat.jsonl"]
-
-
-def test_readme_names_no_version() -> None:
-    """It said 0.1 when the program had long been another."""
-    assert not re.search(r"[Vv]ersion \d", (ROOT / "README.md").read_text(encoding="utf-8"))
-
-
-def test_readme_is_a_page() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
