@@ -56,7 +56,7 @@ def predictions(row: Row) -> dict[str, Any]:
     """What is predicted of the row's model on the machines that `program` names, on one of them and on all."""
     machine = MACHINES[row.program]
     shape = load_shape(row.shape, row.layers or None)
-    formats = ModelFormats.of(row.format, shape.config.layers)
+    formats = ModelFormats.of_model(row.format, shape.config)
     workload = Workload(shape.config, formats, row.context, row.prompt)
     found = {}
     for ranks in (1, machine.count):

@@ -155,7 +155,7 @@ class Row:
 @functools.cache
 def _rank_bytes(shape: str, layers: int, fmt: str, devices: int, shares: str) -> tuple[int, ...]:
     config = load_shape(shape, layers or None).config
-    loads = Loads(config, ModelFormats.of(fmt, config.layers))
+    loads = Loads(config, ModelFormats.of_model(fmt, config))
     plan = make_partition(config, share_weights(shares or None, devices))
     return tuple(loads.of(share, rank).tiles for rank, share in enumerate(plan.shares))
 

@@ -118,11 +118,8 @@ def main() -> None:
             order = ("old", "new") if number % 2 == 0 else ("new", "old")
             runs = {name: versions[name].run(prompt) for name in order}
             pairs.append((runs["old"], runs["new"]))
-            old, new = pairs[-1]
-            print(
-                f"pair {number + 1:2}: decode {new.decode_s / old.decode_s:.3f}, prompt {new.prompt_s / old.prompt_s:.3f}",
-                flush=True,
-            )
+            ratios = [getattr(runs["new"], name) / getattr(runs["old"], name) for name in ("decode_s", "prompt_s")]
+            print(f"pair {number + 1:2}: decode {ratios[0]:.3f}, prompt {ratios[1]:.3f}", flush=True)
     for name in ("decode_s", "prompt_s"):
         print(line(name.removesuffix("_s"), [getattr(new, name) / getattr(old, name) for old, new in pairs]))
     for rank in range(options.ranks):

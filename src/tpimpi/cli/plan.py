@@ -111,7 +111,7 @@ def _planned_model(command: PlanCommand) -> tuple[ModelConfig, ModelFormats, str
     """What `plan` is about: the model's config, its formats and its name."""
     if command.shape is not None:
         shape = load_shape(command.shape, command.layers)
-        return shape.config, wanted_formats(command.format or "q4_0", shape.config.layers), shape.name
+        return shape.config, wanted_formats(command.format or "q4_0", shape.config), shape.name
     with open_source(model_path(command.model)) as source:
         return source.config, choose_formats(source, command.format or "auto"), source.name
 

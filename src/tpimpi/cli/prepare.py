@@ -26,7 +26,7 @@ from tpimpi.star import Star, launcher_kind, settle
 from tpimpi.system import placement
 from tpimpi.weights.find import header_of_slices, hidden_of_slices
 from tpimpi.weights.locations import SliceLocation, cache_name, cache_names, model_path
-from tpimpi.weights.make import choose_formats, wanted_formats
+from tpimpi.weights.make import check_format, choose_formats, wanted_formats
 from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import Partition, describe_shares, make_partition
 from tpimpi.weights.sources import Source, open_source
@@ -172,7 +172,10 @@ def given_slices(model: ModelOptions, folder: str, ranks: int) -> RunSlices:
     # Of a mix the key depends on the number of layers, which the slices know.
     if model.format in MIXES:
         _check_mix(folder, model.format, ranks)
-    fmt = "" if model.format in ("auto", *MIXES) else wanted_formats(model.format, layers=1).key()
+    fmt = ""
+    if model.format not in ("auto", *MIXES):
+        check_format(model.format)
+        fmt = ModelFormats.of(model.format, layers=1).key()
     shares = "" if model.shares is None else describe_shares(share_weights(model.shares, ranks))
     return RunSlices(folder, None, fingerprint, fmt, shares)
 
@@ -182,7 +185,7 @@ def _check_mix(folder: str, mix: str, ranks: int) -> None:
     header = header_of_slices(folder, ranks)
     if header is None:  # which is said where they are opened
         return
-    wanted = wanted_formats(mix, header.config.layers)
+    wanted = wanted_formats(mix, header.config, header.formats.router)
     if header.formats != wanted:
         raise SliceError(
             f"slice file {Path(folder) / slice_name(0, ranks)} has format {header.formats.describe()}, --format {mix} is "

@@ -94,7 +94,7 @@ def synth_alone(job: Job) -> int:
 def synthesize(options: SynthOptions) -> None:
     """Do what the options say, and say on stderr what was made. Raises InputError, StorageError."""
     shape = load_shape(options.shape, options.layers)
-    formats = ModelFormats.of(options.format, shape.config.layers)
+    formats = ModelFormats.of_model(options.format, shape.config)
     partition = _partition(options, shape)
     with contextlib.closing(SyntheticSource(shape, formats, options.seed)) as source:
         if partition is None:

@@ -7,7 +7,6 @@ Compute never talks, reading never computes: `Model._through_layers` is where th
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 
@@ -60,7 +59,7 @@ class Model:
         self.config, self.share = header.config, header.share
         self.resident, self.window, self.star, self.backend = resident, window, star, backend
         self.cache: KVCache | None = None
-        self._kv_dtype = kv_dtype(kv, itertools.chain(*header.formats.layers))
+        self._kv_dtype = kv_dtype(kv, header.formats.of_layers())
         self.compute_seconds = 0.0
         self._make_room, self._recorder = make_room, recorder
         self._blocks = [block for block in block_order(header) if block != HEAD]

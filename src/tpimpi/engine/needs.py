@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -90,6 +89,6 @@ def needs_together(needs: Sequence[Needs]) -> Needs:
 
 def cache_bytes_of(header: Header, kv: str, context: int) -> int:
     """Memory of this rank's keys and values of so many positions; `kv` is one of KV_FORMATS."""
-    dtype = kv_dtype(kv, itertools.chain(*header.formats.layers))
+    dtype = kv_dtype(kv, header.formats.of_layers())
     config = header.config
     return cache_bytes(config.layers, header.share.kv_heads.size, context, config.head_dim, dtype)

@@ -25,6 +25,11 @@ HEAD = Block("head", -1)
 LAYER_KINDS = ("qkv", "attn", "mlp")  # of blocks of a layer, in order
 
 
+def experts_block(layer: int) -> Block:
+    """The block whose tiles are the experts of a layer."""
+    return Block("experts", layer)
+
+
 def layer_blocks(config: ModelConfig, layer: int) -> list[Block]:
     """The blocks of one layer, in order."""
     return [Block(kind, layer) for kind in LAYER_KINDS if kind != "qkv" or config.qk_norm_over_all]

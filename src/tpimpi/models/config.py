@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tpimpi.compute.attention import AttentionSpec
+from tpimpi.compute.router import ROUTER_BIASES, SCORINGS, RouterBias, RouterSpec, Scoring
 from tpimpi.errors import ModelError
 from tpimpi.models.architectures import ARCHITECTURES
 from tpimpi.models.keys import MAX_LAYERS, MAX_SIZE, Keys, is_positive, show
@@ -22,6 +23,7 @@ ROPE_THETA = 10000.0  # the base of the rotary angles where a file has none (Su 
 
 ROPE_KINDS = ("linear", "llama3", "factors", "yarn", "longrope")  # of RopeScaling
 
+MAX_EXPERTS = 1024  # of a layer
 _MAX_NORM_EPS = 1.0  # with more, rows of usual size are not normed any more
 _MAX_ROPE_THETA = 1e30  # well within f32
 
@@ -70,6 +72,20 @@ class ModelConfig:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
 
+    # Of a mixture of experts; `router` says which layers have them.
+    experts: int = 0  # in each layer that has any; 0: every layer is dense
+    experts_per_token: int = 0
+    expert_intermediate: int = 0  # columns of an expert; `intermediate` is of the dense layers
+    shared_intermediate: int = 0  # columns of the experts that every position uses, together; 0: none
+    dense_layers: tuple[int, ...] = ()  # layers without experts
+    router_scoring: Scoring = "softmax"
+    router_normalized: bool = False
+    router_scale: float = 1.0
+    router_bias: RouterBias = "none"
+    expert_bias: bool = False  # of gate, up and down
+    activation_limit: float = 0.0  # of a clamped activation
+    attention_sinks: bool = False  # a logit for each head, beside those of the positions
+
     def layer(self, index: int) -> LayerSpec:
         """What this layer is."""
         window, rope = self.attention_windows[index], None
@@ -90,15 +106,43 @@ class ModelConfig:
             pre_norms=self.pre_norms,
             post_norms=self.post_norms,
             activation=self.activation,
+            activation_limit=self.activation_limit,
+            router=self.router(index),
             residual_scale=self.residual_scale,
             parallel=self.parallel_blocks,
         )
 
+    def router(self, layer: int) -> RouterSpec | None:
+        """How this layer's experts are chosen; None where it is dense."""
+        if not self.experts or layer in self.dense_layers:
+            return None
+        return RouterSpec(
+            experts=self.experts,
+            chosen=self.experts_per_token,
+            scoring=self.router_scoring,
+            normalized=self.router_normalized,
+            scale=self.router_scale,
+            bias=self.router_bias,
+        )
+
+    @property
+    def router_logits_bias(self) -> bool:
+        """Whether the router's bias is one of its logits."""
+        return self.router_bias == "logits"
+
+    def mlp_columns(self, layer: int) -> int:
+        """Columns of what every position goes through in the feed-forward block of this layer; 0: experts alone."""
+        return self.intermediate if self.router(layer) is None else self.shared_intermediate
+
     def with_layers(self, layers: int) -> ModelConfig:
-        """The same model with so many layers, all like the first."""
+        """The same model with so many layers, all like the first; those of a mixture have experts."""
         unrotated = tuple(range(layers)) if 0 in self.unrotated_layers else ()
         return replace(
-            self, layers=layers, attention_windows=self.attention_windows[:1] * layers, unrotated_layers=unrotated
+            self,
+            layers=layers,
+            attention_windows=self.attention_windows[:1] * layers,
+            unrotated_layers=unrotated,
+            dense_layers=(),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -143,10 +187,10 @@ def config_from_dict(values: Any, where: str) -> ModelConfig:
         raise ModelError(
             f"{where}: attention_windows is {show(windows)}; {layers} whole numbers of 0 or more are needed"
         )
-    unrotated = values["unrotated_layers"]
-    if not isinstance(unrotated, list | tuple) or not all(_is_window(layer) and layer < layers for layer in unrotated):
-        raise ModelError(f"{where}: unrotated_layers is {show(unrotated)}; layers below {layers} are needed")
-    found: dict[str, Any] = {"attention_windows": tuple(windows), "unrotated_layers": tuple(unrotated)}
+    found: dict[str, Any] = {
+        "attention_windows": tuple(windows),
+        "unrotated_layers": _layers_below(keys, "unrotated_layers", layers),
+    }
     for name in ("hidden", "intermediate", "heads", "kv_heads", "vocab", "context"):
         found[name] = keys.integer(name)
     for name in ("norm_eps", "rope_theta", "embedding_scale", "residual_scale", "logit_scale"):
@@ -158,6 +202,7 @@ def config_from_dict(values: Any, where: str) -> ModelConfig:
         *("pre_norms", "post_norms", "parallel_blocks"),
     ):
         found[name] = keys.flag(name)
+    found |= _experts_from_dict(keys, layers)
     rotary = 0 if _is_0(values["rotary_dims"]) else keys.integer("rotary_dims", high=head_dim)
     return checked(
         ModelConfig(
@@ -172,6 +217,28 @@ def config_from_dict(values: Any, where: str) -> ModelConfig:
         ),
         where,
     )
+
+
+def _experts_from_dict(keys: Keys, layers: int) -> dict[str, Any]:
+    """The fields of a mixture of experts."""
+    found: dict[str, Any] = {"dense_layers": _layers_below(keys, "dense_layers", layers)}
+    for name in ("experts", "experts_per_token", "expert_intermediate", "shared_intermediate"):
+        found[name] = 0 if _is_0(keys.values[name]) else keys.integer(name)
+    for name in ("router_normalized", "expert_bias", "attention_sinks"):
+        found[name] = keys.flag(name)
+    found["router_scale"] = keys.number("router_scale")
+    found["activation_limit"] = _number_or_0(keys, "activation_limit")
+    found["router_scoring"] = keys.choice("router_scoring", SCORINGS)
+    found["router_bias"] = keys.choice("router_bias", ROUTER_BIASES)
+    return found
+
+
+def _layers_below(keys: Keys, name: str, layers: int) -> tuple[int, ...]:
+    """A list of some of so many layers."""
+    value = keys.values[name]
+    if not isinstance(value, list | tuple) or not all(_is_window(layer) and layer < layers for layer in value):
+        raise ModelError(f"{keys.path}: {name} is {show(value)}; layers below {layers} are needed")
+    return tuple(value)
 
 
 def _number_or_0(keys: Keys, name: str) -> float:
@@ -265,6 +332,7 @@ def checked(config: ModelConfig, path: Path | str) -> ModelConfig:
     for name, needed in flags.items():
         if getattr(config, name) != needed:
             raise ModelError(f"{path}: {name} is {getattr(config, name)}; a {config.architecture} model needs {needed}")
+    _check_experts(config, path)
     if config.rotary_dims % 2:
         raise ModelError(f"{path}: {config.rotary_dims} elements of a head are rotated; an even number is needed")
     if config.norm_eps > _MAX_NORM_EPS:
@@ -272,3 +340,22 @@ def checked(config: ModelConfig, path: Path | str) -> ModelConfig:
     if config.rope_theta > _MAX_ROPE_THETA:
         raise ModelError(f"{path}: rope_theta is {config.rope_theta:g}; at most {_MAX_ROPE_THETA:g} makes sense")
     return config
+
+
+def _check_experts(config: ModelConfig, path: Path | str) -> None:
+    """What must hold between the numbers of a mixture."""
+    mixture = any(tensor.part == "router" for tensor in ARCHITECTURES[config.architecture].layer)
+    if mixture != bool(config.experts):
+        needed = "at least one" if mixture else "none"
+        raise ModelError(f"{path}: {config.experts} experts; a {config.architecture} model needs {needed}")
+    if not mixture:
+        return
+    if not 1 <= config.experts_per_token <= config.experts:
+        raise ModelError(
+            f"{path}: a position uses {config.experts_per_token} experts of {config.experts}; 1 to {config.experts} are "
+            f"needed"
+        )
+    if not config.expert_intermediate:
+        raise ModelError(f"{path}: the experts have 0 columns; at least 1 is needed")
+    if config.experts > MAX_EXPERTS:
+        raise ModelError(f"{path}: {config.experts} experts; at most {MAX_EXPERTS} are computed")

@@ -148,7 +148,7 @@ def _refuse_unknown_gguf_keys(metadata: Mapping[str, Any], family: Architecture,
     arch, known = family.gguf_name, _GGUF_KEYS | family.gguf_keys
     prefix = f"{arch}."
     experts = metadata.get(f"{arch}.expert_count", 0)
-    if experts != 0:
+    if experts != 0 and not any(spec.part == "router" for spec in family.layer):
         raise ModelError(
             f"{path}: {arch}.expert_count is {show(experts)}: a mixture of experts, which tpimpi does not compute; "
             f"a dense model is needed"

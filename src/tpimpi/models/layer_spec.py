@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tpimpi.compute.attention import AttentionSpec
+from tpimpi.compute.router import RouterSpec
 
 Norm = Literal["rms", "layer"]
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "clamped_silu"]
 QKNorm = Literal["none", "head", "all"]
 
 NORMS: tuple[Norm, ...] = ("rms", "layer")
-ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh")
+ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh", "clamped_silu")
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class LayerSpec:
     norm: Norm  # of the norms before the blocks and before the head; LayerNorm is without bias
     pre_norms: bool
     post_norms: bool  # always RMS norms
-    activation: Activation  # down(activation(gate) * up)
+    activation: Activation  # down(activation(gate) * up); clamped_silu: see Backend.clamped_swiglu
+    activation_limit: float  # of clamped_silu
+    router: RouterSpec | None  # None: a dense block
     residual_scale: float
     parallel: bool

@@ -24,7 +24,8 @@ NORM = f"{OUTPUT_NORM.hf}.weight"  # of the output
 class ModelTensor:
     """A tensor of a model: its canonical name, its name in GGUF files, and its shape, [out, in] or [out].
 
-    `part` is what tiles and slices call it; a bias has the part of its matrix. `layer` is -1 beside the layers.
+    `part` is what tiles and slices call it; a bias has the part of its matrix. `layer` is -1 beside the layers, `expert` -1
+    for what is no expert's.
     """
 
     name: str
@@ -32,6 +33,7 @@ class ModelTensor:
     shape: tuple[int, ...]
     part: str
     layer: int
+    expert: int = -1
 
     @property
     def hf_name(self) -> str:
@@ -68,11 +70,32 @@ def canonical_text_name(name: str) -> str | None:
     return None if other else canonical_hf_name(name)
 
 
-def part_name(config: ModelConfig, layer: int, part: str, kind: str = "weight") -> str:
+def has_part(config: ModelConfig, layer: int, spec: TensorSpec) -> bool:
+    """Whether this layer of a model has this tensor."""
+    if spec.layers == "all":
+        return True
+    if config.router(layer) is None:
+        return spec.layers == "dense"
+    return spec.layers == "experts" or (spec.layers == "shared" and config.shared_intermediate > 0)
+
+
+def layer_specs(config: ModelConfig, layer: int) -> dict[str, TensorSpec]:
+    """The tensors of a layer by their parts, in the family's order."""
+    specs = ARCHITECTURES[config.architecture].layer
+    return {spec.part: spec for spec in specs if has_part(config, layer, spec)}
+
+
+def part_name(config: ModelConfig, layer: int, part: str, kind: str = "weight", expert: int = -1) -> str:
     """The canonical name of the tensor that a part of a layer comes from; `kind` is weight or bias."""
-    family = ARCHITECTURES[config.architecture]
-    spec = next(spec for spec in family.layer if spec.part == part)
-    return f"layers.{layer}.{spec.hf}.{kind}"
+    spec = layer_specs(config, layer)[part]
+    return f"layers.{layer}.{_in_layer(spec.hf, spec, kind, expert)}"
+
+
+def _in_layer(name: str, spec: TensorSpec, kind: str, expert: int) -> str:
+    """The name of a tensor without the layer's, by its spelling in a kind of files."""
+    if spec.per_expert:
+        name = name.replace("{expert}", str(expert))
+    return name if spec.plain else f"{name}.{kind}"
 
 
 def head_name(config: ModelConfig) -> str:
@@ -106,7 +129,7 @@ def layer_norms(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The norms of a layer by their parts' names, and their shapes; the order is that of slices."""
     order = ("attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "q_norm", "k_norm")
     specs = {spec.part: spec for spec in ARCHITECTURES[config.architecture].layer}
-    return {part: _shape(config, specs[part]) for part in order if part in specs}
+    return {part: _shape(config, specs[part], 0) for part in order if part in specs}
 
 
 class Piece(NamedTuple):
@@ -128,20 +151,27 @@ def fused_tensors(config: ModelConfig, *, hf: bool) -> dict[str, list[Piece]]:
         if stored is None:
             continue
         for layer in range(config.layers):
+            here = layer_specs(config, layer)
+            parts = [part for part in spec.parts if part in here]
+            experts = range(config.experts) if any(here[part].per_expert for part in parts) else (-1,)
             for kind in ("weight", "bias"):
                 pieces: list[Piece] = []
-                for name in (part_name(config, layer, part, kind) for part in spec.parts):
+                for name in (part_name(config, layer, part, kind, e) for e in experts for part in parts):
                     if name in tensors:
-                        pieces.append(Piece(name, sum(piece.rows for piece in pieces), tensors[name].shape[0]))
+                        rows = tensors[name].shape[0]
+                        pieces.append(Piece(name, pieces[-1].first + pieces[-1].rows if pieces else 0, rows))
                 if pieces:
                     found[f"{'layers' if hf else 'blk'}.{layer}.{stored}.{kind}"] = pieces
     return found
 
 
-def _shape(config: ModelConfig, spec: TensorSpec) -> tuple[int, ...]:
+def _shape(config: ModelConfig, spec: TensorSpec, layer: int) -> tuple[int, ...]:
     sizes = {
         "hidden": config.hidden,
-        "intermediate": config.intermediate,
+        "mlp": config.mlp_columns(layer),
+        "expert": config.expert_intermediate,
+        "experts": config.experts,
+        "heads": config.heads,
         "queries": config.heads * config.head_dim,
         "keys": config.kv_heads * config.head_dim,
         "head_dim": config.head_dim,
@@ -151,17 +181,21 @@ def _shape(config: ModelConfig, spec: TensorSpec) -> tuple[int, ...]:
 
 
 def _tensors(config: ModelConfig) -> Iterator[ModelTensor]:
-    def of(spec: TensorSpec, layer: int = -1) -> Iterator[ModelTensor]:
-        shape = _shape(config, spec)
-        hf, gguf = (spec.hf, spec.gguf) if layer < 0 else (f"layers.{layer}.{spec.hf}", f"blk.{layer}.{spec.gguf}")
-        yield ModelTensor(f"{hf}.weight", f"{gguf}.weight", shape, spec.part, layer)
-        if spec.bias is not None and getattr(config, spec.bias):
-            yield ModelTensor(f"{hf}.bias", f"{gguf}.bias", shape[:1], spec.part, layer)
+    def of(spec: TensorSpec, layer: int = -1, expert: int = -1) -> Iterator[ModelTensor]:
+        shape = _shape(config, spec, layer)
+        for kind in ("weight", "bias"):
+            if kind == "bias" and (spec.bias is None or not getattr(config, spec.bias)):
+                continue
+            hf, gguf = (_in_layer(name, spec, kind, expert) for name in (spec.hf, spec.gguf))
+            if layer >= 0:
+                hf, gguf = f"layers.{layer}.{hf}", f"blk.{layer}.{gguf}"
+            yield ModelTensor(hf, gguf, shape if kind == "weight" else shape[:1], spec.part, layer, expert)
 
     yield from of(EMBEDDING_SPEC)
     for layer in range(config.layers):
-        for spec in ARCHITECTURES[config.architecture].layer:
-            yield from of(spec, layer)
+        for spec in layer_specs(config, layer).values():
+            for expert in range(config.experts) if spec.per_expert else (-1,):
+                yield from of(spec, layer, expert)
     yield from of(OUTPUT_NORM)
     if not config.tied_head:
         yield from of(HEAD_SPEC)

@@ -9,6 +9,7 @@ and as f32, and what quantizing them needs, or one of SLAB_BYTES: 32 MB, whateve
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -20,9 +21,9 @@ from tpimpi.compute.formats.base import PANEL_ROWS, Quantizer
 from tpimpi.compute.formats.packed import encode, holds_infinities, pack, row_bytes, weight_bytes
 from tpimpi.errors import ModelError
 from tpimpi.models.blocks import LAYER_KINDS, Block
-from tpimpi.models.tensors import EMBEDDING, NORM, head_name, part_name
+from tpimpi.models.tensors import EMBEDDING, NORM, head_name, layer_specs, part_name
 from tpimpi.weights.slices.header import Header, tile_spans
-from tpimpi.weights.slices.layout import Record, times
+from tpimpi.weights.slices.layout import Part, Record, times
 from tpimpi.weights.slices.partition import Span
 from tpimpi.weights.slices.writer import SliceWriter
 from tpimpi.weights.sources import Source, decode
@@ -86,6 +87,10 @@ def bytes_to_build(writers: Sequence[TileWriter], table: SliceWriter | None) -> 
 
 
 _Target = tuple[TileWriter, int, Record, Span]  # a tile in its slice, and its columns of the MLP or rows of the head
+
+
+def _expert(tile: _Target) -> int:
+    return tile[2].expert
 
 
 class _Slab:
@@ -158,14 +163,17 @@ class _Builder:
                     self._rows(tile, "rows", head_name(self.config), tile[3])
             elif block.kind in ("qkv", "attn"):
                 self._attention(block.layer, tiles)
-            else:
+            elif block.kind == "mlp":
                 self._mlp(block.layer, tiles)
+            else:
+                self._experts(block.layer, tiles)
         if self.table is not None:
             self._embedding(self.table)
 
     def _turn(self, block: Block) -> tuple[bool, int, int]:
         """Sorts blocks in the order in which a model's file has them: what is small, the layers, the head."""
-        inside = LAYER_KINDS.index(block.kind) if block.kind in LAYER_KINDS else 0
+        kinds = (*LAYER_KINDS, "experts")
+        inside = kinds.index(block.kind) if block.kind in kinds else 0
         return (block.kind in ("head", "tokenizer"), block.layer, inside)
 
     def _write(self, place: _Target, name: str, values: np.ndarray) -> None:
@@ -187,20 +195,30 @@ class _Builder:
         return self.source.read(name).reshape(-1)
 
     def _resident(self, tiles: list[_Target]) -> None:
-        values: dict[str, F32] = {}
+        values: dict[str, Array] = {}
         for tile in tiles:
             for part in tile[2].parts:
                 if part.name not in values:
-                    values[part.name] = self._resident_part(part.name)
+                    values[part.name] = self._resident_part(part)
                 self._write(tile, part.name, values[part.name])
 
-    def _resident_part(self, name: str) -> F32:
-        """The output norm [hidden], or a norm or bias of all layers: [layers, size]."""
-        if name == "norm":
+    def _resident_part(self, part: Part) -> Array:
+        """The output norm [hidden], or a norm, bias or router of all layers: [layers, …], zeros where a layer has none."""
+        if part.name == "norm":
             return self._vector(NORM)
-        part, kind = (name.removesuffix("_bias"), "bias") if name.endswith("_bias") else (name, "weight")
-        layers = range(self.config.layers)
-        return np.stack([self._vector(part_name(self.config, layer, part, kind)) for layer in layers])
+        values = np.zeros(part.shape, part.dtype)
+        for layer in range(self.config.layers):
+            specs = layer_specs(self.config, layer)
+            own = part.name in specs
+            name, kind = (part.name, "weight") if own else (part.name.removesuffix("_bias"), "bias")
+            if name not in specs:
+                continue
+            tensor = part_name(self.config, layer, name, kind)
+            if part.format == "f32":
+                values[layer] = self.source.read(tensor)
+            else:  # a router, which is kept as it is
+                values[layer] = self.source.read_blocks(tensor).view(part.dtype)
+        return values
 
     def _attention(self, layer: int, tiles: list[_Target]) -> None:
         size = self.config.head_dim
@@ -211,13 +229,28 @@ class _Builder:
                     heads = record.heads if part.name.startswith("q") else record.kv_heads
                     self._rows(tile, part.name, part_name(self.config, layer, part.name[0]), times(heads, size))
         with_output = [tile for tile in tiles if tile[2].parts[-1].name == "o"]
-        self._columns([(tile, times(tile[2].heads, size)) for tile in with_output], "o", layer)
+        self._columns([(tile, times(tile[2].heads, size)) for tile in with_output], part_name(self.config, layer, "o"))
 
     def _mlp(self, layer: int, tiles: list[_Target]) -> None:
         for tile in tiles:
             for part in tile[2].parts[:-1]:
                 self._rows(tile, part.name, part_name(self.config, layer, part.name.removesuffix("_bias")), tile[3])
-        self._columns([(tile, tile[3]) for tile in tiles], "down", layer)
+        self._columns([(tile, tile[3]) for tile in tiles], part_name(self.config, layer, "down"))
+
+    def _experts(self, layer: int, tiles: list[_Target]) -> None:
+        """Expert after expert, each for all ranks."""
+        for expert, group in itertools.groupby(sorted(tiles, key=_expert), key=_expert):
+            own = list(group)
+            for tile in own:
+                for part in tile[2].parts:
+                    name = part.name.removesuffix("_bias")
+                    rows = Span(0, self.config.hidden) if name == "down" else tile[3]
+                    if part.name != "down":
+                        self._rows(
+                            tile, part.name, part_name(self.config, layer, f"expert_{name}", expert=expert), rows
+                        )
+            cut = [(tile, tile[3]) for tile in own if tile[3].size]
+            self._columns(cut, part_name(self.config, layer, "expert_down", expert=expert))
 
     def _rows(self, tile: _Target, name: str, tensor: str, rows: Span) -> None:
         """A part that is a run of rows of a matrix, or of the bias beside it."""
@@ -231,16 +264,16 @@ class _Builder:
             self._write(tile, name, slab.packed(part.format, Span(0, columns)))
             del slab  # before the next one is read
 
-    def _columns(self, tiles: list[tuple[_Target, Span]], name: str, layer: int) -> None:
-        """The tiles' columns of a matrix, all of its rows: the last part of each tile."""
+    def _columns(self, tiles: list[tuple[_Target, Span]], tensor: str) -> None:
+        """The tiles' columns of a matrix, all of its rows: the last part of each tile, down or o."""
         if not tiles:
             return
-        tensor, fmt, numbers = part_name(self.config, layer, name), tiles[0][0][2].parts[-1].format, SLAB_NUMBERS
+        fmt, numbers = tiles[0][0][2].parts[-1].format, SLAB_NUMBERS
         if all(_is_taken_over(self.source, tensor, fmt, columns) for _, columns in tiles):
             numbers = int(SLAB_BYTES / weight_bytes(fmt))
         for _, slab in self._slabs(tensor, Span(0, self.config.hidden), numbers):
             for tile, columns in tiles:
-                self._write(tile, name, slab.packed(fmt, columns))
+                self._write(tile, tile[2].parts[-1].name, slab.packed(fmt, columns))
             del slab  # before the next one is read
 
     def _embedding(self, table: SliceWriter) -> None:

@@ -17,7 +17,8 @@ from tpimpi.compute.formats.base import Quantizer
 from tpimpi.compute.formats.blocks_of_32 import BLOCK_WEIGHTS
 from tpimpi.compute.formats.quantize import quantize
 from tpimpi.errors import InputError, ModelError, StorageError, shorten
-from tpimpi.models.tensors import EMBEDDING, head_name, part_name
+from tpimpi.models.config import ModelConfig
+from tpimpi.models.tensors import EMBEDDING, head_name, layer_specs, part_name
 from tpimpi.models.weight_formats import FORMAT_CHOICES, LayerFormats, ModelFormats
 from tpimpi.system.disk import disk_full, storage_error
 from tpimpi.system.files import check_folder, locked_file, try_lock
@@ -42,21 +43,39 @@ def choose_formats(source: Source, wanted: str) -> ModelFormats:
     """
     config = source.config
     if wanted == "auto":
-        layers = [
-            LayerFormats(**{part: _own(source, part_name(source.config, layer, part)) for part in LayerFormats._fields})
-            for layer in range(config.layers)
-        ]
-        return ModelFormats(tuple(layers), _own(source, head_name(source.config)), _own(source, EMBEDDING))
-    return wanted_formats(wanted, config.layers)
+        layers = [_own_of_layer(source, layer) for layer in range(config.layers)]
+        head, embedding = _own(source, head_name(config)), _own(source, EMBEDDING)
+        return ModelFormats(tuple(layers), head, embedding, _own_router(source))
+    return wanted_formats(wanted, config, _own_router(source))
 
 
-def wanted_formats(wanted: str, layers: int) -> ModelFormats:
-    """The formats of a model of so many layers for a `--format` other than auto. Raises InputError as choose_formats."""
+def _own_of_layer(source: Source, layer: int) -> LayerFormats:
+    specs, formats = layer_specs(source.config, layer), {}
+    for part in LayerFormats._fields:
+        expert = 0 if part in specs and specs[part].per_expert else -1
+        formats[part] = _own(source, part_name(source.config, layer, part, expert=expert)) if part in specs else ""
+    return LayerFormats(**formats)
+
+
+def _own_router(source: Source) -> str:
+    """bf16 where every router is bf16, else f32."""
+    infos, config = source.tensors(), source.config
+    routers = {infos[part_name(config, i, "router")].format for i in range(config.layers) if config.router(i)}
+    return "bf16" if routers == {"bf16"} else "f32"
+
+
+def wanted_formats(wanted: str, config: ModelConfig, router: str = "f32") -> ModelFormats:
+    """The formats of a model for a `--format` other than auto. Raises InputError as choose_formats."""
+    check_format(wanted)
+    return ModelFormats.of_model(wanted, config, router)
+
+
+def check_format(wanted: str) -> None:
+    """Raises InputError for a `--format`, other than auto, that there is not."""
     if wanted not in FORMAT_CHOICES:
         raise InputError(
             f"--format is {shorten(wanted)!r}, must be auto, {', '.join(FORMAT_CHOICES[:-1])} or {FORMAT_CHOICES[-1]}"
         )
-    return ModelFormats.of(wanted, layers)
 
 
 def _own(source: Source, tensor: str) -> str:
@@ -77,8 +96,10 @@ def requantized(source: Source, partition: Partition, formats: ModelFormats) -> 
     divided: set[str] = set()
     seen: set[tuple[str, LayerFormats]] = set()
     for layer, here in enumerate(formats.layers):
-        for part, fmt in zip(LayerFormats._fields, here, strict=True):
-            note(part_name(source.config, layer, part), fmt, part)
+        specs = layer_specs(source.config, layer)
+        for part, fmt in here.present().items():
+            for expert in range(source.config.experts) if specs[part].per_expert else (-1,):
+                note(part_name(source.config, layer, part, expert=expert), fmt, part)
         stored = source.tensors()[part_name(source.config, layer, "o")].format
         if stored == here.o and is_quantized(stored) and (stored, here) not in seen:
             seen.add((stored, here))

@@ -19,6 +19,7 @@ from tpimpi.models.architectures.olmo import OLMO2, OLMO3
 from tpimpi.models.architectures.phi3 import PHI3
 from tpimpi.models.architectures.qwen2 import QWEN2
 from tpimpi.models.architectures.qwen3 import QWEN3
+from tpimpi.models.architectures.qwen3_moe import QWEN3_MOE
 from tpimpi.models.architectures.smollm3 import SMOLLM3
 
 __all__ = ["ARCHITECTURES", "GGUF_ARCHITECTURES", "Architecture", "FusedSpec", "TensorSpec"]
@@ -26,6 +27,7 @@ __all__ = ["ARCHITECTURES", "GGUF_ARCHITECTURES", "Architecture", "FusedSpec", "
 _FAMILIES = (
     *(LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, QWEN2, QWEN3, GEMMA2, GEMMA3),
     *(PHI3, GRANITE, GRANITE_HYBRID, SMOLLM3, GLM, GLM4, EXAONE4, COHERE2, OLMO2, OLMO3),
+    QWEN3_MOE,
 )
 
 # By ModelConfig.architecture, which is model_type in config.json.

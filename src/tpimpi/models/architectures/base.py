@@ -10,9 +10,12 @@ from tpimpi.errors import ModelError
 from tpimpi.models.keys import Keys, show
 
 # A size of a tensor, as a number of the config: "queries" is heads * head_dim, "keys" is kv_heads * head_dim.
-Dimension = Literal["hidden", "intermediate", "queries", "keys", "head_dim", "vocab"]
+# "mlp" is intermediate in a dense layer, shared_intermediate in one with experts; "expert" an expert's columns.
+Dimension = Literal["hidden", "mlp", "expert", "experts", "queries", "keys", "heads", "head_dim", "vocab"]
 # The field of ModelConfig that says whether a matrix has a bias.
-BiasFlag = Literal["qkv_bias", "o_bias", "mlp_bias"]
+BiasFlag = Literal["qkv_bias", "o_bias", "mlp_bias", "expert_bias", "router_logits_bias"]
+# Which layers have a tensor: all; those without experts, those with, or those whose experts include shared ones.
+Layers = Literal["all", "dense", "experts", "shared"]
 # Keys and the number of layers -> attention_windows.
 Windows = Callable[[Keys, int], tuple[int, ...]]
 # Keys and the number of layers -> fields of ModelConfig that are not a Llama's.
@@ -25,6 +28,7 @@ class TensorSpec:
 
     `part` is its name in tiles and slices. `hf` and `gguf` are its names in Hugging Face and GGUF files, without
     "model.layers.N." or "blk.N." before and ".weight" or ".bias" behind. `shape` is [out, in] of a matrix, [out] of a norm.
+    Of an expert's, `{expert}` stands for its number; where a file has all experts' as one, FusedSpec says so.
     """
 
     part: str
@@ -32,6 +36,13 @@ class TensorSpec:
     gguf: str
     shape: tuple[Dimension, ...]
     bias: BiasFlag | None = None  # None: never one
+    layers: Layers = "all"
+    plain: bool = False  # its names stand as they are, with nothing behind
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether each expert has one."""
+        return "{expert}" in self.hf
 
 
 @dataclass(frozen=True)
@@ -64,10 +75,11 @@ QK_NORM = (
 )
 MLP_NORM = TensorSpec("mlp_norm", "post_attention_layernorm", "ffn_norm", ("hidden",))
 MLP = (
-    TensorSpec("gate", "mlp.gate_proj", "ffn_gate", ("intermediate", "hidden"), "mlp_bias"),
-    TensorSpec("up", "mlp.up_proj", "ffn_up", ("intermediate", "hidden"), "mlp_bias"),
-    TensorSpec("down", "mlp.down_proj", "ffn_down", ("hidden", "intermediate"), "mlp_bias"),
+    TensorSpec("gate", "mlp.gate_proj", "ffn_gate", ("mlp", "hidden"), "mlp_bias"),
+    TensorSpec("up", "mlp.up_proj", "ffn_up", ("mlp", "hidden"), "mlp_bias"),
+    TensorSpec("down", "mlp.down_proj", "ffn_down", ("hidden", "mlp"), "mlp_bias"),
 )
+EXPERT_PARTS = ("expert_gate", "expert_up", "expert_down")
 FUSED_GATE_UP = FusedSpec("mlp.gate_up_proj", "ffn_up", ("gate", "up"))
 
 

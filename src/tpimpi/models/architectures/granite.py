@@ -109,7 +109,7 @@ GRANITE_HYBRID = Architecture(
     gguf_name="granite",
     layer=(
         *(ATTENTION_NORM, *ATTENTION, *MLP[:2]),
-        TensorSpec("down", "shared_mlp.output_linear", "ffn_down", ("hidden", "intermediate")),
+        TensorSpec("down", "shared_mlp.output_linear", "ffn_down", ("hidden", "mlp")),
         MLP_NORM,
     ),
     fused=(FusedSpec("shared_mlp.input_linear", None, ("gate", "up")),),

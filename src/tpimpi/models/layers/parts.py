@@ -10,7 +10,7 @@ from tpimpi.compute.formats.packed import Matrix
 
 
 class Parts(Protocol):
-    """What a tile holds, by name; shapes in weights/slices/file."""
+    """What a tile holds, by name; shapes in weights/slices."""
 
     @property
     def parts(self) -> Mapping[str, Array]:

@@ -1,49 +1,4 @@
-"""The slice file: one rank's part of a model, as one HDF5 file. Version 2 of the format is specified here.
-
-A slice file is named `rank-R-of-N.h5` and holds these objects:
-
-`/header` (uint8)
-    JSON, UTF-8: `tpimpi_slice` (this version, 2), `made_by`, `rank`, `formats` (of the weights: `layers`, a list of runs of
-    layers that are alike, `[count, {part: format}]`; `head`; `embedding`; each f32, bf16, q8_0, q4_0 or q4_1), `model` (a
-    name to show), `fingerprint` (of the source), `config` (ModelConfig), `plan` (`weights`, and for each rank
-    `[heads, kv_heads, columns]`, each `[start, stop]`), and `tiles`: a list of records, in the order in which a run
-    uses them. A record has `path` (of its group), `block` (`[kind, layer]`), `parts` (of `[name, format, shape]`), and
-    for an attention tile `heads`, `kv_heads`, `q_to_kv` (see partition.AttentionTile).
-`/checksums` (uint64)
-    XXH3-64 of `/header`, then of each record's tile. A tile's checksum is taken over the bytes of its parts, in the
-    order of the record, as they come out of the datasets: it stays true if another tool repacks or compresses them.
-`/layers/LLLL/attn/tile-TTT/{q,k,v,o,q_bias,k_bias,v_bias}`
-    Rows of the query, key and value projections of the tile's heads ([rows, hidden]), and its query heads' columns of
-    the output projection ([hidden, heads * head_dim]); biases of the rows. A tile without KV heads has no k and v.
-`/layers/LLLL/qkv/tile-TTT/{q,k,v,q_bias,k_bias,v_bias}`, `/layers/LLLL/attn/tile-TTT/o`
-    The same in two tiles, where queries and keys are normed over all heads (see models/blocks).
-`/layers/LLLL/mlp/tile-TTT/{gate,up,down,gate_bias,up_bias}`
-    The tile's columns: rows of gate and up ([columns, hidden]), columns of down ([hidden, columns]).
-`/head/tile-TTT/rows` (rank 0 only)
-    A run of vocabulary rows of the output head ([rows, hidden]).
-`/resident/tile-000/{attn_norm,mlp_norm,attn_post_norm,mlp_post_norm,q_norm,k_norm,o_bias,down_bias,norm}`
-    f32, not packed, small, kept in memory for the whole run: those norms that the model has, of all layers
-    ([layers, hidden]; q_norm and k_norm [layers, head_dim], or [layers, heads * head_dim] and [layers, kv_heads *
-    head_dim] where they are over all heads); rank 0 alone has the biases of the output projections ([layers, hidden]),
-    added once, and the final norm ([hidden]).
-`/tokenizer/tile-000/NAME` (rank 0 only)
-    The tokenizer's files as they are (uint8).
-`/embedding/weight`, `/embedding/checksums` (rank 0 only)
-    The embedding table in row form, of which a run reads single rows: f32 or bf16 [vocab, hidden], or blocks, uint8
-    [vocab, bytes a row]; and XXH3-64 of each row's bytes (uint64).
-
-Matrices (q, k, v, o, gate, up, down, rows; the shapes given above are those of the numbers, as in the header) are
-stored in packed form: panels of 16 rows, as `tpimpi.compute.formats` specifies. The dataset is float32
-[panels, columns, 16] for f32, uint16 [panels, ceil(columns / 2), 16, 2] for bf16, and uint8 [panels, bytes a panel] for
-the quantized formats. Where the number of rows is no multiple of 16, or that of columns no multiple of 32 (of 2, in
-bf16), the numbers that are not there are zeros. Biases are f32, not packed. f32 is stored as IEEE little-endian float,
-bf16 as uint16.
-
-The writer lays the parts of a tile next to each other, each at a multiple of 4096 bytes, so that a tile is one extent of
-the file and is read with one call; a reader must not rely on that (`h5repack` may move or chunk them). HDF5 metadata
-carries HDF5's own checksums (libver "latest").
-slices/writer writes the file, SliceFile here reads it.
-"""
+"""A slice file, opened to be read. The format is specified in the package (tpimpi.weights.slices)."""
 
 from __future__ import annotations
 
@@ -67,7 +22,7 @@ from tpimpi.system.buffers import Bytes, aligned_buffer
 from tpimpi.system.direct_io import Descriptor, Extent, Trial, pieces
 from tpimpi.system.disk import error_number
 from tpimpi.weights.slices.header import Header
-from tpimpi.weights.slices.layout import Part, Record, embedding_dataset
+from tpimpi.weights.slices.layout import Part, Record, embedding_dataset, experts_dataset
 from tpimpi.weights.slices.problems import (
     NOT_THE_FILE,
     broken,
@@ -154,22 +109,8 @@ class SliceFile:
         self._index = {record.path: index for index, record in enumerate(self.header.records)}
         chunked = False
         for record in self.header.records:
-            offsets: list[int] = []
-            for part in record.parts:
-                dataset = file[f"{record.path}/{part.name}"]
-                if dataset.shape != part.dataset_shape or dataset.dtype != part.dtype:
-                    wanted = f"{part.dataset_shape} {part.dtype}"
-                    raise self._broken(f"{dataset.name} is {dataset.shape} {dataset.dtype}, must be {wanted}")
-                offset = dataset.id.get_offset()
-                if offset is None and part.nbytes:
-                    if not dataset.id.get_storage_size():  # or a few bytes could promise any amount of zeros
-                        raise self._broken(f"{dataset.name} has no data")
-                    chunked = True
-                    break
-                if (offset or 0) + part.nbytes > size:
-                    raise self._broken(f"{dataset.name} ends beyond the file's {size} bytes")
-                offsets.append(offset or 0)
-            self._offsets[record.path] = tuple(offsets) if len(offsets) == len(record.parts) else None
+            self._offsets[record.path] = self._places(file, record)
+            chunked |= self._offsets[record.path] is None
         self.has_embedding = "embedding" in file
         if self.has_embedding != (self.header.rank == 0):
             has = "has an" if self.has_embedding else "has no"
@@ -181,6 +122,39 @@ class SliceFile:
             file.close()
             self._file = None
         self._data.forget()  # what HDF5 read
+
+    def _places(self, file: h5py.File, record: Record) -> tuple[int, ...] | None:
+        """Where the parts of a tile lie in the file; None where one is chunked. Raises SliceError for another dataset."""
+        if record.expert > 0:  # its layer's first has looked at the dataset of all
+            first = self._offsets[self._expert_path(record, 0)]
+            return None if first is None else tuple(place + record.expert * record.nbytes for place in first)
+        if record.expert == 0:
+            shape = (self.header.config.experts, record.nbytes)
+            offset = self._place(file[experts_dataset(record.block.layer)], shape, np.dtype("u1"))
+            return None if offset is None else tuple(offset + start for start, _, _ in record.spans())
+        offsets: list[int] = []
+        for part in record.parts:
+            offset = self._place(file[f"{record.path}/{part.name}"], part.dataset_shape, part.dtype)
+            if offset is None:
+                return None
+            offsets.append(offset)
+        return tuple(offsets)
+
+    def _expert_path(self, record: Record, expert: int) -> str:
+        return f"{experts_dataset(record.block.layer)}/{expert:04d}"
+
+    def _place(self, dataset: h5py.Dataset, shape: tuple[int, ...], dtype: np.dtype[Any]) -> int | None:
+        """Where a dataset lies, 0 if it has no bytes; None where it is chunked. SliceError for one of another kind."""
+        if dataset.shape != shape or dataset.dtype != dtype:
+            raise self._broken(f"{dataset.name} is {dataset.shape} {dataset.dtype}, must be {shape} {dtype}")
+        offset = dataset.id.get_offset()
+        if offset is None and dataset.nbytes:
+            if not dataset.id.get_storage_size():  # or a few bytes could promise any amount of zeros
+                raise self._broken(f"{dataset.name} has no data")
+            return None
+        if (offset or 0) + dataset.nbytes > self.size:
+            raise self._broken(f"{dataset.name} ends beyond the file's {self.size} bytes")
+        return offset or 0
 
     def _open_embedding(self, file: h5py.File, size: int) -> bool:
         config = self.header.config
@@ -282,6 +256,12 @@ class SliceFile:
 
     def _read_chunked(self, record: Record, buffer: Bytes) -> None:
         assert self._file is not None
+        if record.expert >= 0:
+            name = experts_dataset(record.block.layer)
+            with self._reading(name):
+                self._file[name].read_direct(buffer[: record.nbytes], np.s_[record.expert])
+            self._opened().forget()
+            return
         for start, stop, part in record.spans():
             if part.nbytes:
                 target = buffer[start:stop].view(part.dtype).reshape(part.dataset_shape)

@@ -1,4 +1,4 @@
-"""The header of a slice file, as JSON (specified in slices/file): written, and read back with nothing taken on trust."""
+"""The header of a slice file, as JSON (specified in the package): written, and read back with nothing taken on trust."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Header:
                 "config": self.config.to_dict(),
                 "plan": {
                     "weights": self.partition.weights,
-                    "shares": [[share.heads, share.kv_heads, share.columns] for share in self.partition.shares],
+                    "shares": [_share_to_json(share, self.config) for share in self.partition.shares],
                 },
                 "tiles": [_record_to_json(record) for record in self.records],
             }
@@ -97,7 +97,15 @@ def _record_to_json(record: Record) -> dict[str, Any]:
     }
     if record.block.kind in ("qkv", "attn"):
         values |= {"heads": record.heads, "kv_heads": record.kv_heads, "q_to_kv": record.q_to_kv}
+    if record.expert >= 0:
+        values["expert"] = record.expert
     return values
+
+
+def _share_to_json(share: Share, config: ModelConfig) -> list[Span]:
+    """Those of experts stand at the end, and only where there are experts."""
+    experts = [share.expert_columns, share.shared_columns] if config.experts else []
+    return [share.heads, share.kv_heads, share.columns, *experts]
 
 
 def _part_to_json(part: Part) -> list[Any]:
@@ -113,6 +121,7 @@ def _record_from_json(values: dict[str, Any]) -> Record:
         heads=Span(*values.get("heads", (0, 0))),
         kv_heads=Span(*values.get("kv_heads", (0, 0))),
         q_to_kv=tuple(values.get("q_to_kv", ())),
+        expert=values.get("expert", -1),
     )
 
 
@@ -162,14 +171,18 @@ def same_slice(one: Header, other: Header) -> bool:
 
 def tile_spans(header: Header) -> list[Span]:
     """For each record, the columns of the MLP or the rows of the head that the tile has (none, where it is neither)."""
-    starts = {"mlp": header.share.columns.start, "head": 0}
     spans, at, block = [], 0, None
     for record in header.records:
-        if record.block.kind not in starts:
+        kind = record.block.kind
+        if kind == "experts":
+            spans.append(header.share.expert_columns)
+            continue
+        if kind not in ("mlp", "head"):
             spans.append(NONE)
             continue
         if record.block != block:
-            block, at = record.block, starts[record.block.kind]
+            block = record.block
+            at = header.share.mlp_columns(header.config, block.layer).start if kind == "mlp" else 0
         spans.append(Span(at, at + record.parts[0].shape[0]))
         at = spans[-1].stop
     return spans

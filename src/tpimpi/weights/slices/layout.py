@@ -16,7 +16,7 @@ from tpimpi.compute.arrays import Bytes
 from tpimpi.compute.formats import FORMATS
 from tpimpi.compute.formats.base import PANEL_ROWS, UINT8
 from tpimpi.compute.formats.packed import Matrix, packed_bytes
-from tpimpi.models.blocks import HEAD, Block, layer_blocks
+from tpimpi.models.blocks import HEAD, Block, experts_block, layer_blocks
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.tensors import layer_norms
 from tpimpi.models.weight_formats import LayerFormats, ModelFormats
@@ -80,6 +80,7 @@ class Record:
     heads: Span = NONE
     kv_heads: Span = NONE
     q_to_kv: tuple[int, ...] = ()
+    expert: int = -1  # whose tile it is; -1: no expert's
 
     @property
     def nbytes(self) -> int:
@@ -111,16 +112,20 @@ def slice_records(
 
     One by one: a hostile config can promise more tiles than memory holds.
     """
-    yield _resident(config, rank)
+    yield _resident(config, rank, formats.router)
     for layer, here in enumerate(formats.layers):
         mlp = Block("mlp", layer)
         yield from _attention_records(config, share, layer, here)
-        for index, columns in enumerate(mlp_tiles(config, share, here)):
+        for index, columns in enumerate(mlp_tiles(config, share.mlp_columns(config, layer), here)):
             parts = [Part(name, getattr(here, name), (columns.size, config.hidden)) for name in ("gate", "up")]
             if config.mlp_bias:
                 parts += [Part(f"{name}_bias", "f32", (columns.size,)) for name in ("gate", "up")]
             parts.append(_cut("down", here.down, config.hidden, columns))
             yield Record(f"layers/{layer:04d}/mlp/tile-{index:03d}", mlp, tuple(parts))
+        if config.router(layer) is not None and (expert := _expert_parts(config, share, rank, here)):
+            for number in range(config.experts):
+                path = f"{experts_dataset(layer)}/{number:04d}"
+                yield Record(path, experts_block(layer), expert, expert=number)
     if rank == 0:
         for index, rows_of_head in enumerate(head_tiles(config, formats.head)):
             part = Part("rows", formats.head, (rows_of_head.size, config.hidden))
@@ -149,6 +154,25 @@ def _attention_records(config: ModelConfig, share: Share, layer: int, formats: L
                 yield Record(path, block, tuple(parts), tile.heads, kv_heads, tile.q_to_kv)
 
 
+def experts_dataset(layer: int) -> str:
+    """The dataset of a layer's experts: uint8 [experts, bytes of a tile], each tile as it lies in a buffer."""
+    return f"layers/{layer:04d}/experts"
+
+
+def _expert_parts(config: ModelConfig, share: Share, rank: int, formats: LayerFormats) -> tuple[Part, ...]:
+    """The parts of an expert's tile, the same of all experts of a layer. Rank 0 adds the bias of down, so it has that."""
+    columns, parts = share.expert_columns, []
+    if columns.size:
+        parts += [Part(n, getattr(formats, f"expert_{n}"), (columns.size, config.hidden)) for n in ("gate", "up")]
+        if config.expert_bias:
+            parts += [Part(f"{name}_bias", "f32", (columns.size,)) for name in ("gate", "up")]
+    if config.expert_bias and rank == 0:
+        parts.append(Part("down_bias", "f32", (config.hidden,)))
+    if columns.size:
+        parts.append(_cut("down", formats.expert_down, config.hidden, columns))
+    return tuple(parts)
+
+
 def _cut(name: str, fmt: str, rows: int, columns: Span) -> Part:
     """These columns of a matrix of so many rows."""
     return Part(name, fmt, (rows, columns.size), FORMATS[fmt].first_column(columns.start))
@@ -159,8 +183,14 @@ def times(heads: Span, size: int) -> Span:
     return Span(heads.start * size, heads.stop * size)
 
 
-def _resident(config: ModelConfig, rank: int) -> Record:
+def _resident(config: ModelConfig, rank: int, router: str) -> Record:
     shapes: dict[str, tuple[int, ...]] = {}
+    if config.experts:
+        shapes["router"] = (config.layers, config.experts, config.hidden)
+        if config.router_bias != "none":
+            shapes["router_bias"] = (config.layers, config.experts)
+    if config.attention_sinks:
+        shapes["sinks"] = (config.layers, config.heads)
     for name, shape in layer_norms(config).items():
         shapes[name] = (config.layers, *shape)
     if rank == 0:
@@ -169,5 +199,5 @@ def _resident(config: ModelConfig, rank: int) -> Record:
         if config.mlp_bias:
             shapes["down_bias"] = (config.layers, config.hidden)
         shapes["norm"] = (config.hidden,)
-    parts = tuple(Part(name, "f32", shape) for name, shape in shapes.items())
+    parts = tuple(Part(name, router if name == "router" else "f32", shape) for name, shape in shapes.items())
     return Record("resident/tile-000", RESIDENT, parts)

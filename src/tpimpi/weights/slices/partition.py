@@ -39,13 +39,22 @@ class Span(NamedTuple):
         return self.stop - self.start
 
 
+_NO_COLUMNS = Span(0, 0)
+
+
 @dataclass(frozen=True)
 class Share:
     """What one rank owns in every layer."""
 
     heads: Span  # query heads
     kv_heads: Span  # KV heads that those query heads read; may overlap with a neighbour's
-    columns: Span  # columns of the MLP's intermediate vector
+    columns: Span  # columns of the intermediate vector of a dense layer's MLP
+    expert_columns: Span = _NO_COLUMNS  # of every expert's
+    shared_columns: Span = _NO_COLUMNS  # of the shared experts', together
+
+    def mlp_columns(self, config: ModelConfig, layer: int) -> Span:
+        """Columns of what every position goes through in the feed-forward block of a layer."""
+        return self.columns if config.router(layer) is None else self.shared_columns
 
 
 @dataclass(frozen=True)
@@ -93,20 +102,27 @@ def make_partition(config: ModelConfig, weights: Sequence[float]) -> Partition:
             "such as --shares 2,1,1"
         )
     head_cuts = _cuts(config.heads, weights)
-    run_cuts = _cuts(-(-config.intermediate // RUN_COLUMNS), weights)
-    column_cuts = [min(cut * RUN_COLUMNS, config.intermediate) for cut in run_cuts]
+    columns = _column_cuts(config.intermediate, weights)
+    experts = _column_cuts(config.expert_intermediate, weights)
+    shared = _column_cuts(config.shared_intermediate, weights)
     group = config.heads // config.kv_heads
     shares = []
     for rank in range(len(weights)):
         heads = Span(head_cuts[rank], head_cuts[rank + 1])
         kv_heads = Span(heads.start // group, -(-heads.stop // group)) if heads.size else Span(0, 0)
-        shares.append(Share(heads, kv_heads, Span(column_cuts[rank], column_cuts[rank + 1])))
+        shares.append(Share(heads, kv_heads, columns[rank], experts[rank], shared[rank]))
     return Partition(tuple(weights), tuple(shares))
 
 
 def describe_shares(weights: Sequence[float]) -> str:
     """Proportions as the user writes them, "4,2,2,1"; other proportions have another text."""
     return ",".join(repr(weight).removesuffix(".0") for weight in weights)
+
+
+def _column_cuts(columns: int, weights: Sequence[float]) -> list[Span]:
+    """Each rank's of so many columns."""
+    cuts = [min(cut * RUN_COLUMNS, columns) for cut in _cuts(-(-columns // RUN_COLUMNS), weights)]
+    return [Span(first, stop) for first, stop in itertools.pairwise(cuts)]
 
 
 def _cuts(items: int, weights: Sequence[float]) -> list[int]:
@@ -165,10 +181,12 @@ def _attention_bytes(config: ModelConfig, formats: LayerFormats) -> tuple[float,
     )
 
 
-def mlp_tiles(config: ModelConfig, share: Share, formats: LayerFormats) -> Iterator[Span]:
-    """Runs of columns of one rank's MLP, in order: each with its rows of gate and up and its columns of down."""
+def mlp_tiles(config: ModelConfig, columns: Span, formats: LayerFormats) -> Iterator[Span]:
+    """Runs of one rank's columns of an MLP, in order: each with its rows of gate and up and its columns of down."""
+    if not columns.size:
+        return iter(())
     column = sum(map(weight_bytes, (formats.gate, formats.up, formats.down)))
-    return _runs(share.columns, config.hidden * column, FORMATS[formats.down].block_weights)
+    return _runs(columns, config.hidden * column, FORMATS[formats.down].block_weights)
 
 
 def head_tiles(config: ModelConfig, fmt: str) -> Iterator[Span]:

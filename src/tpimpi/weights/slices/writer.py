@@ -1,4 +1,4 @@
-"""Writing a slice file, in as many goes as it takes; its format is specified in slices/file.
+"""Writing a slice file, in as many goes as it takes; its format is specified in the package.
 
 Until it is whole, a slice has the name `.rank-R-of-N.h5.partial` beside its own, and is locked (flock) by the process that
 writes it. A tile's checksum is written when the tile is; 0 stands where there is none yet, and so do the checksums of the
@@ -372,5 +372,7 @@ def stored_bytes(header: Header) -> int:
     """Space a slice file takes on disk, to within a few pages."""
     row = row_bytes(header.formats.embedding, header.config.hidden) + 8
     table = header.config.vocab * row if header.rank == 0 else 0
-    metadata = sum(len(record.parts) + 2 for record in header.records) * 2 * ALIGNMENT_BYTES
+    objects = sum(len(record.parts) + 2 for record in header.records if record.expert < 0)
+    objects += sum(record.expert == 0 for record in header.records) * 2  # a layer's experts are one dataset
+    metadata = objects * 2 * ALIGNMENT_BYTES
     return sum(record.nbytes for record in header.records) + table + metadata

@@ -107,9 +107,16 @@ class Stored:
     offset_value: float = 0.0
 
     def split(self, pieces: Sequence[Piece]) -> dict[str, Stored]:
-        """The matrices, or biases, that this holds, by their canonical names. ModelError where it has not as many rows."""
+        """The matrices, or biases, that this holds, by their canonical names. ModelError where it has not as many rows.
+
+        Those of all experts may be one tensor with a dimension more, which is the same numbers in the same order.
+        """
         rows = sum(piece.rows for piece in pieces)
         dimensions = 1 if pieces[0].name.endswith(".bias") else 2
+        if len(self.info.shape) == dimensions + 1 and self.info.shape[1]:
+            stack, height, *rest = self.info.shape
+            flat = TensorInfo(self.info.name, (stack * height, *rest), self.info.format)
+            return replace(self, info=flat, row_bytes=self.row_bytes // height).split(pieces)
         if len(self.info.shape) != dimensions or self.info.shape[0] != rows:
             raise ModelError(
                 f"{self.file.path}: tensor {shown(self.info.name)} has shape {list(self.info.shape)}, and the config needs "
