@@ -28,6 +28,7 @@ class MemoryAllotment:
     device: int  # st_dev of the slice
     direct: bool  # reads go past the page cache
     most_context: int | None  # positions that the memory has room for, at most
+    experts: int = 0  # of a mixture: its cache
 
 
 def print_memory(ranks: Sequence[MemoryAllotment], *, always: bool) -> None:
@@ -39,10 +40,11 @@ def print_memory(ranks: Sequence[MemoryAllotment], *, always: bool) -> None:
         return
     table = Table(box=None, pad_edge=False, header_style="none")
     table.add_column("rank host")
-    for name in ("memory", "program", "cache", "work", "buffers", "pinned", "streamed a token"):
+    mixture = any(rank.experts for rank in ranks)
+    for name in ("memory", "program", "cache", "work", "buffers", "pinned", *["experts"] * mixture, "streamed a token"):
         table.add_column(name, justify="right")
     for r in ranks:
-        sizes = (r.base, r.cache, r.work, r.buffers, r.pinned, r.streamed)
+        sizes = (r.base, r.cache, r.work, r.buffers, r.pinned, *[r.experts] * mixture, r.streamed)
         promise = "-" if r.promise is None else show_size(r.promise)
         table.add_row(f"r{r.rank} {r.host}", promise, *map(show_size, sizes))
     console = Console(file=sys.stderr, width=140, highlight=False, color_system=None)

@@ -8,6 +8,7 @@ Everything that a rank takes is one of these (`Needs`, and `Budget` for what is 
     reserve      RESERVE_BYTES: what cannot be seen from inside (page cache of the files it reads, the kernel's own tables)
     buffers      the window's ring, and records for a trace
     pinned       tiles that stay; all that is left
+    experts      of a mixture: its expert cache, with all that is left when the tiles that every token uses are pinned
 
 `--memory SIZE` bounds their sum. `--memory auto` finds the sum: what the host has free, or the smallest memory limit of a
 cgroup that the rank is in (batch jobs are such), less a reserve for others, is divided among the ranks there (`divide`).
@@ -30,7 +31,8 @@ _START_VARIATION_BYTES = 4_000_000
 
 @dataclass(frozen=True)
 class Needs:
-    """What one rank needs, in bytes; see the module's docstring. `tiles` are all of its tiles together."""
+    """What one rank needs, in bytes; see the module's docstring. `tiles` are all that every token uses, together; `experts`
+    all experts, of which the cache has room for `least_experts` at least."""
 
     base: int
     cache: int
@@ -38,6 +40,8 @@ class Needs:
     least_buffers: int
     usual_buffers: int
     tiles: int
+    least_experts: int = 0
+    experts: int = 0
 
     @property
     def fixed(self) -> int:
@@ -46,12 +50,12 @@ class Needs:
     @property
     def least(self) -> int:
         """The smallest budget that works."""
-        return self.fixed + self.least_buffers
+        return self.fixed + self.least_buffers + self.least_experts
 
     @property
     def most(self) -> int:
         """The budget beyond which more memory is of no use."""
-        return self.fixed + self.tiles
+        return self.fixed + self.tiles + self.experts
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Budget:
     promise: int | None
     buffers: int
     pinned: int  # at most
+    experts: int = 0
 
 
 def make_budget(needs: Needs, promise: int, whose: str = "") -> Budget:
@@ -75,14 +80,16 @@ def make_budget(needs: Needs, promise: int, whose: str = "") -> Budget:
         raise InputError(
             f"{whose}, this rank needs at least {megabytes_up(needs.least + _START_VARIATION_BYTES)} "
             f"({show_size(needs.base)} for program and libraries, {show_size(needs.cache)} for keys and values, "
-            f"{show_size(needs.work + RESERVE_BYTES)} to work with, {show_size(needs.least_buffers)} for buffers); "
+            f"{show_size(needs.work + RESERVE_BYTES)} to work with, "
+            f"{show_size(needs.least_buffers + needs.least_experts)} for buffers); "
             "give that, or a smaller --context"
         )
-    left = promise - needs.fixed
+    left = promise - needs.fixed - needs.least_experts
     if needs.tiles <= left:
-        return Budget(promise, needs.usual_buffers, needs.tiles)
+        experts = min(needs.experts, needs.least_experts + left - needs.tiles)
+        return Budget(promise, needs.usual_buffers, needs.tiles, experts)
     buffers = min(max(left // 4, needs.least_buffers), needs.usual_buffers)
-    return Budget(promise, buffers, left - buffers)
+    return Budget(promise, buffers, left - buffers, needs.least_experts)
 
 
 def divide(free: int, needs: Mapping[int, Needs]) -> dict[int, int]:

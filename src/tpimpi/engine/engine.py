@@ -17,6 +17,9 @@ from tpimpi.compute.arrays import F32
 from tpimpi.compute.backends import load_backend
 from tpimpi.engine.budget import Needs
 from tpimpi.engine.cycle import records_of
+from tpimpi.engine.eviction import ExpertKey
+from tpimpi.engine.expert_cache import ExpertCache
+from tpimpi.engine.experts import Experts
 from tpimpi.engine.model import Model, block_order
 from tpimpi.engine.needs import needs_of_model
 from tpimpi.engine.trace import Recorder
@@ -92,6 +95,9 @@ class OpenedEngine:
             self.resident = self.file.load(self.file.records_of("resident")[0]).parts
             self.order = block_order(self.header)
             self.records = records_of(self.file, self.order)
+            self.experts = {
+                ExpertKey(record.block.layer, record.expert): record for record in self.file.records_of("experts")
+            }
             self.recorder = Recorder() if settings.trace else None
         except BaseException:
             self.file.close()
@@ -114,6 +120,14 @@ class OpenedEngine:
             allreduce=self.settings.allreduce,
             context=context,
             logits_of=self.settings.logits_of,
+            expert_sizes=[record.nbytes for record in self.experts.values()],
+        )
+
+    def open_experts(self, *, nbytes: int | None, reads: int) -> ExpertCache:
+        """The cache of the experts that there are; see ExpertCache for the parameters."""
+        places = {block.layer: place for place, block in enumerate(self.order) if block.kind == "mlp"}
+        return ExpertCache(
+            self.file, self.experts, nbytes=nbytes, reads=reads, recorder=self.recorder, places_of=places
         )
 
     def open_window(self, *, pinned: int | None, ring: int | None, blocks: int | None, reads: int) -> Window:
@@ -128,14 +142,16 @@ class OpenedEngine:
             recorder=self.recorder,
         )
 
-    def start(self, window: Window, make_room: Callable[[int], None]) -> Engine:
-        """The engine whose tiles come from `window`; see Model for `make_room`."""
+    def start(self, window: Window, experts: ExpertCache, make_room: Callable[[int], None]) -> Engine:
+        """The engine whose tiles come from `window` and `experts`; see Model for `make_room`."""
+        config = self.header.config
         model = Model(
             *(self.header, self.resident, window, self.star, self.backend, self.settings.kv),
+            experts=Experts(config, self.resident, experts, self.backend) if config.experts else None,
             make_room=make_room,
             recorder=self.recorder,
         )
-        return Engine(self, window, model)
+        return Engine(self, window, experts, model)
 
     def close(self) -> None:
         self.file.close()
@@ -147,6 +163,7 @@ class Engine:
 
     opened: OpenedEngine
     window: Window
+    experts: ExpertCache
     model: Model
 
     def embed(self, ids: Iterable[int]) -> F32:
@@ -158,6 +175,7 @@ class Engine:
     def close(self) -> None:
         """Stop reading, and give the tiles' memory back."""
         self.window.close()
+        self.experts.close()
         self.opened.close()
 
 

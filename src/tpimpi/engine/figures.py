@@ -9,6 +9,19 @@ from tpimpi.system.units import show_size
 
 
 @dataclass(frozen=True)
+class ExpertFigures:
+    """What an expert cache did: numbers of uses, and bytes."""
+
+    used: int = 0  # experts that blocks wanted
+    hits: int = 0  # of those, there already or on their way, for whatever reason
+    expected: int = 0  # read because they were expected
+    expected_used: int = 0  # of those, wanted then
+    bytes_read: int = 0
+    expected_bytes: int = 0  # of those bytes, for what was expected
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True)
 class RankFigures:
     """One rank's part of the report. Times in seconds, over the whole run.
 
@@ -40,6 +53,7 @@ class RankFigures:
     read_wait_s: float
     compute_s: float
     star_s: float
+    experts: ExpertFigures | None  # of a mixture
     timeline: list[list[int | float]]
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from tpimpi.engine.budget import RESERVE_BYTES
+from tpimpi.engine.expert_cache import ExpertCache
 from tpimpi.engine.window import Window
 from tpimpi.system.memory import headroom, places, resident_bytes
 
@@ -43,11 +44,12 @@ class Timeline:
 
 
 class MemoryGuard:
-    """Watches the windows of a rank; `limit_pinned` says how much they may pin at most."""
+    """Watches the windows and expert caches of a rank; `limit_pinned` says how much they may pin at most."""
 
     def __init__(
         self,
         windows: Sequence[Window],
+        caches: Sequence[ExpertCache] = (),
         *,
         promise: int | None,
         shared_by: int = 0,
@@ -57,9 +59,9 @@ class MemoryGuard:
         """`promise` is what the rank may have resident, None for no bound. `shared_by` is how many ranks of ours share
         its host under `--memory auto`, 0 where the host's memory is not to be watched. `stalled` gets a line for the
         user; `waiting` says since when something else than a window waits for the disk, and for what."""
-        self._windows, self._promise, self._shared_by = windows, promise, shared_by
+        self._windows, self._caches, self._promise, self._shared_by = windows, caches, promise, shared_by
         self._stalled, self._waiting = stalled, waiting
-        self._most = sum(window.wanted_bytes for window in windows)
+        self._most = self.wanted
         self._roomy_since: float | None = None
         self._said = 0.0  # how long the wait was that was last reported
         self.timeline = Timeline()
@@ -70,24 +72,36 @@ class MemoryGuard:
 
     @property
     def pinned(self) -> int:
-        return sum(window.pinned_bytes for window in self._windows)
+        """Memory of pinned tiles and of experts."""
+        windows = sum(window.pinned_bytes for window in self._windows)
+        return windows + sum(cache.held_bytes for cache in self._caches)
 
     @property
     def wanted(self) -> int:
-        return sum(window.wanted_bytes for window in self._windows)
+        """What they may take."""
+        return sum(window.wanted_bytes for window in self._windows) + sum(cache.limit_bytes for cache in self._caches)
 
     def limit_pinned(self, most: int) -> None:
-        """From now on pin at most so many bytes."""
+        """From now on pin at most so many bytes, experts included."""
         with self._lock:
-            self._most = min(most, sum(window.total_bytes for window in self._windows))
+            self._most = min(most, self._total())
             if self.wanted > most:
                 self._pin(most)
 
     def _pin(self, nbytes: int) -> None:
-        """Each window gets its part, by size."""
+        """Each window gets its part, by size, and the expert caches what is left: they are the first to give back."""
         whole = sum(window.total_bytes for window in self._windows)
+        dense = max(0, min(whole, nbytes - sum(cache.least_bytes for cache in self._caches)))
+        experts = sum(cache.total_bytes for cache in self._caches)
+        for cache in self._caches:
+            cache.limit(max(0, nbytes - dense) * cache.total_bytes // max(1, experts))
         for window in self._windows:
-            window.pin_at_most(max(0, nbytes) * window.total_bytes // max(1, whole))
+            window.pin_at_most(dense * window.total_bytes // max(1, whole))
+
+    def _total(self) -> int:
+        """What windows and caches could take."""
+        windows = sum(window.total_bytes for window in self._windows)
+        return windows + sum(cache.total_bytes for cache in self._caches)
 
     def _run(self) -> None:
         period, used = CHECK_INTERVAL_S, time.process_time()
@@ -137,7 +151,8 @@ class MemoryGuard:
             self._roomy_since = None
 
     def _report_stall(self, now: float) -> None:
-        waits = [self._waiting(), *((w.waiting_since, w.waiting_for) for w in self._windows if w.waiting_since)]
+        readers = (*self._windows, *self._caches)
+        waits = [self._waiting(), *((r.waiting_since, r.waiting_for) for r in readers if r.waiting_since)]
         longest = max(((now - wait[0], wait[1]) for wait in waits if wait and wait[0]), default=(0.0, ""))
         if longest[0] < STALL_REPORT_S:
             if self._said:

@@ -14,6 +14,7 @@ import numpy as np
 
 from tpimpi.compute.arrays import F32, Array
 from tpimpi.compute.backends import Backend
+from tpimpi.engine.experts import Experts, Routed
 from tpimpi.engine.overlap import HalfChunk, Need, Steps, go_through_blocks, half_chunks
 from tpimpi.engine.trace import COMPUTE, STAR, Recorder
 from tpimpi.engine.window import Window
@@ -51,6 +52,7 @@ class Model:
         backend: Backend,
         kv: str = "auto",
         *,
+        experts: Experts | None = None,
         make_room: Callable[[int], None] = lambda context: None,
         recorder: Recorder | None = None,
     ) -> None:
@@ -60,6 +62,7 @@ class Model:
         self.resident, self.window, self.star, self.backend = resident, window, star, backend
         self.cache: KVCache | None = None
         self._kv_dtype = kv_dtype(kv, header.formats.of_layers())
+        self.experts = experts
         self.compute_seconds = 0.0
         self._make_room, self._recorder = make_room, recorder
         self._blocks = [block for block in block_order(header) if block != HEAD]
@@ -85,7 +88,8 @@ class Model:
         if not head:
             self.window.skip(HEAD)
         x = x.copy()
-        runs = half_chunks(x.shape[0], self.star.rank.size)
+        # A half would read experts that the other half wants too.
+        runs = half_chunks(x.shape[0], self.star.rank.size if self.experts is None else 1)
         with self._computing():
             halves = [HalfChunk(self._through_layers(x[run], start + run.start, len(runs) > 1)) for run in runs]
             go_through_blocks(self._blocks, self.window, halves)
@@ -108,11 +112,15 @@ class Model:
                     Projections(self.backend, self.config.head_dim),
                     np.zeros((x.shape[0], 2), np.float32),
                 )
+            routed = self._routed(h, block)
             number = 0
             while (tile := (yield Need.TILE)) is not None:
                 with self._recorded(COMPUTE, place, number):
                     partial += self._tile_partial(h, tile, start, rotary, projections)
                 number += 1
+            if routed is not None and self.experts is not None:
+                with self._recorded(COMPUTE, place, number):
+                    self.experts.add_partial(partial, h, routed)
             self._add_bias(partial, block)
             if spec.parallel and block.kind == "attn":
                 continue
@@ -131,7 +139,15 @@ class Model:
         if not spec.pre_norms:
             return x
         weight = self.resident[f"{block.kind}_norm"][block.layer]
+        if block.kind == "mlp" and spec.router is not None:  # from which experts are chosen, the same on every rank
+            return self.backend.fixed_rms_norm(x, weight, self.config.norm_eps)
         return pre_norm(self.backend, spec.norm, x, weight, self.config.norm_eps)
+
+    def _routed(self, h: F32, block: Block) -> Routed | None:
+        """The experts of a block, from its normed vectors `h` [n, hidden]; None of one that has none."""
+        if self.experts is None or block.kind != "mlp" or self._layers[block.layer].router is None:
+            return None
+        return self.experts.route(h, block.layer)
 
     def _to_residual(self, total: F32, block: Block) -> F32:
         """What is added to the residual, from a block's sum over all ranks, [n, hidden]: the same bits on every rank."""
@@ -219,7 +235,12 @@ class Model:
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
         """Count the time spent inside, less what went to the disk and the star."""
-        began, elsewhere = time.monotonic(), self.window.wait_seconds + self.star.seconds
+        began, elsewhere = time.monotonic(), self._elsewhere()
         yield
-        waited = self.window.wait_seconds + self.star.seconds - elsewhere
+        waited = self._elsewhere() - elsewhere
         self.compute_seconds += time.monotonic() - began - waited
+
+    def _elsewhere(self) -> float:
+        """Seconds that went to the disk and the star so far."""
+        experts = 0.0 if self.experts is None else self.experts.cache.wait_seconds
+        return self.window.wait_seconds + experts + self.star.seconds

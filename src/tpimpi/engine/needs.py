@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from tpimpi.engine.budget import Needs
+from tpimpi.engine.expert_cache import least_places
 from tpimpi.engine.overlap import PREFILL_CHUNK
 from tpimpi.engine.ring import FEWEST_TILES, USUAL_TILES
 from tpimpi.models.kv.cache import cache_bytes, kv_dtype
@@ -56,14 +57,16 @@ def needs_of_model(
     allreduce: str,
     context: int,
     logits_of: int = 1,
+    expert_sizes: Sequence[int] = (),
 ) -> Needs:
     """What one rank needs to hold `context` positions of one model, of which it has the slice `header`.
 
     `records` are its tiles, or those of a layer of each kind and of the head; `tiles` the bytes of all of them. `base` is
     what the rank has resident before. `backend`, `kv` and `allreduce` (a rule: see star.parse_rule) are those of the run;
-    `logits_of` is how many positions rank 0 computes logits of at once.
+    `logits_of` is how many positions rank 0 computes logits of at once; `expert_sizes` are the bytes of each expert's tile.
     """
     largest = max((record.nbytes for record in records), default=0)
+    expert = max(expert_sizes, default=0)
     all_partials = allreduce.endswith("exchange")  # also of long sums
     return Needs(
         base=base,
@@ -72,6 +75,8 @@ def needs_of_model(
         least_buffers=min(tiles, FEWEST_TILES * largest),
         usual_buffers=min(tiles, USUAL_TILES * largest),
         tiles=tiles,
+        least_experts=least_places(len(expert_sizes)) * expert,
+        experts=len(expert_sizes) * expert,
     )
 
 
@@ -84,6 +89,8 @@ def needs_together(needs: Sequence[Needs]) -> Needs:
         least_buffers=sum(need.least_buffers for need in needs),
         usual_buffers=sum(need.usual_buffers for need in needs),
         tiles=sum(need.tiles for need in needs),
+        least_experts=sum(need.least_experts for need in needs),
+        experts=sum(need.experts for need in needs),
     )
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 
 from tpimpi.engine.allotment import MemoryAllotment
 from tpimpi.engine.budget import RESERVE_BYTES, Budget, Needs, make_budget
 from tpimpi.engine.engine import OpenedEngine
+from tpimpi.engine.expert_cache import ExpertCache, least_places
 from tpimpi.engine.figures import RankFigures
 from tpimpi.engine.memory_guard import MemoryGuard
 from tpimpi.engine.needs import needs_together
@@ -80,27 +82,38 @@ class MemoryPlan:
     def take(self) -> RankMemory:
         """Measure what the disk gives, while the other ranks do, and start reading for good."""
         rates = [0.0, *(self._rate(engine, trial) for engine, trial in zip(self.of.engines, self.trials, strict=True))]
-        windows: list[Window] = []
-        try:
+        with ExitStack() as undo:
+            windows, caches = [], []
             for engine, trial in zip(self.of.engines, self.trials, strict=True):
-                windows.append(self._open_window(engine, trial))
-        except BaseException:
-            for window in windows:
-                window.close()
-            raise
-        return RankMemory(self, windows, max(rates))
+                windows.append(undo.enter_context(closing(self._open_window(engine, trial))))
+                caches.append(undo.enter_context(closing(self._open_experts(engine, trial))))
+            memory = RankMemory(self, windows, caches, max(rates))
+            undo.pop_all()
+        return memory
 
     def streams(self, engine: OpenedEngine) -> bool:
         """Whether something of this engine is read for each token."""
         window = self.of.settings.window
         blocks = isinstance(window, int) and window < len(engine.order)
-        return blocks or (self.budget is not None and self.budget.pinned < self.needs.tiles)
+        return (
+            blocks or (self.budget is not None and self.budget.pinned < self.needs.tiles) or self.reads_experts(engine)
+        )
+
+    def reads_experts(self, engine: OpenedEngine) -> bool:
+        """Whether experts of this engine are read while it computes."""
+        few = (
+            isinstance(self.of.settings.window, int)
+            if self.budget is None
+            else self.budget.experts < self.needs.experts
+        )
+        return few and bool(engine.experts)
 
     def trial(self, engine: OpenedEngine) -> DiskTrial | None:
         """Try how many reads in flight the disk of this engine's slice wants."""
         if not self.streams(engine):
             return None
-        trial = engine.file.trial(engine.records)
+        records = [*engine.records, *(engine.experts.values() if self.reads_experts(engine) else ())]
+        trial = engine.file.trial(records)
         return DiskTrial(trial, engine.file.measure(partial(trial.depth, self._trial_buffer())))
 
     def _rate(self, engine: OpenedEngine, trial: DiskTrial | None) -> float:
@@ -129,27 +142,44 @@ class MemoryPlan:
             reads=DEFAULT_READS if trial is None else trial.reads,
         )
 
+    def _open_experts(self, engine: OpenedEngine, trial: DiskTrial | None) -> ExpertCache:
+        """The expert cache of one engine, with its part of the budget."""
+        sizes = [record.nbytes for record in engine.experts.values()]
+        whole, nbytes = len(sizes) * max(sizes, default=0), None
+        if self.budget is not None:
+            nbytes = self.budget.experts * whole // max(1, self.needs.experts)
+        elif self.reads_experts(engine):  # no tile stays under --window
+            nbytes = least_places(len(sizes)) * max(sizes)
+        return engine.open_experts(nbytes=nbytes, reads=DEFAULT_READS if trial is None else trial.reads)
+
 
 class RankMemory:
     """All the engines of a rank, at work, and the memory that they share, kept within its bounds."""
 
-    def __init__(self, plan: MemoryPlan, windows: Sequence[Window], disk_bytes_per_s: float) -> None:
-        """`windows` are those of the plan's engines; `disk_bytes_per_s` what the disk gave (0 where it was not measured)."""
+    def __init__(
+        self, plan: MemoryPlan, windows: Sequence[Window], caches: Sequence[ExpertCache], disk_bytes_per_s: float
+    ) -> None:
+        """`windows` and `caches` are those of the plan's engines; `disk_bytes_per_s` what the disk gave (0 where it was not
+        measured)."""
         self._plan, self._context = plan, plan.context
         self.star, self.settings = plan.of.star, plan.of.settings
         self._rings = sum(window.ring_bytes for window in windows)
         self.engines = [
-            opened.start(window, self.make_room) for opened, window in zip(plan.of.engines, windows, strict=True)
+            opened.start(window, experts, self.make_room)
+            for opened, window, experts in zip(plan.of.engines, windows, caches, strict=True)
         ]
         self.guard = MemoryGuard(
             windows,
+            caches,
             promise=None if plan.watched_by else plan.promise,
             shared_by=plan.watched_by,
             stalled=self._say,
             waiting=self._waiting_for_a_row,
         )
         if plan.watched_by:
-            self.guard.limit_pinned(plan.needs.tiles)  # if other programs end, there may be room for more
+            self.guard.limit_pinned(
+                plan.needs.tiles + plan.needs.experts
+            )  # if other programs end, there may be room for more
         self.allotment = self._allotment(disk_bytes_per_s)
 
     def _allotment(self, disk_bytes_per_s: float) -> MemoryAllotment:
@@ -167,6 +197,7 @@ class RankMemory:
             buffers=self._rings if any(map(plan.streams, opened)) else 0,
             pinned=sum(engine.window.wanted_bytes for engine in self.engines),
             streamed=sum(engine.window.streamed_bytes for engine in self.engines),
+            experts=sum(engine.experts.limit_bytes for engine in self.engines),
             reads=max(DEFAULT_READS if trial is None else trial.reads for trial in plan.trials),
             disk_bytes_per_s=disk_bytes_per_s,
             device=opened[0].file.device,
@@ -205,7 +236,7 @@ class RankMemory:
         """What each engine did. Memory is the whole rank's."""
         peak = peak_rss_bytes()
         tokenizer = self._plan.of.tokenizer_bytes
-        weights = sum(engine.window.most_bytes for engine in self.engines)
+        weights = sum(engine.window.most_bytes + engine.experts.most_bytes for engine in self.engines)
         caches = [engine.model.cache for engine in self.engines]
         cache = sum(cache.filled_bytes for cache in caches if cache is not None)
         began = self.points[0][0] if self.points else 0.0
@@ -227,10 +258,11 @@ class RankMemory:
                 streamed_bytes_per_token=engine.window.streamed_bytes,
                 device=self.allotment.device,
                 disk_bytes_per_s=self.allotment.disk_bytes_per_s,
-                bytes_read=engine.window.bytes_read,
-                read_wait_s=engine.window.wait_seconds,
+                bytes_read=engine.window.bytes_read + engine.experts.figures.bytes_read,
+                read_wait_s=engine.window.wait_seconds + engine.experts.wait_seconds,
                 compute_s=engine.model.compute_seconds,
                 star_s=self.star.seconds,
+                experts=engine.experts.figures if engine.opened.experts else None,
                 timeline=[[round(t - began, 3), *rest] for t, *rest in self.points],
             )
             for engine in self.engines

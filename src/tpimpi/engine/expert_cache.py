@@ -1,0 +1,352 @@
+"""The expert cache: keeps in memory those experts' tiles that were used lately, and reads the others when they are wanted.
+
+A token uses some of a layer's experts, chosen by its router. All layers share one number of places, each large enough for
+any tile. What a block wants is read at once, in the order of the file; what is expected for the next block (`expect`) is
+read when there is nothing else to do, and given up when the block turns out not to want it. An expert that is in use, or
+about to be in this block, keeps its place as long as another can go.
+
+Which bytes are where changes no number: tiles are handed out in the order in which they are asked for.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from tpimpi.engine.eviction import ExpertKey, LeastRecentlyUsed
+from tpimpi.engine.figures import ExpertFigures
+from tpimpi.engine.trace import READ, WAIT, Recorder
+from tpimpi.system.buffers import BufferPool, Bytes
+from tpimpi.weights.slices.file import SliceFile, Tile
+from tpimpi.weights.slices.layout import Record
+
+JOIN_TIMEOUT_S = 2.0  # a reader that waits for a disk which stalls is left behind
+
+
+def least_places(experts: int) -> int:
+    """Places without which no expert can be used: one computes while the next is read."""
+    return min(2, experts)
+
+
+@dataclass(eq=False)
+class _Entry:
+    """An expert that has a place."""
+
+    key: ExpertKey
+    place: int
+    expected: bool  # read because it was expected, and not wanted yet
+    reading: bool = False  # a reader is at it
+    tile: Tile | None = None
+
+
+class ExpertCache:
+    """Tiles of experts. `tiles` and `expect` are called by one thread; `limit` and what is only read, by any."""
+
+    def __init__(
+        self,
+        file: SliceFile,
+        records: Mapping[ExpertKey, Record],
+        *,
+        nbytes: int | None,
+        reads: int,
+        recorder: Recorder | None = None,
+        places_of: Mapping[int, int] | None = None,
+    ) -> None:
+        """`records` are the experts' tiles; `nbytes` is how much memory they may take, None for all of them, and is enough
+        for two. `reads` threads read. `places_of` says for the trace where a layer's block stands in the order."""
+        self._file, self._records, self._recorder = file, records, recorder
+        self._blocks = places_of or {}
+        self.slot_bytes = max((record.nbytes for record in records.values()), default=0)
+        self.total_bytes = self.slot_bytes * len(records)
+        self._pool = BufferPool([self.slot_bytes] * len(records))
+        self._free = list(range(len(records)))[::-1]  # the place that was given back last is taken first
+        self._most_places = 0
+        self._buffers: dict[int, Bytes] = {}  # of the places that have memory
+        self._entries: dict[ExpertKey, _Entry] = {}
+        self._order = LeastRecentlyUsed()
+        self._limit = len(records) if nbytes is None else min(len(records), nbytes // max(1, self.slot_bytes))
+        assert self._limit >= least_places(len(records)), "an expert would never find a place"
+        self._wanted: deque[ExpertKey] = deque()  # by the block, not handed out yet; in order
+        self._in_use: set[ExpertKey] = set()
+        self._urgent: deque[_Entry] = deque()  # to be read, in order
+        self._guessed: deque[_Entry] = deque()  # to be read if there is nothing urgent
+        self._guesses: list[_Entry] = []  # all that is expected of the next block
+        lock = threading.Lock()
+        self._changed = threading.Condition(lock)
+        self._work = threading.Condition(lock)
+        self._error: BaseException | None = None
+        self._closed = False
+        self._used = self._hits = self._expected = self._expected_used = 0
+        self._bytes_read = self._expected_bytes = 0
+        self.wait_seconds = 0.0
+        self.waiting_since: float | None = None  # time.monotonic(), while `tiles` waits for the disk
+        self.waiting_for = ""
+        self._threads = [
+            threading.Thread(target=self._read, args=(lane,), name=f"tpimpi-expert-{lane}", daemon=True)
+            for lane in range(reads if records else 0)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # What is held
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of experts, those on their way included."""
+        return len(self._entries) * self.slot_bytes
+
+    @property
+    def most_bytes(self) -> int:
+        """Memory that experts took, at most."""
+        return self._most_places * self.slot_bytes
+
+    @property
+    def limit_bytes(self) -> int:
+        """Memory that experts may take."""
+        return self._limit * self.slot_bytes
+
+    @property
+    def least_bytes(self) -> int:
+        """Memory without which no expert can be used."""
+        return least_places(len(self._records)) * self.slot_bytes
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is room for all experts."""
+        return self._limit >= len(self._records)
+
+    @property
+    def figures(self) -> ExpertFigures:
+        """What was done so far."""
+        return ExpertFigures(
+            used=self._used,
+            hits=self._hits,
+            expected=self._expected,
+            expected_used=self._expected_used,
+            bytes_read=self._bytes_read,
+            expected_bytes=self._expected_bytes,
+            wait_s=self.wait_seconds,
+        )
+
+    def limit(self, nbytes: int) -> None:
+        """From now on take at most so many bytes, and at least those of `least_bytes`. Experts beyond that go at once, but
+        for those in use or being read, which go when they are not any more."""
+        with self._changed:
+            least = least_places(len(self._records))
+            self._limit = max(least, min(len(self._records), nbytes // max(1, self.slot_bytes)))
+            self._shrink()
+            self._start_reads()
+
+    # Using experts
+
+    def expect(self, layer: int, experts: Sequence[int]) -> None:
+        """The next block that wants experts is that of this layer, and will probably want these, the likeliest first."""
+        with self._changed:
+            for expert in experts:
+                key = ExpertKey(layer, expert)
+                if key in self._entries:
+                    continue
+                # What was expected before and is not wanted is the first to go; what is to be used soon never does.
+                entry = self._take_place(key, expected=True)
+                if entry is None:
+                    break
+                self._guesses.append(entry)
+                self._guessed.append(entry)
+            self._work.notify_all()
+
+    def tiles(self, layer: int, experts: Sequence[int]) -> Iterator[list[Tile]]:
+        """The tiles of these experts, in this order: in groups, each of those that are in memory by then. A group is valid
+        until the next is asked for. Raises what reading raised."""
+        keys = [ExpertKey(layer, expert) for expert in experts]
+        with self._changed:
+            self._begin(keys)
+        while True:
+            with self._changed:
+                self._release()
+                if not self._wanted:
+                    return
+                self._start_reads()
+                self._wait_for(self._wanted[0])
+                group = self._take_group()
+            yield group
+
+    def _begin(self, keys: Iterable[ExpertKey]) -> None:
+        """A block wants these."""
+        self._wanted = deque(keys)
+        wanted = set(self._wanted)
+        for key in self._wanted:
+            self._used += 1
+            entry = self._entries.get(key)
+            if entry is None:
+                continue
+            begun = entry.reading or entry.tile is not None
+            self._hits += begun
+            self._expected_used += begun and entry.expected
+            if not begun:
+                self._urgent.append(entry)
+        # What was expected wrongly is given up, or is the first to go.
+        for entry in self._guesses:
+            begun = entry.reading or entry.tile is not None
+            if entry.key not in wanted and not begun:
+                self._give_back(entry)
+            elif entry.key not in wanted:
+                self._order.demote(entry.key)
+            entry.expected = False
+        self._guesses.clear()
+        self._guessed.clear()
+
+    def _release(self) -> None:
+        """What was handed out is not in use any more."""
+        for key in self._in_use:
+            self._order.use(key)
+        self._in_use.clear()
+        self._shrink()
+
+    def _start_reads(self) -> None:
+        """Find places for what is wanted and not there, in order, as long as there are any."""
+        for key in self._wanted:
+            if key not in self._entries:
+                entry = self._take_place(key, expected=False)
+                if entry is None:
+                    break
+                self._urgent.append(entry)
+        if self._urgent:
+            self._work.notify_all()
+
+    def _take_group(self) -> list[Tile]:
+        """All that is there, from the first that is wanted on."""
+        group: list[Tile] = []
+        while self._wanted and (entry := self._entries.get(self._wanted[0])) is not None and entry.tile is not None:
+            self._in_use.add(self._wanted.popleft())
+            group.append(entry.tile)
+        return group
+
+    def _wait_for(self, key: ExpertKey) -> None:
+        """Wait until this expert is in memory; how long that took is counted."""
+        if (entry := self._entries.get(key)) is not None and entry.tile is not None:
+            return
+        began = time.monotonic()
+        self.waiting_for, self.waiting_since = self._records[key].path, began
+        try:
+            while (entry := self._entries.get(key)) is None or entry.tile is None:
+                if self._error is not None:
+                    raise self._error
+                self._changed.wait()
+                self._start_reads()
+        finally:
+            ended = time.monotonic()
+            self.waiting_since = None
+            self.wait_seconds += ended - began
+            if self._recorder is not None:
+                self._recorder.add(WAIT, self._blocks.get(key.layer, -1), key.expert, began, ended)
+
+    # Places; the lock is held
+
+    def _take_place(self, key: ExpertKey, *, expected: bool) -> _Entry | None:
+        """A place for an expert, another's if need be; None where none may go now."""
+        if len(self._entries) >= self._limit:
+            victim = self._victim(key, expected=expected)
+            if victim is None:
+                return None
+            self._give_back(victim)
+        place = self._free.pop()
+        if place not in self._buffers:
+            self._buffers[place] = self._pool.take(place)
+        self._most_places = max(self._most_places, len(self._buffers))
+        entry = _Entry(key, place, expected)
+        self._entries[key] = entry
+        self._order.add(key)
+        return entry
+
+    def _victim(self, key: ExpertKey, *, expected: bool) -> _Entry | None:
+        """Whose place goes to `key`: the policy's choice of those that are of no use now; for one that is wanted, if there
+        is no such, the last that the block wants."""
+        wanted = set(self._wanted)
+
+        def may_go(other: ExpertKey) -> bool:
+            entry = self._entries[other]
+            return not (entry.reading or other in wanted or other in self._in_use or (expected and entry.expected))
+
+        found = self._order.victim(may_go)
+        if found is not None:
+            return self._entries[found]
+        if expected:
+            return None
+        for later in reversed(self._wanted):
+            if later == key:
+                return None
+            entry = self._entries.get(later)
+            if entry is not None and not entry.reading and entry.tile is not None:
+                return entry
+        return None
+
+    def _give_back(self, entry: _Entry) -> None:
+        """Its place is free, for another expert."""
+        del self._entries[entry.key]
+        self._order.remove(entry.key)
+        self._free.append(entry.place)
+
+    def _shrink(self) -> None:
+        """Give memory back where there is more than there may be."""
+        while len(self._entries) > self._limit:
+            found = self._order.victim(lambda key: not self._entries[key].reading and key not in self._in_use)
+            if found is None:
+                return
+            entry = self._entries[found]
+            for queue in (self._urgent, self._guessed):
+                if entry in queue:
+                    queue.remove(entry)
+            self._give_back(entry)
+            self._pool.release(entry.place)
+            del self._buffers[entry.place]
+
+    # The readers
+
+    def _read(self, lane: int) -> None:
+        """A thread: read expert after expert. An error ends all of them, and is raised by `tiles`."""
+        try:
+            while (entry := self._next()) is not None:
+                record, buffer = self._records[entry.key], self._buffers[entry.place]
+                began = time.monotonic()
+                tile = self._file.read(record, buffer[: record.nbytes])
+                if self._recorder is not None:
+                    block = self._blocks.get(entry.key.layer, -1)
+                    self._recorder.add(READ, block, entry.key.expert, began, time.monotonic(), lane)
+                with self._changed:
+                    entry.reading, entry.tile = False, tile
+                    self._bytes_read += record.nbytes
+                    self._changed.notify_all()
+        except BaseException as error:
+            with self._changed:
+                self._error = self._error or error
+                self._changed.notify_all()
+                self._work.notify_all()
+
+    def _next(self) -> _Entry | None:
+        """The next expert to read, once there is one; None when the cache is closed."""
+        with self._changed:
+            while not self._closed and self._error is None:
+                queue = self._urgent or self._guessed
+                if queue:
+                    entry = queue.popleft()
+                    if self._entries.get(entry.key) is not entry or entry.reading or entry.tile is not None:
+                        continue  # given up meanwhile, or read as another's
+                    entry.reading = True
+                    if entry.expected:
+                        self._expected += 1
+                        self._expected_bytes += self._records[entry.key].nbytes
+                    return entry
+                self._work.wait()
+            return None
+
+    def close(self) -> None:
+        """Stop reading, and give all memory back; the file may be closed afterwards."""
+        with self._changed:
+            self._closed = True
+            self._work.notify_all()
+        for thread in self._threads:
+            thread.join(JOIN_TIMEOUT_S)
+        self._pool.release_all()

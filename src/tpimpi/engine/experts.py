@@ -1,0 +1,73 @@
+"""The experts of a block on one rank: where their cache, their router and their products meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from tpimpi.compute.arrays import F32, Array
+from tpimpi.compute.backends import Backend
+from tpimpi.compute.experts import ExpertUse
+from tpimpi.engine.expert_cache import ExpertCache
+from tpimpi.errors import TpimpiError
+from tpimpi.models.config import ModelConfig
+from tpimpi.weights.slices.file import Tile
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Which experts each position of a block uses, the same on every rank, and what each counts: [n, chosen] both."""
+
+    layer: int
+    experts: npt.NDArray[np.int32]
+    weights: F32
+
+
+class Experts:
+    """The experts of all layers, as one rank computes them."""
+
+    def __init__(
+        self, config: ModelConfig, resident: Mapping[str, Array], cache: ExpertCache, backend: Backend
+    ) -> None:
+        self.config, self.resident, self.cache, self.backend = config, resident, cache, backend
+        self._choices = xxhash.xxh3_64()
+
+    @property
+    def choices(self) -> int:
+        """A hash of all choices so far, the same on every rank: int63."""
+        return self._choices.intdigest() >> 1
+
+    def route(self, h: F32, layer: int) -> Routed:
+        """The choice for the normed vectors `h` [n, hidden] of a layer. Raises TpimpiError where they are not finite."""
+        spec = self.config.router(layer)
+        assert spec is not None, f"layer {layer} is dense"
+        bias = self.resident["router_bias"][layer] if spec.bias != "none" else None
+        try:
+            experts, weights = self.backend.route(h, self.resident["router"][layer], bias, spec)
+        except ValueError as error:
+            raise TpimpiError(
+                f"layer {layer}: the router's numbers are not finite, so no experts can be chosen; the model's weights are "
+                f"damaged, or its format too coarse: download it again, or try --format bf16"
+            ) from error
+        self._choices.update(experts.tobytes())
+        return Routed(layer, experts, weights)
+
+    def add_partial(self, partial: F32, h: F32, routed: Routed) -> None:
+        """Add what this rank's columns of the chosen experts give for `h` [n, hidden] to `partial` [n, hidden].
+
+        Expert after expert in the order of their numbers, so that a row's sum does not depend on what is in memory, nor on
+        the rows beside it.
+        """
+        wanted = np.unique(routed.experts).tolist()
+        for group in self.cache.tiles(routed.layer, wanted):
+            uses = [_use(tile, routed) for tile in group]
+            self.backend.experts(h, uses, self.config.activation, self.config.activation_limit, partial)
+
+
+def _use(tile: Tile, routed: Routed) -> ExpertUse:
+    rows, places = np.nonzero(routed.experts == tile.record.expert)
+    return ExpertUse(tile.matrices, tile.parts, rows.astype(np.int32), routed.weights[rows, places])
