@@ -24,8 +24,10 @@ TOLERANCE = 2e-4
 # kind of tiny model, ranks or shares -> beyond the 1, 2 and 3 equal ranks that every kind gets
 MORE = {
     4: [("smollm", [4, 2, 2, 1]), ("llama-bias", [1, 1, 1, 1])],
+    5: [("qwen3-moe", [1] * 5)],
     7: [("mqa", [1] * 7), ("llama-odd", [1] * 7), ("qwen3", [5, 1, 1, 1, 1, 0, 1]), ("cohere2", [5, 1, 1, 1, 1, 0, 1])],
 }
+MIXTURES = ("qwen3-moe",)
 # Those of which a GGUF file can say all.
 GGUF_KINDS = (
     *("llama", "llama-yarn", "qwen3", "ministral3", "gemma2", "gemma3", "phi3", "phi3-long", "granite", "smollm3"),
@@ -59,7 +61,7 @@ def _run(on_ranks: Ranks, ranks: int, jobs: list[dict[str, object]], folder: Pat
     assert result.code == 0, result.err
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 7])
 @pytest.mark.slow_but("3")
 def test_logits_are_those_of_transformers(on_ranks: Ranks, models, ranks: int, tmp_path: Path) -> None:
     wanted = MORE.get(ranks) or [(kind, [1] * ranks) for kind in TINY]
@@ -80,6 +82,9 @@ def test_logits_are_those_of_transformers(on_ranks: Ranks, models, ranks: int, t
                     jobs.append({**jobs[-1], "name": name, "slices": str(folder), "backend": "torch"})
         if ranks == 2:  # the other backend, and a window that streams
             jobs.append({**jobs[-1], "name": f"{kind}@numpy", "backend": "numpy", "window": 2})
+        if kind in MIXTURES:  # with room for two experts, and for some
+            for pins in (0, 0.4):
+                jobs.append({**jobs[-1], "name": f"{kind}@native{pins}", "backend": "native", "pins": pins})
     _run(on_ranks, ranks, jobs, tmp_path)
     for job in jobs:
         name = str(job["name"])

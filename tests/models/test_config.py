@@ -58,7 +58,9 @@ def test_sizes_and_rope_are_those_of_transformers(kind: str) -> None:
     assert config.architecture == theirs.model_type
     assert (config.vocab, config.hidden) == shapes["model.embed_tokens.weight"]
     down = "shared_mlp.output_linear" if config.architecture == "granitemoehybrid" else "mlp.down_proj"
-    assert (config.hidden, config.intermediate) == shapes[f"model.layers.0.{down}.weight"]
+    dense = [i for i in range(config.layers) if f"model.layers.{i}.{down}.weight" in shapes]
+    assert dense == [i for i in range(config.layers) if config.router(i) is None]
+    assert {shapes[f"model.layers.{i}.{down}.weight"] for i in dense} <= {(config.hidden, config.intermediate)}
     assert (config.hidden, config.heads * config.head_dim) == shapes[f"{attention}.o_proj.weight"]
     if f"{attention}.qkv_proj.weight" in shapes:
         rows = (config.heads + 2 * config.kv_heads) * config.head_dim
@@ -69,7 +71,7 @@ def test_sizes_and_rope_are_those_of_transformers(kind: str) -> None:
     assert config.tied_head == ("lm_head.weight" not in shapes)
     assert config.qkv_bias == (f"{attention}.q_proj.bias" in shapes)
     assert config.o_bias == (f"{attention}.o_proj.bias" in shapes)
-    assert config.mlp_bias == ("model.layers.0.mlp.down_proj.bias" in shapes)
+    assert config.mlp_bias == any(name.endswith("mlp.down_proj.bias") for name in shapes)
     assert config.qk_norm == (f"{attention}.q_norm.weight" in shapes)
     assert config.norm_eps == getattr(theirs, "rms_norm_eps", getattr(theirs, "layer_norm_eps", None))
     assert config.context == theirs.max_position_embeddings

@@ -220,6 +220,18 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             "position_embedding_type": None,
         },
     ),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {
+            "head_dim": 16,
+            "num_hidden_layers": 3,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 64,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
     "mqa": ("llama", {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 1}),
 }
 
@@ -251,6 +263,8 @@ def write_tiny_hf(
                 if name.endswith("norm.weight"):
                     # A Gemma holds its norms less 1.
                     parameter.uniform_(0.5, 1.5).sub_(1.0 if model_type.startswith("gemma") else 0.0)
+                elif ".experts." in name or "mlp.gate." in name:
+                    parameter.normal_(0.0, 0.3)  # so that a choice that is wrong shows
                 elif name.endswith(".bias"):
                     parameter.normal_(0.0, 0.3)
                 elif "embed_tokens" in name or "lm_head" in name:

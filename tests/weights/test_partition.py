@@ -66,7 +66,7 @@ def test_everything_is_owned_exactly_once(model: ModelConfig, shares: list[float
             key_and_value = weight_bytes(formats.k) + weight_bytes(formats.v)
             size = (tile.heads.size * query + tile.kv_heads.size * key_and_value) * model.head_dim * model.hidden
             assert size <= TILE_LIMIT_BYTES or tile.heads.size + tile.kv_heads.size == 1
-        runs = list(mlp_tiles(model, share, formats))
+        runs = list(mlp_tiles(model, share.columns, formats))
         assert [c for run in runs for c in range(*run)] == list(range(*share.columns))
         # Nor does a border between tiles divide a pair of blocks, which are packed together.
         assert all(run.start % 64 == 0 for run in runs[1:])
@@ -107,10 +107,10 @@ def test_tile_borders_of_a_large_model_do_not_depend_on_the_ranks() -> None:
     """Borders inside a share lie on one grid; only where a share ends may there be another."""
     q4_0 = ModelFormats.of("q4_0", 1).layers[0]
     for model in (LLAMA_70B, LLAMA_405B):
-        whole = {run.start for run in mlp_tiles(model, make_partition(model, [1]).shares[0], q4_0)}
+        whole = {run.start for run in mlp_tiles(model, make_partition(model, [1]).shares[0].columns, q4_0)}
         for ranks in (2, 3, 8):
             for share in make_partition(model, [1] * ranks).shares:
-                inside = {run.start for run in mlp_tiles(model, share, q4_0)} - {share.columns.start}
+                inside = {run.start for run in mlp_tiles(model, share.columns, q4_0)} - {share.columns.start}
                 assert inside <= whole
 
 
@@ -134,7 +134,7 @@ def test_a_small_model_has_one_tile_a_block() -> None:
     f32 = ModelFormats.of("f32", 1).layers[0]
     for share in make_partition(smollm2, [1, 1, 1, 1]).shares:
         assert len(list(attention_tiles(smollm2, share, f32))) == 1
-        assert list(mlp_tiles(smollm2, share, f32)) == [Span(share.columns.start, share.columns.stop)]
+        assert list(mlp_tiles(smollm2, share.columns, f32)) == [Span(share.columns.start, share.columns.stop)]
 
 
 @pytest.mark.parametrize("shares", [[], [0, 0], [1, -1], [float("nan"), 1], [float("inf")]])
@@ -171,5 +171,5 @@ def test_tiles_of_a_hostile_size_are_not_made_before_they_are_asked_for() -> Non
     vast = config(hidden=1, intermediate=2**31 - 1, heads=2**31 - 1, kv_heads=1, head_dim=2, vocab=2**31 - 1)
     share = make_partition(vast, [1]).shares[0]
     f32 = ModelFormats.of("f32", 1).layers[0]
-    for tiles in (attention_tiles(vast, share, f32), mlp_tiles(vast, share, f32), head_tiles(vast, "f32")):
+    for tiles in (attention_tiles(vast, share, f32), mlp_tiles(vast, share.columns, f32), head_tiles(vast, "f32")):
         assert next(tiles)

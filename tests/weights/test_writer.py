@@ -273,7 +273,7 @@ def test_mixes_have_more_bits_where_llama_cpp_has(layers: int, more: list[int]) 
         assert (formats.head, formats.embedding) == ("q6_k", "q6_k")
         for layer, here in enumerate(formats.layers):
             wide = "q6_k" if layer in more else main
-            assert here._asdict() == dict.fromkeys(("q", "k", "o", "gate", "up"), main) | {"v": wide, "down": wide}
+            assert here.present() == dict.fromkeys(("q", "k", "o", "gate", "up"), main) | {"v": wide, "down": wide}
 
 
 def test_numbers_in_blocks_of_256_do_not_depend_on_how_they_are_cut(tmp_path: Path) -> None:

@@ -9,4 +9,5 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
 Bytes = npt.NDArray[np.uint8]

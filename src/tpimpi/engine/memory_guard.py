@@ -151,7 +151,7 @@ class MemoryGuard:
             self._roomy_since = None
 
     def _report_stall(self, now: float) -> None:
-        readers = (*self._windows, *self._caches)
+        readers: list[Window | ExpertCache] = [*self._windows, *self._caches]
         waits = [self._waiting(), *((r.waiting_since, r.waiting_for) for r in readers if r.waiting_since)]
         longest = max(((now - wait[0], wait[1]) for wait in waits if wait and wait[0]), default=(0.0, ""))
         if longest[0] < STALL_REPORT_S:

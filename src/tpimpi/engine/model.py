@@ -69,6 +69,11 @@ class Model:
         self._layers = [self.config.layer(index) for index in range(self.config.layers)]
         self._frequencies: dict[Rope, F32] = {}
 
+    @property
+    def choices(self) -> int:
+        """A hash of the experts chosen so far, 0 in a dense model; see protocol."""
+        return 0 if self.experts is None else self.experts.choices
+
     def begin(self, context: int) -> None:
         """Start a new sequence of at most `context` positions."""
         if self.cache is None or self.cache.context != context:

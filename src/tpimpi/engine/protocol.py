@@ -1,7 +1,11 @@
 """The steps of a run after its start: what rank 0 asks for, and how the other ranks follow.
 
-A step begins with a header, int64 [4] over the star: magic, operation, positions, start. FORWARD is followed by the hidden
-vectors. Prompt, token ids and text are in none of them.
+A step begins with a header, int64 [5] over the star: magic, operation, positions, start, choices. FORWARD is followed by the
+hidden vectors. Prompt, token ids and text are in none of them.
+
+`choices` is a hash of the experts that rank 0 has chosen so far in a mixture of experts. Ranks that chose others would add
+parts of different experts, and make nonsense that looks like text: so every rank compares, before each step, and the run
+ends where they differ.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from tpimpi.errors import StarError
 from tpimpi.star import Star, Words
 
 MAGIC = 0x7470696D7069  # "tpimpi": a header that was damaged, or is of another program, does not begin with it
-HEADER_WORDS = 4
+HEADER_WORDS = 5
 
 
 class Operation(IntEnum):
@@ -37,20 +41,21 @@ class StepHeader:
     operation: Operation
     positions: int = 0
     start: int = 0
+    choices: int = 0
 
     def pack(self) -> Words:
         """The words on the wire: int64 [HEADER_WORDS]."""
-        return np.array([MAGIC, self.operation, self.positions, self.start], np.int64)
+        return np.array([MAGIC, self.operation, self.positions, self.start, self.choices], np.int64)
 
     @classmethod
     def unpack(cls, words: Words) -> StepHeader:
         """The header that these words are. Raises StarError where they are none."""
-        magic, operation, positions, start = words.tolist()
+        magic, operation, positions, start, choices = words.tolist()
         if magic != MAGIC or operation not in iter(Operation) or positions < 0 or start < 0:
             raise StarError(
-                f"rank 0 sent the control header {magic, operation, positions, start}, which makes no sense"
+                f"rank 0 sent the control header {magic, operation, positions, start, choices}, which makes no sense"
             )
-        return cls(Operation(operation), positions, start)
+        return cls(Operation(operation), positions, start, choices)
 
 
 def send_header(star: Star, header: StepHeader) -> None:
@@ -67,7 +72,7 @@ def receive_header(star: Star) -> StepHeader:
 
 def begin(model: Model, star: Star, context: int) -> None:
     """Rank 0: have every rank begin a new sequence of at most `context` positions."""
-    send_header(star, StepHeader(Operation.BEGIN, context))
+    send_header(star, StepHeader(Operation.BEGIN, context, choices=model.choices))
     model.begin(context)
 
 
@@ -76,14 +81,14 @@ def step(model: Model, star: Star, x: F32, start: int, *, head: bool = True) -> 
 
     Unless `head`, no logits will be asked for.
     """
-    send_header(star, StepHeader(Operation.FORWARD, x.shape[0], start))
+    send_header(star, StepHeader(Operation.FORWARD, x.shape[0], start, model.choices))
     star.broadcast(x)
     return model.forward(x, start, head=head)
 
 
-def finish(star: Star) -> None:
-    """Rank 0: tell every rank that the run is over."""
-    send_header(star, StepHeader(Operation.FINISH))
+def finish(models: Sequence[Model], star: Star) -> None:
+    """Rank 0: tell every rank that the run is over. It is said to the first of several models."""
+    send_header(star, StepHeader(Operation.FINISH, choices=models[0].choices))
 
 
 def follow(models: Sequence[Model], star: Star) -> None:
@@ -94,6 +99,14 @@ def follow(models: Sequence[Model], star: Star) -> None:
     """
     for model in itertools.cycle(models):
         header = receive_header(star)
+        if header.operation == Operation.FINISH and len(models) > 1:
+            return  # whichever model's turn it is
+        if header.choices != model.choices:
+            raise StarError(
+                "chose other experts than rank 0, so their sums would be nonsense: their kernels or slices "
+                "are not the same, or a computer's memory is bad; install the same tpimpi everywhere (tpimpi doctor), make "
+                "the slices again"
+            )
         if header.operation == Operation.FINISH:
             return
         if header.operation == Operation.BEGIN:

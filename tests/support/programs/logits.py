@@ -43,7 +43,7 @@ def main() -> None:
         memory_needs = MemoryPlanner([open_engine(star, settings)])
         needs = memory_needs.needs(len(job["ids"]))
         plan = memory_needs.plan(
-            len(job["ids"]), int(needs.least + job["pins"] * needs.tiles) if "pins" in job else None, 0
+            len(job["ids"]), int(needs.least + job["pins"] * (needs.most - needs.least)) if "pins" in job else None, 0
         )
         memory = plan.take()
         engine = memory.engines[0]

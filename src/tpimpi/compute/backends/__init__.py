@@ -8,13 +8,16 @@ and tests compare the others against it.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Protocol
 
-from tpimpi.compute.arrays import F32, Array
+from tpimpi.compute.arrays import F32, I32, Array
 from tpimpi.compute.attention import AttentionSpec
+from tpimpi.compute.experts import ExpertUse
 from tpimpi.compute.formats.base import Quantizer
 from tpimpi.compute.formats.packed import Matrix
 from tpimpi.compute.formats.quantize import quantize
+from tpimpi.compute.router import RouterSpec
 from tpimpi.errors import InputError
 
 BACKEND_NAMES = ("auto", "native", "torch", "numpy")  # what --backend takes
@@ -49,11 +52,21 @@ class Backend(Protocol):
         Element i pairs with i + half.
         """
 
-    def attention(self, q: F32, k: Array, v: Array, q_to_kv: tuple[int, ...], start: int, spec: AttentionSpec) -> F32:
+    def attention(
+        self,
+        q: F32,
+        k: Array,
+        v: Array,
+        q_to_kv: tuple[int, ...],
+        start: int,
+        spec: AttentionSpec,
+        sinks: F32 | None = None,
+    ) -> F32:
         """Causal attention of q [n, heads, head_dim] at positions from `start` over k, v [kv_heads, start + n, head_dim].
 
         k and v are both f32 or both f16, which is widened; a head's positions are contiguous.
         Query head i reads KV head q_to_kv[i]. Returns [n, heads, head_dim].
+        sinks [heads]: a score of each query head that is one more in its softmax, and has no value (gpt-oss).
         """
 
     def swiglu(self, gate: F32, up: F32) -> F32:
@@ -61,6 +74,28 @@ class Backend(Protocol):
 
     def geglu(self, gate: F32, up: F32) -> F32:
         """gelu(gate) * up, elementwise [n, columns], gelu by its tanh formula (Hendrycks and Gimpel 2016)."""
+
+    def clamped_swiglu(self, gate: F32, up: F32, limit: float) -> F32:
+        """g sigmoid(1.702 g) * (u + 1), elementwise [n, columns] (gpt-oss; GptOssExperts in transformers).
+
+        g is gate, limit at the most; u is up between -limit and limit.
+        """
+
+    def route(self, x: F32, router: Array, bias: F32 | None, spec: RouterSpec) -> tuple[I32, F32]:
+        """The experts of each position of x [n, hidden], as `spec` says, and what each counts: int32, f32 [n, chosen].
+
+        They are in the order of their scores (with the bias of the choice), the greatest first. router [experts, hidden] is
+        f32, or bf16 as its bits, uint16; bias [experts] where the spec has one. The same bits on every processor, in every
+        backend: see `routing`.
+        ValueError ("router logits are not finite") where x, the router or the bias holds what is not.
+        """
+
+    def experts(self, x: F32, uses: Sequence[ExpertUse], activation: str, limit: float, out: F32) -> None:
+        """Add weights[i] times the expert's result for x[rows[i]] to out[rows[i]], out [n, hidden], one use after another.
+
+        x [n, hidden] is normed; `activation` is silu, gelu_tanh or clamped_silu, which has a `limit`. See ExpertUse, and
+        `generic` for the plain form.
+        """
 
 
 def load_backend(name: str, threads: int, kernels: str = "auto") -> Backend:

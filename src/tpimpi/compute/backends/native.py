@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from tpimpi._native import Session, levels
-from tpimpi.compute.arrays import F32, Array, Bytes
+from tpimpi.compute.arrays import F32, I32, Array, Bytes
 from tpimpi.compute.attention import AttentionSpec
+from tpimpi.compute.backends.generic import experts
+from tpimpi.compute.backends.reference import attention, clamped_swiglu
+from tpimpi.compute.backends.routing import route
+from tpimpi.compute.experts import ExpertUse
 from tpimpi.compute.formats import FORMATS
 from tpimpi.compute.formats.packed import Matrix, row_bytes
 from tpimpi.compute.formats.quantize import quantize
+from tpimpi.compute.router import RouterSpec
 from tpimpi.errors import InputError
 
 # Formats that the kernels make of numbers; the others are made with NumPy.
@@ -55,7 +62,18 @@ class NativeBackend:
         self._session.rope(x, cos, sin, y)
         return y
 
-    def attention(self, q: F32, k: Array, v: Array, q_to_kv: tuple[int, ...], start: int, spec: AttentionSpec) -> F32:
+    def attention(
+        self,
+        q: F32,
+        k: Array,
+        v: Array,
+        q_to_kv: tuple[int, ...],
+        start: int,
+        spec: AttentionSpec,
+        sinks: F32 | None = None,
+    ) -> F32:
+        if sinks is not None:
+            return attention(q, k, v, q_to_kv, start, spec, sinks)
         y = np.empty(q.shape, np.float32)
         self._session.attention(q, k, v, q_to_kv, start, spec.window, spec.scale, spec.softcap, y)
         return y
@@ -69,6 +87,15 @@ class NativeBackend:
         y = np.empty(gate.shape, np.float32)
         self._session.geglu(gate, up, y)
         return y
+
+    def clamped_swiglu(self, gate: F32, up: F32, limit: float) -> F32:
+        return clamped_swiglu(gate, up, limit)
+
+    def route(self, x: F32, router: Array, bias: F32 | None, spec: RouterSpec) -> tuple[I32, F32]:
+        return route(x, router, bias, spec)
+
+    def experts(self, x: F32, uses: Sequence[ExpertUse], activation: str, limit: float, out: F32) -> None:
+        experts(self, x, uses, activation, limit, out)
 
     def read(self, data: Bytes) -> int:
         """Read all of `data` with all threads, and do nothing else: for measuring. Returns the sum of its 8-byte words."""

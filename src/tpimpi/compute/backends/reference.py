@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from tpimpi.compute.arrays import F32, Array
+from tpimpi.compute.arrays import F32, I32, Array
 from tpimpi.compute.attention import AttentionSpec
+from tpimpi.compute.backends.generic import experts
+from tpimpi.compute.backends.routing import FIXED_LANES, route
+from tpimpi.compute.experts import ExpertUse
 from tpimpi.compute.formats import FORMATS
 from tpimpi.compute.formats.bf16 import from_bf16, to_bf16
 from tpimpi.compute.formats.packed import Matrix, runs_of_rows, values
+from tpimpi.compute.router import RouterSpec
 
 _RUN_NUMBERS = 1 << 22  # of a weight, as f32 at a time
-_FIXED_LANES = 16  # of fixed_rms_norm's sums
 _GELU_SLOPE, _GELU_CUBE = 0.7978845608028654, 0.044715  # sqrt(2 / pi), and the factor of the cube
+_SIGMOID_SLOPE = 1.702  # of clamped_swiglu
 _ACTIVATION_BLOCK = 32  # numbers of a row of activations that share a scale
 
 
@@ -48,8 +54,17 @@ class NumpyTwin:
         cos, sin = cos[:, None], sin[:, None]
         return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
-    def attention(self, q: F32, k: Array, v: Array, q_to_kv: tuple[int, ...], start: int, spec: AttentionSpec) -> F32:
-        return attention(q, k, v, q_to_kv, start, spec)
+    def attention(
+        self,
+        q: F32,
+        k: Array,
+        v: Array,
+        q_to_kv: tuple[int, ...],
+        start: int,
+        spec: AttentionSpec,
+        sinks: F32 | None = None,
+    ) -> F32:
+        return attention(q, k, v, q_to_kv, start, spec, sinks)
 
     def swiglu(self, gate: F32, up: F32) -> F32:
         with np.errstate(over="ignore"):  # exp(-gate) may be infinite: gate / inf is the right limit, 0
@@ -58,8 +73,19 @@ class NumpyTwin:
     def geglu(self, gate: F32, up: F32) -> F32:
         return geglu(gate, up)
 
+    def clamped_swiglu(self, gate: F32, up: F32, limit: float) -> F32:
+        return clamped_swiglu(gate, up, limit)
 
-def attention(q: F32, k: Array, v: Array, q_to_kv: tuple[int, ...], start: int, spec: AttentionSpec) -> F32:
+    def route(self, x: F32, router: Array, bias: F32 | None, spec: RouterSpec) -> tuple[I32, F32]:
+        return route(x, router, bias, spec)
+
+    def experts(self, x: F32, uses: Sequence[ExpertUse], activation: str, limit: float, out: F32) -> None:
+        experts(self, x, uses, activation, limit, out)
+
+
+def attention(
+    q: F32, k: Array, v: Array, q_to_kv: tuple[int, ...], start: int, spec: AttentionSpec, sinks: F32 | None = None
+) -> F32:
     """As Backend.attention."""
     n = q.shape[0]
     position = start + np.arange(n)[:, None]
@@ -71,8 +97,14 @@ def attention(q: F32, k: Array, v: Array, q_to_kv: tuple[int, ...], start: int, 
     if spec.softcap:
         scores = np.float32(spec.softcap) * np.tanh(scores / np.float32(spec.softcap))
     scores = np.where(seen, scores, -np.inf)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
+    greatest = scores.max(axis=-1, keepdims=True)
+    if sinks is not None:
+        greatest = np.maximum(greatest, sinks[:, None, None])
+    weights = np.exp(scores - greatest)
+    total = weights.sum(axis=-1, keepdims=True)
+    if sinks is not None:
+        total += np.exp(sinks[:, None, None] - greatest)
+    weights /= total
     return np.einsum("hnk,hkd->nhd", weights, v)
 
 
@@ -81,6 +113,14 @@ def geglu(gate: F32, up: F32) -> F32:
     with np.errstate(over="ignore"):  # the cube may be infinite, and tanh then 1 or -1
         inner = np.float32(_GELU_SLOPE) * (gate + np.float32(_GELU_CUBE) * gate * gate * gate)
     return np.float32(0.5) * gate * (1 + np.tanh(inner)) * up
+
+
+def clamped_swiglu(gate: F32, up: F32, limit: float) -> F32:
+    """As Backend.clamped_swiglu."""
+    g = np.minimum(gate, np.float32(limit))
+    u = np.clip(up, np.float32(-limit), np.float32(limit))
+    with np.errstate(over="ignore"):  # as in swiglu
+        return g / (1 + np.exp(np.float32(-_SIGMOID_SLOPE) * g)) * (u + 1)
 
 
 def fixed_rms_norm(x: F32, weight: F32, eps: float) -> F32:
@@ -92,9 +132,9 @@ def fixed_rms_norm(x: F32, weight: F32, eps: float) -> F32:
     """
     n, size = x.shape
     wide = x.astype(np.float64)
-    squares = np.zeros((n, -(-size // _FIXED_LANES) * _FIXED_LANES))
+    squares = np.zeros((n, -(-size // FIXED_LANES) * FIXED_LANES))
     squares[:, :size] = wide * wide
-    lanes = np.add.accumulate(squares.reshape(n, -1, _FIXED_LANES), axis=1)[:, -1]
+    lanes = np.add.accumulate(squares.reshape(n, -1, FIXED_LANES), axis=1)[:, -1]
     while lanes.shape[1] > 1:
         half = lanes.shape[1] // 2
         lanes = lanes[:, :half] + lanes[:, half:]

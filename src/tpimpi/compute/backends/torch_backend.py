@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  (the name that torch's own documentation uses)
 
-from tpimpi.compute.arrays import F32, Array
+from tpimpi.compute.arrays import F32, I32, Array
 from tpimpi.compute.attention import AttentionSpec
-from tpimpi.compute.backends.reference import attention, fixed_rms_norm
+from tpimpi.compute.backends.generic import experts
+from tpimpi.compute.backends.reference import attention, clamped_swiglu, fixed_rms_norm
+from tpimpi.compute.backends.routing import route
+from tpimpi.compute.experts import ExpertUse
 from tpimpi.compute.formats.base import PANEL_ROWS
 from tpimpi.compute.formats.packed import Matrix, runs_of_rows, values
+from tpimpi.compute.router import RouterSpec
 
 _RUN_NUMBERS = 1 << 19  # of a weight, widened to f32 at a time: stays in the cache
 
@@ -44,9 +50,18 @@ class TorchBackend:
         c, s = _tensor(cos)[:, None], _tensor(sin)[:, None]
         return torch.cat([first * c - second * s, second * c + first * s, rest], dim=-1).numpy()
 
-    def attention(self, q: F32, k: Array, v: Array, q_to_kv: tuple[int, ...], start: int, spec: AttentionSpec) -> F32:
-        if spec.softcap:
-            return attention(q, k, v, q_to_kv, start, spec)
+    def attention(
+        self,
+        q: F32,
+        k: Array,
+        v: Array,
+        q_to_kv: tuple[int, ...],
+        start: int,
+        spec: AttentionSpec,
+        sinks: F32 | None = None,
+    ) -> F32:
+        if spec.softcap or sinks is not None:
+            return attention(q, k, v, q_to_kv, start, spec, sinks)
         n, heads, _ = q.shape
         mask = None
         if n > 1 or spec.window:
@@ -72,6 +87,15 @@ class TorchBackend:
 
     def geglu(self, gate: F32, up: F32) -> F32:
         return (F.gelu(_tensor(gate), approximate="tanh") * _tensor(up)).numpy()
+
+    def clamped_swiglu(self, gate: F32, up: F32, limit: float) -> F32:
+        return clamped_swiglu(gate, up, limit)
+
+    def route(self, x: F32, router: Array, bias: F32 | None, spec: RouterSpec) -> tuple[I32, F32]:
+        return route(x, router, bias, spec)
+
+    def experts(self, x: F32, uses: Sequence[ExpertUse], activation: str, limit: float, out: F32) -> None:
+        experts(self, x, uses, activation, limit, out)
 
 
 def _tensor(array: Array) -> torch.Tensor:

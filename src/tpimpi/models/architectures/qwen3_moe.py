@@ -7,7 +7,13 @@ from typing import Any
 
 from tpimpi.errors import ModelError
 from tpimpi.models.architectures.base import ATTENTION, ATTENTION_NORM, MLP, MLP_NORM, QK_NORM, Architecture
-from tpimpi.models.architectures.experts import EXPERTS, GGUF_STACKED_EXPERTS, ROUTER
+from tpimpi.models.architectures.experts import (
+    EXPERT_COUNT_KEYS,
+    EXPERTS,
+    GGUF_STACKED_EXPERTS,
+    ROUTER,
+    hf_expert_count,
+)
 from tpimpi.models.architectures.qwen2 import QWEN_WINDOW_KEYS, qwen_windows
 from tpimpi.models.keys import Keys, show
 
@@ -18,7 +24,7 @@ def _hf_fields(keys: Keys, layers: int) -> dict[str, Any]:
     if not isinstance(dense, list) or not all(type(layer) is int and 0 <= layer < layers for layer in dense):
         raise ModelError(f"{keys.path}: mlp_only_layers is {show(dense)}; a list of layers below {layers} is needed")
     return {
-        "experts": keys.integer("num_experts"),
+        "experts": hf_expert_count(keys, default=128),
         "experts_per_token": keys.integer("num_experts_per_tok"),
         "expert_intermediate": keys.integer("moe_intermediate_size"),
         "dense_layers": tuple(layer for layer in range(layers) if layer in dense or (layer + 1) % step),
@@ -45,7 +51,7 @@ QWEN3_MOE = Architecture(
     ),
     fused=GGUF_STACKED_EXPERTS,
     hf_keys=QWEN_WINDOW_KEYS
-    | {"attention_bias", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
+    | {"attention_bias", *EXPERT_COUNT_KEYS, "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
     | {"decoder_sparse_step", "mlp_only_layers", "output_router_logits", "router_aux_loss_coef"},
     hf_defaults={
         "vocab_size": 151936,
@@ -55,7 +61,6 @@ QWEN3_MOE = Architecture(
         "num_attention_heads": 32,
         "num_key_value_heads": 4,
         "max_position_embeddings": 32768,
-        "num_experts": 128,
         "num_experts_per_tok": 8,
         "moe_intermediate_size": 768,
     },
