@@ -82,10 +82,13 @@ def test_logits_are_those_of_transformers(on_ranks: Ranks, models, ranks: int, t
                     jobs.append({**jobs[-1], "name": name, "slices": str(folder), "backend": "torch"})
         if ranks == 2:  # the other backend, and a window that streams
             jobs.append({**jobs[-1], "name": f"{kind}@numpy", "backend": "numpy", "window": 2})
-        if kind in MIXTURES:  # with room for two experts, and for some
-            for pins in (0, 0.4):
+        if kind in MIXTURES:  # with room for two experts, for some, and for all
+            for pins in (0, 0.4, 1):
                 jobs.append({**jobs[-1], "name": f"{kind}@native{pins}", "backend": "native", "pins": pins})
     _run(on_ranks, ranks, jobs, tmp_path)
+    for kind in MIXTURES:  # which experts are in memory changes no bit
+        with_room = [str(job["name"]) for job in jobs if job["slices"] == str(tmp_path / kind) and "pins" in job]
+        assert len({(tmp_path / f"{name}.npy").read_bytes() for name in with_room}) <= 1
     for job in jobs:
         name = str(job["name"])
         expected = models[name.split("@", maxsplit=1)[0]][2]

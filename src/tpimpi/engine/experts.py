@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,23 @@ class Experts:
     def choices(self) -> int:
         """A hash of all choices so far, the same on every rank: int63."""
         return self._choices.intdigest() >> 1
+
+    def expect(self, x: F32, layer: int, more: int) -> None:
+        """Have read what the next block with experts, that of `layer`, will probably choose: by its router and the residual
+        `x` [n, hidden] as it is before the layer's attention. `more` than the block chooses, as that changes it.
+        """
+        spec = self.config.router(layer)
+        if spec is None or self.cache.is_whole:
+            return
+        h = self.backend.fixed_rms_norm(x, self.resident["mlp_norm"][layer], self.config.norm_eps)
+        likely = replace(spec, chosen=min(spec.experts, spec.chosen + more))
+        bias = self.resident["router_bias"][layer] if spec.bias != "none" else None
+        try:
+            experts, _ = self.backend.route(h, self.resident["router"][layer], bias, likely)
+        except ValueError:
+            return  # which `route` will say
+        # The first choice of every position first; what many positions want, once.
+        self.cache.expect(layer, list(dict.fromkeys(experts.T.reshape(-1).tolist())))
 
     def route(self, h: F32, layer: int) -> Routed:
         """The choice for the normed vectors `h` [n, hidden] of a layer. Raises TpimpiError where they are not finite."""

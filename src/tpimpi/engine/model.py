@@ -53,6 +53,7 @@ class Model:
         kv: str = "auto",
         *,
         experts: Experts | None = None,
+        ahead: int = 0,
         make_room: Callable[[int], None] = lambda context: None,
         recorder: Recorder | None = None,
     ) -> None:
@@ -62,7 +63,7 @@ class Model:
         self.resident, self.window, self.star, self.backend = resident, window, star, backend
         self.cache: KVCache | None = None
         self._kv_dtype = kv_dtype(kv, header.formats.of_layers())
-        self.experts = experts
+        self.experts, self.ahead = experts, ahead
         self.compute_seconds = 0.0
         self._make_room, self._recorder = make_room, recorder
         self._blocks = [block for block in block_order(header) if block != HEAD]
@@ -110,6 +111,8 @@ class Model:
         projections = None
         for place, block in enumerate(self._blocks):
             spec = self._layers[block.layer]
+            if self.experts is not None and block.kind != "mlp":
+                self.experts.expect(x, block.layer, self.ahead)
             if not (spec.parallel and block.kind == "mlp"):  # which goes on with what its attention read and made
                 h, partial = self._normed(x, block), np.zeros_like(x)
             if block.kind == "qkv":  # whose partial is of sums of squares
