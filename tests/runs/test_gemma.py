@@ -16,7 +16,7 @@ import pytest
 from tests.support import gemma
 from tests.support.launch import PROGRAMS, ROOT, Result, run_command
 from tests.support.ranks import Ranks
-from tpimpi.engine.overlap import PREFILL_CHUNK
+from tpimpi.engine.overlap import DENSE_CHUNK
 from tpimpi.weights.make import choose_formats, slice_model
 from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.sources import open_source
@@ -55,7 +55,7 @@ def _run_logits(on_ranks: Ranks, folder: Path, ranks: int, fmt: str, compared: i
     for number, answer in enumerate(gemma.golden()):
         ids = [*answer.ids, *answer.made[:-1]]
         before = max(0, len(ids) - compared)
-        chunks = [min(PREFILL_CHUNK, before - start) for start in range(0, before, PREFILL_CHUNK)]
+        chunks = [min(DENSE_CHUNK, before - start) for start in range(0, before, DENSE_CHUNK)]
         job = {"name": str(number), "slices": str(folder), "ids": ids, "chunks": [*chunks, len(ids) - before]}
         jobs.append({**job, "logits_from": before, "backend": "native"})
     (folder / "jobs.json").write_text(json.dumps(jobs))

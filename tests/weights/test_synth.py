@@ -19,7 +19,7 @@ from tests.support.slices import joined
 from tests.support.synth_cases import KINDS, Cli, made, write_config
 from tpimpi.compute.formats import FORMATS
 from tpimpi.compute.formats.bf16 import to_bf16
-from tpimpi.engine.overlap import PREFILL_CHUNK
+from tpimpi.engine.overlap import DENSE_CHUNK
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.layer_spec import Rope
 from tpimpi.models.layers.rope import rope_frequencies
@@ -278,7 +278,7 @@ def test_runs_give_the_tokens_of_transformers(tpimpi: Cli, on_ranks: Ranks, tmp_
     dice = np.random.default_rng(0)
     prompts = [dice.integers(0, 5000, length).tolist() for length in range(1, 33)]
     # Two of more positions than are computed at once: a seam at the last token, and one in the middle.
-    prompts += [dice.integers(0, 5000, length).tolist() for length in (PREFILL_CHUNK + 1, PREFILL_CHUNK + 60)]
+    prompts += [dice.integers(0, 5000, length).tolist() for length in (DENSE_CHUNK + 1, DENSE_CHUNK + 60)]
     answers = []
     for prompt in prompts:
         with torch.no_grad():

@@ -10,7 +10,8 @@ import os
 import sys
 
 from tpimpi.cli.parser import COMMANDS
-from tpimpi.cli.run_options import perplexity_parser, run_parser
+from tpimpi.cli.perplexity_options import perplexity_parser
+from tpimpi.cli.run_options import run_parser
 
 
 def complete() -> None:

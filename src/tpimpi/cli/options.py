@@ -40,6 +40,8 @@ class ComputeOptions:
     window: int | str | None = None
     kv: str = "auto"
     threads: int | None = None
+    prompt_chunk: int | None = None
+    predict: int | None = None
 
     @property
     def memory_sizes(self) -> tuple[int, ...] | None:

@@ -7,14 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from tpimpi.cli.options import PerplexityOptions
+from tpimpi.cli.perplexity_options import parse_perplexity
 from tpimpi.cli.prepare import prepare, say_what_slows
 from tpimpi.cli.process import Job, print_answer
-from tpimpi.cli.run_options import parse_perplexity
 from tpimpi.cli.values import read_text
 from tpimpi.engine import startup
 from tpimpi.engine.allotment import print_memory
 from tpimpi.engine.engine import EngineConfig
-from tpimpi.engine.overlap import PREFILL_CHUNK
 from tpimpi.engine.rank_memory import RankMemory
 from tpimpi.engine.ranks import RankInfo, greet
 from tpimpi.serving.llm import load_tokenizer_of_slices
@@ -50,7 +49,7 @@ def load(star: Star, job: Job) -> tuple[PerplexityOptions, Measurement, RankMemo
     star.allow_silence(options.network.silence)
     text = read_text("the text", options.text)
     say_what_slows(star, ranks, options.compute, options.network, quiet=options.output.quiet)
-    configs = (replace(config, logits_of=PREFILL_CHUNK) for config in engine_configs(star, ranks, options))
+    configs = (replace(config, chunk_logits=True) for config in engine_configs(star, ranks, options))
     engines = [startup.open_engines(star, config) for config in list(configs)]
     tokenizer, tokenizer_bytes = load_tokenizer_of_slices(engines[0].file)
     measurement = Measurement(

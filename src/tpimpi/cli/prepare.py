@@ -90,6 +90,8 @@ def prepare(
         kv=compute.kv,
         trace=trace,
         kernels=compute.kernels,
+        chunk=compute.prompt_chunk,
+        predict=compute.predict,
     )
 
 

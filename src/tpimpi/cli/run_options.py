@@ -1,4 +1,4 @@
-"""The parsers of a run and of `perplexity`: from arguments to options, checked as far as that needs no model.
+"""The parser of a run: from arguments to options, checked as far as that needs no model. See perplexity_options too.
 
 `type=` callables check single values (values.py), `check_combinations` what options mean beside each other.
 """
@@ -17,7 +17,6 @@ from tpimpi.cli.options import (
     ModelOptions,
     NetworkOptions,
     OutputOptions,
-    PerplexityOptions,
     RunOptions,
     SamplingOptions,
 )
@@ -26,7 +25,6 @@ from tpimpi.cli.parser import Parser, offer
 from tpimpi.cli.values import (
     AUTO,
     MOST_THREADS,
-    against_format,
     given_model,
     memory_limit,
     path_given,
@@ -35,18 +33,17 @@ from tpimpi.cli.values import (
     window_blocks,
 )
 from tpimpi.compute.backends import BACKEND_NAMES, KERNEL_LEVELS
-from tpimpi.compute.formats import WEIGHT_FORMATS
+from tpimpi.engine.overlap import DENSE_CHUNK, MIXTURE_CHUNK, MOST_CHUNK
 from tpimpi.errors import InputError
+from tpimpi.models.config import MAX_EXPERTS
 from tpimpi.models.kv.cache import KV_FORMATS
 from tpimpi.models.weight_formats import FORMAT_CHOICES
-from tpimpi.serving.perplexity import CHUNK_POSITIONS
 from tpimpi.serving.session import SAMPLING
 from tpimpi.star import ALLREDUCES, DEFAULT_SILENCE_S, DEFAULT_TIMEOUT_S, SHORTEST_SILENCE_S, WIRES
 
 LONGEST_SILENCE_S = 86400
 
 SILENCE_RANGE = f"{SHORTEST_SILENCE_S:.0f} to {LONGEST_SILENCE_S} seconds"
-NOTHING_TO_PREDICT = ": a token is predicted from those before it"  # with fewer than two
 
 Options = TypeVar("Options")
 
@@ -243,6 +240,20 @@ def add_computing(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of each rank (default: its cores, shared among the ranks on its host)",
     )
+    group.add_argument(
+        "--prompt-chunk",
+        type=whole_number("--prompt-chunk", 1, MOST_CHUNK),
+        metavar="N",
+        help=f"positions of a prompt that are computed at once (default {DENSE_CHUNK}, of a mixture of experts "
+        f"{MIXTURE_CHUNK}); changes no number",
+    )
+    group.add_argument(
+        "--predict",
+        type=whole_number("--predict", 0, MAX_EXPERTS),
+        metavar="N",
+        help="of a mixture: read N experts of a layer before its router has chosen, while its attention computes (default: "
+        "as many as a token uses; 0: none); changes no number",
+    )
     _add_network(group)
 
 
@@ -278,45 +289,6 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def perplexity_parser() -> argparse.ArgumentParser:
-    """Options of `perplexity`: those of a run, as far as they say how to compute."""
-    parser = Parser(
-        prog="python -m tpimpi perplexity",
-        description="How well a model predicts a text, and what a format costs against another. Works under mpirun too.",
-        allow_abbrev=False,
-    )
-    text = path_given("the text's name", "a file in UTF-8")
-    parser.add_argument("text", type=text, metavar="FILE", help="a text in UTF-8, read by rank 0 alone")
-    group = parser.add_argument_group("measuring")
-    against = group.add_argument(
-        "--against",
-        type=against_format,
-        metavar="FORMAT",
-        help="run the model in this format too, f32 say, and give the mean KL divergence from it; both are held in memory",
-    )
-    offer(against, WEIGHT_FORMATS)
-    group.add_argument(
-        "--context",
-        type=whole_number("--context", 2, why=NOTHING_TO_PREDICT),
-        metavar="N",
-        help=f"positions of each chunk, 2 or more (default {CHUNK_POSITIONS}, or what the model has)",
-    )
-    group.add_argument(
-        "--max-tokens",
-        type=whole_number("--max-tokens", 2, why=NOTHING_TO_PREDICT),
-        metavar="N",
-        help="use the first N tokens of the text (default: all)",
-    )
-    second_half = "score the second half of each whole chunk alone, as llama.cpp's llama-perplexity does (default: all)"
-    group.add_argument("--second-half", action="store_true", help=second_half)
-    add_model(parser)
-    add_computing(parser)
-    group = parser.add_argument_group("output")
-    group.add_argument("--quiet", action="store_true", help="only the result, and errors")
-    group.add_argument("--report", metavar="FILE", help="write everything that was measured as JSON")
-    return parser
-
-
 # From what was parsed to options
 
 
@@ -350,27 +322,6 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
     check_combinations(options.compute, options.network, options.model)
     inputs = (options.model.model, generate.prompt_file, generate.stop_file, generate.session, generate.chat_template)
     check_outputs(options.output, inputs, session=generate.session)
-    return options
-
-
-def parse_perplexity(arguments: Sequence[str]) -> PerplexityOptions:
-    """The options of `perplexity`. Raises InputError for what cannot be used."""
-    parsed = perplexity_parser().parse_args(arguments)
-    options = PerplexityOptions(
-        text=parsed.text,
-        against=parsed.against,
-        context=parsed.context,
-        max_tokens=parsed.max_tokens,
-        second_half=parsed.second_half,
-        model=parsed_into(ModelOptions, parsed),
-        compute=parsed_into(ComputeOptions, parsed),
-        network=parsed_into(NetworkOptions, parsed),
-        output=OutputOptions(quiet=parsed.quiet, report=parsed.report),
-    )
-    check_combinations(options.compute, options.network, options.model)
-    check_outputs(options.output, (options.model.model, options.text))
-    if options.against is not None and options.model.slices is not None and options.model.model is None:
-        raise InputError("--against makes slices of its own, for which --slices is not enough; give --model too")
     return options
 
 

@@ -22,6 +22,7 @@ from tpimpi.engine.expert_cache import ExpertCache
 from tpimpi.engine.experts import Experts
 from tpimpi.engine.model import Model, block_order
 from tpimpi.engine.needs import needs_of_model
+from tpimpi.engine.overlap import usual_chunk
 from tpimpi.engine.trace import Recorder
 from tpimpi.engine.window import Window
 from tpimpi.errors import SliceError
@@ -58,7 +59,9 @@ class EngineConfig:
     kv: str = "auto"  # one of KV_FORMATS
     wire: str = "f32"  # one of WIRES
     trace: bool = False  # record what is done when
-    logits_of: int = 1  # positions whose logits rank 0 holds at once
+    chunk_logits: bool = False  # rank 0 computes the logits of a whole chunk at once, else of one position
+    chunk: int | None = None  # positions of a prompt computed at once; None: usual_chunk
+    predict: int | None = None  # experts of a layer that are read before they are chosen; None: as many as a token uses
     kernels: str = "auto"  # or one of KERNEL_LEVELS
 
     def slice_path(self, rank: int, ranks: int) -> Path:
@@ -108,6 +111,11 @@ class OpenedEngine:
         """Memory of all tiles that a token goes through."""
         return sum(record.nbytes for record in self.records)
 
+    @property
+    def chunk(self) -> int:
+        """Positions of a prompt that are computed at once."""
+        return self.settings.chunk or usual_chunk(self.header.config)
+
     def needs(self, base: int, context: int) -> Needs:
         """What this rank needs for `context` positions, if it has `base` bytes resident without."""
         return needs_of_model(
@@ -119,7 +127,8 @@ class OpenedEngine:
             kv=self.settings.kv,
             allreduce=self.settings.allreduce,
             context=context,
-            logits_of=self.settings.logits_of,
+            chunk=self.chunk,
+            logits_of=self.chunk if self.settings.chunk_logits else 1,
             expert_sizes=[record.nbytes for record in self.experts.values()],
         )
 
@@ -150,6 +159,8 @@ class OpenedEngine:
             experts=Experts(config, self.resident, experts, self.backend) if config.experts else None,
             make_room=make_room,
             recorder=self.recorder,
+            chunk=self.chunk,
+            predict=config.experts_per_token if self.settings.predict is None else self.settings.predict,
         )
         return Engine(self, window, experts, model)
 

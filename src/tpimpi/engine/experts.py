@@ -41,15 +41,15 @@ class Experts:
         """A hash of all choices so far, the same on every rank: int63."""
         return self._choices.intdigest() >> 1
 
-    def expect(self, x: F32, layer: int, more: int) -> None:
+    def expect(self, x: F32, layer: int, count: int) -> None:
         """Have read what the next block with experts, that of `layer`, will probably choose: by its router and the residual
-        `x` [n, hidden] as it is before the layer's attention. `more` than the block chooses, as that changes it.
+        `x` [n, hidden] as it is before the layer's attention, which changes it: `count` experts for each position.
         """
         spec = self.config.router(layer)
-        if spec is None or self.cache.is_whole:
+        if spec is None or not count or self.cache.is_whole:
             return
         h = self.backend.fixed_rms_norm(x, self.resident["mlp_norm"][layer], self.config.norm_eps)
-        likely = replace(spec, chosen=min(spec.experts, spec.chosen + more))
+        likely = replace(spec, chosen=min(spec.experts, count))
         bias = self.resident["router_bias"][layer] if spec.bias != "none" else None
         try:
             experts, _ = self.backend.route(h, self.resident["router"][layer], bias, likely)

@@ -15,7 +15,7 @@ import numpy as np
 from tpimpi.compute.arrays import F32, Array
 from tpimpi.compute.backends import Backend
 from tpimpi.engine.experts import Experts, Routed
-from tpimpi.engine.overlap import HalfChunk, Need, Steps, go_through_blocks, half_chunks
+from tpimpi.engine.overlap import DENSE_CHUNK, HalfChunk, Need, Steps, go_through_blocks, half_chunks
 from tpimpi.engine.trace import COMPUTE, STAR, Recorder
 from tpimpi.engine.window import Window
 from tpimpi.models.blocks import HEAD, Block, layer_blocks
@@ -53,17 +53,19 @@ class Model:
         kv: str = "auto",
         *,
         experts: Experts | None = None,
-        ahead: int = 0,
+        chunk: int = DENSE_CHUNK,
+        predict: int = 0,
         make_room: Callable[[int], None] = lambda context: None,
         recorder: Recorder | None = None,
     ) -> None:
         """`resident` are the small arrays that are kept in memory (see slices/file); `kv` is one of KV_FORMATS;
-        `make_room` is called with the number of positions before a cache for them is made."""
+        `chunk` is how many positions of a prompt are to be computed at once, `predict` how many experts of a layer to read
+        before they are chosen; `make_room` is called with the number of positions before a cache for them is made."""
         self.config, self.share = header.config, header.share
         self.resident, self.window, self.star, self.backend = resident, window, star, backend
         self.cache: KVCache | None = None
         self._kv_dtype = kv_dtype(kv, header.formats.of_layers())
-        self.experts, self.ahead = experts, ahead
+        self.experts, self.chunk, self._predict = experts, chunk, predict
         self.compute_seconds = 0.0
         self._make_room, self._recorder = make_room, recorder
         self._blocks = [block for block in block_order(header) if block != HEAD]
@@ -112,7 +114,7 @@ class Model:
         for place, block in enumerate(self._blocks):
             spec = self._layers[block.layer]
             if self.experts is not None and block.kind != "mlp":
-                self.experts.expect(x, block.layer, self.ahead)
+                self.experts.expect(x, block.layer, self._predict)
             if not (spec.parallel and block.kind == "mlp"):  # which goes on with what its attention read and made
                 h, partial = self._normed(x, block), np.zeros_like(x)
             if block.kind == "qkv":  # whose partial is of sums of squares

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tpimpi.engine.budget import Needs
 from tpimpi.engine.expert_cache import least_places
-from tpimpi.engine.overlap import PREFILL_CHUNK
+from tpimpi.engine.overlap import DENSE_CHUNK
 from tpimpi.engine.ring import FEWEST_TILES, USUAL_TILES
 from tpimpi.models.kv.cache import cache_bytes, kv_dtype
 from tpimpi.weights.slices.header import Header
@@ -15,15 +15,22 @@ from tpimpi.weights.slices.layout import Record
 
 
 def work_bytes(
-    header: Header, records: Sequence[Record], backend: str, context: int, logits_of: int, *, all_partials: bool = False
+    header: Header,
+    records: Sequence[Record],
+    backend: str,
+    context: int,
+    logits_of: int,
+    *,
+    chunk: int = DENSE_CHUNK,
+    all_partials: bool = False,
 ) -> int:
     """Memory, at most, of activations and messages on this rank, beside cache and weights.
 
-    Counted for a step of PREFILL_CHUNK positions (or `context`, if that is less), through the `records` of a cycle; and
+    Counted for a step of `chunk` positions (or `context`, if that is less), through the `records` of a cycle; and
     on rank 0 the logits of `logits_of` positions. `all_partials`: every rank gets those of all, as the hub does.
     """
     config, ranks = header.config, header.partition.ranks
-    positions = min(PREFILL_CHUNK, context)
+    positions = min(chunk, context)
     # Hidden vectors at once: in step or follow, forward, norm and partial; and those on the star, which the hub has of every
     # rank, the others of two at most; each is held twice while it is received.
     vectors = 7 + 2 * (ranks if header.rank == 0 or all_partials else 2)
@@ -56,6 +63,7 @@ def needs_of_model(
     kv: str,
     allreduce: str,
     context: int,
+    chunk: int = DENSE_CHUNK,
     logits_of: int = 1,
     expert_sizes: Sequence[int] = (),
 ) -> Needs:
@@ -63,7 +71,9 @@ def needs_of_model(
 
     `records` are its tiles, or those of a layer of each kind and of the head; `tiles` the bytes of all of them. `base` is
     what the rank has resident before. `backend`, `kv` and `allreduce` (a rule: see star.parse_rule) are those of the run;
-    `logits_of` is how many positions rank 0 computes logits of at once; `expert_sizes` are the bytes of each expert's tile.
+    `chunk` is how many
+    positions are computed at once; `logits_of` how many positions rank 0 computes logits of at once; `expert_sizes` are the
+    bytes of each expert's tile.
     """
     largest = max((record.nbytes for record in records), default=0)
     expert = max(expert_sizes, default=0)
@@ -71,7 +81,7 @@ def needs_of_model(
     return Needs(
         base=base,
         cache=cache_bytes_of(header, kv, context),
-        work=work_bytes(header, records, backend, context, logits_of, all_partials=all_partials),
+        work=work_bytes(header, records, backend, context, logits_of, chunk=chunk, all_partials=all_partials),
         least_buffers=min(tiles, FEWEST_TILES * largest),
         usual_buffers=min(tiles, USUAL_TILES * largest),
         tiles=tiles,

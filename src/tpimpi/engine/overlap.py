@@ -13,9 +13,13 @@ from enum import Enum
 
 from tpimpi.engine.window import Window
 from tpimpi.models.blocks import Block
+from tpimpi.models.config import ModelConfig
 from tpimpi.weights.slices.file import Tile
 
-PREFILL_CHUNK = 128  # positions computed at once while a prompt is read
+# Positions of a prompt that are computed at once.
+DENSE_CHUNK = 128
+MIXTURE_CHUNK = 512  # a chunk reads nearly all experts, however few positions it has
+MOST_CHUNK = 4096
 OVERLAP_LEAST_POSITIONS = 32  # a chunk of so many positions or more is halved
 
 
@@ -40,9 +44,14 @@ def half_chunks(positions: int, ranks: int) -> list[slice]:
     return [slice(0, half), slice(half, positions)]
 
 
+def usual_chunk(config: ModelConfig) -> int:
+    """Positions of a prompt that are computed at once where nobody says how many."""
+    return MIXTURE_CHUNK if config.experts else DENSE_CHUNK
+
+
 def largest_sum(hidden: int, ranks: int) -> int:
-    """Numbers of the largest sum over so many ranks in any step."""
-    return hidden * max(run.stop - run.start for run in half_chunks(PREFILL_CHUNK, ranks))
+    """Numbers of the largest sum over so many ranks in a usual step of a dense model."""
+    return hidden * max(run.stop - run.start for run in half_chunks(DENSE_CHUNK, ranks))
 
 
 class HalfChunk:

@@ -8,7 +8,6 @@ import numpy as np
 
 from tpimpi.compute.arrays import F32
 from tpimpi.engine.model import Model
-from tpimpi.engine.overlap import PREFILL_CHUNK
 from tpimpi.engine.protocol import begin, step
 from tpimpi.serving.sampling import Sampler
 from tpimpi.serving.text.stream import IdStream, TextStream
@@ -36,8 +35,8 @@ def generate(
     begin(model, star, context)
     history = list(prompt)
     hidden = np.empty((0, model.config.hidden), np.float32)
-    for start in range(0, len(prompt), PREFILL_CHUNK):
-        chunk = prompt[start : start + PREFILL_CHUNK]
+    for start in range(0, len(prompt), model.chunk):
+        chunk = prompt[start : start + model.chunk]
         hidden = step(model, star, embed(chunk), start, head=start + len(chunk) == len(prompt))
     for made in range(max_tokens):
         if made:

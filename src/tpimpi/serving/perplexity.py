@@ -11,7 +11,7 @@ place of the first token of each, and of each the second half scored, which give
                    distribution of the reference, Q that of the format measured (Kullback and Leibler 1951)
 
 Standard errors take tokens as independent, which those of one text are not quite. For a comparison both models run in
-step, so that no logits are ever stored: memory is both models, and logits [PREFILL_CHUNK, vocab] of each.
+step, so that no logits are ever stored: memory is both models, and logits [positions of a step, vocab] of each.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ import numpy.typing as npt
 from tpimpi.compute.arrays import F32
 from tpimpi.engine.engine import Engine, OpenedEngine
 from tpimpi.engine.figures import RankFigures
-from tpimpi.engine.overlap import PREFILL_CHUNK
 from tpimpi.engine.protocol import begin, step
 from tpimpi.errors import InputError, ModelError
 from tpimpi.serving.text.token_ids import TokenIds
@@ -256,8 +255,9 @@ class Measurement:
         done, total, said = 0, sum(len(chunk) - 1 - self.first for chunk in self.chunks), time.monotonic()
         for chunk in self.chunks:
             self._begin(engines)
-            for start in range(0, len(chunk) - 1, PREFILL_CHUNK):
-                ids = chunk[start : start + PREFILL_CHUNK + 1]
+            step = min(engine.model.chunk for engine in engines)
+            for start in range(0, len(chunk) - 1, step):
+                ids = chunk[start : start + step + 1]
                 scored = ids[1:][max(self.first - start, 0) :]
                 found: list[tuple[F32, F64]] = []
                 for index, engine in enumerate(engines):

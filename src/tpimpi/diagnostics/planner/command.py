@@ -19,7 +19,7 @@ from tpimpi.diagnostics.planner.measure_layers import RankMeasurement, measure
 from tpimpi.diagnostics.planner.predict import LayerCost, LinearCost, Measured, Prediction, Predictor, RankSpeed
 from tpimpi.diagnostics.planner.shares import SLICED_SHARES_TOLERANCE, best_shares
 from tpimpi.engine.budget import per_rank
-from tpimpi.engine.overlap import PREFILL_CHUNK
+from tpimpi.engine.overlap import DENSE_CHUNK
 from tpimpi.engine.ranks import RankInfo, cores_shared_by
 from tpimpi.errors import InputError
 from tpimpi.star import Star
@@ -198,7 +198,7 @@ def plan(
 def make_table(survey: Survey, ranks: int, given: Sequence[float] | None, *, quiet: bool) -> list[PlanRow]:
     """For 1 to `ranks` ranks equal and best shares, and for all of them the `given` ones."""
     lines = []
-    positions = min(survey.workload.prompt, PREFILL_CHUNK)
+    positions = min(survey.workload.prompt, DENSE_CHUNK)
     for count in range(1, ranks + 1):
         if not quiet:
             print(f"measuring {count} of {ranks} ranks", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ of the time of a token
 it takes the largest. A control group with half a core lets a rank run at full speed for some milliseconds and then stops
 it: a rank that waits half of its time for the star is never stopped, so speed at work and in the long run are two figures.
 
-The first token is the same for the positions of the prompt, PREFILL_CHUNK at a time, and one head. Reading weights for the
+The first token is the same for the positions of the prompt, DENSE_CHUNK at a time, and one head. Reading weights for the
 first time is not counted.
 """
 
@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from tpimpi.diagnostics.options import Workload
 from tpimpi.engine.budget import Needs, allowances, make_budget
 from tpimpi.engine.needs import needs_of_model
-from tpimpi.engine.overlap import PREFILL_CHUNK
+from tpimpi.engine.overlap import DENSE_CHUNK
 from tpimpi.errors import InputError
 from tpimpi.models.blocks import LAYER_KINDS
 from tpimpi.models.config import ModelConfig
@@ -342,5 +342,5 @@ class Predictor:
 
 def chunks(prompt: int) -> Iterator[int]:
     """The positions that are computed at once, one after the other, of a prompt of so many."""
-    for start in range(0, prompt, PREFILL_CHUNK):
-        yield min(PREFILL_CHUNK, prompt - start)
+    for start in range(0, prompt, DENSE_CHUNK):
+        yield min(DENSE_CHUNK, prompt - start)
