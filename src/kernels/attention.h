@@ -20,11 +20,16 @@ constexpr int kKeys = 64;        // of a block: its keys and values stay in the 
 constexpr int kMost = kLanes;    // queries that are taken together
 constexpr float kNone = -3e38f;  // the greatest score before there is one: finite, so that no infinity is taken from another
 
-// A query: where it comes from and goes to, and the keys [first, last) that it sees.
+// A query: where it comes from and goes to, the keys [first, last) that it sees, and its head's sink.
 struct Query {
   const float* q;
   float* y;
   int64_t first, last;
+  float sink;
+
+  // The greatest score, and the sum of e^(score - greatest), before there is a key.
+  float greatest() const { return sink < kNone ? kNone : sink; }
+  float total() const { return sink <= kNone ? 0 : 1; }
 };
 
 // Queries that read one KV head.
@@ -163,7 +168,12 @@ void attend_many(const Attention& a, const Group& group, const ManyScratch& scra
       scratch.q[i * kLanes + t] = t < group.count ? group.query[t].q[i] * a.scale : 0;
   std::memset(scratch.sums, 0, size_t(head_dim) * kLanes * sizeof(float));
 
-  F greatest = S::set(kNone), total = S::zero();
+  float greatests[kLanes] = {}, totals[kLanes] = {};
+  for (int t = 0; t < group.count; ++t) {
+    greatests[t] = group.query[t].greatest();
+    totals[t] = group.query[t].total();
+  }
+  F greatest = S::load(greatests), total = S::load(totals);
   for (int64_t first = first_key(group), keys; first < group.last; first += keys) {
     keys = keys_of_block(group, first);
     const float* block = k.widened(first, keys, scratch.rows);
@@ -197,7 +207,6 @@ void attend_many(const Attention& a, const Group& group, const ManyScratch& scra
       many_sums<S, 1>(scratch.scores, block + i, keys, head_dim, rescale, scratch.sums + i * kLanes);
   }
 
-  float totals[kLanes];
   S::store(totals, total);
   for (int t = 0; t < group.count; ++t)
     for (int64_t i = 0; i < head_dim; ++i) group.query[t].y[i] = scratch.sums[i * kLanes + t] / totals[t];
@@ -324,8 +333,8 @@ void attend_few(const Attention& a, const Group& group, const FewScratch& scratc
       scratch.q[t * filled + i] = i < head_dim ? group.query[t].q[i] * a.scale : 0;
       scratch.sums[t * filled + i] = 0;
     }
-    greatest[t] = kNone;
-    total[t] = 0;
+    greatest[t] = group.query[t].greatest();
+    total[t] = group.query[t].total();
   }
   static constexpr Block blocks[] = {few_block<S, f16, 1>, few_block<S, f16, S::queries >= 2 ? 2 : 1>,
                                      few_block<S, f16, S::queries >= 3 ? 3 : 1>, few_block<S, f16, S::queries >= 4 ? 4 : 1>};
@@ -363,7 +372,8 @@ void attention_of(const Attention& a, int64_t first, int64_t last, float* scratc
     group.kv_head = a.q_to_kv[item / a.n];
     for (; item < last && group.count < kMost && a.q_to_kv[item / a.n] == group.kv_head; ++item) {
       const int64_t head = item / a.n, n = item % a.n, end = a.start + n + 1, at = (n * a.heads + head) * a.head_dim;
-      group.add({a.q + at, a.y + at, a.window && end > a.window ? end - a.window : 0, end});
+      group.add({a.q + at, a.y + at, a.window && end > a.window ? end - a.window : 0, end,
+                 a.sinks ? a.sinks[head] : kNone});
     }
     if (group.count < kMany<S>)
       attend_few<S, f16>(a, group, few);

@@ -97,8 +97,33 @@ void gated(Session& session, const Floats<>& gate, const Floats<>& up, const Res
   (session.*activation)(int64_t(gate.size()), gate.data(), up.data(), y.data());
 }
 
+void clamped_swiglu(Session& session, const Floats<>& gate, const Floats<>& up, float limit, const Result& y) {
+  check(gate.size() == up.size() && gate.size() == y.size(), "gate, up and y must have one shape");
+  check(limit > 0, "limit must be greater than 0");
+  nb::gil_scoped_release free;
+  session.clamped_swiglu(int64_t(gate.size()), limit, gate.data(), up.data(), y.data());
+}
+
+bool route(Session& session, const Floats<nb::ndim<2>>& x, const nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu, nb::ro>& router,
+           const std::optional<Floats<nb::ndim<1>>>& bias, int bias_of, bool sigmoid, bool normalized, double scale,
+           const nb::ndarray<int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>& experts, const Result& weights) {
+  const bool bf16 = router.dtype() == nb::dtype<uint16_t>();
+  check(bf16 || router.dtype() == nb::dtype<float>(), "router must be f32, or the bits of bf16");
+  check(router.shape(1) == x.shape(1), "x has another number of columns than the router");
+  check(experts.shape(0) == x.shape(0) && weights.ndim() == 2 && weights.shape(0) == x.shape(0) && weights.shape(1) == experts.shape(1),
+        "experts and weights must be [n, chosen]");
+  check(experts.shape(1) >= 1 && experts.shape(1) <= router.shape(0), "chosen must be 1 or more, and no more than there are experts");
+  check(bias_of >= 0 && bias_of <= int(Routing::Bias::choice), "bias_of is unknown");
+  check(bias_of == int(Routing::Bias::none) || (bias && bias->size() == router.shape(0)), "bias must be [experts]");
+  const Router rows{int64_t(router.shape(0)), int64_t(router.shape(1)), bf16, router.data()};
+  const Routing routing{rows.experts, int64_t(experts.shape(1)), sigmoid, normalized, scale, Routing::Bias(bias_of), bias ? bias->data() : nullptr};
+  nb::gil_scoped_release free;
+  return session.route(rows, routing, int64_t(x.shape(0)), x.data(), experts.data(), weights.data());
+}
+
 void attention(Session& session, const Floats<nb::ndim<3>>& q, const Cached& k, const Cached& v,
-               const std::vector<int64_t>& q_to_kv, int64_t start, int64_t window, float scale, float softcap, const Result& y) {
+               const std::vector<int64_t>& q_to_kv, int64_t start, int64_t window, float scale, float softcap,
+               const std::optional<Floats<nb::ndim<1>>>& sinks, const Result& y) {
   const bool f16 = k.dtype() == nb::dlpack::dtype{uint8_t(nb::dlpack::dtype_code::Float), 16, 1};
   check(f16 || k.dtype() == nb::dtype<float>(), "k must be f16 or f32");
   check(v.dtype() == k.dtype(), "k and v must be of one type");
@@ -110,9 +135,10 @@ void attention(Session& session, const Floats<nb::ndim<3>>& q, const Cached& k, 
   for (int64_t head : q_to_kv) check(head >= 0 && head < int64_t(k.shape(0)), "q_to_kv names a KV head that is not there");
   check(window >= 0, "window may not be negative");
   check(softcap >= 0, "softcap may not be negative");
+  check(!sinks || sinks->size() == q.shape(1), "sinks must be [heads]");
   check(y.size() == q.size(), "y must have the shape of q");
   const Attention a{int64_t(q.shape(0)), int64_t(q.shape(1)), int64_t(q.shape(2)), start, window, scale, softcap, q.data(),
-                    k.data(), v.data(), f16, k.stride(0), q_to_kv.data(), y.data()};
+                    k.data(), v.data(), f16, k.stride(0), q_to_kv.data(), sinks ? sinks->data() : nullptr, y.data()};
   nb::gil_scoped_release free;
   session.attention(a);
 }
@@ -172,8 +198,11 @@ NB_MODULE(_native, m) {
       .def("rope", &rope, "x"_a, "cos"_a, "sin"_a, "y"_a.noconvert())
       .def("swiglu", &gated<&Session::swiglu>, "gate"_a, "up"_a, "y"_a.noconvert())
       .def("geglu", &gated<&Session::geglu>, "gate"_a, "up"_a, "y"_a.noconvert())
+      .def("clamped_swiglu", &clamped_swiglu, "gate"_a, "up"_a, "limit"_a, "y"_a.noconvert())
+      .def("route", &route, "x"_a, "router"_a.noconvert(), "bias"_a.none(), "bias_of"_a, "sigmoid"_a, "normalized"_a, "scale"_a,
+           "experts"_a.noconvert(), "weights"_a.noconvert(), "False where a logit is not finite.")
       .def("attention", &attention, "q"_a, "k"_a, "v"_a, "q_to_kv"_a, "start"_a, "window"_a, "scale"_a, "softcap"_a,
-           "y"_a.noconvert())
+           "sinks"_a.none(), "y"_a.noconvert())
       .def("quantize", &quantize, "format"_a, "values"_a, "out"_a.noconvert(), "False where a value is not finite.")
       .def("read", &read_all, "data"_a, "Read data (whole pieces of 256 bytes) with all threads, and return the sum of its 8-byte words.")
       .def("multiply_peak", &multiply_peak, "format"_a, "seconds"_a,

@@ -15,6 +15,7 @@
 
 #include "kernels.h"
 #include "pack.h"
+#include "route.h"
 
 using namespace tpimpi;
 
@@ -40,7 +41,7 @@ struct Buffer {
   std::unique_ptr<uint8_t, void (*)(void*)> data;
 };
 
-enum Operation { kLinear, kRmsNorm, kFixedRmsNorm, kRope, kSwiglu, kGeglu, kAttention, kQuantize, kRead, kPack };
+enum Operation { kLinear, kRmsNorm, kFixedRmsNorm, kRope, kSwiglu, kGeglu, kAttention, kQuantize, kRead, kPack, kRoute, kClampedSwiglu };
 
 struct Case {
   int64_t operation;
@@ -55,6 +56,23 @@ struct Case {
 template <class Work>
 void in_parts(int64_t parts, int64_t items, Work work) {
   for (int64_t i = 0; i < parts; ++i) work(items * i / parts, items * (i + 1) / parts);
+}
+
+// n, hidden, experts, chosen, whether bf16, sigmoid, normalized, what the bias is of, parts; x, router, bias or nothing, scale (f64). The
+// result: the experts, then their weights; of logits that are not finite all bytes 0xff.
+void route(const Level& level, const Case& c, const Buffer& result) {
+  const auto& p = c.parameters;
+  const int64_t n = p.at(0), hidden = p.at(1), experts = p.at(2), chosen = p.at(3);
+  const Router router{experts, hidden, p.at(4) != 0, c.arrays.at(1).as<const void>()};
+  const Routing routing{experts, chosen, p.at(5) != 0, p.at(6) != 0, *c.arrays.at(3).as<const double>(), Routing::Bias(p.at(7)),
+                        c.arrays.at(2).size ? c.floats(2) : nullptr};
+  const Buffer wide(n * hidden * 8), logits(n * experts * 8), scores(2 * experts * 8);
+  std::copy(c.floats(0), c.floats(0) + n * hidden, wide.as<double>());
+  in_parts(p.at(8), experts, [&](int64_t first, int64_t last) {
+    level.router_logits(router, first, last, n, wide.as<const double>(), logits.as<double>());
+  });
+  if (!choose(routing, n, logits.as<double>(), scores.as<double>(), result.as<int32_t>(), result.as<float>() + n * chosen))
+    std::memset(result.as<uint8_t>(), 0xff, size_t(result.size));
 }
 
 void run(const Level& level, const Case& c, const Buffer& result) {
@@ -89,9 +107,9 @@ void run(const Level& level, const Case& c, const Buffer& result) {
       const auto gated = c.operation == kSwiglu ? level.swiglu : level.geglu;
       return gated(p.at(0), p[1] == 0 ? y : c.floats(0), p[1] == 1 ? y : c.floats(1), y);
     }
-    case kAttention: {  // n, heads, head_dim, start, window, whether f16, kv_stride, parts; q, k, v, q_to_kv, [scale, softcap]
+    case kAttention: {  // n, heads, head_dim, start, window, whether f16, kv_stride, parts; q, k, v, q_to_kv, [scale, softcap], sinks or nothing
       const Attention a{p.at(0), p.at(1), p.at(2), p.at(3), p.at(4), c.floats(4)[0], c.floats(4)[1], c.floats(0), c.floats(1),
-                        c.floats(2), p.at(5) != 0, p.at(6), c.arrays.at(3).as<const int64_t>(), y};
+                        c.floats(2), p.at(5) != 0, p.at(6), c.arrays.at(3).as<const int64_t>(), c.arrays.at(5).size ? c.floats(5) : nullptr, y};
       const Buffer scratch(level.attention_scratch(a) * 4);
       in_parts(p.at(7), a.n * a.heads, [&](int64_t first, int64_t last) { level.attention(a, first, last, scratch.as<float>()); });
       return;
@@ -107,6 +125,11 @@ void run(const Level& level, const Case& c, const Buffer& result) {
     }
     case kPack:  // format, rows, columns, first, stride; rows in row form
       return pack(Format(p.at(0)), p.at(1), p.at(2), p.at(3), c.arrays.at(0).as<const uint8_t>(), p.at(4), result.as<uint8_t>());
+    case kRoute: return route(level, c, result);
+    case kClampedSwiglu: {  // size, which array is the result's too; gate, up, limit
+      if (p.at(1) < 2) std::memcpy(y, c.floats(size_t(p[1])), size_t(result.size));
+      return level.clamped_swiglu(p.at(0), *c.floats(2), p[1] == 0 ? y : c.floats(0), p[1] == 1 ? y : c.floats(1), y);
+    }
   }
   fail("an operation is unknown");
 }

@@ -131,7 +131,15 @@ struct Attention {
   bool f16;
   int64_t kv_stride;
   const int64_t* q_to_kv;      // [heads]
+  const float* sinks;          // [heads]: a score without a value in each head's softmax; or null
   float* y;                    // [n, heads, head_dim]
+};
+
+// The router of a mixture of experts.
+struct Router {
+  int64_t experts, hidden;
+  bool bf16;
+  const void* rows;  // [experts, hidden], f32 or bf16
 };
 
 // What one level provides. Pointers never overlap unless a comment says so.
@@ -154,6 +162,10 @@ struct Level {
   // The same with the same bits at every level: in f64, sums over 16 lanes in a fixed order. y may be x.
   void (*fixed_rms_norm)(int64_t rows, int64_t size, const float* x, const float* weight, double eps, float* y);
 
+  // Experts [first, last) of logits [n, experts] = x [n, hidden] times the transpose of the router, in f64: the same bits at every
+  // level, as fixed_rms_norm's.
+  void (*router_logits)(const Router& router, int64_t first, int64_t last, int64_t n, const double* x, double* logits);
+
   // y [n, heads, head_dim] = x, of which the first `rotated` elements of each head are rotated by the angles of cos, sin
   // [n, rotated / 2]; i pairs with i + rotated / 2. y may be x.
   void (*rope)(int64_t n, int64_t heads, int64_t head_dim, int64_t rotated, const float* x, const float* cos, const float* sin,
@@ -164,6 +176,9 @@ struct Level {
 
   // y [size] = gelu(gate) * up, gelu by its tanh formula. y may be gate or up.
   void (*geglu)(int64_t size, const float* gate, const float* up, float* y);
+
+  // y [size] = g sigmoid(1.702 g) (u + 1), with g = min(gate, limit) and u = up between -limit and limit. y may be gate or up.
+  void (*clamped_swiglu)(int64_t size, float limit, const float* gate, const float* up, float* y);
 
   // Items [first, last) of the n * heads pairs (position, head), item = head * n + position, of an attention.
   // `scratch` has attention_scratch(a) floats.

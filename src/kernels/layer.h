@@ -137,5 +137,16 @@ void swiglu(int64_t size, const float* gate, const float* up, float* y) {
   });
 }
 
+template <class S>
+void clamped_swiglu(int64_t size, float limit, const float* gate, const float* up, float* y) {
+  each_run(size, [&](int64_t i, int64_t n) {
+    // The limits first: a NaN passes.
+    const auto most = S::set(limit), one = S::set(1), g = S::min(most, load_run<S>(gate + i, n));
+    const auto u = S::max(S::set(-limit), S::min(most, load_run<S>(up + i, n)));
+    const auto silu = S::div(g, S::add(one, exponential<S>(S::mul(S::set(-1.702f), g))));
+    store_run<S>(y + i, S::mul(silu, S::add(u, one)), n);
+  });
+}
+
 }  // namespace
 }  // namespace tpimpi

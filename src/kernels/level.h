@@ -10,6 +10,7 @@
 #include "limits.h"
 #include "linear.h"
 #include "quantize_256.h"
+#include "router_logits.h"
 
 namespace tpimpi {
 namespace {  // each level is compiled with flags of its own: nothing of it may be shared with another
@@ -22,9 +23,11 @@ constexpr Level level_of() {
           .multiply = multiply<S>,
           .rms_norm = rms_norm<S>,
           .fixed_rms_norm = fixed_rms_norm,
+          .router_logits = router_logits,
           .rope = rope<S>,
           .swiglu = swiglu<S>,
           .geglu = geglu<S>,
+          .clamped_swiglu = clamped_swiglu<S>,
           .attention = attention<S>,
           .attention_scratch = attention_scratch<S>,
           .quantize = quantize_blocks,

@@ -64,6 +64,23 @@ void Session::fixed_rms_norm(int64_t rows, int64_t size, const float* x, const f
   });
 }
 
+bool Session::route(const Router& router, const Routing& routing, int64_t positions, const float* x, int32_t* experts, float* weights) {
+  constexpr int64_t kRun = 16;  // positions, whose vectors stay in the second cache
+  const int64_t hidden = router.hidden, count = router.experts, run = std::min(positions, kRun);
+  double* const wide = reinterpret_cast<double*>(scratch((run * (hidden + count) + 2 * count) * int64_t(sizeof(double))));
+  double *const logits = wide + run * hidden, *const scores = logits + run * count;
+  for (int64_t begin = 0; begin < positions; begin += run) {
+    const int64_t n = std::min(run, positions - begin);
+    std::copy(x + begin * hidden, x + (begin + n) * hidden, wide);
+    deal(parts(count, count * hidden * n * 4), count, [&](int, int64_t first, int64_t last) {
+      level_.router_logits(router, first, last, n, wide, logits);
+    });
+    const int64_t at = begin * routing.chosen;
+    if (!choose(routing, n, logits, scores, experts + at, weights + at)) return false;
+  }
+  return true;
+}
+
 void Session::rope(int64_t n, int64_t heads, int64_t head_dim, int64_t rotated, const float* x, const float* cos, const float* sin,
                    float* y) {
   const int64_t size = heads * head_dim, half = rotated / 2;
@@ -81,6 +98,12 @@ void Session::swiglu(int64_t size, const float* gate, const float* up, float* y)
 void Session::geglu(int64_t size, const float* gate, const float* up, float* y) {
   deal(parts(size, size * 16), size, [&](int, int64_t first, int64_t last) {
     level_.geglu(last - first, gate + first, up + first, y + first);
+  });
+}
+
+void Session::clamped_swiglu(int64_t size, float limit, const float* gate, const float* up, float* y) {
+  deal(parts(size, size * 16), size, [&](int, int64_t first, int64_t last) {
+    level_.clamped_swiglu(last - first, limit, gate + first, up + first, y + first);
   });
 }
 

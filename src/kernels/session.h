@@ -6,6 +6,7 @@
 
 #include "kernels.h"
 #include "pool.h"
+#include "route.h"
 
 namespace tpimpi {
 
@@ -22,9 +23,12 @@ class Session {
   void attention(const Attention& a);
   void rms_norm(int64_t rows, int64_t size, const float* x, const float* weight, float eps, float* y);
   void fixed_rms_norm(int64_t rows, int64_t size, const float* x, const float* weight, double eps, float* y);
+  // experts, weights [positions, chosen] of x [positions, hidden]. False where a logit is not finite.
+  bool route(const Router& router, const Routing& routing, int64_t positions, const float* x, int32_t* experts, float* weights);
   void rope(int64_t n, int64_t heads, int64_t head_dim, int64_t rotated, const float* x, const float* cos, const float* sin, float* y);
   void swiglu(int64_t size, const float* gate, const float* up, float* y);
   void geglu(int64_t size, const float* gate, const float* up, float* y);
+  void clamped_swiglu(int64_t size, float limit, const float* gate, const float* up, float* y);
 
   // `blocks` blocks of numbers in GGML's row form; false where a number is not finite.
   bool quantize(Format format, int64_t blocks, const float* x, uint8_t* out);

@@ -23,6 +23,19 @@ class Session:
     def rope(self, x: _F32, cos: _F32, sin: _F32, y: _F32) -> None: ...
     def swiglu(self, gate: _F32, up: _F32, y: _F32) -> None: ...
     def geglu(self, gate: _F32, up: _F32, y: _F32) -> None: ...
+    def clamped_swiglu(self, gate: _F32, up: _F32, limit: float, y: _F32) -> None: ...
+    def route(
+        self,
+        x: _F32,
+        router: npt.NDArray[np.uint16] | _F32,
+        bias: _F32 | None,
+        bias_of: int,
+        sigmoid: bool,
+        normalized: bool,
+        scale: float,
+        experts: npt.NDArray[np.int32],
+        weights: _F32,
+    ) -> bool: ...
     def attention(
         self,
         q: _F32,
@@ -33,6 +46,7 @@ class Session:
         window: int,
         scale: float,
         softcap: float,
+        sinks: _F32 | None,
         y: _F32,
     ) -> None: ...
     def quantize(self, format: int, values: _F32, out: _Bytes) -> bool: ...

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import types
 
 import numpy as np
 import pytest
 import torch
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, eager_attention_forward
 
 from tests.support.formats import EVERY_FORMAT, EVERY_QUANTIZED
 from tpimpi.compute.attention import AttentionSpec
@@ -183,6 +185,35 @@ def test_attention(
         found = backend.attention(q, k, v, q_to_kv, start, AttentionSpec(8**-0.5, window=window))
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=backend.name)
+
+
+@pytest.mark.parametrize(("start", "positions"), [(0, 1), (30, 1), (0, 7), (5, 20)])
+def test_attention_sinks_as_in_transformers(random: np.random.Generator, start: int, positions: int) -> None:
+    """GptOss: a score a head that takes its part of the softmax, and gives no value."""
+    heads, stop = 6, start + positions
+    q, sinks = 2 * normal(random, positions, heads, 16), 3 * normal(random, heads)
+    k, v = normal(random, 2, 2, stop, 16)
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.training, module.sinks = 3, False, torch.from_numpy(sinks)
+    keys, position = torch.arange(stop)[None], start + torch.arange(positions)[:, None]
+    for window in (0, 4):
+        mask = torch.where((keys <= position) & ((keys > position - window) | (window == 0)), 0.0, -torch.inf)
+        queries, k_all, v_all = (torch.from_numpy(of)[None] for of in (q.transpose(1, 0, 2), k, v))
+        expected, _ = eager_attention_forward(module, queries, k_all, v_all, mask, 0.25)
+        for backend in BACKENDS:
+            found = backend.attention(q, k, v, (0, 0, 0, 1, 1, 1), start, AttentionSpec(0.25, 0.0, window), sinks)
+            np.testing.assert_allclose(found, expected[0].numpy(), atol=1e-5, err_msg=backend.name)
+
+
+def test_clamped_swiglu_as_in_transformers(random: np.random.Generator) -> None:
+    gate, up = 8 * normal(random, 3, 65), 8 * normal(random, 3, 65)
+    gate[0, :5], up[0, :5] = [-1e20, -200, 7, 200, 1e20], [7, -200, 200, -1e20, 1e20]
+    both = torch.from_numpy(np.stack([gate, up], axis=-1).reshape(3, -1))  # gate and up are interleaved there
+    experts = types.SimpleNamespace(limit=7.0, alpha=1.702)
+    expected = GptOssExperts._apply_gate(experts, both).numpy()
+    for backend in BACKENDS:
+        found = backend.clamped_swiglu(gate, up, 7.0)
+        np.testing.assert_allclose(found, expected, rtol=3e-6, atol=1e-6, err_msg=backend.name)
 
 
 def test_swiglu_also_far_from_zero() -> None:

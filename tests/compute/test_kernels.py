@@ -32,6 +32,7 @@ from tests.support.kernel_cases import (
     within,
 )
 from tests.support.launch import ROOT
+from tests.support.router_cases import clamped_swiglu_cases, route_cases
 from tpimpi.compute.attention import AttentionSpec
 from tpimpi.compute.backends.reference import rounded_activations
 from tpimpi.compute.formats import FORMATS, WEIGHT_FORMATS
@@ -148,6 +149,7 @@ def attention_case(
     sharp: float = 1,
     scale: float | None = None,
     softcap: float = 0,
+    sinks: np.ndarray = NOTHING,
 ) -> Case:
     kv_heads, there = max(q_to_kv) + 1, start + n
     context = there + random.integers(0, 9)
@@ -157,7 +159,8 @@ def attention_case(
     kv[:, :, :there] = random.standard_normal((2, kv_heads, there, head_dim))
     spec = AttentionSpec(head_dim**-0.5 if scale is None else scale, softcap, window)
     with np.errstate(all="ignore"):
-        expected = TWIN.attention(q, kv[0, :, :there], kv[1, :, :there], tuple(q_to_kv), start, spec)
+        seen = kv[:, :, :there]
+        expected = TWIN.attention(q, *seen, tuple(q_to_kv), start, spec, sinks if sinks.size else None)
     exact = kv.reshape(2, -1)[:, : ((kv_heads - 1) * context + there) * head_dim]
     parameters = [n, len(q_to_kv), head_dim, start, window, int(f16), context * head_dim, parts]
     # An error of a score, relative to q k, is an error of a weight.
@@ -165,7 +168,8 @@ def attention_case(
     tolerance *= max(1.0, sharp * head_dim**0.5) if sharp < 1e30 else 1
     name = f"attention n={n} start={start} head_dim={head_dim} {q_to_kv} window={window} f16={f16} sharp={sharp}"
     name += f" scale={scale} cap={softcap}" if softcap else ""
-    arrays = [q, exact[0], exact[1], np.array(q_to_kv, np.int64), np.array([spec.scale, softcap], np.float32)]
+    name += f" sinks={sinks}" if sinks.size else ""
+    arrays = [q, exact[0], exact[1], np.array(q_to_kv, np.int64), np.array([spec.scale, softcap], np.float32), sinks]
     return Case(name, ATTENTION, parameters, arrays, q.shape, within(expected, tolerance))
 
 
@@ -185,6 +189,10 @@ def attention_cases(random: np.random.Generator) -> list[Case]:
     for n, head_dim, window in ((1, 40, 0), (3, 40, 0), (20, 40, 3), (1, 256, 64), (33, 16, 0)):
         for softcap, scale in ((0, 0.02), (2, 0.3), (50, 1), (1e30, 0.1)):  # the last caps nothing that is seen
             cases.append(attention_case(random, n, 70, head_dim, [0, 0, 1], window, n == 3, 1, 2, scale, softcap))
+    for n, start, window in ((1, 0, 0), (1, 130, 0), (3, 70, 16), (20, 0, 0), (33, 90, 40)):
+        for sinks in ([0, 0, 0], [3, -2, 40], [-1e30, 200, -np.inf]):  # the last: a weight of 0, nearly all of it, none
+            of = np.array(sinks, np.float32)
+            cases.append(attention_case(random, n, start, 40, [0, 0, 1], window, n == 3, 1, 2, sinks=of))
     for n in (1, 9):  # a NaN, and infinite scores, make NaN of the queries that see them, and of no others
         case, spec = attention_case(random, n, 70, 32, [0, 1], 0, False, 2), AttentionSpec(32**-0.5)
         q, k, v, *_ = case.arrays
@@ -305,6 +313,8 @@ def run(program: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callabl
         rope_cases,
         swiglu_cases,
         geglu_cases,
+        clamped_swiglu_cases,
+        route_cases,
         attention_cases,
         quantize_cases,
         read_cases,

@@ -138,13 +138,15 @@ def test_a_query_does_not_depend_on_the_queries_beside_it(
     k, v = random.standard_normal((2, 1, stop, head_dim)).astype(np.float16 if f16 else np.float32)
     q = 2 * random.standard_normal((positions, heads, head_dim), dtype=np.float32)
     spec = AttentionSpec(head_dim**-0.5, 3.0 if seed % 3 == 0 else 0.0, window)
-    together = BACKENDS[level].attention(q, k, v, q_to_kv, start, spec)
+    sinks = random.standard_normal(heads, dtype=np.float32) if seed % 2 else None
+    together = BACKENDS[level].attention(q, k, v, q_to_kv, start, spec, sinks)
     for i in (0, positions // 2, positions - 1):
         seen = start + i + 1
         cut = [np.ascontiguousarray(of[:, :seen]) for of in (k, v)]
-        alone = BACKENDS[level].attention(q[[i]], *cut, q_to_kv, start + i, spec)
+        alone = BACKENDS[level].attention(q[[i]], *cut, q_to_kv, start + i, spec, sinks)
         np.testing.assert_array_equal(alone[0], together[i])
-        one = BACKENDS[level].attention(np.ascontiguousarray(q[[i]][:, :1]), *cut, (0,), start + i, spec)
+        first = None if sinks is None else sinks[:1]
+        one = BACKENDS[level].attention(np.ascontiguousarray(q[[i]][:, :1]), *cut, (0,), start + i, spec, first)
         np.testing.assert_array_equal(one[0, 0], together[i, 0])
 
 
@@ -189,6 +191,7 @@ def test_norms_and_activations(level: str, shape: tuple[int, ...]) -> None:
     up = np.concatenate([x.ravel()[::-1], np.full(7, 2, np.float32)])
     assert_same(BACKENDS[level].swiglu(gate, up), TWIN.swiglu(gate, up), 1)
     assert_same(BACKENDS[level].geglu(gate, up), TWIN.geglu(gate, up), 1)
+    assert_same(BACKENDS[level].clamped_swiglu(gate, up, 7.0), TWIN.clamped_swiglu(gate, up, 7.0), 1)
     rows = x.reshape(-1, shape[-1])
     np.testing.assert_array_equal(
         BACKENDS[level].fixed_rms_norm(rows, weight, 1e-5), TWIN.fixed_rms_norm(rows, weight, 1e-5)
@@ -295,7 +298,7 @@ def test_what_does_not_fit_is_refused() -> None:
     ]
     for q_to_kv, start, what in refused:
         with pytest.raises(ValueError, match=what):
-            session.attention(q, k, k, q_to_kv, start, 0, 1.0, 0.0, np.zeros_like(q))
+            session.attention(q, k, k, q_to_kv, start, 0, 1.0, 0.0, None, np.zeros_like(q))
     with pytest.raises(InputError, match=r"this processor has .*portable"):
         NativeBackend(1, "mmx")
 

@@ -10,7 +10,9 @@ import numpy as np
 from tpimpi.compute.backends.reference import NumpyTwin
 
 TWIN = NumpyTwin(1)
-LINEAR, RMS_NORM, FIXED_RMS_NORM, ROPE, SWIGLU, GEGLU, ATTENTION, QUANTIZE, READ, PACK = range(10)
+LINEAR, RMS_NORM, FIXED_RMS_NORM, ROPE, SWIGLU, GEGLU, ATTENTION, QUANTIZE, READ, PACK, ROUTE, CLAMPED_SWIGLU = range(
+    12
+)
 EPS = np.finfo(np.float32).eps
 
 

@@ -10,13 +10,12 @@ from tpimpi._native import Session, levels
 from tpimpi.compute.arrays import F32, I32, Array, Bytes
 from tpimpi.compute.attention import AttentionSpec
 from tpimpi.compute.backends.generic import experts
-from tpimpi.compute.backends.reference import attention, clamped_swiglu
-from tpimpi.compute.backends.routing import route
+from tpimpi.compute.backends.routing import NOT_FINITE
 from tpimpi.compute.experts import ExpertUse
 from tpimpi.compute.formats import FORMATS
 from tpimpi.compute.formats.packed import Matrix, row_bytes
 from tpimpi.compute.formats.quantize import quantize
-from tpimpi.compute.router import RouterSpec
+from tpimpi.compute.router import ROUTER_BIASES, RouterSpec
 from tpimpi.errors import InputError
 
 # Formats that the kernels make of numbers; the others are made with NumPy.
@@ -72,10 +71,8 @@ class NativeBackend:
         spec: AttentionSpec,
         sinks: F32 | None = None,
     ) -> F32:
-        if sinks is not None:
-            return attention(q, k, v, q_to_kv, start, spec, sinks)
         y = np.empty(q.shape, np.float32)
-        self._session.attention(q, k, v, q_to_kv, start, spec.window, spec.scale, spec.softcap, y)
+        self._session.attention(q, k, v, q_to_kv, start, spec.window, spec.scale, spec.softcap, sinks, y)
         return y
 
     def swiglu(self, gate: F32, up: F32) -> F32:
@@ -89,10 +86,16 @@ class NativeBackend:
         return y
 
     def clamped_swiglu(self, gate: F32, up: F32, limit: float) -> F32:
-        return clamped_swiglu(gate, up, limit)
+        y = np.empty(gate.shape, np.float32)
+        self._session.clamped_swiglu(gate, up, limit, y)
+        return y
 
     def route(self, x: F32, router: Array, bias: F32 | None, spec: RouterSpec) -> tuple[I32, F32]:
-        return route(x, router, bias, spec)
+        chosen, weights = np.empty((len(x), spec.chosen), np.int32), np.empty((len(x), spec.chosen), np.float32)
+        bias_of, sigmoid = ROUTER_BIASES.index(spec.bias), spec.scoring == "sigmoid"
+        if not self._session.route(x, router, bias, bias_of, sigmoid, spec.normalized, spec.scale, chosen, weights):
+            raise ValueError(NOT_FINITE)
+        return chosen, weights
 
     def experts(self, x: F32, uses: Sequence[ExpertUse], activation: str, limit: float, out: F32) -> None:
         experts(self, x, uses, activation, limit, out)

@@ -20,7 +20,7 @@ _F64 = npt.NDArray[np.float64]
 
 FIXED_LANES = 16  # of sums
 _LANE_SUMS = 1 << 18  # that are computed at once, over positions and experts
-_LEAST_SUM = 1e-20  # is added to the sum of the scores: where all are zero, weights are zero and no NaN
+_LEAST_SUM = 1e-300  # is added to the sum of the scores: where all are zero, weights are zero and no NaN
 
 # exp: x = n ln 2 + r; ln 2 in two parts, of which the first times n is exact.
 _LEAST_EXPONENT = -708.0  # under it e^x is taken for zero
@@ -36,14 +36,17 @@ def route(x: F32, router: Array, bias: F32 | None, spec: RouterSpec) -> tuple[I3
     if spec.bias == "logits":
         assert bias is not None
         logits = logits + bias.astype(np.float64)
+    order = logits  # which is that of the scores
     if not np.isfinite(logits).all():
         raise ValueError(NOT_FINITE)
-    scores = logits  # which are in the order of the scores
+    scores = _scores(logits, spec)
     if spec.bias == "choice":
         assert bias is not None
-        scores = _scores(logits, spec) + bias.astype(np.float64)
-    experts = np.argsort(-scores, axis=1, kind="stable")[:, : spec.chosen]
-    weights = np.take_along_axis(_scores(logits, spec), experts, axis=1)
+        order = scores + bias.astype(np.float64)
+        if not np.isfinite(order).all():
+            raise ValueError(NOT_FINITE)
+    experts = np.argsort(-order, axis=1, kind="stable")[:, : spec.chosen]
+    weights = np.take_along_axis(scores, experts, axis=1)
     if spec.normalized:
         weights = weights / (_in_order(weights) + _LEAST_SUM)
     return experts.astype(np.int32), (weights * spec.scale).astype(np.float32)
