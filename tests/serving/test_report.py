@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tpimpi.engine.figures import RankFigures
+from tpimpi.engine.figures import ExpertFigures, RankFigures
 from tpimpi.serving.report import Answer, Report
 from tpimpi.serving.session import END_REASONS
 
@@ -23,7 +23,7 @@ def answer(*gaps: float, ended: str = "end") -> Answer:
 
 def figures(streamed_bytes_per_token: int = 0, read_wait_s: float = 0.0) -> RankFigures:
     values: dict[str, Any] = dict.fromkeys((field.name for field in fields(RankFigures)), 0)
-    values |= {"host": "vm", "memory_bytes": None, "disk_bytes_per_s": 1e9, "timeline": []}
+    values |= {"host": "vm", "memory_bytes": None, "disk_bytes_per_s": 1e9, "timeline": [], "experts": None}
     values |= {"streamed_bytes_per_token": streamed_bytes_per_token, "read_wait_s": read_wait_s}
     return RankFigures(**values)
 
@@ -55,6 +55,22 @@ def test_table_and_json_name_both(tmp_path: Path, capsys: pytest.CaptureFixture[
     for where in (found, found["answers"][0]):
         assert where["finish_reason"] == "stop"
         assert where["s_per_token"] == pytest.approx(0.02) and where["s_per_token_mean"] == pytest.approx(0.05)
+
+
+def test_experts_are_told_of_in_a_line_for_each_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report("model", "q8_0", "native", "star", 512)
+    report.add(answer(0.02))
+    did = ExpertFigures(
+        used=200, hits=150, expected=40, expected_used=30, bytes_read=90_000_000, expected_bytes=40_000_000
+    )
+    report.ranks = [figures(), replace(figures(), rank=1, experts=did)]
+    report.print_table()
+    said = capsys.readouterr().err
+    assert "experts of r0" not in said
+    assert (
+        "experts of r1: 200 used, 75% of them in memory; 40 read before they were chosen, 75% of them used "
+        "(40 MB of 90 MB read)" in said
+    )
 
 
 def test_why_an_answer_ended_is_in_the_words_of_openai() -> None:

@@ -107,7 +107,7 @@ def _slices(files: list[Path], told: list[dict[str, Any]], *, verify: bool) -> d
         if problem is not None:
             problems.append(problem)
         headers[path] = header
-        tiles = [record.nbytes for record in header.records if record.block.kind in (*LAYER_KINDS, "head")]
+        tiles = [record.nbytes for record in header.records if record.block.kind in (*LAYER_KINDS, "experts", "head")]
         told.append(
             {
                 "file": path.name,
@@ -130,7 +130,7 @@ def _slices(files: list[Path], told: list[dict[str, Any]], *, verify: bool) -> d
             header.partition.describe(),
             _span(share.heads),
             _span(share.kv_heads),
-            _span(share.columns),
+            _span(share.usual_columns),
             str(len(tiles)),
             f"{max(tiles, default=0) / 2**20:.1f} MiB",
             f"{file.size / 1e6:.0f} MB",

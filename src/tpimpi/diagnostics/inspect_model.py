@@ -13,6 +13,7 @@ from rich.table import Table
 
 from tpimpi.errors import ModelError
 from tpimpi.models.config import ModelConfig
+from tpimpi.models.tensors import unused_parameters
 from tpimpi.system.terminal import print_table
 from tpimpi.system.units import show_size
 from tpimpi.weights.sources import ModelFacts, Source, describe_model, locate_model, open_source
@@ -89,6 +90,7 @@ def _source(
     tensors = source.tensors()
     formats = Counter(info.format for info in tensors.values())
     parameters = sum(int(np.prod(info.shape)) for info in tensors.values())
+    active = parameters - unused_parameters(source.config)
     problem: ModelError | None = None
     if verify:
         for name in tensors:
@@ -102,6 +104,7 @@ def _source(
         "name": source.name,
         "config": source.config.to_dict(),
         "parameters": parameters,
+        "active_parameters": active,
         "tensors": len(tensors),
         "formats": dict(formats),
         "fingerprint": source.fingerprint(),
@@ -111,7 +114,8 @@ def _source(
         table.add_row(name, shown(value))
     table.add_row("chat template", _templates(facts))
     table.add_row("path", shown(str(source.path)))
-    table.add_row("parameters", f"{parameters / 1e6:.1f} million in {len(tensors)} tensors")
+    used = f", {active / 1e6:.1f} million of them for a token" if active < parameters else ""
+    table.add_row("parameters", f"{parameters / 1e6:.1f} million in {len(tensors)} tensors{used}")
     table.add_row("formats", _formats(facts))
     table.add_row("fingerprint", source.fingerprint())
     if source.left_out:
@@ -149,8 +153,24 @@ def _rows(config: ModelConfig) -> dict[str, str]:
         "layers": f"{config.layers}",
         "hidden": f"{config.hidden}",
         "heads": f"{config.heads} query, {config.kv_heads} KV, of {config.head_dim}",
-        "MLP columns": f"{config.intermediate}",
+        **_mlp_rows(config),
         "vocabulary": f"{config.vocab}, head {'tied to the embedding' if config.tied_head else 'of its own'}",
         "context": f"{config.context} positions, rope scaling {scaling}"
         + (f", attention window {windows}" if windows else ""),
     }
+
+
+def _mlp_rows(config: ModelConfig) -> dict[str, str]:
+    dense = sum(config.router(layer) is None for layer in range(config.layers))
+    rows = {"MLP columns": f"{config.intermediate}{_in_layers(dense) if config.experts else ''}"} if dense else {}
+    if config.experts:
+        shared = f", and shared ones of {config.shared_intermediate} columns" if config.shared_intermediate else ""
+        rows["experts"] = (
+            f"{config.experts} of {config.expert_intermediate} columns{_in_layers(config.layers - dense)}, "
+            f"{config.experts_per_token} for a token{shared}"
+        )
+    return rows
+
+
+def _in_layers(count: int) -> str:
+    return f" in {count} layer{'' if count == 1 else 's'}"

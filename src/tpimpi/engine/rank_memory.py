@@ -246,7 +246,7 @@ class RankMemory:
                 host=self.star.rank.host,
                 heads=engine.opened.header.share.heads.size,
                 kv_heads=engine.opened.header.share.kv_heads.size,
-                columns=engine.opened.header.share.columns.size,
+                columns=engine.opened.header.share.usual_columns.size,
                 memory_bytes=self.allotment.promise,
                 peak_rss_bytes=peak,
                 weights_bytes=weights,

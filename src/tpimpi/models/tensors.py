@@ -5,6 +5,7 @@ A tensor's canonical name is Hugging Face's without "model.": "layers.3.self_att
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -49,6 +50,14 @@ def model_tensors(config: ModelConfig) -> dict[str, ModelTensor]:
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The tensors a model of this config has: canonical name -> shape [out, in], or [out]. No more and no fewer."""
     return {tensor.name: tensor.shape for tensor in _tensors(config)}
+
+
+def unused_parameters(config: ModelConfig) -> int:
+    """How many of a mixture's parameters a token does not use: those of the experts that it does not choose."""
+    if not config.experts:
+        return 0
+    sizes = [math.prod(tensor.shape) for tensor in model_tensors(config).values() if tensor.expert >= 0]
+    return sum(sizes) * (config.experts - config.experts_per_token) // config.experts
 
 
 def hf_name(name: str) -> str:

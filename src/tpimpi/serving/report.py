@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -60,6 +61,7 @@ class Report:
     format: str
     backend: str
     allreduce: str
+    prompt_chunk: int = 0  # positions of a prompt that were computed at once
     load_s: float = 0.0
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -105,6 +107,7 @@ class Report:
             times.append(f"first token {self.ttft_s:.2f} s")
         if self.s_per_token is not None and self.s_per_token_mean is not None:
             times.append(f"{self.s_per_token_mean:.3g} s/token (mean; median {self.s_per_token:.3g})")
+        mixture = _experts_lines(self.ranks)
         print(file=sys.stderr)
         Console(file=sys.stderr, width=120, highlight=False, color_system=None).print(table)
         last = f"last of {len(self.answers)} prompts: " if len(self.answers) > 1 else ""
@@ -113,6 +116,8 @@ class Report:
             f"{last}{self.prompt_tokens} prompt tokens, {len(self.token_ids)} generated · " + " · ".join(times),
             file=sys.stderr,
         )
+        for line in mixture:
+            print(line, file=sys.stderr)
         if self.s_per_token_mean is not None:
             used = [(r.host, r.device, r.streamed_bytes_per_token) for r in self.ranks]
             rates = [(*what, what[2] / self.s_per_token_mean) for what in used]
@@ -121,3 +126,17 @@ class Report:
             for line in disk_lines(rates, alone=limited):
                 print(f"seen: {line}", file=sys.stderr)
         sys.stderr.flush()
+
+
+def _experts_lines(ranks: Sequence[RankFigures]) -> Iterator[str]:
+    """What each rank's expert cache did, in a line; nothing of a dense model."""
+    for rank in ranks:
+        if (did := rank.experts) is None or not did.used:
+            continue
+        line = f"experts of r{rank.rank}: {did.used} used, {did.hits / did.used:.0%} of them in memory"
+        if did.expected:
+            line += (
+                f"; {did.expected} read before they were chosen, {did.expected_used / did.expected:.0%} of them used"
+            )
+            line += f" ({show_size(did.expected_bytes)} of {show_size(did.bytes_read)} read)"
+        yield line

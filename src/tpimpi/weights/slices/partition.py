@@ -52,6 +52,11 @@ class Share:
     expert_columns: Span = _NO_COLUMNS  # of every expert's
     shared_columns: Span = _NO_COLUMNS  # of the shared experts', together
 
+    @property
+    def usual_columns(self) -> Span:
+        """Of a mixture those of an expert, else those of a layer's MLP."""
+        return self.expert_columns if self.expert_columns.size else self.columns
+
     def mlp_columns(self, config: ModelConfig, layer: int) -> Span:
         """Columns of what every position goes through in the feed-forward block of a layer."""
         return self.columns if config.router(layer) is None else self.shared_columns
