@@ -187,7 +187,8 @@ class Model:
             return projections.attention(tile, record.heads, self.cache, layer, spec, record.q_to_kv, start)
         if record.block.kind == "attn":
             return self._attention(h, tile, start, rotary)
-        return mlp_partial(self.backend, h, tile, self._layers[tile.record.block.layer].activation)
+        of = self._layers[record.block.layer]
+        return mlp_partial(self.backend, h, tile, of.activation, of.activation_limit)
 
     def _finish(
         self, projections: Projections, squares: F32, layer: int, start: int, rotary: Mapping[Rope, Angles]
@@ -228,6 +229,7 @@ class Model:
             start,
             None if spec.rope is None else rotary[spec.rope],
             norm,
+            self.resident["sinks"][layer, slice(*record.heads)] if config.attention_sinks else None,
         )
 
     def _add_bias(self, partial: F32, block: Block) -> None:

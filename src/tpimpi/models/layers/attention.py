@@ -38,6 +38,7 @@ def attention_partial(
     start: int,  # of the positions
     rotary: Angles | None,
     qk_norm: QKNorm | None = None,
+    sinks: F32 | None = None,  # of this tile's query heads, [heads]: see Backend.attention
 ) -> F32:
     """Attention of one tile's query heads, through its columns of the output projection: [n, hidden]."""
     n, head_dim = x.shape[0], cache.head_dim
@@ -56,7 +57,7 @@ def attention_partial(
     if "q" not in tile.matrices:
         return np.zeros_like(x)
     k, v = cache.read(layer, start + n)
-    seen = backend.attention(turned("q"), k, v, q_to_kv, start, spec)
+    seen = backend.attention(turned("q"), k, v, q_to_kv, start, spec, sinks)
     return backend.linear(seen.reshape(n, -1), tile.matrices["o"])
 
 
