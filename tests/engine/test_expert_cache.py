@@ -1,0 +1,223 @@
+"""The expert cache: the tiles asked for, in order; never more memory than it may hold; no read that is not needed."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from tests.support.slices import checked_contents
+from tests.support.tiny_models import write_tiny_hf
+from tpimpi.engine.eviction import ExpertKey, LeastRecentlyUsed
+from tpimpi.engine.expert_cache import ExpertCache
+from tpimpi.errors import SliceError
+from tpimpi.weights.make import choose_formats, slice_model
+from tpimpi.weights.slices.file import SliceFile, Tile
+from tpimpi.weights.slices.layout import experts_dataset
+from tpimpi.weights.slices.names import slice_name
+from tpimpi.weights.slices.partition import make_partition
+from tpimpi.weights.sources import open_source
+
+LAYERS, EXPERTS = (0, 2), 8  # of the tiny model, whose layer 1 is dense
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = write_tiny_hf(tmp_path_factory.mktemp("experts") / "model", "qwen3-moe")
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def slices(model: Path) -> Path:
+    folder = model.parent / "slices"
+    with open_source(model) as source:
+        slice_model(source, make_partition(source.config, [1, 1]), choose_formats(source, "f32"), folder)
+    return folder
+
+
+@pytest.fixture
+def file(slices: Path) -> Iterator[SliceFile]:
+    file = SliceFile(slices / slice_name(1, 2))
+    yield file
+    file.close()
+
+
+def _cache(file: SliceFile, places: int | None, reads: int = 2) -> ExpertCache:
+    records = {ExpertKey(record.block.layer, record.expert): record for record in file.records_of("experts")}
+    assert sorted(records) == [(layer, expert) for layer in LAYERS for expert in range(EXPERTS)]
+    size = max(record.nbytes for record in records.values())
+    return ExpertCache(file, records, nbytes=None if places is None else places * size, reads=reads)
+
+
+def _bytes(tile: Tile) -> bytes:
+    return b"".join(matrix.data.tobytes() for matrix in tile.matrices.values())
+
+
+def _take(cache: ExpertCache, layer: int, experts: list[int]) -> list[tuple[int, bytes]]:
+    return [(tile.record.expert, _bytes(tile)) for group in cache.tiles(layer, experts) for tile in group]
+
+
+def _until(what: object, cache: ExpertCache, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not what() and time.monotonic() < end:  # type: ignore[operator]
+        time.sleep(0.001)
+
+
+def test_slices_hold_the_columns_of_every_expert(model: Path, slices: Path) -> None:
+    with open_source(model) as source:
+        files = [SliceFile(slices / slice_name(rank, 2)) for rank in range(2)]
+        for layer in LAYERS:
+            name = f"layers.{layer}.mlp.experts.5"
+            for part in ("gate", "up", "down"):
+                found = []
+                for file in files:
+                    record = next(r for r in file.records_of("experts") if (r.block.layer, r.expert) == (layer, 5))
+                    matrix = file.load(record).matrices[part]
+                    panels = matrix.data.view(np.float32).reshape(-1, matrix.columns, 16)
+                    found.append(panels.swapaxes(1, 2).reshape(-1, matrix.columns)[: matrix.rows])
+                joined = np.concatenate(found, axis=1 if part == "down" else 0)
+                np.testing.assert_array_equal(joined, source.read(f"{name}.{part}_proj.weight"))
+        for file in files:
+            assert all(len(file.pieces(record) or []) == 1 for record in file.records_of("experts")), "one read each"
+            file.close()
+
+
+def test_any_cache_gives_the_same_tiles_in_the_order_asked_for(file: SliceFile) -> None:
+    expected = {(r.block.layer, r.expert): _bytes(file.load(r)) for r in file.records_of("experts")}
+    for places in (2, 3, 7, None):
+        cache, dice = _cache(file, places), random.Random(places)
+        for _ in range(60):
+            layer = dice.choice(LAYERS)
+            if dice.random() < 0.5:
+                cache.expect(layer, dice.sample(range(EXPERTS), dice.randrange(1, EXPERTS)))
+            wanted = dice.sample(range(EXPERTS), dice.randrange(1, EXPERTS + 1))
+            assert _take(cache, layer, wanted) == [(expert, expected[layer, expert]) for expert in wanted]
+            assert cache.held_bytes <= cache.limit_bytes
+            if dice.random() < 0.2 and places:
+                cache.limit(dice.randrange(0, 12) * cache.slot_bytes)
+                assert cache.limit_bytes >= cache.least_bytes
+        assert cache.figures.used >= cache.figures.hits
+        cache.close()
+
+
+def test_what_is_in_memory_is_not_read_again(file: SliceFile) -> None:
+    cache = _cache(file, 4)
+    for _ in range(3):
+        _take(cache, 0, [1, 2, 3])
+    assert cache.figures.bytes_read == 3 * cache.slot_bytes and cache.figures.hits == 6
+    _take(cache, 2, [5])
+    _take(cache, 2, [6])  # for which the one used longest ago goes: 1
+    _take(cache, 0, [2, 3])
+    assert cache.figures.bytes_read == 5 * cache.slot_bytes
+    _take(cache, 0, [1])
+    assert cache.figures.bytes_read == 6 * cache.slot_bytes
+    cache.close()
+
+
+def test_what_is_expected_is_there_when_it_is_wanted(file: SliceFile) -> None:
+    cache = _cache(file, 6)
+    cache.expect(2, [4, 7])
+    _until(lambda: cache.figures.bytes_read == 2 * cache.slot_bytes, cache)
+    before = cache.wait_seconds
+    _take(cache, 2, [4])
+    assert cache.wait_seconds == before
+    did = cache.figures
+    assert (did.expected, did.expected_used, did.hits, did.used) == (2, 1, 1, 1)
+    assert did.expected_bytes == did.bytes_read == 2 * cache.slot_bytes
+    cache.close()
+
+
+def test_what_was_expected_wrongly_gives_way_to_what_is_wanted(
+    file: SliceFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the disk is at the first that was expected, the block wants another: the rest is not read any more."""
+    cache, go_on, begun = _cache(file, 8, reads=1), threading.Event(), threading.Event()
+    read = file.read
+    order: list[int] = []
+
+    def slow(record, buffer):  # type: ignore[no-untyped-def]
+        order.append(record.expert)
+        begun.set()
+        assert go_on.wait(20)
+        return read(record, buffer)
+
+    monkeypatch.setattr(file, "read", slow)
+    cache.expect(0, [0, 1, 2, 3])
+    assert begun.wait(20)
+    threading.Timer(0.05, go_on.set).start()
+    assert [expert for expert, _ in _take(cache, 0, [6, 7])] == [6, 7]
+    assert order == [0, 6, 7]
+    cache.close()
+
+
+def test_memory_is_given_back_at_once(file: SliceFile) -> None:
+    cache = _cache(file, None)
+    _take(cache, 0, list(range(EXPERTS)))
+    assert cache.held_bytes == EXPERTS * cache.slot_bytes
+    cache.limit(3 * cache.slot_bytes)
+    assert cache.held_bytes == cache.limit_bytes == 3 * cache.slot_bytes
+    cache.limit(0)
+    assert cache.held_bytes == cache.least_bytes == 2 * cache.slot_bytes, "without which nothing could be computed"
+    assert [expert for expert, _ in _take(cache, 0, list(range(EXPERTS)))] == list(range(EXPERTS))
+    cache.close()
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    order, keys = LeastRecentlyUsed(), [ExpertKey(0, number) for number in range(4)]
+    for key in keys:
+        order.add(key)
+    order.use(keys[0])
+    assert order.victim(lambda key: True) == keys[1]
+    assert order.victim(lambda key: key != keys[1]) == keys[2]
+    order.demote(keys[3])
+    assert order.victim(lambda key: True) == keys[3]
+    order.remove(keys[3])
+    order.remove(keys[1])
+    assert order.victim(lambda key: True) == keys[2] and order.victim(lambda key: False) is None
+
+
+def test_an_expert_that_is_damaged_is_named_where_it_is_used(slices: Path, tmp_path: Path) -> None:
+    path = tmp_path / slice_name(1, 2)
+    path.write_bytes((slices / slice_name(1, 2)).read_bytes())
+    with h5py.File(path, "r+") as made:
+        made[experts_dataset(2)][3, 100] ^= 1
+    file = SliceFile(path)
+    cache = _cache(file, None)
+    _take(cache, 2, [2])
+    with pytest.raises(SliceError, match="layers/0002/experts/0003 does not match its checksum"):
+        _take(cache, 2, [3])
+    cache.close()
+    file.close()
+
+
+def test_experts_that_another_tool_has_compressed_are_read(slices: Path, tmp_path: Path) -> None:
+    original, path = slices / slice_name(1, 2), tmp_path / slice_name(1, 2)
+    path.write_bytes(original.read_bytes())
+    with h5py.File(path, "r+") as made:
+        name, values = experts_dataset(0), made[experts_dataset(0)][...]
+        del made[name]
+        made.create_dataset(name, data=values, compression="gzip")
+    assert checked_contents(path) == checked_contents(original)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda file: file.pop(experts_dataset(0)), "experts"),
+        (lambda file: (file.pop(experts_dataset(0)), file.create_dataset(experts_dataset(0), data=b"")), "must be"),
+    ],
+)
+def test_a_file_without_its_experts_is_refused(slices: Path, tmp_path: Path, change, said: str) -> None:
+    path = tmp_path / slice_name(1, 2)
+    path.write_bytes((slices / slice_name(1, 2)).read_bytes())
+    with h5py.File(path, "r+") as made:
+        change(made)
+    with pytest.raises(SliceError, match=said):
+        SliceFile(path)
