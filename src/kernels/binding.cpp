@@ -65,6 +65,66 @@ void linear(Session& session, int format, int64_t rows, int64_t columns, const B
   session.linear(w, int64_t(x.shape(0)), x.data(), bias ? bias->data() : nullptr, y.data());
 }
 
+// The arrays of one call of `experts`, which lives as long as it does.
+struct Arrays {
+  std::vector<Bytes> bytes;
+  std::vector<Floats<nb::ndim<1>>> floats;
+  std::vector<nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>> rows;
+
+  Matrix matrix(nb::handle from, int64_t rows, int64_t columns) {  // format, rows, columns, first, data
+    const nb::tuple of = nb::cast<nb::tuple>(from);
+    check(of.size() == 5, "a matrix must be (format, rows, columns, first, data)");
+    const int format = nb::cast<int>(of[0]);
+    check(format >= 0 && format <= int(kLastFormat), "format is unknown");
+    Matrix w{Format(format), nb::cast<int64_t>(of[1]), nb::cast<int64_t>(of[2]), nb::cast<int64_t>(of[3]), nullptr};
+    check(w.rows >= 1 && w.columns >= 1 && w.rows <= kMost && w.columns <= kMost, "a size is beyond all measure");
+    check((rows < 0 || w.rows == rows) && w.columns == columns, "the matrices of an expert do not fit each other and x");
+    check_first(format, w.first);
+    bytes.push_back(nb::cast<Bytes>(of[4], false));
+    check(int64_t(bytes.back().size()) == divided_up(w.rows, kPanelRows) * panel_bytes(w.format, w.columns, w.first),
+          "weights have another size");
+    w.data = bytes.back().data();
+    return w;
+  }
+  const float* numbers(nb::handle from, int64_t size) {
+    if (from.is_none()) return nullptr;
+    floats.push_back(nb::cast<Floats<nb::ndim<1>>>(from, false));
+    check(int64_t(floats.back().size()) == size, "a bias, or the weights of an expert's positions, have another size");
+    return floats.back().data();
+  }
+};
+
+void experts(Session& session, const Floats<nb::ndim<2>>& x, const nb::list& uses, int activation, float limit, const Result& out) {
+  const int64_t n = int64_t(x.shape(0)), hidden = int64_t(x.shape(1));
+  check(out.ndim() == 2 && out.shape(0) == x.shape(0) && out.shape(1) == x.shape(1), "out must have the shape of x");
+  check(activation >= 0 && activation <= int(Activation::Kind::clamped_silu), "activation is unknown");
+  check(activation != int(Activation::Kind::clamped_silu) || limit > 0, "limit must be greater than 0");
+  Arrays arrays;
+  std::vector<Expert> all;
+  for (const nb::handle use : uses) {  // gate, up, down or None; gate_bias, up_bias, down_bias; rows, weights
+    const nb::tuple of = nb::cast<nb::tuple>(use);
+    check(of.size() == 8, "an expert must have 8 parts");
+    Expert e{};
+    if (!of[0].is_none()) {
+      e.gate = arrays.matrix(of[0], -1, hidden);
+      e.up = arrays.matrix(of[1], e.gate.rows, hidden);
+      e.down = arrays.matrix(of[2], hidden, e.gate.rows);
+      e.gate_bias = arrays.numbers(of[3], e.gate.rows);
+      e.up_bias = arrays.numbers(of[4], e.gate.rows);
+    }
+    e.down_bias = arrays.numbers(of[5], hidden);
+    const auto& rows = arrays.rows.emplace_back(nb::cast<nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>>(of[6], false));
+    e.rows = rows.data();
+    e.count = int64_t(rows.size());
+    e.weights = arrays.numbers(of[7], e.count);
+    check(e.weights != nullptr, "the weights of an expert's positions are missing");
+    for (int64_t i = 0; i < e.count; ++i) check(e.rows[i] >= 0 && e.rows[i] < n, "an expert's position is not there");
+    all.push_back(e);
+  }
+  nb::gil_scoped_release free;
+  session.experts(all, {Activation::Kind(activation), limit}, hidden, x.data(), out.data());
+}
+
 void rms_norm(Session& session, const Floats<>& x, const Floats<nb::ndim<1>>& weight, float eps, const Result& y) {
   check(x.ndim() > 0 && x.shape(x.ndim() - 1) == weight.size(), "x must be [..., size], weight [size]");
   check(y.size() == x.size(), "y must have the shape of x");
@@ -201,6 +261,7 @@ NB_MODULE(_native, m) {
       .def("clamped_swiglu", &clamped_swiglu, "gate"_a, "up"_a, "limit"_a, "y"_a.noconvert())
       .def("route", &route, "x"_a, "router"_a.noconvert(), "bias"_a.none(), "bias_of"_a, "sigmoid"_a, "normalized"_a, "scale"_a,
            "experts"_a.noconvert(), "weights"_a.noconvert(), "False where a logit is not finite.")
+      .def("experts", &experts, "x"_a, "uses"_a, "activation"_a, "limit"_a, "out"_a.noconvert())
       .def("attention", &attention, "q"_a, "k"_a, "v"_a, "q_to_kv"_a, "start"_a, "window"_a, "scale"_a, "softcap"_a,
            "sinks"_a.none(), "y"_a.noconvert())
       .def("quantize", &quantize, "format"_a, "values"_a, "out"_a.noconvert(), "False where a value is not finite.")

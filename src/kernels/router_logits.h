@@ -4,6 +4,10 @@
 // tpimpi/compute/backends/routing.py.
 #pragma once
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include <cstring>
 
 #include "kernels.h"
@@ -11,10 +15,10 @@
 namespace tpimpi {
 namespace {  // each level is compiled with flags of its own: nothing of it may be shared with another
 
-// As many f64 as a register of the level holds, as compilers' own vectors: their arithmetic is that of single numbers.
+// As many f64 as a register of the level holds, as a compiler's own vector: its arithmetic is that of single numbers.
 #if defined(__AVX512F__)
 constexpr int kWide = 8;
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
 constexpr int kWide = 4;
 #else
 constexpr int kWide = 2;
@@ -22,27 +26,40 @@ constexpr int kWide = 2;
 constexpr int kLaneVectors = kLanes / kWide;
 
 typedef double F64s __attribute__((vector_size(kWide * 8)));
-typedef float F32s __attribute__((vector_size(kWide * 4)));
-typedef uint32_t U32s __attribute__((vector_size(kWide * 4)));
-typedef uint16_t U16s __attribute__((vector_size(kWide * 2)));
 
 // Positions that are computed side by side: their sums fit the registers.
 constexpr int kRoutedTogether = kWide == 8 ? 4 : 2;
 
-inline void load_wide(const float* p, F64s& v) {
-  F32s narrow;
-  std::memcpy(&narrow, p, sizeof narrow);
-  v = __builtin_convertvector(narrow, F64s);
+// Compilers convert vectors in halves; x86 has an instruction.
+#if defined(__AVX512F__)
+inline F64s load_wide(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+inline F64s load_wide(const uint16_t* p) {
+  const __m256i words = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+  return _mm512_cvtps_pd(_mm256_castsi256_ps(words));
 }
-
-inline void load_wide(const uint16_t* p, F64s& v) {
-  U16s bits;
-  std::memcpy(&bits, p, sizeof bits);
-  const U32s words = __builtin_convertvector(bits, U32s) << 16;
-  F32s narrow;
-  std::memcpy(&narrow, &words, sizeof narrow);
-  v = __builtin_convertvector(narrow, F64s);
+#elif defined(__AVX2__)
+inline F64s load_wide(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+inline F64s load_wide(const uint16_t* p) {
+  const __m128i words = _mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)p)), 16);
+  return _mm256_cvtps_pd(_mm_castsi128_ps(words));
 }
+#else
+inline F64s load_wide(const float* p) {
+  F64s v = {};
+  for (int i = 0; i < kWide; ++i) v[i] = double(p[i]);
+  return v;
+}
+inline F64s load_wide(const uint16_t* p) {
+  F64s v = {};
+  for (int i = 0; i < kWide; ++i) {
+    const uint32_t bits = uint32_t(p[i]) << 16;
+    float number;
+    std::memcpy(&number, &bits, sizeof number);
+    v[i] = double(number);
+  }
+  return v;
+}
+#endif
 
 // logits of E rows, `hidden` apart, with P positions; of each row [experts] apart.
 template <class T, int E, int P>
@@ -50,8 +67,8 @@ inline void logits_of(const T* rows, int64_t hidden, const double* x, int64_t ex
   F64s sums[E][P][kLaneVectors] = {};
   const auto add = [&](const T* row, const double* of, int64_t stride_rows, int64_t stride_x) {
     for (int k = 0; k < kLaneVectors; ++k) {
-      F64s w[E];
-      for (int e = 0; e < E; ++e) load_wide(row + e * stride_rows + k * kWide, w[e]);
+      F64s w[E] = {};
+      for (int e = 0; e < E; ++e) w[e] = load_wide(row + e * stride_rows + k * kWide);
       for (int p = 0; p < P; ++p) {
         F64s v;
         std::memcpy(&v, of + p * stride_x + k * kWide, sizeof v);

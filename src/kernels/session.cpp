@@ -18,12 +18,6 @@ int Session::parts(int64_t items, int64_t work) const {
   return int(std::max<int64_t>(1, std::min({int64_t(threads()), items, work / kWorthAThread})));
 }
 
-template <class Work>
-void Session::deal(int parts, int64_t items, Work work) {
-  if (parts == 1) return work(0, int64_t(0), items);
-  pool_.run(parts, [&](int part) { work(part, items * part / parts, items * (part + 1) / parts); });
-}
-
 uint8_t* Session::scratch(int64_t bytes) {
   if (bytes > scratch_bytes_) {
     scratch_.reset();

@@ -10,6 +10,22 @@
 
 namespace tpimpi {
 
+// One expert (or tile of one) of a mixture, and the positions that use it; see ExpertUse in tpimpi/compute/experts.py.
+struct Expert {
+  Matrix gate, up, down;  // [columns, hidden] twice, [hidden, columns]; of no columns no rows, and nothing else of them is read
+  const float *gate_bias, *up_bias, *down_bias;  // or null
+  int64_t count;
+  const int32_t* rows;   // [count]
+  const float* weights;  // [count]
+};
+
+struct Activation {
+  enum class Kind { silu, gelu_tanh, clamped_silu };
+
+  Kind kind;
+  float limit;  // of clamped_silu
+};
+
 // Not for use by two threads at once. Shapes are the caller's to check.
 class Session {
  public:
@@ -20,6 +36,9 @@ class Session {
 
   // y [positions, rows] = x [positions, columns] times the transpose of w, plus bias [rows] unless it is null.
   void linear(const Matrix& w, int64_t positions, const float* x, const float* bias, float* y);
+  // Adds weights[i] times the expert's result for x[rows[i]] to out[rows[i]], x and out [n, hidden], one expert after another. The same
+  // bits as of one product after another.
+  void experts(const std::vector<Expert>& experts, const Activation& activation, int64_t hidden, const float* x, float* out);
   void attention(const Attention& a);
   void rms_norm(int64_t rows, int64_t size, const float* x, const float* weight, float eps, float* y);
   void fixed_rms_norm(int64_t rows, int64_t size, const float* x, const float* weight, double eps, float* y);
@@ -42,7 +61,16 @@ class Session {
   int parts(int64_t items, int64_t work) const;
   // Call work(part, first, last) on as many threads, for equal runs of [0, items).
   template <class Work>
-  void deal(int parts, int64_t items, Work work);
+  void deal(int parts, int64_t items, Work work) {
+    if (parts == 1) return work(0, int64_t(0), items);
+    pool_.run(parts, [&](int part) { work(part, items * part / parts, items * (part + 1) / parts); });
+  }
+  // Call work(index, first, last) for runs of the items of every stretch, so that the threads have about equal operations.
+  struct Stretch {
+    int64_t items, cost;  // operations of one item
+  };
+  template <class Work>
+  void deal_stretches(const std::vector<Stretch>& stretches, Work work);
   // Reused memory of at least so many bytes, aligned to a line.
   uint8_t* scratch(int64_t bytes);
 

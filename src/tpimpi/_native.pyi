@@ -1,5 +1,7 @@
 """Types of the extension; see src/kernels/binding.cpp."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -36,6 +38,7 @@ class Session:
         experts: npt.NDArray[np.int32],
         weights: _F32,
     ) -> bool: ...
+    def experts(self, x: _F32, uses: list[tuple[Any, ...]], activation: int, limit: float, out: _F32) -> None: ...
     def attention(
         self,
         q: _F32,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -151,6 +153,51 @@ def test_experts_are_to_the_bit_what_they_are_one_after_another(fmt: str) -> Non
                     if row in one.rows
                 ]
                 np.testing.assert_array_equal(total(backend, x[[row]], own, "silu")[0], expected[row])
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "clamped_silu"])
+def test_threads_share_experts_of_every_size(activation: str) -> None:
+    """So many positions that several threads have work, and so many numbers that experts are taken in several runs."""
+    random = np.random.default_rng(7)
+    n, hidden = 300, 528
+    x = random.standard_normal((n, hidden), dtype=np.float32)
+    uses = [use(random, hidden, columns, n, (fmt, "q8_0"), True) for columns in (48, 300) for fmt in ("q4_0", "f32")]
+    uses += [use(random, hidden, columns, n, ("bf16", "f16"), columns > 40) for columns in (0, 31, 0, 416, 17)]
+    mixed = {**uses[0].matrices, "up": matrix(random, "q8_0", 48, hidden)}
+    uses += [replace(uses[0], matrices=mixed), replace(uses[1], rows=uses[0].rows, weights=uses[0].weights)]
+    uses += [replace(one, rows=np.arange(n, dtype=np.int32), weights=x[:, 0].copy()) for one in uses[:3]]
+    for backend in NATIVE:
+        expected = np.zeros_like(x)
+        generic.experts(backend, x, uses, activation, 7.0, expected)
+        np.testing.assert_array_equal(total(backend, x, uses, activation, 7.0), expected)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    if not NATIVE:
+        pytest.skip("tpimpi was installed without its native kernels")
+    random = np.random.default_rng(2)
+    x, y = random.standard_normal((3, 32), dtype=np.float32), np.zeros((3, 32), np.float32)
+    fits = use(random, 32, 16, 3, ("q8_0", "f32"), True)
+    fits = replace(fits, rows=np.array([0, 2], np.int32), weights=np.ones(2, np.float32))
+    short = Matrix("f32", 32, 16, fits.matrices["down"].data[:-1])
+    for wrong, what in [
+        (replace(fits, rows=np.array([0, 3], np.int32)), "position is not there"),
+        (replace(fits, rows=np.array([0, -1], np.int32)), "position is not there"),
+        (replace(fits, weights=np.ones(3, np.float32)), "another size"),
+        (replace(fits, parts={"down_bias": np.ones(31, np.float32)}), "another size"),
+        (replace(fits, parts={"gate_bias": np.ones(17, np.float32)}), "another size"),
+        (replace(fits, matrices={**fits.matrices, "up": matrix(random, "q8_0", 17, 32)}), "do not fit"),
+        (replace(fits, matrices={**fits.matrices, "gate": matrix(random, "q8_0", 16, 31)}), "do not fit"),
+        (replace(fits, matrices={**fits.matrices, "down": matrix(random, "f32", 32, 17)}), "do not fit"),
+        (replace(fits, matrices={**fits.matrices, "down": short}), "weights have another size"),
+    ]:
+        with pytest.raises(ValueError, match=what):
+            NATIVE[0].experts(x, [fits, wrong], "silu", 0.0, y)
+    with pytest.raises(ValueError, match="limit"):
+        NATIVE[0].experts(x, [fits], "clamped_silu", 0.0, y)
+    with pytest.raises(ValueError, match="shape of x"):
+        NATIVE[0].experts(x, [fits], "silu", 0.0, y[:2])
+    np.testing.assert_array_equal(y, 0)
 
 
 def test_no_experts_and_no_positions() -> None:

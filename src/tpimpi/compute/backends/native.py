@@ -9,7 +9,6 @@ import numpy as np
 from tpimpi._native import Session, levels
 from tpimpi.compute.arrays import F32, I32, Array, Bytes
 from tpimpi.compute.attention import AttentionSpec
-from tpimpi.compute.backends.generic import experts
 from tpimpi.compute.backends.routing import NOT_FINITE
 from tpimpi.compute.experts import ExpertUse
 from tpimpi.compute.formats import FORMATS
@@ -20,6 +19,9 @@ from tpimpi.errors import InputError
 
 # Formats that the kernels make of numbers; the others are made with NumPy.
 QUANTIZED_HERE = ("q8_0", "q4_0", "q4_1", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "iq4_xs")
+
+
+_ACTIVATIONS = ("silu", "gelu_tanh", "clamped_silu")  # in the order of Activation::Kind in session.h
 
 
 class NativeBackend:
@@ -98,7 +100,12 @@ class NativeBackend:
         return chosen, weights
 
     def experts(self, x: F32, uses: Sequence[ExpertUse], activation: str, limit: float, out: F32) -> None:
-        experts(self, x, uses, activation, limit, out)
+        every = []
+        for use in uses:
+            m, parts = use.matrices, use.parts.get
+            of = (_by_code(m["gate"]), _by_code(m["up"]), _by_code(m["down"])) if m else (None, None, None)
+            every.append((*of, parts("gate_bias"), parts("up_bias"), parts("down_bias"), use.rows, use.weights))
+        self._session.experts(x, every, _ACTIVATIONS.index(activation), limit, out)
 
     def read(self, data: Bytes) -> int:
         """Read all of `data` with all threads, and do nothing else: for measuring. Returns the sum of its 8-byte words."""
@@ -119,3 +126,8 @@ class NativeBackend:
         if not self._session.quantize(FORMATS[fmt].kernel_code, np.ascontiguousarray(values), out):
             raise ValueError("holds numbers that are not finite")
         return out
+
+
+def _by_code(weight: Matrix) -> tuple[int, int, int, int, Bytes]:
+    """A matrix as the kernels take it."""
+    return FORMATS[weight.format].kernel_code, weight.rows, weight.columns, weight.first, weight.data
