@@ -67,6 +67,36 @@ def test_the_file_is_as_described(tmp_path: Path) -> None:
     again.close()
 
 
+def test_reasoning_is_kept_apart_in_a_file_of_version_2(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    line = '{"end": "end", "text": "né", "reasoning": "hé"}\n'
+    version_2 = FIRST.replace('session": 1', 'session": 2') + "".join(LINES[:3])
+    for begun, keeps in ((True, True), (False, False)):
+        session = opened(path)
+        session.keep_reasoning(begun)
+        session.begin(Turn("Grüße\n", [1, 2], 77))
+        session.add(3)
+        session.add(8)
+        session.end("end", "né", "hé")
+        assert session.turns[0].reasoning == "hé"
+        session.close()
+        assert path.read_text() == (version_2 + line if keeps else WHOLE.decode().split('{"end')[0] + line[:27] + "}\n")
+        again = opened(path)
+        again.keep_reasoning(not begun)  # of no meaning to one that was begun
+        assert (again.turns[0].text, again.turns[0].reasoning) == ("né", "hé" if keeps else "")
+        again.begin(Turn("b", [4], 0))
+        again.end("stop", "", "hm")
+        again.close()
+        assert json.loads(path.read_text().splitlines()[-1]) == {"end": "stop", "text": ""} | (
+            {"reasoning": "hm"} if keeps else {}
+        )
+        path.unlink()
+    for broken in ('{"end": "end", "text": ""}', '{"end": "end", "text": "", "reasoning": 1}'):
+        path.write_text(f"{version_2}{broken}\n")
+        with pytest.raises(InputError, match="is broken in line 5"):
+            Session(str(path))
+
+
 def test_cut_at_any_byte_it_goes_on_from_the_last_whole_line(tmp_path: Path) -> None:
     path = tmp_path / "s"
     for cut in range(len(WHOLE) + 1):
@@ -145,8 +175,8 @@ def test_a_file_that_is_something_else_is_never_written(tmp_path: Path, content:
 
 def test_another_version_of_the_format(tmp_path: Path) -> None:
     path = tmp_path / "s"
-    path.write_text(FIRST.replace('session": 1', 'session": 2'))
-    with pytest.raises(InputError, match="is of format version 2, this tpimpi knows version 1"):
+    path.write_text(FIRST.replace('session": 1', 'session": 3'))
+    with pytest.raises(InputError, match="is of format version 3, this tpimpi knows versions 1 and 2; use the one"):
         Session(str(path))
 
 

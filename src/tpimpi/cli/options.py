@@ -11,6 +11,8 @@ from typing import Any
 
 from tpimpi.star import DEFAULT_SILENCE_S, DEFAULT_TIMEOUT_S
 
+SHOW, HIDE = REASONING_CHOICES = ("show", "hide")
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -91,12 +93,18 @@ class GenerateOptions:
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What is written where, beside the answer."""
+    """What is written where, beside the answer. `reasoning` is one of REASONING_CHOICES, or None where it is not given."""
 
     quiet: bool = False
+    reasoning: str | None = None
     report: str | None = None
     trace: str | None = None
     plot: str | None = None
+
+    @property
+    def shows_reasoning(self) -> bool:
+        """Whether reasoning is shown beside the answer."""
+        return not self.quiet if self.reasoning is None else self.reasoning == SHOW
 
 
 @dataclass(frozen=True)

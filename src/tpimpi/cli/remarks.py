@@ -46,11 +46,21 @@ def why_cut(llm: LLM, turn: Turn) -> str | None:
     conversation = llm.conversation
     if turn.ended == "max_tokens":
         most = conversation.params.max_tokens
-        return f"the answer was cut at --max-tokens {most}; give more to have it whole"
+        where = ", in its reasoning" if turn.reasoning and not turn.text else ""
+        return f"the answer was cut at --max-tokens {most}{where}; give more to have it whole"
     if turn.ended == "context":
         raised = " or raise --context" if conversation.params.context is not None else ""
         return f"the answer was cut at the end of the context, {conversation.limit} positions; ask for less{raised}"
     return None
+
+
+def tools_not_called(turn: Turn) -> str | None:
+    """What to say of an answer that calls tools."""
+    if not turn.tools:
+        return None
+    return (
+        f"the answer calls {', '.join(dict.fromkeys(turn.tools))}; tpimpi calls no tools, the call is in the reasoning"
+    )
 
 
 def unread(job: Job) -> str | None:

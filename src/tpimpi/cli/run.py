@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 
 from tpimpi.cli import remarks
+from tpimpi.cli.answers import AnswerPrinter
 from tpimpi.cli.options import GenerateOptions, OutputOptions, RunOptions, SamplingOptions
 from tpimpi.cli.prepare import prepare, say_what_slows
-from tpimpi.cli.process import Job, leave_on_signals, print_answer, say
+from tpimpi.cli.process import Job, leave_on_signals, say
 from tpimpi.cli.run_options import parse_run
 from tpimpi.cli.values import read_text
 from tpimpi.compute.arrays import F32
@@ -238,13 +239,12 @@ def answer_all(llm: LLM, first: Turn | None, job: Job, options: RunOptions) -> t
 
 def answer(llm: LLM, turn: Turn, options: RunOptions) -> None:
     """Print the answer to one prompt as it comes, and end it with a line end."""
-    last = ""
+    printer = AnswerPrinter(reasoning=options.output.shows_reasoning)
     for piece in llm.answer(turn):
-        last = piece
-        print_answer(piece)
-    if not last.endswith("\n"):
-        print_answer("\n")
+        printer.print(piece)
+    printer.end()
     if not options.output.quiet:
+        say(remarks.tools_not_called(turn))
         say(remarks.why_cut(llm, turn))
 
 

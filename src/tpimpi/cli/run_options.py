@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from tpimpi import __version__
 from tpimpi.cli.options import (
+    REASONING_CHOICES,
     ComputeOptions,
     GenerateOptions,
     ModelOptions,
@@ -83,6 +84,12 @@ def run_parser() -> argparse.ArgumentParser:
     add_computing(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--quiet", action="store_true", help="only the text, and errors")
+    group.add_argument(
+        "--reasoning",
+        choices=REASONING_CHOICES,
+        help="whether what a model reasons before its answer, and marks as such, is shown on stderr; stdout has the answer "
+        "alone, unless --raw is given (default: show; with --quiet hide)",
+    )
     group.add_argument("--report", metavar="FILE", help="write text, token ids and times as JSON")
     group.add_argument(
         "--trace", metavar="FILE", help="write what each rank did when, for ui.perfetto.dev or chrome://tracing"

@@ -51,6 +51,7 @@ class Conversation:
         a chat template where there is none, and for a session that was begun with another model."""
         if session is not None:
             session.check_model(header.model, header.fingerprint, header.config.vocab)
+            session.keep_reasoning(tokenizer.has_reasoning and not params.raw)
         most = header.config.context
         if params.context is not None and params.context > most:
             raise InputError(f"--context is {params.context}, this model has {most} positions; give at most that")

@@ -1,4 +1,4 @@
-"""Generation, on rank 0: generators that nest. Tokens, their text, the text up to a stop string."""
+"""Generation, on rank 0: generators that nest. Tokens, their text in pieces, the pieces up to a stop string."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tpimpi.compute.arrays import F32
 from tpimpi.engine.model import Model
 from tpimpi.engine.protocol import begin, step
 from tpimpi.serving.sampling import Sampler
-from tpimpi.serving.text.stream import IdStream, TextStream
+from tpimpi.serving.text.answer import AnswerStream, Piece, pieces
 from tpimpi.star import Star
 
 
@@ -48,27 +48,28 @@ def generate(
         yield token
 
 
-def to_text(tokens: Iterable[int], stream: TextStream | IdStream) -> Iterator[str]:
+def to_pieces(tokens: Iterable[int], stream: AnswerStream) -> Iterator[Piece]:
     """Text of `tokens` as it becomes certain."""
     for token in tokens:
-        if piece := stream.push(token):
-            yield piece
-    if piece := stream.flush():
-        yield piece
+        yield from stream.push(token)
+    yield from stream.flush()
 
 
-def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """`pieces` up to the string of `stops` that is complete first, which is left out; what may begin one is held back."""
+def until_stop(parts: Iterable[Piece], stops: Sequence[str]) -> Iterator[Piece]:
+    """`parts` up to the string of `stops` that is complete first, which is left out; what may begin one is held back.
+
+    Reasoning goes through: it is looked for in the answer alone."""
     held = ""
-    for piece in pieces:
-        held += piece
+    for part in parts:
+        if part.reasoning:
+            yield part
+            continue
+        held += part.text
         found = [(place + len(stop), place) for stop in stops if (place := held.find(stop)) >= 0]
         if found:  # the one that is complete first, so that it does not matter how the text came in pieces
-            yield from filter(None, [held[: min(found)[1]]])
+            yield from pieces(held[: min(found)[1]])
             return
         keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
-        if sure := held[: len(held) - keep]:
-            yield sure
+        yield from pieces(held[: len(held) - keep])
         held = held[len(held) - keep :]
-    if held:
-        yield held
+    yield from pieces(held)

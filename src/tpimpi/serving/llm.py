@@ -11,9 +11,10 @@ from tpimpi.engine.rank_memory import RankMemory
 from tpimpi.engine.startup import allot_memory, finish
 from tpimpi.engine.trace import RankTrace
 from tpimpi.serving.conversation import Conversation
-from tpimpi.serving.generate import generate, to_text, until_stop
+from tpimpi.serving.generate import generate, to_pieces, until_stop
 from tpimpi.serving.report import Answer, Report
 from tpimpi.serving.session import Turn
+from tpimpi.serving.text.answer import Piece
 from tpimpi.serving.text.load import tokenizer_of_slices
 from tpimpi.serving.text.token_ids import TokenIds
 from tpimpi.serving.text.tokenizer import Tokenizer
@@ -53,8 +54,8 @@ class LLM:
         self.memory, self.conversation, self.report = memory, conversation, report
         self.engine = memory.engines[0]
 
-    def answer(self, turn: Turn) -> Iterator[str]:
-        """Text of the answer, as it comes, first what there is of it; the report has its figures when it is done."""
+    def answer(self, turn: Turn) -> Iterator[Piece]:
+        """The answer, as it comes, first what there is of it; the report has its figures when it is done."""
         conversation, model = self.conversation, self.engine.model
         params, session = conversation.params, conversation.session
         if session is not None:
@@ -89,14 +90,16 @@ class LLM:
                 yield token
             why = "end" if len(made) < max_tokens else "max_tokens" if max_tokens < room else "context"
 
-        text = ""
-        for piece in until_stop(to_text(noted(), conversation.tokenizer.stream()), params.stops):
-            text += piece
+        stream = conversation.tokenizer.answer_stream(turn.ids, raw=params.raw)
+        said = {False: "", True: ""}  # the answer, and its reasoning
+        for piece in until_stop(to_pieces(noted(), stream), params.stops):
+            said[piece.reasoning] += piece.text
             yield piece
         if session is not None:
-            session.end(why, text)
-        turn.ended, turn.text = why, text
-        self.report.add(Answer.timed(text, made, len(turn.ids), ready, times, ended=why))
+            session.end(why, said[False], said[True])
+        turn.ended, turn.text, turn.reasoning, turn.tools = why, said[False], said[True], list(stream.tools)
+        figures = (made, len(turn.ids), ready, times)
+        self.report.add(Answer.timed(turn.text, *figures, ended=why, reasoning=turn.reasoning))
 
     def finish(self) -> list[RankTrace]:
         """End the run on every rank and gather the figures; the traces, if they were wanted, are returned."""

@@ -26,11 +26,13 @@ class Answer:
     `ttft_s` is from the prompt being ready to the first token (None where there was none). `s_per_token` is the median of
     the times between two tokens, `s_per_token_mean` their mean (both None with fewer than two): where a few tokens take
     long (a processor quota, a disk), only the mean says how long the answer took.
+    `reasoning` is what the model wrote before its answer and marked as such; "" where there is none.
     `finish_reason` is OpenAI's word for why it ended: "stop" by itself or before a stop text, "length" cut, where no more
     tokens were allowed or the context was full.
     """
 
     text: str
+    reasoning: str
     token_ids: list[int]
     prompt_tokens: int
     ttft_s: float | None
@@ -40,13 +42,21 @@ class Answer:
 
     @classmethod
     def timed(
-        cls, text: str, token_ids: list[int], prompt_tokens: int, ready: float, times: list[float], *, ended: str
+        cls,
+        text: str,
+        token_ids: list[int],
+        prompt_tokens: int,
+        ready: float,
+        times: list[float],
+        *,
+        ended: str,
+        reasoning: str = "",
     ) -> Answer:
         """From the monotonic times of the prompt being ready and of each token; `ended` is one of session.END_REASONS."""
         gaps = [b - a for a, b in itertools.pairwise(times)]
         first = times[0] - ready if times else None
         middle, average = (float(np.median(gaps)), float(np.mean(gaps))) if gaps else (None, None)
-        return cls(text, token_ids, prompt_tokens, first, middle, average, FINISH_REASONS[ended])
+        return cls(text, reasoning, token_ids, prompt_tokens, first, middle, average, FINISH_REASONS[ended])
 
 
 @dataclass
@@ -64,6 +74,7 @@ class Report:
     prompt_chunk: int = 0  # positions of a prompt that were computed at once
     load_s: float = 0.0
     text: str = ""
+    reasoning: str = ""
     token_ids: list[int] = field(default_factory=list)
     prompt_tokens: int = 0
     ttft_s: float | None = None

@@ -8,6 +8,10 @@ program leaves whole lines, and at most a last one without its line end, which c
     {"token": 3}                                      a token of its answer
     {"end": "end", "text": "TEXT"}                    the answer is done
 
+Of a model whose answers may have reasoning, a session is of version 2, and all its last lines of a turn have that apart:
+
+    {"end": "end", "text": "TEXT", "reasoning": "TEXT"}
+
 The first line is there once, as soon as there is a turn: the version of this format, the model (its fingerprint, and how
 many token ids it has), and the options of SAMPLING, which hold for the whole conversation; without --seed "seed" is null.
 Of a turn, "ids" is all that the model gets before the answer, what was said before included, and "seed" what its random
@@ -32,7 +36,7 @@ from tpimpi.errors import InputError, StorageError, shorten, shorten_path
 from tpimpi.serving.sampling import make_sampler
 from tpimpi.system.files import try_lock
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, REASONING_VERSION = 1, 2
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "raw")  # options of a run
 END_REASONS = ("end", "stop", "max_tokens", "context")
 _FIRST_LINE_START = b'{"tpimpi session": '
@@ -57,6 +61,8 @@ class Turn:
     tokens: list[int] = field(default_factory=list)
     ended: str | None = None  # one of END_REASONS
     text: str = ""  # of an answer that has ended
+    reasoning: str = ""  # before it; "" too where the session is of version 1
+    tools: list[str] = field(default_factory=list)  # what it calls; not in the session
 
 
 class Session:
@@ -68,7 +74,7 @@ class Session:
             raise InputError("--session is empty; give the name of a file")
         self.path = Path(given)
         self._header: dict[str, Any] | None = None
-        self._new_header: dict[str, Any] = {}  # a first line to be written
+        self._new_header: dict[str, Any] = {"tpimpi session": FORMAT_VERSION}  # a first line to be written
         self.turns: list[Turn] = []
         self._file = -1
         self._made = False
@@ -137,11 +143,10 @@ class Session:
     def _take(self, value: dict[str, Any]) -> None:
         """One line of the file. Raises ValueError, KeyError or TypeError where it is not what comes next."""
         if self._header is None:
-            if (version := value["tpimpi session"]) != FORMAT_VERSION:
-                ours = (
-                    f"this tpimpi knows version {FORMAT_VERSION}; use the one that made the file, or give another file"
-                )
-                raise self._wrong(f" is of format version {version}, {ours}")
+            if (version := value["tpimpi session"]) not in (FORMAT_VERSION, REASONING_VERSION):
+                ours = f"this tpimpi knows versions {FORMAT_VERSION} and {REASONING_VERSION}"
+                remedy = "use the one that made the file, or give another file"
+                raise self._wrong(f" is of format version {version}, {ours}; {remedy}")
             _require(value, _FIRST_LINE_TYPES)
             _require(value["options"], {**dict.fromkeys(SAMPLING), "raw": bool})
             make_sampler(**{name: value["options"][name] for name in SAMPLING if name != "raw"})
@@ -158,9 +163,12 @@ class Session:
             _require(value, {"token": int})
             turn.tokens.append(self._id(value["token"]))
         else:
-            _require(value, {"end": str, "text": str})
-            value["text"].encode()
+            texts = ("text", "reasoning") if self._keeps_reasoning else ("text",)
+            _require(value, {"end": str, **dict.fromkeys(texts, str)})
+            for name in texts:
+                value[name].encode()
             turn.ended, turn.text = END_REASONS[END_REASONS.index(value["end"])], value["text"]
+            turn.reasoning = value.get("reasoning", "")
 
     def _id(self, number: object) -> int:
         assert self._header is not None
@@ -206,6 +214,14 @@ class Session:
             remedy = "give that model, or another file"
             raise self._wrong(f" was begun with the model {shown[0]}, this run has {shown[1]}; {remedy}")
 
+    def keep_reasoning(self, kept: bool) -> None:
+        """Whether a new conversation keeps its answers' reasoning; one that was begun stays as it is."""
+        self._new_header["tpimpi session"] = REASONING_VERSION if kept else FORMAT_VERSION
+
+    @property
+    def _keeps_reasoning(self) -> bool:
+        return self._header is not None and self._header["tpimpi session"] == REASONING_VERSION
+
     # Writing
 
     def begin(self, turn: Turn) -> None:
@@ -214,7 +230,6 @@ class Session:
             return
         lines = _line({"prompt": turn.prompt, "ids": turn.ids, "seed": turn.seed})
         if self._header is None:
-            self._new_header["tpimpi session"] = FORMAT_VERSION
             self._header = {key: self._new_header[key] for key in _FIRST_LINE_TYPES}
             lines = _line(self._header) + lines
         self._write(lines)
@@ -225,10 +240,11 @@ class Session:
         self._write(b'{"token": %d}\n' % token)
         self.turns[-1].tokens.append(token)
 
-    def end(self, why: str, text: str) -> None:
+    def end(self, why: str, text: str, reasoning: str = "") -> None:
         """The last turn's answer is done, for one of END_REASONS."""
-        self._write(_line({"end": why, "text": text}))
-        self.turns[-1].ended, self.turns[-1].text = why, text
+        apart = {"reasoning": reasoning} if self._keeps_reasoning else {}
+        self._write(_line({"end": why, "text": text, **apart}))
+        self.turns[-1].ended, self.turns[-1].text, self.turns[-1].reasoning = why, text, reasoning
 
     def _write(self, lines: bytes) -> None:
         """Append to the file, after its whole lines. Raises StorageError."""

@@ -82,11 +82,17 @@ class ChatTemplate:
     def parts(self, messages: Messages, control: ControlTokens) -> list[Part]:
         """The text of messages, cut at those tokens of `control` that the template itself writes.
 
-        The text is what `render` gives for the same messages. Raises as `render`.
+        The text is what `render` gives for the same messages. Where it fails over names of tokens that an answer spells, as
+        gpt-oss's does, the template gets them in other characters. Raises as `render` where it fails all the same.
         """
         self._now = datetime.now()
-        plain = self.render(messages)
-        texts = [self.source, plain, *(message["content"] for message in messages)]
+        texts = [self.source, *(message["content"] for message in messages)]
+        try:
+            plain = self.render(messages)
+        except ModelError:
+            few = Alphabet(control.telling_characters, texts)
+            return _original(control.cut(self.render(_with_content(messages, few.mark))), few)
+        texts.append(plain)
         alphabet = Alphabet(control.characters, texts)
         parts: list[Part] | None = None
         with contextlib.suppress(ModelError):  # which a template might raise over what is no true string

@@ -25,8 +25,12 @@ class TextStream:
         return self._trim(self._decoder.decode(self._piece(token_id)))
 
     def flush(self) -> str:
-        """What is left at the end: a character that stays incomplete, as U+FFFD."""
+        """What is left at the end, or before a token that is no text: a character that stays incomplete, as U+FFFD."""
         return self._trim(self._decoder.decode(b"", final=True))
+
+    def is_blank(self, token_id: int) -> bool:
+        """Whether the id stands for text of nothing but blanks."""
+        return self._piece(token_id).isspace()
 
     def _trim(self, text: str) -> str:
         if self._leading == "keep" or not text:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tpimpi.errors import InputError, shorten
+from tpimpi.serving.text.answer import PlainAnswer
 from tpimpi.serving.text.stream import IdStream
 
 
@@ -16,7 +17,7 @@ class TokenIds:
 
     bos_id = None
     end_ids: frozenset[int] = frozenset()
-    has_chat_template = False
+    has_chat_template = has_reasoning = False
 
     def __init__(self, vocab: int, *, gguf: bool = False) -> None:
         self.vocab_size = self.sampled_ids = vocab
@@ -52,3 +53,7 @@ class TokenIds:
     def stream(self) -> IdStream:
         """A fresh IdStream, for one answer."""
         return IdStream()
+
+    def answer_stream(self, prompt: Sequence[int], *, raw: bool) -> PlainAnswer:
+        """As of a Tokenizer; there is no reasoning."""
+        return PlainAnswer(self.stream())

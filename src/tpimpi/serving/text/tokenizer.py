@@ -6,10 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tpimpi.errors import InputError, ModelError
+from tpimpi.serving.text.answer import AnswerStream, PlainAnswer
 from tpimpi.serving.text.chat_template import ChatTemplate
 from tpimpi.serving.text.checks import is_unicode
 from tpimpi.serving.text.control_tokens import ControlTokens, looks_like_control, written_by_template
+from tpimpi.serving.text.harmony import Harmony
 from tpimpi.serving.text.stream import TextStream
+from tpimpi.serving.text.thinking import Thinking
 from tpimpi.serving.text.vocabularies import Vocabulary
 
 NO_TEMPLATE = "give --raw to complete the text as it is, or a template with --chat-template FILE"
@@ -23,6 +26,7 @@ class Tokenizer:
     bos_id: the token that begins a text, or None.
     control_ids: what no content of a chat becomes: special tokens, and those that the template writes.
     has_chat_template: whether `encode_chat` can be used; an empty template, which would leave the prompt out, is none.
+    has_reasoning: whether answers in a chat may have reasoning, which tokens of the vocabulary mark.
     """
 
     def __init__(
@@ -50,6 +54,10 @@ class Tokenizer:
         self._closing_id: int | None = None
         self._control = self._take_out_control_tokens()
         self.control_ids = self._control.ids
+        self._reasoning = Harmony.of(vocabulary.find, self.control_ids) or Thinking.of(
+            vocabulary.find, self.control_ids
+        )
+        self.has_reasoning = self._reasoning is not None
 
     def _take_out_control_tokens(self) -> ControlTokens:
         """The control tokens, which the vocabulary makes of no text from now on.
@@ -91,7 +99,8 @@ class Tokenizer:
         if self._chat is not None and self._closing_id is None:
             closing = self._chat.closing(self._control)
             self._closing_id = -1 if closing is None else closing
-        return self._end_ids | {self._closing_id} if self._closing_id not in (None, -1) else self._end_ids
+        ends = self._end_ids if self._closing_id in (None, -1) else self._end_ids | {self._closing_id}
+        return ends if self._reasoning is None else self._reasoning.ends(ends)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Ids of a text as it is, names of control tokens in it being those tokens; with `special`, BOS and EOS where the
@@ -137,6 +146,12 @@ class Tokenizer:
     def stream(self) -> TextStream:
         """A fresh TextStream, for one answer."""
         return TextStream(self._vocabulary.piece, self._vocabulary.leading)
+
+    def answer_stream(self, prompt: Sequence[int], *, raw: bool) -> AnswerStream:
+        """What tells the reasoning of the answer to `prompt` from the answer itself; a `raw` text is all answer."""
+        if raw or self._reasoning is None:
+            return PlainAnswer(self.stream())
+        return self._reasoning.stream(self.stream(), prompt)
 
     def _checked(self, ids: list[int]) -> list[int]:
         if max(ids, default=0) >= self._vocab:

@@ -1,0 +1,48 @@
+"""An answer in pieces as it comes: what it says, and the reasoning before that, for models that mark theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from tpimpi.serving.text.stream import IdStream, TextStream
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that is certain: of the answer, or of its `reasoning`."""
+
+    text: str
+    reasoning: bool = False
+
+
+class AnswerStream(Protocol):
+    """Turns ids of one answer, one at a time, into pieces."""
+
+    @property
+    def tools(self) -> Sequence[str]: ...  # names of the tools that the answer calls
+
+    def push(self, token_id: int) -> list[Piece]: ...  # those that this id completes
+
+    def flush(self) -> list[Piece]: ...  # what is left at the end
+
+
+class PlainAnswer:
+    """All of it is the answer."""
+
+    tools: Sequence[str] = ()
+
+    def __init__(self, text: TextStream | IdStream) -> None:
+        self._text = text
+
+    def push(self, token_id: int) -> list[Piece]:
+        return pieces(self._text.push(token_id))
+
+    def flush(self) -> list[Piece]:
+        return pieces(self._text.flush())
+
+
+def pieces(text: str, *, reasoning: bool = False) -> list[Piece]:
+    """One piece, or none where there is no text."""
+    return [Piece(text, reasoning)] if text else []
