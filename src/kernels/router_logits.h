@@ -40,7 +40,7 @@ inline F64s load_wide(const uint16_t* p) {
 #elif defined(__AVX2__)
 inline F64s load_wide(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
 inline F64s load_wide(const uint16_t* p) {
-  const __m128i words = _mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)p)), 16);
+  const __m128i words = _mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i*)p));
   return _mm256_cvtps_pd(_mm_castsi128_ps(words));
 }
 #else

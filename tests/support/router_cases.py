@@ -68,6 +68,8 @@ def route_cases(random: np.random.Generator) -> list[Case]:
             bad = r.x.copy()
             bad[-1, 3] = np.nan if number % 16 else np.inf
             cases.append(route_case(Routed(r.spec, bad, r.router, r.bias), 1))
+    for spec, bf16 in ((RouterSpec(16, 2, *_QWEN3), True), (RouterSpec(16, 3, "sigmoid", True, 1.0, "choice"), False)):
+        cases.append(route_case(routed(random, spec, 50_000, 32, bf16), 1))
     return cases
 
 
