@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.slices import checked_contents
 from tests.support.tiny_models import write_tiny_hf
-from tpimpi.engine.eviction import ExpertKey, LeastRecentlyUsed
+from tpimpi.engine.eviction import ExpertKey, LeastRecentlyUsed, Stalest
 from tpimpi.engine.expert_cache import ExpertCache
 from tpimpi.errors import SliceError
 from tpimpi.weights.make import choose_formats, slice_model
@@ -112,8 +112,10 @@ def test_what_is_in_memory_is_not_read_again(file: SliceFile) -> None:
     for _ in range(3):
         _take(cache, 0, [1, 2, 3])
     assert cache.figures.bytes_read == 3 * cache.slot_bytes and cache.figures.hits == 6
+    for _ in range(2):
+        _take(cache, 0, [2, 3])  # 1 is passed over
     _take(cache, 2, [5])
-    _take(cache, 2, [6])  # for which the one used longest ago goes: 1
+    _take(cache, 2, [6])  # for which that goes
     _take(cache, 0, [2, 3])
     assert cache.figures.bytes_read == 5 * cache.slot_bytes
     _take(cache, 0, [1])
@@ -181,6 +183,24 @@ def test_the_least_recently_used_goes_first() -> None:
     order.remove(keys[3])
     order.remove(keys[1])
     assert order.victim(lambda key: True) == keys[2] and order.victim(lambda key: False) is None
+
+
+def test_the_one_that_its_layer_passed_over_most_often_goes_first() -> None:
+    order = Stalest(3)
+    first, second, third = ExpertKey(0, 1), ExpertKey(1, 1), ExpertKey(2, 1)
+    for key in (first, second, third):
+        order.begin(key.layer)
+        order.add(key)
+    assert order.victim(lambda key: True) == third, "all are as stale; that of layer 2 comes last"
+    order.begin(0)
+    order.use(first)
+    order.begin(1)  # without `second`
+    assert order.victim(lambda key: True) == second
+    assert order.victim(lambda key: key != second) == first, "layer 2 may choose `third` next"
+    order.demote(third)
+    assert order.victim(lambda key: True) == third
+    order.remove(third)
+    assert order.victim(lambda key: False) is None
 
 
 def test_an_expert_that_is_damaged_is_named_where_it_is_used(slices: Path, tmp_path: Path) -> None:

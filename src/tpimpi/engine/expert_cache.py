@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from tpimpi.engine.eviction import ExpertKey, LeastRecentlyUsed
+from tpimpi.engine.eviction import ExpertKey, Policy, Stalest
 from tpimpi.engine.figures import ExpertFigures
 from tpimpi.engine.trace import READ, WAIT, Recorder
 from tpimpi.system.buffers import BufferPool, Bytes
@@ -66,7 +66,7 @@ class ExpertCache:
         self._most_places = 0
         self._buffers: dict[int, Bytes] = {}  # of the places that have memory
         self._entries: dict[ExpertKey, _Entry] = {}
-        self._order = LeastRecentlyUsed()
+        self._order: Policy = Stalest(1 + max((key.layer for key in records), default=0))
         self._limit = len(records) if nbytes is None else min(len(records), nbytes // max(1, self.slot_bytes))
         assert self._limit >= least_places(len(records)), "an expert would never find a place"
         self._wanted: deque[ExpertKey] = deque()  # by the block, not handed out yet; in order
@@ -164,6 +164,7 @@ class ExpertCache:
             ExpertKey(layer, expert) for expert in experts if self._records
         ]  # a rank may have no columns of experts
         with self._changed:
+            self._order.begin(layer)
             self._begin(keys)
         while True:
             with self._changed:
