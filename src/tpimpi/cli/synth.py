@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from tpimpi.weights.make import slice_model
 from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import Partition, make_partition
 from tpimpi.weights.sources.export import write_gguf, write_hf
-from tpimpi.weights.sources.synthetic import SyntheticSource, quantize_exactly
+from tpimpi.weights.sources.synthetic import SyntheticSource, quantize_exactly, with_trace
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class SynthOptions:
     kind: str
     ranks: int | None
     shares: str | None
+    routing: str | None
+    predicted: float
     out: str
     quiet: bool
 
@@ -66,6 +69,19 @@ def synth_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--shares", metavar="3,1,1,1", help="proportion of the model for each rank (default: equal)")
     parser.add_argument(
+        "--routing",
+        type=path_given("--routing", "a trace of routing, .npy"),
+        metavar="FILE",
+        help="of a mixture, as slices: choose the experts of this trace, uint16 [positions, layers, experts a token]",
+    )
+    parser.add_argument(
+        "--predicted",
+        type=part_of_one,
+        default=0.9,
+        metavar="P",
+        help="the part of a trace's experts that is predicted rightly, 0 to 1 (default 0.9)",
+    )
+    parser.add_argument(
         "--out",
         type=path_given("--out", "the place that gets the weights"),
         required=True,
@@ -74,6 +90,17 @@ def synth_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quiet", action="store_true", help="only errors")
     return parser
+
+
+def part_of_one(text: str) -> float:
+    """The meaning of `--predicted`: a number of 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise InputError(f"--predicted is {shorten(text)!r}, must be a number of 0 to 1")
+    return value
 
 
 def weight_format(text: str) -> str:
@@ -93,10 +120,14 @@ def synth_alone(job: Job) -> int:
 
 def synthesize(options: SynthOptions) -> None:
     """Do what the options say, and say on stderr what was made. Raises InputError, StorageError."""
-    shape = load_shape(options.shape, options.layers)
+    shape, trace = load_shape(options.shape, options.layers), None
+    if options.routing is not None:
+        if options.kind != "slices":
+            raise InputError(f"--routing is for slices, which follow it; leave it out with --as {options.kind}")
+        shape, trace = with_trace(shape, Path(options.routing), options.predicted)
     formats = ModelFormats.of_model(options.format, shape.config)
     partition = _partition(options, shape)
-    with contextlib.closing(SyntheticSource(shape, formats, options.seed)) as source:
+    with contextlib.closing(SyntheticSource(shape, formats, options.seed, trace)) as source:
         if partition is None:
             made = _export(source, options)
         else:

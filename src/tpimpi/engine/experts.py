@@ -17,13 +17,15 @@ from tpimpi.errors import TpimpiError
 from tpimpi.models.config import ModelConfig
 from tpimpi.weights.slices.file import Tile
 
+Choices = npt.NDArray[np.int32]  # experts, [n, chosen]
+
 
 @dataclass(frozen=True)
 class Routed:
     """Which experts each position of a block uses, the same on every rank, and what each counts: [n, chosen] both."""
 
     layer: int
-    experts: npt.NDArray[np.int32]
+    experts: Choices
     weights: F32
 
 
@@ -35,15 +37,20 @@ class Experts:
     ) -> None:
         self.config, self.resident, self.cache, self.backend = config, resident, cache, backend
         self._choices = xxhash.xxh3_64()
+        self._trace: Choices | None = None  # of random weights: [positions, layers, chosen]
+        if config.trace_positions:
+            shape = (config.trace_positions, config.layers, config.experts_per_token)
+            self._trace = self.resident["trace"].view("<u2").reshape(shape).astype(np.int32)
 
     @property
     def choices(self) -> int:
         """A hash of all choices so far, the same on every rank: int63."""
         return self._choices.intdigest() >> 1
 
-    def expect(self, x: F32, layer: int, count: int) -> None:
+    def expect(self, x: F32, layer: int, start: int, count: int) -> None:
         """Have read what the next block with experts, that of `layer`, will probably choose: by its router and the residual
-        `x` [n, hidden] as it is before the layer's attention, which changes it: `count` experts for each position.
+        `x` [n, hidden], at positions from `start`, as it is before the layer's attention, which changes it: `count` experts
+        for each position.
         """
         spec = self.config.router(layer)
         if spec is None or not count or self.cache.is_whole:
@@ -55,11 +62,25 @@ class Experts:
             experts, _ = self.backend.route(h, self.resident["router"][layer], bias, likely)
         except ValueError:
             return  # which `route` will say
+        if self._trace is not None:
+            experts = self._guesses(self._of_trace(layer, start, len(x)), layer, start)
         # The first choice of every position first; what many positions want, once.
         self.cache.expect(layer, list(dict.fromkeys(experts.T.reshape(-1).tolist())))
 
-    def route(self, h: F32, layer: int) -> Routed:
-        """The choice for the normed vectors `h` [n, hidden] of a layer. Raises TpimpiError where they are not finite."""
+    def _of_trace(self, layer: int, start: int, positions: int) -> Choices:
+        """What the trace names, [positions, chosen]."""
+        assert self._trace is not None
+        return self._trace[np.arange(start, start + positions) % len(self._trace), layer]
+
+    def _guesses(self, chosen: Choices, layer: int, start: int) -> Choices:
+        """The trace's experts, of which the stated part is right: the same on every rank."""
+        dice = np.random.default_rng([layer, start, len(chosen)])
+        wrong = dice.random(chosen.shape) >= self.config.trace_predicted
+        return np.where(wrong, dice.integers(self.config.experts, size=chosen.shape), chosen)
+
+    def route(self, h: F32, layer: int, start: int) -> Routed:
+        """The choice for the normed vectors `h` [n, hidden] of a layer, at positions from `start`. Raises TpimpiError where
+        they are not finite."""
         spec = self.config.router(layer)
         assert spec is not None, f"layer {layer} is dense"
         bias = self.resident["router_bias"][layer] if spec.bias != "none" else None
@@ -70,6 +91,8 @@ class Experts:
                 f"layer {layer}: the router's numbers are not finite, so no experts can be chosen; the model's weights are "
                 f"damaged, or its format too coarse: download it again, or try --format bf16"
             ) from error
+        if self._trace is not None:
+            experts = self._of_trace(layer, start, len(h))
         self._choices.update(experts.tobytes())
         return Routed(layer, experts, weights)
 

@@ -114,7 +114,7 @@ class Model:
         for place, block in enumerate(self._blocks):
             spec = self._layers[block.layer]
             if self.experts is not None and block.kind != "mlp":
-                self.experts.expect(x, block.layer, self._predict)
+                self.experts.expect(x, block.layer, start, self._predict)
             if not (spec.parallel and block.kind == "mlp"):  # which goes on with what its attention read and made
                 h, partial = self._normed(x, block), np.zeros_like(x)
             if block.kind == "qkv":  # whose partial is of sums of squares
@@ -122,7 +122,7 @@ class Model:
                     Projections(self.backend, self.config.head_dim),
                     np.zeros((x.shape[0], 2), np.float32),
                 )
-            routed = self._routed(h, block)
+            routed = self._routed(h, block, start)
             number = 0
             while (tile := (yield Need.TILE)) is not None:
                 with self._recorded(COMPUTE, place, number):
@@ -153,11 +153,11 @@ class Model:
             return self.backend.fixed_rms_norm(x, weight, self.config.norm_eps)
         return pre_norm(self.backend, spec.norm, x, weight, self.config.norm_eps)
 
-    def _routed(self, h: F32, block: Block) -> Routed | None:
-        """The experts of a block, from its normed vectors `h` [n, hidden]; None of one that has none."""
+    def _routed(self, h: F32, block: Block, start: int) -> Routed | None:
+        """The experts of a block, from its normed vectors `h` [n, hidden] at positions from `start`; None: it has none."""
         if self.experts is None or block.kind != "mlp" or self._layers[block.layer].router is None:
             return None
-        return self.experts.route(h, block.layer)
+        return self.experts.route(h, block.layer, start)
 
     def _to_residual(self, total: F32, block: Block) -> F32:
         """What is added to the residual, from a block's sum over all ranks, [n, hidden]: the same bits on every rank."""

@@ -86,6 +86,11 @@ class ModelConfig:
     activation_limit: float = 0.0  # of a clamped activation
     attention_sinks: bool = False  # a logit for each head, beside those of the positions
 
+    # Of random weights: experts are as a trace says, whatever the router gives, which repeats after so many positions;
+    # and the part of them that is predicted rightly.
+    trace_positions: int = 0
+    trace_predicted: float = 0.0
+
     def layer(self, index: int) -> LayerSpec:
         """What this layer is."""
         window, rope = self.attention_windows[index], None
@@ -226,6 +231,8 @@ def _experts_from_dict(keys: Keys, layers: int) -> dict[str, Any]:
         found[name] = 0 if _is_0(keys.values[name]) else keys.integer(name)
     for name in ("router_normalized", "expert_bias", "attention_sinks"):
         found[name] = keys.flag(name)
+    found["trace_positions"] = 0 if _is_0(keys.values["trace_positions"]) else keys.integer("trace_positions")
+    found["trace_predicted"] = _number_or_0(keys, "trace_predicted")
     found["router_scale"] = keys.number("router_scale")
     found["activation_limit"] = _number_or_0(keys, "activation_limit")
     found["router_scoring"] = keys.choice("router_scoring", SCORINGS)

@@ -206,6 +206,8 @@ class _Builder:
         """The output norm [hidden], or a norm, bias or router of all layers: [layers, …], zeros where a layer has none."""
         if part.name == "norm":
             return self._vector(NORM)
+        if part.name == "trace":
+            return np.frombuffer(self.source.trace(), np.uint8)
         values = np.zeros(part.shape, part.dtype)
         for layer in range(self.config.layers):
             specs = layer_specs(self.config, layer)

@@ -29,7 +29,8 @@ A slice file is named `rank-R-of-N.h5` and holds these objects:
     f32, not packed, small, kept in memory for the whole run: those norms that the model has, of all layers
     ([layers, hidden]; q_norm and k_norm [layers, head_dim], or [layers, heads * head_dim] and [layers, kv_heads *
     head_dim] where they are over all heads); routers ([layers, experts, hidden], f32, or bf16 where `formats` has
-    `router`), their biases ([layers, experts]), zeros in dense layers; sinks ([layers, heads]); rank 0
+    `router`), their biases ([layers, experts]), zeros in dense layers; sinks ([layers, heads]); of
+    random weights a `trace` of routing, the bytes of uint16 [positions, layers, experts a token]; rank 0
     alone has the biases of the output projections ([layers, hidden]), added once, and the final norm ([hidden]).
 `/tokenizer/tile-000/NAME` (rank 0 only)
     The tokenizer's files as they are (uint8).

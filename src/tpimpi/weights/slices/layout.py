@@ -199,5 +199,7 @@ def _resident(config: ModelConfig, rank: int, router: str) -> Record:
         if config.mlp_bias:
             shapes["down_bias"] = (config.layers, config.hidden)
         shapes["norm"] = (config.hidden,)
-    parts = tuple(Part(name, router if name == "router" else "f32", shape) for name, shape in shapes.items())
-    return Record("resident/tile-000", RESIDENT, parts)
+    parts = [Part(name, router if name == "router" else "f32", shape) for name, shape in shapes.items()]
+    if config.trace_positions:
+        parts.append(Part("trace", _BYTES, (2 * config.trace_positions * config.layers * config.experts_per_token,)))
+    return Record("resident/tile-000", RESIDENT, tuple(parts))

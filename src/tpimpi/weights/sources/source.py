@@ -207,6 +207,10 @@ class Source:
         block: Bytes = tensor.rows(first, last)[stored - first]
         return block
 
+    def trace(self) -> bytes:
+        """Of random weights that follow one, the experts to be chosen: uint16 [positions, layers, experts a token]."""
+        return b""
+
     def fingerprint(self) -> str:
         """32 hex digits: the same for a copy, whatever its files are called; another for another model or fine-tune.
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -26,6 +27,7 @@ from tpimpi.compute.formats import FORMATS, is_quantized
 from tpimpi.compute.formats.bf16 import from_bf16, to_bf16
 from tpimpi.compute.formats.blocks_of_32 import BLOCK_WEIGHTS
 from tpimpi.compute.formats.packed import decode, encode, row_bytes
+from tpimpi.errors import InputError
 from tpimpi.models.shapes import Shape
 from tpimpi.models.tensors import ModelTensor, model_tensors
 from tpimpi.models.weight_formats import ModelFormats
@@ -42,6 +44,38 @@ _SLAB_NUMBERS = 1 << 18  # numbers worked on at a time
 _NORM_STEPS = 20  # a norm's weight is 1 + n / 128, n with a standard deviation of 256 / 20
 
 
+Trace = npt.NDArray[np.uint16]  # [positions, layers, experts a token]
+
+
+def with_trace(shape: Shape, path: Path, predicted: float) -> tuple[Shape, Trace]:
+    """The shape of a model that chooses its experts by the trace in a .npy file, and predicts this part of them.
+
+    Such a trace is what another model chose: it has the locality of a real text, which a random router has not. Raises
+    InputError where the file is none, or is of another number of layers or experts.
+    """
+    config = shape.config
+    try:
+        trace = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"--routing {path} cannot be read as a .npy file: {error}") from error
+    if trace.ndim != 3 or trace.dtype.kind not in "ui" or not len(trace):
+        raise InputError(
+            f"--routing {path} holds {trace.dtype} {list(trace.shape)}; whole numbers [positions, layers, chosen] are needed"
+        )
+    wanted = (config.layers, config.experts_per_token)
+    if not config.experts or trace.shape[1:] != wanted:
+        raise InputError(
+            f"--routing {path} is of {trace.shape[1]} layers and {trace.shape[2]} experts a token, {shape.name} has "
+            f"{wanted[0]} and {wanted[1]}; make a trace for this shape"
+        )
+    if trace.min() < 0 or trace.max() >= config.experts or (np.diff(np.sort(trace, axis=2), axis=2) == 0).any():
+        raise InputError(
+            f"--routing {path} names experts from {trace.min()} to {trace.max()}, or one twice; a layer has {config.experts}"
+        )
+    made = replace(config, trace_positions=len(trace), trace_predicted=predicted)
+    return replace(shape, config=made), trace.astype(np.uint16)
+
+
 class SyntheticSource(Source):
     """Random weights for a shape, each matrix in the format that `formats` gives it (see the module); no tokenizer.
 
@@ -49,10 +83,12 @@ class SyntheticSource(Source):
     each format that is read.
     """
 
-    def __init__(self, shape: Shape, formats: ModelFormats, seed: int) -> None:
+    def __init__(self, shape: Shape, formats: ModelFormats, seed: int, trace: Trace | None = None) -> None:
+        """`trace`: see `with_trace`."""
         name = f"{shape.name}-random"
         super().__init__(Path(f"{name}.synth"), shape.config, {}, [], dict, assets_in_header=True, name=name)
         self.shape, self.formats, self.seed = shape, formats, seed
+        self._trace = b"" if trace is None else np.ascontiguousarray(trace, "<u2").tobytes()
         tensors = model_tensors(shape.config)
         infos = {name: TensorInfo(name, tensor.shape, self._format(tensor)) for name, tensor in tensors.items()}
         self._all = MappingProxyType(infos)
@@ -62,6 +98,10 @@ class SyntheticSource(Source):
         if len(tensor.shape) == 1:
             return "f32"
         return getattr(self.formats if tensor.layer < 0 else self.formats.layers[tensor.layer], tensor.part)
+
+    def trace(self) -> bytes:
+        """The experts to be chosen, uint16 [positions, layers, experts a token]."""
+        return self._trace
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Every tensor of the model by its canonical name."""
@@ -93,6 +133,8 @@ class SyntheticSource(Source):
     def fingerprint(self) -> str:
         """32 hex digits, other ones for other weights."""
         what = [VERSION, self.seed, self.formats.to_dict(), self.config.to_dict()]
+        if self._trace:
+            what.append(xxhash.xxh3_128_hexdigest(self._trace))
         return xxhash.xxh3_128_hexdigest(json.dumps(what, sort_keys=True).encode())
 
 
