@@ -13,6 +13,7 @@ from tests.support.launch import PROGRAMS
 from tests.support.ranks import Ranks
 from tests.support.slices import joined
 from tests.support.tiny_models import TINY, write_tiny_hf
+from tpimpi.star import ALGORITHMS, WIRES
 from tpimpi.weights.make import choose_formats, slice_model
 from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.sources import open_source
@@ -160,3 +161,33 @@ def test_quantized_slices_compute_with_their_own_numbers(on_ranks: Ranks, models
     # The twin's activations are quantized too, to int8.
     error = np.abs(np.load(tmp_path / "numpy.npy") - expected).max()
     assert 10 * TOLERANCE < error < 0.1 * np.ptp(expected)
+
+
+def test_ranks_of_mixed_processors_choose_the_same_experts(on_ranks: Ranks, models, tmp_path: Path) -> None:
+    """The residual has the same bits on every rank, whatever level its kernels are of, over every allreduce and wire: a rank
+    that chose other experts would add nonsense. Nor does a bit depend on how many experts are read ahead."""
+    from tpimpi.compute.backends.native import levels
+
+    path, ids, expected = models["qwen3-moe"]
+    with open_source(path) as source:
+        slice_model(source, make_partition(source.config, [1] * 3), choose_formats(source, "f32"), tmp_path / "s")
+    kernels = ["portable", levels()[0], levels()[len(levels()) // 2]]
+    job = {
+        "slices": str(tmp_path / "s"),
+        "ids": ids,
+        "chunks": CHUNKS,
+        "backend": "native",
+        "kernels": kernels,
+        "pins": 0,
+    }
+    ways = [{"allreduce": name, "wire": wire} for name in ALGORITHMS if name != "library" for wire in WIRES]
+    ways += [{"predict": count} for count in (0, 1, 8)]
+    jobs = [{**job, **way, "name": f"way-{number}"} for number, way in enumerate(ways)]
+    _run(on_ranks, 3, jobs, tmp_path)
+    for number, way in enumerate(ways):
+        digests = {(tmp_path / f"way-{number}-rank{rank}.txt").read_text() for rank in range(3)}
+        assert len(digests) == 1, f"{way}: hidden vectors differ between ranks"
+        found = np.load(tmp_path / f"way-{number}.npy")
+        if way.get("wire", "f32") == "f32":
+            assert np.abs(found - expected).max() < TOLERANCE, way
+    assert len({(tmp_path / f"way-{number}.npy").read_bytes() for number in range(len(ways) - 3, len(ways))}) == 1

@@ -25,7 +25,7 @@ from tpimpi.engine.needs import needs_of_model
 from tpimpi.engine.overlap import usual_chunk
 from tpimpi.engine.trace import Recorder
 from tpimpi.engine.window import Window
-from tpimpi.errors import SliceError
+from tpimpi.errors import InputError, SliceError
 from tpimpi.star import Rank, Star
 from tpimpi.weights.cache import mark_used
 from tpimpi.weights.locations import SliceLocation
@@ -191,6 +191,11 @@ class Engine:
 
 
 def _check_slice(header: Header, path: Path, rank: Rank, settings: EngineConfig) -> None:
+    if header.config.experts and "library" in settings.allreduce:
+        raise InputError(
+            "--allreduce is library, whose sums may differ in a bit from rank to rank, so that ranks would choose different "
+            "experts; give another --allreduce with a mixture of experts"
+        )
     if (header.rank, header.partition.ranks) != (rank.index, rank.size):
         raise SliceError(
             f"slice file {path} is of rank {header.rank} of {header.partition.ranks}, needed is rank {rank.index} of "

@@ -160,9 +160,9 @@ class ExpertCache:
     def tiles(self, layer: int, experts: Sequence[int]) -> Iterator[list[Tile]]:
         """The tiles of these experts, in this order: in groups, each of those that are in memory by then. A group is valid
         until the next is asked for. Raises what reading raised."""
-        keys = [
-            ExpertKey(layer, expert) for expert in experts if self._records
-        ]  # a rank may have no columns of experts
+        if not self._records:  # a rank may have no columns of experts
+            return
+        keys = [ExpertKey(layer, expert) for expert in experts]
         with self._changed:
             self._order.begin(layer)
             self._begin(keys)

@@ -1,6 +1,7 @@
 """Run on every rank: logits of models, in one launch for many. Arguments: a JSON file of jobs, and where to write.
 
-A job: {"name", "slices", "ids", "chunks": positions of each forward, "allreduce", "kv", and one of "window" and "pins":
+A job: {"name", "slices", "ids", "chunks": positions of each forward, "allreduce", "wire", "kv", "kernels": each rank's
+level, "predict", and one of "window" and "pins":
 the part of the tiles, 0 to 1, that the memory has room to pin beyond the least that works}. Rank 0 writes the logits of
 every position, [len(ids), vocab], as NAME.npy, or of those from "logits_from" on, where a chunk begins; every rank writes a
 digest of its hidden vectors as NAME-rankR.txt.
@@ -38,6 +39,10 @@ def main() -> None:
             allreduce=job.get("allreduce", "star"),
             timeout=120.0,
             kv=job.get("kv", "auto"),
+            wire=job.get("wire", "f32"),
+            kernels=job["kernels"][star.rank.index] if "kernels" in job else "auto",
+            chunk=job.get("chunk"),
+            predict=job.get("predict"),
             cores_shared_by=[star.rank.size] * star.rank.size,
         )
         memory_needs = MemoryPlanner([open_engine(star, settings)])

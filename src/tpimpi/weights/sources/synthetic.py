@@ -97,6 +97,8 @@ class SyntheticSource(Source):
     def _format(self, tensor: ModelTensor) -> str:
         if len(tensor.shape) == 1:
             return "f32"
+        if tensor.part == "router":
+            return self.formats.router
         return getattr(self.formats if tensor.layer < 0 else self.formats.layers[tensor.layer], tensor.part)
 
     def trace(self) -> bytes:
