@@ -28,11 +28,22 @@ MORE = {
     5: [("qwen3-moe", [1] * 5)],
     7: [("mqa", [1] * 7), ("llama-odd", [1] * 7), ("qwen3", [5, 1, 1, 1, 1, 0, 1]), ("cohere2", [5, 1, 1, 1, 1, 0, 1])],
 }
-MIXTURES = ("qwen3-moe",)
+MIXTURES = (
+    "qwen3-moe",
+    "qwen3-moe-all",
+    "mixtral",
+    "gpt-oss",
+    "gpt-oss-limit",
+    "olmoe",
+    "granite-moe",
+    "glm4-moe",
+    "glm4-moe-bare",
+)
 # Those of which a GGUF file can say all.
 GGUF_KINDS = (
     *("llama", "llama-yarn", "qwen3", "ministral3", "gemma2", "gemma3", "phi3", "phi3-long", "granite", "smollm3"),
     *("olmo2", "olmo3", "glm", "glm-edge", "glm4", "exaone4", "exaone4-full", "cohere2", "granite4", "granite4-nope"),
+    *("qwen3-moe-all", "mixtral", "gpt-oss", "olmoe", "granite-moe", "glm4-moe", "glm4-moe-bare"),
 )
 
 

@@ -157,7 +157,7 @@ def test_to_dict_and_back() -> None:
 @pytest.mark.parametrize(
     ("kind", "change", "words"),
     [
-        ("llama", {"model_type": "gpt_oss"}, ["model_type", "'gpt_oss'", "llama, mistral"]),
+        ("llama", {"model_type": "gpt_neox"}, ["model_type", "'gpt_neox'", "llama, mistral"]),
         ("llama", {"model_type": ["llama"]}, ["model_type", "['llama']"]),
         ("llama", {"architectures": ["MixtralForCausalLM"]}, ["architectures", "MixtralForCausalLM"]),
         ("llama", {"architectures": "LlamaForCausalLM"}, ["architectures"]),

@@ -90,10 +90,12 @@ def test_gguf_rope_and_window() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"general.architecture": "gpt-oss"}, ["general.architecture", "'gpt-oss'", "llama, mistral3, qwen2, qwen3"]),
+        ({"general.architecture": "gptneox"}, ["general.architecture", "'gptneox'", "llama, mistral3, qwen2, qwen3"]),
         ({"general.architecture": None}, ["general.architecture is None"]),
         ({"general.type": "adapter"}, ["general.type is 'adapter'"]),
-        ({"expert_count": 8}, ["llama.expert_count is 8", "mixture of experts"]),
+        ({"expert_count": 8}, ["'llama.expert_used_count' is missing"]),
+        ({"expert_count": 8, "expert_used_count": 9}, ["a position uses 9 experts of 8", "1 to 8 are needed"]),
+        ({"expert_count": 8, "expert_used_count": [2, 3]}, ["llama.expert_used_count is [2, 3]"]),
         ({"llama.attention.causal": False}, ["llama.attention.causal is False"]),
         ({"llama.attention.scale": 0.5}, ["'llama.attention.scale' is 0.5"]),
         ({"logit_scale": 2.0}, ["'llama.logit_scale' is 2.0"]),

@@ -3,7 +3,8 @@
 A wrong default is what tiny random models do not show. WHOLE were compared, key by key, with copies of the published files
 that stand in public repositories (of granite-4.0-3b-vision revision bf108f36960fb4df79bf035e506c592f4ee3c2d3; of the others
 as of the transformers_version that they name). Of the rest only the sizes, and the keys that the mathematics depends on,
-could be compared with what public repositories quote of them; the other keys are as the models' pages had them.
+could be compared with what public repositories quote of them; the other keys are as the models' pages had them. Of
+gpt-oss-20b a copy without its quantization_config was found, which gpt-oss-120b was compared with in all but its sizes.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from tests.support.rope_oracle import check_angles_and_windows
 from tpimpi.errors import ModelError
 from tpimpi.models.architectures import ARCHITECTURES
 from tpimpi.models.config import ModelConfig
-from tpimpi.models.config_hf import config_from_hf, is_multimodal
+from tpimpi.models.config_hf import config_from_hf, hf_next_token_layers, is_multimodal
+from tpimpi.models.tensors import expected_tensors
 
 WHOLE = (
     *("meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen3-4B", "google/gemma-3-270m", "google/gemma-3-12b-it"),
     *("microsoft/Phi-3-mini-4k-instruct", "microsoft/Phi-4-mini-instruct", "ibm-granite/granite-3.3-8b-instruct"),
     *("ibm-granite/granite-4.0-3b-vision, its text model", "HuggingFaceTB/SmolLM3-3B-Base", "THUDM/glm-edge-1.5b-chat"),
-    *("allenai/OLMo-2-1124-7B-Instruct", "mistralai/Ministral-8B-Instruct-2410"),
+    *("allenai/OLMo-2-1124-7B-Instruct", "mistralai/Ministral-8B-Instruct-2410", "zai-org/GLM-4.5-Air"),
 )
 PUBLISHED: dict[str, dict[str, Any]] = json.loads((ROOT / "tests/support/published_configs.json").read_text())
 
@@ -74,6 +76,39 @@ def test_every_key_is_accounted_for(name: str) -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_angles_and_windows_are_those_of_transformers(name: str) -> None:
     check_angles_and_windows(_ours(name), _theirs(PUBLISHED[name]))
+
+
+def test_mixtures() -> None:
+    """Facts of the models' own code; of the numbers of parameters their pages' (experts are most of them)."""
+    small, large = _ours("openai/gpt-oss-20b"), _ours("openai/gpt-oss-120b")
+    assert (small.experts, large.experts, large.experts_per_token) == (32, 128, 4)
+    assert large.activation == "clamped_silu" and large.activation_limit == 7.0 and large.attention_sinks
+    assert large.qkv_bias and large.o_bias and large.expert_bias and large.router_bias == "logits"
+    assert large.router_normalized and large.layer(0).attention.window == 128 and large.layer(1).attention.window == 0
+    assert large.rope_scaling is not None and not large.rope_scaling.truncate and large.head_dim == 64
+    assert large.rope_scaling.attention_factor == pytest.approx(0.1 * math.log(32) + 1)
+    air = _ours("zai-org/GLM-4.5-Air")
+    assert air.router_scoring == "sigmoid" and air.router_bias == "choice" and air.router_scale == 1.0
+    assert air.dense_layers == (0,) and air.shared_intermediate == 1408 and air.rotary_dims == 64
+    assert air.qkv_bias and not air.o_bias and not air.qk_norm and air.layers == 46
+    assert hf_next_token_layers(PUBLISHED["zai-org/GLM-4.5-Air"], "x") == 1
+    olmoe = _ours("allenai/OLMoE-1B-7B-0924")
+    assert olmoe.qk_norm_over_all and olmoe.pre_norms and not olmoe.router_normalized
+    granite = _ours("ibm-granite/granite-3.1-3b-a800m-instruct")
+    assert granite.logit_scale == pytest.approx(1 / 6) and granite.experts == 40 and granite.router_normalized
+    assert _ours("Qwen/Qwen3-30B-A3B").router_normalized and _ours("mistralai/Mixtral-8x7B-v0.1").router_normalized
+    counts = {name: sum(map(math.prod, expected_tensors(_ours(name)).values())) for name in BILLIONS}
+    assert {name: round(count / 1e9, 1) for name, count in counts.items()} == BILLIONS
+
+
+BILLIONS = {
+    "openai/gpt-oss-20b": 20.9,
+    "openai/gpt-oss-120b": 116.8,
+    "Qwen/Qwen3-30B-A3B": 30.5,
+    "mistralai/Mixtral-8x7B-v0.1": 46.7,
+    "allenai/OLMoE-1B-7B-0924": 6.9,
+    "ibm-granite/granite-3.1-3b-a800m-instruct": 3.3,
+}
 
 
 def test_what_no_shape_shows() -> None:

@@ -30,8 +30,14 @@ ARCHITECTURES = {
     "gemma3_text": "gemma3",
     "olmo2": "olmo2",
     "olmo3": "olmo2",
+    "mixtral": "llama",
+    "qwen3_moe": "qwen3moe",
+    "gpt_oss": "gpt-oss",
+    "olmoe": "olmoe",
+    "granitemoe": "granitemoe",
+    "glm4_moe": "glm4moe",
 }
-_PERMUTED = ("llama", "granite", "smollm3", "mistral3")  # rows of Q and K
+_PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "mistral3")  # rows of Q and K
 _NORMS_PLUS_1 = ("gemma2", "gemma3")
 
 
@@ -45,11 +51,13 @@ def write_gguf_of(folder: Path, path: Path, *, fused: bool = False) -> Path:
     writer = gguf.GGUFWriter(path, arch)
     _metadata(writer, arch, config)
     number = next(number for number, word in gguf.MODEL_ARCH_NAMES.items() if word == arch)
-    names = gguf.get_tensor_name_map(number, config["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(number, _blocks(config))
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    tensors = _as_converted(load_file(folder / "model.safetensors"))
+    tensors = _stacked(_as_converted(load_file(folder / "model.safetensors")))
     for name, values in (_fused(tensors) if fused else tensors).items():
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if arch == "glm4moe" and name.endswith("shared_head.norm.weight"):
+            stored = f"blk.{config['num_hidden_layers']}.nextn.shared_head_norm.weight"
         assert stored is not None, name
         rows = values
         if arch in _PERMUTED and (".q_proj." in name or ".k_proj." in name):
@@ -67,16 +75,48 @@ def write_gguf_of(folder: Path, path: Path, *, fused: bool = False) -> Path:
 
 
 def _as_converted(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The matrices of a dense Granite 4 by the names and as the parts that the converter makes of them."""
+    """The matrices by the names and as the parts that the converter makes of them: of a Granite 4 and of Granite's and
+    gpt-oss's stacks of experts."""
     made = {}
     for name, values in tensors.items():
-        stem = name.replace("shared_mlp.output_linear", "mlp.down_proj")
-        if "shared_mlp.input_linear" in name:
-            for part, rows in zip(("gate", "up"), np.split(values, 2), strict=True):
-                made[name.replace("shared_mlp.input_linear", f"mlp.{part}_proj")] = rows
+        stem, _, part = name.rpartition(".")
+        if name.endswith(("shared_mlp.input_linear.weight", "block_sparse_moe.input_linear.weight")):
+            where = "mlp" if "shared" in name else "mlp.experts"
+            for own, rows in zip(("gate", "up"), np.split(values, 2, axis=-2), strict=True):
+                made[f"{stem.rpartition('.')[0].rpartition('.')[0]}.{where}.{own}_proj.weight"] = rows
+        elif name.endswith(("shared_mlp.output_linear.weight", "block_sparse_moe.output_linear.weight")):
+            where = "mlp" if "shared" in name else "mlp.experts"
+            made[f"{stem.rpartition('.')[0].rpartition('.')[0]}.{where}.down_proj.weight"] = values
+        elif part in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"):  # of gpt-oss
+            kind = "bias" if part.endswith("_bias") else "weight"
+            rows = values if kind == "bias" else values.swapaxes(1, 2)
+            parts = {"gate": rows[:, ::2], "up": rows[:, 1::2]} if part.startswith("gate") else {"down": rows}
+            made |= {f"{stem}.{own}_proj.{kind}": numbers for own, numbers in parts.items()}
+        elif part == "sinks":
+            made[f"{name}.weight"] = values
         else:
-            made[stem] = values
+            made[name.replace("e_score_correction_bias", "e_score_correction.bias")] = values
     return made
+
+
+def _stacked(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Experts that are one by one as one tensor."""
+    made, stacks = {}, {}
+    for name, values in tensors.items():
+        match = re.fullmatch(r"(model\.layers\.\d+\.)(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight", name)
+        if match:
+            part = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}.get(match[3], match[3])
+            stacks.setdefault(f"{match[1]}mlp.experts.{part}.weight", {})[int(match[2])] = values
+        else:
+            made[name] = values
+    return {**made, **{name: np.stack([stack[e] for e in sorted(stack)]) for name, stack in stacks.items()}}
+
+
+def _blocks(config: dict[str, Any]) -> int:
+    """The layers of a file: of a GLM-4.5 also those that predict further tokens."""
+    return config["num_hidden_layers"] + (
+        config["num_nextn_predict_layers"] if config["model_type"] == "glm4_moe" else 0
+    )
 
 
 def _fused(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -100,7 +140,7 @@ def _head_dim(config: dict[str, Any]) -> int:
 
 def _metadata(writer: gguf.GGUFWriter, arch: str, config: dict[str, Any]) -> None:
     rope, head_dim = _rope(config), _head_dim(config)
-    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_block_count(_blocks(config))
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config.get("shared_intermediate_size", config["intermediate_size"]))
@@ -153,7 +193,7 @@ def _of_family(writer: gguf.GGUFWriter, arch: str, config: dict[str, Any]) -> No
         writer.add_final_logit_softcapping(config["final_logit_softcapping"])
     if arch == "gemma3":
         writer.add_float32("gemma3.rope.freq_base_swa", config["rope_parameters"]["sliding_attention"]["rope_theta"])
-    if arch == "granite":
+    if arch in ("granite", "granitemoe"):
         writer.add_attention_scale(config["attention_multiplier"])
         writer.add_embedding_scale(config["embedding_multiplier"])
         writer.add_residual_scale(config["residual_multiplier"])
@@ -166,9 +206,33 @@ def _of_family(writer: gguf.GGUFWriter, arch: str, config: dict[str, Any]) -> No
         writer.add_ssm_inner_size(config["mamba_expand"] * config["hidden_size"])
         writer.add_ssm_time_step_rank(config["mamba_n_heads"])
         writer.add_rope_scaling_finetuned(config.get("position_embedding_type") == "rope")
+    _experts(writer, config)
     if arch == "cohere2":
         writer.add_logit_scale(config["logit_scale"])
         writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+
+
+def _experts(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    model_type = config["model_type"]
+    counts = [config[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(key)]
+    if not counts:
+        return
+    writer.add_expert_count(counts[0])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    if model_type in ("qwen3_moe", "glm4_moe"):
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    if model_type == "gpt_oss":
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
+    if model_type == "glm4_moe":
+        writer.add_expert_group_count(config["n_group"])
+        writer.add_expert_group_used_count(config["topk_group"])
+        writer.add_expert_shared_count(config["n_shared_experts"])
+        writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_weights_scale(config["routed_scaling_factor"])
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
+        writer.add_nextn_predict_layers(config["num_nextn_predict_layers"])
 
 
 def _rope_tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:

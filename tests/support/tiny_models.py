@@ -232,6 +232,79 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_only_layers": [1],
         },
     ),
+    # In GGUF all layers of a Qwen3-MoE have experts.
+    "qwen3-moe-all": (
+        "qwen3_moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
+    ),
+    "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
+    "gpt-oss": (
+        "gpt_oss",
+        {
+            "head_dim": 16,
+            "num_hidden_layers": 3,
+            "intermediate_size": 64,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "sliding_window": 7,
+            "rope_parameters": {**YARN_ROPE, "truncate": False},
+        },
+    ),
+    # A limit that shows, which GGUF cannot say.
+    "gpt-oss-limit": (
+        "gpt_oss",
+        {
+            "head_dim": 16,
+            "intermediate_size": 64,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 7,
+            "swiglu_limit": 1.5,
+        },
+    ),
+    "olmoe": (
+        "olmoe",
+        {"num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": False, "pad_token_id": 0},
+    ),
+    "granite-moe": (
+        "granitemoe",
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 2.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "glm4-moe": (
+        "glm4_moe",
+        {
+            "head_dim": 16,
+            "num_hidden_layers": 3,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 64,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 1.5,
+            "use_qk_norm": True,
+            "attention_bias": True,
+        },
+    ),
+    # Without norms of queries and keys; the weights of the chosen are not made to sum to 1.
+    "glm4-moe-bare": (
+        "glm4_moe",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 0,
+            "norm_topk_prob": False,
+        },
+    ),
     "mqa": ("llama", {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 1}),
 }
 
@@ -263,13 +336,16 @@ def write_tiny_hf(
                 if name.endswith("norm.weight"):
                     # A Gemma holds its norms less 1.
                     parameter.uniform_(0.5, 1.5).sub_(1.0 if model_type.startswith("gemma") else 0.0)
-                elif ".experts." in name or "mlp.gate." in name:
+                elif any(part in name for part in (".experts.", "mlp.gate.", "router.", "sinks")):
                     parameter.normal_(0.0, 0.3)  # so that a choice that is wrong shows
                 elif name.endswith(".bias"):
                     parameter.normal_(0.0, 0.3)
                 elif "embed_tokens" in name or "lm_head" in name:
                     # A wide tied embedding would make every token predict itself.
                     parameter.normal_(0.0, 0.1 if config.tie_word_embeddings else 0.3)
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer.normal_(0.0, 0.3)
     model = model.to(getattr(torch, dtype))
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

@@ -55,6 +55,11 @@ def as_computed(theirs: dict[str, np.ndarray], config: ModelConfig) -> dict[str,
         if "qkv_proj" in name:
             for part, rows in zip("qkv", np.split(values, [queries, queries + keys]), strict=True):
                 made[name.replace("qkv_proj", f"{part}_proj")] = rows
+        elif ".experts." in name:
+            made |= experts_one_by_one(name, values, config)
+        elif config.architecture in ("mixtral", "granitemoe") and ("mlp.gate." in name or ".router." in name):
+            router = {"mixtral": "block_sparse_moe.gate", "granitemoe": "block_sparse_moe.router.layer"}
+            made[f"{'.'.join(name.split('.')[:2])}.{router[config.architecture]}.weight"] = values
         elif "gate_up_proj" in name or "shared_mlp.input_linear" in name:
             for part, rows in zip(("gate", "up"), np.split(values, 2), strict=True):
                 spelled = name.replace("gate_up_proj", f"{part}_proj")
@@ -68,6 +73,27 @@ def as_computed(theirs: dict[str, np.ndarray], config: ModelConfig) -> dict[str,
         else:
             made[name] = values
     return made
+
+
+def experts_one_by_one(name: str, values: np.ndarray, config: ModelConfig) -> dict[str, np.ndarray]:
+    """The matrices, or biases, of all experts, from the one tensor that transformers has of them."""
+    layer, part = ".".join(name.split(".")[:2]), name.rpartition(".")[2]
+    kind = "bias" if part.endswith("_bias") else "weight"
+    if config.architecture == "gpt_oss":
+        values = values if kind == "bias" else values.swapaxes(1, 2)
+        halves = [values[:, ::2], values[:, 1::2]]
+    else:
+        halves = np.split(values, 2, axis=1) if part.startswith("gate") else []
+    parts = (
+        dict(zip(("gate_proj", "up_proj"), halves, strict=True)) if part.startswith("gate") else {"down_proj": values}
+    )
+    short = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"} if config.architecture == "mixtral" else {}
+    where = "block_sparse_moe" if config.architecture in ("mixtral", "granitemoe") else "mlp"
+    return {
+        f"{layer}.{where}.experts.{expert}.{short.get(own, own)}.{kind}": stack[expert]
+        for own, stack in parts.items()
+        for expert in range(config.experts)
+    }
 
 
 @pytest.mark.parametrize("kind", TINY)
@@ -124,7 +150,7 @@ def test_rows_are_the_rows_of_the_whole(rows: slice, pristine: Path) -> None:
 
 
 def test_only_the_rows_asked_for_are_read(pristine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tpimpi.weights.sources.source import WeightFile
+    from tpimpi.weights.sources.weight_file import WeightFile
 
     counts: list[int] = []
     plain = WeightFile.read

@@ -164,7 +164,7 @@ def test_a_part_cut_short_is_named(parts: Path) -> None:
 
 
 def test_reading_holds_one_tensor_and_reads_its_part_alone(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tpimpi.weights.sources.source import WeightFile
+    from tpimpi.weights.sources.weight_file import WeightFile
 
     seen: list[tuple[str, int]] = []
     plain: Callable[..., Any] = WeightFile.read

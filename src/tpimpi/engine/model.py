@@ -148,7 +148,7 @@ class Model:
         spec = self._layers[block.layer]
         if not spec.pre_norms:
             return x
-        weight = self.resident[f"{block.kind}_norm"][block.layer]
+        weight = self.resident["mlp_norm" if block.kind == "mlp" else "attn_norm"][block.layer]
         if block.kind == "mlp" and spec.router is not None:  # from which experts are chosen, the same on every rank
             return self.backend.fixed_rms_norm(x, weight, self.config.norm_eps)
         return pre_norm(self.backend, spec.norm, x, weight, self.config.norm_eps)

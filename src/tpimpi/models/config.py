@@ -327,10 +327,11 @@ def checked(config: ModelConfig, path: Path | str) -> ModelConfig:
         )
     if config.head_dim % 2:
         raise ModelError(f"{path}: the head size is {config.head_dim}; rotary positions need an even one")
-    layer = ARCHITECTURES[config.architecture].layer
+    family = ARCHITECTURES[config.architecture]
+    layer = family.layer
     parts = {tensor.part for tensor in layer}
     flags = {
-        "qk_norm": "q_norm" in parts,
+        "qk_norm": config.qk_norm if family.optional_qk_norm else family.qk_norm,
         "qk_norm_over_all": any(tensor.part == "q_norm" and tensor.shape == ("queries",) for tensor in layer),
         "pre_norms": "attn_norm" in parts,
         "post_norms": "attn_post_norm" in parts,
@@ -351,7 +352,7 @@ def checked(config: ModelConfig, path: Path | str) -> ModelConfig:
 
 def _check_experts(config: ModelConfig, path: Path | str) -> None:
     """What must hold between the numbers of a mixture."""
-    mixture = any(tensor.part == "router" for tensor in ARCHITECTURES[config.architecture].layer)
+    mixture = ARCHITECTURES[config.architecture].mixture
     if mixture != bool(config.experts):
         needed = "at least one" if mixture else "none"
         raise ModelError(f"{path}: {config.experts} experts; a {config.architecture} model needs {needed}")

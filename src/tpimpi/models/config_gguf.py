@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from tpimpi.errors import ModelError
-from tpimpi.models.architectures import GGUF_ARCHITECTURES, Architecture
+from tpimpi.models.architectures import GGUF_ARCHITECTURES, Architecture, gguf_family
 from tpimpi.models.architectures.base import GGUF_WINDOW, gguf_same_window, gguf_window
 from tpimpi.models.config import ROPE_THETA, ModelConfig, checked
 from tpimpi.models.keys import MAX_LAYERS, Keys, even_split, is_off, show, words
@@ -31,7 +31,10 @@ _GGUF_KEYS = words(
 )
 _QKV = ("q", "k", "v", "qkv")  # by which names files have these matrices, one by one or as one
 # Of these a file may hold one number, or one for each layer.
-_SIZES_OF_LAYERS = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
+_SIZES_OF_LAYERS = (
+    *("feed_forward_length", "attention.head_count", "attention.head_count_kv"),
+    *("expert_used_count", "expert_feed_forward_length"),
+)
 
 
 def config_from_gguf(
@@ -53,47 +56,59 @@ def config_from_gguf(
             f"{path}: general.architecture is {show(arch)}, which tpimpi does not compute; "
             f"it computes {', '.join(GGUF_ARCHITECTURES)}"
         )
-    family = GGUF_ARCHITECTURES[arch]
+    family = gguf_family(arch, mixture=metadata.get(f"{arch}.expert_count", 0) != 0)
     if metadata.get("general.type", "model") != "model":
         raise ModelError(f"{path}: general.type is {show(metadata['general.type'])}; a file of type 'model' is needed")
     metadata = _with_sizes_of_layers(metadata, arch, path)
     _refuse_unknown_gguf_keys(metadata, family, path)
     keys = Keys(metadata, path, f"{arch}.")
 
-    layers = keys.integer("block_count", high=MAX_LAYERS)
+    layers = _gguf_layers(keys, family)
     hidden = keys.integer("embedding_length")
     heads = keys.integer("attention.head_count")
     head_dim = _gguf_head_dim(keys, hidden, heads)
     context = keys.integer("context_length")
     embedding = shapes.get("token_embd.weight", ())
     rotary = _gguf_rotary_dims(keys, family, head_dim)
-    rope = GgufRope(keys, context, rotary)
-    return checked(
-        ModelConfig(
-            architecture=family.name,
-            hidden=hidden,
-            intermediate=keys.integer("feed_forward_length"),
-            layers=layers,
-            heads=heads,
-            kv_heads=keys.integer("attention.head_count_kv", default=heads),
-            head_dim=head_dim,
-            vocab=keys.integer("vocab_size", default=embedding[0] if embedding else None),
-            context=context,
-            norm_eps=keys.number(family.gguf_norm_eps_key),
-            rope_theta=keys.number("rope.freq_base", default=ROPE_THETA),
-            rope_scaling=rope.scaling(rope_factors),
-            attention_windows=_gguf_windows(keys, family, context, layers),
-            tied_head="output.weight" not in shapes,
-            # A Qwen2 without its biases, or a Qwen3 without its norms, is a broken file and no other model.
-            qkv_bias=family.always_qkv_bias or any(f"blk.0.attn_{part}.bias" in shapes for part in _QKV),
-            o_bias="blk.0.attn_output.bias" in shapes,
-            mlp_bias=any(f"blk.0.ffn_{part}.bias" in shapes for part in ("gate", "up", "down")),
-            qk_norm=family.qk_norm,
-            rotary_dims=rotary if rotary != head_dim else 0,
-            **family.gguf_fields(keys, layers),
-        ),
-        path,
-    )
+    rope = GgufRope(keys, context, rotary, truncate=family.gguf_yarn_truncate)
+    fields: dict[str, Any] = {
+        "architecture": family.name,
+        "hidden": hidden,
+        "intermediate": keys.integer("feed_forward_length"),
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": keys.integer("attention.head_count_kv", default=heads),
+        "head_dim": head_dim,
+        "vocab": keys.integer("vocab_size", default=embedding[0] if embedding else None),
+        "context": context,
+        "norm_eps": keys.number(family.gguf_norm_eps_key),
+        "rope_theta": keys.number("rope.freq_base", default=ROPE_THETA),
+        "rope_scaling": rope.scaling(rope_factors),
+        "attention_windows": _gguf_windows(keys, family, context, layers),
+        "tied_head": "output.weight" not in shapes,
+        # A Qwen2 without its biases, or a Qwen3 without its norms, is a broken file and no other model.
+        "qkv_bias": family.always_qkv_bias or any(f"blk.0.attn_{part}.bias" in shapes for part in _QKV),
+        "o_bias": "blk.0.attn_output.bias" in shapes,
+        "mlp_bias": any(f"blk.0.ffn_{part}.bias" in shapes for part in ("gate", "up", "down")),
+        "qk_norm": "blk.0.attn_q_norm.weight" in shapes if family.optional_qk_norm else family.qk_norm,
+        "rotary_dims": rotary if rotary != head_dim else 0,
+    }
+    return checked(ModelConfig(**{**fields, **family.gguf_fields(keys, layers)}), path)
+
+
+def _gguf_layers(keys: Keys, family: Architecture) -> int:
+    """The layers of the model: block_count less those behind them, which predict further tokens."""
+    layers = keys.integer("block_count", high=MAX_LAYERS)
+    key = family.gguf_next_token_key
+    more = keys.values.get(keys.prefix + key, 0) if key else 0
+    if is_off(more) or more == 0:
+        return layers
+    more = keys.integer(key, high=MAX_LAYERS)
+    if more >= layers:
+        raise ModelError(
+            f"{keys.path}: {keys.prefix}{key} is {more}, and block_count, which counts them, {layers}; it must be less"
+        )
+    return layers - more
 
 
 def _with_sizes_of_layers(metadata: Mapping[str, Any], arch: str, path: Path | str) -> dict[str, Any]:
@@ -145,10 +160,10 @@ def _gguf_rotary_dims(keys: Keys, family: Architecture, head_dim: int) -> int:
 
 
 def _refuse_unknown_gguf_keys(metadata: Mapping[str, Any], family: Architecture, path: Path | str) -> None:
-    arch, known = family.gguf_name, _GGUF_KEYS | family.gguf_keys
+    arch, known = family.gguf_name, _GGUF_KEYS | family.gguf_keys | {family.gguf_next_token_key}
     prefix = f"{arch}."
     experts = metadata.get(f"{arch}.expert_count", 0)
-    if experts != 0 and not any(spec.part == "router" for spec in family.layer):
+    if experts != 0 and not family.mixture:
         raise ModelError(
             f"{path}: {arch}.expert_count is {show(experts)}: a mixture of experts, which tpimpi does not compute; "
             f"a dense model is needed"

@@ -78,7 +78,7 @@ def config_from_hf(values: Any, path: Path | str) -> ModelConfig:
     if is_multimodal(values):
         values = _text_part(values, path)
     family = _hf_family(values, path)
-    refuse_quantized(values, path)
+    refuse_quantized(values, path, family.hf_quantization)
     refuse_rope_contradictions(values, path)
     _refuse_unknown_hf_keys(values, _COMMON_KEYS | family.hf_keys, path)
     values = {**family.hf_defaults, **values}
@@ -97,33 +97,46 @@ def config_from_hf(values: Any, path: Path | str) -> ModelConfig:
     rope = read_hf_rope(values, family, context, head_dim, path)
     rotary = int(head_dim * rope.partial)
     attention_bias = keys.flag("attention_bias")
-    return checked(
-        ModelConfig(
-            architecture=family.name,
-            hidden=hidden,
-            intermediate=keys.integer(family.hf_intermediate_key),
-            layers=layers,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            vocab=keys.integer("vocab_size"),
-            context=context,
-            norm_eps=keys.number(family.hf_norm_eps_key, default=_NORM_EPS),
-            rope_theta=rope.theta,
-            rope_scaling=rope.scaling,
-            attention_windows=family.hf_windows(keys, layers),
-            tied_head=keys.flag("tie_word_embeddings"),
-            qkv_bias=family.always_qkv_bias or attention_bias,
-            o_bias=attention_bias and family.hf_o_bias,
-            mlp_bias=keys.flag("mlp_bias"),
-            qk_norm=family.qk_norm,
-            rotary_dims=rotary if rotary != head_dim else 0,
-            local_rope_theta=rope.local_theta,
-            activation=_activation(values, family.hf_activation_key, path),
-            **family.hf_fields(keys, layers),
-        ),
-        path,
-    )
+    fields: dict[str, Any] = {
+        "architecture": family.name,
+        "hidden": hidden,
+        "intermediate": keys.integer(family.hf_intermediate_key),
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab": keys.integer("vocab_size"),
+        "context": context,
+        "norm_eps": keys.number(family.hf_norm_eps_key, default=_NORM_EPS),
+        "rope_theta": rope.theta,
+        "rope_scaling": rope.scaling,
+        "attention_windows": family.hf_windows(keys, layers),
+        "tied_head": keys.flag("tie_word_embeddings"),
+        "qkv_bias": family.always_qkv_bias or attention_bias,
+        "o_bias": attention_bias and family.hf_o_bias,
+        "mlp_bias": keys.flag("mlp_bias"),
+        "qk_norm": family.qk_norm,
+        "rotary_dims": rotary if rotary != head_dim else 0,
+        "local_rope_theta": rope.local_theta,
+        "activation": _activation(values, family.hf_activation_key, path),
+    }
+    return checked(ModelConfig(**{**fields, **family.hf_fields(keys, layers)}), path)
+
+
+def hf_next_token_layers(values: Mapping[str, Any], path: Path | str) -> int:
+    """How many layers its files may have behind the model's own, which predict further tokens and are not computed.
+
+    `values` is a config.json that `config_from_hf` has read.
+    """
+    family = ARCHITECTURES.get(str(values.get("model_type")))
+    if family is None:
+        return 0
+    for key in family.hf_next_token_keys:
+        if not is_off(found := values.get(key)) and not _is_zero(found):
+            return Keys(values, path).integer(key, high=MAX_LAYERS)
+        if key in values:
+            return 0
+    return family.hf_next_token_layers
 
 
 def is_multimodal(values: Mapping[str, Any]) -> bool:

@@ -60,10 +60,11 @@ class _Place(NamedTuple):
     beside: Mapping[str, str]
 
 
-def refuse_quantized(values: Mapping[str, Any], path: Path | str) -> None:
-    """Raise ModelError where config.json says that the weights are quantized, by the method's name."""
+def refuse_quantized(values: Mapping[str, Any], path: Path | str, read: str = "") -> None:
+    """Raise ModelError where config.json says that the weights are quantized, by the method's name; `read` is one that is
+    read."""
     found = values.get("quantization_config")
-    if found:
+    if found and not (read and isinstance(found, dict) and found.get("quant_method") == read):
         raise ModelError(
             f"{path}: quantization_config says the weights are quantized ({_described(found)}), which tpimpi does not "
             f"read; {TAKE_INSTEAD}"

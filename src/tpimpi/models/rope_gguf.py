@@ -15,10 +15,13 @@ _KINDS = ("none", "linear", "yarn", "longrope")
 
 
 class GgufRope:
-    """What a file says of its rotary positions; `dims` elements of a head are rotated."""
+    """What a file says of its rotary positions; `dims` elements of a head are rotated.
 
-    def __init__(self, keys: Keys, context: int, dims: int) -> None:
-        self._keys, self._context, self._dims = keys, context, dims
+    `truncate`: yarn interpolates between whole elements, which no key says.
+    """
+
+    def __init__(self, keys: Keys, context: int, dims: int, *, truncate: bool = True) -> None:
+        self._keys, self._context, self._dims, self._truncate = keys, context, dims, truncate
 
     def scaling(self, tensors: Mapping[str, Sequence[float]]) -> RopeScaling | None:
         """The scaling, with the tensors `rope_freqs` ("factors"), `rope_factors_short` and `rope_factors_long`."""
@@ -69,6 +72,7 @@ class GgufRope:
             * keys.number("rope.scaling.attn_factor", default=1.0),
             beta_fast=keys.number("rope.scaling.yarn_beta_fast", default=32.0),
             beta_slow=keys.number("rope.scaling.yarn_beta_slow", default=1.0),
+            truncate=self._truncate,
             query_growth=keys.number("attention.temperature_scale") if growth else 0.0,
         )
 

@@ -68,7 +68,7 @@ def read_hf_rope(
             read.append(reader.read({**beside, **present}, prefix))
     if len(read) == 2 and read[0] != read[1]:
         raise ModelError(f"{path}: rope_scaling and rope_parameters say different things; remove the wrong one")
-    theta, scaling, partial = read[0] if read else reader.read(beside, "")
+    theta, scaling, partial = read[0] if read else reader.read({**beside, **family.hf_default_rope}, "")
     return HfRope(theta, scaling, partial, local_theta)
 
 

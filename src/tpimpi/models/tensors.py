@@ -6,11 +6,11 @@ A tensor's canonical name is Hugging Face's without "model.": "layers.3.self_att
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from tpimpi.models.architectures import ARCHITECTURES, TensorSpec
+from tpimpi.models.architectures import ARCHITECTURES, FusedSpec, TensorSpec
 from tpimpi.models.architectures.base import EMBEDDING as EMBEDDING_SPEC
 from tpimpi.models.architectures.base import HEAD as HEAD_SPEC
 from tpimpi.models.architectures.base import OUTPUT_NORM
@@ -19,6 +19,8 @@ from tpimpi.models.config import ModelConfig
 EMBEDDING = f"{EMBEDDING_SPEC.hf}.weight"
 HEAD = f"{HEAD_SPEC.hf}.weight"
 NORM = f"{OUTPUT_NORM.hf}.weight"  # of the output
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ def canonical_text_name(name: str) -> str | None:
 
 def has_part(config: ModelConfig, layer: int, spec: TensorSpec) -> bool:
     """Whether this layer of a model has this tensor."""
+    if spec.part in ("q_norm", "k_norm"):
+        return config.qk_norm
     if spec.layers == "all":
         return True
     if config.router(layer) is None:
@@ -137,41 +141,73 @@ def hf_norm_offset(config: ModelConfig) -> float:
 def layer_norms(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The norms of a layer by their parts' names, and their shapes; the order is that of slices."""
     order = ("attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "q_norm", "k_norm")
-    specs = {spec.part: spec for spec in ARCHITECTURES[config.architecture].layer}
+    specs = layer_specs(config, 0)
     return {part: _shape(config, specs[part], 0) for part in order if part in specs}
 
 
 class Piece(NamedTuple):
-    """Some rows of a fused matrix, and the canonical name of the matrix that they are."""
+    """Some rows of a fused matrix, every `step`th from `first` on, and the canonical name of the matrix that they are.
+
+    Of a stack of all experts' matrices `height` is the rows of each, and `first` counts from the first expert's; where it
+    is `transposed` a file that has it in numbers has [experts, columns, rows].
+    """
 
     name: str
     first: int
     rows: int
+    step: int = 1
+    height: int = 0
+    transposed: bool = False
 
 
 def fused_tensors(config: ModelConfig, *, hf: bool) -> dict[str, list[Piece]]:
     """The matrices, and their biases, that a file, safetensors or GGUF, may hold as one, by its name there ("model." left
     out)."""
-    family = ARCHITECTURES[config.architecture]
-    tensors = model_tensors(config)
     found = {}
-    for spec in family.fused:
-        stored = spec.hf if hf else spec.gguf
+    for fused in ARCHITECTURES[config.architecture].fused:
+        stored = fused.hf if hf else fused.gguf
         if stored is None:
             continue
         for layer in range(config.layers):
             here = layer_specs(config, layer)
-            parts = [part for part in spec.parts if part in here]
-            experts = range(config.experts) if any(here[part].per_expert for part in parts) else (-1,)
             for kind in ("weight", "bias"):
-                pieces: list[Piece] = []
-                for name in (part_name(config, layer, part, kind, e) for e in experts for part in parts):
-                    if name in tensors:
-                        rows = tensors[name].shape[0]
-                        pieces.append(Piece(name, pieces[-1].first + pieces[-1].rows if pieces else 0, rows))
-                if pieces:
-                    found[f"{'layers' if hf else 'blk'}.{layer}.{stored}.{kind}"] = pieces
+                specs = [here[part] for part in fused.parts if part in here]
+                if kind == "bias":
+                    specs = [spec for spec in specs if _has_bias(config, spec)]
+                if specs:
+                    name = f"{'layers' if hf else 'blk'}.{layer}.{fused.name_of(stored, kind)}"
+                    found[name] = _pieces(config, layer, fused, specs, kind)
     return found
+
+
+def _pieces(config: ModelConfig, layer: int, fused: FusedSpec, specs: Sequence[TensorSpec], kind: str) -> list[Piece]:
+    """What a fused matrix of a layer, or its bias, is made of."""
+    rows = [_shape(config, spec, layer)[0] for spec in specs]
+    height, step = sum(rows), len(specs) if fused.interleaved else 1
+    stacked = specs[0].per_expert
+    pieces = []
+    for expert in range(config.experts) if stacked else (-1,):
+        first = max(expert, 0) * height
+        for number, spec in enumerate(specs):
+            name = f"layers.{layer}.{_in_layer(spec.hf, spec, kind, expert)}"
+            begin = first + (number if fused.interleaved else sum(rows[:number]))
+            transposed = fused.transposed and kind == "weight"
+            pieces.append(Piece(name, begin, rows[number], step, height if stacked else 0, transposed))
+    return pieces
+
+
+def reads_mxfp4_pairs(config: ModelConfig) -> bool:
+    """Whether safetensors files of this family may hold matrices as pairs of blocks and scales."""
+    return ARCHITECTURES[config.architecture].hf_quantization == "mxfp4"
+
+
+def without_layers(found: Mapping[str, Found], layers: int, more: int) -> dict[str, Found]:
+    """What files hold by its name, without that of `more` layers behind the `layers` of the model.
+
+    They predict further tokens from its output (GLM-4.5; Gloeckle et al. 2024, arXiv 2404.19737).
+    """
+    behind = tuple(f"{prefix}.{layer}." for prefix in ("layers", "blk") for layer in range(layers, layers + more))
+    return {name: value for name, value in found.items() if not name.startswith(behind)}
 
 
 def _shape(config: ModelConfig, spec: TensorSpec, layer: int) -> tuple[int, ...]:
@@ -189,11 +225,15 @@ def _shape(config: ModelConfig, spec: TensorSpec, layer: int) -> tuple[int, ...]
     return tuple(sizes[dimension] for dimension in spec.shape)
 
 
+def _has_bias(config: ModelConfig, spec: TensorSpec) -> bool:
+    return spec.bias is not None and bool(getattr(config, spec.bias))
+
+
 def _tensors(config: ModelConfig) -> Iterator[ModelTensor]:
     def of(spec: TensorSpec, layer: int = -1, expert: int = -1) -> Iterator[ModelTensor]:
         shape = _shape(config, spec, layer)
         for kind in ("weight", "bias"):
-            if kind == "bias" and (spec.bias is None or not getattr(config, spec.bias)):
+            if kind == "bias" and not _has_bias(config, spec):
                 continue
             hf, gguf = (_in_layer(name, spec, kind, expert) for name in (spec.hf, spec.gguf))
             if layer >= 0:

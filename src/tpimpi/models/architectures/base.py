@@ -50,12 +50,23 @@ class FusedSpec:
     """A matrix in a file that is several of a layer's: the rows of the first of `parts`, then those of the next; and its
     bias, where they have one.
 
-    `hf` or `gguf` is None where that kind of file has them one by one; either kind may have them so all the same.
+    `hf` or `gguf` is None where that kind of file has them one by one; either kind may have them so all the same. Of
+    experts it is a stack [experts, rows, columns], or `transposed`, where a Hugging Face file has numbers and no blocks,
+    [experts, columns, rows]. `interleaved`: the parts' rows take turns. `plain`: nothing behind the name, of a bias "_bias".
     """
 
     hf: str | None
     gguf: str | None
     parts: tuple[str, ...]
+    interleaved: bool = False
+    transposed: bool = False
+    plain: bool = False
+
+    def name_of(self, stored: str, kind: str) -> str:
+        """The name in a file of the matrix, or its bias, that is called `stored` there; `kind` is weight or bias."""
+        if self.plain:
+            return stored if kind == "weight" else f"{stored}_bias"
+        return f"{stored}.{kind}"
 
 
 EMBEDDING = TensorSpec("embedding", "embed_tokens", "token_embd", ("vocab", "hidden"))
@@ -103,6 +114,7 @@ class Architecture:
     layer: tuple[TensorSpec, ...]  # every tensor of a layer, in the order in which messages and files of ours have them
     fused: tuple[FusedSpec, ...] = ()
     partial_rotary: bool = False  # a part of each head may be rotated
+    optional_qk_norm: bool = False  # some of its models have the norms of queries and keys
     always_qkv_bias: bool = (
         False  # whatever the files say; else config.json's attention_bias, or what a GGUF file holds
     )
@@ -122,6 +134,11 @@ class Architecture:
     hf_fields: Fields = no_fields
     hf_norm_offset: float = 0.0  # what a norm's weight is in the file, plus this, is what is multiplied
     hf_interleaves_qk: bool = False
+    hf_default_rope: Mapping[str, Any] = field(default_factory=dict)  # rope parameters where a file has none
+    hf_quantization: str = ""  # the quant_method whose tensors are read
+    # Keys that say how many layers behind the model's own predict further tokens, and their number where there is none.
+    hf_next_token_keys: tuple[str, ...] = ()
+    hf_next_token_layers: int = 0
 
     # GGUF: the keys beside those that all families have, without "<arch>."; whether rows of Q and K are interleaved within
     # each head; and which layers have a window.
@@ -130,11 +147,18 @@ class Architecture:
     gguf_interleaves_qk: bool = False
     gguf_windows: Windows | None = None  # None: none can be said
     gguf_fields: Fields = no_fields
+    gguf_yarn_truncate: bool = True  # between whole elements, as llama.cpp always does
+    gguf_next_token_key: str = ""  # how many layers of block_count are behind the model's own
 
     @property
     def qk_norm(self) -> bool:
         """Whether queries and keys are normed."""
         return any(tensor.part == "q_norm" for tensor in self.layer)
+
+    @property
+    def mixture(self) -> bool:
+        """Whether it has experts."""
+        return any(tensor.part == "router" for tensor in self.layer)
 
 
 # Windows of config.json

@@ -22,7 +22,7 @@ from tpimpi.models.architectures.llama import LLAMA_LAYER
 from tpimpi.models.keys import Keys, show
 
 
-def _hf_fields(keys: Keys, layers: int) -> dict[str, Any]:
+def granite_hf_fields(keys: Keys, layers: int) -> dict[str, Any]:
     return {
         "embedding_scale": keys.number("embedding_multiplier", default=1.0),
         "attention_scale": keys.number("attention_multiplier", default=1.0),
@@ -31,7 +31,7 @@ def _hf_fields(keys: Keys, layers: int) -> dict[str, Any]:
     }
 
 
-def _gguf_fields(keys: Keys, layers: int) -> dict[str, Any]:
+def granite_gguf_fields(keys: Keys, layers: int) -> dict[str, Any]:
     def or_1(key: str) -> float:
         """llama.cpp takes no factor where there is none, or 0."""
         return keys.number(key) if keys.values.get(keys.prefix + key) else 1.0
@@ -69,11 +69,14 @@ def _hybrid_hf_fields(keys: Keys, layers: int) -> dict[str, Any]:
     if (norm := keys.values.get("normalization_function", "rmsnorm")) != "rmsnorm":
         raise ModelError(f"{path}: normalization_function is {show(norm)}; tpimpi computes only 'rmsnorm'")
     rotated = keys.values.get("position_embedding_type") == "rope"
-    return {**_hf_fields(keys, layers), "unrotated_layers": () if rotated else tuple(range(layers))}
+    return {**granite_hf_fields(keys, layers), "unrotated_layers": () if rotated else tuple(range(layers))}
 
 
 _EXPERTS = 8  # what transformers takes where config.json says nothing
-_MULTIPLIERS = frozenset({"embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"})
+GRANITE_MULTIPLIERS = frozenset(
+    {"embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"}
+)
+GRANITE_GGUF_KEYS = frozenset({"embedding_scale", "attention.scale", "residual_scale", "logit_scale"})
 # Of the layers that a dense model has none of.
 _HYBRID_KEYS = frozenset(
     {f"mamba_{name}" for name in ("n_heads", "n_groups", "d_state", "d_head", "d_conv", "expand", "chunk_size")}
@@ -92,15 +95,16 @@ GRANITE = Architecture(
     hf_class="GraniteForCausalLM",
     gguf_name="granite",
     layer=LLAMA_LAYER,
-    hf_keys=frozenset({"attention_bias", "mlp_bias"}) | _MULTIPLIERS,
-    hf_fields=_hf_fields,
+    hf_keys=frozenset({"attention_bias", "mlp_bias"}) | GRANITE_MULTIPLIERS,
+    hf_fields=granite_hf_fields,
     # The keys of a hybrid's other layers stand in files of dense models too, which have no tensors of such layers.
-    gguf_keys=frozenset(
-        {"embedding_scale", "attention.scale", "residual_scale", "logit_scale", "expert_shared_feed_forward_length"}
+    gguf_keys=GRANITE_GGUF_KEYS
+    | frozenset(
+        {"expert_shared_feed_forward_length"}
         | {f"ssm.{name}" for name in ("conv_kernel", "state_size", "group_count", "inner_size", "time_step_rank")}
     ),
     gguf_interleaves_qk=True,
-    gguf_fields=_gguf_fields,
+    gguf_fields=granite_gguf_fields,
 )
 
 GRANITE_HYBRID = Architecture(
@@ -115,7 +119,7 @@ GRANITE_HYBRID = Architecture(
     fused=(FusedSpec("shared_mlp.input_linear", None, ("gate", "up")),),
     hf_keys=frozenset({"attention_bias", "shared_intermediate_size", "num_local_experts", "layer_types"})
     | {"position_embedding_type", "normalization_function"}
-    | _MULTIPLIERS
+    | GRANITE_MULTIPLIERS
     | _HYBRID_KEYS,
     hf_defaults={
         "vocab_size": 32000,
@@ -128,5 +132,5 @@ GRANITE_HYBRID = Architecture(
     hf_fields=_hybrid_hf_fields,
     gguf_keys=GRANITE.gguf_keys,
     gguf_interleaves_qk=True,
-    gguf_fields=_gguf_fields,
+    gguf_fields=granite_gguf_fields,
 )

@@ -20,11 +20,11 @@ from tpimpi.models.architectures.base import (
 from tpimpi.models.architectures.gemma import POST_NORMS
 from tpimpi.models.keys import Keys
 
-_QK_NORM = (
+QK_NORM_OVER_ALL = (
     TensorSpec("q_norm", "self_attn.q_norm", "attn_q_norm", ("queries",)),
     TensorSpec("k_norm", "self_attn.k_norm", "attn_k_norm", ("keys",)),
 )
-_LAYER = (*ATTENTION, *MLP, *_QK_NORM, *POST_NORMS)
+_LAYER = (*ATTENTION, *MLP, *QK_NORM_OVER_ALL, *POST_NORMS)
 _DEFAULTS: dict[str, Any] = {
     "vocab_size": 50304,
     "hidden_size": 4096,

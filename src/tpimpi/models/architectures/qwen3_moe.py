@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from tpimpi.errors import ModelError
-from tpimpi.models.architectures.base import ATTENTION, ATTENTION_NORM, MLP, MLP_NORM, QK_NORM, Architecture
+from tpimpi.models.architectures.base import ATTENTION, ATTENTION_NORM, MLP_NORM, QK_NORM, Architecture
 from tpimpi.models.architectures.experts import (
+    DENSE_MLP,
     EXPERT_COUNT_KEYS,
     EXPERTS,
     GGUF_STACKED_EXPERTS,
     ROUTER,
-    hf_expert_count,
+    gguf_experts,
+    hf_experts,
 )
 from tpimpi.models.architectures.qwen2 import QWEN_WINDOW_KEYS, qwen_windows
 from tpimpi.models.keys import Keys, show
@@ -24,21 +25,13 @@ def _hf_fields(keys: Keys, layers: int) -> dict[str, Any]:
     if not isinstance(dense, list) or not all(type(layer) is int and 0 <= layer < layers for layer in dense):
         raise ModelError(f"{keys.path}: mlp_only_layers is {show(dense)}; a list of layers below {layers} is needed")
     return {
-        "experts": hf_expert_count(keys, default=128),
-        "experts_per_token": keys.integer("num_experts_per_tok"),
-        "expert_intermediate": keys.integer("moe_intermediate_size"),
+        **hf_experts(keys, 128, "moe_intermediate_size", normalized=keys.flag("norm_topk_prob")),
         "dense_layers": tuple(layer for layer in range(layers) if layer in dense or (layer + 1) % step),
-        "router_normalized": keys.flag("norm_topk_prob"),
     }
 
 
 def _gguf_fields(keys: Keys, layers: int) -> dict[str, Any]:
-    return {
-        "experts": keys.integer("expert_count"),
-        "experts_per_token": keys.integer("expert_used_count"),
-        "expert_intermediate": keys.integer("expert_feed_forward_length"),
-        "router_normalized": True,  # llama.cpp: of every qwen3moe
-    }
+    return gguf_experts(keys, normalized=True)
 
 
 QWEN3_MOE = Architecture(
@@ -46,7 +39,7 @@ QWEN3_MOE = Architecture(
     hf_class="Qwen3MoeForCausalLM",
     gguf_name="qwen3moe",
     layer=(
-        *(ATTENTION_NORM, *ATTENTION, *(replace(spec, layers="dense") for spec in MLP)),
+        *(ATTENTION_NORM, *ATTENTION, *DENSE_MLP),
         *(ROUTER, *EXPERTS, *QK_NORM, MLP_NORM),
     ),
     fused=GGUF_STACKED_EXPERTS,

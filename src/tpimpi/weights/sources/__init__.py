@@ -20,18 +20,9 @@ from tpimpi.weights.sources.gguf_header import MAGIC
 from tpimpi.weights.sources.gguf_parts import one_model
 from tpimpi.weights.sources.hub import in_hub_cache, model_of_snapshot, not_found, resolve_folder
 from tpimpi.weights.sources.safetensors import TOKENIZER_FILES, open_hf
-from tpimpi.weights.sources.source import (
-    FLOAT_FORMATS,
-    Source,
-    TensorInfo,
-    decode,
-    is_file,
-    listed,
-    open_file,
-    piece_of,
-    unreadable,
-    what_is,
-)
+from tpimpi.weights.sources.source import Source, decode
+from tpimpi.weights.sources.stored import FLOAT_FORMATS, TensorInfo
+from tpimpi.weights.sources.weight_file import is_file, listed, open_file, piece_of, unreadable, what_is
 
 __all__ = [
     "FLOAT_FORMATS",

@@ -11,7 +11,7 @@ from tpimpi.models.keys import show
 from tpimpi.weights.sources.gguf_header import GgufTensor
 from tpimpi.weights.sources.gguf_parts import read_parts
 from tpimpi.weights.sources.safetensors import read_json, weight_headers
-from tpimpi.weights.sources.source import WeightFile, is_file, listed
+from tpimpi.weights.sources.weight_file import WeightFile, is_file, listed
 
 _TEMPLATE_KEY = "tokenizer.chat_template"
 

@@ -17,22 +17,12 @@ import numpy as np
 
 from tpimpi.errors import ModelError
 from tpimpi.models.config_gguf import config_from_gguf
-from tpimpi.models.tensors import fused_tensors, interleaved_heads, model_tensors, rotated_rows
+from tpimpi.models.tensors import fused_tensors, interleaved_heads, model_tensors, rotated_rows, without_layers
 from tpimpi.weights.sources.gguf_header import GgufArray, GgufFile, GgufHeader, GgufTensor
 from tpimpi.weights.sources.gguf_parts import model_of, read_parts, tensors_of_parts
-from tpimpi.weights.sources.source import (
-    DOWNLOAD_AGAIN,
-    Source,
-    Stored,
-    TensorInfo,
-    WeightFile,
-    check_tensors,
-    decode,
-    open_file,
-    piece_of,
-    shown,
-    unreadable,
-)
+from tpimpi.weights.sources.source import Source, check_tensors, decode
+from tpimpi.weights.sources.stored import Stored, TensorInfo
+from tpimpi.weights.sources.weight_file import DOWNLOAD_AGAIN, WeightFile, open_file, piece_of, shown, unreadable
 
 # Vectors that belong to the rotary positions, by what config_from_gguf calls them.
 _ROPE_TENSORS = {
@@ -64,6 +54,8 @@ def _open_parts(parts: Sequence[GgufFile], files: Sequence[WeightFile]) -> Sourc
             tensor, file = tensors.pop(stored_name)
             apart[name] = _gguf_stored(tensor, stored_name, file)
     config = config_from_gguf(metadata, path, shapes, {name: _rope_factors(found) for name, found in apart.items()})
+    more = metadata[f"{metadata['general.architecture']}.block_count"] - config.layers  # that predict further tokens
+    tensors = without_layers(tensors, config.layers, more)
     needed, fused = model_tensors(config), fused_tensors(config, hf=False)
     known = {tensor.gguf_name: tensor for tensor in needed.values()}
     parts_of = {tensor.name: tensor.part for tensor in needed.values()}

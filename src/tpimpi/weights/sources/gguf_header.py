@@ -18,7 +18,14 @@ from typing import Any, BinaryIO, NamedTuple
 
 from tpimpi.errors import ModelError, shorten
 from tpimpi.models.keys import MAX_LAYERS
-from tpimpi.weights.sources.source import DOWNLOAD_AGAIN, WeightFile, open_file, piece_of, refuse_pointer, unreadable
+from tpimpi.weights.sources.weight_file import (
+    DOWNLOAD_AGAIN,
+    WeightFile,
+    open_file,
+    piece_of,
+    refuse_pointer,
+    unreadable,
+)
 
 MAGIC = b"GGUF"
 _SCALAR_CODES = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}

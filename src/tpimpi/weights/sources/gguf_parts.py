@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tpimpi.errors import ModelError
 from tpimpi.weights.sources.gguf_header import MAGIC, GgufFile, GgufTensor, alignment, read_header
-from tpimpi.weights.sources.source import DOWNLOAD_AGAIN, WeightFile, is_file, listed, shown
+from tpimpi.weights.sources.weight_file import DOWNLOAD_AGAIN, WeightFile, is_file, listed, shown
 
 _NAME = re.compile(r"(?P<model>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE | re.DOTALL)
 _MOST_PARTS = 4096

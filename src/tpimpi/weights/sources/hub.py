@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tpimpi.errors import ModelError
-from tpimpi.weights.sources.source import unreadable, what_is
+from tpimpi.weights.sources.weight_file import unreadable, what_is
 
 _FOLDER = re.compile(r"models--(?P<name>.+)", re.DOTALL)
 _NAME_PART = r"[A-Za-z0-9_](?:[\w.\-]*[\w])?"

@@ -20,7 +20,7 @@ import numpy as np
 
 from tpimpi.errors import ModelError
 from tpimpi.models.config import ModelConfig
-from tpimpi.models.config_hf import config_from_hf, is_multimodal
+from tpimpi.models.config_hf import config_from_hf, hf_next_token_layers, is_multimodal
 from tpimpi.models.refused_checkpoints import TAKE_INSTEAD, refuse_quantized_tensors
 from tpimpi.models.tensors import (
     EMBEDDING,
@@ -32,17 +32,16 @@ from tpimpi.models.tensors import (
     hf_norm_offset,
     interleaved_heads,
     model_tensors,
+    reads_mxfp4_pairs,
     rotated_rows,
+    without_layers,
 )
-from tpimpi.weights.sources.source import (
+from tpimpi.weights.sources.mxfp4_pairs import BYTES_DTYPE, join_pairs
+from tpimpi.weights.sources.source import Source, check_tensors, decode
+from tpimpi.weights.sources.stored import FLOAT_FORMATS, Stored, TensorInfo
+from tpimpi.weights.sources.weight_file import (
     DOWNLOAD_AGAIN,
-    FLOAT_FORMATS,
-    Source,
-    Stored,
-    TensorInfo,
     WeightFile,
-    check_tensors,
-    decode,
     is_file,
     listed,
     open_file,
@@ -77,8 +76,14 @@ def open_hf(directory: Path, name: str | None = None) -> Source:
     multimodal = is_multimodal(values)
     files: list[WeightFile] = []
     try:
-        found = _hf_tensors(directory, files, canonical_text_name if multimodal else canonical_hf_name)
-        found = _as_computed(config, found)
+        found = _hf_tensors(
+            directory,
+            files,
+            canonical_text_name if multimodal else canonical_hf_name,
+            pairs=reads_mxfp4_pairs(config),
+        )
+        found = without_layers(found, config.layers, hf_next_token_layers(values, config_path))
+        found = _as_computed(config, join_pairs(found))
         if config.tied_head and HEAD in found:
             if EMBEDDING in found:
                 _check_tied(found)
@@ -151,12 +156,13 @@ def _templates(folder: Path) -> list[Path]:
 
 
 def _hf_tensors(
-    directory: Path, files: list[WeightFile], canonical_name: Callable[[str], str | None]
+    directory: Path, files: list[WeightFile], canonical_name: Callable[[str], str | None], *, pairs: bool
 ) -> dict[str, Stored]:
     """Canonical name -> tensor, of every weight file; each is opened and appended to `files`.
 
-    `canonical_name` gives None for a tensor that is not wanted.
+    `canonical_name` gives None for a tensor that is not wanted; with `pairs` tensors of bytes are taken too.
     """
+    dtypes = {**_SAFETENSORS_DTYPES, **({"U8": BYTES_DTYPE} if pairs else {})}
     names, placed = _weight_files(directory)
     if not names:
         raise _no_safetensors(directory)
@@ -187,7 +193,7 @@ def _hf_tensors(
                 raise ModelError(
                     f"{path}: tensor {shown(name)} is also in {found[canonical].file.path.name}; one of them is too many"
                 )
-            found[canonical] = _safetensors_entry(file, name, canonical, entry)
+            found[canonical] = _safetensors_entry(file, name, canonical, entry, dtypes)
     return found
 
 
@@ -278,8 +284,10 @@ def _read_safetensors_header(file: WeightFile) -> dict[str, Any]:
     return header
 
 
-def _safetensors_entry(file: WeightFile, name: str, canonical: str, entry: Mapping[str, Any]) -> Stored:
-    format = _SAFETENSORS_DTYPES.get(entry["dtype"])
+def _safetensors_entry(
+    file: WeightFile, name: str, canonical: str, entry: Mapping[str, Any], dtypes: Mapping[str, str]
+) -> Stored:
+    format = dtypes.get(entry["dtype"])
     if format is None and entry["dtype"].startswith("F8_"):
         raise ModelError(
             f"{file.path}: tensor {shown(name)} is stored as {entry['dtype']}, FP8, which tpimpi does not read; "
@@ -291,7 +299,7 @@ def _safetensors_entry(file: WeightFile, name: str, canonical: str, entry: Mappi
             f"one of {', '.join(_SAFETENSORS_DTYPES)} is needed"
         )
     shape = tuple(entry["shape"])
-    row_bytes = math.prod(shape[1:]) * FLOAT_FORMATS[format]
+    row_bytes = math.prod(shape[1:]) * FLOAT_FORMATS.get(format, 1)
     return Stored(TensorInfo(canonical, shape, format), file, file.header_end + entry["data_offsets"][0], row_bytes)
 
 

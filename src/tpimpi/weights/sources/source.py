@@ -2,139 +2,32 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import re
-import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from tpimpi.compute.arrays import F32, Bytes
 from tpimpi.compute.formats.bf16 import from_bf16
-from tpimpi.errors import ModelError, shorten
+from tpimpi.errors import ModelError
 from tpimpi.models.config import ModelConfig
-from tpimpi.models.tensors import Piece, expected_tensors
+from tpimpi.models.tensors import expected_tensors
+from tpimpi.weights.sources.stored import FLOAT_FORMATS, Stored, TensorInfo
+from tpimpi.weights.sources.weight_file import WeightFile, shown
 
-FLOAT_FORMATS = MappingProxyType({"f32": 4, "bf16": 2, "f16": 2})  # bytes a number
-DOWNLOAD_AGAIN = "it is cut short or broken; download it again"
-
-_PIECE = re.compile(r"(?P<file>.+\.gguf)[._-][\w-]+", re.IGNORECASE | re.DOTALL)  # m.gguf.part00, m.gguf-split-a
-_KINDS = (
-    (stat.S_ISREG, "a file"),
-    (stat.S_ISDIR, "a directory"),
-    (stat.S_ISFIFO, "a pipe"),
-    (stat.S_ISSOCK, "a socket"),
-)
-_REMEDIES = {
-    errno.EACCES: "let your user read it (chmod, chown)",
-    errno.EPERM: "let your user read it (chmod, chown)",
-    errno.EMFILE: "allow more (ulimit -n)",
-    errno.ENFILE: "close other programs, or allow more (sysctl fs.file-max)",
-    errno.ENAMETOOLONG: "give a shorter path",
-}
-
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _WRAPPERS = frozenset(
     {"model", "language_model", "text_model", "base_model", "module", "_orig_mod", "_fsdp_wrapped_module"}
 )
 _FILE_SAMPLES = 64  # of each weight file, in a fingerprint
 _SAMPLE_BYTES = 4096
-_SHOWN_PATH_CHARACTERS = 200  # of one that the system finds too long
 _SLAB_NUMBERS = 1 << 20  # decoded at once: what dequantizing needs beside its result
 _BF16_SLAB_NUMBERS = 1 << 15  # stays in the cache; slabs of 1 << 20 take twice as long
-
-Bytes = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A tensor's canonical name, its shape ([out, in] or [out]) and its stored format: f32, bf16, q4_1, …"""
-
-    name: str
-    shape: tuple[int, ...]
-    format: str
-
-
-class WeightFile:
-    """An open file of weights; `header_end` is where its data begins."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file = open_file(path, buffering=0)
-        self.size = os.fstat(self.file.fileno()).st_size
-        self.header_end = 0
-
-    def read(self, offset: int, count: int) -> Bytes:
-        """Bytes [offset, offset + count) as a new array."""
-        out = np.empty(count, np.uint8)
-        view, done = memoryview(out), 0
-        while done < count:
-            try:
-                got = os.preadv(self.file.fileno(), [view[done:]], offset + done)
-            except OSError as error:
-                raise unreadable(self.path, error) from error
-            if not got:
-                size = os.fstat(self.file.fileno()).st_size
-                raise ModelError(
-                    f"{self.path}: is {size} bytes long, and was {self.size} when it was opened; "
-                    f"start again when nothing writes to it"
-                )
-            done += got
-        return out
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies. `permuted_heads` > 0: the first `permuted_rows` rows of each of that many heads are interleaved.
-
-    `offset_value` is added to the numbers of a vector.
-    """
-
-    info: TensorInfo
-    file: WeightFile
-    offset: int
-    row_bytes: int
-    permuted_heads: int = 0
-    permuted_rows: int = 0
-    offset_value: float = 0.0
-
-    def split(self, pieces: Sequence[Piece]) -> dict[str, Stored]:
-        """The matrices, or biases, that this holds, by their canonical names. ModelError where it has not as many rows.
-
-        Those of all experts may be one tensor with a dimension more, which is the same numbers in the same order.
-        """
-        rows = sum(piece.rows for piece in pieces)
-        dimensions = 1 if pieces[0].name.endswith(".bias") else 2
-        if len(self.info.shape) == dimensions + 1 and self.info.shape[1]:
-            stack, height, *rest = self.info.shape
-            flat = TensorInfo(self.info.name, (stack * height, *rest), self.info.format)
-            return replace(self, info=flat, row_bytes=self.row_bytes // height).split(pieces)
-        if len(self.info.shape) != dimensions or self.info.shape[0] != rows:
-            raise ModelError(
-                f"{self.file.path}: tensor {shown(self.info.name)} has shape {list(self.info.shape)}, and the config needs "
-                f"{rows} rows; config and weights are not of the same model"
-            )
-        return {
-            piece.name: replace(
-                self,
-                info=TensorInfo(piece.name, (piece.rows, *self.info.shape[1:]), self.info.format),
-                offset=self.offset + piece.first * self.row_bytes,
-            )
-            for piece in pieces
-        }
-
-    def rows(self, start: int, stop: int) -> Bytes:
-        """Rows [start, stop) in the file's order: uint8 [rows, bytes a row]."""
-        data = self.file.read(self.offset + start * self.row_bytes, (stop - start) * self.row_bytes)
-        return data.reshape(stop - start, self.row_bytes)
 
 
 class Source:
@@ -171,7 +64,7 @@ class Source:
         """Every tensor of the model by its canonical name: exactly the names of `expected_tensors(config)`."""
         return self._infos
 
-    def read(self, name: str, rows: slice | None = None) -> Floats:
+    def read(self, name: str, rows: slice | None = None) -> F32:
         """Rows of a tensor as numbers: float32 [rows, in], or [rows] of a vector.
 
         Only these rows are read and decoded. Peak memory: the result and the stored bytes of these rows (of Q and K
@@ -245,7 +138,7 @@ class Source:
         self.close()
 
 
-def decode(format: str, blocks: Bytes) -> Floats:
+def decode(format: str, blocks: Bytes) -> F32:
     """Stored rows as numbers: uint8 [rows, bytes a row] -> float32 [rows, in].
 
     Exact for f32, bf16 and f16; a quantized block gives gguf's numbers, which are llama.cpp's. f32 is not copied.
@@ -267,84 +160,13 @@ def decode(format: str, blocks: Bytes) -> Floats:
     return _in_slabs(lambda rows: dequantize(rows, kind), blocks, columns, _SLAB_NUMBERS)
 
 
-def _in_slabs(
-    convert: Callable[[npt.NDArray[Any]], Floats], stored: npt.NDArray[Any], columns: int, numbers: int
-) -> Floats:
+def _in_slabs(convert: Callable[[npt.NDArray[Any]], F32], stored: npt.NDArray[Any], columns: int, numbers: int) -> F32:
     """`convert`, applied to a slab of about `numbers` at a time: [rows, …] -> float32 [rows, columns]."""
     out = np.empty((stored.shape[0], columns), np.float32)
     slab = max(1, numbers // max(1, columns))
     for row in range(0, stored.shape[0], slab):
         out[row : row + slab] = convert(stored[row : row + slab])
     return out
-
-
-def what_is(path: Path) -> str:
-    """What stands there: "a file", "a directory", "nothing", "a dangling link", "a pipe", …; ModelError if no one can say.
-
-    Links are followed.
-    """
-    try:
-        mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return "a dangling link" if path.is_symlink() else "nothing"
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            return "a link that leads in a circle"
-        raise unreadable(path, error) from error
-    return next((kind for test, kind in _KINDS if test(mode)), "a device")
-
-
-def is_file(path: Path) -> bool:
-    """Whether this file of a model is there; ModelError for what is there and no file.
-
-    A download whose blobs are gone is all dangling links, which must not count as absent; a pipe would make us wait.
-    """
-    kind = what_is(path)
-    if kind not in ("a file", "nothing"):
-        raise ModelError(f"{path}: is {kind}, and a file is needed; download the model again")
-    return kind == "a file"
-
-
-def open_file(path: Path, buffering: int = -1) -> BinaryIO:
-    """A file of a model, opened to be read; ModelError if it is no file, or cannot be."""
-    try:
-        is_file(path)
-        return path.open("rb", buffering=buffering)
-    except OSError as error:
-        raise unreadable(path, error) from error
-
-
-def piece_of(path: Path) -> str | None:
-    """The remedy for a file that is not whole where its name is that of a piece of one, as uploads with a limit have it."""
-    match = _PIECE.fullmatch(path.name)
-    if match is None:
-        return None
-    return (
-        f"it looks like one of several pieces of a file: join them all, in order (cat PIECES > {shown(match['file'])})"
-    )
-
-
-def refuse_pointer(start: bytes, path: Path) -> None:
-    """Raise ModelError where a file that begins with `start` is not itself but the pointer to it that Git LFS keeps."""
-    if start.startswith(_LFS_POINTER):
-        raise ModelError(
-            f"{path}: is a Git LFS pointer, a few lines of text in place of the file; fetch the file itself with "
-            f"git lfs pull, or download it again"
-        )
-
-
-def listed(directory: Path, *suffixes: str) -> list[Path]:
-    """What a directory holds with one of these suffixes, in capitals too, by name; ModelError if it cannot be listed."""
-    try:
-        return sorted(path for path in directory.iterdir() if path.suffix.lower() in suffixes)
-    except OSError as error:
-        raise unreadable(directory, error) from error
-
-
-def unreadable(path: Path, error: OSError) -> ModelError:
-    name = shorten(str(path), _SHOWN_PATH_CHARACTERS) if error.errno == errno.ENAMETOOLONG else path
-    remedy = _REMEDIES.get(error.errno or 0, "check its disk, or download the model again")
-    return ModelError(f"{name}: cannot be read: {error.strerror or error}; {remedy}")
 
 
 def _file_digest(file: WeightFile) -> bytes:
@@ -404,8 +226,3 @@ def _in_wrappers(name: str, needed: Mapping[str, object]) -> str | None:
         if ".".join(parts) in needed:
             return ".".join(parts)
     return None
-
-
-def shown(name: str) -> str:
-    """A tensor name from a file, as it may stand in a message."""
-    return name if name.isprintable() and len(name) <= 120 else f"{shorten(name, 100)!r}"
