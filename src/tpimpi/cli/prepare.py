@@ -19,7 +19,7 @@ from tpimpi.engine.budget import per_rank
 from tpimpi.engine.engine import DEFAULT_CONTEXT, EngineConfig
 from tpimpi.engine.overlap import largest_sum
 from tpimpi.engine.ranks import RankInfo
-from tpimpi.errors import SliceError
+from tpimpi.errors import InputError, SliceError
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import MIXES, ModelFormats
 from tpimpi.star import Star, launcher_kind, settle
@@ -139,7 +139,12 @@ def workload(
     context: int | None,
     prompt_tokens: int = PROMPT_TOKENS,
 ) -> Workload:
-    """What a run would have to do, as far as it matters for its speed."""
+    """What a run would have to do, as far as it matters for its speed. InputError for a mixture of experts."""
+    if config.experts:
+        raise InputError(
+            f"plan and --shares auto measure what every token uses, and this {config.architecture} model has "
+            f"{config.experts} experts a layer; give shares as numbers, such as --shares 2,1,1, and compare runs by --report"
+        )
     return Workload(
         config=config,
         formats=formats,

@@ -1,0 +1,124 @@
+"""Random weights that follow a trace of routing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.studies.expert_eviction import FrequencyWithAging, hits
+from bench.studies.routing_trace import make_trace
+from tests.support.configs import config
+from tests.support.tiny_models import SMALL, TINY
+from tpimpi.cli.options import ComputeOptions
+from tpimpi.cli.prepare import workload
+from tpimpi.cli.synth import SynthOptions, synthesize
+from tpimpi.compute.backends.reference import NumpyTwin
+from tpimpi.engine.eviction import ExpertKey, LeastRecentlyUsed, Stalest
+from tpimpi.engine.expert_cache import ExpertCache
+from tpimpi.engine.experts import Experts
+from tpimpi.errors import InputError
+from tpimpi.models.weight_formats import ModelFormats
+from tpimpi.weights.slices.file import SliceFile
+from tpimpi.weights.slices.names import slice_name
+
+LAYERS, EXPERTS, CHOSEN = 3, 8, 3
+
+
+@pytest.fixture
+def shape(tmp_path: Path) -> Path:
+    model_type, changes = TINY["qwen3-moe"]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **SMALL, **changes}))
+    return tmp_path
+
+
+def _synthesize(shape: Path, trace: np.ndarray | None, *, predicted: float = 1.0, kind: str = "slices") -> Path:
+    if trace is not None:
+        np.save(shape / "trace.npy", trace)
+    out = shape / "out"
+    ranks = 1 if kind == "slices" else None
+    synthesize(
+        SynthOptions(str(shape), None, "f32", 0, kind, ranks, None, str(shape / "trace.npy"), predicted, str(out), True)
+    )
+    return out / slice_name(0, 1)
+
+
+def _trace() -> np.ndarray:
+    return make_trace(EXPERTS, CHOSEN, LAYERS, 5, seed=1)
+
+
+def test_experts_are_those_of_the_trace_from_its_beginning_again(shape: Path) -> None:
+    trace = _trace()
+    file = SliceFile(_synthesize(shape, trace))
+    records = {ExpertKey(record.block.layer, record.expert): record for record in file.records_of("experts")}
+    cache = ExpertCache(file, records, nbytes=None, reads=1)
+    resident = file.load(file.records_of("resident")[0]).parts
+    experts = Experts(file.header.config, resident, cache, NumpyTwin(1))
+    h = np.random.default_rng(0).standard_normal((4, file.header.config.hidden)).astype(np.float32)
+    np.testing.assert_array_equal(experts.route(h, 2, 3).experts, trace[[3, 4, 0, 1], 2])
+    assert experts.route(h, 0, 0).weights.sum(axis=1) == pytest.approx(np.ones(4), abs=1e-6)
+    cache.close()
+    file.close()
+
+
+@pytest.mark.parametrize("predicted", [0.0, 0.7, 1.0])
+def test_the_stated_part_is_predicted_rightly(shape: Path, predicted: float) -> None:
+    file = SliceFile(_synthesize(shape, _trace(), predicted=predicted))
+    cache = ExpertCache(file, {}, nbytes=None, reads=1)
+    experts = Experts(file.header.config, file.load(file.records_of("resident")[0]).parts, cache, NumpyTwin(1))
+    right = [
+        np.isin(experts._guesses(chosen, 0, start), chosen).mean()
+        for start in range(400)
+        for chosen in [experts._of_trace(0, start, 1)]
+    ]
+    # A guess that is wrong may name another of the chosen by chance.
+    by_chance = (1 - predicted) * CHOSEN / EXPERTS
+    assert np.mean(right) == pytest.approx(predicted + by_chance, abs=0.04)
+    cache.close()
+    file.close()
+
+
+@pytest.mark.parametrize(
+    ("trace", "said"),
+    [
+        (np.zeros((5, LAYERS), np.uint16), r"holds uint16 \[5, 3\]; whole numbers \[positions, layers, chosen\]"),
+        (np.zeros((5, LAYERS, CHOSEN), np.float32), "holds float32"),
+        (_trace()[:, :2], "is of 2 layers and 3 experts a token, .* has 3 and 3"),
+        (_trace() + 1, "names experts from 1 to 8, .* a layer has 8"),
+        (_trace() * 0, "or one twice"),
+        (None, "cannot be read as a .npy file"),
+    ],
+)
+def test_a_trace_that_does_not_fit_is_one_line(shape: Path, trace: np.ndarray | None, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        _synthesize(shape, trace)
+    assert not (shape / "out").exists()
+
+
+def test_a_trace_is_for_slices_of_a_mixture(shape: Path) -> None:
+    with pytest.raises(InputError, match="--routing is for slices"):
+        _synthesize(shape, _trace(), kind="hf")
+    (shape / "config.json").write_text(json.dumps({"model_type": "llama", **SMALL}))
+    with pytest.raises(InputError, match="has 2 and 0; make a trace for this shape"):
+        _synthesize(shape, _trace())
+
+
+def test_made_traces_hit_as_was_measured() -> None:
+    """67 % by an LRU of an eighth of a layer's experts, 81 % of a quarter; uniform ones as large a part as is in memory."""
+    trace = make_trace(512, 10, 1, 1200, seed=0)
+    for places, measured in ((64, 0.67), (128, 0.81)):
+        assert hits(trace, places, LeastRecentlyUsed()) == pytest.approx(measured, abs=0.03)
+    uniform = make_trace(64, 4, 1, 1500, seed=0, uniform=True)
+    for policy in (LeastRecentlyUsed(), Stalest(1), FrequencyWithAging(1)):
+        assert hits(uniform, 16, policy) == pytest.approx(0.25, abs=0.05)
+
+
+def test_plan_says_that_it_does_not_know_mixtures() -> None:
+    mixture = replace(
+        config(), architecture="qwen3_moe", qk_norm=True, experts=8, experts_per_token=2, expert_intermediate=64
+    )
+    with pytest.raises(InputError, match="this qwen3_moe model has 8 experts a layer; give shares as numbers"):
+        workload(mixture, ModelFormats.of_model("q4_0", mixture), ComputeOptions(), None)
