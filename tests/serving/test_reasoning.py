@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.launch import Result
+from tests.support.real_tokenizers import templates
 from tests.support.tokenizer_cases import added, gguf_keys, load_gguf
 from tpimpi.cli import answers
 from tpimpi.serving.generate import to_pieces
@@ -174,6 +175,34 @@ def test_thoughts(byte_level: tokenizers.Tokenizer, special: bool, text: str, an
     if "<think>" in text:
         opened = tokenizer_with(byte_level, names, () if special else THINK, OPENED_CHAT)
         assert of_chat(opened, text.partition("<think>")[2]) == (answer, reasoning)
+        assert of_chat(opened, text) == (answer, reasoning)
+
+
+@pytest.mark.skipif(not templates(), reason="llama.cpp's templates are not there: jobs/test.sh")
+def test_templates_that_open_the_reasoning_themselves(byte_level: tokenizers.Tokenizer) -> None:
+    """Of all published templates that name the marks: what transformers renders ends in the first, or does not."""
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    found: dict[bool, int] = {False: 0, True: 0}
+    for path in templates():
+        source = path.read_text("utf-8")
+        if not all(mark in source for mark in THINK):
+            continue
+        messages = [{"role": "user", "content": "x"}]
+        named = {"bos_token": "<|start|>", "eos_token": "<|end|>"}
+        try:
+            (rendered,), _ = utils.render_jinja_template(
+                [messages], chat_template=source, add_generation_prompt=True, **named
+            )
+        except Exception:  # a template may refuse a conversation, or want more than this
+            continue
+        opened = rendered.rstrip().endswith("<think>")
+        found[opened] += 1
+        tokenizer = tokenizer_with(byte_level, ["<|end|>", "<|start|>"], THINK, source)
+        prompt = tokenizer.encode_chat("x")
+        assert of_chat(tokenizer, "a</think>b", prompt) == (("b", "a") if opened else ("a</think>b", "")), path.stem
+        if not opened:
+            assert of_chat(tokenizer, "<think>a</think>b", prompt) == ("b", "a"), path.stem
+    assert min(found.values()) > 3, found
 
 
 def test_later_marks_are_text(byte_level: tokenizers.Tokenizer) -> None:

@@ -63,6 +63,8 @@ class ThinkingStream:
         if token_id == self._thinking.opening and self._part == "begun":
             self._enter("reasoning")
             return []
+        if token_id == self._thinking.opening and self._part == "reasoning" and self._begins:
+            return []  # once more, though the template has opened it
         if token_id == self._thinking.closing and self._part == "reasoning":
             done = self._say(self._text.flush())
             self._enter("closed")
