@@ -202,3 +202,11 @@ def test_ranks_of_mixed_processors_choose_the_same_experts(on_ranks: Ranks, mode
         if way.get("wire", "f32") == "f32":
             assert np.abs(found - expected).max() < TOLERANCE, way
     assert len({(tmp_path / f"way-{number}.npy").read_bytes() for number in range(len(ways) - 3, len(ways))}) == 1
+
+
+def test_a_rank_that_chooses_other_experts_ends_the_run(on_ranks: Ranks, models, tmp_path: Path) -> None:
+    """With the next step at the latest, and not as text without sense."""
+    with open_source(models["qwen3-moe"][0]) as source:
+        slice_model(source, make_partition(source.config, [1] * 2), choose_formats(source, "f32"), tmp_path / "s")
+    result = on_ranks(2, str(PROGRAMS / "choices.py"), str(tmp_path / "s"))
+    assert (result.code, result.out.split("\n")[0]) == (0, "all well"), result.err
