@@ -18,6 +18,7 @@ from tpimpi.weights.sources.synthetic import SyntheticSource
 KINDS = (
     *("gemma2", "gemma3", "phi3", "phi3-long", "granite", "granite4", "smollm3", "glm", "glm-edge", "glm4"),
     *("exaone4", "cohere2", "olmo2", "olmo3", "ministral3", "qwen3-yarn"),
+    *("qwen3-moe-all", "mixtral", "gpt-oss", "olmoe", "granite-moe", "glm4-moe"),
 )
 
 
@@ -29,13 +30,15 @@ def source_of(folder: Path, kind: str, fmt: str, **more: Any) -> SyntheticSource
         values["shared_intermediate_size"] = 96
     if kind == "qwen3-yarn":
         del values["rope_parameters"]["attention_factor"]
+    if model_type == "glm4_moe":
+        values["num_nextn_predict_layers"] = 0  # synth makes up no such layers
     path = folder / "config.json"
     path.write_text(json.dumps(values))
     return made(path, fmt)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.slow_but("phi3", "gemma3", "glm")
+@pytest.mark.slow_but("phi3", "gemma3", "glm", "gpt-oss")
 def test_files_hold_the_sources_numbers_and_transformers_takes_the_folder(tmp_path: Path, kind: str) -> None:
     from transformers import AutoModelForCausalLM
 

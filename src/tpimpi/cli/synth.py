@@ -15,9 +15,9 @@ from tpimpi.cli.run_options import parsed_into
 from tpimpi.cli.values import MOST_RANKS, path_given, share_weights, slice_count, whole_number
 from tpimpi.errors import InputError, shorten
 from tpimpi.models.shapes import SHAPES, Shape, load_shape
-from tpimpi.models.weight_formats import FORMAT_CHOICES, ModelFormats
+from tpimpi.models.weight_formats import FORMAT_CHOICES
 from tpimpi.system.terminal import progress_bar
-from tpimpi.weights.make import slice_model
+from tpimpi.weights.make import slice_model, wanted_formats
 from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import Partition, make_partition
 from tpimpi.weights.sources.export import write_gguf, write_hf
@@ -125,7 +125,7 @@ def synthesize(options: SynthOptions) -> None:
         if options.kind != "slices":
             raise InputError(f"--routing is for slices, which follow it; leave it out with --as {options.kind}")
         shape, trace = with_trace(shape, Path(options.routing), options.predicted)
-    formats = ModelFormats.of_model(options.format, shape.config)
+    formats = wanted_formats(options.format, shape.config)
     partition = _partition(options, shape)
     with contextlib.closing(SyntheticSource(shape, formats, options.seed, trace)) as source:
         if partition is None:

@@ -49,6 +49,30 @@ def _llama_3_1(hidden: int, intermediate: int, layers: int, heads: int) -> dict[
     return _shape(hidden, intermediate, layers, heads, 8, 128256, 131072, **more)
 
 
+def _gpt_oss(layers: int, experts: int) -> dict[str, Any]:
+    return _shape(
+        *(2880, 2880, layers, 64, 8, 201088, 131072),
+        architectures=["GptOssForCausalLM"],
+        model_type="gpt_oss",
+        attention_bias=True,
+        head_dim=64,
+        num_local_experts=experts,
+        num_experts_per_tok=4,
+        layer_types=["sliding_attention", "full_attention"] * (layers // 2),
+        sliding_window=128,
+        swiglu_limit=7.0,
+        rope_theta=150000.0,
+        rope_scaling={
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "original_max_position_embeddings": 4096,
+            "truncate": False,
+        },
+    )
+
+
 def _gemma_3(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:
     family = {
         "architectures": ["Gemma3ForCausalLM"],
@@ -164,6 +188,44 @@ SHAPES: dict[str, dict[str, Any]] = {
         model_type="olmo2",
         rms_norm_eps=1e-6,
         rope_theta=500000.0,
+    ),
+    "gpt-oss-20b": _gpt_oss(24, 32),
+    "gpt-oss-120b": _gpt_oss(36, 128),
+    "qwen3-30b-a3b": _shape(
+        *(2048, 6144, 48, 32, 4, 151936, 40960),
+        architectures=["Qwen3MoeForCausalLM"],
+        model_type="qwen3_moe",
+        head_dim=128,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        rms_norm_eps=1e-6,
+        rope_theta=1000000.0,
+    ),
+    "mixtral-8x7b": _shape(
+        *(4096, 14336, 32, 32, 8, 32000, 32768),
+        architectures=["MixtralForCausalLM"],
+        model_type="mixtral",
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        rope_theta=1000000.0,
+    ),
+    "glm-4.5-air": _shape(
+        *(4096, 10944, 46, 96, 8, 151552, 131072),
+        architectures=["Glm4MoeForCausalLM"],
+        model_type="glm4_moe",
+        attention_bias=True,
+        head_dim=128,
+        partial_rotary_factor=0.5,
+        moe_intermediate_size=1408,
+        n_routed_experts=128,
+        n_shared_experts=1,
+        num_experts_per_tok=8,
+        first_k_dense_replace=1,
+        norm_topk_prob=True,
+        num_nextn_predict_layers=0,  # as published 1; no such layer is made up
+        rope_theta=1000000.0,
     ),
     "mistral-small-24b": _shape(
         *(5120, 32768, 40, 32, 8, 131072, 32768),

@@ -16,7 +16,9 @@ from tpimpi.models.tensors import layer_specs
 
 # llama.cpp's mixes of K-quants, and the format of most of their matrices; in every third layer, and in the first and last
 # eighths, v and down are q6_k, as is the head (llama-quant.cpp, as of 2026).
-MIXES = {"q4_k_m": "q4_k", "q5_k_m": "q5_k"}
+MIXES = {"q4_k_m": "q4_k", "q5_k_m": "q5_k", "mxfp4_moe": "mxfp4"}
+EXPERTS_MIX = "mxfp4_moe"  # as OpenAI publishes gpt-oss: experts as mxfp4, all else in bf16
+_EXPERTS_OF_MIXTRAL = 8  # with as many, llama.cpp gives attention, of which there is little, more bits
 ROUTER_FORMATS = ("f32", "bf16")
 FORMAT_CHOICES = (*WEIGHT_FORMATS, *MIXES)  # what `--format` takes beside auto
 
@@ -59,6 +61,8 @@ class ModelFormats:
     def of(cls, fmt: str, layers: int) -> ModelFormats:
         """What `--format` asks for, of a dense model of so many layers: every matrix in `fmt`, but head and embedding in its
         `head_format`; or a mix."""
+        if fmt == EXPERTS_MIX:
+            return cls((LayerFormats(*["bf16"] * _DENSE_PARTS),) * layers, "bf16", "bf16")
         if fmt in MIXES:
             main = LayerFormats(*[MIXES[fmt]] * _DENSE_PARTS)
             more = main._replace(v="q6_k", down="q6_k")
@@ -70,8 +74,11 @@ class ModelFormats:
     def of_model(cls, fmt: str, config: ModelConfig, router: str = "f32") -> ModelFormats:
         """The same for any model; an expert's matrices as those of a dense layer."""
         dense, layers = cls.of(fmt, config.layers), []
-        for layer, here in enumerate(dense.layers):
-            experts = {f"expert_{part}": getattr(here, part) for part in ("gate", "up", "down")}
+        more = {"k": "q8_0", "v": "q8_0", "o": "q5_k"}
+        for layer, usual in enumerate(dense.layers):
+            here = usual._replace(**more) if fmt == "q4_k_m" and config.experts == _EXPERTS_OF_MIXTRAL else usual
+            of_experts = MIXES[fmt] if fmt == EXPERTS_MIX else ""
+            experts = {f"expert_{part}": of_experts or getattr(here, part) for part in ("gate", "up", "down")}
             specs = layer_specs(config, layer)
             formats = {**here._asdict(), **experts}
             layers.append(LayerFormats(**{part: form if part in specs else "" for part, form in formats.items()}))

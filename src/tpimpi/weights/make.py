@@ -19,7 +19,7 @@ from tpimpi.compute.formats.quantize import quantize
 from tpimpi.errors import InputError, ModelError, StorageError, shorten
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.tensors import EMBEDDING, head_name, layer_specs, part_name
-from tpimpi.models.weight_formats import FORMAT_CHOICES, LayerFormats, ModelFormats
+from tpimpi.models.weight_formats import EXPERTS_MIX, FORMAT_CHOICES, LayerFormats, ModelFormats
 from tpimpi.system.disk import disk_full, storage_error
 from tpimpi.system.files import check_folder, locked_file, try_lock
 from tpimpi.weights.build import build_tiles, bytes_to_build, on_blocks
@@ -67,6 +67,8 @@ def _own_router(source: Source) -> str:
 def wanted_formats(wanted: str, config: ModelConfig, router: str = "f32") -> ModelFormats:
     """The formats of a model for a `--format` other than auto. Raises InputError as choose_formats."""
     check_format(wanted)
+    if wanted == EXPERTS_MIX and not config.experts:
+        raise InputError(f"--format is {wanted}, which is for experts, and this model has none; give --format mxfp4")
     return ModelFormats.of_model(wanted, config, router)
 
 

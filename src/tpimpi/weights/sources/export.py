@@ -4,7 +4,8 @@ Neither has a tokenizer. GGUF (https://github.com/ggml-org/ggml/blob/master/docs
 llama.cpp's converter writes them (see gguf_metadata). What a family's files hold as one matrix, with rows of Q and K
 interleaved, or with other numbers in the norms, is so in ours. Safetensors are specified in sources.safetensors.
 
-Memory: the source's pool, and a run of rows of a million numbers.
+Memory: the source's pool, and a run of rows of a million numbers; of stacks that are transposed, or whose rows take turns
+(gpt-oss), two or three times an expert's matrix.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from tpimpi.models.architectures.base import gguf_same_window
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.tensors import (
     ModelTensor,
+    Piece,
     fused_tensors,
     hf_norm_offset,
     interleaved_heads,
@@ -61,13 +63,18 @@ _MARK_KEY = "_tpimpi_synth"  # the key of config.json that says that a folder is
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor as a file shall have it: one of the source, or several as one matrix."""
+    """A tensor as a file shall have it: one of the source, or several as one matrix, or as a stack of matrices.
+
+    The rows of every `turns` of the pieces take turns; a stack may be `transposed`: [experts, columns, rows].
+    """
 
     pieces: tuple[ModelTensor, ...]
     stored: str  # its name in the file
     shape: tuple[int, ...]
     format: str
     nbytes: int
+    turns: int = 1
+    transposed: bool = False
 
 
 # GGUF
@@ -81,7 +88,8 @@ def check_gguf(config: ModelConfig, fmt: str, path: Path) -> None:
         raise InputError(f"--out {path} is there and is no regular file; give another name, or remove it")
     check_is_folder(path.parent, "--out")
     block = FORMATS[fmt].block_weights
-    for size in (config.hidden, config.intermediate, config.heads * config.head_dim):
+    columns = [config.mlp_columns(layer) for layer in range(config.layers)]
+    for size in (config.hidden, *columns, config.expert_intermediate, config.heads * config.head_dim):
         if size % block:
             raise InputError(
                 f"this shape has rows of {size} numbers, {fmt} in a GGUF file needs a multiple of {block}; "
@@ -100,7 +108,8 @@ def write_gguf(source: SyntheticSource, path: Path, progress: Progress) -> None:
     tensors, factors = _stored_tensors(source, hf=False), rope_tensors(source.config)
     temporary = _temporary(path)
     with _storing(path, [temporary]):
-        check_gguf(source.config, source.formats.layers[0].q, path)
+        for fmt in sorted(source.formats.of_layers()):
+            check_gguf(source.config, fmt, path)
         path.parent.mkdir(parents=True, exist_ok=True)
         writer = _gguf_writer(source, temporary)
         check_metadata(writer, source.config, {tensor.stored: tensor.shape for tensor in tensors})
@@ -140,7 +149,9 @@ def _gguf_writer(source: SyntheticSource, path: Path) -> Any:
     writer = GGUFWriter(path, ARCHITECTURES[config.architecture].gguf_name)
     writer.add_name(source.name.encode("utf-8", "replace").decode())  # of a folder whose name may be no UTF-8
     kind = _FILE_TYPES.get(fmt, f"MOSTLY_{fmt.upper()}")
-    if len(set(source.formats.layers)) > 1:  # a mix
+    if "mxfp4" in source.formats.of_layers():
+        kind = _FILE_TYPES["mxfp4"]
+    elif len(source.formats.of_layers()) > 1:  # a mix
         kind = f"MOSTLY_{fmt.upper()}_M"
     writer.add_file_type(LlamaFileType[kind])
     writer.add_quantization_version(2)
@@ -240,25 +251,41 @@ def _safetensors_header(source: SyntheticSource, tensors: Sequence[_Tensor]) -> 
 def _stored_tensors(source: SyntheticSource, *, hf: bool) -> list[_Tensor]:
     """The tensors of a file in the order of the model. Parts of a GGUF matrix that have different formats stay apart."""
     tensors, infos = model_tensors(source.config), source.tensors()
-    whole, later = {}, set()
+    whole: dict[str, tuple[str, list[Piece]]] = {}
+    later: set[str] = set()
     for stored, pieces in fused_tensors(source.config, hf=hf).items():
         names = [piece.name for piece in pieces]
         if hf or len({infos[name].format for name in names}) == 1:
-            whole[names[0]] = f"model.{stored}" if hf else stored, tuple(tensors[name] for name in names)
+            whole[names[0]] = f"model.{stored}" if hf else stored, pieces
             later.update(names[1:])
     made = []
     for name, tensor in tensors.items():
         if name in later:
             continue
-        stored, parts = whole.get(name, (tensor.hf_name if hf else tensor.gguf_name, (tensor,)))
-        shape, form = (sum(part.shape[0] for part in parts), *tensor.shape[1:]), "bf16" if hf else infos[name].format
-        width = row_bytes(form, shape[1]) if len(shape) > 1 else row_bytes(form, 1)
-        made.append(_Tensor(parts, stored, shape, form, shape[0] * width))
+        alone = tensor.hf_name if hf else tensor.gguf_name, [Piece(name, 0, tensor.shape[0])]
+        stored, pieces = whole.get(name, alone)
+        parts, form = tuple(tensors[piece.name] for piece in pieces), "bf16" if hf else infos[name].format
+        rows, columns, height = sum(part.shape[0] for part in parts), tensor.shape[1:], pieces[0].height
+        width = row_bytes(form, columns[0] if columns else 1)
+        transposed, shape = hf and pieces[0].transposed, (rows, *columns)
+        if height:
+            shape = (rows // height, *((*columns, height) if transposed else (height, *columns)))
+        made.append(_Tensor(parts, stored, shape, form, rows * width, pieces[0].step, transposed))
     return made
 
 
 def _rows(source: SyntheticSource, tensor: _Tensor, *, hf: bool) -> Iterator[Bytes]:
-    """The tensor's rows in the file's order, a run at a time: uint8 [rows, bytes a row]; with `hf` as bf16."""
+    """The tensor's rows in the file's order, a run at a time: uint8 [rows, bytes a row]; with `hf` as bf16.
+
+    Of a matrix whose rows take turns with another's, and of one that is transposed, all at once.
+    """
+    if tensor.turns > 1 or tensor.transposed:
+        for first in range(0, len(tensor.pieces), tensor.turns):
+            group = tensor.pieces[first : first + tensor.turns]
+            picked = [source.pick(piece.name, np.arange(piece.shape[0]), as_bf16=hf) for piece in group]
+            matrix = np.stack(picked, axis=1).reshape(-1, picked[0].shape[1])
+            yield np.ascontiguousarray(matrix.view("<u2").T).view(np.uint8) if tensor.transposed else matrix
+        return
     for piece in tensor.pieces:
         order = _order(source.config, piece, hf=hf)
         offset = hf_norm_offset(source.config) if hf and piece.part.endswith("norm") else 0.0

@@ -11,7 +11,7 @@ import numpy as np
 
 from tpimpi.compute.arrays import F32
 from tpimpi.errors import InputError
-from tpimpi.models.architectures import ARCHITECTURES, GGUF_ARCHITECTURES
+from tpimpi.models.architectures import ARCHITECTURES, gguf_family
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.config_gguf import config_from_gguf
 from tpimpi.models.layer_spec import RopeScaling, yarn_attention_factor
@@ -41,6 +41,8 @@ def add_metadata(writer: Any, config: ModelConfig) -> None:
     _add_scaling(writer, config)
     _add_windows(writer, config)
     _add_of_family(writer, config)
+    if config.experts:
+        _add_experts(writer, config)
 
 
 def rope_tensors(config: ModelConfig) -> dict[str, F32]:
@@ -95,7 +97,7 @@ def _comparable(config: ModelConfig) -> ModelConfig:
     windows = tuple(0 if window >= config.context else window for window in config.attention_windows)
     return replace(
         config,
-        architecture=GGUF_ARCHITECTURES[ARCHITECTURES[config.architecture].gguf_name].name,
+        architecture=gguf_family(ARCHITECTURES[config.architecture].gguf_name, mixture=bool(config.experts)).name,
         attention_windows=windows,
         attention_scale=config.attention_scale or config.head_dim**-0.5,
         local_rope_theta=config.local_rope_theta if any(windows) else 0.0,
@@ -158,6 +160,22 @@ def _add_windows(writer: Any, config: ModelConfig) -> None:
     if config.local_rope_theta:
         arch = ARCHITECTURES[config.architecture].gguf_name
         writer.add_float32(f"{arch}.rope.freq_base_swa", config.local_rope_theta)
+
+
+def _add_experts(writer: Any, config: ModelConfig) -> None:
+    from gguf import ExpertGatingFuncType
+
+    keys = ARCHITECTURES[config.architecture].gguf_keys
+    writer.add_expert_count(config.experts)
+    writer.add_expert_used_count(config.experts_per_token)
+    if "expert_feed_forward_length" in keys:
+        writer.add_expert_feed_forward_length(config.expert_intermediate)
+    if "expert_shared_count" in keys:  # a family that says all of its router
+        writer.add_expert_shared_count(config.shared_intermediate // config.expert_intermediate)
+        writer.add_leading_dense_block_count(len(config.dense_layers))
+        writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_weights_scale(config.router_scale)
+        writer.add_expert_weights_norm(config.router_normalized)
 
 
 def _add_of_family(writer: Any, config: ModelConfig) -> None:

@@ -189,7 +189,7 @@ class _Pool:
     def vector(self, place: int, size: int, name: str) -> F32:
         """A norm's or a bias's numbers, f32 [size]."""
         sums = self._sums[place * BLOCK_WEIGHTS :][:size].astype(np.float32)
-        if name.endswith(".bias"):
+        if name.endswith(("bias", "sinks")):
             return from_bf16(to_bf16(sums * np.float32(SIGMA / _DEVIATION)))
         return 1 + np.clip(np.rint(sums / np.float32(_NORM_STEPS)), -64, 64).astype(np.float32) / 128
 
