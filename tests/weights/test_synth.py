@@ -56,6 +56,11 @@ PARAMETERS = {
     "glm-4-9b": 9_400_279_040,
     "olmo-2-7b": 7_298_617_344,
     "mistral-small-24b": 23_572_403_200,
+    "gpt-oss-20b": 20_914_757_184,  # of mixtures as transformers counts them, on the meta device
+    "gpt-oss-120b": 116_829_156_672,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "mixtral-8x7b": 46_702_792_704,
+    "glm-4.5-air": 106_852_251_264,  # with 45 biases of 128, which are no parameters there
 }
 
 

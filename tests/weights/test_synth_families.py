@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
 from tests.support.synth_cases import Cli, made, write_config
 from tests.support.tiny_models import SMALL, TINY
 from tpimpi.errors import InputError
+from tpimpi.models.shapes import load_shape
+from tpimpi.weights.make import wanted_formats
 from tpimpi.weights.sources import export, open_source
 from tpimpi.weights.sources.synthetic import SyntheticSource
 
@@ -64,6 +67,37 @@ def test_a_matrix_in_two_formats_is_two_in_a_gguf_file(tmp_path: Path) -> None:
     with open_source(tmp_path / "model.gguf") as file:
         found = {file.tensors()[f"layers.{layer}.self_attn.v_proj.weight"].format for layer in range(8)}
         assert found == {"q4_k", "q6_k"}
+        for name in source.tensors():
+            np.testing.assert_array_equal(file.read_blocks(name), source.read_blocks(name), err_msg=name)
+
+
+def test_mixes_of_mixtures() -> None:
+    """Of eight experts as llama-quant.cpp has them for Mixtral-8x7B, in which attention has more bits."""
+    mixtral = wanted_formats("q4_k_m", load_shape("mixtral-8x7b").config)
+    assert {(here.q, here.k, here.v, here.o) for here in mixtral.layers} == {("q4_k", "q8_0", "q8_0", "q5_k")}
+    assert {here.expert_gate for here in mixtral.layers} == {"q4_k"}
+    more = [layer for layer, here in enumerate(mixtral.layers) if here.expert_down == "q6_k"]
+    assert more == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31] and mixtral.head == "q6_k"
+    qwen3 = wanted_formats("q4_k_m", load_shape("qwen3-30b-a3b").config)
+    assert {(here.q, here.k, here.o) for here in qwen3.layers} == {("q4_k", "q4_k", "q4_k")}
+    gpt_oss = wanted_formats("mxfp4_moe", load_shape("gpt-oss-20b").config)
+    assert {(*here[:4], *here[7:]) for here in gpt_oss.layers} == {(*["bf16"] * 4, *["mxfp4"] * 3)}
+    assert (gpt_oss.head, gpt_oss.embedding) == ("bf16", "bf16")
+    with pytest.raises(InputError, match="mxfp4_moe, which is for experts, and this model has none"):
+        wanted_formats("mxfp4_moe", load_shape("llama-2-7b").config)
+
+
+def test_a_gguf_file_of_a_mixture_in_a_mix(tmp_path: Path) -> None:
+    source = source_of(tmp_path / "gpt-oss", "gpt-oss", "mxfp4_moe")
+    export.write_gguf(source, tmp_path / "model.gguf", lambda done, total: None)
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert types["blk.1.ffn_down_exps.weight"] == "MXFP4" and types["blk.1.ffn_gate_inp.weight"] == "F32"
+    assert types["blk.1.attn_q.weight"] == types["output.weight"] == "BF16"
+    shapes = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}  # the fastest dimension first
+    assert shapes["blk.1.ffn_down_exps.weight"] == [64, 64, 8] and shapes["blk.1.ffn_up_exps.bias"] == [64, 8]
+    assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_MXFP4_MOE
+    with open_source(tmp_path / "model.gguf") as file:
         for name in source.tensors():
             np.testing.assert_array_equal(file.read_blocks(name), source.read_blocks(name), err_msg=name)
 
