@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import math
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,13 @@ class SynthOptions:
     quiet: bool
 
 
+class _WholeNames(argparse.HelpFormatter):
+    """Breaks no line within a name, as at the hyphen of gpt-oss."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False, break_long_words=False)
+
+
 def synth_parser() -> argparse.ArgumentParser:
     """Options of `synth`."""
     parser = Parser(
@@ -48,6 +56,7 @@ def synth_parser() -> argparse.ArgumentParser:
         description="Write random weights in a known model's shape, to measure speed and memory with: no tokenizer, and "
         "answers without sense.",
         allow_abbrev=False,
+        formatter_class=_WholeNames,
     )
     shapes = f"{', '.join(SHAPES)}, or the path of a config.json or of its folder"
     offer(parser.add_argument("--shape", required=True, metavar="NAME", help=shapes), SHAPES)

@@ -16,7 +16,7 @@ from tpimpi.models.tensors import layer_specs
 
 # llama.cpp's mixes of K-quants, and the format of most of their matrices; in every third layer, and in the first and last
 # eighths, v and down are q6_k, as is the head (llama-quant.cpp, as of 2026).
-MIXES = {"q4_k_m": "q4_k", "q5_k_m": "q5_k", "mxfp4_moe": "mxfp4"}
+MIXES = {"mxfp4_moe": "mxfp4", "q4_k_m": "q4_k", "q5_k_m": "q5_k"}
 EXPERTS_MIX = "mxfp4_moe"  # as OpenAI publishes gpt-oss: experts as mxfp4, all else in bf16
 _EXPERTS_OF_MIXTRAL = 8  # with as many, llama.cpp gives attention, of which there is little, more bits
 ROUTER_FORMATS = ("f32", "bf16")
