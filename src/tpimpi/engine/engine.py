@@ -129,7 +129,7 @@ class OpenedEngine:
             context=context,
             chunk=self.chunk,
             logits_of=self.chunk if self.settings.chunk_logits else 1,
-            expert_sizes=[record.nbytes for record in self.experts.values()],
+            experts=list(self.experts.values()),
         )
 
     def open_experts(self, *, nbytes: int | None, reads: int) -> ExpertCache:

@@ -13,6 +13,8 @@ from tpimpi.models.kv.cache import cache_bytes, kv_dtype
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import Record
 
+EXPERT_RUN_BYTES = 8 << 20  # between the stages of the experts that are computed at once: see kernels/experts.cpp
+
 
 def work_bytes(
     header: Header,
@@ -22,12 +24,14 @@ def work_bytes(
     logits_of: int,
     *,
     chunk: int = DENSE_CHUNK,
+    experts: Sequence[Record] = (),
     all_partials: bool = False,
 ) -> int:
     """Memory, at most, of activations and messages on this rank, beside cache and weights.
 
-    Counted for a step of `chunk` positions (or `context`, if that is less), through the `records` of a cycle; and
-    on rank 0 the logits of `logits_of` positions. `all_partials`: every rank gets those of all, as the hub does.
+    Counted for a step of `chunk` positions (or `context`, if that is less), through the `records` of a cycle and the
+    `experts`, each of which all positions may use; and on rank 0 the logits of `logits_of` positions. `all_partials`:
+    every rank gets those of all, as the hub does.
     """
     config, ranks = header.config, header.partition.ranks
     positions = min(chunk, context)
@@ -35,12 +39,14 @@ def work_bytes(
     # rank, the others of two at most; each is held twice while it is received.
     vectors = 7 + 2 * (ranks if header.rank == 0 or all_partials else 2)
     inner = largest = heads = 0
-    for record in records:
+    for record in (*records, *experts[:1]):
         rows = {part.name: part.shape[0] for part in record.parts if part.is_matrix}
-        inner = max(inner, 3 * rows.get("q", 0) + 4 * rows.get("k", 0), 3 * rows.get("gate", 0))
+        gathered = 2 * config.hidden if record.expert >= 0 else 0  # the vectors that use it, and what it gives for them
+        inner = max(inner, 3 * rows.get("q", 0) + 4 * rows.get("k", 0), 3 * rows.get("gate", 0) + gathered)
         heads = max(heads, record.heads.size)
-        largest = max(largest, *(math.prod(part.shape) for part in record.parts if part.is_matrix))
+        largest = max([largest, *(math.prod(part.shape) for part in record.parts if part.is_matrix)])
     work = 4 * positions * (vectors * config.hidden + inner + max(config.hidden, inner) // 2)
+    work += EXPERT_RUN_BYTES if experts else 0
     if (
         backend != "native"
     ):  # which decodes a matrix to use it, and whose library takes memory of its own when it begins
@@ -65,28 +71,29 @@ def needs_of_model(
     context: int,
     chunk: int = DENSE_CHUNK,
     logits_of: int = 1,
-    expert_sizes: Sequence[int] = (),
+    experts: Sequence[Record] = (),
 ) -> Needs:
     """What one rank needs to hold `context` positions of one model, of which it has the slice `header`.
 
     `records` are its tiles, or those of a layer of each kind and of the head; `tiles` the bytes of all of them. `base` is
     what the rank has resident before. `backend`, `kv` and `allreduce` (a rule: see star.parse_rule) are those of the run;
-    `chunk` is how many
-    positions are computed at once; `logits_of` how many positions rank 0 computes logits of at once; `expert_sizes` are the
-    bytes of each expert's tile.
+    `chunk` is how many positions are computed at once; `logits_of` how many positions rank 0 computes logits of at once;
+    `experts` are the tiles of all experts.
     """
     largest = max((record.nbytes for record in records), default=0)
-    expert = max(expert_sizes, default=0)
+    expert = max((record.nbytes for record in experts), default=0)
     all_partials = allreduce.endswith("exchange")  # also of long sums
     return Needs(
         base=base,
         cache=cache_bytes_of(header, kv, context),
-        work=work_bytes(header, records, backend, context, logits_of, chunk=chunk, all_partials=all_partials),
+        work=work_bytes(
+            header, records, backend, context, logits_of, chunk=chunk, experts=experts, all_partials=all_partials
+        ),
         least_buffers=min(tiles, FEWEST_TILES * largest),
         usual_buffers=min(tiles, USUAL_TILES * largest),
         tiles=tiles,
-        least_experts=least_places(len(expert_sizes)) * expert,
-        experts=len(expert_sizes) * expert,
+        least_experts=least_places(len(experts)) * expert,
+        experts=len(experts) * expert,
     )
 
 
