@@ -76,9 +76,19 @@ def test_a_row_that_failed_is_tried_once_more(mpirun: Launcher, tmp_path: Path, 
     assert (done.returncode, len(lines)) == ((0, 1) if failures == 1 else (1, 0))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code", "starter"),
+    [
+        (signal.SIGTERM, 128 + signal.SIGTERM, ()),
+        (signal.SIGINT, 130, ()),
+        (signal.SIGINT, 130, ("sh", "-c", "trap '' INT; exec \"$@\"", "sh")),  # as a script's shell starts `command &`
+    ],
+    ids=["terminated", "interrupted", "interrupted in the background"],
+)
 @pytest.mark.slow
-def test_what_a_launcher_started_ends_with_the_run(tmp_path: Path, number: int, code: int) -> None:
+def test_what_a_launcher_started_ends_with_the_run(
+    tmp_path: Path, number: int, code: int, starter: tuple[str, ...]
+) -> None:
     launcher = tmp_path / "launcher"
     launcher.write_text(f"#!/bin/sh\nsleep 0.5\necho $$ >{tmp_path}/pid\nexec sleep 300\n")
     launcher.chmod(0o755)
@@ -87,7 +97,7 @@ def test_what_a_launcher_started_ends_with_the_run(tmp_path: Path, number: int, 
     with (models / "weights").open("w") as file:
         file.truncate(2_540_000_000)  # of an earlier row, say
     common = ("--results", str(tmp_path / "results.jsonl"), "--work", str(tmp_path / "work"), "--keep")
-    command = [sys.executable, "-m", "bench.experiments", "run", "network", "--smallest", *common]
+    command = [*starter, sys.executable, "-m", "bench.experiments", "run", "network", "--smallest", *common]
     command += ["--only", "measure=allreduce", "--launch", f"{launcher} {{ranks}}", "--ranks", "2"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + TIMEOUT
