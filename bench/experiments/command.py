@@ -207,7 +207,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
     for number in END_SIGNALS:
         signal.signal(number, exit_on_signal)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's shell starts what is in the background without
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a script's shell starts what is in the background without
     try:
         check(options)
         results = Results(options.results)

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.builds import extension_builds
 from tests.support.launch import ROOT, Result, run_command
-
-pytestmark = pytest.mark.alone
 
 COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 TOO_OLD = """#!/bin/sh
@@ -24,20 +23,10 @@ exec {compiler} "$@"
 """
 
 
-def build_wheel(folder: Path, **env: str) -> Result:
-    """Build the wheel into `folder`, with the build requirements that the tests' environment has; CMake's files too."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "-v",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        str(folder),
-    ]
-    return run_command([*command, f"--config-settings=build-dir={folder / 'cmake'}", str(ROOT)], env=env, timeout=600)
+def build_wheel(folder: Path, *options: str, **env: str) -> Result:
+    """Build the wheel into `folder`, with the build requirements that the tests' environment has."""
+    command = [sys.executable, "-m", "pip", "-v", "wheel", "--no-deps", "--no-build-isolation"]
+    return run_command([*command, "--wheel-dir", str(folder), *options, str(ROOT)], env=env, timeout=800)
 
 
 def unpacked(folder: Path) -> tuple[list[str], Path]:
@@ -74,7 +63,7 @@ def test_a_wheel_without_a_working_compiler_has_no_extension_and_runs(tmp_path: 
         (tools / "c++").chmod(0o755)
         env = {"CXX": str(tools / "c++")}
 
-    built = build_wheel(tmp_path, **env)
+    built = build_wheel(tmp_path, f"--config-settings=build-dir={tmp_path / 'cmake'}", **env)
     assert built.code == 0, built.err + built.out
     said = " ".join((built.out + built.err).split())
     assert "tpimpi is installed without its native kernels" in said
@@ -93,9 +82,10 @@ def test_a_wheel_without_a_working_compiler_has_no_extension_and_runs(tmp_path: 
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler is here")
+@pytest.mark.alone  # test_kernels.py builds in the same folder
 @pytest.mark.slow
 def test_a_wheel_has_the_extension_and_each_level_keeps_its_instructions_to_itself(tmp_path: Path) -> None:
-    built = build_wheel(tmp_path)
+    built = build_wheel(tmp_path)  # in the folder that is kept: what the set-up compiled is not compiled again
     assert built.code == 0, built.err + built.out
     names, site = unpacked(tmp_path)
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
@@ -111,7 +101,8 @@ def test_a_wheel_has_the_extension_and_each_level_keeps_its_instructions_to_itse
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("no nm is here to look for functions that levels share")
-    objects = sorted((tmp_path / "cmake").rglob("level_*.o"))
+    (folder,) = extension_builds()
+    objects = sorted(folder.rglob("level_*.o"))
     assert len(objects) >= 2
     for path in objects:
         listed = run_command([nm, "--defined-only", "--extern-only", str(path)], env={})
