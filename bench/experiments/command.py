@@ -207,9 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
     for number in END_SIGNALS:
         signal.signal(number, exit_on_signal)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a script's shell starts what is in the background without
+    # Python sets this one itself, but not where a script's shell started it in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         check(options)
         results = Results(options.results)
