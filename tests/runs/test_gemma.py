@@ -64,7 +64,7 @@ def _run_logits(on_ranks: Ranks, folder: Path, ranks: int, fmt: str, compared: i
     return [np.load(folder / f"{number}.npy") for number in range(len(jobs))]
 
 
-@pytest.mark.parametrize("ranks", [1, 3, 4])
+@pytest.mark.parametrize("ranks", [3, 4])  # 1 is below, 2 too
 def test_the_likeliest_ids_are_those_of_transformers(on_ranks: Ranks, folder: Path, ranks: int) -> None:
     """In f32, after the prompt and after each id that transformers made, which is what greedy decoding takes."""
     golden = gemma.golden()

@@ -21,11 +21,12 @@ from tests.support.launch import Launcher
 pytestmark = pytest.mark.alone  # it sets up machines, or runs what does
 
 SILENCE = 3.0  # shorter than usual, so that the tests are
+TOKENS = 70  # of the undisturbed answer: some four times what is printed before something breaks
 
 
 @pytest.fixture(scope="module")
 def home(mpirun: Launcher) -> Iterator[tuple[Home, str]]:
-    made = rounds.home_with_slices(mpirun.mpi)
+    made = rounds.home_with_slices(mpirun.mpi, TOKENS)
     try:
         pair = made.__enter__()
     except HomeError as error:
@@ -49,7 +50,7 @@ def test_a_rank_that_is_silent_for_less_is_not_gone(home: tuple[Home, str], mpir
     """Stopped for less than the silence that is allowed: nobody is named, and the answer is whole."""
     place, whole = home
     case = cases.KillDecode(place, mpirun.mpi, 20)
-    case.options = ("--max-tokens", "200", "--ignore-eos", "--raw", "--quiet")
+    case.options = ("--max-tokens", str(TOKENS), "--ignore-eos", "--raw", "--quiet")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = place.mpirun(case.command(), ranks=cases.RANKS, mpi=mpirun.mpi, **pipes)
     shown = screen.Screen(process)

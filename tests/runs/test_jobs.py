@@ -21,8 +21,6 @@ import pytest
 
 from tests.support.launch import ROOT, TIMEOUT, Launcher, Result, run_command
 
-pytestmark = pytest.mark.alone  # it sets up machines, or runs what does
-
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 TALE = ("--format", "f32", "--max-tokens", "48")
 

@@ -279,15 +279,18 @@ def _break_off(command: list[str], env: dict[str, str], hosts: Path, seconds: fl
                 left.kill()
 
 
-def _broken_off_ten_times(
-    mpirun: Launcher, hosts: tuple[str, str], arguments: list[str], ranks: int, longest: float
+def _broken_off(
+    mpirun: Launcher, hosts: tuple[str, str], arguments: list[str], ranks: int, longest: float, attempts: int
 ) -> int:
-    """How many of ten slicings were really broken off."""
+    """How many of so many slicings were really broken off: of all victims in turn, at moments all over `longest` seconds."""
     dice, broken = random.Random(f"{mpirun.mpi} {ranks}"), 0
     command = mpirun.command(ranks, [*hosts, "slice", *arguments, "--quiet"])
-    for attempt in range(10):
-        victim = None if attempt % 4 == 3 else dice.randrange(ranks)
-        broken += _break_off(command, mpirun.env, Path(hosts[1]), dice.uniform(0, longest), victim) != 0
+    victims = [None, *range(ranks)]  # the first is the launcher
+    moments = [longest * (part + dice.random()) / attempts for part in range(attempts)]
+    dice.shuffle(victims)
+    dice.shuffle(moments)
+    for attempt, moment in enumerate(moments):
+        broken += _break_off(command, mpirun.env, Path(hosts[1]), moment, victims[attempt % len(victims)]) != 0
         if len(list(Path(hosts[1]).rglob("rank-*.h5"))) == ranks:
             for path in Path(hosts[1]).rglob("rank-*.h5"):  # it was too fast: once more from the start
                 path.unlink()
@@ -296,7 +299,7 @@ def _broken_off_ten_times(
 
 @pytest.mark.parametrize("fmt", ["q8_0", "f32"])
 @pytest.mark.slow
-def test_a_slicing_of_a_tiny_model_broken_off_ten_times(
+def test_a_slicing_of_a_tiny_model_broken_off_again_and_again(
     mpirun: Launcher, hosts, tiny: Path, tmp_path: Path, fmt: str
 ) -> None:
     model = write_tiny_hf(
@@ -305,19 +308,19 @@ def test_a_slicing_of_a_tiny_model_broken_off_ten_times(
     (model / "tokenizer.json").write_bytes((tiny / "tokenizer.json").read_bytes())
     by_one_process(model, [1, 2, 1], fmt, tmp_path / "one")
     arguments = ["--model", str(model), "--shares", "1,2,1", "--format", fmt]
-    assert _broken_off_ten_times(mpirun, hosts, arguments, 3, 0.4) >= 3
+    assert _broken_off(mpirun, hosts, arguments, 3, 0.4, attempts=4) >= 2
     result = mpirun(3, *hosts, "slice", *arguments)
     assert result.code == 0, result.err
     alike(hosts[1], tmp_path / "one", 3)
 
 
 @pytest.mark.slow
-def test_a_slicing_of_the_real_model_broken_off_ten_times(
+def test_a_slicing_of_the_real_model_broken_off_again_and_again(
     mpirun: Launcher, hosts, smollm2: Path, tmp_path: Path
 ) -> None:
     by_one_process(smollm2, [1, 1, 1, 1], "q8_0", tmp_path / "one")
     arguments = ["--model", str(smollm2), "--format", "q8_0"]
-    assert _broken_off_ten_times(mpirun, hosts, arguments, 4, 1.0) >= 5
+    assert _broken_off(mpirun, hosts, arguments, 4, 1.0, attempts=5) >= 2
     result = mpirun(4, *hosts, "slice", *arguments)
     assert result.code == 0, result.err
     alike(hosts[1], tmp_path / "one", 4)

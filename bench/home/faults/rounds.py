@@ -111,18 +111,18 @@ def _wrong(outcome: Outcome, case: Case, kind: str, screen: Screen, whole: str) 
 
 
 @contextlib.contextmanager
-def home_with_slices(mpi: str) -> Iterator[tuple[Home, str]]:
-    """Four devices with their slices, and the undisturbed answer to PROMPT."""
+def home_with_slices(mpi: str, tokens: int = 200) -> Iterator[tuple[Home, str]]:
+    """Four devices with their slices, and the undisturbed answer to PROMPT, of so many tokens."""
     with tempfile.TemporaryDirectory() as other:
         environment = {"PYTHONPATH": other}
         devices = [Device(name, disk=DISK_BYTES if rank else None, env=environment) for rank, name in enumerate(NAMES)]
-        yield from _home_with_slices(mpi, devices)
+        yield from _home_with_slices(mpi, devices, tokens)
 
 
-def _home_with_slices(mpi: str, devices: list[Device]) -> Iterator[tuple[Home, str]]:
+def _home_with_slices(mpi: str, devices: list[Device], tokens: int) -> Iterator[tuple[Home, str]]:
     with Home(devices, Link(latency_s=0.0005)) as home:
         case = Case(home, mpi, 30)
-        case.options = ("--max-tokens", "200", "--ignore-eos", "--raw", "--quiet")
+        case.options = ("--max-tokens", str(tokens), "--ignore-eos", "--raw", "--quiet")
         process = home.mpirun(case.command(), ranks=RANKS, mpi=mpi, stdout=subprocess.PIPE, text=True)
         whole, _ = process.communicate(timeout=START_TIMEOUT_S)
         if process.returncode:
