@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.support.launch import PROGRAMS, Launcher
 from tpimpi.star import BULK, CLOCK, CONTROL, HIDDEN, NOTE, PARTIAL, SUM
@@ -40,24 +42,25 @@ def odd_parcels(messages: list[Message], slices: Path) -> list[str]:
             found.append(f"a message of {len(data)} bytes with frames of {size}")
         for index, kind, piece in stream.frames(message):
             if kind in (stream.DATA, stream.CHECKSUM):
-                tiles.setdefault((destination, index), {stream.DATA: b"", stream.CHECKSUM: b""})[kind] += (
-                    piece.tobytes()
-                )
+                tile = tiles.setdefault((destination, index), {stream.DATA: bytearray(), stream.CHECKSUM: bytearray()})
+                tile[kind] += piece.tobytes()
             elif (index, kind, piece.nbytes) != (0, stream.END, 0):
                 found.append(f"a frame of kind {kind} with {piece.nbytes} bytes to rank {destination}")
+    files = {rank: SliceFile(slices / slice_name(rank, 3)) for rank in {destination for destination, _ in tiles}}
     for (destination, index), sent in tiles.items():
-        file = SliceFile(slices / slice_name(destination, 3))
+        file = files[destination]
         record = file.records[index]
         wanted, checksum = b"", xxhash.xxh3_64()
-        tile = file.load(record)
+        loaded = file.load(record)
         for part in record.parts:
-            wanted += (tile.matrices[part.name].data if part.is_matrix else tile.parts[part.name]).tobytes()
+            wanted += (loaded.matrices[part.name].data if part.is_matrix else loaded.parts[part.name]).tobytes()
         checksum.update(wanted)
-        file.close()
         if destination == 0 or record.block.kind not in ("attn", "mlp", "resident"):
             found.append(f"{record.path} to rank {destination}")
         if sent != {stream.DATA: wanted, stream.CHECKSUM: checksum.intdigest().to_bytes(8, "little")}:
             found.append(f"bytes that are not {record.path} of rank {destination}")
+    for file in files.values():
+        file.close()
     return found
 
 
@@ -98,7 +101,29 @@ def leaks(messages: list[Message], words: set[str], ids: list[int]) -> list[str]
         elif tag != BULK:
             found.append(f"an unknown tag {tag}")
     searched = BETWEEN_MESSAGES.join(data for _, tag, data in messages if tag != BULK)
-    return found + [what for what, pattern in patterns if pattern in searched]
+    return found + within(searched, patterns)
+
+
+def within(searched: bytes, patterns: list[tuple[str, bytes]]) -> list[str]:
+    """Which of the (name, bytes of at least 4) are in `searched`.
+
+    Each pattern is looked for by 4 of its bytes, those with the fewest zeros: only few places have them. To search for
+    hundreds of patterns one by one takes a minute.
+    """
+    anchors: dict[int, list[tuple[str, bytes, int]]] = {}
+    for what, pattern in patterns:
+        at = min(range(len(pattern) - 3), key=lambda start: pattern[start : start + 4].count(0))
+        anchors.setdefault(int.from_bytes(pattern[at : at + 4], "little"), []).append((what, pattern, at))
+    ordered, found = np.array(sorted(anchors), "<u4"), set()
+    for offset in range(min(4, len(searched) - 3)):
+        words = np.frombuffer(searched, "<u4", (len(searched) - offset) // 4, offset)
+        nearest = ordered[np.searchsorted(ordered, words).clip(max=len(ordered) - 1)]
+        for place in np.flatnonzero(nearest == words).tolist():
+            for what, pattern, at in anchors[int(words[place])]:
+                start = offset + 4 * place - at
+                if start >= 0 and searched.startswith(pattern, start):
+                    found.add(what)
+    return [what for what, _ in patterns if what in found]
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +200,19 @@ def test_the_search_finds_what_it_looks_for(recorded, smollm2: Path) -> None:
     assert leaks([(1, HIDDEN, bytes(VOCAB * 4))], words, ids)
     assert leaks([(2, CONTROL, np.array([0, 2, 1, ids[0] + 40_000], "<i8").tobytes())], words, ids)
     assert leaks([(2, 99, b"")], words, ids)
+
+
+@given(st.data())
+def test_the_quick_search_finds_what_a_plain_one_does(data: st.DataObject) -> None:
+    byte = st.sampled_from([0, 1, 255])
+    patterns = data.draw(
+        st.lists(st.lists(byte, min_size=4, max_size=9).map(bytes), min_size=1, max_size=6, unique=True)
+    )
+    searched = data.draw(
+        st.lists(st.one_of(byte.map(lambda one: bytes([one])), st.sampled_from(patterns))).map(b"".join)
+    )
+    named = [(str(number), pattern) for number, pattern in enumerate(patterns)]
+    assert within(searched, named) == [name for name, pattern in named if pattern in searched]
 
 
 def test_other_ranks_show_nothing_outside(recorded) -> None:
