@@ -79,11 +79,12 @@ def leaks(messages: list[Message], words: set[str], ids: list[int]) -> list[str]
         patterns.append((f"ids {first}, {second} as text", f"{first}, {second}".encode()))
     for destination, tag, data in messages:
         if tag == CONTROL:
-            if len(data) != 32:
+            if len(data) != 40:
                 found.append(f"a control header of {len(data)} bytes to rank {destination}")
-            numbers = np.frombuffer(data[:32], "<i8")[1:]
-            # Operation, number of positions, first position: nothing that depends on what the ids are.
-            if not (1 <= numbers[0] <= 3 and 0 <= numbers[1] <= PROMPT_LIMIT and 0 <= numbers[2] <= PROMPT_LIMIT):
+            numbers = np.frombuffer(data[:40], "<i8")[1:]
+            # Operation, number of positions, first position: nothing that depends on what the ids are. Of experts, 0.
+            short = all(0 <= number <= PROMPT_LIMIT for number in numbers[1:3])
+            if not (short and 1 <= numbers[0] <= 3 and not numbers[3:].any()):
                 found.append(f"the control header {numbers.tolist()}")
         elif tag in (HIDDEN, PARTIAL, SUM):
             if len(data) % 4 or len(data) > LARGE_PIECE_NUMBERS * 4:
@@ -198,7 +199,9 @@ def test_the_search_finds_what_it_looks_for(recorded, smollm2: Path) -> None:
     assert leaks([(1, NOTE, json.dumps({"x": "Zanzibar"}).encode())], words, ids)
     assert leaks([(1, NOTE, json.dumps(ids[:4]).encode())], words, ids)
     assert leaks([(1, HIDDEN, bytes(VOCAB * 4))], words, ids)
-    assert leaks([(2, CONTROL, np.array([0, 2, 1, ids[0] + 40_000], "<i8").tobytes())], words, ids)
+    assert leaks([(2, CONTROL, np.array([0, 2, 1, ids[0] + 40_000, 0], "<i8").tobytes())], words, ids)
+    assert leaks([(2, CONTROL, np.array([0, 2, 1, 1, ids[0]], "<i8").tobytes())], words, ids)
+    assert not leaks([(2, CONTROL, np.array([0, 2, 1, 1, 0], "<i8").tobytes())], words, ids)
     assert leaks([(2, 99, b"")], words, ids)
 
 
