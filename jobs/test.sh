@@ -46,5 +46,6 @@ case "$suite" in
   rest) tests "beyond the short suite" "slow or drawn" --hypothesis-profile thorough ;;
   all) tests "of the whole suite" "slow or not slow" --hypothesis-profile thorough ;;
 esac
-# What takes long is the same under both: model, disks, memory. Of starting, ending and talking the short suite has every kind.
-[ "$suite" = short ] || tests "under MPICH" "mpi and not slow" --mpi mpich --hypothesis-profile quick
+# What takes long, or is marked any_mpi, is the same under both: model, disks, memory. Of starting, ending and talking the short suite
+# has every kind.
+[ "$suite" = short ] || tests "under MPICH" "mpi and not slow and not any_mpi" --mpi mpich --hypothesis-profile quick

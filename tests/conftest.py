@@ -26,6 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "mpi: needs mpirun; run again for the other MPI (set by itself)",
         "slow: not in the short suite, which has another test of the same kind",
         "slow_but(*ids): of a test with parameters, only those with these ids are in the short suite",
+        "any_mpi: what it computes is the same whichever MPI carries it, so that the suites have it under Open MPI only",
         "alone: measures time or sets up devices, so that no other test runs beside it",
         "drawn: made of drawn examples, of which the long suite draws more (set by itself)",
     ):

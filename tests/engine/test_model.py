@@ -75,6 +75,7 @@ def _run(on_ranks: Ranks, ranks: int, jobs: list[dict[str, object]], folder: Pat
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 7])
 @pytest.mark.slow_but("3")
+@pytest.mark.any_mpi  # sums: tests/star; logits of one model: test_a_long_chunk_in_halves_gives_the_logits_of_transformers
 def test_logits_are_those_of_transformers(on_ranks: Ranks, models, ranks: int, tmp_path: Path) -> None:
     wanted = MORE.get(ranks) or [(kind, [1] * ranks) for kind in TINY]
     jobs = []
@@ -111,6 +112,7 @@ def test_logits_are_those_of_transformers(on_ranks: Ranks, models, ranks: int, t
         assert len(digests) == 1, f"{name}: hidden vectors differ between ranks"
 
 
+@pytest.mark.any_mpi
 def test_bf16_slices_compute_with_rounded_weights(on_ranks: Ranks, models, tmp_path: Path) -> None:
     """The oracle is transformers in f32 on weights that torch rounded to bf16."""
     import torch

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.launch import PROGRAMS, Launcher
+from tests.support.messages import patterns_in
 from tpimpi.star import BULK, CLOCK, CONTROL, HIDDEN, NOTE, PARTIAL, SUM
 from tpimpi.star.channel import ECHO
 from tpimpi.star.pieces import LARGE_PIECE_NUMBERS
@@ -102,29 +103,7 @@ def leaks(messages: list[Message], words: set[str], ids: list[int]) -> list[str]
         elif tag != BULK:
             found.append(f"an unknown tag {tag}")
     searched = BETWEEN_MESSAGES.join(data for _, tag, data in messages if tag != BULK)
-    return found + within(searched, patterns)
-
-
-def within(searched: bytes, patterns: list[tuple[str, bytes]]) -> list[str]:
-    """Which of the (name, bytes of at least 4) are in `searched`.
-
-    Each pattern is looked for by 4 of its bytes, those with the fewest zeros: only few places have them. To search for
-    hundreds of patterns one by one takes a minute.
-    """
-    anchors: dict[int, list[tuple[str, bytes, int]]] = {}
-    for what, pattern in patterns:
-        at = min(range(len(pattern) - 3), key=lambda start: pattern[start : start + 4].count(0))
-        anchors.setdefault(int.from_bytes(pattern[at : at + 4], "little"), []).append((what, pattern, at))
-    ordered, found = np.array(sorted(anchors), "<u4"), set()
-    for offset in range(min(4, len(searched) - 3)):
-        words = np.frombuffer(searched, "<u4", (len(searched) - offset) // 4, offset)
-        nearest = ordered[np.searchsorted(ordered, words).clip(max=len(ordered) - 1)]
-        for place in np.flatnonzero(nearest == words).tolist():
-            for what, pattern, at in anchors[int(words[place])]:
-                start = offset + 4 * place - at
-                if start >= 0 and searched.startswith(pattern, start):
-                    found.add(what)
-    return [what for what, _ in patterns if what in found]
+    return found + patterns_in(searched, patterns)
 
 
 @pytest.fixture(scope="module")
@@ -209,13 +188,13 @@ def test_the_search_finds_what_it_looks_for(recorded, smollm2: Path) -> None:
 def test_the_quick_search_finds_what_a_plain_one_does(data: st.DataObject) -> None:
     byte = st.sampled_from([0, 1, 255])
     patterns = data.draw(
-        st.lists(st.lists(byte, min_size=4, max_size=9).map(bytes), min_size=1, max_size=6, unique=True)
+        st.lists(st.lists(byte, min_size=1, max_size=9).map(bytes), min_size=1, max_size=6, unique=True)
     )
     searched = data.draw(
         st.lists(st.one_of(byte.map(lambda one: bytes([one])), st.sampled_from(patterns))).map(b"".join)
     )
     named = [(str(number), pattern) for number, pattern in enumerate(patterns)]
-    assert within(searched, named) == [name for name, pattern in named if pattern in searched]
+    assert patterns_in(searched, named) == [name for name, pattern in named if pattern in searched]
 
 
 def test_other_ranks_show_nothing_outside(recorded) -> None:

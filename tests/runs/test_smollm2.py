@@ -133,6 +133,7 @@ def test_without_a_launcher_it_answers_alone(cache: dict[str, str], oracle, tmp_
 
 @pytest.mark.parametrize(("fmt", "backend"), [("f32", "torch"), ("auto", "native")])
 @pytest.mark.slow_but("auto-native")
+@pytest.mark.any_mpi
 def test_logits_are_the_same_to_the_bit_for_every_window(
     on_ranks: Ranks, smollm2: Path, tmp_path: Path, fmt: str, backend: str
 ) -> None:
