@@ -48,8 +48,8 @@ SHORTER = (
     (r"(tpimpi bench kernels)\b", r"\1 --seconds 0.01 --positions 1 --shape 256x256"),
     (r"(tpimpi bench disk \S+)", r"\1 --seconds 0.1"),
     (r"(tpimpi bench allreduce)", r"\1 --repeats 1 --sizes 576"),
-    (r"(tpimpi perplexity \S+)", r"\1 --max-tokens 300"),
-    (r"(-m tpimpi .*--max-tokens) \d+", r"\1 8"),
+    (r"(-m tpimpi --.*--max-tokens) \d+", r"\1 8"),
+    (r"(tpimpi perplexity \S+)", r"\1 --max-tokens 600"),
     (r"(-m tpimpi)(?=\s+--|\s*(?:#.*)?$)(?!.*--max-tokens)", r"\1 --max-tokens 8"),
 )
 
