@@ -98,8 +98,9 @@ def test_a_size_for_each_rank(runs: Runs) -> None:
     ],
 )
 def test_memory_that_makes_no_sense_is_one_line(
-    on_ranks: Ranks, cache: dict[str, str], tiny: Path, options: list[str], line: str
+    on_ranks: Ranks, cache: dict[str, str], tiny: Path, options: list[str], line: str, tmp_path: Path
 ) -> None:
+    cache = {**cache, "TPIMPI_CACHE": str(tmp_path)}  # what is there already of other tests would be said too
     arguments = ["-m", "tpimpi", "--model", str(tiny), "--prompt", "fox", "--max-tokens", "1", *options]
     result = on_ranks(2, *arguments, env=cache)
     assert (result.code, result.out) == (2, ""), result.err

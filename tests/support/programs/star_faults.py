@@ -50,7 +50,7 @@ def trouble(star: Star, kind: str) -> None:
             time.sleep(50)
     elif kind == "header":
         if star.rank.is_hub:
-            star.send_words(np.array([1, 2, 3, 4], np.int64))
+            star.send_words(np.array([1, 2, 3, 4, 5], np.int64))
             time.sleep(50)
         else:
             receive_header(star)
