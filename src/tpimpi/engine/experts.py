@@ -12,6 +12,7 @@ import xxhash
 from tpimpi.compute.arrays import F32, Array
 from tpimpi.compute.backends import Backend
 from tpimpi.compute.experts import ExpertUse
+from tpimpi.compute.router import RouterSpec
 from tpimpi.engine.expert_cache import ExpertCache
 from tpimpi.errors import TpimpiError
 from tpimpi.models.config import ModelConfig
@@ -57,15 +58,19 @@ class Experts:
             return
         h = self.backend.fixed_rms_norm(x, self.resident["mlp_norm"][layer], self.config.norm_eps)
         likely = replace(spec, chosen=min(spec.experts, count))
-        bias = self.resident["router_bias"][layer] if spec.bias != "none" else None
         try:
-            experts, _ = self.backend.route(h, self.resident["router"][layer], bias, likely)
+            experts, _ = self._by_router(h, layer, likely)
         except ValueError:
             return  # which `route` will say
         if self._trace is not None:
             experts = self._guesses(self._of_trace(layer, start, len(x)), layer, start)
         # The first choice of every position first; what many positions want, once.
         self.cache.expect(layer, list(dict.fromkeys(experts.T.reshape(-1).tolist())))
+
+    def _by_router(self, h: F32, layer: int, spec: RouterSpec) -> tuple[Choices, F32]:
+        """As Backend.route, with the router of this layer."""
+        bias = self.resident["router_bias"][layer] if spec.bias != "none" else None
+        return self.backend.route(h, self.resident["router"][layer], bias, spec)
 
     def _of_trace(self, layer: int, start: int, positions: int) -> Choices:
         """What the trace names, [positions, chosen]."""
@@ -83,9 +88,8 @@ class Experts:
         they are not finite."""
         spec = self.config.router(layer)
         assert spec is not None, f"layer {layer} is dense"
-        bias = self.resident["router_bias"][layer] if spec.bias != "none" else None
         try:
-            experts, weights = self.backend.route(h, self.resident["router"][layer], bias, spec)
+            experts, weights = self._by_router(h, layer, spec)
         except ValueError as error:
             raise TpimpiError(
                 f"layer {layer}: the router's numbers are not finite, so no experts can be chosen; the model's weights are "

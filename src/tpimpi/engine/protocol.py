@@ -86,9 +86,9 @@ def step(model: Model, star: Star, x: F32, start: int, *, head: bool = True) -> 
     return model.forward(x, start, head=head)
 
 
-def finish(models: Sequence[Model], star: Star) -> None:
-    """Rank 0: tell every rank that the run is over. It is said to the first of several models."""
-    send_header(star, StepHeader(Operation.FINISH, choices=models[0].choices))
+def finish(model: Model, star: Star) -> None:
+    """Rank 0: tell every rank that the run is over; where there are several models, `model` is the first."""
+    send_header(star, StepHeader(Operation.FINISH, choices=model.choices))
 
 
 def follow(models: Sequence[Model], star: Star) -> None:

@@ -107,7 +107,7 @@ def start(star: Star) -> None:
 
 def finish(star: Star, memory: RankMemory) -> tuple[list[list[RankFigures]], list[RankTrace]]:
     """Rank 0: end the run on every rank. For each engine the figures of every rank, in rank order; and their traces."""
-    protocol.finish([engine.model for engine in memory.engines], star)
+    protocol.finish(memory.engines[0].model, star)
     figures: list[list[RankFigures]] = [[] for _ in memory.engines]
     for note in gather_notes(star, Figures(memory.figures())):
         for found, figure in zip(figures, note.figures, strict=True):
