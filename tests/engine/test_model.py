@@ -212,3 +212,16 @@ def test_a_rank_that_chooses_other_experts_ends_the_run(on_ranks: Ranks, models,
         slice_model(source, make_partition(source.config, [1] * 2), choose_formats(source, "f32"), tmp_path / "s")
     result = on_ranks(2, str(PROGRAMS / "choices.py"), str(tmp_path / "s"))
     assert (result.code, result.out.split("\n")[0]) == (0, "all well"), result.err
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "phi3-long", "qwen3-moe"])
+@pytest.mark.slow_but("gemma3")
+def test_a_sequence_goes_on_from_the_positions_of_the_one_before(
+    on_ranks: Ranks, models, kind: str, tmp_path: Path
+) -> None:
+    """To the bit, in more room or less; but where the context says other rotary angles nothing is kept."""
+    with open_source(models[kind][0]) as source:
+        slice_model(source, make_partition(source.config, [1] * 2), choose_formats(source, "f32"), tmp_path / "s")
+    others_from = "33" if kind == "phi3-long" else "0"
+    result = on_ranks(2, str(PROGRAMS / "kept.py"), str(tmp_path / "s"), others_from)
+    assert (result.code, result.out.split("\n")[0]) == (0, "all well"), result.err

@@ -127,7 +127,7 @@ def test_places_keep_to_themselves_and_take_a_large_page_more_at_most() -> None:
 
 def test_places_begin_where_the_system_has_larger_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a system with pages of 16 KiB (a Raspberry Pi 5), madvise refuses what does not begin at one of them."""
-    monkeypatch.setattr(buffers, "_RELEASE_BYTES", 16384)
+    monkeypatch.setattr(buffers, "RELEASE_BYTES", 16384)
     places = BufferPool([5000, 20_000, 1, 16_384])
     arrays = [places.take(index) for index in range(4)]
     first = arrays[0].ctypes.data

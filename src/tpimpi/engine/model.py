@@ -64,6 +64,7 @@ class Model:
         self.config, self.share = header.config, header.share
         self.resident, self.window, self.star, self.backend = resident, window, star, backend
         self.cache: KVCache | None = None
+        self.length = 0  # positions of the sequence, so far
         self._kv_dtype = kv_dtype(kv, header.formats.of_layers())
         self.experts, self.chunk, self._predict = experts, chunk, predict
         self.compute_seconds = 0.0
@@ -77,15 +78,38 @@ class Model:
         """A hash of the experts chosen so far, 0 in a dense model; see protocol."""
         return 0 if self.experts is None else self.experts.choices
 
-    def begin(self, context: int) -> None:
-        """Start a new sequence of at most `context` positions."""
+    def begin(self, context: int, keep: int = 0) -> None:
+        """Start a sequence of at most `context` positions, which has the first `keep` positions of the one before.
+
+        `keep` is at most what `most_kept` says: forward then goes on from position `keep`.
+        """
+        assert keep <= self.most_kept(context)
+        self.length = keep
         if self.cache is None or self.cache.context != context:
+            before = self.cache if keep else None
             self.cache = None  # give the old one back before the new one is made
             self._make_room(context)
             shape = (self.config.layers, self.share.kv_heads.size, context, self.config.head_dim)
             self.cache = KVCache(*shape, self._kv_dtype)
-            ropes = {spec.rope for spec in self._layers if spec.rope is not None}
-            self._frequencies = {rope: rope_frequencies(rope, context) for rope in ropes}
+            if before is not None:
+                self.cache.take_over(before, keep)
+            self._frequencies = self._frequencies_for(context)
+
+    def most_kept(self, context: int) -> int:
+        """How many of this sequence's first positions one of at most `context` positions may have; the same on every rank.
+
+        None where the rotary angles of one differ from those of the other (see rope_frequencies)."""
+        if self.cache is None:
+            return 0
+        if self.cache.context != context:
+            ropes = self._frequencies_for(context)
+            if any(not np.array_equal(self._frequencies[rope], of) for rope, of in ropes.items()):
+                return 0
+        return min(self.length, context)
+
+    def _frequencies_for(self, context: int) -> dict[Rope, F32]:
+        ropes = {spec.rope for spec in self._layers if spec.rope is not None}
+        return {rope: rope_frequencies(rope, context) for rope in ropes}
 
     def forward(self, x: F32, start: int, *, head: bool = True) -> F32:
         """Run hidden vectors `x` [n, hidden], the same on every rank, through all layers, at positions from `start`.
@@ -101,6 +125,7 @@ class Model:
         with self._computing():
             halves = [HalfChunk(self._through_layers(x[run], start + run.start, len(runs) > 1)) for run in runs]
             go_through_blocks(self._blocks, self.window, halves)
+        self.length = start + x.shape[0]
         return x
 
     def _through_layers(self, x: F32, start: int, overlapped: bool) -> Steps:

@@ -29,7 +29,7 @@ HEADER_WORDS = 5
 class Operation(IntEnum):
     """What every rank is to do next."""
 
-    BEGIN = 1  # a new sequence, of at most `positions`
+    BEGIN = 1  # a sequence of at most `positions`, of which `start` are those of the sequence before
     FORWARD = 2  # `positions` hidden vectors through all layers, from position `start` on
     FINISH = 3  # the run is over
 
@@ -70,10 +70,12 @@ def receive_header(star: Star) -> StepHeader:
     return StepHeader.unpack(words)
 
 
-def begin(model: Model, star: Star, context: int) -> None:
-    """Rank 0: have every rank begin a new sequence of at most `context` positions."""
-    send_header(star, StepHeader(Operation.BEGIN, context, choices=model.choices))
-    model.begin(context)
+def begin(model: Model, star: Star, context: int, keep: int = 0) -> None:
+    """Rank 0: have every rank begin a sequence of at most `context` positions.
+
+    It has the first `keep` positions of the one before, at most model.most_kept(context)."""
+    send_header(star, StepHeader(Operation.BEGIN, context, keep, model.choices))
+    model.begin(context, keep)
 
 
 def step(model: Model, star: Star, x: F32, start: int, *, head: bool = True) -> F32:
@@ -110,7 +112,9 @@ def follow(models: Sequence[Model], star: Star) -> None:
         if header.operation == Operation.FINISH:
             return
         if header.operation == Operation.BEGIN:
-            model.begin(header.positions)
+            if header.start > model.most_kept(header.positions):
+                raise StarError(f"rank 0 keeps {header.start} positions of a sequence, which are not all there")
+            model.begin(header.positions, header.start)
             continue
         last = header.start + header.positions
         if model.cache is None or last > model.cache.context:

@@ -13,7 +13,7 @@ Bytes = npt.NDArray[np.uint8]
 
 PAGE_BYTES = 4096  # what O_DIRECT needs of a buffer's address and length, on any disk of today
 _LARGE_PAGE_BYTES = 2 << 20
-_RELEASE_BYTES = max(
+RELEASE_BYTES = max(
     PAGE_BYTES, mmap.PAGESIZE
 )  # what can be given back alone: 16 KiB on some Arm systems, a Raspberry Pi 5's for one
 _CHUNK_BYTES = 64 << 20  # bytes of memory that neighbours have in common, at least
@@ -67,7 +67,7 @@ class BufferPool:
             if not self._chunks or self._chunks[-1] >= _CHUNK_BYTES:
                 self._chunks.append(0)
             self._at.append((len(self._chunks) - 1, self._chunks[-1]))
-            self._chunks[-1] += -(-size // _RELEASE_BYTES) * _RELEASE_BYTES
+            self._chunks[-1] += -(-size // RELEASE_BYTES) * RELEASE_BYTES
         self._pages: dict[int, Pages] = {}  # of a chunk
         self._taken: set[int] = set()
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tpimpi.compute.arrays import F32, Array
-from tpimpi.system.buffers import Pages
+from tpimpi.system.buffers import RELEASE_BYTES, Pages
 
 KV_FORMATS = ("auto", "f16", "f32")  # what --kv takes; auto is as precise as the weights deserve, see `kv_dtype`
 _LARGEST_F16 = np.float32(65504)  # the largest finite f16
@@ -33,9 +33,20 @@ class KVCache:
         self.filled = 0  # positions that were ever written
         nbytes = cache_bytes(layers, kv_heads, context, head_dim, dtype) // 2
         # np.zeros would take large pages, and with them the memory of positions that are not there yet.
+        self._memory = [Pages(nbytes, large=False) for _ in "kv"]
         self.k, self.v = (
-            Pages(nbytes, large=False).array.view(dtype).reshape(layers, kv_heads, context, head_dim) for _ in "kv"
+            pages.array.view(dtype).reshape(layers, kv_heads, context, head_dim) for pages in self._memory
         )
+
+    def take_over(self, other: KVCache, positions: int) -> None:
+        """Have the first `positions` of a cache that differs in `context` alone; its memory is given back layer by layer."""
+        for layer in range(len(self.k)):
+            for ours, theirs in ((self.k, other.k), (self.v, other.v)):
+                ours[layer, :, :positions] = theirs[layer, :, :positions]
+            for pages in other._memory:
+                whole = pages.array.nbytes * (layer + 1) // len(self.k) // RELEASE_BYTES * RELEASE_BYTES
+                pages.release(0, whole)
+        self.filled = max(self.filled, positions)
 
     def write(self, layer: int, first_head: int, start: int, k: F32, v: F32) -> None:
         """Put k and v, [positions, heads, head_dim], at positions from `start` of KV heads from `first_head`."""
