@@ -13,7 +13,7 @@ from typing import Any
 
 from bench.home.devices import parse_bandwidth, parse_duration
 from tpimpi.cli.values import AUTO, share_weights
-from tpimpi.diagnostics.planner.predict import Loads
+from tpimpi.diagnostics.planner.loads import Loads
 from tpimpi.errors import InputError
 from tpimpi.models.shapes import SHAPES, load_shape
 from tpimpi.models.weight_formats import FORMAT_CHOICES, ModelFormats
@@ -157,7 +157,7 @@ def _rank_bytes(shape: str, layers: int, fmt: str, devices: int, shares: str) ->
     config = load_shape(shape, layers or None).config
     loads = Loads(config, ModelFormats.of_model(fmt, config))
     plan = make_partition(config, share_weights(shares or None, devices))
-    return tuple(loads.of(share, rank).tiles for rank, share in enumerate(plan.shares))
+    return tuple(loads.of(share, rank).token for rank, share in enumerate(plan.shares))
 
 
 # By these a row is told from the others of its experiment, the first that does.

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.studies.routing_trace import Trace
-from tpimpi.engine.eviction import ExpertKey, LeastRecentlyUsed, Policy, Stalest
+from tpimpi.engine.eviction import ExpertKey, LeastRecentlyUsed, Stalest, hit_rate
 
 PARTS = (0.07, 0.125, 0.25, 0.4, 0.6)  # of all experts, that the cache has room for
 _HALF_LIFE_PASSES = 32  # of a use, for FrequencyWithAging
@@ -51,30 +51,6 @@ class FrequencyWithAging(LeastRecentlyUsed):
         return min((key for key in self._there if may_go(key)), key=self._score, default=None)
 
 
-def hits(trace: Trace, places: int, policy: Policy) -> float:
-    """The part of a trace's uses that found their expert in a cache of so many places."""
-    there: set[ExpertKey] = set()
-    found = counted = 0
-    for position, layers in enumerate(trace):
-        for layer, experts in enumerate(layers):
-            wanted = [ExpertKey(layer, int(expert)) for expert in experts]
-            policy.begin(layer)
-            found += sum(key in there for key in wanted) * (position >= len(trace) // 4)
-            counted += len(wanted) * (position >= len(trace) // 4)
-            for key in wanted:
-                if key in there:
-                    policy.use(key)
-                    continue
-                if len(there) >= places:
-                    victim = policy.victim(lambda other, wanted=wanted: other not in wanted)  # type: ignore[misc]
-                    assert victim is not None
-                    policy.remove(victim)
-                    there.remove(victim)
-                there.add(key)
-                policy.add(key)
-    return found / counted
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path, metavar="TRACE")
@@ -86,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for part in PARTS:
         places = max(int(options.experts * layers * part), trace.shape[2] + 1)
         policies = (LeastRecentlyUsed(), FrequencyWithAging(layers), Stalest(layers))
-        lru, frequency, stalest = (hits(trace, places, policy) for policy in policies)
+        lru, frequency, stalest = (hit_rate(trace, places, policy) for policy in policies)
         print(f"{part:5.3f}  {lru:5.3f}  {frequency:20.3f}  {stalest:7.3f}", flush=True)
 
 

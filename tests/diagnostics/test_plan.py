@@ -15,19 +15,11 @@ from tests.support.prediction import WORKLOAD, predictor, speed
 from tests.support.ranks import Ranks
 from tpimpi.diagnostics.options import MeasureOptions
 from tpimpi.diagnostics.planner import command
-from tpimpi.diagnostics.planner.command import (
-    PlanRow,
-    Survey,
-    _seconds,
-    _weights,
-    advice,
-    as_measured,
-    choose_shares,
-    make_table,
-)
+from tpimpi.diagnostics.planner.command import Survey, _weights, as_measured, choose_shares, make_table
 from tpimpi.diagnostics.planner.layer_benchmark import LayerTiming, sustained
 from tpimpi.diagnostics.planner.measure_layers import RankMeasurement
 from tpimpi.diagnostics.planner.predict import Prediction, Predictor, RankSpeed
+from tpimpi.diagnostics.planner.table import PlanRow, advice, seconds_text
 from tpimpi.engine.ranks import RankInfo
 from tpimpi.star import Star
 from tpimpi.system.memory import Place
@@ -180,7 +172,7 @@ def test_shares_in_the_name_of_a_folder(text: str, weights: list[float] | None) 
     [(0.02341, "0.0234"), (0.2341, "0.234"), (2.341, "2.34"), (23.41, "23.4"), (234.1, "234"), (0, "0")],
 )
 def test_three_digits_of_a_time(seconds: float, text: str) -> None:
-    assert _seconds(seconds) == text
+    assert seconds_text(seconds) == text
 
 
 def test_fewer_ranks_that_are_faster_are_recommended() -> None:

@@ -8,7 +8,8 @@ import math
 import pytest
 
 from tests.support.prediction import CONFIG, FORMATS, GB, WORKLOAD, predictor, speed
-from tpimpi.diagnostics.planner.predict import LinearCost, Loads, Measured, Predictor, chunks
+from tpimpi.diagnostics.planner.loads import LayerLoad, Loads
+from tpimpi.diagnostics.planner.predict import LinearCost, Measured, Predictor, chunks
 from tpimpi.diagnostics.planner.shares import MOST_WEIGHT, best_shares
 from tpimpi.engine.budget import RESERVE_BYTES
 from tpimpi.models.weight_formats import ModelFormats
@@ -54,7 +55,7 @@ def test_loads_are_what_the_slices_hold(weights: list[float], fmt: str) -> None:
 def test_layers_of_different_formats_are_counted_each() -> None:
     mixed = ModelFormats((*FORMATS.layers[:7], *ModelFormats.of("f32", 3).layers), "bf16", "bf16")
     load = Loads(CONFIG, mixed).of(make_partition(CONFIG, [1.0]).shares[0], 0)
-    assert load.layers == ((7, ATTN, MLP), (3, 2 * ATTN, 2 * MLP))
+    assert load.layers == (LayerLoad(7, ATTN, MLP), LayerLoad(3, 2 * ATTN, 2 * MLP))
 
 
 # Times
@@ -135,8 +136,8 @@ def test_too_little_memory_is_said() -> None:
 
 
 def test_a_prompt_goes_by_chunks() -> None:
-    assert list(chunks(16)) == [16]
-    assert list(chunks(300)) == [128, 128, 44]
+    assert list(chunks(16, 128)) == [16]
+    assert list(chunks(300, 128)) == [128, 128, 44]
     long = dataclasses.replace(WORKLOAD, prompt=300, context=400)
     measured = Measured((speed(1.0),), 128, 0.0, 0.0, LinearCost(0, 0), LinearCost(0, 0))
     found = Predictor(long, measured).predict([1.0])

@@ -12,7 +12,7 @@ from tpimpi.cli.parser import Parser, offer
 from tpimpi.cli.prepare import PROMPT_TOKENS, measure_options, workload
 from tpimpi.cli.process import Job
 from tpimpi.cli.run_options import add_computing, add_shares, check_combinations, parsed_into
-from tpimpi.cli.values import AUTO, given_model, share_weights, whole_number
+from tpimpi.cli.values import AUTO, given_model, path_given, share_weights, whole_number
 from tpimpi.diagnostics.options import PlanOptions
 from tpimpi.diagnostics.planner.command import plan
 from tpimpi.engine.ranks import greet
@@ -26,6 +26,7 @@ from tpimpi.system.files import check_writable
 from tpimpi.weights.locations import model_path
 from tpimpi.weights.make import choose_formats, wanted_formats
 from tpimpi.weights.sources import open_source
+from tpimpi.weights.sources.synthetic import Trace, read_trace
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class PlanCommand:
     shares: str | None
     context: int | None
     prompt_tokens: int
+    routing: str | None
     json: str | None
     quiet: bool
 
@@ -73,6 +75,13 @@ def plan_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="of the first token (default 16)",
     )
+    group.add_argument(
+        "--routing",
+        type=path_given("--routing", "a trace of routing, .npy"),
+        metavar="FILE",
+        help="of a mixture: experts are chosen as in this trace, uint16 [positions, layers, experts a token] (default: all "
+        "equally likely, the worst case)",
+    )
     add_computing(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--json", metavar="FILE", help="write everything as JSON")
@@ -102,7 +111,8 @@ def plan_together(star: Star, job: Job) -> int:
         command, compute, network = parse_plan(job.arguments[1:])
         star.allow_silence(network.silence)
         config, formats, name = _planned_model(command)
-        plan(star, ranks, _plan_options(command, compute, network, config, formats, len(ranks)), name)
+        trace = None if command.routing is None else read_trace(config, name, Path(command.routing))
+        plan(star, ranks, _plan_options(command, compute, network, config, formats, trace, len(ranks)), name)
     send_note(star, StopNote(0))
     return 0
 
@@ -122,6 +132,7 @@ def _plan_options(
     network: NetworkOptions,
     config: ModelConfig,
     formats: ModelFormats,
+    trace: Trace | None,
     ranks: int,
 ) -> PlanOptions:
     """For a model and so many ranks. Raises InputError where the options do not suit these."""
@@ -134,7 +145,7 @@ def _plan_options(
             f"--prompt-tokens is {command.prompt_tokens}, this model has {config.context} positions; give fewer"
         )
     return PlanOptions(
-        workload=workload(config, formats, compute, command.context, command.prompt_tokens),
+        workload=workload(config, formats, compute, command.context, command.prompt_tokens, trace),
         measuring=measure_options(compute, network),
         shares=None if command.shares in (None, AUTO) else tuple(share_weights(command.shares, ranks)),
         json=None if command.json is None else Path(command.json),

@@ -17,9 +17,10 @@ from tpimpi.diagnostics.options import MeasureOptions, Workload
 from tpimpi.engine import ranks as ranks_of_run
 from tpimpi.engine.budget import per_rank
 from tpimpi.engine.engine import DEFAULT_CONTEXT, EngineConfig
+from tpimpi.engine.eviction import Trace
 from tpimpi.engine.overlap import largest_sum
 from tpimpi.engine.ranks import RankInfo
-from tpimpi.errors import InputError, SliceError
+from tpimpi.errors import SliceError
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import MIXES, ModelFormats
 from tpimpi.star import Star, launcher_kind, settle
@@ -138,13 +139,9 @@ def workload(
     compute: ComputeOptions,
     context: int | None,
     prompt_tokens: int = PROMPT_TOKENS,
+    routing: Trace | None = None,
 ) -> Workload:
-    """What a run would have to do, as far as it matters for its speed. InputError for a mixture of experts."""
-    if config.experts:
-        raise InputError(
-            f"plan and --shares auto measure what every token uses, and this {config.architecture} model has "
-            f"{config.experts} experts a layer; give shares as numbers, such as --shares 2,1,1, and compare runs by --report"
-        )
+    """What a run would have to do, as far as it matters for its speed."""
     return Workload(
         config=config,
         formats=formats,
@@ -153,6 +150,8 @@ def workload(
         memory=compute.memory_sizes,
         kv=compute.kv,
         window=compute.window,
+        chunk=compute.prompt_chunk,
+        routing=routing,
     )
 
 

@@ -91,9 +91,10 @@ def load(star: Star, job: Job) -> tuple[RunOptions, LLM, Turn | None]:
     engine = startup.open_engines(star, config)
     tokenizer, tokenizer_bytes = load_tokenizer_of_slices(engine.file, template)
     conversation = Conversation.begin(engine.header, tokenizer, params, session)
-    report = Report(engine.header.model, engine.header.format, engine.backend.name, star.algorithm, engine.chunk)
+    report = Report(engine.header.model, engine.header.format, engine.backend.name, star.algorithm)
     llm, allotments = load_llm(engine, conversation, report, conversation.next_turn(prompt), tokenizer_bytes)
     job.at_end.callback(llm.close)
+    report.prompt_chunk = engine.chunk
     first = llm.conversation.next_turn(prompt)  # is there still room?
     if not quiet:
         print_memory(allotments, always=options.compute.memory is not None)

@@ -252,7 +252,7 @@ def add_computing(parser: argparse.ArgumentParser) -> None:
         type=whole_number("--prompt-chunk", 1, MOST_CHUNK),
         metavar="N",
         help=f"positions of a prompt that are computed at once (default {DENSE_CHUNK}, of a mixture of experts "
-        f"{MIXTURE_CHUNK}); changes no number",
+        f"{MIXTURE_CHUNK} to {MOST_CHUNK}, the more the fewer experts fit into memory); changes no number",
     )
     group.add_argument(
         "--predict",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from tpimpi.engine.eviction import Trace
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import ModelFormats
 
@@ -42,6 +43,8 @@ class Workload:
     memory: tuple[int, ...] | None = None  # bytes of each rank, or one size for all; None: what each host has free
     kv: str = "auto"  # format of the cache of keys and values
     window: int | str | None = None  # blocks in memory, or "all"; None: as `memory` allows
+    chunk: int | None = None  # positions of a prompt that are computed at once; None: as in a run
+    routing: Trace | None = None  # of a mixture: which experts are chosen; None: all equally likely
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ _START_VARIATION_BYTES = 4_000_000
 @dataclass(frozen=True)
 class Needs:
     """What one rank needs, in bytes; see the module's docstring. `tiles` are all that every token uses, together; `experts`
-    all experts, of which the cache has room for `least_experts` at least."""
+    all experts, of which the cache has room for `least_experts` at least; `position_work` is what one position more in a
+    step would add to `work`."""
 
     base: int
     cache: int
@@ -42,6 +43,7 @@ class Needs:
     tiles: int
     least_experts: int = 0
     experts: int = 0
+    position_work: int = 0
 
     @property
     def fixed(self) -> int:
@@ -86,6 +88,8 @@ def make_budget(needs: Needs, promise: int, whose: str = "") -> Budget:
         )
     left = promise - needs.fixed - needs.least_experts
     if needs.tiles <= left:
+        # Experts get all that is left. That costs nothing elsewhere: keys and values have their room for the whole context
+        # in `fixed`, and reads go past the page cache, so it has no use for more than the reserve.
         experts = min(needs.experts, needs.least_experts + left - needs.tiles)
         return Budget(promise, needs.usual_buffers, needs.tiles, experts)
     buffers = min(max(left // 4, needs.least_buffers), needs.usual_buffers)

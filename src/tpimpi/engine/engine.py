@@ -60,7 +60,7 @@ class EngineConfig:
     wire: str = "f32"  # one of WIRES
     trace: bool = False  # record what is done when
     chunk_logits: bool = False  # rank 0 computes the logits of a whole chunk at once, else of one position
-    chunk: int | None = None  # positions of a prompt computed at once; None: usual_chunk
+    chunk: int | None = None  # positions of a prompt computed at once; None: as usual_chunk and chunk.py say
     predict: int | None = None  # experts of a layer that are read before they are chosen; None: as many as a token uses
     kernels: str = "auto"  # or one of KERNEL_LEVELS
 
@@ -102,6 +102,8 @@ class OpenedEngine:
                 ExpertKey(record.block.layer, record.expert): record for record in self.file.records_of("experts")
             }
             self.recorder = Recorder() if settings.trace else None
+            # Positions of a prompt that are computed at once; rank 0 may say another number before memory is planned.
+            self.chunk = settings.chunk or usual_chunk(self.header.config)
         except BaseException:
             self.file.close()
             raise
@@ -112,9 +114,10 @@ class OpenedEngine:
         return sum(record.nbytes for record in self.records)
 
     @property
-    def chunk(self) -> int:
-        """Positions of a prompt that are computed at once."""
-        return self.settings.chunk or usual_chunk(self.header.config)
+    def chunk_follows_memory(self) -> bool:
+        """Whether `chunk` is to be what mixture_chunk says."""
+        settings = self.settings
+        return bool(self.header.config.experts) and settings.chunk is None and not settings.chunk_logits
 
     def needs(self, base: int, context: int) -> Needs:
         """What this rank needs for `context` positions, if it has `base` bytes resident without."""
@@ -129,7 +132,8 @@ class OpenedEngine:
             context=context,
             chunk=self.chunk,
             logits_of=self.chunk if self.settings.chunk_logits else 1,
-            experts=list(self.experts.values()),
+            experts=[record for key, record in self.experts.items() if key.expert == 0],
+            expert_count=len(self.experts),
         )
 
     def open_experts(self, *, nbytes: int | None, reads: int) -> ExpertCache:

@@ -8,7 +8,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Trace = npt.NDArray[np.unsignedinteger[Any]]  # experts that were chosen, [positions, layers, experts a token]
 
 
 class ExpertKey(NamedTuple):
@@ -114,3 +119,30 @@ class Stalest:
                     found = stale
                 break
         return None if found is None else found[2]
+
+
+def hit_rate(trace: Trace, places: int, policy: Policy) -> float:
+    """The part of a trace's uses that find their expert in a cache of so many places, at least as many as a position uses of
+    a layer and one more. The first quarter of the positions fills the cache and is not counted. Nothing is read ahead.
+    """
+    there: set[ExpertKey] = set()
+    found = counted = 0
+    for position, layers in enumerate(trace.tolist()):
+        counts = position >= len(trace) // 4
+        for layer, experts in enumerate(layers):
+            wanted = [ExpertKey(layer, expert) for expert in experts]
+            policy.begin(layer)
+            found += counts * sum(key in there for key in wanted)
+            counted += counts * len(wanted)
+            for key in wanted:
+                if key in there:
+                    policy.use(key)
+                    continue
+                if len(there) >= places:
+                    victim = policy.victim(lambda other, wanted=wanted: other not in wanted)  # type: ignore[misc]
+                    assert victim is not None, "too few places for one position"
+                    policy.remove(victim)
+                    there.remove(victim)
+                there.add(key)
+                policy.add(key)
+    return found / counted

@@ -29,8 +29,8 @@ def work_bytes(
 ) -> int:
     """Memory, at most, of activations and messages on this rank, beside cache and weights.
 
-    Counted for a step of `chunk` positions (or `context`, if that is less), through the `records` of a cycle and the
-    `experts`, each of which all positions may use; and on rank 0 the logits of `logits_of` positions. `all_partials`:
+    Counted for a step of `chunk` positions (or `context`, if that is less), through the `records` of a cycle and one of the
+    `experts`, which all positions may use; and on rank 0 the logits of `logits_of` positions. `all_partials`:
     every rank gets those of all, as the hub does.
     """
     config, ranks = header.config, header.partition.ranks
@@ -72,28 +72,34 @@ def needs_of_model(
     chunk: int = DENSE_CHUNK,
     logits_of: int = 1,
     experts: Sequence[Record] = (),
+    expert_count: int = 0,
 ) -> Needs:
     """What one rank needs to hold `context` positions of one model, of which it has the slice `header`.
 
     `records` are its tiles, or those of a layer of each kind and of the head; `tiles` the bytes of all of them. `base` is
     what the rank has resident before. `backend`, `kv` and `allreduce` (a rule: see star.parse_rule) are those of the run;
     `chunk` is how many positions are computed at once; `logits_of` how many positions rank 0 computes logits of at once;
-    `experts` are the tiles of all experts.
+    `experts` are the tiles of an expert of each layer, or of each kind of layer, of `expert_count` experts in all layers.
     """
     largest = max((record.nbytes for record in records), default=0)
     expert = max((record.nbytes for record in experts), default=0)
     all_partials = allreduce.endswith("exchange")  # also of long sums
+
+    def work(positions: int) -> int:
+        return work_bytes(
+            header, records, backend, context, logits_of, chunk=positions, experts=experts, all_partials=all_partials
+        )
+
     return Needs(
         base=base,
         cache=cache_bytes_of(header, kv, context),
-        work=work_bytes(
-            header, records, backend, context, logits_of, chunk=chunk, experts=experts, all_partials=all_partials
-        ),
+        work=work(chunk),
         least_buffers=min(tiles, FEWEST_TILES * largest),
         usual_buffers=min(tiles, USUAL_TILES * largest),
         tiles=tiles,
-        least_experts=least_places(len(experts)) * expert,
-        experts=len(experts) * expert,
+        least_experts=least_places(expert_count) * expert,
+        experts=expert_count * expert,
+        position_work=work(2) - work(1),
     )
 
 
@@ -108,6 +114,7 @@ def needs_together(needs: Sequence[Needs]) -> Needs:
         tiles=sum(need.tiles for need in needs),
         least_experts=sum(need.least_experts for need in needs),
         experts=sum(need.experts for need in needs),
+        position_work=max(need.position_work for need in needs),
     )
 
 

@@ -41,10 +41,12 @@ class MemoryNeeds(Note, frozen=True):
 
 class MemoryPromises(Note, frozen=True):
     """Hub: for each rank what it may take, in bytes, None where --window decides; and how many ranks there are on its host
-    under `--memory auto`, 0 where the host's memory is not to be watched. The reply is Done."""
+    under `--memory auto`, 0 where the host's memory is not to be watched; and how many positions of a prompt are computed at
+    once, None where every rank knows that. The reply is Done."""
 
     promises: list[int | None]
     watched: list[int]
+    chunk: int | None = None
 
 
 class Allotted(Note, frozen=True):

@@ -45,6 +45,11 @@ class MemoryPlanner:
         recorders = [engine.recorder for engine in self.engines if engine.recorder is not None]
         return replace(needs, work=needs.work + sum(recorder.most_bytes for recorder in recorders))
 
+    def use_chunk(self, positions: int | None) -> None:
+        """Compute so many positions of a prompt at once; None: as many as before."""
+        for engine in self.engines:
+            engine.chunk = positions or engine.chunk
+
     def plan(self, context: int, promise: int | None, watched_by: int) -> MemoryPlan:
         """What `promise` bytes buy for `context` positions, and how many reads in flight the disk wants, which is tried.
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing
 from tpimpi.engine import protocol
 from tpimpi.engine.allotment import MemoryAllotment
 from tpimpi.engine.budget import allowances
+from tpimpi.engine.chunk import mixture_chunk
 from tpimpi.engine.engine import EngineConfig, OpenedEngine, identity
 from tpimpi.engine.figures import RankFigures
 from tpimpi.engine.notes import Allotted, Figures, MemoryNeeds, MemoryPromises, OpenEngine, PlanMemory, SliceIdentity
@@ -53,6 +54,7 @@ def allot_memory(
         planner = MemoryPlanner(engines, tokenizer_bytes)
         allowed = _promises(planner, context)
         send_note(star, allowed)
+        planner.use_chunk(allowed.chunk)
         plan, _ = on_every_rank(star, lambda: planner.plan(context, allowed.promises[0], allowed.watched[0]), Done)
         send_note(star, Proceed())  # all at the same time, as they will read
         memory, others = on_every_rank(star, lambda: undo.enter_context(closing(plan.take())), Allotted)
@@ -65,6 +67,7 @@ def take_allotment(star: Star, engines: Sequence[OpenedEngine], context: int) ->
     planner, rank = MemoryPlanner(engines), star.rank.index
     gather_notes(star, _memory_needs(planner, context))
     allowed = receive_note(star, MemoryPromises)
+    planner.use_chunk(allowed.chunk)
     plan = report_errors(star, lambda: planner.plan(context, allowed.promises[rank], allowed.watched[rank]))
     gather_notes(star, Done())
     receive_note(star, Proceed)
@@ -74,7 +77,7 @@ def take_allotment(star: Star, engines: Sequence[OpenedEngine], context: int) ->
 
 
 def _promises(planner: MemoryPlanner, context: int) -> MemoryPromises:
-    """Rank 0: what each rank may take, once every rank has said what it needs."""
+    """Rank 0: what each rank may take, once every rank has said what it needs; and a chunk that fits into that."""
     star, settings = planner.star, planner.settings
     notes = gather_notes(star, _memory_needs(planner, context))
     promises: list[int | None] = [None] * star.rank.size
@@ -87,7 +90,10 @@ def _promises(planner: MemoryPlanner, context: int) -> MemoryPromises:
         found = allowances({rank: note.places for rank, note in enumerate(notes)}, hosts, needs)
         promises = [found[rank] for rank in range(star.rank.size)]
         watched = [list(hosts.values()).count(hosts[rank]) for rank in range(star.rank.size)]
-    return MemoryPromises(promises, watched)
+    bounds, chunk = [promise for promise in promises if promise is not None], None
+    if bounds and len(planner.engines) == 1 and planner.engines[0].chunk_follows_memory:
+        chunk = mixture_chunk([note.needs for note in notes], bounds, context)
+    return MemoryPromises(promises, watched, chunk)
 
 
 def slice_identity(engine: OpenedEngine) -> SliceIdentity:

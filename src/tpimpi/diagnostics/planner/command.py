@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from tpimpi.diagnostics.options import MeasureOptions, PlanOptions, Workload
+from tpimpi.diagnostics.planner.hits import HitCurve
 from tpimpi.diagnostics.planner.layer_benchmark import MeasureTask
 from tpimpi.diagnostics.planner.measure_disks import measure_disks
 from tpimpi.diagnostics.planner.measure_layers import RankMeasurement, measure
 from tpimpi.diagnostics.planner.predict import LayerCost, LinearCost, Measured, Prediction, Predictor, RankSpeed
 from tpimpi.diagnostics.planner.shares import SLICED_SHARES_TOLERANCE, best_shares
+from tpimpi.diagnostics.planner.table import PlanRow, advice, print_table, seconds_text, title
 from tpimpi.engine.budget import per_rank
 from tpimpi.engine.overlap import DENSE_CHUNK
 from tpimpi.engine.ranks import RankInfo, cores_shared_by
@@ -25,12 +27,8 @@ from tpimpi.errors import InputError
 from tpimpi.star import Star
 from tpimpi.system.files import write_json
 from tpimpi.system.memory import Place
-from tpimpi.system.terminal import print_table as show_table
-from tpimpi.system.units import show_size
 from tpimpi.weights.find import find_slices
 from tpimpi.weights.slices.partition import describe_shares
-
-_FASTER_RATIO = 1.05  # so many times: a number of ranks is said to be faster than another
 
 
 class Survey:
@@ -42,6 +40,7 @@ class Survey:
         sizes = workload.memory
         self._memory = None if sizes is None else per_rank(sizes, len(infos))
         self._disks: list[tuple[float, float]] | None = None
+        self._hits = HitCurve(workload.config, workload.routing)
 
     def predictor(self, ranks: int, positions: int = 1) -> Predictor:
         """Measure the first so many ranks, with so many positions of a prompt at once. Raises what measuring raises."""
@@ -57,7 +56,7 @@ class Survey:
             memory=self._memory,
             **asdict(self._measuring),
         )
-        return Predictor(workload, as_measured(measure(self.star, task), positions))
+        return Predictor(workload, as_measured(measure(self.star, task), positions), self._hits)
 
     def with_disks(self, predictor: Predictor, choose: Callable[[Predictor], list[Prediction]]) -> list[Prediction]:
         """What `choose` finds; where something is streamed in any of it the disks are measured first, once for all, since
@@ -71,7 +70,7 @@ class Survey:
             replace(speed, disk_bytes_per_s=rate, read_cpu_s_per_byte=cpu)
             for speed, (rate, cpu) in zip(predictor.measured.ranks, self._disks, strict=False)
         )
-        return choose(Predictor(self.workload, replace(predictor.measured, ranks=ranks)))
+        return choose(Predictor(self.workload, replace(predictor.measured, ranks=ranks), self._hits))
 
 
 def as_measured(measurements: Sequence[RankMeasurement], positions: int) -> Measured:
@@ -151,8 +150,8 @@ def choose_shares(survey: Survey, ranks: int, names: tuple[str, str] | None, *, 
     chosen = min(as_good, key=lambda found: found.s_per_token, default=best)
     if not quiet:
         here = ", sliced already" if as_good else ""
-        other = "" if chosen.shares == equal.shares else f", equal shares {_seconds(equal.s_per_token)}"
-        said = f"shares: {chosen.shares} (auto{here}; predicted {_seconds(chosen.s_per_token)} s/token{other})"
+        other = "" if chosen.shares == equal.shares else f", equal shares {seconds_text(equal.s_per_token)}"
+        said = f"shares: {chosen.shares} (auto{here}; predicted {seconds_text(chosen.s_per_token)} s/token{other})"
         print(said, file=sys.stderr, flush=True)
     return [float(number) for number in chosen.shares.split(",")]
 
@@ -170,15 +169,6 @@ def _weights(text: str, ranks: int) -> list[float] | None:
 # plan
 
 
-@dataclass(frozen=True)
-class PlanRow:
-    """A line of the table."""
-
-    ranks: int
-    kind: str  # "equal", "best" or "given"
-    prediction: Prediction
-
-
 def plan(
     star: Star,
     infos: Sequence[RankInfo],
@@ -189,8 +179,7 @@ def plan(
     workload = options.workload
     survey = Survey(star, infos, workload, options.measuring)
     lines = make_table(survey, len(infos), options.shares, quiet=options.quiet)
-    positions = f"a prompt of {workload.prompt} tokens, {workload.context} positions"
-    print_table(lines, infos, [f"{name}, {workload.formats.describe()}; {positions}"])
+    print_table(lines, infos, title(workload, name))
     if options.json is not None:
         write_json(options.json, as_json(survey, lines, infos), "--json")
 
@@ -218,73 +207,6 @@ def make_table(survey: Survey, ranks: int, given: Sequence[float] | None, *, qui
     return lines
 
 
-def advice(lines: Sequence[PlanRow]) -> list[str]:
-    """What the table says, in words."""
-    possible = [line for line in lines if not line.prediction.problem]
-    if not possible:
-        return []
-    most = lines[-1].ranks
-    fastest = min(possible, key=lambda line: line.prediction.s_per_token)
-    at_most = [line for line in possible if line.ranks == most]
-    words = []
-    if not at_most:
-        words.append(f"{_ranks(most)} cannot work here; use -np {fastest.ranks}")
-    elif fastest.ranks < most:
-        there = min(line.prediction.s_per_token for line in at_most)
-        here = fastest.prediction.s_per_token
-        if there > here * _FASTER_RATIO:
-            words.append(
-                f"{_ranks(fastest.ranks)} {'is' if fastest.ranks == 1 else 'are'} faster than {most} here: "
-                f"{_seconds(here)} against {_seconds(there)} s/token; use -np {fastest.ranks}"
-            )
-        else:
-            words.append(f"{_ranks(fastest.ranks)} {'is' if fastest.ranks == 1 else 'are'} as fast as {most} here")
-    if fastest.kind == "best":
-        words.append(f"best for -np {fastest.ranks}: --shares {fastest.prediction.shares}")
-    return words
-
-
-def print_table(lines: Sequence[PlanRow], infos: Sequence[RankInfo], title: Sequence[str]) -> None:
-    """The table, on stdout."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="none")
-    table.add_column("ranks", justify="right")
-    table.add_column("shares")
-    for name in ("s/token", "first token", "compute", "star", "head", "memory a rank", "streamed"):
-        table.add_column(name, justify="right")
-    table.add_column("limit")
-    for line in lines:
-        found = line.prediction
-        count = str(line.ranks)
-        if found.problem:
-            table.add_row(count, found.shares, *["-"] * 7, "memory")
-            continue
-        times = (found.s_per_token, found.first_token_s, found.compute_s, found.star_s, found.head_s)
-        sizes = (max(found.memory), max(found.streamed))
-        shown = [show_size(size) if size else "-" for size in sizes]
-        table.add_row(count, found.shares, *map(_seconds, times), *shown, _limit(found, infos))
-    for text in title:
-        print(text)
-    print()
-    show_table(table, 150)
-    problems = {line.prediction.problem: line.ranks for line in lines if line.prediction.problem}
-    for problem, ranks in problems.items():
-        print(f"{_ranks(ranks)}: {problem}")
-    for text in advice(lines):
-        print(text)
-
-
-def _limit(found: Prediction, infos: Sequence[RankInfo]) -> str:
-    where = f"r{found.limit_rank} {infos[found.limit_rank].host}"
-    return {
-        "star": "star: latency of the network",
-        "compute": f"computing of {where}",
-        "processor": f"processor share of {where}",
-        "disk": f"disk of {where}",
-    }[found.limit]
-
-
 def as_json(survey: Survey, lines: Sequence[PlanRow], infos: Sequence[RankInfo]) -> dict[str, Any]:
     """What `plan --json` writes: seconds and bytes; null where a plan cannot work."""
     workload = survey.workload
@@ -304,14 +226,3 @@ def as_json(survey: Survey, lines: Sequence[PlanRow], infos: Sequence[RankInfo])
         "plans": [{"ranks": line.ranks, "kind": line.kind, **finite(asdict(line.prediction))} for line in lines],
         "advice": advice(lines),
     }
-
-
-def _seconds(seconds: float) -> str:
-    """Three digits that count: "0.0234", "0.234", "2.34", "23.4"."""
-    if not math.isfinite(seconds) or seconds <= 0:
-        return "0"
-    return f"{seconds:.{max(0, 2 - math.floor(math.log10(seconds)))}f}"
-
-
-def _ranks(count: int) -> str:
-    return f"{count} rank{'s' if count > 1 else ''}"

@@ -17,33 +17,33 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle, pairwise
+from itertools import pairwise
 from statistics import median
 from typing import Any, cast
 
 import numpy as np
 
-from tpimpi.compute.arrays import F32, Array
+from tpimpi.compute.arrays import F32
 from tpimpi.compute.backends import Backend, load_backend
-from tpimpi.compute.formats.packed import Matrix, packed_bytes
+from tpimpi.compute.formats.packed import packed_bytes
 from tpimpi.diagnostics.bench.kernels import CACHE_RATIO
+from tpimpi.diagnostics.planner.made_up_weights import ExpertRing, WeightRing, made_up_resident
 from tpimpi.engine.engine import usual_threads
+from tpimpi.engine.expert_cache import ExpertCache
+from tpimpi.engine.experts import Experts
 from tpimpi.engine.model import Model
 from tpimpi.engine.window import Window
-from tpimpi.models.blocks import LAYER_KINDS, Block
+from tpimpi.models.blocks import LAYER_KINDS
 from tpimpi.models.config import ModelConfig
-from tpimpi.models.tensors import layer_norms
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.star import Rank, Star
 from tpimpi.star.control import Note, receive_note, send_note
-from tpimpi.system.buffers import Pages
 from tpimpi.system.cpu import last_level_cache
 from tpimpi.system.memory import headroom, places, resident_bytes
-from tpimpi.weights.slices.file import Tile
 from tpimpi.weights.slices.header import Header
-from tpimpi.weights.slices.layout import Record, aligned, slice_records
+from tpimpi.weights.slices.layout import Record, slice_records
 from tpimpi.weights.slices.partition import Partition, make_partition
 
 SUSTAINED_S = 0.4  # seconds of nothing but computing
@@ -53,8 +53,6 @@ MOST_LAYER_BYTES = 24 << 20  # bytes of the layer on a rank; a larger one is rec
 MOST_WEIGHT_BYTES = 384 << 20  # bytes of made-up weights, of both sizes and the head
 LEAST_WEIGHT_BYTES = 8 << 20
 _SIZE_RATIO = 4  # so many times smaller is the second size
-_MOST_COPIES = 256  # of a layer, at most
-_WEIGHT_BYTE = 0x2C  # of which all weights are made: small normal numbers in every format
 _STALL_RATIO = 4.0  # times as long as usual: the rank was stopped
 
 
@@ -94,66 +92,6 @@ class StepCount(Note, frozen=True):
     count: int
 
 
-class _WeightRing:
-    """Stands in for a Window: the tiles of a layer, at another place in memory each time, and those of the head.
-
-    Each tile has memory of its own, as pinned tiles have: how much of it is in large pages decides how fast it is read.
-    """
-
-    wait_seconds = 0.0
-
-    def __init__(self, records: Sequence[Record], room: int) -> None:
-        """Takes `room` bytes for the layer, and for the head, or what one takes, if that is more. Raises MemoryError."""
-        self._counts = Counter(record.block for record in records)
-        self._pages: list[Pages] = []
-        self._turns: dict[Block, Iterator[list[Tile]]] = {}
-        layer = [record for record in records if record.block.kind != "head"]
-        self.layer_bytes = sum(record.nbytes for record in layer)
-        head = [record for record in records if record.block.kind == "head"]
-        for group in (layer, head):
-            times = max(1, min(_MOST_COPIES, room // max(1, sum(record.nbytes for record in group))))
-            turns: dict[Block, list[list[Tile]]] = {record.block: [[] for _ in range(times)] for record in group}
-            for turn in range(times):
-                for record in group:
-                    turns[record.block][turn].append(self._tile(record))
-            self._turns |= {block: cycle(tiles) for block, tiles in turns.items()}
-
-    def _tile(self, record: Record) -> Tile:
-        pages = Pages(record.nbytes)
-        pages.array[:] = _WEIGHT_BYTE
-        self._pages.append(pages)
-        parts: dict[str, Array] = {}
-        matrices: dict[str, Matrix] = {}
-        place = 0
-        for part in record.parts:
-            data = pages.array[place : place + part.nbytes]
-            place += aligned(part.nbytes)
-            if part.is_matrix:
-                matrices[part.name] = part.matrix(data)
-            else:
-                parts[part.name] = data.view(part.dtype).reshape(part.shape)
-        return Tile(record, parts, matrices)
-
-    def release(self) -> None:
-        for pages in self._pages:
-            pages.release()
-
-    def tiles(self, block: Block) -> Iterator[Tile]:
-        return iter(next(self._turns[block])) if block in self._turns else iter(())
-
-    def hold(self, block: Block) -> list[Tile]:
-        return next(self._turns[block])
-
-    def count(self, block: Block) -> int:
-        return self._counts[block]
-
-    def would_wait(self, block: Block) -> bool:
-        return False
-
-    def skip(self, block: Block) -> None:
-        pass
-
-
 class LayerBenchmark:
     """One rank's layers, ready to be run with the others. Raises InputError where its backend cannot be had, MemoryError."""
 
@@ -163,23 +101,23 @@ class LayerBenchmark:
         self.task, self.rank = task, rank
         config = ModelConfig.from_dict(task.config)
         formats = ModelFormats.from_dict(task.formats, config.layers)
-        usual = Counter(formats.layers).most_common(1)[0][0]
+        # Of a mixture: of the layers with experts.
+        usual = Counter(here for here in formats.layers if here.expert_gate or not config.experts).most_common(1)[0][0]
         self.threads = task.threads or usual_threads(
             len(os.sched_getaffinity(0)), task.cores_shared_by[self.rank.index]
         )
         self.backend: Backend = load_backend(task.backend, self.threads, task.kernels)
         most = _most_weights(task.memory[self.rank.index] if task.memory else None)
         vocab = _rows_within(config, formats.head, min(MOST_LAYER_BYTES, most // 4))
-        self._config = replace(config.with_layers(1), vocab=vocab)
+        self._config = replace(config.with_layers(1), vocab=vocab, trace_positions=0)
         self._formats = replace(formats, layers=(usual,))
         part = 1 / task.ranks
-        whole = self._records(part)[1]
-        largest = sum(record.nbytes for record in whole if record.block.kind != "head")
+        largest = self._token_bytes(self._records(part)[1])
         part *= min(1.0, MOST_LAYER_BYTES / max(1, largest))
         self._parts = [part, part / _SIZE_RATIO]
         # In a run a rank goes through all of its share for each token: the caches keep what is smaller than they are.
         room = min(config.layers * largest, CACHE_RATIO * last_level_cache(self.threads), most // 3)
-        self._rings: list[_WeightRing] = []
+        self._rings: list[WeightRing | ExpertRing] = []
         self._models = [self._model(part, room) for part in self._parts]
 
     def _records(self, part: float) -> tuple[Partition, list[Record]]:
@@ -188,22 +126,34 @@ class LayerBenchmark:
         share = make_partition(config, [part, 1 - part]).shares[0]
         plan = Partition((1.0,) * ranks, (share,) * ranks)
         records = slice_records(config, share, self.rank.index, self._formats, {})
-        return plan, [record for record in records if record.block.kind in (*LAYER_KINDS, "head")]
+        return plan, [record for record in records if record.block.kind in (*LAYER_KINDS, "head", "experts")]
 
-    def _model(self, part: float, room: int) -> tuple[Model, int]:
-        """A model of one layer, and the bytes of its tiles."""
+    def _token_bytes(self, records: Sequence[Record]) -> int:
+        """What a position goes through in a layer of these tiles."""
+        chosen = sum(record.nbytes for record in records if 0 <= record.expert < self._config.experts_per_token)
+        return chosen + sum(record.nbytes for record in records if record.block.kind in LAYER_KINDS)
+
+    def _model(self, part: float, room: int) -> _LayerModel:
+        """A model of one layer."""
         plan, records = self._records(part)
-        if self._rings:  # the head is measured once
-            records = [record for record in records if record.block.kind != "head"]
-        ring = _WeightRing(records, room)
-        self._rings.append(ring)
+        experts = [record for record in records if record.expert >= 0]
+        # The head is measured once.
+        records = [
+            record for record in records if record.expert < 0 and not (self._rings and record.block.kind == "head")
+        ]
+        whole = sum(record.nbytes for record in records if record.block.kind != "head")
+        of_experts = room - room * whole // max(1, whole + self._token_bytes(experts))
+        ring, expert_ring = WeightRing(records, room - of_experts, room), ExpertRing(experts, of_experts)
+        self._rings += [ring, expert_ring]
         header = Header(self.rank.index, self._formats, "", "", self._config, plan, tuple(records))
-        config, hidden = self._config, self._config.hidden
-        ones = {name: np.ones((1, *shape), np.float32) for name, shape in layer_norms(config).items()}
-        resident = {**ones, "norm": np.ones(hidden, np.float32)}
-        model = Model(header, resident, cast(Window, ring), Star(None), self.backend, self.task.kv)
+        config, resident = self._config, made_up_resident(self._config, self._formats.router)
+        model = Model(
+            *(header, resident, cast(Window, ring), Star(None), self.backend, self.task.kv),
+            experts=Experts(config, resident, cast(ExpertCache, expert_ring), self.backend) if config.experts else None,
+            predict=config.experts_per_token,
+        )
         model.begin(self.task.start + self.task.positions + 1)
-        return model, ring.layer_bytes
+        return _LayerModel(model, ring, expert_ring)
 
     def close(self) -> None:
         self._models.clear()
@@ -214,8 +164,7 @@ class LayerBenchmark:
 
     def processors(self) -> float:
         """Processor seconds a second, of nothing but computing; of whole periods, where the rank is stopped now and then."""
-        model, _ = self._models[0]
-        x = self._vectors(1)
+        model, x = self._models[0].model, self._vectors(1)
         model.forward(x, self.task.start)
         marks = [(time.perf_counter(), time.process_time())]
         while marks[-1][0] < marks[0][0] + SUSTAINED_S or len(marks) < 4:
@@ -227,9 +176,9 @@ class LayerBenchmark:
         """With each size, of one position and of the chunk, over the star `star` of those that take part; in turns, so that
         whatever else the machines do befalls all of them alike."""
         kinds = [
-            _Steps(model, self._vectors(positions), self.task.start if positions == 1 else self.task.start // 2, nbytes)
+            _Steps(layer, self._vectors(positions), self.task.start if positions == 1 else self.task.start // 2)
             for positions in dict.fromkeys((1, self.task.positions))
-            for model, nbytes in self._models
+            for layer in self._models
         ]
         for kind in kinds:
             kind.model.star = star
@@ -249,8 +198,7 @@ class LayerBenchmark:
 
     def head(self) -> tuple[int, float, float]:
         """Rank 0's head, for one position: (bytes of its tiles, seconds, processor seconds)."""
-        model, _ = self._models[0]
-        x = self._vectors(1)
+        model, x = self._models[0].model, self._vectors(1)
         nbytes = sum(record.nbytes for record in self._records(self._parts[0])[1] if record.block.kind == "head")
         model.logits(x)
         count, began, cpu = 0, time.perf_counter(), time.process_time()
@@ -264,13 +212,28 @@ class LayerBenchmark:
         return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
+@dataclass(frozen=True)
+class _LayerModel:
+    """A model of one layer, and its weights."""
+
+    model: Model
+    ring: WeightRing
+    experts: ExpertRing
+
+    @property
+    def step_bytes(self) -> int:
+        """What the last step went through."""
+        return self.ring.layer_bytes + self.experts.last_bytes
+
+
 class _Steps:
     """Steps through one layer, timed."""
 
     count = 1  # of a turn
 
-    def __init__(self, model: Model, x: F32, start: int, nbytes: int) -> None:
-        self.model, self._x, self._start, self._bytes = model, x, start, nbytes
+    def __init__(self, layer: _LayerModel, x: F32, start: int) -> None:
+        self.model, self._layer, self._x, self._start = layer.model, layer, x, start
+        self._bytes = 0
         self._walls: list[float] = []
         self._computes: list[float] = []
         self._cpu = 0.0
@@ -291,6 +254,7 @@ class _Steps:
             self._walls.append(time.perf_counter() - began)
             self._computes.append(self.model.compute_seconds - before)
         self._cpu += time.process_time() - cpu
+        self._bytes = self._layer.step_bytes
 
     def timing(self) -> LayerTiming:
         """Medians, which leave out the times when the rank was stopped, or another program ran; but all processor time."""

@@ -12,29 +12,31 @@ of the time of a token
 it takes the largest. A control group with half a core lets a rank run at full speed for some milliseconds and then stops
 it: a rank that waits half of its time for the star is never stopped, so speed at work and in the long run are two figures.
 
-The first token is the same for the positions of the prompt, DENSE_CHUNK at a time, and one head. Reading weights for the
+The first token is the same for the positions of the prompt, a chunk at a time, and one head. Reading weights for the
 first time is not counted.
+
+Of a mixture a token goes through the experts that it chooses: their bytes compute as all others do, and those that are not
+in the expert cache (see HitCurve) are read. A run also reads some that are expected and not chosen then, which is not
+counted; nor that reads may wait for the router, as a run reads ahead what it expects.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tpimpi.diagnostics.options import Workload
+from tpimpi.diagnostics.planner.hits import HitCurve
+from tpimpi.diagnostics.planner.loads import LayerLoad, Load, Loads
 from tpimpi.engine.budget import Needs, allowances, make_budget
+from tpimpi.engine.chunk import mixture_chunk
 from tpimpi.engine.needs import needs_of_model
-from tpimpi.engine.overlap import DENSE_CHUNK
+from tpimpi.engine.overlap import usual_chunk
 from tpimpi.errors import InputError
-from tpimpi.models.blocks import LAYER_KINDS
-from tpimpi.models.config import ModelConfig
-from tpimpi.models.weight_formats import LayerFormats, ModelFormats
 from tpimpi.system.memory import Place
 from tpimpi.weights.slices.header import Header
-from tpimpi.weights.slices.layout import Record, slice_records
-from tpimpi.weights.slices.partition import Partition, Share, make_partition
+from tpimpi.weights.slices.partition import Partition, make_partition
 
 # What was measured
 
@@ -108,54 +110,6 @@ class Measured:
     allreduce: str = "star"  # the rule by which a run makes its sums
 
 
-# What a plan asks of a rank
-
-
-@dataclass(frozen=True)
-class Load:
-    """What one rank has to go through for a token, in bytes of tiles."""
-
-    layers: tuple[tuple[int, int, int], ...]  # layers of one kind: how many, attention of each, MLP of each
-    head: int
-    records: tuple[Record, ...]  # of a layer of each kind, and of the head
-
-    @property
-    def tiles(self) -> int:
-        return self.head + sum(count * (attn + mlp) for count, attn, mlp in self.layers)
-
-
-class Loads:
-    """The loads of a model's shares, each worked out once."""
-
-    def __init__(self, config: ModelConfig, formats: ModelFormats) -> None:
-        self._config = config
-        self._counts: Mapping[LayerFormats, int] = Counter(formats.layers)
-        kinds = tuple(self._counts)
-        self._formats = replace(formats, layers=kinds)
-        self._small = config.with_layers(len(kinds))
-        self._found: dict[tuple[Share, bool], Load] = {}
-
-    def of(self, share: Share, rank: int) -> Load:
-        key = (share, rank == 0)
-        if key not in self._found:
-            records = [
-                record
-                for record in slice_records(self._small, share, rank, self._formats, {})
-                if record.block.kind in (*LAYER_KINDS, "head")
-            ]
-            sizes = {(kind, layer): 0 for kind in LAYER_KINDS for layer in range(len(self._counts))}
-            for record in records:
-                if record.block.kind != "head":
-                    sizes[record.block] += record.nbytes
-            layers = tuple(
-                (count, sizes["qkv", layer] + sizes["attn", layer], sizes["mlp", layer])
-                for layer, count in enumerate(self._counts.values())
-            )
-            head = sum(record.nbytes for record in records if record.block.kind == "head")
-            self._found[key] = Load(layers, head, tuple(records))
-        return self._found[key]
-
-
 # What comes out
 
 
@@ -175,16 +129,42 @@ class Prediction:
     limit: str  # "compute", "star", "processor", "disk" or "memory"
     limit_rank: int  # whose; of the star 0
     memory: tuple[int, ...]
-    streamed: tuple[int, ...]  # for each token
+    streamed: tuple[int, ...]  # read for each token, experts among it
     problem: str = ""
+    experts: tuple[ExpertsHeld, ...] = ()  # of a mixture, for each rank
+    prompt_chunk: int = 0  # positions of a prompt that are computed at once
+
+
+@dataclass(frozen=True)
+class ExpertsHeld:
+    """What a rank's expert cache does: how many experts it has room for, of how many, and for a token the part of uses that
+    hit, the bytes of chosen experts, and those of them that are read."""
+
+    held: int
+    of: int
+    hits: float
+    used_bytes: int
+    read_bytes: int
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a rank does with its memory, in bytes: all that it takes, what is streamed for each token of what every token
+    uses, and its expert cache."""
+
+    taken: int
+    streamed: int
+    experts: int
 
 
 class Predictor:
     """Predicts what a workload's plans take, with the ranks of `measured`."""
 
-    def __init__(self, workload: Workload, measured: Measured) -> None:
+    def __init__(self, workload: Workload, measured: Measured, hits: HitCurve | None = None) -> None:
+        """`hits` is the workload's curve, where it was made already."""
         self.workload, self.measured = workload, measured
         self.loads = Loads(workload.config, workload.formats)
+        self.hits = hits or HitCurve(workload.config, workload.routing)
         self._found: dict[tuple[float, ...], Prediction] = {}
 
     def predict(self, weights: Sequence[float]) -> Prediction:
@@ -197,10 +177,12 @@ class Predictor:
     def _predict(self, plan: Partition) -> Prediction:
         loads = [self.loads.of(share, rank) for rank, share in enumerate(plan.shares)]
         try:
-            memory, streamed = self.memory(plan, loads)
+            held, chunk = self.memory(plan, loads)
         except InputError as error:
             never = (math.inf,) * 7
             return Prediction(plan.describe(), *never, "memory", 0, (), (), str(error))
+        experts = [self.experts(load, each.experts) for load, each in zip(loads, held, strict=True)]
+        streamed = [each.streamed + own.read_bytes for each, own in zip(held, experts, strict=True)]
         compute, star = self.blocks(loads, 1)
         head = self.measured.head.at(loads[0].head)
         path = compute + star + head
@@ -218,7 +200,7 @@ class Predictor:
         return Prediction(
             shares=plan.describe(),
             s_per_token=token,
-            first_token_s=self._first_token(loads, streamed, head),
+            first_token_s=self._first_token(loads, held, experts, chunk) + head,
             compute_s=compute,
             star_s=star,
             head_s=head,
@@ -226,19 +208,45 @@ class Predictor:
             processor_s=max(processor),
             limit=limit,
             limit_rank=whose,
-            memory=tuple(memory),
+            memory=tuple(each.taken for each in held),
             streamed=tuple(streamed),
+            experts=tuple(experts) if self.workload.config.experts else (),
+            prompt_chunk=chunk,
         )
 
-    def _first_token(self, loads: Sequence[Load], streamed: Sequence[int], head: float) -> float:
-        total = head
-        for positions in chunks(self.workload.prompt):
+    def _first_token(
+        self, loads: Sequence[Load], held: Sequence[Holding], experts: Sequence[ExpertsHeld], chunk: int
+    ) -> float:
+        """Without the head."""
+        total = 0.0
+        for positions in chunks(self.workload.prompt, chunk):
             step = sum(self.blocks(loads, positions))
             for rank, load in enumerate(loads):
-                rest = self._processor(rank, load, positions, streamed[rank], head=False)
-                step = max(step, rest, self._disk(rank, streamed[rank]))
+                # A chunk uses what is in the cache and what is not alike, whatever the positions have in common.
+                used = self.used(positions) * sum(layer.count * layer.expert for layer in load.layers)
+                missed = 1.0 - experts[rank].held / max(1, experts[rank].of)
+                streamed = held[rank].streamed + round(used * missed)
+                rest = self._processor(rank, load, positions, streamed, head=False)
+                step = max(step, rest, self._disk(rank, streamed))
             total += step
         return total
+
+    # Experts
+
+    def used(self, positions: int) -> float:
+        """Experts of a layer that a step of so many positions uses."""
+        return self.hits.distinct(positions) if self.workload.config.experts else 0.0
+
+    def experts(self, load: Load, cache: int) -> ExpertsHeld:
+        """What a cache of so many bytes does for a rank."""
+        place = max((record.nbytes for record in load.experts), default=0)
+        if not place:
+            return ExpertsHeld(0, 0, 1.0, 0, 0)
+        held = min(load.expert_count, cache // place)
+        hits = self.hits.at(held / load.expert_count)
+        return ExpertsHeld(held, load.expert_count, hits, load.chosen_bytes, round((1 - hits) * load.chosen_bytes))
+
+    # Times
 
     def _layer_cost(self, rank: int, positions: int) -> LayerCost:
         speed = self.measured.ranks[rank]
@@ -256,13 +264,11 @@ class Predictor:
     def blocks(self, loads: Sequence[Load], positions: int) -> tuple[float, float]:
         """What all layers take on the path: (the slowest ranks' blocks, star)."""
         costs = [self._layer_cost(rank, positions).wall for rank in range(len(loads))]
-        compute = 0.0
+        compute, used = 0.0, self.used(positions)
         for kinds in zip(*(load.layers for load in loads), strict=True):
-            for block in (1, 2):
-                slowest = max(
-                    cost.fixed / 2 + cost.per_byte * kind[block] for cost, kind in zip(costs, kinds, strict=True)
-                )
-                compute += kinds[0][0] * slowest
+            for sizes in ([kind.attn for kind in kinds], [kind.mlp + used * kind.expert for kind in kinds]):
+                slowest = max(cost.fixed / 2 + cost.per_byte * size for cost, size in zip(costs, sizes, strict=True))
+                compute += kinds[0].count * slowest
         if len(loads) == 1:
             return compute, 0.0
         return compute, self.allreduce(positions) * 2 * self.workload.config.layers + self.allreduce(positions) / 2
@@ -270,15 +276,20 @@ class Predictor:
     def _slowest(self, loads: Sequence[Load]) -> int:
         """The rank that computes longest."""
         times = [
-            sum(count * self.measured.ranks[rank].token.wall.at(attn + mlp) for count, attn, mlp in load.layers)
+            sum(layer.count * self.measured.ranks[rank].token.wall.at(size) for layer, size in self._sizes(load, 1))
             for rank, load in enumerate(loads)
         ]
         return times.index(max(times))
 
+    def _sizes(self, load: Load, positions: int) -> Iterator[tuple[LayerLoad, float]]:
+        """The kinds of layers, and the bytes that a step of so many positions goes through in one."""
+        used = self.used(positions)
+        return ((layer, layer.attn + layer.mlp + used * layer.expert) for layer in load.layers)
+
     def _processor(self, rank: int, load: Load, positions: int, streamed: int, *, head: bool = True) -> float:
         """Processor time of a step on a rank, over the processors that it gets."""
         speed, cpu = self.measured.ranks[rank], self._layer_cost(rank, positions).cpu
-        total = sum(count * cpu.at(attn + mlp) for count, attn, mlp in load.layers)
+        total = sum(layer.count * cpu.at(size) for layer, size in self._sizes(load, positions))
         if rank == 0 and head:
             total += self.measured.head_cpu.at(load.head)
         return (total + streamed * speed.read_cpu_s_per_byte) / max(speed.processors, 1e-6)
@@ -289,8 +300,8 @@ class Predictor:
 
     # Memory
 
-    def needs(self, plan: Partition, rank: int, load: Load) -> Needs:
-        """What a rank would need, as an engine reckons it."""
+    def needs(self, plan: Partition, rank: int, load: Load, chunk: int | None = None) -> Needs:
+        """What a rank would need, as an engine reckons it; with chunks of the usual size unless `chunk` says another."""
         speed, workload = self.measured.ranks[rank], self.workload
         return needs_of_model(
             Header(rank, workload.formats, "", "", workload.config, plan, ()),
@@ -301,34 +312,43 @@ class Predictor:
             kv=workload.kv,
             allreduce=self.measured.allreduce,
             context=workload.context,
+            chunk=chunk or workload.chunk or usual_chunk(workload.config),
+            experts=load.experts,
+            expert_count=load.expert_count,
         )
 
-    def memory(self, plan: Partition, loads: Sequence[Load]) -> tuple[list[int], list[int]]:
-        """What each rank takes, and what it streams for a token, in bytes. Raises InputError where it has too little."""
+    def memory(self, plan: Partition, loads: Sequence[Load]) -> tuple[list[Holding], int]:
+        """What each rank does with its memory, and the positions of a chunk. Raises InputError where it has too little."""
+        workload = self.workload
         needs = {rank: self.needs(plan, rank, load) for rank, load in enumerate(loads)}
-        if (window := self.workload.window) is not None:
-            return self._in_window(needs, loads, window)
+        chunk = workload.chunk or usual_chunk(workload.config)
+        if workload.window is not None:
+            return self._in_window(needs, loads, workload.window), chunk
         promises = self.promises(needs)
-        taken, streamed = [], []
+        if workload.config.experts and workload.chunk is None:
+            chunk = mixture_chunk(list(needs.values()), promises, workload.context)
+            needs = {rank: self.needs(plan, rank, load, chunk) for rank, load in enumerate(loads)}
+        held = []
         for rank, need in needs.items():
             where = f"r{rank} {self.measured.ranks[rank].host}"
             budget = make_budget(need, promises[rank], f"{where} has {promises[rank] / 1e6:.0f} MB")
             left = need.tiles - budget.pinned
-            streamed.append(left)
-            taken.append(need.fixed + budget.pinned + (budget.buffers if left else 0))
-        return taken, streamed
+            taken = need.fixed + budget.pinned + budget.experts + (budget.buffers if left else 0)
+            held.append(Holding(taken, left, budget.experts))
+        return held, chunk
 
-    def _in_window(
-        self, needs: Mapping[int, Needs], loads: Sequence[Load], window: int | str
-    ) -> tuple[list[int], list[int]]:
+    def _in_window(self, needs: Mapping[int, Needs], loads: Sequence[Load], window: int | str) -> list[Holding]:
         """The same with `--window`: so many blocks in memory, or all."""
-        taken, streamed = [], []
+        found = []
         for need, load in zip(needs.values(), loads, strict=True):
-            held = load.tiles if window == "all" else int(window) * max(max(kind[1:]) for kind in load.layers)
+            held = (
+                load.tiles if window == "all" else int(window) * max(max(kind.attn, kind.mlp) for kind in load.layers)
+            )
             whole = held >= load.tiles
-            taken.append(need.fixed + (load.tiles if whole else held))
-            streamed.append(0 if whole else load.tiles)
-        return taken, streamed
+            experts = need.experts if window == "all" else need.least_experts
+            taken = need.fixed + (load.tiles if whole else held) + experts
+            found.append(Holding(taken, 0 if whole else load.tiles, experts))
+        return found
 
     def promises(self, needs: Mapping[int, Needs]) -> list[int]:
         """What each rank may take, in rank order."""
@@ -340,7 +360,7 @@ class Predictor:
         return [found[rank] for rank in range(len(needs))]
 
 
-def chunks(prompt: int) -> Iterator[int]:
-    """The positions that are computed at once, one after the other, of a prompt of so many."""
-    for start in range(0, prompt, DENSE_CHUNK):
-        yield min(DENSE_CHUNK, prompt - start)
+def chunks(prompt: int, chunk: int) -> Iterator[int]:
+    """The positions that are computed at once, `chunk` at most, one after the other, of a prompt of so many."""
+    for start in range(0, prompt, chunk):
+        yield min(chunk, prompt - start)

@@ -71,7 +71,8 @@ class _RankTime:
         whole = make_partition(workload.config, [float(other == rank) for other in range(ranks)])
         load = predictor.loads.of(whole.shares[rank], rank)
         self._window = workload.window
-        self._head, self._bytes = load.head, load.tiles - load.head
+        self._head, self._bytes, self._chosen = load.head, load.tiles - load.head, load.chosen_bytes
+        self._hits = predictor.hits
         equal = make_partition(workload.config, [1.0] * ranks)
         loads = [predictor.loads.of(share, other) for other, share in enumerate(equal.shares)]
         needs = [predictor.needs(equal, other, load) for other, load in enumerate(loads)]
@@ -82,7 +83,7 @@ class _RankTime:
         self._head_cpu = measured.head_cpu.at(self._head) if rank == 0 else 0.0
 
     def of(self, part: float) -> float:
-        speed, nbytes = self._speed, part * self._bytes
+        speed, nbytes = self._speed, part * (self._bytes + self._chosen)
         path = self._layers * speed.token.wall.fixed + speed.token.wall.per_byte * nbytes + self._others
         cpu = self._layers * speed.token.cpu.fixed + speed.token.cpu.per_byte * nbytes + self._head_cpu
         streamed = self._streamed(part)
@@ -93,12 +94,13 @@ class _RankTime:
     def _streamed(self, part: float) -> float:
         need, tiles = self._need, part * self._bytes + self._head
         if self._window is not None:
-            return 0.0 if self._window == "all" else tiles
+            return 0.0 if self._window == "all" else tiles + part * self._chosen
         left = self._promise - (need.fixed - need.cache) - part * need.cache
-        if tiles <= left:
-            return 0.0
-        room = left - need.usual_buffers
-        return tiles - max(0.0, room) if left >= need.least_buffers else math.inf
+        experts, least = part * need.experts, part * need.least_experts
+        if tiles + least <= left:
+            return part * self._chosen * (1 - self._hits.at(min(1.0, (left - tiles) / experts))) if experts else 0.0
+        room = left - need.usual_buffers - least
+        return tiles - max(0.0, room) + part * self._chosen if left >= need.least_buffers + least else math.inf
 
     def most(self, seconds: float) -> float:
         """The largest part with which it takes at most so long; 0 where none does."""

@@ -28,6 +28,7 @@ from tpimpi.compute.formats.bf16 import from_bf16, to_bf16
 from tpimpi.compute.formats.blocks_of_32 import BLOCK_WEIGHTS
 from tpimpi.compute.formats.packed import decode, encode, row_bytes
 from tpimpi.errors import InputError
+from tpimpi.models.config import ModelConfig
 from tpimpi.models.shapes import Shape
 from tpimpi.models.tensors import ModelTensor, model_tensors
 from tpimpi.models.weight_formats import ModelFormats
@@ -51,9 +52,16 @@ def with_trace(shape: Shape, path: Path, predicted: float) -> tuple[Shape, Trace
     """The shape of a model that chooses its experts by the trace in a .npy file, and predicts this part of them.
 
     Such a trace is what another model chose: it has the locality of a real text, which a random router has not. Raises
-    InputError where the file is none, or is of another number of layers or experts.
+    InputError: see read_trace.
     """
-    config = shape.config
+    trace = read_trace(shape.config, shape.name, path)
+    made = replace(shape.config, trace_positions=len(trace), trace_predicted=predicted)
+    return replace(shape, config=made), trace
+
+
+def read_trace(config: ModelConfig, name: str, path: Path) -> Trace:
+    """The trace of routing in a .npy file, for the model of this name. Raises InputError where the file is none, or is of
+    another number of layers or experts."""
     try:
         trace = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -65,15 +73,14 @@ def with_trace(shape: Shape, path: Path, predicted: float) -> tuple[Shape, Trace
     wanted = (config.layers, config.experts_per_token)
     if not config.experts or trace.shape[1:] != wanted:
         raise InputError(
-            f"--routing {path} is of {trace.shape[1]} layers and {trace.shape[2]} experts a token, {shape.name} has "
+            f"--routing {path} is of {trace.shape[1]} layers and {trace.shape[2]} experts a token, {name} has "
             f"{wanted[0]} and {wanted[1]}; make a trace for this shape"
         )
     if trace.min() < 0 or trace.max() >= config.experts or (np.diff(np.sort(trace, axis=2), axis=2) == 0).any():
         raise InputError(
             f"--routing {path} names experts from {trace.min()} to {trace.max()}, or one twice; a layer has {config.experts}"
         )
-    made = replace(config, trace_positions=len(trace), trace_predicted=predicted)
-    return replace(shape, config=made), trace.astype(np.uint16)
+    return trace.astype(np.uint16)
 
 
 class SyntheticSource(Source):
