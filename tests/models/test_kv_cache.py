@@ -63,3 +63,18 @@ def test_an_f16_cache_takes_half_the_memory() -> None:
 )
 def test_the_format_that_kv_means(kv: str, formats: list[str], dtype: type[np.floating]) -> None:
     assert kv_dtype(kv, formats) == dtype
+
+
+@pytest.mark.parametrize("context", [9, 4000])
+def test_a_cache_takes_over_what_another_holds(context: int) -> None:
+    random = np.random.default_rng(6)
+    old, new = KVCache(3, 2, 1000, 5, np.float16), KVCache(3, 2, context, 5, np.float16)
+    k, v = random.standard_normal((2, 3, 1000, 2, 5)).astype(np.float32)
+    for layer in range(3):
+        old.write(layer, 0, 0, k[layer], v[layer])
+    new.take_over(old, 7)
+    assert new.filled == 7
+    for layer in range(3):
+        for found, written in zip(new.read(layer, 9), (k, v), strict=True):
+            np.testing.assert_array_equal(found[:, :7], written[layer, :7].transpose(1, 0, 2).astype(np.float16))
+            assert not found[:, 7:].any()

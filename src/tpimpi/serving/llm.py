@@ -11,7 +11,7 @@ from tpimpi.engine.rank_memory import RankMemory
 from tpimpi.engine.startup import allot_memory, finish
 from tpimpi.engine.trace import RankTrace
 from tpimpi.serving.conversation import Conversation
-from tpimpi.serving.generate import generate, to_pieces, until_stop
+from tpimpi.serving.generate import HeldIds, generate, to_pieces, until_stop
 from tpimpi.serving.report import Answer, Report
 from tpimpi.serving.session import Turn
 from tpimpi.serving.text.answer import Piece
@@ -20,6 +20,8 @@ from tpimpi.serving.text.token_ids import TokenIds
 from tpimpi.serving.text.tokenizer import Tokenizer
 from tpimpi.system.memory import release_freed_memory, resident_bytes
 from tpimpi.weights.slices.file import SliceFile
+
+ROOM_POSITIONS = 256  # a conversation's cache grows by so many
 
 
 def load_tokenizer_of_slices(file: SliceFile, chat_template: str | None = None) -> tuple[Tokenizer | TokenIds, int]:
@@ -53,6 +55,7 @@ class LLM:
     def __init__(self, memory: RankMemory, conversation: Conversation, report: Report) -> None:
         self.memory, self.conversation, self.report = memory, conversation, report
         self.engine = memory.engines[0]
+        self._held = HeldIds()
 
     def answer(self, turn: Turn) -> Iterator[Piece]:
         """The answer, as it comes, first what there is of it; the report has its figures when it is done."""
@@ -63,6 +66,7 @@ class LLM:
         room = conversation.limit - len(turn.ids)
         max_tokens = min(params.max_tokens, room)
         made = list(turn.tokens)
+        generated = len(made) < max_tokens
         why = "stop"  # unless the tokens come to an end
         times: list[float] = []
         ready = time.monotonic()
@@ -78,11 +82,12 @@ class LLM:
                 history,
                 params.sample(turn.seed, len(made)),
                 max_tokens=max_tokens - len(made),
-                context=params.context or len(turn.ids) + max_tokens,
+                context=params.context or self._positions(len(turn.ids) + max_tokens),
                 end_ids=() if params.ignore_eos else conversation.tokenizer.end_ids,
                 sampled_ids=conversation.tokenizer.sampled_ids,
+                held=self._held,
             )
-            for token in tokens if len(made) < max_tokens else ():
+            for token in tokens if generated else ():
                 times.append(time.monotonic())
                 made.append(token)
                 if session is not None:
@@ -99,7 +104,18 @@ class LLM:
             session.end(why, said[False], said[True])
         turn.ended, turn.text, turn.reasoning, turn.tools = why, said[False], said[True], list(stream.tools)
         figures = (made, len(turn.ids), ready, times)
-        self.report.add(Answer.timed(turn.text, *figures, ended=why, reasoning=turn.reasoning))
+        rows = (self._held.kept, len(self._held.ids) - self._held.kept) if generated else (0, 0)
+        self.report.add(Answer.timed(turn.text, *figures, *rows, ended=why, reasoning=turn.reasoning))
+
+    def _positions(self, needed: int) -> int:
+        """How many positions to keep room for, where so many are needed: in a conversation some more, so that the next turn
+        finds the same cache."""
+        if self.conversation.session is None:
+            return needed
+        model, limit = self.engine.model, self.conversation.limit
+        wanted = min(limit, -(-needed // ROOM_POSITIONS) * ROOM_POSITIONS)
+        there = model.cache.context if model.cache is not None and model.most_kept(wanted) else 0
+        return there if wanted <= there <= limit else wanted
 
     def finish(self) -> list[RankTrace]:
         """End the run on every rank and gather the figures; the traces, if they were wanted, are returned."""

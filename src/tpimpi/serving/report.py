@@ -29,6 +29,8 @@ class Answer:
     `reasoning` is what the model wrote before its answer and marked as such; "" where there is none.
     `finish_reason` is OpenAI's word for why it ended: "stop" by itself or before a stop text, "length" cut, where no more
     tokens were allowed or the context was full.
+    `cached_tokens` is OpenAI's word for how many tokens of the prompt were not computed again, `rows_computed` how many
+    positions went through the layers for prompt and answer.
     """
 
     text: str
@@ -39,6 +41,8 @@ class Answer:
     s_per_token: float | None
     s_per_token_mean: float | None
     finish_reason: str
+    cached_tokens: int = 0
+    rows_computed: int = 0
 
     @classmethod
     def timed(
@@ -48,6 +52,8 @@ class Answer:
         prompt_tokens: int,
         ready: float,
         times: list[float],
+        cached_tokens: int = 0,
+        rows_computed: int = 0,
         *,
         ended: str,
         reasoning: str = "",
@@ -56,7 +62,9 @@ class Answer:
         gaps = [b - a for a, b in itertools.pairwise(times)]
         first = times[0] - ready if times else None
         middle, average = (float(np.median(gaps)), float(np.mean(gaps))) if gaps else (None, None)
-        return cls(text, reasoning, token_ids, prompt_tokens, first, middle, average, FINISH_REASONS[ended])
+        reason = FINISH_REASONS[ended]
+        rows = (cached_tokens, rows_computed)
+        return cls(text, reasoning, token_ids, prompt_tokens, first, middle, average, reason, *rows)
 
 
 @dataclass
@@ -64,7 +72,7 @@ class Report:
     """A run, as `--report` writes it.
 
     `load_s` is from the start of the program to being ready. Where several prompts were answered, `text` to
-    `finish_reason` are those of the last; `answers` has these keys for each.
+    `rows_computed` are those of the last; `answers` has these keys for each.
     """
 
     model: str
@@ -81,6 +89,8 @@ class Report:
     s_per_token: float | None = None
     s_per_token_mean: float | None = None
     finish_reason: str | None = None
+    cached_tokens: int = 0
+    rows_computed: int = 0
     answers: list[Answer] = field(default_factory=list)
     ranks: list[RankFigures] = field(default_factory=list)
 
@@ -121,10 +131,11 @@ class Report:
         mixture = _experts_lines(self.ranks)
         print(file=sys.stderr)
         Console(file=sys.stderr, width=120, highlight=False, color_system=None).print(table)
+        held = f" ({self.cached_tokens} computed before)" if self.cached_tokens else ""
         last = f"last of {len(self.answers)} prompts: " if len(self.answers) > 1 else ""
         print(
             f"{self.model} {self.format} · {self.backend} · {describe_rule(self.allreduce)} · "
-            f"{last}{self.prompt_tokens} prompt tokens, {len(self.token_ids)} generated · " + " · ".join(times),
+            f"{last}{self.prompt_tokens} prompt tokens{held}, {len(self.token_ids)} generated · " + " · ".join(times),
             file=sys.stderr,
         )
         for line in mixture:
