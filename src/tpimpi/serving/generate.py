@@ -50,8 +50,9 @@ def generate(
     With `sampled_ids` all are below it: what follows in the head has no token.
 
     `embed` gives the embedding rows of ids, [n, hidden]. `context` is the number of positions that every rank keeps room
-    for; len(prompt) + max_tokens - 1 are used. What `prompt` begins with of the `held` ids is not computed again. `going_on` is asked before each step of the prompt,
-    with the number of its positions that are done, and before each token; where it says no, the answer ends there.
+    for; len(prompt) + max_tokens - 1 are used. What `prompt` begins with of the `held` ids is not computed again.
+    `going_on` is asked before each step of the prompt, with the number of its positions that are done, and before each
+    token; where it says no, the answer ends there.
     """
     held = HeldIds() if held is None else held
     kept = held.keep(prompt[: min(model.most_kept(context), len(prompt) - 1)])  # the last one's logits are wanted
