@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from bench.experiments.rows import Row
+from bench.studies.routing_trace import make_trace
 from tpimpi.diagnostics.options import Workload
+from tpimpi.diagnostics.planner.hits import HitCurve
 from tpimpi.diagnostics.planner.predict import LayerCost, LinearCost, Measured, Predictor, RankSpeed
 from tpimpi.diagnostics.planner.shares import best_shares
 from tpimpi.models.shapes import load_shape
@@ -17,6 +19,7 @@ from tpimpi.system.memory import Place
 
 BASE_BYTES = 80_000_000  # of a rank without a model
 POSITIONS = 16  # of the prompt
+TRACE_POSITIONS = 400
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,10 @@ MACHINES = {
         *(4, 4, 8 * 10**9, 6 * 10**9, 20e9, 4.0, 1.5e9, 2e-3, 37.5e6),
         why="two channels of DDR4-2666 read at 20 GB/s, an NVMe disk of 1.5 GB/s, Wi-Fi of 2 ms one way and 300 Mbit/s",
     ),
+    "four 8 GB laptops, wired": Machine(
+        *(4, 4, 8 * 10**9, 6 * 10**9, 20e9, 4.0, 1.5e9, 0.3e-3, 118e6),
+        why="two channels of DDR4-2666 read at 20 GB/s, an NVMe disk of 1.5 GB/s, gigabit Ethernet of 0.3 ms one way",
+    ),
     "eight Raspberry Pi 5": Machine(
         *(8, 4, 8 * 10**9, 7 * 10**9, 8e9, 8.0, 0.4e9, 0.15e-3, 118e6),
         why="LPDDR4X read at 8 GB/s, an NVMe disk on one lane of PCIe 2 with 0.4 GB/s, gigabit Ethernet of 0.15 ms one way",
@@ -53,15 +60,27 @@ MACHINES = {
 
 
 def predictions(row: Row) -> dict[str, Any]:
-    """What is predicted of the row's model on the machines that `program` names, on one of them and on all."""
+    """What is predicted of the row's model on the machines that `program` names, on one of them and on all; of a mixture
+    with a made trace of routing, and as `uniform` with all experts equally likely."""
     machine = MACHINES[row.program]
-    shape = load_shape(row.shape, row.layers or None)
-    formats = ModelFormats.of_model(row.format, shape.config)
-    workload = Workload(shape.config, formats, row.context, row.prompt)
+    config = load_shape(row.shape, row.layers or None).config
+    memory = None if row.memory_bytes is None else (row.memory_bytes,)
+    formats = ModelFormats.of_model(row.format, config)
+    workload = Workload(config, formats, row.context, row.prompt, memory=memory)
+    if not config.experts:
+        return {"assumed": asdict(machine), "ranks": _on_machines(machine, workload)}
+    trace = make_trace(config.experts, config.experts_per_token, config.layers, TRACE_POSITIONS, seed=0)
+    traced = replace(workload, routing=trace)
+    uniform = _on_machines(machine, workload)
+    return {"assumed": asdict(machine), "ranks": _on_machines(machine, traced), "uniform": uniform}
+
+
+def _on_machines(machine: Machine, workload: Workload) -> dict[str, dict[str, Any]]:
+    """What is predicted on one machine and on all, by their number."""
     found = {}
+    curve = HitCurve(workload.config, workload.routing)
     for ranks in (1, machine.count):
-        predictor = Predictor(workload, _measured(machine, ranks, shape.config.hidden))
-        best = best_shares(predictor, ranks)
+        best = best_shares(Predictor(workload, _measured(machine, ranks, workload.config.hidden), curve), ranks)
         found[str(ranks)] = {
             "s_per_token": best.s_per_token,
             "ttft_s": best.first_token_s,
@@ -69,7 +88,13 @@ def predictions(row: Row) -> dict[str, Any]:
             "memory_bytes": list(best.memory),
             "streamed_bytes_per_token": list(best.streamed),
         }
-    return {"assumed": asdict(machine), "ranks": found}
+        if best.experts:
+            found[str(ranks)] |= {
+                "shares": best.shares,
+                "experts_held": [one.held / max(1, one.of) for one in best.experts],
+                "hits": [one.hits for one in best.experts],
+            }
+    return found
 
 
 def _measured(machine: Machine, ranks: int, hidden: int) -> Measured:

@@ -9,16 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from bench.experiments.claims import claims
+from bench.experiments.prediction_tables import mixture_predictions, predictions
 from bench.experiments.rows import read_rows
-from bench.experiments.tables import Found, Table, by_network, command_cell, mb, mbits, ms, per_token, seconds, times
+from bench.experiments.tables import (
+    Found,
+    Table,
+    by_network,
+    command_cell,
+    mb,
+    mbits,
+    ms,
+    of_measure,
+    per_token,
+    seconds,
+    times,
+)
 from bench.home.devices import parse_bandwidth, parse_duration
 from tpimpi.diagnostics.plots import Line, plot_lines
 
 DISK_LINE = "the disk alone, q4_0"
-
-
-def _of(found: Iterable[Found], experiment: str, measure: str = "generate") -> list[Found]:
-    return [each for each in found if (each["experiment"], each["measure"]) == (experiment, measure)]
 
 
 def conditions(found: Sequence[Found], folder: Path, others: Sequence[Found] = ()) -> str:
@@ -62,7 +71,7 @@ def _versions(of: Sequence[Mapping[str, str]], leave_out: Collection[str] = ("tp
 def emulation(found: Sequence[Found], folder: Path) -> str:
     pairs = ("cores, wished", "seen", "disk, wished", "seen", "link, wished", "seen")
     table = Table("One way, wished", "seen", *pairs, "`… run`")
-    for each in _of(found, "emulation", "emulation"):
+    for each in of_measure(found, "emulation", "emulation"):
         f = each.figures
         table.add(
             *(ms(f["latency_wished_s"]), ms(f["latency_s"]), str(f["cores_wished"]), f"{f['cores']:.3f}"),
@@ -70,7 +79,7 @@ def emulation(found: Sequence[Found], folder: Path) -> str:
             *(mbits(f.get("bandwidth_wished")), mbits(f.get("bandwidth")), command_cell(each)),
         )
     other = Table("Four ranks", "s/token", "of shared memory's", "`… run`")
-    for each in _of(found, "emulation", "ways"):
+    for each in of_measure(found, "emulation", "ways"):
         times_ = each.figures["s_per_token"]
         for name, value in times_.items():
             other.add(name, per_token(value), times(value / times_["shared memory"]), command_cell(each))
@@ -93,7 +102,7 @@ def _devices(found: Sequence[Found], experiment: str) -> str:
         ),
         *("peak", "pinned", "streamed a token", "compute / disk / star", "`… run`"),
     )
-    rows = _of(found, experiment)
+    rows = of_measure(found, experiment)
     for each in sorted(rows, key=lambda each: (each.model, each.limit or 0, each["devices"])):
         same = [other for other in rows if (other.model, other.limit) == (each.model, each.limit)]
         one = next((other for other in same if other["devices"] == 1), None)
@@ -129,7 +138,7 @@ def _predicted(figures: Mapping[str, Any]) -> str:
 
 
 def devices(found: Sequence[Found], folder: Path) -> str:
-    rows = _of(found, "devices")
+    rows = of_measure(found, "devices")
     panels = []
     for shape in dict.fromkeys(each["shape"] for each in rows):
         numbers: dict[str, set[int]] = {}  # of devices, by their memory
@@ -240,7 +249,7 @@ def memory(found: Sequence[Found], folder: Path) -> str:
 
 
 def network(found: Sequence[Found], folder: Path) -> str:
-    sums, runs = _of(found, "network", "allreduce"), _of(found, "network")
+    sums, runs = of_measure(found, "network", "allreduce"), of_measure(found, "network")
     picture = _picture(_sum_panels(sums), folder, "network", ("latency one way, ms", "milliseconds"))
     return f"{_sums(sums)}{picture}\n\nWhole runs, prompts of 128 tokens:\n\n{_network_runs(runs)}"
 
@@ -297,37 +306,9 @@ def big(found: Sequence[Found], folder: Path) -> str:
     return _devices(found, "70b")
 
 
-def predictions(found: Sequence[Found], folder: Path) -> str:
-    table = Table(
-        "Machines",
-        "assumed of each",
-        "ranks",
-        "s/token",
-        "TTFT, 16 tokens",
-        "limited by",
-        "memory of each",
-        "streamed a token",
-        "`… run`",
-    )
-    for each in _of(found, "70b", "predict"):
-        for ranks, one in each.figures["ranks"].items():
-            table.add(
-                *(
-                    each["program"],
-                    each.figures["assumed"]["why"],
-                    ranks,
-                    per_token(one["s_per_token"]),
-                    seconds(one["ttft_s"]),
-                ),
-                *(one["limit"], mb(max(one["memory_bytes"], default=0)), mb(sum(one["streamed_bytes_per_token"]))),
-                command_cell(each),
-            )
-    return str(table)
-
-
 def formats(found: Sequence[Found], folder: Path) -> str:
     table = Table("Format", "tokens", "perplexity", "of f32", "mean KL divergence from f32, nats", "`… run`")
-    rows = _of(found, "formats", "perplexity")
+    rows = of_measure(found, "formats", "perplexity")
     for each in rows:
         f = each.figures
         table.add(
@@ -371,5 +352,6 @@ TABLES: dict[str, TableMaker] = {
     "network": network,
     "big": big,
     "predictions": predictions,
+    "mixture_predictions": mixture_predictions,
     "formats": formats,
 }

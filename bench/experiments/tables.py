@@ -58,6 +58,11 @@ class Found:
         return float(self.figures["ttft_cold_s" if "ttft_cold_s" in self.figures else "ttft_s"])
 
 
+def of_measure(found: Iterable[Found], experiment: str, measure: str = "generate") -> list[Found]:
+    """The results of one experiment that were measured in this way."""
+    return [each for each in found if (each["experiment"], each["measure"]) == (experiment, measure)]
+
+
 def by_network(found: Iterable[Found]) -> dict[tuple[str, str], dict[str, Found]]:
     """Whole runs over emulated networks: by latency and bandwidth, then by allreduce."""
     networks: dict[tuple[str, str], dict[str, Found]] = {}

@@ -14,6 +14,7 @@ def figures_of(row: Any) -> dict[str, Any]:
     token = {"s_per_token": 2.0, "ttft_s": 3.0}
     sums = dict.fromkeys(("star", "exchange", "mesh", "ring", "tree", "library"), 0.02)
     streamed: dict[str, Any] = {"memory_bytes": ranks, "streamed_bytes_per_token": ranks}
+    predicted = {**token, **streamed, "limit": "disk", "shares": "1", "experts_held": [0.5], "hits": [0.75]}
     kinds: dict[str, dict[str, Any]] = {
         "generate": {
             **token,
@@ -34,7 +35,11 @@ def figures_of(row: Any) -> dict[str, Any]:
             "perplexity_se": 0.25,
             "against": {"perplexity": 12.0, "kl_mean": 0.01},
         },
-        "predict": {"assumed": {"why": "it is said"}, "ranks": {"1": {**token, **streamed, "limit": "disk"}}},
+        "predict": {
+            "assumed": {"why": "it is said"},
+            "ranks": {"1": predicted},
+            "uniform": {"1": predicted},
+        },
         "emulation": {
             "latency_wished_s": 0.001,
             "latency_s": 0.0011,
