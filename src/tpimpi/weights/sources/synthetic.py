@@ -8,6 +8,9 @@ PCG64's bytes, and single IEEE operations.
 All of them are bf16 numbers, whatever the format, so that a model can be written in bf16 too without changing one.
 Blocks have the same scale d everywhere, a power of two (q4_1: minimum -8 d, so it holds the numbers of q4_0), which makes
 them exact wherever they are cut. Of the other formats each has numbers of its own.
+
+In a mixture of experts the norms before attention lie around 1/16. Random attention averages all positions, and with norms
+around 1 that average soon outweighs the embedding, so that every token would choose the same experts.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ _LONGEST_BLOCK = 256  # weights, of any format
 _BYTES_PER_NUMBER = 12  # bytes that are added up for a number
 _MEAN, _DEVIATION = _BYTES_PER_NUMBER * 255 // 2, 256  # of such sums
 _SLAB_NUMBERS = 1 << 18  # numbers worked on at a time
+_MIXTURE_ATTENTION_NORM = 1 / 16
 _NORM_STEPS = 20  # a norm's weight is 1 + n / 128, n with a standard deviation of 256 / 20
 
 
@@ -99,6 +103,7 @@ class SyntheticSource(Source):
         tensors = model_tensors(shape.config)
         infos = {name: TensorInfo(name, tensor.shape, self._format(tensor)) for name, tensor in tensors.items()}
         self._all = MappingProxyType(infos)
+        self._weak_norms = {name for name, tensor in tensors.items() if shape.config.experts and tensor.part == "attn_norm"}
         self._pool = _Pool(seed, max(tensor.shape[-1] for tensor in tensors.values()))
 
     def _format(self, tensor: ModelTensor) -> str:
@@ -136,12 +141,16 @@ class SyntheticSource(Source):
         if len(info.shape) > 1:
             return self._pool.rows(info.format, _places(key, rows), info.shape[1], as_bf16=as_bf16)
         vector = self._pool.vector(int(_places(key, np.zeros(1, np.intp))[0]), info.shape[0], name)[rows]
+        if name in self._weak_norms:
+            vector *= np.float32(_MIXTURE_ATTENTION_NORM)
         stored: Array = to_bf16(vector) if as_bf16 else vector
         return np.ascontiguousarray(stored)[:, None].view(np.uint8)
 
     def fingerprint(self) -> str:
         """32 hex digits, other ones for other weights."""
         what = [VERSION, self.seed, self.formats.to_dict(), self.config.to_dict()]
+        if self._weak_norms:
+            what.append(_MIXTURE_ATTENTION_NORM)
         if self._trace:
             what.append(xxhash.xxh3_128_hexdigest(self._trace))
         return xxhash.xxh3_128_hexdigest(json.dumps(what, sort_keys=True).encode())
