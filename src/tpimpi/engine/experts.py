@@ -16,7 +16,6 @@ from tpimpi.compute.router import RouterSpec
 from tpimpi.engine.expert_cache import ExpertCache
 from tpimpi.errors import TpimpiError
 from tpimpi.models.config import ModelConfig
-from tpimpi.weights.slices.file import Tile
 
 Choices = npt.NDArray[np.int32]  # experts, [n, chosen]
 
@@ -28,6 +27,15 @@ class Routed:
     layer: int
     experts: Choices
     weights: F32
+
+    def users(self) -> dict[int, tuple[npt.NDArray[np.int32], F32]]:
+        """Of every expert that is used, ascending: the positions that use it, ascending, and what it counts for each."""
+        order = self.experts.ravel().argsort(kind="stable")
+        rows, weights = (order // self.experts.shape[1]).astype(np.int32), self.weights.ravel()[order]
+        used, begins = np.unique(self.experts.ravel()[order], return_index=True)
+        ends = [*begins[1:].tolist(), len(order)]
+        cuts = zip(used.tolist(), begins.tolist(), ends, strict=True)
+        return {expert: (rows[begin:end], weights[begin:end]) for expert, begin, end in cuts}
 
 
 class Experts:
@@ -106,12 +114,7 @@ class Experts:
         Expert after expert in the order of their numbers, so that a row's sum does not depend on what is in memory, nor on
         the rows beside it.
         """
-        wanted = np.unique(routed.experts).tolist()
-        for group in self.cache.tiles(routed.layer, wanted):
-            uses = [_use(tile, routed) for tile in group]
+        users = routed.users()
+        for group in self.cache.tiles(routed.layer, list(users)):
+            uses = [ExpertUse(tile.matrices, tile.parts, *users[tile.record.expert]) for tile in group]
             self.backend.experts(h, uses, self.config.activation, self.config.activation_limit, partial)
-
-
-def _use(tile: Tile, routed: Routed) -> ExpertUse:
-    rows, places = np.nonzero(routed.experts == tile.record.expert)
-    return ExpertUse(tile.matrices, tile.parts, rows.astype(np.int32), routed.weights[rows, places])

@@ -52,10 +52,10 @@ def make_sampler(
     def sample(logits: Floats, history: Sequence[int]) -> int:
         scores = _penalized(logits, history, repetition_penalty)
         ids, weights = _filtered(scores, temperature, top_k, top_p, min_p)
-        total = weights.cumsum()
+        total = weights.cumsum(out=weights)
         # side="right" never lands on a weight of 0; the clip is for a product that rounds up to the total
-        drawn = int(np.searchsorted(total, rng.random() * total[-1], side="right"))
-        return int(ids[min(drawn, len(ids) - 1)])
+        drawn = min(int(np.searchsorted(total, rng.random() * total[-1], side="right")), len(total) - 1)
+        return drawn if ids is None else int(ids[drawn])
 
     return sample
 
@@ -78,7 +78,7 @@ def distribution(
         probabilities[scores.argmax()] = 1.0
     else:
         ids, weights = _filtered(scores, temperature, top_k, top_p, min_p)
-        probabilities[ids] = weights / weights.sum()
+        probabilities[slice(None) if ids is None else ids] = weights / weights.sum()
     return probabilities
 
 
@@ -115,21 +115,30 @@ def _penalized(logits: Floats, history: Sequence[int], penalty: float) -> Floats
 
 def _filtered(
     scores: Floats, temperature: float, top_k: int, top_p: float, min_p: float
-) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
-    """The ids that are left, ascending, and their weights, the largest 1: (int [left], float64 [left])."""
+) -> tuple[npt.NDArray[np.intp] | None, npt.NDArray[np.float64]]:
+    """The ids that are left, ascending, and their weights, the largest 1: (int [left], float64 [left]); None: all ids."""
+    ids: npt.NDArray[np.intp] | None = None
     with np.errstate(over="ignore", under="ignore"):  # a tiny temperature only makes the weights 0
-        logs = (scores.astype(np.float64) - float(scores.max())) / temperature
-        ids = np.arange(len(logs))
-        if 0 < top_k < len(logs):
-            ids = np.flatnonzero(logs >= np.partition(logs, -top_k)[-top_k])
-        weights = np.exp(logs[ids])
+        # In place: passes over a large vocabulary cost as much as the exponentials.
+        weights = scores.astype(np.float64)
+        weights -= float(scores.max())
+        weights /= temperature
+        if 0 < top_k < len(weights):
+            ids = np.flatnonzero(weights >= np.partition(weights, -top_k)[-top_k])
+            weights = weights[ids]
+        np.exp(weights, out=weights)
     if top_p < 1:
-        kept = _nucleus(weights, top_p * weights.sum())
-        ids, weights = ids[kept], weights[kept]
+        ids, weights = _kept(ids, weights, _nucleus(weights, top_p * weights.sum()))
     if min_p > 0:
-        kept = np.flatnonzero(weights >= min_p)
-        ids, weights = ids[kept], weights[kept]
+        ids, weights = _kept(ids, weights, np.flatnonzero(weights >= min_p))
     return ids, weights
+
+
+def _kept(
+    ids: npt.NDArray[np.intp] | None, weights: npt.NDArray[np.float64], kept: npt.NDArray[np.intp]
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
+    """The ids and weights at these places."""
+    return kept if ids is None else ids[kept], weights[kept]
 
 
 def _nucleus(weights: npt.NDArray[np.float64], mass: float) -> npt.NDArray[np.intp]:

@@ -41,6 +41,7 @@ def panel_bytes(fmt: str, columns: int, first: int = 0) -> int:
     return FORMATS[fmt].panel_bytes(columns, first)
 
 
+@functools.lru_cache(maxsize=1024)  # a mixture's slices have thousands of tiles of a few sizes
 def packed_bytes(fmt: str, rows: int, columns: int, first: int = 0) -> int:
     """Bytes of a matrix in packed form."""
     return _panels(rows) * panel_bytes(fmt, columns, first)
