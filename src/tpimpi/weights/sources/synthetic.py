@@ -103,7 +103,9 @@ class SyntheticSource(Source):
         tensors = model_tensors(shape.config)
         infos = {name: TensorInfo(name, tensor.shape, self._format(tensor)) for name, tensor in tensors.items()}
         self._all = MappingProxyType(infos)
-        self._weak_norms = {name for name, tensor in tensors.items() if shape.config.experts and tensor.part == "attn_norm"}
+        self._weak_norms = {
+            name for name, tensor in tensors.items() if shape.config.experts and tensor.part == "attn_norm"
+        }
         self._pool = _Pool(seed, max(tensor.shape[-1] for tensor in tensors.values()))
 
     def _format(self, tensor: ModelTensor) -> str:
