@@ -15,8 +15,9 @@ import pytest
 
 from tpimpi.errors import InputError
 from tpimpi.serving.sampling import make_sampler
-from tpimpi.serving.session import Session, Turn
+from tpimpi.serving.session import Session
 from tpimpi.serving.text.load import load_tokenizer
+from tpimpi.serving.transcript import Turn
 from tpimpi.weights.sources import open_source
 
 # The format, as the head of session.py has it.
@@ -175,8 +176,8 @@ def test_a_file_that_is_something_else_is_never_written(tmp_path: Path, content:
 
 def test_another_version_of_the_format(tmp_path: Path) -> None:
     path = tmp_path / "s"
-    path.write_text(FIRST.replace('session": 1', 'session": 3'))
-    with pytest.raises(InputError, match="is of format version 3, this tpimpi knows versions 1 and 2; use the one"):
+    path.write_text(FIRST.replace('session": 1', 'session": 4'))
+    with pytest.raises(InputError, match="is of format version 4, this tpimpi knows versions 1 to 3; use the one"):
         Session(str(path))
 
 
@@ -311,3 +312,76 @@ def test_a_conversation_is_rendered_as_transformers_does(smollm2: Path) -> None:
     messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 3, texts, strict=False)]
     expected = oracle.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     assert tokenizer.encode_chat("And?", [(texts[0], texts[1]), (texts[2], texts[3])]) == expected
+
+
+def test_what_changes_a_conversation_is_in_a_file_of_version_3(tmp_path: Path) -> None:
+    path, version_3 = tmp_path / "s", FIRST.replace('session": 1', 'session": 3')
+    path.write_bytes(WHOLE)
+    session = opened(path)
+    session.undo()
+    assert path.read_text() == version_3 + "".join(LINES) + '{"undo": 1}\n'
+    session.system = "Sei höflich."
+    assert path.read_text().endswith('{"undo": 1}\n'), "written with the turn that has it"
+    session.begin(Turn("c", [1], 2))
+    session.add(4)
+    session.end("cancelled", "x", "hm")
+    session.system = None
+    session.begin(Turn("d", [1], 3))
+    session.end("end", "y")
+    session.close()
+    assert path.read_text().splitlines()[-8:] == [
+        '{"undo": 1}',
+        '{"system": "Sei höflich."}',
+        '{"prompt": "c", "ids": [1], "seed": 2}',
+        '{"token": 4}',
+        '{"end": "cancelled", "text": "x", "reasoning": "hm"}',
+        '{"system": null}',
+        '{"prompt": "d", "ids": [1], "seed": 3}',
+        '{"end": "end", "text": "y"}',
+    ]
+    again = opened(path)
+    assert [(turn.prompt, turn.ended, turn.reasoning) for turn in again.turns] == [
+        ("Grüße\n", "stop", ""),
+        ("c", "cancelled", "hm"),
+        ("d", "end", ""),
+    ]
+    assert (again.system, again.turns == session.turns) == (None, True)
+    again.close()
+    # What was of version 2 keeps its empty reasoning; version 1 knows none of these lines.
+    path.write_text(version_3 + "".join(LINES[:3]) + '{"end": "end", "text": "", "reasoning": ""}\n{"undo": 1}\n')
+    empty = opened(path)
+    assert empty.turns == []
+    empty.close()
+    for line in ('{"undo": 1}', '{"system": "x"}', '{"end": "cancelled", "text": ""}'):
+        path.write_text(FIRST + "".join(LINES[: 4 if "system" in line else 3]) + line + "\n")
+        with pytest.raises(InputError, match=r"is broken in line [56]"):
+            Session(str(path))
+    for line in ('{"undo": 0}', '{"undo": 2}', '{"undo": "1"}', '{"system": 5}'):
+        path.write_text(version_3 + "".join(LINES[:4]) + line + "\n")
+        with pytest.raises(InputError, match="is broken in line 6"):
+            Session(str(path))
+
+
+def test_a_conversation_is_saved_beside_and_renamed(tmp_path: Path) -> None:
+    from tpimpi.serving.session import save
+    from tpimpi.serving.transcript import Transcript
+
+    path, talk = tmp_path / "s", Transcript()
+    talk.system = "Be terse."
+    for number, ended in ((1, "end"), (2, "cancelled")):
+        talk.begin(Turn(f"p{number}", [1, number], number))
+        talk.add(3)
+        talk.end(ended, "né")
+    header = {"model": "m", "fingerprint": "abc", "vocabulary": 9, "options": DEFAULTS}
+    for _ in range(2):  # a new file, and a session that is there
+        save(str(path), talk, header)
+        session = opened(path)
+        assert (session.turns, session.system) == (talk.turns, "Be terse.")
+        with pytest.raises(InputError, match=r"/save .* is in use by another run"):
+            save(str(path), talk, header)
+        session.close()
+    assert path.stat().st_mode & 0o777 == 0o600 and list(tmp_path.iterdir()) == [path]
+    path.write_text("a letter")
+    with pytest.raises(InputError, match=r"/save .* is there, and is no session"):
+        save(str(path), talk, header)
+    assert path.read_text() == "a letter"

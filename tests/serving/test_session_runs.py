@@ -21,8 +21,9 @@ import pytest
 from tests.support.launch import PROGRAMS, TIMEOUT, Launcher, Result
 from tests.support.messages import assert_one_line, patterns_in
 from tests.support.session_cases import cut
-from tpimpi.serving.session import Session, Turn
+from tpimpi.serving.session import Session
 from tpimpi.serving.text.load import load_tokenizer
+from tpimpi.serving.transcript import Turn
 from tpimpi.weights.sources import open_source
 
 # Runs of a tiny model, on one rank
@@ -120,6 +121,35 @@ def test_lines_are_turns_of_one_conversation(tpimpi, tiny: Path, tmp_path: Path)
     assert again[:2] == turns[:2]
     assert (again[2].prompt, again[2].tokens, again[3].prompt) == ("jumps", turns[2].tokens, "jumps")
     assert result.out == "".join(turn.text.removesuffix("\n") + "\n" for turn in again[2:])
+
+
+def test_a_system_prompt_stays_until_there_is_another_and_old_turns_are_dropped(
+    tpimpi, tiny: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "s"
+    options = ("--model", str(tiny), "--format", "f32", "--max-tokens", "5", "--ignore-eos", "--session", str(path))
+    (tmp_path / "system").write_text("the lazy dog\n")
+    with_file = tpimpi(*options, "--system-file", str(tmp_path / "system"), stdin="the fox\n")
+    assert with_file.code == 0, with_file.err
+    result = tpimpi(*options, "--system", "the quick fox", "--prompt", "the dog")
+    assert result.code == 0, result.err
+    said = f"the conversation in {path} had another system prompt: now it has this\n"
+    assert said in result.err and said not in with_file.err
+    lines = "".join(f"jumps over {number}\n" for number in range(6))
+    result = tpimpi(*options, "--overflow", "drop", "--context", "60", stdin=lines)
+    assert result.code == 0, result.err
+    assert "had another system prompt" not in result.err
+    assert "the context is full: the model no longer gets the oldest " in result.err
+    with open_source(tiny) as source:
+        tokenizer = load_tokenizer(source.tokenizer_assets(), source.config.vocab)
+    turns = turns_of(path)
+    assert len(turns) == 8
+    first = (turns[0].prompt, turns[0].text)
+    assert turns[0].ids == tokenizer.encode_chat("the fox", system="the lazy dog")
+    assert turns[1].ids == tokenizer.encode_chat("the dog", [first], system="the quick fox")
+    begin = tokenizer.encode_chat("", system="the quick fox")[:-2]
+    assert all(turn.ids[: len(begin)] == begin and len(turn.ids) <= 55 for turn in turns[1:])
+    assert talk(tpimpi, tiny, *options, "--context", "60", stdin=lines).code == 2, "it has no room any more"
 
 
 def test_a_raw_conversation_is_one_text(tpimpi, tiny: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from tpimpi.star import DEFAULT_SILENCE_S, DEFAULT_TIMEOUT_S
 
 SHOW, HIDE = REASONING_CHOICES = ("show", "hide")
+ERROR, DROP = OVERFLOW_CHOICES = ("error", "drop")
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,15 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """The prompt, and how it is answered. `given` are the sampling options that the command line has."""
+    """The prompt, and how it is answered. `overflow` is one of OVERFLOW_CHOICES, `given` are the sampling options that the
+    command line has."""
 
     prompt: str | None = None
     prompt_file: str | None = None
     session: str | None = None
+    system: str | None = None
+    system_file: str | None = None
+    overflow: str = ERROR
     max_tokens: int = 256
     context: int | None = None
     stop: tuple[str, ...] = ()

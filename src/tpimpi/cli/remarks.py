@@ -7,7 +7,8 @@ from pathlib import Path
 from tpimpi.cli.options import ModelOptions
 from tpimpi.cli.process import Job
 from tpimpi.serving.llm import LLM
-from tpimpi.serving.session import Session, Turn
+from tpimpi.serving.session import Session
+from tpimpi.serving.transcript import Transcript, Turn
 from tpimpi.system.terminal import STDERR, has_input, is_terminal
 from tpimpi.weights.locations import model_path
 
@@ -23,7 +24,7 @@ def loading(model: ModelOptions) -> str | None:
     return f"loading {path.name.removesuffix('.gguf')} …"
 
 
-def going_on(session: Session | None, turn: Turn) -> str | None:
+def going_on(session: Transcript | None, turn: Turn) -> str | None:
     """Said before an answer that an earlier run left unfinished. Its prompt is named at a terminal only: what else takes
     stderr, the log of a batch job say, others may read."""
     if session is None or turn is not session.unfinished:
@@ -32,6 +33,27 @@ def going_on(session: Session | None, turn: Turn) -> str | None:
         return "going on with the answer that was broken off"
     more = "…" if len(turn.prompt) > MOST_PROMPT_CHARACTERS else ""
     return f"going on with the answer to {turn.prompt[:MOST_PROMPT_CHARACTERS] + more!r}"
+
+
+def other_system(session: Session, system: str | None) -> str | None:
+    """Said where --system differs from the system prompt that a conversation had so far."""
+    if system is None or not session.turns or session.system == system:
+        return None
+    return (
+        f"the conversation in {session.path} had {'another' if session.system else 'no'} system prompt: now it has this"
+    )
+
+
+def left_out(turns: int) -> str | None:
+    """Said where the model no longer gets so many turns, besides those that it did not get before."""
+    if not turns:
+        return None
+    return f"the context is full: the model no longer gets the oldest {show_number(turns, 'turn')}"
+
+
+def show_number(number: int, thing: str) -> str:
+    """So many of a thing, in the singular or plural."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def kept(session: Session) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tpimpi.cli import remarks
 from tpimpi.cli.answers import AnswerPrinter
-from tpimpi.cli.options import GenerateOptions, OutputOptions, RunOptions, SamplingOptions
+from tpimpi.cli.options import DROP, GenerateOptions, OutputOptions, RunOptions, SamplingOptions
 from tpimpi.cli.prepare import prepare, say_what_slows
 from tpimpi.cli.process import Job, leave_on_signals, say
 from tpimpi.cli.run_options import parse_run
@@ -27,7 +27,8 @@ from tpimpi.serving.conversation import Conversation, SamplingParams
 from tpimpi.serving.llm import LLM, load_llm, load_tokenizer_of_slices
 from tpimpi.serving.report import Report
 from tpimpi.serving.sampling import make_sampler
-from tpimpi.serving.session import Session, Turn
+from tpimpi.serving.session import Session
+from tpimpi.serving.transcript import Turn
 from tpimpi.star import Star
 from tpimpi.star.control import stop_others_on_error
 from tpimpi.system.memory import release_freed_memory
@@ -74,12 +75,14 @@ def load(star: Star, job: Job) -> tuple[RunOptions, LLM, Turn | None]:
     hosts = [rank.host for rank in ranks]
     prompt = given_prompt(options.generate, hosts)
     params = sampling_params(options.generate, hosts)
-    template = given_template(options.generate)
+    template, system = given_template(options.generate), given_system(options.generate, hosts)
+    params = replace(params, system=system)
     quiet = options.output.quiet
     if not quiet:
         say(remarks.loading(options.model))
         if session is not None:
             leave_on_signals(partial(remarks.kept, session))
+            say(remarks.other_system(session, system))
     say_what_slows(star, ranks, options.compute, options.network, quiet=quiet)
     config = prepare(
         *(star, ranks, options.model, options.compute, options.network),
@@ -135,6 +138,27 @@ def given_template(generate: GenerateOptions) -> str | None:
     return template
 
 
+def given_system(generate: GenerateOptions, hosts: Sequence[str]) -> str | None:
+    """The system prompt that the options give. Raises InputError for one that has no meaning."""
+    if generate.system is not None and generate.system_file is not None:
+        raise InputError("--system and --system-file are both given; give one of them")
+    option = "--system" if generate.system is not None else "--system-file"
+    if generate.system is None and generate.system_file is None:
+        return None
+    if generate.sampling.raw:
+        raise InputError(
+            f"--raw does without a chat template, which a system prompt needs; leave out --raw, or {option}"
+        )
+    if generate.system is not None:
+        refuse_on_other_hosts("--system", "--system-file FILE, which rank 0 alone reads", hosts)
+        system = generate.system
+    else:
+        system = read_text("--system-file", generate.system_file or "").removesuffix("\n")
+    if not system.strip():
+        raise InputError(f"{option} is empty; give some text, or leave it out")
+    return system
+
+
 def refuse_on_other_hosts(option: str, instead: str, hosts: Sequence[str]) -> None:
     """Raise InputError where other hosts than rank 0's can see the argument of `option`."""
     others = sorted(set(hosts) - {hosts[0]})
@@ -148,6 +172,10 @@ def refuse_on_other_hosts(option: str, instead: str, hosts: Sequence[str]) -> No
 def sampling_params(generate: GenerateOptions, hosts: Sequence[str]) -> SamplingParams:
     """How prompts are to be answered. Raises InputError for what cannot be used."""
     sampling = generate.sampling
+    if generate.overflow == DROP and sampling.raw:
+        raise InputError(
+            "--raw makes one text of a conversation, without turns to drop; leave out --raw, or --overflow"
+        )
 
     def sampler(seed: int | None, drawn: int) -> Callable[[F32, Sequence[int]], int]:
         try:
@@ -182,6 +210,7 @@ def sampling_params(generate: GenerateOptions, hosts: Sequence[str]) -> Sampling
         raw=sampling.raw,
         stops=stop_texts(generate, hosts),
         ignore_eos=generate.ignore_eos,
+        drop=generate.overflow == DROP,
     )
 
 
@@ -227,12 +256,15 @@ def answer_all(llm: LLM, first: Turn | None, job: Job, options: RunOptions) -> t
     for line in (job.input or Input()).lines("> ", remark):
         if not line.strip():
             continue
+        left_out = llm.conversation.left_out
         try:
             turn = llm.conversation.turn(line)
         except InputError as error:
             code = error.exit_code
             say(f"{job.name()}: {error}")
             continue
+        if not quiet:
+            say(remarks.left_out(llm.conversation.left_out - left_out))
         answer(llm, turn, options)
         answers += 1
     return code, answers

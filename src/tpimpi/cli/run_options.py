@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from tpimpi import __version__
 from tpimpi.cli.options import (
+    OVERFLOW_CHOICES,
     REASONING_CHOICES,
     ComputeOptions,
     GenerateOptions,
@@ -157,6 +158,25 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="keep the conversation in this file, and go on where it ends, in mid-answer too; read and written by rank 0 "
         "alone, with the sampling options that it was begun with",
+    )
+
+    group.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="the system prompt; stands in the process list of every host, so only for one host",
+    )
+    group.add_argument(
+        "--system-file",
+        type=path_given("--system-file", "the name of a file"),
+        metavar="FILE",
+        help="the system prompt, read by rank 0 alone",
+    )
+    group.add_argument(
+        "--overflow",
+        default=GenerateOptions.overflow,
+        choices=OVERFLOW_CHOICES,
+        help="what to do when a conversation has no room left in the context: error (default), or drop its oldest turns, "
+        "never the system prompt",
     )
 
 
@@ -308,6 +328,9 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
         prompt=parsed.prompt,
         prompt_file=parsed.prompt_file,
         session=parsed.session,
+        system=parsed.system,
+        system_file=parsed.system_file,
+        overflow=parsed.overflow,
         max_tokens=parsed.max_tokens,
         context=parsed.context,
         stop=tuple(parsed.stop),
@@ -327,8 +350,8 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
     if generate.prompt is not None and generate.prompt_file is not None:
         raise InputError("--prompt and --prompt-file are both given; give one of them")
     check_combinations(options.compute, options.network, options.model)
-    inputs = (options.model.model, generate.prompt_file, generate.stop_file, generate.session, generate.chat_template)
-    check_outputs(options.output, inputs, session=generate.session)
+    inputs = (generate.prompt_file, generate.stop_file, generate.session, generate.chat_template, generate.system_file)
+    check_outputs(options.output, (options.model.model, *inputs), session=generate.session)
     return options
 
 

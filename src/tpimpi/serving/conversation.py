@@ -9,11 +9,14 @@ from functools import partial
 
 from tpimpi.errors import InputError
 from tpimpi.serving.sampling import Sampler
-from tpimpi.serving.session import Session, Turn
+from tpimpi.serving.session import Session
 from tpimpi.serving.text.token_ids import TokenIds
 from tpimpi.serving.text.tokenizer import Tokenizer
+from tpimpi.serving.transcript import Transcript, Turn
 from tpimpi.weights.slices.header import Header
 
+LEAST_ANSWER_PART = 4  # of the context: so much room an answer is to have, if --max-tokens wants it
+FREED_PART = 8  # of the context: so much becomes free beyond that when turns are dropped
 MOST_BYTES_A_TOKEN = 16  # of usual text; with more, a prompt is looked at twice
 
 
@@ -28,34 +31,41 @@ class SamplingParams:
     raw: bool
     stops: list[str]
     ignore_eos: bool
+    system: str | None = None  # a new conversation's system prompt
+    drop: bool = False  # the oldest turns, where the context has no room for all of them
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Prompts become turns here. With a session all are turns of one conversation, else each stands for itself.
+    """Prompts become turns here. With a transcript, which a session is, all are turns of one conversation, else each stands
+    for itself.
 
     `model_limit` is how many positions the model has, `limit` how many a prompt and its answer may take in this run.
     """
 
     tokenizer: Tokenizer | TokenIds
     params: SamplingParams
-    session: Session | None
+    session: Transcript | None
     model_limit: int
     limit: int
 
     @classmethod
     def begin(
-        cls, header: Header, tokenizer: Tokenizer | TokenIds, params: SamplingParams, session: Session | None = None
+        cls, header: Header, tokenizer: Tokenizer | TokenIds, params: SamplingParams, session: Transcript | None = None
     ) -> Conversation:
         """For the model of `header`. Raises InputError for a context beyond the model's, for params that need a tokenizer or
         a chat template where there is none, and for a session that was begun with another model."""
-        if session is not None:
+        if isinstance(session, Session):
             session.check_model(header.model, header.fingerprint, header.config.vocab)
             session.keep_reasoning(tokenizer.has_reasoning and not params.raw)
         most = header.config.context
         if params.context is not None and params.context > most:
             raise InputError(f"--context is {params.context}, this model has {most} positions; give at most that")
         tokenizer.check_params(raw=params.raw, stops=params.stops)
+        if params.system is not None:
+            tokenizer.check_system(params.system)
+            if session is not None:
+                session.system = params.system
         return cls(tokenizer, params, session, most, params.context or most)
 
     def limited(self, positions: int) -> Conversation:
@@ -68,9 +78,11 @@ class Conversation:
         Raises InputError where there is no room for it."""
         return self.interrupted() if prompt is None else self.turn(prompt)
 
-    def turn(self, prompt: str) -> Turn:
+    def turn(self, prompt: str, attempt: int = 0) -> Turn:
         """A prompt as the model gets it, with what was said before; or the turn that the session ends with, if that has the
-        same prompt and was interrupted. Raises InputError where the prompt is empty or too long, or is not that turn's."""
+        same prompt and was interrupted. Each `attempt` at the same prompt has random draws of its own.
+
+        Raises InputError where the prompt is empty or too long, or is not that turn's."""
         if not prompt.strip():
             raise InputError("the prompt is empty; give some text")
         if (turn := self.interrupted()) is not None:
@@ -80,28 +92,57 @@ class Conversation:
                     "(with --max-tokens 1 it ends where it is), then give this one"
                 )
             return turn
-        encode = self._encoding()
-        # Encoding takes 150 bytes of memory for each of the text, so what is far too long is not encoded whole to see that.
-        beginning = prompt[: self.limit * MOST_BYTES_A_TOKEN]
-        if beginning != prompt and (found := len(encode(beginning))) > self.limit:
-            raise self._too_long(f"over {found}")
-        ids = encode(prompt)
+        ids, whole = self._fitting(prompt)
         if not ids:
             raise InputError("the prompt has no tokens; give some text")
         if len(ids) >= self.limit:
-            raise self._too_long(str(len(ids)))
-        return Turn(
-            prompt, ids, int.from_bytes(os.urandom(8), "little") >> 1 if self.params.seed is None else self.params.seed
-        )
+            raise self._too_long(str(len(ids)) if whole else f"over {len(ids)}")
+        seed = int.from_bytes(os.urandom(8), "little") >> 1 if self.params.seed is None else self.params.seed + attempt
+        return Turn(prompt, ids, seed)
+
+    def _fitting(self, prompt: str) -> tuple[list[int], bool]:
+        """The ids of a prompt, with what was said before: with `drop` as many of the last turns as leave room for an answer,
+        and some more, since what was computed for the others is of no use then. See `_encode`."""
+        ids, whole = self._encode(prompt)
+        session, answer = self.session, min(self.params.max_tokens, self.limit // LEAST_ANSWER_PART)
+        if session is None or not self.params.drop or len(ids) + answer <= self.limit:
+            return ids, whole
+        before = session.left_out
+        while len(ids) + answer + self.limit // FREED_PART > self.limit and session.left_out < len(session.turns):
+            session.left_out += 1
+            ids, whole = self._encode(prompt)
+        if len(ids) >= self.limit:  # which is no fault of the turns
+            session.left_out = before
+        return ids, whole
+
+    def _encode(self, prompt: str) -> tuple[list[int], bool]:
+        """The ids of a prompt, with what was said before; of one that is far too long those of its beginning, and False."""
+        encode = self._encoding()
+        # Encoding takes 150 bytes of memory for each of the text, so what is far too long is not encoded whole to see that.
+        beginning = prompt[: self.limit * MOST_BYTES_A_TOKEN]
+        if beginning != prompt and len(ids := encode(beginning)) > self.limit:
+            return ids, False
+        return encode(prompt), True
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt of the turns to come."""
+        return self.params.system if self.session is None else self.session.system
+
+    @property
+    def left_out(self) -> int:
+        """How many of the first turns the model no longer gets."""
+        return 0 if self.session is None else self.session.left_out
 
     def _encoding(self) -> Callable[[str], list[int]]:
         """How a prompt becomes ids, what was said before included."""
-        said = [] if self.session is None else self.session.turns
         if not self.params.raw:
-            return partial(self.tokenizer.encode_chat, said=[(turn.prompt, turn.text) for turn in said])
-        if not said:
+            said = [] if self.session is None else self.session.said
+            return partial(self.tokenizer.encode_chat, said=said, system=self.system)
+        if self.session is None or not self.session.turns:
             return self.tokenizer.encode
-        before = [*said[-1].ids, *said[-1].tokens]
+        last = self.session.turns[-1]
+        before = [*last.ids, *last.tokens]
         return lambda prompt: [*before, *self.tokenizer.encode(prompt, special=False)]
 
     def interrupted(self) -> Turn | None:
@@ -114,7 +155,8 @@ class Conversation:
     def _too_long(self, tokens: str) -> InputError:
         remedy = "shorten it"
         if self.session is not None and self.session.turns:
-            remedy = "begin another --session"
+            remedy = "begin another --session" if isinstance(self.session, Session) else "begin another, with /new"
+            remedy += "" if self.params.raw or self.params.drop else ", or give --overflow drop"
         if self.params.context is not None and self.limit < self.model_limit:
             remedy += f", or raise --context (up to {self.model_limit})"
         elif self.limit < self.model_limit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from tpimpi.engine.allotment import MemoryAllotment
 from tpimpi.engine.engine import DEFAULT_CONTEXT, OpenedEngine
@@ -13,14 +13,15 @@ from tpimpi.engine.trace import RankTrace
 from tpimpi.serving.conversation import Conversation
 from tpimpi.serving.generate import HeldIds, generate, to_pieces, until_stop
 from tpimpi.serving.report import Answer, Report
-from tpimpi.serving.session import Turn
 from tpimpi.serving.text.answer import Piece
 from tpimpi.serving.text.load import tokenizer_of_slices
 from tpimpi.serving.text.token_ids import TokenIds
 from tpimpi.serving.text.tokenizer import Tokenizer
+from tpimpi.serving.transcript import Turn
 from tpimpi.system.memory import release_freed_memory, resident_bytes
 from tpimpi.weights.slices.file import SliceFile
 
+GoingOn = Callable[[int, int], bool]
 ROOM_POSITIONS = 256  # a conversation's cache grows by so many
 
 
@@ -57,55 +58,72 @@ class LLM:
         self.engine = memory.engines[0]
         self._held = HeldIds()
 
-    def answer(self, turn: Turn) -> Iterator[Piece]:
-        """The answer, as it comes, first what there is of it; the report has its figures when it is done."""
-        conversation, model = self.conversation, self.engine.model
+    def answer(self, turn: Turn, going_on: GoingOn = lambda done, prompt: True) -> Iterator[Piece]:
+        """The answer, as it comes, first what there is of it; the report has its figures when it is done.
+
+        `going_on` is asked before each step, with the number of positions that are done of the prompt, and how many it has;
+        where it says no, the answer ends there, "cancelled". A turn without a token of an answer is not kept then.
+        """
+        conversation = self.conversation
         params, session = conversation.params, conversation.session
         if session is not None:
             session.begin(turn)
         room = conversation.limit - len(turn.ids)
         max_tokens = min(params.max_tokens, room)
         made = list(turn.tokens)
-        generated = len(made) < max_tokens
+        generated, cancelled = len(made) < max_tokens, False
         why = "stop"  # unless the tokens come to an end
         times: list[float] = []
         ready = time.monotonic()
 
+        def asked(done: int) -> bool:
+            nonlocal cancelled
+            cancelled = not going_on(done, len(turn.ids) + len(turn.tokens))
+            return not cancelled
+
         def noted() -> Iterator[int]:
             nonlocal why
             yield from turn.tokens[: len(made)]
-            history = [*turn.ids, *made]
-            tokens = generate(
-                model,
-                model.star,
-                self.engine.embed,
-                history,
-                params.sample(turn.seed, len(made)),
-                max_tokens=max_tokens - len(made),
-                context=params.context or self._positions(len(turn.ids) + max_tokens),
-                end_ids=() if params.ignore_eos else conversation.tokenizer.end_ids,
-                sampled_ids=conversation.tokenizer.sampled_ids,
-                held=self._held,
-            )
-            for token in tokens if generated else ():
+            for token in self._tokens(turn, max_tokens, asked) if generated else ():
                 times.append(time.monotonic())
                 made.append(token)
                 if session is not None:
                     session.add(token)
                 yield token
             why = "end" if len(made) < max_tokens else "max_tokens" if max_tokens < room else "context"
+            why = "cancelled" if cancelled else why
 
         stream = conversation.tokenizer.answer_stream(turn.ids, raw=params.raw)
         said = {False: "", True: ""}  # the answer, and its reasoning
         for piece in until_stop(to_pieces(noted(), stream), params.stops):
             said[piece.reasoning] += piece.text
             yield piece
-        if session is not None:
+        if session is not None and why == "cancelled" and not made:
+            session.undo()
+        elif session is not None:
             session.end(why, said[False], said[True])
         turn.ended, turn.text, turn.reasoning, turn.tools = why, said[False], said[True], list(stream.tools)
         figures = (made, len(turn.ids), ready, times)
         rows = (self._held.kept, len(self._held.ids) - self._held.kept) if generated else (0, 0)
         self.report.add(Answer.timed(turn.text, *figures, *rows, ended=why, reasoning=turn.reasoning))
+
+    def _tokens(self, turn: Turn, max_tokens: int, going_on: Callable[[int], bool]) -> Iterator[int]:
+        """Those that follow what there is of the answer, so that it has at most `max_tokens`."""
+        conversation, model, made = self.conversation, self.engine.model, list(turn.tokens)
+        params = conversation.params
+        return generate(
+            model,
+            model.star,
+            self.engine.embed,
+            [*turn.ids, *made],
+            params.sample(turn.seed, len(made)),
+            max_tokens=max_tokens - len(made),
+            context=params.context or self._positions(len(turn.ids) + max_tokens),
+            end_ids=() if params.ignore_eos else conversation.tokenizer.end_ids,
+            sampled_ids=conversation.tokenizer.sampled_ids,
+            held=self._held,
+            going_on=going_on,
+        )
 
     def _positions(self, needed: int) -> int:
         """How many positions to keep room for, where so many are needed: in a conversation some more, so that the next turn

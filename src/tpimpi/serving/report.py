@@ -15,7 +15,8 @@ from tpimpi.star.tuning import describe_rule
 from tpimpi.system.files import write_json
 from tpimpi.system.units import show_size
 
-FINISH_REASONS = {"end": "stop", "stop": "stop", "max_tokens": "length", "context": "length"}  # by session.END_REASONS
+# By transcript.END_REASONS.
+FINISH_REASONS = {"end": "stop", "stop": "stop", "max_tokens": "length", "context": "length", "cancelled": "abort"}
 _DISK_LIMITED_SHARE = 0.3  # of a rank's time: above it, waiting for the disk is said to limit the run
 
 
@@ -28,7 +29,7 @@ class Answer:
     long (a processor quota, a disk), only the mean says how long the answer took.
     `reasoning` is what the model wrote before its answer and marked as such; "" where there is none.
     `finish_reason` is OpenAI's word for why it ended: "stop" by itself or before a stop text, "length" cut, where no more
-    tokens were allowed or the context was full.
+    tokens were allowed or the context was full; or vLLM's: "abort" stopped by its user.
     `cached_tokens` is OpenAI's word for how many tokens of the prompt were not computed again, `rows_computed` how many
     positions went through the layers for prompt and answer.
     """
@@ -58,7 +59,7 @@ class Answer:
         ended: str,
         reasoning: str = "",
     ) -> Answer:
-        """From the monotonic times of the prompt being ready and of each token; `ended` is one of session.END_REASONS."""
+        """From the monotonic times of the prompt being ready and of each token; `ended` is one of transcript.END_REASONS."""
         gaps = [b - a for a, b in itertools.pairwise(times)]
         first = times[0] - ready if times else None
         middle, average = (float(np.median(gaps)), float(np.mean(gaps))) if gaps else (None, None)

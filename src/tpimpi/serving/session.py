@@ -12,11 +12,17 @@ Of a model whose answers may have reasoning, a session is of version 2, and all 
 
     {"end": "end", "text": "TEXT", "reasoning": "TEXT"}
 
+With one of these lines the session, whatever it was before, becomes one of version 3, which may have "reasoning" or not:
+
+    {"system": "TEXT"}                                the system prompt of the turns from here on; null for none
+    {"undo": N}                                       the N turns before this line no longer count
+    {"end": "cancelled", "text": "TEXT"}              the answer was stopped by its user
+
 The first line is there once, as soon as there is a turn: the version of this format, the model (its fingerprint, and how
 many token ids it has), and the options of SAMPLING, which hold for the whole conversation; without --seed "seed" is null.
 Of a turn, "ids" is all that the model gets before the answer, what was said before included, and "seed" what its random
 draws begin with. "end" is "end" (the model's own end of text), "stop" (one of --stop; "text" ends before it, the tokens
-do not), "max_tokens", or "context" (no room is left). A turn without a line "end" was interrupted.
+do not), "max_tokens", "context" (no room is left), or "cancelled". A turn without a line "end" was interrupted.
 
 One run at a time uses a file, which a lock (flock) sees to. Only its owner can read it. Only rank 0 knows of it.
 """
@@ -28,17 +34,16 @@ import json
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tpimpi.errors import InputError, StorageError, shorten, shorten_path
 from tpimpi.serving.sampling import make_sampler
-from tpimpi.system.files import try_lock
+from tpimpi.serving.transcript import END_REASONS, Transcript, Turn
+from tpimpi.system.files import replacing, try_lock
 
-FORMAT_VERSION, REASONING_VERSION = 1, 2
+FORMAT_VERSION, REASONING_VERSION, CHANGED_VERSION = 1, 2, 3
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "raw")  # options of a run
-END_REASONS = ("end", "stop", "max_tokens", "context")
 _FIRST_LINE_START = b'{"tpimpi session": '
 MOST_LINE_SHOWN = 60  # characters of a broken line
 _MAX_FIRST_LINE_BYTES = 4096  # bytes of the first line
@@ -51,31 +56,21 @@ _FIRST_LINE_TYPES: dict[str, type | None] = {  # what it holds
 }
 
 
-@dataclass
-class Turn:
-    """A prompt and its answer, as far as there is one. `ids` is all that the model gets before the answer."""
+class Session(Transcript):
+    """A conversation in a file, which is locked."""
 
-    prompt: str
-    ids: list[int]
-    seed: int  # of the random draws, of which there is one for each of `tokens`
-    tokens: list[int] = field(default_factory=list)
-    ended: str | None = None  # one of END_REASONS
-    text: str = ""  # of an answer that has ended
-    reasoning: str = ""  # before it; "" too where the session is of version 1
-    tools: list[str] = field(default_factory=list)  # what it calls; not in the session
+    def __init__(self, given: str, option: str = "--session") -> None:
+        """Open the file that `option` gives, or make it.
 
-
-class Session:
-    """The file of a conversation, locked. `turns` are those in it; all but the last have ended."""
-
-    def __init__(self, given: str) -> None:
-        """Open the file, or make it. Raises InputError, having changed nothing, where it is no session or is in use."""
+        Raises InputError, having changed nothing, where it is no session or is in use."""
+        super().__init__()
+        self._option = option
         if not given:
-            raise InputError("--session is empty; give the name of a file")
+            raise InputError(f"{option} is empty; give the name of a file")
         self.path = Path(given)
         self._header: dict[str, Any] | None = None
         self._new_header: dict[str, Any] = {"tpimpi session": FORMAT_VERSION}  # a first line to be written
-        self.turns: list[Turn] = []
+        self._system: str | None = None  # as the file has it
         self._file = -1
         self._made = False
         try:
@@ -86,13 +81,13 @@ class Session:
             raise self._wrong(f": {error.strerror}; give a file that rank 0 can read and write") from error
         except ValueError as error:  # a NUL in the name
             self.close()
-            raise InputError(f"--session {given!r}: {error}; give the name of a file") from error
+            raise InputError(f"{option} {given!r}: {error}; give the name of a file") from error
         except BaseException:
             self.close()
             raise
 
     def _wrong(self, what: str) -> InputError:
-        return InputError(f"--session {shorten_path(self.path)}{what}")
+        return InputError(f"{self._option} {shorten_path(self.path)}{what}")
 
     def _open(self) -> None:
         flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY
@@ -143,8 +138,8 @@ class Session:
     def _take(self, value: dict[str, Any]) -> None:
         """One line of the file. Raises ValueError, KeyError or TypeError where it is not what comes next."""
         if self._header is None:
-            if (version := value["tpimpi session"]) not in (FORMAT_VERSION, REASONING_VERSION):
-                ours = f"this tpimpi knows versions {FORMAT_VERSION} and {REASONING_VERSION}"
+            if (version := value["tpimpi session"]) not in (FORMAT_VERSION, REASONING_VERSION, CHANGED_VERSION):
+                ours = f"this tpimpi knows versions {FORMAT_VERSION} to {CHANGED_VERSION}"
                 remedy = "use the one that made the file, or give another file"
                 raise self._wrong(f" is of format version {version}, {ours}; {remedy}")
             _require(value, _FIRST_LINE_TYPES)
@@ -152,8 +147,17 @@ class Session:
             make_sampler(**{name: value["options"][name] for name in SAMPLING if name != "raw"})
             self._header = value
             return
-        turn = self.unfinished
-        if turn is None:
+        turn, changed = self.unfinished, self._version == CHANGED_VERSION
+        if changed and "undo" in value:
+            _require(value, {"undo": int})
+            if not 1 <= value["undo"] <= len(self.turns):
+                raise ValueError(value)
+            super().undo(value["undo"])
+        elif changed and turn is None and "system" in value:
+            _require(value, {"system": None if value["system"] is None else str})
+            (value["system"] or "").encode()
+            self.system = self._system = value["system"]
+        elif turn is None:
             _require(value, {"prompt": str, "ids": list, "seed": int})
             value["prompt"].encode()  # a ValueError where it is not Unicode
             if not value["ids"] or value["seed"] < 0:
@@ -163,11 +167,13 @@ class Session:
             _require(value, {"token": int})
             turn.tokens.append(self._id(value["token"]))
         else:
-            texts = ("text", "reasoning") if self._keeps_reasoning else ("text",)
+            texts = ("text", "reasoning") if self._keeps_reasoning("reasoning" in value) else ("text",)
             _require(value, {"end": str, **dict.fromkeys(texts, str)})
             for name in texts:
                 value[name].encode()
-            turn.ended, turn.text = END_REASONS[END_REASONS.index(value["end"])], value["text"]
+            if value["end"] not in (END_REASONS if changed else END_REASONS[:-1]):
+                raise ValueError(value)
+            turn.ended, turn.text = value["end"], value["text"]
             turn.reasoning = value.get("reasoning", "")
 
     def _id(self, number: object) -> int:
@@ -175,11 +181,6 @@ class Session:
         if type(number) is not int or not 0 <= number < self._header["vocabulary"]:
             raise ValueError(number)
         return number
-
-    @property
-    def unfinished(self) -> Turn | None:
-        """The last turn, if its answer was interrupted."""
-        return self.turns[-1] if self.turns and self.turns[-1].ended is None else None
 
     # What has to be the same throughout a conversation
 
@@ -218,33 +219,62 @@ class Session:
         """Whether a new conversation keeps its answers' reasoning; one that was begun stays as it is."""
         self._new_header["tpimpi session"] = REASONING_VERSION if kept else FORMAT_VERSION
 
+    def _keeps_reasoning(self, there: bool) -> bool:
+        """Whether a line with the end of an answer has its reasoning: from version 3 on where it is `there`."""
+        return self._version == REASONING_VERSION or (self._version == CHANGED_VERSION and there)
+
     @property
-    def _keeps_reasoning(self) -> bool:
-        return self._header is not None and self._header["tpimpi session"] == REASONING_VERSION
+    def _version(self) -> int:
+        version: int = (self._header or self._new_header)["tpimpi session"]
+        return version
 
     # Writing
 
     def begin(self, turn: Turn) -> None:
-        """A turn begins; one that was interrupted goes on."""
+        """A turn begins; one that was interrupted goes on. A system prompt is written with the first turn that has it."""
         if turn is self.unfinished:
             return
-        lines = _line({"prompt": turn.prompt, "ids": turn.ids, "seed": turn.seed})
+        lines = b"" if self.system == self._system else _line({"system": self.system})
+        if lines:
+            self._change_version()
+        lines += _turn_lines(turn)
         if self._header is None:
             self._header = {key: self._new_header[key] for key in _FIRST_LINE_TYPES}
             lines = _line(self._header) + lines
         self._write(lines)
-        self.turns.append(turn)
+        self._system = self.system
+        super().begin(turn)
 
     def add(self, token: int) -> None:
         """The last turn's answer has one more token."""
-        self._write(b'{"token": %d}\n' % token)
-        self.turns[-1].tokens.append(token)
+        self._write(_token_line(token))
+        super().add(token)
 
     def end(self, why: str, text: str, reasoning: str = "") -> None:
         """The last turn's answer is done, for one of END_REASONS."""
-        apart = {"reasoning": reasoning} if self._keeps_reasoning else {}
-        self._write(_line({"end": why, "text": text, **apart}))
-        self.turns[-1].ended, self.turns[-1].text, self.turns[-1].reasoning = why, text, reasoning
+        if why == "cancelled":
+            self._change_version()
+        self._write(_end_line(why, text, reasoning if self._keeps_reasoning(bool(reasoning)) else None))
+        super().end(why, text, reasoning)
+
+    def undo(self, turns: int = 1) -> None:
+        """The last so many turns no longer count; the file still has their lines."""
+        self._change_version()
+        self._write(_line({"undo": turns}))
+        super().undo(turns)
+
+    def _change_version(self) -> None:
+        """From now on the file may have lines that older versions of the format do not."""
+        if self._header is not None and self._version != CHANGED_VERSION:
+            try:  # through another descriptor, as what is written by ours goes to the end
+                file = os.open(f"/proc/self/fd/{self._file}", os.O_WRONLY | os.O_CLOEXEC)
+                try:
+                    os.pwrite(file, b"%d" % CHANGED_VERSION, len(_FIRST_LINE_START))  # in the place of one digit
+                finally:
+                    os.close(file)
+            except OSError as error:
+                raise StorageError(f"cannot write --session {self.path}: {error.strerror}; look at its disk") from error
+        (self._new_header if self._header is None else self._header)["tpimpi session"] = CHANGED_VERSION
 
     def _write(self, lines: bytes) -> None:
         """Append to the file, after its whole lines. Raises StorageError."""
@@ -269,6 +299,37 @@ class Session:
                     self.path.unlink()
         os.close(self._file)
         self._file = -1
+
+
+def save(given: str, transcript: Transcript, header: Mapping[str, Any]) -> None:
+    """Write a session of these turns to a file, beside and renamed; one that is there is replaced only if it is a session.
+
+    `header` is what the first line holds, but for the version. Raises InputError for a file that is something else, or is in
+    use, and StorageError.
+    """
+    with contextlib.closing(Session(given, "/save")) as there:
+        lines = _line({"tpimpi session": CHANGED_VERSION, **header})
+        if transcript.system is not None:
+            lines += _line({"system": transcript.system})
+        for turn in transcript.turns:
+            lines += _turn_lines(turn) + b"".join(map(_token_line, turn.tokens))
+            if turn.ended is not None:
+                lines += _end_line(turn.ended, turn.text, turn.reasoning or None)
+        with replacing(there.path, "/save", private=True) as file:
+            file.write(lines)
+        there._made = False  # what is there now is not the empty file that was made
+
+
+def _turn_lines(turn: Turn) -> bytes:
+    return _line({"prompt": turn.prompt, "ids": turn.ids, "seed": turn.seed})
+
+
+def _token_line(token: int) -> bytes:
+    return b'{"token": %d}\n' % token
+
+
+def _end_line(why: str, text: str, reasoning: str | None) -> bytes:
+    return _line({"end": why, "text": text, **({} if reasoning is None else {"reasoning": reasoning})})
 
 
 def _line(values: Mapping[str, Any]) -> bytes:

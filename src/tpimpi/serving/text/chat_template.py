@@ -46,6 +46,15 @@ class ChatTemplate:
         texts += [node.value for node in parsed.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
         return "\0".join(texts)
 
+    def has_system(self) -> bool:
+        """Whether a system prompt becomes part of the text: some templates leave it out, some refuse it."""
+        user = {"role": "user", "content": _ANSWER}
+        try:
+            texts = {self.render([{"role": "system", "content": text}, user]) for text in ("one", "another")}
+        except ModelError:
+            return False
+        return len(texts) == 2
+
     def render(self, messages: Messages, *, answer: bool = True) -> str:
         """The text of messages, up to where an `answer` begins if there is to be one. Raises ModelError if it fails."""
         try:

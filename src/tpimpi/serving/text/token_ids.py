@@ -45,7 +45,11 @@ class TokenIds:
                 )
         return [int(word) for word in words]
 
-    def encode_chat(self, prompt: str, said: Sequence[tuple[str, str]] = ()) -> list[int]:
+    def check_system(self, system: str) -> None:
+        """As of a Tokenizer; InputError always."""
+        self.check_params(raw=False, stops=())
+
+    def encode_chat(self, prompt: str, said: Sequence[tuple[str, str]] = (), system: str | None = None) -> list[int]:
         """InputError always: there is no chat template."""
         self.check_params(raw=False, stops=())
         return []

@@ -108,23 +108,34 @@ class Tokenizer:
 
         Raises InputError for text that has no UTF-8 form, ModelError for an id that the model has no row for.
         """
-        _check_prompt(text)
+        _check_unicode(text, "the prompt")
         ids = self._vocabulary.encode(text)
         if special:
             ids = [*self._prefix, *self._without_bos(ids), *self._suffix]
         return self._checked(ids)
 
-    def encode_chat(self, prompt: str, said: Sequence[tuple[str, str]] = ()) -> list[int]:
-        """Ids of a user message in the model's own chat template, up to where the answer begins; before it are the prompts
-        and answers of `said`. Names of control tokens in any of them are text.
+    def check_system(self, system: str) -> None:
+        """Raise InputError for a system prompt that cannot be used: one without text or a UTF-8 form, or where the chat
+        template has no place for it."""
+        _check_unicode(system, "the system prompt")
+        if not system.strip():
+            raise InputError("the system prompt is empty; give some text, or leave it out")
+        if self._chat is not None and not self._chat.has_system():
+            raise InputError(
+                "the model's chat template has no place for a system prompt; leave it out, and say it in the prompt"
+            )
+
+    def encode_chat(self, prompt: str, said: Sequence[tuple[str, str]] = (), system: str | None = None) -> list[int]:
+        """Ids of a user message in the model's own chat template, up to where the answer begins; before it are a `system`
+        prompt, and the prompts and answers of `said`. Names of control tokens in any of them are text.
 
         BOS is there if the template writes it or the model's own tokenizer adds one, once.
         Raises InputError for text that has no UTF-8 form, ModelError where the template is missing or fails.
         """
-        _check_prompt(prompt)
+        _check_unicode(prompt, "the prompt")
         if self._chat is None:
             raise ModelError(f"the model has no chat template; {NO_TEMPLATE}")
-        messages = []
+        messages = [] if system is None else [{"role": "system", "content": system}]
         for asked, answered in said:
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
         messages.append({"role": "user", "content": prompt})
@@ -162,6 +173,6 @@ class Tokenizer:
         return ids
 
 
-def _check_prompt(prompt: str) -> None:
-    if not is_unicode(prompt):
-        raise InputError("the prompt holds bytes that are not UTF-8; write it in UTF-8")
+def _check_unicode(text: str, what: str) -> None:
+    if not is_unicode(text):
+        raise InputError(f"{what} holds bytes that are not UTF-8; write it in UTF-8")
