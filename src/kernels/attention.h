@@ -17,6 +17,7 @@ namespace tpimpi {
 namespace {  // each level is compiled with flags of its own: nothing of it may be shared with another
 
 constexpr int kKeys = 64;        // of a block: its keys and values stay in the first cache
+constexpr int kParts = kKeys / kLeastPage + 2;  // of a block, each in a page of its own
 constexpr int kMost = kLanes;    // queries that are taken together
 constexpr float kNone = -3e38f;  // the greatest score before there is one: finite, so that no infinity is taken from another
 
@@ -32,7 +33,7 @@ struct Query {
   float total() const { return sink <= kNone ? 0 : 1; }
 };
 
-// Queries that read one KV head.
+// Queries of one sequence that read one KV head.
 struct Group {
   Query query[kMost];
   int count = 0;
@@ -61,30 +62,67 @@ inline int64_t keys_of_block(const Group& group, int64_t first) {
   return (end < group.last ? end : group.last) - first;
 }
 
-// Keys or values of one KV head, in either format.
-template <class S, bool f16>
+// Keys or values of one KV head at positions that follow each other in a page, in any format.
+template <class S, Cached format>
 struct Rows {
-  static constexpr int kBytes = f16 ? 2 : 4;
   const uint8_t* data;
-  int64_t head_dim;
+  int64_t head_dim, row_bytes;
 
-  Rows(const void* of, const Attention& a, int64_t kv_head)
-      : data(static_cast<const uint8_t*>(of) + kv_head * a.kv_stride * kBytes), head_dim(a.head_dim) {}
+  const uint8_t* at(int64_t row) const { return data + row * row_bytes; }
 
-  const uint8_t* at(int64_t row, int64_t column = 0) const { return data + (row * head_dim + column) * kBytes; }
+  // Numbers [i, i + n) of a row; i is a multiple of 16, and n is 16, or less where the row ends.
+  static typename S::F load_run(const uint8_t* row, int64_t i, int64_t n) {
+    if constexpr (format == Cached::q8_0) {  // in blocks of 32: a scale (f16), and int8
+      const uint8_t* block = row + i / kBlock * block_bytes(Format::q8_0);
+      return S::mul(S::load_i8(block + 2 + i % kBlock), S::set_f16(block));
+    } else if constexpr (format == Cached::f16) {
+      return n == kLanes ? S::load_f16(row + i * 2) : S::load_f16_some(row + i * 2, n);
+    } else {
+      const float* p = reinterpret_cast<const float*>(row) + i;
+      return n == kLanes ? S::load(p) : S::load_some(p, n);
+    }
+  }
+};
 
-  static typename S::F load_run(const uint8_t* p, int64_t n) {
-    const float* floats = reinterpret_cast<const float*>(p);
-    if constexpr (f16)
-      return n == kLanes ? S::load_f16(p) : S::load_f16_some(p, n);
-    else
-      return n == kLanes ? S::load(floats) : S::load_some(floats, n);
+// The keys and values of a block, in as many parts as it has pages.
+template <class S, Cached format>
+struct Block {
+  int64_t first, keys;
+  int parts = 0;
+  struct Part {
+    Rows<S, format> k, v;
+    int64_t keys;
+  } part[kParts];
+
+  Block(const Attention& a, const int32_t* table, const Group& group, int64_t from) : first(from), keys(keys_of_block(group, from)) {
+    const int64_t row_bytes = cached_bytes(format, a.kv.head_dim), head = group.kv_head * a.kv.head_stride;
+    for (int64_t at = first; at < first + keys; ++parts) {
+      const int64_t page = at / a.kv.page, in_page = at % a.kv.page, left = first + keys - at;
+      const int64_t offset = table[page] * a.kv.page_stride + head + in_page * row_bytes;
+      auto& p = part[parts];
+      p.k = {static_cast<const uint8_t*>(a.k) + offset, a.kv.head_dim, row_bytes};
+      p.v = {static_cast<const uint8_t*>(a.v) + offset, a.kv.head_dim, row_bytes};
+      p.keys = left < a.kv.page - in_page ? left : a.kv.page - in_page;
+      at += p.keys;
+    }
   }
 
-  // Rows [row, row + n) as f32, [n, head_dim]; in `scratch` unless they are f32 already.
-  const float* widened(int64_t row, int64_t n, float* scratch) const {
-    if constexpr (!f16) return reinterpret_cast<const float*>(at(row));
-    each_run(n * head_dim, [&](int64_t i, int64_t lanes) { S::store(scratch + i, load_run(at(row, i), lanes)); });
+  // All keys, or values, as f32, [keys, head_dim]; in `scratch` unless they are that already.
+  template <Rows<S, format> Part::*which>
+  const float* widened(float* scratch) const {
+    if (format == Cached::f32 && parts == 1) return reinterpret_cast<const float*>((part[0].*which).data);
+    float* out = scratch;
+    for (int p = 0; p < parts; ++p) {
+      const Rows<S, format>& rows = part[p].*which;
+      if constexpr (format == Cached::q8_0) {
+        for (int64_t row = 0; row < part[p].keys; ++row, out += rows.head_dim)
+          each_run(rows.head_dim, [&](int64_t i, int64_t n) { store_run<S>(out + i, rows.load_run(rows.at(row), i, n), n); });
+      } else {
+        const int64_t size = part[p].keys * rows.head_dim;
+        each_run(size, [&](int64_t i, int64_t n) { S::store(out + i, rows.load_run(rows.data, i, n)); });
+        out += size;
+      }
+    }
     return scratch;
   }
 };
@@ -157,12 +195,12 @@ inline void many_sums(const float* weights, const float* v, int64_t keys, int64_
   for (int r = 0; r < R; ++r) S::store(sums + r * kLanes, sum[r]);
 }
 
-template <class S, bool f16>
-void attend_many(const Attention& a, const Group& group, const ManyScratch& scratch) {
+template <class S, Cached format>
+void attend_many(const Attention& a, const int32_t* table, const Group& group, const ManyScratch& scratch) {
   using F = typename S::F;
+  using Of = Block<S, format>;
   constexpr int R = S::parts;
-  const Rows<S, f16> k(a.k, a, group.kv_head), v(a.v, a, group.kv_head);
-  const int64_t head_dim = a.head_dim;
+  const int64_t head_dim = a.kv.head_dim;
   for (int64_t i = 0; i < head_dim; ++i)
     for (int t = 0; t < kLanes; ++t)
       scratch.q[i * kLanes + t] = t < group.count ? group.query[t].q[i] * a.scale : 0;
@@ -175,8 +213,9 @@ void attend_many(const Attention& a, const Group& group, const ManyScratch& scra
   }
   F greatest = S::load(greatests), total = S::load(totals);
   for (int64_t first = first_key(group), keys; first < group.last; first += keys) {
-    keys = keys_of_block(group, first);
-    const float* block = k.widened(first, keys, scratch.rows);
+    const Of of(a, table, group, first);
+    keys = of.keys;
+    const float* block = of.template widened<&Of::Part::k>(scratch.rows);
     int64_t key = 0;
     for (; key + R <= keys; key += R)
       many_scores<S, R>(scratch.q, block + key * head_dim, head_dim, scratch.scores + key * kLanes);
@@ -199,7 +238,7 @@ void attend_many(const Attention& a, const Group& group, const ManyScratch& scra
       S::store(scratch.scores + key * kLanes, exponential<S>(S::sub(S::load(scratch.scores + key * kLanes), greatest)));
     total = S::add(S::mul(total, rescale), many_total<S>(scratch.scores, keys));
 
-    block = v.widened(first, keys, scratch.rows);
+    block = of.template widened<&Of::Part::v>(scratch.rows);
     int64_t i = 0;
     for (; i + R <= head_dim; i += R)
       many_sums<S, R>(scratch.scores, block + i, keys, head_dim, rescale, scratch.sums + i * kLanes);
@@ -222,13 +261,13 @@ struct FewScratch {
 };
 
 // Of `Q` queries, q [Q][filled], the scores [Q][kScores] of N keys (N is 4 or 1; 4 are written).
-template <class S, bool f16, int Q, int N>
-inline void few_scores(const Rows<S, f16>& k, int64_t row, const float* q, int64_t filled, float* scores) {
+template <class S, Cached format, int Q, int N>
+inline void few_scores(const Rows<S, format>& k, int64_t row, const float* q, int64_t filled, float* scores) {
   typename S::F sum[Q][4];
   for (int t = 0; t < Q; ++t)
     for (int r = 0; r < 4; ++r) sum[t][r] = S::zero();
   auto add = [&](int r, int64_t i, int64_t lanes) {
-    const auto key = k.load_run(k.at(row + r, i), lanes);
+    const auto key = k.load_run(k.at(row + r), i, lanes);
     for (int t = 0; t < Q; ++t) sum[t][r] = S::fma(key, S::load(q + t * filled + i), sum[t][r]);
   };
   if constexpr (Q == 1) {  // row after row, as the hardware fetches memory best
@@ -241,23 +280,26 @@ inline void few_scores(const Rows<S, f16>& k, int64_t row, const float* q, int64
   for (int t = 0; t < Q; ++t) S::sums4(sum[t], scores + t * kScores);
 }
 
-// sums [Q][filled] from column i, C runs of 16 columns = themselves times rescale [Q] + weights [Q][kScores] times v. Where C is
-// 1, the run may have fewer lanes.
-template <class S, bool f16, int Q, int C>
-inline void few_sums(const Rows<S, f16>& v, int64_t row, int64_t keys, int64_t i, int64_t lanes, const float* weights,
-                     const float* rescale, int64_t filled, float* sums) {
+// sums [Q][filled] from column i, C runs of 16 columns = themselves times rescale [Q] + weights [Q][kScores] times the block's
+// values. Where C is 1, the run may have fewer lanes.
+template <class S, Cached format, int Q, int C>
+inline void few_sums(const Block<S, format>& block, int64_t i, int64_t lanes, const float* weights, const float* rescale,
+                     int64_t filled, float* sums) {
   typename S::F sum[Q][C];
   for (int t = 0; t < Q; ++t)
     for (int c = 0; c < C; ++c) sum[t][c] = S::mul(S::load(sums + t * filled + i + c * kLanes), S::set(rescale[t]));
-  for (int64_t key = 0; key < keys; ++key) {
-    const uint8_t* p = v.at(row + key, i);
-    // Part of a row after part of a row is no pattern that the hardware fetches ahead: fetch the others with the first.
-    if (i == 0)
-      for (const uint8_t *other = v.at(row + key, C * kLanes), *end = v.at(row + key + 1); other < end; other += kLine)
-        S::prefetch(other);
-    for (int c = 0; c < C; ++c) {
-      const auto value = v.load_run(p + c * kLanes * v.kBytes, C > 1 ? kLanes : lanes);
-      for (int t = 0; t < Q; ++t) sum[t][c] = S::fma(S::set(weights[t * kScores + key]), value, sum[t][c]);
+  for (int p = 0; p < block.parts; ++p) {
+    const auto& v = block.part[p].v;
+    const uint8_t* row = v.data;
+    for (int64_t key = 0; key < block.part[p].keys; ++key, ++weights, row += v.row_bytes) {
+      // Part of a row after part of a row is no pattern that the hardware fetches ahead: fetch the others with the first.
+      if (i == 0)
+        for (const uint8_t *other = row + cached_bytes(format, C * kLanes), *end = row + v.row_bytes; other < end; other += kLine)
+          S::prefetch(other);
+      for (int c = 0; c < C; ++c) {
+        const auto value = v.load_run(row, i + c * kLanes, C > 1 ? kLanes : lanes);
+        for (int t = 0; t < Q; ++t) sum[t][c] = S::fma(S::set(weights[t * kScores]), value, sum[t][c]);
+      }
     }
   }
   for (int t = 0; t < Q; ++t)
@@ -265,13 +307,18 @@ inline void few_sums(const Rows<S, f16>& v, int64_t row, int64_t keys, int64_t i
 }
 
 // Queries [t, t + Q) of a group and a block of keys; `greatest` and `total` [kMost] go from block to block.
-template <class S, bool f16, int Q>
-void few_block(const Rows<S, f16>& k, const Rows<S, f16>& v, const Group& group, int t, int64_t first, int64_t keys,
-               int64_t filled, float softcap, const FewScratch& scratch, float* greatest, float* total) {
+template <class S, Cached format, int Q>
+void few_block(const Block<S, format>& block, const Group& group, int t, int64_t filled, float softcap, const FewScratch& scratch,
+               float* greatest, float* total) {
   const float* q = scratch.q + t * filled;
+  const int64_t first = block.first, keys = block.keys, head_dim = block.part[0].k.head_dim;
   int64_t key = 0;
-  for (; key + 4 <= keys; key += 4) few_scores<S, f16, Q, 4>(k, first + key, q, filled, scratch.scores + key);
-  for (; key < keys; ++key) few_scores<S, f16, Q, 1>(k, first + key, q, filled, scratch.scores + key);
+  for (int p = 0; p < block.parts; key += block.part[p++].keys) {
+    float* scores = scratch.scores + key;
+    int64_t row = 0;
+    for (; row + 4 <= block.part[p].keys; row += 4) few_scores<S, format, Q, 4>(block.part[p].k, row, q, filled, scores + row);
+    for (; row < block.part[p].keys; ++row) few_scores<S, format, Q, 1>(block.part[p].k, row, q, filled, scores + row);
+  }
 
   float rescale[Q];
   for (int r = 0; r < Q; ++r) {
@@ -308,25 +355,22 @@ void few_block(const Rows<S, f16>& k, const Rows<S, f16>& v, const Group& group,
   constexpr int C = S::together / Q >= 8 ? 8 : 4;
   float* sums = scratch.sums + t * filled;
   int64_t i = 0;
-  for (; i + C * kLanes <= v.head_dim; i += C * kLanes)
-    few_sums<S, f16, Q, C>(v, first, keys, i, kLanes, scratch.scores, rescale, filled, sums);
-  if (C > 4 && i + 4 * kLanes <= v.head_dim) {
-    few_sums<S, f16, Q, 4>(v, first, keys, i, kLanes, scratch.scores, rescale, filled, sums);
+  for (; i + C * kLanes <= head_dim; i += C * kLanes)
+    few_sums<S, format, Q, C>(block, i, kLanes, scratch.scores, rescale, filled, sums);
+  if (C > 4 && i + 4 * kLanes <= head_dim) {
+    few_sums<S, format, Q, 4>(block, i, kLanes, scratch.scores, rescale, filled, sums);
     i += 4 * kLanes;
   }
-  for (; i + kLanes <= v.head_dim; i += kLanes)
-    few_sums<S, f16, Q, 1>(v, first, keys, i, kLanes, scratch.scores, rescale, filled, sums);
-  if (i < v.head_dim) few_sums<S, f16, Q, 1>(v, first, keys, i, v.head_dim - i, scratch.scores, rescale, filled, sums);
+  for (; i + kLanes <= head_dim; i += kLanes) few_sums<S, format, Q, 1>(block, i, kLanes, scratch.scores, rescale, filled, sums);
+  if (i < head_dim) few_sums<S, format, Q, 1>(block, i, head_dim - i, scratch.scores, rescale, filled, sums);
 }
 
 constexpr int64_t filled_up(int64_t size) { return divided_up(size, kLanes) * kLanes; }
 
-template <class S, bool f16>
-void attend_few(const Attention& a, const Group& group, const FewScratch& scratch) {
-  using Block = void (*)(const Rows<S, f16>&, const Rows<S, f16>&, const Group&, int, int64_t, int64_t, int64_t,
-                         float, const FewScratch&, float*, float*);
-  const Rows<S, f16> k(a.k, a, group.kv_head), v(a.v, a, group.kv_head);
-  const int64_t head_dim = a.head_dim, filled = filled_up(head_dim);
+template <class S, Cached format>
+void attend_few(const Attention& a, const int32_t* table, const Group& group, const FewScratch& scratch) {
+  using Few = void (*)(const Block<S, format>&, const Group&, int, int64_t, float, const FewScratch&, float*, float*);
+  const int64_t head_dim = a.kv.head_dim, filled = filled_up(head_dim);
   float greatest[kMost], total[kMost];
   for (int t = 0; t < group.count; ++t) {
     for (int64_t i = 0; i < filled; ++i) {
@@ -336,13 +380,14 @@ void attend_few(const Attention& a, const Group& group, const FewScratch& scratc
     greatest[t] = group.query[t].greatest();
     total[t] = group.query[t].total();
   }
-  static constexpr Block blocks[] = {few_block<S, f16, 1>, few_block<S, f16, S::queries >= 2 ? 2 : 1>,
-                                     few_block<S, f16, S::queries >= 3 ? 3 : 1>, few_block<S, f16, S::queries >= 4 ? 4 : 1>};
+  static constexpr Few few[] = {few_block<S, format, 1>, few_block<S, format, S::queries >= 2 ? 2 : 1>,
+                                few_block<S, format, S::queries >= 3 ? 3 : 1>, few_block<S, format, S::queries >= 4 ? 4 : 1>};
   for (int64_t first = first_key(group), keys; first < group.last; first += keys) {
-    keys = keys_of_block(group, first);
+    const Block<S, format> block(a, table, group, first);
+    keys = block.keys;
     for (int t = 0, n; t < group.count; t += n) {
       n = group.count - t < S::queries ? group.count - t : S::queries;
-      blocks[n - 1](k, v, group, t, first, keys, filled, a.softcap, scratch, greatest, total);
+      few[n - 1](block, group, t, filled, a.softcap, scratch, greatest, total);
     }
   }
   for (int t = 0; t < group.count; ++t)
@@ -355,39 +400,41 @@ constexpr int kMany = S::queries > 1 ? 12 : 8;
 
 template <class S>
 int64_t attention_scratch(const Attention& a) {
-  const int64_t many = (2 * a.head_dim + kKeys) * kLanes + kKeys * a.head_dim + kLanes;
-  const int64_t few = 2 * kMost * filled_up(a.head_dim) + S::queries * kScores;
+  const int64_t head_dim = a.kv.head_dim, many = (2 * head_dim + kKeys) * kLanes + kKeys * head_dim + kLanes;
+  const int64_t few = 2 * kMost * filled_up(head_dim) + S::queries * kScores;
   return (many > few ? many : few) + kLanes;  // and room to begin at a line
 }
 
-template <class S, bool f16>
-void attention_of(const Attention& a, int64_t first, int64_t last, float* scratch) {
+template <class S, Cached format>
+void attention_of(const Attention& a, const Span& span, int64_t first, int64_t last, float* scratch) {
+  const int64_t head_dim = a.kv.head_dim, filled = filled_up(head_dim), n = span.last - span.first;
   while (reinterpret_cast<uintptr_t>(scratch) % kLine) ++scratch;
-  const ManyScratch many = {scratch, scratch + a.head_dim * kLanes, scratch + 2 * a.head_dim * kLanes,
-                            scratch + (2 * a.head_dim + kKeys) * kLanes};
-  const int64_t filled = filled_up(a.head_dim);
+  const ManyScratch many = {scratch, scratch + head_dim * kLanes, scratch + 2 * head_dim * kLanes,
+                            scratch + (2 * head_dim + kKeys) * kLanes};
   const FewScratch few = {scratch, scratch + kMost * filled, scratch + 2 * kMost * filled};
+  const int32_t* table = a.rows.table(span.first);
   for (int64_t item = first; item < last;) {
     Group group;
-    group.kv_head = a.q_to_kv[item / a.n];
-    for (; item < last && group.count < kMost && a.q_to_kv[item / a.n] == group.kv_head; ++item) {
-      const int64_t head = item / a.n, n = item % a.n, end = a.start + n + 1, at = (n * a.heads + head) * a.head_dim;
-      group.add({a.q + at, a.y + at, a.window && end > a.window ? end - a.window : 0, end,
-                 a.sinks ? a.sinks[head] : kNone});
+    group.kv_head = a.q_to_kv[item / n];
+    for (; item < last && group.count < kMost && a.q_to_kv[item / n] == group.kv_head; ++item) {
+      const int64_t head = item / n, row = span.first + item % n, end = a.rows.position[row] + 1;
+      const int64_t at = (row * a.heads + head) * head_dim;
+      group.add({a.q + at, a.y + at, a.window && end > a.window ? end - a.window : 0, end, a.sinks ? a.sinks[head] : kNone});
     }
     if (group.count < kMany<S>)
-      attend_few<S, f16>(a, group, few);
+      attend_few<S, format>(a, table, group, few);
     else
-      attend_many<S, f16>(a, group, many);
+      attend_many<S, format>(a, table, group, many);
   }
 }
 
 template <class S>
-void attention(const Attention& a, int64_t first, int64_t last, float* scratch) {
-  if (a.f16)
-    attention_of<S, true>(a, first, last, scratch);
-  else
-    attention_of<S, false>(a, first, last, scratch);
+void attention(const Attention& a, const Span& span, int64_t first, int64_t last, float* scratch) {
+  switch (a.kv.format) {
+    case Cached::f32: return attention_of<S, Cached::f32>(a, span, first, last, scratch);
+    case Cached::f16: return attention_of<S, Cached::f16>(a, span, first, last, scratch);
+    case Cached::q8_0: return attention_of<S, Cached::q8_0>(a, span, first, last, scratch);
+  }
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "pack.h"
@@ -19,7 +20,9 @@ namespace {
 template <class... Traits>
 using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu, Traits...>;
 using Result = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
-using Cached = nb::ndarray<nb::ndim<3>, nb::device::cpu, nb::ro>;
+using KV = nb::ndarray<nb::ndim<4>, nb::device::cpu, nb::ro>;  // [pages, KV heads, page, row]
+using Numbers = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Tables = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 constexpr int64_t kMost = int64_t(1) << 28;  // rows, columns, positions: their products with a few bytes fit int64
@@ -181,26 +184,74 @@ bool route(Session& session, const Floats<nb::ndim<2>>& x, const nb::ndarray<nb:
   return session.route(rows, routing, int64_t(x.shape(0)), x.data(), experts.data(), weights.data());
 }
 
-void attention(Session& session, const Floats<nb::ndim<3>>& q, const Cached& k, const Cached& v,
-               const std::vector<int64_t>& q_to_kv, int64_t start, int64_t window, float scale, float softcap,
-               const std::optional<Floats<nb::ndim<1>>>& sinks, const Result& y) {
+// The form of k and v, which are laid out alike.
+KVPages pages_of(const KV& k, const KV& v, int64_t head_dim) {
   const bool f16 = k.dtype() == nb::dlpack::dtype{uint8_t(nb::dlpack::dtype_code::Float), 16, 1};
-  check(f16 || k.dtype() == nb::dtype<float>(), "k must be f16 or f32");
+  const bool q8_0 = k.dtype() == nb::dtype<uint8_t>();
+  check(f16 || q8_0 || k.dtype() == nb::dtype<float>(), "k must be f32, f16, or the bytes of q8_0");
   check(v.dtype() == k.dtype(), "k and v must be of one type");
-  for (int i = 0; i < 3; ++i) check(k.shape(i) == v.shape(i) && k.stride(i) == v.stride(i), "k and v must be laid out alike");
-  check(k.shape(2) == q.shape(2), "q and k must have one head_dim");
-  check(k.stride(2) == 1 && k.stride(1) == int64_t(k.shape(2)), "the positions of a KV head must be contiguous");
-  check(start >= 0 && int64_t(k.shape(1)) - int64_t(q.shape(0)) == start, "k must be [kv_heads, start + n, head_dim]");
-  check(q_to_kv.size() == q.shape(1), "q_to_kv must name a KV head for each query head");
-  for (int64_t head : q_to_kv) check(head >= 0 && head < int64_t(k.shape(0)), "q_to_kv names a KV head that is not there");
+  for (int i = 0; i < 4; ++i) check(k.shape(i) == v.shape(i) && k.stride(i) == v.stride(i), "k and v must be laid out alike");
+  check(k.stride(3) == 1 && k.stride(2) == int64_t(k.shape(3)), "the positions of a KV head must be contiguous in a page");
+  check(int64_t(k.shape(2)) >= kLeastPage, "a page must have 16 positions or more");
+  const int64_t size = q8_0 ? 1 : f16 ? 2 : 4;
+  const KVPages pages{q8_0 ? Cached::q8_0 : f16 ? Cached::f16 : Cached::f32, head_dim, int64_t(k.shape(2)), k.stride(0) * size, k.stride(1) * size};
+  check(head_dim >= 1 && (!q8_0 || head_dim % kBlock == 0), "head_dim must be 1 or more, of q8_0 a multiple of 32");
+  check(int64_t(k.shape(3)) * size == cached_bytes(pages.format, head_dim), "keys and values must have head_dim numbers");
+  return pages;
+}
+
+// The rows of a step, whose pages are there: all that an attention with this window reads (of 1: the rows' own).
+KVRows rows_of(const Numbers& sequence, const Numbers& position, const Tables& tables, const KV& k, int64_t window) {
+  const KVRows rows{int64_t(sequence.size()), sequence.data(), position.data(), tables.data(), int64_t(tables.shape(1))};
+  check(sequence.size() == position.size(), "each row must have a sequence and a position");
+  const int64_t page = int64_t(k.shape(2)), pages = int64_t(k.shape(0));
+  for (int64_t row = 0; row < rows.n; ++row)
+    check(rows.sequence[row] >= 0 && rows.sequence[row] < int64_t(tables.shape(0)), "a row's sequence is not there");
+  for (Span span{0, 0}; span.last < rows.n;) {
+    span = span_from(rows, span.last);
+    int64_t first = kMost, last = 0;
+    for (int64_t row = span.first; row < span.last; ++row) {
+      const int64_t at = rows.position[row];
+      check(at >= 0 && at < rows.table_size * page, "a row's position is in no page");
+      first = std::min(first, window && at >= window ? at - window + 1 : 0);
+      last = std::max(last, at);
+    }
+    for (int64_t i = first / page; i <= last / page; ++i) {
+      const int64_t place = rows.table(span.first)[i];
+      check(place >= 0 && place < pages, "a page that is to be read is not there");
+    }
+  }
+  return rows;
+}
+
+void attention(Session& session, const Floats<nb::ndim<3>>& q, const KV& k, const KV& v, const Numbers& sequence, const Numbers& position,
+               const Tables& tables, const std::vector<int64_t>& q_to_kv, int64_t window, float scale, float softcap,
+               const std::optional<Floats<nb::ndim<1>>>& sinks, const Result& y) {
   check(window >= 0, "window may not be negative");
+  const KVPages pages = pages_of(k, v, int64_t(q.shape(2)));
+  const KVRows rows = rows_of(sequence, position, tables, k, window);
+  check(rows.n == int64_t(q.shape(0)), "q must be [rows, heads, head_dim]");
+  check(q_to_kv.size() == q.shape(1), "q_to_kv must name a KV head for each query head");
+  for (int64_t head : q_to_kv) check(head >= 0 && head < int64_t(k.shape(1)), "q_to_kv names a KV head that is not there");
   check(softcap >= 0, "softcap may not be negative");
   check(!sinks || sinks->size() == q.shape(1), "sinks must be [heads]");
   check(y.size() == q.size(), "y must have the shape of q");
-  const Attention a{int64_t(q.shape(0)), int64_t(q.shape(1)), int64_t(q.shape(2)), start, window, scale, softcap, q.data(),
-                    k.data(), v.data(), f16, k.stride(0), q_to_kv.data(), sinks ? sinks->data() : nullptr, y.data()};
+  const Attention a{rows, pages, int64_t(q.shape(1)), window, scale, softcap, q.data(), k.data(), v.data(), q_to_kv.data(),
+                    sinks ? sinks->data() : nullptr, y.data()};
   nb::gil_scoped_release free;
   session.attention(a);
+}
+
+void store(Session& session, const Floats<nb::ndim<3>>& k, const Floats<nb::ndim<3>>& v, const KV& k_pages, const KV& v_pages,
+           const Numbers& sequence, const Numbers& position, const Tables& tables, int64_t first_head) {
+  const KVPages pages = pages_of(k_pages, v_pages, int64_t(k.shape(2)));
+  const KVRows rows = rows_of(sequence, position, tables, k_pages, 1);
+  for (int i = 0; i < 3; ++i) check(k.shape(i) == v.shape(i), "k and v must have one shape");
+  check(rows.n == int64_t(k.shape(0)), "k must be [rows, heads, head_dim]");
+  check(first_head >= 0 && first_head + int64_t(k.shape(1)) <= int64_t(k_pages.shape(1)), "a KV head is not there");
+  nb::gil_scoped_release free;
+  session.store(pages, rows, first_head, int64_t(k.shape(1)), k.data(), v.data(), static_cast<uint8_t*>(const_cast<void*>(k_pages.data())),
+                static_cast<uint8_t*>(const_cast<void*>(v_pages.data())));
 }
 
 bool quantize(Session& session, int format, const Floats<nb::ndim<2>>& values,
@@ -262,8 +313,10 @@ NB_MODULE(_native, m) {
       .def("route", &route, "x"_a, "router"_a.noconvert(), "bias"_a.none(), "bias_of"_a, "sigmoid"_a, "normalized"_a, "scale"_a,
            "experts"_a.noconvert(), "weights"_a.noconvert(), "False where a logit is not finite.")
       .def("experts", &experts, "x"_a, "uses"_a, "activation"_a, "limit"_a, "out"_a.noconvert())
-      .def("attention", &attention, "q"_a, "k"_a, "v"_a, "q_to_kv"_a, "start"_a, "window"_a, "scale"_a, "softcap"_a,
-           "sinks"_a.none(), "y"_a.noconvert())
+      .def("attention", &attention, "q"_a, "k"_a, "v"_a, "sequence"_a.noconvert(), "position"_a.noconvert(), "tables"_a.noconvert(),
+           "q_to_kv"_a, "window"_a, "scale"_a, "softcap"_a, "sinks"_a.none(), "y"_a.noconvert())
+      .def("store", &store, "k"_a, "v"_a, "k_pages"_a.noconvert(), "v_pages"_a.noconvert(), "sequence"_a.noconvert(),
+           "position"_a.noconvert(), "tables"_a.noconvert(), "first_head"_a)
       .def("quantize", &quantize, "format"_a, "values"_a, "out"_a.noconvert(), "False where a value is not finite.")
       .def("read", &read_all, "data"_a, "Read data (whole pieces of 256 bytes) with all threads, and return the sum of its 8-byte words.")
       .def("multiply_peak", &multiply_peak, "format"_a, "seconds"_a,

@@ -41,7 +41,7 @@ struct Buffer {
   std::unique_ptr<uint8_t, void (*)(void*)> data;
 };
 
-enum Operation { kLinear, kRmsNorm, kFixedRmsNorm, kRope, kSwiglu, kGeglu, kAttention, kQuantize, kRead, kPack, kRoute, kClampedSwiglu };
+enum Operation { kLinear, kRmsNorm, kFixedRmsNorm, kRope, kSwiglu, kGeglu, kAttention, kQuantize, kRead, kPack, kRoute, kClampedSwiglu, kStore };
 
 struct Case {
   int64_t operation;
@@ -73,6 +73,18 @@ void route(const Level& level, const Case& c, const Buffer& result) {
   });
   if (!choose(routing, n, logits.as<double>(), scores.as<double>(), result.as<int32_t>(), result.as<float>() + n * chosen))
     std::memset(result.as<uint8_t>(), 0xff, size_t(result.size));
+}
+
+// Format, head_dim, page, page_stride, head_stride (bytes).
+KVPages pages_of(const Case& c) {
+  const auto& p = c.parameters;
+  return {Cached(p.at(0)), p.at(1), p.at(2), p.at(3), p.at(4)};
+}
+
+// Rows, table_size; sequence, position, tables from array `i`.
+KVRows rows_of(const Case& c, size_t i) {
+  return {c.parameters.at(5), c.arrays.at(i).as<const int32_t>(), c.arrays.at(i + 1).as<const int32_t>(),
+          c.arrays.at(i + 2).as<const int32_t>(), c.parameters.at(6)};
 }
 
 void run(const Level& level, const Case& c, const Buffer& result) {
@@ -107,13 +119,19 @@ void run(const Level& level, const Case& c, const Buffer& result) {
       const auto gated = c.operation == kSwiglu ? level.swiglu : level.geglu;
       return gated(p.at(0), p[1] == 0 ? y : c.floats(0), p[1] == 1 ? y : c.floats(1), y);
     }
-    case kAttention: {  // n, heads, head_dim, start, window, whether f16, kv_stride, parts; q, k, v, q_to_kv, [scale, softcap], sinks or nothing
-      const Attention a{p.at(0), p.at(1), p.at(2), p.at(3), p.at(4), c.floats(4)[0], c.floats(4)[1], c.floats(0), c.floats(1),
-                        c.floats(2), p.at(5) != 0, p.at(6), c.arrays.at(3).as<const int64_t>(), c.arrays.at(5).size ? c.floats(5) : nullptr, y};
+    case kAttention: {  // form, heads, window, parts; q, k, v, q_to_kv, [scale, softcap], sinks or nothing, sequence, position, tables
+      const Attention a{rows_of(c, 6), pages_of(c), p.at(7), p.at(8), c.floats(4)[0], c.floats(4)[1], c.floats(0), c.floats(1), c.floats(2),
+                        c.arrays.at(3).as<const int64_t>(), c.arrays.at(5).size ? c.floats(5) : nullptr, y};
       const Buffer scratch(level.attention_scratch(a) * 4);
-      in_parts(p.at(7), a.n * a.heads, [&](int64_t first, int64_t last) { level.attention(a, first, last, scratch.as<float>()); });
+      for (Span span{0, 0}; span.last < a.rows.n;) {
+        span = span_from(a.rows, span.last);
+        in_parts(p.at(9), (span.last - span.first) * a.heads,
+                 [&](int64_t first, int64_t last) { level.attention(a, span, first, last, scratch.as<float>()); });
+      }
       return;
     }
+    case kStore:  // format, head_dim, n, stride; x. What is between is 0xff.
+      return level.store(Cached(p.at(0)), p.at(1), p.at(2), c.floats(0), p.at(3), result.as<uint8_t>());
     case kQuantize:  // format, blocks; x
       if (!level.quantize(Format(p.at(0)), p.at(1), c.floats(0), result.as<uint8_t>()))
         std::memset(result.as<uint8_t>(), 0xff, size_t(result.size));

@@ -31,30 +31,6 @@ struct Place {
 
 }  // namespace
 
-template <class Work>
-void Session::deal_stretches(const std::vector<Stretch>& stretches, Work work) {
-  int64_t items = 0, total = 0;
-  for (const Stretch& s : stretches) {
-    items += s.items;
-    total += s.items * s.cost;
-  }
-  if (total == 0) return;
-  const int64_t count = parts(items, total);
-  deal(int(count), count, [&](int, int64_t first_part, int64_t last_part) {
-    int64_t low = total * first_part / count, high = total * last_part / count;
-    for (size_t i = 0; i < stretches.size(); ++i) {
-      const auto [all, cost] = stretches[i];
-      if (all == 0) continue;
-      // An item is of the thread in whose share of the costs it begins.
-      const int64_t first = std::min(divided_up(std::max<int64_t>(low, 0), cost), all);
-      const int64_t last = std::min(divided_up(std::max<int64_t>(high, 0), cost), all);
-      if (first < last) work(i, first, last);
-      low -= all * cost;
-      high -= all * cost;
-    }
-  });
-}
-
 void Session::experts(const std::vector<Expert>& experts, const Activation& activation, int64_t hidden, const float* x, float* out) {
   std::vector<Place> run;
   std::vector<Stretch> stretches;
@@ -88,7 +64,7 @@ void Session::experts(const std::vector<Expert>& experts, const Activation& acti
     };
 
     stage(1, [&](const Place& p) { return Stretch{p.prepares, p.expert->count * hidden * kPrepareCost}; },
-          [&](size_t i, int64_t, int64_t) {
+          [&](int, size_t i, int64_t, int64_t) {
             const Expert& e = *run[i].expert;
             float* const own = numbers(run[i]);
             for (int64_t k = 0; k < e.count; ++k) std::memcpy(own + k * hidden, x + e.rows[k] * hidden, size_t(hidden) * 4);
@@ -99,7 +75,7 @@ void Session::experts(const std::vector<Expert>& experts, const Activation& acti
     stage(2, [&](const Place& p) {
             return Stretch{divided_up(p.expert->gate.rows, kPanelRows), kPanelRows * hidden * p.expert->count};
           },
-          [&](size_t i, int64_t first, int64_t last) {
+          [&](int, size_t i, int64_t first, int64_t last) {
             const Place& place = run[i / 2];
             const Expert& e = *place.expert;
             float* const gate = numbers(place);
@@ -110,7 +86,7 @@ void Session::experts(const std::vector<Expert>& experts, const Activation& acti
           });
 
     stage(1, [&](const Place& p) { return Stretch{has_columns(*p.expert), p.expert->count * p.expert->gate.rows * 2 * kPrepareCost}; },
-          [&](size_t i, int64_t, int64_t) {
+          [&](int, size_t i, int64_t, int64_t) {
             const Expert& e = *run[i].expert;
             const int64_t size = e.count * e.gate.rows;
             float *const gate = numbers(run[i]), *const up = gate + size;

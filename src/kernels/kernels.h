@@ -118,18 +118,59 @@ struct Matrix {
   const uint8_t* data;  // panel_bytes(format, columns, first) for each 16 rows
 };
 
-// Grouped-query attention of n query positions over a cache. Strides count elements.
+// How keys and values are stored: a head's numbers as they are, as f16, or in GGML's blocks of q8_0 (head_dim is a multiple of 32).
+enum class Cached { f32, f16, q8_0 };
+
+constexpr Cached kLastCached = Cached::q8_0;
+
+// Bytes of so many numbers; of q8_0 a multiple of 32, or 16: the first half of a block.
+static constexpr int64_t cached_bytes(Cached format, int64_t numbers) {
+  return format == Cached::f32 ? numbers * 4 : format == Cached::f16 ? numbers * 2 : numbers * block_bytes(Format::q8_0) / kBlock;
+}
+
+constexpr int kLeastPage = 16;  // positions
+
+// The form of pages of keys, or of values, of one layer: of each KV head `page` positions, one after another.
+struct KVPages {
+  Cached format;
+  int64_t head_dim;
+  int64_t page;                      // positions; kLeastPage or more
+  int64_t page_stride, head_stride;  // bytes from a page to the next, and from a KV head to the next
+};
+
+// Rows of a step: each has a sequence, and a position in it. The page of positions [i page, (i + 1) page) of a sequence is the
+// i-th of its table.
+struct KVRows {
+  int64_t n;
+  const int32_t *sequence, *position;  // [n]
+  const int32_t* tables;               // [sequences, table_size]
+  int64_t table_size;
+
+  const int32_t* table(int64_t row) const { return tables + sequence[row] * table_size; }
+};
+
+// Rows that follow each other and are of one sequence.
+struct Span {
+  int64_t first, last;
+};
+
+// The span that begins with row `first`.
+static inline Span span_from(const KVRows& rows, int64_t first) {
+  int64_t last = first + 1;
+  while (last < rows.n && rows.sequence[last] == rows.sequence[first]) ++last;
+  return {first, last};
+}
+
+// Grouped-query attention of rows over the keys and values of their sequences, up to their own positions.
 struct Attention {
-  int64_t n, heads, head_dim;
-  int64_t start;               // position of the first query; keys 0 .. start + n - 1 are there
+  KVRows rows;
+  KVPages kv;
+  int64_t heads;
   int64_t window;              // a query sees so many positions, itself included; 0: all before it
   float scale;                 // of scores
   float softcap;               // c > 0: scores become c tanh(score / c)
   const float* q;              // [n, heads, head_dim]
-  const void* k;               // [kv_heads, start + n, head_dim], f32 or f16, with kv_stride between heads
-  const void* v;
-  bool f16;
-  int64_t kv_stride;
+  const void *k, *v;           // pages
   const int64_t* q_to_kv;      // [heads]
   const float* sinks;          // [heads]: a score without a value in each head's softmax; or null
   float* y;                    // [n, heads, head_dim]
@@ -180,10 +221,13 @@ struct Level {
   // y [size] = g sigmoid(1.702 g) (u + 1), with g = min(gate, limit) and u = up between -limit and limit. y may be gate or up.
   void (*clamped_swiglu)(int64_t size, float limit, const float* gate, const float* up, float* y);
 
-  // Items [first, last) of the n * heads pairs (position, head), item = head * n + position, of an attention.
+  // Items [first, last) of the pairs (head, row) of a span, item = head * rows of the span + row in it, of an attention.
   // `scratch` has attention_scratch(a) floats.
-  void (*attention)(const Attention& a, int64_t first, int64_t last, float* scratch);
+  void (*attention)(const Attention& a, const Span& span, int64_t first, int64_t last, float* scratch);
   int64_t (*attention_scratch)(const Attention& a);
+
+  // x [n, head_dim] as keys and values are stored, each of the n `stride` bytes from the next. See store.h.
+  void (*store)(Cached format, int64_t head_dim, int64_t n, const float* x, int64_t stride, uint8_t* out);
 
   // Blocks of numbers to GGML's row form; false where a number is not finite. See quantize.h and quantize_256.h.
   bool (*quantize)(Format format, int64_t blocks, const float* x, uint8_t* out);

@@ -11,6 +11,7 @@
 #include "linear.h"
 #include "quantize_256.h"
 #include "router_logits.h"
+#include "store.h"
 
 namespace tpimpi {
 namespace {  // each level is compiled with flags of its own: nothing of it may be shared with another
@@ -30,6 +31,7 @@ constexpr Level level_of() {
           .clamped_swiglu = clamped_swiglu<S>,
           .attention = attention<S>,
           .attention_scratch = attention_scratch<S>,
+          .store = store,
           .quantize = quantize_blocks,
           .read = read,
           .multiply_round = multiply_round<S>};

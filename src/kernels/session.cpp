@@ -40,10 +40,35 @@ void Session::linear(const Matrix& w, int64_t positions, const float* x, const f
 }
 
 void Session::attention(const Attention& a) {
-  const int64_t items = a.heads * a.n, own = divided_up(level_.attention_scratch(a), kLine / 4) * (kLine / 4);
-  const int count = parts(items, items * (a.start + a.n) * a.head_dim * 2);
-  float* memory = reinterpret_cast<float*>(scratch(own * 4 * count));
-  deal(count, items, [&](int part, int64_t first, int64_t last) { level_.attention(a, first, last, memory + part * own); });
+  std::vector<Span> spans;
+  std::vector<Stretch> stretches;
+  for (int64_t row = 0; row < a.rows.n; row = spans.back().last) {
+    const Span& span = spans.emplace_back(span_from(a.rows, row));
+    int64_t seen = 0;
+    for (; row < span.last; ++row) {
+      const int64_t keys = a.rows.position[row] + 1;
+      seen += a.window && a.window < keys ? a.window : keys;
+    }
+    stretches.push_back({a.heads * (span.last - span.first), divided_up(seen, span.last - span.first) * a.kv.head_dim * 2});
+  }
+  const int64_t own = divided_up(level_.attention_scratch(a), kLine / 4) * (kLine / 4);
+  float* memory = reinterpret_cast<float*>(scratch(own * 4 * threads()));
+  deal_stretches(stretches, [&](int part, size_t i, int64_t first, int64_t last) {
+    level_.attention(a, spans[i], first, last, memory + part * own);
+  });
+}
+
+void Session::store(const KVPages& pages, const KVRows& rows, int64_t first_head, int64_t heads, const float* k, const float* v,
+                    uint8_t* k_pages, uint8_t* v_pages) {
+  const int64_t size = heads * pages.head_dim, row_bytes = cached_bytes(pages.format, pages.head_dim);
+  deal(parts(rows.n, rows.n * size * 8), rows.n, [&](int, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      const int64_t page = rows.position[row] / pages.page, in_page = rows.position[row] % pages.page;
+      const int64_t at = rows.table(row)[page] * pages.page_stride + first_head * pages.head_stride + in_page * row_bytes;
+      level_.store(pages.format, pages.head_dim, heads, k + row * size, pages.head_stride, k_pages + at);
+      level_.store(pages.format, pages.head_dim, heads, v + row * size, pages.head_stride, v_pages + at);
+    }
+  });
 }
 
 void Session::rms_norm(int64_t rows, int64_t size, const float* x, const float* weight, float eps, float* y) {

@@ -1,6 +1,7 @@
 // One rank's kernels: a level, its threads, and the memory that calls reuse.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -40,6 +41,9 @@ class Session {
   // bits as of one product after another.
   void experts(const std::vector<Expert>& experts, const Activation& activation, int64_t hidden, const float* x, float* out);
   void attention(const Attention& a);
+  // Puts k and v [n, heads, head_dim] of rows into the pages of KV heads from `first_head`.
+  void store(const KVPages& pages, const KVRows& rows, int64_t first_head, int64_t heads, const float* k, const float* v, uint8_t* k_pages,
+             uint8_t* v_pages);
   void rms_norm(int64_t rows, int64_t size, const float* x, const float* weight, float eps, float* y);
   void fixed_rms_norm(int64_t rows, int64_t size, const float* x, const float* weight, double eps, float* y);
   // experts, weights [positions, chosen] of x [positions, hidden]. False where a logit is not finite.
@@ -65,12 +69,33 @@ class Session {
     if (parts == 1) return work(0, int64_t(0), items);
     pool_.run(parts, [&](int part) { work(part, items * part / parts, items * (part + 1) / parts); });
   }
-  // Call work(index, first, last) for runs of the items of every stretch, so that the threads have about equal operations.
+  // Call work(part, index, first, last) for runs of the items of every stretch, so that the threads have about equal operations.
   struct Stretch {
     int64_t items, cost;  // operations of one item
   };
   template <class Work>
-  void deal_stretches(const std::vector<Stretch>& stretches, Work work);
+  void deal_stretches(const std::vector<Stretch>& stretches, Work work) {
+    int64_t items = 0, total = 0;
+    for (const Stretch& s : stretches) {
+      items += s.items;
+      total += s.items * s.cost;
+    }
+    if (total == 0) return;
+    const int64_t count = parts(items, total);
+    deal(int(count), count, [&](int part, int64_t first_part, int64_t last_part) {
+      int64_t low = total * first_part / count, high = total * last_part / count;
+      for (size_t i = 0; i < stretches.size(); ++i) {
+        const auto [all, cost] = stretches[i];
+        if (all == 0) continue;
+        // An item is of the thread in whose share of the costs it begins.
+        const int64_t first = std::min(divided_up(std::max<int64_t>(low, 0), cost), all);
+        const int64_t last = std::min(divided_up(std::max<int64_t>(high, 0), cost), all);
+        if (first < last) work(part, i, first, last);
+        low -= all * cost;
+        high -= all * cost;
+      }
+    });
+  }
   // Reused memory of at least so many bytes, aligned to a line.
   uint8_t* scratch(int64_t bytes);
 

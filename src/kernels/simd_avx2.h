@@ -63,6 +63,15 @@ struct Avx2 {
     std::memcpy(lanes, p, size_t(n) * 2);
     return load_f16(lanes);
   }
+  static F set_f16(const uint8_t* p) {
+    int16_t h;
+    std::memcpy(&h, p, sizeof h);
+    const __m256 v = _mm256_cvtph_ps(_mm_set1_epi16(h));
+    return {v, v};
+  }
+  static F load_i8(const uint8_t* p) {
+    return to_float(I{_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)), _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))});
+  }
   static void sums4(const F* v, float* out) {
     _mm_storeu_ps(out, _mm_hadd_ps(_mm_hadd_ps(quarter(v[0]), quarter(v[1])), _mm_hadd_ps(quarter(v[2]), quarter(v[3]))));
   }

@@ -54,6 +54,13 @@ struct Avx512 {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
   }
 
+  static F set_f16(const uint8_t* p) {
+    int16_t h;
+    std::memcpy(&h, p, sizeof h);
+    return _mm512_cvtph_ps(_mm256_set1_epi16(h));
+  }
+  static F load_i8(const uint8_t* p) { return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+
   static void sums4(const F* v, float* out) {
     _mm_storeu_ps(out, _mm_hadd_ps(_mm_hadd_ps(quarter(v[0]), quarter(v[1])), _mm_hadd_ps(quarter(v[2]), quarter(v[3]))));
   }

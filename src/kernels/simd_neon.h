@@ -67,6 +67,18 @@ struct Neon {
     std::memcpy(lanes, p, size_t(n) * 2);
     return load_f16(lanes);
   }
+  static F set_f16(const uint8_t* p) {
+    uint16_t h;
+    std::memcpy(&h, p, sizeof h);
+    const float32x4_t v = vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(h)));
+    return {{v, v, v, v}};
+  }
+  static F load_i8(const uint8_t* p) {
+    const int8x16_t all = vreinterpretq_s8_u8(vld1q_u8(p));
+    const int16x8_t low = vmovl_s8(vget_low_s8(all)), high = vmovl_high_s8(all);
+    return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_high_s16(low)),
+             vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))}};
+  }
   static void sums4(const F* v, float* out) {
     const float32x4_t first = vpaddq_f32(quarter(v[0]), quarter(v[1])), second = vpaddq_f32(quarter(v[2]), quarter(v[3]));
     vst1q_f32(out, vpaddq_f32(first, second));

@@ -60,6 +60,13 @@ struct Portable {
     std::memcpy(h, p, size_t(n) * 2);
     return load_f16(h);
   }
+  // One of them in every lane; and 16 int8.
+  static F set_f16(const uint8_t* p) {
+    uint16_t h;
+    std::memcpy(&h, p, sizeof h);
+    return set(from_f16(h));
+  }
+  static F load_i8(const uint8_t* p) { return each([=](int i) { return float(int8_t(p[i])); }); }
   // out[i] = the sum of the lanes of v[i], for 4 of them: halves are added, then quarters, then neighbours.
   static void sums4(const F* v, float* out) {
     for (int i = 0; i < 4; ++i) {

@@ -42,15 +42,28 @@ class Session:
     def attention(
         self,
         q: _F32,
-        k: npt.NDArray[np.float16] | _F32,
-        v: npt.NDArray[np.float16] | _F32,
+        k: npt.NDArray[Any],
+        v: npt.NDArray[Any],
+        sequence: npt.NDArray[np.int32],
+        position: npt.NDArray[np.int32],
+        tables: npt.NDArray[np.int32],
         q_to_kv: tuple[int, ...],
-        start: int,
         window: int,
         scale: float,
         softcap: float,
         sinks: _F32 | None,
         y: _F32,
+    ) -> None: ...
+    def store(
+        self,
+        k: _F32,
+        v: _F32,
+        k_pages: npt.NDArray[Any],
+        v_pages: npt.NDArray[Any],
+        sequence: npt.NDArray[np.int32],
+        position: npt.NDArray[np.int32],
+        tables: npt.NDArray[np.int32],
+        first_head: int,
     ) -> None: ...
     def quantize(self, format: int, values: _F32, out: _Bytes) -> bool: ...
     def read(self, data: _Bytes) -> int: ...

@@ -11,6 +11,7 @@ import torch
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, eager_attention_forward
 
 from tests.support.formats import EVERY_FORMAT, EVERY_QUANTIZED
+from tests.support.kv import one
 from tpimpi.compute.attention import AttentionSpec
 from tpimpi.compute.backends import has_native, load_backend
 from tpimpi.compute.backends.reference import rounded_activations
@@ -160,7 +161,7 @@ def test_attention_with_a_scale_and_a_soft_cap(random: np.random.Generator) -> N
         weights = np.exp(capped - capped.max(axis=-1, keepdims=True))
         expected = np.einsum("hnk,hkd->nhd", weights / weights.sum(axis=-1, keepdims=True), v)
         for backend in BACKENDS:
-            found = backend.attention(q, k, v, (0, 1), 4, AttentionSpec(0.7, softcap))
+            found = backend.attention(q, *one(k, v, 4), (0, 1), AttentionSpec(0.7, softcap))
             np.testing.assert_allclose(found, expected, atol=2e-5, err_msg=f"{backend.name} {softcap}")
 
 
@@ -182,7 +183,7 @@ def test_attention(
             weights = np.exp(scores - scores.max())
             expected[n, head] = weights / weights.sum() @ v[kv, first : last + 1].astype(float)
     for backend in (TWIN, TORCH):
-        found = backend.attention(q, k, v, q_to_kv, start, AttentionSpec(8**-0.5, window=window))
+        found = backend.attention(q, *one(k, v, start), q_to_kv, AttentionSpec(8**-0.5, window=window))
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=backend.name)
 
@@ -201,7 +202,7 @@ def test_attention_sinks_as_in_transformers(random: np.random.Generator, start: 
         queries, k_all, v_all = (torch.from_numpy(of)[None] for of in (q.transpose(1, 0, 2), k, v))
         expected, _ = eager_attention_forward(module, queries, k_all, v_all, mask, 0.25)
         for backend in BACKENDS:
-            found = backend.attention(q, k, v, (0, 0, 0, 1, 1, 1), start, AttentionSpec(0.25, 0.0, window), sinks)
+            found = backend.attention(q, *one(k, v, start), (0, 0, 0, 1, 1, 1), AttentionSpec(0.25, 0.0, window), sinks)
             np.testing.assert_allclose(found, expected[0].numpy(), atol=1e-5, err_msg=backend.name)
 
 

@@ -14,9 +14,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from tests.support.attention_cases import attention_cases, store_cases
 from tests.support.builds import extension_builds
 from tests.support.kernel_cases import (
-    ATTENTION,
     EPS,
     LINEAR,
     PACK,
@@ -34,7 +34,6 @@ from tests.support.kernel_cases import (
 )
 from tests.support.launch import ROOT
 from tests.support.router_cases import clamped_swiglu_cases, route_cases
-from tpimpi.compute.attention import AttentionSpec
 from tpimpi.compute.backends.reference import rounded_activations
 from tpimpi.compute.formats import FORMATS, WEIGHT_FORMATS
 from tpimpi.compute.formats.packed import Matrix, decode, encode, pack, pack_with_numpy, unpack, values
@@ -138,88 +137,6 @@ def random_blocks(fmt: str, rows: int, blocks: int, random: np.random.Generator)
     return stored
 
 
-def attention_case(
-    random: np.random.Generator,
-    n: int,
-    start: int,
-    head_dim: int,
-    q_to_kv: list[int],
-    window: int,
-    f16: bool,
-    parts: int,
-    sharp: float = 1,
-    scale: float | None = None,
-    softcap: float = 0,
-    sinks: np.ndarray = NOTHING,
-) -> Case:
-    kv_heads, there = max(q_to_kv) + 1, start + n
-    context = there + random.integers(0, 9)
-    q = random.standard_normal((n, len(q_to_kv), head_dim), dtype=np.float32) * np.float32(sharp)
-    # Beyond the positions that are there the cache holds NaN, and the array ends with the last one.
-    kv = np.full((2, kv_heads, context, head_dim), np.nan, np.float16 if f16 else np.float32)
-    kv[:, :, :there] = random.standard_normal((2, kv_heads, there, head_dim))
-    spec = AttentionSpec(head_dim**-0.5 if scale is None else scale, softcap, window)
-    with np.errstate(all="ignore"):
-        seen = kv[:, :, :there]
-        expected = TWIN.attention(q, *seen, tuple(q_to_kv), start, spec, sinks if sinks.size else None)
-    exact = kv.reshape(2, -1)[:, : ((kv_heads - 1) * context + there) * head_dim]
-    parameters = [n, len(q_to_kv), head_dim, start, window, int(f16), context * head_dim, parts]
-    # An error of a score, relative to q k, is an error of a weight.
-    tolerance = 16 * EPS * np.nanmax(np.abs(kv[1, :, :there])).astype(np.float32)
-    tolerance *= max(1.0, sharp * head_dim**0.5) if sharp < 1e30 else 1
-    name = f"attention n={n} start={start} head_dim={head_dim} {q_to_kv} window={window} f16={f16} sharp={sharp}"
-    name += f" scale={scale} cap={softcap}" if softcap else ""
-    name += f" sinks={sinks}" if sinks.size else ""
-    arrays = [q, exact[0], exact[1], np.array(q_to_kv, np.int64), np.array([spec.scale, softcap], np.float32), sinks]
-    return Case(name, ATTENTION, parameters, arrays, q.shape, within(expected, tolerance))
-
-
-def attention_cases(random: np.random.Generator) -> list[Case]:
-    maps = [[0], [0, 1, 2], [0, 0, 0, 1, 1, 1], [1, 1, 0, 2, 2], [0] * 9, [0] * 20]
-    cases = []
-    for f16 in (False, True):
-        for number, head_dim in enumerate([2, 16, 20, 64, 70, 80, 128, 144]):
-            for n, start in [(1, 0), (1, 62), (1, 64), (1, 301), (2, 60), (5, 0), (7, 119), (17, 0), (40, 50)]:
-                q_to_kv = maps[random.integers(len(maps))]
-                window = int(random.choice([0, 0, 1, 3, 64, 100]))
-                parts = 1 + number % 3
-                cases.append(attention_case(random, n, start, head_dim, q_to_kv, window, f16, parts))
-        for n in (1, 33):
-            for sharp in (0, 30, 1e30):  # 1e30: one weight is 1, the others are 0
-                cases.append(attention_case(random, n, 100, 24, [0, 0, 1], 0, f16, 1, sharp))
-    for n, head_dim, window in ((1, 40, 0), (3, 40, 0), (20, 40, 3), (1, 256, 64), (33, 16, 0)):
-        for softcap, scale in ((0, 0.02), (2, 0.3), (50, 1), (1e30, 0.1)):  # the last caps nothing that is seen
-            cases.append(attention_case(random, n, 70, head_dim, [0, 0, 1], window, n == 3, 1, 2, scale, softcap))
-    for n, start, window in ((1, 0, 0), (1, 130, 0), (3, 70, 16), (20, 0, 0), (33, 90, 40)):
-        for sinks in ([0, 0, 0], [3, -2, 40], [-1e30, 200, -np.inf]):  # the last: a weight of 0, nearly all of it, none
-            of = np.array(sinks, np.float32)
-            cases.append(attention_case(random, n, start, 40, [0, 0, 1], window, n == 3, 1, 2, sinks=of))
-    for n in (1, 9):  # a NaN, and infinite scores, make NaN of the queries that see them, and of no others
-        case, spec = attention_case(random, n, 70, 32, [0, 1], 0, False, 2), AttentionSpec(32**-0.5)
-        q, k, v, *_ = case.arrays
-        k, v = k.copy(), v.copy()
-        context = case.parameters[6] // 32
-        k[70 * 32] = np.inf
-        v[(context + 70 + n - 1) * 32] = np.nan
-        both = [np.full((2, context, 32), np.nan, np.float32) for _ in range(2)]
-        for whole, exact in zip(both, (k, v), strict=True):
-            whole.reshape(-1)[: exact.size] = exact
-        expected = np.full(q.shape, np.nan, np.float32)
-        for position in range(n):
-            there = 71 + position
-            with np.errstate(invalid="ignore"):
-                seen = TWIN.attention(q[[position]], both[0][:, :there], both[1][:, :there], (0, 1), there - 1, spec)
-            expected[position] = seen[0]
-        if n > 1:  # the many-query way multiplies what is not seen by zero, as the twin does
-            with np.errstate(invalid="ignore"):
-                expected = TWIN.attention(q, both[0][:, : 70 + n], both[1][:, : 70 + n], (0, 1), 70, spec)
-        case.arrays[1:3] = [k, v]
-        case.check = within(expected, 1e-4)
-        case.name += " nan"
-        cases.append(case)
-    return cases
-
-
 def quantize_cases(random: np.random.Generator) -> list[Case]:
     cases = []
     for fmt in ("q8_0", "q4_0", "q4_1", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "iq4_xs"):
@@ -320,6 +237,7 @@ def run(program: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callabl
         clamped_swiglu_cases,
         route_cases,
         attention_cases,
+        store_cases,
         quantize_cases,
         read_cases,
         pack_cases,

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.support.drawn import examples
 from tests.support.formats import EVERY_FORMAT
+from tests.support.kv import one
 from tpimpi.compute.attention import AttentionSpec
 from tpimpi.compute.backends import load_backend
 from tpimpi.compute.backends.native import QUANTIZED_HERE, NativeBackend
@@ -139,15 +140,15 @@ def test_a_query_does_not_depend_on_the_queries_beside_it(
     q = 2 * random.standard_normal((positions, heads, head_dim), dtype=np.float32)
     spec = AttentionSpec(head_dim**-0.5, 3.0 if seed % 3 == 0 else 0.0, window)
     sinks = random.standard_normal(heads, dtype=np.float32) if seed % 2 else None
-    together = BACKENDS[level].attention(q, k, v, q_to_kv, start, spec, sinks)
+    together = BACKENDS[level].attention(q, *one(k, v, start, 16 * (1 + seed % 5), seed), q_to_kv, spec, sinks)
     for i in (0, positions // 2, positions - 1):
         seen = start + i + 1
         cut = [np.ascontiguousarray(of[:, :seen]) for of in (k, v)]
-        alone = BACKENDS[level].attention(q[[i]], *cut, q_to_kv, start + i, spec, sinks)
+        alone = BACKENDS[level].attention(q[[i]], *one(*cut, start + i), q_to_kv, spec, sinks)
         np.testing.assert_array_equal(alone[0], together[i])
         first = None if sinks is None else sinks[:1]
-        one = BACKENDS[level].attention(np.ascontiguousarray(q[[i]][:, :1]), *cut, (0,), start + i, spec, first)
-        np.testing.assert_array_equal(one[0, 0], together[i, 0])
+        alone = BACKENDS[level].attention(np.ascontiguousarray(q[[i]][:, :1]), *one(*cut, start + i), (0,), spec, first)
+        np.testing.assert_array_equal(alone[0, 0], together[i, 0])
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -167,14 +168,15 @@ def test_attention(
 ) -> None:
     random = np.random.default_rng(seed)
     heads, head_dim, stop = kv_heads * group, 2 * half_dim, start + positions
-    cache = random.standard_normal((2, kv_heads, stop + 5, head_dim)).astype(np.float16 if f16 else np.float32)
-    k, v = cache[0, :, :stop], cache[1, :, :stop]  # views with room behind them, as in the cache
+    kv = one(
+        *random.standard_normal((2, kv_heads, stop, head_dim)).astype(np.float16 if f16 else np.float32), start, 32
+    )
     q = 2 * random.standard_normal((positions, heads, head_dim), dtype=np.float32)
     q_to_kv = tuple(random.integers(0, kv_heads, heads).tolist())
     spec = AttentionSpec(0.3, 2.5, window) if seed % 3 == 0 else AttentionSpec(head_dim**-0.5, window=window)
-    expected = TWIN.attention(q, k, v, q_to_kv, start, spec)
+    expected = TWIN.attention(q, *kv, q_to_kv, spec)
     for threads in (1, 3):
-        found = NativeBackend(threads, level).attention(q, k, v, q_to_kv, start, spec)
+        found = NativeBackend(threads, level).attention(q, *kv, q_to_kv, spec)
         np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
 
 
@@ -289,16 +291,31 @@ def test_what_does_not_fit_is_refused() -> None:
     ]:
         with pytest.raises(ValueError, match=what):
             session.linear(*arguments)
-    q, k = np.zeros((1, 2, 8), np.float32), np.zeros((1, 4, 8), np.float32)
-    refused = [
-        ((0, 1), 3, "not there"),
-        ((0,), 3, "each query head"),
-        ((0, 0), 2, "start"),
-        ((0, 0), 2**63 - 1, "start"),
-    ]
-    for q_to_kv, start, what in refused:
+    q, k = np.zeros((1, 2, 8), np.float32), np.zeros((3, 1, 16, 8), np.float32)
+    blocks = np.zeros((3, 1, 16, 34), np.uint8)
+    table = [2, 0, 1, -1]
+    for pages, q_to_kv, sequence, position, window, what in [
+        (k, (0, 1), 0, 3, 0, "not there"),
+        (k, (0,), 0, 3, 0, "each query head"),
+        (k, (0, 0), 1, 3, 0, "sequence is not there"),
+        (k, (0, 0), -1, 3, 0, "sequence is not there"),
+        (k, (0, 0), 0, 64, 0, "is in no page"),
+        (k, (0, 0), 0, -1, 0, "is in no page"),
+        (k, (0, 0), 0, 48, 1, "page that is to be read is not there"),
+        (k[:2], (0, 0), 0, 16, 0, "page that is to be read is not there"),
+        (np.zeros((3, 1, 32, 8), np.float32)[:, :, ::2], (0, 0), 0, 3, 0, "contiguous"),
+        (k[:, :, :15].copy(), (0, 0), 0, 3, 0, "16 positions"),
+        (k.astype(np.float64), (0, 0), 0, 3, 0, "f32, f16"),
+        (np.zeros((3, 1, 16, 9), np.float32), (0, 0), 0, 3, 0, "head_dim numbers"),
+        (blocks, (0, 0), 0, 3, 0, "multiple of 32"),
+        (k, (0, 0), 0, 3, -1, "window"),
+    ]:
+        of = (np.array([sequence], np.int32), np.array([position], np.int32), np.array([table], np.int32))
         with pytest.raises(ValueError, match=what):
-            session.attention(q, k, k, q_to_kv, start, 0, 1.0, 0.0, None, np.zeros_like(q))
+            session.attention(q, pages, pages, *of, q_to_kv, window, 1.0, 0.0, None, np.zeros_like(q))
+    of = (np.array([0], np.int32), np.array([31], np.int32), np.array([table], np.int32))
+    with pytest.raises(ValueError, match="KV head is not there"):
+        session.store(q, q, k, k, *of, 0)
     with pytest.raises(InputError, match=r"this processor has .*portable"):
         NativeBackend(1, "mmx")
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from tpimpi.compute.arrays import F32, Array
+from tpimpi.compute.arrays import F32, I32, Array
 from tpimpi.compute.backends import Backend
 from tpimpi.compute.experts import ExpertUse
 from tpimpi.compute.router import RouterSpec
@@ -56,9 +56,9 @@ class Experts:
         """A hash of all choices so far, the same on every rank: int63."""
         return self._choices.intdigest() >> 1
 
-    def expect(self, x: F32, layer: int, start: int, count: int) -> None:
+    def expect(self, x: F32, layer: int, position: I32, count: int) -> None:
         """Have read what the next block with experts, that of `layer`, will probably choose: by its router and the residual
-        `x` [n, hidden], at positions from `start`, as it is before the layer's attention, which changes it: `count` experts
+        `x` [n, hidden] at `position` [n], as it is before the layer's attention, which changes it: `count` experts
         for each position.
         """
         spec = self.config.router(layer)
@@ -71,7 +71,7 @@ class Experts:
         except ValueError:
             return  # which `route` will say
         if self._trace is not None:
-            experts = self._guesses(self._of_trace(layer, start, len(x)), layer, start)
+            experts = self._guesses(self._of_trace(layer, position), layer, int(position[0]))
         # The first choice of every position first; what many positions want, once.
         self.cache.expect(layer, list(dict.fromkeys(experts.T.reshape(-1).tolist())))
 
@@ -80,10 +80,10 @@ class Experts:
         bias = self.resident["router_bias"][layer] if spec.bias != "none" else None
         return self.backend.route(h, self.resident["router"][layer], bias, spec)
 
-    def _of_trace(self, layer: int, start: int, positions: int) -> Choices:
-        """What the trace names, [positions, chosen]."""
+    def _of_trace(self, layer: int, position: I32) -> Choices:
+        """What the trace names at positions [n]: [n, chosen]."""
         assert self._trace is not None
-        return self._trace[np.arange(start, start + positions) % len(self._trace), layer]
+        return self._trace[position % len(self._trace), layer]
 
     def _guesses(self, chosen: Choices, layer: int, start: int) -> Choices:
         """The trace's experts, of which the stated part is right: the same on every rank."""
@@ -91,8 +91,8 @@ class Experts:
         wrong = dice.random(chosen.shape) >= self.config.trace_predicted
         return np.where(wrong, dice.integers(self.config.experts, size=chosen.shape), chosen)
 
-    def route(self, h: F32, layer: int, start: int) -> Routed:
-        """The choice for the normed vectors `h` [n, hidden] of a layer, at positions from `start`. Raises TpimpiError where
+    def route(self, h: F32, layer: int, position: I32) -> Routed:
+        """The choice for the normed vectors `h` [n, hidden] of a layer, at `position` [n]. Raises TpimpiError where
         they are not finite."""
         spec = self.config.router(layer)
         assert spec is not None, f"layer {layer} is dense"
@@ -104,7 +104,7 @@ class Experts:
                 f"damaged, or its format too coarse: download it again, or try --format bf16"
             ) from error
         if self._trace is not None:
-            experts = self._of_trace(layer, start, len(h))
+            experts = self._of_trace(layer, position)
         self._choices.update(experts.tobytes())
         return Routed(layer, experts, weights)
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from tpimpi.compute.arrays import F32, Array
+from tpimpi.compute.arrays import F32, I32, Array
 from tpimpi.compute.backends import Backend
+from tpimpi.compute.kv import KVPages, Rows
 from tpimpi.engine.experts import Experts, Routed
 from tpimpi.engine.overlap import DENSE_CHUNK, HalfChunk, Need, Steps, go_through_blocks, half_chunks
 from tpimpi.engine.trace import COMPUTE, STAR, Recorder
 from tpimpi.engine.window import Window
 from tpimpi.models.blocks import HEAD, Block, layer_blocks
-from tpimpi.models.kv.cache import KVCache, kv_dtype
+from tpimpi.models.kv.cache import KINDS, KVCache, KVShape, StepRows, kv_format, layer_kinds, pages_of
 from tpimpi.models.layer_spec import Rope
 from tpimpi.models.layers.attention import QKNorm, attention_partial
 from tpimpi.models.layers.head import head_logits, scaled_logits
@@ -65,7 +66,9 @@ class Model:
         self.resident, self.window, self.star, self.backend = resident, window, star, backend
         self.cache: KVCache | None = None
         self.length = 0  # positions of the sequence, so far
-        self._kv_dtype = kv_dtype(kv, header.formats.of_layers())
+        fmt = kv_format(kv, header.formats.of_layers(), self.config.head_dim)
+        self._kv_shape = KVShape(layer_kinds(self.config), self.share.kv_heads.size, self.config.head_dim, fmt)
+        self.context = 0  # positions that the sequence may have
         self.experts, self.chunk, self._predict = experts, chunk, predict
         self.compute_seconds = 0.0
         self._make_room, self._recorder = make_room, recorder
@@ -85,14 +88,15 @@ class Model:
         """
         assert keep <= self.most_kept(context)
         self.length = keep
-        if self.cache is None or self.cache.context != context:
+        if self.cache is None or self.context != context:
             before = self.cache if keep else None
             self.cache = None  # give the old one back before the new one is made
             self._make_room(context)
-            shape = (self.config.layers, self.share.kv_heads.size, context, self.config.head_dim)
-            self.cache = KVCache(*shape, self._kv_dtype)
+            self.context, pages = context, pages_of(context)
+            self.cache = KVCache(self._kv_shape, [pages] * len(KINDS))
+            self._table = np.arange(pages, dtype=np.int32)
             if before is not None:
-                self.cache.take_over(before, keep)
+                self.cache.take_over(before, pages_of(keep))
             self._frequencies = self._frequencies_for(context)
 
     def most_kept(self, context: int) -> int:
@@ -101,7 +105,7 @@ class Model:
         None where the rotary angles of one differ from those of the other (see rope_frequencies)."""
         if self.cache is None:
             return 0
-        if self.cache.context != context:
+        if self.context != context:
             ropes = self._frequencies_for(context)
             if any(not np.array_equal(self._frequencies[rope], of) for rope, of in ropes.items()):
                 return 0
@@ -112,7 +116,13 @@ class Model:
         return {rope: rope_frequencies(rope, context) for rope in ropes}
 
     def forward(self, x: F32, start: int, *, head: bool = True) -> F32:
-        """Run hidden vectors `x` [n, hidden], the same on every rank, through all layers, at positions from `start`.
+        """As `step`, of the one sequence, at positions from `start`."""
+        hidden = self.step(x, StepRows.of_one(start, x.shape[0], self._table), head=head)
+        self.length = start + x.shape[0]
+        return hidden
+
+    def step(self, x: F32, rows: StepRows, *, head: bool = True) -> F32:
+        """Run hidden vectors `x` [n, hidden] of n rows, the same on every rank, through all layers.
 
         Returns the hidden vectors after the last layer, [n, hidden], the same bits on every rank. Unless `head`, their
         logits will not be asked for.
@@ -123,23 +133,24 @@ class Model:
         # A half would read experts that the other half wants too.
         runs = half_chunks(x.shape[0], self.star.rank.size if self.experts is None else 1)
         with self._computing():
-            halves = [HalfChunk(self._through_layers(x[run], start + run.start, len(runs) > 1)) for run in runs]
+            halves = [HalfChunk(self._through_layers(x[run], rows[run], len(runs) > 1)) for run in runs]
             go_through_blocks(self._blocks, self.window, halves)
-        self.length = start + x.shape[0]
+        assert self.cache is not None, "a step before begin"
+        self.cache.note_written(rows)
         return x
 
-    def _through_layers(self, x: F32, start: int, overlapped: bool) -> Steps:
-        """Take `x` [n, hidden], at positions from `start`, through all layers, in place.
+    def _through_layers(self, x: F32, rows: StepRows, overlapped: bool) -> Steps:
+        """Take `x` [n, hidden] of these rows through all layers, in place.
 
         See overlap.py for the `yield`s: each lets the other half of the chunk go on where it is `overlapped`.
         """
-        rotary = self._angles(start, x.shape[0])
+        rotary, of_kind = self._angles(rows.position), [rows.of(kind) for kind in KINDS]
         h = partial = x
         projections = None
         for place, block in enumerate(self._blocks):
             spec = self._layers[block.layer]
             if self.experts is not None and block.kind != "mlp":
-                self.experts.expect(x, block.layer, start, self._predict)
+                self.experts.expect(x, block.layer, rows.position, self._predict)
             if not (spec.parallel and block.kind == "mlp"):  # which goes on with what its attention read and made
                 h, partial = self._normed(x, block), np.zeros_like(x)
             if block.kind == "qkv":  # whose partial is of sums of squares
@@ -147,11 +158,11 @@ class Model:
                     Projections(self.backend, self.config.head_dim),
                     np.zeros((x.shape[0], 2), np.float32),
                 )
-            routed = self._routed(h, block, start)
+            routed = self._routed(h, block, rows.position)
             number = 0
             while (tile := (yield Need.TILE)) is not None:
                 with self._recorded(COMPUTE, place, number):
-                    partial += self._tile_partial(h, tile, start, rotary, projections)
+                    partial += self._tile_partial(h, tile, of_kind, rotary, projections)
                 number += 1
             if routed is not None and self.experts is not None:
                 with self._recorded(COMPUTE, place, number):
@@ -164,7 +175,7 @@ class Model:
             with self._recorded(STAR, place):
                 total.wait()
             if projections is not None and block.kind == "qkv":
-                self._finish(projections, partial, block.layer, start, rotary)
+                self._finish(projections, partial, block.layer, of_kind, rotary)
             else:
                 x += self._to_residual(partial, block)
 
@@ -178,11 +189,11 @@ class Model:
             return self.backend.fixed_rms_norm(x, weight, self.config.norm_eps)
         return pre_norm(self.backend, spec.norm, x, weight, self.config.norm_eps)
 
-    def _routed(self, h: F32, block: Block, start: int) -> Routed | None:
-        """The experts of a block, from its normed vectors `h` [n, hidden] at positions from `start`; None: it has none."""
+    def _routed(self, h: F32, block: Block, position: I32) -> Routed | None:
+        """The experts of a block, from its normed vectors `h` [n, hidden] at `position` [n]; None: it has none."""
         if self.experts is None or block.kind != "mlp" or self._layers[block.layer].router is None:
             return None
-        return self.experts.route(h, block.layer, start)
+        return self.experts.route(h, block.layer, position)
 
     def _to_residual(self, total: F32, block: Block) -> F32:
         """What is added to the residual, from a block's sum over all ranks, [n, hidden]: the same bits on every rank."""
@@ -192,12 +203,17 @@ class Model:
             total = self.backend.fixed_rms_norm(total, weight, self.config.norm_eps)
         return total if spec.residual_scale == 1 else total * np.float32(spec.residual_scale)
 
-    def _angles(self, start: int, positions: int) -> dict[Rope, Angles]:
+    def _angles(self, position: I32) -> dict[Rope, Angles]:
         """Rotary angles of these positions, for each rope that the layers have."""
-        return {rope: angles(rope, frequencies, start, positions) for rope, frequencies in self._frequencies.items()}
+        return {rope: angles(rope, frequencies, position) for rope, frequencies in self._frequencies.items()}
 
     def _tile_partial(
-        self, h: F32, tile: Tile, start: int, rotary: Mapping[Rope, Angles], projections: Projections | None
+        self,
+        h: F32,
+        tile: Tile,
+        of_kind: Sequence[Rows],
+        rotary: Mapping[Rope, Angles],
+        projections: Projections | None,
     ) -> F32:
         """What one tile adds to its block: [n, hidden] from `h` [n, hidden], or [n, 2] sums of squares."""
         record = tile.record
@@ -206,23 +222,31 @@ class Model:
             counted = (max(record.kv_heads.start, min(first, record.kv_heads.stop)), record.kv_heads.stop)
             return projections.add(h, tile, TileHeads(record.heads, record.kv_heads, counted))
         if projections is not None and record.block.kind == "attn":
-            assert self.cache is not None, "forward before begin"
             layer = record.block.layer
             spec = self._layers[layer].attention
-            return projections.attention(tile, record.heads, self.cache, layer, spec, record.q_to_kv, start)
+            return projections.attention(tile, record.heads, *self._kv(layer, of_kind), spec, record.q_to_kv)
         if record.block.kind == "attn":
-            return self._attention(h, tile, start, rotary)
+            return self._attention(h, tile, of_kind, rotary)
         of = self._layers[record.block.layer]
         return mlp_partial(self.backend, h, tile, of.activation, of.activation_limit)
 
+    def _kv(self, layer: int, of_kind: Sequence[Rows]) -> tuple[KVPages, Rows]:
+        """A layer's pages, and the rows with the tables of its kind."""
+        assert self.cache is not None, "a step before begin"
+        return self.cache.of(layer), of_kind[self._kv_shape.kinds[layer]]
+
     def _finish(
-        self, projections: Projections, squares: F32, layer: int, start: int, rotary: Mapping[Rope, Angles]
+        self,
+        projections: Projections,
+        squares: F32,
+        layer: int,
+        of_kind: Sequence[Rows],
+        rotary: Mapping[Rope, Angles],
     ) -> None:
-        assert self.cache is not None, "forward before begin"
         rope = self._layers[layer].rope
         norm = QKNorm(self.resident["q_norm"][layer], self.resident["k_norm"][layer], self.config.norm_eps)
         turned = None if rope is None else rotary[rope]
-        projections.finish(squares, norm, self.cache, layer, self.share.kv_heads.start, start, turned)
+        projections.finish(squares, norm, *self._kv(layer, of_kind), self.share.kv_heads.start, turned)
 
     def logits(self, x: F32) -> F32:
         """Rank 0: final norm and output head of hidden vectors `x` [n, hidden]; returns [n, vocab]."""
@@ -235,8 +259,7 @@ class Model:
                     found.append(head_logits(self.backend, h, tile))
             return scaled_logits(np.concatenate(found, axis=1), config.logit_scale, config.logit_softcap)
 
-    def _attention(self, h: F32, tile: Tile, start: int, rotary: Mapping[Rope, Angles]) -> F32:
-        assert self.cache is not None, "forward before begin"
+    def _attention(self, h: F32, tile: Tile, of_kind: Sequence[Rows], rotary: Mapping[Rope, Angles]) -> F32:
         record, layer, config = tile.record, tile.record.block.layer, self.config
         spec = self._layers[layer]
         norm = None
@@ -246,12 +269,10 @@ class Model:
             self.backend,
             h,
             tile,
-            self.cache,
-            layer,
+            *self._kv(layer, of_kind),
             spec.attention,
             record.kv_heads.start - self.share.kv_heads.start,
             record.q_to_kv,
-            start,
             None if spec.rope is None else rotary[spec.rope],
             norm,
             self.resident["sinks"][layer, slice(*record.heads)] if config.attention_sinks else None,

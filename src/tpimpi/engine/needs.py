@@ -9,7 +9,7 @@ from tpimpi.engine.budget import Needs
 from tpimpi.engine.expert_cache import least_places
 from tpimpi.engine.overlap import DENSE_CHUNK
 from tpimpi.engine.ring import FEWEST_TILES, USUAL_TILES
-from tpimpi.models.kv.cache import cache_bytes, kv_dtype
+from tpimpi.models.kv.cache import KVShape, kv_format, layer_kinds
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import Record
 
@@ -120,6 +120,6 @@ def needs_together(needs: Sequence[Needs]) -> Needs:
 
 def cache_bytes_of(header: Header, kv: str, context: int) -> int:
     """Memory of this rank's keys and values of so many positions; `kv` is one of KV_FORMATS."""
-    dtype = kv_dtype(kv, header.formats.of_layers())
     config = header.config
-    return cache_bytes(config.layers, header.share.kv_heads.size, context, config.head_dim, dtype)
+    fmt = kv_format(kv, header.formats.of_layers(), config.head_dim)
+    return KVShape(layer_kinds(config), header.share.kv_heads.size, config.head_dim, fmt).nbytes(context)

@@ -117,7 +117,7 @@ def follow(models: Sequence[Model], star: Star) -> None:
             model.begin(header.positions, header.start)
             continue
         last = header.start + header.positions
-        if model.cache is None or last > model.cache.context:
+        if model.cache is None or last > model.context:
             raise StarError(f"rank 0 asks for position {last}, which is outside the context it announced")
         x = np.empty((header.positions, model.config.hidden), np.float32)
         star.broadcast(x)

@@ -22,6 +22,7 @@ from tpimpi.engine.ring import FEWEST_TILES, ring_bytes
 from tpimpi.engine.trace import RankTrace, Recorder
 from tpimpi.engine.window import DEFAULT_READS, Window
 from tpimpi.errors import InputError
+from tpimpi.models.kv.cache import PAGE
 from tpimpi.system.buffers import Bytes, aligned_buffer
 from tpimpi.system.direct_io import READ_BYTES, TRIAL_BUFFER_BYTES, Trial
 from tpimpi.system.memory import peak_rss_bytes, resident_bytes
@@ -189,9 +190,9 @@ class RankMemory:
 
     def _allotment(self, disk_bytes_per_s: float) -> MemoryAllotment:
         plan, needs, opened = self._plan, self._plan.needs, self._plan.of.engines
-        per_position, room = plan.of.needs(1).cache, None
-        if plan.promise is not None and per_position:
-            room = (plan.promise - needs.fixed - self._rings + needs.cache) // per_position
+        per_page, room = plan.of.needs(PAGE).cache, None
+        if plan.promise is not None and per_page:
+            room = (plan.promise - needs.fixed - self._rings + needs.cache) // per_page * PAGE
         return MemoryAllotment(
             rank=self.star.rank.index,
             host=self.star.rank.host,

@@ -17,6 +17,7 @@ from tpimpi.compute.experts import ExpertUse
 from tpimpi.compute.formats.base import Quantizer
 from tpimpi.compute.formats.packed import Matrix
 from tpimpi.compute.formats.quantize import quantize
+from tpimpi.compute.kv import KVPages, Rows
 from tpimpi.compute.router import RouterSpec
 from tpimpi.errors import InputError
 
@@ -52,20 +53,16 @@ class Backend(Protocol):
         Element i pairs with i + half.
         """
 
-    def attention(
-        self,
-        q: F32,
-        k: Array,
-        v: Array,
-        q_to_kv: tuple[int, ...],
-        start: int,
-        spec: AttentionSpec,
-        sinks: F32 | None = None,
-    ) -> F32:
-        """Causal attention of q [n, heads, head_dim] at positions from `start` over k, v [kv_heads, start + n, head_dim].
+    def store(self, kv: KVPages, rows: Rows, first_head: int, k: F32, v: F32) -> None:
+        """Put keys and values [n, heads, head_dim] of rows into the pages of KV heads from `first_head`, as kv.py says."""
 
-        k and v are both f32 or both f16, which is widened; a head's positions are contiguous.
-        Query head i reads KV head q_to_kv[i]. Returns [n, heads, head_dim].
+    def attention(
+        self, q: F32, kv: KVPages, rows: Rows, q_to_kv: tuple[int, ...], spec: AttentionSpec, sinks: F32 | None = None
+    ) -> F32:
+        """Causal attention of rows q [n, heads, head_dim] over what their sequences have in the pages up to their positions.
+
+        Query head i reads KV head q_to_kv[i]. Returns [n, heads, head_dim]; a row's numbers depend neither on the rows of
+        other sequences nor on where the pages are.
         sinks [heads]: a score of each query head that is one more in its softmax, and has no value (gpt-oss).
         """
 

@@ -14,6 +14,7 @@ from tpimpi.compute.experts import ExpertUse
 from tpimpi.compute.formats import FORMATS
 from tpimpi.compute.formats.packed import Matrix, row_bytes
 from tpimpi.compute.formats.quantize import quantize
+from tpimpi.compute.kv import KVPages, Rows
 from tpimpi.compute.router import ROUTER_BIASES, RouterSpec
 from tpimpi.errors import InputError
 
@@ -63,18 +64,15 @@ class NativeBackend:
         self._session.rope(x, cos, sin, y)
         return y
 
+    def store(self, kv: KVPages, rows: Rows, first_head: int, k: F32, v: F32) -> None:
+        self._session.store(k, v, kv.k, kv.v, rows.sequence, rows.position, rows.tables, first_head)
+
     def attention(
-        self,
-        q: F32,
-        k: Array,
-        v: Array,
-        q_to_kv: tuple[int, ...],
-        start: int,
-        spec: AttentionSpec,
-        sinks: F32 | None = None,
+        self, q: F32, kv: KVPages, rows: Rows, q_to_kv: tuple[int, ...], spec: AttentionSpec, sinks: F32 | None = None
     ) -> F32:
         y = np.empty(q.shape, np.float32)
-        self._session.attention(q, k, v, q_to_kv, start, spec.window, spec.scale, spec.softcap, sinks, y)
+        of = (rows.sequence, rows.position, rows.tables)
+        self._session.attention(q, kv.k, kv.v, *of, q_to_kv, spec.window, spec.scale, spec.softcap, sinks, y)
         return y
 
     def swiglu(self, gate: F32, up: F32) -> F32:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
 from tpimpi.compute.arrays import F32, I32, Array
@@ -15,6 +16,7 @@ from tpimpi.compute.experts import ExpertUse
 from tpimpi.compute.formats import FORMATS
 from tpimpi.compute.formats.bf16 import from_bf16, to_bf16
 from tpimpi.compute.formats.packed import Matrix, runs_of_rows, values
+from tpimpi.compute.kv import KVPages, Rows, gathered, store, widened
 from tpimpi.compute.router import RouterSpec
 
 _RUN_NUMBERS = 1 << 22  # of a weight, as f32 at a time
@@ -54,17 +56,13 @@ class NumpyTwin:
         cos, sin = cos[:, None], sin[:, None]
         return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
+    def store(self, kv: KVPages, rows: Rows, first_head: int, k: F32, v: F32) -> None:
+        store(kv, rows, first_head, k, v)
+
     def attention(
-        self,
-        q: F32,
-        k: Array,
-        v: Array,
-        q_to_kv: tuple[int, ...],
-        start: int,
-        spec: AttentionSpec,
-        sinks: F32 | None = None,
+        self, q: F32, kv: KVPages, rows: Rows, q_to_kv: tuple[int, ...], spec: AttentionSpec, sinks: F32 | None = None
     ) -> F32:
-        return attention(q, k, v, q_to_kv, start, spec, sinks)
+        return attention(q, kv, rows, q_to_kv, spec, sinks)
 
     def swiglu(self, gate: F32, up: F32) -> F32:
         with np.errstate(over="ignore"):  # exp(-gate) may be infinite: gate / inf is the right limit, 0
@@ -84,15 +82,36 @@ class NumpyTwin:
 
 
 def attention(
-    q: F32, k: Array, v: Array, q_to_kv: tuple[int, ...], start: int, spec: AttentionSpec, sinks: F32 | None = None
+    q: F32, kv: KVPages, rows: Rows, q_to_kv: tuple[int, ...], spec: AttentionSpec, sinks: F32 | None = None
 ) -> F32:
     """As Backend.attention."""
-    n = q.shape[0]
-    position = start + np.arange(n)[:, None]
-    key = np.arange(start + n)[None]
-    seen = (key <= position) & ((key > position - spec.window) if spec.window else True)
-    heads = list(q_to_kv)
-    k, v = k[heads].astype(np.float32), v[heads].astype(np.float32)  # [heads, start + n, head_dim]
+    y = np.empty_like(q)
+    for span in rows.spans():
+        k, v, first = seen_by(kv, rows, span, spec.window)
+        seen = mask(rows.position[span], first, k.shape[1], spec.window)
+        heads = list(q_to_kv)
+        y[span] = _attention(q[span], widened(k)[heads], widened(v)[heads], seen, spec, sinks)
+    return y
+
+
+def seen_by(kv: KVPages, rows: Rows, span: slice, window: int) -> tuple[Array, Array, int]:
+    """Keys and values of the pages that rows of one sequence see, [kv_heads, positions, row], and their first position."""
+    position, table = rows.position[span], rows.tables[rows.sequence[span.start]]
+    first_page = max(0, int(position.min()) - window + 1) // kv.page if window else 0
+    stop = int(position.max()) + 1
+    k, v = (gathered(pages, table, first_page, stop) for pages in (kv.k, kv.v))
+    return k, v, first_page * kv.page
+
+
+def mask(position: I32, first: int, keys: int, window: int) -> npt.NDArray[np.bool_]:
+    """Which keys, at positions from `first`, a row sees: [n, keys]."""
+    key = first + np.arange(keys)[None]
+    seen: npt.NDArray[np.bool_] = key <= position[:, None]
+    return seen & (key > position[:, None] - window) if window else seen
+
+
+def _attention(q: F32, k: F32, v: F32, seen: npt.NDArray[np.bool_], spec: AttentionSpec, sinks: F32 | None) -> F32:
+    """Of rows q [n, heads, head_dim] and one sequence's keys and values, of each query head: [heads, keys, head_dim]."""
     scores = np.einsum("nhd,hkd->hnk", q, k) * np.float32(spec.scale)
     if spec.softcap:
         scores = np.float32(spec.softcap) * np.tanh(scores / np.float32(spec.softcap))

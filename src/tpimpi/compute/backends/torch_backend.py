@@ -11,11 +11,12 @@ import torch.nn.functional as F  # noqa: N812  (the name that torch's own docume
 from tpimpi.compute.arrays import F32, I32, Array
 from tpimpi.compute.attention import AttentionSpec
 from tpimpi.compute.backends.generic import experts
-from tpimpi.compute.backends.reference import attention, clamped_swiglu, fixed_rms_norm
+from tpimpi.compute.backends.reference import attention, clamped_swiglu, fixed_rms_norm, mask, seen_by
 from tpimpi.compute.backends.routing import route
 from tpimpi.compute.experts import ExpertUse
 from tpimpi.compute.formats.base import PANEL_ROWS
 from tpimpi.compute.formats.packed import Matrix, runs_of_rows, values
+from tpimpi.compute.kv import KVPages, Rows, store, widened
 from tpimpi.compute.router import RouterSpec
 
 _RUN_NUMBERS = 1 << 19  # of a weight, widened to f32 at a time: stays in the cache
@@ -50,37 +51,20 @@ class TorchBackend:
         c, s = _tensor(cos)[:, None], _tensor(sin)[:, None]
         return torch.cat([first * c - second * s, second * c + first * s, rest], dim=-1).numpy()
 
+    def store(self, kv: KVPages, rows: Rows, first_head: int, k: F32, v: F32) -> None:
+        store(kv, rows, first_head, k, v)
+
     def attention(
-        self,
-        q: F32,
-        k: Array,
-        v: Array,
-        q_to_kv: tuple[int, ...],
-        start: int,
-        spec: AttentionSpec,
-        sinks: F32 | None = None,
+        self, q: F32, kv: KVPages, rows: Rows, q_to_kv: tuple[int, ...], spec: AttentionSpec, sinks: F32 | None = None
     ) -> F32:
         if spec.softcap or sinks is not None:
-            return attention(q, k, v, q_to_kv, start, spec, sinks)
-        n, heads, _ = q.shape
-        mask = None
-        if n > 1 or spec.window:
-            position = start + torch.arange(n)[:, None]
-            key = torch.arange(start + n)[None]
-            mask = key <= position
-            if spec.window:
-                mask &= key > position - spec.window
-        queries, keys, values = _tensor(q).transpose(0, 1), _tensor(k), _tensor(v)  # [heads, positions, head_dim]
-        if q_to_kv == tuple(range(q_to_kv[0], q_to_kv[0] + heads)):  # a KV head for each query head
-            own = slice(q_to_kv[0], q_to_kv[0] + heads)
-            y = F.scaled_dot_product_attention(queries, keys[own].float(), values[own].float(), mask, scale=spec.scale)
-        else:  # a KV head at a time with the query heads that read it, so that no f32 key is copied
-            y = torch.empty_like(queries)
-            for kv_head in sorted(set(q_to_kv)):
-                group = [head for head, own_kv in enumerate(q_to_kv) if own_kv == kv_head]
-                k_group, v_group = (kv[kv_head].float().expand(len(group), -1, -1) for kv in (keys, values))
-                y[group] = F.scaled_dot_product_attention(queries[group], k_group, v_group, mask, scale=spec.scale)
-        return y.transpose(0, 1).contiguous().numpy()
+            return attention(q, kv, rows, q_to_kv, spec, sinks)
+        y = np.empty_like(q)
+        for span in rows.spans():
+            k, v, first = seen_by(kv, rows, span, spec.window)
+            seen = mask(rows.position[span], first, k.shape[1], spec.window)
+            y[span] = _attention(q[span], k, v, None if seen.all() else torch.from_numpy(seen), q_to_kv, spec.scale)
+        return y
 
     def swiglu(self, gate: F32, up: F32) -> F32:
         return (F.silu(_tensor(gate)) * _tensor(up)).numpy()
@@ -96,6 +80,27 @@ class TorchBackend:
 
     def experts(self, x: F32, uses: Sequence[ExpertUse], activation: str, limit: float, out: F32) -> None:
         experts(self, x, uses, activation, limit, out)
+
+
+def _attention(q: F32, k: Array, v: Array, seen: torch.Tensor | None, q_to_kv: tuple[int, ...], scale: float) -> F32:
+    """Of one sequence's rows q [n, heads, head_dim], over stored keys and values [kv_heads, keys, row]; seen [n, keys]."""
+    heads = q.shape[1]
+    queries = _tensor(q).transpose(0, 1)  # [heads, n, head_dim]
+    if q_to_kv == tuple(range(q_to_kv[0], q_to_kv[0] + heads)):  # a KV head for each query head
+        own = slice(q_to_kv[0], q_to_kv[0] + heads)
+        y = F.scaled_dot_product_attention(queries, _wide(k[own]), _wide(v[own]), seen, scale=scale)
+    else:  # a KV head at a time with the query heads that read it, so that no f32 key is copied
+        y = torch.empty_like(queries)
+        for kv_head in sorted(set(q_to_kv)):
+            group = [head for head, own_kv in enumerate(q_to_kv) if own_kv == kv_head]
+            k_group, v_group = (_wide(kv[kv_head]).expand(len(group), -1, -1) for kv in (k, v))
+            y[group] = F.scaled_dot_product_attention(queries[group], k_group, v_group, seen, scale=scale)
+    return y.transpose(0, 1).contiguous().numpy()
+
+
+def _wide(rows: Array) -> torch.Tensor:
+    """Stored keys or values as f32."""
+    return torch.from_numpy(widened(rows)) if rows.dtype == np.uint8 else torch.from_numpy(rows).float()
 
 
 def _tensor(array: Array) -> torch.Tensor:

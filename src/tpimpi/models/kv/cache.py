@@ -1,88 +1,151 @@
-"""The KV cache: the keys and values of this rank's KV heads, of one sequence.
+"""The KV cache: this rank's pages of keys and values, and in which format.
 
-It is one run of positions.
+Layers are of two kinds, for which pages are taken apart: those that see all positions, and those that see a window. A page
+holds PAGE positions of all layers of its kind, of all KV heads of the rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from tpimpi.compute.arrays import F32, Array
+from tpimpi.compute.arrays import I32, Array, Bytes
+from tpimpi.compute.kv import KVPages, Rows, has_blocks, row_of
+from tpimpi.errors import InputError
+from tpimpi.models.config import ModelConfig
 from tpimpi.system.buffers import RELEASE_BYTES, Pages
 
-KV_FORMATS = ("auto", "f16", "f32")  # what --kv takes; auto is as precise as the weights deserve, see `kv_dtype`
-_LARGEST_F16 = np.float32(65504)  # the largest finite f16
+KV_FORMATS = (
+    "auto",
+    "f16",
+    "f32",
+    "q8_0",
+)  # what --kv takes; auto is as precise as the weights deserve, see `kv_format`
+PAGE = 64  # positions of a page: the keys that attention takes at once (kKeys in src/kernels/attention.h)
+FULL, WINDOWED = KINDS = (0, 1)  # kinds of layers
+
+
+def layer_kinds(config: ModelConfig) -> tuple[int, ...]:
+    """The kind of each layer."""
+    return tuple(WINDOWED if window else FULL for window in config.attention_windows)
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What a rank's pages are made of; `fmt` is one of CACHED_FORMATS."""
+
+    kinds: tuple[int, ...]  # of each layer
+    kv_heads: int  # of this rank
+    head_dim: int
+    fmt: str
+
+    def page_bytes(self, kind: int) -> int:
+        """Memory of a page: whole pages of memory, so that it can be given back."""
+        dtype, row = row_of(self.fmt, self.head_dim)
+        used = self.kinds.count(kind) * 2 * self.kv_heads * PAGE * row * dtype.itemsize
+        return -(-used // RELEASE_BYTES) * RELEASE_BYTES
+
+    def nbytes(self, context: int) -> int:
+        """Memory of the pages of a sequence of so many positions."""
+        return sum(map(self.page_bytes, KINDS)) * pages_of(context)
+
+
+def pages_of(positions: int) -> int:
+    """Pages that so many positions take."""
+    return -(-positions // PAGE)
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The rows of a step: row i is position[i] of sequence[i], int32 [n]; and for each kind the page tables (see Rows)."""
+
+    sequence: I32
+    position: I32
+    tables: tuple[I32, ...]
+
+    def __getitem__(self, run: slice) -> StepRows:
+        """Some of them."""
+        return StepRows(self.sequence[run], self.position[run], self.tables)
+
+    def of(self, kind: int) -> Rows:
+        """The rows in layers of a kind."""
+        return Rows(self.sequence, self.position, self.tables[kind])
+
+    @classmethod
+    def of_one(cls, start: int, n: int, table: I32) -> StepRows:
+        """n positions from `start` of one sequence, whose pages of both kinds are those of `table`."""
+        position = np.arange(start, start + n, dtype=np.int32)
+        return cls(np.zeros(n, np.int32), position, (table[None],) * len(KINDS))
 
 
 class KVCache:
-    """Keys and values, each [layers, kv_heads of this rank, context, head_dim], f32 or f16 (see `to_f16`).
+    """Pages of keys and values, of each kind `pages[kind]`. Memory is touched as it fills."""
 
-    Memory is touched as it fills.
-    """
-
-    def __init__(
-        self, layers: int, kv_heads: int, context: int, head_dim: int, dtype: npt.DTypeLike = np.float32
-    ) -> None:
-        self.k: Array
-        self.v: Array
-        self.context, self.head_dim = context, head_dim
-        self.filled = 0  # positions that were ever written
-        nbytes = cache_bytes(layers, kv_heads, context, head_dim, dtype) // 2
+    def __init__(self, shape: KVShape, pages: Sequence[int]) -> None:
+        self.shape, self.pages = shape, tuple(pages)
         # np.zeros would take large pages, and with them the memory of positions that are not there yet.
-        self._memory = [Pages(nbytes, large=False) for _ in "kv"]
-        self.k, self.v = (
-            pages.array.view(dtype).reshape(layers, kv_heads, context, head_dim) for pages in self._memory
-        )
+        self._memory = [Pages(count * shape.page_bytes(kind), large=False) for kind, count in enumerate(pages)]
+        self._filled = [np.zeros(count, np.bool_) for count in pages]  # pages that were written
+        self._layers = list(self._views())
 
-    def take_over(self, other: KVCache, positions: int) -> None:
-        """Have the first `positions` of a cache that differs in `context` alone; its memory is given back layer by layer."""
-        for layer in range(len(self.k)):
-            for ours, theirs in ((self.k, other.k), (self.v, other.v)):
-                ours[layer, :, :positions] = theirs[layer, :, :positions]
-            for pages in other._memory:
-                whole = pages.array.nbytes * (layer + 1) // len(self.k) // RELEASE_BYTES * RELEASE_BYTES
-                pages.release(0, whole)
-        self.filled = max(self.filled, positions)
+    def _views(self) -> Iterable[KVPages]:
+        """Each layer's pages."""
+        shape, place = self.shape, [0 for _ in KINDS]
+        dtype, row = row_of(shape.fmt, shape.head_dim)
+        of_kind: list[Array] = []
+        for kind, count in enumerate(self.pages):
+            parts = (shape.kinds.count(kind), 2, shape.kv_heads, PAGE, row)
+            used = int(np.prod(parts)) * dtype.itemsize
+            of_kind.append(self._bytes(kind)[:, :used].view(dtype).reshape(count, *parts))
+        for kind in shape.kinds:
+            of_layer = of_kind[kind][:, place[kind]]
+            place[kind] += 1
+            yield KVPages(of_layer[:, 0], of_layer[:, 1], shape.head_dim)
 
-    def write(self, layer: int, first_head: int, start: int, k: F32, v: F32) -> None:
-        """Put k and v, [positions, heads, head_dim], at positions from `start` of KV heads from `first_head`."""
-        heads = slice(first_head, first_head + k.shape[1])
-        positions = slice(start, start + k.shape[0])
-        self.filled = max(self.filled, positions.stop)
-        for cache, new in ((self.k, k), (self.v, v)):
-            fitting: Array = to_f16(new) if cache.dtype == np.float16 else new
-            cache[layer, heads, positions] = fitting.transpose(1, 0, 2)
+    def _bytes(self, kind: int) -> Bytes:
+        return self._memory[kind].array.reshape(self.pages[kind], self.shape.page_bytes(kind))
+
+    def of(self, layer: int) -> KVPages:
+        """The pages of a layer."""
+        return self._layers[layer]
+
+    def note_written(self, rows: StepRows) -> None:
+        """These rows are written in all layers, and take memory from now on."""
+        for filled, table in zip(self._filled, rows.tables, strict=True):
+            filled[table[rows.sequence, rows.position // PAGE]] = True
+
+    def release(self, kind: int, pages: Iterable[int]) -> None:
+        """Give the memory of these pages back; they are zeros when they are used again."""
+        size = self.shape.page_bytes(kind)
+        for page in pages:
+            self._memory[kind].release(page * size, (page + 1) * size)
+            self._filled[kind][page] = False
+
+    def take_over(self, other: KVCache, pages: int) -> None:
+        """Have the first `pages` pages of each kind of a cache of the same shape; their memory is given back one by one."""
+        for kind in KINDS:
+            for page in range(pages):
+                self._bytes(kind)[page] = other._bytes(kind)[page]
+                self._filled[kind][page] = True
+                other.release(kind, [page])
 
     @property
     def filled_bytes(self) -> int:
-        """Memory that the positions written so far take."""
-        return (self.k.nbytes + self.v.nbytes) // max(self.context, 1) * self.filled
-
-    def read(self, layer: int, stop: int) -> tuple[Array, Array]:
-        """Keys and values of positions [0, stop), each [kv_heads, stop, head_dim]; views, not copies."""
-        return self.k[layer, :, :stop], self.v[layer, :, :stop]
+        """Memory that the pages written so far take."""
+        return sum(self.shape.page_bytes(kind) * int(filled.sum()) for kind, filled in enumerate(self._filled))
 
 
-def cache_bytes(layers: int, kv_heads: int, context: int, head_dim: int, dtype: npt.DTypeLike) -> int:
-    """Memory that a KVCache of this shape takes when it is full."""
-    return 2 * layers * kv_heads * context * head_dim * np.dtype(dtype).itemsize
+def kv_format(kv: str, weight_formats: Iterable[str], head_dim: int) -> str:
+    """The format of the cache for one of KV_FORMATS: auto is f32 where all of the layers' weights are f32, else f16.
 
-
-def kv_dtype(kv: str, weight_formats: Iterable[str]) -> np.dtype[Any]:
-    """The dtype of the cache for one of KV_FORMATS: auto is f32 where all of the layers' weights are f32, else f16."""
-    if kv == "auto":
-        kv = "f32" if set(weight_formats) == {"f32"} else "f16"
-    return np.dtype({"f16": np.float16, "f32": np.float32}[kv])
-
-
-def to_f16(values: F32) -> npt.NDArray[Any]:
-    """The nearest f16 of each number, ties to even. Same shape.
-
-    What is beyond the range of f16, an infinity too, becomes +-65504, the largest that is finite: an infinite key or value
-    would make NaN of every position after it. NaN stays NaN.
+    Raises InputError where heads of `head_dim` numbers have no blocks of q8_0.
     """
-    return np.maximum(np.minimum(values, _LARGEST_F16), -_LARGEST_F16).astype(np.float16)
+    if kv == "q8_0" and not has_blocks(head_dim):
+        raise InputError(
+            f"--kv is q8_0, which stores numbers by 32, and this model's heads have {head_dim}; give --kv f16"
+        )
+    if kv == "auto":
+        return "f32" if set(weight_formats) == {"f32"} else "f16"
+    return kv

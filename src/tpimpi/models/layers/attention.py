@@ -9,7 +9,7 @@ import numpy as np
 from tpimpi.compute.arrays import F32
 from tpimpi.compute.attention import AttentionSpec
 from tpimpi.compute.backends import Backend
-from tpimpi.models.kv.cache import KVCache
+from tpimpi.compute.kv import KVPages, Rows
 from tpimpi.models.layers.parts import Parts
 from tpimpi.models.layers.rope import Angles
 
@@ -30,18 +30,17 @@ def attention_partial(
     backend: Backend,
     x: F32,  # [n, hidden], normed
     tile: Parts,
-    cache: KVCache,
-    layer: int,
+    kv: KVPages,  # of the layer
+    rows: Rows,
     spec: AttentionSpec,
-    first_kv: int,  # where this tile's KV heads stand in the cache
+    first_kv: int,  # where this tile's KV heads stand in the pages
     q_to_kv: tuple[int, ...],
-    start: int,  # of the positions
     rotary: Angles | None,
     qk_norm: QKNorm | None = None,
     sinks: F32 | None = None,  # of this tile's query heads, [heads]: see Backend.attention
 ) -> F32:
     """Attention of one tile's query heads, through its columns of the output projection: [n, hidden]."""
-    n, head_dim = x.shape[0], cache.head_dim
+    n, head_dim = x.shape[0], kv.head_dim
 
     def heads(name: str) -> F32:
         return backend.linear(x, tile.matrices[name], tile.parts.get(f"{name}_bias")).reshape(n, -1, head_dim)
@@ -53,11 +52,10 @@ def attention_partial(
         return rotated(backend, y, rotary, queries=name == "q")
 
     if "k" in tile.matrices:
-        cache.write(layer, first_kv, start, turned("k"), heads("v"))
+        backend.store(kv, rows, first_kv, turned("k"), heads("v"))
     if "q" not in tile.matrices:
         return np.zeros_like(x)
-    k, v = cache.read(layer, start + n)
-    seen = backend.attention(turned("q"), k, v, q_to_kv, start, spec, sinks)
+    seen = backend.attention(turned("q"), kv, rows, q_to_kv, spec, sinks)
     return backend.linear(seen.reshape(n, -1), tile.matrices["o"])
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from tpimpi.compute.arrays import F32
 from tpimpi.compute.attention import AttentionSpec
 from tpimpi.compute.backends import Backend
-from tpimpi.models.kv.cache import KVCache
+from tpimpi.compute.kv import KVPages, Rows
 from tpimpi.models.layers.attention import QKNorm, rotated
 from tpimpi.models.layers.parts import Parts
 from tpimpi.models.layers.rope import Angles
@@ -64,13 +64,12 @@ class Projections:
         self,
         squares: F32,  # [n, 2], over all ranks
         norm: QKNorm,
-        cache: KVCache,
-        layer: int,
+        kv: KVPages,  # of the layer
+        rows: Rows,
         first_kv: int,  # of this rank's KV heads
-        start: int,
         rotary: Angles | None,
     ) -> None:
-        """Norm and rotate queries and keys, and put keys and values into the cache."""
+        """Norm and rotate queries and keys, and put keys and values into the pages."""
         for piece in self._pieces.values():
             if piece.q is not None:
                 q = self._normed(piece.q, squares[:, 0], norm.q, piece.of.heads, norm.eps)
@@ -78,7 +77,7 @@ class Projections:
             if piece.k is not None and piece.v is not None:
                 k = self._normed(piece.k, squares[:, 1], norm.k, piece.of.kv_heads, norm.eps)
                 k = rotated(self._backend, k, rotary, queries=False)
-                cache.write(layer, piece.of.kv_heads[0] - first_kv, start, k, piece.v)
+                self._backend.store(kv, rows, piece.of.kv_heads[0] - first_kv, k, piece.v)
 
     def _normed(self, y: F32, squares: F32, weight: F32, heads: tuple[int, int], eps: float) -> F32:
         """y [n, heads, head_dim] over the root of the mean square of all heads, times their part of `weight`."""
@@ -89,15 +88,13 @@ class Projections:
         self,
         tile: Parts,
         heads: tuple[int, int],
-        cache: KVCache,
-        layer: int,
+        kv: KVPages,
+        rows: Rows,
         spec: AttentionSpec,
         q_to_kv: tuple[int, ...],
-        start: int,
     ) -> F32:
         """Attention of one tile's query heads, through its columns of the output projection: [n, hidden]."""
         q = self._pieces[heads].q
         assert q is not None, "a tile of the output projection without queries"
-        k, v = cache.read(layer, start + q.shape[0])
-        seen = self._backend.attention(np.ascontiguousarray(q), k, v, q_to_kv, start, spec)
+        seen = self._backend.attention(np.ascontiguousarray(q), kv, rows, q_to_kv, spec)
         return self._backend.linear(seen.reshape(q.shape[0], -1), tile.matrices["o"])

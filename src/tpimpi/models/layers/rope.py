@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tpimpi.compute.arrays import F32
+from tpimpi.compute.arrays import F32, I32
 from tpimpi.models.layer_spec import Rope, RopeScaling
 
 
 @dataclass(frozen=True)
 class Angles:
-    """Rotary angles of a run of positions: cos and sin, each [positions, dims / 2] f32; dims elements of a head are rotated.
+    """Rotary angles of rows at their positions: cos and sin, each [n, dims / 2] f32; dims elements of a head are rotated.
 
-    `query_scale`, [positions, 1, 1] f32, is what queries are multiplied by; None: nothing.
+    `query_scale`, [n, 1, 1] f32, is what queries are multiplied by; None: nothing.
     """
 
     cos: F32
@@ -73,9 +73,9 @@ def _yarn_frequencies(frequencies: F32, rope: Rope, scaling: RopeScaling) -> F32
     return (frequencies / np.float32(scaling.factor) * stretched + frequencies * (1 - stretched)).astype(np.float32)
 
 
-def angles(rope: Rope, frequencies: F32, start: int, positions: int) -> Angles:
-    """Angles of `positions` positions from `start`; `frequencies` are those of `rope`."""
-    numbers = np.arange(start, start + positions, dtype=np.float32)[:, None]
+def angles(rope: Rope, frequencies: F32, position: I32) -> Angles:
+    """Angles of these positions, int32 [n]; `frequencies` are those of `rope`."""
+    numbers = position.astype(np.float32)[:, None]
     phases = numbers * frequencies
     cos, sin = np.cos(phases), np.sin(phases)
     scaling = rope.scaling
