@@ -22,6 +22,7 @@ def check_angles_and_windows(config: ModelConfig, theirs: Any) -> None:
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(theirs)]
     rotary = getattr(sys.modules[model.__module__], model.__name__.replace("ForCausalLM", "RotaryEmbedding"))(theirs)
     positions = torch.arange(POSITIONS)[None] + START
+    numbers = np.arange(START, START + POSITIONS, dtype=np.int32)
     types = getattr(theirs, "layer_types", None)
     window = (
         theirs.sliding_window
@@ -37,7 +38,7 @@ def check_angles_and_windows(config: ModelConfig, theirs: Any) -> None:
         cos, sin = rotary(torch.zeros(1), positions, *which)
         if config.architecture == "cohere2":  # each angle twice, where others have the first half once more
             cos, sin = cos[..., ::2], sin[..., ::2]
-        mine = angles(spec.rope, rope_frequencies(spec.rope, START + POSITIONS), START, POSITIONS)
+        mine = angles(spec.rope, rope_frequencies(spec.rope, START + POSITIONS), numbers)
         half = mine.cos.shape[1]
         assert half == spec.rope.dims // 2 and cos.shape[-1] in (half, 2 * half)
         np.testing.assert_allclose(mine.cos, cos[0, :, :half].numpy(), atol=3e-5)
