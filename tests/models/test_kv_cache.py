@@ -105,7 +105,7 @@ def test_q8_0_of_what_is_no_number_is_finite_or_lost() -> None:
 def test_a_longer_cache_takes_over_pages(fmt: str, page: int) -> None:
     random = np.random.default_rng(6)
     shape = KVShape((FULL, FULL), 3, 4, fmt)
-    short, long = KVCache(shape, [4, 0]), KVCache(shape, [6, 0])
+    short, long = KVCache(shape, [4, 4]), KVCache(shape, [6, 6])
     for layer in range(2):
         for of in (short.of(layer).k, short.of(layer).v):
             of[:] = random.standard_normal(of.shape)

@@ -132,7 +132,7 @@ class LLM:
             return needed
         model, limit = self.engine.model, self.conversation.limit
         wanted = min(limit, -(-needed // ROOM_POSITIONS) * ROOM_POSITIONS)
-        there = model.cache.context if model.cache is not None and model.most_kept(wanted) else 0
+        there = model.context if model.most_kept(wanted) else 0
         return there if wanted <= there <= limit else wanted
 
     def finish(self) -> list[RankTrace]:

@@ -159,7 +159,8 @@ class SequencePages:
 
 def rows_of(sequences: Sequence[SequencePages], runs: Iterable[tuple[int, int]]) -> StepRows:
     """The rows of a step: of each sequence (first position, rows), in order; the pages are there (see `grow`)."""
-    sequence, position = [], []
+    sequence: list[int] = []
+    position: list[int] = []
     for number, (start, n) in enumerate(runs):
         sequence += [number] * n
         position += range(start, start + n)
