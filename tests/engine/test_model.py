@@ -225,3 +225,19 @@ def test_a_sequence_goes_on_from_the_positions_of_the_one_before(
     others_from = "33" if kind == "phi3-long" else "0"
     result = on_ranks(2, str(PROGRAMS / "kept.py"), str(tmp_path / "s"), others_from)
     assert (result.code, result.out.split("\n")[0]) == (0, "all well"), result.err
+
+
+@pytest.mark.parametrize(
+    ("kind", "kv", "ranks"),
+    [("gemma3", "f32", 2), ("gpt-oss", "auto", 2), ("llama", "f16", 3), ("olmo3", "f32", 1), ("qwen3-moe", "f32", 2)],
+)
+@pytest.mark.slow_but("gemma3-f32-2")
+def test_a_batch_gives_every_sequence_its_numbers_alone(
+    on_ranks: Ranks, models, kind: str, kv: str, ranks: int, tmp_path: Path
+) -> None:
+    """To the bit, wherever their pages are: of sequences that come, go, share their beginning, and go back."""
+    with open_source(models[kind][0]) as source:
+        slice_model(source, make_partition(source.config, [1] * ranks), choose_formats(source, "f32"), tmp_path / "s")
+    for seed in ("1", "2"):
+        result = on_ranks(ranks, str(PROGRAMS / "batches.py"), str(tmp_path / "s"), seed, kv)
+        assert (result.code, result.out[:8]) == (0, "all well"), result.err

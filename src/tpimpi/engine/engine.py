@@ -155,7 +155,7 @@ class OpenedEngine:
             recorder=self.recorder,
         )
 
-    def start(self, window: Window, experts: ExpertCache, make_room: Callable[[int], None]) -> Engine:
+    def start(self, window: Window, experts: ExpertCache, make_room: Callable[[int, int], None]) -> Engine:
         """The engine whose tiles come from `window` and `experts`; see Model for `make_room`."""
         config = self.header.config
         model = Model(

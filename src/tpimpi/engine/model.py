@@ -56,16 +56,18 @@ class Model:
         experts: Experts | None = None,
         chunk: int = DENSE_CHUNK,
         predict: int = 0,
-        make_room: Callable[[int], None] = lambda context: None,
+        make_room: Callable[[int, int], None] = lambda context, more: None,
         recorder: Recorder | None = None,
     ) -> None:
         """`resident` are the small arrays that are kept in memory (see slices/file); `kv` is one of KV_FORMATS;
         `chunk` is how many positions of a prompt are to be computed at once, `predict` how many experts of a layer to read
-        before they are chosen; `make_room` is called with the number of positions before a cache for them is made."""
+        before they are chosen; `make_room` is called before a cache is made, with the number of positions of a sequence,
+        and how many bytes it takes beyond that sequence's."""
         self.config, self.share = header.config, header.share
         self.resident, self.window, self.star, self.backend = resident, window, star, backend
         self.cache: KVCache | None = None
         self.length = 0  # positions of the sequence, so far
+        self._table: I32 | None = None  # its pages; None: several sequences have pages, see `open_pages`
         fmt = kv_format(kv, header.formats.of_layers(), self.config.head_dim)
         self._kv_shape = KVShape(layer_kinds(self.config), self.share.kv_heads.size, self.config.head_dim, fmt)
         self.context = 0  # positions that the sequence may have
@@ -75,6 +77,11 @@ class Model:
         self._blocks = [block for block in block_order(header) if block != HEAD]
         self._layers = [self.config.layer(index) for index in range(self.config.layers)]
         self._frequencies: dict[Rope, F32] = {}
+
+    @property
+    def has_one_sequence(self) -> bool:
+        """Whether the cache is that of `begin`, for `forward`; else of `open_pages`, for `step`."""
+        return self._table is not None
 
     @property
     def choices(self) -> int:
@@ -88,16 +95,24 @@ class Model:
         """
         assert keep <= self.most_kept(context)
         self.length = keep
-        if self.cache is None or self.context != context:
+        if self.cache is None or self.context != context or self._table is None:
             before = self.cache if keep else None
             self.cache = None  # give the old one back before the new one is made
-            self._make_room(context)
+            self._make_room(context, 0)
             self.context, pages = context, pages_of(context)
             self.cache = KVCache(self._kv_shape, [pages] * len(KINDS))
             self._table = np.arange(pages, dtype=np.int32)
             if before is not None:
                 self.cache.take_over(before, pages_of(keep))
             self._frequencies = self._frequencies_for(context)
+
+    def open_pages(self, context: int, pages: Sequence[int]) -> None:
+        """Have so many pages of each kind, for sequences of at most `context` positions each, which `step` is told of."""
+        self.cache = self._table = None
+        self._make_room(context, self._kv_shape.nbytes_of(pages) - self._kv_shape.nbytes(context))
+        self.context, self.length = context, 0
+        self.cache = KVCache(self._kv_shape, pages)
+        self._frequencies = self._frequencies_for(context)
 
     def most_kept(self, context: int) -> int:
         """How many of this sequence's first positions one of at most `context` positions may have; the same on every rank.
@@ -117,6 +132,7 @@ class Model:
 
     def forward(self, x: F32, start: int, *, head: bool = True) -> F32:
         """As `step`, of the one sequence, at positions from `start`."""
+        assert self._table is not None, "forward before begin"
         hidden = self.step(x, StepRows.of_one(start, x.shape[0], self._table), head=head)
         self.length = start + x.shape[0]
         return hidden

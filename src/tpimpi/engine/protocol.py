@@ -1,7 +1,7 @@
 """The steps of a run after its start: what rank 0 asks for, and how the other ranks follow.
 
 A step begins with a header, int64 [5] over the star: magic, operation, positions, start, choices. FORWARD is followed by the
-hidden vectors. Prompt, token ids and text are in none of them.
+hidden vectors; BATCH by the rows (see batch) and their hidden vectors. Prompt, token ids and text are in none of them.
 
 `choices` is a hash of the experts that rank 0 has chosen so far in a mixture of experts. Ranks that chose others would add
 parts of different experts, and make nonsense that looks like text: so every rank compares, before each step, and the run
@@ -12,18 +12,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import numpy as np
 
 from tpimpi.compute.arrays import F32
+from tpimpi.engine.batch import pack_rows, unpack_rows
 from tpimpi.engine.model import Model
 from tpimpi.errors import StarError
+from tpimpi.models.kv.cache import FULL, KINDS, WINDOWED, StepRows
 from tpimpi.star import Star, Words
 
 MAGIC = 0x7470696D7069  # "tpimpi": a header that was damaged, or is of another program, does not begin with it
 HEADER_WORDS = 5
+MOST_WORDS = 1 << 24  # that follow a header
 
 
 class Operation(IntEnum):
@@ -32,6 +35,11 @@ class Operation(IntEnum):
     BEGIN = 1  # a sequence of at most `positions`, of which `start` are those of the sequence before
     FORWARD = 2  # `positions` hidden vectors through all layers, from position `start` on
     FINISH = 3  # the run is over
+    PAGES = 4  # pages for sequences of at most `positions`: `start` words follow, how many of each kind
+    BATCH = 5  # `positions` rows, of which `start` words follow, and their hidden vectors, through all layers
+    RELEASE = (
+        6  # of `start` words that follow, the first `positions` are pages of full layers; memory that is given back
+    )
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,42 @@ def step(model: Model, star: Star, x: F32, start: int, *, head: bool = True) -> 
     return model.forward(x, start, head=head)
 
 
+def open_pages(model: Model, star: Star, context: int, pages: Sequence[int]) -> None:
+    """Rank 0: have every rank take so many pages of each kind, for sequences of at most `context` positions each."""
+    _send_with(star, StepHeader(Operation.PAGES, context, choices=model.choices), np.array(pages, np.int64))
+    model.open_pages(context, pages)
+
+
+def batch(model: Model, star: Star, x: F32, rows: StepRows, *, head: bool = True) -> F32:
+    """Rank 0: have every rank run `x` [n, hidden] of these rows through the layers; returns [n, hidden].
+
+    The pages are `open_pages`'s; see `step` for `head`.
+    """
+    _send_with(star, StepHeader(Operation.BATCH, x.shape[0], choices=model.choices), pack_rows(rows))
+    star.broadcast(x)
+    return model.step(x, rows, head=head)
+
+
+def release_pages(model: Model, star: Star, pages: Sequence[Sequence[int]]) -> None:
+    """Rank 0: have every rank give back the memory of these pages of each kind, which nobody uses."""
+    words = np.array([page for of_kind in pages for page in of_kind], np.int64)
+    _send_with(star, StepHeader(Operation.RELEASE, len(pages[0]), choices=model.choices), words)
+    _release(model, words, len(pages[0]))
+
+
+def _release(model: Model, words: Words, full: int) -> None:
+    assert model.cache is not None
+    for kind, pages in enumerate((words[:full], words[full:])):
+        model.cache.release(kind, pages.tolist())
+
+
+def _send_with(star: Star, header: StepHeader, words: Words) -> None:
+    """A header that says how many words follow, and these."""
+    send_header(star, replace(header, start=len(words)))
+    if len(words):
+        star.send_words(words)
+
+
 def finish(model: Model, star: Star) -> None:
     """Rank 0: tell every rank that the run is over; where there are several models, `model` is the first."""
     send_header(star, StepHeader(Operation.FINISH, choices=model.choices))
@@ -111,14 +155,50 @@ def follow(models: Sequence[Model], star: Star) -> None:
             )
         if header.operation == Operation.FINISH:
             return
-        if header.operation == Operation.BEGIN:
-            if header.start > model.most_kept(header.positions):
-                raise StarError(f"rank 0 keeps {header.start} positions of a sequence, which are not all there")
-            model.begin(header.positions, header.start)
-            continue
-        last = header.start + header.positions
-        if model.cache is None or last > model.context:
-            raise StarError(f"rank 0 asks for position {last}, which is outside the context it announced")
-        x = np.empty((header.positions, model.config.hidden), np.float32)
+        _follow_one(model, star, header)
+
+
+def _follow_one(model: Model, star: Star, header: StepHeader) -> None:
+    """Do what one header says. Raises StarError where it makes no sense."""
+    words = np.empty(0, np.int64)
+    if header.operation in (Operation.PAGES, Operation.BATCH, Operation.RELEASE):
+        if header.start > MOST_WORDS:
+            raise StarError(f"rank 0 sends {header.start} words with a header, more than any step has")
+        words = np.empty(header.start, np.int64)
+        if len(words):
+            star.receive_words(words)
+    if header.operation == Operation.BEGIN:
+        if header.start > model.most_kept(header.positions):
+            raise StarError(f"rank 0 keeps {header.start} positions of a sequence, which are not all there")
+        model.begin(header.positions, header.start)
+        return
+    if header.operation == Operation.PAGES:
+        if len(words) != len(KINDS) or (words < 0).any():
+            raise StarError(f"rank 0 asks for {words.tolist()} pages, which makes no sense")
+        model.open_pages(header.positions, words.tolist())
+        return
+    if model.cache is None:
+        raise StarError("rank 0 asks for a step before it said how much a cache must hold")
+    if header.operation == Operation.RELEASE:
+        _check_pages(words[: header.positions], model.cache.pages[FULL])
+        _check_pages(words[header.positions :], model.cache.pages[WINDOWED])
+        _release(model, words, header.positions)
+        return
+    x = np.empty((header.positions, model.config.hidden), np.float32)
+    if header.operation == Operation.BATCH:
+        rows = unpack_rows(words, model.cache.pages, model.context)
+        if len(rows.sequence) != header.positions:
+            raise StarError(f"rank 0 sent a step of {header.positions} rows, and {len(rows.sequence)} in its words")
         star.broadcast(x)
-        model.forward(x, header.start)
+        model.step(x, rows)
+        return
+    last = header.start + header.positions
+    if last > model.context or not model.has_one_sequence:
+        raise StarError(f"rank 0 asks for position {last}, which is outside the context it announced")
+    star.broadcast(x)
+    model.forward(x, header.start)
+
+
+def _check_pages(pages: Words, count: int) -> None:
+    if ((pages < 0) | (pages >= count)).any():
+        raise StarError(f"rank 0 gives back a page that is not there; there are {count}")

@@ -167,7 +167,7 @@ class RankMemory:
     ) -> None:
         """`windows` and `caches` are those of the plan's engines; `disk_bytes_per_s` what the disk gave (0 where it was not
         measured)."""
-        self._plan, self._context = plan, plan.context
+        self._plan, self._fixed = plan, plan.needs.fixed
         self.star, self.settings = plan.of.star, plan.of.settings
         self._rings = sum(window.ring_bytes for window in windows)
         self.engines = [
@@ -211,18 +211,20 @@ class RankMemory:
             most_context=room,
         )
 
-    def make_room(self, context: int) -> None:
-        """A longer sequence than was planned for begins: fewer tiles can be pinned. InputError where that is not enough."""
-        promise = self._plan.promise
-        if promise is None or context <= self._context:
+    def make_room(self, context: int, more: int = 0) -> None:
+        """A sequence of `context` positions is to have room, or pages that take `more` bytes beyond its: where that is more
+        than was planned for, fewer tiles can be pinned. InputError where that is not enough."""
+        promise, fixed = self._plan.promise, self._plan.of.needs(context).fixed + more
+        if promise is None or fixed <= self._fixed:
             return
-        self._context = context
-        left = promise - self._plan.of.needs(context).fixed - self._rings
+        left = promise - fixed - self._rings
         if left < 0:
+            what = "pages for sequences of " if more > 0 else ""
             raise InputError(
-                f"{context} positions need {show_size(-left)} more than the {show_size(promise)} of --memory; "
+                f"{what}{context} positions need {show_size(-left)} more than the {show_size(promise)} of --memory; "
                 "give more, or a smaller --context"
             )
+        self._fixed = fixed
         self.guard.limit_pinned(left)
 
     def _say(self, line: str) -> None:

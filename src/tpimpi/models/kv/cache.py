@@ -49,7 +49,11 @@ class KVShape:
 
     def nbytes(self, context: int) -> int:
         """Memory of the pages of a sequence of so many positions."""
-        return sum(map(self.page_bytes, KINDS)) * pages_of(context)
+        return self.nbytes_of([pages_of(context)] * len(KINDS))
+
+    def nbytes_of(self, pages: Sequence[int]) -> int:
+        """Memory of so many pages of each kind."""
+        return sum(self.page_bytes(kind) * count for kind, count in enumerate(pages))
 
 
 def pages_of(positions: int) -> int:

@@ -1,0 +1,63 @@
+"""Rows of a step as words: what is packed is unpacked, and what makes no sense is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.drawn import examples
+from tpimpi.engine.batch import pack_rows, unpack_rows
+from tpimpi.errors import StarError
+from tpimpi.models.kv.cache import PAGE
+from tpimpi.models.kv.pages import PageAccount, SequencePages, rows_of
+
+
+@examples(60)
+@given(runs=st.lists(st.tuples(st.integers(0, 300), st.integers(1, 40)), min_size=1, max_size=6))
+def test_what_is_packed_is_unpacked(runs: list[tuple[int, int]]) -> None:
+    account = PageAccount([64, 64], [1, 1], 1000)
+    sequences = [SequencePages(account, window=50) for _ in runs]
+    for sequence, (start, n) in zip(sequences, runs, strict=True):
+        assert sequence.grow(start)
+        sequence.trim()
+        assert sequence.grow(start + n)
+    rows = rows_of(sequences, runs)
+    words = pack_rows(rows)
+    assert words.dtype == np.int64
+    found = unpack_rows(words, [64, 64], 340)
+    assert found.sequence.dtype == found.position.dtype == np.int32
+    for a, b in ((rows.sequence, found.sequence), (rows.position, found.position)):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(rows.tables, found.tables, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_what_makes_no_sense_is_refused() -> None:
+    account = PageAccount([4, 4], [1, 1], 100)
+    first, second = SequencePages(account), SequencePages(account)
+    assert first.grow(PAGE + 1) and second.grow(1)
+    good = pack_rows(rows_of([first, second], [(PAGE, 1), (0, 1)]))
+
+    def refused(what: str, place: int | None = None, number: int = 0, words: np.ndarray = good) -> None:
+        """With another number at a place of the words."""
+        changed = words.copy()
+        if place is not None:
+            changed.view(np.int32)[place] = number
+        with pytest.raises(StarError, match=what):
+            unpack_rows(changed, [4, 4], PAGE + 1)
+
+    unpack_rows(good, [4, 4], PAGE + 1)
+    refused("make no sense", words=np.zeros(1, np.int64))
+    refused("make no sense", 0, -1)
+    refused("3 rows and 2 sequences in", 0, 3)
+    refused("in 9 words", words=np.pad(good, (0, 1)))
+    refused("in 7 words", words=good[:-1])
+    refused("sequence or position", 4, 2)  # the first row's sequence
+    refused("sequence or position", 6, PAGE + 1)  # and position
+    refused("sequence or position", 7, -1)
+    refused("page that is not there; there are 4", 8, 4)
+    refused("page that is not there", 9, -2)
+    refused("row that has no page", 9, -1)
+    refused("2147483647 rows", 0, 2**31 - 1)

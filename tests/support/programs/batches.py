@@ -1,0 +1,128 @@
+"""Run on every rank: rows of several sequences in one step, with the numbers of each sequence alone, to the bit.
+
+Arguments: a folder of slices, a seed. Sequences come, grow by chunks and by single rows, share their beginnings, go back to
+an earlier position, and go, in few pages; rank 0 alone decides.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+
+from tpimpi.engine import protocol
+from tpimpi.engine.engine import EngineConfig
+from tpimpi.engine.rank_memory import MemoryPlanner
+from tpimpi.engine.startup import open_engine
+from tpimpi.models.kv.cache import KINDS, PAGE
+from tpimpi.models.kv.pages import PageAccount, SequencePages, rows_of
+from tpimpi.star import connect
+
+CONTEXT, STEPS, PLACES = 200, 60, (9, 9)
+
+
+class Sequence:
+    """One sequence: its pages, its ids, and what was computed for each of its positions."""
+
+    def __init__(self, pages: SequencePages, ids: list[int], rows: list[bytes]) -> None:
+        self.pages, self.ids, self.rows = pages, ids, rows
+
+
+def main() -> None:
+    star = connect()
+    settings = EngineConfig(
+        *(sys.argv[1], None, "", "", "", "native", 1, "star", 60.0),
+        cores_shared_by=[star.rank.size] * star.rank.size,
+        window="all",
+        kv=sys.argv[3],
+    )
+    memory = MemoryPlanner([open_engine(star, settings)]).plan(64, None, 0).take()
+    engine = memory.engines[0]
+    model = engine.model
+    if not star.rank.is_hub:
+        protocol.follow([model], star)
+        memory.close()
+        return
+    random = np.random.default_rng(int(sys.argv[2]))
+    window = max(model.config.attention_windows)
+    account = PageAccount(PLACES, [1, 1], 100)
+    protocol.open_pages(model, star, CONTEXT, PLACES)
+    running: list[Sequence] = []
+    done: list[Sequence] = []
+    most = steps = 0
+    for _ in range(STEPS):
+        change(random, running, done, account, window, model.config.vocab)
+        runs = []
+        for one in running:
+            n = min(int(random.choice([0, 1, 1, 1, 9, 40])), CONTEXT - len(one.rows))
+            if n and one.pages.grow(len(one.rows) + n):
+                runs.append((one, n))
+        if not runs:
+            continue
+        rows = rows_of([one.pages for one, _ in runs], [(len(one.rows), n) for one, n in runs])
+        ids = [token for one, n in runs for token in one.ids[len(one.rows) : len(one.rows) + n]]
+        hidden = protocol.batch(model, star, engine.embed(ids), rows)
+        at = 0
+        for one, n in runs:
+            one.rows += [row.tobytes() for row in hidden[at : at + n]]
+            at += n
+            one.pages.trim()
+        most, steps = max(most, len(runs)), steps + 1
+    for one in running:
+        one.pages.close()
+    assert account.used == 0 and most >= 3 and steps > STEPS // 2, (account.used, most, steps)
+    assert model.cache is not None and model.cache.filled_bytes
+    protocol.release_pages(model, star, [account.free_pages(kind) for kind in KINDS])
+    assert not model.cache.filled_bytes, "memory is not back to the start"
+    for one in [*running, *done]:
+        if one.rows:
+            protocol.begin(model, star, CONTEXT)
+            alone = protocol.step(model, star, engine.embed(one.ids[: len(one.rows)]), 0)
+            assert [row.tobytes() for row in alone] == one.rows, "other numbers than alone"
+    print("all well", len(done), flush=True)
+    protocol.finish(model, star)
+    memory.close()
+
+
+def change(
+    random: np.random.Generator,
+    running: list[Sequence],
+    done: list[Sequence],
+    account: PageAccount,
+    window: int,
+    vocab: int,
+) -> None:
+    """A sequence comes, goes, or goes back to an earlier position."""
+    what = random.integers(6)
+    ids = random.integers(3, vocab, CONTEXT).tolist()
+    if what < 2 and len(running) < 5:
+        running.append(Sequence(SequencePages(account, window, kept=4), ids, []))
+    elif what == 2 and running and len(running) < 5:  # with the beginning of another
+        of = running[int(random.integers(len(running)))]
+        pages = len(of.rows) // PAGE
+        if pages and of.pages.holds(pages * PAGE):
+            kept = pages * PAGE
+            running.append(Sequence(of.pages.shared(pages), of.ids[:kept] + ids[kept:], of.rows[:kept]))
+    elif what == 3 and running:  # as where a draft is rejected
+        one = running[int(random.integers(len(running)))]
+        length = max(0, len(one.rows) - int(random.integers(1, 5)))
+        if one.pages.holds(length):
+            one.pages.truncate(length)
+            del one.rows[length:]
+            one.ids[length:] = ids[length:]
+    elif what == 4 and len(running) > 2:
+        one = running.pop(int(random.integers(len(running))))
+        one.pages.close()
+        done.append(one)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        from mpi4py import MPI
+
+        MPI.COMM_WORLD.Abort(1)
