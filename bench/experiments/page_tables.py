@@ -306,6 +306,10 @@ def big(found: Sequence[Found], folder: Path) -> str:
     return _devices(found, "70b")
 
 
+def mixture_devices(found: Sequence[Found], folder: Path) -> str:
+    return _devices(found, "mixtures")
+
+
 def formats(found: Sequence[Found], folder: Path) -> str:
     table = Table("Format", "tokens", "perplexity", "of f32", "mean KL divergence from f32, nats", "`… run`")
     rows = of_measure(found, "formats", "perplexity")
@@ -352,6 +356,7 @@ TABLES: dict[str, TableMaker] = {
     "network": network,
     "big": big,
     "predictions": predictions,
+    "mixture_devices": mixture_devices,
     "mixture_predictions": mixture_predictions,
     "formats": formats,
 }

@@ -38,6 +38,8 @@ def generate(row: Row, site: Site) -> Figures:
         prompts.write_text(2 * (" ".join(str(100 + number) for number in range(row.prompt)) + "\n"))
         arguments = ["--slices", str(slices), "--raw", "--ignore-eos", "--max-tokens", str(row.answer_tokens)]
         arguments += ["--context", str(row.context), "--allreduce", row.allreduce]
+        # A greedy answer of random weights repeats itself, and then so do its experts.
+        arguments += ["--temperature", "1", "--seed", "1"] if load_shape(row.shape).config.experts else []
         arguments += ["--threads", str(row.threads)] if row.threads else []
         arguments += [*_memory(row, site, arguments), "--report", str(report), "--quiet"]
         ended = run(row, site, arguments, prompts)

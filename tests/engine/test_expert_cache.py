@@ -61,7 +61,12 @@ def _bytes(tile: Tile) -> bytes:
 
 
 def _take(cache: ExpertCache, layer: int, experts: list[int]) -> list[tuple[int, bytes]]:
-    return [(tile.record.expert, _bytes(tile)) for group in cache.tiles(layer, experts) for tile in group]
+    cache.begin(layer, experts)
+    return _taken(cache)
+
+
+def _taken(cache: ExpertCache) -> list[tuple[int, bytes]]:
+    return [(tile.record.expert, _bytes(tile)) for group in cache.tiles() for tile in group]
 
 
 def _until(what: object, cache: ExpertCache, seconds: float = 20.0) -> None:
@@ -98,7 +103,10 @@ def test_any_cache_gives_the_same_tiles_in_the_order_asked_for(file: SliceFile) 
             if dice.random() < 0.5:
                 cache.expect(layer, dice.sample(range(EXPERTS), dice.randrange(1, EXPERTS)))
             wanted = dice.sample(range(EXPERTS), dice.randrange(1, EXPERTS + 1))
-            assert _take(cache, layer, wanted) == [(expert, expected[layer, expert]) for expert in wanted]
+            cache.begin(layer, wanted)
+            for _ in range(dice.randrange(3)):
+                cache.expect(dice.choice(LAYERS), dice.sample(range(EXPERTS), dice.randrange(1, EXPERTS)))
+            assert _taken(cache) == [(expert, expected[layer, expert]) for expert in wanted]
             assert cache.held_bytes <= cache.limit_bytes
             if dice.random() < 0.2 and places:
                 cache.limit(dice.randrange(0, 12) * cache.slot_bytes)
@@ -136,6 +144,46 @@ def test_what_is_expected_is_there_when_it_is_wanted(file: SliceFile) -> None:
     cache.close()
 
 
+def test_a_better_guess_takes_the_place_of_an_earlier_one(file: SliceFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the disk is at what the block wants, the next one's experts are expected twice: 5 not any more, 7 still."""
+    cache, go_on, begun = _cache(file, 8, reads=1), threading.Event(), threading.Event()
+    read = file.read
+    order: list[int] = []
+
+    def slow(record, buffer):  # type: ignore[no-untyped-def]
+        order.append(record.expert)
+        begun.set()
+        assert go_on.wait(20)
+        return read(record, buffer)
+
+    monkeypatch.setattr(file, "read", slow)
+    cache.begin(0, [0])
+    assert begun.wait(20)
+    cache.expect(2, [5, 7])
+    cache.expect(2, [4, 7])
+    go_on.set()
+    _taken(cache)
+    _until(lambda: cache.figures.bytes_read == 3 * cache.slot_bytes, cache)
+    assert order == [0, 4, 7]
+    _take(cache, 2, [7])
+    did = cache.figures
+    assert (did.expected, did.expected_used, did.hits) == (2, 1, 1)
+    cache.close()
+
+
+def test_where_all_fit_the_rest_is_read_too(file: SliceFile) -> None:
+    cache = _cache(file, None)
+    time.sleep(0.05)
+    assert cache.figures.bytes_read == 0, "nothing computes yet, and the dense tiles come first"
+    _take(cache, 2, [3])
+    _until(lambda: cache.held_bytes == cache.total_bytes, cache)
+    _until(lambda: cache.figures.bytes_read == cache.total_bytes, cache)
+    assert cache.figures.bytes_read == cache.total_bytes
+    assert all(_take(cache, layer, list(range(EXPERTS))) for layer in LAYERS)
+    assert (cache.figures.used, cache.figures.hits) == (1 + 2 * EXPERTS, 2 * EXPERTS)
+    cache.close()
+
+
 def test_what_was_expected_wrongly_gives_way_to_what_is_wanted(
     file: SliceFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +208,7 @@ def test_what_was_expected_wrongly_gives_way_to_what_is_wanted(
 
 
 def test_memory_is_given_back_at_once(file: SliceFile) -> None:
-    cache = _cache(file, None)
+    cache = _cache(file, EXPERTS)
     _take(cache, 0, list(range(EXPERTS)))
     assert cache.held_bytes == EXPERTS * cache.slot_bytes
     cache.limit(3 * cache.slot_bytes)

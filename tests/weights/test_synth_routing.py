@@ -54,8 +54,8 @@ def test_experts_are_those_of_the_trace_from_its_beginning_again(shape: Path) ->
     resident = file.load(file.records_of("resident")[0]).parts
     experts = Experts(file.header.config, resident, cache, NumpyTwin(1))
     h = np.random.default_rng(0).standard_normal((4, file.header.config.hidden)).astype(np.float32)
-    np.testing.assert_array_equal(experts.route(h, 2, 3).experts, trace[[3, 4, 0, 1], 2])
-    assert experts.route(h, 0, 0).weights.sum(axis=1) == pytest.approx(np.ones(4), abs=1e-6)
+    np.testing.assert_array_equal(experts.route(h, 2, np.arange(3, 7, dtype=np.int32)).experts, trace[[3, 4, 0, 1], 2])
+    assert experts.route(h, 0, np.arange(4, dtype=np.int32)).weights.sum(axis=1) == pytest.approx(np.ones(4), abs=1e-6)
     cache.close()
     file.close()
 
@@ -68,7 +68,7 @@ def test_the_stated_part_is_predicted_rightly(shape: Path, predicted: float) -> 
     right = [
         np.isin(experts._guesses(chosen, 0, start), chosen).mean()
         for start in range(400)
-        for chosen in [experts._of_trace(0, start, 1)]
+        for chosen in [experts._of_trace(0, np.array([start], np.int32))]
     ]
     # A guess that is wrong may name another of the chosen by chance.
     by_chance = (1 - predicted) * CHOSEN / EXPERTS
@@ -106,16 +106,23 @@ def test_tokens_choose_experts_of_their_own(tpimpi: Cli, tmp_path: Path) -> None
     """What a mixture's speed is measured with: where experts do not fit, every token must want others."""
     sizes = {"hidden_size": 512, "num_hidden_layers": 12, "head_dim": 64, "num_attention_heads": 16}
     routed = {"num_experts": 32, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
-    shape, report = tmp_path / "config.json", tmp_path / "report.json"
+    shape, recorded = tmp_path / "config.json", tmp_path / "routing.npy"
     shape.write_text(json.dumps({"model_type": "qwen3_moe", **SMALL, **sizes, **routed}))
     assert (
         tpimpi("synth", "--shape", str(shape), "--ranks", "1", "--quiet", "--out", str(tmp_path / "slices")).code == 0
     )
     run = ("--slices", str(tmp_path / "slices"), "--raw", "--prompt", "7 7 7 7 7 7", "--ignore-eos", "--quiet")
-    assert tpimpi(*run, "--max-tokens", "60", "--temperature", "1", "--report", str(report)).code == 0
-    used = json.loads(report.read_text())["ranks"][0]["experts"]
-    read = used["used"] - used["hits"]  # all fit: each of 12 layers' 32 experts at most once
-    assert read > 0.6 * 12 * 32  # 60 uniform choices of 2 reach 0.98 of them; with norms around 1 it was 0.2
+    run += ("--max-tokens", "60", "--temperature", "1", "--seed", "1", "--record-routing", str(recorded))
+    assert tpimpi(*run).code == 0
+    trace = np.load(recorded)
+    assert (trace.dtype, trace.shape) == (np.uint16, (65, 12, 2))  # the last token drawn is not computed
+    used = sum(len(np.unique(trace[:, layer])) for layer in range(12))
+    assert used > 0.6 * 12 * 32  # 60 uniform choices of 2 reach 0.98 of them; with norms around 1 it was 0.2
+    assert tpimpi(*run).code == 0  # an earlier one of ours is written over
+    np.testing.assert_array_equal(np.load(recorded), trace)
+    np.save(recorded, trace.astype(np.int64))
+    refused = tpimpi(*run)
+    assert refused.code == 2 and "is there, and is no trace of routing of tpimpi" in refused.err
 
 
 def test_made_traces_hit_as_was_measured() -> None:

@@ -104,6 +104,7 @@ class OutputOptions:
     reasoning: str | None = None
     report: str | None = None
     trace: str | None = None
+    record_routing: str | None = None
     plot: str | None = None
 
     @property

@@ -9,7 +9,7 @@ from pathlib import Path
 from tpimpi.cli.options import OutputOptions
 from tpimpi.errors import InputError
 from tpimpi.system.files import check_writable
-from tpimpi.system.own_files import TRACE
+from tpimpi.system.own_files import ROUTING, TRACE
 
 
 def check_outputs(output: OutputOptions, read: Sequence[str | None], session: str | None = None) -> None:
@@ -20,11 +20,14 @@ def check_outputs(output: OutputOptions, read: Sequence[str | None], session: st
         check_writable(output.report, inputs=inputs)
     if output.trace is not None:
         check_writable(output.trace, "--trace", inputs, TRACE)
+    if output.record_routing is not None:
+        check_writable(output.record_routing, "--record-routing", inputs, ROUTING)
     if output.plot is not None:
         from tpimpi.diagnostics.plots import check_plot  # which most runs do without
 
         check_plot(output.plot, "--plot", inputs)
     written = {"--session": session, "--report": output.report, "--trace": output.trace, "--plot": output.plot}
+    written["--record-routing"] = output.record_routing
     taken: dict[Path, str] = {}
     for option, given in written.items():
         if given is None or (os.path.exists(given) and not os.path.isfile(given)):  # noqa: PTH110, PTH113

@@ -9,6 +9,8 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from tpimpi.cli import remarks
 from tpimpi.cli.answers import AnswerPrinter
 from tpimpi.cli.options import DROP, GenerateOptions, OutputOptions, RunOptions, SamplingOptions
@@ -20,6 +22,7 @@ from tpimpi.compute.arrays import F32
 from tpimpi.diagnostics.trace_file import left_out, write_trace
 from tpimpi.engine import startup
 from tpimpi.engine.allotment import print_memory
+from tpimpi.engine.experts import Experts
 from tpimpi.engine.ranks import greet
 from tpimpi.engine.trace import RankTrace
 from tpimpi.errors import InputError, ModelError
@@ -31,6 +34,7 @@ from tpimpi.serving.session import Session
 from tpimpi.serving.transcript import Turn
 from tpimpi.star import Star
 from tpimpi.star.control import stop_others_on_error
+from tpimpi.system.files import replacing
 from tpimpi.system.memory import release_freed_memory
 from tpimpi.system.terminal import Input
 
@@ -97,6 +101,8 @@ def load(star: Star, job: Job) -> tuple[RunOptions, LLM, Turn | None]:
     report = Report(engine.header.model, engine.header.format, engine.backend.name, star.algorithm)
     llm, allotments = load_llm(engine, conversation, report, conversation.next_turn(prompt), tokenizer_bytes)
     job.at_end.callback(llm.close)
+    if options.output.record_routing is not None:
+        experts_to_record(llm).record()
     report.prompt_chunk = engine.chunk
     first = llm.conversation.next_turn(prompt)  # is there still room?
     if not quiet:
@@ -281,6 +287,13 @@ def answer(llm: LLM, turn: Turn, options: RunOptions) -> None:
         say(remarks.why_cut(llm, turn))
 
 
+def experts_to_record(llm: LLM) -> Experts:
+    """The model's experts. Raises InputError where it has none."""
+    if (experts := llm.engine.model.experts) is None:
+        raise InputError("--record-routing: the model is no mixture of experts; leave it out")
+    return experts
+
+
 def write_what_was_measured(llm: LLM, traces: Sequence[RankTrace], output: OutputOptions) -> None:
     """The report, the trace, the plot and the table, as far as they are wanted."""
     report = llm.report
@@ -289,6 +302,9 @@ def write_what_was_measured(llm: LLM, traces: Sequence[RankTrace], output: Outpu
     if output.trace is not None:
         write_trace(Path(output.trace), traces, [str(block) for block in llm.engine.opened.order])
         say(left_out(traces))
+    if output.record_routing is not None:
+        with replacing(Path(output.record_routing), "--record-routing", private=True) as file:
+            np.save(file, experts_to_record(llm).recorded())
     if output.plot is not None:
         from tpimpi.diagnostics.plots import Timeline, plot_memory
 

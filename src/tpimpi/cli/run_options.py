@@ -95,6 +95,11 @@ def run_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--trace", metavar="FILE", help="write what each rank did when, for ui.perfetto.dev or chrome://tracing"
     )
+    group.add_argument(
+        "--record-routing",
+        metavar="FILE",
+        help="of a mixture of experts, write which experts were chosen, as .npy, for --routing of plan and synth",
+    )
     group.add_argument("--plot", metavar="FILE", help="draw each rank's memory over time as a PNG (needs matplotlib)")
     return parser
 

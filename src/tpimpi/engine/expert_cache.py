@@ -2,8 +2,9 @@
 
 A token uses some of a layer's experts, chosen by its router. All layers share one number of places, each large enough for
 any tile. What a block wants is read at once, in the order of the file; what is expected for the next block (`expect`) is
-read when there is nothing else to do, and given up when the block turns out not to want it. An expert that is in use, or
-about to be in this block, keeps its place as long as another can go.
+read when that is done, and given up when the block turns out not to want it. An expert that is in use, or
+about to be in this block, keeps its place as long as another can go. Where there is room for all of them, one reader goes
+on with the rest from the first use on, so that they are soon there.
 
 Which bytes are where changes no number: tiles are handed out in the order in which they are asked for.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from tpimpi.engine.eviction import ExpertKey, Policy, Stalest
@@ -40,6 +41,11 @@ class _Entry:
     expected: bool  # read because it was expected, and not wanted yet
     reading: bool = False  # a reader is at it
     tile: Tile | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether its bytes are there, or on their way."""
+        return self.reading or self.tile is not None
 
 
 class ExpertCache:
@@ -74,6 +80,8 @@ class ExpertCache:
         self._urgent: deque[_Entry] = deque()  # to be read, in order
         self._guessed: deque[_Entry] = deque()  # to be read if there is nothing urgent
         self._guesses: list[_Entry] = []  # all that is expected of the next block
+        self._rest: Iterator[ExpertKey] = iter(())  # what may be read when nobody waits, in the order of the file
+        self._begun = False  # an expert was used
         lock = threading.Lock()
         self._changed = threading.Condition(lock)
         self._work = threading.Condition(lock)
@@ -137,35 +145,50 @@ class ExpertCache:
         with self._changed:
             least = least_places(len(self._records))
             self._limit = max(least, min(len(self._records), nbytes // max(1, self.slot_bytes)))
+            self._rest = iter(self._records if self._begun else ())
             self._shrink()
             self._start_reads()
 
     # Using experts
 
     def expect(self, layer: int, experts: Sequence[int]) -> None:
-        """The next block that wants experts is that of this layer, and will probably want these, the likeliest first."""
+        """The next block that wants experts is that of this layer, and will probably want these, the likeliest first. Said
+        again, it takes the place of what was said before."""
+        keys = [ExpertKey(layer, expert) for expert in experts if self._records]
         with self._changed:
-            for expert in experts if self._records else ():
-                key = ExpertKey(layer, expert)
-                if key in self._entries:
+            wanted = set(keys)
+            kept = {entry.key: entry for entry in self._guesses if entry.key in wanted and self._has_place(entry)}
+            self._forget_guesses(wanted)
+            for key in keys:
+                entry = kept.get(key)
+                if entry is None and key in self._entries:
                     continue
                 # What was expected before and is not wanted is the first to go; what is to be used soon never does.
-                entry = self._take_place(key, expected=True)
+                entry = entry or self._take_place(key, expected=True)
                 if entry is None:
                     break
+                entry.expected = True
                 self._guesses.append(entry)
-                self._guessed.append(entry)
+                if not entry.begun:
+                    self._guessed.append(entry)
             self._work.notify_all()
 
-    def tiles(self, layer: int, experts: Sequence[int]) -> Iterator[list[Tile]]:
-        """The tiles of these experts, in this order: in groups, each of those that are in memory by then. A group is valid
-        until the next is asked for. Raises what reading raised."""
+    def begin(self, layer: int, experts: Sequence[int]) -> None:
+        """The block of this layer wants these, in this order: they are read from now on. `tiles` hands them out."""
         if not self._records:  # a rank may have no columns of experts
             return
         keys = [ExpertKey(layer, expert) for expert in experts]
         with self._changed:
+            if not self._begun:
+                self._begun, self._rest = True, iter(self._records)
+                self._work.notify_all()
             self._order.begin(layer)
             self._begin(keys)
+            self._start_reads()
+
+    def tiles(self) -> Iterator[list[Tile]]:
+        """The tiles of what the block wants, in order: in groups, each of those that are in memory by then. A group is valid
+        until the next is asked for. Raises what reading raised."""
         while True:
             with self._changed:
                 self._release()
@@ -185,19 +208,22 @@ class ExpertCache:
             entry = self._entries.get(key)
             if entry is None:
                 continue
-            begun = entry.reading or entry.tile is not None
-            self._hits += begun
-            self._expected_used += begun and entry.expected
-            if not begun:
+            self._hits += entry.begun
+            self._expected_used += entry.begun and entry.expected
+            if not entry.begun:
                 self._urgent.append(entry)
-        # What was expected wrongly is given up, or is the first to go.
+        self._forget_guesses(wanted)
+
+    def _forget_guesses(self, wanted: Set[ExpertKey]) -> None:
+        """What was expected wrongly, since others are wanted, is given up, or is the first to go."""
         for entry in self._guesses:
-            begun = entry.reading or entry.tile is not None
-            if entry.key not in wanted and not begun:
-                self._give_back(entry)
-            elif entry.key not in wanted:
-                self._order.demote(entry.key)
             entry.expected = False
+            if entry.key in wanted or not self._has_place(entry):
+                continue
+            if entry.begun:
+                self._order.demote(entry.key)
+            else:
+                self._give_back(entry)
         self._guesses.clear()
         self._guessed.clear()
 
@@ -286,6 +312,10 @@ class ExpertCache:
                 return entry
         return None
 
+    def _has_place(self, entry: _Entry) -> bool:
+        """Whether it still has the place that it was given."""
+        return self._entries.get(entry.key) is entry
+
     def _give_back(self, entry: _Entry) -> None:
         """Its place is free, for another expert."""
         del self._entries[entry.key]
@@ -311,7 +341,7 @@ class ExpertCache:
     def _read(self, lane: int) -> None:
         """A thread: read expert after expert. An error ends all of them, and is raised by `tiles`."""
         try:
-            while (entry := self._next()) is not None:
+            while (entry := self._next(lane)) is not None:
                 record, buffer = self._records[entry.key], self._buffers[entry.place]
                 began = time.monotonic()
                 tile = self._file.read(record, buffer[: record.nbytes])
@@ -328,22 +358,33 @@ class ExpertCache:
                 self._changed.notify_all()
                 self._work.notify_all()
 
-    def _next(self) -> _Entry | None:
-        """The next expert to read, once there is one; None when the cache is closed."""
+    def _next(self, lane: int) -> _Entry | None:
+        """The next expert for this thread to read, once there is one; None when the cache is closed."""
         with self._changed:
             while not self._closed and self._error is None:
                 queue = self._urgent or self._guessed
                 if queue:
                     entry = queue.popleft()
-                    if self._entries.get(entry.key) is not entry or entry.reading or entry.tile is not None:
+                    if not self._has_place(entry) or entry.begun:
                         continue  # given up meanwhile, or read as another's
                     entry.reading = True
                     if entry.expected:
                         self._expected += 1
                         self._expected_bytes += self._records[entry.key].nbytes
                     return entry
+                if lane == 0 and (rest := self._one_of_the_rest()) is not None:
+                    return rest
                 self._work.wait()
             return None
+
+    def _one_of_the_rest(self) -> _Entry | None:
+        """The next expert that nobody asked for, where all have room."""
+        if self.is_whole:
+            for key in self._rest:
+                if key not in self._entries and (entry := self._take_place(key, expected=False)) is not None:
+                    entry.reading = True
+                    return entry
+        return None
 
     def close(self) -> None:
         """Stop reading, and give all memory back; the file may be closed afterwards."""

@@ -46,6 +46,7 @@ class Experts:
     ) -> None:
         self.config, self.resident, self.cache, self.backend = config, resident, cache, backend
         self._choices = xxhash.xxh3_64()
+        self._recorded: dict[int, list[Choices]] | None = None  # of every layer, in order
         self._trace: Choices | None = None  # of random weights: [positions, layers, chosen]
         if config.trace_positions:
             shape = (config.trace_positions, config.layers, config.experts_per_token)
@@ -56,10 +57,24 @@ class Experts:
         """A hash of all choices so far, the same on every rank: int63."""
         return self._choices.intdigest() >> 1
 
+    def record(self) -> None:
+        """From now on keep all choices: two bytes each."""
+        self._recorded = {}
+
+    def recorded(self) -> npt.NDArray[np.uint16]:
+        """The choices since `record`: uint16 [positions, layers, chosen]; layers that are dense name the first experts."""
+        found = {layer: np.concatenate(choices) for layer, choices in (self._recorded or {}).items()}
+        positions = max((len(choices) for choices in found.values()), default=0)
+        trace = np.empty((positions, self.config.layers, self.config.experts_per_token), np.uint16)
+        trace[:] = np.arange(self.config.experts_per_token)
+        for layer, choices in found.items():
+            trace[:, layer] = choices
+        return trace
+
     def expect(self, x: F32, layer: int, position: I32, count: int) -> None:
         """Have read what the next block with experts, that of `layer`, will probably choose: by its router and the residual
-        `x` [n, hidden] at `position` [n], as it is before the layer's attention, which changes it: `count` experts
-        for each position.
+        `x` [n, hidden] at `position` [n] as it is so far, before the layer's attention or even the block before that:
+        `count` experts for each position.
         """
         spec = self.config.router(layer)
         if spec is None or not count or self.cache.is_whole:
@@ -92,8 +107,8 @@ class Experts:
         return np.where(wrong, dice.integers(self.config.experts, size=chosen.shape), chosen)
 
     def route(self, h: F32, layer: int, position: I32) -> Routed:
-        """The choice for the normed vectors `h` [n, hidden] of a layer, at `position` [n]. Raises TpimpiError where
-        they are not finite."""
+        """The choice for the normed vectors `h` [n, hidden] of a layer, at `position` [n]; what is chosen is read from now
+        on. Raises TpimpiError where they are not finite."""
         spec = self.config.router(layer)
         assert spec is not None, f"layer {layer} is dense"
         try:
@@ -106,6 +121,9 @@ class Experts:
         if self._trace is not None:
             experts = self._of_trace(layer, position)
         self._choices.update(experts.tobytes())
+        if self._recorded is not None:
+            self._recorded.setdefault(layer, []).append(experts.astype(np.uint16))
+        self.cache.begin(layer, np.unique(experts).tolist())
         return Routed(layer, experts, weights)
 
     def add_partial(self, partial: F32, h: F32, routed: Routed) -> None:
@@ -115,6 +133,6 @@ class Experts:
         the rows beside it.
         """
         users = routed.users()
-        for group in self.cache.tiles(routed.layer, list(users)):
+        for group in self.cache.tiles():
             uses = [ExpertUse(tile.matrices, tile.parts, *users[tile.record.expert]) for tile in group]
             self.backend.experts(h, uses, self.config.activation, self.config.activation_limit, partial)

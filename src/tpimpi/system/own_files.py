@@ -69,6 +69,12 @@ def is_trace(file: BinaryIO) -> bool:
     return _TRACE_PROGRAM in file.read()
 
 
+def is_routing(file: BinaryIO) -> bool:
+    """Whether a file is a trace of routing: an .npy file of uint16."""
+    head = file.read(_HEAD_BYTES)
+    return head.startswith(b"\x93NUMPY") and b"'descr': '<u2'" in head
+
+
 def is_picture(file: BinaryIO) -> bool:
     """Whether a file is a picture of ours."""
     head = file.read(_HEAD_BYTES)
@@ -78,4 +84,5 @@ def is_picture(file: BinaryIO) -> bool:
 
 REPORT = Kind("report", is_report)
 TRACE = Kind("trace", is_trace)
+ROUTING = Kind("trace of routing", is_routing)
 PICTURE = Kind("PNG picture", is_picture)
