@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -278,6 +279,18 @@ def test_plan_of_ranks_and_the_best_shares_of_a_mixture(
     for plan in json.loads(report.read_text())["plans"]:
         assert plan["s_per_token"] > 0 and plan["first_token_s"] > 0
         assert len(plan["experts"]) == plan["ranks"] and plan["prompt_chunk"] == 512
+
+
+def test_auto_shares_of_a_mixture(tpimpi: Callable[..., Result], on_ranks: Ranks, traced: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    synth = ("synth", "--shape", str(traced / "config.json"), "--layers", "1", "--format", "q4_0", "--quiet")
+    assert tpimpi(*synth, "--as", "gguf", "--out", str(model)).code == 0
+    env = {"TPIMPI_CACHE": str(tmp_path / "cache"), "TPIMPI_MODEL": ""}
+    run = ("--model", str(model), "--shares", "auto", "--raw", "--prompt", "5 6 7", "--max-tokens", "4")
+    found = on_ranks(2, "-m", "tpimpi", *run, env=env)
+    assert found.code == 0, found.err
+    assert re.search(r"^shares: \S+ \(auto; predicted [0-9.]+ s/token", found.err, re.MULTILINE)
+    assert len(found.out.split()) == 4
 
 
 @pytest.mark.parametrize("trace", [(3, 2), (2, 4)])

@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.gguf_models import write_gguf_of
 from tests.support.launch import PROGRAMS
+from tests.support.mxfp4_pairs import dequantized, with_pairs
 from tests.support.ranks import Ranks
 from tests.support.slices import joined
 from tests.support.tiny_models import TINY, write_tiny_hf
@@ -135,6 +136,41 @@ def test_bf16_slices_compute_with_rounded_weights(on_ranks: Ranks, models, tmp_p
     np.testing.assert_array_equal(np.load(tmp_path / "auto.npy"), np.load(tmp_path / "f16.npy"))
     assert 2 * TOLERANCE < np.abs(np.load(tmp_path / "f16.npy") - expected).max() < 0.01
     assert np.abs(found - exact).max() > 10 * TOLERANCE, "nothing was rounded: the test shows nothing"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.any_mpi
+def test_a_gpt_oss_of_blocks_and_scales_gives_the_logits_of_transformers(
+    on_ranks: Ranks, ranks: int, tmp_path: Path
+) -> None:
+    """As it is published: experts as pairs in MXFP4. The oracle is transformers in f32 on what it decodes these to; slices
+    keep the blocks (the torch backend computes with their numbers), or hold their numbers as f32 (our kernels)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path = write_tiny_hf(tmp_path / "m", "gpt-oss")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    (path / "tokenizer.json").write_text("{}")
+    pairs = with_pairs(path, scales=(122, 125))
+    ids = np.random.default_rng(0).integers(3, model.config.vocab_size, POSITIONS).tolist()
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        plain = model(torch.tensor([ids])).logits[0].numpy()
+        for name, stack in dequantized(pairs):
+            parameters[name].copy_(torch.from_numpy(stack))
+        expected = model(torch.tensor([ids])).logits[0].numpy()
+    jobs = []
+    for fmt, backend in (("auto", "torch"), ("f32", "native")):
+        with open_source(path) as source:
+            formats = choose_formats(source, fmt)
+            slice_model(source, make_partition(source.config, [1] * ranks), formats, tmp_path / fmt)
+        assert {layer.expert_down for layer in formats.layers} == {"mxfp4" if fmt == "auto" else "f32"}
+        job = {"slices": str(tmp_path / fmt), "ids": ids, "chunks": CHUNKS, "kv": "f32", "backend": backend}
+        jobs.append({**job, "name": fmt, "pins": 0.4})
+    _run(on_ranks, ranks, jobs, tmp_path)
+    for fmt in ("auto", "f32"):
+        assert np.abs(np.load(tmp_path / f"{fmt}.npy") - expected).max() < TOLERANCE, fmt
+    assert np.abs(plain - expected).max() > 100 * TOLERANCE, "the pairs change nothing: the test shows nothing"
 
 
 HF_NAMES = {

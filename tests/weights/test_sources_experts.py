@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from tests.support.gguf_models import write_gguf_of
+from tests.support.mxfp4_pairs import Tensors, dequantized, edit_config, with_pairs
 from tests.support.sources_cases import edit_tensors, refusal
 from tests.support.tiny_models import write_tiny_hf
 from tpimpi.models.config import ModelConfig
@@ -22,12 +21,6 @@ from tpimpi.weights.sources.weight_file import WeightFile
 
 GGUF_KINDS = ("qwen3-moe-all", "mixtral", "gpt-oss", "olmoe", "granite-moe", "glm4-moe", "glm4-moe-bare")
 EXPERTS = "model.layers.{}.mlp.experts"
-Tensors = dict[str, np.ndarray]
-
-
-def edit_config(directory: Path, **changes: object) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def in_f32(config: ModelConfig) -> dict[str, Any]:
@@ -74,31 +67,14 @@ def test_an_old_gguf_file_of_a_mixtral_has_its_experts_one_by_one(tmp_path: Path
 # mxfp4 as pairs of blocks and scales
 
 
-def with_pairs(folder: Path, edit: Callable[[Tensors], None] = lambda tensors: None) -> Tensors:
-    """Make the experts of a tiny gpt-oss such pairs, of random bytes; returns the tensors."""
-    dice = np.random.default_rng(0)
-    tensors = load_file(folder / "model.safetensors")
-    for name in [name for name in tensors if name.endswith("_proj")]:
-        experts, columns, rows = tensors.pop(name).shape
-        tensors[f"{name}_blocks"] = dice.integers(0, 256, (experts, rows, columns // 32, 16), np.uint8)
-        tensors[f"{name}_scales"] = dice.integers(118, 126, (experts, rows, columns // 32), np.uint8)
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors")
-    edit_config(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
-    return tensors
-
-
 def test_pairs_of_blocks_and_scales_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
-    import torch
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
     folder = write_tiny_hf(tmp_path / "m", "gpt-oss")
     tensors = with_pairs(folder)
     with open_source(folder) as source:
+        stacks = dict(dequantized(tensors))
         for layer in range(3):
             for part in ("gate_up_proj", "down_proj"):
-                pair = (tensors[f"{EXPERTS.format(layer)}.{part}_{kind}"] for kind in ("blocks", "scales"))
-                theirs = convert_moe_packed_tensors(*map(torch.from_numpy, pair), dtype=torch.float32).numpy()
+                theirs = stacks[f"{EXPERTS.format(layer)}.{part}"]
                 parts = {"down_proj": theirs}
                 if part == "gate_up_proj":
                     parts = {"gate_proj": theirs[..., ::2], "up_proj": theirs[..., 1::2]}

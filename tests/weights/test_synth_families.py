@@ -121,6 +121,10 @@ def test_a_gguf_file_without_a_tokenizer_is_run_as_slices_are(tpimpi: Cli, tmp_p
     )
     assert from_file.code == from_slices.code == 0, from_file.err
     assert from_file.out == from_slices.out and len(from_file.out.split()) == 5
+    sliced = tmp_path / "sliced"
+    made = tpimpi("slice", "--model", str(model), "--ranks", "1", "--out", str(sliced), "--quiet")
+    assert made.code == 0, made.err
+    assert tpimpi("--slices", str(sliced), *arguments).out == from_file.out
     refused = tpimpi("--model", str(model), "--prompt", "1 2 3")
     assert refused.code == 2 and len(refused.err.splitlines()) == 1
     assert "the GGUF file has no tokenizer, so a prompt is token ids; give --raw, and ids such as" in refused.err

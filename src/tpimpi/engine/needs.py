@@ -51,6 +51,7 @@ def work_bytes(
         backend != "native"
     ):  # which decodes a matrix to use it, and whose library takes memory of its own when it begins
         work += 12 * largest + 48_000_000
+        work += 16 * positions * config.hidden if experts else 0  # the router's vectors in f64, twice
         # Nor does it go through the keys and values piece by piece: scores, mask and weights, and keys and values in f32.
         kv_heads = header.share.kv_heads.size
         work += 4 * context * (3 * heads * positions + 4 * max(heads, kv_heads) * config.head_dim)
