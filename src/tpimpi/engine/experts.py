@@ -73,8 +73,9 @@ class Experts:
 
     def expect(self, x: F32, layer: int, position: I32, count: int) -> None:
         """Have read what the next block with experts, that of `layer`, will probably choose: by its router and the residual
-        `x` [n, hidden] at `position` [n] as it is so far, before the layer's attention or even the block before that:
-        `count` experts for each position.
+        `x` [n, hidden] at `position` [n], as it is before the layer's attention, which changes it: `count` experts
+        for each position. Guesses from before the block of the layer before are too often wrong: with the last ones they
+        read 15 % more, and took as long.
         """
         spec = self.config.router(layer)
         if spec is None or not count or self.cache.is_whole:

@@ -165,7 +165,7 @@ class Model:
         projections = None
         for place, block in enumerate(self._blocks):
             spec = self._layers[block.layer]
-            if self.experts is not None and block.kind != "mlp":  # a better guess than that of the layer before
+            if self.experts is not None and block.kind != "mlp":
                 self.experts.expect(x, block.layer, rows.position, self._predict)
             if not (spec.parallel and block.kind == "mlp"):  # which goes on with what its attention read and made
                 h, partial = self._normed(x, block), np.zeros_like(x)
@@ -175,8 +175,6 @@ class Model:
                     np.zeros((x.shape[0], 2), np.float32),
                 )
             routed = self._routed(h, block, rows.position)
-            if routed is not None and self.experts is not None and block.layer + 1 < len(self._layers):
-                self.experts.expect(x, block.layer + 1, rows.position, self._predict)
             number = 0
             while (tile := (yield Need.TILE)) is not None:
                 with self._recorded(COMPUTE, place, number):
