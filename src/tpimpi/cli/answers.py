@@ -5,13 +5,80 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
+from collections.abc import Callable
+from contextlib import closing
 
-from tpimpi.cli.process import print_answer
+from tpimpi.cli import remarks
+from tpimpi.cli.options import OutputOptions
+from tpimpi.cli.process import print_answer, say
+from tpimpi.serving.llm import LLM
 from tpimpi.serving.text.answer import Piece
+from tpimpi.serving.transcript import Turn
 from tpimpi.system.terminal import STDERR, is_terminal
 
 REASONING_HEADING, ANSWER_HEADING = "reasoning:", "answer:"
+PROGRESS_DELAY_S = 1.0
 _DIM, _NOT_DIM = "\x1b[2m", "\x1b[22m"
+
+
+def show_answer(llm: LLM, turn: Turn, output: OutputOptions, interrupts: Callable[[], int] = lambda: 0) -> None:
+    """Print the answer to one prompt as it comes, and end it with a line end; it is stopped once there are `interrupts`."""
+    printer = AnswerPrinter(reasoning=output.shows_reasoning)
+    with closing(ReadingProgress(shown=not output.quiet and is_terminal(STDERR) and _takes_styles())) as progress:
+
+        def going_on(done: int, prompt: int) -> bool:
+            progress.update(done, prompt)
+            return not interrupts()
+
+        for piece in llm.answer(turn, going_on):
+            progress.close()
+            printer.print(piece)
+    printer.end()
+    if not output.quiet:
+        say(remarks.tools_not_called(turn))
+        say(remarks.why_cut(llm, turn))
+
+
+class ReadingProgress:
+    """How far a prompt is read, on the terminal: shown once that takes a while, and wiped away at its end."""
+
+    def __init__(self, *, shown: bool) -> None:
+        self._open, self._text, self._visible = shown, "", False
+        self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
+
+    def update(self, done: int, prompt: int) -> None:
+        """So many positions of so many are done."""
+        if not self._open or done >= prompt:  # the answer has begun
+            self.close()
+            return
+        with self._lock:
+            self._text = f"reading the prompt: {done} of {prompt} tokens"
+            if self._visible:
+                self._show()
+            elif self._timer is None:
+                self._timer = threading.Timer(PROGRESS_DELAY_S, self._begin)
+                self._timer.daemon = True
+                self._timer.start()
+
+    def _begin(self) -> None:
+        with self._lock:
+            if self._open:
+                self._visible = True
+                self._show()
+
+    def _show(self) -> None:
+        _note(f"\r{self._text}\x1b[K")
+
+    def close(self) -> None:
+        """Wipe it away."""
+        with self._lock:
+            if self._open and self._timer is not None:
+                self._timer.cancel()
+            if self._visible:
+                _note("\r\x1b[K")
+            self._open = self._visible = False
 
 
 class AnswerPrinter:

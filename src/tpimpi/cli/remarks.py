@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from tpimpi.cli.options import ModelOptions
@@ -12,7 +13,6 @@ from tpimpi.serving.transcript import Transcript, Turn
 from tpimpi.system.terminal import STDERR, has_input, is_terminal
 from tpimpi.weights.locations import model_path
 
-EACH_FOR_ITSELF = "each line is answered for itself; --session FILE keeps a conversation (Ctrl-D ends)"
 MOST_PROMPT_CHARACTERS = 60  # characters of a prompt that is named in a line
 
 
@@ -31,8 +31,7 @@ def going_on(session: Transcript | None, turn: Turn) -> str | None:
         return None
     if not is_terminal(STDERR):
         return "going on with the answer that was broken off"
-    more = "…" if len(turn.prompt) > MOST_PROMPT_CHARACTERS else ""
-    return f"going on with the answer to {turn.prompt[:MOST_PROMPT_CHARACTERS] + more!r}"
+    return f"going on with the answer to {shown_prompt(turn)}"
 
 
 def other_system(session: Session, system: str | None) -> str | None:
@@ -63,9 +62,38 @@ def kept(session: Session) -> str | None:
     return f"the conversation is kept in {session.path}; the same --session goes on with it"
 
 
+def shown_prompt(turn: Turn) -> str:
+    """A turn's prompt, in a line."""
+    more = "…" if len(turn.prompt) > MOST_PROMPT_CHARACTERS else ""
+    return repr(turn.prompt[:MOST_PROMPT_CHARACTERS] + more)
+
+
+def figures(llm: LLM, transcript: Transcript) -> Iterator[str]:
+    """What /stats says: of the conversation, and of the last answer."""
+    turns, conversation = transcript.turns, llm.conversation
+    used = len(turns[-1].ids) + len(turns[-1].tokens) if turns else 0
+    left_out = f", {transcript.left_out} of them left out" if transcript.left_out else ""
+    yield f"{show_number(len(turns), 'turn')}{left_out}; {used} of {conversation.limit} positions of the context"
+    if not (answers := llm.report.answers):
+        return
+    last = answers[-1]
+    line = f"last answer: {last.prompt_tokens} prompt tokens, {last.cached_tokens} of them computed before; "
+    line += f"{len(last.token_ids)} generated; {last.rows_computed} rows computed"
+    if last.ttft_s is not None:
+        line += f"; first token {last.ttft_s:.2f} s"
+    if last.s_per_token_mean is not None:
+        line += f", then {last.s_per_token_mean:.3g} s/token"
+    yield line
+
+
 def why_cut(llm: LLM, turn: Turn) -> str | None:
     """What to say of an answer that ends in mid-sentence; None of one that is whole."""
     conversation = llm.conversation
+    if turn.ended == "cancelled":
+        kept = (
+            "what was said is kept, /undo takes it back" if turn.tokens else "nothing was said, so the turn is not kept"
+        )
+        return f"stopped; {kept}, /retry answers anew"
     if turn.ended == "max_tokens":
         most = conversation.params.max_tokens
         where = ", in its reasoning" if turn.reasoning and not turn.text else ""

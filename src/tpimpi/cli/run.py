@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tpimpi.cli import remarks
-from tpimpi.cli.answers import AnswerPrinter
+from tpimpi.cli.answers import show_answer
 from tpimpi.cli.options import DROP, GenerateOptions, OutputOptions, RunOptions, SamplingOptions
 from tpimpi.cli.prepare import prepare, say_what_slows
 from tpimpi.cli.process import Job, leave_on_signals, say
@@ -31,12 +31,12 @@ from tpimpi.serving.llm import LLM, load_llm, load_tokenizer_of_slices
 from tpimpi.serving.report import Report
 from tpimpi.serving.sampling import make_sampler
 from tpimpi.serving.session import Session
-from tpimpi.serving.transcript import Turn
+from tpimpi.serving.transcript import Transcript, Turn
 from tpimpi.star import Star
 from tpimpi.star.control import stop_others_on_error
 from tpimpi.system.files import replacing
 from tpimpi.system.memory import release_freed_memory
-from tpimpi.system.terminal import Input
+from tpimpi.system.terminal import STDIN, Input, is_terminal
 
 AFTER_CTRL_C_S = 0.5  # Open MPI's launcher first ends standard input, then the ranks
 
@@ -50,12 +50,12 @@ def run(star: Star, job: Job) -> int:
         startup.start(star)
         llm.report.load_s = job.seconds()
         code, answers = answer_all(llm, first, job, options)
-        if not answers:
+        if not answers and not is_chat(options.generate):
             time.sleep(AFTER_CTRL_C_S)
         if given_by_options(options.generate) and not output.quiet:
             say(remarks.unread(job))
         traces = llm.finish()
-    if not answers and code == 0:
+    if not answers and code == 0 and not is_chat(options.generate):
         raise InputError(
             "no prompt: standard input ended without a line; give --prompt, --prompt-file, or lines of text"
         )
@@ -76,6 +76,8 @@ def load(star: Star, job: Job) -> tuple[RunOptions, LLM, Turn | None]:
         session = Session(options.generate.session)
         job.at_end.callback(session.close)
         options = replace(options, generate=with_session(options.generate, session))
+    if is_chat(options.generate):
+        import tpimpi.cli.chat  # noqa: F401  (now, so that its memory is counted)
     hosts = [rank.host for rank in ranks]
     prompt = given_prompt(options.generate, hosts)
     params = sampling_params(options.generate, hosts)
@@ -97,7 +99,8 @@ def load(star: Star, job: Job) -> tuple[RunOptions, LLM, Turn | None]:
     release_freed_memory()  # of the model's file
     engine = startup.open_engines(star, config)
     tokenizer, tokenizer_bytes = load_tokenizer_of_slices(engine.file, template)
-    conversation = Conversation.begin(engine.header, tokenizer, params, session)
+    transcript = Transcript() if session is None and is_chat(options.generate) else session
+    conversation = Conversation.begin(engine.header, tokenizer, params, transcript)
     report = Report(engine.header.model, engine.header.format, engine.backend.name, star.algorithm)
     llm, allotments = load_llm(engine, conversation, report, conversation.next_turn(prompt), tokenizer_bytes)
     job.at_end.callback(llm.close)
@@ -241,6 +244,11 @@ def given_by_options(generate: GenerateOptions) -> bool:
     return generate.prompt is not None or generate.prompt_file is not None
 
 
+def is_chat(generate: GenerateOptions) -> bool:
+    """Whether the run is a conversation with somebody at a terminal."""
+    return not given_by_options(generate) and is_terminal(STDIN)
+
+
 # Answers
 
 
@@ -250,16 +258,19 @@ def answer_all(llm: LLM, first: Turn | None, job: Job, options: RunOptions) -> t
     Returns the exit code, and how many answers there were.
     """
     code, answers = 0, 0
+    if is_chat(options.generate):
+        from tpimpi.cli.chat import Chat  # which most runs do without
+
+        return code, Chat(llm, options, job).run(first)
     session, quiet = llm.conversation.session, options.output.quiet
     if first is not None:
         if not quiet:
             say(remarks.going_on(session, first))
-        answer(llm, first, options)
+        show_answer(llm, first, options.output)
         answers += 1
     if given_by_options(options.generate):
         return code, answers
-    remark = remarks.EACH_FOR_ITSELF if session is None and not quiet else None
-    for line in (job.input or Input()).lines("> ", remark):
+    for line in (job.input or Input()).lines():
         if not line.strip():
             continue
         left_out = llm.conversation.left_out
@@ -271,20 +282,9 @@ def answer_all(llm: LLM, first: Turn | None, job: Job, options: RunOptions) -> t
             continue
         if not quiet:
             say(remarks.left_out(llm.conversation.left_out - left_out))
-        answer(llm, turn, options)
+        show_answer(llm, turn, options.output)
         answers += 1
     return code, answers
-
-
-def answer(llm: LLM, turn: Turn, options: RunOptions) -> None:
-    """Print the answer to one prompt as it comes, and end it with a line end."""
-    printer = AnswerPrinter(reasoning=options.output.shows_reasoning)
-    for piece in llm.answer(turn):
-        printer.print(piece)
-    printer.end()
-    if not options.output.quiet:
-        say(remarks.tools_not_called(turn))
-        say(remarks.why_cut(llm, turn))
 
 
 def experts_to_record(llm: LLM) -> Experts:

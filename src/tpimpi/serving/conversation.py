@@ -129,6 +129,15 @@ class Conversation:
         """The system prompt of the turns to come."""
         return self.params.system if self.session is None else self.session.system
 
+    def change_system(self, system: str | None) -> None:
+        """Another system prompt for the turns to come. Raises InputError for one that cannot be used."""
+        if self.params.raw:
+            raise InputError("--raw does without a chat template, which a system prompt needs")
+        if system is not None:
+            self.tokenizer.check_system(system)
+        if self.session is not None:
+            self.session.system = system
+
     @property
     def left_out(self) -> int:
         """How many of the first turns the model no longer gets."""

@@ -14,6 +14,7 @@ import fcntl
 import io
 import os
 import queue
+import select
 import stat
 import sys
 import termios
@@ -34,6 +35,7 @@ _PIPE_COLUMNS = 10_000  # of a table that no terminal shows
 _READ_BYTES = 65536  # bytes read at a time
 _LAUNCHER_CHECK_INTERVAL_S = 0.2  # seconds between two looks at the launcher's input
 _LATE_INPUT_S = 1.0  # seconds in which what the launcher has read may still arrive
+_BURST_S = 0.005  # what comes within it came together: no hand types so fast
 _PROGRESS_INTERVAL_S = 5.0  # seconds between two lines of progress
 
 
@@ -48,12 +50,13 @@ def repair_streams() -> None:
             setattr(sys, name, open(number, "r" if number == STDIN else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
-def write_past_the_launcher() -> None:
-    """Rank 0 under Open MPI: write to the terminal or pipe that mpirun writes to, so that text appears as it comes."""
-    if "OMPI_COMM_WORLD_RANK" not in os.environ:
+def write_past_the_launcher(*, any_launcher: bool = False) -> None:
+    """Rank 0 under Open MPI, or `any_launcher`: write to the terminal or pipe that mpirun writes to, so that text appears as
+    it comes."""
+    if not any_launcher and "OMPI_COMM_WORLD_RANK" not in os.environ:
         return
     for number in (STDOUT, STDERR):
-        stream = _launcher_stream(number)
+        stream = launcher_stream(number)
         with contextlib.suppress(OSError):
             # A regular file is left to the launcher, which knows how far it has written.
             if stream is not None and (stat.S_ISFIFO(stream.stat().st_mode) or _names_terminal(stream)):
@@ -63,7 +66,7 @@ def write_past_the_launcher() -> None:
                 os.close(fd)
 
 
-def _launcher_stream(number: int) -> Path | None:
+def launcher_stream(number: int) -> Path | None:
     """The launcher's stream of that number on this host, as /proc shows it; None where there is no such launcher."""
     try:
         for process in psutil.Process().parents():
@@ -85,7 +88,7 @@ def is_terminal(number: int) -> bool:
     """Whether the user's end of stream `number` is a terminal: ours, or that of the launcher that relays it."""
     if os.isatty(number):
         return True
-    stream = _launcher_stream(number)
+    stream = launcher_stream(number)
     return stream is not None and _names_terminal(stream)
 
 
@@ -162,30 +165,59 @@ class Input:
 
     def __init__(self) -> None:
         self._pieces: queue.Queue[bytes] = queue.Queue(MOST_LINE_BYTES // _READ_BYTES)
+        self._take: Callable[[bytes], None] | None = None
+        self._order = threading.Lock()  # of what `_take` gets
         threading.Thread(target=self._read, name="tpimpi-input", daemon=True).start()
 
     def _read(self) -> None:
         try:
             while data := os.read(STDIN, _READ_BYTES):
                 self.received = self.received or not is_terminal(STDIN)
-                self._pieces.put(data)
+                while self._take is not None and len(data) < MOST_LINE_BYTES:
+                    more = os.read(STDIN, _READ_BYTES) if select.select([STDIN], [], [], _BURST_S)[0] else b""
+                    if not more:
+                        break
+                    data += more
+                self._give(data)
         except OSError:
             pass  # it cannot be read, so there is none
-        self._pieces.put(b"")
+        self._give(b"")
 
-    def lines(self, prompt: str, remark: str | None = None) -> Iterator[str]:
-        """Lines as they come, decoded as UTF-8, without their ends; at a terminal `prompt` is shown before each, and before
-        the first the line `remark`.
+    def _give(self, data: bytes) -> None:
+        while self._take is None:
+            with contextlib.suppress(queue.Full):
+                self._pieces.put(data, timeout=_LAUNCHER_CHECK_INTERVAL_S)
+                break
+        else:
+            self._pass_on(data)
+            return
+        if self._take is not None:  # since just now
+            self._pass_on()
+
+    def _pass_on(self, *last: bytes) -> None:
+        with self._order:
+            assert self._take is not None
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._take(self._pieces.get_nowait())
+            for data in last:
+                self._take(data)
+
+    def hand_over(self, take: Callable[[bytes], None]) -> None:
+        """From now on `take` gets what comes, on the thread that reads, as soon as it is there; b"" at its end."""
+        self._take = take
+        self._pass_on()
+
+    def lines(self, prompt: str = "", *, together: bool = False) -> Iterator[str]:
+        """Lines as they come, decoded as UTF-8, without their ends; `prompt` is shown on stderr before each. With `together`
+        lines that come within a few milliseconds are one, with line ends in it.
 
         What is beyond MOST_LINE_BYTES bytes of a line is dropped: no model has room for it. Ends where the input does, also
         where the launcher does not say so.
         """
-        launcher = _launcher_stream(STDIN)
-        shown = prompt if is_terminal(STDIN) and is_terminal(STDERR) else ""
+        launcher = launcher_stream(STDIN)
         held, ended_at = io.BytesIO(), None
-        if shown and remark:
-            print(remark, file=sys.stderr)
-        print(shown, end="", file=sys.stderr, flush=True)
+        print(prompt, end="", file=sys.stderr, flush=True)
         while True:
             try:
                 data = self._pieces.get(timeout=_LAUNCHER_CHECK_INTERVAL_S)
@@ -195,20 +227,38 @@ class Input:
                 if ended_at is not None and time.monotonic() - ended_at > _LATE_INPUT_S:
                     break
                 continue
-            if not data:
+            data, ended = self._with_what_follows(data) if together else (data, not data)
+            if not data and ended:
                 break
             ended_at = None
-            piece, *following = data.split(b"\n")
+            pieces = data.split(b"\n")
+            if together and len(pieces) > 2:
+                pieces = [b"\n".join(pieces[:-1]), pieces[-1]]
+            piece, *following = pieces
             held.write(piece[: MOST_LINE_BYTES - held.tell()])
             for piece in following:
                 yield _text(held.getvalue())
-                print(shown, end="", file=sys.stderr, flush=True)
+                print(prompt, end="", file=sys.stderr, flush=True)
                 held = io.BytesIO()
                 held.write(piece)
+            if ended:
+                break
         if held.tell():
             yield _text(held.getvalue())
-        elif shown:
+        elif prompt:
             print(file=sys.stderr)
+
+    def _with_what_follows(self, data: bytes) -> tuple[bytes, bool]:
+        """What came together with it too; and whether that was the end."""
+        while data:
+            try:
+                more = self._pieces.get(timeout=_BURST_S)
+            except queue.Empty:
+                return data, False
+            if not more:
+                return data, True
+            data += more
+        return data, True
 
 
 def _text(line: bytes) -> str:
