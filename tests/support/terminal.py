@@ -7,6 +7,7 @@ import os
 import pty
 import select
 import signal
+import struct
 import subprocess
 import termios
 import time
@@ -55,6 +56,57 @@ class Terminal:
         """The exit code, once the program has ended; and what it showed since the last call."""
         shown = self._wait_for("end", lambda: self.process.poll() is not None, timeout)
         return self.process.returncode, shown
+
+
+class Screen:
+    """What somebody sees of a program that moves the cursor: a terminal of `ROWS` lines, which the program knows."""
+
+    ROWS, COLUMNS = 300, 240
+
+    def __init__(self, terminal: Terminal) -> None:
+        import pyte
+
+        self.terminal = terminal
+        fcntl.ioctl(terminal.ours, termios.TIOCSWINSZ, struct.pack("HHHH", self.ROWS, self.COLUMNS, 0, 0))
+        self._screen = pyte.Screen(self.COLUMNS, self.ROWS)
+        self._stream = pyte.ByteStream(self._screen)
+
+    @property
+    def text(self) -> str:
+        """All lines, without what is blank at their ends."""
+        return "\n".join(line.rstrip() for line in self._screen.display).rstrip("\n")
+
+    def until(self, end: str, what: str = "", since: int = -1, timeout: float = TIMEOUT) -> str:
+        """Wait until what is shown has more than `since` characters, `what` among the new ones, and ends so; all of it."""
+        deadline = time.monotonic() + timeout
+        while not (len(self.text) > since and self.text.endswith(end) and what in self.text[max(since, 0) :]) or (
+            self._more(0)
+        ):
+            assert time.monotonic() < deadline, f"no {what!r}, {end!r}: {self.text}"
+            if self._more(0.1):
+                self._stream.feed(os.read(self.terminal.ours, 4096))
+        return self.text
+
+    def ask(self, text: str, end: str = "\n>", what: str = "") -> str:
+        """Type a line, and wait for the next prompt; what was shown meanwhile."""
+        before = len(self.text)
+        self.terminal.type(f"{text}\r")
+        return self.until(end, what, before)[before:]
+
+    def _more(self, timeout: float) -> bool:
+        return bool(select.select([self.terminal.ours], [], [], timeout)[0])
+
+    def end(self, timeout: float = TIMEOUT) -> int:
+        """The exit code, once the program has ended."""
+        deadline = time.monotonic() + timeout
+        while self.terminal.process.poll() is None or self._more(0):
+            assert time.monotonic() < deadline, f"it does not end: {self.text}"
+            if self._more(0.1):
+                try:
+                    self._stream.feed(os.read(self.terminal.ours, 4096))
+                except OSError:
+                    break
+        return self.terminal.process.wait(timeout)
 
 
 def _text(shown: bytes) -> str:

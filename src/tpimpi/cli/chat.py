@@ -21,7 +21,7 @@ from tpimpi.serving.llm import LLM
 from tpimpi.serving.session import SAMPLING, save
 from tpimpi.serving.transcript import Turn
 from tpimpi.system.keyboard import INTERRUPTS_TO_LEAVE
-from tpimpi.system.terminal import Input, launcher_stream, write_past_the_launcher
+from tpimpi.system.terminal import STDERR, Input, is_terminal, launcher_stream, write_past_the_launcher
 
 HOW_TO_LEAVE = "Ctrl-D or /bye leaves"
 HELP = """\
@@ -70,7 +70,7 @@ class LineTypist:
     """With a terminal that gives lines. Without a launcher Ctrl-C is a signal to us, else to the launcher, which ends us."""
 
     def __init__(self, keys: Input) -> None:
-        self._lines = keys.lines(PROMPT, together=True)
+        self._lines = keys.lines(PROMPT if is_terminal(STDERR) else "", together=True)
         self._interrupts, self._answering = 0, False
         self._leave = signal.getsignal(signal.SIGINT)
         if launcher_stream(0) is None:
@@ -166,7 +166,7 @@ class Chat:
             else:
                 word, _, rest = text.partition(" ")
                 self._command(word.strip())(rest.strip())
-        except (InputError, StorageError) as error:
+        except InputError as error:
             say(f"{self._job.name()}: {error}")
 
     def _command(self, word: str) -> Callable[[str], None]:
@@ -229,7 +229,10 @@ class Chat:
         header, sampling = self._llm.engine.opened.header, asdict(self._options.generate.sampling)
         first_line = {"model": header.model, "fingerprint": header.fingerprint, "vocabulary": header.config.vocab}
         options = {"options": {name: sampling[name] for name in SAMPLING}}
-        save(rest, self._session, first_line | options)
+        try:
+            save(rest, self._session, first_line | options)
+        except StorageError as error:  # the conversation goes on
+            raise InputError(str(error)) from error
         say(f"{show_number(len(self._session.turns), 'turn')} saved; --session {rest} goes on with them")
 
     def _stats(self, rest: str) -> None:

@@ -14,8 +14,9 @@ import signal
 import subprocess
 import termios
 from collections.abc import Callable
+from pathlib import Path
 
-from tpimpi.system.terminal import STDIN, Input, launcher_stream
+from tpimpi.system.terminal import STDIN, Input, in_foreground, launcher_stream
 
 CTRL_C = b"\x03"
 PASTE_BEGINS, PASTE_ENDS = b"\x1b[200~", b"\x1b[201~"  # what a terminal with bracketed paste puts around what is pasted
@@ -32,8 +33,11 @@ class CharacterTerminal:
     """
 
     def __init__(self) -> None:
-        """Raises OSError or termios.error where the terminal cannot be set."""
+        """Raises OSError or termios.error where the terminal cannot be set, or is somebody else's as we run in the
+        background."""
         stream = None if os.isatty(STDIN) else launcher_stream(STDIN)
+        if not in_foreground(Path("/proc/self") if stream is None else stream.parent.parent):
+            raise OSError("in the background")
         self.descriptor = os.open(f"/proc/self/fd/{STDIN}" if stream is None else stream, os.O_RDWR | os.O_NOCTTY)
         self._guard: subprocess.Popen[bytes] | None = None
         try:

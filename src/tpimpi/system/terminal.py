@@ -149,13 +149,18 @@ def _writes_to_itself(stream: Path) -> bool:
 def _is_watched_no_more(stream: Path) -> bool:
     """At Ctrl-D Open MPI stops polling its terminal, and that is all it does."""
     launcher = stream.parent.parent
-    fields = (launcher / "stat").read_text().rpartition(")")[2].split()
-    group, foreground_group = fields[2], fields[5]
-    if group != foreground_group:
+    if not in_foreground(launcher):
         return False  # in the background it does not poll either, but may come back
     watched = [line for info in (launcher / "fdinfo").iterdir() for line in info.read_text().splitlines()]
     watched = [line for line in watched if line.startswith("tfd:")]
     return bool(watched) and not any(line.split()[1] == stream.name for line in watched)
+
+
+def in_foreground(process: Path) -> bool:
+    """Whether a process, by its folder in /proc, is one that its terminal gives keys to. Raises OSError."""
+    fields = (process / "stat").read_text().rpartition(")")[2].split()
+    group, foreground_group = fields[2], fields[5]
+    return group == foreground_group
 
 
 class Input:
