@@ -70,11 +70,20 @@ class Screen:
         fcntl.ioctl(terminal.ours, termios.TIOCSWINSZ, struct.pack("HHHH", self.ROWS, self.COLUMNS, 0, 0))
         self._screen = pyte.Screen(self.COLUMNS, self.ROWS)
         self._stream = pyte.ByteStream(self._screen)
+        self._text: str | None = None
 
     @property
     def text(self) -> str:
         """All lines, without what is blank at their ends."""
-        return "\n".join(line.rstrip() for line in self._screen.display).rstrip("\n")
+        if self._text is None:
+            rows = [self._screen.buffer[row] for row in range(max(self._screen.buffer, default=-1) + 1)]
+            lines = ["".join(row[at].data for at in range(max(row, default=-1) + 1)).rstrip() for row in rows]
+            self._text = "\n".join(lines).rstrip("\n")
+        return self._text
+
+    def _feed(self) -> None:
+        self._stream.feed(os.read(self.terminal.ours, 4096))
+        self._text = None
 
     def until(self, end: str, what: str = "", since: int = -1, timeout: float = TIMEOUT) -> str:
         """Wait until what is shown has more than `since` characters, `what` among the new ones, and ends so; all of it."""
@@ -84,7 +93,7 @@ class Screen:
         ):
             assert time.monotonic() < deadline, f"no {what!r}, {end!r}: {self.text}"
             if self._more(0.1):
-                self._stream.feed(os.read(self.terminal.ours, 4096))
+                self._feed()
         return self.text
 
     def ask(self, text: str, end: str = "\n>", what: str = "") -> str:
@@ -103,7 +112,7 @@ class Screen:
             assert time.monotonic() < deadline, f"it does not end: {self.text}"
             if self._more(0.1):
                 try:
-                    self._stream.feed(os.read(self.terminal.ours, 4096))
+                    self._feed()
                 except OSError:
                     break
         return self.terminal.process.wait(timeout)
