@@ -17,9 +17,10 @@ from tests.support.tiny_models import write_tiny_hf
 from tpimpi.engine.eviction import ExpertKey, LeastRecentlyUsed, Stalest
 from tpimpi.engine.expert_cache import ExpertCache
 from tpimpi.errors import SliceError
+from tpimpi.system.buffers import Bytes
 from tpimpi.weights.make import choose_formats, slice_model
 from tpimpi.weights.slices.file import SliceFile, Tile
-from tpimpi.weights.slices.layout import experts_dataset
+from tpimpi.weights.slices.layout import Record, experts_dataset
 from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.sources import open_source
@@ -67,6 +68,23 @@ def _take(cache: ExpertCache, layer: int, experts: list[int]) -> list[tuple[int,
 
 def _taken(cache: ExpertCache) -> list[tuple[int, bytes]]:
     return [(tile.record.expert, _bytes(tile)) for group in cache.tiles() for tile in group]
+
+
+class _SlowDisk:
+    """Reads wait for `go_on`; `order` is that of the experts asked for."""
+
+    def __init__(self, file: SliceFile, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go_on, self.begun = threading.Event(), threading.Event()
+        self.order: list[int] = []
+        read = file.read
+
+        def slow(record: Record, buffer: Bytes) -> Tile:
+            self.order.append(record.expert)
+            self.begun.set()
+            assert self.go_on.wait(20)
+            return read(record, buffer)
+
+        monkeypatch.setattr(file, "read", slow)
 
 
 def _until(what: object, cache: ExpertCache, seconds: float = 20.0) -> None:
@@ -146,25 +164,15 @@ def test_what_is_expected_is_there_when_it_is_wanted(file: SliceFile) -> None:
 
 def test_a_better_guess_takes_the_place_of_an_earlier_one(file: SliceFile, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the disk is at what the block wants, the next one's experts are expected twice: 5 not any more, 7 still."""
-    cache, go_on, begun = _cache(file, 8, reads=1), threading.Event(), threading.Event()
-    read = file.read
-    order: list[int] = []
-
-    def slow(record, buffer):  # type: ignore[no-untyped-def]
-        order.append(record.expert)
-        begun.set()
-        assert go_on.wait(20)
-        return read(record, buffer)
-
-    monkeypatch.setattr(file, "read", slow)
+    cache, disk = _cache(file, 8, reads=1), _SlowDisk(file, monkeypatch)
     cache.begin(0, [0])
-    assert begun.wait(20)
+    assert disk.begun.wait(20)
     cache.expect(2, [5, 7])
     cache.expect(2, [4, 7])
-    go_on.set()
+    disk.go_on.set()
     _taken(cache)
     _until(lambda: cache.figures.bytes_read == 3 * cache.slot_bytes, cache)
-    assert order == [0, 4, 7]
+    assert disk.order == [0, 4, 7]
     _take(cache, 2, [7])
     did = cache.figures
     assert (did.expected, did.expected_used, did.hits) == (2, 1, 1)
@@ -188,22 +196,12 @@ def test_what_was_expected_wrongly_gives_way_to_what_is_wanted(
     file: SliceFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the disk is at the first that was expected, the block wants another: the rest is not read any more."""
-    cache, go_on, begun = _cache(file, 8, reads=1), threading.Event(), threading.Event()
-    read = file.read
-    order: list[int] = []
-
-    def slow(record, buffer):  # type: ignore[no-untyped-def]
-        order.append(record.expert)
-        begun.set()
-        assert go_on.wait(20)
-        return read(record, buffer)
-
-    monkeypatch.setattr(file, "read", slow)
+    cache, disk = _cache(file, 8, reads=1), _SlowDisk(file, monkeypatch)
     cache.expect(0, [0, 1, 2, 3])
-    assert begun.wait(20)
-    threading.Timer(0.05, go_on.set).start()
+    assert disk.begun.wait(20)
+    threading.Timer(0.05, disk.go_on.set).start()
     assert [expert for expert, _ in _take(cache, 0, [6, 7])] == [6, 7]
-    assert order == [0, 6, 7]
+    assert disk.order == [0, 6, 7]
     cache.close()
 
 

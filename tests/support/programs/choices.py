@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 
+from tests.support.abort import abort_on_error
 from tpimpi.engine import protocol
 from tpimpi.engine.engine import EngineConfig
 from tpimpi.engine.rank_memory import MemoryPlanner
@@ -52,12 +53,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with abort_on_error():
         main()
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        from mpi4py import MPI
-
-        MPI.COMM_WORLD.Abort(1)

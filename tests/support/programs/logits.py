@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.support.abort import abort_on_error
 from tpimpi.engine.engine import EngineConfig
 from tpimpi.engine.rank_memory import MemoryPlanner
 from tpimpi.engine.startup import open_engine
@@ -71,12 +72,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with abort_on_error():
         main()
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        from mpi4py import MPI
-
-        MPI.COMM_WORLD.Abort(1)
