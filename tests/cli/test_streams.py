@@ -206,8 +206,9 @@ def test_how_many_ranks_there_are_is_for_their_own_launcher_to_say(
 
 
 def test_at_a_terminal_it_shows_a_prompt_streams_and_ends_with_ctrl_d(mpirun: Launcher, cache, smollm2: Path) -> None:
+    """One that cannot move a cursor; test_terminal.py has those that can."""
     command = mpirun.command(2, ["-m", "tpimpi", "--max-tokens", "30", "--raw", "--ignore-eos"])
-    with terminal(command, {**mpirun.env, **cache}) as at:
+    with terminal(command, {**mpirun.env, **cache, "TERM": "dumb"}) as at:
         at.until("> ", timeout=120)
         before = at.pieces
         at.type("One, two, three,\n")

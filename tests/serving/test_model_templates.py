@@ -178,6 +178,9 @@ def test_ids_that_only_fill_the_table_are_never_sampled(
         class config:  # noqa: N801
             hidden = 2
 
+        def most_kept(self, context: int) -> int:
+            return 0
+
         def logits(self, hidden: Any) -> Any:
             return np.arange(485, dtype=np.float32)[None]  # the last is likeliest
 

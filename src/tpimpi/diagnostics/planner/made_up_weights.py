@@ -113,6 +113,7 @@ class ExpertRing:
     def __init__(self, experts: Sequence[Record], room: int) -> None:
         """Takes `room` bytes, or what one expert takes. Raises MemoryError."""
         self._records = experts
+        self._wanted: Sequence[int] = ()  # by the block
         self.last_bytes = 0  # of the experts of the last block
         self._pages: list[Pages] = []
         places = []
@@ -121,11 +122,14 @@ class ExpertRing:
             places.append(made_up_tile(experts[0], self._pages[-1]))
         self._places = cycle(places)
 
-    def tiles(self, layer: int, experts: Sequence[int]) -> Iterator[list[Tile]]:
+    def begin(self, layer: int, experts: Sequence[int]) -> None:
+        self._wanted = experts
+
+    def tiles(self) -> Iterator[list[Tile]]:
         """All of them at once, as where all are in memory."""
         if self._records:
-            self.last_bytes = len(experts) * self._records[0].nbytes
-            yield [replace(next(self._places), record=self._records[expert]) for expert in experts]
+            self.last_bytes = len(self._wanted) * self._records[0].nbytes
+            yield [replace(next(self._places), record=self._records[expert]) for expert in self._wanted]
 
     def expect(self, layer: int, experts: Sequence[int]) -> None:
         pass
