@@ -7,7 +7,6 @@ import sys
 import numpy as np
 from mpi4py import MPI
 
-from tests.support.abort import abort_on_error
 from tpimpi.star import ALGORITHMS, WIRES, Star, choose, connect, parse_rule
 from tpimpi.star.allreduce import IN_RANK_ORDER
 from tpimpi.star.codec import wire_of
@@ -147,7 +146,13 @@ def _links(star: Star) -> None:
 
 
 if __name__ == "__main__":
-    with abort_on_error():
+    try:
         main()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        sys.stderr.flush()
+        MPI.COMM_WORLD.Abort(1)
     MPI.COMM_WORLD.Barrier()
     sys.stdout.flush()

@@ -10,7 +10,6 @@ import sys
 
 import numpy as np
 
-from tests.support.abort import abort_on_error
 from tpimpi.engine import protocol
 from tpimpi.engine.engine import EngineConfig
 from tpimpi.engine.rank_memory import MemoryPlanner
@@ -118,5 +117,12 @@ def change(
 
 
 if __name__ == "__main__":
-    with abort_on_error():
+    try:
         main()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        from mpi4py import MPI
+
+        MPI.COMM_WORLD.Abort(1)

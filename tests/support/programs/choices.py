@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 
-from tests.support.abort import abort_on_error
 from tpimpi.engine import protocol
 from tpimpi.engine.engine import EngineConfig
 from tpimpi.engine.rank_memory import MemoryPlanner
@@ -53,5 +52,12 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with abort_on_error():
+    try:
         main()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        from mpi4py import MPI
+
+        MPI.COMM_WORLD.Abort(1)

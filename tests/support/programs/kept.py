@@ -9,7 +9,6 @@ import sys
 
 import numpy as np
 
-from tests.support.abort import abort_on_error
 from tpimpi.engine import protocol
 from tpimpi.engine.engine import EngineConfig
 from tpimpi.engine.model import Model
@@ -73,5 +72,12 @@ def end(star: Star, model: Model, memory: RankMemory) -> None:
 
 
 if __name__ == "__main__":
-    with abort_on_error():
+    try:
         main()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        from mpi4py import MPI
+
+        MPI.COMM_WORLD.Abort(1)

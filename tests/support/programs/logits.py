@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.support.abort import abort_on_error
 from tpimpi.engine.engine import EngineConfig
 from tpimpi.engine.rank_memory import MemoryPlanner
 from tpimpi.engine.startup import open_engine
@@ -72,5 +71,12 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with abort_on_error():
+    try:
         main()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        from mpi4py import MPI
+
+        MPI.COMM_WORLD.Abort(1)

@@ -8,7 +8,6 @@ import time
 import numpy as np
 from mpi4py import MPI
 
-from tests.support.abort import abort_on_error
 from tpimpi.errors import StarError
 from tpimpi.star import CLOCK, Star, connect
 from tpimpi.star.channel import CHECKSUM_BYTES
@@ -85,8 +84,14 @@ def _silence_is_named(star: Star) -> None:
 
 
 if __name__ == "__main__":
-    with abort_on_error():
+    try:
         main()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        sys.stderr.flush()
+        MPI.COMM_WORLD.Abort(1)
     # The answer that _silence_is_named still waits for would be waited for in MPI_Finalize by some libraries.
     MPI.COMM_WORLD.Barrier()
     sys.stdout.flush()
