@@ -116,6 +116,7 @@ def test_in_a_terminal_it_answers_and_ends_with_its_input(mpirun: Launcher, tiny
         ["setsid", "--ctty", *HOME, "run", "--devices", "2", "--mpi", mpirun.mpi, "--", *program],
         **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
         cwd=ROOT,
+        env={**os.environ, "TERM": "dumb"},  # which cannot move a cursor: what it shows ends with the prompt
     )
     os.close(theirs)
     try:
