@@ -37,7 +37,7 @@ Ctrl-C stops an answer, and empties what is typed. Text of several lines can be 
 A prompt that begins with a slash is written with two: //etc."""
 
 
-class Typist(Protocol):
+class PromptReader(Protocol):
     """Who asks for prompts, and knows whether an answer is to be stopped."""
 
     def ask(self) -> str: ...  # raises EOFError at the end, KeyboardInterrupt at Ctrl-C where nothing is typed
@@ -47,7 +47,7 @@ class Typist(Protocol):
     def close(self) -> None: ...
 
 
-class EditorTypist:
+class EditorReader:
     """With the terminal at our command; see line_editor."""
 
     def __init__(self, editor: LineEditor) -> None:
@@ -66,7 +66,7 @@ class EditorTypist:
         self._editor.close()
 
 
-class LineTypist:
+class LineReader:
     """With a terminal that gives lines. Without a launcher Ctrl-C is a signal to us, else to the launcher, which ends us."""
 
     def __init__(self, keys: Input) -> None:
@@ -101,15 +101,15 @@ class LineTypist:
         signal.signal(signal.SIGINT, self._leave)
 
 
-def typist(keys: Input, llm: LLM) -> Typist:
+def prompt_reader(keys: Input, llm: LLM) -> PromptReader:
     """Who asks for prompts at this terminal."""
     said = [] if llm.conversation.session is None else llm.conversation.session.turns
     if usable():
         with contextlib.suppress(OSError, termios.error):
             editor = LineEditor(keys, [turn.prompt for turn in said])
             write_past_the_launcher(any_launcher=True)  # so that prompt and answer come in their order
-            return EditorTypist(editor)
-    return LineTypist(keys)
+            return EditorReader(editor)
+    return LineReader(keys)
 
 
 class Leave(Exception):  # noqa: N818  (it is no error)
@@ -140,7 +140,7 @@ class Chat:
     def run(self, first: Turn | None) -> int:
         """Until the user leaves; `first` is an answer that an earlier run left unfinished. Returns how many answers there
         were."""
-        with closing(typist(self._job.input or Input(), self._llm)) as self._typist:
+        with closing(prompt_reader(self._job.input or Input(), self._llm)) as self._prompts:
             if not self._quiet:
                 self._greet(first)
             if first is not None:
@@ -152,7 +152,7 @@ class Chat:
 
     def _turn(self) -> None:
         try:
-            text = self._typist.ask()
+            text = self._prompts.ask()
         except KeyboardInterrupt:
             say(HOW_TO_LEAVE)
             return
@@ -183,7 +183,7 @@ class Chat:
         self._answer(turn)
 
     def _answer(self, turn: Turn) -> None:
-        with self._typist.answering() as interrupts:
+        with self._prompts.answering() as interrupts:
             show_answer(self._llm, turn, self._options.output, interrupts)
 
     def _greet(self, first: Turn | None) -> None:
