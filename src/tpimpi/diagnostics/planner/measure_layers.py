@@ -21,7 +21,7 @@ from tpimpi.star.control import (
     report_errors,
     send_note,
 )
-from tpimpi.system.memory import places, resident_bytes
+from tpimpi.system.memory import places, release_freed_memory, resident_bytes
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ def _run_benchmark(star: Star, benchmark: LayerBenchmark) -> RankMeasurement:
         processors, timings = benchmark.processors(), benchmark.timings(few)
         head = benchmark.head() if few.rank.is_hub else None
     few.free_buffers()  # what a run holds for its messages is counted with the work
+    release_freed_memory()
     return RankMeasurement(
         rank=star.rank.index,
         host=star.rank.host,
