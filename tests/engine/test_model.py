@@ -274,6 +274,6 @@ def test_a_batch_gives_every_sequence_its_numbers_alone(
     """To the bit, wherever their pages are: of sequences that come, go, share their beginning, and go back."""
     with open_source(models[kind][0]) as source:
         slice_model(source, make_partition(source.config, [1] * ranks), choose_formats(source, "f32"), tmp_path / "s")
-    for seed in ("1", "2"):
-        result = on_ranks(ranks, str(PROGRAMS / "batches.py"), str(tmp_path / "s"), seed, kv)
+    for seed, memory in (("1", "all"), ("2", "bounded")):  # the second: pinned tiles give way to pages, and come back
+        result = on_ranks(ranks, str(PROGRAMS / "batches.py"), str(tmp_path / "s"), seed, kv, memory)
         assert (result.code, result.out[:8]) == (0, "all well"), result.err

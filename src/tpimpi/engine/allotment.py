@@ -29,6 +29,12 @@ class MemoryAllotment:
     direct: bool  # reads go past the page cache
     most_context: int | None  # positions that the memory has room for, at most
     experts: int = 0  # of a mixture: its cache
+    page_units: int | None = None  # pages of one layer that the memory has room for; None: no bound, or no KV heads
+
+
+def agreed_page_units(ranks: Sequence[MemoryAllotment]) -> int | None:
+    """Pages of one layer that every rank has room for, of its own KV heads; None where no rank's memory is bounded."""
+    return min((rank.page_units for rank in ranks if rank.page_units is not None), default=None)
 
 
 def print_memory(ranks: Sequence[MemoryAllotment], *, always: bool) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from tpimpi.star import Star
 from tpimpi.weights.slices.file import Tile
 from tpimpi.weights.slices.header import Header
 
+KV_RESERVES = 16  # steps in which pages take the memory that they may have
 _NOT_RECORDED = contextlib.nullcontext()
 
 
@@ -67,9 +68,10 @@ class Model:
         self.resident, self.window, self.star, self.backend = resident, window, star, backend
         self.cache: KVCache | None = None
         self.length = 0  # positions of the sequence, so far
+        self._most_kv_bytes = self._kv_reserved = 0  # of pages: at most, and what there is room for now
         self._table: I32 | None = None  # its pages; None: several sequences have pages, see `open_pages`
         fmt = kv_format(kv, header.formats.of_layers(), self.config.head_dim)
-        self._kv_shape = KVShape(layer_kinds(self.config), self.share.kv_heads.size, self.config.head_dim, fmt)
+        self.kv_shape = KVShape(layer_kinds(self.config), self.share.kv_heads.size, self.config.head_dim, fmt)
         self.context = 0  # positions that the sequence may have
         self.experts, self.chunk, self._predict = experts, chunk, predict
         self.compute_seconds = 0.0
@@ -99,20 +101,37 @@ class Model:
             before = self.cache if keep else None
             self.cache = None  # give the old one back before the new one is made
             self._make_room(context, 0)
-            self.context, pages = context, pages_of(context)
-            self.cache = KVCache(self._kv_shape, [pages] * len(KINDS))
+            self.context, pages, self._kv_reserved = context, pages_of(context), 0
+            self.cache = KVCache(self.kv_shape, [pages] * len(KINDS))
             self._table = np.arange(pages, dtype=np.int32)
             if before is not None:
                 self.cache.take_over(before, pages_of(keep))
             self._frequencies = self._frequencies_for(context)
 
-    def open_pages(self, context: int, pages: Sequence[int]) -> None:
-        """Have so many pages of each kind, for sequences of at most `context` positions each, which `step` is told of."""
+    def open_pages(self, context: int, pages: Sequence[int], units: int) -> None:
+        """Have at most so many pages of each kind, for sequences of at most `context` positions each.
+
+        All together they are no more than `units` pages of one layer. Memory is taken as they are written."""
         self.cache = self._table = None
-        self._make_room(context, self._kv_shape.nbytes_of(pages) - self._kv_shape.nbytes(context))
         self.context, self.length = context, 0
-        self.cache = KVCache(self._kv_shape, pages)
+        self.cache, self._most_kv_bytes = KVCache(self.kv_shape, pages), units * self.kv_shape.unit_bytes
+        self._reserve()
         self._frequencies = self._frequencies_for(context)
+
+    def release_pages(self, kind: int, pages: Iterable[int]) -> None:
+        """Give the memory of pages of a kind back, which nobody uses."""
+        assert self.cache is not None, "pages that were not opened"
+        self.cache.release(kind, pages)
+        self._reserve()
+
+    def _reserve(self) -> None:
+        """Have room for the pages that were written, and some more, so that pinned tiles give way now and then alone."""
+        assert self.cache is not None
+        more = self._most_kv_bytes // KV_RESERVES
+        wanted = min(self._most_kv_bytes, -(-self.cache.filled_bytes // max(more, 1)) * more + more)
+        if wanted != self._kv_reserved:
+            self._make_room(self.context, wanted - self.kv_shape.nbytes(self.context))
+            self._kv_reserved = wanted
 
     def most_kept(self, context: int) -> int:
         """How many of this sequence's first positions one of at most `context` positions may have; the same on every rank.
@@ -143,6 +162,10 @@ class Model:
         Returns the hidden vectors after the last layer, [n, hidden], the same bits on every rank. Unless `head`, their
         logits will not be asked for.
         """
+        assert self.cache is not None, "a step before begin"
+        self.cache.note_written(rows)
+        if not self.has_one_sequence:
+            self._reserve()
         if not head:
             self.window.skip(HEAD)
         x = x.copy()
@@ -151,8 +174,6 @@ class Model:
         with self._computing():
             halves = [HalfChunk(self._through_layers(x[run], rows[run], len(runs) > 1)) for run in runs]
             go_through_blocks(self._blocks, self.window, halves)
-        assert self.cache is not None, "a step before begin"
-        self.cache.note_written(rows)
         return x
 
     def _through_layers(self, x: F32, rows: StepRows, overlapped: bool) -> Steps:
@@ -249,7 +270,7 @@ class Model:
     def _kv(self, layer: int, of_kind: Sequence[Rows]) -> tuple[KVPages, Rows]:
         """A layer's pages, and the rows with the tables of its kind."""
         assert self.cache is not None, "a step before begin"
-        return self.cache.of(layer), of_kind[self._kv_shape.kinds[layer]]
+        return self.cache.of(layer), of_kind[self.kv_shape.kinds[layer]]
 
     def _finish(
         self,

@@ -22,6 +22,7 @@ from tpimpi.engine.batch import pack_rows, unpack_rows
 from tpimpi.engine.model import Model
 from tpimpi.errors import StarError
 from tpimpi.models.kv.cache import FULL, KINDS, WINDOWED, StepRows
+from tpimpi.models.kv.pages import PageAccount
 from tpimpi.star import Star, Words
 
 MAGIC = 0x7470696D7069  # "tpimpi": a header that was damaged, or is of another program, does not begin with it
@@ -35,7 +36,7 @@ class Operation(IntEnum):
     BEGIN = 1  # a sequence of at most `positions`, of which `start` are those of the sequence before
     FORWARD = 2  # `positions` hidden vectors through all layers, from position `start` on
     FINISH = 3  # the run is over
-    PAGES = 4  # pages for sequences of at most `positions`: `start` words follow, how many of each kind
+    PAGES = 4  # pages for sequences of at most `positions`: `start` words follow, how many of each kind, and of all
     BATCH = 5  # `positions` rows, of which `start` words follow, and their hidden vectors, through all layers
     RELEASE = (
         6  # of `start` words that follow, the first `positions` are pages of full layers; memory that is given back
@@ -96,10 +97,11 @@ def step(model: Model, star: Star, x: F32, start: int, *, head: bool = True) -> 
     return model.forward(x, start, head=head)
 
 
-def open_pages(model: Model, star: Star, context: int, pages: Sequence[int]) -> None:
-    """Rank 0: have every rank take so many pages of each kind, for sequences of at most `context` positions each."""
-    _send_with(star, StepHeader(Operation.PAGES, context, choices=model.choices), np.array(pages, np.int64))
-    model.open_pages(context, pages)
+def open_pages(model: Model, star: Star, context: int, account: PageAccount) -> None:
+    """Rank 0: have every rank make the pages of this account, for sequences of at most `context` positions each."""
+    words = np.array([*account.places, account.units], np.int64)
+    _send_with(star, StepHeader(Operation.PAGES, context, choices=model.choices), words)
+    model.open_pages(context, account.places, account.units)
 
 
 def batch(model: Model, star: Star, x: F32, rows: StepRows, *, head: bool = True) -> F32:
@@ -120,9 +122,8 @@ def release_pages(model: Model, star: Star, pages: Sequence[Sequence[int]]) -> N
 
 
 def _release(model: Model, words: Words, full: int) -> None:
-    assert model.cache is not None
     for kind, pages in enumerate((words[:full], words[full:])):
-        model.cache.release(kind, pages.tolist())
+        model.release_pages(kind, pages.tolist())
 
 
 def _send_with(star: Star, header: StepHeader, words: Words) -> None:
@@ -173,9 +174,10 @@ def _follow_one(model: Model, star: Star, header: StepHeader) -> None:
         model.begin(header.positions, header.start)
         return
     if header.operation == Operation.PAGES:
-        if len(words) != len(KINDS) or (words < 0).any():
+        if len(words) != len(KINDS) + 1 or (words < 0).any():
             raise StarError(f"rank 0 asks for {words.tolist()} pages, which makes no sense")
-        model.open_pages(header.positions, words.tolist())
+        *pages, units = words.tolist()
+        model.open_pages(header.positions, pages, units)
         return
     if model.cache is None:
         raise StarError("rank 0 asks for a step before it said how much a cache must hold")

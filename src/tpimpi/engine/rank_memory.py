@@ -193,6 +193,11 @@ class RankMemory:
         per_page, room = plan.of.needs(PAGE).cache, None
         if plan.promise is not None and per_page:
             room = (plan.promise - needs.fixed - self._rings + needs.cache) // per_page * PAGE
+        shape = self.engines[0].model.kv_shape
+        units = None
+        if room is not None and shape.unit_bytes:
+            spare = (plan.promise or 0) - needs.fixed - self._rings + needs.cache - needs.least_experts
+            units = max(0, spare) // shape.unit_bytes
         return MemoryAllotment(
             rank=self.star.rank.index,
             host=self.star.rank.host,
@@ -209,13 +214,16 @@ class RankMemory:
             device=opened[0].file.device,
             direct=opened[0].file.direct,
             most_context=room,
+            page_units=units,
         )
 
     def make_room(self, context: int, more: int = 0) -> None:
         """A sequence of `context` positions is to have room, or pages that take `more` bytes beyond its: where that is more
-        than was planned for, fewer tiles can be pinned. InputError where that is not enough."""
-        promise, fixed = self._plan.promise, self._plan.of.needs(context).fixed + more
-        if promise is None or fixed <= self._fixed:
+        than was planned for, fewer tiles can be pinned; they come back when it is less again. InputError where that is not
+        enough."""
+        promise, planned = self._plan.promise, self._plan.needs.fixed
+        fixed = max(planned, self._plan.of.needs(context).fixed + more)
+        if promise is None or fixed == self._fixed:
             return
         left = promise - fixed - self._rings
         if left < 0:
@@ -225,7 +233,8 @@ class RankMemory:
                 "give more, or a smaller --context"
             )
         self._fixed = fixed
-        self.guard.limit_pinned(left)
+        needs = self._plan.needs
+        self.guard.limit_pinned(needs.tiles + needs.experts if self._plan.watched_by and fixed == planned else left)
 
     def _say(self, line: str) -> None:
         rank = self.star.rank

@@ -1,24 +1,27 @@
 """Run on every rank: rows of several sequences in one step, with the numbers of each sequence alone, to the bit.
 
-Arguments: a folder of slices, a seed. Sequences come, grow by chunks and by single rows, share their beginnings, go back to
-an earlier position, and go, in few pages; rank 0 alone decides.
+Arguments: a folder of slices, a seed, the format of the cache, and whether memory is bounded. Sequences come, grow by chunks
+and by single rows, share their beginnings, go back to an earlier position, and go, in few pages; rank 0 alone decides.
 """
 
 from __future__ import annotations
 
 import sys
+import time
+from dataclasses import replace
 
 import numpy as np
 
 from tpimpi.engine import protocol
+from tpimpi.engine.allotment import agreed_page_units
 from tpimpi.engine.engine import EngineConfig
-from tpimpi.engine.rank_memory import MemoryPlanner
+from tpimpi.engine.rank_memory import MemoryPlanner, RankMemory
 from tpimpi.engine.startup import open_engine
 from tpimpi.models.kv.cache import KINDS, PAGE
 from tpimpi.models.kv.pages import PageAccount, SequencePages, rows_of
 from tpimpi.star import connect
 
-CONTEXT, STEPS, PLACES = 200, 60, (9, 9)
+CONTEXT, STEPS, PAGES = 200, 60, 9
 
 
 class Sequence:
@@ -30,13 +33,16 @@ class Sequence:
 
 def main() -> None:
     star = connect()
+    bounded = sys.argv[4] == "bounded"
     settings = EngineConfig(
         *(sys.argv[1], None, "", "", "", "native", 1, "star", 60.0),
         cores_shared_by=[star.rank.size] * star.rank.size,
-        window="all",
+        window=None if bounded else "all",
+        memory=[0] * star.rank.size if bounded else None,
         kv=sys.argv[3],
     )
-    memory = MemoryPlanner([open_engine(star, settings)]).plan(64, None, 0).take()
+    planner = MemoryPlanner([open_engine(star, settings)])
+    memory = planner.plan(PAGE, planner.needs(PAGE).most if bounded else None, 0).take()
     engine = memory.engines[0]
     model = engine.model
     if not star.rank.is_hub:
@@ -45,11 +51,14 @@ def main() -> None:
         return
     random = np.random.default_rng(int(sys.argv[2]))
     window = max(model.config.attention_windows)
-    account = PageAccount(PLACES, [1, 1], 100)
-    protocol.open_pages(model, star, CONTEXT, PLACES)
+    kinds = model.kv_shape.kinds
+    account = PageAccount.of_layers(kinds, PAGES * len(kinds))
+    check_allotment(memory, bounded)
+    protocol.open_pages(model, star, CONTEXT, account)
+    pinned = engine.window.wanted_bytes
     running: list[Sequence] = []
     done: list[Sequence] = []
-    most = steps = 0
+    most, steps, least_pinned = 0, 0, pinned
     for _ in range(STEPS):
         change(random, running, done, account, window, model.config.vocab)
         runs = []
@@ -68,12 +77,18 @@ def main() -> None:
             at += n
             one.pages.trim()
         most, steps = max(most, len(runs)), steps + 1
+        least_pinned = min(least_pinned, engine.window.wanted_bytes)
     for one in running:
         one.pages.close()
     assert account.used == 0 and most >= 3 and steps > STEPS // 2, (account.used, most, steps)
     assert model.cache is not None and model.cache.filled_bytes
     protocol.release_pages(model, star, [account.free_pages(kind) for kind in KINDS])
     assert not model.cache.filled_bytes, "memory is not back to the start"
+    if bounded:
+        assert least_pinned < pinned, "no pinned tile gave way"
+        memory.guard.look(time.monotonic())
+        memory.guard.look(time.monotonic() + 10)
+        assert engine.window.wanted_bytes >= pinned, "tiles did not come back"
     for one in [*running, *done]:
         if one.rows:
             protocol.begin(model, star, CONTEXT)
@@ -82,6 +97,18 @@ def main() -> None:
     print("all well", len(done), flush=True)
     protocol.finish(model, star)
     memory.close()
+
+
+def check_allotment(memory: RankMemory, bounded: bool) -> None:
+    """With memory for all tiles and a page of each layer there is room for that page, and for what takes the tiles' place."""
+    units, engine = memory.allotment.page_units, memory.engines[0]
+    if not bounded:
+        assert units is None
+        return
+    shape = engine.model.kv_shape
+    assert units == len(shape.kinds) + engine.opened.tile_bytes // shape.unit_bytes or units is None, units
+    assert agreed_page_units([replace(memory.allotment, page_units=of) for of in (7, None, 5)]) == 5
+    assert agreed_page_units([replace(memory.allotment, page_units=None)]) is None
 
 
 def change(

@@ -47,6 +47,12 @@ class KVShape:
         used = self.kinds.count(kind) * 2 * self.kv_heads * PAGE * row * dtype.itemsize
         return -(-used // RELEASE_BYTES) * RELEASE_BYTES
 
+    @property
+    def unit_bytes(self) -> int:
+        """Memory of a page of one layer, of either kind, rounded up."""
+        layers = [self.kinds.count(kind) for kind in KINDS]
+        return max(-(-self.page_bytes(kind) // count) for kind, count in enumerate(layers) if count)
+
     def nbytes(self, context: int) -> int:
         """Memory of the pages of a sequence of so many positions."""
         return self.nbytes_of([pages_of(context)] * len(KINDS))

@@ -31,6 +31,18 @@ class PageAccount:
         # The page that was given back last is taken first: its memory is there.
         self._free = [list(range(count - 1, -1, -1)) for count in places]
 
+    @classmethod
+    def of_layers(cls, kinds: Sequence[int], units: int) -> PageAccount:
+        """For a model whose layers are of these kinds: any part of `units` pages of a layer may be of either kind."""
+        sizes = [kinds.count(kind) for kind in KINDS]
+        fewest = min(size for size in sizes if size)  # a kind that has no layers has as many pages as the other
+        return cls([units // (size or fewest) for size in sizes], sizes, units)
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Pages of each kind that there can be."""
+        return tuple(map(len, self._users))
+
     def can_take(self, counts: Sequence[int]) -> bool:
         """Whether so many pages of each kind are to be had at once."""
         units = sum(count * size for count, size in zip(counts, self.sizes, strict=True))
