@@ -113,7 +113,7 @@ class Model:
 
         All together they are no more than `units` pages of one layer. Memory is taken as they are written."""
         self.cache = self._table = None
-        self.context, self.length = context, 0
+        self.context, self.length, self._kv_reserved = context, 0, -1
         self.cache, self._most_kv_bytes = KVCache(self.kv_shape, pages), units * self.kv_shape.unit_bytes
         self._reserve()
         self._frequencies = self._frequencies_for(context)

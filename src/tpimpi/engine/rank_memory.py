@@ -190,14 +190,11 @@ class RankMemory:
 
     def _allotment(self, disk_bytes_per_s: float) -> MemoryAllotment:
         plan, needs, opened = self._plan, self._plan.needs, self._plan.of.engines
-        per_page, room = plan.of.needs(PAGE).cache, None
+        per_page, room, units = plan.of.needs(PAGE).cache, None, None
         if plan.promise is not None and per_page:
-            room = (plan.promise - needs.fixed - self._rings + needs.cache) // per_page * PAGE
-        shape = self.engines[0].model.kv_shape
-        units = None
-        if room is not None and shape.unit_bytes:
-            spare = (plan.promise or 0) - needs.fixed - self._rings + needs.cache - needs.least_experts
-            units = max(0, spare) // shape.unit_bytes
+            spare = plan.promise - needs.fixed - self._rings + needs.cache - needs.least_experts
+            room = spare // per_page * PAGE
+            units = max(0, spare) // self.engines[0].model.kv_shape.unit_bytes
         return MemoryAllotment(
             rank=self.star.rank.index,
             host=self.star.rank.host,
@@ -225,11 +222,11 @@ class RankMemory:
         fixed = max(planned, self._plan.of.needs(context).fixed + more)
         if promise is None or fixed == self._fixed:
             return
-        left = promise - fixed - self._rings
-        if left < 0:
+        left, least = promise - fixed - self._rings, self._plan.needs.least_experts
+        if left < least:
             what = "pages for sequences of " if more > 0 else ""
             raise InputError(
-                f"{what}{context} positions need {show_size(-left)} more than the {show_size(promise)} of --memory; "
+                f"{what}{context} positions need {show_size(least - left)} more than the {show_size(promise)} of --memory; "
                 "give more, or a smaller --context"
             )
         self._fixed = fixed

@@ -17,6 +17,7 @@ from tpimpi.engine.allotment import agreed_page_units
 from tpimpi.engine.engine import EngineConfig
 from tpimpi.engine.rank_memory import MemoryPlanner, RankMemory
 from tpimpi.engine.startup import open_engine
+from tpimpi.errors import InputError
 from tpimpi.models.kv.cache import KINDS, PAGE
 from tpimpi.models.kv.pages import PageAccount, SequencePages, rows_of
 from tpimpi.star import connect
@@ -42,7 +43,10 @@ def main() -> None:
         kv=sys.argv[3],
     )
     planner = MemoryPlanner([open_engine(star, settings)])
-    memory = planner.plan(PAGE, planner.needs(PAGE).most if bounded else None, 0).take()
+    needs = planner.needs(PAGE)
+    # For all tiles and a page of each layer; and for as many pages as come, if half of the tiles give way.
+    promise = needs.most + needs.usual_buffers + max(0, (PAGES - 1) * needs.cache - needs.tiles // 2)
+    memory = planner.plan(PAGE, promise if bounded else None, 0).take()
     engine = memory.engines[0]
     model = engine.model
     if not star.rank.is_hub:
@@ -53,7 +57,6 @@ def main() -> None:
     window = max(model.config.attention_windows)
     kinds = model.kv_shape.kinds
     account = PageAccount.of_layers(kinds, PAGES * len(kinds))
-    check_allotment(memory, bounded)
     protocol.open_pages(model, star, CONTEXT, account)
     pinned = engine.window.wanted_bytes
     running: list[Sequence] = []
@@ -89,6 +92,7 @@ def main() -> None:
         memory.guard.look(time.monotonic())
         memory.guard.look(time.monotonic() + 10)
         assert engine.window.wanted_bytes >= pinned, "tiles did not come back"
+    check_allotment(memory, bounded)
     for one in [*running, *done]:
         if one.rows:
             protocol.begin(model, star, CONTEXT)
@@ -100,15 +104,21 @@ def main() -> None:
 
 
 def check_allotment(memory: RankMemory, bounded: bool) -> None:
-    """With memory for all tiles and a page of each layer there is room for that page, and for what takes the tiles' place."""
-    units, engine = memory.allotment.page_units, memory.engines[0]
+    """What a rank says it has room for is what it takes, and no more."""
+    units, shape = memory.allotment.page_units, memory.engines[0].model.kv_shape
+    assert agreed_page_units([replace(memory.allotment, page_units=of) for of in (7, None, 5)]) == 5
+    assert agreed_page_units([replace(memory.allotment, page_units=None)]) is None
     if not bounded:
         assert units is None
         return
-    shape = engine.model.kv_shape
-    assert units == len(shape.kinds) + engine.opened.tile_bytes // shape.unit_bytes or units is None, units
-    assert agreed_page_units([replace(memory.allotment, page_units=of) for of in (7, None, 5)]) == 5
-    assert agreed_page_units([replace(memory.allotment, page_units=None)]) is None
+    assert units is not None and units >= PAGES * len(shape.kinds)
+    memory.make_room(PAGE, units * shape.unit_bytes - shape.nbytes(PAGE))
+    try:
+        memory.make_room(PAGE, (units + 1) * shape.unit_bytes - shape.nbytes(PAGE))
+    except InputError as error:
+        assert "of --memory" in str(error), error
+    else:
+        raise AssertionError("there was more room than the rank said")
 
 
 def change(
