@@ -18,7 +18,7 @@ from tpimpi.engine.engine import EngineConfig
 from tpimpi.engine.rank_memory import MemoryPlanner, RankMemory
 from tpimpi.engine.startup import open_engine
 from tpimpi.errors import InputError
-from tpimpi.models.kv.cache import KINDS, PAGE
+from tpimpi.models.kv.cache import KINDS, PAGE, pages_of
 from tpimpi.models.kv.pages import PageAccount, SequencePages, rows_of
 from tpimpi.star import connect
 
@@ -43,10 +43,11 @@ def main() -> None:
         kv=sys.argv[3],
     )
     planner = MemoryPlanner([open_engine(star, settings)])
-    needs = planner.needs(PAGE)
-    # For all tiles and a page of each layer; and for as many pages as come, if half of the tiles give way.
-    promise = needs.most + needs.usual_buffers + max(0, (PAGES - 1) * needs.cache - needs.tiles // 2)
-    memory = planner.plan(PAGE, promise if bounded else None, 0).take()
+    needs = planner.needs(CONTEXT)
+    # For all tiles and a sequence; and for as many pages as come, if half of the tiles give way.
+    pages = PAGES * needs.cache // pages_of(CONTEXT)
+    promise = needs.most + needs.usual_buffers + max(0, pages - needs.cache - needs.tiles // 2)
+    memory = planner.plan(CONTEXT, promise if bounded else None, 0).take()
     engine = memory.engines[0]
     model = engine.model
     if not star.rank.is_hub:
@@ -58,7 +59,7 @@ def main() -> None:
     kinds = model.kv_shape.kinds
     account = PageAccount.of_layers(kinds, PAGES * len(kinds))
     protocol.open_pages(model, star, CONTEXT, account)
-    pinned = engine.window.wanted_bytes
+    pinned = memory.guard.wanted
     running: list[Sequence] = []
     done: list[Sequence] = []
     most, steps, least_pinned = 0, 0, pinned
@@ -80,7 +81,7 @@ def main() -> None:
             at += n
             one.pages.trim()
         most, steps = max(most, len(runs)), steps + 1
-        least_pinned = min(least_pinned, engine.window.wanted_bytes)
+        least_pinned = min(least_pinned, memory.guard.wanted)
     for one in running:
         one.pages.close()
     assert account.used == 0 and most >= 3 and steps > STEPS // 2, (account.used, most, steps)
@@ -91,7 +92,7 @@ def main() -> None:
         assert least_pinned < pinned, "no pinned tile gave way"
         memory.guard.look(time.monotonic())
         memory.guard.look(time.monotonic() + 10)
-        assert engine.window.wanted_bytes >= pinned, "tiles did not come back"
+        assert memory.guard.wanted >= pinned, "tiles did not come back"
     check_allotment(memory, bounded)
     for one in [*running, *done]:
         if one.rows:
@@ -112,9 +113,9 @@ def check_allotment(memory: RankMemory, bounded: bool) -> None:
         assert units is None
         return
     assert units is not None and units >= PAGES * len(shape.kinds)
-    memory.make_room(PAGE, units * shape.unit_bytes - shape.nbytes(PAGE))
+    memory.make_room(CONTEXT, units * shape.unit_bytes - shape.nbytes(CONTEXT))
     try:
-        memory.make_room(PAGE, (units + 1) * shape.unit_bytes - shape.nbytes(PAGE))
+        memory.make_room(CONTEXT, (units + 1) * shape.unit_bytes - shape.nbytes(CONTEXT))
     except InputError as error:
         assert "of --memory" in str(error), error
     else:
