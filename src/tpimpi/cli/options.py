@@ -77,7 +77,8 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """The prompt, and how it is answered. `overflow` is one of OVERFLOW_CHOICES, `given` are the sampling options that the
+    """The prompt, and how it is answered. `speculate` is how many tokens are drafted, 0 for none, None for
+    as many as pay; `overflow` is one of OVERFLOW_CHOICES, `given` are the sampling options that the
     command line has."""
 
     prompt: str | None = None
@@ -91,6 +92,7 @@ class GenerateOptions:
     stop: tuple[str, ...] = ()
     stop_file: str | None = None
     ignore_eos: bool = False
+    speculate: int | None = None
     chat_template: str | None = None
     sampling: SamplingOptions = SamplingOptions()
     given: Mapping[str, Any] = field(default_factory=dict)

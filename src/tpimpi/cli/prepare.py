@@ -57,10 +57,11 @@ def prepare(
     context: int | None,
     quiet: bool,
     trace: bool = False,
+    draft: int | None = 0,
 ) -> EngineConfig:
     """Rank 0: choose the allreduce and the partition, make the slices that are not there, and say how to use them.
 
-    `context` is how many positions the user wants room for, None where nothing is said.
+    `context` is how many positions the user wants room for, None where nothing is said; see EngineConfig for `draft`.
     """
     if model.slices is None:
         with open_source(model_path(model.model)) as source:
@@ -93,6 +94,7 @@ def prepare(
         kernels=compute.kernels,
         chunk=compute.prompt_chunk,
         predict=compute.predict,
+        draft=draft,
     )
 
 

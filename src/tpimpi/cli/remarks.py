@@ -8,6 +8,7 @@ from pathlib import Path
 from tpimpi.cli.options import ModelOptions
 from tpimpi.cli.process import Job
 from tpimpi.serving.llm import LLM
+from tpimpi.serving.report import shown_speculation
 from tpimpi.serving.session import Session
 from tpimpi.serving.transcript import Transcript, Turn
 from tpimpi.system.terminal import STDERR, has_input, is_terminal
@@ -84,6 +85,8 @@ def figures(llm: LLM, transcript: Transcript) -> Iterator[str]:
     if last.s_per_token_mean is not None:
         line += f", then {last.s_per_token_mean:.3g} s/token"
     yield line
+    if last.drafted_tokens:
+        yield f"speculation: {shown_speculation(last)}"
 
 
 def why_cut(llm: LLM, turn: Turn) -> str | None:

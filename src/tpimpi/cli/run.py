@@ -83,6 +83,8 @@ def load(star: Star, job: Job) -> tuple[RunOptions, LLM, Turn | None]:
     params = sampling_params(options.generate, hosts)
     template, system = given_template(options.generate), given_system(options.generate, hosts)
     params = replace(params, system=system)
+    if options.output.record_routing is not None:  # which is to be that of the text alone
+        params = replace(params, speculate=0)
     quiet = options.output.quiet
     if not quiet:
         say(remarks.loading(options.model))
@@ -95,6 +97,7 @@ def load(star: Star, job: Job) -> tuple[RunOptions, LLM, Turn | None]:
         context=options.generate.context,
         quiet=quiet,
         trace=options.output.trace is not None,
+        draft=params.speculate,
     )
     release_freed_memory()  # of the model's file
     engine = startup.open_engines(star, config)
@@ -220,6 +223,7 @@ def sampling_params(generate: GenerateOptions, hosts: Sequence[str]) -> Sampling
         stops=stop_texts(generate, hosts),
         ignore_eos=generate.ignore_eos,
         drop=generate.overflow == DROP,
+        speculate=generate.speculate,
     )
 
 

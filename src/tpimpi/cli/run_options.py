@@ -27,6 +27,8 @@ from tpimpi.cli.parser import Parser, offer
 from tpimpi.cli.values import (
     AUTO,
     MOST_THREADS,
+    OFF,
+    draft_length,
     given_model,
     memory_limit,
     path_given,
@@ -35,6 +37,7 @@ from tpimpi.cli.values import (
     window_blocks,
 )
 from tpimpi.compute.backends import BACKEND_NAMES, KERNEL_LEVELS
+from tpimpi.engine.needs import LONGEST_DRAFT
 from tpimpi.engine.overlap import DENSE_CHUNK, MIXTURE_CHUNK, MOST_CHUNK
 from tpimpi.errors import InputError
 from tpimpi.models.config import MAX_EXPERTS
@@ -98,7 +101,8 @@ def run_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--record-routing",
         metavar="FILE",
-        help="of a mixture of experts, write which experts were chosen, as .npy, for --routing of plan and synth",
+        help="of a mixture of experts, write which experts were chosen, as .npy, for --routing of plan and synth; without "
+        "--speculate",
     )
     group.add_argument("--plot", metavar="FILE", help="draw each rank's memory over time as a PNG (needs matplotlib)")
     return parser
@@ -224,6 +228,14 @@ def _add_answer(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="one such text a line, read by rank 0 alone",
     )
+    speculate = group.add_argument(
+        "--speculate",
+        type=draft_length,
+        metavar="N",
+        help="draft the next tokens from what prompt and answer have said before, and check them in one pass; changes no "
+        f"token: auto (default: as many as pay by what passes take), off, or N, 1 to {LONGEST_DRAFT}, where one is found",
+    )
+    offer(speculate, (AUTO, OFF))
     group.add_argument("--ignore-eos", action="store_true", help="go on past the model's end of text")
 
 
@@ -341,6 +353,7 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
         stop=tuple(parsed.stop),
         stop_file=parsed.stop_file,
         ignore_eos=parsed.ignore_eos,
+        speculate=parsed.speculate,
         chat_template=parsed.chat_template,
         sampling=SamplingOptions(**given),
         given=given,

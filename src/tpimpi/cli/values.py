@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tpimpi.cli.options import MemoryLimit
 from tpimpi.compute.formats import WEIGHT_FORMATS
+from tpimpi.engine.needs import LONGEST_DRAFT
 from tpimpi.engine.window import SMALLEST_WINDOW
 from tpimpi.errors import InputError, shorten, shorten_path
 from tpimpi.system.terminal import MOST_LINE_BYTES
@@ -18,7 +19,8 @@ from tpimpi.system.units import parse_size
 
 MOST_THREADS = 1024
 MOST_RANKS = 4096
-AUTO = "auto"  # of --shares: those that are predicted to be fastest
+AUTO = "auto"  # of --shares: those that are predicted to be fastest; of --speculate: as many tokens as pay
+OFF = "off"  # of --speculate
 TEXT_FILE_BYTES = MOST_LINE_BYTES  # the most that is read of a prompt file, or of a text that is measured
 
 
@@ -93,6 +95,17 @@ def window_blocks(text: str) -> int | str:
     if not text.isascii() or not text.isdecimal() or len(text) > 9 or int(text) < SMALLEST_WINDOW:
         raise InputError(
             f"--window is {shorten(text)!r}, must be a number of blocks, {SMALLEST_WINDOW} or more, or all"
+        )
+    return int(text)
+
+
+def draft_length(text: str) -> int | None:
+    """The meaning of `--speculate`: a number of tokens, 0 for off, None for auto."""
+    if text in (AUTO, OFF):
+        return None if text == AUTO else 0
+    if not text.isascii() or not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= LONGEST_DRAFT:
+        raise InputError(
+            f"--speculate is {shorten(text)!r}, must be auto, off, or a number of tokens, 1 to {LONGEST_DRAFT}"
         )
     return int(text)
 

@@ -33,7 +33,7 @@ _START_VARIATION_BYTES = 4_000_000
 class Needs:
     """What one rank needs, in bytes; see the module's docstring. `tiles` are all that every token uses, together; `experts`
     all experts, of which the cache has room for `least_experts` at least; `position_work` is what one position more in a
-    step would add to `work`."""
+    step would add to `work`; `draft` is how many tokens of a draft a step may have beside the last one."""
 
     base: int
     cache: int
@@ -44,6 +44,7 @@ class Needs:
     least_experts: int = 0
     experts: int = 0
     position_work: int = 0
+    draft: int = 0
 
     @property
     def fixed(self) -> int:

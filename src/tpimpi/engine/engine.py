@@ -63,6 +63,7 @@ class EngineConfig:
     chunk: int | None = None  # positions of a prompt computed at once; None: as usual_chunk and chunk.py say
     predict: int | None = None  # experts of a layer that are read before they are chosen; None: as many as a token uses
     kernels: str = "auto"  # or one of KERNEL_LEVELS
+    draft: int | None = 0  # tokens of a draft at most, of which rank 0 has all logits; None: as many as memory says
 
     def slice_path(self, rank: int, ranks: int) -> Path:
         return SliceLocation(self.folder, self.cache_name).path(rank, ranks)
@@ -134,6 +135,7 @@ class OpenedEngine:
             logits_of=self.chunk if self.settings.chunk_logits else 1,
             experts=[record for key, record in self.experts.items() if key.expert == 0],
             expert_count=len(self.experts),
+            draft=self.settings.draft,
         )
 
     def open_experts(self, *, nbytes: int | None, reads: int) -> ExpertCache:

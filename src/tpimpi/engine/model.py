@@ -290,11 +290,13 @@ class Model:
         with self._computing():
             config = self.config
             h = pre_norm(self.backend, config.norm, x, self.resident["norm"], config.norm_eps)
-            found = []
+            found, done = np.empty((x.shape[0], config.vocab), np.float32), 0
             for number, tile in enumerate(self.window.tiles(HEAD)):
                 with self._recorded(COMPUTE, len(self._blocks), number):
-                    found.append(head_logits(self.backend, h, tile))
-            return scaled_logits(np.concatenate(found, axis=1), config.logit_scale, config.logit_softcap)
+                    of_tile = head_logits(self.backend, h, tile)
+                    found[:, done : done + of_tile.shape[1]] = of_tile
+                    done += of_tile.shape[1]
+            return scaled_logits(found[:, :done], config.logit_scale, config.logit_softcap)
 
     def _attention(self, h: F32, tile: Tile, of_kind: Sequence[Rows], rotary: Mapping[Rope, Angles]) -> F32:
         record, layer, config = tile.record, tile.record.block.layer, self.config

@@ -13,6 +13,11 @@ from tpimpi.models.kv.cache import KVShape, kv_format, layer_kinds
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import Record
 
+LONGEST_DRAFT = 15  # tokens: 16 rows with the last one's, for which the kernels read each weight once
+# So much more than a run without drafts a rank 0 may take for the logits of all rows of a draft, where nobody says how long
+# drafts are. With a prompt of so many positions, which takes memory too, that holds already.
+_DRAFT_BYTES = 1_500_000
+_SHORT_PROMPT = 32  # positions
 EXPERT_RUN_BYTES = 8 << 20  # between the stages of the experts that are computed at once: see kernels/experts.cpp
 
 
@@ -26,15 +31,17 @@ def work_bytes(
     chunk: int = DENSE_CHUNK,
     experts: Sequence[Record] = (),
     all_partials: bool = False,
+    draft: int = 0,
 ) -> int:
     """Memory, at most, of activations and messages on this rank, beside cache and weights.
 
     Counted for a step of `chunk` positions (or `context`, if that is less), through the `records` of a cycle and one of the
     `experts`, which all positions may use; and on rank 0 the logits of `logits_of` positions. `all_partials`:
-    every rank gets those of all, as the hub does.
+    every rank gets those of all, as the hub does. With a `draft`, for the last token and so many drafted ones instead, of
+    all of which rank 0 has the logits.
     """
     config, ranks = header.config, header.partition.ranks
-    positions = min(chunk, context)
+    positions = min(1 + draft if draft else chunk, context)
     # Hidden vectors at once: in step or follow, forward, norm and partial; and those on the star, which the hub has of every
     # rank, the others of two at most; each is held twice while it is received.
     vectors = 7 + 2 * (ranks if header.rank == 0 or all_partials else 2)
@@ -56,7 +63,8 @@ def work_bytes(
         kv_heads = header.share.kv_heads.size
         work += 4 * context * (3 * heads * positions + 4 * max(heads, kv_heads) * config.head_dim)
     if header.rank == 0:
-        work += (12 + 12 * (logits_of > 1)) * logits_of * config.vocab + 64 * config.vocab
+        held = 5 * (1 + draft) + 8 if draft else (12 + 12 * (logits_of > 1)) * logits_of
+        work += (held + 64) * config.vocab
     return work
 
 
@@ -74,6 +82,7 @@ def needs_of_model(
     logits_of: int = 1,
     experts: Sequence[Record] = (),
     expert_count: int = 0,
+    draft: int | None = 0,
 ) -> Needs:
     """What one rank needs to hold `context` positions of one model, of which it has the slice `header`.
 
@@ -81,26 +90,35 @@ def needs_of_model(
     what the rank has resident before. `backend`, `kv` and `allreduce` (a rule: see star.parse_rule) are those of the run;
     `chunk` is how many positions are computed at once; `logits_of` how many positions rank 0 computes logits of at once;
     `experts` are the tiles of an expert of each layer, or of each kind of layer, of `expert_count` experts in all layers.
+    `draft` is how many tokens are drafted at most, None for as many as take hardly more memory: see Needs.draft.
     """
     largest = max((record.nbytes for record in records), default=0)
     expert = max((record.nbytes for record in experts), default=0)
     all_partials = allreduce.endswith("exchange")  # also of long sums
 
-    def work(positions: int) -> int:
+    def work(positions: int, draft: int = 0) -> int:
         return work_bytes(
-            header, records, backend, context, logits_of, chunk=positions, experts=experts, all_partials=all_partials
+            *(header, records, backend, context, logits_of),
+            chunk=positions,
+            experts=experts,
+            all_partials=all_partials,
+            draft=draft,
         )
 
+    if draft is None:
+        most = work(min(chunk, _SHORT_PROMPT)) + _DRAFT_BYTES
+        draft = max((n for n in range(1, min(LONGEST_DRAFT, chunk - 1) + 1) if work(1, n) <= most), default=0)
     return Needs(
         base=base,
         cache=cache_bytes_of(header, kv, context),
-        work=work(chunk),
+        work=max(work(chunk), work(1, draft) if draft else 0),
         least_buffers=min(tiles, FEWEST_TILES * largest),
         usual_buffers=min(tiles, USUAL_TILES * largest),
         tiles=tiles,
         least_experts=least_places(expert_count) * expert,
         experts=expert_count * expert,
         position_work=work(2) - work(1),
+        draft=draft,
     )
 
 
@@ -116,6 +134,7 @@ def needs_together(needs: Sequence[Needs]) -> Needs:
         least_experts=sum(need.least_experts for need in needs),
         experts=sum(need.experts for need in needs),
         position_work=max(need.position_work for need in needs),
+        draft=min(need.draft for need in needs),
     )
 
 

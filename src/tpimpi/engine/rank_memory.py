@@ -242,6 +242,11 @@ class RankMemory:
         return next((engine.opened.file.waiting for engine in self.engines if engine.opened.file.waiting), None)
 
     @property
+    def draft(self) -> int:
+        """How many tokens of a draft a step may have."""
+        return self._plan.needs.draft
+
+    @property
     def points(self) -> list[list[float]]:
         """The timeline: [time.monotonic(), resident, pinned, buffers]."""
         return self.guard.timeline.points

@@ -33,6 +33,7 @@ class SamplingParams:
     ignore_eos: bool
     system: str | None = None  # a new conversation's system prompt
     drop: bool = False  # the oldest turns, where the context has no room for all of them
+    speculate: int | None = 0  # how many tokens are drafted; 0: none, None: as many as pay
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
 
 from tpimpi.compute.arrays import F32
 from tpimpi.engine.model import Model
 from tpimpi.engine.protocol import begin, step
 from tpimpi.serving.sampling import Sampler
+from tpimpi.serving.speculation import PassTimes, Speculation, checked
 from tpimpi.serving.text.answer import AnswerStream, Piece, pieces
 from tpimpi.star import Star
 
@@ -32,6 +32,18 @@ class HeldIds:
         return self.kept
 
 
+@dataclass
+class GenerationFigures:
+    """What it took to make tokens: `rows` positions that went through the layers, in `passes` that gave `sampled` tokens
+    (with the one that ends an answer); of `drafted` ones so many were `accepted`."""
+
+    rows: int = 0
+    passes: int = 0
+    sampled: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
 def generate(
     model: Model,
     star: Star,
@@ -45,37 +57,93 @@ def generate(
     sampled_ids: int | None = None,
     held: HeldIds | None = None,
     going_on: Callable[[int], bool] = lambda rows: True,
+    speculation: Speculation | None = None,
+    figures: GenerationFigures | None = None,
 ) -> Iterator[int]:
     """Rank 0: the tokens that follow `prompt`, as they are made, at most `max_tokens`; one of `end_ids` is not yielded.
     With `sampled_ids` all are below it: what follows in the head has no token.
-
     `embed` gives the embedding rows of ids, [n, hidden]. `context` is the number of positions that every rank keeps room
     for; len(prompt) + max_tokens - 1 are used. What `prompt` begins with of the `held` ids is not computed again.
     `going_on` is asked before each step of the prompt, with the number of its positions that are done, and before each
-    token; where it says no, the answer ends there.
+    token; where it says no, the answer ends there. `figures` are added to as tokens are made.
+    With `speculation` a pass may give several tokens: see speculation.py.
     """
-    held = HeldIds() if held is None else held
+    held, figures = held or HeldIds(), figures or GenerationFigures()
+    speculation = speculation or Speculation()
+    passes, history, made = _Passes(model, star, embed, speculation.times, figures), list(prompt), 0
     kept = held.keep(prompt[: min(model.most_kept(context), len(prompt) - 1)])  # the last one's logits are wanted
     begin(model, star, context, kept)
-    history = list(prompt)
-    hidden = np.empty((0, model.config.hidden), np.float32)
     for start in range(kept, len(prompt), model.chunk):
         if not going_on(start):
             return
         chunk = prompt[start : start + model.chunk]
-        hidden = step(model, star, embed(chunk), start, head=start + len(chunk) == len(prompt))
+        hidden = passes.read(chunk, start, last=start + len(chunk) == len(prompt))
         held.ids += chunk
-    for made in range(max_tokens):
-        if made:
-            if not going_on(len(prompt)):
-                return
-            hidden = step(model, star, embed(history[-1:]), len(history) - 1)
-            held.ids.append(history[-1])
-        token = sample(model.logits(hidden[-1:])[0, :sampled_ids], history)
-        if token in end_ids:
+    draft, drafter = list[int](), speculation.drafter(prompt)
+    while made < max_tokens:
+        if made and not going_on(len(prompt)):
             return
-        history.append(token)
-        yield token
+        if not made:
+            logits = passes.begin(hidden[-1:])
+        else:
+            draft = [] if drafter is None else _up_to(end_ids, drafter.propose(max_tokens - made - 1))
+            logits = passes.check(history[-1:], draft, len(history) - 1)
+            held.ids += history[-1:]
+        tokens, before = checked(logits[:, :sampled_ids], draft, sample, history), len(history)
+        del logits  # which the next ones are not to stand beside
+        for place, token in enumerate(tokens):
+            figures.sampled += 1
+            if accepted := draft[place : place + 1] == [token]:
+                held.ids.append(token)
+                figures.accepted += 1
+            if token in end_ids:
+                return
+            made += 1
+            yield token
+            if accepted and not going_on(len(prompt)):  # this pass gives another one
+                return
+        if drafter is not None:
+            drafter.add(history[before:])
+
+
+@dataclass
+class _Passes:
+    """The passes of one sequence, counted and timed. Logits are [rows, vocab]."""
+
+    model: Model
+    star: Star
+    embed: Callable[[Iterable[int]], F32]
+    times: PassTimes
+    figures: GenerationFigures
+
+    def read(self, chunk: Sequence[int], start: int, *, last: bool) -> F32:
+        """A part of the prompt, of which it may be the `last`: hidden vectors [n, hidden]."""
+        began = time.monotonic()
+        hidden = step(self.model, self.star, self.embed(chunk), start, head=last)
+        if len(chunk) > 1:
+            self.times.add(len(chunk), time.monotonic() - began)
+        self.figures.rows += len(chunk)
+        return hidden
+
+    def begin(self, hidden: F32) -> F32:
+        """The logits behind the prompt, whose last hidden vector this is, [1, hidden]."""
+        self.figures.passes += 1
+        return self.model.logits(hidden)
+
+    def check(self, last: Sequence[int], draft: Sequence[int], start: int) -> F32:
+        """Those of the last token, which is at `start`, and of a draft."""
+        began, rows = time.monotonic(), [*last, *draft]
+        logits = self.model.logits(step(self.model, self.star, self.embed(rows), start))
+        self.times.add(len(rows), time.monotonic() - began)
+        self.figures.rows += len(rows)
+        self.figures.passes += 1
+        self.figures.drafted += len(draft)
+        return logits
+
+
+def _up_to(end_ids: Collection[int], draft: Sequence[int]) -> list[int]:
+    """A draft without the end of an answer, and what is behind it: the row before says whether it ends."""
+    return list(itertools.takewhile(lambda token: token not in end_ids, draft))
 
 
 def to_pieces(tokens: Iterable[int], stream: AnswerStream) -> Iterator[Piece]:

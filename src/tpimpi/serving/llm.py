@@ -11,8 +11,9 @@ from tpimpi.engine.rank_memory import RankMemory
 from tpimpi.engine.startup import allot_memory, finish
 from tpimpi.engine.trace import RankTrace
 from tpimpi.serving.conversation import Conversation
-from tpimpi.serving.generate import HeldIds, generate, to_pieces, until_stop
+from tpimpi.serving.generate import GenerationFigures, HeldIds, generate, to_pieces, until_stop
 from tpimpi.serving.report import Answer, Report
+from tpimpi.serving.speculation import Speculation
 from tpimpi.serving.text.answer import Piece
 from tpimpi.serving.text.load import tokenizer_of_slices
 from tpimpi.serving.text.token_ids import TokenIds
@@ -57,6 +58,7 @@ class LLM:
         self.memory, self.conversation, self.report = memory, conversation, report
         self.engine = memory.engines[0]
         self._held = HeldIds()
+        self._speculation = Speculation(memory.draft, always=conversation.params.speculate is not None)
 
     def answer(self, turn: Turn, going_on: GoingOn = lambda done, prompt: True) -> Iterator[Piece]:
         """The answer, as it comes, first what there is of it; the report has its figures when it is done.
@@ -73,7 +75,8 @@ class LLM:
         made = list(turn.tokens)
         generated, cancelled = len(made) < max_tokens, False
         why = "stop"  # unless the tokens come to an end
-        times: list[float] = []
+        figures = GenerationFigures()
+        times: list[tuple[int, float]] = []
         ready = time.monotonic()
 
         def asked(done: int) -> bool:
@@ -84,8 +87,8 @@ class LLM:
         def noted() -> Iterator[int]:
             nonlocal why
             yield from turn.tokens[: len(made)]
-            for token in self._tokens(turn, max_tokens, asked) if generated else ():
-                times.append(time.monotonic())
+            for token in self._tokens(turn, max_tokens, asked, figures) if generated else ():
+                times.append((figures.passes, time.monotonic()))
                 made.append(token)
                 if session is not None:
                     session.add(token)
@@ -103,11 +106,12 @@ class LLM:
         elif session is not None:
             session.end(why, said[False], said[True])
         turn.ended, turn.text, turn.reasoning, turn.tools = why, said[False], said[True], list(stream.tools)
-        figures = (made, len(turn.ids), ready, times)
-        rows = (self._held.kept, len(self._held.ids) - self._held.kept) if generated else (0, 0)
-        self.report.add(Answer.timed(turn.text, *figures, *rows, ended=why, reasoning=turn.reasoning))
+        tokens = (made, len(turn.ids), ready, times, self._held.kept if generated else 0)
+        self.report.add(Answer.timed(turn.text, *tokens, figures, ended=why, reasoning=turn.reasoning))
 
-    def _tokens(self, turn: Turn, max_tokens: int, going_on: Callable[[int], bool]) -> Iterator[int]:
+    def _tokens(
+        self, turn: Turn, max_tokens: int, going_on: Callable[[int], bool], figures: GenerationFigures
+    ) -> Iterator[int]:
         """Those that follow what there is of the answer, so that it has at most `max_tokens`."""
         conversation, model, made = self.conversation, self.engine.model, list(turn.tokens)
         params = conversation.params
@@ -123,6 +127,8 @@ class LLM:
             sampled_ids=conversation.tokenizer.sampled_ids,
             held=self._held,
             going_on=going_on,
+            speculation=self._speculation,
+            figures=figures,
         )
 
     def _positions(self, needed: int) -> int:

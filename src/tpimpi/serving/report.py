@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tpimpi.engine.figures import RankFigures, disk_lines
+from tpimpi.serving.generate import GenerationFigures
 from tpimpi.star.tuning import describe_rule
 from tpimpi.system.files import write_json
 from tpimpi.system.units import show_size
@@ -31,7 +33,9 @@ class Answer:
     `finish_reason` is OpenAI's word for why it ended: "stop" by itself or before a stop text, "length" cut, where no more
     tokens were allowed or the context was full; or vLLM's: "abort" stopped by its user.
     `cached_tokens` is OpenAI's word for how many tokens of the prompt were not computed again, `rows_computed` how many
-    positions went through the layers for prompt and answer.
+    positions went through the layers for prompt and answer. `passes` gave tokens, `tokens_per_pass` each (None where
+    none did): more than 1 with speculation, which drafted `drafted_tokens`, of which `accepted_tokens` were right. Tokens of
+    one pass share its time.
     """
 
     text: str
@@ -44,6 +48,10 @@ class Answer:
     finish_reason: str
     cached_tokens: int = 0
     rows_computed: int = 0
+    passes: int = 0
+    tokens_per_pass: float | None = None
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @classmethod
     def timed(
@@ -52,20 +60,37 @@ class Answer:
         token_ids: list[int],
         prompt_tokens: int,
         ready: float,
-        times: list[float],
-        cached_tokens: int = 0,
-        rows_computed: int = 0,
+        times: list[tuple[int, float]],
+        cached_tokens: int,
+        figures: GenerationFigures,
         *,
         ended: str,
         reasoning: str = "",
     ) -> Answer:
-        """From the monotonic times of the prompt being ready and of each token; `ended` is one of transcript.END_REASONS."""
-        gaps = [b - a for a, b in itertools.pairwise(times)]
-        first = times[0] - ready if times else None
+        """From the monotonic times of the prompt being ready and of each token, with the number of its pass; `ended` is one
+        of transcript.END_REASONS."""
+        gaps = _gaps(times)
+        first = times[0][1] - ready if times else None
         middle, average = (float(np.median(gaps)), float(np.mean(gaps))) if gaps else (None, None)
         reason = FINISH_REASONS[ended]
-        rows = (cached_tokens, rows_computed)
-        return cls(text, reasoning, token_ids, prompt_tokens, first, middle, average, reason, *rows)
+        return cls(
+            *(text, reasoning, token_ids, prompt_tokens, first, middle, average, reason, cached_tokens),
+            rows_computed=figures.rows,
+            passes=figures.passes,
+            tokens_per_pass=figures.sampled / figures.passes if figures.passes else None,
+            drafted_tokens=figures.drafted,
+            accepted_tokens=figures.accepted,
+        )
+
+
+def _gaps(times: Sequence[tuple[int, float]]) -> list[float]:
+    """Seconds between tokens, of which those of one pass each have the same part of the time since the pass before."""
+    last = dict(times)  # when the last token of each pass was there
+    count = Counter(number for number, _ in times)
+    gaps: list[float] = []
+    for (_, then), (number, at) in itertools.pairwise(last.items()):
+        gaps += [(at - then) / count[number]] * count[number]
+    return gaps
 
 
 @dataclass
@@ -73,7 +98,7 @@ class Report:
     """A run, as `--report` writes it.
 
     `load_s` is from the start of the program to being ready. Where several prompts were answered, `text` to
-    `rows_computed` are those of the last; `answers` has these keys for each.
+    `accepted_tokens` are those of the last; `answers` has these keys for each.
     """
 
     model: str
@@ -92,6 +117,10 @@ class Report:
     finish_reason: str | None = None
     cached_tokens: int = 0
     rows_computed: int = 0
+    passes: int = 0
+    tokens_per_pass: float | None = None
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     answers: list[Answer] = field(default_factory=list)
     ranks: list[RankFigures] = field(default_factory=list)
 
@@ -129,6 +158,8 @@ class Report:
             times.append(f"first token {self.ttft_s:.2f} s")
         if self.s_per_token is not None and self.s_per_token_mean is not None:
             times.append(f"{self.s_per_token_mean:.3g} s/token (mean; median {self.s_per_token:.3g})")
+        if self.drafted_tokens:
+            times.append(shown_speculation(self))
         mixture = _experts_lines(self.ranks)
         print(file=sys.stderr)
         Console(file=sys.stderr, width=120, highlight=False, color_system=None).print(table)
@@ -149,6 +180,14 @@ class Report:
             for line in disk_lines(rates, alone=limited):
                 print(f"seen: {line}", file=sys.stderr)
         sys.stderr.flush()
+
+
+def shown_speculation(answer: Answer | Report) -> str:
+    """What speculation did for an answer."""
+    return (
+        f"{answer.passes} passes, {answer.tokens_per_pass:.2f} tokens each "
+        f"({answer.accepted_tokens} of {answer.drafted_tokens} drafted tokens accepted)"
+    )
 
 
 def _experts_lines(ranks: Sequence[RankFigures]) -> Iterator[str]:

@@ -15,7 +15,11 @@ def head_logits(backend: Backend, x: F32, tile: Parts) -> F32:
 
 
 def scaled_logits(logits: F32, scale: float, softcap: float) -> F32:
-    """Logits [n, vocab] times `scale`; with a `softcap` c > 0 then c tanh(logit / c)."""
+    """Logits [n, vocab] times `scale`; with a `softcap` c > 0 then c tanh(logit / c). In place."""
     if scale != 1:
-        logits = logits * np.float32(scale)
-    return np.float32(softcap) * np.tanh(logits / np.float32(softcap)) if softcap else logits
+        logits *= np.float32(scale)
+    if softcap:
+        logits /= np.float32(softcap)
+        np.tanh(logits, out=logits)
+        logits *= np.float32(softcap)
+    return logits

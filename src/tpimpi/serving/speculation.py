@@ -1,0 +1,255 @@
+"""Speculation, on rank 0: drafts of the next tokens, which one pass checks all at once. It changes no token.
+
+A pass over the last token and k drafted ones gives the logits of k + 1 positions. The sampler goes through them in order,
+with the history and the random stream that it would have had one token a pass; as long as it draws what was drafted, the
+next row is that of the sequence, and it goes on. The first other token is the answer's next one, and the rows behind it are
+taken back. This is speculative sampling (Leviathan et al. 2023, arXiv 2211.17192) with a draft q that puts all its
+probability on one token x: that accepts x with probability min(1, p(x) / q(x)) = p(x), the target's own, and draws otherwise
+from max(0, p - q), normalized, which is p without x. To draw from p and compare is the same, at every temperature; and the
+draws are those of a run without drafts, so that a seed gives the same answer.
+
+That is to the bit where a row's logits do not depend on the rows beside it, as with our kernels. The torch backend adds in
+another order for several rows: there a near-tie may go the other way, and since times decide about drafts, not in every run.
+
+Here drafts are from the text itself: what followed the longest suffix of prompt and answer that was there before (prompt
+lookup). How long they are is a matter of time alone: see `best_length`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import statistics
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from tpimpi.compute.arrays import F32
+from tpimpi.serving.sampling import Sampler
+
+# Of one or two tokens nearly every suffix of a text was there before, and what followed is mostly wrong: see
+# bench/studies/speculation.py --suffixes.
+SHORTEST_SUFFIX = 3  # tokens
+_SLOTS = 1 << 15  # of the table of suffixes
+_MOST_COMPARED = 32  # tokens of a suffix, and places where it may have been
+_CLASSES = (5, 9)  # tokens of a suffix from which on another rate of acceptance counts
+_PRIOR_RATES = (0.4, 0.6, 0.8)  # of each class
+_PRIOR_WEIGHT = 4.0  # tokens that the prior counts for
+_HALF_LIFE = 32.0  # tokens after which one that was compared counts for half
+_MOST_RATE = 0.98
+_TIMES_KEPT = 9  # passes of as many rows
+_LEAST_TIMED = 2  # passes of one row, before a draft is thought of
+_LEAST_GAIN = 1.03  # of tokens a second
+_FIRST_TRIAL, _LAST_TRIAL = 32, 1024  # passes with a draft that was not worth its time, after which one is tried
+
+
+class TextDrafts:
+    """What may follow a sequence, from its own text. 8 bytes of memory a token, and 128 KiB."""
+
+    def __init__(self, ids: Iterable[int] = ()) -> None:
+        self._ids = array("i")
+        # A suffix of SHORTEST_SUFFIX tokens is in a slot of the table, which has the place where it ended last; `_before`
+        # has for each place the one before it in the same slot, so that nothing is ever searched but these.
+        self._last = array("i", [-1]) * _SLOTS
+        self._before = array("i")
+        self._place = (
+            -1
+        )  # where the longest suffix of the text was before: the place of its last token, -1 if not known
+        self.matched = 0  # tokens of it
+        self.add(ids)
+
+    def add(self, ids: Iterable[int]) -> None:
+        """The sequence goes on with `ids`."""
+        for token in ids:
+            goes_on = self._place >= 0 and self._ids[self._place + 1] == token
+            self._ids.append(token)
+            # A suffix that is one token longer has no other place, or another as good.
+            self._place, self.matched = (self._place + 1, self.matched + 1) if goes_on else (-1, 0)
+            place, before = len(self._ids) - 1, -1
+            if place >= SHORTEST_SUFFIX - 1:
+                slot = hash(tuple(self._ids[-SHORTEST_SUFFIX:])) % _SLOTS
+                before, self._last[slot] = self._last[slot], place
+            self._before.append(before)
+
+    def propose(self, most: int) -> list[int]:
+        """At most so many tokens: what followed the longest suffix of the text that was there before, where it was last.
+
+        At the end of the text it goes on with itself, as a text does that repeats. Empty where not even the last
+        SHORTEST_SUFFIX tokens were there before; `matched` is how many were.
+        """
+        if self._place < 0:
+            self._find()
+        if self._place < 0:
+            return []
+        found = list(self._ids[self._place + 1 : self._place + 1 + most])
+        period = len(self._ids) - 1 - self._place
+        while len(found) < most:
+            found.append(found[len(found) - period])
+        return found
+
+    def _find(self) -> None:
+        """The place where the longest suffix was before; of those of the table the last _MOST_COMPARED are looked at."""
+        if not self._ids:
+            return
+        place = self._before[-1]
+        for _ in range(_MOST_COMPARED):
+            if place < 0:
+                return
+            length = self._common(place)
+            if length >= SHORTEST_SUFFIX and length > self.matched:
+                self._place, self.matched = place, length
+            place = self._before[place]
+
+    def _common(self, place: int) -> int:
+        """How many tokens up to `place` are the last ones of the text, as far as it matters."""
+        ids, last = self._ids, len(self._ids) - 1
+        most = min(_MOST_COMPARED, place + 1)
+        return next((i for i in range(most) if ids[place - i] != ids[last - i]), most)
+
+
+class PassTimes:
+    """Seconds of the passes of a run, by how many rows they had: the median of the last ones of each.
+
+    They show what a pass is bound by: with a disk or a link eight rows take about as long as one, with a processor longer;
+    of a mixture they include the experts that more rows read.
+    """
+
+    def __init__(self) -> None:
+        self._times: dict[int, deque[float]] = {}
+        self._rows: list[int] = []  # in order
+
+    def add(self, rows: int, seconds: float) -> None:
+        """A pass over so many rows took so long."""
+        if rows not in self._times:
+            self._times[rows] = deque(maxlen=_TIMES_KEPT)
+            bisect.insort(self._rows, rows)
+        self._times[rows].append(seconds)
+
+    def count(self, rows: int) -> int:
+        """How many passes over so many rows were timed, at most _TIMES_KEPT."""
+        return len(self._times.get(rows, ()))
+
+    def seconds(self, rows: int) -> float:
+        """What a pass over so many rows takes: between those that were timed on a line, beyond them as the nearest."""
+        at = bisect.bisect_left(self._rows, rows)
+        if at == len(self._rows):
+            return self._median(self._rows[-1])
+        if at == 0 or self._rows[at] == rows:
+            return self._median(self._rows[at])
+        less, more = self._rows[at - 1], self._rows[at]
+        part = (rows - less) / (more - less)
+        return self._median(less) * (1 - part) + self._median(more) * part
+
+    def _median(self, rows: int) -> float:
+        return statistics.median(self._times[rows])
+
+
+def expected_tokens(rate: float, drafted: int) -> float:
+    """Tokens that a pass gives with so many drafted, each right with probability `rate` if those before it are."""
+    rate = min(rate, _MOST_RATE)
+    return float((1 - rate ** (drafted + 1)) / (1 - rate))
+
+
+def best_length(rate: float, seconds: Callable[[int], float], most: int) -> int:
+    """How many tokens to draft, 0 to `most`, for most tokens a second; `seconds(n)` is what a pass takes over n rows.
+
+    0 unless another is better by _LEAST_GAIN at least.
+    """
+    best, speed = 0, _LEAST_GAIN * expected_tokens(rate, 0) / seconds(1)
+    for drafted in range(1, most + 1):
+        if (found := expected_tokens(rate, drafted) / seconds(1 + drafted)) > speed:
+            best, speed = drafted, found
+    return best
+
+
+class Acceptance:
+    """How often what is drafted is right, by how long the suffix was that it followed; what was long ago counts for less."""
+
+    def __init__(self) -> None:
+        self._right = [rate * _PRIOR_WEIGHT for rate in _PRIOR_RATES]
+        self._compared = [_PRIOR_WEIGHT] * len(_PRIOR_RATES)
+
+    def rate(self, matched: int) -> float:
+        """Of drafts after a suffix of so many tokens."""
+        of = bisect.bisect_right(_CLASSES, matched)
+        return self._right[of] / self._compared[of]
+
+    def add(self, matched: int, right: int, compared: int) -> None:
+        """Of `compared` tokens of such a draft, so many were right."""
+        of, kept = bisect.bisect_right(_CLASSES, matched), 0.5 ** (compared / _HALF_LIFE)
+        self._right[of] = self._right[of] * kept + right
+        self._compared[of] = self._compared[of] * kept + compared
+
+
+class Drafter:
+    """Drafts for one sequence: which tokens, and how many of them."""
+
+    def __init__(self, ids: Iterable[int], times: PassTimes, longest: int, *, always: bool = False) -> None:
+        """For a sequence that begins with `ids`. `longest` is how many tokens at most; with `always` all of them, whatever
+        that costs. `times` are those of the run."""
+        self._text, self._times, self._longest, self._always = TextDrafts(ids), times, longest, always
+        self._acceptance = Acceptance()
+        self._whole: list[int] = []  # the draft before it was cut
+        self._matched = 0
+        self._passes_off, self._trial = 0, _FIRST_TRIAL
+
+    def propose(self, most: int, seconds: Callable[[int], float] | None = None) -> list[int]:
+        """The draft to check in the next pass, at most `most` tokens; [] for none. `seconds` are of a pass over n rows of
+        this sequence, where that is something else than `times` say: beside rows of others."""
+        self._whole = self._text.propose(self._longest)
+        self._matched = self._text.matched
+        most = min(most, len(self._whole))
+        if self._always or most <= 0:
+            return self._whole[: max(0, most)]
+        return self._whole[: self._length(most, seconds or self._times.seconds)]
+
+    def _length(self, most: int, seconds: Callable[[int], float]) -> int:
+        if self._times.count(1) < _LEAST_TIMED:
+            return 0
+        rate = self._acceptance.rate(self._matched)
+        if length := best_length(rate, seconds, most):
+            self._passes_off, self._trial = 0, _FIRST_TRIAL
+            return length
+        self._passes_off += 1
+        if self._passes_off < self._trial:
+            return 0
+        # What passes take may have changed: another disk, other programs. About as many tokens as would be right.
+        self._passes_off, self._trial = 0, min(2 * self._trial, _LAST_TRIAL)
+        return max(1, min(most, round(rate / (1 - min(rate, _MOST_RATE)))))
+
+    def add(self, ids: Sequence[int]) -> None:
+        """The sequence went on with `ids`. What was drafted is compared whether it was checked or not, so that a draft that
+        was too dear is known to be good."""
+        compared = min(len(self._whole), len(ids))
+        if compared:
+            right = next((i for i in range(compared) if self._whole[i] != ids[i]), compared)
+            self._acceptance.add(self._matched, right, min(right + 1, compared))
+        self._whole = []
+        self._text.add(ids)
+
+
+@dataclass
+class Speculation:
+    """How a run speculates: `longest` is how many tokens it drafts at most, 0 for none; `always`: whatever that costs."""
+
+    longest: int = 0
+    always: bool = False
+    times: PassTimes = field(default_factory=PassTimes)
+
+    def drafter(self, ids: Iterable[int]) -> Drafter | None:
+        """For a sequence that begins with `ids`; None where nothing is drafted."""
+        return Drafter(ids, self.times, self.longest, always=self.always) if self.longest else None
+
+
+def checked(logits: F32, draft: Sequence[int], sample: Sampler, history: list[int]) -> Iterator[int]:
+    """The tokens that a pass over the last token and a draft gives, one at least: each is appended to `history` when it is
+    drawn.
+
+    logits [1 + len(draft), vocab]. All but the last are the draft's; it is drawn from the target's distribution in any case.
+    """
+    for row, drafted in zip(logits, (*draft, None), strict=True):
+        token = sample(row, history)
+        history.append(token)
+        yield token
+        if token != drafted:
+            return

@@ -1,0 +1,48 @@
+"""Speculation on real ranks: the same tokens in fewer passes, pinned and streamed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.launch import PROGRAMS
+from tests.support.ranks import Ranks
+from tests.support.tiny_models import write_tiny_hf
+from tpimpi.weights.make import choose_formats, slice_model
+from tpimpi.weights.slices.partition import make_partition
+from tpimpi.weights.sources import open_source
+
+KINDS = ("llama-bias", "gemma3", "qwen3-moe")  # full attention, windows, experts
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.slow_but("2")
+@pytest.mark.any_mpi
+def test_tokens_are_the_same_in_fewer_passes(on_ranks: Ranks, ranks: int, tmp_path: Path) -> None:
+    folders = []
+    for kind in KINDS:
+        path = write_tiny_hf(tmp_path / "models" / kind, kind)
+        (path / "tokenizer.json").write_text("{}")
+        folders.append(str(tmp_path / kind))
+        with open_source(path) as source:
+            partition = make_partition(source.config, [1] * ranks)
+            slice_model(source, partition, choose_formats(source, "f32"), Path(folders[-1]))
+    (tmp_path / "folders.json").write_text(json.dumps(folders))
+    result = on_ranks(ranks, str(PROGRAMS / "drafts.py"), str(tmp_path / "folders.json"), str(tmp_path))
+    assert result.code == 0, result.err
+    accepted = 0
+    for kind in KINDS:
+        for window in ("all", "2"):
+            found = json.loads((tmp_path / f"{kind}-{window}.json").read_text())
+            plain, drafted = found["plain"], found["drafted"]
+            assert [answer["ids"] for answer in plain] == [answer["ids"] for answer in drafted], (kind, window)
+            assert all(answer["passes"] == answer["sampled"] and not answer["drafted"] for answer in plain)
+            for answer in drafted:
+                assert answer["passes"] + answer["accepted"] >= answer["sampled"] > 0
+                assert answer["accepted"] <= answer["drafted"] <= 15 * answer["passes"]
+                assert answer["rows"] >= answer["passes"] - 1 + answer["drafted"]
+            assert sum(answer["drafted"] for answer in drafted) > 0, (kind, window)
+            accepted += sum(answer["accepted"] for answer in drafted)
+    assert accepted > 100
