@@ -39,7 +39,7 @@ def generate(row: Row, site: Site) -> Figures:
         ids = ([str(begin + number) for number in range(row.prompt)] for begin in (100, 101))
         prompts.write_text("".join(" ".join(each) + "\n" for each in ids))
         arguments = ["--slices", str(slices), "--raw", "--ignore-eos", "--max-tokens", str(row.answer_tokens)]
-        arguments += ["--context", str(row.context), "--allreduce", row.allreduce]
+        arguments += ["--context", str(row.context), "--allreduce", row.allreduce, "--speculate", "off"]
         # A greedy answer of random weights repeats itself, and then so do its experts.
         arguments += ["--temperature", "1", "--seed", "1"] if load_shape(row.shape).config.experts else []
         arguments += ["--threads", str(row.threads)] if row.threads else []

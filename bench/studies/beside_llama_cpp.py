@@ -80,7 +80,7 @@ def tpimpi(model: Path, ranks: int, threads: int, options: argparse.Namespace) -
         prompt.write_text((word * max(1, options.prompt_tokens)).strip())
         command = [sys.executable, "-m", "tpimpi", "--model", str(model), "--raw", "--prompt-file", str(prompt)]
         command += ["--ignore-eos", "--max-tokens", str(options.tokens), "--threads", str(threads), "--quiet"]
-        command += ["--report", str(report)]
+        command += ["--speculate", "off", "--report", str(report)]
         if options.ids:
             command += ["--temperature", "1", "--seed", "1"]
         if options.memory:

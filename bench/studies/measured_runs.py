@@ -88,7 +88,7 @@ class Setup:
             report = Path(folder, "report.json")
             command = [sys.executable, *program, "--slices", str(self.slices), "--raw", "--prompt", PROMPT]
             command += ["--ignore-eos", "--max-tokens", str(self.tokens), "--context", str(self.context)]
-            command += ["--report", str(report), "--quiet", *options]
+            command += ["--speculate", "off", "--report", str(report), "--quiet", *options]
             if inside is not None:
                 command = inside.command(command)
             hostfile = str(ROOT / "hostfiles" / "local.txt")

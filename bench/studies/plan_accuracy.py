@@ -118,6 +118,7 @@ def run(home: Home, mpi: str, ranks: int, slices: Path, tokens: int, report: Pat
     prompt = report.with_name("prompt.txt")
     prompt.write_text(" ".join(map(str, range(100, 100 + PROMPT))))
     arguments = ["--slices", str(slices), "--raw", "--prompt-file", str(prompt), "--ignore-eos", *COMMON]
+    arguments += ["--speculate", "off"]
     finished(home, mpi, ranks, [*arguments, "--max-tokens", str(tokens), "--report", str(report), "--quiet"])
     whole = json.loads(report.read_text())
     figures = ("rank", "compute_s", "star_s", "read_wait_s")

@@ -47,7 +47,8 @@ class Run:
         mpirun = shutil.which("mpirun") or sys.exit("no mpirun: source .venv/bin/activate")
         command = [mpirun, "-np", str(ranks), "--hostfile", str(ROOT / "hostfiles" / "local.txt"), sys.executable]
         command += [*PROGRAM, "--slices", str(slices), "--raw", "--prompt", PROMPT, "--ignore-eos", "--quiet"]
-        command += ["--max-tokens", str(tokens), "--context", "512", "--report", str(report)]
+        command += ["--max-tokens", str(tokens), "--context", "512", "--speculate", "off"]
+        command += ["--report", str(report)]
         self.process = subprocess.Popen(group.command(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
         self.times: list[float] = []  # at which tokens came
         self._thread = threading.Thread(target=self._read)

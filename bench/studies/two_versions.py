@@ -56,6 +56,11 @@ class Version:
         self.ranks: int = options.ranks
         self.arguments = ["--raw", "--ignore-eos", "--quiet", "--max-tokens", str(options.tokens), "--threads", "1"]
         self.arguments += ["--memory", options.memory] if options.memory else []
+        if "--speculate" in (self.checkout / "src/tpimpi/cli/run_options.py").read_text():
+            self.arguments += [
+                "--speculate",
+                "off",
+            ]  # times of a token, which a random text that repeats would not show
         self.model: Path | None = options.model
 
     def run(self, prompt: Path) -> Run:

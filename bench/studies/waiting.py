@@ -47,7 +47,7 @@ def main() -> None:
         prompt, report = home.folder / "prompt.txt", home.folder / "report.json"
         prompt.write_text(PROMPT)
         arguments = ["--prompt-file", str(prompt), "--max-tokens", str(TOKENS), "--ignore-eos", "--raw", "--quiet"]
-        arguments += ["--allreduce", "star", "--report", str(report), "--context", "512"]
+        arguments += ["--allreduce", "star", "--report", str(report), "--context", "512", "--speculate", "off"]
         if options.slices:
             arguments += ["--slices", options.slices]
         programs = {"sleeping": ["-m", "tpimpi"], "spinning": ["-m", "bench.studies.waiting", "--spinning"]}

@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 
 from tpimpi.engine.figures import ExpertFigures, RankFigures
+from tpimpi.serving.generate import GenerationFigures
 from tpimpi.serving.report import Answer, Report
 from tpimpi.serving.session import END_REASONS
 
 
 def answer(*gaps: float, ended: str = "end") -> Answer:
-    times = [1.5]
-    for gap in gaps:
-        times.append(times[-1] + gap)
-    return Answer.timed("text", [7] * len(times), 3, ready=1.0, times=times, ended=ended)
+    times = [(1, 1.5)]
+    for number, gap in enumerate(gaps, start=2):
+        times.append((number, times[-1][1] + gap))
+    made = GenerationFigures(rows=5, passes=len(times), sampled=len(times))
+    return Answer.timed("text", [7] * len(times), 3, ready=1.0, times=times, cached_tokens=0, figures=made, ended=ended)
 
 
 def figures(streamed_bytes_per_token: int = 0, read_wait_s: float = 0.0) -> RankFigures:
@@ -37,8 +39,26 @@ def test_a_few_slow_tokens_show_in_the_mean_and_not_in_the_median() -> None:
 
 def test_one_token_has_no_time_between_two() -> None:
     assert (answer().s_per_token, answer().s_per_token_mean) == (None, None)
-    empty = Answer.timed("", [], 3, ready=1.0, times=[], ended="end")
-    assert (empty.ttft_s, empty.s_per_token, empty.s_per_token_mean) == (None, None, None)
+    empty = Answer.timed("", [], 3, ready=1.0, times=[], cached_tokens=0, figures=GenerationFigures(), ended="end")
+    assert (empty.ttft_s, empty.s_per_token, empty.s_per_token_mean, empty.tokens_per_pass) == (None, None, None, None)
+
+
+def test_tokens_of_one_pass_share_its_time(capsys: pytest.CaptureFixture[str]) -> None:
+    """A pass of 0.6 s that gave three tokens, one of 0.5 s that gave one: as if each had come after 0.2, and after 0.5."""
+    times = [(1, 1.5), (2, 2.1), (2, 2.1), (2, 2.1001), (3, 2.6001)]
+    made = GenerationFigures(rows=20, passes=3, sampled=5, drafted=7, accepted=2)
+    found = Answer.timed("text", [7] * 5, 3, ready=1.0, times=times, cached_tokens=1, figures=made, ended="max_tokens")
+    assert found.s_per_token == pytest.approx(0.2, abs=1e-3) and found.s_per_token_mean == pytest.approx(
+        1.1 / 4, abs=1e-3
+    )
+    counted = (found.cached_tokens, found.rows_computed, found.passes, found.drafted_tokens, found.accepted_tokens)
+    assert counted == (1, 20, 3, 7, 2) and found.tokens_per_pass == pytest.approx(5 / 3)
+    report = Report("model", "q8_0", "native", "star")
+    report.add(found)
+    report.ranks = [figures()]
+    report.print_table()
+    assert "3 passes, 1.67 tokens each (2 of 7 drafted tokens accepted)" in capsys.readouterr().err
+    assert (report.passes, report.accepted_tokens) == (3, 2)
 
 
 def test_table_and_json_name_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

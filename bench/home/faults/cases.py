@@ -24,7 +24,7 @@ LONG_PROMPT = PROMPT + " The harbour is old, and the wind comes from the west." 
 class Case:
     """One kind of trouble: how the run is started, when it is broken, and how."""
 
-    options: tuple[str, ...] = ("--max-tokens", "1500", "--ignore-eos", "--raw")
+    options: tuple[str, ...] = ("--max-tokens", "1500", "--ignore-eos", "--raw", "--speculate", "off")
     prompt: str | None = PROMPT
     allowed_s = MESSAGE_TIMEOUT_S
     compared = True  # whether what was printed must be the beginning of the undisturbed text

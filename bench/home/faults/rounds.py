@@ -122,7 +122,7 @@ def home_with_slices(mpi: str, tokens: int = 200) -> Iterator[tuple[Home, str]]:
 def _home_with_slices(mpi: str, devices: list[Device], tokens: int) -> Iterator[tuple[Home, str]]:
     with Home(devices, Link(latency_s=0.0005)) as home:
         case = Case(home, mpi, 30)
-        case.options = ("--max-tokens", str(tokens), "--ignore-eos", "--raw", "--quiet")
+        case.options = ("--max-tokens", str(tokens), "--ignore-eos", "--raw", "--quiet", "--speculate", "off")
         process = home.mpirun(case.command(), ranks=RANKS, mpi=mpi, stdout=subprocess.PIPE, text=True)
         whole, _ = process.communicate(timeout=START_TIMEOUT_S)
         if process.returncode:

@@ -1,7 +1,7 @@
 """Run on every rank: answers with and without speculation, of several models in one launch.
 
-Arguments: a JSON file of folders of slices, and where to write. Rank 0 writes NAME-WINDOW.json for each: "plain" and "drafted",
-each with the ids of several answers and what their figures were; see `answers`.
+Arguments: a JSON file of folders of slices, and where to write. Rank 0 writes NAME-WINDOW.json for each: "plain" and
+"drafted", each with the ids of several answers and what their figures were; see `answers`.
 """
 
 from __future__ import annotations
