@@ -55,6 +55,7 @@ def config_changed(model: Path, **values: object) -> None:
         ([*PROMPT, "--top-p", "1.5"], "--top-p is 1.5"),
         ([*PROMPT, "--top-k", "-2"], "--top-k is -2"),
         ([*PROMPT, "--max-tokens", "0"], "--max-tokens is 0, must be 1 or more"),
+        ([*PROMPT, "--speculate", "16"], "--speculate is '16', must be auto, off, or a number of tokens, 1 to 15"),
         ([*PROMPT, "--max-tokens", "ten"], "--max-tokens.*'ten'"),
         ([*PROMPT, "--context", "0"], "--context is 0, must be 1 or more"),
         ([*PROMPT, "--threads", "0"], "--threads is 0"),

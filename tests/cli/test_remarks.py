@@ -146,6 +146,7 @@ def test_the_level_of_the_kernels_can_be_chosen(tpimpi: Callable[..., Result], t
         ("tpimpi --allreduce ", {"star", "mesh"}, {"slice"}),
         ("tpimpi --wire ", {"bf16", "q8_0"}, {"slice"}),
         ("tpimpi --kv ", {"f16", "f32"}, {"slice"}),
+        ("tpimpi --speculate ", {"auto", "off"}, {"slice"}),
         ("tpimpi slice --format ", {"auto", "q4_0"}, {"--out"}),
         ("tpimpi synth --format ", {"q4_0"}, {"auto"}),
         ("tpimpi synth --shape l", {"llama-2-7b"}, {"yi-34b"}),
