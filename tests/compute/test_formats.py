@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.support.drawn import examples
 from tests.support.formats import EVERY_FORMAT
 from tests.support.launch import ROOT
+from tpimpi.compute.arrays import median
 from tpimpi.compute.formats import FORMATS, WEIGHT_FORMATS, is_quantized, nearest_format
 from tpimpi.compute.formats.bf16 import from_bf16, to_bf16
 from tpimpi.compute.formats.packed import (
@@ -226,3 +227,10 @@ def test_numbers_that_a_format_does_not_have_are_refused(fmt: str, most: float) 
     values[1, 40] = 1.01 * most
     with pytest.raises(ValueError, match=f"{fmt} nothing over"):
         encode(values, fmt)
+
+
+@pytest.mark.parametrize(
+    "values", [[3.0], [2.0, 1.0], [5.0, 1.0, 2.0], [4.0, 1.0, 3.0, 2.0], [1.0, 1.0, 9.0, 0.5, 2.25]]
+)
+def test_the_median_is_numpys(values: list[float]) -> None:
+    assert median(values) == np.median(values)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
@@ -47,6 +46,8 @@ class Parser(argparse.ArgumentParser):
 
     def _meant(self, word: str) -> str:
         """What the user may have meant by an argument that there is not, as the end of a message."""
+        import difflib  # which a run does without
+
         name = word.partition("=")[0]
         if not name.startswith("-"):
             if " " in self.prog.removeprefix("python -m tpimpi"):  # a command, which has no commands of its own

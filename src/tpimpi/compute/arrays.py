@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,3 +12,9 @@ Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 Bytes = npt.NDArray[np.uint8]
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle of some numbers, or the mean of the two in the middle. np.median would bring numpy.ma, which is 1 MB."""
+    ordered = sorted(values)
+    return (ordered[len(ordered) // 2] + ordered[(len(ordered) - 1) // 2]) / 2

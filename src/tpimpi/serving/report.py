@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
-
+from tpimpi.compute.arrays import median
 from tpimpi.engine.figures import RankFigures, disk_lines
 from tpimpi.serving.generate import GenerationFigures
 from tpimpi.star.tuning import describe_rule
@@ -71,7 +70,7 @@ class Answer:
         of transcript.END_REASONS."""
         gaps = _gaps(times)
         first = times[0][1] - ready if times else None
-        middle, average = (float(np.median(gaps)), float(np.mean(gaps))) if gaps else (None, None)
+        middle, average = (median(gaps), sum(gaps) / len(gaps)) if gaps else (None, None)
         reason = FINISH_REASONS[ended]
         return cls(
             *(text, reasoning, token_ids, prompt_tokens, first, middle, average, reason, cached_tokens),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tpimpi.compute.arrays import Bytes
+from tpimpi.compute.arrays import Bytes, median
 from tpimpi.star.channel import ECHO, Channel
 from tpimpi.star.pieces import PIECE_NUMBERS
 from tpimpi.star.star import Star
@@ -47,7 +47,7 @@ def ping_link(star: Star, rank: int) -> Ping:
     to_rate, to_moved = _rate(channel, rank, _UP, min(trips))
     from_rate, from_moved = _rate(channel, rank, _DOWN, min(trips))
     _ask(channel, rank, _END, 0)
-    return Ping(min(trips) / 2, float(np.median(trips)) / 2, to_rate, from_rate, min(to_moved, from_moved))
+    return Ping(min(trips) / 2, median(trips) / 2, to_rate, from_rate, min(to_moved, from_moved))
 
 
 def answer_link(star: Star) -> None:

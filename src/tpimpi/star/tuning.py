@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tpimpi.compute.arrays import median
 from tpimpi.errors import StarError
 from tpimpi.star.allreduce import IN_RANK_ORDER
 from tpimpi.star.channel import ECHO, Channel, Pending
@@ -163,7 +164,7 @@ class LinkMeasurement:
                 if turn:  # the first is for the links to begin to carry what they can, and for buffers
                     trips[name] += seconds
         for name, seconds in trips.items():
-            times[name].append((largest, float(np.median(seconds))))
+            times[name].append((largest, median(seconds)))
         return times
 
     def _candidates(self, count: int) -> list[str]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-import random
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -136,7 +135,8 @@ class Trial:
         largest = max((piece.stop - piece.start for piece in cut), default=0)
         self._file = file
         self._places = [(p.offset, p.stop - p.start) for p in cut if p.stop - p.start >= largest // 2]
-        self._turn = itertools.count(random.randrange(len(self._places)) if self._places else 0)
+        first = int.from_bytes(os.urandom(8), "little")  # of the module random ranks have no other use
+        self._turn = itertools.count(first % max(1, len(self._places)))
 
     def depth(self, buffer: Bytes) -> int:
         """The fewest of DEPTHS reads in flight that give nearly the best rate: those for which `buffer` (READ_BYTES bytes

@@ -30,6 +30,7 @@ from tpimpi.weights.slices.local import LocalSlice, tidy_up
 from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import Partition, Span, attention_tiles
 from tpimpi.weights.sources import FLOAT_FORMATS, Source
+from tpimpi.weights.sources.gguf_types import type_of_name
 
 _PARTS = (*LayerFormats._fields, "head", "embedding")  # in the order in which texts list them
 
@@ -128,10 +129,8 @@ def requantized(source: Source, partition: Partition, formats: ModelFormats) -> 
 
 def _bits(stored: str) -> float:
     """Bits a weight of a type of GGUF."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    weights, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[stored.upper()]]
-    return 8 * nbytes / weights
+    kind = type_of_name(stored)
+    return 8 * kind.block_bytes / kind.block
 
 
 def _o_columns(source: Source, partition: Partition, formats: LayerFormats) -> Iterator[Span]:

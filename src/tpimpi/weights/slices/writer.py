@@ -12,8 +12,8 @@ import contextlib
 import os
 import stat
 from collections.abc import Collection, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,9 @@ from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import ALIGNMENT_BYTES
 from tpimpi.weights.slices.partition import Span
 from tpimpi.weights.slices.skeleton import read_skeleton, write_skeleton
+
+if TYPE_CHECKING:
+    from concurrent import futures
 
 _SYNC_BYTES = 64 << 20  # bytes that a thread has put on the disk while the next ones are written
 _READ_BYTES = 2 << 20  # bytes read at a time, of what is there already
@@ -146,8 +149,8 @@ class SliceWriter:
         self._rows_there = np.zeros(self.header.config.vocab if self.header.rank == 0 else 0, bool)
         self._offsets = {}
         self._unsynced = 0
-        self._syncing: Future[None] | None = None  # of what was written before
-        self._syncer: ThreadPoolExecutor | None = None
+        self._syncing: futures.Future[None] | None = None  # of what was written before
+        self._syncer: futures.ThreadPoolExecutor | None = None
 
     def _lock(self) -> int:
         """The temporary file, opened and locked. Another process may rename or remove it before we have the lock."""
@@ -306,7 +309,9 @@ class SliceWriter:
         Without it all would wait in memory, and for the disk at the end.
         """
         if self._syncer is None:
-            self._syncer = ThreadPoolExecutor(1, "disk")
+            from concurrent import futures  # which a rank whose slice is whole does without
+
+            self._syncer = futures.ThreadPoolExecutor(1, "disk")
         self._wait()
         self._syncing, self._unsynced = self._syncer.submit(os.fdatasync, self._fd), 0
 

@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.errors import ModelError
 from tpimpi.models.config_gguf import config_from_gguf
 from tpimpi.models.tensors import fused_tensors, interleaved_heads, model_tensors, rotated_rows, without_layers
 from tpimpi.weights.sources.gguf_header import GgufArray, GgufFile, GgufHeader, GgufTensor
 from tpimpi.weights.sources.gguf_parts import model_of, read_parts, tensors_of_parts
+from tpimpi.weights.sources.gguf_types import type_of_name
 from tpimpi.weights.sources.source import Source, check_tensors, decode
 from tpimpi.weights.sources.stored import Stored, TensorInfo
 from tpimpi.weights.sources.weight_file import DOWNLOAD_AGAIN, WeightFile, open_file, piece_of, shown, unreadable
@@ -136,15 +138,14 @@ def _rope_factors(stored: Stored) -> list[float]:
 
 
 def _check_decodable(stored: Mapping[str, Stored], gguf_name: Callable[[str], str], path: Path) -> None:
-    """Refuse formats that gguf cannot turn into numbers, by decoding one block of zeros of each."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
+    """Refuse formats that gguf cannot turn into numbers, by decoding one block of zeros of each that is not ours too."""
     first: dict[str, str] = {}
     for name, tensor in stored.items():
-        first.setdefault(tensor.info.format, name)
+        if tensor.info.format not in WEIGHT_FORMATS:
+            first.setdefault(tensor.info.format, name)
     for format, name in first.items():
         try:
-            decode(format, np.zeros((1, GGML_QUANT_SIZES[GGMLQuantizationType[format.upper()]][1]), np.uint8))
+            decode(format, np.zeros((1, type_of_name(format).block_bytes), np.uint8))
         except NotImplementedError:
             raise ModelError(
                 f"{path}: tensor {gguf_name(name)} is of type {format.upper()}, which the gguf package cannot turn into "

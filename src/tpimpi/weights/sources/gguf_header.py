@@ -14,10 +14,11 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from tpimpi.errors import ModelError, shorten
 from tpimpi.models.keys import MAX_LAYERS
+from tpimpi.weights.sources.gguf_types import GgufType, type_of_number
 from tpimpi.weights.sources.weight_file import (
     DOWNLOAD_AGAIN,
     WeightFile,
@@ -46,18 +47,6 @@ class GgufArray:
         return f"an array of {self.count}"
 
 
-class GgufType(NamedTuple):
-    """A type of tensors: GGML's name, and the numbers and bytes of its blocks."""
-
-    name: str
-    block: int
-    block_bytes: int
-
-    def nbytes(self, numbers: int) -> int:
-        """Bytes of so many numbers, whole blocks."""
-        return numbers // self.block * self.block_bytes
-
-
 @dataclass(frozen=True)
 class GgufTensor:
     """A tensor info as it stands in the file; the shape is turned to [out, in]."""
@@ -70,13 +59,7 @@ class GgufTensor:
     @property
     def type(self) -> GgufType | None:
         """Its type; None where the gguf package does not know it."""
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-        try:
-            kind = GGMLQuantizationType(self.kind)
-        except ValueError:
-            return None
-        return GgufType(kind.name.lower(), *GGML_QUANT_SIZES[kind])
+        return type_of_number(self.kind)
 
     @property
     def nbytes(self) -> int:
