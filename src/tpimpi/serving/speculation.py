@@ -27,31 +27,59 @@ from dataclasses import dataclass, field
 from tpimpi.compute.arrays import F32
 from tpimpi.serving.sampling import Sampler
 
-# Of one or two tokens nearly every suffix of a text was there before, and what followed is mostly wrong: see
-# bench/studies/speculation.py --suffixes.
-SHORTEST_SUFFIX = 3  # tokens
-_SLOTS = 1 << 15  # of the table of suffixes
+# How often what followed a suffix is right, by its length in tokens, in texts and code (python -m bench.studies.speculation
+# --suffixes): 1: 13 to 19 %, 2: a quarter to a third, 3 and 4: 34 to 63 %, 5 to 8: 47 to 76 %, more: about 80 %.
+SHORTEST_SUFFIX = 2  # tokens
+_CLASSES = (3, 5, 9)  # tokens of a suffix from which on another rate of acceptance counts
+_PRIOR_RATES = (0.25, 0.45, 0.6, 0.8)  # of each class
+_INDEXED = (
+    6,
+    SHORTEST_SUFFIX,
+)  # tokens of the suffixes that are in tables: a pair may be there too often to look at all
+_SLOTS = 1 << 15  # of a table
 _MOST_COMPARED = 32  # tokens of a suffix, and places where it may have been
-_CLASSES = (5, 9)  # tokens of a suffix from which on another rate of acceptance counts
-_PRIOR_RATES = (0.4, 0.6, 0.8)  # of each class
 _PRIOR_WEIGHT = 4.0  # tokens that the prior counts for
 _HALF_LIFE = 32.0  # tokens after which one that was compared counts for half
 _MOST_RATE = 0.98
 _TIMES_KEPT = 9  # passes of as many rows
 _LEAST_TIMED = 2  # passes of one row, before a draft is thought of
 _LEAST_GAIN = 1.03  # of tokens a second
-_FIRST_TRIAL, _LAST_TRIAL = 32, 1024  # passes with a draft that was not worth its time, after which one is tried
+_FIRST_TRIAL, _LAST_TRIAL = 16, 1024  # passes with a draft that was not worth its time, after which one is tried
+
+
+class _Places:
+    """Where suffixes of `size` tokens have been: a slot of a table has the place where the last of its suffixes ended, and
+    `before` for each place the one before it in the same slot, so that nothing is ever searched but these."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._last = array("i", [-1]) * _SLOTS
+        self._before = array("i")
+
+    def add(self, ids: array[int]) -> None:
+        """`ids` have one token more."""
+        place, before = len(ids) - 1, -1
+        if len(ids) >= self.size:
+            slot = hash(tuple(ids[-self.size :])) % _SLOTS
+            before, self._last[slot] = self._last[slot], place
+        self._before.append(before)
+
+    def before(self) -> Iterator[int]:
+        """Where the last suffix may have ended before, from the end on, at most _MOST_COMPARED places."""
+        place = self._before[-1] if self._before else -1
+        for _ in range(_MOST_COMPARED):
+            if place < 0:
+                return
+            yield place
+            place = self._before[place]
 
 
 class TextDrafts:
-    """What may follow a sequence, from its own text. 8 bytes of memory a token, and 128 KiB."""
+    """What may follow a sequence, from its own text. 12 bytes of memory a token, and 256 KiB."""
 
     def __init__(self, ids: Iterable[int] = ()) -> None:
         self._ids = array("i")
-        # A suffix of SHORTEST_SUFFIX tokens is in a slot of the table, which has the place where it ended last; `_before`
-        # has for each place the one before it in the same slot, so that nothing is ever searched but these.
-        self._last = array("i", [-1]) * _SLOTS
-        self._before = array("i")
+        self._places = [_Places(size) for size in _INDEXED]
         self._place = (
             -1
         )  # where the longest suffix of the text was before: the place of its last token, -1 if not known
@@ -65,11 +93,8 @@ class TextDrafts:
             self._ids.append(token)
             # A suffix that is one token longer has no other place, or another as good.
             self._place, self.matched = (self._place + 1, self.matched + 1) if goes_on else (-1, 0)
-            place, before = len(self._ids) - 1, -1
-            if place >= SHORTEST_SUFFIX - 1:
-                slot = hash(tuple(self._ids[-SHORTEST_SUFFIX:])) % _SLOTS
-                before, self._last[slot] = self._last[slot], place
-            self._before.append(before)
+            for places in self._places:
+                places.add(self._ids)
 
     def propose(self, most: int) -> list[int]:
         """At most so many tokens: what followed the longest suffix of the text that was there before, where it was last.
@@ -88,17 +113,14 @@ class TextDrafts:
         return found
 
     def _find(self) -> None:
-        """The place where the longest suffix was before; of those of the table the last _MOST_COMPARED are looked at."""
-        if not self._ids:
-            return
-        place = self._before[-1]
-        for _ in range(_MOST_COMPARED):
-            if place < 0:
+        """The place where the longest suffix was before, among those that the tables give."""
+        for places in self._places:
+            for place in places.before():
+                length = self._common(place)
+                if length >= places.size and length > self.matched:
+                    self._place, self.matched = place, length
+            if self.matched:
                 return
-            length = self._common(place)
-            if length >= SHORTEST_SUFFIX and length > self.matched:
-                self._place, self.matched = place, length
-            place = self._before[place]
 
     def _common(self, place: int) -> int:
         """How many tokens up to `place` are the last ones of the text, as far as it matters."""
@@ -130,15 +152,17 @@ class PassTimes:
         return len(self._times.get(rows, ()))
 
     def seconds(self, rows: int) -> float:
-        """What a pass over so many rows takes: between those that were timed on a line, beyond them as the nearest."""
+        """What a pass over so many rows takes: between those that were timed on a line, beyond them as the nearest; not more
+        than a pass over more rows, so that one slow pass does not count where others are known."""
         at = bisect.bisect_left(self._rows, rows)
         if at == len(self._rows):
             return self._median(self._rows[-1])
+        least = min(map(self._median, self._rows[at:]))
         if at == 0 or self._rows[at] == rows:
-            return self._median(self._rows[at])
+            return least
         less, more = self._rows[at - 1], self._rows[at]
         part = (rows - less) / (more - less)
-        return self._median(less) * (1 - part) + self._median(more) * part
+        return min(least, self._median(less) * (1 - part) + self._median(more) * part)
 
     def _median(self, rows: int) -> float:
         return statistics.median(self._times[rows])
