@@ -121,6 +121,24 @@ def test_greedy_tokens_are_those_of_transformers(
     assert result.out == "".join(text if text.endswith("\n") else text + "\n" for text in texts)
 
 
+@pytest.mark.parametrize("speculate", ["auto", "15"])
+@pytest.mark.slow
+def test_drafts_change_no_token(on_ranks: Ranks, cache: dict[str, str], oracle, speculate: str, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    result = on_ranks(
+        2,
+        *("-m", "tpimpi", "--format", "f32", "--allreduce", "star", "--max-tokens", str(TOKENS), "--memory", "500M"),
+        *("--speculate", speculate, "--report", str(report)),
+        env=cache,
+        stdin="".join(f"{prompt}\n" for prompt in PROMPTS),
+        timeout=600,
+    )
+    assert result.code == 0, result.err
+    _check(report, oracle)
+    answers = json.loads(report.read_text())["answers"]
+    assert speculate == "auto" or sum(answer["drafted_tokens"] for answer in answers) > 0
+
+
 @pytest.mark.slow
 def test_without_a_launcher_it_answers_alone(cache: dict[str, str], oracle, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
