@@ -77,6 +77,32 @@ def test_the_text_is_the_same_with_any_memory(runs: Runs, more: int, tmp_path: P
     assert SOME * streamed <= rank["bytes_read"] - rank["pinned_bytes"] <= (SOME + 1) * streamed
 
 
+@on_one_and_two_ranks
+@pytest.mark.slow
+def test_keys_and_values_are_written_and_read_within_it(runs: Runs, tmp_path: Path) -> None:
+    """The cipher's library is counted in what is needed at least."""
+    kept = (
+        "--session",
+        str(tmp_path / "s"),
+        "--keep-cache",
+        str(tmp_path / "kept"),
+        "--report",
+        str(tmp_path / "report"),
+    )
+    first = runs.run("--memory", "1M", *kept)
+    match = re.search(r"this rank needs at least (\d+) MB", first.err)
+    assert match, first.err
+    least = int(match[1])
+    assert runs.least < least < runs.least + 25
+    for run in range(2):
+        result = runs.run("--memory", f"{least + 2}M", *kept)
+        assert (result.code, result.our_lines) == (0, []), result.err
+        report = json.loads((tmp_path / "report").read_text())
+        assert all(rank["peak_rss_bytes"] <= rank["memory_bytes"] for rank in report["ranks"])
+        assert (report["answers"][0]["cached_tokens"] > SOME) == bool(run)
+    assert result.out.split() != runs.text[:SOME], "it is another turn"
+
+
 @on_two_ranks
 @pytest.mark.slow
 def test_a_size_for_each_rank(runs: Runs) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from tests.support.launch import PROGRAMS, Launcher
 from tests.support.messages import patterns_in
+from tpimpi.engine.protocol import Operation
 from tpimpi.star import BULK, CLOCK, CONTROL, HIDDEN, NOTE, PARTIAL, SUM
 from tpimpi.star.channel import ECHO
 from tpimpi.star.pieces import LARGE_PIECE_NUMBERS
@@ -25,7 +26,7 @@ from tpimpi.weights.slices.names import slice_name
 
 PROMPT = "Zanzibar ornithologist whispers quixotic melodies about elderberries. Please continue the story."
 BETWEEN_MESSAGES = b"\xa5" * 16  # in no pattern: what is found is within one message
-HIDDEN_SIZE, VOCAB, PROMPT_LIMIT = 576, 49152, 200
+HIDDEN_SIZE, VOCAB, PROMPT_LIMIT = 576, 49152, 256
 
 Message = tuple[int, int, bytes]
 
@@ -65,12 +66,8 @@ def odd_parcels(messages: list[Message], slices: Path) -> list[str]:
     return found
 
 
-def leaks(messages: list[Message], words: set[str], ids: list[int]) -> list[str]:
-    """What `messages` give away: words in any usual encoding, runs of ids as any usual number, or odd shapes.
-
-    For BULK see `odd_parcels`.
-    """
-    found = []
+def patterns_of(words: set[str], ids: list[int]) -> list[tuple[str, bytes]]:
+    """What would give words and runs of ids away, and its name."""
     patterns: list[tuple[str, bytes]] = []
     for word in words:
         patterns += [(f"the word {word} in {code}", word.encode(code)) for code in ("utf-8", "utf-16-le", "utf-32-le")]
@@ -78,6 +75,15 @@ def leaks(messages: list[Message], words: set[str], ids: list[int]) -> list[str]
         for dtype in ("<u2", "<i4", "<i8", "<f4", "<f8"):
             patterns.append((f"ids {first}, {second} as {dtype}", np.array([first, second], dtype).tobytes()))
         patterns.append((f"ids {first}, {second} as text", f"{first}, {second}".encode()))
+    return patterns
+
+
+def leaks(messages: list[Message], words: set[str], ids: list[int]) -> list[str]:
+    """What `messages` give away: words in any usual encoding, runs of ids as any usual number, or odd shapes.
+
+    For BULK see `odd_parcels`.
+    """
+    found = []
     for destination, tag, data in messages:
         if tag == CONTROL:
             if len(data) != 40:
@@ -85,7 +91,7 @@ def leaks(messages: list[Message], words: set[str], ids: list[int]) -> list[str]
             numbers = np.frombuffer(data[:40], "<i8")[1:]
             # Operation, number of positions, first position: nothing that depends on what the ids are. Of experts, 0.
             short = all(0 <= number <= PROMPT_LIMIT for number in numbers[1:3])
-            if not (short and 1 <= numbers[0] <= 3 and not numbers[3:].any()):
+            if not (short and numbers[0] in (1, 2, 3, Operation.KEEP, Operation.TAKE) and not numbers[3:].any()):
                 found.append(f"the control header {numbers.tolist()}")
         elif tag in (HIDDEN, PARTIAL, SUM):
             if len(data) % 4 or len(data) > LARGE_PIECE_NUMBERS * 4:
@@ -103,7 +109,7 @@ def leaks(messages: list[Message], words: set[str], ids: list[int]) -> list[str]
         elif tag != BULK:
             found.append(f"an unknown tag {tag}")
     searched = BETWEEN_MESSAGES.join(data for _, tag, data in messages if tag != BULK)
-    return found + patterns_in(searched, patterns)
+    return found + patterns_in(searched, patterns_of(words, ids))
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +153,36 @@ def test_messages_give_nothing_away(recorded, smollm2: Path) -> None:
         sums = 60 * (len(report["token_ids"]))
         assert sum(tag in (SUM, PARTIAL) for _, tag, _ in messages) >= sums, "the recorder saw too little"
         assert leaks(messages, words, ids) == []
+
+
+@pytest.mark.slow
+def test_kept_keys_and_values_give_nothing_away(
+    mpirun: Launcher, cache: dict[str, str], smollm2: Path, tmp_path: Path
+) -> None:
+    """Neither what is said while they are written and read, nor the files; no rank but 0 keeps the key."""
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    options = ("--prompt-file", "prompt.txt", "--max-tokens", "24", "--report", "report.json", "--session", "session")
+    for run in range(2):
+        arguments = (str(PROGRAMS / "recorded_run.py"), str(tmp_path), *options, "--keep-cache", "kept")
+        result = mpirun(3, *arguments, env=cache, cwd=tmp_path)
+        assert result.code == 0, result.err
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert (report["answers"][0]["cached_tokens"] > 0) == bool(run)
+        words, ids = _words(report), _ids(report, smollm2)
+        for rank in range(3):
+            messages = pickle.loads((tmp_path / f"messages-{rank}.pickle").read_bytes())
+            assert leaks(messages, words, ids) == []
+        controls = pickle.loads((tmp_path / "messages-0.pickle").read_bytes())
+        asked = {int(np.frombuffer(data, "<i8")[1]) for _, tag, data in controls if tag == CONTROL}
+        assert asked >= ({Operation.TAKE, Operation.KEEP} if run else {Operation.KEEP})
+        entry = json.loads((tmp_path / "session.cache").read_text())
+        files = sorted((tmp_path / "kept").iterdir())
+        assert [file.name for file in files] == [f"{entry['name']}-r{rank}.kv" for rank in range(3)]
+        for file in files:
+            kept = file.read_bytes()
+            assert len(kept) > 100_000 and patterns_in(kept, patterns_of(words, ids)) == []
+            keys = [entry["key"].encode(), bytes.fromhex(entry["key"]), entry["hash"].encode()]
+            assert not any(key in kept for key in keys)
 
 
 @pytest.mark.slow

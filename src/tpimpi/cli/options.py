@@ -84,6 +84,7 @@ class GenerateOptions:
     prompt: str | None = None
     prompt_file: str | None = None
     session: str | None = None
+    keep_cache: str | None = None
     system: str | None = None
     system_file: str | None = None
     overflow: str = ERROR

@@ -58,10 +58,12 @@ def prepare(
     quiet: bool,
     trace: bool = False,
     draft: int | None = 0,
+    keep_cache: str | None = None,
 ) -> EngineConfig:
     """Rank 0: choose the allreduce and the partition, make the slices that are not there, and say how to use them.
 
-    `context` is how many positions the user wants room for, None where nothing is said; see EngineConfig for `draft`.
+    `context` is how many positions the user wants room for, None where nothing is said; see EngineConfig for `draft` and
+    `keep_cache`.
     """
     if model.slices is None:
         with open_source(model_path(model.model)) as source:
@@ -95,6 +97,7 @@ def prepare(
         chunk=compute.prompt_chunk,
         predict=compute.predict,
         draft=draft,
+        keep_cache=keep_cache,
     )
 
 

@@ -63,6 +63,16 @@ def kept(session: Session) -> str | None:
     return f"the conversation is kept in {session.path}; the same --session goes on with it"
 
 
+def computed_again(problem: str) -> str:
+    """Said where what --keep-cache kept of a conversation cannot be used."""
+    return f"the conversation so far is computed again: {problem}"
+
+
+def not_kept(job: Job, problem: str) -> str:
+    """Said where --keep-cache could not keep what the ranks have."""
+    return f"{job.name()}: keys and values are not kept, the next run computes them again: {problem}"
+
+
 def shown_prompt(turn: Turn) -> str:
     """A turn's prompt, in a line."""
     more = "…" if len(turn.prompt) > MOST_PROMPT_CHARACTERS else ""

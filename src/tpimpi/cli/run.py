@@ -48,12 +48,16 @@ def run(star: Star, job: Job) -> int:
     output = options.output
     with job.others_waiting():
         startup.start(star)
+        if (problem := llm.take_kept()) is not None and not output.quiet:
+            say(remarks.computed_again(problem))
         llm.report.load_s = job.seconds()
         code, answers = answer_all(llm, first, job, options)
         if not answers and not is_chat(options.generate):
             time.sleep(AFTER_CTRL_C_S)
         if given_by_options(options.generate) and not output.quiet:
             say(remarks.unread(job))
+        if (problem := llm.keep()) is not None:
+            say(remarks.not_kept(job, problem))
         traces = llm.finish()
     if not answers and code == 0 and not is_chat(options.generate):
         raise InputError(
@@ -71,11 +75,15 @@ def load(star: Star, job: Job) -> tuple[RunOptions, LLM, Turn | None]:
     ranks = greet(star, job.arguments)
     options = parse_run(job.arguments)
     star.allow_silence(options.network.silence)
-    session = None
+    session = kept = None
     if options.generate.session is not None:
         session = Session(options.generate.session)
         job.at_end.callback(session.close)
         options = replace(options, generate=with_session(options.generate, session))
+        if options.generate.keep_cache is not None:
+            from tpimpi.serving.kept_cache import KeptCache  # which most runs do without
+
+            kept = KeptCache(session)
     if is_chat(options.generate):
         import tpimpi.cli.chat  # noqa: F401  (now, so that its memory is counted)
     hosts = [rank.host for rank in ranks]
@@ -98,6 +106,7 @@ def load(star: Star, job: Job) -> tuple[RunOptions, LLM, Turn | None]:
         quiet=quiet,
         trace=options.output.trace is not None,
         draft=params.speculate,
+        keep_cache=options.generate.keep_cache,
     )
     release_freed_memory()  # of the model's file
     engine = startup.open_engines(star, config)
@@ -105,7 +114,7 @@ def load(star: Star, job: Job) -> tuple[RunOptions, LLM, Turn | None]:
     transcript = Transcript() if session is None and is_chat(options.generate) else session
     conversation = Conversation.begin(engine.header, tokenizer, params, transcript)
     report = Report(engine.header.model, engine.header.format, engine.backend.name, star.algorithm)
-    llm, allotments = load_llm(engine, conversation, report, conversation.next_turn(prompt), tokenizer_bytes)
+    llm, allotments = load_llm(engine, conversation, report, conversation.next_turn(prompt), tokenizer_bytes, kept)
     job.at_end.callback(llm.close)
     if options.output.record_routing is not None:
         experts_to_record(llm).record()

@@ -168,7 +168,13 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
         help="keep the conversation in this file, and go on where it ends, in mid-answer too; read and written by rank 0 "
         "alone, with the sampling options that it was begun with",
     )
-
+    group.add_argument(
+        "--keep-cache",
+        type=path_given("--keep-cache", "the name of a folder"),
+        metavar="DIR",
+        help="with --session: at the end every rank keeps its keys and values of the conversation in this folder on its own "
+        "disk, encrypted, and the next run goes on without computing it again (needs cryptography)",
+    )
     group.add_argument(
         "--system",
         metavar="TEXT",
@@ -345,6 +351,7 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
         prompt=parsed.prompt,
         prompt_file=parsed.prompt_file,
         session=parsed.session,
+        keep_cache=parsed.keep_cache,
         system=parsed.system,
         system_file=parsed.system_file,
         overflow=parsed.overflow,
@@ -367,6 +374,10 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
     )
     if generate.prompt is not None and generate.prompt_file is not None:
         raise InputError("--prompt and --prompt-file are both given; give one of them")
+    if generate.keep_cache is not None and generate.session is None:
+        raise InputError(
+            "--keep-cache is given and --session is not, whose keys and values it keeps; give both, or leave it out"
+        )
     check_combinations(options.compute, options.network, options.model)
     inputs = (generate.prompt_file, generate.stop_file, generate.session, generate.chat_template, generate.system_file)
     check_outputs(options.output, (options.model.model, *inputs), session=generate.session)

@@ -23,6 +23,7 @@ from tpimpi.engine.experts import Experts
 from tpimpi.engine.model import Model, block_order
 from tpimpi.engine.needs import needs_of_model
 from tpimpi.engine.overlap import usual_chunk
+from tpimpi.engine.page_files import PageFiles
 from tpimpi.engine.trace import Recorder
 from tpimpi.engine.window import Window
 from tpimpi.errors import InputError, SliceError
@@ -64,6 +65,7 @@ class EngineConfig:
     predict: int | None = None  # experts of a layer that are read before they are chosen; None: as many as a token uses
     kernels: str = "auto"  # or one of KERNEL_LEVELS
     draft: int | None = 0  # tokens of a draft at most, of which rank 0 has all logits; None: as many as memory says
+    keep_cache: str | None = None  # the folder where each rank keeps a session's keys and values between runs
 
     def slice_path(self, rank: int, ranks: int) -> Path:
         return SliceLocation(self.folder, self.cache_name).path(rank, ranks)
@@ -103,6 +105,9 @@ class OpenedEngine:
                 ExpertKey(record.block.layer, record.expert): record for record in self.file.records_of("experts")
             }
             self.recorder = Recorder() if settings.trace else None
+            self.page_files = None
+            if settings.keep_cache is not None:
+                self.page_files = PageFiles.open(settings.keep_cache, star.rank.index, identity(self.header))
             # Positions of a prompt that are computed at once; rank 0 may say another number before memory is planned.
             self.chunk = settings.chunk or usual_chunk(self.header.config)
         except BaseException:

@@ -124,6 +124,13 @@ class Model:
         self.cache.release(kind, pages)
         self._reserve()
 
+    def take_pages(self, tables: Sequence[Sequence[int]]) -> None:
+        """These pages of each kind (-1: none) will be written from a file, and take memory from now on."""
+        assert self.cache is not None, "pages that were not opened"
+        self.cache.note_read(tables)
+        if not self.has_one_sequence:
+            self._reserve()
+
     def _reserve(self) -> None:
         """Have room for the pages that were written, and some more, so that pinned tiles give way now and then alone."""
         assert self.cache is not None
@@ -139,11 +146,14 @@ class Model:
         None where the rotary angles of one differ from those of the other (see rope_frequencies)."""
         if self.cache is None:
             return 0
-        if self.context != context:
-            ropes = self._frequencies_for(context)
-            if any(not np.array_equal(self._frequencies[rope], of) for rope, of in ropes.items()):
-                return 0
-        return min(self.length, context)
+        return min(self.length, context) if self.has_same_angles(self.context, context) else 0
+
+    def has_same_angles(self, context: int, other: int) -> bool:
+        """Whether rotary angles are the same for sequences of at most so many positions as of at most so many others."""
+        if context == other:
+            return True
+        ropes, others = self._frequencies_for(context), self._frequencies_for(other)
+        return all(np.array_equal(ropes[rope], others[rope]) for rope in ropes)
 
     def _frequencies_for(self, context: int) -> dict[Rope, F32]:
         ropes = {spec.rope for spec in self._layers if spec.rope is not None}

@@ -1,7 +1,8 @@
 """The steps of a run after its start: what rank 0 asks for, and how the other ranks follow.
 
-A step begins with a header, int64 [5] over the star: magic, operation, positions, start, choices. FORWARD is followed by the
-hidden vectors; BATCH by the rows (see batch) and their hidden vectors. Prompt, token ids and text are in none of them.
+A step begins with a header, int64 [5] over the star: magic, operation, positions, start, choices. FORWARD is followed by
+the hidden vectors; BATCH by the rows (see batch) and their hidden vectors; KEEP and TAKE by notes (see keep_pages). Prompt,
+token ids and text are in none of them.
 
 `choices` is a hash of the experts that rank 0 has chosen so far in a mixture of experts. Ranks that chose others would add
 parts of different experts, and make nonsense that looks like text: so every rank compares, before each step, and the run
@@ -19,11 +20,14 @@ import numpy as np
 
 from tpimpi.compute.arrays import F32
 from tpimpi.engine.batch import pack_rows, unpack_rows
+from tpimpi.engine.keep_pages import SequenceFile, keep, receive_which, take
 from tpimpi.engine.model import Model
+from tpimpi.engine.page_files import PageFiles
 from tpimpi.errors import StarError
 from tpimpi.models.kv.cache import FULL, KINDS, WINDOWED, StepRows
 from tpimpi.models.kv.pages import PageAccount
 from tpimpi.star import Star, Words
+from tpimpi.star.control import send_note
 
 MAGIC = 0x7470696D7069  # "tpimpi": a header that was damaged, or is of another program, does not begin with it
 HEADER_WORDS = 5
@@ -41,6 +45,8 @@ class Operation(IntEnum):
     RELEASE = (
         6  # of `start` words that follow, the first `positions` are pages of full layers; memory that is given back
     )
+    KEEP = 7  # pages of a sequence are to be written to a file; notes follow
+    TAKE = 8  # pages of a sequence are to be read from a file; notes follow
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,20 @@ def release_pages(model: Model, star: Star, pages: Sequence[Sequence[int]]) -> N
     _release(model, words, len(pages[0]))
 
 
+def keep_pages(model: Model, star: Star, files: PageFiles, which: SequenceFile) -> list[str]:
+    """Rank 0: have every rank write these pages to its file. What went wrong, a line a rank: then no file was changed."""
+    send_header(star, StepHeader(Operation.KEEP, choices=model.choices))
+    send_note(star, which)
+    return keep(model, star, files, which)
+
+
+def take_pages(model: Model, star: Star, files: PageFiles, which: SequenceFile) -> list[str]:
+    """Rank 0: have every rank read these pages from its file. What went wrong, a line a rank: then none of them count."""
+    send_header(star, StepHeader(Operation.TAKE, choices=model.choices))
+    send_note(star, which)
+    return take(model, star, files, which)
+
+
 def _release(model: Model, words: Words, full: int) -> None:
     for kind, pages in enumerate((words[:full], words[full:])):
         model.release_pages(kind, pages.tolist())
@@ -138,11 +158,11 @@ def finish(model: Model, star: Star) -> None:
     send_header(star, StepHeader(Operation.FINISH, choices=model.choices))
 
 
-def follow(models: Sequence[Model], star: Star) -> None:
+def follow(models: Sequence[Model], star: Star, files: PageFiles | None = None) -> None:
     """Other ranks: do what rank 0 says until it says that the run is over. They see hidden vectors, never ids or text.
 
-    Where there are several models the headers are for them in turn, the first for the first. Raises StarError for a header
-    that makes no sense.
+    Where there are several models the headers are for them in turn, the first for the first. `files` is where pages may be
+    kept. Raises StarError for a header that makes no sense.
     """
     for model in itertools.cycle(models):
         header = receive_header(star)
@@ -156,7 +176,17 @@ def follow(models: Sequence[Model], star: Star) -> None:
             )
         if header.operation == Operation.FINISH:
             return
-        _follow_one(model, star, header)
+        if header.operation in (Operation.KEEP, Operation.TAKE):
+            _keep_or_take(model, star, files, header)
+        else:
+            _follow_one(model, star, header)
+
+
+def _keep_or_take(model: Model, star: Star, files: PageFiles | None, header: StepHeader) -> None:
+    which = receive_which(model, star)
+    if files is None:
+        raise StarError("rank 0 asks for a file of keys and values, and there is to be none")
+    (keep if header.operation == Operation.KEEP else take)(model, star, files, which)
 
 
 def _follow_one(model: Model, star: Star, header: StepHeader) -> None:

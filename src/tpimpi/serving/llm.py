@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from tpimpi.engine.allotment import MemoryAllotment
 from tpimpi.engine.engine import DEFAULT_CONTEXT, OpenedEngine
@@ -22,6 +23,9 @@ from tpimpi.serving.transcript import Turn
 from tpimpi.system.memory import release_freed_memory, resident_bytes
 from tpimpi.weights.slices.file import SliceFile
 
+if TYPE_CHECKING:  # for the memory that its hash takes
+    from tpimpi.serving.kept_cache import KeptCache
+
 GoingOn = Callable[[int, int], bool]
 ROOM_POSITIONS = 256  # a conversation's cache grows by so many
 
@@ -36,29 +40,61 @@ def load_tokenizer_of_slices(file: SliceFile, chat_template: str | None = None) 
 
 
 def load_llm(
-    engine: OpenedEngine, conversation: Conversation, report: Report, first: Turn | None, tokenizer_bytes: int = 0
+    engine: OpenedEngine,
+    conversation: Conversation,
+    report: Report,
+    first: Turn | None,
+    tokenizer_bytes: int = 0,
+    kept: KeptCache | None = None,
 ) -> tuple[LLM, list[MemoryAllotment]]:
     """Have every rank take memory: for the `first` turn and its answer, or where there is none for what may come.
 
-    Returns what answers, and what each rank has, in rank order. `tokenizer_bytes` is for the figures. Raises InputError
-    where a rank's promise is too small.
+    Returns what answers, and what each rank has, in rank order. `tokenizer_bytes` is for the figures, `kept` what was kept
+    of the conversation (--keep-cache). Raises InputError where a rank's promise is too small.
     """
     params = conversation.params
     wanted = DEFAULT_CONTEXT if first is None else len(first.ids) + params.max_tokens
     context = params.context or min(conversation.limit, wanted)
     memory, allotments = allot_memory(engine.star, [engine], context, tokenizer_bytes)
     rooms = [rank.most_context for rank in allotments if rank.most_context is not None]
-    return LLM(memory, conversation.limited(min([conversation.limit, *rooms])), report), allotments
+    limited = conversation.limited(min([conversation.limit, *rooms]))
+    return LLM(memory, limited, report, context, kept), allotments
 
 
 class LLM:
     """Rank 0's use of a model for which every rank has its memory (see load_llm)."""
 
-    def __init__(self, memory: RankMemory, conversation: Conversation, report: Report) -> None:
+    def __init__(
+        self,
+        memory: RankMemory,
+        conversation: Conversation,
+        report: Report,
+        context: int,
+        kept: KeptCache | None = None,
+    ) -> None:
+        """`context` is how many positions memory was taken for."""
         self.memory, self.conversation, self.report = memory, conversation, report
         self.engine = memory.engines[0]
-        self._held = HeldIds()
+        self._held, self._context, self._kept = HeldIds(), context, kept
         self._speculation = Speculation(memory.draft, always=conversation.params.speculate is not None)
+
+    def take_kept(self) -> str | None:
+        """Have every rank go on with the keys and values that the last run of the conversation kept, if any are there.
+
+        Returns why not, where some were kept."""
+        if self._kept is None or (files := self.engine.opened.page_files) is None:
+            return None
+        limit = self.conversation.limit
+        self._held.ids, problem = self._kept.take(self.engine.model, files, min(self._context, limit), limit)
+        return problem
+
+    def keep(self) -> str | None:
+        """Have every rank keep its keys and values for the next run of the conversation, if they are to be kept.
+
+        Returns why not, where they could not."""
+        if self._kept is None or (files := self.engine.opened.page_files) is None:
+            return None
+        return self._kept.keep(self.engine.model, files, self._held.ids)
 
     def answer(self, turn: Turn, going_on: GoingOn = lambda done, prompt: True) -> Iterator[Piece]:
         """The answer, as it comes, first what there is of it; the report has its figures when it is done.

@@ -110,10 +110,11 @@ def check_folder(folder: Path, option: str) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
+def whole_file(path: Path, *, private: bool = False, temporary: str | None = None) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of `path` once it is whole; a device or pipe is written as it is.
 
-    Where `private`, only its owner can read it, whatever the umask and the file before it allow. Raises OSError.
+    Where `private`, only its owner can read it, whatever the umask and the file before it allow. `temporary` is its name
+    until then, where one that is there already may be written over. Raises OSError.
     """
     if path.exists() and not path.is_file():
         with path.open("wb") as stream:
@@ -121,16 +122,17 @@ def whole_file(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
         return
     target = path.resolve()  # a link stays a link
     # Not from `secrets`, which would load 4 MB of OpenSSL.
-    temporary = target.with_name(f".{os.getpid()}.{os.urandom(4).hex()}.partial")
+    partial = target.with_name(temporary or f".{os.getpid()}.{os.urandom(4).hex()}.partial")
+    once = os.O_EXCL if temporary is None else os.O_TRUNC | os.O_NOFOLLOW
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | once, 0o600 if private else 0o666)
         with os.fdopen(descriptor, "wb") as file:
             if private:
                 os.fchmod(descriptor, 0o600)
             yield file
-        temporary.replace(target)
+        partial.replace(target)
     finally:
-        temporary.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: Mapping[str, Any], option: str = "--report", *, private: bool = False) -> None:

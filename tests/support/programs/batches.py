@@ -20,7 +20,7 @@ from tpimpi.engine.startup import open_engine
 from tpimpi.errors import InputError
 from tpimpi.models.kv.cache import KINDS, PAGE, pages_of
 from tpimpi.models.kv.pages import PageAccount, SequencePages, rows_of
-from tpimpi.star import connect
+from tpimpi.star import Star, connect
 
 CONTEXT, STEPS, PAGES = 200, 60, 9
 
@@ -35,19 +35,7 @@ class Sequence:
 def main() -> None:
     star = connect()
     bounded = sys.argv[4] == "bounded"
-    settings = EngineConfig(
-        *(sys.argv[1], None, "", "", "", "native", 1, "star", 60.0),
-        cores_shared_by=[star.rank.size] * star.rank.size,
-        window=None if bounded else "all",
-        memory=[0] * star.rank.size if bounded else None,
-        kv=sys.argv[3],
-    )
-    planner = MemoryPlanner([open_engine(star, settings)])
-    needs = planner.needs(CONTEXT)
-    # For all tiles and a sequence; and for as many pages as come, if half of the tiles give way.
-    pages = PAGES * needs.cache // pages_of(CONTEXT)
-    promise = needs.most + needs.usual_buffers + max(0, pages - needs.cache - needs.tiles // 2)
-    memory = planner.plan(CONTEXT, promise if bounded else None, 0).take()
+    memory = take_memory(star, bounded)
     engine = memory.engines[0]
     model = engine.model
     if not star.rank.is_hub:
@@ -102,6 +90,23 @@ def main() -> None:
     print("all well", len(done), flush=True)
     protocol.finish(model, star)
     memory.close()
+
+
+def take_memory(star: Star, bounded: bool) -> RankMemory:
+    """For all tiles; where it is bounded, for the pages of all sequences only if tiles give way."""
+    settings = EngineConfig(
+        *(sys.argv[1], None, "", "", "", "native", 1, "star", 60.0),
+        cores_shared_by=[star.rank.size] * star.rank.size,
+        window=None if bounded else "all",
+        memory=[0] * star.rank.size if bounded else None,
+        kv=sys.argv[3],
+    )
+    planner = MemoryPlanner([open_engine(star, settings)])
+    needs = planner.needs(CONTEXT)
+    # For all tiles and a sequence; and for as many pages as come, if half of the tiles give way.
+    pages = PAGES * needs.cache // pages_of(CONTEXT)
+    promise = needs.most + needs.usual_buffers + max(0, pages - needs.cache - needs.tiles // 2)
+    return planner.plan(CONTEXT, promise if bounded else None, 0).take()
 
 
 def check_allotment(memory: RankMemory, bounded: bool) -> None:

@@ -41,11 +41,14 @@ class KVShape:
     head_dim: int
     fmt: str
 
+    def used_bytes(self, kind: int) -> int:
+        """Keys and values of a page."""
+        dtype, row = row_of(self.fmt, self.head_dim)
+        return self.kinds.count(kind) * 2 * self.kv_heads * PAGE * row * dtype.itemsize
+
     def page_bytes(self, kind: int) -> int:
         """Memory of a page: whole pages of memory, so that it can be given back."""
-        dtype, row = row_of(self.fmt, self.head_dim)
-        used = self.kinds.count(kind) * 2 * self.kv_heads * PAGE * row * dtype.itemsize
-        return -(-used // RELEASE_BYTES) * RELEASE_BYTES
+        return -(-self.used_bytes(kind) // RELEASE_BYTES) * RELEASE_BYTES
 
     @property
     def unit_bytes(self) -> int:
@@ -107,8 +110,8 @@ class KVCache:
         of_kind: list[Array] = []
         for kind, count in enumerate(self.pages):
             parts = (shape.kinds.count(kind), 2, shape.kv_heads, PAGE, row)
-            used = int(np.prod(parts)) * dtype.itemsize
-            of_kind.append(self._bytes(kind)[:, :used].view(dtype).reshape(count, *parts))
+            used = self._bytes(kind)[:, : shape.used_bytes(kind)]
+            of_kind.append(used.view(dtype).reshape(count, *parts))
         for kind in shape.kinds:
             of_layer = of_kind[kind][:, place[kind]]
             place[kind] += 1
@@ -116,6 +119,10 @@ class KVCache:
 
     def _bytes(self, kind: int) -> Bytes:
         return self._memory[kind].array.reshape(self.pages[kind], self.shape.page_bytes(kind))
+
+    def page(self, kind: int, page: int) -> Bytes:
+        """The keys and values of a page, uint8, without what its size is rounded up by; a view."""
+        return self._bytes(kind)[page, : self.shape.used_bytes(kind)]
 
     def of(self, layer: int) -> KVPages:
         """The pages of a layer."""
@@ -125,6 +132,11 @@ class KVCache:
         """These rows are written in all layers, and take memory from now on."""
         for filled, table in zip(self._filled, rows.tables, strict=True):
             filled[table[rows.sequence, rows.position // PAGE]] = True
+
+    def note_read(self, tables: Iterable[Sequence[int]]) -> None:
+        """These pages of each kind (-1: none) were written from elsewhere, and take memory."""
+        for filled, table in zip(self._filled, tables, strict=True):
+            filled[[page for page in table if page >= 0]] = True
 
     def release(self, kind: int, pages: Iterable[int]) -> None:
         """Give the memory of these pages back; they are zeros when they are used again."""
