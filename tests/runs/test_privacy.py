@@ -169,6 +169,7 @@ def test_kept_keys_and_values_give_nothing_away(
         report = json.loads((tmp_path / "report.json").read_text())
         assert (report["answers"][0]["cached_tokens"] > 0) == bool(run)
         words, ids = _words(report), _ids(report, smollm2)
+        patterns = [(name, bytes_) for name, bytes_ in patterns_of(words, ids) if len(bytes_) > 4]  # not by chance
         for rank in range(3):
             messages = pickle.loads((tmp_path / f"messages-{rank}.pickle").read_bytes())
             assert leaks(messages, words, ids) == []
@@ -180,7 +181,7 @@ def test_kept_keys_and_values_give_nothing_away(
         assert [file.name for file in files] == [f"{entry['name']}-r{rank}.kv" for rank in range(3)]
         for file in files:
             kept = file.read_bytes()
-            assert len(kept) > 100_000 and patterns_in(kept, patterns_of(words, ids)) == []
+            assert len(kept) > 100_000 and patterns_in(kept, patterns) == []
             keys = [entry["key"].encode(), bytes.fromhex(entry["key"]), entry["hash"].encode()]
             assert not any(key in kept for key in keys)
 
