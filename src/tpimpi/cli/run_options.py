@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import TypeVar
 
 from tpimpi import __version__
+from tpimpi.cli.network_options import add_network
 from tpimpi.cli.options import (
     OVERFLOW_CHOICES,
     REASONING_CHOICES,
@@ -32,7 +33,6 @@ from tpimpi.cli.values import (
     given_model,
     memory_limit,
     path_given,
-    seconds,
     whole_number,
     window_blocks,
 )
@@ -44,11 +44,6 @@ from tpimpi.models.config import MAX_EXPERTS
 from tpimpi.models.kv.cache import KV_FORMATS
 from tpimpi.models.weight_formats import FORMAT_CHOICES
 from tpimpi.serving.session import SAMPLING
-from tpimpi.star import ALLREDUCES, DEFAULT_SILENCE_S, DEFAULT_TIMEOUT_S, SHORTEST_SILENCE_S, WIRES
-
-LONGEST_SILENCE_S = 86400
-
-SILENCE_RANGE = f"{SHORTEST_SILENCE_S:.0f} to {LONGEST_SILENCE_S} seconds"
 
 Options = TypeVar("Options")
 
@@ -304,39 +299,7 @@ def add_computing(parser: argparse.ArgumentParser) -> None:
         help="of a mixture: read N experts of a layer before its router has chosen, while its attention computes (default: "
         "as many as a token uses; 0: none); changes no number",
     )
-    _add_network(group)
-
-
-def _add_network(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--allreduce",
-        default="auto",
-        choices=ALLREDUCES,
-        help="how partial results are added (default auto: the fastest of star, exchange and mesh for each size, as "
-        "measured at the start; they give the same numbers)",
-    )
-    group.add_argument(
-        "--wire",
-        default="f32",
-        choices=WIRES,
-        help="how numbers travel: f32 (default), or rounded to bf16 or q8_0, which is less to send and less exact",
-    )
-    group.add_argument(
-        "--timeout",
-        type=seconds("--timeout"),
-        default=DEFAULT_TIMEOUT_S,
-        metavar="S",
-        help="seconds a rank that is there may keep another waiting before the run ends (default "
-        f"{DEFAULT_TIMEOUT_S:.0f})",
-    )
-    group.add_argument(
-        "--silence",
-        type=seconds("--silence", SHORTEST_SILENCE_S, LONGEST_SILENCE_S, SILENCE_RANGE),
-        default=DEFAULT_SILENCE_S,
-        metavar="S",
-        help="seconds without a sign of life, of its process, machine or network, after which a rank is gone, and the run "
-        f"ends (default {DEFAULT_SILENCE_S:.0f}, at least {SHORTEST_SILENCE_S:.0f})",
-    )
+    add_network(group)
 
 
 # From what was parsed to options

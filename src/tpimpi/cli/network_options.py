@@ -1,0 +1,43 @@
+"""Options about how the ranks talk, of whatever computes: see run_options."""
+
+from __future__ import annotations
+
+import argparse
+
+from tpimpi.cli.values import seconds
+from tpimpi.star import ALLREDUCES, DEFAULT_SILENCE_S, DEFAULT_TIMEOUT_S, SHORTEST_SILENCE_S, WIRES
+
+LONGEST_SILENCE_S = 86400
+SILENCE_RANGE = f"{SHORTEST_SILENCE_S:.0f} to {LONGEST_SILENCE_S} seconds"
+
+
+def add_network(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--allreduce",
+        default="auto",
+        choices=ALLREDUCES,
+        help="how partial results are added (default auto: the fastest of star, exchange and mesh for each size, as "
+        "measured at the start; they give the same numbers)",
+    )
+    group.add_argument(
+        "--wire",
+        default="f32",
+        choices=WIRES,
+        help="how numbers travel: f32 (default), or rounded to bf16 or q8_0, which is less to send and less exact",
+    )
+    group.add_argument(
+        "--timeout",
+        type=seconds("--timeout"),
+        default=DEFAULT_TIMEOUT_S,
+        metavar="S",
+        help="seconds a rank that is there may keep another waiting before the run ends (default "
+        f"{DEFAULT_TIMEOUT_S:.0f})",
+    )
+    group.add_argument(
+        "--silence",
+        type=seconds("--silence", SHORTEST_SILENCE_S, LONGEST_SILENCE_S, SILENCE_RANGE),
+        default=DEFAULT_SILENCE_S,
+        metavar="S",
+        help="seconds without a sign of life, of its process, machine or network, after which a rank is gone, and the run "
+        f"ends (default {DEFAULT_SILENCE_S:.0f}, at least {SHORTEST_SILENCE_S:.0f})",
+    )
