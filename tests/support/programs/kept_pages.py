@@ -1,6 +1,7 @@
 """Run on every rank: a conversation whose keys and values are kept in files between two of its turns, of several models.
 
-Arguments: a JSON file of [folder of slices, format of the cache], and where to write. For each, rank 0 writes NAME.json: a
+Arguments: a JSON file of [folder of slices, format of the cache], and where to write. To the files of the first all is
+done that there is. For each, rank 0 writes NAME.json: a
 list of what became of the second turn, each with "what" had been done to the files, the "problem" that was said, how many
 ids were "there", the "ids" that were generated, and the "rows" that went through rank 0's layers. The first is "anew": with
 nothing kept.
@@ -126,10 +127,12 @@ class Talk:
         assert all(path.read_bytes() == text for path, text in self.whole.items())
 
 
-def talk(engine, files, session: Path) -> list[dict[str, object]]:
+def talk(engine, files, session: Path, *, everything: bool) -> list[dict[str, object]]:
     case = Talk(engine, files, session)
     paths = case.keep_first()
     case.again("nothing")
+    if not everything:
+        return case.found
     case.again("less room", PROMPT - 2)
     for path in paths[-2:]:
         case.damage(path)
@@ -161,7 +164,7 @@ def main() -> None:
         memory = MemoryPlanner([opened]).plan(CONTEXT, None, 0).take()
         model = memory.engines[0].model
         if star.rank.is_hub:
-            found = talk(memory.engines[0], opened.page_files, out / f"session-{number}")
+            found = talk(memory.engines[0], opened.page_files, out / f"session-{number}", everything=not number)
             protocol.finish(model, star)
             (out / f"{Path(folder).name}.json").write_text(json.dumps(found))
         else:
