@@ -56,7 +56,7 @@ class Version:
         self.ranks: int = options.ranks
         self.arguments = ["--raw", "--ignore-eos", "--quiet", "--max-tokens", str(options.tokens), "--threads", "1"]
         self.arguments += ["--memory", options.memory] if options.memory else []
-        if "--speculate" in (self.checkout / "src/tpimpi/cli/run_options.py").read_text():
+        if "--speculate" in (self.checkout / "docs/guide.md").read_text():
             self.arguments += [
                 "--speculate",
                 "off",

@@ -14,7 +14,7 @@ from tests.support.launch import Result, run_command
 from tests.support.messages import assert_one_line
 from tpimpi.cli.completion import command_parser
 from tpimpi.cli.parser import COMMANDS, Parser
-from tpimpi.cli.run_options import run_parser
+from tpimpi.cli.run_parser import run_parser
 from tpimpi.errors import InputError, as_ours, shorten, shorten_path
 from tpimpi.serving.session import Session
 

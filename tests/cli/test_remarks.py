@@ -16,7 +16,8 @@ from tests.support.launch import ROOT, Launcher, Result, run_command
 from tests.support.messages import assert_one_line
 from tpimpi import __version__
 from tpimpi.cli.parser import COMMANDS
-from tpimpi.cli.run_options import parse_run, run_parser
+from tpimpi.cli.run_options import parse_run
+from tpimpi.cli.run_parser import run_parser
 from tpimpi.cli.slice import slice_parser
 from tpimpi.compute.backends import KERNEL_LEVELS, load_backend
 from tpimpi.errors import InputError

@@ -20,7 +20,7 @@ class Pages(RuleBasedStateMachine):
         places=st.tuples(st.integers(1, 12), st.integers(1, 12)),
         sizes=st.sampled_from([(4, 0), (0, 4), (1, 5), (3, 3)]),
         tight=st.integers(0, 30),
-        window=st.integers(1, 200),
+        window=st.integers(0, 200),
         kept=st.integers(0, 70),
     )
     def begin(self, places: tuple[int, int], sizes: tuple[int, int], tight: int, window: int, kept: int) -> None:
@@ -47,7 +47,7 @@ class Pages(RuleBasedStateMachine):
     def _check(self, pages: SequencePages, text: list[int], position: int) -> None:
         """The row at `position` finds its own sequence's positions, wherever they are."""
         for kind in KINDS:
-            first = max(0, position - self.window + 1) if kind == WINDOWED else 0
+            first = max(0, position - max(1, self.window) + 1) if kind == WINDOWED else 0
             for at in {first, (first + position) // 2, position}:
                 page = pages.tables[kind][at // PAGE]
                 assert self.written[kind, page, at % PAGE] == text[at]

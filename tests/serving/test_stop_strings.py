@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpimpi.serving.generate import until_stop
+from tpimpi.serving.stops import until_stop
 from tpimpi.serving.text.answer import Piece
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tpimpi.cli.parser import Parser
 from tpimpi.cli.process import Job, say
-from tpimpi.cli.run_options import add_kernels
+from tpimpi.cli.run_parser import add_kernels
 from tpimpi.cli.values import MOST_THREADS, count, path_given, seconds, some_of, whole_number, whole_numbers
 from tpimpi.compute.backends import BACKEND_NAMES
 from tpimpi.compute.formats import WEIGHT_FORMATS

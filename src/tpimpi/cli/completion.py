@@ -11,7 +11,7 @@ import sys
 
 from tpimpi.cli.parser import COMMANDS
 from tpimpi.cli.perplexity_options import perplexity_parser
-from tpimpi.cli.run_options import run_parser
+from tpimpi.cli.run_parser import run_parser
 
 
 def complete() -> None:

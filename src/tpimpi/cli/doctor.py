@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tpimpi.cli.parser import Parser
 from tpimpi.cli.process import Job
-from tpimpi.cli.run_options import add_shares
+from tpimpi.cli.run_parser import add_shares
 from tpimpi.cli.values import AUTO, path_given, share_weights
 from tpimpi.diagnostics.doctor.command import doctor
 from tpimpi.diagnostics.options import DoctorOptions

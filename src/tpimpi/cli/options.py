@@ -77,12 +77,16 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """The prompt, and how it is answered. `speculate` is how many tokens are drafted, 0 for none, None for
-    as many as pay; `overflow` is one of OVERFLOW_CHOICES, `given` are the sampling options that the
+    """The prompt, or the prompts of `batch_file`, of which `parallel` are answered at once into `out`; and how they are
+    answered. `speculate` is how many tokens are drafted, 0 for none, None for as many as pay; `overflow` is one of
+    OVERFLOW_CHOICES, `given` are the sampling options that the
     command line has."""
 
     prompt: str | None = None
     prompt_file: str | None = None
+    batch_file: str | None = None
+    out: str | None = None
+    parallel: int = 8
     session: str | None = None
     keep_cache: str | None = None
     system: str | None = None

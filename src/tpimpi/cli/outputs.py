@@ -12,9 +12,11 @@ from tpimpi.system.files import check_writable
 from tpimpi.system.own_files import ROUTING, TRACE
 
 
-def check_outputs(output: OutputOptions, read: Sequence[str | None], session: str | None = None) -> None:
+def check_outputs(
+    output: OutputOptions, read: Sequence[str | None], session: str | None = None, answers: str | None = None
+) -> None:
     """Raise InputError where a file that is to be written cannot be, or would replace another that this run uses: one that
-    is `read`, or the `session`."""
+    is `read`, the `session`, or the `answers` of a batch."""
     inputs = [path for path in read if path]
     if output.report is not None:
         check_writable(output.report, inputs=inputs)
@@ -26,7 +28,13 @@ def check_outputs(output: OutputOptions, read: Sequence[str | None], session: st
         from tpimpi.diagnostics.plots import check_plot  # which most runs do without
 
         check_plot(output.plot, "--plot", inputs)
-    written = {"--session": session, "--report": output.report, "--trace": output.trace, "--plot": output.plot}
+    written = {
+        "--session": session,
+        "--out": answers,
+        "--report": output.report,
+        "--trace": output.trace,
+        "--plot": output.plot,
+    }
     written["--record-routing"] = output.record_routing
     taken: dict[Path, str] = {}
     for option, given in written.items():

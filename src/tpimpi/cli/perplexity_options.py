@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from tpimpi.cli.options import ComputeOptions, ModelOptions, NetworkOptions, OutputOptions, PerplexityOptions
 from tpimpi.cli.outputs import check_outputs
 from tpimpi.cli.parser import Parser, offer
-from tpimpi.cli.run_options import add_computing, add_model, check_combinations, parsed_into
+from tpimpi.cli.run_options import check_combinations, parsed_into
+from tpimpi.cli.run_parser import add_computing, add_model
 from tpimpi.cli.values import against_format, path_given, whole_number
 from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.errors import InputError

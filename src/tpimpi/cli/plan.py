@@ -11,7 +11,8 @@ from tpimpi.cli.options import ComputeOptions, NetworkOptions
 from tpimpi.cli.parser import Parser, offer
 from tpimpi.cli.prepare import PROMPT_TOKENS, measure_options, workload
 from tpimpi.cli.process import Job
-from tpimpi.cli.run_options import add_computing, add_shares, check_combinations, parsed_into
+from tpimpi.cli.run_options import check_combinations, parsed_into
+from tpimpi.cli.run_parser import add_computing, add_shares
 from tpimpi.cli.values import AUTO, given_model, path_given, share_weights, whole_number
 from tpimpi.diagnostics.options import PlanOptions
 from tpimpi.diagnostics.planner.command import plan

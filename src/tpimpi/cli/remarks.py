@@ -136,3 +136,18 @@ def unread(job: Job) -> str | None:
         "standard input was taken by mpirun and not used, as the prompt is an option's; where a loop reads it, start mpirun "
         "with </dev/null"
     )
+
+
+def batch_done(prompts: int, out: str) -> str:
+    """What there is to say where all prompts of --batch-file have answers."""
+    return f"all {prompts} prompts have their answers in {out} already"
+
+
+def batch_goes_on(answered: int, prompts: int) -> str:
+    """What is to be said where a batch is ended before its end."""
+    return f"{answered} of {prompts} prompts are answered; the same command goes on there"
+
+
+def room_for_pages(positions: int, parallel: int) -> str:
+    """How many positions there are KV pages for."""
+    return f"keys and values: room for {positions} positions of all prompts together, up to {parallel} at once"

@@ -22,8 +22,9 @@ from tpimpi.compute.arrays import F32
 from tpimpi.diagnostics.trace_file import left_out, write_trace
 from tpimpi.engine import startup
 from tpimpi.engine.allotment import print_memory
+from tpimpi.engine.engine import Engine, OpenedEngine
 from tpimpi.engine.experts import Experts
-from tpimpi.engine.ranks import greet
+from tpimpi.engine.ranks import RankInfo, greet
 from tpimpi.engine.trace import RankTrace
 from tpimpi.errors import InputError, ModelError
 from tpimpi.serving.conversation import Conversation, SamplingParams
@@ -44,7 +45,18 @@ AFTER_CTRL_C_S = 0.5  # Open MPI's launcher first ends standard input, then the 
 def run(star: Star, job: Job) -> int:
     """Rank 0 of a run. Returns its exit code."""
     with stop_others_on_error(star):
-        options, llm, first = load(star, job)
+        ranks = greet(star, job.arguments)
+        options = parse_run(job.arguments)
+        star.allow_silence(options.network.silence)
+        if options.generate.batch_file is not None:
+            from tpimpi.cli.batch import load_batch  # which most runs do without
+
+            batch = load_batch(star, job, ranks, options)
+        else:
+            batch = None
+            options, llm, first = load(star, job, ranks, options)
+    if batch is not None:
+        return batch.run()
     output = options.output
     with job.others_waiting():
         startup.start(star)
@@ -63,18 +75,18 @@ def run(star: Star, job: Job) -> int:
         raise InputError(
             "no prompt: standard input ended without a line; give --prompt, --prompt-file, or lines of text"
         )
-    write_what_was_measured(llm, traces, output)
+    if output.record_routing is not None:
+        with replacing(Path(output.record_routing), "--record-routing", private=True) as file:
+            np.save(file, experts_to_record(llm).recorded())
+    write_what_was_measured(llm.report, llm.engine, traces, output)
     return code
 
 
-def load(star: Star, job: Job) -> tuple[RunOptions, LLM, Turn | None]:
+def load(star: Star, job: Job, ranks: Sequence[RankInfo], options: RunOptions) -> tuple[RunOptions, LLM, Turn | None]:
     """All that comes before the first token: returns the options, what answers, and the turn that is to be answered first.
 
     Raises InputError for what cannot be used; the other ranks are to be stopped then.
     """
-    ranks = greet(star, job.arguments)
-    options = parse_run(job.arguments)
-    star.allow_silence(options.network.silence)
     session = kept = None
     if options.generate.session is not None:
         session = Session(options.generate.session)
@@ -94,22 +106,10 @@ def load(star: Star, job: Job) -> tuple[RunOptions, LLM, Turn | None]:
     if options.output.record_routing is not None:  # which is to be that of the text alone
         params = replace(params, speculate=0)
     quiet = options.output.quiet
-    if not quiet:
-        say(remarks.loading(options.model))
-        if session is not None:
-            leave_on_signals(partial(remarks.kept, session))
-            say(remarks.other_system(session, system))
-    say_what_slows(star, ranks, options.compute, options.network, quiet=quiet)
-    config = prepare(
-        *(star, ranks, options.model, options.compute, options.network),
-        context=options.generate.context,
-        quiet=quiet,
-        trace=options.output.trace is not None,
-        draft=params.speculate,
-        keep_cache=options.generate.keep_cache,
-    )
-    release_freed_memory()  # of the model's file
-    engine = startup.open_engines(star, config)
+    if session is not None and not quiet:
+        leave_on_signals(partial(remarks.kept, session))
+        say(remarks.other_system(session, system))
+    engine = open_engine(star, ranks, options, draft=params.speculate)
     tokenizer, tokenizer_bytes = load_tokenizer_of_slices(engine.file, template)
     transcript = Transcript() if session is None and is_chat(options.generate) else session
     conversation = Conversation.begin(engine.header, tokenizer, params, transcript)
@@ -123,6 +123,27 @@ def load(star: Star, job: Job) -> tuple[RunOptions, LLM, Turn | None]:
     if not quiet:
         print_memory(allotments, always=options.compute.memory is not None)
     return options, llm, first
+
+
+def open_engine(
+    star: Star, ranks: Sequence[RankInfo], options: RunOptions, *, draft: int | None = 0, together: int = 1
+) -> OpenedEngine:
+    """The model that the options name, with slices on every rank, to answer so many prompts at once; see EngineConfig for
+    `draft`."""
+    quiet = options.output.quiet
+    if not quiet:
+        say(remarks.loading(options.model))
+    say_what_slows(star, ranks, options.compute, options.network, quiet=quiet)
+    config = prepare(
+        *(star, ranks, options.model, options.compute, options.network),
+        context=options.generate.context,
+        quiet=quiet,
+        trace=options.output.trace is not None,
+        draft=draft,
+        keep_cache=options.generate.keep_cache,
+    )
+    release_freed_memory()  # of the model's file
+    return startup.open_engines(star, replace(config, together=together))
 
 
 # What the options mean
@@ -307,17 +328,13 @@ def experts_to_record(llm: LLM) -> Experts:
     return experts
 
 
-def write_what_was_measured(llm: LLM, traces: Sequence[RankTrace], output: OutputOptions) -> None:
+def write_what_was_measured(report: Report, engine: Engine, traces: Sequence[RankTrace], output: OutputOptions) -> None:
     """The report, the trace, the plot and the table, as far as they are wanted."""
-    report = llm.report
     if output.report is not None:
         report.write(Path(output.report))
     if output.trace is not None:
-        write_trace(Path(output.trace), traces, [str(block) for block in llm.engine.opened.order])
+        write_trace(Path(output.trace), traces, [str(block) for block in engine.opened.order])
         say(left_out(traces))
-    if output.record_routing is not None:
-        with replacing(Path(output.record_routing), "--record-routing", private=True) as file:
-            np.save(file, experts_to_record(llm).recorded())
     if output.plot is not None:
         from tpimpi.diagnostics.plots import Timeline, plot_memory
 

@@ -11,7 +11,8 @@ from tpimpi.cli.options import ComputeOptions, NetworkOptions
 from tpimpi.cli.parser import Parser, offer
 from tpimpi.cli.prepare import choose_partition
 from tpimpi.cli.process import Job, say
-from tpimpi.cli.run_options import add_shares, parsed_into
+from tpimpi.cli.run_options import parsed_into
+from tpimpi.cli.run_parser import add_shares
 from tpimpi.cli.slicing import ensure_slices, say_left_out, slice_source
 from tpimpi.cli.values import AUTO, MOST_RANKS, given_model, path_given, share_weights, slice_count, whole_number
 from tpimpi.engine.ranks import greet

@@ -66,6 +66,7 @@ class EngineConfig:
     kernels: str = "auto"  # or one of KERNEL_LEVELS
     draft: int | None = 0  # tokens of a draft at most, of which rank 0 has all logits; None: as many as memory says
     keep_cache: str | None = None  # the folder where each rank keeps a session's keys and values between runs
+    together: int = 1  # sequences that are answered at once: rank 0 has the logits of so many positions
 
     def slice_path(self, rank: int, ranks: int) -> Path:
         return SliceLocation(self.folder, self.cache_name).path(rank, ranks)
@@ -137,7 +138,7 @@ class OpenedEngine:
             allreduce=self.settings.allreduce,
             context=context,
             chunk=self.chunk,
-            logits_of=self.chunk if self.settings.chunk_logits else 1,
+            logits_of=self.chunk if self.settings.chunk_logits else self.settings.together,
             experts=[record for key, record in self.experts.items() if key.expert == 0],
             expert_count=len(self.experts),
             draft=self.settings.draft,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -34,6 +34,10 @@ class SamplingParams:
     system: str | None = None  # a new conversation's system prompt
     drop: bool = False  # the oldest turns, where the context has no room for all of them
     speculate: int | None = 0  # how many tokens are drafted; 0: none, None: as many as pay
+
+    def seed_of(self, number: int) -> int:
+        """The seed of one of several answers: each has random draws of its own."""
+        return int.from_bytes(os.urandom(8), "little") >> 1 if self.seed is None else self.seed + number
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,7 @@ class Conversation:
             raise InputError("the prompt has no tokens; give some text")
         if len(ids) >= self.limit:
             raise self._too_long(str(len(ids)) if whole else f"over {len(ids)}")
-        seed = int.from_bytes(os.urandom(8), "little") >> 1 if self.params.seed is None else self.params.seed + attempt
-        return Turn(prompt, ids, seed)
+        return Turn(prompt, ids, self.params.seed_of(attempt))
 
     def _fitting(self, prompt: str) -> tuple[list[int], bool]:
         """The ids of a prompt, with what was said before: with `drop` as many of the last turns as leave room for an answer,
@@ -124,6 +127,23 @@ class Conversation:
         if beginning != prompt and len(ids := encode(beginning)) > self.limit:
             return ids, False
         return encode(prompt), True
+
+    def ids_of(self, prompt: str | None, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The ids of a prompt that stands for itself, or of the messages of a chat; where it is a chat that is not --raw, of
+        the messages in any case. Raises InputError where there is no room for them and a token."""
+        if not self.params.raw:
+            ids = self.tokenizer.encode_messages(messages)
+        elif prompt is None:
+            raise InputError(
+                "--raw does without a chat template, which messages need; give a prompt, or leave out --raw"
+            )
+        else:
+            ids = self.tokenizer.encode(prompt)
+        if not ids:
+            raise InputError("the prompt has no tokens; give some text")
+        if len(ids) >= self.limit:
+            raise self._too_long(str(len(ids)))
+        return ids
 
     @property
     def system(self) -> str | None:

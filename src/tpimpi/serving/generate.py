@@ -1,4 +1,4 @@
-"""Generation, on rank 0: generators that nest. Tokens, their text in pieces, the pieces up to a stop string."""
+"""Generation, on rank 0: generators that nest. Tokens, and their text in pieces."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from tpimpi.compute.arrays import F32
 from tpimpi.engine.model import Model
 from tpimpi.engine.protocol import begin, step
+from tpimpi.serving.pass_times import PassTimes
 from tpimpi.serving.sampling import Sampler
-from tpimpi.serving.speculation import PassTimes, Speculation, checked
-from tpimpi.serving.text.answer import AnswerStream, Piece, pieces
+from tpimpi.serving.speculation import Speculation, checked
+from tpimpi.serving.text.answer import AnswerStream, Piece
 from tpimpi.star import Star
 
 
@@ -151,23 +152,3 @@ def to_pieces(tokens: Iterable[int], stream: AnswerStream) -> Iterator[Piece]:
     for token in tokens:
         yield from stream.push(token)
     yield from stream.flush()
-
-
-def until_stop(parts: Iterable[Piece], stops: Sequence[str]) -> Iterator[Piece]:
-    """`parts` up to the string of `stops` that is complete first, which is left out; what may begin one is held back.
-
-    Reasoning goes through: it is looked for in the answer alone."""
-    held = ""
-    for part in parts:
-        if part.reasoning:
-            yield part
-            continue
-        held += part.text
-        found = [(place + len(stop), place) for stop in stops if (place := held.find(stop)) >= 0]
-        if found:  # the one that is complete first, so that it does not matter how the text came in pieces
-            yield from pieces(held[: min(found)[1]])
-            return
-        keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
-        yield from pieces(held[: len(held) - keep])
-        held = held[len(held) - keep :]
-    yield from pieces(held)

@@ -12,9 +12,10 @@ from tpimpi.engine.rank_memory import RankMemory
 from tpimpi.engine.startup import allot_memory, finish
 from tpimpi.engine.trace import RankTrace
 from tpimpi.serving.conversation import Conversation
-from tpimpi.serving.generate import GenerationFigures, HeldIds, generate, to_pieces, until_stop
+from tpimpi.serving.generate import GenerationFigures, HeldIds, generate, to_pieces
 from tpimpi.serving.report import Answer, Report
 from tpimpi.serving.speculation import Speculation
+from tpimpi.serving.stops import until_stop
 from tpimpi.serving.text.answer import Piece
 from tpimpi.serving.text.load import tokenizer_of_slices
 from tpimpi.serving.text.token_ids import TokenIds

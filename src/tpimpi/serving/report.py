@@ -93,11 +93,34 @@ def _gaps(times: Sequence[tuple[int, float]]) -> list[float]:
 
 
 @dataclass
+class BatchFigures:
+    """What was done for many prompts at once. `rows` went through the layers in `steps` passes, of `together` sequences at
+    most, `sequences` in all passes; `tokens` were chosen, in `seconds`. `preempted` is how often a sequence gave its memory
+    to others, and was computed again."""
+
+    together: int
+    steps: int = 0
+    rows: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    preempted: int = 0
+
+    def add_step(self, rows: int, sequences: int, tokens: int, seconds: float) -> None:
+        """One more pass."""
+        self.steps += 1
+        self.rows += rows
+        self.sequences += sequences
+        self.tokens += tokens
+        self.seconds += seconds
+
+
+@dataclass
 class Report:
     """A run, as `--report` writes it.
 
     `load_s` is from the start of the program to being ready. Where several prompts were answered, `text` to
-    `accepted_tokens` are those of the last; `answers` has these keys for each.
+    `accepted_tokens` are those of the last; `answers` has these keys for each. `batch` is there with --batch-file.
     """
 
     model: str
@@ -121,6 +144,7 @@ class Report:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     answers: list[Answer] = field(default_factory=list)
+    batch: BatchFigures | None = None
     ranks: list[RankFigures] = field(default_factory=list)
 
     def add(self, answer: Answer) -> None:

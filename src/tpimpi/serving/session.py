@@ -31,8 +31,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +38,8 @@ from typing import Any
 from tpimpi.errors import InputError, StorageError, shorten, shorten_path
 from tpimpi.serving.sampling import make_sampler
 from tpimpi.serving.transcript import END_REASONS, Transcript, Turn
-from tpimpi.system.files import replacing, try_lock
+from tpimpi.system.files import replacing
+from tpimpi.system.line_file import LineFile
 
 FORMAT_VERSION, REASONING_VERSION, CHANGED_VERSION = 1, 2, 3
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "raw")  # options of a run
@@ -71,11 +70,10 @@ class Session(Transcript):
         self._header: dict[str, Any] | None = None
         self._new_header: dict[str, Any] = {"tpimpi session": FORMAT_VERSION}  # a first line to be written
         self._system: str | None = None  # as the file has it
-        self._file = -1
-        self._made = False
+        self._file: LineFile | None = None
         try:
-            self._open()
-            self._whole = self._read()
+            self._file = LineFile(self.path, self._wrong)
+            self._file.whole = self._read(self._file)
         except OSError as error:
             self.close()
             raise self._wrong(f": {error.strerror}; give a file that rank 0 can read and write") from error
@@ -89,34 +87,11 @@ class Session(Transcript):
     def _wrong(self, what: str) -> InputError:
         return InputError(f"{self._option} {shorten_path(self.path)}{what}")
 
-    def _open(self) -> None:
-        flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY
-        try:
-            if not stat.S_ISREG(kind := self.path.stat().st_mode):
-                what = "a folder" if stat.S_ISDIR(kind) else "no file that can be kept"
-                raise self._wrong(f" is {what}; give the name of a file")
-            self._file = os.open(self.path, flags)
-        except FileNotFoundError:
-            if self.path.is_symlink():
-                leads = shorten_path(os.path.realpath(self.path))
-                raise self._wrong(f" is a link to {leads}, which is not there; give the name of a file") from None
-            self._file = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o600)
-            os.fchmod(self._file, 0o600)  # whatever the umask
-            self._made = True
-        try:
-            problem = try_lock(self._file)
-        except BlockingIOError as error:
-            raise self._wrong(" is in use by another run; wait for its end, or give another file") from error
-        if problem is not None:
-            raise self._wrong(f" cannot be locked: {problem.strerror}; put it on a local disk") from problem
-        if not self.path.exists() or not os.path.samestat(os.fstat(self._file), self.path.stat()):
-            raise self._wrong(" was removed by another run just now; try again")
-
     # Reading
 
-    def _read(self) -> int:
+    def _read(self, lines: LineFile) -> int:
         """Take in what the file holds; returns how many of its bytes are whole lines."""
-        with open(self._file, "rb", closefd=False) as file:
+        with lines.reader() as file:
             first = file.readline(_MAX_FIRST_LINE_BYTES)
             if not first.startswith(_FIRST_LINE_START[: len(first)]) or (not first.endswith(b"\n") and file.read(1)):
                 raise self._wrong(" is there, and is no session; give the name of a new file, or of a session")
@@ -266,12 +241,8 @@ class Session(Transcript):
     def _change_version(self) -> None:
         """From now on the file may have lines that older versions of the format do not."""
         if self._header is not None and self._version != CHANGED_VERSION:
-            try:  # through another descriptor, as what is written by ours goes to the end
-                file = os.open(f"/proc/self/fd/{self._file}", os.O_WRONLY | os.O_CLOEXEC)
-                try:
-                    os.pwrite(file, b"%d" % CHANGED_VERSION, len(_FIRST_LINE_START))  # in the place of one digit
-                finally:
-                    os.close(file)
+            try:
+                self._lines.overwrite(len(_FIRST_LINE_START), b"%d" % CHANGED_VERSION)  # in the place of one digit
             except OSError as error:
                 raise StorageError(f"cannot write --session {self.path}: {error.strerror}; look at its disk") from error
         (self._new_header if self._header is None else self._header)["tpimpi session"] = CHANGED_VERSION
@@ -279,11 +250,7 @@ class Session(Transcript):
     def _write(self, lines: bytes) -> None:
         """Append to the file, after its whole lines. Raises StorageError."""
         try:
-            if os.fstat(self._file).st_size != self._whole:
-                os.ftruncate(self._file, self._whole)
-            while lines:
-                done = os.write(self._file, lines)
-                lines, self._whole = lines[done:], self._whole + done
+            self._lines.append(lines)
         except OSError as error:
             raise StorageError(
                 f"cannot write --session {self.path}: {error.strerror}; make room, and run with that session again"
@@ -291,14 +258,13 @@ class Session(Transcript):
 
     def close(self) -> None:
         """Let other runs have the file, which is not left behind empty."""
-        if self._file < 0:
-            return
-        if self._made:
-            with contextlib.suppress(OSError):
-                if os.fstat(self._file).st_size == 0:
-                    self.path.unlink()
-        os.close(self._file)
-        self._file = -1
+        if self._file is not None:
+            self._file.close()
+
+    @property
+    def _lines(self) -> LineFile:
+        assert self._file is not None, "a session that could not be opened"
+        return self._file
 
 
 def save(given: str, transcript: Transcript, header: Mapping[str, Any]) -> None:
@@ -317,7 +283,7 @@ def save(given: str, transcript: Transcript, header: Mapping[str, Any]) -> None:
                 lines += _end_line(turn.ended, turn.text, turn.reasoning or None)
         with replacing(there.path, "/save", private=True) as file:
             file.write(lines)
-        there._made = False  # what is there now is not the empty file that was made
+        there._lines.keep()  # what is there now is not the empty file that was made
 
 
 def _turn_lines(turn: Turn) -> bytes:

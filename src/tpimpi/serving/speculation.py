@@ -18,13 +18,12 @@ lookup). How long they are is a matter of time alone: see `best_length`.
 from __future__ import annotations
 
 import bisect
-import statistics
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tpimpi.compute.arrays import F32
+from tpimpi.serving.pass_times import PassTimes
 from tpimpi.serving.sampling import Sampler
 
 # How often what followed a suffix is right, by its length in tokens, in texts and code (python -m bench.studies.speculation
@@ -41,7 +40,6 @@ _MOST_COMPARED = 32  # tokens of a suffix, and places where it may have been
 _PRIOR_WEIGHT = 4.0  # tokens that the prior counts for
 _HALF_LIFE = 32.0  # tokens after which one that was compared counts for half
 _MOST_RATE = 0.98
-_TIMES_KEPT = 9  # passes of as many rows
 _LEAST_TIMED = 2  # passes of one row, before a draft is thought of
 _LEAST_GAIN = 1.03  # of tokens a second
 _FIRST_TRIAL, _LAST_TRIAL = 16, 1024  # passes with a draft that was not worth its time, after which one is tried
@@ -127,45 +125,6 @@ class TextDrafts:
         ids, last = self._ids, len(self._ids) - 1
         most = min(_MOST_COMPARED, place + 1)
         return next((i for i in range(most) if ids[place - i] != ids[last - i]), most)
-
-
-class PassTimes:
-    """Seconds of the passes of a run, by how many rows they had: the median of the last ones of each.
-
-    They show what a pass is bound by: with a disk or a link eight rows take about as long as one, with a processor longer;
-    of a mixture they include the experts that more rows read.
-    """
-
-    def __init__(self) -> None:
-        self._times: dict[int, deque[float]] = {}
-        self._rows: list[int] = []  # in order
-
-    def add(self, rows: int, seconds: float) -> None:
-        """A pass over so many rows took so long."""
-        if rows not in self._times:
-            self._times[rows] = deque(maxlen=_TIMES_KEPT)
-            bisect.insort(self._rows, rows)
-        self._times[rows].append(seconds)
-
-    def count(self, rows: int) -> int:
-        """How many passes over so many rows were timed, at most _TIMES_KEPT."""
-        return len(self._times.get(rows, ()))
-
-    def seconds(self, rows: int) -> float:
-        """What a pass over so many rows takes: between those that were timed on a line, beyond them as the nearest; not more
-        than a pass over more rows, so that one slow pass does not count where others are known."""
-        at = bisect.bisect_left(self._rows, rows)
-        if at == len(self._rows):
-            return self._median(self._rows[-1])
-        least = min(map(self._median, self._rows[at:]))
-        if at == 0 or self._rows[at] == rows:
-            return least
-        less, more = self._rows[at - 1], self._rows[at]
-        part = (rows - less) / (more - less)
-        return min(least, self._median(less) * (1 - part) + self._median(more) * part)
-
-    def _median(self, rows: int) -> float:
-        return statistics.median(self._times[rows])
 
 
 def expected_tokens(rate: float, drafted: int) -> float:

@@ -80,6 +80,11 @@ class PageAccount:
         return list(self._free[kind])
 
 
+def first_seen(length: int, window: int) -> int:
+    """The first page of layers with this window (0: there are none) that a row at position `length` or later sees."""
+    return max(0, length - max(1, window) + 1) // PAGE
+
+
 @dataclass
 class SequencePages:
     """The pages of one sequence of `length` positions.
@@ -111,8 +116,7 @@ class SequencePages:
         return True
 
     def _first_seen(self, length: int) -> int:
-        """The first page of windowed layers that a row at position `length` or later sees."""
-        return max(0, length - self.window + 1) // PAGE
+        return first_seen(length, self.window)
 
     def trim(self) -> None:
         """Give back pages of windowed layers that no row sees from position `length` - `kept` on."""
@@ -148,16 +152,24 @@ class SequencePages:
 
     def shared(self, pages: int) -> SequencePages:
         """A sequence that begins with the first `pages` pages of this one, which are full: `holds(pages * PAGE)`."""
-        length = pages * PAGE
-        assert self.holds(length)
-        first = self._first_seen(length)
-        other = SequencePages(self.account, self.window, self.kept, length)
-        for kind, (table, theirs) in enumerate(zip(self.tables, other.tables, strict=True)):
+        assert self.holds(pages * PAGE)
+        return self.beginning_with(self.account, [table[:pages] for table in self.tables], self.window, self.kept)
+
+    @classmethod
+    def beginning_with(
+        cls, account: PageAccount, pages: Sequence[Sequence[int]], window: int = 0, kept: int = 0
+    ) -> SequencePages:
+        """A sequence that begins with these full pages of each kind, which others use: of windowed layers with those that
+        the next row sees, which must be there."""
+        length = len(pages[FULL]) * PAGE
+        first = first_seen(length, window)
+        sequence = cls(account, window, kept, length)
+        for kind, (table, theirs) in enumerate(zip(pages, sequence.tables, strict=True)):
             seen = first if kind == WINDOWED else 0
-            theirs.extend(NO_PAGE if i < seen else page for i, page in enumerate(table[:pages]))
+            theirs.extend(NO_PAGE if i < seen else page for i, page in enumerate(table))
             for page in theirs[seen:]:
-                self.account.share(kind, page)
-        return other
+                account.share(kind, page)
+        return sequence
 
     def close(self) -> None:
         """Give everything back."""

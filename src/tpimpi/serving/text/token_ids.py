@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tpimpi.errors import InputError, shorten
 from tpimpi.serving.text.answer import PlainAnswer
@@ -50,6 +50,10 @@ class TokenIds:
         self.check_params(raw=False, stops=())
 
     def encode_chat(self, prompt: str, said: Sequence[tuple[str, str]] = (), system: str | None = None) -> list[int]:
+        """InputError always: there is no chat template."""
+        return self.encode_messages([])
+
+    def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """InputError always: there is no chat template."""
         self.check_params(raw=False, stops=())
         return []

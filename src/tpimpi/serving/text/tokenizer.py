@@ -132,13 +132,16 @@ class Tokenizer:
         BOS is there if the template writes it or the model's own tokenizer adds one, once.
         Raises InputError for text that has no UTF-8 form, ModelError where the template is missing or fails.
         """
-        _check_unicode(prompt, "the prompt")
-        if self._chat is None:
-            raise ModelError(f"the model has no chat template; {NO_TEMPLATE}")
         messages = [] if system is None else [{"role": "system", "content": system}]
         for asked, answered in said:
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-        messages.append({"role": "user", "content": prompt})
+        return self.encode_messages([*messages, {"role": "user", "content": prompt}])
+
+    def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of messages, each with its "role" and "content", as `encode_chat` makes them of a conversation."""
+        _check_unicode(messages[-1]["content"], "the prompt")
+        if self._chat is None:
+            raise ModelError(f"the model has no chat template; {NO_TEMPLATE}")
         ids = self._vocabulary.encode_parts(self._chat.parts(messages, self._control))
         if self.bos_id is not None and self.bos_id in self._prefix:
             ids = [self.bos_id, *self._without_bos(ids)]

@@ -1,0 +1,268 @@
+"""Many prompts answered at once, on rank 0: each step runs rows of several of them through the model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tpimpi.compute.arrays import F32
+from tpimpi.engine.allotment import MemoryAllotment, agreed_page_units
+from tpimpi.engine.engine import OpenedEngine
+from tpimpi.engine.protocol import batch, open_pages
+from tpimpi.engine.rank_memory import RankMemory
+from tpimpi.engine.startup import allot_memory, finish
+from tpimpi.engine.trace import RankTrace
+from tpimpi.models.kv.cache import PAGE, pages_of
+from tpimpi.models.kv.pages import PageAccount, rows_of
+from tpimpi.serving.generate import GenerationFigures
+from tpimpi.serving.report import Answer, BatchFigures, Report
+from tpimpi.serving.sampling import Sampler
+from tpimpi.serving.scheduler import Request, Run, Scheduler
+from tpimpi.serving.speculation import Drafter, Speculation, checked
+from tpimpi.serving.stops import StopFilter
+from tpimpi.serving.text.answer import AnswerStream, Piece
+from tpimpi.serving.text.token_ids import TokenIds
+from tpimpi.serving.text.tokenizer import Tokenizer
+
+MOST_DELAY = 2.0  # a step with rows of prompts takes so many times as long as one without, at most
+LEAST_PROMPT_ROWS = 16  # rows of prompts beside answers, however much they delay these
+DRAFTED_EACH = 2  # drafted tokens in a step, for each of those that may be answered together
+
+
+@dataclass(frozen=True)
+class Query:
+    """A prompt, as ids, and how it is to be answered."""
+
+    ids: Sequence[int]
+    max_tokens: int
+    sample: Sampler
+    stops: Sequence[str] = ()
+    raw: bool = False
+    ignore_eos: bool = False
+
+
+@dataclass(eq=False)
+class Answering:
+    """An answer that is being made. `pieces` and `new` tokens are those of the last step; `ended` is one of END_REASONS (see
+    transcript)."""
+
+    query: Query
+    request: Request
+    stream: AnswerStream
+    stop: StopFilter
+    ready: float  # time.monotonic()
+    most: int  # tokens
+    drafter: Drafter | None
+    figures: GenerationFigures = field(default_factory=GenerationFigures)
+    times: list[tuple[int, float]] = field(
+        default_factory=list
+    )  # of each token: the number of its pass, and when it was there
+    said: dict[bool, str] = field(default_factory=lambda: {False: "", True: ""})  # the answer, and its reasoning
+    pieces: list[Piece] = field(default_factory=list)
+    new: list[int] = field(default_factory=list)
+    ended: str | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.request.ids[self.request.prompt :]
+
+    def answer(self) -> Answer:
+        """What the report has of it, once it has ended."""
+        assert self.ended is not None
+        request = self.request
+        self.figures.rows = request.rows
+        figures = (self.tokens, request.prompt, self.ready, self.times, request.cached or 0, self.figures)
+        return Answer.timed(self.said[False], *figures, ended=self.ended, reasoning=self.said[True])
+
+
+def load_batched(
+    opened: OpenedEngine,
+    tokenizer: Tokenizer | TokenIds,
+    report: Report,
+    speculation: Speculation,
+    *,
+    context: int,
+    together: int,
+    tokenizer_bytes: int = 0,
+) -> tuple[BatchedLLM, list[MemoryAllotment]]:
+    """Have every rank take memory to answer so many prompts together, each of `context` positions with its answer.
+
+    Returns what answers, and what each rank has, in rank order. There are pages for at least one prompt and its answer;
+    where memory has no room for all, the others wait. Raises InputError where a rank's promise is too small.
+    """
+    memory, allotments = allot_memory(opened.star, [opened], context, tokenizer_bytes)
+    kinds = memory.engines[0].model.kv_shape.kinds
+    units, agreed = together * pages_of(context) * len(kinds), agreed_page_units(allotments)
+    account = PageAccount.of_layers(kinds, units if agreed is None else min(units, agreed))
+    return BatchedLLM(memory, account, tokenizer, report, speculation, context=context, together=together), allotments
+
+
+class BatchedLLM:
+    """Answers several queries at once, `together` at most; every rank has its memory (see load_batched)."""
+
+    def __init__(
+        self,
+        memory: RankMemory,
+        account: PageAccount,
+        tokenizer: Tokenizer | TokenIds,
+        report: Report,
+        speculation: Speculation,
+        *,
+        context: int,
+        together: int,
+    ) -> None:
+        """`account` is of the pages that there may be, `context` how many positions a prompt and its answer may have."""
+        self.memory, self.report, self.context = memory, report, context
+        self.engine = memory.engines[0]
+        self.figures = report.batch = BatchFigures(together=together)
+        self._model, self._tokenizer = self.engine.model, tokenizer
+        most_rows = max(self._model.chunk, together + 1)
+        window = max(self._model.config.attention_windows)
+        self._scheduler = Scheduler(account, window=window, most_running=together, most_rows=most_rows)
+        self._account, self._speculation, self._times = account, speculation, speculation.times
+        self._together, self._most_rows = together, most_rows
+        self._answering: dict[Request, Answering] = {}
+        open_pages(self._model, self._model.star, context, account)
+
+    def submit(self, query: Query) -> Answering:
+        """A query comes: it is answered by `step`. Its prompt has fewer ids than `context`."""
+        most = min(query.max_tokens, self.context - len(query.ids))
+        request = Request(list(query.ids), len(query.ids) + most)
+        stream = self._tokenizer.answer_stream(query.ids, raw=query.raw)
+        drafter = self._speculation.drafter(query.ids)
+        answering = Answering(query, request, stream, StopFilter(query.stops), time.monotonic(), most, drafter)
+        self._answering[request] = answering
+        self._scheduler.add(request)
+        return answering
+
+    def cancel(self, answering: Answering) -> None:
+        """Nobody wants this answer any more; what there is of it stands."""
+        if answering.ended is None:
+            self._end(answering, "cancelled")
+
+    def forget_prefixes(self) -> None:
+        """Nothing is kept of prompts and answers that are done."""
+        self._scheduler.prefixes.clear()
+
+    @property
+    def room(self) -> int:
+        """Positions that there are pages for, of all sequences together."""
+        return self._account.units // len(self._model.kv_shape.kinds) * PAGE
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to answer."""
+        return not self._answering
+
+    def step(self) -> list[Answering]:
+        """One step of what is to be done; returns the answers that have more tokens, or have ended."""
+        scheduler, model = self._scheduler, self._model
+        began = time.monotonic()
+        answers = self._draft()
+        room = self._times.rows_within(answers, MOST_DELAY, self._most_rows) - answers if answers else self._most_rows
+        runs = scheduler.next_step(max(LEAST_PROMPT_ROWS, room))
+        if not runs:
+            return []
+        pages = [run.request.pages for run in runs if run.request.pages is not None]
+        rows = rows_of(pages, [(run.start, run.n) for run in runs])
+        ids = [id_ for run in runs for id_ in run.ids]
+        ends = np.cumsum([run.n for run in runs])
+        wanted = [row for run, end in zip(runs, ends.tolist(), strict=True) if run.ends for row in _wanted(run, end)]
+        hidden = batch(model, model.star, self.engine.embed(ids), rows, head=bool(wanted))
+        logits = model.logits(hidden[wanted]) if wanted else None
+        seconds = time.monotonic() - began
+        self._times.add(len(ids), seconds)
+        chosen: list[Answering] = []
+        done = 0
+        for run in runs:
+            if not run.ends or logits is None:
+                scheduler.computed(run)
+                continue
+            of_run = logits[done : done + 1 + len(run.draft), : self._tokenizer.sampled_ids]
+            done += len(of_run)
+            chosen.append(self._take_tokens(run, of_run))
+        tokens = sum(len(answering.new) for answering in chosen)
+        self.figures.add_step(len(ids), len(runs), tokens, seconds)
+        self.figures.preempted = scheduler.preempted
+        return chosen
+
+    def _draft(self) -> int:
+        """Draft for the answers of the next step, where that pays beside a row of each; returns how many rows they have."""
+        answering = self._scheduler.answering
+        rows = len(answering)
+        most = min(rows + DRAFTED_EACH * self._together, self._most_rows - 1)
+        for request in answering:
+            one = self._answering[request]
+            if one.drafter is None:
+                continue
+            room = min(most - rows, one.most - len(one.times) - 1)
+            others = rows - 1
+            request.draft = one.drafter.propose(room, lambda n, others=others: self._times.seconds(others + n))  # type: ignore[misc]
+            rows += len(request.draft)
+        return rows
+
+    def _take_tokens(self, run: Run, logits: F32) -> Answering:
+        """The next tokens of a request, from the logits [n, vocab] of its last row and those of its draft."""
+        answering, request = self._answering[run.request], run.request
+        query, before = answering.query, len(request.ids)
+        answering.pieces, answering.new = [], []
+        figures, ended = answering.figures, None
+        figures.passes += 1
+        figures.drafted += len(run.draft)
+        for place, token in enumerate(checked(logits, run.draft, query.sample, request.ids)):
+            figures.sampled += 1
+            figures.accepted += run.draft[place : place + 1] == (token,)
+            if token in self._tokenizer.end_ids and not query.ignore_eos:
+                request.ids.pop()
+                ended = "end"
+                break
+            answering.new.append(token)
+            answering.times.append((figures.passes, time.monotonic()))
+            for piece in answering.stream.push(token):
+                self._say(answering, answering.stop.push(piece))
+                if answering.stop.stopped:
+                    break
+            if answering.stop.stopped:
+                ended = "stop"
+                break
+            if len(answering.times) == answering.most:
+                ended = "max_tokens" if answering.most == query.max_tokens else "context"
+                break
+        self._scheduler.computed(run)
+        if answering.drafter is not None:
+            answering.drafter.add(request.ids[before:])
+        if ended is not None:
+            self._end(answering, ended)
+        return answering
+
+    def _end(self, answering: Answering, why: str) -> None:
+        if not answering.stop.stopped:
+            for piece in answering.stream.flush():
+                self._say(answering, answering.stop.push(piece))
+            self._say(answering, answering.stop.flush())
+        answering.ended = why
+        self._scheduler.remove(answering.request)
+        del self._answering[answering.request]
+
+    def _say(self, answering: Answering, pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            answering.said[piece.reasoning] += piece.text
+        answering.pieces += pieces
+
+    def finish(self) -> list[RankTrace]:
+        """End the run on every rank and gather the figures; the traces, if they were wanted, are returned."""
+        figures, traces = finish(self.memory.star, self.memory)
+        self.report.ranks += figures[0]
+        return traces
+
+    def close(self) -> None:
+        """Stop reading, however the run ends."""
+        self.memory.close()
+
+
+def _wanted(run: Run, end: int) -> range:
+    """The rows of a step of which the logits are wanted for a run, which ends before row `end`."""
+    return range(end - 1 - len(run.draft), end)

@@ -1,0 +1,145 @@
+"""Prefixes that are kept: a tree of KV pages by token ids, on rank 0.
+
+A node is a page of PAGE ids after those of its parents. It counts as a user of its pages (PageAccount), so that a sequence
+whose ids begin as another's did takes them as they are and computes the rest. Where too few pages are free, nodes go, those
+that nobody used for longest first, leaves before what they rest on. Of windowed layers a sequence needs the last window
+before the position where it goes on: what lies before that in every sequence that ended here goes first.
+
+As in vLLM's automatic prefix caching and SGLang's RadixAttention (arXiv 2312.07104), by whole pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from tpimpi.models.kv.cache import KINDS, PAGE, WINDOWED
+from tpimpi.models.kv.pages import NO_PAGE, PageAccount, SequencePages, first_seen
+
+
+@dataclass(eq=False)
+class _Node:
+    """A page of ids. `pages` are those of each kind; NO_PAGE of windowed layers where that was given up."""
+
+    ids: tuple[int, ...]
+    parent: _Node | None
+    pages: list[int]
+    used: int = 0  # when, as a number that grows
+    children: dict[tuple[int, ...], _Node] = field(default_factory=dict)
+
+
+class PrefixTree:
+    """The prefixes whose pages are kept. `window` is the longest of the windowed layers, 0 where there are none."""
+
+    def __init__(self, account: PageAccount, window: int = 0) -> None:
+        self._account, self._window = account, window
+        self._root = _Node((), None, [])
+        self._nodes: dict[_Node, None] = {}  # in the order of their last use
+        self._uses = 0
+
+    def __len__(self) -> int:
+        """Pages of ids that are kept."""
+        return len(self._nodes)
+
+    def pages(self) -> Iterator[list[tuple[int, int]]]:
+        """The pages of each node, (kind, page)."""
+        for node in self._nodes:
+            yield [(kind, page) for kind, page in enumerate(node.pages) if page != NO_PAGE]
+
+    def begin(self, ids: Sequence[int]) -> SequencePages:
+        """A sequence that has as much of `ids` as is kept, but for the last id, whose logits are wanted; perhaps nothing."""
+        path = list(self._path(ids[: max(0, len(ids) - 1)]))
+        while path and not self._can_go_on_after(path):
+            path.pop()
+        self._use(path)
+        pages = [[node.pages[kind] for node in path] for kind in KINDS]
+        return SequencePages.beginning_with(self._account, pages, self._window)
+
+    def add(self, ids: Sequence[int], pages: SequencePages, computed: int) -> None:
+        """Keep the full pages of a sequence, of whose `ids` the first `computed` have keys and values."""
+        node, path = self._root, []
+        for place in range(computed // PAGE):
+            part = tuple(ids[place * PAGE : (place + 1) * PAGE])
+            found = node.children.get(part)
+            own = [table[place] for table in pages.tables]
+            own[WINDOWED] = own[WINDOWED] if self._window else NO_PAGE
+            if found is None:
+                found = _Node(part, node, own)
+                for kind, page in enumerate(own):
+                    self._share(kind, page)
+                node.children[part] = found
+                self._nodes[found] = None
+            elif found.pages[WINDOWED] == NO_PAGE and own[WINDOWED] != NO_PAGE:  # it was given up, and computed again
+                found.pages[WINDOWED] = own[WINDOWED]
+                self._share(WINDOWED, own[WINDOWED])
+            path.append(found)
+            node = found
+        self._use(path)
+
+    def give_up(self) -> bool:
+        """Give up a page that nobody else uses, the one of least use; False where there is none."""
+        for node in self._nodes:
+            page = node.pages[WINDOWED]
+            if page != NO_PAGE and node.children and self._is_alone(WINDOWED, page) and not self._ends_within(node):
+                self._account.give_back(WINDOWED, page)
+                node.pages[WINDOWED] = NO_PAGE
+                return True
+        for node in self._nodes:
+            if node.children:
+                continue
+            own = [(kind, page) for kind, page in enumerate(node.pages) if page != NO_PAGE]
+            if any(self._is_alone(kind, page) for kind, page in own):
+                self._remove(node)
+                return True
+        return False
+
+    def clear(self) -> None:
+        """Keep nothing."""
+        for pages in self.pages():
+            for kind, page in pages:
+                self._account.give_back(kind, page)
+        self._nodes.clear()
+        self._root.children.clear()
+
+    def _path(self, ids: Sequence[int]) -> Iterator[_Node]:
+        """The nodes that `ids` begin with."""
+        node = self._root
+        for place in range(len(ids) // PAGE):
+            found = node.children.get(tuple(ids[place * PAGE : (place + 1) * PAGE]))
+            if found is None:
+                return
+            yield found
+            node = found
+
+    def _can_go_on_after(self, path: Sequence[_Node]) -> bool:
+        """Whether the windowed pages that the next row sees are all held."""
+        return all(node.pages[WINDOWED] != NO_PAGE for node in path[first_seen(len(path) * PAGE, self._window) :])
+
+    def _ends_within(self, node: _Node) -> bool:
+        """Whether the row after a leaf sees this node's windowed page."""
+        below = [node]
+        for _ in range(-(-(self._window - 1) // PAGE) - 1):
+            below = [child for parent in below for child in parent.children.values()]
+            if any(not child.children for child in below):
+                return True
+        return False
+
+    def _is_alone(self, kind: int, page: int) -> bool:
+        return self._account.users(kind, page) == 1
+
+    def _share(self, kind: int, page: int) -> None:
+        if page != NO_PAGE:
+            self._account.share(kind, page)
+
+    def _remove(self, node: _Node) -> None:
+        for kind, page in enumerate(node.pages):
+            if page != NO_PAGE:
+                self._account.give_back(kind, page)
+        assert node.parent is not None
+        del node.parent.children[node.ids]
+        del self._nodes[node]
+
+    def _use(self, path: Sequence[_Node]) -> None:
+        """These were used now; what rests on others goes before them."""
+        for node in reversed(path):
+            self._nodes[node] = self._nodes.pop(node)

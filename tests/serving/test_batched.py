@@ -1,0 +1,50 @@
+"""Many prompts at once: each has the answer that it has alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.launch import PROGRAMS
+from tests.support.ranks import Ranks
+from tests.support.tiny_models import write_tiny_hf
+from tpimpi.weights.make import choose_formats, slice_model
+from tpimpi.weights.slices.partition import make_partition
+from tpimpi.weights.sources import open_source
+
+# Full and windowed layers, experts, sinks, queries and keys normed over all heads; streamed, or all in memory; and how many
+# tokens are drafted.
+KINDS = {"llama": (2, 3), "gemma3": ("all", 0), "qwen3-moe": ("all", 0), "gpt-oss": (3, 2), "olmo2": (2, 0)}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.slow_but("2")
+def test_any_mixture_gives_each_prompt_its_answer_alone(on_ranks: Ranks, ranks: int, tmp_path: Path) -> None:
+    """Of prompts that come at any time, of any length, beginning as others do, some of them cancelled."""
+    jobs = []
+    for kind, (window, draft) in KINDS.items():
+        path = write_tiny_hf(tmp_path / "models" / kind, kind)
+        (path / "tokenizer.json").write_text("{}")
+        jobs.append((str(tmp_path / kind), window, draft))
+        with open_source(path) as source:
+            partition = make_partition(source.config, [1] * ranks)
+            slice_model(source, partition, choose_formats(source, "f32"), tmp_path / kind)
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    result = on_ranks(ranks, str(PROGRAMS / "many.py"), str(tmp_path / "jobs.json"), str(tmp_path))
+    assert result.code == 0, result.err
+    found = dict.fromkeys(("cached", "preempted", "cancelled", "drafted", "accepted"), 0)
+    for kind in KINDS:
+        did = json.loads((tmp_path / f"{kind}.json").read_text())
+        for answer in did["answers"]:
+            whole = answer["ended"] == "max_tokens"
+            found["cancelled"] += answer["ended"] == "cancelled"
+            assert whole or answer["ended"] == "cancelled"
+            assert answer["ids"] == (answer["alone"] if whole else answer["alone"][: len(answer["ids"])]), kind
+        assert did["units"] == 0, kind
+        # One call a tile, however many sequences a step has; experts are called for, each by itself.
+        assert did["calls"][0] == did["calls"][1] or kind in ("qwen3-moe", "gpt-oss"), kind
+        for name in found:
+            found[name] += did.get(name, 0)
+    assert all(found.values()), f"a test that shows nothing: {found}"

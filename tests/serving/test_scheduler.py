@@ -1,0 +1,216 @@
+"""The scheduler and the kept prefixes over thousands of steps, against a cache that is a dictionary.
+
+What a row sees is what its own request wrote, or another whose ids begin alike; nothing leaks, none is lost, every answer
+is the one that it has alone."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tpimpi.models.kv.cache import KINDS, PAGE, WINDOWED
+from tpimpi.models.kv.pages import NO_PAGE, PageAccount, SequencePages, rows_of
+from tpimpi.serving.pass_times import PassTimes
+from tpimpi.serving.prefixes import PrefixTree
+from tpimpi.serving.scheduler import Request, Run, Scheduler
+
+
+def next_id(ids: list[int]) -> int:
+    """The model of these tests: what follows is a function of all that came before."""
+    return hash(tuple(ids)) % 5
+
+
+class PlainCache:
+    """Pages as dictionaries: what was written at each place is the text up to there."""
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self.written: dict[tuple[int, int, int], int] = {}
+
+    def compute(self, runs: list[Run], account: PageAccount) -> None:
+        """A step, each row of which must find all that it sees; as rows are written before any is read."""
+        all_pages = [run.request.pages for run in runs]
+        assert all(pages is not None for pages in all_pages)
+        rows = rows_of([pages for pages in all_pages if pages is not None], [(run.start, run.n) for run in runs])
+        texts = [[*run.request.ids, *run.draft] for run in runs]
+        places = list(zip(rows.sequence.tolist(), rows.position.tolist(), strict=True))
+        for number, position in places:
+            for kind in KINDS:
+                page = int(rows.tables[kind][number, position // PAGE])
+                assert page != NO_PAGE and account.users(kind, page) == 1, "written where others read"
+                self.written[kind, page, position % PAGE] = hash(tuple(texts[number][: position + 1]))
+        for number, position in places:
+            ids = texts[number]
+            for kind in KINDS[: 1 + (self.window > 0)]:
+                first = max(0, position - self.window + 1) if kind == WINDOWED else 0
+                for at in {first, (first + position) // 2, position, max(first, position // PAGE * PAGE - 1)}:
+                    page = int(rows.tables[kind][number, at // PAGE])
+                    assert self.written[kind, page, at % PAGE] == hash(tuple(ids[: at + 1]))
+
+
+class Requests(RuleBasedStateMachine):
+    """Requests come, are answered, are cancelled."""
+
+    @initialize(
+        places=st.integers(6, 40),
+        sizes=st.sampled_from([(4, 0), (1, 5), (3, 3)]),
+        window=st.integers(2, 200),
+        running=st.integers(1, 5),
+        rows=st.integers(8, 150),
+    )
+    def begin(self, places: int, sizes: tuple[int, int], window: int, running: int, rows: int) -> None:
+        self.account = PageAccount([places, places], sizes, places * max(sizes))
+        self.window = window if sizes[WINDOWED] else 0
+        self.scheduler = Scheduler(self.account, window=self.window, most_running=running, most_rows=rows)
+        self.running, self.rows = running, rows
+        self.cache = PlainCache(self.window)
+        self.texts: list[list[int]] = [[]]  # that others may begin with
+        self.open: dict[Request, list[int]] = {}  # and the prompt of each
+        self.done = 0
+
+    @rule(data=st.data(), n=st.integers(1, 250), answer=st.integers(1, 40))
+    def come(self, data: st.DataObject, n: int, answer: int) -> None:
+        text = data.draw(st.sampled_from(self.texts))
+        prompt = text[: data.draw(st.integers(0, len(text)))] + data.draw(
+            st.lists(st.integers(0, 4), min_size=1, max_size=9)
+        )
+        prompt = (prompt * n)[: max(n, 1)] if data.draw(st.booleans()) else prompt
+        request = Request(list(prompt), len(prompt) + answer)
+        if not self.scheduler.fits(request.most):
+            return
+        self.scheduler.add(request)
+        self.open[request] = prompt
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(list(self.open)))
+        self.scheduler.remove(request)
+        del self.open[request]
+
+    @precondition(lambda self: self.open)
+    @rule(prompt_rows=st.integers(1, 150), times=st.integers(1, 20), drafted=st.integers(0, 9))
+    def steps(self, prompt_rows: int, times: int, drafted: int) -> None:
+        for _ in range(times):
+            if self.open:
+                self._step(prompt_rows, min(drafted, self.rows // self.running - 1))
+
+    def _step(self, prompt_rows: int, drafted: int = 0) -> None:
+        for request in self.scheduler.answering:  # right, or wrong after some tokens
+            ids, most = list(request.ids), min(drafted, request.most - len(request.ids) - 1)
+            for _ in range(most):
+                ids.append(next_id(ids) if ids[-1] != 4 else 0)
+            request.draft = ids[len(request.ids) :]
+        runs = self.scheduler.next_step(prompt_rows)
+        assert runs, "requests are open, and nothing is done"
+        assert sum(run.n for run in runs) <= self.rows and len(self.scheduler.running) <= self.running
+        assert len({run.request for run in runs}) == len(runs)
+        prompts = [run.n for run in runs if run.n > 1 + len(run.draft)]
+        assert sum(prompts) <= max(prompt_rows, 1)
+        self.cache.compute(runs, self.account)
+        for run in runs:
+            ids = run.request.ids
+            for place in range(1 + len(run.draft) if run.ends else 0):
+                ids.append(next_id(ids))
+                if len(ids) == run.request.most or run.draft[place : place + 1] != (ids[-1],):
+                    break
+            self.scheduler.computed(run)
+            if len(ids) == run.request.most:
+                self._check_answer(run.request)
+                self.scheduler.remove(run.request)
+
+    def _check_answer(self, request: Request) -> None:
+        """As it is alone."""
+        alone = list(self.open.pop(request))
+        while len(alone) < request.most:
+            alone.append(next_id(alone))
+        assert request.ids == alone
+        self.texts.append(alone)
+        self.done += 1
+
+    @invariant()
+    def nothing_leaks(self) -> None:
+        """What is used is what requests and kept prefixes have."""
+        if not hasattr(self, "scheduler"):
+            return
+        assert set(self.scheduler.running) | set(self.scheduler.waiting) == set(self.open)
+        used: set[tuple[int, int]] = set()
+        for request in self.scheduler.running:
+            assert request.pages is not None
+            used |= {(k, page) for k, table in enumerate(request.pages.tables) for page in table if page != NO_PAGE}
+        used |= {(kind, page) for node in self.scheduler.prefixes.pages() for kind, page in node}
+        assert self.account.used == sum(self.account.sizes[kind] for kind, _ in used)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        while self.open:
+            self._step(150)
+        self.scheduler.prefixes.clear()
+        assert self.account.used == 0
+        assert all(len(self.account.free_pages(kind)) == self.account.places[kind] for kind in KINDS)
+
+
+TestRequests = Requests.TestCase
+TestRequests.settings = settings(deadline=None, suppress_health_check=list(HealthCheck))
+
+
+# The parts
+
+
+def test_a_prompt_that_was_read_is_not_read_again() -> None:
+    account = PageAccount.of_layers([0] * 4, 4 * 20)
+    scheduler = Scheduler(account, window=0, most_running=4, most_rows=128)
+    first, second = Request([7] * 200, 201), Request([7] * 200 + [1, 2], 205)
+    scheduler.add(first)
+    while first.missing:
+        for run in scheduler.next_step(100):
+            first.ids += [9] * run.ends
+            scheduler.computed(run)
+            first.ids = first.ids[:200]
+    scheduler.remove(first)
+    scheduler.add(second)
+    (run,) = scheduler.next_step(100)
+    assert (first.cached, first.rows) == (0, 200)
+    assert (second.cached, run.start, run.n) == (192, 192, 10)  # three pages of 64
+
+
+def test_a_prefix_counts_only_where_its_last_window_is_held() -> None:
+    account = PageAccount([40, 40], [2, 2], 160)
+    tree = PrefixTree(account, window=100)
+    ids = list(range(64 * 6))
+    pages = SequencePages(account, 100)
+    assert pages.grow(len(ids))
+    tree.add(ids, pages, len(ids))
+    pages.close()
+    found = tree.begin([*ids, 1])
+    assert found.length == 64 * 6
+    found.close()
+    while any(page for node in tree.pages() for page in node if page[0] == WINDOWED):
+        assert tree.give_up()
+    assert tree.begin([*ids, 1]).length == 0
+
+
+def test_the_shortest_prompt_has_a_share_and_answers_go_on() -> None:
+    account = PageAccount.of_layers([0], 1000)
+    scheduler = Scheduler(account, window=0, most_running=8, most_rows=128)
+    answering = Request([1, 2, 3], 100)
+    scheduler.add(answering)
+    (run,) = scheduler.next_step(128)
+    answering.ids.append(4)
+    scheduler.computed(run)
+    long, middle, short = Request([1] * 5000, 5001), Request([2] * 600, 700), Request([3] * 20, 40)
+    for request in (long, middle, short):
+        scheduler.add(request)
+    found = {run.request: run.n for run in scheduler.next_step(64)}
+    assert found == {answering: 1, long: 64 - 16, short: 16}
+
+
+def test_so_many_rows_take_twice_as_long() -> None:
+    times = PassTimes()
+    assert times.rows_within(3, 2.0, 100) == 100  # nothing is known
+    for rows in (1, 8, 40, 128):
+        times.add(rows, 1 + rows / 10)
+    assert times.rows_within(5, 2.0, 128) == 20  # 1.5 s, and 3 s
+    assert times.rows_within(8, 2.0, 20) == 20 and times.rows_within(8, 1.0, 128) == 8

@@ -1,0 +1,163 @@
+"""Run on every rank: many prompts answered at once, of several models in one launch.
+
+Arguments: a JSON file of jobs ([folder, window, tokens to draft]), and where to write. Prompts come at any step, some begin
+as others do, some are cancelled; there are pages for some of them alone. Rank 0 writes NAME.json for each: "answers", a list
+with "ids", those generated "alone", and how it "ended"; "cached", "preempted", "drafted" and "accepted" in all; "units" that
+are used at the end; and "calls" of the backend for a step of one row, and of rows of five sequences.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tpimpi.engine import protocol
+from tpimpi.engine.engine import EngineConfig
+from tpimpi.engine.rank_memory import MemoryPlanner, RankMemory
+from tpimpi.engine.startup import open_engine
+from tpimpi.models.kv.pages import PageAccount
+from tpimpi.star import connect
+
+CONTEXT, PROMPTS, TOGETHER, MOST_TOKENS = 256, 18, 5, 40
+
+
+class Counted:
+    """A backend whose calls are counted."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend, self.calls = backend, 0
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._backend, name)
+        if not callable(found):
+            return found
+
+        def call(*arguments: Any, **more: Any) -> Any:
+            self.calls += 1
+            return found(*arguments, **more)
+
+        return call
+
+
+def greedy(logits: Any, history: Any) -> int:
+    return int(np.argmax(logits))
+
+
+class Prophet:
+    """In place of a drafter: knows the answer, and drafts it, now and then with a wrong token."""
+
+    def __init__(self, answer: list[int], most: int, random: np.random.Generator) -> None:
+        self._answer, self._most, self._random = answer, most, random
+
+    def propose(self, most: int, seconds: Any) -> list[int]:
+        found = self._answer[: max(0, min(most, self._most))]
+        if found and self._random.random() < 0.4:
+            place = self._random.integers(len(found))
+            found[place] = found[place] - 1 if found[place] else 1
+        return found
+
+    def add(self, ids: list[int]) -> None:
+        assert self._answer[: len(ids)] == ids
+        self._answer = self._answer[len(ids) :]
+
+
+def answer_many(memory: RankMemory, seed: int, draft: int) -> dict[str, Any]:
+    from tpimpi.serving.batched import Answering, BatchedLLM, Query
+    from tpimpi.serving.generate import generate
+    from tpimpi.serving.report import Report
+    from tpimpi.serving.speculation import Speculation
+    from tpimpi.serving.text.token_ids import TokenIds
+
+    engine = memory.engines[0]
+    model, random = engine.model, np.random.default_rng(seed)
+    texts = [random.integers(3, 90, 180).tolist() for _ in range(3)]
+    queries, alone = [], []
+    for _ in range(PROMPTS):
+        text = texts[random.integers(len(texts))][: random.integers(0, 181)]
+        ids = [*text, *random.integers(3, 90, random.integers(1, 20)).tolist()]
+        queries.append(Query(ids, int(random.integers(1, MOST_TOKENS)), greedy))
+        options = {"max_tokens": queries[-1].max_tokens, "context": CONTEXT, "end_ids": ()}
+        alone.append(list(generate(model, model.star, engine.embed, ids, greedy, **options)))
+        texts.append([*ids, *alone[-1]])
+
+    class Told(Speculation):
+        def drafter(self, ids: Any) -> Any:
+            return Prophet(alone[queries.index(asked)], draft, random) if draft else None
+
+    account = PageAccount.of_layers(model.kv_shape.kinds, 9 * len(model.kv_shape.kinds))
+    report, vocab = Report("", "", "", ""), model.config.vocab
+    llm = BatchedLLM(memory, account, TokenIds(vocab), report, Told(), context=CONTEXT, together=TOGETHER)
+    answering: list[Answering] = []
+    while len(answering) < PROMPTS or not llm.is_idle:
+        while len(answering) < PROMPTS and random.random() < 0.4:
+            asked = queries[len(answering)]
+            answering.append(llm.submit(asked))
+        if random.random() < 0.02 and answering:
+            llm.cancel(answering[random.integers(len(answering))])
+        llm.step()
+    draft = 0
+    calls = count_calls(llm, random)
+    llm.forget_prefixes()
+    answers = [
+        {"ids": one.tokens, "alone": tokens, "ended": one.ended} for one, tokens in zip(answering, alone, strict=True)
+    ]
+    assert report.batch is not None
+    did = {name: sum(getattr(one.figures, name) for one in answering) for name in ("drafted", "accepted")}
+    did |= {"cached": sum(one.request.cached or 0 for one in answering)}
+    return {"answers": answers, **did, "preempted": report.batch.preempted, "units": account.used, "calls": calls}
+
+
+def count_calls(llm: Any, random: np.random.Generator) -> list[int]:
+    """Of a step of one row, and of a step of a row of each of five sequences."""
+    from tpimpi.serving.batched import Query
+
+    model, calls = llm.engine.model, []
+    for sequences in (1, 5):
+        asked = [llm.submit(Query(random.integers(3, 90, 5).tolist(), 3, greedy)) for _ in range(sequences)]
+        while any(not one.tokens for one in asked):
+            llm.step()
+        counted = model.backend = Counted(model.backend)
+        assert len(llm.step()) == sequences
+        calls.append(counted.calls)
+        model.backend = counted._backend
+        for one in asked:
+            llm.cancel(one)
+    return calls
+
+
+def main() -> None:
+    star, out = connect(), Path(sys.argv[2])
+    for seed, (folder, window, draft) in enumerate(json.loads(Path(sys.argv[1]).read_text())):
+        settings = EngineConfig(
+            *(folder, None, "", "", "", "native", 1, "star", 60.0),
+            cores_shared_by=[star.rank.size] * star.rank.size,
+            window=window,
+            kv="f32",
+            chunk=48,
+            together=TOGETHER,
+        )
+        memory = MemoryPlanner([open_engine(star, settings)]).plan(CONTEXT, None, 0).take()
+        model = memory.engines[0].model
+        if star.rank.is_hub:
+            did = answer_many(memory, seed, draft)
+            protocol.finish(model, star)
+            (out / f"{Path(folder).name}.json").write_text(json.dumps(did))
+        else:
+            protocol.follow([model], star)
+        memory.close()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        from mpi4py import MPI
+
+        MPI.COMM_WORLD.Abort(1)
