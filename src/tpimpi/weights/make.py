@@ -142,7 +142,7 @@ def _o_columns(source: Source, partition: Partition, formats: LayerFormats) -> I
 def make_header(source: Source, partition: Partition, rank: int, formats: ModelFormats) -> Header:
     """The header of one rank's slice: every tile with its parts, in the order of use."""
     config = source.config
-    tokenizer = {name: len(content) for name, content in source.tokenizer_assets().items()} if rank == 0 else {}
+    tokenizer = source.tokenizer_bytes() if rank == 0 else {}
     records = slice_records(config, partition.shares[rank], rank, formats, tokenizer)
     return Header(rank, formats, source.name, source.fingerprint(), config, partition, tuple(records))
 

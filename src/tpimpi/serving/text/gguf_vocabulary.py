@@ -135,7 +135,8 @@ def _read_tokens(keys: dict[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...]
     """The tokens, each once, and their types; where the file has no types all are normal."""
     texts = _get(keys, "tokens", list, [])
     # Bytes that are no UTF-8 come as surrogate escapes; no text is ever cut into such a token.
-    keys = {**keys, "tokenizer.ggml.tokens": [_readable(text) for text in texts]}
+    if not all(type(text) is str for text in texts) or not is_unicode("".join(texts)):
+        keys = {**keys, "tokenizer.ggml.tokens": [_readable(text) for text in texts]}
     tokens = _list(keys, "tokens", str)
     if not tokens:
         raise ModelError("tokenizer.ggml.tokens of the GGUF file is missing or empty; use a file with its vocabulary")
@@ -265,6 +266,8 @@ def _get(keys: dict[str, Any], name: str, kind: type, default: Any = None) -> An
 
 def _list(keys: dict[str, Any], name: str, kind: type | tuple[type, ...]) -> tuple[Any, ...]:
     values = _get(keys, name, list, [])
+    if all(type(value) is kind for value in values) and (kind is not str or is_unicode("".join(values))):
+        return tuple(values)
     for index, value in enumerate(values):
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ModelError(f"tokenizer.ggml.{name}[{index}] of the GGUF file is {value!r}, of the wrong type")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -169,7 +169,7 @@ class GgufHeader:
         self.stream.seek(array.offset)
         self.position = array.offset
         if array.kind == _STRING:
-            return [self.string() for _ in range(array.count)]
+            return [text.decode("utf-8", "surrogateescape") for text in self.strings(array.count)]
         code = f"<{array.count}{_SCALAR_CODES[array.kind]}"
         return list(struct.unpack(code, self.take(struct.calcsize(code))))
 
@@ -193,7 +193,8 @@ class GgufHeader:
         kind, count = self.number("I"), self.number("Q")
         array = GgufArray(self.position, kind, count)
         if kind == _STRING:
-            self.skip_strings(count)
+            for _ in self.strings(count):
+                pass
         elif kind in _SCALAR_CODES:
             self.need(count * struct.calcsize(f"<{_SCALAR_CODES[kind]}"))
             self.position += count * struct.calcsize(f"<{_SCALAR_CODES[kind]}")
@@ -202,8 +203,8 @@ class GgufHeader:
             raise self.broken(f"array of metadata type {kind}")
         return array
 
-    def skip_strings(self, count: int) -> None:
-        # The one loop that a big vocabulary makes long.
+    def strings(self, count: int) -> Iterator[bytes]:
+        """So many strings that follow each other. The one loop that a big vocabulary makes long."""
         read, unpack, position, limit = self.stream.read, struct.Struct("<Q").unpack, self.position, self.limit
         for _ in range(count):
             if position + 8 > limit:
@@ -214,7 +215,10 @@ class GgufHeader:
             if position > limit:
                 self.position = position - length
                 self.need(length)
-            read(length)
+            text = read(length)
+            if len(text) != length:
+                raise self.broken("it became shorter while it was read")
+            yield text
         self.position = position
 
     def string(self) -> str:

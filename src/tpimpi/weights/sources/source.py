@@ -58,6 +58,7 @@ class Source:
         self._files = list(files)
         self._assets = assets
         self._assets_in_header = assets_in_header
+        self._asset_bytes: dict[str, int] | None = None  # counted when somebody asks
         self._infos = MappingProxyType({name: tensor.info for name, tensor in self._stored.items()})
 
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -123,6 +124,12 @@ class Source:
         gguf.json is one JSON object of all `tokenizer.*` keys; bytes that are no UTF-8 stand as surrogate escapes.
         """
         return self._assets()
+
+    def tokenizer_bytes(self) -> Mapping[str, int]:
+        """Bytes of each of the tokenizer's assets. Counted once, since a large vocabulary takes a moment."""
+        if self._asset_bytes is None:
+            self._asset_bytes = {name: len(content) for name, content in self._assets().items()}
+        return self._asset_bytes
 
     def close(self) -> None:
         """Close the files; reading afterwards is a ValueError."""
