@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,6 +103,38 @@ def test_runs_compute_only_what_is_new(tpimpi, tiny: Path, tmp_path: Path) -> No
     assert (third.code, said in third.err, rows()[0][0]) == (0, True, 0), third.err
     assert path.read_bytes() != before
     assert talk(tpimpi, tiny, *alone, "--kv", "f16", "--prompt", " jumps").out == third.out
+
+
+def test_ranks_with_other_shares_or_other_weights_compute_it_again(
+    on_ranks: Ranks, cache: dict[str, str], tiny: Path, tmp_path: Path
+) -> None:
+    """And what they keep then is of use to the next run like theirs. The tiny model has two heads of keys and values."""
+    common = ("-m", "tpimpi", "--model", str(tiny), "--raw", "--max-tokens", "5", "--ignore-eos")
+    kept = ("--session", str(tmp_path / "s"), "--keep-cache", str(tmp_path / "kept"))
+    runs = [
+        (2, "f32", "1,1", None),
+        (2, "f32", "1,1", ""),
+        (2, "f32", "9,1", r"r0 \S+: \S+\.kv has shares "),  # the second rank has none of these heads
+        (2, "f32", "9,1", ""),
+        (2, "q8_0", "9,1", r"r0 \S+: \S+\.kv has format f32\S*, this run q8_0"),
+        (3, "q8_0", "1,1,1", r"r0 \S+: \S+\.kv has shares "),
+        (3, "q8_0", "1,1,1", ""),
+    ]
+    for number, (ranks, fmt, shares, said) in enumerate(runs):
+        how = ("--format", fmt, "--shares", shares, "--report", str(tmp_path / "report"))
+        shutil.copy(tmp_path / "s", tmp_path / "alone") if number else None
+        asked = f" {number} lazy dogs jump"
+        result = on_ranks(ranks, *common, *how, *kept, env=cache, stdin=asked + "\n")
+        assert result.code == 0, result.err
+        (answer,) = json.loads((tmp_path / "report").read_text())["answers"]
+        found = re.findall(r"the conversation so far is computed again: (.*)", result.err)
+        assert len(found) == bool(said) and (not said or re.match(said, found[0])), (number, result.err)
+        assert (answer["cached_tokens"] > 0) == (said == ""), number
+        assert answer["cached_tokens"] + answer["rows_computed"] == answer["prompt_tokens"] + 4
+        alone = on_ranks(
+            ranks, *common, *how, "--session", str(tmp_path / "alone"), "--quiet", env=cache, stdin=asked + "\n"
+        )
+        assert (alone.code, alone.out) == (0, result.out), (number, alone.err)
 
 
 def test_what_cannot_be_is_said(tpimpi, tiny: Path, tmp_path: Path) -> None:
