@@ -37,6 +37,16 @@ def agreed_page_units(ranks: Sequence[MemoryAllotment]) -> int | None:
     return min((rank.page_units for rank in ranks if rank.page_units is not None), default=None)
 
 
+def room_lines(ranks: Sequence[MemoryAllotment]) -> list[str]:
+    """What to say of how long sequences may become, all together; nothing where no rank's memory is bounded."""
+    bounded = [(rank.most_context, f"r{rank.rank} {rank.host}") for rank in ranks if rank.most_context is not None]
+    if not bounded:
+        return []
+    positions, name = min(bounded, key=lambda one: one[0])
+    least = f", the least on {name}" if len({room for room, _ in bounded}) > 1 else ""
+    return [f"room: keys and values of {positions} positions, if pinned tiles give way{least}"]
+
+
 def print_memory(ranks: Sequence[MemoryAllotment], *, always: bool) -> None:
     """A table on stderr of what each rank's memory buys; unless `always`, only where something is streamed."""
     from rich.console import Console
@@ -55,6 +65,8 @@ def print_memory(ranks: Sequence[MemoryAllotment], *, always: bool) -> None:
         table.add_row(f"r{r.rank} {r.host}", promise, *map(show_size, sizes))
     console = Console(file=sys.stderr, width=140, highlight=False, color_system=None)
     console.print(table)
+    for line in room_lines(ranks):
+        print(line, file=sys.stderr)
     for line in disk_lines([(r.host, r.device, r.streamed, r.disk_bytes_per_s) for r in ranks], alone=True):
         print(f"expected: {line}", file=sys.stderr)
     if any(rank.streamed and not rank.direct for rank in ranks):
