@@ -13,7 +13,7 @@ from tpimpi.cli.run_parser import add_kernels
 from tpimpi.cli.values import MOST_THREADS, count, path_given, seconds, some_of, whole_number, whole_numbers
 from tpimpi.compute.backends import BACKEND_NAMES
 from tpimpi.compute.formats import WEIGHT_FORMATS
-from tpimpi.diagnostics.options import AllreduceBenchOptions
+from tpimpi.diagnostics.bench.options import AllreduceBenchOptions, DiskBenchOptions, KernelBenchOptions
 from tpimpi.engine.ranks import greet
 from tpimpi.errors import InputError, shorten
 from tpimpi.star import ALGORITHMS, WIRES, Star
@@ -168,45 +168,84 @@ def read_bytes(text: str) -> int:
     return size
 
 
+# The options
+
+
+BenchOptions = KernelBenchOptions | DiskBenchOptions | AllreduceBenchOptions
+
+
+def parse_bench(arguments: Sequence[str]) -> BenchOptions:
+    """The options of the bench that the first argument names. Raises InputError for what cannot be used."""
+    parsed = bench_parser().parse_args(arguments)
+    json = None if parsed.json is None else Path(parsed.json)
+    if json is not None:
+        check_writable(parsed.json, "--json")
+    if parsed.what == "kernels":
+        return KernelBenchOptions(
+            formats=tuple(parsed.formats),
+            positions=tuple(parsed.positions),
+            shape=parsed.shape,
+            threads=parsed.threads,
+            kernels=parsed.kernels,
+            backend=parsed.backend,
+            seconds=parsed.seconds,
+            json=json,
+        )
+    if parsed.what == "disk":
+        path = None if parsed.path is None else Path(parsed.path)
+        return DiskBenchOptions(path, parsed.readers, read_bytes=parsed.size, seconds=parsed.seconds, json=json)
+    if parsed.plot is not None:
+        from tpimpi.diagnostics.plots import check_plot  # which most runs do without
+
+        check_plot(parsed.plot)
+    return AllreduceBenchOptions(
+        sizes=tuple(parsed.sizes),
+        algorithms=tuple(parsed.algorithms),
+        wires=tuple(parsed.wire),
+        rounds=parsed.repeats,
+        json=json,
+        plot=None if parsed.plot is None else Path(parsed.plot),
+        quiet=parsed.quiet,
+    )
+
+
 # The commands
 
 
 def bench_alone(job: Job) -> int:
     """`bench kernels` and `bench disk`."""
-    parsed = bench_parser().parse_args(job.arguments[1:])
-    if parsed.what == "allreduce":
+    options = parse_bench(job.arguments[1:])
+    if isinstance(options, AllreduceBenchOptions):
         raise InputError("bench allreduce measures between ranks; start it with mpirun -np 2, or more")
-    if parsed.json is not None:
-        check_writable(parsed.json, "--json")
-    found = _bench_disk(parsed) if parsed.what == "disk" else _bench_kernels(parsed)
-    if parsed.json is not None:
-        write_json(Path(parsed.json), found, "--json")
+    found = _bench_disk(options) if isinstance(options, DiskBenchOptions) else _bench_kernels(options)
+    if options.json is not None:
+        write_json(options.json, found, "--json")
     return 0
 
 
-def _bench_kernels(parsed: argparse.Namespace) -> dict[str, Any]:
+def _bench_kernels(options: KernelBenchOptions) -> dict[str, Any]:
     """Measure, and print the table; returns what `--json` writes."""
     from tpimpi.compute.backends import load_backend
     from tpimpi.diagnostics.bench import kernels
 
-    backend, remark = kernels.choose_backend(parsed.backend)
+    backend, remark = kernels.choose_backend(options.backend)
     say(remark)
-    load_backend(backend, parsed.threads, parsed.kernels)  # what is wrong with these is said before the work
-    say(kernels.duration(parsed.formats, parsed.positions, parsed.seconds))
-    bench = kernels.Bench(backend, parsed.formats, parsed.positions, parsed.shape, parsed.threads, parsed.kernels)
-    table, limits = bench.run(parsed.seconds, say)
+    load_backend(backend, options.threads, options.kernels)  # what is wrong with these is said before the work
+    say(kernels.duration(options.formats, options.positions, options.seconds))
+    shape, threads = options.shape, options.threads
+    bench = kernels.Bench(backend, options.formats, options.positions, shape, threads, options.kernels)
+    table, limits = bench.run(options.seconds, say)
     kernels.print_table(table, bench.title(), limits)
     return bench.as_json(table, limits)
 
 
-def _bench_disk(parsed: argparse.Namespace) -> dict[str, Any]:
+def _bench_disk(options: DiskBenchOptions) -> dict[str, Any]:
     """Measure, and print the table; returns what `--json` writes."""
     from tpimpi.diagnostics.bench import disk
     from tpimpi.weights.locations import cache_folder
 
-    path = cache_folder() if parsed.path is None else Path(parsed.path)
-    with disk.Bench(path, parsed.readers, parsed.size) as bench:
-        table = bench.run(parsed.seconds, _say_round)
+    with disk.Bench(options.path or cache_folder(), options.readers, options.read_bytes) as bench:
+        table = bench.run(options.seconds, _say_round)
         disk.print_table(table, bench.title())
         return bench.as_json(table)
 
@@ -221,26 +260,8 @@ def bench_together(star: Star, job: Job) -> int:
 
     with stop_others_on_error(star):
         hosts = [rank.host for rank in greet(star, job.arguments)]
-        allreduce.bench(parse_allreduce(job.arguments[1:]), star, hosts)
+        options = parse_bench(job.arguments[1:])
+        assert isinstance(options, AllreduceBenchOptions)  # the others are done by a process alone
+        allreduce.bench(options, star, hosts)
     send_note(star, StopNote(0))
     return 0
-
-
-def parse_allreduce(arguments: Sequence[str]) -> AllreduceBenchOptions:
-    """The options of `bench allreduce`. Raises InputError for what cannot be used."""
-    parsed = bench_parser().parse_args(arguments)
-    if parsed.json is not None:
-        check_writable(parsed.json, "--json")
-    if parsed.plot is not None:
-        from tpimpi.diagnostics.plots import check_plot  # which most runs do without
-
-        check_plot(parsed.plot)
-    return AllreduceBenchOptions(
-        sizes=tuple(parsed.sizes),
-        algorithms=tuple(parsed.algorithms),
-        wires=tuple(parsed.wire),
-        rounds=parsed.repeats,
-        json=None if parsed.json is None else Path(parsed.json),
-        plot=None if parsed.plot is None else Path(parsed.plot),
-        quiet=parsed.quiet,
-    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tpimpi.cli.parser import Parser
@@ -25,17 +27,27 @@ def inspect_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def inspect_alone(job: Job) -> int:
-    """The whole command."""
-    parsed = inspect_parser().parse_args(job.arguments[1:])
+@dataclass(frozen=True)
+class InspectOptions:
+    """What `inspect` takes."""
+
+    path: Path
+    verify: bool = False
+    json: Path | None = None
+
+
+def parse_inspect(arguments: Sequence[str]) -> InspectOptions:
+    """The options of `inspect`. Raises InputError for what cannot be used."""
+    parsed = inspect_parser().parse_args(arguments)
     if parsed.json is not None:
         check_writable(parsed.json, "--json", [parsed.path])
-    inspect(
-        Path(parsed.path),
-        verify=parsed.verify,
-        json=None if parsed.json is None else Path(parsed.json),
-        check_tokenizer=_check_tokenizer,
-    )
+    return InspectOptions(Path(parsed.path), parsed.verify, None if parsed.json is None else Path(parsed.json))
+
+
+def inspect_alone(job: Job) -> int:
+    """The whole command."""
+    options = parse_inspect(job.arguments[1:])
+    inspect(options.path, verify=options.verify, json=options.json, check_tokenizer=_check_tokenizer)
     return 0
 
 

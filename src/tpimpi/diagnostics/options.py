@@ -58,16 +58,3 @@ class DoctorOptions:
     format: str = "auto"
     shares: tuple[float, ...] | None = None  # of the slices, one for each rank; None: they are yet to be chosen
     json: Path | None = None
-
-
-@dataclass(frozen=True)
-class AllreduceBenchOptions:
-    """What `bench allreduce` takes."""
-
-    sizes: tuple[int, ...]  # numbers that are added, in ascending order
-    algorithms: tuple[str, ...]
-    wires: tuple[str, ...]
-    rounds: int
-    json: Path | None = None
-    plot: Path | None = None
-    quiet: bool = False

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tpimpi.diagnostics.options import AllreduceBenchOptions
+from tpimpi.diagnostics.bench.options import AllreduceBenchOptions
 from tpimpi.errors import InputError
 from tpimpi.star import Star, choose, parse_rule
 from tpimpi.star.codec import wire_of
