@@ -25,7 +25,6 @@ from tests.support.sources_cases import (
 from tpimpi.errors import ModelError
 from tpimpi.models.layer_spec import RopeScaling
 from tpimpi.weights.sources import Source, decode, open_source
-from tpimpi.weights.sources.gguf_types import type_of_name, type_of_number
 
 # GGUF
 
@@ -49,17 +48,6 @@ GGUF_LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-
-
-def test_types_are_those_of_the_gguf_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind in gguf.GGMLQuantizationType:
-        assert (
-            type_of_number(kind) == type_of_name(kind.name.lower()) == (kind.name.lower(), *gguf.GGML_QUANT_SIZES[kind])
-        )
-    assert type_of_number(4) is None and type_of_number(10_000) is None
-    # One that a newer package knows, and we do not.
-    monkeypatch.setattr("tpimpi.weights.sources.gguf_types._TYPES", {})
-    assert type_of_number(Q8_0) == ("q8_0", 32, 34)
 
 
 def canonical(name: str) -> str:
