@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -52,3 +53,23 @@ def test_a_launcher_that_binds_ranks_is_noticed(mpirun: Launcher, tiny, cache) -
         os.sched_setaffinity(0, before)
     assert result.code == 0, result.err
     assert "bound to one core" not in result.err
+
+
+@pytest.mark.slow_but("said")
+@pytest.mark.parametrize("quiet", [False, True], ids=["said", "quiet"])
+def test_rank_0_says_for_whom_it_waits_before_the_ranks_have_met(
+    mpirun: Launcher, tiny: Path, cache, tmp_path: Path, quiet: bool
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\n"
+        "rank = os.environ.get('OMPI_COMM_WORLD_RANK', os.environ.get('PMI_RANK'))\n"
+        "if rank == '1':\n    time.sleep(4)\n"
+        "elif rank == '0':\n    import tpimpi.star.start as start\n    start.WAIT_REPORT_S = 1.0\n"
+    )
+    options = ("--format", "f32", "--prompt", "x", "--max-tokens", "1", *(["--quiet"] if quiet else []))
+    env = {**cache, "PYTHONPATH": str(tmp_path)}
+    result = mpirun(2, "-m", "tpimpi", "--model", str(tiny), *options, env=env, timeout=60)
+    assert result.code == 0, result.err
+    if mpirun.mpi == "openmpi":  # whose start waits for all ranks
+        assert ("tpimpi: waiting for 1 other rank to start, for 1 s" in result.err) == (not quiet)
+    assert "MPI has not started" not in result.err

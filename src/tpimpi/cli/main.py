@@ -53,7 +53,7 @@ def do_together(job: Job) -> int:
         write_past_the_launcher()
         job.input = Input()
     try:
-        job.star = star = connect()
+        job.star = star = connect(quiet="--quiet" in job.arguments)  # which has no other meaning in any command
     except InputError:
         if launched == 0:
             raise

@@ -13,11 +13,14 @@ from tpimpi.star.pieces import EAGER_BYTES
 from tpimpi.star.star import Star
 from tpimpi.system.launcher import launched_rank, launched_size, launcher_kind
 
-SLOW_START_S = 20.0  # rank 0 says that MPI takes long to start after this time
+WAIT_REPORT_S = 5.0  # rank 0 says that it waits for the other ranks to start after this time
+SLOW_START_S = 20.0  # and after this time, what may be wrong
 
 
-def connect() -> Star:
+def connect(*, quiet: bool = False) -> Star:
     """Join the run: MPI's world where a launcher started this process, else a star of one rank.
+
+    Rank 0 says on stderr when others take long to come; with `quiet` only when that looks like a fault.
 
     Raises InputError where the launcher and the MPI library are of two different kinds.
     """
@@ -29,7 +32,7 @@ def connect() -> Star:
     # Else Open MPI ends this process where a connection is lost, before anybody can say who is gone.
     os.environ.setdefault("OMPI_MCA_mpi_ft_enable", "1")
     os.environ.update(OMPI_MCA_btl_tcp_eager_limit=str(EAGER_BYTES))  # the same on all hosts, or messages find no room
-    with _report_slow_start():
+    with _report_slow_start(quiet=quiet):
         from mpi4py import MPI
 
         world = MPI.COMM_WORLD
@@ -63,8 +66,8 @@ def _has_thread_multiple() -> bool:
 
 
 @contextlib.contextmanager
-def _report_slow_start() -> Iterator[None]:
-    """Rank 0: if MPI takes long to start, which it does for ever over a wrong network interface, a line says so.
+def _report_slow_start(*, quiet: bool) -> Iterator[None]:
+    """Rank 0: if MPI takes long to start, which it does for ever over a wrong network interface, lines say so.
 
     MPI holds Python's lock meanwhile, so a process of its own waits for us.
     """
@@ -75,12 +78,7 @@ def _report_slow_start() -> Iterator[None]:
     waiting = os.fork()
     if waiting == 0:
         os.close(writer)
-        if not select.select([reader], [], [], SLOW_START_S)[0]:
-            line = (
-                f"tpimpi: MPI has not started the other ranks for {SLOW_START_S:.0f} s: is a host down, or a wrong network "
-                "interface in use? To find out: python -m tpimpi doctor --hostfile FILE\n"
-            )
-            os.write(2, line.encode())
+        _say_what_is_awaited(reader, launched_size() - 1, quiet=quiet)
         os._exit(0)
     os.close(reader)
     try:
@@ -88,3 +86,19 @@ def _report_slow_start() -> Iterator[None]:
     finally:
         os.close(writer)
         os.waitpid(waiting, 0)  # it ends with the pipe
+
+
+def _say_what_is_awaited(started: int, others: int, *, quiet: bool) -> None:
+    """Until the pipe `started` ends: that other ranks are awaited, and later what may be wrong."""
+    if select.select([started], [], [], WAIT_REPORT_S)[0]:
+        return
+    if others and not quiet:
+        ranks = f"{others} other rank{'s' if others > 1 else ''}"
+        os.write(2, f"tpimpi: waiting for {ranks} to start, for {WAIT_REPORT_S:.0f} s\n".encode())
+    if select.select([started], [], [], SLOW_START_S - WAIT_REPORT_S)[0]:
+        return
+    line = (
+        f"tpimpi: MPI has not started the other ranks for {SLOW_START_S:.0f} s: is a host down, or a wrong network "
+        "interface in use? To find out: python -m tpimpi doctor --hostfile FILE\n"
+    )
+    os.write(2, line.encode())

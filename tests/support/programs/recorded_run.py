@@ -62,8 +62,8 @@ def main() -> None:
     connect, follow = star.connect, protocol.follow
     here: list[star.Star] = []
 
-    def recorded_connect():
-        found = connect()
+    def recorded_connect(*, quiet: bool):
+        found = connect(quiet=quiet)
         found._comm = found._channel.comm = Recorder(found._comm)
         here.append(found)
         return found

@@ -20,7 +20,7 @@ KIND = sys.argv[1]
 def main() -> None:
     rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0")))
     if KIND == "late":
-        start_module.SLOW_START_S = 0.5
+        start_module.WAIT_REPORT_S, start_module.SLOW_START_S = 0.3, 0.5
         time.sleep(2.0 * (rank == 1))
     heartbeat_module.SLOW_RANK_S = 1.0
     star = connect()
