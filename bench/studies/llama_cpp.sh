@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds llama.cpp's llama-bench, llama-perplexity, llama-quantize and ggml-rpc-server from the source package of llama-cpp-python,
-# into DIR/llama.cpp/bin:
+# Builds llama.cpp's llama-bench, llama-batched-bench, llama-perplexity, llama-quantize and ggml-rpc-server from the source package
+# of llama-cpp-python, into DIR/llama.cpp/bin:
 #   bash bench/studies/llama_cpp.sh DIR [native|avx2|avx512]
 # native (the default) is for this processor; the others are for any that has these instructions, and use no AMX.
 # Needs g++; takes about ten minutes on two cores. The version is fixed, so that figures can be compared.
@@ -22,4 +22,5 @@ cmake=cmake
 command -v cmake >/dev/null || { python3 -m venv "$out/venv" && "$out/venv/bin/pip" install --quiet cmake && cmake="$out/venv/bin/cmake"; }
 "$cmake" -S "$out/source/vendor/llama.cpp" -B "$out/llama.cpp" -DCMAKE_BUILD_TYPE=Release "${level[@]}" -DGGML_RPC=ON \
   -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
-"$cmake" --build "$out/llama.cpp" --parallel "$(nproc)" --target llama-bench llama-perplexity llama-quantize ggml-rpc-server
+"$cmake" --build "$out/llama.cpp" --parallel "$(nproc)" --target \
+  llama-bench llama-batched-bench llama-perplexity llama-quantize ggml-rpc-server
