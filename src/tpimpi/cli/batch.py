@@ -44,7 +44,8 @@ def load_batch(star: Star, job: Job, ranks: Sequence[RankInfo], options: RunOpti
         if not output.quiet:
             say(remarks.batch_done(len(items), generate.out or ""))
         raise SystemExit(0)
-    leave_on_signals(lambda: remarks.batch_goes_on(len(items) - len(answers.left), len(items)))
+    if not output.quiet:
+        leave_on_signals(lambda: remarks.batch_goes_on(len(items) - len(answers.left), len(items)))
     engine = open_engine(star, ranks, options, together=generate.parallel)
     answers.use_model(engine.header.fingerprint)
     tokenizer, tokenizer_bytes = load_tokenizer_of_slices(engine.file, template)
