@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.support.drawn import examples
 from tpimpi.compute.arrays import F32
 from tpimpi.engine.model import Model
+from tpimpi.serving.draft_model import DraftModel
 from tpimpi.serving.generate import GenerationFigures, HeldIds, generate
 from tpimpi.serving.sampling import Sampler, distribution, make_sampler
 from tpimpi.serving.speculation import (
@@ -133,6 +134,35 @@ def test_times_are_medians_and_lie_on_a_line_between() -> None:
     for _ in range(9):  # what was long ago does not count
         times.add(1, 0.1)
     assert times.seconds(1) == pytest.approx(0.1)
+
+
+class OtherModel:
+    """A draft model that says 7 always, each in a tenth of a second."""
+
+    seconds = 0.1
+
+    def propose(self, ids: Sequence[int], most: int) -> list[int]:
+        self.ids = list(ids)
+        return [7] * most
+
+
+def test_a_draft_model_is_asked_where_the_text_says_little_and_its_time_counts() -> None:
+    model, times = OtherModel(), _times(lambda rows: 1.0)
+    drafter = Drafter([1, 2, 3, 4, 5, 6], times, 4, model=cast("DraftModel", model))
+    # At 0.6 a draft of 2 gives 1.96 tokens in 1.2 s, of 3 2.176 in 1.3 s, of 4 2.306 in 1.4 s.
+    assert drafter.propose(9) == [7] * 3
+    drafter.add([7, 7, 1])
+    assert model.ids == [1, 2, 3, 4, 5, 6]
+    drafter.propose(2)
+    assert model.ids == [1, 2, 3, 4, 5, 6, 7, 7, 1]
+    drafter.add([2, 3, 4, 5])
+    drafter.add([6])
+    assert drafter.propose(9) == [7, 7, 1, 2]  # after six tokens that were there before
+    model.seconds = 2.0
+    drafter = Drafter([1, 2, 3, 4, 5, 6], times, 4, model=cast("DraftModel", model))
+    assert drafter.propose(9) == []
+    drafter.add([8])
+    assert drafter.propose(0) == []
 
 
 def _times(seconds: Callable[[int], float]) -> PassTimes:

@@ -78,9 +78,8 @@ class SamplingOptions:
 @dataclass(frozen=True)
 class GenerateOptions:
     """The prompt, or the prompts of `batch_file`, of which `parallel` are answered at once into `out`; and how they are
-    answered. `speculate` is how many tokens are drafted, 0 for none, None for as many as pay; `overflow` is one of
-    OVERFLOW_CHOICES, `given` are the sampling options that the
-    command line has."""
+    answered. `speculate` is how many tokens are drafted, 0 for none, None for as many as pay, `draft` a model that drafts;
+    `overflow` is one of OVERFLOW_CHOICES, `given` are the sampling options that the command line has."""
 
     prompt: str | None = None
     prompt_file: str | None = None
@@ -98,6 +97,7 @@ class GenerateOptions:
     stop_file: str | None = None
     ignore_eos: bool = False
     speculate: int | None = None
+    draft: str | None = None
     chat_template: str | None = None
     sampling: SamplingOptions = SamplingOptions()
     given: Mapping[str, Any] = field(default_factory=dict)

@@ -111,10 +111,17 @@ def load(star: Star, job: Job, ranks: Sequence[RankInfo], options: RunOptions) -
         say(remarks.other_system(session, system))
     engine = open_engine(star, ranks, options, draft=params.speculate)
     tokenizer, tokenizer_bytes = load_tokenizer_of_slices(engine.file, template)
+    draft = None
+    if options.generate.draft is not None and params.speculate != 0:
+        from tpimpi.cli.draft import open_draft  # which most runs do without
+
+        draft = open_draft(ranks, options, tokenizer, engine.header.model)
     transcript = Transcript() if session is None and is_chat(options.generate) else session
     conversation = Conversation.begin(engine.header, tokenizer, params, transcript)
     report = Report(engine.header.model, engine.header.format, engine.backend.name, star.algorithm)
-    llm, allotments = load_llm(engine, conversation, report, conversation.next_turn(prompt), tokenizer_bytes, kept)
+    llm, allotments = load_llm(
+        engine, conversation, report, conversation.next_turn(prompt), tokenizer_bytes, kept, draft
+    )
     job.at_end.callback(llm.close)
     if options.output.record_routing is not None:
         experts_to_record(llm).record()

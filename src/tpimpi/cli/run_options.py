@@ -52,6 +52,7 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
         stop_file=parsed.stop_file,
         ignore_eos=parsed.ignore_eos,
         speculate=parsed.speculate,
+        draft=parsed.draft,
         chat_template=parsed.chat_template,
         sampling=SamplingOptions(**given),
         given=given,
@@ -69,6 +70,8 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
         raise InputError(
             "--keep-cache is given and --session is not, whose keys and values it keeps; give both, or leave it out"
         )
+    if generate.draft is not None and generate.speculate == 0:
+        raise InputError("--draft is given and --speculate is off; leave one of them out")
     _check_batch(generate, options.output)
     check_combinations(options.compute, options.network, options.model)
     inputs = (
@@ -97,6 +100,7 @@ def _check_batch(generate: GenerateOptions, output: OutputOptions) -> None:
         "--prompt": generate.prompt,
         "--prompt-file": generate.prompt_file,
         "--session": generate.session,
+        "--draft": generate.draft,
         "--record-routing": output.record_routing,
     }
     for option, given in others.items():

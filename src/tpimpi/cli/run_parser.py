@@ -247,6 +247,13 @@ def _add_answer(parser: argparse.ArgumentParser) -> None:
         f"token: auto (default: as many as pay by what passes take), off, or N, 1 to {LONGEST_DRAFT}, where one is found",
     )
     offer(speculate, (AUTO, OFF))
+    group.add_argument(
+        "--draft",
+        type=path_given("--draft", "the path of a model"),
+        metavar="MODEL",
+        help="a small model with the same vocabulary, which drafts where the text itself says little; on rank 0 alone, all "
+        "in its memory",
+    )
     group.add_argument("--ignore-eos", action="store_true", help="go on past the model's end of text")
 
 

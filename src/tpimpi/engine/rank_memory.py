@@ -34,15 +34,26 @@ DISK_TRIAL_S = 0.4  # so long all ranks read at once, to find what the disk give
 class MemoryPlanner:
     """What a rank needs for its opened engines. Nothing that they will need may be in memory yet when this is made."""
 
-    def __init__(self, engines: Sequence[OpenedEngine], tokenizer_bytes: int = 0) -> None:
-        """`tokenizer_bytes` is what the tokenizer took (rank 0), for the figures."""
-        self.engines, self.tokenizer_bytes = list(engines), tokenizer_bytes
+    def __init__(
+        self, engines: Sequence[OpenedEngine], tokenizer_bytes: int = 0, draft: OpenedEngine | None = None
+    ) -> None:
+        """`tokenizer_bytes` is what the tokenizer took (rank 0), for the figures. A `draft` model (rank 0) is to have memory
+        for all of it, which it takes by itself."""
+        self.engines, self.tokenizer_bytes, self.draft = list(engines), tokenizer_bytes, draft
         self.star, self.settings = engines[0].star, engines[0].settings
         self.base = resident_bytes()
 
     def needs(self, context: int) -> Needs:
         """What this rank needs to hold `context` positions of each model."""
         needs = needs_together([engine.needs(self.base, context) for engine in self.engines])
+        if self.draft is not None:
+            beside = self.draft.needs(0, min(context, self.draft.header.config.context))
+            needs = replace(
+                needs,
+                base=needs.base + beside.tiles + beside.experts,
+                cache=needs.cache + beside.cache,
+                work=max(needs.work, beside.work),
+            )
         recorders = [engine.recorder for engine in self.engines if engine.recorder is not None]
         return replace(needs, work=needs.work + sum(recorder.most_bytes for recorder in recorders))
 
@@ -256,6 +267,8 @@ class RankMemory:
         peak = peak_rss_bytes()
         tokenizer = self._plan.of.tokenizer_bytes
         weights = sum(engine.window.most_bytes + engine.experts.most_bytes for engine in self.engines)
+        if (draft := self._plan.of.draft) is not None:
+            weights += draft.tile_bytes
         caches = [engine.model.cache for engine in self.engines]
         cache = sum(cache.filled_bytes for cache in caches if cache is not None)
         began = self.points[0][0] if self.points else 0.0

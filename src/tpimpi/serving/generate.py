@@ -80,7 +80,7 @@ def generate(
         chunk = prompt[start : start + model.chunk]
         hidden = passes.read(chunk, start, last=start + len(chunk) == len(prompt))
         held.ids += chunk
-    draft, drafter = list[int](), speculation.drafter(prompt)
+    draft, drafter = list[int](), speculation.drafter(prompt, context)
     while made < max_tokens:
         if made and not going_on(len(prompt)):
             return

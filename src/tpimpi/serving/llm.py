@@ -47,19 +47,24 @@ def load_llm(
     first: Turn | None,
     tokenizer_bytes: int = 0,
     kept: KeptCache | None = None,
+    draft: OpenedEngine | None = None,
 ) -> tuple[LLM, list[MemoryAllotment]]:
     """Have every rank take memory: for the `first` turn and its answer, or where there is none for what may come.
 
     Returns what answers, and what each rank has, in rank order. `tokenizer_bytes` is for the figures, `kept` what was kept
-    of the conversation (--keep-cache). Raises InputError where a rank's promise is too small.
+    of the conversation (--keep-cache), `draft` a model that drafts (--draft). Raises InputError where a rank's promise is
+    too small.
     """
     params = conversation.params
     wanted = DEFAULT_CONTEXT if first is None else len(first.ids) + params.max_tokens
     context = params.context or min(conversation.limit, wanted)
-    memory, allotments = allot_memory(engine.star, [engine], context, tokenizer_bytes)
+    memory, allotments = allot_memory(engine.star, [engine], context, tokenizer_bytes, draft)
     rooms = [rank.most_context for rank in allotments if rank.most_context is not None]
     limited = conversation.limited(min([conversation.limit, *rooms]))
-    return LLM(memory, limited, report, context, kept), allotments
+    llm = LLM(memory, limited, report, context, kept)
+    if draft is not None:
+        llm.use_draft(draft)
+    return llm, allotments
 
 
 class LLM:
@@ -78,6 +83,13 @@ class LLM:
         self.engine = memory.engines[0]
         self._held, self._context, self._kept = HeldIds(), context, kept
         self._speculation = Speculation(memory.draft, always=conversation.params.speculate is not None)
+
+    def use_draft(self, draft: OpenedEngine) -> None:
+        """Have a small model draft."""
+        from tpimpi.serving.draft_model import DraftModel  # which most runs do without
+
+        sampled_ids = self.conversation.tokenizer.sampled_ids
+        self._speculation.model = DraftModel(draft, sampled_ids, min(self._context, draft.header.config.context))
 
     def take_kept(self) -> str | None:
         """Have every rank go on with the keys and values that the last run of the conversation kept, if any are there.
@@ -187,3 +199,5 @@ class LLM:
     def close(self) -> None:
         """Stop reading, however the run ends."""
         self.memory.close()
+        if self._speculation.model is not None:
+            self._speculation.model.close()

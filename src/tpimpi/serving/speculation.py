@@ -11,8 +11,9 @@ draws are those of a run without drafts, so that a seed gives the same answer.
 That is to the bit where a row's logits do not depend on the rows beside it, as with our kernels. The torch backend adds in
 another order for several rows: there a near-tie may go the other way, and since times decide about drafts, not in every run.
 
-Here drafts are from the text itself: what followed the longest suffix of prompt and answer that was there before (prompt
-lookup). How long they are is a matter of time alone: see `best_length`.
+Drafts are from the text itself: what followed the longest suffix of prompt and answer that was there before (prompt
+lookup); or where that was short, from a small model, if there is one (draft_model.py). How long they are is a matter of time
+alone: see `best_length`.
 """
 
 from __future__ import annotations
@@ -21,16 +22,21 @@ import bisect
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from tpimpi.compute.arrays import F32
 from tpimpi.serving.pass_times import PassTimes
 from tpimpi.serving.sampling import Sampler
 
+if TYPE_CHECKING:  # most runs have none
+    from tpimpi.serving.draft_model import DraftModel
+
 # How often what followed a suffix is right, by its length in tokens, in texts and code (python -m bench.studies.speculation
 # --suffixes): 1: 13 to 19 %, 2: a quarter to a third, 3 and 4: 34 to 63 %, 5 to 8: 47 to 76 %, more: about 80 %.
 SHORTEST_SUFFIX = 2  # tokens
 _CLASSES = (3, 5, 9)  # tokens of a suffix from which on another rate of acceptance counts
-_PRIOR_RATES = (0.25, 0.45, 0.6, 0.8)  # of each class
+_PRIOR_RATES = (0.25, 0.45, 0.6, 0.8, 0.6)  # of each class, and of a draft model
+_LONG_SUFFIX = 5  # tokens from which on what followed is better than what a draft model says, and costs nothing
 _INDEXED = (
     6,
     SHORTEST_SUFFIX,
@@ -146,45 +152,70 @@ def best_length(rate: float, seconds: Callable[[int], float], most: int) -> int:
 
 
 class Acceptance:
-    """How often what is drafted is right, by how long the suffix was that it followed; what was long ago counts for less."""
+    """How often what is drafted is right, by how long the suffix was that it followed, or of the draft model (None); what
+    was long ago counts for less."""
 
     def __init__(self) -> None:
         self._right = [rate * _PRIOR_WEIGHT for rate in _PRIOR_RATES]
         self._compared = [_PRIOR_WEIGHT] * len(_PRIOR_RATES)
 
-    def rate(self, matched: int) -> float:
+    def rate(self, matched: int | None) -> float:
         """Of drafts after a suffix of so many tokens."""
-        of = bisect.bisect_right(_CLASSES, matched)
+        of = _class_of(matched)
         return self._right[of] / self._compared[of]
 
-    def add(self, matched: int, right: int, compared: int) -> None:
+    def add(self, matched: int | None, right: int, compared: int) -> None:
         """Of `compared` tokens of such a draft, so many were right."""
-        of, kept = bisect.bisect_right(_CLASSES, matched), 0.5 ** (compared / _HALF_LIFE)
+        of, kept = _class_of(matched), 0.5 ** (compared / _HALF_LIFE)
         self._right[of] = self._right[of] * kept + right
         self._compared[of] = self._compared[of] * kept + compared
+
+
+def _class_of(matched: int | None) -> int:
+    return len(_CLASSES) + 1 if matched is None else bisect.bisect_right(_CLASSES, matched)
 
 
 class Drafter:
     """Drafts for one sequence: which tokens, and how many of them."""
 
-    def __init__(self, ids: Iterable[int], times: PassTimes, longest: int, *, always: bool = False) -> None:
+    def __init__(
+        self,
+        ids: Sequence[int],
+        times: PassTimes,
+        longest: int,
+        *,
+        always: bool = False,
+        model: DraftModel | None = None,
+    ) -> None:
         """For a sequence that begins with `ids`. `longest` is how many tokens at most; with `always` all of them, whatever
-        that costs. `times` are those of the run."""
+        that costs. `times` are those of the run; a draft `model` has begun this sequence."""
         self._text, self._times, self._longest, self._always = TextDrafts(ids), times, longest, always
+        self._model, self._ids = model, [] if model is None else list(ids)
         self._acceptance = Acceptance()
         self._whole: list[int] = []  # the draft before it was cut
-        self._matched = 0
+        self._matched: int | None = 0  # None: it is the model's
         self._passes_off, self._trial = 0, _FIRST_TRIAL
 
     def propose(self, most: int, seconds: Callable[[int], float] | None = None) -> list[int]:
         """The draft to check in the next pass, at most `most` tokens; [] for none. `seconds` are of a pass over n rows of
         this sequence, where that is something else than `times` say: beside rows of others."""
+        seconds = seconds or self._times.seconds
         self._whole = self._text.propose(self._longest)
         self._matched = self._text.matched
+        if self._model is not None and self._matched < _LONG_SUFFIX:
+            return self._of_model(self._model, min(most, self._longest), seconds)
         most = min(most, len(self._whole))
         if self._always or most <= 0:
             return self._whole[: max(0, most)]
-        return self._whole[: self._length(most, seconds or self._times.seconds)]
+        return self._whole[: self._length(most, seconds)]
+
+    def _of_model(self, model: DraftModel, most: int, seconds: Callable[[int], float]) -> list[int]:
+        """As `propose`, from the model, each of whose tokens takes time."""
+        self._matched, each = None, model.seconds
+        if not self._always and most > 0:
+            most = self._length(most, lambda rows: seconds(rows) + (rows - 1) * each)
+        self._whole = model.propose(self._ids, most)
+        return self._whole
 
     def _length(self, most: int, seconds: Callable[[int], float]) -> int:
         if self._times.count(1) < _LEAST_TIMED:
@@ -209,6 +240,8 @@ class Drafter:
             self._acceptance.add(self._matched, right, min(right + 1, compared))
         self._whole = []
         self._text.add(ids)
+        if self._model is not None:
+            self._ids += ids
 
 
 @dataclass
@@ -218,10 +251,16 @@ class Speculation:
     longest: int = 0
     always: bool = False
     times: PassTimes = field(default_factory=PassTimes)
+    model: DraftModel | None = None
 
-    def drafter(self, ids: Iterable[int]) -> Drafter | None:
-        """For a sequence that begins with `ids`; None where nothing is drafted."""
-        return Drafter(ids, self.times, self.longest, always=self.always) if self.longest else None
+    def drafter(self, ids: Sequence[int], context: int = 0) -> Drafter | None:
+        """For a sequence that begins with `ids`; None where nothing is drafted. The model, if there is one, is for one
+        sequence at a time, of at most `context` positions."""
+        if not self.longest:
+            return None
+        if self.model is not None:
+            self.model.begin(context)
+        return Drafter(ids, self.times, self.longest, always=self.always, model=self.model)
 
 
 def checked(logits: F32, draft: Sequence[int], sample: Sampler, history: list[int]) -> Iterator[int]:

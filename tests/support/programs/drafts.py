@@ -1,7 +1,8 @@
 """Run on every rank: answers with and without speculation, of several models in one launch.
 
-Arguments: a JSON file of folders of slices, and where to write. Rank 0 writes NAME-WINDOW.json for each: "plain" and
-"drafted", each with the ids of several answers and what their figures were; see `answers`.
+Arguments: a JSON file of folders of slices, where to write, and the slices of a model that drafts for the first one.
+Rank 0 writes NAME-WINDOW.json for each: "plain" and "drafted", for the first also "model", each with the ids of several
+answers and what their figures were; see `answers`.
 """
 
 from __future__ import annotations
@@ -64,9 +65,19 @@ def answers(engine, star: Star, speculation) -> list[dict[str, object]]:
     return found
 
 
+def draft_model(folder: str):
+    """The model of these slices, for this rank alone."""
+    from tpimpi.serving.draft_model import DraftModel
+
+    settings = EngineConfig(*(folder, None, "", "", "", "native", 1, "star", 60.0), cores_shared_by=[1], window="all")
+    opened = open_engine(Star(None), settings)
+    return DraftModel(opened, opened.header.config.vocab, CONTEXT)
+
+
 def main() -> None:
     star, out = connect(), Path(sys.argv[2])
-    for folder in json.loads(Path(sys.argv[1]).read_text()):
+    folders = json.loads(Path(sys.argv[1]).read_text())
+    for folder in folders:
         for window in ("all", 2):  # pinned, and streamed
             settings = EngineConfig(
                 *(folder, None, "", "", "", "native", 1, "star", 60.0),
@@ -83,7 +94,11 @@ def main() -> None:
 
                 speculation = Speculation(memory.draft, always=True)
                 ways = {"plain": None, "drafted": speculation}
+                if folder == folders[0]:
+                    ways["model"] = Speculation(memory.draft, always=True, model=draft_model(sys.argv[3]))
                 found = {name: answers(engine, star, way) for name, way in ways.items()}
+                if "model" in ways:
+                    ways["model"].model.close()
                 protocol.finish(engine.model, star)
                 (out / f"{Path(folder).name}-{window}.json").write_text(json.dumps(found))
             else:

@@ -34,6 +34,14 @@ class TokenIds:
         if stops:
             raise InputError(f"{self._lacking}, so there is no text to stop before; leave --stop out")
 
+    def difference(self, other: object) -> str | None:
+        """As of a Tokenizer."""
+        if not isinstance(other, TokenIds):
+            return "one has no tokenizer"
+        if other.vocab_size != self.vocab_size:
+            return f"it has {other.vocab_size} token ids, needed are {self.vocab_size}"
+        return None
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The ids that a text holds, with blanks or commas between them. InputError for anything else."""
         words = text.replace(",", " ").split()

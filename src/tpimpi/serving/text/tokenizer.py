@@ -13,6 +13,7 @@ from tpimpi.serving.text.control_tokens import ControlTokens, looks_like_control
 from tpimpi.serving.text.harmony import Harmony
 from tpimpi.serving.text.stream import TextStream
 from tpimpi.serving.text.thinking import Thinking
+from tpimpi.serving.text.token_ids import TokenIds
 from tpimpi.serving.text.vocabularies import Vocabulary
 
 NO_TEMPLATE = "give --raw to complete the text as it is, or a template with --chat-template FILE"
@@ -166,6 +167,20 @@ class Tokenizer:
         if raw or self._reasoning is None:
             return PlainAnswer(self.stream())
         return self._reasoning.stream(self.stream(), prompt)
+
+    def difference(self, other: Tokenizer | TokenIds) -> str | None:
+        """In what ids of `other` mean something else than ours, as far as an answer may have them; None: in nothing."""
+        if not isinstance(other, Tokenizer):
+            return "one has no tokenizer"
+        if other._vocab < self.sampled_ids:
+            return f"it has {other._vocab} token ids, needed are {self.sampled_ids}"
+        ours, theirs = self._vocabulary, other._vocabulary
+        for token_id in range(self.sampled_ids):
+            if ours.piece(token_id) != theirs.piece(token_id):
+                return f"id {token_id} is another token"
+        mine, its = ({token.content: token.token_id for token in v.added()} for v in (ours, theirs))
+        moved = [content for content in mine if content in its and its[content] != mine[content]]
+        return f"{moved[0]} is another id" if moved else None
 
     def _checked(self, ids: list[int]) -> list[int]:
         if max(ids, default=0) >= self._vocab:

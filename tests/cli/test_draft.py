@@ -1,0 +1,87 @@
+"""--draft: a small model on rank 0 alone drafts for the model, and changes no token."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.support.ranks import Ranks
+from tests.support.tiny_models import write_tiny_hf
+
+PROMPT = "the quick brown fox"
+OPTIONS = ("--max-tokens", "24", "--ignore-eos", "--format", "f32")
+
+
+def test_a_model_drafts_for_itself_on_two_ranks(
+    on_ranks: Ranks, cache: dict[str, str], tiny: Path, tmp_path: Path
+) -> None:
+    found = []
+    for number, more in enumerate((("--speculate", "off"), ("--draft", str(tiny), "--speculate", "4"))):
+        report = tmp_path / f"{number}.json"
+        options = ("--model", str(tiny), *OPTIONS, "--report", str(report), "--memory", "300M")
+        result = on_ranks(2, "-m", "tpimpi", *options, *more, env=cache, stdin=f"{PROMPT}\nthe lazy dog\n{PROMPT}\n")
+        assert result.code == 0, result.err
+        found.append(json.loads(report.read_text())["answers"])
+    plain, drafted = found
+    assert [answer["token_ids"] for answer in plain] == [answer["token_ids"] for answer in drafted]
+    for answer in drafted:
+        assert answer["accepted_tokens"] >= 0.8 * answer["drafted_tokens"] > 0
+        assert answer["passes"] <= 24 / 3
+
+
+def test_its_memory_is_in_the_promise_of_rank_0(tpimpi, smollm2: Path) -> None:
+    """A run with too little says what it needs: with a draft model, 97 MB of SmolLM2, so much more."""
+    least = []
+    for more in ((), ("--draft", str(smollm2))):
+        result = tpimpi("--model", str(smollm2), "--memory", "1M", *more, "--prompt", PROMPT)
+        assert result.code == 2, result.err
+        least.append(int(re.findall(r"needs at least (\d+)\s?M", result.err)[0]))
+    assert 90 <= least[1] - least[0] <= 150, least
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            "order",
+            r"--draft: the vocabulary of other is not that of tiny: id \d+ is another token; give a model of the same",
+        ),
+        ("rows", r"--draft: the vocabulary of other is not that of tiny: it has 280 token ids, needed are 2\d\d; give"),
+    ],
+)
+def test_another_vocabulary_is_refused(tpimpi, tiny: Path, tmp_path: Path, change: str, said: str) -> None:
+    other = tmp_path / "other"
+    if change == "order":
+        shutil.copytree(tiny, other)
+        tokenizer = json.loads((other / "tokenizer.json").read_text())
+        vocab = tokenizer["model"]["vocab"]
+        vocab["x"], vocab["z"] = vocab["z"], vocab["x"]
+        (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    else:
+        write_tiny_hf(other, "llama-bias", vocab_size=280)
+        tokenizer = json.loads((tiny / "tokenizer.json").read_text())
+        text = tokenizer["model"]
+        text["vocab"] = {token: number for token, number in text["vocab"].items() if number < 280}
+        text["merges"] = [pair for pair in text["merges"] if "".join(pair) in text["vocab"]]
+        (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+        shutil.copy(tiny / "tokenizer_config.json", other)
+    result = tpimpi("--model", str(tiny), "--draft", str(other), *OPTIONS, "--prompt", PROMPT)
+    assert result.code == 2, result.err
+    assert re.search(said, result.err), result.err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--draft", "x", "--speculate", "off"), "--draft is given and --speculate is off"),
+        (("--draft", ""), "--draft is empty"),
+        (("--draft", "/nowhere/model"), "/nowhere/model"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(tpimpi, tiny: Path, options: tuple[str, ...], said: str) -> None:
+    result = tpimpi("--model", str(tiny), *OPTIONS, "--prompt", PROMPT, *options)
+    assert result.code == 2 and said in result.err, result.err
