@@ -27,7 +27,7 @@ from typing import Any, TextIO
 
 import psutil
 
-from tpimpi.system.launcher import LAUNCHERS
+from tpimpi.system.launcher import LAUNCHERS, launcher_commands
 
 STDIN, STDOUT, STDERR = 0, 1, 2
 MOST_LINE_BYTES = 4 << 20  # bytes of a prompt
@@ -52,7 +52,8 @@ def repair_streams() -> None:
 
 def write_past_the_launcher(*, any_launcher: bool = False) -> None:
     """Rank 0 under Open MPI, or `any_launcher`: write to the terminal or pipe that mpirun writes to, so that text appears as
-    it comes."""
+    it comes. Under another, or where mpirun writes to a file: as `keep_order`."""
+    keep_order()
     if not any_launcher and "OMPI_COMM_WORLD_RANK" not in os.environ:
         return
     for number in (STDOUT, STDERR):
@@ -64,6 +65,24 @@ def write_past_the_launcher(*, any_launcher: bool = False) -> None:
                 os.dup(number)  # kept: where a rank's output ends, the launcher ends its input too
                 os.dup2(fd, number)
                 os.close(fd)
+
+
+def keep_order() -> None:
+    """Where the launcher writes both of its outputs to one file or pipe: give it all by stdout, since it reads a rank's
+    stdout and stderr as it likes, and lines of one would come before lines of the other that were written earlier.
+
+    Not where an option of the launcher (Open MPI's --output) says where each of them goes.
+    """
+    out, err = launcher_stream(STDOUT), launcher_stream(STDERR)
+    if out is None or err is None:
+        return
+    with contextlib.suppress(OSError):
+        if not os.path.samestat(out.stat(), err.stat()) or stat.S_ISCHR(out.stat().st_mode):
+            return
+        if any("output" in word for words, _ in launcher_commands() for word in words if word.startswith("-")):
+            return
+        os.dup(STDERR)  # kept: where a rank's output ends, the launcher ends its input too
+        os.dup2(STDOUT, STDERR)
 
 
 def launcher_stream(number: int) -> Path | None:
