@@ -136,7 +136,7 @@ class BatchRun:
     def _answer(self) -> None:
         llm, quiet = self._llm, self._options.output.quiet
         open_: dict[Answering, str] = {llm.submit(query): custom_id for custom_id, query in self._queries.items()}
-        whole, said = len(open_), time.monotonic()
+        whole, said, short = len(open_), time.monotonic(), False
         while not llm.is_idle:
             for answering in llm.step():
                 if answering.ended is None:
@@ -144,6 +144,9 @@ class BatchRun:
                 answer = answering.answer()
                 self._answers.add(open_.pop(answering), answer)
                 llm.report.add(answer)
+            if not quiet and llm.figures.preempted and not short:
+                short = True
+                say(remarks.short_of_pages(llm.room))
             if not quiet and time.monotonic() - said > PROGRESS_INTERVAL_S:
                 said = time.monotonic()
                 say(f"{whole - len(open_)} of {whole} prompts answered")

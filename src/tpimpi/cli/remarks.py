@@ -151,3 +151,11 @@ def batch_goes_on(answered: int, prompts: int) -> str:
 def room_for_pages(positions: int, parallel: int) -> str:
     """How many positions there are KV pages for."""
     return f"keys and values: room for {positions} positions of all prompts together, up to {parallel} at once"
+
+
+def short_of_pages(positions: int) -> str:
+    """Where a prompt had to give its KV pages to others."""
+    return (
+        f"keys and values of {positions} positions are too few for all that are answered at once: some prompts wait, and "
+        "are computed again; a smaller --parallel, --kv q8_0 or more --memory avoids that"
+    )

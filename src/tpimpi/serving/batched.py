@@ -11,7 +11,7 @@ import numpy as np
 from tpimpi.compute.arrays import F32
 from tpimpi.engine.allotment import MemoryAllotment, agreed_page_units
 from tpimpi.engine.engine import OpenedEngine
-from tpimpi.engine.protocol import batch, open_pages
+from tpimpi.engine.protocol import batch, open_pages, release_pages
 from tpimpi.engine.rank_memory import RankMemory
 from tpimpi.engine.startup import allot_memory, finish
 from tpimpi.engine.trace import RankTrace
@@ -29,6 +29,7 @@ from tpimpi.serving.text.tokenizer import Tokenizer
 
 MOST_DELAY = 2.0  # a step with rows of prompts takes so many times as long as one without, at most
 LEAST_PROMPT_ROWS = 16  # rows of prompts beside answers, however much they delay these
+RELEASED_PART = 4  # of the pages' memory: if so much (1 / so many) is of pages that nobody uses, it is given back
 DRAFTED_EACH = 2  # drafted tokens in a step, for each of those that may be answered together
 
 
@@ -146,6 +147,7 @@ class BatchedLLM:
     def forget_prefixes(self) -> None:
         """Nothing is kept of prompts and answers that are done."""
         self._scheduler.prefixes.clear()
+        self._give_memory_back()
 
     @property
     def room(self) -> int:
@@ -187,7 +189,18 @@ class BatchedLLM:
         tokens = sum(len(answering.new) for answering in chosen)
         self.figures.add_step(len(ids), len(runs), tokens, seconds)
         self.figures.preempted = scheduler.preempted
+        self._give_memory_back()
         return chosen
+
+    def _give_memory_back(self) -> None:
+        """Have every rank give back the memory of pages that nobody uses, so that tiles have it: of all of them once there
+        is nothing to answer, else where they are many, as others will be written soon."""
+        cache, sizes = self._model.cache, self._account.sizes
+        assert cache is not None
+        free = [cache.filled_of(kind, self._account.free_pages(kind)) for kind in range(len(sizes))]
+        units = sum(len(pages) * size for pages, size in zip(free, sizes, strict=True))
+        if units > (0 if self.is_idle else self._account.units // RELEASED_PART):
+            release_pages(self._model, self._model.star, free)
 
     def _draft(self) -> int:
         """Draft for the answers of the next step, where that pays beside a row of each; returns how many rows they have."""

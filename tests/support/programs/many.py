@@ -3,7 +3,8 @@
 Arguments: a JSON file of jobs ([folder, window, tokens to draft]), and where to write. Prompts come at any step, some begin
 as others do, some are cancelled; there are pages for some of them alone. Rank 0 writes NAME.json for each: "answers", a list
 with "ids", those generated "alone", and how it "ended"; "cached", "preempted", "drafted" and "accepted" in all; "units" that
-are used at the end; and "calls" of the backend for a step of one row, and of rows of five sequences.
+are used, and bytes that are "filled", at the end; and "calls" of the backend for a step of one
+row, and of rows of five sequences.
 """
 
 from __future__ import annotations
@@ -102,12 +103,13 @@ def answer_many(memory: RankMemory, seed: int, draft: int) -> dict[str, Any]:
     draft = 0
     calls = count_calls(llm, random)
     llm.forget_prefixes()
+    filled = model.cache.filled_bytes
     answers = [
         {"ids": one.tokens, "alone": tokens, "ended": one.ended} for one, tokens in zip(answering, alone, strict=True)
     ]
     assert report.batch is not None
     did = {name: sum(getattr(one.figures, name) for one in answering) for name in ("drafted", "accepted")}
-    did |= {"cached": sum(one.request.cached or 0 for one in answering)}
+    did |= {"filled": filled, "cached": sum(one.request.cached or 0 for one in answering)}
     return {"answers": answers, **did, "preempted": report.batch.preempted, "units": account.used, "calls": calls}
 
 

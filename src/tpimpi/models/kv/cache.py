@@ -153,6 +153,10 @@ class KVCache:
                 self._filled[kind][page] = True
                 other.release(kind, [page])
 
+    def filled_of(self, kind: int, pages: Iterable[int]) -> list[int]:
+        """Those of these pages of a kind that were written, and take memory."""
+        return [page for page in pages if self._filled[kind][page]]
+
     @property
     def filled_bytes(self) -> int:
         """Memory that the pages written so far take."""
