@@ -157,7 +157,7 @@ def arithmetic(count: int) -> list[dict[str, Any]]:
 
 def test_a_batch_has_the_answers_of_single_runs(tpimpi: Callable[..., Result], tmp_path: Path) -> None:
     lines = [*arithmetic(5), {"custom_id": "long", "prompt": "x " * 300}]
-    given = written(tmp_path, *lines)
+    given = written(tmp_path, "\ufeff" + json.dumps(lines[0]), *lines[1:])  # as an editor of Windows writes it
     common = ("--context", "160", "--quiet", "--memory", "400M", "--report", str(tmp_path / "r.json"))
     found = tpimpi("--batch-file", given, "--out", str(tmp_path / "out.jsonl"), *common)
     assert (found.code, found.out) == (2, "")
@@ -185,6 +185,8 @@ def test_a_batch_has_the_answers_of_single_runs(tpimpi: Callable[..., Result], t
         (("--batch-file", "in.jsonl", "--out", "o", "--prompt", "x"), "--batch-file and --prompt are both given"),
         (("--batch-file", "in.jsonl", "--out", "no/o"), "--out no/o: No such file or directory"),
         (("--batch-file", "in.jsonl", "--out", "o", "--report", "o"), "--out and --report are both o"),
+        (("--batch-file", "in.jsonl", "--out", "."), "--out . is a folder"),
+        (("--batch-file", "in.jsonl", "--out", "/dev/null"), "--out /dev/null is no file that can be kept"),
         (("--batch-file", "in.jsonl", "--out", "in.jsonl"), "--out in.jsonl is there, and is not the answers"),
         (("--batch-file", "hot.jsonl", "--out", "o"), "custom_id 'a': --temperature is -1.0, must be 0 or more"),
     ],

@@ -46,7 +46,8 @@ def load_batch(star: Star, job: Job, ranks: Sequence[RankInfo], options: RunOpti
         raise SystemExit(0)
     if not output.quiet:
         leave_on_signals(lambda: remarks.batch_goes_on(len(items) - len(answers.left), len(items)))
-    engine = open_engine(star, ranks, options, together=generate.parallel)
+    together = min(generate.parallel, len(answers.left))
+    engine = open_engine(star, ranks, options, together=together)
     answers.use_model(engine.header.fingerprint)
     tokenizer, tokenizer_bytes = load_tokenizer_of_slices(engine.file, template)
     conversation = Conversation.begin(engine.header, tokenizer, params)
@@ -58,14 +59,14 @@ def load_batch(star: Star, job: Job, ranks: Sequence[RankInfo], options: RunOpti
     llm, allotments = load_batched(
         *(engine, tokenizer, report, speculation),
         context=params.context or min(conversation.limit, wanted),
-        together=generate.parallel,
+        together=together,
         tokenizer_bytes=tokenizer_bytes,
     )
     job.at_end.callback(llm.close)
     report.prompt_chunk = engine.chunk
     if not output.quiet:
         print_memory(allotments, always=options.compute.memory is not None)
-        say(remarks.room_for_pages(llm.room, generate.parallel))
+        say(remarks.room_for_pages(llm.room, together))
     return BatchRun(job, options, llm, answers, queries, refused)
 
 

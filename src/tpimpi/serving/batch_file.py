@@ -18,6 +18,7 @@ OUT has all answers, in the order of the prompts, and OUT.part goes.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,7 +112,7 @@ def read_items(given: str) -> tuple[list[Item], str]:
     def wrong(number: int, what: str) -> InputError:
         return InputError(f"--batch-file {shorten_path(path)}, line {number}: {what}; mend that line")
 
-    for number, line in enumerate(content.split(b"\n"), start=1):
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -214,6 +215,9 @@ class BatchAnswers:
         """Whether OUT has all answers. Raises InputError where it is something else."""
         if not self.path.exists() or (self.path.is_file() and not self.path.stat().st_size):
             return False
+        if not self.path.is_file():
+            what = "a folder" if self.path.is_dir() else "no file that can be kept"
+            raise InputError(f"--out {shorten_path(self.path)} is {what}; give the name of a file")
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             lines = self.path.read_bytes().splitlines(keepends=True)
             values = [json.loads(line) for line in lines]

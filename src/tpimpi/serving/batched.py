@@ -15,6 +15,7 @@ from tpimpi.engine.protocol import batch, open_pages, release_pages
 from tpimpi.engine.rank_memory import RankMemory
 from tpimpi.engine.startup import allot_memory, finish
 from tpimpi.engine.trace import RankTrace
+from tpimpi.errors import InputError
 from tpimpi.models.kv.cache import PAGE, pages_of
 from tpimpi.models.kv.pages import PageAccount, rows_of
 from tpimpi.serving.generate import GenerationFigures
@@ -94,7 +95,10 @@ def load_batched(
     Returns what answers, and what each rank has, in rank order. There are pages for at least one prompt and its answer;
     where memory has no room for all, the others wait. Raises InputError where a rank's promise is too small.
     """
-    memory, allotments = allot_memory(opened.star, [opened], context, tokenizer_bytes)
+    try:
+        memory, allotments = allot_memory(opened.star, [opened], context, tokenizer_bytes)
+    except InputError as error:
+        raise InputError(f"{error}, or a smaller --parallel (it is {together})") from error
     kinds = memory.engines[0].model.kv_shape.kinds
     units, agreed = together * pages_of(context) * len(kinds), agreed_page_units(allotments)
     account = PageAccount.of_layers(kinds, units if agreed is None else min(units, agreed))
