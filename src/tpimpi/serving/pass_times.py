@@ -6,6 +6,7 @@ import bisect
 from collections import deque
 
 _TIMES_KEPT = 9  # passes of as many rows
+_FEW_TIMES = 2  # of which the least counts: there is no middle that a slow one is not part of
 
 
 class PassTimes:
@@ -18,9 +19,14 @@ class PassTimes:
     def __init__(self) -> None:
         self._times: dict[int, deque[float]] = {}
         self._rows: list[int] = []  # in order
+        self._begun = False
 
     def add(self, rows: int, seconds: float) -> None:
-        """A pass over so many rows took so long."""
+        """A pass over so many rows took so long. A prompt's first one counts for nothing: it waits for tiles that are read
+        once, to stay in memory."""
+        begun, self._begun = self._begun, True
+        if not begun and rows > 1:
+            return
         if rows not in self._times:
             self._times[rows] = deque(maxlen=_TIMES_KEPT)
             bisect.insort(self._rows, rows)
@@ -29,6 +35,11 @@ class PassTimes:
     def count(self, rows: int) -> int:
         """How many passes over so many rows were timed, at most _TIMES_KEPT."""
         return len(self._times.get(rows, ()))
+
+    @property
+    def most_rows(self) -> int:
+        """Of a pass that was timed."""
+        return self._rows[-1] if self._rows else 0
 
     def seconds(self, rows: int) -> float:
         """What a pass over so many rows takes: between those that were timed on a line, beyond them as the nearest; not more
@@ -44,7 +55,10 @@ class PassTimes:
         return min(least, self._median(less) * (1 - part) + self._median(more) * part)
 
     def _median(self, rows: int) -> float:
-        times = sorted(self._times[rows])  # not from statistics, which takes a megabyte
+        times = sorted(self._times[rows])
+        if len(times) <= _FEW_TIMES:
+            return times[0]
+        # Not from statistics, which takes a megabyte.
         return (times[(len(times) - 1) // 2] + times[len(times) // 2]) / 2
 
     def rows_within(self, rows: int, delay: float, most: int) -> int:

@@ -48,7 +48,7 @@ _HALF_LIFE = 32.0  # tokens after which one that was compared counts for half
 _MOST_RATE = 0.98
 _LEAST_TIMED = 2  # passes of one row, before a draft is thought of
 _LEAST_GAIN = 1.03  # of tokens a second
-_FIRST_TRIAL, _LAST_TRIAL = 16, 1024  # passes with a draft that was not worth its time, after which one is tried
+_FIRST_TRIAL, _LAST_TRIAL = 4, 1024  # passes with a draft that was not worth its time, after which one is tried
 
 
 class _Places:
@@ -221,6 +221,7 @@ class Drafter:
         if self._times.count(1) < _LEAST_TIMED:
             return 0
         rate = self._acceptance.rate(self._matched)
+        most = min(most, 2 * self._times.most_rows + 1)  # twice the rows that were tried
         if length := best_length(rate, seconds, most):
             self._passes_off, self._trial = 0, _FIRST_TRIAL
             return length
