@@ -8,8 +8,9 @@ import math
 import pytest
 
 from tests.support.prediction import CONFIG, FORMATS, GB, WORKLOAD, predictor, speed
+from tpimpi.diagnostics.options import Workload
 from tpimpi.diagnostics.planner.loads import LayerLoad, Loads
-from tpimpi.diagnostics.planner.predict import LinearCost, Measured, Predictor, chunks
+from tpimpi.diagnostics.planner.predict import LinearCost, Measured, Prediction, Predictor, chunks
 from tpimpi.diagnostics.planner.shares import MOST_WEIGHT, best_shares
 from tpimpi.engine.budget import RESERVE_BYTES
 from tpimpi.models.weight_formats import ModelFormats
@@ -226,3 +227,25 @@ def test_the_best_is_never_worse_than_equal() -> None:
         ideal = sum(1 / rank.token.wall.per_byte for rank in ranks)
         bound = 10 * (ATTN + MLP) / ideal  # the fastest that so many together could be, were there nothing else
         assert best.compute_s >= bound
+
+
+def test_sequences_at_once_share_what_is_read_and_waited_for() -> None:
+    """Of 16: computing takes four times as long, each sum three times (see support/prediction), and reading as long."""
+    for disk, ranks in ((0.0, 1), (0.0, 2), (50e6, 1)):
+        work = dataclasses.replace(WORKLOAD, window=2 if disk else None, parallel=16)
+
+        def predicted(workload: Workload, disk: float = disk, ranks: int = ranks) -> Prediction:
+            speeds = [speed(disk_bytes_per_s=disk)] * ranks
+            return predictor(*speeds, allreduce=0.001, head=1.0, workload=workload).predict([1.0] * ranks)
+
+        plan, alone = predicted(work), predicted(dataclasses.replace(work, parallel=1))
+        assert alone.tokens_per_s == 0 and alone.s_per_token == plan.s_per_token
+        assert plan.limit == ("disk" if disk else "compute")
+        blocks = plan.disk_s if disk else 4 * plan.compute_s + 3 * plan.star_s
+        assert 16 / plan.tokens_per_s == pytest.approx(blocks + 4 * plan.head_s)
+
+
+def test_sequences_that_have_no_memory_have_no_rate() -> None:
+    work = dataclasses.replace(WORKLOAD, memory=(400_000_000,), parallel=64, context=4096)
+    found = predictor(speed(disk_bytes_per_s=1e9), workload=work).predict([1.0])
+    assert found.tokens_per_s == 0 and not found.problem

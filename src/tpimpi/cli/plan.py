@@ -12,7 +12,7 @@ from tpimpi.cli.parser import Parser, offer
 from tpimpi.cli.prepare import PROMPT_TOKENS, measure_options, workload
 from tpimpi.cli.process import Job
 from tpimpi.cli.run_options import check_combinations, parsed_into
-from tpimpi.cli.run_parser import add_computing, add_shares
+from tpimpi.cli.run_parser import MOST_PARALLEL, add_computing, add_shares
 from tpimpi.cli.values import AUTO, given_model, path_given, share_weights, whole_number
 from tpimpi.diagnostics.options import PlanOptions
 from tpimpi.diagnostics.planner.command import plan
@@ -41,6 +41,7 @@ class PlanCommand:
     shares: str | None
     context: int | None
     prompt_tokens: int
+    parallel: int
     routing: str | None
     json: str | None
     quiet: bool
@@ -75,6 +76,13 @@ def plan_parser() -> argparse.ArgumentParser:
         default=PROMPT_TOKENS,
         metavar="N",
         help="of the first token (default 16)",
+    )
+    group.add_argument(
+        "--parallel",
+        type=whole_number("--parallel", 1, MOST_PARALLEL),
+        default=1,
+        metavar="N",
+        help="also say how many tokens a second so many sequences get together, each of --context positions",
     )
     group.add_argument(
         "--routing",
@@ -146,7 +154,9 @@ def _plan_options(
             f"--prompt-tokens is {command.prompt_tokens}, this model has {config.context} positions; give fewer"
         )
     return PlanOptions(
-        workload=workload(config, formats, compute, command.context, command.prompt_tokens, trace),
+        workload=workload(
+            *(config, formats, compute, command.context, command.prompt_tokens, trace), parallel=command.parallel
+        ),
         measuring=measure_options(compute, network),
         shares=None if command.shares in (None, AUTO) else tuple(share_weights(command.shares, ranks)),
         json=None if command.json is None else Path(command.json),

@@ -145,6 +145,7 @@ def workload(
     context: int | None,
     prompt_tokens: int = PROMPT_TOKENS,
     routing: Trace | None = None,
+    parallel: int = 1,
 ) -> Workload:
     """What a run would have to do, as far as it matters for its speed."""
     return Workload(
@@ -157,6 +158,7 @@ def workload(
         window=compute.window,
         chunk=compute.prompt_chunk,
         routing=routing,
+        parallel=parallel,
     )
 
 

@@ -45,6 +45,7 @@ class Workload:
     window: int | str | None = None  # blocks in memory, or "all"; None: as `memory` allows
     chunk: int | None = None  # positions of a prompt that are computed at once; None: as in a run
     routing: Trace | None = None  # of a mixture: which experts are chosen; None: all equally likely
+    parallel: int = 1  # sequences that are answered at once, each of `context` positions
 
 
 @dataclass(frozen=True)

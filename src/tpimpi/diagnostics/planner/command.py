@@ -179,7 +179,7 @@ def plan(
     workload = options.workload
     survey = Survey(star, infos, workload, options.measuring)
     lines = make_table(survey, len(infos), options.shares, quiet=options.quiet)
-    print_table(lines, infos, title(workload, name))
+    print_table(lines, infos, title(workload, name), workload.parallel)
     if options.json is not None:
         write_json(options.json, as_json(survey, lines, infos), "--json")
 
@@ -222,6 +222,7 @@ def as_json(survey: Survey, lines: Sequence[PlanRow], infos: Sequence[RankInfo])
         "formats": workload.formats.describe(),
         "context": workload.context,
         "prompt_tokens": workload.prompt,
+        "parallel": workload.parallel,
         "hosts": [info.host for info in infos],
         "plans": [{"ranks": line.ranks, "kind": line.kind, **finite(asdict(line.prediction))} for line in lines],
         "advice": advice(lines),

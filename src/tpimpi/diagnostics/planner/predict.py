@@ -13,7 +13,8 @@ it takes the largest. A control group with half a core lets a rank run at full s
 it: a rank that waits half of its time for the star is never stopped, so speed at work and in the long run are two figures.
 
 The first token is the same for the positions of the prompt, a chunk at a time, and one head. Reading weights for the
-first time is not counted.
+first time is not counted. A step of several sequences (`Workload.parallel`) is the same for a position of each, with the
+keys and values of all of them in memory, full.
 
 Of a mixture a token goes through the experts that it chooses: their bytes compute as all others do, and those that are not
 in the expert cache (see HitCurve) are read. A run also reads some that are expected and not chosen then, which is not
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tpimpi.diagnostics.options import Workload
 from tpimpi.diagnostics.planner.hits import HitCurve
@@ -133,6 +134,7 @@ class Prediction:
     problem: str = ""
     experts: tuple[ExpertsHeld, ...] = ()  # of a mixture, for each rank
     prompt_chunk: int = 0  # positions of a prompt that are computed at once
+    tokens_per_s: float = 0.0  # of all sequences together, where there are several; 0 where they have no memory
 
 
 @dataclass(frozen=True)
@@ -212,24 +214,37 @@ class Predictor:
             streamed=tuple(streamed),
             experts=tuple(experts) if self.workload.config.experts else (),
             prompt_chunk=chunk,
+            tokens_per_s=self._tokens_per_s(plan, loads) if self.workload.parallel > 1 else 0.0,
         )
+
+    def _tokens_per_s(self, plan: Partition, loads: Sequence[Load]) -> float:
+        """Of all sequences together; 0 where there is no memory for them."""
+        sequences = self.workload.parallel
+        try:
+            held, _ = self.memory(plan, loads, sequences)
+        except InputError:
+            return 0.0
+        missed = [1.0 - self.experts(load, each.experts).hits for load, each in zip(loads, held, strict=True)]
+        one, several = (self._layer_cost(0, n).wall.per_byte for n in (1, sequences))
+        head = self.measured.head.at(loads[0].head) * (several / one if one else 1.0)
+        return sequences / (self._step(loads, held, missed, sequences) + head)
 
     def _first_token(
         self, loads: Sequence[Load], held: Sequence[Holding], experts: Sequence[ExpertsHeld], chunk: int
     ) -> float:
-        """Without the head."""
-        total = 0.0
-        for positions in chunks(self.workload.prompt, chunk):
-            step = sum(self.blocks(loads, positions))
-            for rank, load in enumerate(loads):
-                # A chunk uses what is in the cache and what is not alike, whatever the positions have in common.
-                used = self.used(positions) * sum(layer.count * layer.expert for layer in load.layers)
-                missed = 1.0 - experts[rank].held / max(1, experts[rank].of)
-                streamed = held[rank].streamed + round(used * missed)
-                rest = self._processor(rank, load, positions, streamed, head=False)
-                step = max(step, rest, self._disk(rank, streamed))
-            total += step
-        return total
+        """Without the head. A chunk uses what is in the cache and what is not alike, whatever its positions share."""
+        missed = [1.0 - one.held / max(1, one.of) for one in experts]
+        return sum(self._step(loads, held, missed, positions) for positions in chunks(self.workload.prompt, chunk))
+
+    def _step(self, loads: Sequence[Load], held: Sequence[Holding], missed: Sequence[float], positions: int) -> float:
+        """Of so many positions, without the head; `missed` is the part of used experts that each rank reads."""
+        step = sum(self.blocks(loads, positions))
+        for rank, load in enumerate(loads):
+            used = self.used(positions) * sum(layer.count * layer.expert for layer in load.layers)
+            streamed = held[rank].streamed + round(used * missed[rank])
+            rest = self._processor(rank, load, positions, streamed, head=False)
+            step = max(step, rest, self._disk(rank, streamed))
+        return step
 
     # Experts
 
@@ -300,10 +315,10 @@ class Predictor:
 
     # Memory
 
-    def needs(self, plan: Partition, rank: int, load: Load, chunk: int | None = None) -> Needs:
+    def needs(self, plan: Partition, rank: int, load: Load, chunk: int | None = None, sequences: int = 1) -> Needs:
         """What a rank would need, as an engine reckons it; with chunks of the usual size unless `chunk` says another."""
         speed, workload = self.measured.ranks[rank], self.workload
-        return needs_of_model(
+        needs = needs_of_model(
             Header(rank, workload.formats, "", "", workload.config, plan, ()),
             load.records,
             tiles=load.tiles,
@@ -313,21 +328,23 @@ class Predictor:
             allreduce=self.measured.allreduce,
             context=workload.context,
             chunk=chunk or workload.chunk or usual_chunk(workload.config),
+            logits_of=sequences,
             experts=load.experts,
             expert_count=load.expert_count,
         )
+        return replace(needs, cache=needs.cache * sequences)
 
-    def memory(self, plan: Partition, loads: Sequence[Load]) -> tuple[list[Holding], int]:
+    def memory(self, plan: Partition, loads: Sequence[Load], sequences: int = 1) -> tuple[list[Holding], int]:
         """What each rank does with its memory, and the positions of a chunk. Raises InputError where it has too little."""
         workload = self.workload
-        needs = {rank: self.needs(plan, rank, load) for rank, load in enumerate(loads)}
+        needs = {rank: self.needs(plan, rank, load, None, sequences) for rank, load in enumerate(loads)}
         chunk = workload.chunk or usual_chunk(workload.config)
         if workload.window is not None:
             return self._in_window(needs, loads, workload.window), chunk
         promises = self.promises(needs)
         if workload.config.experts and workload.chunk is None:
             chunk = mixture_chunk(list(needs.values()), promises, workload.context)
-            needs = {rank: self.needs(plan, rank, load, chunk) for rank, load in enumerate(loads)}
+            needs = {rank: self.needs(plan, rank, load, chunk, sequences) for rank, load in enumerate(loads)}
         held = []
         for rank, need in needs.items():
             where = f"r{rank} {self.measured.ranks[rank].host}"

@@ -77,8 +77,8 @@ def advice(lines: Sequence[PlanRow]) -> list[str]:
     return words
 
 
-def print_table(lines: Sequence[PlanRow], infos: Sequence[RankInfo], title: Sequence[str]) -> None:
-    """The table, on stdout."""
+def print_table(lines: Sequence[PlanRow], infos: Sequence[RankInfo], title: Sequence[str], parallel: int = 1) -> None:
+    """The table, on stdout, of so many sequences at once too."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="none")
@@ -88,16 +88,20 @@ def print_table(lines: Sequence[PlanRow], infos: Sequence[RankInfo], title: Sequ
     names = ("experts held", "hits", "read a token") if mixture else ("streamed",)
     for name in ("s/token", "first token", "compute", "star", "head", "memory a rank", *names):
         table.add_column(name, justify="right")
+    together = [f"{parallel} at once, tokens/s"] if parallel > 1 else []
+    for name in together:
+        table.add_column(name, justify="right")
     table.add_column("limit")
     for line in lines:
         found = line.prediction
         count = str(line.ranks)
         if found.problem:
-            table.add_row(count, found.shares, *["-"] * (6 + len(names)), "memory")
+            table.add_row(count, found.shares, *["-"] * (6 + len(names) + len(together)), "memory")
             continue
         times = (found.s_per_token, found.first_token_s, found.compute_s, found.star_s, found.head_s)
         memory, streamed = (show_size(size) if size else "-" for size in (max(found.memory), max(found.streamed)))
         cells = [*_experts(found), streamed] if mixture else [streamed]
+        cells += [seconds_text(found.tokens_per_s) if found.tokens_per_s else "-"] if together else []
         table.add_row(count, found.shares, *map(seconds_text, times), memory, *cells, _limit(found, infos))
     for text in title:
         print(text)
