@@ -58,9 +58,9 @@ def blocks() -> Iterator[tuple[str, list[str]]]:
     """(name, lines) of each block of commands, in the order of the pages."""
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
-        for found in re.finditer(r"^( *)```(?:sh|bash)?\n(.*?)^ *```$", text, re.M | re.S):
-            lines = [line.removeprefix(found[1]).rstrip() for line in found[2].replace("\\\n", "").splitlines()]
-            if lines and lines[0].split(" ", 1)[0] in FIRST_WORDS:
+        for found in re.finditer(r"^( *)```(\w*)\n(.*?)^ *```$", text, re.M | re.S):
+            lines = [line.removeprefix(found[1]).rstrip() for line in found[3].replace("\\\n", "").splitlines()]
+            if found[2] in ("", "sh", "bash") and lines and lines[0].split(" ", 1)[0] in FIRST_WORDS:
                 yield f"{page}:{text.count(chr(10), 0, found.start()) + 2}", lines
 
 
