@@ -9,18 +9,25 @@ import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from tests.support.launch import ROOT, Launcher, Result, run_command
 from tests.support.messages import assert_one_line
 from tpimpi import __version__
+from tpimpi.cli import remarks
 from tpimpi.cli.parser import COMMANDS
 from tpimpi.cli.run_options import parse_run
 from tpimpi.cli.run_parser import run_parser
 from tpimpi.cli.slice import slice_parser
 from tpimpi.compute.backends import KERNEL_LEVELS, load_backend
 from tpimpi.errors import InputError
+from tpimpi.serving.generate import GenerationFigures
+from tpimpi.serving.llm import LLM
+from tpimpi.serving.report import Answer
+from tpimpi.serving.transcript import Transcript
 
 PROMPT = ["--prompt", "the quick brown fox"]
 CUT = "the answer was cut at --max-tokens 4; give more to have it whole"
@@ -172,3 +179,16 @@ def test_the_command_tpimpi_is_the_module() -> None:
     program = f"import sys; sys.argv = ['tpimpi', '--version']; import {module} as m; sys.exit(m.{function}())"
     result = run_command([sys.executable, "-c", program], env={})
     assert (result.code, result.out) == (0, f"tpimpi {__version__}\n"), result.err
+
+
+def test_what_stats_says_of_speculation() -> None:
+    made = GenerationFigures(rows=40, passes=10, sampled=24, drafted=28, accepted=14)
+    times = [(number // 3 + 1, number / 10) for number in range(24)]
+    answer = Answer.timed("x", [7] * 24, 9, 0.0, times, 3, made, ended="max_tokens")
+    report = SimpleNamespace(answers=[answer])
+    llm = cast("LLM", SimpleNamespace(report=report, conversation=SimpleNamespace(limit=100)))
+    lines = list(remarks.figures(llm, Transcript()))
+    assert lines[-1] == "speculation: 10 passes, 2.40 tokens each (14 of 28 drafted tokens accepted)"
+    answer = Answer.timed("x", [7], 9, 0.0, times[:1], 3, GenerationFigures(9, 1, 1), ended="max_tokens")
+    report.answers.append(answer)
+    assert not any("speculation" in line for line in remarks.figures(llm, Transcript()))
