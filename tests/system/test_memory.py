@@ -20,7 +20,7 @@ from tests.support.memory_cases import GB, HOST, MB
 from tpimpi.engine.budget import RESERVE_BYTES, Needs, divide, make_budget, per_rank
 from tpimpi.errors import InputError
 from tpimpi.system.memory import JOB, Place, headroom, places, resident_bytes
-from tpimpi.system.units import megabytes_up, parse_size, show_size
+from tpimpi.system.units import parse_size, show_megabytes_rounded_up, show_size
 
 pytestmark = pytest.mark.usefixtures("host")
 
@@ -103,12 +103,12 @@ def test_letters_that_only_look_like_units_are_refused(text: str) -> None:
 
 def test_sizes_for_people() -> None:
     assert (show_size(412_345_678), show_size(3_900_000_000)) == ("412 MB", "3.90 GB")
-    assert (megabytes_up(412_000_000), megabytes_up(412_000_001)) == ("412 MB", "413 MB")
+    assert (show_megabytes_rounded_up(412_000_000), show_megabytes_rounded_up(412_000_001)) == ("412 MB", "413 MB")
 
 
 @given(st.integers(MB, 10**12))
 def test_the_size_that_a_message_names_is_enough(size: int) -> None:
-    assert size <= parse_size(megabytes_up(size), "--memory") < size + MB
+    assert size <= parse_size(show_megabytes_rounded_up(size), "--memory") < size + MB
 
 
 def test_what_this_process_has_resident() -> None:

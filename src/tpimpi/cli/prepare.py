@@ -215,4 +215,4 @@ def say_what_slows(
     say(ranks_of_run.without_native(ranks) if compute.backend == "auto" else None)
     say(ranks_of_run.bound_to_one_core(ranks) if compute.threads is None else None)
     say(placement.crowded(launcher_kind(), [rank.host for rank in ranks], placement.given_hosts()))
-    say(ranks_of_run.without_watch(star, network.timeout))
+    say(ranks_of_run.without_heartbeat(star, network.timeout))

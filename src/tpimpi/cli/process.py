@@ -53,7 +53,7 @@ class Job:
         return "tpimpi"
 
     def leave(self, code: int) -> None:
-        """Leave the other ranks: in peace, or by ending the job on all of them where they wait for us."""
+        """Leave the other ranks: in order, or by ending the job on all of them where they wait for us."""
         if self.star is None:
             return
         if self._awaited:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from tpimpi.errors import InputError
 from tpimpi.system.memory import JOB, Place
-from tpimpi.system.units import megabytes_up, show_size
+from tpimpi.system.units import show_megabytes_rounded_up, show_size
 
 # Page cache, page tables and sockets took 12 to 17 MB.
 RESERVE_BYTES = 24_000_000
@@ -81,7 +81,7 @@ def make_budget(needs: Needs, promise: int, whose: str = "") -> Budget:
     if promise < needs.least:
         whose = whose or f"--memory is {show_size(promise)}"
         raise InputError(
-            f"{whose}, this rank needs at least {megabytes_up(needs.least + _START_VARIATION_BYTES)} "
+            f"{whose}, this rank needs at least {show_megabytes_rounded_up(needs.least + _START_VARIATION_BYTES)} "
             f"({show_size(needs.base)} for program and libraries, {show_size(needs.cache)} for keys and values, "
             f"{show_size(needs.work + RESERVE_BYTES)} to work with, "
             f"{show_size(needs.least_buffers + needs.least_experts)} for buffers); "

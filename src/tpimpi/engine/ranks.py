@@ -16,7 +16,7 @@ from tpimpi.errors import InputError
 from tpimpi.star import Star
 from tpimpi.system.launcher import bound_by_launcher
 
-NO_WATCH = "this MPI has no MPI_THREAD_MULTIPLE, so there is no watch, and a rank that hangs is noticed only after"
+NO_HEARTBEAT = "this MPI has no MPI_THREAD_MULTIPLE, so there is no watch, and a rank that hangs is noticed only after"
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ def bound_to_one_core(ranks: Sequence[RankInfo]) -> str | None:
     )
 
 
-def without_watch(star: Star, timeout: float) -> str | None:
+def without_heartbeat(star: Star, timeout: float) -> str | None:
     """What to tell a user whose MPI leaves no thread for the watch; None where there is one."""
-    return None if star.has_heartbeat else f"{NO_WATCH} {timeout:g} s (--timeout)"
+    return None if star.has_heartbeat else f"{NO_HEARTBEAT} {timeout:g} s (--timeout)"
 
 
 def without_native(ranks: Sequence[RankInfo]) -> str | None:

@@ -1,4 +1,4 @@
-"""Sums over all ranks: the star, its kin, and what it is measured against.
+"""Sums over all ranks: the star, other algorithms that add in rank order, and those it is measured against.
 
 An algorithm is a generator. It starts messages, yields what is to be done before it can go on, and is resumed when that
 is done; so several sums can be under way, and computing can go on in between (`Allreduce.poll`). After each of them every

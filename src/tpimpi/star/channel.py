@@ -85,7 +85,7 @@ class BufferPool:
                 free.append(whole)
 
     def clear(self) -> None:
-        """Let go of them."""
+        """Free all of them."""
         self._free.clear()
 
 

@@ -87,7 +87,7 @@ class Heartbeat:
         self._last_sent = 0.0
 
     def close(self) -> None:
-        """Say good-bye, hear that of the others, and stop.
+        """Tell the others that this rank ends, wait until they say so too, and stop.
 
         Rank 0 leaves last: another rank waits for it as long as it sends heartbeats. So no receive is left open
         when MPI ends.

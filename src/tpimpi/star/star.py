@@ -290,7 +290,7 @@ class Star:
             self.heartbeat.set_hosts(hosts)
 
     def close(self, *, failed: bool = False) -> None:
-        """Leave in peace: the others are told that this rank ends.
+        """Leave in order: the others are told that this rank ends.
 
         Where the run has `failed`, the launcher ends ranks while others are still leaving MPI, which then may wait for
         them for ever: it gets ABORT_GRACE_S seconds for that.

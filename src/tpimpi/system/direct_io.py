@@ -51,7 +51,7 @@ def open_direct(path: Path) -> tuple[int, bool]:
 
 
 def _reads_directly(descriptor: int) -> bool:
-    """Whether the file system that let us open a file so lets us read it so."""
+    """Whether reads of a file that was opened with O_DIRECT work too: some file systems only refuse these."""
     try:
         os.preadv(descriptor, [aligned_buffer(PAGE_BYTES)], 0)
     except OSError as error:

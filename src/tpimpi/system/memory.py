@@ -51,7 +51,7 @@ class Place:
 
     @property
     def reserve(self) -> int:
-        """What --memory auto leaves free there: so much that other programs can take it faster than we notice, and live."""
+        """Bytes that --memory auto leaves free there, for what other programs take between two looks at it."""
         return min(max(_LEAST_HOST_RESERVE, int(self.total * _HOST_RESERVE)), self.total // 4)
 
 

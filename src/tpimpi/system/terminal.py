@@ -27,7 +27,7 @@ from typing import Any, TextIO
 
 import psutil
 
-from tpimpi.system.launcher import LAUNCHERS, launcher_commands
+from tpimpi.system.launcher import DAEMONS, LAUNCHERS, launcher_commands
 
 STDIN, STDOUT, STDERR = 0, 1, 2
 MOST_LINE_BYTES = 4 << 20  # bytes of a prompt
@@ -40,7 +40,7 @@ _PROGRESS_INTERVAL_S = 5.0  # seconds between two lines of progress
 
 
 def repair_streams() -> None:
-    """Open what of the standard streams is closed, to nothing: a file opened later would else take its place."""
+    """Open each standard stream that is closed on /dev/null: a file opened later would else get its number."""
     for number, name in ((STDIN, "stdin"), (STDOUT, "stdout"), (STDERR, "stderr")):
         try:
             os.fstat(number)
@@ -74,7 +74,7 @@ def keep_order() -> None:
     Not where an option of the launcher (Open MPI's --output) says where each of them goes.
     """
     out, err = launcher_stream(STDOUT), launcher_stream(STDERR)
-    if out is None or err is None:
+    if out is None or err is None or not all(_is_read_by_the_launcher(number) for number in (STDOUT, STDERR)):
         return
     with contextlib.suppress(OSError):
         if not os.path.samestat(out.stat(), err.stat()) or stat.S_ISCHR(out.stat().st_mode):
@@ -83,6 +83,21 @@ def keep_order() -> None:
             return
         os.dup(STDERR)  # kept: where a rank's output ends, the launcher ends its input too
         os.dup2(STDOUT, STDERR)
+
+
+def _is_read_by_the_launcher(number: int) -> bool:
+    """Whether our stream of that number goes to the launcher or its daemon, and not what a program between us and it
+    has put in its place."""
+    if os.isatty(number):  # Open MPI gives a rank's stdout a terminal of its own
+        return True
+    try:
+        pipe = str(Path(f"/proc/self/fd/{number}").readlink())
+        above = [one.pid for one in psutil.Process().parents() if one.name() in (*LAUNCHERS, *DAEMONS)]
+        return pipe.startswith("pipe:") and any(
+            str(entry.readlink()) == pipe for pid in above[:1] for entry in Path(f"/proc/{pid}/fd").iterdir()
+        )
+    except (psutil.Error, OSError):
+        return False
 
 
 def launcher_stream(number: int) -> Path | None:

@@ -38,7 +38,7 @@ def show_size(nbytes: float) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
 
 
-def megabytes_up(nbytes: int) -> str:
+def show_megabytes_rounded_up(nbytes: int) -> str:
     """A size that is at least `nbytes`, as --memory takes it: "412 MB"."""
     return f"{-(-nbytes // 1_000_000)} MB"
 

@@ -25,8 +25,8 @@ from tpimpi.system.disk import disk_full
 from tpimpi.system.terminal import progress_bar
 from tpimpi.weights.locations import SliceLocation
 from tpimpi.weights.make import make_header
-from tpimpi.weights.notes import DistributeSlices, LookAtTiles, LookOn, SliceFound, TilesFound
-from tpimpi.weights.receive import LookingInTurns, indexes_of, publish, slice_found
+from tpimpi.weights.notes import CheckTiles, ContinueCheck, DistributeSlices, SliceFound, TilesFound
+from tpimpi.weights.receive import TimedCheck, indexes_of, publish, slice_found
 from tpimpi.weights.send import TileSender
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.local import LocalSlice
@@ -87,12 +87,12 @@ def distribute_slices(
         _, others = on_every_rank(star, local.look, SliceFound)
         slices = [slice_found(star, local), *others]
         if not verify and all(each.good for each in slices):
-            send_note(star, LookAtTiles(prepare=False))
+            send_note(star, CheckTiles(prepare=False))
             return _outcomes(slices)
         _check_room(slices)
         if not all(each.good for each in slices):
             before()
-        send_note(star, LookAtTiles(prepare=True))
+        send_note(star, CheckTiles(prepare=True))
         slices, lacking = _prepare(star, local, slices, quiet=quiet)
         found = _outcomes(slices)
         for line in [rank.line() for rank in found]:
@@ -189,15 +189,15 @@ def _prepare(
     """Every rank looks at its tiles, in turns of a moment, so that a long look is no silence. What they found in the end,
     and the tiles that ranks other than 0 lack."""
     total = sum(each.to_look for each in slices)
-    looking = LookingInTurns(star, local)
+    check = TimedCheck(star, local)
     with progress_bar(f"looking at the tiles of {len(slices)} {_ranks(len(slices))}", quiet=quiet) as update:
         while True:
-            _, others = on_every_rank(star, looking.a_turn, TilesFound)
-            notes = [looking.note(), *others]
+            _, others = on_every_rank(star, check.run, TilesFound)
+            notes = [check.note(), *others]
             done = all(note.ready for note in notes)
             if total and not done:
                 update(min(sum(note.looked for note in notes), total - 1), total)
-            send_note(star, LookOn(more=not done))
+            send_note(star, ContinueCheck(more=not done))
             if done:
                 if total:
                     update(total, total)

@@ -41,8 +41,9 @@ class SliceFound(Note, frozen=True):
     broken: int
 
 
-class LookAtTiles(Note, frozen=True):
-    """Hub: look at your tiles, in turns, and answer each with TilesFound; where `prepare` is false all slices are good."""
+class CheckTiles(Note, frozen=True):
+    """Hub: check your tiles, for a moment at a time, and answer each time with TilesFound; where `prepare` is false all
+    slices are good."""
 
     prepare: bool
 
@@ -60,7 +61,7 @@ class TilesFound(Note, frozen=True):
         return self.found is not None
 
 
-class LookOn(Note, frozen=True):
-    """Hub: whether ranks look at tiles for another turn."""
+class ContinueCheck(Note, frozen=True):
+    """Hub: whether ranks go on checking tiles."""
 
     more: bool

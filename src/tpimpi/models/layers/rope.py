@@ -60,11 +60,11 @@ def _llama3_frequencies(frequencies: F32, scaling: RopeScaling) -> F32:
 def _yarn_frequencies(frequencies: F32, rope: Rope, scaling: RopeScaling) -> F32:
     """Peng et al. 2023, section 3.2, as transformers' `_compute_yarn_parameters` states it: [dims / 2] f32."""
 
-    def pair_that_turns(times: float) -> float:
-        """The pair, counted in fractions, that turns so many times within the original context."""
+    def correction_dim(times: float) -> float:
+        """The pair (not a whole number) that rotates so many times within the original context."""
         return rope.dims * math.log(scaling.original_context / (times * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    first, last = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    first, last = correction_dim(scaling.beta_fast), correction_dim(scaling.beta_slow)
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, rope.dims - 1)
