@@ -263,6 +263,16 @@ def test_a_sequence_goes_on_from_the_positions_of_the_one_before(
     assert (result.code, result.out.split("\n")[0]) == (0, "all well"), result.err
 
 
+@pytest.mark.parametrize("kind", ["gemma3", "gpt-oss"])
+@pytest.mark.slow_but("gemma3")
+def test_windowed_layers_of_a_long_sequence_have_fewer_pages(on_ranks: Ranks, kind: str, tmp_path: Path) -> None:
+    """And give the numbers of all pages, to the bit, also where the sequence goes back, or on in another run."""
+    with open_source(write_tiny_hf(tmp_path / "model", kind, max_position_embeddings=2048)) as source:
+        slice_model(source, make_partition(source.config, [1] * 2), choose_formats(source, "f32"), tmp_path / "s")
+    result = on_ranks(2, str(PROGRAMS / "windows.py"), str(tmp_path / "s"), str(tmp_path))
+    assert (result.code, result.out.split("\n")[0]) == (0, "all well"), result.err
+
+
 @pytest.mark.parametrize(
     ("kind", "kv", "ranks"),
     [("gemma3", "f32", 2), ("gpt-oss", "auto", 2), ("llama", "f16", 3), ("olmo3", "f32", 1), ("qwen3-moe", "f32", 2)],

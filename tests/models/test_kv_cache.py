@@ -43,7 +43,7 @@ def test_memory_is_taken_and_given_back_page_by_page() -> None:
     assert [shape.page_bytes(kind) for kind in KINDS] == [2 * 2 * 64 * 64 * 2, 2 * 2 * 2 * 64 * 64 * 2]
     assert shape.nbytes(PAGE + 1) == 2 * 3 * 2 * 2 * 64 * 64 * 2
     cache = KVCache(shape, [4, 4])
-    rows = StepRows.of_one(PAGE - 1, 2, np.array([3, 1, -1], np.int32))
+    rows = StepRows.of_one(PAGE - 1, 2, [np.array([3, 1, -1], np.int32)] * 2)
     one = np.ones((2, 2, 64), np.float32)
     for layer, kind in enumerate(shape.kinds):
         TWIN.store(cache.of(layer), rows.of(kind), 0, one, one)
@@ -53,8 +53,10 @@ def test_memory_is_taken_and_given_back_page_by_page() -> None:
     assert cache.filled_bytes == shape.nbytes(2 * PAGE) - shape.page_bytes(WINDOWED)
     assert not cache.of(1).k[3].any() and cache.of(1).k[1].any() and cache.of(0).k[3].any()
     larger = KVCache(shape, [9, 9])
-    larger.take_over(cache, 4)
-    assert not cache.filled_bytes and larger.of(2).v[1].any() and larger.of(0).k[3].any()
+    larger.take_over(cache, [[(3, 3), (1, 0)], [(1, 7)]])
+    assert not cache.filled_bytes and larger.of(2).v[7].any() and larger.of(0).k[3].any() and larger.of(0).k[0].any()
+    assert larger.filled_bytes == 2 * shape.page_bytes(FULL) + shape.page_bytes(WINDOWED)
+    assert KVShape(shape.kinds, 2, 64, "f16", 3).nbytes(9 * PAGE) == shape.nbytes_of([9, 3])
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,7 @@ def test_a_longer_cache_takes_over_pages(fmt: str, page: int) -> None:
         for of in (short.of(layer).k, short.of(layer).v):
             of[:] = random.standard_normal(of.shape)
     before = [of.copy() for layer in range(2) for of in (short.of(layer).k[:page], short.of(layer).v[:page])]
-    long.take_over(short, page)
+    long.take_over(short, [[(number, number) for number in range(page)]] * 2)
     after = [of[:page] for layer in range(2) for of in (long.of(layer).k, long.of(layer).v)]
     for found, expected in zip(after, before, strict=True):
         np.testing.assert_array_equal(found, expected)

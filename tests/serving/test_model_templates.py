@@ -181,6 +181,9 @@ def test_ids_that_only_fill_the_table_are_never_sampled(
         def most_kept(self, context: int) -> int:
             return 0
 
+        def can_keep(self, positions: int, context: int) -> bool:
+            return not positions
+
         def logits(self, hidden: Any) -> Any:
             return np.arange(485, dtype=np.float32)[None]  # the last is likeliest
 

@@ -251,6 +251,9 @@ class Twin:
     def most_kept(self, context: int) -> int:
         return min(len(self.cache), context)
 
+    def can_keep(self, positions: int, context: int) -> bool:
+        return positions <= self.most_kept(context)
+
     def forward(self, x: F32, start: int, *, head: bool) -> F32:
         assert start <= len(self.cache) and start + len(x) <= self.context
         self.cache[start:] = [int(number) for number in x[:, 0]]

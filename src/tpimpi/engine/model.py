@@ -16,11 +16,13 @@ from tpimpi.compute.arrays import F32, I32, Array
 from tpimpi.compute.backends import Backend
 from tpimpi.compute.kv import KVPages, Rows
 from tpimpi.engine.experts import Experts, Routed
+from tpimpi.engine.needs import kv_shape_of
 from tpimpi.engine.overlap import DENSE_CHUNK, HalfChunk, Need, Steps, go_through_blocks, half_chunks
 from tpimpi.engine.trace import COMPUTE, STAR, Recorder
 from tpimpi.engine.window import Window
 from tpimpi.models.blocks import HEAD, Block, layer_blocks
-from tpimpi.models.kv.cache import KINDS, KVCache, KVShape, StepRows, kv_format, layer_kinds, pages_of
+from tpimpi.models.kv.cache import FULL, KINDS, WINDOWED, KVCache, StepRows, pages_of
+from tpimpi.models.kv.pages import NO_PAGE, first_seen
 from tpimpi.models.layer_spec import Rope
 from tpimpi.models.layers.attention import QKNorm, attention_partial
 from tpimpi.models.layers.head import head_logits, scaled_logits
@@ -69,9 +71,11 @@ class Model:
         self.cache: KVCache | None = None
         self.length = 0  # positions of the sequence, so far
         self._most_kv_bytes = self._kv_reserved = 0  # of pages: at most, and what there is room for now
-        self._table: I32 | None = None  # its pages; None: several sequences have pages, see `open_pages`
-        fmt = kv_format(kv, header.formats.of_layers(), self.config.head_dim)
-        self.kv_shape = KVShape(layer_kinds(self.config), self.share.kv_heads.size, self.config.head_dim, fmt)
+        # Its pages of each kind; None: several sequences have pages, see `open_pages`.
+        self._tables: tuple[I32, ...] | None = None
+        self._first_held = 0  # the first of its pages of windowed layers that others have not taken the place of
+        self.kv_shape = kv_shape_of(header, kv, chunk)
+        self._window = max(self.config.attention_windows, default=0)
         self.context = 0  # positions that the sequence may have
         self.experts, self.chunk, self._predict = experts, chunk, predict
         self.compute_seconds = 0.0
@@ -83,7 +87,7 @@ class Model:
     @property
     def has_one_sequence(self) -> bool:
         """Whether the cache is that of `begin`, for `forward`; else of `open_pages`, for `step`."""
-        return self._table is not None
+        return self._tables is not None
 
     @property
     def choices(self) -> int:
@@ -93,26 +97,30 @@ class Model:
     def begin(self, context: int, keep: int = 0) -> None:
         """Start a sequence of at most `context` positions, which has the first `keep` positions of the one before.
 
-        `keep` is at most what `most_kept` says: forward then goes on from position `keep`.
+        See `can_keep` for `keep`: forward then goes on from there.
         """
-        assert keep <= self.most_kept(context)
-        self.length = keep
-        if self.cache is None or self.context != context or self._table is None:
-            before = self.cache if keep else None
-            self.cache = None  # give the old one back before the new one is made
+        assert self.can_keep(keep, context)
+        self.length, self._first_held = keep, self._first_held if keep else 0
+        if self.cache is None or self.context != context or self._tables is None:
+            before, tables = (self.cache, self._tables) if keep else (None, None)
+            self.cache = self._tables = None  # give the old one back before the new one is made
             self._make_room(context, 0)
-            self.context, pages, self._kv_reserved = context, pages_of(context), 0
-            self.cache = KVCache(self.kv_shape, [pages] * len(KINDS))
-            self._table = np.arange(pages, dtype=np.int32)
-            if before is not None:
-                self.cache.take_over(before, pages_of(keep))
+            self.context, pages, self._kv_reserved = context, self.kv_shape.pages_of_one(context), 0
+            self.cache = KVCache(self.kv_shape, pages)
+            self._tables = tuple(np.arange(pages[FULL], dtype=np.int32) % max(1, count) for count in pages)
+            if before is not None and tables is not None:
+                held = (slice(0, pages_of(keep)), slice(self._first_held, pages_of(keep)))
+                there, here = (
+                    [of[run].tolist() for of, run in zip(some, held, strict=True)] for some in (tables, self._tables)
+                )
+                self.cache.take_over(before, [list(zip(*pair, strict=True)) for pair in zip(there, here, strict=True)])
             self._frequencies = self._frequencies_for(context)
 
     def open_pages(self, context: int, pages: Sequence[int], units: int) -> None:
         """Have at most so many pages of each kind, for sequences of at most `context` positions each.
 
         All together they are no more than `units` pages of one layer. Memory is taken as they are written."""
-        self.cache = self._table = None
+        self.cache = self._tables = None
         self.context, self.length, self._kv_reserved = context, 0, -1
         self.cache, self._most_kv_bytes = KVCache(self.kv_shape, pages), units * self.kv_shape.unit_bytes
         self._reserve()
@@ -148,6 +156,26 @@ class Model:
             return 0
         return min(self.length, context) if self.has_same_angles(self.context, context) else 0
 
+    def can_keep(self, positions: int, context: int) -> bool:
+        """Whether a sequence of at most `context` positions may begin with so many of this one; the same on every rank.
+
+        They are at most what `most_kept` says, and layers with windows must have all that the next row sees."""
+        return not positions or (
+            positions <= self.most_kept(context) and first_seen(positions, self._window) >= self._first_held
+        )
+
+    def tables_of(self, positions: int, first: int | None = None) -> list[list[int]]:
+        """Where the one sequence has its first positions: pages of each kind. Of windowed layers those from the `first` on,
+        where others have not taken their place, NO_PAGE before."""
+        assert self._tables is not None
+        first = self._first_held if first is None else first
+        full, windowed = (table[: pages_of(positions)].tolist() for table in self._tables)
+        return [full, [NO_PAGE if number < first else page for number, page in enumerate(windowed)]]
+
+    def has_taken(self, positions: int, tables: Sequence[Sequence[int]]) -> None:
+        """The one sequence has its first positions, which were read into the pages of `tables`."""
+        self.length, self._first_held = positions, sum(page == NO_PAGE for page in tables[WINDOWED])
+
     def has_same_angles(self, context: int, other: int) -> bool:
         """Whether rotary angles are the same for sequences of at most so many positions as of at most so many others."""
         if context == other:
@@ -161,8 +189,11 @@ class Model:
 
     def forward(self, x: F32, start: int, *, head: bool = True) -> F32:
         """As `step`, of the one sequence, at positions from `start`."""
-        assert self._table is not None, "forward before begin"
-        hidden = self.step(x, StepRows.of_one(start, x.shape[0], self._table), head=head)
+        assert self._tables is not None, "forward before begin"
+        if self.kv_shape.ring is not None:
+            self._first_held = max(self._first_held, pages_of(start + x.shape[0]) - self.kv_shape.ring)
+            assert first_seen(start, self._window) >= self._first_held, "a row would see pages that are not there"
+        hidden = self.step(x, StepRows.of_one(start, x.shape[0], self._tables), head=head)
         self.length = start + x.shape[0]
         return hidden
 

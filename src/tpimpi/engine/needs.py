@@ -9,7 +9,7 @@ from tpimpi.engine.budget import Needs
 from tpimpi.engine.expert_cache import least_places
 from tpimpi.engine.overlap import DENSE_CHUNK
 from tpimpi.engine.ring import FEWEST_TILES, USUAL_TILES
-from tpimpi.models.kv.cache import KVShape, kv_format, layer_kinds
+from tpimpi.models.kv.cache import PAGE, WINDOWED, KVShape, kv_format, layer_kinds, pages_of
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import Record
 
@@ -18,6 +18,7 @@ LONGEST_DRAFT = 15  # tokens: 16 rows with the last one's, for which the kernels
 # drafts are. With a prompt of so many positions, which takes memory too, that holds already.
 _DRAFT_BYTES = 1_500_000
 _SHORT_PROMPT = 32  # positions
+KEPT_POSITIONS = 1024  # that a conversation can take back, where layers have windows, without being computed anew
 EXPERT_RUN_BYTES = 8 << 20  # between the stages of the experts that are computed at once: see kernels/experts.cpp
 
 
@@ -92,6 +93,7 @@ def needs_of_model(
     `experts` are the tiles of an expert of each layer, or of each kind of layer, of `expert_count` experts in all layers.
     `draft` is how many tokens are drafted at most, None for as many as take hardly more memory: see Needs.draft.
     """
+    shape = kv_shape_of(header, kv, chunk)
     largest = max((record.nbytes for record in records), default=0)
     expert = max((record.nbytes for record in experts), default=0)
     all_partials = allreduce.endswith("exchange")  # also of long sums
@@ -110,14 +112,14 @@ def needs_of_model(
         draft = max((n for n in range(1, min(LONGEST_DRAFT, chunk - 1) + 1) if work(1, n) <= most), default=0)
     return Needs(
         base=base,
-        cache=cache_bytes_of(header, kv, context),
+        cache=shape.nbytes(context),
         work=max(work(chunk), work(1, draft) if draft else 0),
         least_buffers=min(tiles, FEWEST_TILES * largest),
         usual_buffers=min(tiles, USUAL_TILES * largest),
         tiles=tiles,
         least_experts=least_places(expert_count) * expert,
         experts=expert_count * expert,
-        position_work=work(2) - work(1),
+        position_work=work(2) - work(1) + (0 if shape.ring is None else shape.page_bytes(WINDOWED) // PAGE),
         draft=draft,
     )
 
@@ -138,8 +140,10 @@ def needs_together(needs: Sequence[Needs]) -> Needs:
     )
 
 
-def cache_bytes_of(header: Header, kv: str, context: int) -> int:
-    """Memory of this rank's keys and values of so many positions; `kv` is one of KV_FORMATS."""
+def kv_shape_of(header: Header, kv: str, chunk: int) -> KVShape:
+    """This rank's pages of keys and values; `kv` is one of KV_FORMATS, `chunk` how many positions are computed at once."""
     config = header.config
     fmt = kv_format(kv, header.formats.of_layers(), config.head_dim)
-    return KVShape(layer_kinds(config), header.share.kv_heads.size, config.head_dim, fmt).nbytes(context)
+    window = max(config.attention_windows, default=0)
+    ring = pages_of(window + chunk + KEPT_POSITIONS) + 2 if window else None  # a window and a chunk may begin anywhere
+    return KVShape(layer_kinds(config), header.share.kv_heads.size, config.head_dim, fmt, ring)

@@ -88,7 +88,7 @@ def receive_header(star: Star) -> StepHeader:
 def begin(model: Model, star: Star, context: int, keep: int = 0) -> None:
     """Rank 0: have every rank begin a sequence of at most `context` positions.
 
-    It has the first `keep` positions of the one before, at most model.most_kept(context)."""
+    It has the first `keep` positions of the one before, see model.can_keep."""
     send_header(star, StepHeader(Operation.BEGIN, context, keep, model.choices))
     model.begin(context, keep)
 
@@ -199,7 +199,7 @@ def _follow_one(model: Model, star: Star, header: StepHeader) -> None:
         if len(words):
             star.receive_words(words)
     if header.operation == Operation.BEGIN:
-        if header.start > model.most_kept(header.positions):
+        if not model.can_keep(header.start, header.positions):
             raise StarError(f"rank 0 keeps {header.start} positions of a sequence, which are not all there")
         model.begin(header.positions, header.start)
         return

@@ -6,6 +6,7 @@ MemoryPlanner  --plan-->  MemoryPlan  --take-->  RankMemory
 from __future__ import annotations
 
 import sys
+from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from tpimpi.engine.ring import FEWEST_TILES, ring_bytes
 from tpimpi.engine.trace import RankTrace, Recorder
 from tpimpi.engine.window import DEFAULT_READS, Window
 from tpimpi.errors import InputError
-from tpimpi.models.kv.cache import PAGE
+from tpimpi.models.kv.cache import PAGE, pages_of
 from tpimpi.system.buffers import Bytes, aligned_buffer
 from tpimpi.system.direct_io import READ_BYTES, TRIAL_BUFFER_BYTES, Trial
 from tpimpi.system.memory import peak_rss_bytes, resident_bytes
@@ -201,10 +202,11 @@ class RankMemory:
 
     def _allotment(self, disk_bytes_per_s: float) -> MemoryAllotment:
         plan, needs, opened = self._plan, self._plan.needs, self._plan.of.engines
-        per_page, room, units = plan.of.needs(PAGE).cache, None, None
-        if plan.promise is not None and per_page:
+        room, units = None, None
+        if plan.promise is not None and needs.cache:
             spare = plan.promise - needs.fixed - self._rings + needs.cache - needs.least_experts
-            room = spare // per_page * PAGE
+            pages = range(pages_of(opened[0].header.config.context) + 1)
+            room = PAGE * (bisect_right(pages, spare, key=lambda n: plan.of.needs(n * PAGE).cache) - 1)
             units = max(0, spare) // self.engines[0].model.kv_shape.unit_bytes
         return MemoryAllotment(
             rank=self.star.rank.index,

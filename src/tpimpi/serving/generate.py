@@ -73,6 +73,7 @@ def generate(
     speculation = speculation or Speculation()
     passes, history, made = _Passes(model, star, embed, speculation.times, figures), list(prompt), 0
     kept = held.keep(prompt[: min(model.most_kept(context), len(prompt) - 1)])  # the last one's logits are wanted
+    kept = kept if model.can_keep(kept, context) else held.keep(())
     begin(model, star, context, kept)
     for start in range(kept, len(prompt), model.chunk):
         if not going_on(start):

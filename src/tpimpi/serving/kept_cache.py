@@ -1,8 +1,8 @@
 """What rank 0 keeps beside a session for --keep-cache: the key and name of the files in which every rank keeps its pages.
 
 FILE.cache beside the session FILE is a JSON object, for its owner alone (0600): the version of this format, name and key in
-hexadecimal digits, how many positions the files have, for which context, and a keyed hash (BLAKE2b) of their token ids, by
-which the turn is found that they are of. Ids and text are in the session alone.
+hexadecimal digits, how many positions the files have, of windowed layers from which page on, for which context, and a
+keyed hash (BLAKE2b) of their token ids, by which the turn is found that they are of. Ids and text are in the session alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from tpimpi.engine.keep_pages import SequenceFile
 from tpimpi.engine.model import Model
 from tpimpi.engine.page_files import KEY_BYTES, NAME_BYTES, PageFiles
 from tpimpi.errors import InputError, StorageError, shorten_path
-from tpimpi.models.kv.cache import KINDS, pages_of
+from tpimpi.models.kv.cache import WINDOWED
+from tpimpi.models.kv.pages import NO_PAGE
 from tpimpi.serving.session import Session
 from tpimpi.serving.transcript import Turn
 from tpimpi.system.files import replacing
@@ -38,6 +39,7 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"v
     name: str
     key: str
     positions: int
+    first: int  # page that there is of windowed layers
     context: int
     hash: str
 
@@ -83,9 +85,12 @@ class KeptCache:
         if not model.has_same_angles(entry.context, context):
             return [], f"what was kept is for a context of {entry.context} positions, this run has {context}"
         protocol.begin(model, model.star, context)
-        problems = protocol.take_pages(
-            model, model.star, files, _file(entry.name, entry.key, len(ids), entry.positions)
-        )
+        tables = model.tables_of(len(ids), entry.first)
+        windowed = [page for page in tables[WINDOWED] if page != NO_PAGE]
+        if len(set(windowed)) < len(windowed):
+            return [], "what was kept is of a run with a longer --prompt-chunk"
+        which = SequenceFile(entry.name, entry.key, len(ids), entry.positions, tables)
+        problems = protocol.take_pages(model, model.star, files, which)
         if problems:
             return [], problems[0]
         self._taken = ids
@@ -98,15 +103,18 @@ class KeptCache:
         said = [*turns[-1].ids, *turns[-1].tokens] if turns else []
         pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(said, held, strict=False))
         ids = [one for one, _ in pairs]
-        if not ids or ids == self._taken:
+        if not ids or ids == self._taken or not model.can_keep(len(ids), model.context):
             return None
         before = self._entry
         name = os.urandom(NAME_BYTES).hex() if before is None else before.name
         key = os.urandom(KEY_BYTES).hex()
-        problems = protocol.keep_pages(model, model.star, files, _file(name, key, len(ids), len(ids)))
+        tables = model.tables_of(len(ids))
+        which = SequenceFile(name, key, len(ids), len(ids), tables)
+        problems = protocol.keep_pages(model, model.star, files, which)
         if problems:
             return problems[0]
-        entry = _Entry(FORMAT_VERSION, name, key, len(ids), model.context, _hash(ids, key))
+        first = tables[WINDOWED].count(NO_PAGE)
+        entry = _Entry(FORMAT_VERSION, name, key, len(ids), first, model.context, _hash(ids, key))
         try:
             with replacing(self.path, "--session", private=True) as file:
                 file.write(msgspec.json.format(msgspec.json.encode(entry), indent=0) + b"\n")
@@ -122,13 +130,13 @@ class KeptCache:
             sizes = (len(bytes.fromhex(entry.name)), len(bytes.fromhex(entry.key)))
         except (ValueError, RecursionError):
             return None
-        well = sizes == (NAME_BYTES, KEY_BYTES) and entry.version == FORMAT_VERSION and entry.positions > 0
+        well = (
+            sizes == (NAME_BYTES, KEY_BYTES)
+            and entry.version == FORMAT_VERSION
+            and entry.positions > 0
+            and entry.first >= 0
+        )
         return entry if well else None
-
-
-def _file(name: str, key: str, positions: int, kept: int) -> SequenceFile:
-    """Of the one sequence that the ranks have, whose pages are in order."""
-    return SequenceFile(name, key, positions, kept, [list(range(pages_of(positions)))] * len(KINDS))
 
 
 def _ids_of(turn: Turn, entry: _Entry) -> list[int] | None:

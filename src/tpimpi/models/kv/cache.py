@@ -34,12 +34,17 @@ def layer_kinds(config: ModelConfig) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class KVShape:
-    """What a rank's pages are made of; `fmt` is one of CACHED_FORMATS."""
+    """What a rank's pages are made of; `fmt` is one of CACHED_FORMATS.
+
+    `ring` is how many pages a sequence that has the ranks for itself takes in windowed layers at most: each takes the place
+    of the one so many before, which no row sees any more. None: it takes as many as in the others.
+    """
 
     kinds: tuple[int, ...]  # of each layer
     kv_heads: int  # of this rank
     head_dim: int
     fmt: str
+    ring: int | None = None
 
     def used_bytes(self, kind: int) -> int:
         """Keys and values of a page."""
@@ -57,8 +62,13 @@ class KVShape:
         return max(-(-self.page_bytes(kind) // count) for kind, count in enumerate(layers) if count)
 
     def nbytes(self, context: int) -> int:
-        """Memory of the pages of a sequence of so many positions."""
-        return self.nbytes_of([pages_of(context)] * len(KINDS))
+        """Memory of the pages of a sequence of so many positions, which has the ranks for itself."""
+        return self.nbytes_of(self.pages_of_one(context))
+
+    def pages_of_one(self, context: int) -> tuple[int, int]:
+        """Pages of each kind of a sequence of so many positions, which has the ranks for itself."""
+        pages = pages_of(context)
+        return pages, pages if self.ring is None else min(pages, self.ring)
 
     def nbytes_of(self, pages: Sequence[int]) -> int:
         """Memory of so many pages of each kind."""
@@ -87,10 +97,10 @@ class StepRows:
         return Rows(self.sequence, self.position, self.tables[kind])
 
     @classmethod
-    def of_one(cls, start: int, n: int, table: I32) -> StepRows:
-        """n positions from `start` of one sequence, whose pages of both kinds are those of `table`."""
+    def of_one(cls, start: int, n: int, tables: Sequence[I32]) -> StepRows:
+        """n positions from `start` of one sequence, whose pages of each kind are those of `tables`."""
         position = np.arange(start, start + n, dtype=np.int32)
-        return cls(np.zeros(n, np.int32), position, (table[None],) * len(KINDS))
+        return cls(np.zeros(n, np.int32), position, tuple(table[None] for table in tables))
 
 
 class KVCache:
@@ -145,13 +155,14 @@ class KVCache:
             self._memory[kind].release(page * size, (page + 1) * size)
             self._filled[kind][page] = False
 
-    def take_over(self, other: KVCache, pages: int) -> None:
-        """Have the first `pages` pages of each kind of a cache of the same shape; their memory is given back one by one."""
-        for kind in KINDS:
-            for page in range(pages):
-                self._bytes(kind)[page] = other._bytes(kind)[page]
-                self._filled[kind][page] = True
-                other.release(kind, [page])
+    def take_over(self, other: KVCache, pages: Sequence[Iterable[tuple[int, int]]]) -> None:
+        """Have pages of each kind of a cache of the same shape, (its number there, its number here); their memory is given
+        back one by one."""
+        for kind, pairs in enumerate(pages):
+            for theirs, ours in pairs:
+                self._bytes(kind)[ours] = other._bytes(kind)[theirs]
+                self._filled[kind][ours] = True
+                other.release(kind, [theirs])
 
     def filled_of(self, kind: int, pages: Iterable[int]) -> list[int]:
         """Those of these pages of a kind that were written, and take memory."""
