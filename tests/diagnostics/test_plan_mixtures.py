@@ -223,8 +223,8 @@ def test_a_run_hits_and_reads_what_was_planned(tpimpi: Callable[..., Result], tr
     for tokens in (57, 237):
         run = ("--slices", str(traced / "s"), "--raw", "--prompt-file", str(traced / "prompt.txt"), "--ignore-eos")
         report = tmp_path / f"{tokens}.json"
-        arguments = (*run, *common, "--predict", "0", "--max-tokens", str(tokens), "--report", str(report))
-        found = tpimpi(*arguments)
+        arguments = (*run, *common, "--predict", "0", "--speculate", "off", "--max-tokens", str(tokens))
+        found = tpimpi(*arguments, "--report", str(report))
         assert found.code == 0, found.err
         did.append(json.loads(report.read_text())["ranks"][0])
     expert_bytes = planned["used_bytes"] // (3 * 4)

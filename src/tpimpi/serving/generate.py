@@ -66,15 +66,14 @@ def generate(
     `embed` gives the embedding rows of ids, [n, hidden]. `context` is the number of positions that every rank keeps room
     for; len(prompt) + max_tokens - 1 are used. What `prompt` begins with of the `held` ids is not computed again.
     `going_on` is asked before each step of the prompt, with the number of its positions that are done, and before each
-    token; where it says no, the answer ends there. `figures` are added to as tokens are made.
-    With `speculation` a pass may give several tokens: see speculation.py.
+    token; where it says no, the answer ends there. `figures` are added to as tokens are made. With `speculation` a pass
+    may give several tokens: see speculation.py.
     """
     held, figures = held or HeldIds(), figures or GenerationFigures()
     speculation = speculation or Speculation()
     passes, history, made = _Passes(model, star, embed, speculation.times, figures), list(prompt), 0
     kept = held.keep(prompt[: min(model.most_kept(context), len(prompt) - 1)])  # the last one's logits are wanted
-    kept = kept if model.can_keep(kept, context) else held.keep(())
-    begin(model, star, context, kept)
+    begin(model, star, context, kept := kept if model.can_keep(kept, context) else held.keep(()))
     for start in range(kept, len(prompt), model.chunk):
         if not going_on(start):
             return
