@@ -53,6 +53,8 @@ class DraftModel:
         model = self._engine.model
         context = min(context, model.config.context)
         del self._held[model.most_kept(context) :]
+        if not model.can_keep(len(self._held), context):
+            self._held.clear()
         model.begin(context, len(self._held))
         self._same = 0
 
@@ -65,6 +67,10 @@ class DraftModel:
             (i for i in range(self._same, min(len(held), len(ids))) if held[i] != ids[i]), min(len(held), len(ids))
         )
         same = min(same, len(ids) - 1)  # the last one's logits are wanted
+        if not model.can_keep(same, model.context):
+            same = 0
+        if not same:
+            model.begin(model.context)
         del held[same:]
         began, new = time.monotonic(), len(ids) - same
         for start in range(same, len(ids), model.chunk):
