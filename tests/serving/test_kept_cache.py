@@ -127,7 +127,7 @@ def test_ranks_with_other_shares_or_other_weights_compute_it_again(
         result = on_ranks(ranks, *common, *how, *kept, env=cache, stdin=asked + "\n")
         assert result.code == 0, result.err
         (answer,) = json.loads((tmp_path / "report").read_text())["answers"]
-        found = re.findall(r"the conversation so far is computed again: (.*)", result.err)
+        found = re.findall(r"the conversation so far is computed again: (.*)", result.err + result.out)
         assert len(found) == bool(said) and (not said or re.match(said, found[0])), (number, result.err)
         assert (answer["cached_tokens"] > 0) == (said == ""), number
         assert answer["cached_tokens"] + answer["rows_computed"] == answer["prompt_tokens"] + 4
