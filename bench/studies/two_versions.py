@@ -56,7 +56,7 @@ class Version:
         self.ranks: int = options.ranks
         self.arguments = ["--raw", "--ignore-eos", "--quiet", "--max-tokens", str(options.tokens), "--threads", "1"]
         self.arguments += ["--memory", options.memory] if options.memory else []
-        if "--speculate" in (self.checkout / "docs/guide.md").read_text():
+        if any('"--speculate"' in path.read_text() for path in (self.checkout / "src/tpimpi").rglob("*.py")):
             self.arguments += [
                 "--speculate",
                 "off",
