@@ -11,8 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tpimpi.models.kv.cache import KINDS, PAGE, WINDOWED
 from tpimpi.models.kv.pages import NO_PAGE, PageAccount, SequencePages, rows_of
+from tpimpi.models.kv.prefix_tree import PrefixTree
 from tpimpi.serving.pass_times import PassTimes
-from tpimpi.serving.prefixes import PrefixTree
 from tpimpi.serving.scheduler import Request, Run, Scheduler
 
 

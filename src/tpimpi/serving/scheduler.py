@@ -3,7 +3,7 @@
 A request is admitted when there are pages for all of its prompt, first come first served; a short one may go before others
 that wait for room, but not before the same one again and again. A step has a row of every answer, and beside them chunks of
 prompts: most of these rows for the prompt that came first, a share for the shortest. Where an answer finds no page, what is
-kept of earlier prefixes goes (see prefixes.py), then the request that was admitted last gives its pages back: it waits, and
+kept of earlier prefixes goes (see models/kv/prefix_tree.py), then the request that was admitted last gives its pages back: it waits, and
 is computed again from its prompt and what there is of its answer. None is lost. As vLLM does (arXiv 2309.06180), in steps
 of mixed rows (Sarathi-Serve, arXiv 2403.02310).
 
@@ -19,7 +19,7 @@ from itertools import islice
 
 from tpimpi.models.kv.cache import PAGE, pages_of
 from tpimpi.models.kv.pages import PageAccount, SequencePages
-from tpimpi.serving.prefixes import PrefixTree
+from tpimpi.models.kv.prefix_tree import PrefixTree
 
 SHORT_SHARE = 4  # one of so many rows of prompts is for the shortest, where it is not the first
 MOST_OVERTAKEN = 8  # times that a request which waits for room is overtaken
