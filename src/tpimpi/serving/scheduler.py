@@ -3,9 +3,9 @@
 A request is admitted when there are pages for all of its prompt, first come first served; a short one may go before others
 that wait for room, but not before the same one again and again. A step has a row of every answer, and beside them chunks of
 prompts: most of these rows for the prompt that came first, a share for the shortest. Where an answer finds no page, what is
-kept of earlier prefixes goes (see models/kv/prefix_tree.py), then the request that was admitted last gives its pages back: it waits, and
-is computed again from its prompt and what there is of its answer. None is lost. As vLLM does (arXiv 2309.06180), in steps
-of mixed rows (Sarathi-Serve, arXiv 2403.02310).
+kept of earlier prefixes goes (see models/kv/prefix_tree.py), then the request that was admitted last gives its pages back:
+it waits, and is computed again from its prompt and what there is of its answer. None is lost. As vLLM does (arXiv
+2309.06180), in steps of mixed rows (Sarathi-Serve, arXiv 2403.02310).
 
 Nothing here computes or sends: it can be tested by itself.
 """
