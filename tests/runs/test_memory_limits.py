@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.support.faults_cases import (
     on_one_and_two_ranks,
     on_one_rank,
 )
+from tests.support.launch import Result, run_command
 from tests.support.ranks import Ranks
 from tpimpi.system.units import parse_size
 
@@ -101,6 +103,34 @@ def test_keys_and_values_are_written_and_read_within_it(runs: Runs, tmp_path: Pa
         assert all(rank["peak_rss_bytes"] <= rank["memory_bytes"] for rank in report["ranks"])
         assert (report["answers"][0]["cached_tokens"] > SOME) == bool(run)
     assert result.out.split() != runs.text[:SOME], "it is another turn"
+
+
+@on_one_and_two_ranks
+@pytest.mark.slow
+def test_a_batch_stays_within_it(runs: Runs, tmp_path: Path) -> None:
+    """Of many more prompts than are answered at once, and of more at once than a chunk of a prompt has rows."""
+    lines = [
+        {"custom_id": f"{n}", "prompt": " ".join(str(3 + (n * 7 + i) % 500) for i in range(20)), "max_tokens": 6}
+        for n in range(600)
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    batch = ["--batch-file", str(tmp_path / "in.jsonl"), "--report", str(tmp_path / "report"), "--raw", "--ignore-eos"]
+    batch += ["--parallel", "24", "--prompt-chunk", "8", "--quiet", "--slices", str(runs.slices)]
+
+    def run(memory: str, out: str) -> Result:
+        arguments = ["-m", "tpimpi", *batch, "--memory", memory, "--out", str(tmp_path / out)]
+        launcher = runs._launcher
+        command = [sys.executable, *arguments] if launcher is None else launcher.command(runs.ranks, arguments)
+        return run_command(command, env=runs.env)
+
+    refused = run("1M", "never")
+    match = re.search(r"this rank needs at least (\d+) MB .* or a smaller --parallel \(it is 24\)", refused.err)
+    assert refused.code == 2 and match, refused.err
+    result = run(f"{int(match[1]) + 8}M", "out")
+    assert result.code == 0, result.err
+    report = json.loads((tmp_path / "report").read_text())
+    assert len((tmp_path / "out").read_text().splitlines()) == len(lines)
+    assert all(rank["peak_rss_bytes"] <= rank["memory_bytes"] for rank in report["ranks"])
 
 
 @on_two_ranks

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from tests.support.launch import PROGRAMS, Launcher
 from tests.support.messages import patterns_in
+from tpimpi.engine.batch import unpack_rows
 from tpimpi.engine.protocol import Operation
 from tpimpi.star import BULK, CLOCK, CONTROL, HIDDEN, NOTE, PARTIAL, SUM
 from tpimpi.star.channel import ECHO
@@ -78,6 +79,24 @@ def patterns_of(words: set[str], ids: list[int]) -> list[tuple[str, bytes]]:
     return patterns
 
 
+def words_of_steps(messages: list[Message]) -> tuple[list[Message], list[tuple[int, bytes]]]:
+    """What follows a header that says so, (operation, data), and all the other messages."""
+    rest: list[Message] = []
+    words: list[tuple[int, bytes]] = []
+    due: dict[int, int] = {}  # by destination: of which operation words come next
+    for message in messages:
+        destination, tag, data = message
+        if tag == CONTROL and destination in due:
+            words.append((due.pop(destination), data))
+            continue
+        rest.append(message)
+        if tag == CONTROL:
+            _, operation, _, count, _ = np.frombuffer(data, "<i8").tolist()
+            if operation in (Operation.PAGES, Operation.BATCH, Operation.RELEASE) and count:
+                due[destination] = operation
+    return rest, words
+
+
 def leaks(messages: list[Message], words: set[str], ids: list[int]) -> list[str]:
     """What `messages` give away: words in any usual encoding, runs of ids as any usual number, or odd shapes.
 
@@ -91,7 +110,7 @@ def leaks(messages: list[Message], words: set[str], ids: list[int]) -> list[str]
             numbers = np.frombuffer(data[:40], "<i8")[1:]
             # Operation, number of positions, first position: nothing that depends on what the ids are. Of experts, 0.
             short = all(0 <= number <= PROMPT_LIMIT for number in numbers[1:3])
-            if not (short and numbers[0] in (1, 2, 3, Operation.KEEP, Operation.TAKE) and not numbers[3:].any()):
+            if not (short and numbers[0] in set(Operation) and not numbers[3:].any()):
                 found.append(f"the control header {numbers.tolist()}")
         elif tag in (HIDDEN, PARTIAL, SUM):
             if len(data) % 4 or len(data) > LARGE_PIECE_NUMBERS * 4:
@@ -153,6 +172,41 @@ def test_messages_give_nothing_away(recorded, smollm2: Path) -> None:
         sums = 60 * (len(report["token_ids"]))
         assert sum(tag in (SUM, PARTIAL) for _, tag, _ in messages) >= sums, "the recorder saw too little"
         assert leaks(messages, words, ids) == []
+
+
+@pytest.mark.slow
+def test_a_batch_gives_nothing_away(mpirun: Launcher, cache: dict[str, str], smollm2: Path, tmp_path: Path) -> None:
+    """The words of a step say which rows of which sequence it has, and where their pages are, and nothing else."""
+    lines = [{"custom_id": name, "prompt": PROMPT} for name in ("Pomegranate", "Persimmon", "Mangosteen")]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = (
+        "--batch-file",
+        "in.jsonl",
+        "--out",
+        "out",
+        "--max-tokens",
+        "24",
+        "--report",
+        "report.json",
+        "--memory",
+        "400M",
+    )
+    result = mpirun(3, str(PROGRAMS / "recorded_run.py"), str(tmp_path), *options, env=cache, cwd=tmp_path)
+    assert result.code == 0, result.err
+    report = json.loads((tmp_path / "report.json").read_text())
+    words, ids = _words(report) | {line["custom_id"] for line in lines}, _ids(report, smollm2)
+    asked = set()
+    for rank in range(3):
+        rest, steps = words_of_steps(pickle.loads((tmp_path / f"messages-{rank}.pickle").read_bytes()))
+        assert leaks(rest, words, ids) == []
+        for operation, data in steps:
+            asked.add(operation)
+            if operation == Operation.BATCH:  # every number is used, or this raises
+                rows = unpack_rows(np.frombuffer(data, "<i8"), [1000, 1000], 8192)
+                assert (np.diff(rows.position)[np.diff(rows.sequence) == 0] == 1).all()
+            else:
+                assert len(data) == 24 or operation == Operation.RELEASE
+    assert asked >= {Operation.PAGES, Operation.BATCH}
 
 
 @pytest.mark.slow

@@ -96,6 +96,7 @@ def test_a_run_goes_on_where_another_ended(tmp_path: Path) -> None:
     first.use_model("m")
     first.add("c", answer("C"))
     first.add("a", "why not")
+    assert first.failed == 1
     with pytest.raises(InputError, match="in use by another run"):
         BatchAnswers(out, items, about)
     first.close()
@@ -109,16 +110,17 @@ def test_a_run_goes_on_where_another_ended(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=said):
             BatchAnswers(out, items, other)
     second = BatchAnswers(out, items, about)
-    assert [item.custom_id for item in second.left] == ["b", "d"]
+    assert [item.custom_id for item in second.left] == ["a", "b", "d"]  # what had no answer is tried again
     with pytest.raises(InputError, match="with other weights"):
         second.use_model("n")
     second.use_model("m")
     second.add("d", answer("D"))
+    second.add("a", "why not now")
     second.add("b", answer("B"))
     second.finish()
     found = [json.loads(line) for line in Path(out).read_text().splitlines()]
     assert [line["custom_id"] for line in found] == list("abcd")
-    assert found[0] == {"custom_id": "a", "error": "why not"}
+    assert found[0] == {"custom_id": "a", "error": "why not now"}
     assert found[1] == {
         "custom_id": "b",
         "text": "B",
@@ -127,18 +129,41 @@ def test_a_run_goes_on_where_another_ended(tmp_path: Path) -> None:
         "completion_tokens": 2,
     }
     assert not part.exists() and Path(out).stat().st_mode & 0o777 == 0o600
-    assert BatchAnswers(out, items, about).left == []
-    with pytest.raises(InputError, match="is not the answers to these prompts"):
-        BatchAnswers(out, items[:3], about)
+    for other in (items, items[:3]):  # OUT does not say of what prompts and options it is
+        with pytest.raises(InputError, match=r"out\.jsonl is there already; remove it"):
+            BatchAnswers(out, other, about)
+    assert not part.exists()
+
+
+def test_a_run_that_ended_between_its_last_two_steps_has_ended(tmp_path: Path) -> None:
+    """OUT has its name, and the part is still there."""
+    items, out = [Item(name, None) for name in "ab"], str(tmp_path / "o")  # type: ignore[arg-type]
+    first = BatchAnswers(out, items, {"prompts": "1"})
+    first.add("b", answer("B"))
+    first.add("a", answer("A"))
+    kept = Path(out + ".part").read_bytes()
+    first.finish()
+    Path(out + ".part").write_bytes(kept)
+    whole = Path(out).read_bytes()
+    second = BatchAnswers(out, items, {"prompts": "1"})
+    assert second.left == [] and second.failed == 0
+    second.finish()
+    assert Path(out).read_bytes() == whole and not Path(out + ".part").exists()
+    Path(out + ".part").write_bytes(kept)
+    Path(out).write_bytes(whole[:-1] + b" \n")  # what somebody else has changed is not written over
+    with pytest.raises(InputError, match="is there already"):
+        BatchAnswers(out, items, {"prompts": "1"})
 
 
 def test_a_broken_part_is_named(tmp_path: Path) -> None:
     out, part = str(tmp_path / "o"), tmp_path / "o.part"
     items = [Item("a", None)]  # type: ignore[arg-type]
+    deep = "[" * 5000 + "]" * 5000 + "\n"
     for content in (
+        deep,
         '{"tpimpi batch": 1}\n',
         "x\n",
-        '{"tpimpi batch": 1, "prompts": "1", "model": "m"}\n{"custom_id": "z"}\n',
+        '{"tpimpi batch": 1, "prompts": "1", "weights": "m"}\n{"custom_id": "z"}\n',
     ):
         part.write_text(content)
         with pytest.raises(InputError, match=r"o.part is broken in line [12]"):
@@ -174,7 +199,7 @@ def test_a_batch_has_the_answers_of_single_runs(tpimpi: Callable[..., Result], t
         alone = tpimpi("--prompt", line["prompt"], "--max-tokens", str(line["max_tokens"]), "--quiet")
         assert alone.out.rstrip("\n") == one["text"].rstrip("\n")
     again = tpimpi("--batch-file", given, "--out", str(tmp_path / "out.jsonl"), "--context", "160")
-    assert (again.code, again.out) == (0, "") and "all 6 prompts have their answers" in again.err
+    assert (again.code, again.out) == (2, "") and "out.jsonl is there already" in again.err
 
 
 @pytest.mark.parametrize(
@@ -187,7 +212,15 @@ def test_a_batch_has_the_answers_of_single_runs(tpimpi: Callable[..., Result], t
         (("--batch-file", "in.jsonl", "--out", "o", "--report", "o"), "--out and --report are both o"),
         (("--batch-file", "in.jsonl", "--out", "."), "--out . is a folder"),
         (("--batch-file", "in.jsonl", "--out", "/dev/null"), "--out /dev/null is no file that can be kept"),
-        (("--batch-file", "in.jsonl", "--out", "in.jsonl"), "--out in.jsonl is there, and is not the answers"),
+        (("--batch-file", "in.jsonl", "--out", "in.jsonl"), "--out, in.jsonl, is a file that this run reads"),
+        (("--batch-file", "o.part", "--out", "o"), "until it is whole, o.part, is a file that this run reads"),
+        (("--batch-file", "in.jsonl", "--out", "o", "--report", "o.part"), "are both o.part"),
+        (("--parallel", "3"), "--parallel is for --batch-file"),
+        (
+            ("--batch-file", "in.jsonl", "--out", "o", "--overflow", "drop"),
+            "--batch-file and --overflow are both given",
+        ),
+        (("--speculate", "3", "--record-routing", "r.npy"), "without --speculate; leave one of them out"),
         (("--batch-file", "hot.jsonl", "--out", "o"), "custom_id 'a': --temperature is -1.0, must be 0 or more"),
     ],
 )
@@ -195,6 +228,7 @@ def test_bad_input_of_a_batch_is_one_line(
     tpimpi: Callable[..., Result], tmp_path: Path, arguments: tuple[str, ...], said: str
 ) -> None:
     written(tmp_path, *arithmetic(2))
+    (tmp_path / "o.part").write_text("")
     (tmp_path / "hot.jsonl").write_text('{"custom_id": "a", "prompt": "x", "temperature": -1}\n')
     before = sorted(tmp_path.iterdir())
     found = tpimpi(*arguments, cwd=tmp_path)

@@ -30,6 +30,7 @@ SAID = {
     "shares": r"\.kv has shares 9,\S*, this run \S+",
     "model": r"\.kv has fingerprint 0\S+, this run \S+",
     "nonsense": r"\.kv is damaged, or no file of keys and values",
+    "no text": r"\.kv is damaged, or no file of keys and values",
     "removed": r"\.kv is not there",
     "another rank's": r"\.kv is of another sequence, or another rank",
     "another answer": "the conversation is not the one that was kept",

@@ -181,6 +181,20 @@ def _times(seconds: Callable[[int], float]) -> PassTimes:
     return times
 
 
+def test_a_draft_beside_rows_of_others_counts_their_passes() -> None:
+    """As in a batch: no pass of a single row was timed."""
+    text, times = [1, 2, 3, 4, 5, 6] * 4, PassTimes()
+    for _ in range(9):
+        times.add(8, 1.0)
+        times.add(16, 1.1)
+    assert Drafter(text, times, 4).propose(9) == []
+    assert Drafter(text, times, 4).propose(9, others=7) == [1, 2, 3, 4]
+    for _ in range(9):
+        times.add(16, 9.0)
+        times.add(9, 3.0)
+    assert Drafter(text, times, 4).propose(9, others=7) == []
+
+
 def test_it_is_off_where_it_does_not_pay_and_tries_again_rarely() -> None:
     times = _times(float)
     drafter = Drafter([1, 2, 3, 4] * 8, times, 15)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import islice
+
+import xxhash
 
 from tpimpi.cli import remarks
-from tpimpi.cli.options import RunOptions, SamplingOptions
+from tpimpi.cli.options import DEFAULT_PARALLEL, RunOptions, SamplingOptions
 from tpimpi.cli.process import Job, leave_on_signals, say
-from tpimpi.cli.run import given_system, given_template, open_engine, sampling_params, write_what_was_measured
+from tpimpi.cli.run import (
+    given_system,
+    given_template,
+    open_engine,
+    sampler_of,
+    sampling_params,
+    write_what_was_measured,
+)
 from tpimpi.engine import startup
 from tpimpi.engine.allotment import print_memory
 from tpimpi.engine.needs import LONGEST_DRAFT
 from tpimpi.engine.ranks import RankInfo
-from tpimpi.errors import InputError
+from tpimpi.errors import InputError, shorten
 from tpimpi.serving.batch_file import BatchAnswers, Item, read_items
 from tpimpi.serving.batched import Answering, BatchedLLM, Query, load_batched
 from tpimpi.serving.conversation import Conversation, SamplingParams
@@ -27,31 +38,25 @@ PROGRESS_INTERVAL_S = 10.0
 
 
 def load_batch(star: Star, job: Job, ranks: Sequence[RankInfo], options: RunOptions) -> BatchRun:
-    """All that comes before the first step. Raises InputError for what cannot be used, and SystemExit where all prompts have
-    their answers already."""
+    """All that comes before the first step. Raises InputError for what cannot be used."""
     generate, output = options.generate, options.output
     hosts = [rank.host for rank in ranks]
     params = sampling_params(generate, hosts)
     params = replace(params, system=given_system(generate, hosts))
     template = given_template(generate)
     items, prompts = read_items(generate.batch_file or "")
-    samplers = {item.custom_id: _params_of(item, options, hosts) for item in items}  # a bad value is said now
-    about = {"prompts": prompts, "options": {**asdict(generate.sampling), "max_tokens": generate.max_tokens}}
-    answers = BatchAnswers(generate.out or "", items, about)
+    own = {item.custom_id: _params_of(item, params, generate.sampling) for item in items}  # a bad value is said now
+    answers = BatchAnswers(generate.out or "", items, _about(prompts, params, template, options))
     job.at_end.callback(answers.close)
-    if not answers.left:
-        answers.finish()
-        if not output.quiet:
-            say(remarks.batch_done(len(items), generate.out or ""))
-        raise SystemExit(0)
+    whole = len(items)
     if not output.quiet:
-        leave_on_signals(lambda: remarks.batch_goes_on(len(items) - len(answers.left), len(items)))
-    together = min(generate.parallel, len(answers.left))
+        leave_on_signals(lambda: remarks.batch_goes_on(whole - len(answers.left), whole))
+    together = max(1, min(generate.parallel or DEFAULT_PARALLEL, len(answers.left)))
     engine = open_engine(star, ranks, options, together=together)
     answers.use_model(engine.header.fingerprint)
     tokenizer, tokenizer_bytes = load_tokenizer_of_slices(engine.file, template)
     conversation = Conversation.begin(engine.header, tokenizer, params)
-    queries, refused = _queries(items, answers, conversation, samplers)
+    queries, refused = _queries(items, answers, conversation, own)
     report = Report(engine.header.model, engine.header.format, engine.backend.name, star.algorithm)
     speculate = LONGEST_DRAFT if generate.speculate is None else generate.speculate
     speculation = Speculation(speculate, always=generate.speculate is not None)
@@ -70,17 +75,32 @@ def load_batch(star: Star, job: Job, ranks: Sequence[RankInfo], options: RunOpti
     return BatchRun(job, options, llm, answers, queries, refused)
 
 
-def _params_of(item: Item, options: RunOptions, hosts: Sequence[str]) -> SamplingParams:
+def _about(prompts: str, params: SamplingParams, template: str | None, options: RunOptions) -> dict[str, object]:
+    """What has to be the same when a run goes on, by its name; of texts a hash. `prompts` is that of the file."""
+    generate = options.generate
+    texts = json.dumps([params.system, template, params.stops])
+    return {
+        "prompts": prompts,
+        "system prompt, template or stop texts": xxhash.xxh3_128_hexdigest(texts.encode()),
+        "options": {
+            **asdict(generate.sampling),
+            **{name: getattr(generate, name) for name in ("max_tokens", "context", "ignore_eos")},
+        },
+    }
+
+
+def _params_of(item: Item, params: SamplingParams, sampling: SamplingOptions) -> SamplingParams:
     """How a prompt of the file is to be answered. Raises InputError."""
-    body, sampling = item.body, options.generate.sampling
-    own = {name: value for name in ("temperature", "top_p", "seed") if (value := getattr(body, name)) is not None}
-    changed = SamplingOptions(**{**asdict(sampling), **own})
+    own = {name: value for name in ("temperature", "top_p", "seed") if (value := getattr(item.body, name)) is not None}
+    changed = replace(sampling, **own)
     try:
-        params = sampling_params(replace(options.generate, sampling=changed), hosts)
+        sample = sampler_of(changed) if own else params.sample
     except InputError as error:
-        raise InputError(f"--batch-file, custom_id {item.custom_id!r}: {error}") from error
+        raise InputError(f"--batch-file, custom_id {shorten(item.custom_id)!r}: {error}") from error
     stops = params.stops if item.stops is None else item.stops
-    return replace(params, stops=stops, max_tokens=item.max_tokens or params.max_tokens)
+    return replace(
+        params, sample=sample, seed=changed.seed, stops=stops, max_tokens=item.max_tokens or params.max_tokens
+    )
 
 
 def _queries(
@@ -94,8 +114,11 @@ def _queries(
         if item.custom_id not in left:
             continue
         own = params[item.custom_id]
+        messages = item.messages(conversation.system)
         try:
-            ids = conversation.ids_of(item.body.prompt, item.messages(conversation.system))
+            if not own.raw and messages[0]["role"] == "system":
+                conversation.tokenizer.check_system(messages[0]["content"])
+            ids = conversation.ids_of(item.body.prompt, messages)
         except InputError as error:
             refused[item.custom_id] = str(error)
             continue
@@ -121,33 +144,42 @@ class BatchRun:
 
     def run(self) -> int:
         """Answer all of them. Returns the exit code: that of bad input where a prompt cannot be answered."""
-        llm, job, output = self._llm, self._job, self._options.output
+        llm, job, output, answers = self._llm, self._job, self._options.output, self._answers
         with job.others_waiting():
             startup.start(llm.memory.star)
             llm.report.load_s = job.seconds()
             for custom_id, why in self._refused.items():
-                self._answers.add(custom_id, why)
-                say(f"{job.name()}: custom_id {custom_id!r}: {why}")
+                answers.add(custom_id, why)
+                say(f"{job.name()}: custom_id {shorten(custom_id)!r}: {why}")
             self._answer()
             traces = llm.finish()
-        self._answers.finish()
+        answers.finish()
         write_what_was_measured(llm.report, llm.engine, traces, output)
-        return InputError.exit_code if self._refused else 0
+        return InputError.exit_code if answers.failed else 0
 
     def _answer(self) -> None:
-        llm, quiet = self._llm, self._options.output.quiet
-        open_: dict[Answering, str] = {llm.submit(query): custom_id for custom_id, query in self._queries.items()}
-        whole, said, short = len(open_), time.monotonic(), False
-        while not llm.is_idle:
+        llm, output = self._llm, self._options.output
+        waiting = iter(self._queries.items())
+        open_: dict[Answering, str] = {}
+        whole, done, said, short = len(self._queries), 0, time.monotonic(), False
+        while True:
+            # As many as a scheduler looks at: each that waits takes memory.
+            for custom_id, query in islice(waiting, llm.wanted):
+                open_[llm.submit(query)] = custom_id
+            if not open_:
+                return
             for answering in llm.step():
                 if answering.ended is None:
                     continue
                 answer = answering.answer()
                 self._answers.add(open_.pop(answering), answer)
-                llm.report.add(answer)
-            if not quiet and llm.figures.preempted and not short:
+                llm.report.add(answer, keep=output.report is not None)
+                done += 1
+            if output.quiet:
+                continue
+            if llm.figures.preempted and not short:
                 short = True
                 say(remarks.short_of_pages(llm.room))
-            if not quiet and time.monotonic() - said > PROGRESS_INTERVAL_S:
+            if time.monotonic() - said > PROGRESS_INTERVAL_S:
                 said = time.monotonic()
-                say(f"{whole - len(open_)} of {whole} prompts answered")
+                say(f"{done} of {whole} prompts answered")

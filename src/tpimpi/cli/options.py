@@ -12,6 +12,7 @@ from typing import Any
 from tpimpi.star import DEFAULT_SILENCE_S, DEFAULT_TIMEOUT_S
 
 SHOW, HIDE = REASONING_CHOICES = ("show", "hide")
+DEFAULT_PARALLEL = 8  # prompts of a batch that are answered at once
 ERROR, DROP = OVERFLOW_CHOICES = ("error", "drop")
 
 
@@ -85,7 +86,7 @@ class GenerateOptions:
     prompt_file: str | None = None
     batch_file: str | None = None
     out: str | None = None
-    parallel: int = 8
+    parallel: int | None = None  # DEFAULT_PARALLEL where it is not given
     session: str | None = None
     keep_cache: str | None = None
     system: str | None = None

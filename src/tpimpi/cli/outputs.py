@@ -8,6 +8,8 @@ from pathlib import Path
 
 from tpimpi.cli.options import OutputOptions
 from tpimpi.errors import InputError
+from tpimpi.serving.batch_file import PART
+from tpimpi.serving.kept_cache import SUFFIX as KEPT
 from tpimpi.system.files import check_writable
 from tpimpi.system.own_files import ROUTING, TRACE
 
@@ -30,7 +32,9 @@ def check_outputs(
         check_plot(output.plot, "--plot", inputs)
     written = {
         "--session": session,
+        "what --keep-cache keeps beside --session": None if session is None else session + KEPT,
         "--out": answers,
+        "what --out is until it is whole": None if answers is None else answers + PART,
         "--report": output.report,
         "--trace": output.trace,
         "--plot": output.plot,
@@ -38,8 +42,15 @@ def check_outputs(
     written["--record-routing"] = output.record_routing
     taken: dict[Path, str] = {}
     for option, given in written.items():
+        if answers is not None and given in (answers, answers + PART) and _is_one_of(given, inputs):
+            raise InputError(f"{option}, {given}, is a file that this run reads; choose another name")
+    for option, given in written.items():
         if given is None or (os.path.exists(given) and not os.path.isfile(given)):  # noqa: PTH110, PTH113
             continue  # a device takes anything
         other = taken.setdefault(Path(os.path.realpath(given)), option)  # never raises, as resolve() does
         if other != option:
             raise InputError(f"{other} and {option} are both {given}; give each a file of its own")
+
+
+def _is_one_of(given: str, others: Sequence[str]) -> bool:
+    return os.path.realpath(given) in map(os.path.realpath, others)

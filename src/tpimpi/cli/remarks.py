@@ -138,11 +138,6 @@ def unread(job: Job) -> str | None:
     )
 
 
-def batch_done(prompts: int, out: str) -> str:
-    """What there is to say where all prompts of --batch-file have answers."""
-    return f"all {prompts} prompts have their answers in {out} already"
-
-
 def batch_goes_on(answered: int, prompts: int) -> str:
     """What is to be said where a batch is ended before its end."""
     return f"{answered} of {prompts} prompts are answered; the same command goes on there"

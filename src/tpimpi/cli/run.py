@@ -18,7 +18,6 @@ from tpimpi.cli.prepare import prepare, say_what_slows
 from tpimpi.cli.process import Job, leave_on_signals, say
 from tpimpi.cli.run_options import parse_run
 from tpimpi.cli.values import read_text
-from tpimpi.compute.arrays import F32
 from tpimpi.diagnostics.trace_file import left_out, write_trace
 from tpimpi.engine import startup
 from tpimpi.engine.allotment import print_memory
@@ -30,7 +29,7 @@ from tpimpi.errors import InputError, ModelError
 from tpimpi.serving.conversation import Conversation, SamplingParams
 from tpimpi.serving.llm import LLM, load_llm, load_tokenizer_of_slices
 from tpimpi.serving.report import Report
-from tpimpi.serving.sampling import make_sampler
+from tpimpi.serving.sampling import Floats, Sampler, make_sampler
 from tpimpi.serving.session import Session
 from tpimpi.serving.transcript import Transcript, Turn
 from tpimpi.star import Star
@@ -226,7 +225,24 @@ def sampling_params(generate: GenerateOptions, hosts: Sequence[str]) -> Sampling
             "--raw makes one text of a conversation, without turns to drop; leave out --raw, or --overflow"
         )
 
-    def sampler(seed: int | None, drawn: int) -> Callable[[F32, Sequence[int]], int]:
+    return SamplingParams(
+        sample=sampler_of(sampling),
+        seed=sampling.seed,
+        max_tokens=generate.max_tokens,
+        context=generate.context,
+        raw=sampling.raw,
+        stops=stop_texts(generate, hosts),
+        ignore_eos=generate.ignore_eos,
+        drop=generate.overflow == DROP,
+        speculate=generate.speculate,
+    )
+
+
+def sampler_of(sampling: SamplingOptions) -> Callable[[int, int], Sampler]:
+    """What makes the samplers of these options, from a seed and how many draws were made before. Raises InputError for
+    what cannot be used."""
+
+    def sampler(seed: int | None, drawn: int) -> Sampler:
         try:
             sample = make_sampler(
                 temperature=sampling.temperature,
@@ -240,7 +256,7 @@ def sampling_params(generate: GenerateOptions, hosts: Sequence[str]) -> Sampling
         except ValueError as error:
             raise InputError(f"--{error}") from error
 
-        def checked(logits: F32, history: Sequence[int]) -> int:
+        def checked(logits: Floats, history: Sequence[int]) -> int:
             try:
                 return sample(logits, history)
             except ValueError as error:
@@ -251,17 +267,7 @@ def sampling_params(generate: GenerateOptions, hosts: Sequence[str]) -> Sampling
         return checked
 
     sampler(sampling.seed, 0)  # so that a bad value is said now
-    return SamplingParams(
-        sample=sampler,
-        seed=sampling.seed,
-        max_tokens=generate.max_tokens,
-        context=generate.context,
-        raw=sampling.raw,
-        stops=stop_texts(generate, hosts),
-        ignore_eos=generate.ignore_eos,
-        drop=generate.overflow == DROP,
-        speculate=generate.speculate,
-    )
+    return sampler
 
 
 def stop_texts(generate: GenerateOptions, hosts: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import TypeVar
 
 from tpimpi.cli.options import (
+    DROP,
     ComputeOptions,
     GenerateOptions,
     ModelOptions,
@@ -72,6 +73,11 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
         )
     if generate.draft is not None and generate.speculate == 0:
         raise InputError("--draft is given and --speculate is off; leave one of them out")
+    if options.output.record_routing is not None and (generate.draft is not None or generate.speculate):
+        option = "--speculate" if generate.draft is None else "--draft"
+        raise InputError(
+            f"--record-routing records what the text alone chooses, without {option}; leave one of them out"
+        )
     _check_batch(generate, options.output)
     check_combinations(options.compute, options.network, options.model)
     inputs = (
@@ -89,10 +95,9 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
 def _check_batch(generate: GenerateOptions, output: OutputOptions) -> None:
     """Raise InputError for what has no meaning with --batch-file, or without it."""
     if generate.batch_file is None:
-        if generate.out is not None:
-            raise InputError(
-                "--out is for the answers of --batch-file, which is not given; give it, or leave out --out"
-            )
+        for option, value in (("--out", generate.out), ("--parallel", generate.parallel)):
+            if value is not None:
+                raise InputError(f"{option} is for --batch-file, which is not given; give it, or leave out {option}")
         return
     if generate.out is None:
         raise InputError("--batch-file is given, and no --out; give the name of a file for the answers")
@@ -102,6 +107,7 @@ def _check_batch(generate: GenerateOptions, output: OutputOptions) -> None:
         "--session": generate.session,
         "--draft": generate.draft,
         "--record-routing": output.record_routing,
+        "--overflow": DROP if generate.overflow == DROP else None,
     }
     for option, given in others.items():
         if given is not None:

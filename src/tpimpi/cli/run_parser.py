@@ -7,6 +7,7 @@ import argparse
 from tpimpi import __version__
 from tpimpi.cli.network_options import add_network
 from tpimpi.cli.options import (
+    DEFAULT_PARALLEL,
     OVERFLOW_CHOICES,
     REASONING_CHOICES,
     GenerateOptions,
@@ -193,9 +194,8 @@ def _add_batch(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--parallel",
         type=whole_number("--parallel", 1, MOST_PARALLEL),
-        default=GenerateOptions.parallel,
         metavar="N",
-        help=f"prompts of --batch-file that are answered at once (default {GenerateOptions.parallel}, as far as memory has "
+        help=f"prompts of --batch-file that are answered at once (default {DEFAULT_PARALLEL}, as far as memory has "
         "room for them)",
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ from tpimpi.weights.locations import SliceLocation
 from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.header import Header
 
+SEQUENCE_BYTES = 400_000  # of each sequence on rank 0: its ids and text, and the tables in which drafts are looked up
 DEFAULT_CONTEXT = 2048  # positions that memory is planned for where no option or prompt says how many
 
 
@@ -128,7 +129,8 @@ class OpenedEngine:
 
     def needs(self, base: int, context: int) -> Needs:
         """What this rank needs for `context` positions, if it has `base` bytes resident without."""
-        return needs_of_model(
+        together = self.settings.together
+        needs = needs_of_model(
             self.header,
             self.records,
             tiles=self.tile_bytes,
@@ -137,12 +139,15 @@ class OpenedEngine:
             kv=self.settings.kv,
             allreduce=self.settings.allreduce,
             context=context,
-            chunk=self.chunk,
-            logits_of=self.chunk if self.settings.chunk_logits else self.settings.together,
+            chunk=max(self.chunk, together + 1),  # a step has a row of each, and of a prompt
+            logits_of=self.chunk if self.settings.chunk_logits else together,
             experts=[record for key, record in self.experts.items() if key.expert == 0],
             expert_count=len(self.experts),
             draft=self.settings.draft,
         )
+        if self.star.rank.is_hub and together > 1:
+            needs = replace(needs, work=needs.work + together * SEQUENCE_BYTES)
+        return needs
 
     def open_experts(self, *, nbytes: int | None, reads: int) -> ExpertCache:
         """The cache of the experts that there are; see ExpertCache for the parameters."""

@@ -150,7 +150,7 @@ class PageFiles:
         """What a line says. Raises UnusableError where that is not what is wanted."""
         try:
             header = msgspec.json.decode(line, type=PagesHeader)
-        except (msgspec.MsgspecError, RecursionError):
+        except (ValueError, RecursionError):  # msgspec's errors are ValueErrors, and so is text that is no UTF-8
             raise UnusableError("is damaged, or no file of keys and values") from None
         if header.version != FORMAT_VERSION:
             raise UnusableError(f"is of format version {header.version}, this tpimpi knows {FORMAT_VERSION}")

@@ -128,7 +128,8 @@ def release_pages(model: Model, star: Star, pages: Sequence[Sequence[int]]) -> N
 
 
 def keep_pages(model: Model, star: Star, files: PageFiles, which: SequenceFile) -> list[str]:
-    """Rank 0: have every rank write these pages to its file. What went wrong, a line a rank: then no file was changed."""
+    """Rank 0: have every rank write these pages to its file. What went wrong, a line a rank: then the files of some ranks
+    may be new and of others as before, and are of no use."""
     send_header(star, StepHeader(Operation.KEEP, choices=model.choices))
     send_note(star, which)
     return keep(model, star, files, which)

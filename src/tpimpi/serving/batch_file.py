@@ -13,13 +13,13 @@ a line of OpenAI's batch API, whose "body" holds these. A line of answers is one
 
 with "reasoning" where the answer has one. While a run works, answers are kept as they come in OUT.part, behind a line that
 says of what prompts, model and options they are. A run that was ended goes on there: no prompt is answered twice. At the end
-OUT has all answers, in the order of the prompts, and OUT.part goes.
+OUT has all answers, in the order of the prompts, and OUT.part goes. As OUT says of none of that, one that is there is never
+taken for the answers.
 """
 
 from __future__ import annotations
 
 import codecs
-import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -189,46 +189,49 @@ class BatchAnswers:
         """`about` is what has to be the same when a run goes on: values of JSON, under their names for a message. Raises
         InputError where there are answers to something else."""
         self.path = Path(given)
-        self._items, self._lines = items, dict[str, bytes]()
+        self._items = items
+        self._places: dict[
+            str, tuple[int, int]
+        ] = {}  # of each line that is there: where it begins in the part, its length
+        self._failed: set[str] = set()  # of those, lines that say why there is no answer
         self._about = dict(about)
-        self._part: LineFile | None = None
-        self._has_header, self._model = False, ""
-        if self._is_done():
-            return
+        self._has_header = False
+        self._model = ""
+        there = self._check_out()
         try:
             self._part = LineFile(Path(given + PART), lambda what: InputError(f"{shorten_path(given + PART)}{what}"))
+        except OSError as error:
+            raise InputError(f"--out {shorten_path(self.path)}: {error.strerror}; choose another place") from error
+        try:
             with self._part.reader() as file:
                 self._part.whole = self._read(file)
-        except OSError as error:
-            self.close()
-            raise InputError(f"--out {shorten_path(self.path)}: {error.strerror}; choose another place") from error
+            if there and (self.left or b"".join(self._lines()) != self.path.read_bytes()):
+                raise InputError(
+                    f"--out {shorten_path(self.path)} is there already; remove it, and the prompts are answered again, or "
+                    "choose another name"
+                )
         except BaseException:
             self.close()
             raise
 
     @property
     def left(self) -> list[Item]:
-        """The prompts that have no answer yet."""
-        return [item for item in self._items if item.custom_id not in self._lines]
+        """The prompts that have no answer yet; those that could not be answered before are tried again."""
+        return [item for item in self._items if item.custom_id not in self._places]
 
-    def _is_done(self) -> bool:
-        """Whether OUT has all answers. Raises InputError where it is something else."""
-        if not self.path.exists() or (self.path.is_file() and not self.path.stat().st_size):
+    @property
+    def failed(self) -> int:
+        """Prompts that could not be answered."""
+        return len(self._failed)
+
+    def _check_out(self) -> bool:
+        """Whether OUT is there, which a run may have left beside its part. Raises InputError where it is no file."""
+        if not self.path.exists():
             return False
         if not self.path.is_file():
             what = "a folder" if self.path.is_dir() else "no file that can be kept"
             raise InputError(f"--out {shorten_path(self.path)} is {what}; give the name of a file")
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            lines = self.path.read_bytes().splitlines(keepends=True)
-            values = [json.loads(line) for line in lines]
-            ours = all("finish_reason" in value or "error" in value for value in values)
-            if ours and [value["custom_id"] for value in values] == [item.custom_id for item in self._items]:
-                self._lines = {item.custom_id: line for item, line in zip(self._items, lines, strict=True)}
-                return True
-        raise InputError(
-            f"--out {shorten_path(self.path)} is there, and is not the answers to these prompts; remove it, or choose "
-            "another name"
-        )
+        return self.path.stat().st_size > 0
 
     def _read(self, lines: Iterator[bytes]) -> int:
         """Take in what a run before left; returns how many bytes of it are whole lines."""
@@ -244,9 +247,9 @@ class BatchAnswers:
                     self._has_header = True
                 elif value["custom_id"] not in known:
                     raise ValueError(value)
-                else:
-                    self._lines[value["custom_id"]] = line
-            except (ValueError, KeyError, TypeError) as error:
+                elif "error" not in value:
+                    self._places[value["custom_id"]] = (whole, len(line))
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise InputError(
                     f"{part} is broken in line {number + 1}; remove it, and all prompts are answered again"
                 ) from error
@@ -260,7 +263,7 @@ class BatchAnswers:
             )
         for name, wanted in self._about.items():
             self._check_same(name, value[name], wanted)
-        self._model = value["model"]
+        self._model = value["weights"]
 
     def _check_same(self, name: str, found: object, wanted: object) -> None:
         if found != wanted:
@@ -279,17 +282,17 @@ class BatchAnswers:
         values: dict[str, Any] = {"custom_id": custom_id}
         if isinstance(answer, str):
             values["error"] = answer
+            self._failed.add(custom_id)
         else:
             values |= (
                 {"text": answer.text, "reasoning": answer.reasoning} if answer.reasoning else {"text": answer.text}
             )
             values["finish_reason"] = answer.finish_reason
             values |= {"prompt_tokens": answer.prompt_tokens, "completion_tokens": len(answer.token_ids)}
-        line = _json_line(values)
-        assert self._part is not None
         header = (
-            b"" if self._has_header else _json_line({_FIRST_KEY: FORMAT_VERSION, **self._about, "model": self._model})
+            b"" if self._has_header else _json_line({_FIRST_KEY: FORMAT_VERSION, **self._about, "weights": self._model})
         )
+        line, place = _json_line(values), self._part.whole + len(header)
         try:
             self._part.append(header + line)
         except OSError as error:
@@ -298,22 +301,28 @@ class BatchAnswers:
                 "on there"
             ) from error
         self._has_header = True
-        self._lines[custom_id] = line
+        self._places[custom_id] = (place, len(line))
 
     def finish(self) -> None:
-        """All prompts have an answer: OUT has them. Raises StorageError."""
+        """All prompts have an answer, or a reason: OUT has them. Raises StorageError."""
         assert not self.left
-        if self._part is not None:
-            with replacing(self.path, "--out", private=True) as file:
-                file.writelines(self._lines[item.custom_id] for item in self._items)
-            self._part.path.unlink(missing_ok=True)
-            self._part.keep()
+        with replacing(self.path, "--out", private=True) as file:
+            file.writelines(self._lines())
+        self._part.path.unlink(missing_ok=True)
+        self._part.keep()
         self.close()
+
+    def _lines(self) -> Iterator[bytes]:
+        """Those of the part, in the order of the prompts."""
+        with self._part.reader() as file:
+            for item in self._items:
+                place, length = self._places[item.custom_id]
+                file.seek(place)
+                yield file.read(length)
 
     def close(self) -> None:
         """Let other runs have the file."""
-        if self._part is not None:
-            self._part.close()
+        self._part.close()
 
 
 def _json_line(values: Mapping[str, Any]) -> bytes:

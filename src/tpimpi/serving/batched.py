@@ -21,7 +21,7 @@ from tpimpi.models.kv.pages import PageAccount, rows_of
 from tpimpi.serving.generate import GenerationFigures
 from tpimpi.serving.report import Answer, BatchFigures, Report
 from tpimpi.serving.sampling import Sampler
-from tpimpi.serving.scheduler import Request, Run, Scheduler
+from tpimpi.serving.scheduler import MOST_LOOKED_AT, Request, Run, Scheduler
 from tpimpi.serving.speculation import Drafter, Speculation, checked
 from tpimpi.serving.stops import StopFilter
 from tpimpi.serving.text.answer import AnswerStream, Piece
@@ -57,7 +57,7 @@ class Answering:
     stop: StopFilter
     ready: float  # time.monotonic()
     most: int  # tokens
-    drafter: Drafter | None
+    drafter: Drafter | None = None  # once there is a token
     figures: GenerationFigures = field(default_factory=GenerationFigures)
     times: list[tuple[int, float]] = field(
         default_factory=list
@@ -137,8 +137,7 @@ class BatchedLLM:
         most = min(query.max_tokens, self.context - len(query.ids))
         request = Request(list(query.ids), len(query.ids) + most)
         stream = self._tokenizer.answer_stream(query.ids, raw=query.raw)
-        drafter = self._speculation.drafter(query.ids)
-        answering = Answering(query, request, stream, StopFilter(query.stops), time.monotonic(), most, drafter)
+        answering = Answering(query, request, stream, StopFilter(query.stops), time.monotonic(), most)
         self._answering[request] = answering
         self._scheduler.add(request)
         return answering
@@ -157,6 +156,11 @@ class BatchedLLM:
     def room(self) -> int:
         """Positions that there are pages for, of all sequences together."""
         return self._account.units // len(self._model.kv_shape.kinds) * PAGE
+
+    @property
+    def wanted(self) -> int:
+        """How many more prompts there should be, so that one that has room is among them."""
+        return max(0, self._together + MOST_LOOKED_AT - len(self._answering))
 
     @property
     def is_idle(self) -> bool:
@@ -213,12 +217,11 @@ class BatchedLLM:
         most = min(rows + DRAFTED_EACH * self._together, self._most_rows - 1)
         for request in answering:
             one = self._answering[request]
-            if one.drafter is None:
-                continue
-            room = min(most - rows, one.most - len(one.times) - 1)
-            others = rows - 1
-            request.draft = one.drafter.propose(room, lambda n, others=others: self._times.seconds(others + n))  # type: ignore[misc]
-            rows += len(request.draft)
+            one.drafter = one.drafter or self._speculation.drafter(request.ids)
+            if one.drafter is not None:
+                room = min(most - rows, one.most - len(one.times) - 1)
+                request.draft = one.drafter.propose(room, others=rows - 1)
+                rows += len(request.draft)
         return rows
 
     def _take_tokens(self, run: Run, logits: F32) -> Answering:

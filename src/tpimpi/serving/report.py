@@ -144,12 +144,16 @@ class Report:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     answers: list[Answer] = field(default_factory=list)
+    answered: int = 0  # prompts
     batch: BatchFigures | None = None
     ranks: list[RankFigures] = field(default_factory=list)
 
-    def add(self, answer: Answer) -> None:
-        """Note the answer to one more prompt."""
+    def add(self, answer: Answer, *, keep: bool = True) -> None:
+        """Note the answer to one more prompt; unless `keep`, `answers` has the last one alone."""
+        if not keep:
+            self.answers.clear()
         self.answers.append(answer)
+        self.answered += 1
         for key, value in asdict(answer).items():
             setattr(self, key, value)
 
@@ -187,7 +191,7 @@ class Report:
         print(file=sys.stderr)
         Console(file=sys.stderr, width=120, highlight=False, color_system=None).print(table)
         held = f" ({self.cached_tokens} computed before)" if self.cached_tokens else ""
-        last = f"last of {len(self.answers)} prompts: " if len(self.answers) > 1 else ""
+        last = f"last of {self.answered} prompts: " if self.answered > 1 else ""
         print(
             f"{self.model} {self.format} · {self.backend} · {describe_rule(self.allreduce)} · "
             f"{last}{self.prompt_tokens} prompt tokens{held}, {len(self.token_ids)} generated · " + " · ".join(times),

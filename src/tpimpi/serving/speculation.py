@@ -196,30 +196,33 @@ class Drafter:
         self._matched: int | None = 0  # None: it is the model's
         self._passes_off, self._trial = 0, _FIRST_TRIAL
 
-    def propose(self, most: int, seconds: Callable[[int], float] | None = None) -> list[int]:
-        """The draft to check in the next pass, at most `most` tokens; [] for none. `seconds` are of a pass over n rows of
-        this sequence, where that is something else than `times` say: beside rows of others."""
-        seconds = seconds or self._times.seconds
+    def propose(self, most: int, *, others: int = 0) -> list[int]:
+        """The draft to check in the next pass, at most `most` tokens; [] for none. The pass has so many rows of `others`."""
         self._whole = self._text.propose(self._longest)
         self._matched = self._text.matched
         if self._model is not None and self._matched < _LONG_SUFFIX:
-            return self._of_model(self._model, min(most, self._longest), seconds)
+            return self._of_model(self._model, min(most, self._longest), others)
         most = min(most, len(self._whole))
         if self._always or most <= 0:
             return self._whole[: max(0, most)]
-        return self._whole[: self._length(most, seconds)]
+        return self._whole[: self._length(most, others)]
 
-    def _of_model(self, model: DraftModel, most: int, seconds: Callable[[int], float]) -> list[int]:
+    def _of_model(self, model: DraftModel, most: int, others: int) -> list[int]:
         """As `propose`, from the model, each of whose tokens takes time."""
-        self._matched, each = None, model.seconds
+        self._matched = None
         if not self._always and most > 0:
-            most = self._length(most, lambda rows: seconds(rows) + (rows - 1) * each)
+            most = self._length(most, others, model.seconds)
         self._whole = model.propose(self._ids, most)
         return self._whole
 
-    def _length(self, most: int, seconds: Callable[[int], float]) -> int:
-        if self._times.count(1) < _LEAST_TIMED:
+    def _length(self, most: int, others: int, each: float = 0.0) -> int:
+        """How many tokens are worth their time, each of which takes `each` seconds to draft."""
+        if self._times.count(1 + others) < _LEAST_TIMED:
             return 0
+
+        def seconds(rows: int) -> float:
+            return self._times.seconds(others + rows) + (rows - 1) * each
+
         rate = self._acceptance.rate(self._matched)
         most = min(most, 2 * self._times.most_rows + 1)  # twice the rows that were tried
         if length := best_length(rate, seconds, most):

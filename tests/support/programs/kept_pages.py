@@ -95,6 +95,7 @@ class Talk:
             ("shares", text.replace(b'"shares":"', b'"shares":"9,')),
             ("model", text.replace(b'"fingerprint":"', b'"fingerprint":"0')),
             ("nonsense", b"[" * 5000),
+            ("no text", text.replace(b'"fingerprint":"', b'"fingerprint":"\xff')),
         ):
             assert changed != text
             path.write_bytes(changed)

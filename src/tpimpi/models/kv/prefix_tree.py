@@ -24,7 +24,6 @@ class _Node:
     ids: tuple[int, ...]
     parent: _Node | None
     pages: list[int]
-    used: int = 0  # when, as a number that grows
     children: dict[tuple[int, ...], _Node] = field(default_factory=dict)
 
 
@@ -35,7 +34,6 @@ class PrefixTree:
         self._account, self._window = account, window
         self._root = _Node((), None, [])
         self._nodes: dict[_Node, None] = {}  # in the order of their last use
-        self._uses = 0
 
     def __len__(self) -> int:
         """Pages of ids that are kept."""
