@@ -206,7 +206,7 @@ def test_a_batch_has_the_answers_of_single_runs(tpimpi: Callable[..., Result], t
     ("arguments", "said"),
     [
         (("--batch-file", "in.jsonl"), "--batch-file is given, and no --out"),
-        (("--out", "o"), "--out is for the answers of --batch-file"),
+        (("--out", "o"), "--out is for --batch-file, which is not given"),
         (("--batch-file", "in.jsonl", "--out", "o", "--prompt", "x"), "--batch-file and --prompt are both given"),
         (("--batch-file", "in.jsonl", "--out", "no/o"), "--out no/o: No such file or directory"),
         (("--batch-file", "in.jsonl", "--out", "o", "--report", "o"), "--out and --report are both o"),

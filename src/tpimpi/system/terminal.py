@@ -71,8 +71,11 @@ def keep_order() -> None:
     """Where the launcher writes both of its outputs to one file or pipe: give it all by stdout, since it reads a rank's
     stdout and stderr as it likes, and lines of one would come before lines of the other that were written earlier.
 
-    Not where an option of the launcher (Open MPI's --output) says where each of them goes.
+    Not where an option of the launcher (Open MPI's --output) says where each of them goes, nor where ours are files: they
+    are not the launcher's then.
     """
+    if any(stat.S_ISREG(os.fstat(number).st_mode) for number in (STDOUT, STDERR)):
+        return
     out, err = launcher_stream(STDOUT), launcher_stream(STDERR)
     if out is None or err is None or not all(_is_read_by_the_launcher(number) for number in (STDOUT, STDERR)):
         return

@@ -62,7 +62,6 @@ class Prophet:
         return found
 
     def add(self, ids: list[int]) -> None:
-        assert self._answer[: len(ids)] == ids
         self._answer = self._answer[len(ids) :]
 
 
@@ -87,7 +86,14 @@ def answer_many(memory: RankMemory, seed: int, draft: int) -> dict[str, Any]:
 
     class Told(Speculation):
         def drafter(self, ids: Any) -> Any:
-            return Prophet(alone[queries.index(asked)], draft, random) if draft else None
+            """For a sequence that has its first tokens."""
+            found = [
+                [*query.ids, *answer]
+                for query, answer in zip(queries, alone, strict=True)
+                if ids[: len(query.ids)] == query.ids
+            ]
+            whole = next((text for text in found if text[: len(ids)] == ids), None)
+            return Prophet(whole[len(ids) :], draft, random) if draft and whole else None
 
     account = PageAccount.of_layers(model.kv_shape.kinds, 9 * len(model.kv_shape.kinds))
     report, vocab = Report("", "", "", ""), model.config.vocab
@@ -95,8 +101,7 @@ def answer_many(memory: RankMemory, seed: int, draft: int) -> dict[str, Any]:
     answering: list[Answering] = []
     while len(answering) < PROMPTS or not llm.is_idle:
         while len(answering) < PROMPTS and random.random() < 0.4:
-            asked = queries[len(answering)]
-            answering.append(llm.submit(asked))
+            answering.append(llm.submit(queries[len(answering)]))
         if random.random() < 0.02 and answering:
             llm.cancel(answering[random.integers(len(answering))])
         llm.step()
