@@ -12,7 +12,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tpimpi.models.kv.cache import KINDS, PAGE, WINDOWED
 from tpimpi.models.kv.pages import NO_PAGE, PageAccount, SequencePages, rows_of
 from tpimpi.models.kv.prefix_tree import PrefixTree
-from tpimpi.serving.pass_times import PassTimes
 from tpimpi.serving.scheduler import Request, Run, Scheduler
 
 
@@ -205,12 +204,3 @@ def test_the_shortest_prompt_has_a_share_and_answers_go_on() -> None:
         scheduler.add(request)
     found = {run.request: run.n for run in scheduler.next_step(64)}
     assert found == {answering: 1, long: 64 - 16, short: 16}
-
-
-def test_so_many_rows_take_twice_as_long() -> None:
-    times = PassTimes()
-    assert times.rows_within(3, 2.0, 100) == 100  # nothing is known
-    for rows in (1, 8, 40, 128):
-        times.add(rows, 1 + rows / 10)
-    assert times.rows_within(5, 2.0, 128) == 20  # 1.5 s, and 3 s
-    assert times.rows_within(8, 2.0, 20) == 20 and times.rows_within(8, 1.0, 128) == 8

@@ -120,30 +120,6 @@ def test_a_draft_is_as_long_as_pays() -> None:
     assert expected_tokens(1.0, 3) == pytest.approx(4, abs=0.15)
 
 
-def test_times_are_medians_and_lie_on_a_line_between() -> None:
-    times = PassTimes()
-    times.add(100, 20.0)  # that of the first prompt, which waits for all that is to stay in memory
-    assert times.most_rows == 0
-    for seconds in (1.0, 50.0, 1.2):
-        times.add(1, seconds)
-    times.add(9, 5.2)
-    assert [times.seconds(rows) for rows in (1, 3, 9, 16)] == pytest.approx([1.2, 2.2, 5.2, 5.2])
-    assert [times.count(rows) for rows in (1, 2)] == [3, 0]
-    times.add(5, 1.2)
-    assert times.seconds(3) == pytest.approx(1.2)
-    for seconds in (0.9, 70.0):  # of two the first may have been slow as well as the second
-        times.add(12, seconds)
-        assert times.seconds(12) == pytest.approx(0.9)
-    times = PassTimes()
-    for rows, seconds in ((1, 1.2), (5, 1.2), (9, 5.2)):
-        times.add(rows, seconds)
-    times.add(7, 30.0)  # with more rows it was faster: so something else took the time
-    assert times.seconds(7) == pytest.approx(5.2)
-    for _ in range(9):  # what was long ago does not count
-        times.add(1, 0.1)
-    assert times.seconds(1) == pytest.approx(0.1)
-
-
 class OtherModel:
     """A draft model that says 7 always, each in a tenth of a second."""
 
