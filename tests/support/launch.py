@@ -71,6 +71,9 @@ def run_command(
     return Result(process.returncode, out, err)
 
 
+LAUNCHER_FAILED = "The PMIx server's listener thread failed to start"
+
+
 @dataclass(frozen=True)
 class Launcher:
     """mpirun of one MPI, with what it needs on a machine with fewer cores than ranks."""
@@ -94,7 +97,13 @@ class Launcher:
     ) -> Result:
         """Run `python ARGUMENTS` on so many ranks."""
         command = self.command(ranks, arguments)
-        return run_command(command, env={**self.env, **(env or {})}, stdin=stdin, cwd=cwd, timeout=timeout)
+
+        def run() -> Result:
+            return run_command(command, env={**self.env, **(env or {})}, stdin=stdin, cwd=cwd, timeout=timeout)
+
+        result = run()
+        # Open MPI's launcher fails so now and then, on a machine with much to do, before it has started a rank.
+        return run() if not result.out and LAUNCHER_FAILED in result.err else result
 
 
 def launcher(mpi: str) -> Launcher:
