@@ -9,10 +9,7 @@ import pytest
 
 from tests.support.launch import PROGRAMS
 from tests.support.ranks import Ranks
-from tests.support.tiny_models import write_tiny_hf
-from tpimpi.weights.make import choose_formats, slice_model
-from tpimpi.weights.slices.partition import make_partition
-from tpimpi.weights.sources import open_source
+from tests.support.tiny_models import slice_tiny
 
 # Full and windowed layers, experts, sinks, queries and keys normed over all heads; streamed, or all in memory; and how many
 # tokens are drafted.
@@ -25,12 +22,7 @@ def test_any_mixture_gives_each_prompt_its_answer_alone(on_ranks: Ranks, ranks: 
     """Of prompts that come at any time, of any length, beginning as others do, some of them cancelled."""
     jobs = []
     for kind, (window, draft) in KINDS.items():
-        path = write_tiny_hf(tmp_path / "models" / kind, kind)
-        (path / "tokenizer.json").write_text("{}")
-        jobs.append((str(tmp_path / kind), window, draft))
-        with open_source(path) as source:
-            partition = make_partition(source.config, [1] * ranks)
-            slice_model(source, partition, choose_formats(source, "f32"), tmp_path / kind)
+        jobs.append((str(slice_tiny(tmp_path, kind, ranks)), window, draft))
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     result = on_ranks(ranks, str(PROGRAMS / "many.py"), str(tmp_path / "jobs.json"), str(tmp_path))
     assert result.code == 0, result.err

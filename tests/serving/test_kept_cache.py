@@ -13,10 +13,7 @@ import pytest
 from tests.support.launch import PROGRAMS, Result
 from tests.support.messages import assert_one_line
 from tests.support.ranks import Ranks
-from tests.support.tiny_models import write_tiny_hf
-from tpimpi.weights.make import choose_formats, slice_model
-from tpimpi.weights.slices.partition import make_partition
-from tpimpi.weights.sources import open_source
+from tests.support.tiny_models import slice_tiny
 
 # Windows, experts, heads of blocks, queries and keys normed over all heads; each format of the cache.
 KINDS = {"gemma3": "f16", "llama-bias": "f32", "qwen3": "q8_0", "gpt-oss": "f16", "olmo2": "f16"}
@@ -47,13 +44,7 @@ def test_a_conversation_goes_on_from_files_and_from_damaged_ones_as_without(
 ) -> None:
     cases = []
     for kind, kv in KINDS.items():
-        path = write_tiny_hf(tmp_path / "models" / kind, kind)
-        (path / "tokenizer.json").write_text("{}")
-        cases.append([str(tmp_path / kind), kv])
-        with open_source(path) as source:
-            slice_model(
-                source, make_partition(source.config, [1] * ranks), choose_formats(source, "f32"), tmp_path / kind
-            )
+        cases.append([str(slice_tiny(tmp_path, kind, ranks)), kv])
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     result = on_ranks(ranks, str(PROGRAMS / "kept_pages.py"), str(tmp_path / "cases.json"), str(tmp_path))
     assert result.code == 0, result.err

@@ -9,11 +9,8 @@ import pytest
 
 from tests.support.launch import PROGRAMS
 from tests.support.ranks import Ranks
-from tests.support.tiny_models import write_tiny_hf
+from tests.support.tiny_models import slice_tiny
 from tpimpi.serving.generate import HeldIds
-from tpimpi.weights.make import choose_formats, slice_model
-from tpimpi.weights.slices.partition import make_partition
-from tpimpi.weights.sources import open_source
 
 # Windows, rotary frequencies that depend on the context, experts, queries and keys normed over all heads.
 KINDS = ("llama-bias", "gemma3", "phi3-long", "qwen3-moe", "gpt-oss", "olmo2")
@@ -26,12 +23,7 @@ LONGROPE = "phi3-long"  # whose frequencies are others for more than 32 position
 def test_a_turn_computes_what_is_new_and_gives_the_same_tokens(on_ranks: Ranks, ranks: int, tmp_path: Path) -> None:
     folders = []
     for kind in KINDS:
-        path = write_tiny_hf(tmp_path / "models" / kind, kind)
-        (path / "tokenizer.json").write_text("{}")
-        folders.append(str(tmp_path / kind))
-        with open_source(path) as source:
-            partition = make_partition(source.config, [1] * ranks)
-            slice_model(source, partition, choose_formats(source, "f32"), Path(folders[-1]))
+        folders.append(str(slice_tiny(tmp_path, kind, ranks)))
     (tmp_path / "folders.json").write_text(json.dumps(folders))
     result = on_ranks(ranks, str(PROGRAMS / "prefixes.py"), str(tmp_path / "folders.json"), str(tmp_path))
     assert result.code == 0, result.err

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.launch import PROGRAMS
 from tests.support.ranks import Ranks
-from tests.support.tiny_models import write_tiny_hf
+from tests.support.tiny_models import slice_tiny
 from tpimpi.weights.make import choose_formats, slice_model
 from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.sources import open_source
@@ -23,12 +23,7 @@ KINDS = ("llama-bias", "gemma3", "qwen3-moe")  # full attention, windows, expert
 def test_tokens_are_the_same_in_fewer_passes(on_ranks: Ranks, ranks: int, tmp_path: Path) -> None:
     folders = []
     for kind in KINDS:
-        path = write_tiny_hf(tmp_path / "models" / kind, kind)
-        (path / "tokenizer.json").write_text("{}")
-        folders.append(str(tmp_path / kind))
-        with open_source(path) as source:
-            partition = make_partition(source.config, [1] * ranks)
-            slice_model(source, partition, choose_formats(source, "f32"), Path(folders[-1]))
+        folders.append(str(slice_tiny(tmp_path, kind, ranks)))
     (tmp_path / "folders.json").write_text(json.dumps(folders))
     with open_source(tmp_path / "models" / KINDS[0]) as source:
         slice_model(source, make_partition(source.config, [1]), choose_formats(source, "f32"), tmp_path / "draft")

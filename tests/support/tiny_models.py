@@ -9,6 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tpimpi.weights.make import choose_formats, slice_model
+from tpimpi.weights.slices.partition import make_partition
+from tpimpi.weights.sources import open_source
+
 SMALL: dict[str, Any] = {
     "vocab_size": 160,
     "hidden_size": 64,
@@ -352,3 +356,12 @@ def write_tiny_hf(
     sharding = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     model.save_pretrained(directory, **sharding)
     return directory
+
+
+def slice_tiny(folder: Path, kind: str, ranks: int) -> Path:
+    """Slices of such a model in f32, equal for so many ranks, in `folder`/KIND; without a tokenizer."""
+    path = write_tiny_hf(folder / "models" / kind, kind)
+    (path / "tokenizer.json").write_text("{}")
+    with open_source(path) as source:
+        slice_model(source, make_partition(source.config, [1] * ranks), choose_formats(source, "f32"), folder / kind)
+    return folder / kind

@@ -58,8 +58,8 @@ def load_batch(star: Star, job: Job, ranks: Sequence[RankInfo], options: RunOpti
     conversation = Conversation.begin(engine.header, tokenizer, params)
     queries, refused = _queries(items, answers, conversation, own)
     report = Report(engine.header.model, engine.header.format, engine.backend.name, star.algorithm)
-    speculate = LONGEST_DRAFT if generate.speculate is None else generate.speculate
-    speculation = Speculation(speculate, always=generate.speculate is not None)
+    speculate = LONGEST_DRAFT if params.speculate is None else params.speculate
+    speculation = Speculation(speculate, always=params.speculate is not None)
     wanted = max((len(query.ids) + query.max_tokens for query in queries.values()), default=1)
     llm, allotments = load_batched(
         *(engine, tokenizer, report, speculation),
@@ -182,4 +182,4 @@ class BatchRun:
                 say(remarks.short_of_pages(llm.room))
             if time.monotonic() - said > PROGRESS_INTERVAL_S:
                 said = time.monotonic()
-                say(f"{done} of {whole} prompts answered")
+                say(remarks.batch_progress(done, whole))

@@ -30,27 +30,24 @@ def check_outputs(
         from tpimpi.diagnostics.plots import check_plot  # which most runs do without
 
         check_plot(output.plot, "--plot", inputs)
+    batch = {"--out": answers, "what --out is until it is whole": None if answers is None else answers + PART}
     written = {
         "--session": session,
         "what --keep-cache keeps beside --session": None if session is None else session + KEPT,
-        "--out": answers,
-        "what --out is until it is whole": None if answers is None else answers + PART,
+        **batch,
         "--report": output.report,
         "--trace": output.trace,
         "--plot": output.plot,
+        "--record-routing": output.record_routing,
     }
-    written["--record-routing"] = output.record_routing
-    taken: dict[Path, str] = {}
-    for option, given in written.items():
-        if answers is not None and given in (answers, answers + PART) and _is_one_of(given, inputs):
+    read_files = set(map(os.path.realpath, inputs))
+    for option, given in batch.items():
+        if given is not None and os.path.realpath(given) in read_files:
             raise InputError(f"{option}, {given}, is a file that this run reads; choose another name")
+    taken: dict[Path, str] = {}
     for option, given in written.items():
         if given is None or (os.path.exists(given) and not os.path.isfile(given)):  # noqa: PTH110, PTH113
             continue  # a device takes anything
         other = taken.setdefault(Path(os.path.realpath(given)), option)  # never raises, as resolve() does
         if other != option:
             raise InputError(f"{other} and {option} are both {given}; give each a file of its own")
-
-
-def _is_one_of(given: str, others: Sequence[str]) -> bool:
-    return os.path.realpath(given) in map(os.path.realpath, others)

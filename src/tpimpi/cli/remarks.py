@@ -138,6 +138,11 @@ def unread(job: Job) -> str | None:
     )
 
 
+def batch_progress(answered: int, prompts: int) -> str:
+    """How far a batch is."""
+    return f"{answered} of {prompts} prompts answered"
+
+
 def batch_goes_on(answered: int, prompts: int) -> str:
     """What is to be said where a batch is ended before its end."""
     return f"{answered} of {prompts} prompts are answered; the same command goes on there"

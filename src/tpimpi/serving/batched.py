@@ -16,7 +16,7 @@ from tpimpi.engine.rank_memory import RankMemory
 from tpimpi.engine.startup import allot_memory, finish
 from tpimpi.engine.trace import RankTrace
 from tpimpi.errors import InputError
-from tpimpi.models.kv.cache import PAGE, pages_of
+from tpimpi.models.kv.cache import KINDS, PAGE, pages_of
 from tpimpi.models.kv.pages import PageAccount, rows_of
 from tpimpi.serving.generate import GenerationFigures
 from tpimpi.serving.report import Answer, BatchFigures, Report
@@ -48,7 +48,7 @@ class Query:
 
 @dataclass(eq=False)
 class Answering:
-    """An answer that is being made. `pieces` and `new` tokens are those of the last step; `ended` is one of END_REASONS (see
+    """An answer that is being made. `new` tokens are those of the last step; `ended` is one of END_REASONS (see
     transcript)."""
 
     query: Query
@@ -56,16 +56,18 @@ class Answering:
     stream: AnswerStream
     stop: StopFilter
     ready: float  # time.monotonic()
-    most: int  # tokens
     drafter: Drafter | None = None  # once there is a token
     figures: GenerationFigures = field(default_factory=GenerationFigures)
-    times: list[tuple[int, float]] = field(
-        default_factory=list
-    )  # of each token: the number of its pass, and when it was there
+    # Of each token the number of its pass, and when it was there.
+    times: list[tuple[int, float]] = field(default_factory=list)
     said: dict[bool, str] = field(default_factory=lambda: {False: "", True: ""})  # the answer, and its reasoning
-    pieces: list[Piece] = field(default_factory=list)
     new: list[int] = field(default_factory=list)
     ended: str | None = None
+
+    @property
+    def most(self) -> int:
+        """Tokens that it can have."""
+        return self.request.most - self.request.prompt
 
     @property
     def tokens(self) -> list[int]:
@@ -137,7 +139,7 @@ class BatchedLLM:
         most = min(query.max_tokens, self.context - len(query.ids))
         request = Request(list(query.ids), len(query.ids) + most)
         stream = self._tokenizer.answer_stream(query.ids, raw=query.raw)
-        answering = Answering(query, request, stream, StopFilter(query.stops), time.monotonic(), most)
+        answering = Answering(query, request, stream, StopFilter(query.stops), time.monotonic())
         self._answering[request] = answering
         self._scheduler.add(request)
         return answering
@@ -203,10 +205,10 @@ class BatchedLLM:
     def _give_memory_back(self) -> None:
         """Have every rank give back the memory of pages that nobody uses, so that tiles have it: of all of them once there
         is nothing to answer, else where they are many, as others will be written soon."""
-        cache, sizes = self._model.cache, self._account.sizes
+        cache = self._model.cache
         assert cache is not None
-        free = [cache.filled_of(kind, self._account.free_pages(kind)) for kind in range(len(sizes))]
-        units = sum(len(pages) * size for pages, size in zip(free, sizes, strict=True))
+        free = [cache.filled_of(kind, self._account.free_pages(kind)) for kind in KINDS]
+        units = self._account.units_of([len(pages) for pages in free])
         if units > (0 if self.is_idle else self._account.units // RELEASED_PART):
             release_pages(self._model, self._model.star, free)
 
@@ -228,7 +230,7 @@ class BatchedLLM:
         """The next tokens of a request, from the logits [n, vocab] of its last row and those of its draft."""
         answering, request = self._answering[run.request], run.request
         query, before = answering.query, len(request.ids)
-        answering.pieces, answering.new = [], []
+        answering.new = []
         figures, ended = answering.figures, None
         figures.passes += 1
         figures.drafted += len(run.draft)
@@ -270,7 +272,6 @@ class BatchedLLM:
     def _say(self, answering: Answering, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
             answering.said[piece.reasoning] += piece.text
-        answering.pieces += pieces
 
     def finish(self) -> list[RankTrace]:
         """End the run on every rank and gather the figures; the traces, if they were wanted, are returned."""

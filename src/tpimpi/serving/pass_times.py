@@ -5,6 +5,8 @@ from __future__ import annotations
 import bisect
 from collections import deque
 
+from tpimpi.compute.arrays import median
+
 _TIMES_KEPT = 9  # passes of as many rows
 _FEW_TIMES = 2  # of which the least counts: there is no middle that a slow one is not part of
 
@@ -55,11 +57,10 @@ class PassTimes:
         return min(least, self._median(less) * (1 - part) + self._median(more) * part)
 
     def _median(self, rows: int) -> float:
-        times = sorted(self._times[rows])
+        times = list(self._times[rows])
         if len(times) <= _FEW_TIMES:
-            return times[0]
-        # Not from statistics, which takes a megabyte.
-        return (times[(len(times) - 1) // 2] + times[len(times) // 2]) / 2
+            return min(times)
+        return median(times)
 
     def rows_within(self, rows: int, delay: float, most: int) -> int:
         """The most rows, from `rows` to `most`, with which a pass takes at most `delay` times as long as one of `rows`."""

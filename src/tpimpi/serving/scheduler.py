@@ -90,7 +90,7 @@ class Scheduler:
 
     def fits(self, positions: int) -> bool:
         """Whether a request of so many positions can be answered, if it is alone."""
-        return self._can_ever_take(self._pages_for(positions))
+        return self._account.has(self._pages_for(positions))
 
     def add(self, request: Request) -> None:
         """A request comes. It must fit."""
@@ -223,11 +223,6 @@ class Scheduler:
 
     def _still_missing(self, pages: SequencePages, length: int) -> list[int]:
         return [min(a, b) for a, b in zip(pages.missing(length), self._pages_for(length), strict=True)]
-
-    def _can_ever_take(self, counts: list[int]) -> bool:
-        account = self._account
-        units = sum(count * size for count, size in zip(counts, account.sizes, strict=True))
-        return units <= account.units and all(a <= b for a, b in zip(counts, account.places, strict=True))
 
     def _grow(self, request: Request, n: int) -> bool:
         """Have pages for `n` rows more; what is kept of prefixes gives way."""

@@ -45,10 +45,17 @@ class PageAccount:
 
     def can_take(self, counts: Sequence[int]) -> bool:
         """Whether so many pages of each kind are to be had at once."""
-        units = sum(count * size for count, size in zip(counts, self.sizes, strict=True))
-        return self.used + units <= self.units and all(
+        return self.used + self.units_of(counts) <= self.units and all(
             count <= len(free) for count, free in zip(counts, self._free, strict=True)
         )
+
+    def has(self, counts: Sequence[int]) -> bool:
+        """Whether there are so many pages of each kind, whoever uses them."""
+        return self.units_of(counts) <= self.units and all(a <= b for a, b in zip(counts, self.places, strict=True))
+
+    def units_of(self, counts: Sequence[int]) -> int:
+        """What so many pages of each kind take."""
+        return sum(count * size for count, size in zip(counts, self.sizes, strict=True))
 
     def take(self, kind: int) -> int:
         """A page that nobody uses; `can_take` has said that there is one."""

@@ -26,6 +26,11 @@ class _Node:
     pages: list[int]
     children: dict[tuple[int, ...], _Node] = field(default_factory=dict)
 
+    @property
+    def held(self) -> list[tuple[int, int]]:
+        """The pages that are there, (kind, page)."""
+        return [(kind, page) for kind, page in enumerate(self.pages) if page != NO_PAGE]
+
 
 class PrefixTree:
     """The prefixes whose pages are kept. `window` is the longest of the windowed layers, 0 where there are none."""
@@ -35,14 +40,10 @@ class PrefixTree:
         self._root = _Node((), None, [])
         self._nodes: dict[_Node, None] = {}  # in the order of their last use
 
-    def __len__(self) -> int:
-        """Pages of ids that are kept."""
-        return len(self._nodes)
-
     def pages(self) -> Iterator[list[tuple[int, int]]]:
         """The pages of each node, (kind, page)."""
         for node in self._nodes:
-            yield [(kind, page) for kind, page in enumerate(node.pages) if page != NO_PAGE]
+            yield node.held
 
     def begin(self, ids: Sequence[int]) -> SequencePages:
         """A sequence that has as much of `ids` as is kept, but for the last id, whose logits are wanted; perhaps nothing."""
@@ -63,13 +64,13 @@ class PrefixTree:
             own[WINDOWED] = own[WINDOWED] if self._window else NO_PAGE
             if found is None:
                 found = _Node(part, node, own)
-                for kind, page in enumerate(own):
-                    self._share(kind, page)
+                for kind, page in found.held:
+                    self._account.share(kind, page)
                 node.children[part] = found
                 self._nodes[found] = None
             elif found.pages[WINDOWED] == NO_PAGE and own[WINDOWED] != NO_PAGE:  # it was given up, and computed again
                 found.pages[WINDOWED] = own[WINDOWED]
-                self._share(WINDOWED, own[WINDOWED])
+                self._account.share(WINDOWED, own[WINDOWED])
             path.append(found)
             node = found
         self._use(path)
@@ -85,19 +86,15 @@ class PrefixTree:
         for node in self._nodes:
             if node.children:
                 continue
-            own = [(kind, page) for kind, page in enumerate(node.pages) if page != NO_PAGE]
-            if any(self._is_alone(kind, page) for kind, page in own):
+            if any(self._is_alone(kind, page) for kind, page in node.held):
                 self._remove(node)
                 return True
         return False
 
     def clear(self) -> None:
         """Keep nothing."""
-        for pages in self.pages():
-            for kind, page in pages:
-                self._account.give_back(kind, page)
-        self._nodes.clear()
-        self._root.children.clear()
+        for node in list(self._nodes):
+            self._remove(node)
 
     def _path(self, ids: Sequence[int]) -> Iterator[_Node]:
         """The nodes that `ids` begin with."""
@@ -125,14 +122,9 @@ class PrefixTree:
     def _is_alone(self, kind: int, page: int) -> bool:
         return self._account.users(kind, page) == 1
 
-    def _share(self, kind: int, page: int) -> None:
-        if page != NO_PAGE:
-            self._account.share(kind, page)
-
     def _remove(self, node: _Node) -> None:
-        for kind, page in enumerate(node.pages):
-            if page != NO_PAGE:
-                self._account.give_back(kind, page)
+        for kind, page in node.held:
+            self._account.give_back(kind, page)
         assert node.parent is not None
         del node.parent.children[node.ids]
         del self._nodes[node]
