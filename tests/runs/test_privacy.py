@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import pickle
 import re
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import xxhash
@@ -28,6 +28,7 @@ from tpimpi.weights.slices.names import slice_name
 PROMPT = "Zanzibar ornithologist whispers quixotic melodies about elderberries. Please continue the story."
 BETWEEN_MESSAGES = b"\xa5" * 16  # in no pattern: what is found is within one message
 HIDDEN_SIZE, VOCAB, PROMPT_LIMIT = 576, 49152, 256
+RUN = 4  # ids one after another, which give a text away
 
 Message = tuple[int, int, bytes]
 
@@ -72,10 +73,12 @@ def patterns_of(words: set[str], ids: list[int]) -> list[tuple[str, bytes]]:
     patterns: list[tuple[str, bytes]] = []
     for word in words:
         patterns += [(f"the word {word} in {code}", word.encode(code)) for code in ("utf-8", "utf-16-le", "utf-32-le")]
-    for first, second in itertools.pairwise(ids):
+    # A run of four: two small ids, 198 and 1, stand by chance in a list of figures, or among so many bytes of sums.
+    for run in (ids[start : start + RUN] for start in range(len(ids) - RUN + 1)):
         for dtype in ("<u2", "<i4", "<i8", "<f4", "<f8"):
-            patterns.append((f"ids {first}, {second} as {dtype}", np.array([first, second], dtype).tobytes()))
-        patterns.append((f"ids {first}, {second} as text", f"{first}, {second}".encode()))
+            patterns.append((f"ids {run} as {dtype}", np.array(run, dtype).tobytes()))
+        for between in (", ", ","):  # json's way and msgspec's
+            patterns.append((f"ids {run} as text", between.join(map(str, run)).encode()))
     return patterns
 
 
@@ -179,18 +182,8 @@ def test_a_batch_gives_nothing_away(mpirun: Launcher, cache: dict[str, str], smo
     """The words of a step say which rows of which sequence it has, and where their pages are, and nothing else."""
     lines = [{"custom_id": name, "prompt": PROMPT} for name in ("Pomegranate", "Persimmon", "Mangosteen")]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    options = (
-        "--batch-file",
-        "in.jsonl",
-        "--out",
-        "out",
-        "--max-tokens",
-        "24",
-        "--report",
-        "report.json",
-        "--memory",
-        "400M",
-    )
+    options = ("--batch-file", "in.jsonl", "--out", "out", "--max-tokens", "24")
+    options = (*options, "--report", "report.json", "--memory", "400M")
     result = mpirun(3, str(PROGRAMS / "recorded_run.py"), str(tmp_path), *options, env=cache, cwd=tmp_path)
     assert result.code == 0, result.err
     report = json.loads((tmp_path / "report.json").read_text())
@@ -223,10 +216,8 @@ def test_kept_keys_and_values_give_nothing_away(
         report = json.loads((tmp_path / "report.json").read_text())
         assert (report["answers"][0]["cached_tokens"] > 0) == bool(run)
         words, ids = _words(report), _ids(report, smollm2)
-        patterns = [(name, bytes_) for name, bytes_ in patterns_of(words, ids) if len(bytes_) > 4]  # not by chance
-        for rank in range(
-            3
-        ):  # hidden vectors and sums are looked at elsewhere: so many bytes hold short runs by chance
+        patterns = patterns_of(words, ids)
+        for rank in range(3):  # hidden vectors and sums are looked at elsewhere
             messages = pickle.loads((tmp_path / f"messages-{rank}.pickle").read_bytes())
             assert leaks([m for m in messages if m[1] not in (HIDDEN, PARTIAL, SUM)], words, ids) == []
         controls = pickle.loads((tmp_path / "messages-0.pickle").read_bytes())
@@ -265,11 +256,15 @@ def test_slices_bring_tiles_and_nothing_else(recorded) -> None:
 def test_the_search_finds_what_it_looks_for(recorded, smollm2: Path) -> None:
     _, report = recorded
     words, ids = _words(report), _ids(report, smollm2)
-    zeros = bytes(HIDDEN_SIZE * 4 - 8)
-    assert leaks([(1, HIDDEN, np.array(ids[3:5], "<i4").tobytes() + zeros)], words, ids)
-    assert leaks([(1, HIDDEN, np.array(ids[-2:], "<f4").tobytes() + zeros)], words, ids)
+    zeros = bytes(HIDDEN_SIZE * 4 - 4 * RUN)
+    assert leaks([(1, HIDDEN, np.array(ids[3 : 3 + RUN], "<i4").tobytes() + zeros)], words, ids)
+    assert leaks([(1, HIDDEN, np.array(ids[-RUN:], "<f4").tobytes() + zeros)], words, ids)
     assert leaks([(1, NOTE, json.dumps({"x": "Zanzibar"}).encode())], words, ids)
-    assert leaks([(1, NOTE, json.dumps(ids[:4]).encode())], words, ids)
+    for encode in (json.dumps, msgspec.json.encode):
+        note = encode([7, *ids[:RUN], 7])
+        assert leaks([(1, NOTE, note if isinstance(note, bytes) else note.encode())], words, ids)
+    # Figures in which two ids of the conversation stand by chance: the end of a turn is 198, 1.
+    assert {198, 1} <= set(ids) and not leaks([(1, NOTE, json.dumps({"pages": [2198, 13, 7]}).encode())], words, ids)
     assert leaks([(1, HIDDEN, bytes(VOCAB * 4))], words, ids)
     assert leaks([(2, CONTROL, np.array([0, 2, 1, ids[0] + 40_000, 0], "<i8").tobytes())], words, ids)
     assert leaks([(2, CONTROL, np.array([0, 2, 1, 1, ids[0]], "<i8").tobytes())], words, ids)
