@@ -6,7 +6,7 @@ request into a `Wanted`, and events into its objects, whole or streamed.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
