@@ -16,7 +16,7 @@ from tpimpi.engine import startup
 from tpimpi.engine.allotment import print_memory
 from tpimpi.engine.needs import LONGEST_DRAFT
 from tpimpi.engine.ranks import RankInfo, greet
-from tpimpi.errors import InputError, as_ours
+from tpimpi.errors import InputError, LostError, as_ours
 from tpimpi.serving.batched import BatchedLLM, load_batched
 from tpimpi.serving.llm import load_tokenizer_of_slices
 from tpimpi.serving.report import Report
@@ -27,6 +27,7 @@ from tpimpi.serving.server.wire import Failed, Progress
 from tpimpi.serving.speculation import Speculation
 from tpimpi.star import Star
 from tpimpi.star.control import stop_others_on_error
+from tpimpi.system.siblings import Siblings
 from tpimpi.system.terminal import watch_progress
 
 PROGRESS_INTERVAL_S = 0.5
@@ -50,10 +51,19 @@ def serve(star: Star, job: Job) -> int:
         startup.start(star)
         star.tell_end(lambda line: connection.say_last(Failed(line, 1)))
         llm.report.load_s = job.seconds()
-        call_on_signals(loop.end)
+        siblings = Siblings({rank: one.pid for rank, one in enumerate(ranks) if rank and one.host == ranks[0].host})
+        call_on_signals(partial(_end, loop, ranks, siblings))
         loop.run()
         llm.finish()
     return 0
+
+
+def _end(loop: ServerLoop, ranks: list[RankInfo], siblings: Siblings) -> None:
+    """A signal came: from the user; or from the launcher, which ends all of a run whose rank has died. Raises LostError then,
+    where that rank was on this machine: the launcher leaves no time to notice it otherwise."""
+    for rank in siblings.ended():
+        raise LostError(f"r{rank} {ranks[rank].host} has ended: its process died or was killed; the run ends here")
+    loop.end()
 
 
 @contextlib.contextmanager
