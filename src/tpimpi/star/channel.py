@@ -35,7 +35,10 @@ LONG_POLL_S, SHORT_POLL_S = 200e-6, 20e-6
 SHORTEST_SLEEP_S = 25e-6
 LONGEST_SLEEP_S = 0.001  # between two tests, while other ranks compute
 LONGEST_IDLE_SLEEP_S = 0.015  # between two tests, while a user types or a model is sliced
-LONGEST_REST_S, REST_PART = 0.05, 240  # the same after some seconds: this part of the time waited so far, at most so long
+LONGEST_REST_S, REST_PART = (
+    0.05,
+    240,
+)  # the same after some seconds: this part of the time waited so far, at most so long
 
 
 @dataclass
