@@ -157,7 +157,7 @@ def test_completions_of_several_prompts(client: openai.OpenAI, server: RunningSe
 BAD = {
     "no JSON": (b"{", "invalid_json", None),
     "bytes that are no UTF-8": (b'{"messages":[{"role":"user","content":"\xff"}]}', "invalid_json", None),
-    "deep": (b'{"messages":' + b"[" * 100_000, "invalid_json", None),
+    "deep": (b'{"messages":[{"role":"user","content":' + b"[" * 100_000, "invalid_json", None),
     "half a character": (b'{"messages":[{"role":"user","content":"\\ud800"}]}', "invalid_json", None),
     "no messages": ({}, None, None),
     "a wrong type": ({"messages": ASKED, "max_tokens": "x"}, None, "max_tokens"),
@@ -207,7 +207,9 @@ def test_unknown_fields_are_left_out_and_other_models_are_not_here(client: opena
 
 def test_statuses_of_http(server: RunningServer, client: openai.OpenAI) -> None:
     auth = {"Authorization": f"Bearer {KEYS['bert']}"}
-    assert server.client.get("/v1/chat/completions", headers=auth).status_code == 405
+    other = server.client.get("/v1/chat/completions", headers=auth)
+    assert (other.status_code, other.headers["allow"]) == (405, "POST") and other.json()["error"]["message"]
+    assert server.client.post("/health").status_code == 405
     for path in (
         "/v1/nothing",
         "/nothing",
@@ -235,7 +237,7 @@ def test_statuses_of_http(server: RunningServer, client: openai.OpenAI) -> None:
 
 def test_keys(server: RunningServer, client: openai.OpenAI) -> None:
     body = {"prompt": "a", "max_tokens": 1}
-    for key in ("", "wrong", KEYS["anna"] + "x", KEYS["anna"][:-1], "anna"):
+    for key in ("-", "wrong", KEYS["anna"] + "x", KEYS["anna"][:-1], "anna"):
         found = ask(server, "/v1/completions", body, key)
         assert found.status_code == 401 and found.json()["error"]["code"] == "invalid_api_key"
     for path in ("/v1/models", "/metrics", "/cluster", "/v1", "/v1/"):
