@@ -39,6 +39,7 @@ def command_parser(name: str) -> argparse.ArgumentParser | None:
     """The parser of a command; None where it is no command's name."""
     from tpimpi.cli import bench, cache, doctor, inspect, plan, slice, synth
     from tpimpi.cli.serve_options import serve_parser
+    from tpimpi.cli.up import up_parser
 
     parsers = {
         "slice": slice.slice_parser,
@@ -50,5 +51,6 @@ def command_parser(name: str) -> argparse.ArgumentParser | None:
         "plan": plan.plan_parser,
         "doctor": doctor.doctor_parser,
         "serve": serve_parser,
+        "up": up_parser,
     }
     return parsers[name]() if name in parsers else None

@@ -9,10 +9,10 @@ from pathlib import Path
 from tpimpi.cli.parser import Parser
 from tpimpi.cli.process import Job
 from tpimpi.cli.run_parser import add_shares
-from tpimpi.cli.values import AUTO, path_given, share_weights
+from tpimpi.cli.values import AUTO, path_given, program_given, share_weights
 from tpimpi.diagnostics.doctor.command import doctor
 from tpimpi.diagnostics.options import DoctorOptions
-from tpimpi.errors import InputError, shorten
+from tpimpi.errors import InputError
 from tpimpi.star import Star
 from tpimpi.star.control import stop_others_on_error
 from tpimpi.system.files import check_writable
@@ -35,7 +35,7 @@ def doctor_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--ssh",
-        type=ssh_program,
+        type=program_given("--ssh"),
         default="ssh",
         metavar="PROGRAM",
         help="with --hostfile: instead of ssh, called as PROGRAM HOST COMMAND",
@@ -73,13 +73,6 @@ def parse_doctor(arguments: Sequence[str], ranks: int) -> DoctorOptions:
         shares=shares,
         json=None if parsed.json is None else Path(parsed.json),
     )
-
-
-def ssh_program(text: str) -> str:
-    """The meaning of `--ssh`: a program's name or path."""
-    if not text or text.startswith("-"):
-        raise InputError(f"--ssh is {shorten(text)!r}; give the name or the path of a program")
-    return text
 
 
 def doctor_together(star: Star, job: Job) -> int:

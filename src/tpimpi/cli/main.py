@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def is_alone(arguments: Sequence[str]) -> bool:
     """Whether this process does it without the other ranks, and without MPI."""
-    if not arguments or arguments[0] not in ("slice", "synth", "inspect", "cache", "bench"):
+    if not arguments or arguments[0] not in ("slice", "synth", "inspect", "cache", "bench", "up"):
         return False
     several = arguments[0] == "slice" or arguments[:2] == ["bench", "allreduce"]
     return launched_rank() is None or not several
@@ -96,6 +96,10 @@ def alone(name: str) -> Alone:
         from tpimpi.cli.bench import bench_alone
 
         return bench_alone
+    if name == "up":
+        from tpimpi.cli.up import up_alone
+
+        return up_alone
     if name == "cache":
         from tpimpi.cli.cache import cache_alone
 

@@ -134,7 +134,8 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """All options of `serve`. `grace` and `time_limit` in seconds; see FrontOptions for the others."""
+    """All options of `serve`. `grace` and `time_limit` in seconds; `front` is the socket of a front that is there already;
+    see FrontOptions for the others."""
 
     run: RunOptions
     host: str
@@ -148,6 +149,19 @@ class ServeOptions:
     allow_host: tuple[str, ...]
     allow_origin: tuple[str, ...]
     name: tuple[str, ...]
+    front: str | None
+
+
+@dataclass(frozen=True)
+class UpOptions:
+    """Options of `up` itself. `ssh` reaches the hosts, called as PROGRAM HOST COMMAND; `ranks` are on this machine, where
+    there is no hostfile."""
+
+    hostfile: str | None
+    ranks: int
+    ssh: str
+    run_under: str | None
+    wake: bool
 
 
 @dataclass(frozen=True)

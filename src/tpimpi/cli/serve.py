@@ -21,6 +21,7 @@ from tpimpi.serving.batched import BatchedLLM, load_batched
 from tpimpi.serving.llm import load_tokenizer_of_slices
 from tpimpi.serving.report import Report
 from tpimpi.serving.server.connection import Connection
+from tpimpi.serving.server.front_options import is_loopback
 from tpimpi.serving.server.front_process import FrontProcess
 from tpimpi.serving.server.loop import ServerLoop
 from tpimpi.serving.server.wire import Failed, Progress
@@ -39,12 +40,12 @@ def serve(star: Star, job: Job) -> int:
         ranks = greet(star, job.arguments)
         options = parse_serve(job.arguments[1:])
         star.allow_silence(options.run.network.silence)
-        front = FrontProcess(partial(front_options, options))
-        job.at_end.callback(front.close)
-        say(f"tpimpi: {front.url} · chat page, API at /v1")
-        if options.api_key_file is None and "--insecure" in job.arguments:
-            say(remarks.insecure(options.host))
-        connection = front.connection
+        if options.front is None:
+            front = FrontProcess(partial(front_options, options))
+            job.at_end.callback(front.close)
+            say_where(front, options)
+        connection = Connection(options.front or front.socket)
+        job.at_end.callback(connection.close)
         with _telling_errors(connection):
             llm, loop = load(star, job, ranks, options, connection)
     with job.others_waiting(), _telling_errors(connection):
@@ -56,6 +57,13 @@ def serve(star: Star, job: Job) -> int:
         loop.run()
         llm.finish()
     return 0
+
+
+def say_where(front: FrontProcess, options: ServeOptions) -> None:
+    """Where the server listens, and to whom."""
+    say(f"tpimpi: {front.url} · chat page, API at /v1")
+    if options.api_key_file is None and not is_loopback(options.host):
+        say(remarks.insecure(options.host))
 
 
 def _end(loop: ServerLoop, ranks: list[RankInfo], siblings: Siblings) -> None:

@@ -77,6 +77,7 @@ def serve_parser() -> argparse.ArgumentParser:
     add_model(parser)
     add_computing(parser)
     parser.add_argument("--quiet", action="store_true", help="only where it listens, and errors")
+    parser.add_argument("--front", help=argparse.SUPPRESS)  # what `up` gives it
     return parser
 
 
@@ -143,7 +144,7 @@ def parse_serve(arguments: Sequence[str]) -> ServeOptions:
         output=OutputOptions(quiet=parsed.quiet),
     )
     check_combinations(run.compute, run.network, run.model)
-    names = ("host", "port", "api_key_file", "tls_cert", "tls_key", "grace", "queue", "time_limit")
+    names = ("host", "port", "api_key_file", "tls_cert", "tls_key", "grace", "queue", "time_limit", "front")
     options = ServeOptions(
         run=run,
         allow_host=tuple(parsed.allow_host),
@@ -162,8 +163,8 @@ def parse_serve(arguments: Sequence[str]) -> ServeOptions:
     return options
 
 
-def front_options(options: ServeOptions, socket: str) -> FrontOptions:
-    """What the front is told; rank 0 connects to `socket`."""
+def front_options(options: ServeOptions, socket: str, *, outlives: bool = False) -> FrontOptions:
+    """What the front is told; rank 0 connects to `socket`, and others after it where the front outlives it."""
     return FrontOptions(
         socket=socket,
         host=options.host,
@@ -177,4 +178,5 @@ def front_options(options: ServeOptions, socket: str) -> FrontOptions:
         allow_hosts=options.allow_host,
         allow_origins=options.allow_origin,
         names=options.name,
+        outlives=outlives,
     )

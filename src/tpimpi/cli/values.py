@@ -63,6 +63,17 @@ def path_given(option: str, what: str) -> Callable[[str], str]:
     return convert
 
 
+def program_given(option: str) -> Callable[[str], str]:
+    """The name or path of a program."""
+
+    def convert(text: str) -> str:
+        if not text or text.startswith("-"):
+            raise InputError(f"{option} is {shorten(text)!r}; give the name or the path of a program")
+        return text
+
+    return convert
+
+
 def given_model(text: str) -> str:
     """The meaning of `--model`: where the model is. Empty, as an unset variable is, it is no wish for the default model."""
     return path_given("--model", "the path of a model, or leave --model out")(text)

@@ -22,7 +22,7 @@ import msgspec
 import uvicorn
 
 from tpimpi.errors import InputError, shorten_path
-from tpimpi.serving.server.front_options import FrontOptions, Listening
+from tpimpi.serving.server.front_options import FrontOptions, Listening, State
 from tpimpi.serving.server.http_protocol import MOST_HEADER_BYTES, TimedProtocol
 from tpimpi.serving.server.keys import Keys
 from tpimpi.serving.server.link import RankLink
@@ -58,9 +58,9 @@ def main() -> None:
     asyncio.run(serve(options, listener, keys))
 
 
-def say(listening: Listening) -> None:
+def say(what: Listening | State) -> None:
     with contextlib.suppress(OSError):
-        sys.stdout.buffer.write(msgspec.json.encode(listening) + b"\n")
+        sys.stdout.buffer.write(msgspec.json.encode(what) + b"\n")
         sys.stdout.buffer.flush()
 
 
@@ -103,6 +103,8 @@ def url_of(options: FrontOptions, port: int) -> str:
 async def serve(options: FrontOptions, listener: socket.socket, keys: Keys | None) -> None:
     link, metrics = RankLink(options), Metrics()
     link.on_figures = metrics.take
+    if options.outlives:
+        link.on_state = say
     config = uvicorn.Config(
         application(options, link, metrics, keys),
         http=TimedProtocol,

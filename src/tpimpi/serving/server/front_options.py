@@ -1,4 +1,4 @@
-"""What the front is told at its start, a line of JSON on its standard input; and what it says then, a line on its output."""
+"""What the front is told at its start, a line of JSON on its standard input; and what it says, lines on its output."""
 
 from __future__ import annotations
 
@@ -41,6 +41,14 @@ class Listening(msgspec.Struct, frozen=True):
 
     url: str = ""
     problem: str = ""
+
+
+class State(msgspec.Struct, frozen=True):
+    """Of a front that outlives rank 0: whether there is a rank 0 that answers; else the line with which it ended, if it said
+    one."""
+
+    ready: bool
+    line: str = ""
 
 
 def is_loopback(host: str) -> bool:

@@ -9,14 +9,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 
 from tpimpi.errors import InputError, TpimpiError
-from tpimpi.serving.server.connection import Connection
-from tpimpi.serving.server.front_options import FrontOptions, Listening
+from tpimpi.serving.server.front_options import FrontOptions, Listening, State
 
 PACKAGES = ("starlette", "uvicorn", "prometheus_client")
 END_S = 5.0  # the front tells its clients that the run ends, and has so long to end itself
@@ -32,13 +31,13 @@ def check_installed() -> None:
 
 
 class FrontProcess:
-    """The front, which listens when this is made, and rank 0's connection to it. Raises InputError where it cannot."""
+    """The front, which listens at `url` when this is made, and rank 0 at `socket`. Raises InputError where it cannot."""
 
     def __init__(self, options: Callable[[str], FrontOptions]) -> None:
         """`options` are made with the path of the socket."""
         check_installed()
         self._folder = tempfile.mkdtemp(prefix="tpimpi-")  # for this user alone
-        socket = str(Path(self._folder) / "front")
+        self.socket = str(Path(self._folder) / "front")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS_VARIABLES)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tpimpi.serving.server.front"],
@@ -48,8 +47,7 @@ class FrontProcess:
             start_new_session=True,  # the launcher's signals are for rank 0
         )
         try:
-            self.url = self._start(options(socket))
-            self.connection = Connection(socket)
+            self.url = self._start(options(self.socket))
         except BaseException:
             self.close()
             raise
@@ -68,14 +66,17 @@ class FrontProcess:
             raise InputError(listening.problem)
         return listening.url
 
+    def states(self) -> Iterator[State]:
+        """What becomes of rank 0, as the front sees it, until the front ends; where it outlives rank 0."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            yield msgspec.json.decode(line, type=State)
+
     def close(self) -> None:
         """Let it end, and see that it does."""
-        if hasattr(self, "connection"):
-            self.connection.close()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
         try:
             self._process.wait(END_S)
         except subprocess.TimeoutExpired:

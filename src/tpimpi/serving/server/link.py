@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from tpimpi.serving.server import wire
-from tpimpi.serving.server.front_options import FrontOptions
+from tpimpi.serving.server.front_options import FrontOptions, State
 from tpimpi.serving.server.problems import ApiError, bad_field, queue_full, unavailable
 
 READ_BYTES = 1 << 18
@@ -54,6 +54,7 @@ class RankLink:
         self.is_ending = False
         self.ended = asyncio.Event()  # where rank 0 is not outlived
         self.on_figures: Callable[[wire.Figures], None] = lambda figures: None
+        self.on_state: Callable[[State], None] = lambda state: None
         self._is_ready = asyncio.Event()  # or will never be
         self._writer: asyncio.StreamWriter | None = None
         self._asked: dict[int, Asked] = {}
@@ -176,6 +177,7 @@ class RankLink:
                 for question, _ in self._questions.values():
                     self._send(question)
                 self._is_ready.set()
+                self.on_state(State(ready=True))
             case wire.Ending():
                 self.is_ending = True
             case wire.Failed():
@@ -211,7 +213,8 @@ class RankLink:
         if self._options.outlives:
             self._is_ready.clear()
             self.is_ending = False
-            self.progress = wire.Progress("rank 0 has ended, and is started again", 0.0)
+            self.progress = wire.Progress("a machine or rank 0 has gone; the run is started again", 0.0)
+            self.on_state(State(ready=False, line="" if self.failed is None else self.failed.line))
             return
         error = self._over()
         self.is_ending = True
@@ -225,8 +228,10 @@ class RankLink:
         self.ended.set()
 
     def parent_gone(self) -> None:
-        """Whoever started the front has ended; rank 0 will not come, if it is not there."""
-        if self._writer is None and not self._options.outlives:
+        """Whoever started the front has ended; rank 0 will not come, if it is not there, and none after it."""
+        if self._options.outlives:
+            self.ended.set()
+        elif self._writer is None:
             self._gone()
 
     def _over(self) -> ApiError:

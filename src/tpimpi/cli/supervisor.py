@@ -1,0 +1,245 @@
+"""What `up` does after its options: mpirun on the hosts that answer, and again when it ends unasked."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tpimpi.cli.options import ServeOptions, UpOptions
+from tpimpi.cli.process import call_on_signals, say
+from tpimpi.diagnostics.doctor.host_findings import WRONG, HostChecks, check_local
+from tpimpi.diagnostics.doctor.hosts import look_at_hosts, mpirun_options
+from tpimpi.diagnostics.doctor.ssh import LocalFacts, local_facts
+from tpimpi.errors import InputError
+from tpimpi.serving.server.front_process import FrontProcess
+from tpimpi.system.hostfile import Host
+from tpimpi.system.mpirun import mpirun_command, mpirun_environment, write_hostfile
+from tpimpi.system.wake import macs_of, wake
+
+END_S = 10.0  # mpirun may take so long to end, once its rank 0 has
+LOOK_S = 0.2  # between looks at mpirun
+BLAMED_AGAIN_S = 120.0  # a host that a run ends for twice within it is left out
+LEFT_OUT_S = 600.0  # for so long
+MOST_FAILED_STARTS = 5  # one after another, none of them with fewer hosts than the one before
+WAKE_S = 90.0  # a machine may take so long to wake
+WAKE_LOOK_S = 5.0
+
+# A line with which a rank ends a run: of itself, or rank 0's of another; and Open MPI's of a process that is gone.
+_ENDING = re.compile(r"^r(?P<by>\d+) [^:]+: (?:r(?P<of>\d+) )?|process rank (?P<gone>\d+) ")
+
+
+@dataclass
+class RunUnderMpirun:
+    """One start: mpirun, the hosts of its ranks, and what is known of it. `blamed` is the rank that its last line names."""
+
+    process: subprocess.Popen[str]
+    hosts: Sequence[Host]
+    came: bool = False  # rank 0 has answered
+    gone_at: float | None = None  # time.monotonic() when rank 0 was gone
+    blamed: int | None = None
+    relay: threading.Thread = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.relay = threading.Thread(target=self._relay, daemon=True)
+        self.relay.start()
+
+    def _relay(self) -> None:
+        """Its lines, on our standard error."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with contextlib.suppress(OSError):
+                sys.stderr.write(line)
+                sys.stderr.flush()
+            if (match := _ENDING.search(line)) is not None:
+                self.blamed = int(match["of"] or match["by"] or match["gone"])
+
+    @property
+    def blamed_host(self) -> Host | None:
+        """The host that the run ended for, where one was named; never rank 0's, without which there is no run."""
+        hosts = [host for host in self.hosts for _ in range(host.ranks)]
+        if self.blamed is None or self.blamed >= len(hosts) or hosts[self.blamed] is hosts[0]:
+            return None
+        return hosts[self.blamed]
+
+    def stop(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+
+class Supervisor:
+    """Keeps a server up. The front is there; `arguments` are those of serve."""
+
+    def __init__(
+        self, options: UpOptions, serving: ServeOptions, arguments: Sequence[str], front: FrontProcess
+    ) -> None:
+        self._options, self._serving, self._front = options, serving, front
+        self._arguments = [*arguments, "--front", front.socket]
+        self._run: RunUnderMpirun | None = None
+        self._told_to_end = threading.Event()
+        self._left_out: dict[str, float] = {}  # hosts, and until when
+        self._blamed: dict[str, float] = {}  # hosts, and when last
+
+    def run(self) -> int:
+        """Until we are told to end. Returns the exit code."""
+        call_on_signals(self._end)
+        threading.Thread(target=self._follow_front, daemon=True).start()
+        failed = 0
+        while not self._told_to_end.is_set():
+            ours, found = self._look()
+            if self._told_to_end.is_set():
+                break
+            before = len(self._left_out)
+            with tempfile.TemporaryDirectory(prefix="tpimpi-") as folder:
+                run = self._start(Path(folder), ours, found)
+                code = self._until_end(run)
+            if self._told_to_end.is_set() or code == 0:
+                return 0
+            self._blame(run)
+            shrunk = len(self._left_out) > before
+            if code == InputError.exit_code and not run.came and not shrunk:
+                return code  # rank 0 has said what is wrong
+            failed = 0 if run.came or shrunk else failed + 1
+            if failed == MOST_FAILED_STARTS:
+                say(
+                    f"tpimpi: {failed} starts failed one after another, the last one as the lines above say; up ends here"
+                )
+                return code if code > 0 else 1
+            self._told_to_end.wait(min(2.0 ** max(0, failed - 1), 30.0) if failed else 0.0)
+        return 0
+
+    def _end(self) -> None:
+        """A signal: rank 0 finishes what it can, within --grace."""
+        self._told_to_end.set()
+        if self._run is not None:
+            self._run.stop(signal.SIGTERM)
+
+    def _follow_front(self) -> None:
+        for state in self._front.states():
+            if (run := self._run) is None:
+                continue
+            if state.ready:
+                run.came = True
+                hosts = ", ".join(host.name for host in run.hosts)
+                say(f"tpimpi: ready on {hosts}")
+            elif run.gone_at is None:
+                run.gone_at = time.monotonic()
+
+    # Hosts
+
+    def _look(self) -> tuple[LocalFacts, list[HostChecks]]:
+        """This machine, and the hosts that ranks can be started on, this one first. Raises InputError where it cannot."""
+        if self._options.hostfile is None:
+            ours, here = local_facts(), HostChecks(Host("localhost", "localhost", self._options.ranks), here=True)
+            check_local(here, ours)
+            found = [here]
+        else:
+            ours, found = look_at_hosts(self._options.hostfile, self._options.ssh)
+            if self._options.wake and (asleep := self._asleep(found)):
+                found = self._wake(asleep)
+        if not found[0].here:
+            raise InputError(
+                f"--hostfile {self._options.hostfile}: {found[0].host.name}, its first host, is another machine; up is to be "
+                "started on that of rank 0, which is the first: write this machine's line first"
+            )
+        if found[0].wrong:
+            raise InputError(_first_wrong(found[0]))
+        now = time.monotonic()
+        self._left_out = {name: until for name, until in self._left_out.items() if until > now}
+        usable = []
+        for one in found:
+            if one.wrong:
+                say(f"tpimpi: {one.host.name} is left out: {_first_wrong(one)}")
+            elif one.host.name not in self._left_out:
+                usable.append(one)
+        return ours, usable
+
+    def _asleep(self, found: Sequence[HostChecks]) -> list[str]:
+        """Network cards of hosts that are not to be used as they are."""
+        assert self._options.hostfile is not None
+        macs = macs_of(self._options.hostfile)
+        return [macs[one.host.name] for one in found if one.wrong and one.host.name in macs]
+
+    def _wake(self, macs: list[str]) -> list[HostChecks]:
+        """The hosts, looked at until these are awake too, or for WAKE_S."""
+        assert self._options.hostfile is not None
+        say(f"tpimpi: waking {len(macs)} of the machines, up to {WAKE_S:.0f} s")
+        end = time.monotonic() + WAKE_S
+        while True:
+            wake(macs)
+            self._told_to_end.wait(WAKE_LOOK_S)
+            _, found = look_at_hosts(self._options.hostfile, self._options.ssh)
+            if not self._asleep(found) or time.monotonic() > end or self._told_to_end.is_set():
+                return found
+
+    def _blame(self, run: RunUnderMpirun) -> None:
+        """Leave out the host that a run ended for, if it ended before it began, or not for the first time."""
+        if (host := run.blamed_host) is None:
+            return
+        now = time.monotonic()
+        again = now - self._blamed.get(host.name, -BLAMED_AGAIN_S) < BLAMED_AGAIN_S
+        self._blamed[host.name] = now
+        if again or not run.came:
+            self._left_out[host.name] = now + LEFT_OUT_S
+            say(f"tpimpi: {host.name} is left out for {LEFT_OUT_S / 60:.0f} minutes, for what the lines above say")
+
+    # Runs
+
+    def _start(self, folder: Path, ours: LocalFacts, found: Sequence[HostChecks]) -> RunUnderMpirun:
+        hosts = [one.host for one in found]
+        hostfile = folder / "hosts"
+        write_hostfile(hostfile, ours.mpirun_kind, hosts)
+        ranks = sum(host.ranks for host in hosts)
+        options = shlex.split(mpirun_options(ours, found))
+        command = mpirun_command(ours.mpirun, ours.mpirun_kind, hostfile, ranks, self._options.ssh, options)
+        if self._options.run_under is not None:
+            command.append(self._options.run_under)
+        command += [sys.executable, "-m", "tpimpi", "serve", *self._arguments]
+        self._run = RunUnderMpirun(
+            subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=sys.stderr,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                env={**os.environ, **mpirun_environment(ours.mpirun_kind)},
+                start_new_session=True,  # a Ctrl-C is for us
+            ),
+            hosts,
+        )
+        return self._run
+
+    def _until_end(self, run: RunUnderMpirun) -> int:
+        """The exit code of mpirun, which is ended where it stays though its rank 0 has gone, or we were told to end."""
+        deadline = None
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = run.process.wait(LOOK_S)
+                run.relay.join(END_S)
+                run.stop(signal.SIGKILL)  # what it left behind on this machine
+                return code
+            now = time.monotonic()
+            if deadline is None and self._told_to_end.is_set():
+                deadline = now + self._serving.grace + END_S
+                run.stop(signal.SIGTERM)
+            elif deadline is None and run.gone_at is not None:
+                deadline = run.gone_at + END_S
+            if deadline is not None and now > deadline:
+                run.stop(signal.SIGKILL)
+                deadline = now + END_S
+
+
+def _first_wrong(one: HostChecks) -> str:
+    wrong = next(check for check in one.checks if check.state == WRONG)
+    return f"{wrong.what}: {' '.join(wrong.text.split())}"
