@@ -119,9 +119,10 @@ class Supervisor:
         return 0
 
     def _end(self) -> None:
-        """A signal: rank 0 finishes what it can, within --grace."""
+        """A signal: rank 0 finishes what it can, within --grace; a launcher that gets one would leave it no time."""
         self._told_to_end.set()
-        if self._run is not None:
+        self._front.end_run()
+        if self._run is not None and not self._run.came:
             self._run.stop(signal.SIGTERM)
 
     def _follow_front(self) -> None:
@@ -149,8 +150,8 @@ class Supervisor:
                 found = self._wake(asleep)
         if not found[0].here:
             raise InputError(
-                f"--hostfile {self._options.hostfile}: {found[0].host.name}, its first host, is another machine; up is to be "
-                "started on that of rank 0, which is the first: write this machine's line first"
+                f"--hostfile {self._options.hostfile}: {found[0].host.name}, its first host, is another machine; up is "
+                "to be started on that of rank 0, which is the first: write this machine's line first"
             )
         if found[0].wrong:
             raise InputError(_first_wrong(found[0]))
@@ -231,8 +232,7 @@ class Supervisor:
                 return code
             now = time.monotonic()
             if deadline is None and self._told_to_end.is_set():
-                deadline = now + self._serving.grace + END_S
-                run.stop(signal.SIGTERM)
+                deadline = now + (self._serving.grace if run.came else 0.0) + END_S
             elif deadline is None and run.gone_at is not None:
                 deadline = run.gone_at + END_S
             if deadline is not None and now > deadline:

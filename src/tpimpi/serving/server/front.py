@@ -127,7 +127,7 @@ async def serve(options: FrontOptions, listener: socket.socket, keys: Keys | Non
         server.should_exit = True
 
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, end)
+    loop.add_signal_handler(signal.SIGTERM, link.end if options.outlives else end)
     threading.Thread(target=_watch_stdin, args=(loop, link), daemon=True).start()
     ranks = await link.listen()
     say(Listening(url=url_of(options, listener.getsockname()[1])))

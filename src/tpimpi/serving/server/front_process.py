@@ -72,6 +72,10 @@ class FrontProcess:
         for line in self._process.stdout:
             yield msgspec.json.decode(line, type=State)
 
+    def end_run(self) -> None:
+        """Where the front outlives rank 0: have rank 0 end the run, and the front after it."""
+        self._process.terminate()
+
     def close(self) -> None:
         """Let it end, and see that it does."""
         assert self._process.stdin is not None

@@ -52,7 +52,8 @@ class RankLink:
         self.disk_rates: dict[int, float] = {}  # by rank, bytes a second
         self.failed: wire.Failed | None = None  # why it ended
         self.is_ending = False
-        self.ended = asyncio.Event()  # where rank 0 is not outlived
+        self.ended = asyncio.Event()  # rank 0 has, and none is to come
+        self._told_to_end = False
         self.on_figures: Callable[[wire.Figures], None] = lambda figures: None
         self.on_state: Callable[[State], None] = lambda state: None
         self._is_ready = asyncio.Event()  # or will never be
@@ -210,7 +211,7 @@ class RankLink:
         """Rank 0 has ended. What is open waits for another, or is told so."""
         self._writer, self.figures = None, None
         self.ready = None
-        if self._options.outlives:
+        if self._options.outlives and not self._told_to_end:
             self._is_ready.clear()
             self.is_ending = False
             self.progress = wire.Progress("a machine or rank 0 has gone; the run is started again", 0.0)
@@ -226,6 +227,13 @@ class RankLink:
                 answer.set_exception(error)
         self._is_ready.set()
         self.ended.set()
+
+    def end(self) -> None:
+        """Have rank 0 end the run: it finishes what is under way within its grace, and at once if this is said again."""
+        self._told_to_end = True
+        self._send(wire.End())
+        if self._writer is None:
+            self._gone()
 
     def parent_gone(self) -> None:
         """Whoever started the front has ended; rank 0 will not come, if it is not there, and none after it."""

@@ -72,7 +72,7 @@ class ServerLoop:
         self._before: list[LiveFigures] | None = None
         self._told_idle = True  # the front knows that nothing is under way
         self._ends_by: float | None = None  # time.monotonic(), once the run is to end
-        self._ending = self._asked_to_end = False
+        self._ending = False
 
     def end(self) -> None:
         """Take no more, finish what is under way within the grace, at once where this is said again; from a signal's handler
@@ -100,8 +100,6 @@ class ServerLoop:
             self._connection.flush()
 
     def _is_over(self) -> bool:
-        if self._asked_to_end:
-            return True
         return self._ends_by is not None and (not self._open or time.monotonic() >= self._ends_by)
 
     def _finish(self) -> None:
@@ -148,7 +146,7 @@ class ServerLoop:
                     ids = ids_of(self._tokenizer, wire.Ids(question.ids))
                     self._connection.say(wire.Spelled(question.id, self._spell(ids)))
                 case wire.End():
-                    self._asked_to_end = True
+                    self.end()
         except InputError as error:
             assert not isinstance(question, wire.End)
             refused = error if isinstance(error, RefusedError) else RefusedError(str(error))

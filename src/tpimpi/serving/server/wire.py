@@ -102,7 +102,7 @@ class Spell(_Said, frozen=True):
 
 
 class End(_Said, frozen=True):
-    """The run is to end: no more is asked, and what is open is given up."""
+    """The run is to end. What is open is finished within rank 0's grace, or given up if this is said again."""
 
 
 # What rank 0 answers
