@@ -14,6 +14,7 @@ from pathlib import Path
 from bench.home.home import Home
 from bench.home.sweep import HomeError
 
+_BESIDE = re.compile(r"-m tpimpi(\.serving\.server\.front| up\b)")  # processes that are no ranks
 START_TIMEOUT_S = 90.0  # until a run is where it is to be broken
 
 
@@ -73,7 +74,7 @@ def rank_process(home: Home, rank: int) -> int:
     mine = [
         pid
         for pid, command in tpimpi_processes(home, rank).items()
-        if Path(command.split()[0]).name.startswith("python")
+        if Path(command.split()[0]).name.startswith("python") and not _BESIDE.search(command)
     ]
     if not mine:
         raise HomeError(f"rank {rank} has no process any more")

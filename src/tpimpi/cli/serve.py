@@ -11,7 +11,7 @@ from tpimpi.cli import remarks
 from tpimpi.cli.options import DEFAULT_PARALLEL, ServeOptions
 from tpimpi.cli.process import Job, call_on_signals, say
 from tpimpi.cli.run import given_template, open_engine
-from tpimpi.cli.serve_options import MOST_CONTEXT, front_options, parse_serve
+from tpimpi.cli.serve_options import MOST_CONTEXT, front_options, listening, parse_serve
 from tpimpi.engine import startup
 from tpimpi.engine.allotment import print_memory
 from tpimpi.engine.needs import LONGEST_DRAFT
@@ -21,7 +21,6 @@ from tpimpi.serving.batched import BatchedLLM, load_batched
 from tpimpi.serving.llm import load_tokenizer_of_slices
 from tpimpi.serving.report import Report
 from tpimpi.serving.server.connection import Connection
-from tpimpi.serving.server.front_options import is_loopback
 from tpimpi.serving.server.front_process import FrontProcess
 from tpimpi.serving.server.loop import ServerLoop
 from tpimpi.serving.server.wire import Failed, Progress
@@ -43,7 +42,8 @@ def serve(star: Star, job: Job) -> int:
         if options.front is None:
             front = FrontProcess(partial(front_options, options))
             job.at_end.callback(front.close)
-            say_where(front, options)
+            for line in listening(front.url, options):
+                say(line)
         connection = Connection(options.front or front.socket)
         job.at_end.callback(connection.close)
         with _telling_errors(connection):
@@ -57,13 +57,6 @@ def serve(star: Star, job: Job) -> int:
         loop.run()
         llm.finish()
     return 0
-
-
-def say_where(front: FrontProcess, options: ServeOptions) -> None:
-    """Where the server listens, and to whom."""
-    say(f"tpimpi: {front.url} · chat page, API at /v1")
-    if options.api_key_file is None and not is_loopback(options.host):
-        say(remarks.insecure(options.host))
 
 
 def _end(loop: ServerLoop, ranks: list[RankInfo], siblings: Siblings) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tpimpi.cli.options import (
     DEFAULT_PARALLEL,
@@ -180,3 +180,11 @@ def front_options(options: ServeOptions, socket: str, *, outlives: bool = False)
         names=options.name,
         outlives=outlives,
     )
+
+
+def listening(url: str, options: ServeOptions) -> Iterator[str]:
+    """Lines that say where the server listens, and to whom."""
+    yield f"tpimpi: {url} · chat page, API at /v1"
+    host = options.host
+    if options.api_key_file is None and not is_loopback(host):
+        yield f"anybody who reaches {host} may ask: --insecure is given, and no --api-key-file"

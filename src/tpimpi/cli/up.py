@@ -12,8 +12,8 @@ from functools import partial
 
 from tpimpi.cli.options import UpOptions
 from tpimpi.cli.parser import Parser
-from tpimpi.cli.process import Job
-from tpimpi.cli.serve_options import front_options, parse_serve
+from tpimpi.cli.process import Job, say
+from tpimpi.cli.serve_options import front_options, listening, parse_serve
 from tpimpi.cli.supervisor import Supervisor
 from tpimpi.cli.values import path_given, program_given, whole_number
 from tpimpi.errors import InputError
@@ -79,4 +79,6 @@ def up_alone(job: Job) -> int:
         raise InputError("--front is what up gives serve; leave it out")
     front = FrontProcess(partial(front_options, serving, outlives=True))
     job.at_end.callback(front.close)
+    for line in listening(front.url, serving):
+        say(line)
     return Supervisor(options, serving, others, front).run()
