@@ -1,0 +1,147 @@
+// The machines that answer, live: one line in the head of the page, and a strip with a card for each rank.
+import { cluster, health } from "./api.js";
+import { progressLine } from "./answering.js";
+import { make } from "./dom.js";
+
+const QUICK_MS = 1000;
+const SLOW_MS = 10_000;
+
+const GIB = 2 ** 30;
+const bytes = (value) => {
+  if (value >= GIB) return `${(value / GIB).toFixed(value < 10 * GIB ? 1 : 0)} GiB`;
+  if (value >= 2 ** 20) return `${Math.round(value / 2 ** 20)} MiB`;
+  return `${Math.round(value / 1024)} KiB`;
+};
+const percent = (share) => `${Math.round(100 * share)} %`;
+const count = (value) => value.toLocaleString("en");
+
+/** A model's name without the folders before it. */
+export const shortName = (model) => (model ?? "").split("/").filter(Boolean).at(-1) ?? "";
+
+/** A labelled bar; made once, then set. */
+class Bar {
+  constructor(label, title) {
+    this._value = make("span", { className: "bar-value" });
+    this._fill = make("span", { className: "bar-fill" });
+    this.element = make(
+      "div",
+      { className: "bar", title },
+      make("span", { className: "bar-label" }, label),
+      make("span", { className: "bar-track", "aria-hidden": "true" }, this._fill),
+      this._value,
+    );
+  }
+
+  set(share, text) {
+    this._fill.style.setProperty("--share", Math.min(Math.max(share ?? 0, 0), 1));
+    this._value.textContent = text;
+  }
+}
+
+class RankCard {
+  constructor(rank) {
+    this._host = make("strong", {});
+    this._bars = {
+      memory: new Bar("Memory", "What the rank holds, of what it may"),
+      disk: new Bar("Disk", "Reading layers that do not fit into memory"),
+      star: new Bar("Star", "Waiting for the sums over the network"),
+      compute: new Bar("Compute", "Multiplying"),
+    };
+    const bars = Object.values(this._bars).map((bar) => bar.element);
+    const head = make("div", { className: "card-head" }, this._host, make("span", {}, `rank ${rank}`));
+    this.element = make("div", { className: "card", role: "listitem" }, head, ...bars);
+  }
+
+  update(rank) {
+    this._host.textContent = rank.host;
+    this._host.title = rank.host;
+    const { memory_bytes: memory, promised_bytes: promised } = rank;
+    this._bars.memory.set(promised ? memory / promised : 0, promised ? `${bytes(memory)} of ${bytes(promised)}` : bytes(memory));
+    const disk = rank.disk_bytes_per_s;
+    this._bars.disk.set(rank.disk_share, disk ? `${bytes(disk)}/s` : "idle");
+    this._bars.star.set(rank.star_share, percent(rank.star_share ?? 0));
+    this._bars.compute.set(rank.compute_share, percent(rank.compute_share ?? 0));
+  }
+}
+
+export class Cluster {
+  /** `onState` is called with {reached, ready, line, model} when one of them changes, `onKey` where a key is wanted. */
+  constructor({ pill, line, strip }, { onState, onKey }) {
+    Object.assign(this, { _pill: pill, _line: line, _strip: strip, _onState: onState, _onKey: onKey });
+    this.state = { reached: null, ready: false, line: "", model: "" };
+    this.figures = null;
+    this.busy = false; // something is answered in this page
+    this._cards = new Map();
+    this._summary = make("p", { className: "cluster-summary" });
+    this._list = make("div", { className: "cards", role: "list" });
+    strip.append(this._summary, this._list);
+    document.addEventListener("visibilitychange", () => document.hidden || this.now());
+  }
+
+  /** Asks now, and from then on by itself. */
+  async now() {
+    clearTimeout(this._timer);
+    const asking = (this._asking = {});
+    await this._ask();
+    if (asking !== this._asking || document.hidden) return;
+    const quick = this.busy || !this.state.ready || (this.figures?.running ?? 0) > 0;
+    this._timer = setTimeout(() => this.now(), quick ? QUICK_MS : SLOW_MS);
+  }
+
+  async _ask() {
+    let [figures, line, reached, ready] = [null, "", true, false];
+    try {
+      figures = await cluster();
+      ready = (figures.ranks?.length ?? 0) > 0 && figures.state !== "loading";
+      if (!ready) line = progressLine(await health());
+    } catch (problem) {
+      if (problem.kind === "key") {
+        line = "a key is wanted";
+        this._onKey(problem.message);
+      } else if (problem.kind === "loading") line = progressLine(await health().catch(() => ({})));
+      else [reached, line] = [problem.kind !== "gone", problem.title ?? problem.message];
+    }
+    this.figures = figures;
+    this._draw(line, reached, ready);
+    const state = { reached, ready, line, model: shortName(figures?.model) || this.state.model };
+    const changed = Object.keys(state).some((name) => state[name] !== this.state[name]);
+    this.state = state;
+    if (changed) this._onState(state);
+  }
+
+  _draw(line, reached, ready) {
+    const figures = this.figures;
+    this._pill.dataset.state = !reached ? "gone" : !ready ? "loading" : figures.running ? "busy" : "ready";
+    if (!ready) {
+      this._line.textContent = line || "loading";
+      return;
+    }
+    const { ranks, running, waiting, tokens_per_s: rate } = figures;
+    const machines = new Set(ranks.map((rank) => rank.host)).size;
+    const where = machines > 1 ? `${machines} machines` : ranks.length > 1 ? `${ranks.length} ranks` : ranks[0].host;
+    this._line.textContent = running && rate ? `${where} · ${rate.toFixed(rate < 10 ? 1 : 0)} tokens/s` : where;
+    const parts = [shortName(figures.model), `context ${count(figures.context)}`];
+    parts.push(`${running} of ${figures.together} answering`);
+    if (waiting) parts.push(`${waiting} waiting`);
+    if (figures.pages) parts.push(`${count(figures.pages_used)} of ${count(figures.pages)} pages of KV cache`);
+    this._summary.textContent = parts.join(" · ");
+    this._drawCards(ranks);
+  }
+
+  _drawCards(ranks) {
+    const there = new Set(ranks.map((rank) => rank.rank));
+    for (const [rank, card] of this._cards) {
+      if (there.has(rank)) continue;
+      card.element.remove();
+      this._cards.delete(rank);
+    }
+    for (const rank of ranks) {
+      if (!this._cards.has(rank.rank)) {
+        const card = new RankCard(rank.rank);
+        this._cards.set(rank.rank, card);
+        this._list.append(card.element);
+      }
+      this._cards.get(rank.rank).update(rank);
+    }
+  }
+}

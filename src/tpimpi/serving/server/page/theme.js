@@ -1,0 +1,5 @@
+// Before the page is drawn, so that it never flashes in the other colours.
+(() => {
+  const kept = localStorage.getItem("tpimpi.theme");
+  if (kept === "light" || kept === "dark") document.documentElement.dataset.theme = kept;
+})();
