@@ -3,6 +3,7 @@ import { answer, health, Problem } from "./api.js";
 
 const MOST_BUSY = 8; // times that a busy server is asked again by itself
 const KEEP_EVERY_MS = 1000;
+const BUSY_NOTE = "The server is busy";
 
 const pause = (milliseconds, signal) =>
   new Promise((resolve, reject) => {
@@ -93,7 +94,7 @@ async function mayAskAgain(error, busy, message, changed, signal, wantKey) {
     if (error.kind === "key") return await wantKey(error.message);
     if (error.kind === "busy" && busy < MOST_BUSY) {
       for (let left = Math.min(Math.ceil(error.wait_s ?? 2 ** busy), 60); left > 0; left--) {
-        message.note = `The server is busy; asking again in ${left} s`;
+        message.note = `${BUSY_NOTE}; asking again in ${left} s`;
         changed();
         await pause(1000, signal);
       }
@@ -109,18 +110,17 @@ async function mayAskAgain(error, busy, message, changed, signal, wantKey) {
   return false;
 }
 
-/** As long as nothing has come, says what /health says. */
+/** As long as nothing has come, says what /health says, or how long the model has been reading. */
 async function watchStart(message, changed, signal) {
+  const began = performance.now();
   try {
     for (;;) {
       await pause(1000, signal);
       if (message.state !== "waiting") return;
-      const line = progressLine(await health(signal).catch(() => ({ status: "ok" })));
-      if (message.state !== "waiting" || message.note.startsWith("The server is busy")) continue;
-      if (line !== message.note) {
-        message.note = line;
-        changed();
-      }
+      const line = progressLine(await health(signal).catch(() => ({ status: "ready" })));
+      if (message.state !== "waiting" || message.note.startsWith(BUSY_NOTE)) continue;
+      message.note = line || `Reading the conversation · ${Math.round((performance.now() - began) / 1000)} s`;
+      changed();
     }
   } catch {
     // The answer has ended.

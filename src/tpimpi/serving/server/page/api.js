@@ -101,7 +101,10 @@ export async function* answer(body, signal) {
   let finished = false;
   try {
     for await (const data of eventsOf(response)) {
-      if (data === "[DONE]") return;
+      if (data === "[DONE]") {
+        finished = true;
+        continue; // to the end of the stream, else the browser calls it a failed one
+      }
       const chunk = JSON.parse(data);
       if (chunk.error) throw new Problem("The answer broke off", chunk.error.message ?? String(chunk.error));
       finished ||= Boolean(chunk.choices?.[0]?.finish_reason);

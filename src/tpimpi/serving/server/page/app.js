@@ -66,7 +66,7 @@ function drawThread() {
   const on = hosts.length > 3 ? `${hosts.length} machines` : hosts.join(", ");
   const empty = emptyState({
     model,
-    line: ready ? ` on ${on}. What you write stays here.` : reached === null ? "" : line,
+    line: ready ? ` on ${on}` : reached === null ? "" : line,
     suggestions: SUGGESTIONS,
     onSuggestion: (text) => ask(text),
   });
@@ -202,6 +202,7 @@ async function remove(conversation) {
   await store.remove(conversation.id);
   if (conversation === current) show(newConversation(settings.defaults));
   else draw();
+  if (document.activeElement === document.body) (byId("list").querySelector(".open") ?? byId("new")).focus();
   toast("Conversation deleted", "Undo", () => {
     store.put(conversation);
     show(conversation);

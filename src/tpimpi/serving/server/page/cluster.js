@@ -1,10 +1,11 @@
-// The machines that answer, live: one line in the head of the page, and a strip with a card for each rank.
+// The machines that answer, live: one line in the head of the page, and a strip with a row for each rank.
 import { cluster, health } from "./api.js";
 import { progressLine } from "./answering.js";
 import { make } from "./dom.js";
 
 const QUICK_MS = 1000;
 const SLOW_MS = 10_000;
+const KEY_LINE = "a key is wanted";
 
 const GIB = 2 ** 30;
 const bytes = (value) => {
@@ -12,6 +13,12 @@ const bytes = (value) => {
   if (value >= 2 ** 20) return `${Math.round(value / 2 ** 20)} MiB`;
   return `${Math.round(value / 1024)} KiB`;
 };
+/** "5.1 of 8.0 GiB": the unit once, where both have the same. */
+function shareOfBytes(part, whole) {
+  const [one, all] = [bytes(part), bytes(whole)];
+  const unit = all.slice(-4);
+  return `${one.endsWith(unit) ? one.slice(0, -4) : one} of ${all}`;
+}
 const percent = (share) => `${Math.round(100 * share)} %`;
 const count = (value) => value.toLocaleString("en");
 
@@ -20,12 +27,12 @@ export const shortName = (model) => (model ?? "").split("/").filter(Boolean).at(
 
 /** A labelled bar; made once, then set. */
 class Bar {
-  constructor(label, title) {
+  constructor(name, label, title) {
     this._value = make("span", { className: "bar-value" });
     this._fill = make("span", { className: "bar-fill" });
     this.element = make(
       "div",
-      { className: "bar", title },
+      { className: `bar ${name}`, title },
       make("span", { className: "bar-label" }, label),
       make("span", { className: "bar-track", "aria-hidden": "true" }, this._fill),
       this._value,
@@ -38,25 +45,25 @@ class Bar {
   }
 }
 
-class RankCard {
+class RankRow {
   constructor(rank) {
     this._host = make("strong", {});
     this._bars = {
-      memory: new Bar("Memory", "What the rank holds, of what it may"),
-      disk: new Bar("Disk", "Reading layers that do not fit into memory"),
-      star: new Bar("Star", "Waiting for the sums over the network"),
-      compute: new Bar("Compute", "Multiplying"),
+      memory: new Bar("memory", "Memory", "What the rank holds, of what it may"),
+      disk: new Bar("disk", "Disk", "Reading layers that do not fit into memory"),
+      star: new Bar("star", "Star", "Waiting for the sums over the network"),
+      compute: new Bar("compute", "Compute", "Multiplying"),
     };
     const bars = Object.values(this._bars).map((bar) => bar.element);
-    const head = make("div", { className: "card-head" }, this._host, make("span", {}, `rank ${rank}`));
-    this.element = make("div", { className: "card", role: "listitem" }, head, ...bars);
+    const name = make("div", { className: "rank-name" }, this._host, make("span", {}, `rank ${rank}`));
+    this.element = make("div", { className: "rank", role: "listitem" }, name, ...bars);
   }
 
   update(rank) {
     this._host.textContent = rank.host;
     this._host.title = rank.host;
     const { memory_bytes: memory, promised_bytes: promised } = rank;
-    this._bars.memory.set(promised ? memory / promised : 0, promised ? `${bytes(memory)} of ${bytes(promised)}` : bytes(memory));
+    this._bars.memory.set(promised ? memory / promised : 0, promised ? shareOfBytes(memory, promised) : bytes(memory));
     const disk = rank.disk_bytes_per_s;
     this._bars.disk.set(rank.disk_share, disk ? `${bytes(disk)}/s` : "idle");
     this._bars.star.set(rank.star_share, percent(rank.star_share ?? 0));
@@ -71,9 +78,9 @@ export class Cluster {
     this.state = { reached: null, ready: false, line: "", model: "" };
     this.figures = null;
     this.busy = false; // something is answered in this page
-    this._cards = new Map();
+    this._rows = new Map();
     this._summary = make("p", { className: "cluster-summary" });
-    this._list = make("div", { className: "cards", role: "list" });
+    this._list = make("div", { className: "ranks", role: "list" });
     strip.append(this._summary, this._list);
     document.addEventListener("visibilitychange", () => document.hidden || this.now());
   }
@@ -84,7 +91,7 @@ export class Cluster {
     const asking = (this._asking = {});
     await this._ask();
     if (asking !== this._asking || document.hidden) return;
-    const quick = this.busy || !this.state.ready || (this.figures?.running ?? 0) > 0;
+    const quick = this.busy || this._loading || (this.figures?.running ?? 0) > 0;
     this._timer = setTimeout(() => this.now(), quick ? QUICK_MS : SLOW_MS);
   }
 
@@ -96,12 +103,13 @@ export class Cluster {
       if (!ready) line = progressLine(await health());
     } catch (problem) {
       if (problem.kind === "key") {
-        line = "a key is wanted";
+        line = KEY_LINE;
         this._onKey(problem.message);
       } else if (problem.kind === "loading") line = progressLine(await health().catch(() => ({})));
       else [reached, line] = [problem.kind !== "gone", problem.title ?? problem.message];
     }
     this.figures = figures;
+    this._loading = !ready && line !== KEY_LINE;
     this._draw(line, reached, ready);
     const state = { reached, ready, line, model: shortName(figures?.model) || this.state.model };
     const changed = Object.keys(state).some((name) => state[name] !== this.state[name]);
@@ -112,6 +120,7 @@ export class Cluster {
   _draw(line, reached, ready) {
     const figures = this.figures;
     this._pill.dataset.state = !reached ? "gone" : !ready ? "loading" : figures.running ? "busy" : "ready";
+    this._strip.classList.toggle("stale", !ready);
     if (!ready) {
       this._line.textContent = line || "loading";
       return;
@@ -125,23 +134,23 @@ export class Cluster {
     if (waiting) parts.push(`${waiting} waiting`);
     if (figures.pages) parts.push(`${count(figures.pages_used)} of ${count(figures.pages)} pages of KV cache`);
     this._summary.textContent = parts.join(" · ");
-    this._drawCards(ranks);
+    this._drawRows(ranks);
   }
 
-  _drawCards(ranks) {
+  _drawRows(ranks) {
     const there = new Set(ranks.map((rank) => rank.rank));
-    for (const [rank, card] of this._cards) {
+    for (const [rank, row] of this._rows) {
       if (there.has(rank)) continue;
-      card.element.remove();
-      this._cards.delete(rank);
+      row.element.remove();
+      this._rows.delete(rank);
     }
     for (const rank of ranks) {
-      if (!this._cards.has(rank.rank)) {
-        const card = new RankCard(rank.rank);
-        this._cards.set(rank.rank, card);
-        this._list.append(card.element);
+      if (!this._rows.has(rank.rank)) {
+        const row = new RankRow(rank.rank);
+        this._rows.set(rank.rank, row);
+        this._list.append(row.element);
       }
-      this._cards.get(rank.rank).update(rank);
+      this._rows.get(rank.rank).update(rank);
     }
   }
 }

@@ -9,7 +9,7 @@ function addSampling(dialog) {
       "label",
       { className: "field" },
       label,
-      make("input", { name, type: "text", inputMode: "decimal", autocomplete: "off", placeholder: "server's own" }),
+      make("input", { name, type: "text", inputMode: "decimal", autocomplete: "off", placeholder: "default" }),
     ),
   );
   dialog.querySelector("[data-sampling]").append(...fields);
@@ -31,7 +31,7 @@ function readSampling(form) {
     if (wrong) {
       input.focus();
       const range = most >= 1e9 ? `from ${least} on` : `from ${least} to ${most}`;
-      throw new Error(`${label} is ${step === 1 ? "a whole number" : "a number"} ${range}, or empty: the server's own.`);
+      throw new Error(`${label} is ${step === 1 ? "a whole number" : "a number"} ${range}, or empty: the server's default.`);
     }
     found[name] = value;
   }

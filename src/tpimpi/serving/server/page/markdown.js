@@ -100,6 +100,15 @@ function colour(element, source, language) {
   element.replaceChildren(DOMPurify.sanitize(html, { ...ALLOWED, ALLOWED_TAGS: ["span"], ALLOWED_ATTR: ["class"] }));
 }
 
+/** A source that is still growing, so that what is begun at its end looks as it will: bold and code that are not closed yet. */
+function closed(source) {
+  if (source.split("\n").filter((line) => /^\s*(?:```|~~~)/.test(line)).length % 2) return source;
+  const whole = source.replace(/(?:\*{1,2}|`)$/, "");
+  const tail = whole.slice(whole.lastIndexOf("\n") + 1);
+  if ((tail.match(/`/g) ?? []).length % 2) return `${whole}\``;
+  return (tail.match(/\*\*/g) ?? []).length % 2 && !/\*\*\s*$/.test(tail) ? `${whole}**` : whole;
+}
+
 /** Markdown in an element, which may grow: only the blocks that have changed are made again. */
 export class Rendered {
   constructor(element) {
@@ -107,9 +116,9 @@ export class Rendered {
     this._blocks = []; // {key, nodes}
   }
 
-  /** Shows `source`. */
-  show(source) {
-    const blocks = blocksOf(source);
+  /** Shows `source`, of which more may come where it is `growing`. */
+  show(source, growing = false) {
+    const blocks = blocksOf(growing ? closed(source) : source);
     let same = 0;
     while (same < blocks.length && blocks[same].key === this._blocks[same]?.key) same++;
     const gone = this._blocks.splice(same);

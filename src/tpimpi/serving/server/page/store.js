@@ -7,7 +7,7 @@ const FILE_FORMAT = "tpimpi-conversations";
 export const SAMPLING_FIELDS = [
   { name: "temperature", label: "Temperature", least: 0, most: 2, step: 0.05 },
   { name: "top_p", label: "Top p", least: 0, most: 1, step: 0.01 },
-  { name: "max_tokens", label: "Most tokens", least: 1, most: 1e9, step: 1 },
+  { name: "max_tokens", label: "Max tokens", least: 1, most: 1e9, step: 1 },
   { name: "seed", label: "Seed", least: 0, most: 2 ** 53 - 1, step: 1 },
 ];
 

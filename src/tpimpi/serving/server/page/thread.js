@@ -126,14 +126,14 @@ class Answer {
   }
 
   _showReasoning() {
-    if (this._reasoning.open) this._thoughts.show(this.message.reasoning);
+    if (this._reasoning.open) this._thoughts.show(this.message.reasoning, this.open);
   }
 
   update() {
     const { content, reasoning, state, note, problem } = this.message;
     this.element.dataset.state = state;
     this.element.setAttribute("aria-busy", String(this.open));
-    this._rendered.show(content);
+    this._rendered.show(content, this.open);
     this._reasoning.hidden = !reasoning;
     this._summary.textContent = this.open && !content ? "Reasoning…" : "Reasoning";
     this._reasoning.classList.toggle("now", this.open && !content);
