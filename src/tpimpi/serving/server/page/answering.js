@@ -45,13 +45,12 @@ export function requestOf(conversation, until, model) {
   return { model, messages, ...Object.fromEntries(set) };
 }
 
-/** What /health says, in a line. */
-export function progressLine({ status, progress, done, detail, message, text }) {
-  const share = [progress?.done, progress, done].find((value) => Number.isFinite(value));
-  const said = [progress?.text, detail, message, text].find((value) => typeof value === "string" && value);
-  if (status === "ready" || status === "ok") return "";
-  const percent = share === undefined ? "" : ` ${Math.floor(share * 100)} %`;
-  return `The model is loading${said ? `: ${said}` : ""}${percent}`;
+/** What /health says, in a line; none where the server is ready. */
+export function progressLine({ status, text, progress }) {
+  if (status === "ready") return "";
+  if (status === "ending") return "The server is ending";
+  const percent = Number.isFinite(progress) ? ` ${Math.floor(progress * 100)} %` : "";
+  return `The model is loading${text ? `: ${text}` : ""}${percent}`;
 }
 
 /**

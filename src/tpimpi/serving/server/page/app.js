@@ -61,12 +61,10 @@ function draw() {
 }
 
 function drawThread() {
-  const { reached, ready, line, model } = cluster.state;
-  const hosts = [...new Set((cluster.figures?.ranks ?? []).map((rank) => rank.host))];
-  const on = hosts.length > 3 ? `${hosts.length} machines` : hosts.join(", ");
+  const { reached, ready, line, model, hosts } = cluster.state;
   const empty = emptyState({
     model,
-    line: ready ? ` on ${on}` : reached === null ? "" : line,
+    line: ready ? (hosts ? ` on ${hosts}` : "") : reached === null ? "" : line,
     suggestions: SUGGESTIONS,
     onSuggestion: (text) => ask(text),
   });

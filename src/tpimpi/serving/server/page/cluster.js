@@ -72,10 +72,10 @@ class RankRow {
 }
 
 export class Cluster {
-  /** `onState` is called with {reached, ready, line, model} when one of them changes, `onKey` where a key is wanted. */
+  /** `onState` is called with {reached, ready, line, model, hosts} when one of them changes, `onKey` where a key is wanted. */
   constructor({ pill, line, strip }, { onState, onKey }) {
     Object.assign(this, { _pill: pill, _line: line, _strip: strip, _onState: onState, _onKey: onKey });
-    this.state = { reached: null, ready: false, line: "", model: "" };
+    this.state = { reached: null, ready: false, line: "", model: "", hosts: "" };
     this.figures = null;
     this.busy = false; // something is answered in this page
     this._rows = new Map();
@@ -99,7 +99,7 @@ export class Cluster {
     let [figures, line, reached, ready] = [null, "", true, false];
     try {
       figures = await cluster();
-      ready = (figures.ranks?.length ?? 0) > 0 && figures.state !== "loading";
+      ready = figures.state === "ready";
       if (!ready) line = progressLine(await health());
     } catch (problem) {
       if (problem.kind === "key") {
@@ -111,7 +111,14 @@ export class Cluster {
     this.figures = figures;
     this._loading = !ready && line !== KEY_LINE;
     this._draw(line, reached, ready);
-    const state = { reached, ready, line, model: shortName(figures?.model) || this.state.model };
+    const hosts = [...new Set((figures?.ranks ?? []).map((rank) => rank.host))];
+    const state = {
+      reached,
+      ready,
+      line,
+      model: shortName(figures?.model) || this.state.model,
+      hosts: hosts.length > 3 ? `${hosts.length} machines` : hosts.join(", "),
+    };
     const changed = Object.keys(state).some((name) => state[name] !== this.state[name]);
     this.state = state;
     if (changed) this._onState(state);
@@ -127,7 +134,7 @@ export class Cluster {
     }
     const { ranks, running, waiting, tokens_per_s: rate } = figures;
     const machines = new Set(ranks.map((rank) => rank.host)).size;
-    const where = machines > 1 ? `${machines} machines` : ranks.length > 1 ? `${ranks.length} ranks` : ranks[0].host;
+    const where = machines > 1 ? `${machines} machines` : ranks.length > 1 ? `${ranks.length} ranks` : "ready";
     this._line.textContent = running && rate ? `${where} · ${rate.toFixed(rate < 10 ? 1 : 0)} tokens/s` : where;
     const parts = [shortName(figures.model), `context ${count(figures.context)}`];
     parts.push(`${running} of ${figures.together} answering`);

@@ -99,7 +99,7 @@ export class Sidebar {
 
 /** The mark in the middle of a conversation that has not begun. */
 export function emptyState({ model, line, suggestions, onSuggestion }) {
-  const mark = make("img", { src: "page/icon.svg", alt: "", width: 56, height: 56 });
+  const mark = make("img", { src: "icon.svg", alt: "", width: 56, height: 56 });
   return make(
     "div",
     { className: "welcome" },

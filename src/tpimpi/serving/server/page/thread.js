@@ -182,19 +182,27 @@ export class Thread {
     new ResizeObserver(() => this._follow()).observe(scroll);
   }
 
-  /** Shows a conversation from its first message; `empty` where it has none. */
+  /** Shows a conversation, with what is there already as it is; `empty` where it has no message. */
   show(conversation, empty) {
-    this._views.clear();
+    const before = this._views;
+    this._views = new Map();
     this._changed.clear();
     this._spoken.replaceChildren();
     for (const message of conversation.messages) {
-      const view = message.role === "user" ? new Question(message, this._actions) : new Answer(message, this._actions);
-      view.skipSpoken?.();
+      const there = before.get(message.id);
+      const view = there?.message === message ? there : this._viewOf(message);
       this._views.set(message.id, view);
     }
     this._element.replaceChildren(...(this._views.size ? [...this._views.values()].map((view) => view.element) : [empty]));
     this._element.classList.toggle("empty", !this._views.size);
     this.toEnd();
+  }
+
+  _viewOf(message) {
+    if (message.role === "user") return new Question(message, this._actions);
+    const view = new Answer(message, this._actions);
+    view.skipSpoken();
+    return view;
   }
 
   /** A message has changed: it is drawn again with the next frame. */
