@@ -35,11 +35,16 @@ export const emptyAnswer = (id) => ({
   at: Date.now(),
 });
 
-/** What is sent of a conversation. Fields that nobody set are left to the server. */
-export function requestOf(conversation, until, model) {
+/**
+ * What is sent of a conversation. Fields that nobody set are left to the server; questions that had no answer go with the
+ * next one, as many models want turns to alternate.
+ */
+export function requestOf(conversation, model) {
   const messages = conversation.system.trim() ? [{ role: "system", content: conversation.system }] : [];
-  for (const { role, content } of conversation.messages.slice(0, until)) {
-    if (role === "user" || content) messages.push({ role, content });
+  for (const { role, content } of conversation.messages) {
+    const last = messages.at(-1);
+    if (role === "user" && last?.role === "user") last.content += `\n\n${content}`;
+    else if (content) messages.push({ role, content });
   }
   const set = Object.entries(conversation.sampling).filter(([, value]) => value !== null);
   return { model, messages, ...Object.fromEntries(set) };

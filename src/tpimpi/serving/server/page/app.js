@@ -112,7 +112,7 @@ function titleOf(words) {
 async function answerNow(conversation) {
   const stopping = new AbortController();
   const message = emptyAnswer(newId());
-  const body = requestOf(conversation, conversation.messages.length, cluster.figures?.model ?? cluster.state.model);
+  const body = requestOf(conversation, cluster.figures?.model ?? undefined);
   conversation.messages.push(message);
   conversation.updated = Date.now();
   running.set(conversation.id, stopping);

@@ -59,15 +59,18 @@ class RankRow {
     this.element = make("div", { className: "rank", role: "listitem" }, name, ...bars);
   }
 
-  update(rank) {
+  /** What the figures were when something was last answered is not shown as if it still were. */
+  update(rank, running) {
     this._host.textContent = rank.host;
     this._host.title = rank.host;
     const { memory_bytes: memory, promised_bytes: promised } = rank;
     this._bars.memory.set(promised ? memory / promised : 0, promised ? shareOfBytes(memory, promised) : bytes(memory));
-    const disk = rank.disk_bytes_per_s;
-    this._bars.disk.set(rank.disk_share, disk ? `${bytes(disk)}/s` : "idle");
-    this._bars.star.set(rank.star_share, percent(rank.star_share ?? 0));
-    this._bars.compute.set(rank.compute_share, percent(rank.compute_share ?? 0));
+    const disk = running ? rank.disk_bytes_per_s : 0;
+    this._bars.disk.set(running ? rank.disk_share : 0, disk ? `${bytes(disk)}/s` : "idle");
+    for (const name of ["star", "compute"]) {
+      const share = running ? rank[`${name}_share`] : 0;
+      this._bars[name].set(share, percent(share));
+    }
   }
 }
 
@@ -141,10 +144,10 @@ export class Cluster {
     if (waiting) parts.push(`${waiting} waiting`);
     if (figures.pages) parts.push(`${count(figures.pages_used)} of ${count(figures.pages)} pages of KV cache`);
     this._summary.textContent = parts.join(" · ");
-    this._drawRows(ranks);
+    this._drawRows(ranks, running > 0);
   }
 
-  _drawRows(ranks) {
+  _drawRows(ranks, running) {
     const there = new Set(ranks.map((rank) => rank.rank));
     for (const [rank, row] of this._rows) {
       if (there.has(rank)) continue;
@@ -157,7 +160,7 @@ export class Cluster {
         this._rows.set(rank.rank, row);
         this._list.append(row.element);
       }
-      this._rows.get(rank.rank).update(rank);
+      this._rows.get(rank.rank).update(rank, running);
     }
   }
 }

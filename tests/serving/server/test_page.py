@@ -1,0 +1,416 @@
+"""The chat page, in a real browser, from a real server that answers by SmolLM2 on two ranks."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.support.browser import NARROW, PATIENCE_MS, WIDE, Seen, chromium, watch
+from tests.support.hostile_answers import ELSEWHERE, HOSTILE
+from tests.support.launch import Launcher
+from tests.support.servers import Server, serving
+
+pytestmark = [pytest.mark.any_mpi]
+
+KEY = "a-key-of-the-tests"
+GREEDY = {"temperature": 0, "top_p": None, "max_tokens": 40, "seed": None}
+QUESTION = "What is the capital of France?"
+OTHER = "Name three animals of the sea."
+STORY = "Write a very long story about a lighthouse."
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def server(
+    mpirun: Launcher, smollm2: Path, cache: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text(f"{KEY}\n")
+    keys.chmod(0o600)
+    with serving(mpirun, 2, "--model", str(smollm2), "--api-key-file", str(keys), env=cache) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def open_page(server: Server, browser: Any) -> Iterator[Open]:
+    """Opens the page as somebody would for the first time, but with the key and greedy sampling; checks at the end that it
+    asked no other host for anything, and that nothing in it went wrong."""
+    opened: list[tuple[Any, Seen]] = []
+
+    def open_(*, viewport: dict[str, int] = WIDE, key: str = KEY, sampling: dict[str, Any] | None = None) -> Any:
+        context = browser.new_context(viewport=viewport, accept_downloads=True)
+        defaults = json.dumps({"system": "", "sampling": {**GREEDY, **(sampling or {})}})
+        kept = {"tpimpi.key": key, "tpimpi.defaults": defaults}
+        context.add_init_script(
+            f"for (const [name, value] of Object.entries({json.dumps(kept)})) localStorage[name] ??= value;"
+        )
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        opened.append((context, watch(page, server.url)))
+        page.goto(server.url)
+        return page
+
+    yield open_
+    for context, seen in opened:
+        context.close()
+        assert seen == Seen()
+
+
+def ask(page: Any, text: str, *, wait: bool = True) -> None:
+    page.locator("#question").fill(text)
+    page.keyboard.press("Enter")
+    page.locator("#send.stop").wait_for()
+    if wait:
+        until_answered(page)
+
+
+def until_answered(page: Any) -> None:
+    page.locator("#send:not(.stop)").wait_for()
+
+
+def answers(page: Any) -> list[str]:
+    return [text.strip() for text in page.locator(".answer > .prose").all_inner_texts()]
+
+
+def questions(page: Any) -> list[str]:
+    return [text.strip() for text in page.locator(".question .bubble").all_inner_texts()]
+
+
+def titles(page: Any) -> list[str]:
+    return [text.strip() for text in page.locator("#list .name").all_inner_texts()]
+
+
+def asked(server: Server, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What the server answers without a page."""
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    with urllib.request.urlopen(urllib.request.Request(server.url + path, data, headers)) as response:
+        found: dict[str, Any] = json.load(response)
+    return found
+
+
+def words(text: str) -> str:
+    """Without what Markdown and line ends make of a text."""
+    return " ".join(text.replace("*", " ").replace("#", " ").split())
+
+
+def test_types_streams_and_is_there_after_a_reload(server: Server, open_page: Open) -> None:
+    page = open_page()
+    page.evaluate(
+        """() => { window.lengths = new Set();
+        new MutationObserver(() => { const said = document.querySelector('.answer[data-state="answering"] > .prose');
+            if (said) lengths.add(said.textContent.length); }).observe(document.body, {subtree: true, childList: true}) }"""
+    )
+    page.keyboard.type(QUESTION)
+    page.keyboard.press("Enter")
+    page.locator('.answer[data-state="done"]').wait_for()
+    assert page.evaluate("window.lengths.size") > 2, "it did not come by and by"
+    messages = [{"role": "user", "content": QUESTION}]
+    expected = asked(server, "/v1/chat/completions", {"messages": messages, "temperature": 0, "max_tokens": 40})
+    assert [words(text) for text in answers(page)] == [words(expected["choices"][0]["message"]["content"])]
+    figures = page.locator(".figures").inner_text()
+    assert f"{expected['usage']['completion_tokens']} tokens" in figures and "tokens/s" in figures, figures
+    before = answers(page)
+    page.reload()
+    page.locator('.answer[data-state="done"]').wait_for()
+    assert questions(page) == [QUESTION] and answers(page) == before and titles(page) == [QUESTION]
+    ranks = asked(server, "/cluster")["ranks"]
+    rows = page.locator(".rank").all_inner_texts()
+    assert len(rows) == len(ranks) == 2
+    assert all(rank["host"] in row for rank, row in zip(ranks, rows, strict=True))
+
+
+@pytest.mark.slow
+def test_stops_and_lets_the_reader_scroll(server: Server, open_page: Open) -> None:
+    page = open_page(viewport={"width": 800, "height": 420}, sampling={"max_tokens": 2000})
+    page.locator("#cluster-pill[aria-expanded='true']").click()
+    ask(page, STORY, wait=False)
+    scroll = page.locator("#scroll")
+    page.wait_for_selector(".answer > .prose > :nth-child(1)")
+    while scroll.evaluate("it => it.scrollHeight - it.clientHeight") < 250:
+        page.wait_for_timeout(100)
+    assert scroll.evaluate("it => it.scrollHeight - it.scrollTop - it.clientHeight") < 48, "it does not follow"
+    page.mouse.move(300, 200)
+    page.mouse.wheel(0, -150)
+    page.locator("#jump").wait_for()
+    top, height = scroll.evaluate("it => [it.scrollTop, it.scrollHeight]")
+    while scroll.evaluate("it => it.scrollHeight") < height + 60:
+        page.wait_for_timeout(100)
+    assert scroll.evaluate("it => it.scrollTop") == top, "it pulled the reader away"
+    page.keyboard.press("Escape")
+    page.locator('.answer[data-state="stopped"]').wait_for()
+    assert "Stopped" in page.locator(".figures").inner_text()
+    while asked(server, "/cluster")["running"]:
+        page.wait_for_timeout(100)
+    said = answers(page)
+    page.reload()
+    page.locator('.answer[data-state="stopped"]').wait_for()
+    assert answers(page) == said and said[0]
+
+
+@pytest.mark.slow
+def test_several_conversations(open_page: Open, tmp_path: Path) -> None:
+    page = open_page()
+    ask(page, QUESTION)
+    first = answers(page)
+    page.locator("#new").click()
+    ask(page, OTHER, wait=False)
+    page.locator("#list .open", has_text=QUESTION).click()  # while the other is answered
+    assert answers(page) == first
+    page.locator("#list .open", has_text=OTHER).click()
+    until_answered(page)
+    second = answers(page)
+    assert second != first and titles(page) == [OTHER, QUESTION]
+    page.locator("#search").fill("capital france")
+    assert titles(page) == [QUESTION]
+    page.locator("#search").fill("")
+    row = page.locator(".row", has_text=OTHER)
+    row.hover()
+    row.get_by_role("button", name="Rename").click()
+    page.keyboard.type("The sea")
+    page.keyboard.press("Enter")
+    assert titles(page) == ["The sea", QUESTION]
+    with page.expect_download() as download:
+        page.locator("#open-settings").click()
+        page.get_by_role("button", name="Export all").click()
+    download.value.save_as(tmp_path / "all.json")
+    page.keyboard.press("Escape")
+    row = page.locator(".row", has_text="The sea")
+    row.hover()
+    row.get_by_role("button", name="Delete").click()
+    assert titles(page) == [QUESTION] and answers(page) == []
+    page.get_by_role("button", name="Undo").click()
+    assert titles(page) == ["The sea", QUESTION] and answers(page) == second
+    other = open_page()
+    bring(other, tmp_path / "all.json")
+    other.locator("#list .open", has_text=QUESTION).click()
+    assert titles(other) == ["The sea", QUESTION] and answers(other) == first
+
+
+def bring(page: Any, path: Path) -> None:
+    """Imports a file of conversations."""
+    page.locator("#open-settings").click()
+    page.locator("#import-file").set_input_files(path)
+    page.locator(".toast", has_text="imported").wait_for()
+
+
+@pytest.mark.slow
+def test_by_the_keyboard_alone(open_page: Open) -> None:
+    page = open_page()
+    press = page.keyboard.press
+    page.keyboard.type("First line")
+    press("Shift+Enter")
+    page.keyboard.type(QUESTION)
+    press("Enter")
+    until_answered(page)
+    assert questions(page) == [f"First line\n{QUESTION}"]
+    press("ArrowUp")  # edits the last question
+    press("Control+a")
+    page.keyboard.type(OTHER)
+    press("Enter")
+    page.locator(".question .bubble", has_text=OTHER).wait_for()
+    until_answered(page)
+    assert questions(page) == [OTHER] and len(answers(page)) == 1
+    page.locator("#question").focus()
+    press("Alt+n")
+    page.keyboard.type(QUESTION)
+    press("Enter")
+    until_answered(page)
+    press("Alt+ArrowDown")
+    assert questions(page) == [OTHER]
+    press("Alt+k")
+    page.keyboard.type("france")
+    assert titles(page) == [QUESTION]
+    press("Tab")  # the conversation that was found
+    press("Enter")
+    assert questions(page) == [QUESTION]
+    page.locator("body").evaluate("() => document.activeElement.blur()")
+    press("?")
+    assert page.locator("#keys").is_visible()
+    press("Escape")
+    assert not page.locator("#keys").is_visible()
+    for place in reached_by_tab(page):
+        assert place["outline"] != "none", f"no visible focus on {place['html']}"
+
+
+def reached_by_tab(page: Any) -> list[dict[str, str]]:
+    """What has the focus after each Tab, once around the page."""
+    found: list[dict[str, str]] = []
+    page.locator("body").evaluate("() => document.activeElement.blur()")
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        place = page.evaluate(
+            """() => { const it = document.activeElement; if (it === document.body) return null;
+            const ring = [it, it.closest('.composer, .search')].filter(Boolean).map((one) => getComputedStyle(one));
+            const seen = ring.some((one) => one.outlineStyle !== 'none') || it.closest('.composer') !== null;
+            return {html: it.outerHTML.slice(0, 120), id: it.id, outline: seen ? 'there' : 'none'} }"""
+        )
+        if place is None:
+            break
+        found.append(place)
+    assert {"new", "search", "open-settings", "question", "open-tune", "cluster-pill"} <= {one["id"] for one in found}
+    return found
+
+
+@pytest.mark.slow
+def test_on_a_narrow_screen(open_page: Open, tmp_path: Path) -> None:
+    page = open_page(viewport=NARROW)
+    assert not page.locator("#side").is_visible()
+    ask(page, QUESTION)
+    page.locator("#side-open").click()
+    assert titles(page) == [QUESTION] and page.locator("#side").is_visible()
+    wide = "| " + " | ".join(f"column {number}" for number in range(12)) + " |\n" + "|--" * 12 + "|\n"
+    text = f"{'a' * 300} `{'b' * 300}`\n\n```python\n{'c' * 300}\n```\n\n{wide}"
+    (tmp_path / "wide.json").write_text(json.dumps(file_of([text])))
+    bring(page, tmp_path / "wide.json")
+    page.locator("#list .open", has_text="Imported").click()
+    page.locator(".code").wait_for()
+    page.locator("#cluster-pill").click()
+    for element in ("html", "body", "#scroll", "#main"):
+        has, room = page.locator(element).evaluate("it => [it.scrollWidth, it.clientWidth]")
+        assert has <= room, f"{element} scrolls sideways: {has} in {room}"
+
+
+def file_of(texts: list[str]) -> dict[str, Any]:
+    """A file of one conversation in which each text is asked and answered, and thought."""
+    messages = [
+        one
+        for text in texts
+        for one in (
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": text, "reasoning": text, "state": "done"},
+        )
+    ]
+    conversation = {"title": f"Imported {texts[0]}", "system": "", "messages": messages}
+    return {"format": "tpimpi-conversations", "version": 1, "conversations": [conversation]}
+
+
+# Of what is in an element: whatever loads or runs, attributes of events, and links with where they lead.
+EXAMINE = """(root) => ({
+    tags: [...root.querySelectorAll("*")].map((one) => one.localName),
+    events: [...root.querySelectorAll("*")].flatMap((one) => one.getAttributeNames()).filter((name) => /^(on|style|srcdoc)/.test(name)),
+    links: [...root.querySelectorAll("[href]")].filter((one) => one.localName === "a").map((one) => [one.protocol, one.rel, one.target]),
+})"""
+LOADS = {
+    "img",
+    "script",
+    "iframe",
+    "object",
+    "embed",
+    "link",
+    "style",
+    "meta",
+    "base",
+    "form",
+    "audio",
+    "video",
+    "input",
+}
+
+
+def assert_harmless(found: dict[str, Any]) -> None:
+    assert not LOADS & set(found["tags"])
+    assert not found["events"]
+    for protocol, rel, target in found["links"]:
+        assert protocol in ("https:", "http:", "mailto:") and "noopener" in rel and target == "_blank"
+
+
+@pytest.mark.slow
+def test_an_answer_can_neither_run_nor_load(open_page: Open, tmp_path: Path) -> None:
+    page = open_page()
+    for text in HOSTILE:
+        found = page.evaluate(
+            f"""async (text) => {{ const {{ Rendered }} = await import(new URL("markdown.js", document.baseURI));
+            const element = document.createElement("div"); document.body.append(element);
+            for (let end = 1; end <= text.length; end++) new Rendered(element).show(text.slice(0, end), true);
+            element.replaceChildren(); new Rendered(element).show(text);
+            await new Promise((done) => setTimeout(done, 20));
+            const found = ({EXAMINE})(element); element.remove(); return found }}""",
+            text,
+        )
+        assert_harmless(found)
+    assert page.evaluate("window.harmed") is None
+    (tmp_path / "hostile.json").write_text(json.dumps(file_of(HOSTILE)))
+    bring(page, tmp_path / "hostile.json")
+    for _ in range(2):  # as imported, and as kept
+        page.locator("#list .open", has_text="Imported").click()
+        assert len(answers(page)) == len(HOSTILE)
+        for summary in page.locator(".reasoning summary").all():
+            summary.click()
+        for prose in page.locator("#thread .prose").all():
+            assert_harmless(prose.evaluate(EXAMINE))
+        assert ELSEWHERE in page.locator("#thread").inner_text()  # the link of the picture is shown
+        assert page.evaluate("window.harmed") is None
+        page.reload()
+
+
+@pytest.mark.slow
+def test_asks_for_the_key(open_page: Open) -> None:
+    page = open_page(key="wrong")
+    page.locator("#key[open]").wait_for()
+    page.get_by_role("button", name="Not now").click()
+    ask(page, QUESTION, wait=False)
+    page.locator("#key input").fill("another wrong one")
+    page.keyboard.press("Enter")
+    page.locator("#key[open]").wait_for()
+    page.locator("#key input").fill(KEY)
+    page.keyboard.press("Enter")
+    page.locator('.answer[data-state="done"]').wait_for()  # without being asked again
+    assert answers(page)[0]
+    page.reload()
+    page.locator(".pill[data-state='ready']").wait_for()
+    assert not page.locator("#key").is_visible()
+
+
+@pytest.mark.slow
+def test_says_that_the_network_is_gone(open_page: Open) -> None:
+    page = open_page()
+    page.locator(".pill[data-state='ready']").wait_for()
+    page.context.set_offline(True)
+    ask(page, QUESTION)
+    assert "cannot be reached" in page.locator(".failed").inner_text()
+    page.context.set_offline(False)
+    page.get_by_role("button", name="Try again").click()
+    page.locator('.answer[data-state="done"]').wait_for()
+    assert questions(page) == [QUESTION] and not page.locator(".failed").is_visible()
+
+
+@pytest.mark.slow
+def test_an_error_of_the_server_is_shown(open_page: Open) -> None:
+    page = open_page(sampling={"max_tokens": 10_000_000})
+    ask(page, QUESTION)
+    assert "max_tokens" in page.locator(".failed").inner_text()
+    page.locator("#open-tune").click()
+    page.locator("#tune [name=max_tokens]").fill("8")
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Try again").click()
+    page.locator('.answer[data-state="done"]').wait_for()
+    assert "8 tokens" in page.locator(".figures").inner_text()
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_is_named(server: Server, open_page: Open) -> None:
+    """The last one: it ends the server."""
+    page = open_page(sampling={"max_tokens": 2000})
+    ask(page, STORY, wait=False)
+    page.wait_for_selector(".answer > .prose > *")
+    ranks = [one for one in psutil.process_iter(["environ"]) if server.is_rank(one, 1)]
+    assert len(ranks) == 1
+    ranks[0].kill()
+    until_answered(page)
+    said = page.locator(".failed").inner_text()
+    assert "The answer broke off" in said and "r1" in said, said
+    assert answers(page)[0]  # what had come stays
