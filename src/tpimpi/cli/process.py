@@ -174,6 +174,18 @@ def leave_on_signals(last_line: Callable[[], str | None] = lambda: None) -> None
         signal.signal(number, leave)
 
 
+def leave_signals_to_rank_0() -> None:
+    """Another rank of a server: a signal that the launcher gives to all is for rank 0, which ends the run in order."""
+    for number in STOPPING_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def call_on_signals(action: Callable[[], None]) -> None:
+    """Ctrl-C, or the launcher's word to stop: `action` sees to it that the run ends."""
+    for number in STOPPING_SIGNALS:
+        signal.signal(number, lambda number, frame: action())
+
+
 @contextlib.contextmanager
 def cleaning_up_on_signals() -> Iterator[None]:
     """While files are half-written, a signal is an exception first, so that they are removed; then we leave."""
