@@ -29,6 +29,13 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
+def until_texts(locator: Any, texts: list[str]) -> None:
+    """Waits until the elements have these texts."""
+    from playwright.sync_api import expect
+
+    expect(locator).to_have_text(texts, timeout=PATIENCE_MS, use_inner_text=True)
+
+
 @dataclass
 class Seen:
     """What a page did that it must not do; see `watch`."""

@@ -1,6 +1,6 @@
 // The page of tpimpi: conversations with the model of this server, kept in this browser.
 import { emptyAnswer, fill, requestOf } from "./answering.js";
-import { Cluster } from "./cluster.js";
+import { Cluster } from "./machines.js";
 import { keyDialog, keysDialog, settingsDialog, tuneDialog } from "./dialogs.js";
 import { byId, copy, download, toast } from "./dom.js";
 import { listen } from "./keyboard.js";
