@@ -1,83 +1,88 @@
-"""A real server, `serve` on some ranks, that stays up for the tests of a module."""
+"""A server of ours that runs: started under mpirun, and ended as the test likes."""
 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
-import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from pathlib import Path
 
+import httpx2
 import psutil
-import pytest
 
 from tests.support.launch import TIMEOUT, Launcher
 
-LISTENING = re.compile(r"tpimpi: (https?://\S+)")
+START_S = 120.0
 
 
-@dataclass(frozen=True)
-class Server:
-    """One that is ready."""
+class RunningServer:
+    """`tpimpi serve` on so many ranks; `url` is where it listens, before the model is loaded."""
 
-    url: str
-    process: subprocess.Popen[bytes]
+    def __init__(self, mpirun: Launcher, ranks: int, log: Path, *options: str, env: Mapping[str, str]) -> None:
+        self.log = log
+        command = mpirun.command(ranks, ["-m", "tpimpi", "serve", "--port", "0", *options])
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                command,
+                env={**os.environ, **mpirun.env, **env},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+        self.url = self._listening()
+        self.client = httpx2.Client(base_url=self.url, timeout=TIMEOUT)
 
-    def rank(self, rank: int) -> psutil.Process:
-        """The process of a rank, as both MPIs number them in their environment."""
-        names = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
-        found = [
-            one
-            for one in psutil.Process(self.process.pid).children(recursive=True)
-            if "tpimpi" in one.cmdline() and str(rank) in (one.environ().get(name) for name in names)
-        ]
-        return min(found, key=lambda one: one.create_time())
+    def _listening(self) -> str:
+        until = time.monotonic() + START_S
+        while time.monotonic() < until and self.process.poll() is None:
+            for line in self.said().splitlines():
+                if line.startswith("tpimpi: http"):
+                    return line.split(" ")[1]
+            time.sleep(0.05)
+        self.close()
+        raise AssertionError(f"the server does not listen: {self.said()}")
 
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
 
-@contextmanager
-def serving(mpirun: Launcher, ranks: int, *arguments: str, env: Mapping[str, str]) -> Iterator[Server]:
-    """`serve ARGUMENTS` on so many ranks, at a free port, from when it answers /health until the block ends."""
-    command = mpirun.command(ranks, ["-m", "tpimpi", "serve", "--port", "0", *arguments])
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, **mpirun.env, **env},
-            stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
-            start_new_session=True,
-        )
+    def until_ready(self) -> None:
+        until = time.monotonic() + START_S
+        while self.client.get("/health").status_code != 200:
+            assert time.monotonic() < until and self.process.poll() is None, self.said()
+            time.sleep(0.05)
 
-        def lines() -> str:
-            return os.pread(said.fileno(), 1 << 20, 0).decode(errors="replace")
+    def rank(self, number: int) -> psutil.Process:
+        """The process of a rank."""
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            if "serve" in process.cmdline() and _rank(process) == str(number):
+                return process
+        raise AssertionError(f"there is no rank {number}")
 
-        try:
-            yield Server(_until_ready(process, lines), process)
-        finally:
-            process.send_signal(signal.SIGTERM)
+    def processes(self) -> list[psutil.Process]:
+        """All of it, the launcher too."""
+        launcher = psutil.Process(self.process.pid)
+        return [launcher, *launcher.children(recursive=True)]
+
+    def wait(self) -> int:
+        """The launcher's exit code."""
+        return self.process.wait(TIMEOUT)
+
+    def close(self) -> None:
+        """End all of it, however it is."""
+        if hasattr(self, "client"):
+            self.client.close()
+        if self.process.poll() is None:
+            os.kill(self.process.pid, signal.SIGTERM)
             try:
-                process.wait(TIMEOUT)
+                self.process.wait(20)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                pytest.fail(f"the server did not end\n{lines()}")
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
 
 
-def _until_ready(process: subprocess.Popen[bytes], lines: Callable[[], str]) -> str:
-    """The server's address, once it answers."""
-    end = time.monotonic() + TIMEOUT
-    while time.monotonic() < end and process.poll() is None:
-        if (found := LISTENING.search(lines())) is not None:
-            try:
-                urllib.request.urlopen(f"{found[1]}/health").close()
-                return found[1]
-            except urllib.error.HTTPError:  # it is loading
-                pass
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    pytest.fail(f"the server did not come up\n{lines()}")
+def _rank(process: psutil.Process) -> str | None:
+    found = process.environ()
+    return found.get("OMPI_COMM_WORLD_RANK", found.get("PMI_RANK"))

@@ -59,8 +59,8 @@ def serve(star: Star, job: Job) -> int:
 
 
 def _end(loop: ServerLoop, ranks: list[RankInfo], siblings: Siblings) -> None:
-    """A signal came: from the user; or from the launcher, which ends all of a run whose rank has died. Raises LostError then,
-    where that rank was on this machine: the launcher leaves no time to notice it otherwise."""
+    """A signal came: from the user; or from the launcher, which ends all of a run whose rank has died. Raises LostError
+    then, where that rank was on this machine: the launcher leaves no time to notice it otherwise."""
     for rank in siblings.ended():
         raise LostError(f"r{rank} {ranks[rank].host} has ended: its process died or was killed; the run ends here")
     loop.end()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from tpimpi.errors import InputError, shorten_path
 
 SHORTEST_KEY = 8  # characters
+_NAMED = re.compile(r"([\w.@-]{1,64})\s*=\s*([^=\s].*)")  # a key may end with = itself, as base64 does
 
 
 class Keys:
@@ -29,13 +31,13 @@ class Keys:
             text = line.strip()
             if not text or text.startswith("#"):
                 continue
-            name, _, key = text.rpartition("=") if "=" in text else ("", "", text)
-            if len(key.strip()) < SHORTEST_KEY:
+            name, key = match.groups() if (match := _NAMED.fullmatch(text)) else ("", text)
+            if len(key) < SHORTEST_KEY:
                 raise InputError(
                     f"--api-key-file {shorten_path(path)}, line {number}: the key has fewer than {SHORTEST_KEY} characters; "
                     "make one with: openssl rand -hex 24"
                 )
-            self._owners.append((_digest(key.strip()), name.strip() or f"line {number}"))
+            self._owners.append((_digest(key), name or f"line {number}"))
         if not self._owners:
             raise InputError(f"--api-key-file {shorten_path(path)} has no key; give one a line")
 

@@ -213,8 +213,8 @@ class RankLink:
             self.is_ending = False
             self.progress = wire.Progress("rank 0 has ended, and is started again", 0.0)
             return
-        self.is_ending = True
         error = self._over()
+        self.is_ending = True
         for asked in self._asked.values():
             asked.hear(error)
         self._asked.clear()
@@ -233,6 +233,6 @@ class RankLink:
         """What is said where there is nobody to answer."""
         if self.failed is not None and self.failed.exit_code:
             return unavailable(self.failed.line, "run_failed")
-        if self._writer is None and self.failed is None:
+        if self._writer is None and self.failed is None and not self.is_ending:
             return unavailable(ENDED, "run_failed")
         return unavailable("the server is ending", "server_ending")

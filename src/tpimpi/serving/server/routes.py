@@ -81,7 +81,10 @@ def application(options: FrontOptions, link: RankLink, metrics: Metrics, keys: K
         return json_response(description)
 
     routes: list[BaseRoute] = [Route(one.path, _endpoint(one.handler), methods=[one.method]) for one in table]
-    routes += [Route("/openapi.json", openapi, methods=["GET"]), Mount("/", _Page())]
+    routes += [
+        Route("/openapi.json", openapi, methods=["GET"]),
+        Mount("/", _Page({one.path: one.method for one in table})),
+    ]
     middleware = [Middleware(Guard, options)]
     if options.allow_origins:
         cors = Middleware(
@@ -124,12 +127,16 @@ async def _internal(request: Request, error: Exception) -> Response:
 
 
 class _Page:
-    """The files of the page; anything else that is asked there does not exist."""
+    """The files of the page; anything else that is asked there does not exist, or is an endpoint, of another method."""
 
-    def __init__(self) -> None:
+    def __init__(self, methods: dict[str, str]) -> None:
+        """`methods` of the endpoints, by their paths."""
+        self._methods = methods
         self._files = StaticFiles(directory=PAGE, html=True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (method := self._methods.get(scope["path"])) is not None:
+            raise HTTPException(405, headers={"Allow": method})
         if scope["method"] not in ("GET", "HEAD"):
             raise HTTPException(404)
 
