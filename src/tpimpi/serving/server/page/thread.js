@@ -3,7 +3,8 @@ import { copy, icon, iconButton, make } from "./dom.js";
 import { Rendered } from "./markdown.js";
 
 const NEAR_END_PX = 48; // the reader is at the end, and stays there
-const SLOW_SHARE = 4; // a render of d ms is followed by one after 4 d ms at the earliest
+const SLOW_SHARE = 2; // a render of d ms is followed by one after 2 d ms at the earliest
+const LONGEST_WAIT_MS = 250;
 
 const FINISHED = {
   length: "Ended at the limit of tokens",
@@ -212,7 +213,7 @@ export class Thread {
     if (this._frame) return;
     this._frame = true;
     const draw = () => requestAnimationFrame(() => this._draw());
-    const wait = Math.min((this._drawn ?? 0) * SLOW_SHARE, 400);
+    const wait = Math.min((this._drawn ?? 0) * SLOW_SHARE, LONGEST_WAIT_MS);
     if (wait > 16) setTimeout(draw, wait);
     else draw();
   }
