@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 
-from tests.support.browser import NARROW, PATIENCE_MS, WIDE, Seen, chromium, until_texts, watch
+from tests.support.browser import NARROW, PATIENCE_MS, WIDE, Seen, chromium, watch
+from tests.support.chat_page import (
+    EXAMINE,
+    answers,
+    ask,
+    assert_harmless,
+    bring,
+    file_of,
+    questions,
+    reached_by_tab,
+    until_answered,
+    until_titles,
+)
 from tests.support.hostile_answers import ELSEWHERE, HOSTILE
 from tests.support.launch import Launcher
 from tests.support.servers import RunningServer
@@ -69,31 +81,6 @@ def open_page(server: RunningServer, browser: Any) -> Iterator[Open]:
     for context, seen in opened:
         context.close()
         assert seen == Seen()
-
-
-def ask(page: Any, text: str, *, wait: bool = True) -> None:
-    page.locator("#question").fill(text)
-    page.keyboard.press("Enter")
-    page.locator("#send.stop").wait_for()
-    if wait:
-        until_answered(page)
-
-
-def until_answered(page: Any) -> None:
-    page.locator("#send:not(.stop)").wait_for()
-    page.locator('.answer[aria-busy="true"]').wait_for(state="detached")
-
-
-def answers(page: Any) -> list[str]:
-    return [text.strip() for text in page.locator(".answer > .prose").all_inner_texts()]
-
-
-def questions(page: Any) -> list[str]:
-    return [text.strip() for text in page.locator(".question .bubble").all_inner_texts()]
-
-
-def until_titles(page: Any, titles: list[str]) -> None:
-    until_texts(page.locator("#list .name"), titles)
 
 
 def asked(server: RunningServer, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -212,13 +199,6 @@ def test_several_conversations(open_page: Open, tmp_path: Path) -> None:
     assert answers(other) == first
 
 
-def bring(page: Any, path: Path) -> None:
-    """Imports a file of conversations."""
-    page.locator("#open-settings").click()
-    page.locator("#import-file").set_input_files(path)
-    page.locator(".toast", has_text="imported").wait_for()
-
-
 @pytest.mark.slow
 def test_by_the_keyboard_alone(open_page: Open) -> None:
     page = open_page()
@@ -258,25 +238,6 @@ def test_by_the_keyboard_alone(open_page: Open) -> None:
         assert place["outline"] != "none", f"no visible focus on {place['html']}"
 
 
-def reached_by_tab(page: Any) -> list[dict[str, str]]:
-    """What has the focus after each Tab, once around the page."""
-    found: list[dict[str, str]] = []
-    page.locator("body").evaluate("() => document.activeElement.blur()")
-    for _ in range(60):
-        page.keyboard.press("Tab")
-        place = page.evaluate(
-            """() => { const it = document.activeElement; if (it === document.body) return null;
-            const ring = [it, it.closest('.composer, .search')].filter(Boolean).map((one) => getComputedStyle(one));
-            const seen = ring.some((one) => one.outlineStyle !== 'none') || it.closest('.composer') !== null;
-            return {html: it.outerHTML.slice(0, 120), id: it.id, outline: seen ? 'there' : 'none'} }"""
-        )
-        if place is None:
-            break
-        found.append(place)
-    assert {"new", "search", "open-settings", "question", "open-tune", "cluster-pill"} <= {one["id"] for one in found}
-    return found
-
-
 @pytest.mark.slow
 def test_on_a_narrow_screen(open_page: Open, tmp_path: Path) -> None:
     page = open_page(viewport=NARROW)
@@ -295,54 +256,6 @@ def test_on_a_narrow_screen(open_page: Open, tmp_path: Path) -> None:
     for element in ("html", "body", "#scroll", "#main"):
         has, room = page.locator(element).evaluate("it => [it.scrollWidth, it.clientWidth]")
         assert has <= room, f"{element} scrolls sideways: {has} in {room}"
-
-
-def file_of(texts: list[str]) -> dict[str, Any]:
-    """A file of one conversation in which each text is asked and answered, and thought."""
-    messages = [
-        one
-        for text in texts
-        for one in (
-            {"role": "user", "content": text},
-            {"role": "assistant", "content": text, "reasoning": text, "state": "done"},
-        )
-    ]
-    conversation = {"title": f"Imported {texts[0]}", "system": "", "messages": messages}
-    return {"format": "tpimpi-conversations", "version": 1, "conversations": [conversation]}
-
-
-# Of what is in an element: whatever loads or runs, attributes of events, and links with where they lead.
-EXAMINE = """(root) => {
-    const all = [...root.querySelectorAll("*")];
-    const links = all.filter((one) => one.localName === "a");
-    return {
-        tags: all.map((one) => one.localName),
-        events: all.flatMap((one) => one.getAttributeNames()).filter((name) => /^(on|style|srcdoc)/.test(name)),
-        links: links.map((one) => [one.protocol, one.rel, one.target]),
-    };
-}"""
-LOADS = {
-    "img",
-    "script",
-    "iframe",
-    "object",
-    "embed",
-    "link",
-    "style",
-    "meta",
-    "base",
-    "form",
-    "audio",
-    "video",
-    "input",
-}
-
-
-def assert_harmless(found: dict[str, Any]) -> None:
-    assert not LOADS & set(found["tags"])
-    assert not found["events"]
-    for protocol, rel, target in found["links"]:
-        assert protocol in ("https:", "http:", "mailto:") and "noopener" in rel and target == "_blank"
 
 
 @pytest.mark.slow
