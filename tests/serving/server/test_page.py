@@ -118,6 +118,8 @@ def test_types_streams_and_is_there_after_a_reload(server: RunningServer, open_p
     figures = page.locator(".figures").inner_text()
     assert f"{expected['usage']['completion_tokens']} tokens" in figures and "tokens/s" in figures, figures
     before = answers(page)
+    spoken = page.locator("#spoken p").all_text_contents()
+    assert words(" ".join(spoken)) == words(before[0])  # to those who listen, block by block
     page.reload()
     page.locator('.answer[data-state="done"]').wait_for()
     assert questions(page) == [STORY] and answers(page) == before
@@ -221,6 +223,10 @@ def test_by_the_keyboard_alone(open_page: Open) -> None:
     page.keyboard.type(QUESTION)
     press("Enter")
     until_answered(page)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    press("Alt+c")
+    page.locator(".toast", has_text="Copied").wait_for()
+    assert words(page.evaluate("navigator.clipboard.readText()")) == words(answers(page)[0])
     press("Alt+ArrowDown")
     assert questions(page) == [OTHER]
     press("Alt+k")
@@ -236,6 +242,27 @@ def test_by_the_keyboard_alone(open_page: Open) -> None:
     assert not page.locator("#keys").is_visible()
     for place in reached_by_tab(page):
         assert place["outline"] != "none", f"no visible focus on {place['html']}"
+
+
+@pytest.mark.slow
+def test_system_prompt_and_sampling_are_those_of_the_conversation(server: RunningServer, open_page: Open) -> None:
+    page = open_page()
+    system, sampling = "You answer in capital letters.", {"temperature": 0.7, "top_p": 0.9, "max_tokens": 24, "seed": 7}
+    page.locator("#open-tune").click()
+    page.locator("#tune [name=system]").fill(system)
+    page.locator("#tune [name=temperature]").fill("9")
+    page.keyboard.press("Enter")
+    page.locator("#tune .problem", has_text="from 0 to 2").wait_for()
+    for name, value in sampling.items():
+        page.locator(f"#tune [name={name}]").fill(str(value))
+    page.locator("#tune").get_by_role("button", name="Save").click()
+    ask(page, QUESTION)
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": QUESTION}]
+    expected = asked(server, "/v1/chat/completions", {"messages": messages, **sampling})
+    assert words(answers(page)[0]) == words(expected["choices"][0]["message"]["content"])
+    page.locator("#new").click()
+    page.locator("#open-tune").click()
+    assert page.locator("#tune [name=system]").input_value() == ""  # another one has its own
 
 
 @pytest.mark.slow

@@ -139,6 +139,8 @@ function refresh(conversation) {
   if (location.hash !== `#${current.id}`) history.replaceState(null, "", `#${current.id}`);
   drawThread();
   draw();
+  // What had the focus, a button to answer again say, is gone.
+  if (document.activeElement === document.body && wide.matches) question.focus();
 }
 
 function stop() {
@@ -321,7 +323,7 @@ function connect() {
   wide.addEventListener("change", () => openSide(wide.matches));
   window.addEventListener("hashchange", () => {
     const wanted = store.all.get(location.hash.slice(1));
-    if (wanted && wanted !== current) show(wanted);
+    if (wanted !== current && (wanted || current.messages.length)) show(wanted ?? newConversation(settings.defaults));
   });
   listen({
     stop: () => (running.has(current.id) ? stop() : !wide.matches && openSide(false)),

@@ -11,6 +11,21 @@ export const SAMPLING_FIELDS = [
   { name: "seed", label: "Seed", least: 0, most: 2 ** 53 - 1, step: 1 },
 ];
 
+/** localStorage, or what does its work until the page is closed, in a browser that keeps nothing. */
+const local = (() => {
+  try {
+    localStorage.getItem("tpimpi.theme");
+    return localStorage;
+  } catch {
+    const kept = new Map();
+    return {
+      getItem: (name) => kept.get(name) ?? null,
+      setItem: (name, value) => kept.set(name, value),
+      removeItem: (name) => kept.delete(name),
+    };
+  }
+})();
+
 /** A new id; randomUUID is there on https and on this machine alone. */
 export function newId() {
   return Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
@@ -34,38 +49,38 @@ export function newConversation(defaults) {
 /** Settings of this browser. */
 export const settings = {
   get key() {
-    return localStorage.getItem("tpimpi.key") ?? "";
+    return local.getItem("tpimpi.key") ?? "";
   },
   set key(value) {
-    if (value) localStorage.setItem("tpimpi.key", value);
-    else localStorage.removeItem("tpimpi.key");
+    if (value) local.setItem("tpimpi.key", value);
+    else local.removeItem("tpimpi.key");
   },
   get theme() {
-    return localStorage.getItem("tpimpi.theme") ?? "system";
+    return local.getItem("tpimpi.theme") ?? "system";
   },
   set theme(value) {
     if (value === "system") {
-      localStorage.removeItem("tpimpi.theme");
+      local.removeItem("tpimpi.theme");
       delete document.documentElement.dataset.theme;
     } else {
-      localStorage.setItem("tpimpi.theme", value);
+      local.setItem("tpimpi.theme", value);
       document.documentElement.dataset.theme = value;
     }
   },
   get defaults() {
     try {
-      const kept = JSON.parse(localStorage.getItem("tpimpi.defaults") ?? "{}");
+      const kept = JSON.parse(local.getItem("tpimpi.defaults") ?? "{}");
       return { system: text(kept.system), sampling: checkedSampling(kept.sampling) };
     } catch {
       return { system: "", sampling: checkedSampling(null) };
     }
   },
   set defaults(value) {
-    localStorage.setItem("tpimpi.defaults", JSON.stringify(value));
+    local.setItem("tpimpi.defaults", JSON.stringify(value));
   },
   /** A choice about the page, such as whether the machines are shown. */
-  choice: (name) => localStorage.getItem(`tpimpi.${name}`),
-  choose: (name, value) => localStorage.setItem(`tpimpi.${name}`, value),
+  choice: (name) => local.getItem(`tpimpi.${name}`),
+  choose: (name, value) => local.setItem(`tpimpi.${name}`, value),
 };
 
 const text = (value) => (typeof value === "string" ? value : "");

@@ -35,7 +35,7 @@ class Question {
   update() {}
 
   edit() {
-    const area = make("textarea", { value: this.message.content, rows: 3, "aria-label": "Edit your message" });
+    const area = make("textarea", { value: this.message.content, dir: "auto", rows: 3, "aria-label": "Edit your message" });
     const leave = () => {
       form.replaceWith(this._text, this._tools);
       this._tools.lastChild.focus();
@@ -77,6 +77,7 @@ class Question {
     this._tools.remove();
     area.focus();
     area.setSelectionRange(area.value.length, area.value.length);
+    form.scrollIntoView({ block: "nearest" });
   }
 }
 
