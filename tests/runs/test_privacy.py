@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import time
 from pathlib import Path
 
 import msgspec
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from tests.support.launch import PROGRAMS, Launcher
 from tests.support.messages import patterns_in
+from tests.support.servers import RunningServer
 from tpimpi.engine.batch import unpack_rows
 from tpimpi.engine.protocol import Operation
 from tpimpi.star import BULK, CLOCK, CONTROL, HIDDEN, NOTE, PARTIAL, SUM
@@ -231,6 +233,54 @@ def test_kept_keys_and_values_give_nothing_away(
             assert len(kept) > 100_000 and patterns_in(kept, patterns) == []
             keys = [entry["key"].encode(), bytes.fromhex(entry["key"]), entry["hash"].encode()]
             assert not any(key in kept for key in keys)
+
+
+def test_a_server_gives_nothing_away(mpirun: Launcher, cache: dict[str, str], smollm2: Path, tmp_path: Path) -> None:
+    """No text, ids or key of a client is in a message, nor in arguments, environment and files of other ranks; nor in what
+    any process prints or was started with."""
+    key, owner = "sk-Pomegranate-0123456789", "Persimmon"
+    (tmp_path / "keys").write_text(f"{owner}={key}\n")
+    program = (str(PROGRAMS / "recorded_run.py"), str(tmp_path))
+    options = ("--api-key-file", str(tmp_path / "keys"), "--memory", "400M", "--context", "256")
+    server = RunningServer(mpirun, 3, tmp_path / "log", *options, env=cache, program=program)
+    try:
+        server.until_ready()
+        body = {
+            "messages": [{"role": "user", "content": PROMPT}],
+            "max_tokens": 24,
+            "temperature": 0,
+            "stop": "Kumquat",
+        }
+        headers = {"Authorization": f"Bearer {key}"}
+        for n in (1, 2):
+            found = server.client.post("/v1/chat/completions", json={**body, "n": n}, headers=headers).json()
+        text = found["choices"][0]["message"]["content"]
+        report = {"text": text, "token_ids": []}
+        asked = server.client.post("/tokenize", json={"prompt": text}, headers=headers).json()
+        report["token_ids"] = asked["tokens"]
+        outside = [" ".join([*one.cmdline(), *one.environ().values()]) for one in server.processes()]
+        time.sleep(1.1)  # figures are asked for
+        server.client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 1}, headers=headers)
+        server.rank(0).terminate()
+        assert server.wait() == 0
+    finally:
+        server.close()
+    words = (_words(report) | {"Pomegranate", owner}) - {"where"}  # a field of our notes
+    ids = _ids(report, smollm2)
+    operations = set()
+    for rank in range(3):
+        messages = pickle.loads((tmp_path / f"messages-{rank}.pickle").read_bytes())
+        rest, steps = words_of_steps(messages)
+        assert leaks(rest, words, ids) == []
+        operations |= {operation for operation, _ in steps}
+        operations |= {int(np.frombuffer(data, "<i8")[1]) for _, tag, data in rest if tag == CONTROL}
+    assert operations >= {Operation.PAGES, Operation.BATCH, Operation.LIVE}
+    for rank in (1, 2):
+        seen = json.loads((tmp_path / f"outside-{rank}.json").read_text())
+        outside.append(f"{seen['arguments']} {seen['environment']}")
+        assert "keys" not in [Path(name).name for name in seen["files"]]
+        assert [name for name in seen["modules"] if name.startswith(("tpimpi.serving", "starlette", "uvicorn"))] == []
+    assert [word for word in words for one in [*outside, server.said()] if word in one] == []
 
 
 @pytest.mark.slow
