@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import re
-import time
 from pathlib import Path
 
 import msgspec
@@ -17,22 +16,16 @@ from hypothesis import strategies as st
 
 from tests.support.launch import PROGRAMS, Launcher
 from tests.support.messages import patterns_in
-from tests.support.servers import RunningServer
+from tests.support.privacy import RUN, VOCAB, Message, leaks, patterns_of, words_of_steps
 from tpimpi.engine.batch import unpack_rows
 from tpimpi.engine.protocol import Operation
-from tpimpi.star import BULK, CLOCK, CONTROL, HIDDEN, NOTE, PARTIAL, SUM
-from tpimpi.star.channel import ECHO
-from tpimpi.star.pieces import LARGE_PIECE_NUMBERS
+from tpimpi.star import BULK, CONTROL, HIDDEN, NOTE, PARTIAL, SUM
 from tpimpi.weights import stream
 from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.names import slice_name
 
 PROMPT = "Zanzibar ornithologist whispers quixotic melodies about elderberries. Please continue the story."
-BETWEEN_MESSAGES = b"\xa5" * 16  # in no pattern: what is found is within one message
-HIDDEN_SIZE, VOCAB, PROMPT_LIMIT = 576, 49152, 256
-RUN = 4  # ids one after another, which give a text away
-
-Message = tuple[int, int, bytes]
+HIDDEN_SIZE = 576
 
 
 def odd_parcels(messages: list[Message], slices: Path) -> list[str]:
@@ -68,72 +61,6 @@ def odd_parcels(messages: list[Message], slices: Path) -> list[str]:
     for file in files.values():
         file.close()
     return found
-
-
-def patterns_of(words: set[str], ids: list[int]) -> list[tuple[str, bytes]]:
-    """What would give words and runs of ids away, and its name."""
-    patterns: list[tuple[str, bytes]] = []
-    for word in words:
-        patterns += [(f"the word {word} in {code}", word.encode(code)) for code in ("utf-8", "utf-16-le", "utf-32-le")]
-    # A run of four: two small ids, 198 and 1, stand by chance in a list of figures, or among so many bytes of sums.
-    for run in (ids[start : start + RUN] for start in range(len(ids) - RUN + 1)):
-        for dtype in ("<u2", "<i4", "<i8", "<f4", "<f8"):
-            patterns.append((f"ids {run} as {dtype}", np.array(run, dtype).tobytes()))
-        for between in (", ", ","):  # json's way and msgspec's
-            patterns.append((f"ids {run} as text", between.join(map(str, run)).encode()))
-    return patterns
-
-
-def words_of_steps(messages: list[Message]) -> tuple[list[Message], list[tuple[int, bytes]]]:
-    """What follows a header that says so, (operation, data), and all the other messages."""
-    rest: list[Message] = []
-    words: list[tuple[int, bytes]] = []
-    due: dict[int, int] = {}  # by destination: of which operation words come next
-    for message in messages:
-        destination, tag, data = message
-        if tag == CONTROL and destination in due:
-            words.append((due.pop(destination), data))
-            continue
-        rest.append(message)
-        if tag == CONTROL:
-            _, operation, _, count, _ = np.frombuffer(data, "<i8").tolist()
-            if operation in (Operation.PAGES, Operation.BATCH, Operation.RELEASE) and count:
-                due[destination] = operation
-    return rest, words
-
-
-def leaks(messages: list[Message], words: set[str], ids: list[int]) -> list[str]:
-    """What `messages` give away: words in any usual encoding, runs of ids as any usual number, or odd shapes.
-
-    For BULK see `odd_parcels`.
-    """
-    found = []
-    for destination, tag, data in messages:
-        if tag == CONTROL:
-            if len(data) != 40:
-                found.append(f"a control header of {len(data)} bytes to rank {destination}")
-            numbers = np.frombuffer(data[:40], "<i8")[1:]
-            # Operation, number of positions, first position: nothing that depends on what the ids are. Of experts, 0.
-            short = all(0 <= number <= PROMPT_LIMIT for number in numbers[1:3])
-            if not (short and numbers[0] in set(Operation) and not numbers[3:].any()):
-                found.append(f"the control header {numbers.tolist()}")
-        elif tag in (HIDDEN, PARTIAL, SUM):
-            if len(data) % 4 or len(data) > LARGE_PIECE_NUMBERS * 4:
-                found.append(f"{len(data)} bytes with tag {tag}, which is no piece of [positions, hidden]")
-            if len(data) == VOCAB * 4:
-                found.append("logits")
-        elif tag == NOTE:
-            json.loads(data)
-        elif tag == CLOCK:
-            if len(data) != 8:
-                found.append(f"a clock of {len(data)} bytes to rank {destination}")
-        elif tag == ECHO:
-            if len(data) not in (8, 32):
-                found.append(f"a ping of {len(data)} bytes to rank {destination}")
-        elif tag != BULK:
-            found.append(f"an unknown tag {tag}")
-    searched = BETWEEN_MESSAGES.join(data for _, tag, data in messages if tag != BULK)
-    return found + patterns_in(searched, patterns_of(words, ids))
 
 
 @pytest.fixture(scope="module")
@@ -233,54 +160,6 @@ def test_kept_keys_and_values_give_nothing_away(
             assert len(kept) > 100_000 and patterns_in(kept, patterns) == []
             keys = [entry["key"].encode(), bytes.fromhex(entry["key"]), entry["hash"].encode()]
             assert not any(key in kept for key in keys)
-
-
-def test_a_server_gives_nothing_away(mpirun: Launcher, cache: dict[str, str], smollm2: Path, tmp_path: Path) -> None:
-    """No text, ids or key of a client is in a message, nor in arguments, environment and files of other ranks; nor in what
-    any process prints or was started with."""
-    key, owner = "sk-Pomegranate-0123456789", "Persimmon"
-    (tmp_path / "keys").write_text(f"{owner}={key}\n")
-    program = (str(PROGRAMS / "recorded_run.py"), str(tmp_path))
-    options = ("--api-key-file", str(tmp_path / "keys"), "--memory", "400M", "--context", "256")
-    server = RunningServer(mpirun, 3, tmp_path / "log", *options, env=cache, program=program)
-    try:
-        server.until_ready()
-        body = {
-            "messages": [{"role": "user", "content": PROMPT}],
-            "max_tokens": 24,
-            "temperature": 0,
-            "stop": "Kumquat",
-        }
-        headers = {"Authorization": f"Bearer {key}"}
-        for n in (1, 2):
-            found = server.client.post("/v1/chat/completions", json={**body, "n": n}, headers=headers).json()
-        text = found["choices"][0]["message"]["content"]
-        report = {"text": text, "token_ids": []}
-        asked = server.client.post("/tokenize", json={"prompt": text}, headers=headers).json()
-        report["token_ids"] = asked["tokens"]
-        outside = [" ".join([*one.cmdline(), *one.environ().values()]) for one in server.processes()]
-        time.sleep(1.1)  # figures are asked for
-        server.client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 1}, headers=headers)
-        server.rank(0).terminate()
-        assert server.wait() == 0
-    finally:
-        server.close()
-    words = (_words(report) | {"Pomegranate", owner}) - {"where"}  # a field of our notes
-    ids = _ids(report, smollm2)
-    operations = set()
-    for rank in range(3):
-        messages = pickle.loads((tmp_path / f"messages-{rank}.pickle").read_bytes())
-        rest, steps = words_of_steps(messages)
-        assert leaks(rest, words, ids) == []
-        operations |= {operation for operation, _ in steps}
-        operations |= {int(np.frombuffer(data, "<i8")[1]) for _, tag, data in rest if tag == CONTROL}
-    assert operations >= {Operation.PAGES, Operation.BATCH, Operation.LIVE}
-    for rank in (1, 2):
-        seen = json.loads((tmp_path / f"outside-{rank}.json").read_text())
-        outside.append(f"{seen['arguments']} {seen['environment']}")
-        assert "keys" not in [Path(name).name for name in seen["files"]]
-        assert [name for name in seen["modules"] if name.startswith(("tpimpi.serving", "starlette", "uvicorn"))] == []
-    assert [word for word in words for one in [*outside, server.said()] if word in one] == []
 
 
 @pytest.mark.slow

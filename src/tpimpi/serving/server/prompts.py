@@ -14,6 +14,7 @@ from tpimpi.serving.text.token_ids import TokenIds
 from tpimpi.serving.text.tokenizer import Tokenizer
 
 CONTEXT_EXCEEDED = "context_length_exceeded"
+SAMPLER_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 MOST_CHARACTERS_A_TOKEN = 64  # of any text, in the mean
 
 
@@ -99,18 +100,9 @@ def sampler_of(sampling: Sampling, prompt: int, drawn: int) -> Sampler:
     """The sampler of an answer that begins behind a prompt of so many ids, and has `drawn` tokens already. Raises
     RefusedError for a value out of its range."""
     try:
-        sample = make_sampler(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            repetition_penalty=sampling.repetition_penalty,
-            seed=sampling.seed,
-            drawn=drawn,
-            additions=Additions(
-                sampling.frequency_penalty, sampling.presence_penalty, sampling.logit_bias, start=prompt
-            ),
-        )
+        additions = Additions(sampling.frequency_penalty, sampling.presence_penalty, sampling.logit_bias, start=prompt)
+        options = {name: getattr(sampling, name) for name in SAMPLER_OPTIONS}
+        sample = make_sampler(**options, drawn=drawn, additions=additions)
     except ValueError as error:
         raise RefusedError(str(error), str(error).split(" ")[0].replace("-", "_")) from error
     return naming_the_model(sample)
