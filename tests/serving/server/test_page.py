@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -357,6 +358,32 @@ def test_an_error_of_the_server_is_shown(open_page: Open) -> None:
     page.keyboard.press("Enter")
     page.locator('.answer[data-state="done"]').wait_for()
     assert questions(page) == [QUESTION] and not page.locator(".failed").is_visible()
+
+
+@pytest.mark.slow
+def test_waits_while_the_server_loads_and_while_it_is_busy(
+    mpirun: Launcher, smollm2: Path, cache: dict[str, str], tmp_path: Path, browser: Any
+) -> None:
+    """With a server of its own: it answers one at a time, and nobody may wait."""
+    options = ("--model", str(smollm2), "--parallel", "1", "--queue", "1", "--context", "8192")
+    with closing(browser.new_context()) as context:
+        context.add_init_script("""localStorage["tpimpi.defaults"] = '{"sampling": {"max_tokens": 8}}'""")
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        with closing(RunningServer(mpirun, 1, tmp_path / "log", *options, env=cache)) as server:
+            page.goto(server.url)
+            ask(page, QUESTION)  # where the model is not loaded yet, it goes on when it is
+            assert len(answers(page)) == 1 and answers(page)[0]
+            body = {"messages": [{"role": "user", "content": STORY}], "temperature": 0, "max_tokens": STORY_TOKENS}
+            with ExitStack() as others:
+                for _ in range(2):
+                    others.enter_context(
+                        server.client.stream("POST", "/v1/chat/completions", json={**body, "stream": True})
+                    )
+                ask(page, OTHER, wait=False)
+                page.locator(".waiting", has_text="The server is busy; asking again in").wait_for()
+            until_answered(page)
+            assert len(answers(page)) == 2 and answers(page)[1]
 
 
 @pytest.mark.slow
