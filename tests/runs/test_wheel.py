@@ -73,7 +73,9 @@ def test_a_wheel_without_a_working_compiler_has_no_extension_and_runs(tmp_path: 
 
     names, site = unpacked(tmp_path)
     assert extensions(names) == []
-    assert "tpimpi/py.typed" in names
+    page = ROOT / "src/tpimpi/serving/server/page"
+    files = {str(path.relative_to(ROOT / "src")) for path in page.rglob("*") if path.is_file()}
+    assert {"tpimpi/py.typed", *files} <= set(names)
     program = (
         "import tpimpi.cli.main, tpimpi.compute.backends as b; print(tpimpi.__file__, b.load_backend('auto', 1).name)"
     )

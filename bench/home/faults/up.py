@@ -268,10 +268,8 @@ def main() -> None:
                 if options.json is not None:
                     options.json.write_text(json.dumps([asdict(one) for one in outcomes], indent=1))
                 seconds = "-" if outcome.went_on_s is None else f"{outcome.went_on_s:.1f} s"
-                print(
-                    f"{kind:14} r{rank} longest pause {seconds}  {outcome.wrong and 'NOT WELL: '}{outcome.wrong}",
-                    flush=True,
-                )
+                verdict = f"NOT WELL: {outcome.wrong}" if outcome.wrong else ""
+                print(f"{kind:14} r{rank} longest pause {seconds}  {verdict}", flush=True)
     _print_table(options.mpi, [one for one in outcomes if one.mpi == options.mpi])
     sys.exit(any(one.wrong for one in outcomes))
 

@@ -51,6 +51,11 @@ class State(msgspec.Struct, frozen=True):
     line: str = ""
 
 
+def died(rank: str) -> str:
+    """What is said of a rank whose process has ended."""
+    return f"{rank} has ended: its process died or was killed; the run ends here"
+
+
 def is_loopback(host: str) -> bool:
     """Whether an address to listen on is this machine's own, for itself alone."""
     return host in LOOPBACK or host.startswith("127.")

@@ -14,8 +14,9 @@ from pathlib import Path
 import msgspec
 
 from tpimpi.serving.server import wire
-from tpimpi.serving.server.front_options import FrontOptions, State
+from tpimpi.serving.server.front_options import FrontOptions, State, died
 from tpimpi.serving.server.problems import ApiError, bad_field, queue_full, unavailable
+from tpimpi.serving.server.watch import ProcessWatch
 
 READ_BYTES = 1 << 18
 ENDED = "the run has ended: rank 0 is gone"
@@ -56,6 +57,7 @@ class RankLink:
         self._told_to_end = False
         self.on_figures: Callable[[wire.Figures], None] = lambda figures: None
         self.on_state: Callable[[State], None] = lambda state: None
+        self._watch = ProcessWatch()
         self._is_ready = asyncio.Event()  # or will never be
         self._writer: asyncio.StreamWriter | None = None
         self._asked: dict[int, Asked] = {}
@@ -169,6 +171,8 @@ class RankLink:
                 self._answered(reply)
             case wire.Figures():
                 self._take_figures(reply)
+            case wire.Processes():
+                self._watch.begin(reply.pids)
             case wire.Progress():
                 self.progress = reply
             case wire.Ready():
@@ -209,6 +213,9 @@ class RankLink:
 
     def _gone(self) -> None:
         """Rank 0 has ended. What is open waits for another, or is told so."""
+        if self.failed is None and self._watch.ended and not self._watch.ended[0].startswith("r0 "):
+            self.failed = wire.Failed(died(self._watch.ended[0]), 1)
+        self._watch.end()
         self._writer, self.figures = None, None
         self.ready = None
         if self._options.outlives and not self._told_to_end:
