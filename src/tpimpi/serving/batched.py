@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +19,7 @@ from tpimpi.errors import InputError
 from tpimpi.models.kv.cache import KINDS, PAGE, pages_of
 from tpimpi.models.kv.pages import PageAccount, rows_of
 from tpimpi.serving.generate import GenerationFigures
+from tpimpi.serving.grammar import GrammarError
 from tpimpi.serving.report import Answer, BatchFigures, Report
 from tpimpi.serving.sampling import Sampler
 from tpimpi.serving.scheduler import MOST_LOOKED_AT, Request, Run, Scheduler
@@ -49,7 +50,7 @@ class Query:
 @dataclass(eq=False)
 class Answering:
     """An answer that is being made. `new` tokens are those of the last step; `ended` is one of END_REASONS (see
-    transcript)."""
+    transcript), or "failed" where it cannot go on for the reason in `problem`."""
 
     query: Query
     request: Request
@@ -63,6 +64,7 @@ class Answering:
     said: dict[bool, str] = field(default_factory=lambda: {False: "", True: ""})  # the answer, and its reasoning
     new: list[int] = field(default_factory=list)
     ended: str | None = None
+    problem: str = ""
 
     @property
     def most(self) -> int:
@@ -234,7 +236,8 @@ class BatchedLLM:
         figures, ended = answering.figures, None
         figures.passes += 1
         figures.drafted += len(run.draft)
-        for place, token in enumerate(checked(logits, run.draft, query.sample, request.ids)):
+        tokens = _until_failing(checked(logits, run.draft, query.sample, request.ids), answering)
+        for place, token in enumerate(tokens):
             figures.sampled += 1
             figures.accepted += run.draft[place : place + 1] == (token,)
             if token in self._tokenizer.end_ids and not query.ignore_eos:
@@ -253,6 +256,9 @@ class BatchedLLM:
             if len(answering.times) == answering.most:
                 ended = "max_tokens" if answering.most == query.max_tokens else "context"
                 break
+        if answering.problem:
+            self._end(answering, "failed")
+            return answering
         self._scheduler.computed(run)
         if answering.drafter is not None:
             answering.drafter.add(request.ids[before:])
@@ -287,3 +293,11 @@ class BatchedLLM:
 def _wanted(run: Run, end: int) -> range:
     """The rows of a step of which the logits are wanted for a run, which ends before row `end`."""
     return range(end - 1 - len(run.draft), end)
+
+
+def _until_failing(tokens: Iterator[int], answering: Answering) -> Iterator[int]:
+    """`tokens`, up to where the answer's sampler fails over its grammar, which ends this answer alone."""
+    try:
+        yield from tokens
+    except GrammarError as error:
+        answering.problem = str(error)

@@ -41,6 +41,7 @@ class Grammar(msgspec.Struct, frozen=True, array_like=True):
 
     kind: Literal["json_schema", "regex", "lark"]
     text: str
+    whole: bool = False  # it is of all that the model writes, not of what comes after reasoning
 
 
 class Chat(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -17,6 +17,16 @@ class Piece:
     reasoning: bool = False
 
 
+@dataclass(frozen=True)
+class Allowed:
+    """What may come next where the answer has a grammar: tokens of the `answer`, and `others` that are none, None for any
+    but those that end it. `ends` are what may end it before there is an answer."""
+
+    answer: bool = True
+    others: frozenset[int] | None = frozenset()
+    ends: frozenset[int] = frozenset()
+
+
 class AnswerStream(Protocol):
     """Turns ids of one answer, one at a time, into pieces."""
 
@@ -26,6 +36,8 @@ class AnswerStream(Protocol):
     def push(self, token_id: int) -> list[Piece]: ...  # those that this id completes
 
     def flush(self) -> list[Piece]: ...  # what is left at the end
+
+    def allowed(self) -> Allowed: ...  # before the next id is pushed
 
 
 class PlainAnswer:
@@ -41,6 +53,9 @@ class PlainAnswer:
 
     def flush(self) -> list[Piece]:
         return pieces(self._text.flush())
+
+    def allowed(self) -> Allowed:
+        return Allowed()
 
 
 def pieces(text: str, *, reasoning: bool = False) -> list[Piece]:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from tpimpi.serving.text.answer import Piece, pieces
+from tpimpi.serving.text.answer import Allowed, Piece, pieces
 from tpimpi.serving.text.stream import TextStream
 
 START, CHANNEL, MESSAGE, END, RETURN = "<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"
@@ -64,6 +64,7 @@ class HarmonyStream:
         self._channel: str | None = None  # the header's rest
         self._instead: str | None = None  # behind the prompt's header: text that may be no header; None: it is none
         self._reasoning = False  # the message
+        self._calling = False  # does the message call a tool?
         self._said = {False: False, True: False}  # has this part text in an earlier message?
         self._spoken = False  # has the message?
 
@@ -102,6 +103,16 @@ class HarmonyStream:
     def flush(self) -> list[Piece]:
         return self._take(self._text.flush()) + self._give_up_header()
 
+    def allowed(self) -> Allowed:
+        if self._instead is not None and not self._instead.strip():  # text here would be an answer without a channel
+            return Allowed(answer=False, others=self._ids_of(CHANNEL))
+        if self._header is None and not self._reasoning:
+            return Allowed()
+        return Allowed(answer=False, others=None, ends=self._ids_of(CALL) if self._calling else frozenset())
+
+    def _ids_of(self, name: str) -> frozenset[int]:
+        return frozenset(token_id for token_id, known in self._names.items() if known == name)
+
     def _take(self, text: str) -> list[Piece]:
         """Text where it stands: in a header, in place of one, or in a message."""
         if self._header is None:
@@ -135,6 +146,7 @@ class HarmonyStream:
         self._header = self._channel = self._instead = None
         answering = role in ([], [_ANSWERING_ROLE]) and tool is None and not channel
         self._reasoning = not (answering or channel == [_ANSWERING_CHANNEL])
+        self._calling = self._reasoning and tool is not None
         if tool is None or not self._reasoning:
             return []
         self.tools.append(tool[1])

@@ -25,7 +25,8 @@ class Tokenizer:
     vocab_size: number of ids the tokenizer knows (the model's table may have more rows, or fewer).
     sampled_ids: number of ids that an answer is made of: those from there on only fill the model's table.
     bos_id: the token that begins a text, or None.
-    control_ids: what no content of a chat becomes: special tokens, and those that the template writes.
+    control_ids: what no content of a chat becomes: special tokens, and those that the template writes; `control_names` has
+        the text of each.
     has_chat_template: whether `encode_chat` can be used; an empty template, which would leave the prompt out, is none.
     has_reasoning: whether answers in a chat may have reasoning, which tokens of the vocabulary mark.
     """
@@ -55,6 +56,7 @@ class Tokenizer:
         self._closing_id: int | None = None
         self._control = self._take_out_control_tokens()
         self.control_ids = self._control.ids
+        self.control_names = {token.token_id: token.content for token in self._control.tokens}
         self._reasoning = Harmony.of(vocabulary.find, self.control_ids) or Thinking.of(
             vocabulary.find, self.control_ids
         )
@@ -157,6 +159,10 @@ class Tokenizer:
         """The text of ids, special tokens skipped; bytes that are not UTF-8 become U+FFFD."""
         stream = self.stream()
         return "".join(map(stream.push, ids)) + stream.flush()
+
+    def piece(self, token_id: int) -> bytes:
+        """The bytes that an id stands for in an answer; b"" for a special or an unknown one."""
+        return self._vocabulary.piece(token_id)
 
     def stream(self) -> TextStream:
         """A fresh TextStream, for one answer."""
