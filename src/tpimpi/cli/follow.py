@@ -79,7 +79,7 @@ def take_part(star: Star, arguments: Sequence[str]) -> None:
             gather_notes(star, slice_identity(engine))
         memory = stack.enter_context(closing(take_allotment(star, engines, note.context)))
         receive_note(star, Proceed)
-        follow([engine.model for engine in memory.engines], star, engines[0].page_files)
+        follow([engine.model for engine in memory.engines], star, engines[0].page_files, memory.live)
         send_figures(star, memory)
 
 

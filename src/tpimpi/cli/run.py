@@ -25,11 +25,11 @@ from tpimpi.engine.engine import Engine, OpenedEngine
 from tpimpi.engine.experts import Experts
 from tpimpi.engine.ranks import RankInfo, greet
 from tpimpi.engine.trace import RankTrace
-from tpimpi.errors import InputError, ModelError
+from tpimpi.errors import InputError
 from tpimpi.serving.conversation import Conversation, SamplingParams
 from tpimpi.serving.llm import LLM, load_llm, load_tokenizer_of_slices
 from tpimpi.serving.report import Report
-from tpimpi.serving.sampling import Floats, Sampler, make_sampler
+from tpimpi.serving.sampling import Sampler, make_sampler, naming_the_model
 from tpimpi.serving.session import Session
 from tpimpi.serving.transcript import Transcript, Turn
 from tpimpi.star import Star
@@ -256,15 +256,7 @@ def sampler_of(sampling: SamplingOptions) -> Callable[[int, int], Sampler]:
         except ValueError as error:
             raise InputError(f"--{error}") from error
 
-        def checked(logits: Floats, history: Sequence[int]) -> int:
-            try:
-                return sample(logits, history)
-            except ValueError as error:
-                raise ModelError(
-                    f"no token can be chosen: {error}; check the model, or the sampling options"
-                ) from error
-
-        return checked
+        return naming_the_model(sample)
 
     sampler(sampling.seed, 0)  # so that a bad value is said now
     return sampler

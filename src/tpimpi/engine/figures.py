@@ -57,6 +57,17 @@ class RankFigures:
     timeline: list[list[int | float]]
 
 
+@dataclass(frozen=True)
+class LiveFigures:
+    """What a rank says of itself while the run goes on: memory now, and totals since its start."""
+
+    memory_bytes: int
+    bytes_read: int
+    read_wait_s: float
+    compute_s: float
+    star_s: float
+
+
 def disk_lines(streams: Sequence[tuple[str, int, int, float]], *, alone: bool) -> Iterator[str]:
     """What each disk gives to the ranks that stream from it, in a line; if `alone`, also what it would be with one for each.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tpimpi.engine.allotment import MemoryAllotment
 from tpimpi.engine.budget import Needs
 from tpimpi.engine.engine import EngineConfig
-from tpimpi.engine.figures import RankFigures
+from tpimpi.engine.figures import LiveFigures, RankFigures
 from tpimpi.star.control import Note
 from tpimpi.system.memory import Place
 
@@ -53,6 +53,12 @@ class Allotted(Note, frozen=True):
     """What the sender's memory buys."""
 
     allotment: MemoryAllotment
+
+
+class Live(Note, frozen=True):
+    """A rank's figures while the run goes on."""
+
+    figures: LiveFigures
 
 
 class Figures(Note, frozen=True):

@@ -12,7 +12,7 @@ ends where they differ.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
@@ -20,14 +20,16 @@ import numpy as np
 
 from tpimpi.compute.arrays import F32
 from tpimpi.engine.batch import pack_rows, unpack_rows
+from tpimpi.engine.figures import LiveFigures
 from tpimpi.engine.keep_pages import SequenceFile, keep, receive_which, take
 from tpimpi.engine.model import Model
+from tpimpi.engine.notes import Live
 from tpimpi.engine.page_files import PageFiles
 from tpimpi.errors import StarError
 from tpimpi.models.kv.cache import FULL, KINDS, WINDOWED, StepRows
 from tpimpi.models.kv.pages import PageAccount
 from tpimpi.star import Star, Words
-from tpimpi.star.control import send_note
+from tpimpi.star.control import gather_notes, send_note
 
 MAGIC = 0x7470696D7069  # "tpimpi": a header that was damaged, or is of another program, does not begin with it
 HEADER_WORDS = 5
@@ -47,6 +49,7 @@ class Operation(IntEnum):
     )
     KEEP = 7  # pages of a sequence are to be written to a file; notes follow
     TAKE = 8  # pages of a sequence are to be read from a file; notes follow
+    LIVE = 9  # every rank says how it is, in a note
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,12 @@ def take_pages(model: Model, star: Star, files: PageFiles, which: SequenceFile) 
     return take(model, star, files, which)
 
 
+def live_figures(model: Model, star: Star, ours: LiveFigures) -> list[LiveFigures]:
+    """Rank 0: every rank's figures as they are now, in rank order, between two steps."""
+    send_header(star, StepHeader(Operation.LIVE, choices=model.choices))
+    return [note.figures for note in gather_notes(star, Live(ours))]
+
+
 def _release(model: Model, words: Words, full: int) -> None:
     for kind, pages in enumerate((words[:full], words[full:])):
         model.release_pages(kind, pages.tolist())
@@ -159,11 +168,16 @@ def finish(model: Model, star: Star) -> None:
     send_header(star, StepHeader(Operation.FINISH, choices=model.choices))
 
 
-def follow(models: Sequence[Model], star: Star, files: PageFiles | None = None) -> None:
+def follow(
+    models: Sequence[Model],
+    star: Star,
+    files: PageFiles | None = None,
+    live: Callable[[], LiveFigures] | None = None,
+) -> None:
     """Other ranks: do what rank 0 says until it says that the run is over. They see hidden vectors, never ids or text.
 
     Where there are several models the headers are for them in turn, the first for the first. `files` is where pages may be
-    kept. Raises StarError for a header that makes no sense.
+    kept, `live` says how this rank is. Raises StarError for a header that makes no sense.
     """
     for model in itertools.cycle(models):
         header = receive_header(star)
@@ -177,7 +191,11 @@ def follow(models: Sequence[Model], star: Star, files: PageFiles | None = None) 
             )
         if header.operation == Operation.FINISH:
             return
-        if header.operation in (Operation.KEEP, Operation.TAKE):
+        if header.operation == Operation.LIVE:
+            if live is None:
+                raise StarError("rank 0 asks for figures, and there are to be none")
+            gather_notes(star, Live(live()))
+        elif header.operation in (Operation.KEEP, Operation.TAKE):
             _keep_or_take(model, star, files, header)
         else:
             _follow_one(model, star, header)

@@ -16,7 +16,7 @@ from tpimpi.engine.allotment import MemoryAllotment
 from tpimpi.engine.budget import RESERVE_BYTES, Budget, Needs, make_budget
 from tpimpi.engine.engine import OpenedEngine
 from tpimpi.engine.expert_cache import ExpertCache, least_places
-from tpimpi.engine.figures import RankFigures
+from tpimpi.engine.figures import LiveFigures, RankFigures
 from tpimpi.engine.memory_guard import MemoryGuard
 from tpimpi.engine.needs import needs_together
 from tpimpi.engine.ring import FEWEST_TILES, ring_bytes
@@ -301,6 +301,18 @@ class RankMemory:
             )
             for engine in self.engines
         ]
+
+    def live(self) -> LiveFigures:
+        """The whole rank as it is now; cheap enough for every second."""
+        windows = [engine.window for engine in self.engines]
+        caches = [engine.experts for engine in self.engines]
+        return LiveFigures(
+            memory_bytes=resident_bytes(),
+            bytes_read=sum(w.bytes_read for w in windows) + sum(c.figures.bytes_read for c in caches),
+            read_wait_s=sum(w.wait_seconds for w in windows) + sum(c.wait_seconds for c in caches),
+            compute_s=sum(engine.model.compute_seconds for engine in self.engines),
+            star_s=self.star.seconds,
+        )
 
     def trace(self) -> RankTrace:
         """What was recorded; the clock's offset is for rank 0 to fill in."""

@@ -20,6 +20,7 @@ from tpimpi.models.kv.cache import KINDS, PAGE, pages_of
 from tpimpi.models.kv.pages import PageAccount, rows_of
 from tpimpi.serving.generate import GenerationFigures
 from tpimpi.serving.grammar import GrammarError
+from tpimpi.serving.logprobs import Logprob, logprob_of
 from tpimpi.serving.report import Answer, BatchFigures, Report
 from tpimpi.serving.sampling import Sampler
 from tpimpi.serving.scheduler import MOST_LOOKED_AT, Request, Run, Scheduler
@@ -37,7 +38,7 @@ DRAFTED_EACH = 2  # drafted tokens in a step, for each of those that may be answ
 
 @dataclass(frozen=True)
 class Query:
-    """A prompt, as ids, and how it is to be answered."""
+    """A prompt, as ids, and how it is to be answered. `max_tokens` counts those of `so_far` too."""
 
     ids: Sequence[int]
     max_tokens: int
@@ -45,12 +46,16 @@ class Query:
     stops: Sequence[str] = ()
     raw: bool = False
     ignore_eos: bool = False
+    owner: str = ""  # what was computed is kept for prompts of the same owner
+    logprobs: int | None = None  # how many of the likeliest tokens are told with each
+    so_far: Sequence[int] = ()  # what there is of the answer already, from another run
 
 
 @dataclass(eq=False)
 class Answering:
-    """An answer that is being made. `new` tokens are those of the last step; `ended` is one of END_REASONS (see
-    transcript), or "failed" where it cannot go on for the reason in `problem`."""
+    """An answer that is being made. `new` tokens, their `logprobs` where they are wanted, and the `pieces` of text that are
+    certain with them are those of the last step; `ended` is one of END_REASONS (see transcript), or "failed" where it cannot
+    go on for the reason in `problem`."""
 
     query: Query
     request: Request
@@ -63,6 +68,8 @@ class Answering:
     times: list[tuple[int, float]] = field(default_factory=list)
     said: dict[bool, str] = field(default_factory=lambda: {False: "", True: ""})  # the answer, and its reasoning
     new: list[int] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
     ended: str | None = None
     problem: str = ""
 
@@ -137,14 +144,25 @@ class BatchedLLM:
         open_pages(self._model, self._model.star, context, account)
 
     def submit(self, query: Query) -> Answering:
-        """A query comes: it is answered by `step`. Its prompt has fewer ids than `context`."""
+        """A query comes: it is answered by `step`, unless what there is of its answer is all. Its prompt has fewer ids than
+        `context`."""
         most = min(query.max_tokens, self.context - len(query.ids))
-        request = Request(list(query.ids), len(query.ids) + most)
+        request = Request([*query.ids, *query.so_far], len(query.ids) + most, query.owner, prompt=len(query.ids))
         stream = self._tokenizer.answer_stream(query.ids, raw=query.raw)
         answering = Answering(query, request, stream, StopFilter(query.stops), time.monotonic())
         self._answering[request] = answering
+        for token in query.so_far:
+            self._push(answering, token)
         self._scheduler.add(request)
+        if answering.stop.stopped:
+            self._end(answering, "stop")
+        elif len(request.ids) >= request.most:
+            self._end(answering, self._why_no_more(answering))
         return answering
+
+    def fits(self, positions: int) -> bool:
+        """Whether there are pages for a prompt and its answer of so many positions, if it is alone."""
+        return self._scheduler.fits(positions)
 
     def cancel(self, answering: Answering) -> None:
         """Nobody wants this answer any more; what there is of it stands."""
@@ -160,6 +178,12 @@ class BatchedLLM:
     def room(self) -> int:
         """Positions that there are pages for, of all sequences together."""
         return self._account.units // len(self._model.kv_shape.kinds) * PAGE
+
+    @property
+    def pages(self) -> tuple[int, int]:
+        """Pages of all layers that are used, kept prefixes included, and that there may be."""
+        layers = len(self._model.kv_shape.kinds)
+        return -(-self._account.used // layers), self._account.units // layers
 
     @property
     def wanted(self) -> int:
@@ -223,7 +247,7 @@ class BatchedLLM:
             one = self._answering[request]
             one.drafter = one.drafter or self._speculation.drafter(request.ids)
             if one.drafter is not None:
-                room = min(most - rows, one.most - len(one.times) - 1)
+                room = min(most - rows, request.most - len(request.ids) - 1)
                 request.draft = one.drafter.propose(room, others=rows - 1)
                 rows += len(request.draft)
         return rows
@@ -232,7 +256,7 @@ class BatchedLLM:
         """The next tokens of a request, from the logits [n, vocab] of its last row and those of its draft."""
         answering, request = self._answering[run.request], run.request
         query, before = answering.query, len(request.ids)
-        answering.new = []
+        answering.new, answering.logprobs, answering.pieces = [], [], []
         figures, ended = answering.figures, None
         figures.passes += 1
         figures.drafted += len(run.draft)
@@ -246,15 +270,14 @@ class BatchedLLM:
                 break
             answering.new.append(token)
             answering.times.append((figures.passes, time.monotonic()))
-            for piece in answering.stream.push(token):
-                self._say(answering, answering.stop.push(piece))
-                if answering.stop.stopped:
-                    break
+            if query.logprobs is not None:
+                answering.logprobs.append(logprob_of(logits[place], token, query.logprobs))
+            self._push(answering, token)
             if answering.stop.stopped:
                 ended = "stop"
                 break
-            if len(answering.times) == answering.most:
-                ended = "max_tokens" if answering.most == query.max_tokens else "context"
+            if len(request.ids) == request.most:
+                ended = self._why_no_more(answering)
                 break
         if answering.problem:
             self._end(answering, "failed")
@@ -266,6 +289,16 @@ class BatchedLLM:
             self._end(answering, ended)
         return answering
 
+    def _push(self, answering: Answering, token: int) -> None:
+        """The text that is certain with a token more."""
+        for piece in answering.stream.push(token):
+            self._say(answering, answering.stop.push(piece))
+            if answering.stop.stopped:
+                break
+
+    def _why_no_more(self, answering: Answering) -> str:
+        return "max_tokens" if answering.most == answering.query.max_tokens else "context"
+
     def _end(self, answering: Answering, why: str) -> None:
         if not answering.stop.stopped:
             for piece in answering.stream.flush():
@@ -276,6 +309,7 @@ class BatchedLLM:
         del self._answering[answering.request]
 
     def _say(self, answering: Answering, pieces: Sequence[Piece]) -> None:
+        answering.pieces += pieces
         for piece in pieces:
             answering.said[piece.reasoning] += piece.text
 

@@ -32,20 +32,21 @@ class Request:
     """A prompt that is to be answered. `ids` are its tokens, then those of the answer; `most` how many they can become.
 
     `cached` is how many of the prompt's positions were kept from others when it was first admitted, `rows` how many were
-    computed for it in all.
+    computed for it in all. What it has computed is kept for requests of the same `owner`.
     """
 
     ids: list[int]
     most: int
+    owner: str = ""
     pages: SequencePages | None = None
     cached: int | None = None
     rows: int = 0
     overtaken: int = 0
     draft: list[int] = field(default_factory=list)  # what may follow `ids`, to be checked in the next step
-    prompt: int = field(init=False)
+    prompt: int = -1  # how many of the ids are not of the answer; all of them where nothing is said
 
     def __post_init__(self) -> None:
-        self.prompt = len(self.ids)
+        self.prompt = len(self.ids) if self.prompt < 0 else self.prompt
 
     @property
     def computed(self) -> int:
@@ -131,7 +132,7 @@ class Scheduler:
         length = min(run.start + run.n, len(request.ids) - 1) if run.ends else run.start + run.n
         pages.truncate(length)
         if length // PAGE > run.start // PAGE:
-            self.prefixes.add(request.ids, pages, length)
+            self.prefixes.add(request.ids, pages, length, request.owner)
         pages.trim()
 
     def _rows_of_answers(self) -> list[Run]:
@@ -191,7 +192,7 @@ class Scheduler:
                 break
             if place and len(request.ids) > self._most_rows:
                 continue
-            pages = self.prefixes.begin(request.ids)
+            pages = self.prefixes.begin(request.ids, request.owner)
             wanted = self._still_missing(pages, len(request.ids) + 1)
             if not self._make_free([a + b for a, b in zip(wanted, self._promised(), strict=True)]):
                 pages.close()

@@ -68,9 +68,9 @@ def main() -> None:
         here.append(found)
         return found
 
-    def recorded_follow(model, own_star, files):
+    def recorded_follow(model, own_star, *more):
         (OUT / f"outside-{own_star.rank.index}.json").write_text(json.dumps(outside()))
-        follow(model, own_star, files)
+        follow(model, own_star, *more)
 
     cli.connect = recorded_connect
     following.follow = recorded_follow

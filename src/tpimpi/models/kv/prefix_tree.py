@@ -5,6 +5,8 @@ whose ids begin as another's did takes them as they are and computes the rest. W
 that nobody used for longest first, leaves before what they rest on. Of windowed layers a sequence needs the last window
 before the position where it goes on: what lies before that in every sequence that ended here goes first.
 
+Each owner has a tree of its own: how soon a first token comes would tell one what others asked.
+
 As in vLLM's automatic prefix caching and SGLang's RadixAttention (arXiv 2312.07104), by whole pages.
 """
 
@@ -37,7 +39,7 @@ class PrefixTree:
 
     def __init__(self, account: PageAccount, window: int = 0) -> None:
         self._account, self._window = account, window
-        self._root = _Node((), None, [])
+        self._roots: dict[str, _Node] = {}  # by owner, those that have nodes
         self._nodes: dict[_Node, None] = {}  # in the order of their last use
 
     def pages(self) -> Iterator[list[tuple[int, int]]]:
@@ -45,18 +47,21 @@ class PrefixTree:
         for node in self._nodes:
             yield node.held
 
-    def begin(self, ids: Sequence[int]) -> SequencePages:
-        """A sequence that has as much of `ids` as is kept, but for the last id, whose logits are wanted; perhaps nothing."""
-        path = list(self._path(ids[: max(0, len(ids) - 1)]))
+    def begin(self, ids: Sequence[int], owner: str = "") -> SequencePages:
+        """A sequence that has as much of `ids` as is kept for `owner`, but for the last id, whose logits are wanted; perhaps
+        nothing."""
+        path = list(self._path(ids[: max(0, len(ids) - 1)], owner))
         while path and not self._can_go_on_after(path):
             path.pop()
         self._use(path)
         pages = [[node.pages[kind] for node in path] for kind in KINDS]
         return SequencePages.beginning_with(self._account, pages, self._window)
 
-    def add(self, ids: Sequence[int], pages: SequencePages, computed: int) -> None:
-        """Keep the full pages of a sequence, of whose `ids` the first `computed` have keys and values."""
-        node, path = self._root, []
+    def add(self, ids: Sequence[int], pages: SequencePages, computed: int, owner: str = "") -> None:
+        """Keep for `owner` the full pages of a sequence, of whose `ids` the first `computed` have keys and values."""
+        if computed < PAGE:
+            return
+        node, path = self._roots.setdefault(owner, _Node((), None, [])), []
         for place in range(computed // PAGE):
             part = tuple(ids[place * PAGE : (place + 1) * PAGE])
             found = node.children.get(part)
@@ -96,11 +101,11 @@ class PrefixTree:
         for node in list(self._nodes):
             self._remove(node)
 
-    def _path(self, ids: Sequence[int]) -> Iterator[_Node]:
-        """The nodes that `ids` begin with."""
-        node = self._root
+    def _path(self, ids: Sequence[int], owner: str) -> Iterator[_Node]:
+        """The nodes of an owner that `ids` begin with."""
+        node = self._roots.get(owner)
         for place in range(len(ids) // PAGE):
-            found = node.children.get(tuple(ids[place * PAGE : (place + 1) * PAGE]))
+            found = node and node.children.get(tuple(ids[place * PAGE : (place + 1) * PAGE]))
             if found is None:
                 return
             yield found
@@ -128,6 +133,8 @@ class PrefixTree:
         assert node.parent is not None
         del node.parent.children[node.ids]
         del self._nodes[node]
+        if node.parent.parent is None and not node.parent.children:
+            self._roots = {owner: root for owner, root in self._roots.items() if root is not node.parent}
 
     def _use(self, path: Sequence[_Node]) -> None:
         """These were used now; what rests on others goes before them."""

@@ -164,11 +164,12 @@ class Done(_Said, frozen=True):
 
 
 class Refused(_Said, frozen=True):
-    """What was asked cannot be answered. `what` is the field that is wrong, or "" """
+    """What was asked cannot be answered. `what` is the field that is wrong, or "", `code` OpenAI's word for why, or "" """
 
     id: int
     problem: str
     what: str = ""
+    code: str = ""
 
 
 class Counted(_Said, frozen=True):
@@ -208,15 +209,19 @@ class Figures(_Said, frozen=True):
     ranks: list[RankFigures]
 
 
+class Ending(_Said, frozen=True):
+    """The run is about to end: nothing more is to be asked, what is open goes on for a while."""
+
+
 class Failed(_Said, frozen=True):
-    """The run ends with this line; what is open has no answer."""
+    """The run ends with this line; what is open has no answer. The exit code is 0 where it was told to end."""
 
     line: str
     exit_code: int
 
 
 Question = Ask | Cancel | Count | Spell | End
-Reply = Progress | Ready | Began | Part | Done | Refused | Counted | Spelled | Figures | Failed
+Reply = Progress | Ready | Began | Part | Done | Refused | Counted | Spelled | Figures | Ending | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 decode_question = msgspec.msgpack.Decoder(Question).decode

@@ -70,6 +70,10 @@ class TokenIds:
         """A fresh IdStream, for one answer."""
         return IdStream()
 
+    def piece(self, token_id: int) -> bytes:
+        """The id in decimal."""
+        return str(token_id).encode()
+
     def answer_stream(self, prompt: Sequence[int], *, raw: bool) -> PlainAnswer:
         """As of a Tokenizer; there is no reasoning."""
         return PlainAnswer(self.stream())

@@ -160,13 +160,13 @@ class Tokenizer:
         stream = self.stream()
         return "".join(map(stream.push, ids)) + stream.flush()
 
-    def piece(self, token_id: int) -> bytes:
-        """The bytes that an id stands for in an answer; b"" for a special or an unknown one."""
-        return self._vocabulary.piece(token_id)
-
     def stream(self) -> TextStream:
         """A fresh TextStream, for one answer."""
         return TextStream(self._vocabulary.piece, self._vocabulary.leading)
+
+    def piece(self, token_id: int) -> bytes:
+        """The bytes that an id stands for; none of a special token."""
+        return self._vocabulary.piece(token_id)
 
     def answer_stream(self, prompt: Sequence[int], *, raw: bool) -> AnswerStream:
         """What tells the reasoning of the answer to `prompt` from the answer itself; a `raw` text is all answer."""

@@ -1,0 +1,95 @@
+"""What is asked, as rank 0 answers it: prompts become token ids, and an Ask a Query."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tpimpi.errors import InputError
+from tpimpi.serving.batched import Query
+from tpimpi.serving.sampling import Additions, Sampler, make_sampler, naming_the_model
+from tpimpi.serving.server.wire import Ask, Chat, Ids, Sampling, Text
+from tpimpi.serving.text.token_ids import TokenIds
+from tpimpi.serving.text.tokenizer import Tokenizer
+
+CONTEXT_EXCEEDED = "context_length_exceeded"
+
+
+class RefusedError(InputError):
+    """What is asked cannot be answered: `what` is the field that is wrong, `code` OpenAI's word for why."""
+
+    def __init__(self, problem: str, what: str = "", code: str = "") -> None:
+        super().__init__(problem)
+        self.what, self.code = what, code
+
+
+def ids_of(tokenizer: Tokenizer | TokenIds, prompt: Chat | Text | Ids) -> list[int]:
+    """The token ids of a prompt. Raises InputError for one that cannot be used."""
+    if isinstance(prompt, Ids):
+        for token in prompt.ids:
+            if not 0 <= token < tokenizer.sampled_ids:
+                raise RefusedError(f"{token} is no token id, which are below {tokenizer.sampled_ids}", "prompt")
+        return prompt.ids
+    if isinstance(prompt, Text):
+        return tokenizer.encode(prompt.text)
+    if prompt.tools:
+        raise RefusedError("tools are not supported by this server", "tools")
+    if prompt.options:
+        raise RefusedError("variables of the template are not supported by this server", "chat_template_kwargs")
+    ids = tokenizer.encode_messages([_plain(message) for message in prompt.messages])
+    return [*ids, *tokenizer.encode(prompt.begun, special=False)] if prompt.begun else ids
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with text for content, as templates want it."""
+    return {**message, "content": message.get("content") or ""}
+
+
+def query_of(tokenizer: Tokenizer | TokenIds, ask: Ask, context: int) -> Query:
+    """How an Ask is answered, in `context` positions at most. Raises InputError where it cannot be."""
+    raw = not isinstance(ask.prompt, Chat)
+    tokenizer.check_params(raw=raw, stops=ask.stops)
+    ids = ids_of(tokenizer, ask.prompt)
+    if not ids:
+        raise RefusedError("the prompt has no tokens; give some text", "prompt" if raw else "messages")
+    if len(ids) >= context:
+        raise RefusedError(
+            f"the prompt has {len(ids)} tokens, and this model's context is {context} tokens here, of which the answer needs "
+            "one at least; shorten it",
+            "prompt" if raw else "messages",
+            CONTEXT_EXCEEDED,
+        )
+    if ask.grammar is not None:
+        raise RefusedError("answers of a given form are not supported by this server", "response_format")
+    return Query(
+        ids,
+        context if ask.max_tokens is None else ask.max_tokens,
+        sampler_of(ask.sampling, len(ids), len(ask.so_far)),
+        ask.stops,
+        raw,
+        ask.ignore_eos,
+        owner=ask.owner,
+        logprobs=ask.logprobs,
+        so_far=ask.so_far,
+    )
+
+
+def sampler_of(sampling: Sampling, prompt: int, drawn: int) -> Sampler:
+    """The sampler of an answer that begins behind a prompt of so many ids, and has `drawn` tokens already. Raises
+    RefusedError for a value out of its range."""
+    try:
+        sample = make_sampler(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            seed=sampling.seed,
+            drawn=drawn,
+            additions=Additions(
+                sampling.frequency_penalty, sampling.presence_penalty, sampling.logit_bias, start=prompt
+            ),
+        )
+    except ValueError as error:
+        raise RefusedError(str(error), str(error).split(" ")[0].replace("-", "_")) from error
+    return naming_the_model(sample)
