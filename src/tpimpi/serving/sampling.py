@@ -139,7 +139,9 @@ def _check(temperature: float, top_k: int, top_p: float, min_p: float, repetitio
 def _check_additions(additions: Additions) -> None:
     for name, value in (("frequency-penalty", additions.frequency), ("presence-penalty", additions.presence)):
         if not abs(value) <= GREATEST_PENALTY:
-            raise ValueError(f"{name} is {value}, must be from {-GREATEST_PENALTY:g} to {GREATEST_PENALTY:g} (0 is off)")
+            raise ValueError(
+                f"{name} is {value}, must be from {-GREATEST_PENALTY:g} to {GREATEST_PENALTY:g} (0 is off)"
+            )
     for token, value in additions.bias.items():
         if not (token >= 0 and abs(value) <= GREATEST_BIAS):
             raise ValueError(

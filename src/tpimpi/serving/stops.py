@@ -19,6 +19,9 @@ class StopFilter:
         """What is certain with this piece."""
         if part.reasoning:
             return [part]
+        if part.mark:  # no stop string goes on behind it
+            held, self._held = self._held, ""
+            return [*pieces(held), part]
         self._held += part.text
         found = [(place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if found:  # the one that is complete first, so that it does not matter how the text came in pieces

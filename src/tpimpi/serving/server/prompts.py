@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from tpimpi.errors import InputError
+from tpimpi.errors import InputError, ModelError
 from tpimpi.serving.batched import Query
+from tpimpi.serving.grammar import GrammarError, Grammars
 from tpimpi.serving.sampling import Additions, Sampler, make_sampler, naming_the_model
 from tpimpi.serving.server.wire import Ask, Chat, Ids, Sampling, Text
 from tpimpi.serving.text.token_ids import TokenIds
@@ -32,20 +30,14 @@ def ids_of(tokenizer: Tokenizer | TokenIds, prompt: Chat | Text | Ids) -> list[i
         return prompt.ids
     if isinstance(prompt, Text):
         return tokenizer.encode(prompt.text)
-    if prompt.tools:
-        raise RefusedError("tools are not supported by this server", "tools")
-    if prompt.options:
-        raise RefusedError("variables of the template are not supported by this server", "chat_template_kwargs")
-    ids = tokenizer.encode_messages([_plain(message) for message in prompt.messages])
+    try:
+        ids = tokenizer.encode_messages(prompt.messages, tools=prompt.tools, options=prompt.options)
+    except ModelError as error:  # of a template that refuses what it is given
+        raise RefusedError(str(error).removesuffix("; use --raw to do without it"), "messages") from error
     return [*ids, *tokenizer.encode(prompt.begun, special=False)] if prompt.begun else ids
 
 
-def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message with text for content, as templates want it."""
-    return {**message, "content": message.get("content") or ""}
-
-
-def query_of(tokenizer: Tokenizer | TokenIds, ask: Ask, context: int) -> Query:
+def query_of(tokenizer: Tokenizer | TokenIds, ask: Ask, context: int, grammars: Grammars) -> Query:
     """How an Ask is answered, in `context` positions at most. Raises InputError where it cannot be."""
     raw = not isinstance(ask.prompt, Chat)
     tokenizer.check_params(raw=raw, stops=ask.stops)
@@ -59,15 +51,20 @@ def query_of(tokenizer: Tokenizer | TokenIds, ask: Ask, context: int) -> Query:
             "prompt" if raw else "messages",
             CONTEXT_EXCEEDED,
         )
+    sample = sampler_of(ask.sampling, len(ids), len(ask.so_far))
     if ask.grammar is not None:
-        raise RefusedError("answers of a given form are not supported by this server", "response_format")
+        stream = tokenizer.answer_stream(ids, raw=raw)
+        try:
+            sample = grammars.constrain(ask.grammar, sample, stream, len(ids))
+        except GrammarError as error:
+            raise RefusedError(str(error), "response_format") from error
     return Query(
         ids,
         context if ask.max_tokens is None else ask.max_tokens,
-        sampler_of(ask.sampling, len(ids), len(ask.so_far)),
+        sample,
         ask.stops,
         raw,
-        ask.ignore_eos,
+        ask.ignore_eos and ask.grammar is None,
         owner=ask.owner,
         logprobs=ask.logprobs,
         so_far=ask.so_far,

@@ -144,13 +144,15 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Part(_Said, frozen=True):
-    """More of an answer: its text, or its reasoning, as far as both are certain, and the tokens since the last part."""
+    """More of an answer: its reasoning and its text, as far as both are certain, and the tokens since the last part. Before
+    them stands what marks a call of a tool, if `mark` is not "" (see tool_forms)."""
 
     id: int
     text: str
     reasoning: str
     tokens: list[int]
     logprobs: list[TokenLogprob] = []
+    mark: str = ""
 
 
 class Done(_Said, frozen=True):

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tpimpi.serving.text.answer import Allowed, Piece, pieces
 from tpimpi.serving.text.stream import TextStream
+from tpimpi.serving.text.tool_forms import CALLED_MARK, RECIPIENT_MARK
 
 START, CHANNEL, MESSAGE, END, RETURN = "<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"
 CONSTRAIN, CALL, END_OF_TEXT = "<|constrain|>", "<|call|>", "<|endoftext|>"
@@ -83,12 +84,11 @@ class HarmonyStream:
             return self._take(self._text.push(token_id))
         done = self._take(self._text.flush())
         if name == START:
-            done += self._give_up_header()
-            self._end_message()
+            done += [*self._give_up_header(), *self._end_message()]
             self._header, self._channel = "", None
         elif name == CHANNEL:
             if self._header is None:  # not ended
-                self._end_message()
+                done += self._end_message()
                 self._header = _ANSWERING_ROLE
             self._header += f" {self._instead or ''}"
             self._channel, self._instead = "", None
@@ -97,7 +97,7 @@ class HarmonyStream:
         elif name == MESSAGE:
             done += self._begin_message()
         else:
-            self._end_message()
+            done += self._end_message()
         return done
 
     def flush(self) -> list[Piece]:
@@ -150,11 +150,12 @@ class HarmonyStream:
         if tool is None or not self._reasoning:
             return []
         self.tools.append(tool[1])
-        return self._say(f"call of {tool[1]}: ")
+        return [replace(piece, mark=f"{RECIPIENT_MARK}{tool[1]}") for piece in self._say(f"call of {tool[1]}: ")]
 
-    def _end_message(self) -> None:
+    def _end_message(self) -> list[Piece]:
         self._said[self._reasoning] |= self._spoken
-        self._spoken = False
+        called, self._calling, self._spoken = self._calling, False, False
+        return [Piece("", reasoning=True, mark=CALLED_MARK)] if called else []
 
     def _say(self, text: str) -> list[Piece]:
         if not text:

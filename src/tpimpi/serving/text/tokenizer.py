@@ -6,14 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tpimpi.errors import InputError, ModelError
-from tpimpi.serving.text.answer import AnswerStream, PlainAnswer
-from tpimpi.serving.text.chat_template import ChatTemplate
+from tpimpi.serving.text.answer import AnswerStream, MarkedAnswer, PlainAnswer
+from tpimpi.serving.text.chat_template import NO_OPTIONS, ChatTemplate
 from tpimpi.serving.text.checks import is_unicode
 from tpimpi.serving.text.control_tokens import ControlTokens, looks_like_control, written_by_template
 from tpimpi.serving.text.harmony import Harmony
+from tpimpi.serving.text.messages import checked, texts_of
 from tpimpi.serving.text.stream import TextStream
 from tpimpi.serving.text.thinking import Thinking
 from tpimpi.serving.text.token_ids import TokenIds
+from tpimpi.serving.text.tool_forms import MARKS, family_of
 from tpimpi.serving.text.vocabularies import Vocabulary
 
 NO_TEMPLATE = "give --raw to complete the text as it is, or a template with --chat-template FILE"
@@ -61,6 +63,8 @@ class Tokenizer:
             vocabulary.find, self.control_ids
         )
         self.has_reasoning = self._reasoning is not None
+        # Of the control tokens with which calls are written those that are no text.
+        self._marks = {i: name for i, name in self.control_names.items() if name in MARKS and not self.piece(i)}
 
     def _take_out_control_tokens(self) -> ControlTokens:
         """The control tokens, which the vocabulary makes of no text from now on.
@@ -140,15 +144,34 @@ class Tokenizer:
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
         return self.encode_messages([*messages, {"role": "user", "content": prompt}])
 
-    def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Ids of messages, each with its "role" and "content", as `encode_chat` makes them of a conversation."""
-        _check_unicode(messages[-1]["content"], "the prompt")
+    def encode_messages(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] = NO_OPTIONS,
+    ) -> list[int]:
+        """Ids of messages, each with its "role" and "content", as `encode_chat` makes them of a conversation. They may have
+        calls of `tools`, and their results, as in OpenAI's API; `options` are variables of the template."""
+        for text in texts_of([messages, tools, options]):
+            _check_unicode(text, "the prompt")
         if self._chat is None:
             raise ModelError(f"the model has no chat template; {NO_TEMPLATE}")
-        ids = self._vocabulary.encode_parts(self._chat.parts(messages, self._control))
+        parts = self._chat.parts(checked(messages), self._control, tools=tools, options=options)
+        ids = self._vocabulary.encode_parts(parts)
         if self.bos_id is not None and self.bos_id in self._prefix:
             ids = [self.bos_id, *self._without_bos(ids)]
         return self._checked(ids)
+
+    @property
+    def shows_tools(self) -> bool:
+        """Whether the model's own template shows tools to it."""
+        return self._chat is not None and self._chat.shows_tools
+
+    @property
+    def family(self) -> str:
+        """How the model writes calls of tools (see tool_forms)."""
+        return family_of(None if self._chat is None else self._chat.source, set(self.control_names.values()))
 
     def _without_bos(self, ids: list[int]) -> list[int]:
         """The ids after a BOS that they begin with, where the tokenizer adds one."""
@@ -170,9 +193,11 @@ class Tokenizer:
 
     def answer_stream(self, prompt: Sequence[int], *, raw: bool) -> AnswerStream:
         """What tells the reasoning of the answer to `prompt` from the answer itself; a `raw` text is all answer."""
-        if raw or self._reasoning is None:
+        if raw:
             return PlainAnswer(self.stream())
-        return self._reasoning.stream(self.stream(), prompt)
+        stream = self.stream()
+        answer = PlainAnswer(stream) if self._reasoning is None else self._reasoning.stream(stream, prompt)
+        return MarkedAnswer(answer, self._marks) if self._marks else answer
 
     def difference(self, other: Tokenizer | TokenIds) -> str | None:
         """In what ids of `other` mean something else than ours, as far as an answer may have them; None: in nothing."""
