@@ -15,8 +15,9 @@ import tokenizers
 from tests.support import real_tokenizers
 from tests.support.tokenizer_cases import CHATML, gguf_keys, load_gguf
 from tpimpi.compute.arrays import F32
-from tpimpi.serving.grammar import MOST_BYTES, GrammarError, Grammars, special_name
+from tpimpi.serving.grammar import MOST_BYTES, GrammarError, Grammars
 from tpimpi.serving.sampling import make_sampler
+from tpimpi.serving.server.lark import special_name
 from tpimpi.serving.server.wire import Grammar
 from tpimpi.serving.speculation import checked
 from tpimpi.serving.text.load import load_tokenizer

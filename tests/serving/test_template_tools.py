@@ -113,6 +113,7 @@ def test_tools_and_calls_are_rendered_as_transformers_renders_them(path: Path) -
             part if isinstance(part, str) else part.content for part in template.parts(messages, control, tools=tools)
         )
         assert "get_weather" in written and "Rome" in written and "Sunny" in written
+        assert "None" not in written
         assert "'place': 'Rome" not in written, "an object of Python, where JSON is meant"
         if template.shows_tools and not (text and path.stem in ESCAPING):
             assert written in expected

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from tpimpi.errors import shorten
 from tpimpi.serving.sampling import Floats, Sampler
+from tpimpi.serving.server.lark import json_rule, special_name
 from tpimpi.serving.server.wire import Grammar
 from tpimpi.serving.text.answer import AnswerStream
 from tpimpi.serving.text.token_ids import TokenIds
@@ -33,12 +34,6 @@ MOST_BYTES = 1 << 17  # of a grammar's text: compiling so much takes a second, i
 _MOST_ERROR_CHARACTERS = 200
 # Tokens are masked by their bytes alone. llguidance would else demand the tokens that a tokenizer makes of forced text.
 _OPTIONS = '%llguidance {"no_forcing": true, "skip_repetition": "once"}\n'
-_JSON_OPTIONS = {
-    "whitespace_pattern": r"[ \t\r\n]{0,24}",  # bounded, since small models go on with blanks for ever
-    "whitespace_flexible": True,
-    "coerce_one_of": True,  # oneOf is taken as anyOf
-    "lenient": False,
-}
 
 
 class GrammarError(ValueError):
@@ -174,13 +169,6 @@ class _Constrained:
         return mask
 
 
-def special_name(token: str) -> str:
-    """How a grammar in Lark names a control token."""
-    if re.fullmatch(r"<[^<>\[\s][^<>\s]*>", token):
-        return token
-    return "<|" + re.sub(r"[<>\s]", "_", token) + "|>"
-
-
 def _lark(grammar: Grammar) -> str:
     """The grammar in llguidance's Lark. Raises GrammarError for a schema that is no JSON object."""
     if grammar.kind == "lark":
@@ -197,11 +185,6 @@ def _lark(grammar: Grammar) -> str:
     if not isinstance(schema, dict):
         raise GrammarError(f"the JSON schema is a {type(schema).__name__}, must be an object")
     return f"start: {json_rule(schema)}\n{_OPTIONS}"
-
-
-def json_rule(schema: dict[str, Any]) -> str:
-    """The part of a rule in Lark that a JSON schema is."""
-    return f"%json {json.dumps({**schema, 'x-guidance': _JSON_OPTIONS})}"
 
 
 def _name(grammar: Grammar) -> str:

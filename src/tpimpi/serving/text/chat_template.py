@@ -31,6 +31,7 @@ from tpimpi.serving.text.messages import (
 )
 from tpimpi.serving.text.tool_forms import told_as_text
 
+_NONE = "None"  # what some templates write where a message has no content
 _ANSWER = "answer"  # any text, to see what a template writes behind one
 # Variables that templates have, and no request may give.
 _OWN_NAMES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"})
@@ -180,11 +181,19 @@ class ChatTemplate:
             messages, tools = told_as_text(messages, tools, system=self.has_system()), ()
         as_text = using and self._takes_arguments_as_text
         first: _Chat | None = None
+        found: tuple[_Chat, str] | None = None
         for variant in variants(messages, as_text=as_text, developer="developer" in self.source):
             chat = _Chat(variant, tools, options)
             first = first or chat
             with contextlib.suppress(ModelError):
-                return chat, self._render(chat)
+                text = self._render(chat)
+                if found is not None and text.count(_NONE) >= found[1].count(_NONE):
+                    break
+                found = chat, text
+                if _NONE not in text:
+                    break
+        if found is not None:
+            return found
         assert first is not None
         return first, None
 
