@@ -28,6 +28,7 @@ from tpimpi.serving.text.messages import (
     texts_of,
     variants,
     with_content,
+    with_descriptions,
 )
 from tpimpi.serving.text.tool_forms import told_as_text
 
@@ -182,8 +183,11 @@ class ChatTemplate:
         as_text = using and self._takes_arguments_as_text
         first: _Chat | None = None
         found: tuple[_Chat, str] | None = None
-        for variant in variants(messages, as_text=as_text, developer="developer" in self.source):
-            chat = _Chat(variant, tools, options)
+        forms = list(variants(messages, as_text=as_text, developer="developer" in self.source))
+        ways = [(form, tools) for form in forms]
+        ways += [(form, with_descriptions(tools)) for form in forms if tools]
+        for form, of_tools in ways:
+            chat = _Chat(form, of_tools, options)
             first = first or chat
             with contextlib.suppress(ModelError):
                 text = self._render(chat)

@@ -103,6 +103,16 @@ def variants(messages: Messages, *, as_text: bool, developer: bool) -> Iterator[
             yield [{k: v for k, v in m.items() if k != "content" or v is not None} for m in of_ids]
 
 
+def with_descriptions(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The tools with all that templates ask for, which clients may leave out."""
+    filled: list[Mapping[str, Any]] = []
+    for tool in tools:
+        usual = {"description": "", "parameters": {"type": "object", "properties": {}}}
+        given = {name: value for name, value in tool.get("function", {}).items() if value is not None}
+        filled.append({**tool, "function": {**usual, **given}})
+    return filled
+
+
 def _usual(message: Mapping[str, Any], *, as_text: bool, developer: bool) -> dict[str, Any]:
     made = {**message, "content": message.get("content")}
     if made["role"] == "developer" and not developer:
