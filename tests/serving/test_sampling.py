@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tpimpi.serving.sampling import distribution, make_sampler
+from tpimpi.serving.logprobs import logprob_of
+from tpimpi.serving.sampling import Additions, distribution, make_sampler
 
 VOCAB = 5000
 
@@ -157,3 +158,32 @@ def test_broken_logits(bad: float, options: dict[str, float]) -> None:
         make_sampler(**options)(logits, [5])
     with pytest.raises(ValueError, match="largest logit is -inf"):
         make_sampler(**options)(np.full(9, -np.inf, np.float32), [5])
+
+
+def test_penalties_and_bias_are_added_as_openai_says() -> None:
+    """Its documentation: mu[j] - c[j] * frequency - (c[j] > 0) * presence, and the bias."""
+    logits = np.array([1.0, 2.0, 3.0, 4.0, -1.0], np.float32)
+    prompt, answer = [4, 4, 3], [2, 2, 3, 9, -1]
+    additions = Additions(frequency=0.5, presence=0.25, bias={0: 4.0, 4: -100.0, 99: 1.0}, start=len(prompt))
+    counts = np.array([0, 0, 2, 1, 0])
+    expected = logits - counts * 0.5 - (counts > 0) * 0.25 + np.array([4, 0, 0, 0, -100])
+    weights = np.exp(expected - expected.max())
+    found = distribution(logits, [*prompt, *answer], temperature=1.0, additions=additions)
+    np.testing.assert_allclose(found, weights / weights.sum(), rtol=1e-12)
+    assert make_sampler(additions=additions)(logits, [*prompt, *answer]) == expected.argmax() == 0
+    assert logits.tolist() == [1, 2, 3, 4, -1]
+    for wrong in (Additions(frequency=2.1), Additions(presence=float("nan")), Additions(bias={1: 101.0})):
+        with pytest.raises(ValueError, match=r"must be from -(2|100) to"):
+            make_sampler(additions=wrong)
+
+
+def test_log_probabilities_are_those_of_the_logits() -> None:
+    torch = pytest.importorskip("torch")
+    logits = random_logits(0, 300)
+    expected = torch.log_softmax(torch.from_numpy(logits).double(), 0)
+    found = logprob_of(logits, 7, 4)
+    best = torch.topk(expected, 4)
+    assert found.logprob == pytest.approx(float(expected[7]), abs=1e-12)
+    assert [token for token, _ in found.likeliest] == best.indices.tolist()
+    np.testing.assert_allclose([value for _, value in found.likeliest], best.values.numpy(), rtol=1e-12)
+    assert logprob_of(logits, 7, 0).likeliest == [] and len(logprob_of(logits, 7, 999).likeliest) == 300

@@ -68,14 +68,14 @@ class Requests(RuleBasedStateMachine):
         self.open: dict[Request, list[int]] = {}  # and the prompt of each
         self.done = 0
 
-    @rule(data=st.data(), n=st.integers(1, 250), answer=st.integers(1, 40))
-    def come(self, data: st.DataObject, n: int, answer: int) -> None:
+    @rule(data=st.data(), n=st.integers(1, 250), answer=st.integers(1, 40), owner=st.sampled_from(["", "a"]))
+    def come(self, data: st.DataObject, n: int, answer: int, owner: str) -> None:
         text = data.draw(st.sampled_from(self.texts))
         prompt = text[: data.draw(st.integers(0, len(text)))] + data.draw(
             st.lists(st.integers(0, 4), min_size=1, max_size=9)
         )
         prompt = (prompt * n)[: max(n, 1)] if data.draw(st.booleans()) else prompt
-        request = Request(list(prompt), len(prompt) + answer)
+        request = Request(list(prompt), len(prompt) + answer, owner)
         if not self.scheduler.fits(request.most):
             return
         self.scheduler.add(request)
@@ -189,6 +189,29 @@ def test_a_prefix_counts_only_where_its_last_window_is_held() -> None:
     while any(page for node in tree.pages() for page in node if page[0] == WINDOWED):
         assert tree.give_up()
     assert tree.begin([*ids, 1]).length == 0
+
+
+def test_a_prefix_is_found_by_its_owner_alone() -> None:
+    account = PageAccount.of_layers([0], 40)
+    tree = PrefixTree(account)
+    ids = list(range(PAGE * 3))
+
+    def keep(owner: str) -> None:
+        pages = SequencePages(account)
+        assert pages.grow(len(ids))
+        tree.add(ids, pages, len(ids), owner)
+        pages.close()
+
+    keep("anna")
+    for owner, length in (("anna", PAGE * 3), ("bert", 0), ("", 0)):
+        found = tree.begin([*ids, 1], owner)
+        assert found.length == length, owner
+        found.close()
+    keep("bert")
+    assert account.used == 6, "each has its own"
+    assert all(tree.give_up() for _ in range(3))
+    lengths = {owner: tree.begin([*ids, 1], owner).length for owner in ("anna", "bert")}
+    assert lengths == {"anna": 0, "bert": PAGE * 3}, "what was used longest ago goes first, whoever's it is"
 
 
 def test_the_shortest_prompt_has_a_share_and_answers_go_on() -> None:

@@ -38,6 +38,7 @@ def complete() -> None:
 def command_parser(name: str) -> argparse.ArgumentParser | None:
     """The parser of a command; None where it is no command's name."""
     from tpimpi.cli import bench, cache, doctor, inspect, plan, slice, synth
+    from tpimpi.cli.serve_options import serve_parser
 
     parsers = {
         "slice": slice.slice_parser,
@@ -48,5 +49,6 @@ def command_parser(name: str) -> argparse.ArgumentParser | None:
         "bench": bench.bench_parser,
         "plan": plan.plan_parser,
         "doctor": doctor.doctor_parser,
+        "serve": serve_parser,
     }
     return parsers[name]() if name in parsers else None

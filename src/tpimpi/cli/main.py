@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from tpimpi.cli.process import Job, guarded, leave_on_signals, set_up_streams
+from tpimpi.cli.process import Job, guarded, leave_on_signals, leave_signals_to_rank_0, set_up_streams
 from tpimpi.errors import InputError
 from tpimpi.star import Star, connect, launched_rank
 from tpimpi.star.control import Stopped, stop_others_on_error
@@ -67,6 +67,8 @@ def do_together(job: Job) -> int:
 
 def follow(star: Star, job: Job) -> int:
     """A rank other than 0; the exit code is rank 0's where that ended the run before it began."""
+    if job.arguments[:1] == ["serve"]:
+        leave_signals_to_rank_0()
     with job.others_waiting():  # before the import: a rank without one of its packages ends the job at once
         from tpimpi.cli.follow import take_part
 
@@ -121,6 +123,10 @@ def together(name: str) -> Together:
         from tpimpi.cli.slice import slice_together
 
         return slice_together
+    if name == "serve":
+        from tpimpi.cli.serve import serve
+
+        return serve
     if name == "doctor":
         from tpimpi.cli.doctor import doctor_together
 

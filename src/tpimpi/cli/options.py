@@ -133,6 +133,24 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
+class ServeOptions:
+    """All options of `serve`. `grace` and `time_limit` in seconds; see FrontOptions for the others."""
+
+    run: RunOptions
+    host: str
+    port: int
+    api_key_file: str | None
+    tls_cert: str | None
+    tls_key: str | None
+    grace: float
+    queue: int
+    time_limit: float
+    allow_host: tuple[str, ...]
+    allow_origin: tuple[str, ...]
+    name: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class PerplexityOptions:
     """All options of `perplexity`. `against` is one of WEIGHT_FORMATS; `context` in positions."""
 

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from tpimpi.errors import InputError, shorten
 
-COMMANDS = ("slice", "synth", "inspect", "cache", "perplexity", "bench", "plan", "doctor")
+COMMANDS = ("slice", "synth", "inspect", "cache", "perplexity", "bench", "plan", "doctor", "serve")
 MOST_MESSAGE_CHARACTERS = 300  # of what argparse says, values included
 # What other programs call a run.
 RUN_WORDS = ("chat", "complete", "completion", "generate", "prompt", "run")

@@ -20,6 +20,8 @@ from tpimpi.star import WAIT_FOR_HUB_REPORT_S, Star
 from tpimpi.system.terminal import STDERR, STDOUT, Input
 
 STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Open MPI's launcher kills ranks half a second after it got one of these; it passes this one on, and leaves them time.
+ENDING_SIGNALS = (*STOPPING_SIGNALS, signal.SIGUSR1)
 RELAY_TIME_S = 0.2  # the launcher relays our line in it; its own banner would else come before or within ours
 
 
@@ -172,6 +174,18 @@ def leave_on_signals(last_line: Callable[[], str | None] = lambda: None) -> None
 
     for number in STOPPING_SIGNALS:
         signal.signal(number, leave)
+
+
+def leave_signals_to_rank_0() -> None:
+    """Another rank of a server: a signal that the launcher gives to all is for rank 0, which ends the run in order."""
+    for number in ENDING_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def call_on_signals(action: Callable[[], None]) -> None:
+    """Ctrl-C, or the launcher's word to stop: `action` sees to it that the run ends."""
+    for number in ENDING_SIGNALS:
+        signal.signal(number, lambda number, frame: action())
 
 
 @contextlib.contextmanager

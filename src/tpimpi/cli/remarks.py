@@ -159,3 +159,8 @@ def short_of_pages(positions: int) -> str:
         f"keys and values of {positions} positions are too few for all that are answered at once: some prompts wait, and "
         "are computed again; a smaller --parallel, --kv q8_0 or more --memory avoids that"
     )
+
+
+def insecure(host: str) -> str:
+    """Said where a server listens for others without keys."""
+    return f"anybody who reaches {host} may ask: --insecure is given, and no --api-key-file"

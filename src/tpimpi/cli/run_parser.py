@@ -48,6 +48,7 @@ Run a large language model across the machines you own.
     mpirun … python -m tpimpi plan                                   how fast 1 to 4 of them would be, and how to share
     python -m tpimpi doctor --hostfile home.txt                      whether these machines can work together; what to mend
     mpirun … python -m tpimpi doctor                                 what each rank has, and what is wrong
+    mpirun … python -m tpimpi serve                                  a chat page, and OpenAI's API over HTTP
 
 Slices that a run makes are kept in $TPIMPI_CACHE, or in tpimpi in the user's cache folder.
 where mpirun … is: mpirun -np 4 --map-by node --hostfile home.txt    (with MPICH without --map-by node)
@@ -138,12 +139,7 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--raw", action="store_true", default=None, help="complete the text as it is, without the model's chat template"
     )
-    group.add_argument(
-        "--chat-template",
-        type=path_given("--chat-template", "the name of a file"),
-        metavar="FILE",
-        help="a Jinja template in place of the model's own",
-    )
+    add_template(group)
     group.add_argument(
         "--session",
         metavar="FILE",
@@ -177,6 +173,15 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_template(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--chat-template",
+        type=path_given("--chat-template", "the name of a file"),
+        metavar="FILE",
+        help="a Jinja template in place of the model's own",
+    )
+
+
 def _add_batch(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--batch-file",
@@ -191,12 +196,15 @@ def _add_batch(group: argparse._ArgumentGroup) -> None:
         metavar="FILE",
         help="where the answers of --batch-file go, in the same order",
     )
+    add_parallel(group, "prompts of --batch-file")
+
+
+def add_parallel(group: argparse._ArgumentGroup, what: str) -> None:
     group.add_argument(
         "--parallel",
         type=whole_number("--parallel", 1, MOST_PARALLEL),
         metavar="N",
-        help=f"prompts of --batch-file that are answered at once (default {DEFAULT_PARALLEL}, as far as memory has "
-        "room for them)",
+        help=f"{what} that are answered at once (default {DEFAULT_PARALLEL}, as far as memory has room for them)",
     )
 
 
@@ -209,12 +217,7 @@ def _add_answer(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="at most so many (default 256)",
     )
-    group.add_argument(
-        "--context",
-        type=whole_number("--context"),
-        metavar="N",
-        help="positions to keep room for (default: prompt and answer, up to the model's limit)",
-    )
+    add_context(group, "prompt and answer, up to the model's limit")
     group.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token (default 0)")
     group.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest (default 0: all)")
     group.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest that make up P (default 1)")
@@ -239,14 +242,7 @@ def _add_answer(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="one such text a line, read by rank 0 alone",
     )
-    speculate = group.add_argument(
-        "--speculate",
-        type=draft_length,
-        metavar="N",
-        help="draft the next tokens from what prompt and answer have said before, and check them in one pass; changes no "
-        f"token: auto (default: as many as pay by what passes take), off, or N, 1 to {LONGEST_DRAFT}, where one is found",
-    )
-    offer(speculate, (AUTO, OFF))
+    add_speculate(group)
     group.add_argument(
         "--draft",
         type=path_given("--draft", "the path of a model"),
@@ -255,6 +251,26 @@ def _add_answer(parser: argparse.ArgumentParser) -> None:
         "in its memory",
     )
     group.add_argument("--ignore-eos", action="store_true", help="go on past the model's end of text")
+
+
+def add_context(group: argparse._ArgumentGroup, usual: str) -> None:
+    group.add_argument(
+        "--context",
+        type=whole_number("--context"),
+        metavar="N",
+        help=f"positions to keep room for (default: {usual})",
+    )
+
+
+def add_speculate(group: argparse._ArgumentGroup) -> None:
+    speculate = group.add_argument(
+        "--speculate",
+        type=draft_length,
+        metavar="N",
+        help="draft the next tokens from what prompt and answer have said before, and check them in one pass; changes no "
+        f"token: auto (default: as many as pay by what passes take), off, or N, 1 to {LONGEST_DRAFT}, where one is found",
+    )
+    offer(speculate, (AUTO, OFF))
 
 
 def add_kernels(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:

@@ -22,13 +22,14 @@ NO_HEARTBEAT = "this MPI has no MPI_THREAD_MULTIPLE, so there is no watch, and a
 @dataclass(frozen=True)
 class RankInfo:
     """What a rank says of itself: its host, the cores it may use, how many that host has, whether it has native kernels,
-    and whether it is the launcher that bound it to its cores."""
+    whether it is the launcher that bound it to its cores, and the number of its process there."""
 
     host: str
     cores: frozenset[int]
     host_cores: int
     native: bool
     bound_by_launcher: bool = False
+    pid: int = 0
 
     def shares_cores_with(self, other: RankInfo) -> bool:
         return self.host == other.host and bool(self.cores & other.cores)
@@ -46,7 +47,7 @@ def meet(star: Star, arguments: Sequence[str], tasks: Iterable[str] = ()) -> lis
     where ranks were started with different arguments."""
     cores = sorted(os.sched_getaffinity(0))
     about = {"cores": cores, "host_cores": os.cpu_count() or 1, "native": has_native(), "tasks": sorted(tasks)}
-    about |= {"bound_by_launcher": bound_by_launcher()}
+    about |= {"bound_by_launcher": bound_by_launcher(), "pid": os.getpid()}
     hello = {"version": __version__, "host": star.rank.host, **about, "options": options_hash(arguments)}
     notes = [json.loads(note) for note in star.gather_notes(json.dumps(hello).encode())]
     if notes:
@@ -69,7 +70,8 @@ def greet(star: Star, arguments: Sequence[str], tasks: Iterable[str] = ()) -> li
                 "install the same version on every host"
             )
         bound = hello.get("bound_by_launcher", False)
-        ranks.append(RankInfo(hello["host"], frozenset(hello["cores"]), hello["host_cores"], hello["native"], bound))
+        facts = (hello["host"], frozenset(hello["cores"]), hello["host_cores"], hello["native"], bound)
+        ranks.append(RankInfo(*facts, pid=hello.get("pid", 0)))
     return ranks
 
 

@@ -35,6 +35,10 @@ LONG_POLL_S, SHORT_POLL_S = 200e-6, 20e-6
 SHORTEST_SLEEP_S = 25e-6
 LONGEST_SLEEP_S = 0.001  # between two tests, while other ranks compute
 LONGEST_IDLE_SLEEP_S = 0.015  # between two tests, while a user types or a model is sliced
+LONGEST_REST_S, REST_PART = (
+    0.05,
+    240,
+)  # the same after some seconds: this part of the time waited so far, at most so long
 
 
 @dataclass
@@ -244,7 +248,9 @@ class Channel:
         return data
 
     def _backoff(self, deadline: float | None) -> _Backoff:
-        return _Backoff(self.latency, LONGEST_IDLE_SLEEP_S if deadline is None else LONGEST_SLEEP_S)
+        if deadline is None:
+            return _Backoff(self.latency, LONGEST_IDLE_SLEEP_S, LONGEST_REST_S)
+        return _Backoff(self.latency, LONGEST_SLEEP_S)
 
 
 def _bytes(array: npt.NDArray[Any]) -> Bytes:
@@ -254,14 +260,14 @@ def _bytes(array: npt.NDArray[Any]) -> Bytes:
 
 class _Backoff:
     """Polls first, as long as the fastest link takes, then sleeps in steps that are short against the link's latency, or the
-    time waited so far, up to `longest` seconds.
+    time waited so far, up to `longest` seconds, and after a long time up to `rest`.
 
     Over a link of milliseconds polling would only take the core from this rank's reader, and from its processor share.
     """
 
-    def __init__(self, latency: float | None, longest: float) -> None:
+    def __init__(self, latency: float | None, longest: float, rest: float = 0.0) -> None:
         """`latency`: seconds one way, None where it was not measured."""
-        self._longest = longest
+        self._longest, self._rest = longest, rest
         self._polls = SHORT_POLL_S if latency is not None and latency > LONG_POLL_S else LONG_POLL_S
         self._step = SHORTEST_SLEEP_S if latency is None else max(SHORTEST_SLEEP_S, latency / 8)
         self.began = time.monotonic()
@@ -274,7 +280,8 @@ class _Backoff:
         if elapsed < self._polls:
             os.sched_yield()
         else:
-            time.sleep(min(max(self._step, elapsed / 24), self._longest))
+            longest = max(self._longest, min(self._rest, elapsed / REST_PART))
+            time.sleep(min(max(self._step, elapsed / 24), longest))
 
 
 def _fine_timers() -> None:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,6 +63,7 @@ class Heartbeat:
         self._left: set[int] = set()
         self._slow_since: dict[int, float] = {}
         self._slow_said: dict[int, float] = {}
+        self.at_end: Callable[[str], None] = lambda line: None  # told why the run ends, before it does
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tpimpi-heartbeat", daemon=True)
         self._thread.start()
@@ -178,6 +179,7 @@ class Heartbeat:
         """
         if not self._closing.wait(1.0 if self.rank.is_hub else WAIT_FOR_HUB_REPORT_S):
             self._say(str(error))
+            self.at_end(str(error))
             end_without_mpi(self.rank)
             time.sleep(0.2)
             self._channel.comm.Abort(1)
@@ -212,10 +214,12 @@ class Heartbeat:
         """Say who is gone, and end this rank whatever MPI does."""
         names = ", ".join(map(self.name, gone))
         seconds = min(now - self._last_heard[peer] for peer in gone)
-        self._write(
+        line = (
             f"{names}: no sign of life for {seconds:.0f} s, says {self.rank}: the process hangs, or the machine or its "
             f"network is gone; {CHECK_HOST_HINT}, or allow more with --silence; the run ends here"
         )
+        self._write(line)
+        self.at_end(line)
         end_without_mpi(self.rank)
         time.sleep(0.2)  # the launcher relays our line
         self._channel.comm.Abort(1)

@@ -284,6 +284,11 @@ class Star:
         if self.heartbeat is not None:
             self.heartbeat.allow_silence(seconds)
 
+    def tell_end(self, tell: Callable[[str], None]) -> None:
+        """Where the heartbeat ends the run, `tell` is called with the reason before that, in its thread."""
+        if self.heartbeat is not None:
+            self.heartbeat.at_end = tell
+
     def set_hosts(self, hosts: Sequence[str]) -> None:
         """Hub: the hosts of all ranks, by which messages name them."""
         if self.heartbeat is not None:

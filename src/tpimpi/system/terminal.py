@@ -318,9 +318,34 @@ def print_table(table: Any, width: int, stream: TextIO | None = None) -> None:
     Console(file=file, width=columns, highlight=False, markup=False, emoji=False, color_system=None).print(table)
 
 
+_progress_watcher: Callable[[str, int, int], None] | None = None
+
+
 @contextmanager
 def progress_bar(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """Show how far `what` is, on stderr: a bar at a terminal, else a line now and then. Yields update(done, total)."""
+    """Show how far `what` is, on stderr: a bar at a terminal, else a line now and then. Yields update(done, total). Whoever
+    watches (see `watch_progress`) is told too."""
+    with _shown_progress(what, quiet=quiet) as shown:
+        watcher = _progress_watcher
+        if watcher is None:
+            yield shown
+            return
+
+        def update(done: int, total: int) -> None:
+            shown(done, total)
+            watcher(what, done, total)
+
+        yield update
+
+
+def watch_progress(watcher: Callable[[str, int, int], None] | None) -> None:
+    """From now on `watcher` is told what is done, how far it is and how much it is in all; None: nobody."""
+    global _progress_watcher
+    _progress_watcher = watcher
+
+
+@contextlib.contextmanager
+def _shown_progress(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     if quiet:
         yield lambda done, total: None
     elif is_terminal(STDERR):

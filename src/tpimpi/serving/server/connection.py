@@ -19,12 +19,12 @@ MOST_UNSENT_BYTES = 1 << 26  # a front that takes nothing for so long is gone
 LAST_WORDS_S = 1.0  # what is said at the end may take so long to go
 
 
-class FrontGone(TpimpiError):
+class FrontGoneError(TpimpiError):
     """The front has ended, or says what makes no sense."""
 
 
 class Connection:
-    """Messages to and from the front. Raises FrontGone where it has ended."""
+    """Messages to and from the front. Raises FrontGoneError where it has ended."""
 
     def __init__(self, path: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -52,9 +52,9 @@ class Connection:
             except BlockingIOError:
                 pass
             except OSError as error:
-                raise FrontGone(f"the HTTP front has ended ({error.strerror})") from error
+                raise FrontGoneError(f"the HTTP front has ended ({error.strerror})") from error
         if len(self._unsent) > MOST_UNSENT_BYTES:
-            raise FrontGone(f"the HTTP front has taken nothing of {len(self._unsent)} bytes; it hangs")
+            raise FrontGoneError(f"the HTTP front has taken nothing of {len(self._unsent)} bytes; it hangs")
 
     def wait(self, seconds: float | None) -> None:
         """Until there is something to be taken, the socket takes more, or somebody wakes us; or so long."""
@@ -74,14 +74,14 @@ class Connection:
         try:
             data = self._socket.recv(READ_BYTES)
             if not data:
-                raise FrontGone("the HTTP front has ended")
+                raise FrontGoneError("the HTTP front has ended")
             return [decode_question(one) for one in self._frames.feed(data)]
         except BlockingIOError:
             return []
         except OSError as error:
-            raise FrontGone(f"the HTTP front has ended ({error.strerror})") from error
+            raise FrontGoneError(f"the HTTP front has ended ({error.strerror})") from error
         except (msgspec.MsgspecError, ValueError) as error:
-            raise FrontGone(f"the HTTP front sent a message that makes no sense: {error}") from error
+            raise FrontGoneError(f"the HTTP front sent a message that makes no sense: {error}") from error
 
     def say_last(self, message: Reply) -> None:
         """A message that is to be sent before this process ends, from whichever thread; nothing follows."""

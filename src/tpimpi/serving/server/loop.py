@@ -83,7 +83,7 @@ class ServerLoop:
         self._connection.wake()
 
     def run(self) -> None:
-        """Until the end. Raises FrontGone where the front has ended."""
+        """Until the end. Raises FrontGoneError where the front has ended."""
         self._connection.say(self._ready())
         told_ending = False
         while True:

@@ -46,8 +46,8 @@ def query_of(tokenizer: Tokenizer | TokenIds, ask: Ask, context: int, grammars: 
         raise RefusedError("the prompt has no tokens; give some text", "prompt" if raw else "messages")
     if len(ids) >= context:
         raise RefusedError(
-            f"the prompt has {len(ids)} tokens, and this model's context is {context} tokens here, of which the answer needs "
-            "one at least; shorten it",
+            f"the prompt has {len(ids)} tokens, and this model's context is {context} tokens here, of which the answer "
+            "needs one at least; shorten it",
             "prompt" if raw else "messages",
             CONTEXT_EXCEEDED,
         )

@@ -1,0 +1,51 @@
+"""The bodies of requests: read within limits, and turned into the objects that they are said to be."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+
+from tpimpi.serving.server.problems import ApiError
+
+MOST_BODY_BYTES = 8 << 20
+BODY_TIME_S = 30.0
+
+T = TypeVar("T")
+
+
+async def read_body(request: Request) -> bytes:
+    """All of the body. Raises ApiError where it is too large, or too slow to come."""
+    too_large = ApiError(413, f"the body has more than {MOST_BODY_BYTES} bytes", code="request_too_large")
+    too_large.headers["Connection"] = "close"
+    length = request.headers.get("content-length", "0")
+    if not length.isdecimal() or int(length) > MOST_BODY_BYTES:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_TIME_S):
+            async for part in request.stream():
+                body += part
+                if len(body) > MOST_BODY_BYTES:
+                    raise too_large
+    except TimeoutError as error:
+        headers = {"Connection": "close"}
+        raise ApiError(408, f"the body did not come within {BODY_TIME_S:.0f} s", headers=headers) from error
+    except ClientDisconnect as error:
+        raise ApiError(400, "the client has gone") from error
+    return bytes(body)
+
+
+async def read_json(request: Request, kind: type[T]) -> T:
+    """The body as an object of this kind; fields that it does not know are left out. Raises ApiError."""
+    body = await read_body(request)
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        problem, _, path = str(error).partition(" - at `$")
+        param = path.rstrip("`").lstrip(".") or None
+        raise ApiError(400, f"{param or 'the body'}: {problem}", param=param) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from error

@@ -1,0 +1,44 @@
+"""uvicorn's HTTP over h11, with a time limit for the headers of a request."""
+
+from __future__ import annotations
+
+import asyncio
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEADER_TIME_S = 20.0
+MOST_HEADER_BYTES = 1 << 16
+
+
+class TimedProtocol(H11Protocol):
+    """Closes a connection that has begun a request, and does not end its headers in time; or sends nothing at first."""
+
+    _header_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._start_timer()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_timer()
+        elif self._header_timer is None and self.conn.trailing_data[0]:
+            self._start_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _start_timer(self) -> None:
+        self._header_timer = self.loop.call_later(HEADER_TIME_S, self._close_slow)
+
+    def _stop_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _close_slow(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.close()

@@ -1,0 +1,62 @@
+"""API keys: who asks. They are in one file, which the front alone reads."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from tpimpi.errors import InputError, shorten_path
+
+SHORTEST_KEY = 8  # characters
+_NAMED = re.compile(r"([\w.@-]{1,64})\s*=\s*([^=\s].*)")  # a key may end with = itself, as base64 does
+
+
+class Keys:
+    """The keys of a file: one a line, alone or as `name=key`; lines that are empty or begin with # are left out.
+
+    Raises InputError for a file that cannot be used.
+    """
+
+    def __init__(self, path: str) -> None:
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise InputError(f"--api-key-file {shorten_path(path)} cannot be read: {why}") from error
+        self._owners: list[tuple[bytes, str]] = []
+        for number, line in enumerate(lines, start=1):
+            text = line.strip()
+            if not text or text.startswith("#"):
+                continue
+            name, key = match.groups() if (match := _NAMED.fullmatch(text)) else ("", text)
+            if len(key) < SHORTEST_KEY:
+                raise InputError(
+                    f"--api-key-file {shorten_path(path)}, line {number}: the key has fewer than {SHORTEST_KEY} characters; "
+                    "make one with: openssl rand -hex 24"
+                )
+            self._owners.append((_digest(key), name or f"line {number}"))
+        if not self._owners:
+            raise InputError(f"--api-key-file {shorten_path(path)} has no key; give one a line")
+
+    def owner(self, key: str) -> str | None:
+        """Whose key it is, None of nobody. All are compared, each in constant time."""
+        digest, found = _digest(key), None
+        for known, owner in self._owners:
+            if hmac.compare_digest(known, digest):
+                found = owner
+        return found
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def given_key(headers: Mapping[str, str]) -> str | None:
+    """The key of a request: `Authorization: Bearer KEY`, or `x-api-key: KEY`."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and key.strip():
+        return key.strip()
+    return headers.get("x-api-key", "").strip() or None

@@ -1,0 +1,76 @@
+"""The description of the API, made of the table of endpoints and of the types of their bodies."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from tpimpi import __version__
+
+if TYPE_CHECKING:
+    from tpimpi.serving.server.routes import Endpoint
+
+ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+STATUSES = {"400": "what is asked cannot be done", "401": "no key, or one that is not known", "403": "another site"}
+STATUSES |= {
+    "404": "no such thing",
+    "408": "the body was slow",
+    "413": "the body is too large",
+    "429": "the queue is full",
+}
+STATUSES |= {"503": "loading, ending or failed", "504": "the answer took too long"}
+
+
+def describe(endpoints: Sequence[Endpoint], *, has_keys: bool) -> dict[str, Any]:
+    """An OpenAPI document."""
+    bodies = [one.body for one in endpoints if one.body is not None]
+    schemas, components = msgspec.json.schema_components(bodies, ref_template="#/components/schemas/{name}")
+    by_type = dict(zip(bodies, schemas, strict=True))
+    paths: dict[str, Any] = {}
+    for one in endpoints:
+        path = re.sub(r"\{(\w+):path\}", r"{\1}", one.path)
+        operation: dict[str, Any] = {"summary": one.summary, "operationId": f"{one.method.lower()}{_words(path)}"}
+        names = re.findall(r"\{(\w+)\}", path)
+        operation["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+        ]
+        if one.body is not None:
+            content = {"application/json": {"schema": by_type[one.body]}}
+            operation["requestBody"] = {"required": True, "content": content}
+        error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+        operation["responses"] = {"200": {"description": "done"}} | {
+            status: {"description": why, "content": error} for status, why in STATUSES.items()
+        }
+        paths.setdefault(path, {})[one.method.lower()] = operation
+    document: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": "tpimpi", "version": __version__},
+        "paths": paths,
+        "components": {"schemas": {**components, "Error": ERROR}},
+    }
+    if has_keys:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+    return document
+
+
+def _words(path: str) -> str:
+    return "".join(f"_{word}" for word in re.findall(r"\w+", path))
