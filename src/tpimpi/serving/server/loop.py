@@ -16,7 +16,7 @@ from tpimpi.serving.logprobs import Logprob
 from tpimpi.serving.server import wire
 from tpimpi.serving.server.connection import Connection
 from tpimpi.serving.server.fair_queue import FairQueue
-from tpimpi.serving.server.prompts import RefusedError, ids_of, query_of
+from tpimpi.serving.server.prompts import RefusedError, grammar_field, ids_of, query_of
 from tpimpi.serving.text.answer import Piece
 from tpimpi.serving.text.token_ids import TokenIds
 from tpimpi.serving.text.tokenizer import Tokenizer
@@ -202,12 +202,13 @@ class ServerLoop:
         if answering.ended is None:
             return
         if answering.problem:
-            self._connection.say(wire.Refused(one.ask.id, answering.problem, "response_format"))
+            self._connection.say(wire.Refused(one.ask.id, answering.problem, grammar_field(one.ask)))
             self._forget(one)
             return
         tools = list(answering.stream.tools)
         cached = answering.request.cached or 0
-        self._connection.say(wire.Done(one.ask.id, answering.ended, len(answering.tokens), cached, tools))
+        stop = answering.stop.found or ""
+        self._connection.say(wire.Done(one.ask.id, answering.ended, len(answering.tokens), cached, tools, stop))
         self._forget(one)
 
     def _named(self, logprob: Logprob) -> wire.TokenLogprob:

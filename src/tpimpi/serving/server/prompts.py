@@ -34,7 +34,12 @@ def ids_of(tokenizer: Tokenizer | TokenIds, prompt: Chat | Text | Ids) -> list[i
         ids = tokenizer.encode_messages(prompt.messages, tools=prompt.tools, options=prompt.options)
     except ModelError as error:  # of a template that refuses what it is given
         raise RefusedError(str(error).removesuffix("; use --raw to do without it"), "messages") from error
-    return [*ids, *tokenizer.encode(prompt.begun, special=False)] if prompt.begun else ids
+    return [*ids, *tokenizer.encode_content(prompt.begun)] if prompt.begun else ids
+
+
+def grammar_field(ask: Ask) -> str:
+    """The field that an Ask's grammar comes of."""
+    return "tools" if isinstance(ask.prompt, Chat) and ask.prompt.tools else "response_format"
 
 
 def query_of(tokenizer: Tokenizer | TokenIds, ask: Ask, context: int, grammars: Grammars) -> Query:
@@ -57,7 +62,7 @@ def query_of(tokenizer: Tokenizer | TokenIds, ask: Ask, context: int, grammars: 
         try:
             sample = grammars.constrain(ask.grammar, sample, stream, len(ids))
         except GrammarError as error:
-            raise RefusedError(str(error), "response_format") from error
+            raise RefusedError(str(error), grammar_field(ask)) from error
     return Query(
         ids,
         context if ask.max_tokens is None else ask.max_tokens,

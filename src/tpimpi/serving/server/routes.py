@@ -73,7 +73,10 @@ def application(options: FrontOptions, link: RankLink, metrics: Metrics, keys: K
         return json_response(description)
 
     routes: list[BaseRoute] = [Route(one.path, _endpoint(one.handler), methods=[one.method]) for one in table]
-    routes += [Route("/openapi.json", openapi, methods=["GET"]), Mount("/", _Page({one.path: one.method for one in table}))]
+    routes += [
+        Route("/openapi.json", openapi, methods=["GET"]),
+        Mount("/", _Page({one.path: one.method for one in table})),
+    ]
     middleware = [Middleware(Guard, options)]
     if options.allow_origins:
         cors = Middleware(

@@ -13,12 +13,12 @@ from typing import Any
 from msgspec.structs import replace
 
 from tpimpi.serving.server.call_text import Calls, JsonSequence, NamedCall, Reader, TaggedCall
+from tpimpi.serving.server.events import ENDS
 from tpimpi.serving.server.exchange import Ended, Event, ReasoningMore, TextMore, Wanted
 from tpimpi.serving.server.wire import Chat, Done, Part, Ready
 from tpimpi.serving.text.tool_forms import RECIPIENT_MARK, tool_of_recipient
 
 Tools = Sequence[Mapping[str, Any]]
-_ENDS = {"end": "end", "stop": "stop", "max_tokens": "length", "context": "length", "cancelled": "stop"}
 _FUNCTION = "<function="
 
 
@@ -108,10 +108,10 @@ class ToolEvents:
         self._end_call()
         if self._held.strip() or not self._calls.count:
             self._tell(self._held)
-        why = _ENDS[done.why]
+        why = ENDS[done.why]
         if self._calls.count and why == "end":
             why = "tool_calls"
-        ended = Ended(why, done.completion_tokens, done.cached_tokens, self._reasoning_tokens)  # type: ignore[arg-type]
+        ended = Ended(why, done.completion_tokens, done.cached_tokens, self._reasoning_tokens, done.stop)  # type: ignore[arg-type]
         return [*self._calls.take(), ended]
 
     def _mark(self, mark: str) -> None:

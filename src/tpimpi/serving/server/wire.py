@@ -163,6 +163,7 @@ class Done(_Said, frozen=True):
     completion_tokens: int
     cached_tokens: int
     tools: list[str] = []  # names of tools that a harmony answer calls
+    stop: str = ""  # the stop string that ended it, if one did
 
 
 class Refused(_Said, frozen=True):

@@ -55,6 +55,10 @@ class TokenIds:
                 )
         return [int(word) for word in words]
 
+    def encode_content(self, text: str) -> list[int]:
+        """As `encode`."""
+        return self.encode(text)
+
     def check_system(self, system: str) -> None:
         """As of a Tokenizer; InputError always."""
         self.check_params(raw=False, stops=())

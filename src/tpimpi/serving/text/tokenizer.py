@@ -121,6 +121,11 @@ class Tokenizer:
             ids = [*self._prefix, *self._without_bos(ids), *self._suffix]
         return self._checked(ids)
 
+    def encode_content(self, text: str) -> list[int]:
+        """Ids of a text that a message brought: names of control tokens in it are text."""
+        _check_unicode(text, "the prompt")
+        return self._checked(self._vocabulary.encode_parts([text]))
+
     def check_system(self, system: str) -> None:
         """Raise InputError for a system prompt that cannot be used: one without text or a UTF-8 form, or where the chat
         template has no place for it."""
