@@ -1,4 +1,4 @@
-"""Tools, their choice, calls and the form of an answer, as clients give them: checked, and in the form of chat completions."""
+"""Tools, calls and the form of an answer, as clients give them: checked, in the form of chat completions."""
 
 from __future__ import annotations
 
