@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import anthropic
 import openai
 import pydantic
 import pytest
@@ -147,3 +148,110 @@ def test_what_cannot_be_done_is_said_by_name(client: openai.OpenAI, server: Runn
     assert server.client.post("/v1/chat/completions", json=body).status_code == 400
     # The server goes on.
     assert client.chat.completions.create(model=MODEL, messages=ASKED, max_tokens=1).choices
+
+
+# Responses
+
+
+def test_responses(client: openai.OpenAI) -> None:
+    tools: list[Any] = [{"type": "function", **FUNCTION, "strict": True}]
+    options: Any = {
+        "model": MODEL,
+        "input": ASKED,
+        "tools": tools,
+        "tool_choice": {"type": "function", "name": "get_weather"},
+    }
+    options |= {"temperature": 0, "max_output_tokens": 200, "store": False}
+    whole = client.responses.create(**options)
+    (call,) = whole.output
+    assert call.type == "function_call" and call.name == "get_weather" and whole.status == "completed"
+    check_weather(json.loads(call.arguments))
+    with client.responses.stream(**options) as stream:
+        kinds = [event.type for event in stream]
+        final = stream.get_final_response()
+    assert kinds[0] == "response.created" and kinds[-1] == "response.completed"
+    assert final.output[0].arguments == call.arguments
+    assert kinds.count("response.function_call_arguments.delta") > 4
+    items = [*ASKED, call.model_dump(), {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny"}]
+    answer = client.responses.create(model=MODEL, input=items, tools=tools, temperature=0, max_output_tokens=8)
+    assert answer.output_text and answer.status == "incomplete" and answer.usage.output_tokens == 8
+    parsed = client.responses.parse(
+        model=MODEL, instructions="Answer as JSON.", input="Describe a dog.", text_format=Animal, temperature=0
+    )
+    assert isinstance(parsed.output_parsed, Animal)
+    for fields in ({"previous_response_id": "resp_1"}, {"store": True}):
+        with pytest.raises(openai.BadRequestError, match=next(iter(fields))):
+            client.responses.create(model=MODEL, input="x", **fields)
+
+
+def test_a_text_is_the_same_by_every_way(client: openai.OpenAI, claude: anthropic.Anthropic) -> None:
+    asked: list[Any] = [{"role": "user", "content": "Name a colour."}]
+    chat = client.chat.completions.create(model=MODEL, messages=asked, temperature=0, max_tokens=20)
+    response = client.responses.create(model=MODEL, input="Name a colour.", temperature=0, max_output_tokens=20)
+    message = claude.messages.create(model=MODEL, messages=asked, max_tokens=20, extra_body={"temperature": 0})
+    assert response.output_text == chat.choices[0].message.content == message.content[0].text
+    assert message.stop_reason == "max_tokens" and message.usage.output_tokens == 20
+    assert chat.usage is not None
+    counted = claude.messages.count_tokens(model=MODEL, messages=asked)
+    assert counted.input_tokens == chat.usage.prompt_tokens == response.usage.input_tokens
+    with client.responses.stream(model=MODEL, input="Name a colour.", temperature=0, max_output_tokens=20) as stream:
+        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+    assert text == response.output_text
+
+
+# Messages
+
+
+@pytest.fixture(scope="module")
+def claude(server: RunningServer) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=120) as found:
+        yield found
+
+
+def test_messages(claude: anthropic.Anthropic) -> None:
+    tools: list[Any] = [{"name": "get_weather", "description": "The weather.", "input_schema": PARAMETERS}]
+    options: Any = {"model": MODEL, "max_tokens": 200, "messages": ASKED, "tools": tools, "system": "Be brief."}
+    options |= {"tool_choice": {"type": "tool", "name": "get_weather"}, "extra_body": {"temperature": 0}}
+    whole = claude.messages.create(**options)
+    (call,) = whole.content
+    assert call.type == "tool_use" and whole.stop_reason == "tool_use" and call.name == "get_weather"
+    check_weather(call.input)
+    with claude.messages.stream(**options) as stream:
+        events = [event.type for event in stream]
+        final = stream.get_final_message()
+    assert final.content[0].input == call.input and events[0] == "message_start" and events[-1] == "message_stop"
+    assert events.count("input_json") > 4
+    result = {"type": "tool_result", "tool_use_id": call.id, "content": "Sunny"}
+    said = [*ASKED, {"role": "assistant", "content": whole.content}, {"role": "user", "content": [result]}]
+    answer = claude.messages.create(model=MODEL, max_tokens=8, messages=said, tools=tools)
+    assert answer.content[0].type == "text" and answer.usage.output_tokens <= 8
+
+
+def test_stop_sequences_and_begun_answers(claude: anthropic.Anthropic) -> None:
+    asked: list[Any] = [{"role": "user", "content": "Count from one to ten, in digits."}]
+    greedy = {"temperature": 0}
+    begun: list[Any] = [*asked, {"role": "assistant", "content": "1, 2, 3,"}]
+    answer = claude.messages.create(model=MODEL, max_tokens=30, messages=begun, extra_body=greedy)
+    assert answer.content[0].text.lstrip().startswith("4")
+    stopped = claude.messages.create(
+        model=MODEL, max_tokens=30, messages=begun, stop_sequences=["never", "6"], extra_body=greedy
+    )
+    assert stopped.stop_reason == "stop_sequence" and stopped.stop_sequence == "6"
+    assert stopped.content[0].text == answer.content[0].text.partition("6")[0]
+
+
+def test_errors_of_messages(claude: anthropic.Anthropic) -> None:
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
+    with pytest.raises(anthropic.BadRequestError) as raised:
+        claude.messages.create(model=MODEL, max_tokens=5, messages=[{"role": "user", "content": [image]}])  # type: ignore[list-item]
+    body: Any = raised.value.body
+    assert (
+        body["type"] == "error"
+        and body["error"]["type"] == "invalid_request_error"
+        and "image" in body["error"]["message"]
+    )
+    with pytest.raises(anthropic.NotFoundError):
+        claude.messages.create(model="another", max_tokens=5, messages=ASKED)
+    tools: list[Any] = [{"name": "f", "input_schema": {"type": "colour"}}]
+    with pytest.raises(anthropic.BadRequestError, match="colour"):
+        claude.messages.create(model=MODEL, max_tokens=5, messages=ASKED, tools=tools, tool_choice={"type": "any"})
