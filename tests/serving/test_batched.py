@@ -26,7 +26,7 @@ def test_any_mixture_gives_each_prompt_its_answer_alone(on_ranks: Ranks, ranks: 
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     result = on_ranks(ranks, str(PROGRAMS / "many.py"), str(tmp_path / "jobs.json"), str(tmp_path))
     assert result.code == 0, result.err
-    found = dict.fromkeys(("cached", "preempted", "cancelled", "drafted", "accepted"), 0)
+    found = dict.fromkeys(("cached", "preempted", "cancelled", "drafted", "accepted", "continued"), 0)
     for kind in KINDS:
         did = json.loads((tmp_path / f"{kind}.json").read_text())
         for answer in did["answers"]:

@@ -16,6 +16,7 @@ import httpx2
 import msgspec
 import pytest
 
+from tpimpi.serving.server import front as front_module
 from tpimpi.serving.server import wire
 from tpimpi.serving.server.front_options import FrontOptions, Listening
 
@@ -51,7 +52,7 @@ class Front:
 
     def __init__(self, options: FrontOptions) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tpimpi.serving.server.front"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-m", front_module.__name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(msgspec.json.encode(options) + b"\n")

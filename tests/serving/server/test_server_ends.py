@@ -56,7 +56,7 @@ def streaming(server: RunningServer, pool: ThreadPoolExecutor, tokens: int) -> F
 
 
 def assert_nothing_is_left(server: RunningServer, processes: list[psutil.Process]) -> None:
-    gone, alive = psutil.wait_procs(processes, timeout=30)
+    _, alive = psutil.wait_procs(processes, timeout=30)
     assert not alive, server.said()
 
 

@@ -1,10 +1,10 @@
 """Run on every rank: many prompts answered at once, of several models in one launch.
 
 Arguments: a JSON file of jobs ([folder, window, tokens to draft]), and where to write. Prompts come at any step, some begin
-as others do, some are cancelled; there are pages for some of them alone. Rank 0 writes NAME.json for each: "answers", a list
-with "ids", those generated "alone", and how it "ended"; "cached", "preempted", "drafted" and "accepted" in all; "units" that
-are used, and bytes that are "filled", at the end; and "calls" of the backend for a step of one
-row, and of rows of five sequences.
+as others do, some have a part of their answer from before, some are cancelled; they are of two owners; there are pages for
+some of them alone. Rank 0 writes NAME.json for each: "answers", a list with "ids", those generated "alone", and how it
+"ended"; "cached", "preempted", "drafted" and "accepted" in all, and how many were "continued"; "units" that are used, and
+bytes that are "filled", at the end; and "calls" of the backend for a step of one row, and of rows of five sequences.
 """
 
 from __future__ import annotations
@@ -79,9 +79,11 @@ def answer_many(memory: RankMemory, seed: int, draft: int) -> dict[str, Any]:
     for _ in range(PROMPTS):
         text = texts[random.integers(len(texts))][: random.integers(0, 181)]
         ids = [*text, *random.integers(3, 90, random.integers(1, 20)).tolist()]
-        queries.append(Query(ids, int(random.integers(1, MOST_TOKENS)), greedy))
-        options = {"max_tokens": queries[-1].max_tokens, "context": CONTEXT, "end_ids": ()}
+        most = int(random.integers(1, MOST_TOKENS))
+        options = {"max_tokens": most, "context": CONTEXT, "end_ids": ()}
         alone.append(list(generate(model, model.star, engine.embed, ids, greedy, **options)))
+        so_far = alone[-1][: random.integers(1, most + 1)] if random.random() < 0.3 else []
+        queries.append(Query(ids, most, greedy, owner="ab"[random.integers(2)], so_far=so_far))
         texts.append([*ids, *alone[-1]])
 
     class Told(Speculation):
@@ -102,7 +104,7 @@ def answer_many(memory: RankMemory, seed: int, draft: int) -> dict[str, Any]:
     while len(answering) < PROMPTS or not llm.is_idle:
         while len(answering) < PROMPTS and random.random() < 0.4:
             answering.append(llm.submit(queries[len(answering)]))
-        if random.random() < 0.02 and answering:
+        if random.random() < 0.04 and answering:
             llm.cancel(answering[random.integers(len(answering))])
         llm.step()
     draft = 0
@@ -114,7 +116,11 @@ def answer_many(memory: RankMemory, seed: int, draft: int) -> dict[str, Any]:
     ]
     assert report.batch is not None
     did = {name: sum(getattr(one.figures, name) for one in answering) for name in ("drafted", "accepted")}
-    did |= {"filled": filled, "cached": sum(one.request.cached or 0 for one in answering)}
+    did |= {
+        "continued": sum(bool(query.so_far) for query in queries),
+        "filled": filled,
+        "cached": sum(one.request.cached or 0 for one in answering),
+    }
     return {"answers": answers, **did, "preempted": report.batch.preempted, "units": account.used, "calls": calls}
 
 
