@@ -83,19 +83,34 @@ void prepare_block(Format format, const float* x, int32_t* words, int64_t n) {
 // the kernels larger by as much again.
 constexpr bool any_number_together(Format format) { return !quantized(format) || can_quantize(format); }
 
+constexpr int64_t kMostApart = 8;  // positions of a group that is smaller than the largest
+
 // Positions are taken in groups of S::together (S::blocks_together with quantized weights) while there are as many, then what is
 // left.
 template <class S>
-int64_t next_group(Format format, int64_t left) {
+constexpr int64_t next_group(Format format, int64_t left) {
   const int64_t together = quantized(format) ? S::blocks_together : S::together;
   // Eight are twice four where more do not fit: with two at last the multipliers would wait for one another's results.
   if (together == 6 && (left == 7 || left == 8)) return 4;
   if (left >= together) return together;
+  if (left > kMostApart) return kMostApart;
   return any_number_together(format) ? left : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+}
+
+// Whether there is code for every group that `next_group` gives (see ForGroups), on a level that may not run here.
+template <class S>
+constexpr bool has_all_groups() {
+  for (int format = 0; format <= int(kLastFormat); ++format) {
+    const int64_t together = quantized(Format(format)) ? S::blocks_together : S::together;
+    for (int64_t left = 1; left <= 4 * together; ++left)
+      if (const int64_t n = next_group<S>(Format(format), left); n < 1 || n > left || (n > kMostApart && n != together)) return false;
+  }
+  return true;
 }
 
 template <class S>
 void prepare(Format format, int64_t columns, int64_t positions, const float* x, uint8_t* prepared) {
+  static_assert(has_all_groups<S>());
   constexpr int64_t run = 4 * kBlock;  // columns after which the next position comes: what is written stays in the cache
   const int64_t size = prepared_words<S>(format, columns);
   for (int64_t first = 0, n; first < positions; first += n) {
@@ -208,7 +223,7 @@ constexpr int panels_together(int positions) {
 // Functions for groups of so many positions, of which `next_group` gives 1 to 8 and the most; for others they are 1's.
 template <class Function>
 struct ForGroups {
-  Function of[9];
+  Function of[kMostApart + 1];
 };
 template <class S, Format format, class Function, class Get>
 constexpr ForGroups<Function> for_groups(Get get) {
@@ -256,7 +271,7 @@ void multiply_groups(const Matrix& w, int64_t first, int64_t last, int64_t posit
         const uint8_t* ahead = data;
         for (int64_t p = 0, together; p < n; p += together, ahead += lines * count * kLine) {
           together = next_group<S>(format, n - p);
-          add.of[std::min<int64_t>(together, 9) - 1](units, count, group + p * size + done * unit_words(format) * together,
+          add.of[std::min(together, kMostApart + 1) - 1](units, count, group + p * size + done * unit_words(format) * together,
                                                      sums + p * kPanelRows, ahead, ahead < data + (data - began) ? lines : 0);
         }
       }
@@ -288,7 +303,7 @@ void multiply_format(const Matrix& w, int64_t first, int64_t last, int64_t posit
   for (int64_t panel = first; panel < last; ++panel) {
     for (int64_t p = 0, n; p < positions; p += n) {
       n = next_group<S>(format, positions - p);
-      one.of[std::min<int64_t>(n, 9) - 1](w, panel, x + p * size, bias, y + p * w.rows);
+      one.of[std::min(n, kMostApart + 1) - 1](w, panel, x + p * size, bias, y + p * w.rows);
     }
   }
 }

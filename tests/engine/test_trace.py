@@ -19,7 +19,7 @@ from tests.support.launch import PROGRAMS
 from tests.support.ranks import Ranks
 from tpimpi.cli.run_options import parse_run
 from tpimpi.diagnostics.trace_file import chrome_trace, left_out, write_trace
-from tpimpi.engine.trace import COMPUTE, KINDS, READ, STAR, WAIT, RankTrace, Recorder, TraceNote, unpack
+from tpimpi.engine.trace import COMPUTE, KINDS, READ, STAR, WAIT, PassSpan, RankTrace, Recorder, TraceNote, unpack
 from tpimpi.errors import InputError, StarError, StorageError
 from tpimpi.serving.report import Report
 from tpimpi.star import Star
@@ -44,11 +44,13 @@ def two_ranks() -> list[RankTrace]:
         (COMPUTE, 0, 0, 1000.004, 1000.0055, 0),
         (STAR, 0, -1, 1000.0055, 1000.006, 0),
     )
+    hub.add_pass(PassSpan(1000.002, 1000.0045, 7, 2))
+    hub.add_pass(PassSpan(1000.0045, 1000.006, 5, drafted=4, accepted=2, tokens=3))
     other = recorded(
         (READ, 1, 7, 500.0, 500.001, 0), (READ, 1, 8, 500.0005, 500.002, 1), (WAIT, 1, 7, 500.0, 500.001, 0)
     )
     return [
-        RankTrace(0, "desk", 0.0, hub.pack(), [[1000.003, 200e6, 120e6, 30.5e6]]),
+        RankTrace(0, "desk", 0.0, hub.pack(), [[1000.003, 200e6, 120e6, 30.5e6]], passes=hub.passes),
         RankTrace(1, "pi", 500.0, other.pack(), [[500.001, 90e6, 0, 10e6], [500.002, 91e6, 0, 10e6]]),
     ]
 
@@ -75,8 +77,8 @@ def check_format(trace: dict) -> None:
         assert type(event["ts"]) is int and event["ts"] >= 0
         if event["ph"] == "X":
             assert type(event["tid"]) is int and type(event["dur"]) is int and event["dur"] >= 0
-            assert event["cat"] in KINDS
-            assert set(event["args"]) <= {"tile"}
+            assert event["cat"] in (*KINDS, "pass")
+            assert event["cat"] == "pass" or set(event["args"]) <= {"tile"}
         else:
             assert event["args"] and all(type(value) in (int, float) for value in event["args"].values())
 
@@ -89,14 +91,16 @@ def test_events_are_as_the_format_wants_them() -> None:
     check_format(trace)
     assert min(event["ts"] for event in trace["traceEvents"] if "ts" in event) == 0
     names = {(e["pid"], e["tid"]): e["args"]["name"] for e in events(trace, "M", name="thread_name")}
-    assert sorted(names.values()) == ["compute", "disk wait", "read 0", "read 0", "read 1", "star"]
-    assert len(names) == 6, "two lanes share a thread"
+    assert sorted(names.values()) == ["compute", "disk wait", "passes", "read 0", "read 0", "read 1", "star"]
+    assert len(names) == 7, "two lanes share a thread"
     assert {e["pid"]: e["args"]["name"] for e in events(trace, "M", name="process_name")} == {0: "r0 desk", 1: "r1 pi"}
     spans = [(names[e["pid"], e["tid"]], e["pid"], e["name"], e["args"], e["ts"], e["dur"]) for e in events(trace, "X")]
     assert spans == [
         ("read 0", 0, "layer 0 attn", {"tile": 0}, 2000, 2000),
         ("compute", 0, "layer 0 attn", {"tile": 0}, 4000, 1500),
         ("star", 0, "layer 0 attn", {}, 5500, 500),
+        ("passes", 0, "prompt", {"rows": 7, "sequences": 2, "drafted": 0, "accepted": 0, "tokens": 0}, 2000, 2500),
+        ("passes", 0, "pass", {"rows": 5, "sequences": 1, "drafted": 4, "accepted": 2, "tokens": 3}, 4500, 1500),
         ("read 0", 1, "layer 0 mlp", {"tile": 7}, 0, 1000),
         ("read 1", 1, "layer 0 mlp", {"tile": 8}, 500, 1500),
         ("disk wait", 1, "layer 0 mlp", {"tile": 7}, 0, 1000),

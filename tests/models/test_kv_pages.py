@@ -31,6 +31,7 @@ class Pages(RuleBasedStateMachine):
         self.sequences: list[tuple[SequencePages, list[int]]] = []
         self.written: dict[tuple[int, int, int], int] = {}  # by kind, page, place in it
         self.token = 0
+        self.reached: dict[int, int] = {}  # positions that each sequence has had, by its id
 
     def _write(self, pages: SequencePages, text: list[int], n: int) -> None:
         """As a step does with n rows; each row sees what came before."""
@@ -42,6 +43,7 @@ class Pages(RuleBasedStateMachine):
                 assert page != NO_PAGE and self.account.users(kind, page) == 1, "written where others may read"
                 self.written[kind, page, position % PAGE] = self.token
             text.append(self.token)
+            self.reached[id(pages)] = max(self.reached.get(id(pages), 0), len(text))
             self._check(pages, text, position)
 
     def _check(self, pages: SequencePages, text: list[int], position: int) -> None:
@@ -55,6 +57,7 @@ class Pages(RuleBasedStateMachine):
     @rule(n=st.integers(1, 150))
     def new(self, n: int) -> None:
         pages = SequencePages(self.account, self.window, self.kept)
+        self.reached[id(pages)] = 0
         before = self.account.used
         if pages.grow(n):
             self.sequences.append((pages, []))
@@ -87,7 +90,9 @@ class Pages(RuleBasedStateMachine):
             for kind, table in enumerate(pages.tables)
             if length // PAGE < len(table) and table[length // PAGE] != NO_PAGE
         )
-        if alone and (back <= self.kept or length + PAGE <= self.window):
+        # From the greatest length that it had: what was taken back once is not kept again.
+        trimmed = self.reached[id(pages)] - self.kept
+        if alone and (length >= trimmed or trimmed - max(1, self.window) + 1 < PAGE):
             assert pages.holds(length), "what is kept can be taken back"
         if pages.holds(length):
             pages.truncate(length)
@@ -104,6 +109,7 @@ class Pages(RuleBasedStateMachine):
             other = pages.shared(count)
             assert other.length == count * PAGE
             self.sequences.append((other, text[: count * PAGE]))
+            self.reached[id(other)] = count * PAGE + self.kept
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())
@@ -130,7 +136,7 @@ class Pages(RuleBasedStateMachine):
         if not hasattr(self, "account"):
             return
         for pages, text in self.sequences:
-            if text and pages.holds(len(text)):
+            if text and pages.holds(len(text) - 1):
                 self._check(pages, text, len(text) - 1)
             pages.close()
         assert self.account.used == 0 and [len(self.account.free_pages(kind)) for kind in KINDS] == list(self.places)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import json
 import pickle
 import re
@@ -14,23 +16,19 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tpimpi
 from tests.support.launch import PROGRAMS, Launcher
 from tests.support.messages import patterns_in
+from tests.support.privacy import RUN, VOCAB, Message, leaks, patterns_of, words_of_steps
 from tpimpi.engine.batch import unpack_rows
 from tpimpi.engine.protocol import Operation
-from tpimpi.star import BULK, CLOCK, CONTROL, HIDDEN, NOTE, PARTIAL, SUM
-from tpimpi.star.channel import ECHO
-from tpimpi.star.pieces import LARGE_PIECE_NUMBERS
+from tpimpi.star import BULK, CONTROL, HIDDEN, NOTE, PARTIAL, SUM
 from tpimpi.weights import stream
 from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.names import slice_name
 
 PROMPT = "Zanzibar ornithologist whispers quixotic melodies about elderberries. Please continue the story."
-BETWEEN_MESSAGES = b"\xa5" * 16  # in no pattern: what is found is within one message
-HIDDEN_SIZE, VOCAB, PROMPT_LIMIT = 576, 49152, 256
-RUN = 4  # ids one after another, which give a text away
-
-Message = tuple[int, int, bytes]
+HIDDEN_SIZE = 576
 
 
 def odd_parcels(messages: list[Message], slices: Path) -> list[str]:
@@ -68,72 +66,6 @@ def odd_parcels(messages: list[Message], slices: Path) -> list[str]:
     return found
 
 
-def patterns_of(words: set[str], ids: list[int]) -> list[tuple[str, bytes]]:
-    """What would give words and runs of ids away, and its name."""
-    patterns: list[tuple[str, bytes]] = []
-    for word in words:
-        patterns += [(f"the word {word} in {code}", word.encode(code)) for code in ("utf-8", "utf-16-le", "utf-32-le")]
-    # A run of four: two small ids, 198 and 1, stand by chance in a list of figures, or among so many bytes of sums.
-    for run in (ids[start : start + RUN] for start in range(len(ids) - RUN + 1)):
-        for dtype in ("<u2", "<i4", "<i8", "<f4", "<f8"):
-            patterns.append((f"ids {run} as {dtype}", np.array(run, dtype).tobytes()))
-        for between in (", ", ","):  # json's way and msgspec's
-            patterns.append((f"ids {run} as text", between.join(map(str, run)).encode()))
-    return patterns
-
-
-def words_of_steps(messages: list[Message]) -> tuple[list[Message], list[tuple[int, bytes]]]:
-    """What follows a header that says so, (operation, data), and all the other messages."""
-    rest: list[Message] = []
-    words: list[tuple[int, bytes]] = []
-    due: dict[int, int] = {}  # by destination: of which operation words come next
-    for message in messages:
-        destination, tag, data = message
-        if tag == CONTROL and destination in due:
-            words.append((due.pop(destination), data))
-            continue
-        rest.append(message)
-        if tag == CONTROL:
-            _, operation, _, count, _ = np.frombuffer(data, "<i8").tolist()
-            if operation in (Operation.PAGES, Operation.BATCH, Operation.RELEASE) and count:
-                due[destination] = operation
-    return rest, words
-
-
-def leaks(messages: list[Message], words: set[str], ids: list[int]) -> list[str]:
-    """What `messages` give away: words in any usual encoding, runs of ids as any usual number, or odd shapes.
-
-    For BULK see `odd_parcels`.
-    """
-    found = []
-    for destination, tag, data in messages:
-        if tag == CONTROL:
-            if len(data) != 40:
-                found.append(f"a control header of {len(data)} bytes to rank {destination}")
-            numbers = np.frombuffer(data[:40], "<i8")[1:]
-            # Operation, number of positions, first position: nothing that depends on what the ids are. Of experts, 0.
-            short = all(0 <= number <= PROMPT_LIMIT for number in numbers[1:3])
-            if not (short and numbers[0] in set(Operation) and not numbers[3:].any()):
-                found.append(f"the control header {numbers.tolist()}")
-        elif tag in (HIDDEN, PARTIAL, SUM):
-            if len(data) % 4 or len(data) > LARGE_PIECE_NUMBERS * 4:
-                found.append(f"{len(data)} bytes with tag {tag}, which is no piece of [positions, hidden]")
-            if len(data) == VOCAB * 4:
-                found.append("logits")
-        elif tag == NOTE:
-            json.loads(data)
-        elif tag == CLOCK:
-            if len(data) != 8:
-                found.append(f"a clock of {len(data)} bytes to rank {destination}")
-        elif tag == ECHO:
-            if len(data) not in (8, 32):
-                found.append(f"a ping of {len(data)} bytes to rank {destination}")
-        elif tag != BULK:
-            found.append(f"an unknown tag {tag}")
-    searched = BETWEEN_MESSAGES.join(data for _, tag, data in messages if tag != BULK)
-    return found + patterns_in(searched, patterns_of(words, ids))
-
-
 @pytest.fixture(scope="module")
 def recorded(mpirun: Launcher, cache: dict[str, str], tmp_path_factory: pytest.TempPathFactory):
     out = tmp_path_factory.mktemp("recorded")
@@ -161,9 +93,22 @@ def _ids(report: dict[str, object], smollm2: Path) -> list[int]:
 
 
 def _words(report: dict[str, object]) -> set[str]:
-    words = set(re.findall(r"\w{5,}", f"{PROMPT} {report['text']} Kumquat"))
+    words = set(re.findall(r"\w{5,}", f"{PROMPT} {report['text']} Kumquat")) - _own_words()
     assert len(words) > 10
-    return words - {"model", "columns", "heads", "reads"}  # words that settings and figures use for themselves
+    return words
+
+
+@functools.cache
+def _own_words() -> frozenset[str]:
+    """Words of the program's own names and short texts, which its settings and figures use for themselves."""
+    own: set[str] = set()
+    for path in Path(tpimpi.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):  # a field
+                own.add(node.target.id)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 40:
+                own.update(re.findall(r"\w{5,}", node.value))
+    return frozenset(own)
 
 
 def test_messages_give_nothing_away(recorded, smollm2: Path) -> None:

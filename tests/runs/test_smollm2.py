@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.launch import PROGRAMS, Launcher, run_command
 from tests.support.ranks import Ranks
+from tests.support.traces import passes_of
 from tpimpi.weights.make import choose_formats, slice_model
 from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.sources import open_source
@@ -128,7 +129,7 @@ def test_drafts_change_no_token(on_ranks: Ranks, cache: dict[str, str], oracle, 
     result = on_ranks(
         2,
         *("-m", "tpimpi", "--format", "f32", "--allreduce", "star", "--max-tokens", str(TOKENS), "--memory", "500M"),
-        *("--speculate", speculate, "--report", str(report)),
+        *("--speculate", speculate, "--report", str(report), "--trace", str(tmp_path / "trace.json")),
         env=cache,
         stdin="".join(f"{prompt}\n" for prompt in PROMPTS),
         timeout=600,
@@ -137,6 +138,10 @@ def test_drafts_change_no_token(on_ranks: Ranks, cache: dict[str, str], oracle, 
     _check(report, oracle)
     answers = json.loads(report.read_text())["answers"]
     assert speculate == "auto" or sum(answer["drafted_tokens"] for answer in answers) > 0
+    passes = passes_of(tmp_path / "trace.json")
+    for name, of_answers in (("drafted", "drafted_tokens"), ("accepted", "accepted_tokens"), ("rows", "rows_computed")):
+        assert sum(one[name] for one in passes) == sum(answer[of_answers] for answer in answers)
+    assert sum(one["tokens"] > 0 for one in passes) == sum(answer["passes"] for answer in answers)
 
 
 @pytest.mark.slow

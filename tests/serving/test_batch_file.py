@@ -14,9 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.support.launch import Launcher, Result
+from tests.support.traces import passes_of
 from tpimpi.errors import InputError
 from tpimpi.serving.batch_file import BatchAnswers, Item, read_items
 from tpimpi.serving.report import Answer
@@ -185,6 +187,7 @@ def test_a_batch_has_the_answers_of_single_runs(tpimpi: Callable[..., Result], t
     lines = [*arithmetic(5), {"custom_id": "long", "prompt": "x " * 300}]
     given = written(tmp_path, "\ufeff" + json.dumps(lines[0]), *lines[1:])  # as an editor of Windows writes it
     common = ("--context", "160", "--quiet", "--memory", "400M", "--report", str(tmp_path / "r.json"))
+    common += ("--trace", str(tmp_path / "t.json"))
     found = tpimpi("--batch-file", given, "--out", str(tmp_path / "out.jsonl"), *common)
     assert (found.code, found.out) == (2, "")
     assert "custom_id 'long': the prompt has" in found.err and "raise --context" in found.err
@@ -196,6 +199,10 @@ def test_a_batch_has_the_answers_of_single_runs(tpimpi: Callable[..., Result], t
         one["finish_reason"] == "stop" for one in answers[:-1]
     )
     assert report["batch"]["steps"] < report["batch"]["tokens"]
+    passes = passes_of(tmp_path / "t.json")
+    assert len(passes) == report["batch"]["steps"] and max(one["sequences"] for one in passes) > 1
+    for name in ("rows", "sequences", "tokens"):
+        assert sum(one[name] for one in passes) == report["batch"][name]
     for line, one in zip(lines[:2], answers, strict=False):
         alone = tpimpi("--prompt", line["prompt"], "--max-tokens", str(line["max_tokens"]), "--quiet")
         assert alone.out.rstrip("\n") == one["text"].rstrip("\n")
@@ -249,14 +256,19 @@ def test_a_batch_that_is_killed_ends_whole(mpirun: Launcher, cache: dict[str, st
     for kill in range(KILLS):
         size = part.stat().st_size if part.exists() else 0
         process = subprocess.Popen(mpirun.command(2, [*command, str(out)]), env=environment, start_new_session=True)
-        # The launcher ends the ranks; killed itself, it leaves them to notice that.
+        # At SIGTERM the launcher ends the ranks. Killed, it would leave them to notice that, and a quick processor has
+        # answered all by then: they are killed too, as when the power goes.
         more, deadline = dice.randrange(1, 80 * PROMPTS // KILLS), time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
             if part.exists() and part.stat().st_size > size + more:
                 break
             time.sleep(0.01)
         assert process.poll() is None, "it ended before it was killed"
+        ranks = psutil.Process(process.pid).children(recursive=True) if kill % 2 else []
         os.killpg(process.pid, signal.SIGKILL if kill % 2 else signal.SIGTERM)
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.kill()
         process.wait(30)
         wait_for_lock(part)
     assert not out.exists()

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import httpx2
@@ -20,9 +20,17 @@ START_S = 120.0
 class RunningServer:
     """`tpimpi serve` on so many ranks; `url` is where it listens, before the model is loaded."""
 
-    def __init__(self, mpirun: Launcher, ranks: int, log: Path, *options: str, env: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        mpirun: Launcher,
+        ranks: int,
+        log: Path,
+        *options: str,
+        env: Mapping[str, str],
+        program: Sequence[str] = ("-m", "tpimpi"),
+    ) -> None:
         self.log = log
-        command = mpirun.command(ranks, ["-m", "tpimpi", "serve", "--port", "0", *options])
+        command = mpirun.command(ranks, [*program, "serve", "--port", "0", *options])
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 command,

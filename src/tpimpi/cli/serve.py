@@ -21,9 +21,10 @@ from tpimpi.serving.batched import BatchedLLM, load_batched
 from tpimpi.serving.llm import load_tokenizer_of_slices
 from tpimpi.serving.report import Report
 from tpimpi.serving.server.connection import Connection
+from tpimpi.serving.server.front_options import died
 from tpimpi.serving.server.front_process import FrontProcess
 from tpimpi.serving.server.loop import ServerLoop
-from tpimpi.serving.server.wire import Failed, Progress
+from tpimpi.serving.server.wire import Failed, Processes, Progress
 from tpimpi.serving.speculation import Speculation
 from tpimpi.star import Star
 from tpimpi.star.control import stop_others_on_error
@@ -51,7 +52,9 @@ def serve(star: Star, job: Job) -> int:
         startup.start(star)
         star.tell_end(lambda line: connection.say_last(Failed(line, 1)))
         llm.report.load_s = job.seconds()
-        siblings = Siblings({rank: one.pid for rank, one in enumerate(ranks) if rank and one.host == ranks[0].host})
+        here = {rank: one.pid for rank, one in enumerate(ranks) if one.host == ranks[0].host}
+        connection.say(Processes({pid: f"r{rank} {ranks[0].host}" for rank, pid in here.items()}))
+        siblings = Siblings({rank: pid for rank, pid in here.items() if rank})
         call_on_signals(partial(_end, loop, ranks, siblings))
         loop.run()
         llm.finish()
@@ -62,7 +65,7 @@ def _end(loop: ServerLoop, ranks: list[RankInfo], siblings: Siblings) -> None:
     """A signal came: from the user; or from the launcher, which ends all of a run whose rank has died. Raises LostError
     then, where that rank was on this machine: the launcher leaves no time to notice it otherwise."""
     for rank in siblings.ended():
-        raise LostError(f"r{rank} {ranks[rank].host} has ended: its process died or was killed; the run ends here")
+        raise LostError(died(f"r{rank} {ranks[rank].host}"))
     loop.end()
 
 

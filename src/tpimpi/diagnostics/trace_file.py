@@ -5,8 +5,9 @@ The file is a JSON object in the Trace Event Format
 
     {"traceEvents": [EVENT, …], "displayTimeUnit": "ms", "otherData": {…}}
 
-one event a line. A process is a rank (its pid), a thread a lane: compute, star, disk wait, read 0, read 1, … Events are
-"X" (a span: its name is the block, its category the kind, args the tile), "C" (resident, pinned and buffer memory, in MB)
+one event a line. A process is a rank (its pid), a thread a lane: compute, star, disk wait, read 0, read 1, … and of rank 0
+passes. Events are "X" (a span: its name is the block, its category the kind, args the tile; or a pass, args its rows,
+sequences, drafted, accepted and chosen tokens), "C" (resident, pinned and buffer memory, in MB)
 and "M" (names and order). `ts` and `dur` are whole microseconds, from the earliest event on the hub's clock.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,12 @@ from tpimpi.system.own_files import TRACE_BEGINNING
 _LANES = {COMPUTE: 0, STAR: 1, WAIT: 2, READ: 3}  # from top to bottom; there may be many lanes that read
 
 
-_FIRST_TID = 10_000  # over any rank: a thread whose id is that of its process would be shown as its main thread
+_FIRST_TID = (
+    10_000  # the passes'; over any rank: a thread whose id is that of its process would be shown as its main thread
+)
 
 
+_PASS = "pass"
 _COUNTERS = ("resident", "pinned", "buffers")
 
 
@@ -75,11 +80,13 @@ def _events(ranks: Sequence[RankTrace], blocks: Sequence[str]) -> Iterator[dict[
     """All events of all ranks, in no order of time; the format asks for none."""
     spans = [_checked(rank, blocks) for rank in ranks]
     starts = [float(s["began"].min()) + r.clock_offset for r, s in zip(ranks, spans, strict=True) if s.size]
+    starts += [one.began + rank.clock_offset for rank in ranks for one in rank.passes]
     starts += [point[0] + rank.clock_offset for rank in ranks for point in rank.timeline]
     origin = min(starts, default=0.0)
     for rank, rank_spans in zip(ranks, spans, strict=True):
         yield from _names(rank, rank_spans)
         yield from _span_events(rank, rank_spans, blocks, origin)
+        yield from _pass_events(rank, origin)
         for t, *values in rank.timeline:
             ts = _microseconds(t + rank.clock_offset - origin)
             for name, value in zip(_COUNTERS, values, strict=True):
@@ -112,6 +119,9 @@ def _names(rank: RankTrace, spans: Spans) -> Iterator[dict[str, Any]]:
     yield named("process_sort_index", 0, sort_index=rank.rank)
     if rank.dropped:
         yield named("process_labels", 0, labels=f"{rank.dropped} later spans left out")
+    if rank.passes:
+        yield named("thread_name", _FIRST_TID, name="passes")
+        yield named("thread_sort_index", _FIRST_TID, sort_index=_FIRST_TID)
     for number in np.unique(spans["kind"].astype(np.int64) * 256 + spans["lane"]).tolist():
         kind, lane = divmod(number, 256)
         tid = _tid(kind, lane)
@@ -138,8 +148,17 @@ def _span_events(rank: RankTrace, spans: Spans, blocks: Sequence[str], origin: f
             }
 
 
+def _pass_events(rank: RankTrace, origin: float) -> Iterator[dict[str, Any]]:
+    for one in rank.passes:
+        ts, end = (_microseconds(t + rank.clock_offset - origin) for t in (one.began, one.ended))
+        counted = {name: count for name, count in asdict(one).items() if name not in ("began", "ended")}
+        name = "prompt" if one.tokens == 0 else "pass"
+        where = {"pid": rank.rank, "tid": _FIRST_TID}
+        yield {"name": name, "cat": _PASS, "ph": "X", "ts": ts, "dur": end - ts, **where, "args": counted}
+
+
 def _tid(kind: int, lane: int) -> int:
-    return _FIRST_TID + _LANES[kind] + (lane if kind == READ else 0)
+    return _FIRST_TID + 1 + _LANES[kind] + (lane if kind == READ else 0)
 
 
 def _microseconds(seconds: Any) -> Any:

@@ -79,7 +79,7 @@ class Model:
         self.context = 0  # positions that the sequence may have
         self.experts, self.chunk, self._predict = experts, chunk, predict
         self.compute_seconds = 0.0
-        self._make_room, self._recorder = make_room, recorder
+        self._make_room, self.recorder = make_room, recorder
         self._blocks = [block for block in block_order(header) if block != HEAD]
         self._layers = [self.config.layer(index) for index in range(self.config.layers)]
         self._frequencies: dict[Rope, F32] = {}
@@ -368,7 +368,7 @@ class Model:
 
     def _recorded(self, kind: int, place: int, tile: int = -1) -> contextlib.AbstractContextManager[None]:
         """For the trace: what is inside is done for the block at `place` in the order."""
-        return _NOT_RECORDED if self._recorder is None else self._recorder.span(kind, place, tile)
+        return _NOT_RECORDED if self.recorder is None else self.recorder.span(kind, place, tile)
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:

@@ -318,7 +318,7 @@ class RankMemory:
         """What was recorded; the clock's offset is for rank 0 to fill in."""
         recorder = self.engines[0].opened.recorder or Recorder(0)
         rank = self.star.rank
-        return RankTrace(rank.index, rank.host, 0.0, recorder.pack(), self.points, recorder.dropped)
+        return RankTrace(rank.index, rank.host, 0.0, recorder.pack(), self.points, recorder.dropped, recorder.passes)
 
     def close(self) -> None:
         """Stop, and give all memory back."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 
 from tpimpi.engine import protocol
 from tpimpi.engine.allotment import MemoryAllotment
@@ -126,8 +127,10 @@ def finish(star: Star, memory: RankMemory) -> tuple[list[list[RankFigures]], lis
     traces = []
     if memory.settings.trace:
         offsets = star.clock_offsets()
-        notes = enumerate(gather_notes(star, memory.trace().note()))
+        own = memory.trace()
+        notes = enumerate(gather_notes(star, own.note()))
         traces = [RankTrace.from_note(rank, note, offsets[rank]) for rank, note in notes]
+        traces[0] = replace(traces[0], passes=own.passes)
     memory.close()
     return figures, traces
 

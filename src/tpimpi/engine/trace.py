@@ -20,6 +20,7 @@ from tpimpi.star.control import Note
 KINDS = ("read", "disk wait", "compute", "star")
 READ, WAIT, COMPUTE, STAR = range(4)
 
+MOST_PASSES = 20_000  # that rank 0 records; they take 5 MB
 MOST_SPANS = 200_000  # that a rank records; they take 5.2 MB
 _SPAN = np.dtype(
     [("kind", "u1"), ("lane", "u1"), ("block", "<i4"), ("tile", "<i4"), ("began", "<f8"), ("ended", "<f8")]
@@ -27,6 +28,20 @@ _SPAN = np.dtype(
 Spans = npt.NDArray[np.void]
 
 MOST_SECONDS, MOST_BYTES = 1e10, 1e18  # more than any time or size in a trace can be
+
+
+@dataclass
+class PassSpan:
+    """A pass through the layers, as rank 0 knows it: from `began` to `ended` of time.monotonic() `rows` of so many
+    `sequences` were computed; of `drafted` ones among them so many were `accepted`, and `tokens` were chosen."""
+
+    began: float
+    ended: float
+    rows: int
+    sequences: int = 1
+    drafted: int = 0
+    accepted: int = 0
+    tokens: int = 0
 
 
 class Recorder:
@@ -40,6 +55,7 @@ class Recorder:
         self._spans = np.empty(most, _SPAN)
         self._count = 0
         self._lock = threading.Lock()
+        self.passes: list[PassSpan] = []  # on rank 0
 
     @property
     def most_bytes(self) -> int:
@@ -60,6 +76,12 @@ class Recorder:
             self._count += 1
         if place < len(self._spans):
             self._spans[place] = kind, lane, block, tile, began, ended
+
+    def add_pass(self, span: PassSpan) -> PassSpan:
+        """Note a pass, which may be told what it gave later; after the first MOST_PASSES none is kept."""
+        if len(self.passes) < MOST_PASSES:
+            self.passes.append(span)
+        return span
 
     @contextlib.contextmanager
     def span(self, kind: int, block: int, tile: int = -1) -> Iterator[None]:
@@ -93,7 +115,7 @@ class TraceNote(Note, frozen=True):
 class RankTrace:
     """What one rank recorded: packed spans, and [t, resident, pinned, buffers] in bytes, t in its own monotonic seconds.
 
-    `clock_offset` is what is to be added to its clock to get the hub's (see Star.clock_offsets).
+    `clock_offset` is what is to be added to its clock to get the hub's (see Star.clock_offsets). `passes` are rank 0's.
     """
 
     rank: int
@@ -102,6 +124,7 @@ class RankTrace:
     spans: bytes
     timeline: Sequence[Sequence[float]]
     dropped: int = 0
+    passes: Sequence[PassSpan] = ()
 
     def note(self) -> TraceNote:
         """All but the offset, for the star."""

@@ -14,7 +14,7 @@ from tpimpi.engine.engine import OpenedEngine
 from tpimpi.engine.protocol import batch, open_pages, release_pages
 from tpimpi.engine.rank_memory import RankMemory
 from tpimpi.engine.startup import allot_memory, finish
-from tpimpi.engine.trace import RankTrace
+from tpimpi.engine.trace import PassSpan, RankTrace
 from tpimpi.errors import InputError
 from tpimpi.models.kv.cache import KINDS, PAGE, pages_of
 from tpimpi.models.kv.pages import PageAccount, rows_of
@@ -54,8 +54,8 @@ class Query:
 @dataclass(eq=False)
 class Answering:
     """An answer that is being made. `new` tokens, their `logprobs` where they are wanted, and the `pieces` of text that are
-    certain with them are those of the last step; `ended` is one of END_REASONS (see transcript), or "failed" where it cannot
-    go on for the reason in `problem`."""
+    certain with them are those of the last step, `accepted` how many of its draft; `ended` is one of END_REASONS (see
+    transcript), or "failed" where it cannot go on for the reason in `problem`."""
 
     query: Query
     request: Request
@@ -70,6 +70,7 @@ class Answering:
     new: list[int] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
+    accepted: int = 0
     ended: str | None = None
     problem: str = ""
 
@@ -224,6 +225,12 @@ class BatchedLLM:
             chosen.append(self._take_tokens(run, of_run))
         tokens = sum(len(answering.new) for answering in chosen)
         self.figures.add_step(len(ids), len(runs), tokens, seconds)
+        if model.recorder is not None:
+            drafted = sum(len(run.draft) for run in runs)
+            accepted = sum(answering.accepted for answering in chosen)
+            model.recorder.add_pass(
+                PassSpan(began, began + seconds, len(ids), len(runs), drafted=drafted, accepted=accepted, tokens=tokens)
+            )
         self.figures.preempted = scheduler.preempted
         self._give_memory_back()
         return chosen
@@ -260,10 +267,11 @@ class BatchedLLM:
         figures, ended = answering.figures, None
         figures.passes += 1
         figures.drafted += len(run.draft)
+        answering.accepted = 0
         tokens = _until_failing(checked(logits, run.draft, query.sample, request.ids), answering)
         for place, token in enumerate(tokens):
             figures.sampled += 1
-            figures.accepted += run.draft[place : place + 1] == (token,)
+            answering.accepted += run.draft[place : place + 1] == (token,)
             if token in self._tokenizer.end_ids and not query.ignore_eos:
                 request.ids.pop()
                 ended = "end"
@@ -279,6 +287,7 @@ class BatchedLLM:
             if len(request.ids) == request.most:
                 ended = self._why_no_more(answering)
                 break
+        figures.accepted += answering.accepted
         if answering.problem:
             self._end(answering, "failed")
             return answering

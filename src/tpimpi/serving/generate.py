@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from tpimpi.compute.arrays import F32
 from tpimpi.engine.model import Model
 from tpimpi.engine.protocol import begin, step
+from tpimpi.engine.trace import PassSpan
 from tpimpi.serving.pass_times import PassTimes
 from tpimpi.serving.sampling import Sampler
 from tpimpi.serving.speculation import Speculation, checked
@@ -93,10 +94,9 @@ def generate(
         tokens, before = checked(logits[:, :sampled_ids], draft, sample, history), len(history)
         del logits  # which the next ones are not to stand beside
         for place, token in enumerate(tokens):
-            figures.sampled += 1
             if accepted := draft[place : place + 1] == [token]:
                 held.ids.append(token)
-                figures.accepted += 1
+            passes.gave(accepted=accepted)
             if token in end_ids:
                 return
             made += 1
@@ -116,14 +116,13 @@ class _Passes:
     embed: Callable[[Iterable[int]], F32]
     times: PassTimes
     figures: GenerationFigures
+    span: PassSpan | None = None  # the last one's, where there is a trace
 
     def read(self, chunk: Sequence[int], start: int, *, last: bool) -> F32:
         """A part of the prompt, of which it may be the `last`: hidden vectors [n, hidden]."""
         began = time.monotonic()
         hidden = step(self.model, self.star, self.embed(chunk), start, head=last)
-        if len(chunk) > 1:
-            self.times.add(len(chunk), time.monotonic() - began)
-        self.figures.rows += len(chunk)
+        self._done(len(chunk), began, timed=len(chunk) > 1)
         return hidden
 
     def begin(self, hidden: F32) -> F32:
@@ -135,11 +134,26 @@ class _Passes:
         """Those of the last token, which is at `start`, and of a draft."""
         began, rows = time.monotonic(), [*last, *draft]
         logits = self.model.logits(step(self.model, self.star, self.embed(rows), start))
-        self.times.add(len(rows), time.monotonic() - began)
-        self.figures.rows += len(rows)
+        self._done(len(rows), began, drafted=len(draft))
         self.figures.passes += 1
-        self.figures.drafted += len(draft)
         return logits
+
+    def gave(self, *, accepted: bool) -> None:
+        """The last pass gave one more token, which was the draft's."""
+        self.figures.sampled += 1
+        self.figures.accepted += accepted
+        if self.span is not None:
+            self.span.tokens += 1
+            self.span.accepted += accepted
+
+    def _done(self, rows: int, began: float, *, drafted: int = 0, timed: bool = True) -> None:
+        ended = time.monotonic()
+        if timed:
+            self.times.add(rows, ended - began)
+        self.figures.rows += rows
+        self.figures.drafted += drafted
+        if self.model.recorder is not None:
+            self.span = self.model.recorder.add_pass(PassSpan(began, ended, rows, drafted=drafted))
 
 
 def _up_to(end_ids: Collection[int], draft: Sequence[int]) -> list[int]:

@@ -177,6 +177,16 @@ BAD = {
         "unsupported_content",
         "messages[0].content[0]",
     ),
+    "far too long": (
+        {"messages": [{"role": "user", "content": "word " * 9999}]},
+        "context_length_exceeded",
+        "messages",
+    ),
+    "much too long": (
+        {"messages": [{"role": "user", "content": "a" * (7 << 20)}]},
+        "context_length_exceeded",
+        "messages",
+    ),
     "too long": ({"messages": [{"role": "user", "content": "word " * 2000}]}, "context_length_exceeded", "messages"),
 }
 

@@ -97,7 +97,7 @@ class SequencePages:
     """The pages of one sequence of `length` positions.
 
     tables[kind][i] has those from i * PAGE on, NO_PAGE where it was given back. `window` is the longest of the windowed
-    layers; `kept` is how many positions can be taken back at any time.
+    layers; `kept` is how many positions can be taken back at any time, from the greatest length that it has had.
     """
 
     account: PageAccount

@@ -43,6 +43,11 @@ class Listening(msgspec.Struct, frozen=True):
     problem: str = ""
 
 
+def died(rank: str) -> str:
+    """What is said of a rank whose process has ended."""
+    return f"{rank} has ended: its process died or was killed; the run ends here"
+
+
 def is_loopback(host: str) -> bool:
     """Whether an address to listen on is this machine's own, for itself alone."""
     return host in LOOPBACK or host.startswith("127.")

@@ -14,8 +14,9 @@ from pathlib import Path
 import msgspec
 
 from tpimpi.serving.server import wire
-from tpimpi.serving.server.front_options import FrontOptions
+from tpimpi.serving.server.front_options import FrontOptions, died
 from tpimpi.serving.server.problems import ApiError, bad_field, queue_full, unavailable
+from tpimpi.serving.server.watch import ProcessWatch
 
 READ_BYTES = 1 << 18
 ENDED = "the run has ended: rank 0 is gone"
@@ -54,6 +55,7 @@ class RankLink:
         self.is_ending = False
         self.ended = asyncio.Event()  # where rank 0 is not outlived
         self.on_figures: Callable[[wire.Figures], None] = lambda figures: None
+        self._watch = ProcessWatch()
         self._is_ready = asyncio.Event()  # or will never be
         self._writer: asyncio.StreamWriter | None = None
         self._asked: dict[int, Asked] = {}
@@ -167,6 +169,8 @@ class RankLink:
                 self._answered(reply)
             case wire.Figures():
                 self._take_figures(reply)
+            case wire.Processes():
+                self._watch.begin(reply.pids)
             case wire.Progress():
                 self.progress = reply
             case wire.Ready():
@@ -206,6 +210,9 @@ class RankLink:
 
     def _gone(self) -> None:
         """Rank 0 has ended. What is open waits for another, or is told so."""
+        if self.failed is None and self._watch.ended and not self._watch.ended[0].startswith("r0 "):
+            self.failed = wire.Failed(died(self._watch.ended[0]), 1)
+        self._watch.end()
         self._writer, self.figures = None, None
         self.ready = None
         if self._options.outlives:

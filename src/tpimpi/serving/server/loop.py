@@ -143,10 +143,10 @@ class ServerLoop:
                 case wire.Cancel():
                     self._cancel(question.id)
                 case wire.Count():
-                    ids = ids_of(self._tokenizer, question.prompt)
+                    ids = ids_of(self._tokenizer, question.prompt, self._llm.context)
                     self._connection.say(wire.Counted(question.id, ids))
                 case wire.Spell():
-                    ids = ids_of(self._tokenizer, wire.Ids(question.ids))
+                    ids = ids_of(self._tokenizer, wire.Ids(question.ids), self._llm.context)
                     self._connection.say(wire.Spelled(question.id, self._spell(ids)))
                 case wire.End():
                     self._asked_to_end = True

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from tpimpi.errors import InputError, ModelError
 from tpimpi.serving.batched import Query
+from tpimpi.serving.conversation import MOST_BYTES_A_TOKEN
 from tpimpi.serving.grammar import GrammarError, Grammars
 from tpimpi.serving.sampling import Additions, Sampler, make_sampler, naming_the_model
 from tpimpi.serving.server.wire import Ask, Chat, Ids, Sampling, Text
+from tpimpi.serving.text.messages import texts_of
 from tpimpi.serving.text.token_ids import TokenIds
 from tpimpi.serving.text.tokenizer import Tokenizer
 
 CONTEXT_EXCEEDED = "context_length_exceeded"
+SAMPLER_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+MOST_CHARACTERS_A_TOKEN = 64  # of any text, in the mean
 
 
 class RefusedError(InputError):
@@ -21,8 +25,12 @@ class RefusedError(InputError):
         self.what, self.code = what, code
 
 
-def ids_of(tokenizer: Tokenizer | TokenIds, prompt: Chat | Text | Ids) -> list[int]:
-    """The token ids of a prompt. Raises InputError for one that cannot be used."""
+def ids_of(tokenizer: Tokenizer | TokenIds, prompt: Chat | Text | Ids, context: int) -> list[int]:
+    """The token ids of a prompt. Raises InputError for one that cannot be used, or that cannot have room in `context`
+    positions: what is far too long is not encoded, since everybody would wait for that."""
+    text = _text_of(prompt)
+    if len(text) > context * MOST_CHARACTERS_A_TOKEN:
+        raise _too_long(prompt, f"{len(text)} characters", context)
     if isinstance(prompt, Ids):
         for token in prompt.ids:
             if not 0 <= token < tokenizer.sampled_ids:
@@ -42,20 +50,39 @@ def grammar_field(ask: Ask) -> str:
     return "tools" if isinstance(ask.prompt, Chat) and ask.prompt.tools else "response_format"
 
 
+def _text_of(prompt: Chat | Text | Ids) -> str:
+    """All text that a client gave."""
+    if isinstance(prompt, Ids):
+        return ""
+    return (
+        prompt.text
+        if isinstance(prompt, Text)
+        else "".join(texts_of([prompt.messages, prompt.tools, prompt.options, prompt.begun]))
+    )
+
+
+def _too_long(prompt: Chat | Text | Ids, length: str, context: int) -> RefusedError:
+    what = "messages" if isinstance(prompt, Chat) else "prompt"
+    return RefusedError(
+        f"the prompt has {length}, and this model's context is {context} tokens here, of which the answer needs one at "
+        "least; shorten it",
+        what,
+        CONTEXT_EXCEEDED,
+    )
+
+
 def query_of(tokenizer: Tokenizer | TokenIds, ask: Ask, context: int, grammars: Grammars) -> Query:
     """How an Ask is answered, in `context` positions at most. Raises InputError where it cannot be."""
     raw = not isinstance(ask.prompt, Chat)
     tokenizer.check_params(raw=raw, stops=ask.stops)
-    ids = ids_of(tokenizer, ask.prompt)
+    text, usual = _text_of(ask.prompt), context * MOST_BYTES_A_TOKEN
+    if len(text) > usual and len(ids := tokenizer.encode(text[:usual])) > context:
+        raise _too_long(ask.prompt, f"over {len(ids)} tokens", context)
+    ids = ids_of(tokenizer, ask.prompt, context)
     if not ids:
         raise RefusedError("the prompt has no tokens; give some text", "prompt" if raw else "messages")
     if len(ids) >= context:
-        raise RefusedError(
-            f"the prompt has {len(ids)} tokens, and this model's context is {context} tokens here, of which the answer "
-            "needs one at least; shorten it",
-            "prompt" if raw else "messages",
-            CONTEXT_EXCEEDED,
-        )
+        raise _too_long(ask.prompt, f"{len(ids)} tokens", context)
     sample = sampler_of(ask.sampling, len(ids), len(ask.so_far))
     if ask.grammar is not None:
         stream = tokenizer.answer_stream(ids, raw=raw)
@@ -80,18 +107,9 @@ def sampler_of(sampling: Sampling, prompt: int, drawn: int) -> Sampler:
     """The sampler of an answer that begins behind a prompt of so many ids, and has `drawn` tokens already. Raises
     RefusedError for a value out of its range."""
     try:
-        sample = make_sampler(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            repetition_penalty=sampling.repetition_penalty,
-            seed=sampling.seed,
-            drawn=drawn,
-            additions=Additions(
-                sampling.frequency_penalty, sampling.presence_penalty, sampling.logit_bias, start=prompt
-            ),
-        )
+        additions = Additions(sampling.frequency_penalty, sampling.presence_penalty, sampling.logit_bias, start=prompt)
+        options = {name: getattr(sampling, name) for name in SAMPLER_OPTIONS}
+        sample = make_sampler(**options, drawn=drawn, additions=additions)
     except ValueError as error:
         raise RefusedError(str(error), str(error).split(" ")[0].replace("-", "_")) from error
     return naming_the_model(sample)

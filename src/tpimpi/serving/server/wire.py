@@ -128,6 +128,13 @@ class Ready(_Said, frozen=True):
     family: str  # of the template's way to write calls of tools; "" where it is not known
 
 
+class Processes(_Said, frozen=True):
+    """The processes of ranks on this machine, and how these are named: where the launcher ends all of them, the front sees
+    which ended first."""
+
+    pids: dict[int, str]
+
+
 class Began(_Said, frozen=True):
     """A prompt was taken."""
 
@@ -224,7 +231,7 @@ class Failed(_Said, frozen=True):
 
 
 Question = Ask | Cancel | Count | Spell | End
-Reply = Progress | Ready | Began | Part | Done | Refused | Counted | Spelled | Figures | Ending | Failed
+Reply = Progress | Processes | Ready | Began | Part | Done | Refused | Counted | Spelled | Figures | Ending | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 decode_question = msgspec.msgpack.Decoder(Question).decode
