@@ -4,8 +4,8 @@ Before a token is drawn, the logits of all that the grammar does not allow there
 allowed only where the grammar can end. A grammar is of the answer alone, as the answer's stream tells it from reasoning
 (see `AnswerStream.allowed`), unless it is `whole`.
 
-Memory: 12 MB for the 262144 tokens of Gemma 3 and 27 MB for the 128256 of Llama 3, made in about a second when the first
-grammar comes; a mask takes about 0.2 ms.
+Memory: 105 MB for the 262145 tokens of Gemma 3, 53 MB for the 128256 of Llama 3.1, 16 MB for 32000, made when the first
+grammar comes, in 1.1 s for Gemma 3 on an idle core; a mask takes 0.03 to 0.3 ms.
 """
 
 from __future__ import annotations
@@ -100,8 +100,11 @@ class Grammars:
         for token_id in textless:
             pieces[token_id] = special_name(names.get(token_id, f"token {token_id}")).encode("utf-8")
         ends = sorted(tokenizer.end_ids)
-        wrapper: Any = llguidance.TokenizerWrapper(_Pieces(ends[0], tokenizer.bos_id, pieces, textless))
-        return llguidance.LLTokenizer(wrapper, n_vocab=len(pieces), eos_token=ends)
+        told = _Pieces(ends[0], tokenizer.bos_id, pieces, textless)
+        wrapper: Any = llguidance.TokenizerWrapper(told)
+        found = llguidance.LLTokenizer(wrapper, n_vocab=len(pieces), eos_token=ends)
+        told.tokens = wrapper.tokens = []  # which it has copied
+        return found
 
 
 class _Pieces:

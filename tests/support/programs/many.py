@@ -2,9 +2,10 @@
 
 Arguments: a JSON file of jobs ([folder, window, tokens to draft]), and where to write. Prompts come at any step, some begin
 as others do, some have a part of their answer from before, some are cancelled, of one the sampler fails; they are of two
-owners; there are pages for some of them alone. Rank 0 writes NAME.json for each: "answers", a list with "ids", those generated "alone", and how it
-"ended"; "cached", "preempted", "drafted" and "accepted" in all, and how many were "continued"; "units" that are used, and
-bytes that are "filled", at the end; and "calls" of the backend for a step of one row, and of rows of five sequences.
+owners; there are pages for some of them alone. Rank 0 writes NAME.json for each: "answers", a list with "ids", those
+generated "alone", and how it "ended"; "cached", "preempted", "drafted" and "accepted" in all, and how many were
+"continued"; "units" that are used, and bytes that are "filled", at the end; and "calls" of the backend for a step of one
+row, and of rows of five sequences.
 """
 
 from __future__ import annotations
