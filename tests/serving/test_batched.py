@@ -19,20 +19,21 @@ KINDS = {"llama": (2, 3), "gemma3": ("all", 0), "qwen3-moe": ("all", 0), "gpt-os
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.slow_but("2")
 def test_any_mixture_gives_each_prompt_its_answer_alone(on_ranks: Ranks, ranks: int, tmp_path: Path) -> None:
-    """Of prompts that come at any time, of any length, beginning as others do, some of them cancelled."""
+    """Of prompts that come at any time, of any length, beginning as others do, some of them cancelled, or failing."""
     jobs = []
     for kind, (window, draft) in KINDS.items():
         jobs.append((str(slice_tiny(tmp_path, kind, ranks)), window, draft))
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     result = on_ranks(ranks, str(PROGRAMS / "many.py"), str(tmp_path / "jobs.json"), str(tmp_path))
     assert result.code == 0, result.err
-    found = dict.fromkeys(("cached", "preempted", "cancelled", "drafted", "accepted", "continued"), 0)
+    found = dict.fromkeys(("cached", "preempted", "cancelled", "failed", "drafted", "accepted", "continued"), 0)
     for kind in KINDS:
         did = json.loads((tmp_path / f"{kind}.json").read_text())
         for answer in did["answers"]:
             whole = answer["ended"] == "max_tokens"
+            assert whole or answer["ended"] in ("cancelled", "failed")
             found["cancelled"] += answer["ended"] == "cancelled"
-            assert whole or answer["ended"] == "cancelled"
+            found["failed"] += answer["ended"] == "failed"
             assert answer["ids"] == (answer["alone"] if whole else answer["alone"][: len(answer["ids"])]), kind
         assert did["units"] == did["filled"] == 0, kind
         # One call a tile, however many sequences a step has; experts are called for, each by itself.

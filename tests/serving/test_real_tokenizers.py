@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.real_tokenizers import NPM_SHA512, templates, tokenizer_folders, vocabularies
-from tests.support.tokenizer_cases import CHATML, CORPUS
+from tests.support.tokenizer_cases import CHATML, CORPUS, MARKER
 from tpimpi.serving.text.added_tokens import AddedToken
 from tpimpi.serving.text.chat_template import ChatTemplate
 from tpimpi.serving.text.control_tokens import ControlTokens
@@ -196,7 +195,6 @@ def test_blanks_behind_phi3s_tokens_are_swallowed() -> None:
 
 # --- templates ---------------------------------------------------------------------------------------------------------
 
-MARKER = re.compile(r"<\|[\w ▁]+\|>|</?s>|\[/?\w+\]|</?\w+>|<｜[\w▁]+｜>")  # noqa: RUF001
 CONTENTS = [
     "Hello, world!",
     " \n two  lines\nand blanks \n",

@@ -64,7 +64,7 @@ def harmony(byte_level: tokenizers.Tokenizer) -> Tokenizer:
 def said(stream: AnswerStream, ids: Sequence[int]) -> tuple[str, str]:
     """The answer and its reasoning."""
     parts = list(to_pieces(ids, stream))
-    assert all(part.text for part in parts)
+    assert all(part.text or part.mark for part in parts)
     answer, reasoning = ("".join(part.text for part in parts if part.reasoning is kind) for kind in (False, True))
     return answer, reasoning
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import tokenizers
@@ -39,6 +40,10 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+# Texts in templates that look like control tokens.
+MARKER = re.compile(r"<\|[\w ▁]+\|>|</?s>|\[/?\w+\]|</?\w+>|<｜[\w▁]+｜>")  # noqa: RUF001
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int]) -> list[str]:

@@ -95,6 +95,8 @@ class AnswerPrinter:
 
     def print(self, piece: Piece) -> None:
         """Print the piece at once. Raises StorageError where stdout cannot be written."""
+        if not piece.text:  # a mark
+            return
         if not piece.reasoning:
             self._leave_reasoning(ANSWER_HEADING)
             self._last = piece.text

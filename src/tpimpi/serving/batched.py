@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +19,7 @@ from tpimpi.errors import InputError
 from tpimpi.models.kv.cache import KINDS, PAGE, pages_of
 from tpimpi.models.kv.pages import PageAccount, rows_of
 from tpimpi.serving.generate import GenerationFigures
+from tpimpi.serving.grammar import GrammarError
 from tpimpi.serving.logprobs import Logprob, logprob_of
 from tpimpi.serving.report import Answer, BatchFigures, Report
 from tpimpi.serving.sampling import Sampler
@@ -52,8 +53,9 @@ class Query:
 
 @dataclass(eq=False)
 class Answering:
-    """An answer that is being made. `new` tokens, and their `logprobs` where they are wanted, are those of the last step,
-    `accepted` how many of its draft; `ended` is one of END_REASONS (see transcript)."""
+    """An answer that is being made. `new` tokens, their `logprobs` where they are wanted, and the `pieces` of text that are
+    certain with them are those of the last step, `accepted` how many of its draft; `ended` is one of END_REASONS (see
+    transcript), or "failed" where it cannot go on for the reason in `problem`."""
 
     query: Query
     request: Request
@@ -67,8 +69,10 @@ class Answering:
     said: dict[bool, str] = field(default_factory=lambda: {False: "", True: ""})  # the answer, and its reasoning
     new: list[int] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
     accepted: int = 0
     ended: str | None = None
+    problem: str = ""
 
     @property
     def most(self) -> int:
@@ -259,12 +263,13 @@ class BatchedLLM:
         """The next tokens of a request, from the logits [n, vocab] of its last row and those of its draft."""
         answering, request = self._answering[run.request], run.request
         query, before = answering.query, len(request.ids)
-        answering.new, answering.logprobs = [], []
+        answering.new, answering.logprobs, answering.pieces = [], [], []
         figures, ended = answering.figures, None
         figures.passes += 1
         figures.drafted += len(run.draft)
         answering.accepted = 0
-        for place, token in enumerate(checked(logits, run.draft, query.sample, request.ids)):
+        tokens = _until_failing(checked(logits, run.draft, query.sample, request.ids), answering)
+        for place, token in enumerate(tokens):
             figures.sampled += 1
             answering.accepted += run.draft[place : place + 1] == (token,)
             if token in self._tokenizer.end_ids and not query.ignore_eos:
@@ -283,6 +288,9 @@ class BatchedLLM:
                 ended = self._why_no_more(answering)
                 break
         figures.accepted += answering.accepted
+        if answering.problem:
+            self._end(answering, "failed")
+            return answering
         self._scheduler.computed(run)
         if answering.drafter is not None:
             answering.drafter.add(request.ids[before:])
@@ -310,6 +318,7 @@ class BatchedLLM:
         del self._answering[answering.request]
 
     def _say(self, answering: Answering, pieces: Sequence[Piece]) -> None:
+        answering.pieces += pieces
         for piece in pieces:
             answering.said[piece.reasoning] += piece.text
 
@@ -327,3 +336,11 @@ class BatchedLLM:
 def _wanted(run: Run, end: int) -> range:
     """The rows of a step of which the logits are wanted for a run, which ends before row `end`."""
     return range(end - 1 - len(run.draft), end)
+
+
+def _until_failing(tokens: Iterator[int], answering: Answering) -> Iterator[int]:
+    """`tokens`, up to where the answer's sampler fails over its grammar, which ends this answer alone."""
+    try:
+        yield from tokens
+    except GrammarError as error:
+        answering.problem = str(error)

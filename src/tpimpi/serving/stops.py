@@ -14,16 +14,21 @@ class StopFilter:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops, self._held = stops, ""
         self.stopped = False  # a stop string was complete: nothing follows
+        self.found: str | None = None  # that one
 
     def push(self, part: Piece) -> list[Piece]:
         """What is certain with this piece."""
         if part.reasoning:
             return [part]
+        if part.mark:  # no stop string goes on behind it
+            held, self._held = self._held, ""
+            return [*pieces(held), part]
         self._held += part.text
-        found = [(place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        found = [(place + len(stop), place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if found:  # the one that is complete first, so that it does not matter how the text came in pieces
+            _, place, self.found = min(found)
             self.stopped = True
-            return pieces(self._held[: min(found)[1]])
+            return pieces(self._held[:place])
         held = self._held
         keep = max((n for stop in self._stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
         self._held = held[len(held) - keep :]

@@ -1,10 +1,11 @@
 """Run on every rank: many prompts answered at once, of several models in one launch.
 
 Arguments: a JSON file of jobs ([folder, window, tokens to draft]), and where to write. Prompts come at any step, some begin
-as others do, some have a part of their answer from before, some are cancelled; they are of two owners; there are pages for
-some of them alone. Rank 0 writes NAME.json for each: "answers", a list with "ids", those generated "alone", and how it
-"ended"; "cached", "preempted", "drafted" and "accepted" in all, and how many were "continued"; "units" that are used, and
-bytes that are "filled", at the end; and "calls" of the backend for a step of one row, and of rows of five sequences.
+as others do, some have a part of their answer from before, some are cancelled, of one the sampler fails; they are of two
+owners; there are pages for some of them alone. Rank 0 writes NAME.json for each: "answers", a list with "ids", those
+generated "alone", and how it "ended"; "cached", "preempted", "drafted" and "accepted" in all, and how many were
+"continued"; "units" that are used, and bytes that are "filled", at the end; and "calls" of the backend for a step of one
+row, and of rows of five sequences.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tpimpi.models.kv.pages import PageAccount
 from tpimpi.star import connect
 
 CONTEXT, PROMPTS, TOGETHER, MOST_TOKENS = 256, 18, 5, 40
+FAILING = 7  # the number of the prompt whose sampler fails
 
 
 class Counted:
@@ -46,6 +48,20 @@ class Counted:
 
 def greedy(logits: Any, history: Any) -> int:
     return int(np.argmax(logits))
+
+
+def failing(after: int) -> Any:
+    """As `greedy`, for so many tokens."""
+    from tpimpi.serving.grammar import GrammarError
+
+    def sample(logits: Any, history: Any) -> int:
+        nonlocal after
+        after -= 1
+        if after < 0:
+            raise GrammarError("it fails")
+        return greedy(logits, history)
+
+    return sample
 
 
 class Prophet:
@@ -83,7 +99,8 @@ def answer_many(memory: RankMemory, seed: int, draft: int) -> dict[str, Any]:
         options = {"max_tokens": most, "context": CONTEXT, "end_ids": ()}
         alone.append(list(generate(model, model.star, engine.embed, ids, greedy, **options)))
         so_far = alone[-1][: random.integers(1, most + 1)] if random.random() < 0.3 else []
-        queries.append(Query(ids, most, greedy, owner="ab"[random.integers(2)], so_far=so_far))
+        sample = failing(most // 2) if len(queries) == FAILING else greedy
+        queries.append(Query(ids, most, sample, owner="ab"[random.integers(2)], so_far=so_far))
         texts.append([*ids, *alone[-1]])
 
     class Told(Speculation):

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, Protocol
 
 import msgspec
@@ -22,6 +22,8 @@ from tpimpi.serving.server.exchange import Event, Wanted
 from tpimpi.serving.server.link import Asked, Heard, RankLink
 from tpimpi.serving.server.metrics import Metrics
 from tpimpi.serving.server.problems import ApiError, unavailable
+from tpimpi.serving.server.tool_calls import tool_events
+from tpimpi.serving.server.tool_grammars import with_tools
 
 KEEP_ALIVE_S = 15.0  # a stream that has nothing to say says so, for what is between
 SEED_BITS = 62
@@ -57,7 +59,7 @@ class Form(Protocol):
 
     def use_model(self, ready: wire.Ready) -> None: ...  # what answers
 
-    def begin(self) -> Iterator[bytes]: ...  # of a stream, once the prompts were taken
+    def begin(self, usage: Usage) -> Iterator[bytes]: ...  # of a stream, once the prompts were taken, which `usage` has
 
     def event(self, index: int, event: Event) -> Iterator[bytes]: ...  # of a stream, or nothing where it is whole
 
@@ -87,11 +89,10 @@ class Answers:
         model: str | None,
         time_limit: float,
         names: tuple[str, ...] = (),
-        events: Callable[[Wanted, wire.Ready], EventStream] = lambda wanted, ready: PlainEvents(),
     ) -> None:
         """`wanted` are the prompts, each with its choices; `model` is the name that the client gives."""
         self._link, self._metrics, self._wanted, self._form = link, metrics, wanted, form
-        self._owner, self._model, self._time_limit, self._names, self._events = owner, model, time_limit, names, events
+        self._owner, self._model, self._time_limit, self._names = owner, model, time_limit, names
         self._replies: asyncio.Queue[tuple[int, Heard]] = asyncio.Queue()
         self._usage = Usage()
         self._began = time.monotonic()
@@ -133,6 +134,7 @@ class Answers:
             ready = await self._link.until_ready()
             check_model(self._model, ready, self._names)
             self._form.use_model(ready)
+            self._wanted = [_with_tools(wanted, ready) for wanted in self._wanted]
             with self._asked(ready) as streams:
                 early = await self._all_began(count)
                 if self._form.streams:
@@ -150,7 +152,9 @@ class Answers:
                 for choice in range(wanted.choices):
                     sampling = msgspec.structs.replace(wanted.sampling, seed=seed + choice)
                     asked.append(self._link.ask(_ask(wanted, sampling, self._owner), self._replies, len(asked)))
-            yield [self._events(wanted, ready) for wanted in self._wanted for _ in range(wanted.choices)]
+            yield [
+                tool_events(wanted, ready) or PlainEvents() for wanted in self._wanted for _ in range(wanted.choices)
+            ]
         finally:
             for one in asked:
                 self._link.forget(one)
@@ -213,7 +217,7 @@ class Answers:
     async def _stream(self, send: Send, streams: list[EventStream], early: list[tuple[int, Heard]]) -> None:
         self._has_begun = True
         await send({"type": "http.response.start", "status": 200, "headers": list(EVENT_STREAM)})
-        for data in self._form.begin():
+        for data in self._form.begin(self._usage):
             await _send(send, data)
         async for found in self._events_of(streams, early):
             if found is None:
@@ -242,6 +246,13 @@ class Answers:
 
     def _note_event(self, event: Event) -> None:
         self._usage.reasoning_tokens += getattr(event, "reasoning_tokens", 0)
+
+
+def _with_tools(wanted: Wanted, ready: wire.Ready) -> Wanted:
+    try:
+        return with_tools(wanted, ready)
+    except ValueError as error:
+        raise ApiError(400, f"{error}; name one that is there", param="tool_choice") from error
 
 
 def _ask(wanted: Wanted, sampling: wire.Sampling, owner: str) -> wire.Ask:

@@ -11,11 +11,12 @@ from tpimpi.serving.server.answering import Usage, server_sent
 from tpimpi.serving.server.exchange import CallBegan, CallMore, Ended, Event, ReasoningMore, TextMore, Wanted
 from tpimpi.serving.server.openai_fields import Common, chat_logprob, check_logprobs, check_tokens, refuse
 from tpimpi.serving.server.problems import ApiError, bad_field, not_supported
+from tpimpi.serving.server.tool_fields import check_calls, choice_of, grammar_of, tools_of
 from tpimpi.serving.server.wire import Chat, Ready
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-REFUSED = ("audio", "functions", "function_call", "prediction", "web_search_options", "tools")
+REFUSED = ("audio", "functions", "function_call", "prediction", "web_search_options")
 FINISH = {"end": "stop", "stop": "stop", "length": "length", "tool_calls": "tool_calls"}
 
 
@@ -27,35 +28,41 @@ class ChatRequest(Common, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     response_format: dict[str, Any] | None = None
+    tools: Any = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
     modalities: list[str] | None = None
     audio: Any = None
     functions: Any = None
     function_call: Any = None
     prediction: Any = None
     web_search_options: Any = None
-    tools: Any = None
 
     def wanted(self) -> Wanted:
         """Raises ApiError for what cannot be done."""
         refuse(self, REFUSED)
-        if self.tool_choice not in (None, "none", "auto"):
-            raise not_supported("tool_choice")
         if self.modalities and set(self.modalities) != {"text"}:
             raise not_supported("modalities", "other than text are not supported by this server")
-        if self.response_format is not None and self.response_format.get("type") != "text":
-            raise not_supported("response_format")
         if self.top_logprobs is not None and not self.logprobs:
             raise bad_field("top_logprobs", "it needs logprobs")
         most = check_tokens("max_completion_tokens", self.max_completion_tokens)
         return Wanted(
-            prompt=Chat(messages_of(self.messages)),
+            prompt=Chat(messages_of(self.messages), tools_of(self.tools), self._options()),
             sampling=self.sampling(),
             max_tokens=most or check_tokens("max_tokens", self.max_tokens),
             stops=self.stops(),
             choices=self.choices(),
             logprobs=check_logprobs("top_logprobs", self.top_logprobs or 0) if self.logprobs else None,
+            tool_choice=choice_of(self.tool_choice, parallel=self.parallel_tool_calls),
+            grammar=grammar_of(self.response_format, "response_format"),
         )
+
+    def _options(self) -> dict[str, Any]:
+        """Variables of the template."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return {**effort, **(self.chat_template_kwargs or {})}
 
 
 def messages_of(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -67,14 +74,17 @@ def messages_of(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
         where, role = f"messages[{place}]", message.get("role")
         if role not in ROLES:
             raise bad_field(f"{where}.role", f"it must be one of {', '.join(ROLES)}")
-        content = _text_of(message.get("content"), f"{where}.content")
+        content = text_of(message.get("content"), f"{where}.content")
         if content is None and role != "assistant":
             raise bad_field(f"{where}.content", "it is missing; give some text")
+        if message.get("tool_calls") is not None:
+            check_calls(message["tool_calls"], f"{where}.tool_calls")
         messages.append({**message, "role": "system" if role == "developer" else role, "content": content})
     return messages
 
 
-def _text_of(content: Any, where: str) -> str | None:
+def text_of(content: Any, where: str) -> str | None:
+    """Content of a message as a text. Raises ApiError for what is no text, by its name."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -112,7 +122,7 @@ class ChatForm:
     def use_model(self, ready: Ready) -> None:
         self._model = ready.model
 
-    def begin(self) -> Iterator[bytes]:
+    def begin(self, usage: Usage) -> Iterator[bytes]:
         for index in range(len(self._choices)):
             yield self._chunk(index, {"role": "assistant", "content": ""})
 

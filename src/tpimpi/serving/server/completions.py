@@ -104,7 +104,7 @@ class CompletionForm:
     def use_model(self, ready: Ready) -> None:
         self._about["model"] = ready.model
 
-    def begin(self) -> Iterator[bytes]:
+    def begin(self, usage: Usage) -> Iterator[bytes]:
         for index, choice in enumerate(self._choices):
             if choice.text[0]:
                 yield self._chunk(index, choice.text[0])

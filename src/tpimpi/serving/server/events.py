@@ -35,4 +35,4 @@ class PlainEvents:
 
     def done(self, done: Done) -> list[Event]:
         why = ENDS[done.why]
-        return [Ended(why, done.completion_tokens, done.cached_tokens, self._reasoning_tokens)]  # type: ignore[arg-type]
+        return [Ended(why, done.completion_tokens, done.cached_tokens, self._reasoning_tokens, done.stop)]  # type: ignore[arg-type]

@@ -70,6 +70,7 @@ class Ended(msgspec.Struct, frozen=True):
     completion_tokens: int
     cached_tokens: int
     reasoning_tokens: int = 0
+    stop: str = ""  # the stop string that ended it, if one did
 
 
 Event = TextMore | ReasoningMore | CallBegan | CallMore | Ended

@@ -5,17 +5,19 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tpimpi.engine.figures import LiveFigures
 from tpimpi.engine.protocol import live_figures
 from tpimpi.errors import InputError
 from tpimpi.serving.batched import Answering, BatchedLLM, Query
+from tpimpi.serving.grammar import Grammars
 from tpimpi.serving.logprobs import Logprob
 from tpimpi.serving.server import wire
 from tpimpi.serving.server.connection import Connection
 from tpimpi.serving.server.fair_queue import FairQueue
-from tpimpi.serving.server.prompts import RefusedError, ids_of, query_of
+from tpimpi.serving.server.prompts import RefusedError, grammar_field, ids_of, query_of
+from tpimpi.serving.text.answer import Piece
 from tpimpi.serving.text.token_ids import TokenIds
 from tpimpi.serving.text.tokenizer import Tokenizer
 
@@ -27,13 +29,11 @@ ENDING = "server_ending"  # the code of what is refused as the run ends
 
 @dataclass(eq=False)
 class _Open:
-    """What was asked and has no end yet; `answering` once it is under way. `told` counts the characters of the answer, and
-    of its reasoning, that the front has."""
+    """What was asked and has no end yet; `answering` once it is under way."""
 
     ask: wire.Ask
     query: Query
     answering: Answering | None = None
-    told: dict[bool, int] = field(default_factory=lambda: {False: 0, True: 0})
 
 
 @dataclass
@@ -63,6 +63,7 @@ class ServerLoop:
         """`hosts` and `promises` (bytes of memory, None where it is not bounded) are those of the ranks; `grace` is for how
         many seconds answers that are under way go on at the end."""
         self._llm, self._tokenizer, self._connection = llm, tokenizer, connection
+        self._grammars = Grammars(tokenizer)
         self._hosts, self._promises, self._together, self._grace = hosts, promises, together, grace
         self._heard: deque[wire.Question] = deque()
         self._open: dict[int, _Open] = {}
@@ -115,8 +116,8 @@ class ServerLoop:
             together=self._together,
             vocab=self._tokenizer.sampled_ids,
             has_template=self._tokenizer.has_chat_template,
-            has_tools=False,
-            family="",
+            has_tools=self._tokenizer.shows_tools,
+            family=self._tokenizer.family,
         )
 
     # What the front asks
@@ -156,7 +157,7 @@ class ServerLoop:
         """A prompt comes: from now on it waits for its turn."""
         if self._ending:
             raise RefusedError("the server is ending", code=ENDING)
-        query = query_of(self._tokenizer, ask, self._llm.context)
+        query = query_of(self._tokenizer, ask, self._llm.context, self._grammars)
         one = self._open[ask.id] = _Open(ask, query)
         self._queue.add(ask.owner, one)
         self._connection.say(wire.Began(ask.id, len(query.ids)))
@@ -180,7 +181,7 @@ class ServerLoop:
         while len(self._queue) and len(self._by_answering) < self._together:
             one = self._queue.take()
             answering = one.answering = self._llm.submit(one.query)
-            one.told = {reasoning: len(text) for reasoning, text in answering.said.items()}  # it was said before
+            answering.pieces = []  # it was said before
             self._by_answering[answering] = one
             if answering.ended is not None:
                 self._tell(answering)
@@ -188,12 +189,9 @@ class ServerLoop:
     def _tell(self, answering: Answering) -> None:
         """What there is more of an answer, and whether it has ended."""
         one = self._by_answering[answering]
-        more = {reasoning: text[one.told[reasoning] :] for reasoning, text in answering.said.items()}
-        for reasoning, text in more.items():
-            one.told[reasoning] += len(text)
         logprobs = [self._named(logprob) for logprob in answering.logprobs]
-        if answering.new or more[False] or more[True]:
-            self._connection.say(wire.Part(one.ask.id, more[False], more[True], answering.new, logprobs))
+        for part in parts_of(one.ask.id, answering.pieces, answering.new, logprobs):
+            self._connection.say(part)
         if len(answering.times) == len(answering.new):  # the first
             cached = answering.request.cached or 0
             self._interval.cached_tokens += cached
@@ -201,9 +199,14 @@ class ServerLoop:
         self._interval.tokens += len(answering.new)
         if answering.ended is None:
             return
+        if answering.problem:
+            self._connection.say(wire.Refused(one.ask.id, answering.problem, grammar_field(one.ask)))
+            self._forget(one)
+            return
         tools = list(answering.stream.tools)
         cached = answering.request.cached or 0
-        self._connection.say(wire.Done(one.ask.id, answering.ended, len(answering.tokens), cached, tools))
+        stop = answering.stop.found or ""
+        self._connection.say(wire.Done(one.ask.id, answering.ended, len(answering.tokens), cached, tools, stop))
         self._forget(one)
 
     def _named(self, logprob: Logprob) -> wire.TokenLogprob:
@@ -262,3 +265,25 @@ class ServerLoop:
             )
         )
         self._interval = _Interval(time.monotonic())
+
+
+def parts_of(
+    ask_id: int, pieces: Sequence[Piece], tokens: list[int], logprobs: list[wire.TokenLogprob]
+) -> list[wire.Part]:
+    """What the front is told of pieces, in their order: a part more where a call is marked, or reasoning follows text. The
+    first has the tokens."""
+    said: list[tuple[str, str, str]] = []  # mark, text, reasoning
+    for piece in pieces:
+        mark, text, reasoning = said[-1] if said else ("", "", "")
+        if piece.mark or not said or (piece.reasoning and text):
+            said.append((piece.mark, "", ""))
+            mark, text, reasoning = said[-1]
+        if piece.mark:
+            continue
+        said[-1] = (mark, text, reasoning + piece.text) if piece.reasoning else (mark, text + piece.text, reasoning)
+    if not said and tokens:
+        said = [("", "", "")]
+    return [
+        wire.Part(ask_id, text, reasoning, [] if place else tokens, [] if place else logprobs, mark)
+        for place, (mark, text, reasoning) in enumerate(said)
+    ]

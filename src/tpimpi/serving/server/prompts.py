@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from tpimpi.errors import InputError
+from tpimpi.errors import InputError, ModelError
 from tpimpi.serving.batched import Query
 from tpimpi.serving.conversation import MOST_BYTES_A_TOKEN
+from tpimpi.serving.grammar import GrammarError, Grammars
 from tpimpi.serving.sampling import Additions, Sampler, make_sampler, naming_the_model
 from tpimpi.serving.server.wire import Ask, Chat, Ids, Sampling, Text
+from tpimpi.serving.text.messages import texts_of
 from tpimpi.serving.text.token_ids import TokenIds
 from tpimpi.serving.text.tokenizer import Tokenizer
 
@@ -39,19 +38,27 @@ def ids_of(tokenizer: Tokenizer | TokenIds, prompt: Chat | Text | Ids, context: 
         return prompt.ids
     if isinstance(prompt, Text):
         return tokenizer.encode(prompt.text)
-    if prompt.tools:
-        raise RefusedError("tools are not supported by this server", "tools")
-    if prompt.options:
-        raise RefusedError("variables of the template are not supported by this server", "chat_template_kwargs")
-    ids = tokenizer.encode_messages([_plain(message) for message in prompt.messages])
-    return [*ids, *tokenizer.encode(prompt.begun, special=False)] if prompt.begun else ids
+    try:
+        ids = tokenizer.encode_messages(prompt.messages, tools=prompt.tools, options=prompt.options)
+    except ModelError as error:  # of a template that refuses what it is given
+        raise RefusedError(str(error).removesuffix("; use --raw to do without it"), "messages") from error
+    return [*ids, *tokenizer.encode_content(prompt.begun)] if prompt.begun else ids
+
+
+def grammar_field(ask: Ask) -> str:
+    """The field that an Ask's grammar comes of."""
+    return "tools" if isinstance(ask.prompt, Chat) and ask.prompt.tools else "response_format"
 
 
 def _text_of(prompt: Chat | Text | Ids) -> str:
     """All text that a client gave."""
     if isinstance(prompt, Ids):
         return ""
-    return prompt.text if isinstance(prompt, Text) else "".join(m.get("content") or "" for m in prompt.messages)
+    return (
+        prompt.text
+        if isinstance(prompt, Text)
+        else "".join(texts_of([prompt.messages, prompt.tools, prompt.options, prompt.begun]))
+    )
 
 
 def _too_long(prompt: Chat | Text | Ids, length: str, context: int) -> RefusedError:
@@ -64,12 +71,7 @@ def _too_long(prompt: Chat | Text | Ids, length: str, context: int) -> RefusedEr
     )
 
 
-def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message with text for content, as templates want it."""
-    return {**message, "content": message.get("content") or ""}
-
-
-def query_of(tokenizer: Tokenizer | TokenIds, ask: Ask, context: int) -> Query:
+def query_of(tokenizer: Tokenizer | TokenIds, ask: Ask, context: int, grammars: Grammars) -> Query:
     """How an Ask is answered, in `context` positions at most. Raises InputError where it cannot be."""
     raw = not isinstance(ask.prompt, Chat)
     tokenizer.check_params(raw=raw, stops=ask.stops)
@@ -81,15 +83,20 @@ def query_of(tokenizer: Tokenizer | TokenIds, ask: Ask, context: int) -> Query:
         raise RefusedError("the prompt has no tokens; give some text", "prompt" if raw else "messages")
     if len(ids) >= context:
         raise _too_long(ask.prompt, f"{len(ids)} tokens", context)
+    sample = sampler_of(ask.sampling, len(ids), len(ask.so_far))
     if ask.grammar is not None:
-        raise RefusedError("answers of a given form are not supported by this server", "response_format")
+        stream = tokenizer.answer_stream(ids, raw=raw)
+        try:
+            sample = grammars.constrain(ask.grammar, sample, stream, len(ids))
+        except GrammarError as error:
+            raise RefusedError(str(error), grammar_field(ask)) from error
     return Query(
         ids,
         context if ask.max_tokens is None else ask.max_tokens,
-        sampler_of(ask.sampling, len(ids), len(ask.so_far)),
+        sample,
         ask.stops,
         raw,
-        ask.ignore_eos,
+        ask.ignore_eos and ask.grammar is None,
         owner=ask.owner,
         logprobs=ask.logprobs,
         so_far=ask.so_far,

@@ -18,6 +18,7 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tpimpi.serving.server.anthropic import MessagesRequest, error_body
 from tpimpi.serving.server.chat_completions import ChatRequest
 from tpimpi.serving.server.completions import CompletionRequest
 from tpimpi.serving.server.front_options import FrontOptions
@@ -27,8 +28,10 @@ from tpimpi.serving.server.link import RankLink
 from tpimpi.serving.server.metrics import Metrics
 from tpimpi.serving.server.openapi import describe
 from tpimpi.serving.server.problems import ApiError, json_response
+from tpimpi.serving.server.responses import ResponsesRequest
 from tpimpi.serving.server.service import DetokenizeRequest, Service, TokenizeRequest
 
+MESSAGES = "/v1/messages"  # of Anthropic's API, with its own form of errors
 PAGE = Path(__file__).parent / "page"  # what stands at /
 # The page loads its own files and talks to its own server; nothing written into it, an answer say, can run or load anything.
 # Where the browser knows trusted types, text becomes elements by the sanitiser alone.
@@ -62,6 +65,9 @@ def endpoints(service: Service) -> list[Endpoint]:
     return [
         Endpoint("POST", "/v1/chat/completions", service.chat_completions, "Answer a chat", ChatRequest),
         Endpoint("POST", "/v1/completions", service.completions, "Continue a text", CompletionRequest),
+        Endpoint("POST", "/v1/responses", service.responses, "Answer, in OpenAI's newer form", ResponsesRequest),
+        Endpoint("POST", MESSAGES, service.messages, "Answer a chat, in Anthropic's form", MessagesRequest),
+        Endpoint("POST", f"{MESSAGES}/count_tokens", service.count_tokens, "Tokens of such a chat", MessagesRequest),
         Endpoint("GET", "/v1/models", service.models, "The model that is here"),
         Endpoint("GET", "/v1/models/{name:path}", service.models, "A model by its name"),
         Endpoint("POST", "/tokenize", service.tokenize, "Token ids of a text or a chat", TokenizeRequest),
@@ -108,6 +114,8 @@ def _endpoint(handler: Handler) -> Handler:
 
 
 async def _problem(request: Request, error: ApiError) -> Response:
+    if request.url.path.startswith(MESSAGES):
+        return json_response(error_body(error), error.status, error.headers)
     return error.response()
 
 

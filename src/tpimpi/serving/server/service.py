@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from tpimpi.serving.server.answering import Answers, check_model
+from tpimpi.serving.server.anthropic import MessagesForm, MessagesRequest
 from tpimpi.serving.server.bodies import read_json
 from tpimpi.serving.server.chat_completions import ChatForm, ChatRequest, messages_of
 from tpimpi.serving.server.completions import CompletionForm, CompletionRequest
@@ -19,6 +20,8 @@ from tpimpi.serving.server.guard import OWNER
 from tpimpi.serving.server.link import RankLink
 from tpimpi.serving.server.metrics import Metrics, share
 from tpimpi.serving.server.problems import bad_field, json_response
+from tpimpi.serving.server.response_objects import ResponsesForm
+from tpimpi.serving.server.responses import ResponsesRequest
 from tpimpi.serving.server.wire import Chat, Text
 
 PLAIN_TEXT = "text/plain; version=0.0.4; charset=utf-8"
@@ -66,6 +69,23 @@ class Service:
                 if not isinstance(prompt, Chat)
             ]
         return self._answers(request, wanted, CompletionForm(body, wanted, echoed), body.model)
+
+    async def responses(self, request: Request) -> ASGIApp:
+        body = await read_json(request, ResponsesRequest)
+        return self._answers(request, [body.wanted()], ResponsesForm(body), body.model)
+
+    async def messages(self, request: Request) -> ASGIApp:
+        body = await read_json(request, MessagesRequest)
+        return self._answers(request, [body.wanted()], MessagesForm(body), body.model)
+
+    async def count_tokens(self, request: Request) -> Response:
+        """Of a request for messages."""
+        body = await read_json(request, MessagesRequest)
+        prompt = body.chat()
+        with self._link.place(1):
+            check_model(body.model, await self._link.until_ready(), self._options.names)
+            ids = await self._link.count(prompt)
+        return json_response({"input_tokens": len(ids)})
 
     def _answers(self, request: Request, wanted: list[Any], form: Any, model: str | None) -> Answers:
         options = self._options

@@ -41,6 +41,7 @@ class Grammar(msgspec.Struct, frozen=True, array_like=True):
 
     kind: Literal["json_schema", "regex", "lark"]
     text: str
+    whole: bool = False  # it is of all that the model writes, not of what comes after reasoning
 
 
 class Chat(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -150,13 +151,15 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Part(_Said, frozen=True):
-    """More of an answer: its text, or its reasoning, as far as both are certain, and the tokens since the last part."""
+    """More of an answer: its reasoning and its text, as far as both are certain, and the tokens since the last part. Before
+    them stands what marks a call of a tool, if `mark` is not "" (see tool_forms)."""
 
     id: int
     text: str
     reasoning: str
     tokens: list[int]
     logprobs: list[TokenLogprob] = []
+    mark: str = ""
 
 
 class Done(_Said, frozen=True):
@@ -167,6 +170,7 @@ class Done(_Said, frozen=True):
     completion_tokens: int
     cached_tokens: int
     tools: list[str] = []  # names of tools that a harmony answer calls
+    stop: str = ""  # the stop string that ended it, if one did
 
 
 class Refused(_Said, frozen=True):

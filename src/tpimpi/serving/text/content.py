@@ -6,11 +6,14 @@ that is found in what a template made of it is the template's own. To the templa
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, SupportsIndex
 
 from tpimpi.errors import InputError
 
+_ESCAPED = re.compile(r"\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}")  # a character beyond 0xFFFF
 _PRIVATE_USE = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))  # planes 15 and 16
 
 
@@ -29,13 +32,16 @@ class Alphabet:
         except StopIteration:
             raise InputError("the prompt holds all private-use characters of Unicode; leave some out") from None
         self._originals = {ord(mark): chr(char) for char, mark in self._marks.items()}
+        self._escaped = {json.dumps(mark)[1:-1]: chr(char) for char, mark in self._marks.items()}
 
     def mark(self, text: str) -> str:
         """Text of the same length, in which private-use characters stand for some."""
         return text.translate(self._marks)
 
     def original(self, text: str) -> str:
-        """What `mark` was given."""
+        """What `mark` was given, also where a template has written it as JSON in ASCII."""
+        if str.__contains__(text, "\\ud"):
+            text = _ESCAPED.sub(lambda found: self._escaped.get(found[0], found[0]), text)
         return text.translate(self._originals)
 
     def is_mark(self, char: str) -> bool:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tpimpi.serving.text.answer import Piece, pieces
+from tpimpi.serving.text.answer import Allowed, Piece, pieces
 from tpimpi.serving.text.stream import TextStream
+from tpimpi.serving.text.tool_forms import CALLED_MARK, RECIPIENT_MARK
 
 START, CHANNEL, MESSAGE, END, RETURN = "<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"
 CONSTRAIN, CALL, END_OF_TEXT = "<|constrain|>", "<|call|>", "<|endoftext|>"
@@ -64,6 +65,7 @@ class HarmonyStream:
         self._channel: str | None = None  # the header's rest
         self._instead: str | None = None  # behind the prompt's header: text that may be no header; None: it is none
         self._reasoning = False  # the message
+        self._calling = False  # does the message call a tool?
         self._said = {False: False, True: False}  # has this part text in an earlier message?
         self._spoken = False  # has the message?
 
@@ -82,12 +84,11 @@ class HarmonyStream:
             return self._take(self._text.push(token_id))
         done = self._take(self._text.flush())
         if name == START:
-            done += self._give_up_header()
-            self._end_message()
+            done += [*self._give_up_header(), *self._end_message()]
             self._header, self._channel = "", None
         elif name == CHANNEL:
             if self._header is None:  # not ended
-                self._end_message()
+                done += self._end_message()
                 self._header = _ANSWERING_ROLE
             self._header += f" {self._instead or ''}"
             self._channel, self._instead = "", None
@@ -96,11 +97,21 @@ class HarmonyStream:
         elif name == MESSAGE:
             done += self._begin_message()
         else:
-            self._end_message()
+            done += self._end_message()
         return done
 
     def flush(self) -> list[Piece]:
         return self._take(self._text.flush()) + self._give_up_header()
+
+    def allowed(self) -> Allowed:
+        if self._instead is not None and not self._instead.strip():  # text here would be an answer without a channel
+            return Allowed(answer=False, others=self._ids_of(CHANNEL))
+        if self._header is None and not self._reasoning:
+            return Allowed()
+        return Allowed(answer=False, others=None, ends=self._ids_of(CALL) if self._calling else frozenset())
+
+    def _ids_of(self, name: str) -> frozenset[int]:
+        return frozenset(token_id for token_id, known in self._names.items() if known == name)
 
     def _take(self, text: str) -> list[Piece]:
         """Text where it stands: in a header, in place of one, or in a message."""
@@ -135,14 +146,16 @@ class HarmonyStream:
         self._header = self._channel = self._instead = None
         answering = role in ([], [_ANSWERING_ROLE]) and tool is None and not channel
         self._reasoning = not (answering or channel == [_ANSWERING_CHANNEL])
+        self._calling = self._reasoning and tool is not None
         if tool is None or not self._reasoning:
             return []
         self.tools.append(tool[1])
-        return self._say(f"call of {tool[1]}: ")
+        return [replace(piece, mark=f"{RECIPIENT_MARK}{tool[1]}") for piece in self._say(f"call of {tool[1]}: ")]
 
-    def _end_message(self) -> None:
+    def _end_message(self) -> list[Piece]:
         self._said[self._reasoning] |= self._spoken
-        self._spoken = False
+        called, self._calling, self._spoken = self._calling, False, False
+        return [Piece("", reasoning=True, mark=CALLED_MARK)] if called else []
 
     def _say(self, text: str) -> list[Piece]:
         if not text:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tpimpi.errors import InputError, shorten
 from tpimpi.serving.text.answer import PlainAnswer
@@ -17,7 +18,8 @@ class TokenIds:
 
     bos_id = None
     end_ids: frozenset[int] = frozenset()
-    has_chat_template = has_reasoning = False
+    has_chat_template = has_reasoning = shows_tools = False
+    family = ""
 
     def __init__(self, vocab: int, *, gguf: bool = False) -> None:
         self.vocab_size = self.sampled_ids = vocab
@@ -53,6 +55,10 @@ class TokenIds:
                 )
         return [int(word) for word in words]
 
+    def encode_content(self, text: str) -> list[int]:
+        """As `encode`."""
+        return self.encode(text)
+
     def check_system(self, system: str) -> None:
         """As of a Tokenizer; InputError always."""
         self.check_params(raw=False, stops=())
@@ -61,7 +67,13 @@ class TokenIds:
         """InputError always: there is no chat template."""
         return self.encode_messages([])
 
-    def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_messages(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """InputError always: there is no chat template."""
         self.check_params(raw=False, stops=())
         return []

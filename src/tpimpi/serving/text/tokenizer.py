@@ -6,14 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tpimpi.errors import InputError, ModelError
-from tpimpi.serving.text.answer import AnswerStream, PlainAnswer
-from tpimpi.serving.text.chat_template import ChatTemplate
+from tpimpi.serving.text.answer import AnswerStream, MarkedAnswer, PlainAnswer
+from tpimpi.serving.text.chat_template import NO_OPTIONS, ChatTemplate
 from tpimpi.serving.text.checks import is_unicode
 from tpimpi.serving.text.control_tokens import ControlTokens, looks_like_control, written_by_template
 from tpimpi.serving.text.harmony import Harmony
+from tpimpi.serving.text.messages import checked, texts_of
 from tpimpi.serving.text.stream import TextStream
 from tpimpi.serving.text.thinking import Thinking
 from tpimpi.serving.text.token_ids import TokenIds
+from tpimpi.serving.text.tool_forms import MARKS, family_of
 from tpimpi.serving.text.vocabularies import Vocabulary
 
 NO_TEMPLATE = "give --raw to complete the text as it is, or a template with --chat-template FILE"
@@ -25,7 +27,8 @@ class Tokenizer:
     vocab_size: number of ids the tokenizer knows (the model's table may have more rows, or fewer).
     sampled_ids: number of ids that an answer is made of: those from there on only fill the model's table.
     bos_id: the token that begins a text, or None.
-    control_ids: what no content of a chat becomes: special tokens, and those that the template writes.
+    control_ids: what no content of a chat becomes: special tokens, and those that the template writes; `control_names` has
+        the text of each.
     has_chat_template: whether `encode_chat` can be used; an empty template, which would leave the prompt out, is none.
     has_reasoning: whether answers in a chat may have reasoning, which tokens of the vocabulary mark.
     """
@@ -55,10 +58,13 @@ class Tokenizer:
         self._closing_id: int | None = None
         self._control = self._take_out_control_tokens()
         self.control_ids = self._control.ids
+        self.control_names = {token.token_id: token.content for token in self._control.tokens}
         self._reasoning = Harmony.of(vocabulary.find, self.control_ids) or Thinking.of(
             vocabulary.find, self.control_ids
         )
         self.has_reasoning = self._reasoning is not None
+        # Of the control tokens with which calls are written those that are no text.
+        self._marks = {i: name for i, name in self.control_names.items() if name in MARKS and not self.piece(i)}
 
     def _take_out_control_tokens(self) -> ControlTokens:
         """The control tokens, which the vocabulary makes of no text from now on.
@@ -115,6 +121,11 @@ class Tokenizer:
             ids = [*self._prefix, *self._without_bos(ids), *self._suffix]
         return self._checked(ids)
 
+    def encode_content(self, text: str) -> list[int]:
+        """Ids of a text that a message brought: names of control tokens in it are text."""
+        _check_unicode(text, "the prompt")
+        return self._checked(self._vocabulary.encode_parts([text]))
+
     def check_system(self, system: str) -> None:
         """Raise InputError for a system prompt that cannot be used: one without text or a UTF-8 form, or where the chat
         template has no place for it."""
@@ -138,15 +149,34 @@ class Tokenizer:
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
         return self.encode_messages([*messages, {"role": "user", "content": prompt}])
 
-    def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Ids of messages, each with its "role" and "content", as `encode_chat` makes them of a conversation."""
-        _check_unicode(messages[-1]["content"], "the prompt")
+    def encode_messages(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] = NO_OPTIONS,
+    ) -> list[int]:
+        """Ids of messages, each with its "role" and "content", as `encode_chat` makes them of a conversation. They may have
+        calls of `tools`, and their results, as in OpenAI's API; `options` are variables of the template."""
+        for text in texts_of([messages, tools, options]):
+            _check_unicode(text, "the prompt")
         if self._chat is None:
             raise ModelError(f"the model has no chat template; {NO_TEMPLATE}")
-        ids = self._vocabulary.encode_parts(self._chat.parts(messages, self._control))
+        parts = self._chat.parts(checked(messages), self._control, tools=tools, options=options)
+        ids = self._vocabulary.encode_parts(parts)
         if self.bos_id is not None and self.bos_id in self._prefix:
             ids = [self.bos_id, *self._without_bos(ids)]
         return self._checked(ids)
+
+    @property
+    def shows_tools(self) -> bool:
+        """Whether the model's own template shows tools to it."""
+        return self._chat is not None and self._chat.shows_tools
+
+    @property
+    def family(self) -> str:
+        """How the model writes calls of tools (see tool_forms)."""
+        return family_of(None if self._chat is None else self._chat.source, set(self.control_names.values()))
 
     def _without_bos(self, ids: list[int]) -> list[int]:
         """The ids after a BOS that they begin with, where the tokenizer adds one."""
@@ -168,9 +198,11 @@ class Tokenizer:
 
     def answer_stream(self, prompt: Sequence[int], *, raw: bool) -> AnswerStream:
         """What tells the reasoning of the answer to `prompt` from the answer itself; a `raw` text is all answer."""
-        if raw or self._reasoning is None:
+        if raw:
             return PlainAnswer(self.stream())
-        return self._reasoning.stream(self.stream(), prompt)
+        stream = self.stream()
+        answer = PlainAnswer(stream) if self._reasoning is None else self._reasoning.stream(stream, prompt)
+        return MarkedAnswer(answer, self._marks) if self._marks else answer
 
     def difference(self, other: Tokenizer | TokenIds) -> str | None:
         """In what ids of `other` mean something else than ours, as far as an answer may have them; None: in nothing."""
