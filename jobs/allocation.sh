@@ -1,9 +1,10 @@
-# Sourced by tpimpi.slurm and tpimpi.pbs, in the root of the checkout: what a job does on the machines that it was given.
+# Sourced by the jobs for Slurm and PBS, in the root of the checkout: what a job does on the machines that it was given.
 #
 #   enter               goes into the environment, and decides where slices are kept
 #   by_mpirun N FILE    says how mpirun starts N ranks on the hosts of a file
 #   choose WAY...       takes the first of these launchers whose ranks find each other (each is one word here, "mpirun -n 4" say)
 #   experiment          runs the experiments with the launcher $LAUNCH, in which {ranks} stands for their number
+#   serve               has the ranks serve, with the keys of $KEYS, and says how to reach them
 #   answer_and_measure  lets the ranks answer the prompt, then, if they did, measures; results go to the folder $OUT
 #
 # What the user may set is at the head of those files. $RANKS is the number of ranks, $MACHINES (where it is set) that of the hosts
@@ -100,6 +101,21 @@ answer_and_measure() {
     esac
   done
   return "$failed"
+}
+
+serve() {
+  local options=() port="${PORT:-8080}" keys="${KEYS:-$HOME/.config/tpimpi/keys}" node="${SLURMD_NODENAME:-$(hostname)}"
+  read -ra options <<<"${OPTIONS:-}"
+  if ! [ -e "$keys" ]; then
+    mkdir -p "$(dirname "$keys")"
+    "$python" -c 'import secrets; print(secrets.token_hex(24))' >"$keys"
+  fi
+  cat >&2 <<END
+job: the server will listen on 127.0.0.1:$port of $node. From your own machine:
+job:   ssh -N -L $port:127.0.0.1:$port -J ${LOGIN:-${SLURM_SUBMIT_HOST:-LOGIN_NODE}} $node
+job: then open http://127.0.0.1:$port with a key of $keys
+END
+  ranks -m tpimpi serve --port "$port" --api-key-file "$keys" --quiet "${options[@]}"
 }
 
 experiment() {

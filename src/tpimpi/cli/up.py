@@ -8,7 +8,11 @@ front asks that run for what was under way, from where it was.
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
+import sys
 from functools import partial
+from pathlib import Path
 
 from tpimpi.cli.options import UpOptions
 from tpimpi.cli.parser import Parser
@@ -77,6 +81,8 @@ def up_alone(job: Job) -> int:
     serving = parse_serve(others)
     if serving.front is not None:
         raise InputError("--front is what up gives serve; leave it out")
+    if shutil.which("mpirun") is None:  # this environment's, where nobody has gone into it
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     front = FrontProcess(partial(front_options, serving, outlives=True))
     job.at_end.callback(front.close)
     for line in listening(front.url, serving):
