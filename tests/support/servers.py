@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ START_S = 120.0
 
 
 class RunningServer:
-    """`tpimpi serve` on so many ranks; `url` is where it listens, before the model is loaded."""
+    """`tpimpi serve`, or `up`, on so many ranks; `url` is where it listens, before the model is loaded."""
 
     def __init__(
         self,
@@ -28,9 +29,13 @@ class RunningServer:
         *options: str,
         env: Mapping[str, str],
         program: Sequence[str] = ("-m", "tpimpi"),
+        up: bool = False,
     ) -> None:
         self.log = log
         command = mpirun.command(ranks, [*program, "serve", "--port", "0", *options])
+        if up:  # which finds this launcher
+            env = {**env, "PATH": f"{Path(command[0]).parent}{os.pathsep}{os.environ['PATH']}"}
+            command = [sys.executable, *program, "up", "--ranks", str(ranks), "--port", "0", *options]
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 command,

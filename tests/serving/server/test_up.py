@@ -1,0 +1,167 @@
+"""`up`: a server that is started by itself, and started again when a process of it is lost; its answers go on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.launch import Launcher, run_command
+from tests.support.messages import assert_one_line
+from tests.support.servers import RunningServer
+from tpimpi.cli.supervisor import RunUnderMpirun
+from tpimpi.system.hostfile import Host, read_hostfile
+from tpimpi.system.launcher import MPICH, OPEN_MPI
+from tpimpi.system.mpirun import mpirun_command, write_hostfile
+from tpimpi.system.wake import macs_of
+
+ASKED = {
+    "messages": [{"role": "user", "content": "Tell me of the sea, and of those who live by it."}],
+    "max_tokens": 150,
+    "temperature": 0,
+    "stream": True,
+}
+
+
+@pytest.fixture(scope="module")
+def server(
+    mpirun: Launcher, cache: dict[str, str], smollm2: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    folder = tmp_path_factory.mktemp("up")
+    options = ("--model", str(smollm2), "--format", "f32", "--allreduce", "star", "--speculate", "off", "--quiet")
+    running = RunningServer(mpirun, 2, folder / "log", *options, env=cache, up=True)
+    yield running
+    running.close()
+
+
+def answer(server: RunningServer, meanwhile: Callable[[], None] = lambda: None) -> tuple[str, str]:
+    """The answer and why it ended; `meanwhile` is called once there are some words."""
+    text, why, called = "", "", False
+    with server.client.stream("POST", "/v1/chat/completions", json=ASKED) as response:
+        assert response.status_code == 200
+        for line in response.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line[6:])
+            assert "error" not in event, event
+            text += event["choices"][0]["delta"].get("content") or ""
+            why = event["choices"][0]["finish_reason"] or why
+            if len(text) > 40 and not called:
+                called = True
+                meanwhile()
+    assert called
+    return text, why
+
+
+@pytest.fixture(scope="module")
+def whole(server: RunningServer) -> tuple[str, str]:
+    server.until_ready()
+    return answer(server)
+
+
+@pytest.mark.slow_but("rank 1")
+@pytest.mark.parametrize("whom", [1, 0], ids=["rank 1", "rank 0"])
+def test_an_answer_goes_on_when_a_process_is_killed(server: RunningServer, whole: tuple[str, str], whom: int) -> None:
+    starts = server.said().count("tpimpi: ready on localhost")
+    before = server.rank(whom).pid
+    assert answer(server, server.rank(whom).kill) == whole
+    assert whole[1] == "length" and len(whole[0]) > 200
+    assert server.said().count("tpimpi: ready on localhost") == starts + 1
+    assert server.rank(whom).pid != before
+
+
+def test_it_ends_when_told_to(server: RunningServer, whole: tuple[str, str]) -> None:
+    """What is under way is finished first; nothing is left."""
+    processes = server.processes()
+    assert answer(server, lambda: server.process.send_signal(signal.SIGTERM)) == whole
+    assert server.wait() == 0, server.said()
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    assert not alive, server.said()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--hostfile", "none"), r"--hostfile none: No such file"),
+        (("--hostfile", "other"), r"192\.0\.2\.1, its first host, is another machine"),
+        (("--hostfile", "hosts", "--ranks", "2"), "--ranks is for this machine alone"),
+        (("--wake",), "--wake needs --hostfile"),
+        (("--ranks", "0"), "--ranks is 0, must be"),
+        (("--ssh=-x",), "--ssh is '-x'; give the name or the path of a program"),
+        (("--host", "0.0.0.0"), "--host is 0.0.0.0, where other machines can ask, and there is no --api-key-file"),
+        (("--prompt", "x"), "unrecognized arguments: --prompt x"),
+        (("--front", "x"), "--front is what up gives serve; leave it out"),
+    ],
+)
+@pytest.mark.slow_but(
+    "arguments0---hostfile none: No such file", "arguments8---front is what up gives serve; leave it out"
+)
+def test_bad_input_is_one_line(arguments: tuple[str, ...], line: str, cache: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("192.0.2.1\n")
+    (tmp_path / "hosts").write_text("localhost\n")
+    result = run_command(
+        [sys.executable, "-m", "tpimpi", "up", *arguments, "--port", "0"], env=cache, cwd=tmp_path, timeout=60
+    )
+    lines = [one for one in result.our_lines if not one.startswith("tpimpi: http")]
+    assert len(lines) == 1 and result.code == 2, result.err
+    assert_one_line(type(result)(result.code, result.out, f"{lines[0]}\n"), line)
+
+
+def test_a_start_that_cannot_be_is_not_tried_again(mpirun: Launcher, cache: dict[str, str], tmp_path: Path) -> None:
+    """Rank 0 has said what is wrong."""
+    server = RunningServer(mpirun, 2, tmp_path / "log", "--model", "no-model", env=cache, up=True)
+    assert server.wait() == 2
+    assert server.said().count("no-model") == 1, server.said()
+
+
+# Its parts
+
+
+class Ended:
+    """Of a process that has ended: what it said."""
+
+    def __init__(self, *lines: str) -> None:
+        self.stderr = [f"{line}\n" for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("line", "host"),
+    [
+        ("r2 pi: the disk is full", "b"),
+        ("r0 desk: r1 pi has ended: its process died or was killed; the run ends here", "b"),
+        ("r0 desk: r3 mini: no sign of life for 8 s", "c"),
+        ("prterun noticed that process rank 3 with PID 7 on node mini exited on signal 9 (Killed).", "c"),
+        ("r0 desk: the disk is full", None),
+        ("r1 pi 3 heads", None),  # of a table
+        ("r9 none: x", None),
+    ],
+)
+def test_whom_a_run_ends_for(line: str, host: str | None) -> None:
+    hosts = [Host("a", "a"), Host("b", "b", 2), Host("c", "c")]
+    run = RunUnderMpirun(Ended("r0 desk: loading", line), hosts)  # type: ignore[arg-type]
+    run.relay.join()
+    found = run.blamed_host
+    assert (None if found is None else found.name) == host
+
+
+@pytest.mark.parametrize("launcher", [OPEN_MPI, MPICH])
+def test_hostfiles_are_what_the_launcher_reads(launcher: str, tmp_path: Path) -> None:
+    hosts = [Host("desk", "desk", 2), Host("me@pi", "pi")]
+    write_hostfile(tmp_path / "hosts", launcher, hosts)
+    found = read_hostfile(str(tmp_path / "hosts"))
+    assert [(one.name, one.ranks) for one in found] == [("desk", 2), ("me@pi", 1)]
+    assert {one.slots for one in found} == {launcher == OPEN_MPI} and found[0].colon == (launcher == MPICH)
+    words = mpirun_command("mpirun", launcher, tmp_path / "hosts", 3, "agent", [])
+    assert words[-2:] == ["-np", "3"] and "agent" in words
+
+
+def test_cards_of_machines_that_sleep(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text(
+        "desk\npi slots=2 # 00:11:22:33:44:5f\n# 00:00:00:00:00:00\nmini:2 # 0A-1b-22-33-44-55 x\n"
+    )
+    assert macs_of(str(tmp_path / "hosts")) == {"pi": "00:11:22:33:44:5f", "mini": "0A-1b-22-33-44-55"}
