@@ -6,7 +6,7 @@ from tpimpi.errors import InputError, ModelError
 from tpimpi.serving.batched import Query
 from tpimpi.serving.conversation import MOST_BYTES_A_TOKEN
 from tpimpi.serving.grammar import GrammarError, Grammars
-from tpimpi.serving.sampling import Additions, Sampler, make_sampler, naming_the_model
+from tpimpi.serving.sampling import Additions, Sampler, failing_alone, make_sampler
 from tpimpi.serving.server.wire import Ask, Chat, Ids, Sampling, Text
 from tpimpi.serving.text.messages import texts_of
 from tpimpi.serving.text.token_ids import TokenIds
@@ -112,4 +112,4 @@ def sampler_of(sampling: Sampling, prompt: int, drawn: int) -> Sampler:
         sample = make_sampler(**options, drawn=drawn, additions=additions)
     except ValueError as error:
         raise RefusedError(str(error), str(error).split(" ")[0].replace("-", "_")) from error
-    return naming_the_model(sample)
+    return failing_alone(sample)
