@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -54,6 +55,7 @@ def main() -> None:
     except (InputError, msgspec.MsgspecError) as error:
         say(Listening(problem=str(error)))
         sys.exit(InputError.exit_code)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # what clients do wrong is not said here
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which is for rank 0, that says what becomes of us
     asyncio.run(serve(options, listener, keys))
 

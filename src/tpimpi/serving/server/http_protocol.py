@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 
 import h11
+import msgspec
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from tpimpi.serving.server.problems import ApiError
 
 HEADER_TIME_S = 20.0
 MOST_HEADER_BYTES = 1 << 16
@@ -30,6 +33,18 @@ class TimedProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP: the same form as of all errors."""
+        body = msgspec.json.encode(ApiError(400, msg, code="invalid_http").body())
+        headers = [("content-type", "application/json"), ("connection", "close"), ("content-length", str(len(body)))]
+        for event in (
+            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _start_timer(self) -> None:
         self._header_timer = self.loop.call_later(HEADER_TIME_S, self._close_slow)
