@@ -39,6 +39,12 @@ def ids_of(tokenizer: Tokenizer | TokenIds, prompt: Chat | Text | Ids, context: 
         return prompt.ids
     if isinstance(prompt, Text):
         return tokenizer.encode(prompt.text)
+    if not tokenizer.has_chat_template:
+        raise RefusedError(
+            "the model has no chat template: ask for /v1/completions, or start the server with --chat-template FILE",
+            "messages",
+            "no_chat_template",
+        )
     if prompt.tools:
         raise RefusedError("tools are not supported by this server", "tools")
     if prompt.options:
@@ -72,7 +78,8 @@ def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
 def query_of(tokenizer: Tokenizer | TokenIds, ask: Ask, context: int) -> Query:
     """How an Ask is answered, in `context` positions at most. Raises InputError where it cannot be."""
     raw = not isinstance(ask.prompt, Chat)
-    tokenizer.check_params(raw=raw, stops=ask.stops)
+    if raw:
+        tokenizer.check_params(raw=True, stops=ask.stops)
     text, usual = _text_of(ask.prompt), context * MOST_BYTES_A_TOKEN
     if len(text) > usual and len(ids := tokenizer.encode(text[:usual])) > context:
         raise _too_long(ask.prompt, f"over {len(ids)} tokens", context)
