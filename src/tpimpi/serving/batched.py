@@ -19,10 +19,9 @@ from tpimpi.errors import InputError
 from tpimpi.models.kv.cache import KINDS, PAGE, pages_of
 from tpimpi.models.kv.pages import PageAccount, rows_of
 from tpimpi.serving.generate import GenerationFigures
-from tpimpi.serving.grammar import GrammarError
 from tpimpi.serving.logprobs import Logprob, logprob_of
 from tpimpi.serving.report import Answer, BatchFigures, Report
-from tpimpi.serving.sampling import Sampler
+from tpimpi.serving.sampling import Sampler, SamplingError
 from tpimpi.serving.scheduler import MOST_LOOKED_AT, Request, Run, Scheduler
 from tpimpi.serving.speculation import Drafter, Speculation, checked
 from tpimpi.serving.stops import StopFilter
@@ -339,8 +338,8 @@ def _wanted(run: Run, end: int) -> range:
 
 
 def _until_failing(tokens: Iterator[int], answering: Answering) -> Iterator[int]:
-    """`tokens`, up to where the answer's sampler fails over its grammar, which ends this answer alone."""
+    """`tokens`, up to where the answer's sampler fails, which ends this answer alone."""
     try:
         yield from tokens
-    except GrammarError as error:
+    except SamplingError as error:
         answering.problem = str(error)

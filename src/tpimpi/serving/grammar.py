@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tpimpi.errors import shorten
-from tpimpi.serving.sampling import Floats, Sampler
+from tpimpi.serving.sampling import Floats, Sampler, SamplingError
 from tpimpi.serving.server.lark import json_rule, special_name
 from tpimpi.serving.server.wire import Grammar
 from tpimpi.serving.text.answer import AnswerStream
@@ -36,7 +36,7 @@ _MOST_ERROR_CHARACTERS = 200
 _OPTIONS = '%llguidance {"no_forcing": true, "skip_repetition": "once"}\n'
 
 
-class GrammarError(ValueError):
+class GrammarError(SamplingError):
     """A grammar that cannot be used, or that an answer cannot follow any further: one line, for that answer alone."""
 
 

@@ -84,6 +84,24 @@ def make_sampler(
     return sample
 
 
+class SamplingError(ValueError):
+    """No token can be chosen, for this answer alone; one line."""
+
+
+def failing_alone(sample: Sampler) -> Sampler:
+    """The same sampler, which says of logits that it cannot use that this answer ends: SamplingError."""
+
+    def checked(logits: Floats, history: Sequence[int]) -> int:
+        try:
+            return sample(logits, history)
+        except SamplingError:
+            raise
+        except ValueError as error:
+            raise SamplingError(f"no token can be chosen: {error}, or the sampling options are extreme") from error
+
+    return checked
+
+
 def naming_the_model(sample: Sampler) -> Sampler:
     """The same sampler, which says of logits that cannot be used that the model is to blame: ModelError."""
 

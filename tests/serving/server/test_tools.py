@@ -12,7 +12,9 @@ import openai
 import pydantic
 import pytest
 
+from tests.support import gemma
 from tests.support.launch import Launcher
+from tests.support.real_tokenizers import templates
 from tests.support.servers import RunningServer
 
 pytest.importorskip("llguidance")
@@ -146,6 +148,10 @@ def test_what_cannot_be_done_is_said_by_name(client: openai.OpenAI, server: Runn
         "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": nested}},
     }
     assert server.client.post("/v1/chat/completions", json=body).status_code == 400
+    # Logits that overflow end their own answer.
+    body = {"messages": ASKED, "repetition_penalty": 1e-308, "max_tokens": 5}
+    found = server.client.post("/v1/chat/completions", json=body)
+    assert found.status_code == 400 and "no token can be chosen" in found.json()["error"]["message"]
     # The server goes on.
     assert client.chat.completions.create(model=MODEL, messages=ASKED, max_tokens=1).choices
 
@@ -255,3 +261,37 @@ def test_errors_of_messages(claude: anthropic.Anthropic) -> None:
     tools: list[Any] = [{"name": "f", "input_schema": {"type": "colour"}}]
     with pytest.raises(anthropic.BadRequestError, match="colour"):
         claude.messages.create(model=MODEL, max_tokens=5, messages=ASKED, tools=tools, tool_choice={"type": "any"})
+
+
+# Gemma 3, whose files have no chat template: it gets one that knows neither tools nor a system prompt.
+
+
+@pytest.mark.slow
+def test_gemma_calls_tools_and_follows_schemas(mpirun: Launcher, cache: dict[str, str], tmp_path: Path) -> None:
+    template = next((path for path in templates() if path.stem == "google-gemma-2-2b-it"), None)
+    if template is None or not gemma.MODEL.exists():
+        pytest.skip("Gemma 3 and its template are not there: set up with jobs/test.sh")
+    options = ("--model", str(gemma.MODEL), "--chat-template", str(template), "--parallel", "2", "--context", "1024")
+    server = RunningServer(mpirun, 2, tmp_path / "log", *options, env=cache)
+    try:
+        server.until_ready()
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+            name = client.models.list().data[0].id
+            chat: Any = {"model": name, "messages": ASKED, "temperature": 0, "max_tokens": 200}
+            called = client.chat.completions.create(**chat, tools=TOOLS, tool_choice=NAMED).choices[0]
+            assert called.finish_reason == "tool_calls" and called.message.tool_calls
+            check_weather(json.loads(called.message.tool_calls[0].function.arguments))
+            found = client.chat.completions.parse(**chat, response_format=Animal)
+            assert isinstance(found.choices[0].message.parsed, Animal)
+        with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=120) as claude:
+            tools: list[Any] = [{"name": "get_weather", "input_schema": PARAMETERS}]
+            message = claude.messages.create(
+                model=name,
+                max_tokens=200,
+                messages=ASKED,
+                tools=tools,
+                tool_choice={"type": "tool", "name": "get_weather"},
+            )
+            check_weather(message.content[-1].input)
+    finally:
+        server.close()

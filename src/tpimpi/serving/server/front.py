@@ -55,7 +55,8 @@ def main() -> None:
     except (InputError, msgspec.MsgspecError) as error:
         say(Listening(problem=str(error)))
         sys.exit(InputError.exit_code)
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # what clients do wrong is not said here
+    for name in ("uvicorn.error", "asyncio"):  # what clients do wrong is not said here
+        logging.getLogger(name).setLevel(logging.ERROR)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which is for rank 0, that says what becomes of us
     asyncio.run(serve(options, listener, keys))
 

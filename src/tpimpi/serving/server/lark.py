@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 JSON_OPTIONS = {
-    "whitespace_pattern": r"[ \t\r\n]{0,24}",  # bounded, since small models go on with blanks for ever
+    # Bounded, since small models go on with blanks for ever: two of them, or a line's end and an indentation.
+    "whitespace_pattern": r"( {0,2}|\r?\n[ \t]{0,32})",
     "whitespace_flexible": True,
     "coerce_one_of": True,  # oneOf is taken as anyOf
     "lenient": False,

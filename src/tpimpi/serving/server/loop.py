@@ -200,7 +200,8 @@ class ServerLoop:
         if answering.ended is None:
             return
         if answering.problem:
-            self._connection.say(wire.Refused(one.ask.id, answering.problem, grammar_field(one.ask)))
+            what = "" if one.ask.grammar is None else grammar_field(one.ask)
+            self._connection.say(wire.Refused(one.ask.id, answering.problem, what))
             self._forget(one)
             return
         tools = list(answering.stream.tools)

@@ -6,7 +6,7 @@ from tpimpi.errors import InputError, ModelError
 from tpimpi.serving.batched import Query
 from tpimpi.serving.conversation import MOST_BYTES_A_TOKEN
 from tpimpi.serving.grammar import GrammarError, Grammars
-from tpimpi.serving.sampling import Additions, Sampler, make_sampler, naming_the_model
+from tpimpi.serving.sampling import Additions, Sampler, failing_alone, make_sampler
 from tpimpi.serving.server.wire import Ask, Chat, Ids, Sampling, Text
 from tpimpi.serving.text.messages import texts_of
 from tpimpi.serving.text.token_ids import TokenIds
@@ -38,6 +38,12 @@ def ids_of(tokenizer: Tokenizer | TokenIds, prompt: Chat | Text | Ids, context: 
         return prompt.ids
     if isinstance(prompt, Text):
         return tokenizer.encode(prompt.text)
+    if not tokenizer.has_chat_template:
+        raise RefusedError(
+            "the model has no chat template: ask for /v1/completions, or start the server with --chat-template FILE",
+            "messages",
+            "no_chat_template",
+        )
     try:
         ids = tokenizer.encode_messages(prompt.messages, tools=prompt.tools, options=prompt.options)
     except ModelError as error:  # of a template that refuses what it is given
@@ -74,7 +80,8 @@ def _too_long(prompt: Chat | Text | Ids, length: str, context: int) -> RefusedEr
 def query_of(tokenizer: Tokenizer | TokenIds, ask: Ask, context: int, grammars: Grammars) -> Query:
     """How an Ask is answered, in `context` positions at most. Raises InputError where it cannot be."""
     raw = not isinstance(ask.prompt, Chat)
-    tokenizer.check_params(raw=raw, stops=ask.stops)
+    if raw:
+        tokenizer.check_params(raw=True, stops=ask.stops)
     text, usual = _text_of(ask.prompt), context * MOST_BYTES_A_TOKEN
     if len(text) > usual and len(ids := tokenizer.encode(text[:usual])) > context:
         raise _too_long(ask.prompt, f"over {len(ids)} tokens", context)
@@ -112,4 +119,4 @@ def sampler_of(sampling: Sampling, prompt: int, drawn: int) -> Sampler:
         sample = make_sampler(**options, drawn=drawn, additions=additions)
     except ValueError as error:
         raise RefusedError(str(error), str(error).split(" ")[0].replace("-", "_")) from error
-    return naming_the_model(sample)
+    return failing_alone(sample)

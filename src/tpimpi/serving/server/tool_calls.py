@@ -1,4 +1,4 @@
-"""Calls of tools in an answer, as it comes, by the form of the model's family (see serving/text/tool_forms.py).
+"""Calls of tools in an answer, as it comes, by the form of the model's family (serving/text/tool_forms.py has them).
 
 Text before a call is told at once; what may be the beginning of a mark is held back until it is known, as are the blanks
 before one, which belong to no text.
@@ -16,10 +16,10 @@ from tpimpi.serving.server.call_text import Calls, JsonSequence, NamedCall, Read
 from tpimpi.serving.server.events import ENDS
 from tpimpi.serving.server.exchange import Ended, Event, ReasoningMore, TextMore, Wanted
 from tpimpi.serving.server.wire import Chat, Done, Part, Ready
-from tpimpi.serving.text.tool_forms import RECIPIENT_MARK, tool_of_recipient
 
 Tools = Sequence[Mapping[str, Any]]
 _FUNCTION = "<function="
+_TO_FUNCTION = "to=functions."  # of harmony
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,9 @@ class ToolEvents:
     def _mark(self, mark: str) -> None:
         if self._family == "harmony":
             self._end_call()
-            if mark.startswith(RECIPIENT_MARK) and "." in mark:  # not one that is built in
+            if mark.startswith(_TO_FUNCTION):  # not a tool that is built in
                 self._is_calling, self._has_arguments = True, False
-                self._calls.begin(tool_of_recipient(mark))
+                self._calls.begin(mark.removeprefix(_TO_FUNCTION))
         elif self._reader is not None:
             self._go_on(self._reader.mark(mark))
         elif mark == self._form.opening:

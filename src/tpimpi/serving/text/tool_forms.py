@@ -34,8 +34,7 @@ MARKS = frozenset(
         "</arg_value>",
     }
 )
-RECIPIENT_MARK, CALLED_MARK = "to=", "<|call|>"  # of harmony: the first has the tool's name behind it
-_FUNCTIONS = "functions."
+RECIPIENT_MARK, CALLED_MARK = "to=", "<|call|>"  # of harmony: the first has the recipient's name behind it
 
 _DESCRIBED = """You can call functions to help with what the user asks. Here are their signatures:
 <tools>
@@ -62,11 +61,6 @@ def family_of(source: str | None, control: Collection[str]) -> str:
     if '"parameters": ' in source and "<|start_header_id|>" in source:
         return "llama3"
     return ""
-
-
-def tool_of_recipient(mark: str) -> str:
-    """The name of the tool that harmony's mark names."""
-    return mark.removeprefix(RECIPIENT_MARK).removeprefix(_FUNCTIONS)
 
 
 def told_as_text(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, system: bool) -> list[Message]:
