@@ -173,6 +173,7 @@ def test_ids_that_only_fill_the_table_are_never_sampled(
     assert (padded.vocab_size, padded.sampled_ids) == (485, 483)
 
     class Model:
+        recorder = None
         chunk = 128
 
         class config:  # noqa: N801
