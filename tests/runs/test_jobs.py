@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from tests.support.launch import ROOT, TIMEOUT, Launcher, Result, run_command
@@ -254,6 +255,38 @@ def test_experiments_run_on_the_machines_of_a_job(cluster: Cluster, tmp_path: Pa
     assert "tinyllama-1.1b (2 layers) q4_0" in (out / "page.md").read_text()
 
 
+@pytest.mark.mpi
+@pytest.mark.slow
+def test_a_server_runs_in_a_job_until_it_is_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+    """Its log says how to reach it; it wants the key that was made, which nobody else can read."""
+    keys, log = tmp_path / "keys" / "file", tmp_path / "out" / "job.log"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    more = {"KEYS": str(keys), "PORT": str(port), "LOGIN": "login.site"}
+    submitted = cluster.batch(tmp_path / "out", "", job="jobs/serve.slurm", **more)
+    assert submitted.code == 0, submitted.err
+    url, until = f"http://127.0.0.1:{port}/", time.monotonic() + 120
+    while True:
+        try:
+            if httpx2.get(f"{url}health").status_code == 200:
+                break
+        except httpx2.TransportError:
+            pass
+        assert time.monotonic() < until, f"{log.read_text() if log.exists() else ''}\n{cluster.state()}"
+        time.sleep(0.2)
+    assert re.search(rf"job:   ssh -N -L {port}:127\.0\.0\.1:{port} -J login\.site n[12]\n", log.read_text())
+    key = keys.read_text().strip()
+    assert len(key) == 48 and keys.stat().st_mode & 0o777 == 0o600
+    assert httpx2.get(f"{url}v1/models").status_code == 401
+    assert httpx2.get(f"{url}v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+    job = submitted.out.strip()
+    assert cluster.run("scancel", job).code == 0
+    while job in cluster.run("squeue", "--noheader", "--format=%A").out.split():
+        assert time.monotonic() < until + 60, cluster.state()
+        time.sleep(0.2)
+
+
 @pytest.mark.parametrize(("code", "page"), [(0, True), (1, True), (2, False), (143, False)])
 def test_rows_that_failed_leave_a_page_of_the_others(tmp_path: Path, code: int, page: bool) -> None:
     python = tmp_path / "python"  # stands for the experiments
@@ -289,7 +322,8 @@ def test_what_is_wrong_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "folder"),
-    [(f"{job}.{kind}", folder) for job in ("tpimpi", "bench") for kind, folder in SUBMIT_FOLDERS.items()],
+    [(f"{job}.{kind}", folder) for job in ("tpimpi", "bench") for kind, folder in SUBMIT_FOLDERS.items()]
+    + [("serve.slurm", SUBMIT_FOLDERS["slurm"])],
 )
 def test_a_job_that_was_put_in_elsewhere_says_from_where(name: str, folder: str) -> None:
     jobs = ROOT / "jobs"
@@ -321,6 +355,7 @@ DIRECTIVES = {
     },
 }
 DIRECTIVES |= {name.replace("tpimpi", "bench"): forms for name, forms in DIRECTIVES.items()}
+DIRECTIVES["serve.slurm"] = DIRECTIVES["tpimpi.slurm"]
 
 
 @pytest.mark.parametrize("name", DIRECTIVES)
