@@ -21,6 +21,7 @@ from tests.support.pages import PAGES
 FIRST_WORDS = set(
     re.findall(
         r"\S+",
+        ".venv/bin/tpimpi "
         "apt-get bash echo export for git mpirun pip printf python python3 qsub ruff sbatch source ssh-copy-id sudo tpimpi "
         "while",
     )
@@ -115,7 +116,9 @@ def test_commands_of_a_page_run(
         for pattern, instead in SHORTER:
             line = re.sub(pattern, instead.replace("{smollm2}", str(smollm2)), line)  # noqa: PLW2901
         line = line.replace("--map-by node ", "")  # noqa: PLW2901  (one machine carries all ranks)
-        if line.startswith("mpirun") and "<" not in line:  # each has somebody who types
+        if re.search(r"tpimpi (serve|up)\b", line):
+            line = f"{sys.executable} -m tests.support.serve_once {line.split(' #')[0]}"  # noqa: PLW2901
+        elif line.startswith("mpirun") and "<" not in line:  # each has somebody who types
             line = f"""{{ {line.split(" #")[0]}; }} <<<'Name a colour.'"""  # noqa: PLW2901
         script.append(line)
     env = {**mpirun.env, **cache, "PATH": f"{Path(mpirun.program).parent}:{os.environ['PATH']}"}

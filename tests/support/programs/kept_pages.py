@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -124,7 +125,10 @@ class Talk:
         problem = KeptCache(self.conversation).keep(self.model, self.files, held.ids[:-1])
         assert problem is not None and "Is a directory" in problem, problem
         in_the_way.rmdir()
-        assert sorted(self.files.folder.iterdir()) == paths, "something was left behind"
+        until = time.monotonic() + 10  # other ranks remove theirs at the same time
+        while (left := sorted(self.files.folder.iterdir())) != paths and time.monotonic() < until:
+            time.sleep(0.01)
+        assert left == paths, "something was left behind"
         assert all(path.read_bytes() == text for path, text in self.whole.items())
 
 
