@@ -1,4 +1,4 @@
-"""OpenAI's package of npm, which the set-up of the tests fetches (`python -m tests.support.node_client`); it needs no other."""
+"""OpenAI's package of npm, which the set-up of the tests fetches (`python -m tests.support.node_client`)."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ await new Promise((resolve) => stopped.once("content", resolve));
 stopped.abort();
 await stopped.done().catch(() => {});
 
-// The package's own loop calls the function, and says what it gave to the model, which has then a last word.
+// The package's own loop calls the function; what that gave is told to the model, which goes on.
 const called = [];
 const runner = client.chat.completions.runTools(
   {
@@ -53,6 +53,7 @@ const runner = client.chat.completions.runTools(
   { maxChatCompletions: 2 },
 );
 await runner.done();
+const after = await client.chat.completions.create({ ...greedy, messages: runner.messages, tools });
 
 const shaped = await client.chat.completions.parse({
   ...greedy,
@@ -79,6 +80,7 @@ console.log(
     streamedUsage: usage,
     called,
     roles: runner.messages.map((one) => one.role),
+    after: after.choices[0].message.content,
     shaped: shaped.choices[0].message.content,
     response: response.output_text,
     wrongModel: await problem({ model: "another" }, NotFoundError),
