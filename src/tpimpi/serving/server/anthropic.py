@@ -115,7 +115,7 @@ def _choice(given: dict[str, Any] | None) -> ToolChoice:
     kind = (given or {}).get("type", "auto")
     parallel = not (given or {}).get("disable_parallel_tool_use")
     modes: dict[str, Literal["auto", "none", "required"]] = {"auto": "auto", "none": "none", "any": "required"}
-    if kind in modes:
+    if isinstance(kind, str) and kind in modes:
         return ToolChoice(modes[kind], parallel=parallel)
     if kind == "tool" and isinstance((given or {}).get("name"), str):
         return ToolChoice("named", (given or {})["name"], parallel=parallel)

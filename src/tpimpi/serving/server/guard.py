@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,6 +14,7 @@ from tpimpi.serving.server.problems import ApiError
 
 OWNER = "tpimpi.owner"  # in the scope: whose key the request has, "" where there are no keys
 API_PATHS = ("/v1/", "/tokenize", "/detokenize", "/metrics", "/cluster")  # what takes a key
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:/@\[\]]+))(?::\d*)?")
 SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -43,14 +44,18 @@ class Guard:
         hosts = headers.getlist("host")
         if len(hosts) != 1:
             return ApiError(400, "a request has one Host header")
+        if (
+            "transfer-encoding" in headers and "content-length" in headers
+        ):  # what is between may take another for the end
+            said = "a request has Transfer-Encoding or Content-Length, not both"
+            return ApiError(400, said, code="invalid_http", headers={"Connection": "close"})
         if self._checks_host and _host_name(hosts[0]) not in self._hosts:
             return ApiError(
                 403, "the Host header names another host than this server's; see --allow-host", code="host_not_allowed"
             )
-        origin = headers.get("origin")
-        if origin is None or origin in self._origins or "*" in self._origins:
-            return None
-        if urlsplit(origin).netloc.lower() == hosts[0].lower():
+        own = {f"{scheme}://{hosts[0].lower()}" for scheme in ("http", "https")}
+        origins = headers.getlist("origin")
+        if "*" in self._origins or all(one in self._origins or one.lower() in own for one in origins):
             return None
         return ApiError(403, "the request comes from another site; see --allow-origin", code="origin_not_allowed")
 
@@ -78,11 +83,9 @@ class KeyGuard:
 
 
 def _host_name(host: str) -> str:
-    """The name in a Host header, without port and brackets."""
-    name = host.lower()
-    if name.startswith("["):
-        return name[1:].partition("]")[0]
-    return name.partition(":")[0]
+    """The name in a Host header, without port and brackets; "" where it is none."""
+    match = _HOST.fullmatch(host.lower())
+    return "" if match is None else match[1] or match[2]
 
 
 def _with_headers(send: Send, added: Iterable[tuple[bytes, bytes]] = tuple(SECURITY_HEADERS)) -> Send:

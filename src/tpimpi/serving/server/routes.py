@@ -153,7 +153,9 @@ class _Page:
                 message = {**message, "headers": [*message["headers"], *PAGE_HEADERS]}
             await send(message)
 
-        await self._files(scope, receive, sending)
+        # Whole files alone: they are small, and what is wrong with a range would be told in another form than other errors.
+        headers = [(name, value) for name, value in scope["headers"] if name != b"range"]
+        await self._files({**scope, "headers": headers}, receive, sending)
 
 
 class _Counting:
