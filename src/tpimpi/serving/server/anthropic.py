@@ -77,6 +77,8 @@ class MessagesRequest(msgspec.Struct, kw_only=True):
             messages.append({"role": "system", "content": _text(self.system, "system")})
         for place, message in enumerate(self.messages):
             messages += _messages(message, f"messages[{place}]")
+        if not messages:
+            raise bad_field("messages", "they have no content; give some text")
         begun = ""
         last = messages[-1]
         if last["role"] == "assistant" and not last.get("tool_calls"):
