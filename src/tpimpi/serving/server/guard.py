@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tpimpi.serving.server.anthropic import error_response
 from tpimpi.serving.server.front_options import LOOPBACK, FrontOptions
 from tpimpi.serving.server.keys import Keys, given_key
 from tpimpi.serving.server.problems import ApiError
@@ -37,7 +38,7 @@ class Guard:
         if scope["type"] != "http":
             return await _refuse_others(scope, send)
         problem = self._problem(Headers(scope=scope))
-        app: ASGIApp = self._app if problem is None else problem.response()
+        app: ASGIApp = self._app if problem is None else error_response(problem, scope["path"])
         await app(scope, receive, _with_headers(send))
 
     def _problem(self, headers: Headers) -> ApiError | None:
@@ -76,7 +77,7 @@ class KeyGuard:
             if owner is None:
                 said = "a key is needed: Authorization: Bearer KEY" if key is None else "this key is not known"
                 headers = {"WWW-Authenticate": "Bearer"}
-                app = ApiError(401, said, code="invalid_api_key", headers=headers).response()
+                app = error_response(ApiError(401, said, code="invalid_api_key", headers=headers), path)
             else:
                 scope[OWNER] = owner
         await app(scope, receive, send)
