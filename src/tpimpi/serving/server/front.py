@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -56,6 +57,8 @@ def main() -> None:
         say(Listening(problem=str(error)))
         sys.exit(InputError.exit_code)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # what clients do wrong is not said here
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection is one, those that say nothing too
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which is for rank 0, that says what becomes of us
     asyncio.run(serve(options, listener, keys))
 
