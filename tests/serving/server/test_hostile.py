@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import select
 import socket
 import threading
 from collections.abc import Iterator
@@ -236,3 +237,30 @@ def test_slow_clients(tmp_path: Path) -> None:
         assert headers == b"" and bodies.startswith(b"HTTP/1.1 408 ")
         assert all(one.recv(1) == b"" for one in silent)
     assert (tmp_path / "stderr").read_bytes() == b""
+
+
+def test_large_bodies_that_do_not_end(tmp_path: Path) -> None:
+    """They share what the front keeps of bodies; small ones come through beside them."""
+    with contextlib.ExitStack() as stack:
+        front = Front(FrontOptions(socket=str(tmp_path / "front"), port=0))
+        stack.callback(front.close)
+        rank = StandIn(str(tmp_path / "front"))
+        stack.callback(rank.close)
+        rank.say(READY)
+        url = front.listening.url
+        begun = http(b"/v1/completions", method=b"POST", headers=b"Content-Length: %d\r\n" % (8 << 20))
+        large = [stack.enter_context(connect(url)) for _ in range(64)]
+        for one in large:
+            with contextlib.suppress(ConnectionError):
+                one.sendall(begun + b" " * (7 << 20))
+        with ThreadPoolExecutor() as pool:
+            small = pool.submit(httpx2.post, f"{url}/tokenize", json={"prompt": "b"}, timeout=TIMEOUT_S)
+            counted = rank.hear()
+            rank.say(wire.Counted(counted.id, [1]))
+            assert small.result().json()["tokens"] == [1]
+        refused, _, _ = select.select(large, [], [], TIMEOUT_S)
+        with contextlib.suppress(ConnectionError):  # which it has closed while more came
+            assert refused[0].recv(12) == b"HTTP/1.1 429"
+        assert (
+            psutil.Process(front.process.pid).memory_info().rss < 400 << 20
+        )  # and not 64 times 7 MiB more than at first

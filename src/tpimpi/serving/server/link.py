@@ -86,7 +86,7 @@ class RankLink:
         if answers > self.most:
             raise bad_field("n", f"{answers} answers are wanted, at most {self.most} may wait")
         if self._taken + answers > self.most:
-            raise queue_full(self._taken)
+            raise queue_full(f"{self._taken} requests are answered or wait already")
         self._taken += answers
         try:
             yield
