@@ -81,7 +81,7 @@ def exchange(url: str, data: bytes) -> tuple[int, bytes]:
             head, end, body = found.partition(b"\r\n\r\n")
             length = re.search(rb"(?i)content-length: (\d+)", head)
             if end and length is not None and len(body) >= int(length[1]):
-                return int(head.split(b" ")[1]), body
+                return int(head.split(b" ")[1]), body[: int(length[1])]
             more = connection.recv(1 << 16)
             assert more, f"closed after {found!r}"
             found += more
