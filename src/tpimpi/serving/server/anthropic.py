@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import msgspec
+from starlette.responses import Response
 
 from tpimpi.serving.server.answering import Usage
 from tpimpi.serving.server.exchange import (
@@ -21,10 +22,11 @@ from tpimpi.serving.server.exchange import (
     Wanted,
 )
 from tpimpi.serving.server.openai_fields import refuse
-from tpimpi.serving.server.problems import ApiError, bad_field
+from tpimpi.serving.server.problems import ApiError, bad_field, json_response
 from tpimpi.serving.server.tool_fields import call_of, check_tools, function_tool, schema_grammar
 from tpimpi.serving.server.wire import Chat, Grammar, Ready, Sampling
 
+MESSAGES = "/v1/messages"  # where errors have a form of their own
 _KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 _KINDS |= {413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error"}
 _STOPS = {"end": "end_turn", "stop": "stop_sequence", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -77,6 +79,8 @@ class MessagesRequest(msgspec.Struct, kw_only=True):
             messages.append({"role": "system", "content": _text(self.system, "system")})
         for place, message in enumerate(self.messages):
             messages += _messages(message, f"messages[{place}]")
+        if not messages:
+            raise bad_field("messages", "they have no content; give some text")
         begun = ""
         last = messages[-1]
         if last["role"] == "assistant" and not last.get("tool_calls"):
@@ -115,7 +119,7 @@ def _choice(given: dict[str, Any] | None) -> ToolChoice:
     kind = (given or {}).get("type", "auto")
     parallel = not (given or {}).get("disable_parallel_tool_use")
     modes: dict[str, Literal["auto", "none", "required"]] = {"auto": "auto", "none": "none", "any": "required"}
-    if kind in modes:
+    if isinstance(kind, str) and kind in modes:
         return ToolChoice(modes[kind], parallel=parallel)
     if kind == "tool" and isinstance((given or {}).get("name"), str):
         return ToolChoice("named", (given or {})["name"], parallel=parallel)
@@ -184,6 +188,13 @@ def error_body(error: ApiError) -> dict[str, Any]:
     """An error as Anthropic writes it."""
     kind = _KINDS.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
     return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
+def error_response(error: ApiError, path: str) -> Response:
+    """What a request to this path is answered with where it cannot be done."""
+    if path.startswith(MESSAGES):
+        return json_response(error_body(error), error.status, error.headers)
+    return error.response()
 
 
 def usage_of(usage: Usage, output: int) -> dict[str, Any]:

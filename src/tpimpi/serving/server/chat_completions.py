@@ -92,7 +92,7 @@ def text_of(content: Any, where: str) -> str | None:
     texts = []
     for place, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get(TEXT_PARTS[kind]) if kind in TEXT_PARTS else None
+        text = part.get(TEXT_PARTS[kind]) if isinstance(kind, str) and kind in TEXT_PARTS else None
         if not isinstance(text, str):
             what = f"is of type {str(kind)[:40]!r}, which this server does not take; it takes text"
             raise bad_field(f"{where}[{place}]", what, code="unsupported_content")

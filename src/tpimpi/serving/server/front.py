@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -57,6 +58,8 @@ def main() -> None:
         sys.exit(InputError.exit_code)
     for name in ("uvicorn.error", "asyncio"):  # what clients do wrong is not said here
         logging.getLogger(name).setLevel(logging.ERROR)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection is one, those that say nothing too
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which is for rank 0, that says what becomes of us
     asyncio.run(serve(options, listener, keys))
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tpimpi.serving.server.anthropic import error_response
 from tpimpi.serving.server.front_options import LOOPBACK, FrontOptions
 from tpimpi.serving.server.keys import Keys, given_key
 from tpimpi.serving.server.problems import ApiError
 
 OWNER = "tpimpi.owner"  # in the scope: whose key the request has, "" where there are no keys
 API_PATHS = ("/v1/", "/tokenize", "/detokenize", "/metrics", "/cluster")  # what takes a key
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:/@\[\]]+))(?::\d*)?")
 SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -36,21 +38,25 @@ class Guard:
         if scope["type"] != "http":
             return await _refuse_others(scope, send)
         problem = self._problem(Headers(scope=scope))
-        app: ASGIApp = self._app if problem is None else problem.response()
+        app: ASGIApp = self._app if problem is None else error_response(problem, scope["path"])
         await app(scope, receive, _with_headers(send))
 
     def _problem(self, headers: Headers) -> ApiError | None:
         hosts = headers.getlist("host")
         if len(hosts) != 1:
             return ApiError(400, "a request has one Host header")
+        if (
+            "transfer-encoding" in headers and "content-length" in headers
+        ):  # what is between may take another for the end
+            said = "a request has Transfer-Encoding or Content-Length, not both"
+            return ApiError(400, said, code="invalid_http", headers={"Connection": "close"})
         if self._checks_host and _host_name(hosts[0]) not in self._hosts:
             return ApiError(
                 403, "the Host header names another host than this server's; see --allow-host", code="host_not_allowed"
             )
-        origin = headers.get("origin")
-        if origin is None or origin in self._origins or "*" in self._origins:
-            return None
-        if urlsplit(origin).netloc.lower() == hosts[0].lower():
+        own = {f"{scheme}://{hosts[0].lower()}" for scheme in ("http", "https")}
+        origins = headers.getlist("origin")
+        if "*" in self._origins or all(one in self._origins or one.lower() in own for one in origins):
             return None
         return ApiError(403, "the request comes from another site; see --allow-origin", code="origin_not_allowed")
 
@@ -71,18 +77,16 @@ class KeyGuard:
             if owner is None:
                 said = "a key is needed: Authorization: Bearer KEY" if key is None else "this key is not known"
                 headers = {"WWW-Authenticate": "Bearer"}
-                app = ApiError(401, said, code="invalid_api_key", headers=headers).response()
+                app = error_response(ApiError(401, said, code="invalid_api_key", headers=headers), path)
             else:
                 scope[OWNER] = owner
         await app(scope, receive, send)
 
 
 def _host_name(host: str) -> str:
-    """The name in a Host header, without port and brackets."""
-    name = host.lower()
-    if name.startswith("["):
-        return name[1:].partition("]")[0]
-    return name.partition(":")[0]
+    """The name in a Host header, without port and brackets; "" where it is none."""
+    match = _HOST.fullmatch(host.lower())
+    return "" if match is None else match[1] or match[2]
 
 
 def _with_headers(send: Send, added: Iterable[tuple[bytes, bytes]] = tuple(SECURITY_HEADERS)) -> Send:

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP over h11, with a time limit for the headers of a request."""
+"""uvicorn's HTTP over h11, with time limits for what a client sends and takes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from tpimpi.serving.server.problems import ApiError
 
 HEADER_TIME_S = 20.0
 MOST_HEADER_BYTES = 1 << 16
+TAKING_TIME_S = 30.0  # in which a client takes some of what is kept for it, behind what the system keeps
 
 
 class TimedProtocol(H11Protocol):
-    """Closes a connection that has begun a request, and does not end its headers in time; or sends nothing at first."""
+    """Closes a connection that has begun a request, and does not end its headers in time; or sends nothing at first. Drops
+    one that takes nothing of its answer, which else would be kept here as long as that goes on."""
 
     _header_timer: asyncio.TimerHandle | None = None
+    _taking_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -30,8 +33,17 @@ class TimedProtocol(H11Protocol):
         elif self._header_timer is None and self.conn.trailing_data[0]:
             self._start_timer()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._taking_timer = self.loop.call_later(TAKING_TIME_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_taking_timer()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_taking_timer()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
@@ -53,6 +65,11 @@ class TimedProtocol(H11Protocol):
         if self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
+
+    def _stop_taking_timer(self) -> None:
+        if self._taking_timer is not None:
+            self._taking_timer.cancel()
+            self._taking_timer = None
 
     def _close_slow(self) -> None:
         if not self.transport.is_closing():

@@ -86,7 +86,7 @@ class RankLink:
         if answers > self.most:
             raise bad_field("n", f"{answers} answers are wanted, at most {self.most} may wait")
         if self._taken + answers > self.most:
-            raise queue_full(self._taken)
+            raise queue_full(f"{self._taken} requests are answered or wait already")
         self._taken += answers
         try:
             yield
@@ -103,6 +103,7 @@ class RankLink:
 
     def ask(self, ask: wire.Ask, replies: asyncio.Queue[tuple[int, Heard]], index: int) -> Asked:
         """Ask rank 0; the ask's id is chosen here."""
+        _check_numbers(ask)
         asked = Asked(msgspec.structs.replace(ask, id=next(self._ids)), replies, index)
         self._asked[asked.ask.id] = asked
         self._send(asked.ask)
@@ -126,6 +127,7 @@ class RankLink:
         return reply.text
 
     async def _question(self, question: wire.Count | wire.Spell) -> wire.Counted | wire.Spelled:
+        _check_numbers(question)
         await self.until_ready()
         answer: asyncio.Future[wire.Counted | wire.Spelled] = asyncio.get_running_loop().create_future()
         self._questions[question.id] = question, answer
@@ -256,3 +258,11 @@ class RankLink:
         if self._writer is None and self.failed is None and not self.is_ending:
             return unavailable(ENDED, "run_failed")
         return unavailable("the server is ending", "server_ending")
+
+
+def _check_numbers(question: wire.Question) -> None:
+    """Raise ApiError for what cannot be sent, before it is kept to be sent again."""
+    try:
+        wire.frame(question)
+    except OverflowError as error:
+        raise ApiError(400, "a whole number in the body has more than 64 bits", code="invalid_json") from error

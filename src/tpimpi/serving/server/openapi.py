@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from tpimpi import __version__
+from tpimpi.serving.server.anthropic import MESSAGES
 
 if TYPE_CHECKING:
     from tpimpi.serving.server.routes import Endpoint
@@ -27,6 +28,18 @@ ERROR = {
                 "code": {"type": ["string", "null"]},
             },
         }
+    },
+}
+MESSAGES_ERROR = {  # Anthropic's
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
     },
 }
 STATUSES = {"400": "what is asked cannot be done", "401": "no key, or one that is not known", "403": "another site"}
@@ -55,7 +68,8 @@ def describe(endpoints: Sequence[Endpoint], *, has_keys: bool) -> dict[str, Any]
         if one.body is not None:
             content = {"application/json": {"schema": by_type[one.body]}}
             operation["requestBody"] = {"required": True, "content": content}
-        error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+        kind = "MessagesError" if path.startswith(MESSAGES) else "Error"
+        error = {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind}"}}}
         operation["responses"] = {"200": {"description": "done"}} | {
             status: {"description": why, "content": error} for status, why in STATUSES.items()
         }
@@ -64,7 +78,7 @@ def describe(endpoints: Sequence[Endpoint], *, has_keys: bool) -> dict[str, Any]
         "openapi": "3.1.0",
         "info": {"title": "tpimpi", "version": __version__},
         "paths": paths,
-        "components": {"schemas": {**components, "Error": ERROR}},
+        "components": {"schemas": {**components, "Error": ERROR, "MessagesError": MESSAGES_ERROR}},
     }
     if has_keys:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

@@ -51,10 +51,10 @@ def not_supported(param: str, why: str = "is not supported by this server") -> A
     return ApiError(400, f"{param} {why}; leave it out", param=param, code="unsupported_parameter")
 
 
-def queue_full(waiting: int) -> ApiError:
+def queue_full(why: str) -> ApiError:
     return ApiError(
         429,
-        f"{waiting} requests are answered or wait already; try again later",
+        f"{why}; try again later",
         kind="rate_limit_error",
         code="queue_full",
         headers={"Retry-After": str(RETRY_AFTER_S)},

@@ -124,7 +124,9 @@ def _messages_of(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     raise bad_field(f"{where}.output", "it is missing")
                 messages.append({"role": "tool", "tool_call_id": str(item.get("call_id", "")), "content": output})
             case "reasoning":
-                parts = [*(item.get("content") or ()), *(() if item.get("content") else item.get("summary") or ())]
+                parts = item.get("content") or item.get("summary") or []
+                if not isinstance(parts, list):
+                    raise bad_field(where, "what is reasoned must be a list of parts")
                 thoughts += "".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
             case _:
                 raise bad_field(f"{where}.type", f"it is {str(kind)[:40]!r}, which this server does not take")

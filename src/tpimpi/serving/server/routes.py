@@ -18,7 +18,7 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tpimpi.serving.server.anthropic import MessagesRequest, error_body
+from tpimpi.serving.server.anthropic import MESSAGES, MessagesRequest, error_response
 from tpimpi.serving.server.chat_completions import ChatRequest
 from tpimpi.serving.server.completions import CompletionRequest
 from tpimpi.serving.server.front_options import FrontOptions
@@ -31,7 +31,6 @@ from tpimpi.serving.server.problems import ApiError, json_response
 from tpimpi.serving.server.responses import ResponsesRequest
 from tpimpi.serving.server.service import DetokenizeRequest, Service, TokenizeRequest
 
-MESSAGES = "/v1/messages"  # of Anthropic's API, with its own form of errors
 PAGE = Path(__file__).parent / "page"  # what stands at /
 # The page loads its own files and talks to its own server; nothing written into it, an answer say, can run or load anything.
 # Where the browser knows trusted types, text becomes elements by the sanitiser alone.
@@ -114,9 +113,7 @@ def _endpoint(handler: Handler) -> Handler:
 
 
 async def _problem(request: Request, error: ApiError) -> Response:
-    if request.url.path.startswith(MESSAGES):
-        return json_response(error_body(error), error.status, error.headers)
-    return error.response()
+    return error_response(error, request.scope["path"])
 
 
 async def _http_problem(request: Request, error: HTTPException) -> Response:
@@ -127,11 +124,12 @@ async def _http_problem(request: Request, error: HTTPException) -> Response:
     }
     message = said.get(error.status_code, HTTPStatus(error.status_code).phrase)
     code = "not_found" if error.status_code == 404 else None
-    return ApiError(error.status_code, message, code=code, headers=error.headers).response()
+    return error_response(ApiError(error.status_code, message, code=code, headers=error.headers), request.scope["path"])
 
 
 async def _internal(request: Request, error: Exception) -> Response:
-    return ApiError(500, f"internal error: {type(error).__name__}", kind="server_error").response()
+    problem = ApiError(500, f"internal error: {type(error).__name__}", kind="server_error")
+    return error_response(problem, request.scope["path"])
 
 
 class _Page:
@@ -153,7 +151,9 @@ class _Page:
                 message = {**message, "headers": [*message["headers"], *PAGE_HEADERS]}
             await send(message)
 
-        await self._files(scope, receive, sending)
+        # Whole files alone: they are small, and what is wrong with a range would be told in another form than other errors.
+        headers = [(name, value) for name, value in scope["headers"] if name != b"range"]
+        await self._files({**scope, "headers": headers}, receive, sending)
 
 
 class _Counting:

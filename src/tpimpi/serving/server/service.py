@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from tpimpi.serving.server.answering import Answers, check_model
 from tpimpi.serving.server.anthropic import MessagesForm, MessagesRequest
-from tpimpi.serving.server.bodies import read_json
+from tpimpi.serving.server.bodies import Bodies
 from tpimpi.serving.server.chat_completions import ChatForm, ChatRequest, messages_of
 from tpimpi.serving.server.completions import CompletionForm, CompletionRequest
 from tpimpi.serving.server.front_options import FrontOptions
@@ -48,17 +48,18 @@ class Service:
 
     def __init__(self, options: FrontOptions, link: RankLink, metrics: Metrics) -> None:
         self._options, self._link, self._metrics = options, link, metrics
+        self._bodies = Bodies()
         self._began = int(time.time())
 
     # Answers
 
     async def chat_completions(self, request: Request) -> ASGIApp:
-        body = await read_json(request, ChatRequest)
+        body = await self._bodies.json(request, ChatRequest)
         wanted = body.wanted()
         return self._answers(request, [wanted], ChatForm(body, wanted), body.model)
 
     async def completions(self, request: Request) -> ASGIApp:
-        body = await read_json(request, CompletionRequest)
+        body = await self._bodies.json(request, CompletionRequest)
         wanted = body.wanted()
         echoed = [""] * len(wanted)
         if body.echo:
@@ -71,16 +72,16 @@ class Service:
         return self._answers(request, wanted, CompletionForm(body, wanted, echoed), body.model)
 
     async def responses(self, request: Request) -> ASGIApp:
-        body = await read_json(request, ResponsesRequest)
+        body = await self._bodies.json(request, ResponsesRequest)
         return self._answers(request, [body.wanted()], ResponsesForm(body), body.model)
 
     async def messages(self, request: Request) -> ASGIApp:
-        body = await read_json(request, MessagesRequest)
+        body = await self._bodies.json(request, MessagesRequest)
         return self._answers(request, [body.wanted()], MessagesForm(body), body.model)
 
     async def count_tokens(self, request: Request) -> Response:
         """Of a request for messages."""
-        body = await read_json(request, MessagesRequest)
+        body = await self._bodies.json(request, MessagesRequest)
         prompt = body.chat()
         with self._link.place(1):
             check_model(body.model, await self._link.until_ready(), self._options.names)
@@ -100,7 +101,7 @@ class Service:
     # Tokens
 
     async def tokenize(self, request: Request) -> Response:
-        body = await read_json(request, TokenizeRequest)
+        body = await self._bodies.json(request, TokenizeRequest)
         text = body.prompt if body.prompt is not None else body.content
         if (text is None) == (body.messages is None):
             raise bad_field("prompt", "give a text, or messages")
@@ -112,7 +113,7 @@ class Service:
         return json_response({"tokens": ids, "count": len(ids), "max_model_len": ready.context})
 
     async def detokenize(self, request: Request) -> Response:
-        body = await read_json(request, DetokenizeRequest)
+        body = await self._bodies.json(request, DetokenizeRequest)
         with self._link.place(1):
             check_model(body.model, await self._link.until_ready(), self._options.names)
             text = await self._link.spell(body.tokens)
