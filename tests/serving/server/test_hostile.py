@@ -142,6 +142,11 @@ def test_odd_values(server: RunningServer) -> None:
         found = server.client.post("/v1/completions", content=content)
         assert found.status_code == 400, content[:40]
         check_error("/", found.content)
+    for stops in (["ab" * 200_000] * 16, ["a" + "ab" * 2_000_000], [""], ["a"] * 17):
+        for path, name in (("/v1/chat/completions", "stop"), (MESSAGES, "stop_sequences")):
+            found = server.client.post(path, json={"messages": ASKED, "max_tokens": 1, name: stops})
+            assert found.status_code == 400 and name in found.text
+            check_error(path, found.content)
     twice = server.client.post("/v1/completions", content=b'{"max_tokens": 0, "prompt": "a", "max_tokens": 1}')
     assert twice.status_code == 200, "of a name that comes twice the last counts"
 

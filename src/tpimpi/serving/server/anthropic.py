@@ -21,7 +21,7 @@ from tpimpi.serving.server.exchange import (
     ToolChoice,
     Wanted,
 )
-from tpimpi.serving.server.openai_fields import refuse
+from tpimpi.serving.server.openai_fields import check_stops, refuse
 from tpimpi.serving.server.problems import ApiError, bad_field, json_response
 from tpimpi.serving.server.tool_fields import call_of, check_tools, function_tool, schema_grammar
 from tpimpi.serving.server.wire import Chat, Grammar, Ready, Sampling
@@ -58,13 +58,11 @@ class MessagesRequest(msgspec.Struct, kw_only=True):
         """Raises ApiError for what cannot be done."""
         if self.max_tokens is None or self.max_tokens < 1:
             raise bad_field("max_tokens", "it is needed, and must be 1 or more")
-        if "" in (self.stop_sequences or ()):
-            raise bad_field("stop_sequences", "none may be empty")
         return Wanted(
             prompt=self.chat(),
             sampling=self._sampling(),
             max_tokens=self.max_tokens,
-            stops=self.stop_sequences or [],
+            stops=check_stops("stop_sequences", self.stop_sequences or []),
             tool_choice=_choice(self.tool_choice),
             grammar=_grammar(self.output_format or (self.output_config or {}).get("format")),
         )

@@ -10,6 +10,7 @@ import msgspec
 from tpimpi.serving.server.problems import bad_field, not_supported
 from tpimpi.serving.server.wire import Sampling, TokenLogprob
 
+MOST_STOP_CHARACTERS = 1000  # what is looked for after each token: long ones would hold up everybody
 MOST_STOPS, MOST_CHOICES, MOST_TOP_LOGPROBS = 16, 128, 20
 
 
@@ -49,10 +50,7 @@ class Common(msgspec.Struct, kw_only=True):
         return n
 
     def stops(self) -> list[str]:
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(stops) > MOST_STOPS or "" in stops:
-            raise bad_field("stop", f"give at most {MOST_STOPS} texts, none of them empty")
-        return stops
+        return check_stops("stop", [self.stop] if isinstance(self.stop, str) else self.stop or [])
 
     def sampling(self) -> Sampling:
         """Checked here as far as OpenAI's own limits go; rank 0 checks the rest."""
@@ -74,6 +72,13 @@ def _bias(given: Mapping[str, float]) -> dict[int, float]:
         return {int(token): value for token, value in given.items()}
     except ValueError as error:
         raise bad_field("logit_bias", "its keys must be token ids") from error
+
+
+def check_stops(param: str, stops: list[str]) -> list[str]:
+    """The stop strings. Raises ApiError where they are too many, too long or empty."""
+    if len(stops) > MOST_STOPS or not all(1 <= len(stop) <= MOST_STOP_CHARACTERS for stop in stops):
+        raise bad_field(param, f"give at most {MOST_STOPS} texts, each of 1 to {MOST_STOP_CHARACTERS} characters")
+    return stops
 
 
 def check_tokens(param: str, value: int | None) -> int | None:
