@@ -158,7 +158,10 @@ def client(server: Server, seed: int, end: float, whole: dict[str, str], seen: S
     dice = random.Random(seed)
     while time.monotonic() < end:
         if dice.random() < BAD:
-            status, body = server.request("POST", "/v1/chat/completions", dice.choice(BAD_BODIES))
+            try:
+                status, body = server.request("POST", "/v1/chat/completions", dice.choice(BAD_BODIES))
+            except (OSError, http.client.HTTPException) as error:
+                status, body = 0, repr(error).encode()
             if server.own and (status != 400 or b'"error"' not in body):
                 with seen.lock:
                     seen.wrong.append(f"a bad request had {status} {body[:80]!r}")
