@@ -89,6 +89,7 @@ class Supervisor:
         self._told_to_end = threading.Event()
         self._left_out: dict[str, float] = {}  # hosts, and until when
         self._blamed: dict[str, float] = {}  # hosts, and when last
+        self._here: Host | None = None  # this machine, once it was looked at
 
     def run(self) -> int:
         """Until we are told to end. Returns the exit code."""
@@ -148,6 +149,9 @@ class Supervisor:
             ours, found = look_at_hosts(self._options.hostfile, self._options.ssh)
             if self._options.wake and (asleep := self._asleep(found)):
                 found = self._wake(asleep)
+        if self._here == found[0].host and not found[0].here:  # its own network is gone, and its address with it
+            found[0] = HostChecks(found[0].host, here=True)
+            check_local(found[0], ours)
         if not found[0].here:
             raise InputError(
                 f"--hostfile {self._options.hostfile}: {found[0].host.name}, its first host, is another machine; up is "
@@ -155,6 +159,7 @@ class Supervisor:
             )
         if found[0].wrong:
             raise InputError(_first_wrong(found[0]))
+        self._here = found[0].host
         now = time.monotonic()
         self._left_out = {name: until for name, until in self._left_out.items() if until > now}
         usable = []
