@@ -21,7 +21,7 @@ from tpimpi.cli.process import call_on_signals, say
 from tpimpi.diagnostics.doctor.host_findings import WRONG, HostChecks, check_local
 from tpimpi.diagnostics.doctor.hosts import look_at_hosts, mpirun_options
 from tpimpi.diagnostics.doctor.ssh import LocalFacts, local_facts
-from tpimpi.errors import InputError
+from tpimpi.errors import InputError, TpimpiError
 from tpimpi.serving.server.front_process import FrontProcess
 from tpimpi.system.hostfile import Host
 from tpimpi.system.mpirun import mpirun_command, mpirun_environment, write_hostfile
@@ -31,12 +31,18 @@ END_S = 10.0  # mpirun may take so long to end, once its rank 0 has
 LOOK_S = 0.2  # between looks at mpirun
 BLAMED_AGAIN_S = 120.0  # a host that a run ends for twice within it is left out
 LEFT_OUT_S = 600.0  # for so long
-MOST_FAILED_STARTS = 5  # one after another, none of them with fewer hosts than the one before
+MOST_FAILED_STARTS = (
+    5  # one after another, none of them with fewer hosts than the one before, before the first that is well
+)
+SHORT_LIFE_S = 10.0  # a run that could answer for so short a time has failed too
+LONGEST_PAUSE_S = 30.0  # between starts
 WAKE_S = 90.0  # a machine may take so long to wake
 WAKE_LOOK_S = 5.0
 
 # A line with which a rank ends a run: of itself, or rank 0's of another; and Open MPI's of a process that is gone.
 _ENDING = re.compile(r"^r(?P<by>\d+) [^:]+: (?:r(?P<of>\d+) )?|process rank (?P<gone>\d+) ")
+
+_GOES_ON = ("goes on", "slow, not gone")  # of a rank that was waited for
 
 
 @dataclass
@@ -45,7 +51,7 @@ class RunUnderMpirun:
 
     process: subprocess.Popen[str]
     hosts: Sequence[Host]
-    came: bool = False  # rank 0 has answered
+    came_at: float | None = None  # time.monotonic() when rank 0 was ready
     gone_at: float | None = None  # time.monotonic() when rank 0 was gone
     blamed: int | None = None
     relay: threading.Thread = field(init=False)
@@ -61,8 +67,17 @@ class RunUnderMpirun:
             with contextlib.suppress(OSError):
                 sys.stderr.write(line)
                 sys.stderr.flush()
-            if (match := _ENDING.search(line)) is not None:
+            if (match := _ENDING.search(line)) is not None and not line.rstrip().endswith(_GOES_ON):
                 self.blamed = int(match["of"] or match["by"] or match["gone"])
+
+    @property
+    def came(self) -> bool:
+        return self.came_at is not None
+
+    @property
+    def lived_s(self) -> float:
+        """How long it could answer, once it has ended."""
+        return 0.0 if self.came_at is None else (self.gone_at or time.monotonic()) - self.came_at
 
     @property
     def blamed_host(self) -> Host | None:
@@ -90,33 +105,46 @@ class Supervisor:
         self._left_out: dict[str, float] = {}  # hosts, and until when
         self._blamed: dict[str, float] = {}  # hosts, and when last
         self._here: Host | None = None  # this machine, once it was looked at
+        self._front_ended = False  # though nobody told it to
 
     def run(self) -> int:
         """Until we are told to end. Returns the exit code."""
         call_on_signals(self._end)
         threading.Thread(target=self._follow_front, daemon=True).start()
-        failed = 0
+        failed, has_come = 0, False
         while not self._told_to_end.is_set():
-            ours, found = self._look()
+            try:
+                ours, found = self._look(first=not has_come)
+            except TpimpiError as error:
+                if not has_come:
+                    raise
+                say(f"tpimpi: {error}")  # a network that is away for a while, say
+                failed += 1
+                self._told_to_end.wait(_pause(failed))
+                continue
             if self._told_to_end.is_set():
                 break
             before = len(self._left_out)
             with tempfile.TemporaryDirectory(prefix="tpimpi-") as folder:
                 run = self._start(Path(folder), ours, found)
                 code = self._until_end(run)
+            if self._front_ended:
+                say("tpimpi: the HTTP front has ended; up ends here")
+                return 1
             if self._told_to_end.is_set() or code == 0:
                 return 0
+            has_come |= run.came
             self._blame(run)
             shrunk = len(self._left_out) > before
-            if code == InputError.exit_code and not run.came and not shrunk:
+            if code == InputError.exit_code and not has_come and not shrunk:
                 return code  # rank 0 has said what is wrong
-            failed = 0 if run.came or shrunk else failed + 1
-            if failed == MOST_FAILED_STARTS:
+            failed = 0 if run.lived_s > SHORT_LIFE_S or shrunk else failed + 1
+            if failed == MOST_FAILED_STARTS and not has_come:
                 say(
                     f"tpimpi: {failed} starts failed one after another, the last one as the lines above say; up ends here"
                 )
                 return code if code > 0 else 1
-            self._told_to_end.wait(min(2.0 ** max(0, failed - 1), 30.0) if failed else 0.0)
+            self._told_to_end.wait(_pause(failed - run.came))  # the first time at once
         return 0
 
     def _end(self) -> None:
@@ -127,11 +155,17 @@ class Supervisor:
             self._run.stop(signal.SIGTERM)
 
     def _follow_front(self) -> None:
+        self._follow_states()
+        self._front_ended = not self._told_to_end.is_set()
+        if self._front_ended and self._run is not None:
+            self._run.stop(signal.SIGTERM)
+
+    def _follow_states(self) -> None:
         for state in self._front.states():
             if (run := self._run) is None:
                 continue
             if state.ready:
-                run.came = True
+                run.came_at = time.monotonic()
                 hosts = ", ".join(host.name for host in run.hosts)
                 say(f"tpimpi: ready on {hosts}")
             elif run.gone_at is None:
@@ -139,8 +173,9 @@ class Supervisor:
 
     # Hosts
 
-    def _look(self) -> tuple[LocalFacts, list[HostChecks]]:
-        """This machine, and the hosts that ranks can be started on, this one first. Raises InputError where it cannot."""
+    def _look(self, *, first: bool) -> tuple[LocalFacts, list[HostChecks]]:
+        """This machine, and the hosts that ranks can be started on, this one first; those that sleep are waited for at the
+        `first` start alone. Raises InputError where it cannot, StarError."""
         if self._options.hostfile is None:
             ours, here = local_facts(), HostChecks(Host("localhost", "localhost", self._options.ranks), here=True)
             check_local(here, ours)
@@ -148,7 +183,7 @@ class Supervisor:
         else:
             ours, found = look_at_hosts(self._options.hostfile, self._options.ssh)
             if self._options.wake and (asleep := self._asleep(found)):
-                found = self._wake(asleep)
+                found = self._wake(asleep, found, wait=first)
         if self._here == found[0].host and not found[0].here:  # its own network is gone, and its address with it
             found[0] = HostChecks(found[0].host, here=True)
             check_local(found[0], ours)
@@ -176,9 +211,12 @@ class Supervisor:
         macs = macs_of(self._options.hostfile)
         return [macs[one.host.name] for one in found if one.wrong and one.host.name in macs]
 
-    def _wake(self, macs: list[str]) -> list[HostChecks]:
-        """The hosts, looked at until these are awake too, or for WAKE_S."""
+    def _wake(self, macs: list[str], found: list[HostChecks], *, wait: bool) -> list[HostChecks]:
+        """The hosts, looked at until these are awake too, or for WAKE_S, if we `wait`."""
         assert self._options.hostfile is not None
+        if not wait:
+            wake(macs)
+            return found
         say(f"tpimpi: waking {len(macs)} of the machines, up to {WAKE_S:.0f} s")
         end = time.monotonic() + WAKE_S
         while True:
@@ -243,6 +281,11 @@ class Supervisor:
             if deadline is not None and now > deadline:
                 run.stop(signal.SIGKILL)
                 deadline = now + END_S
+
+
+def _pause(failed: int) -> float:
+    """Seconds until the next start, after so many that failed."""
+    return min(2.0 ** (failed - 1), LONGEST_PAUSE_S) if failed > 0 else 0.0
 
 
 def _first_wrong(one: HostChecks) -> str:

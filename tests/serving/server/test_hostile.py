@@ -26,6 +26,7 @@ from tpimpi.serving.server.front_options import FrontOptions
 
 AUTH = {"Authorization": f"Bearer {KEY}"}
 ASKED: list[Any] = [{"role": "user", "content": "a"}]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 MESSAGES = "/v1/messages"
 
 
@@ -147,6 +148,19 @@ def test_odd_values(server: RunningServer) -> None:
             found = server.client.post(path, json={"messages": ASKED, "max_tokens": 1, name: stops})
             assert found.status_code == 400 and name in found.text
             check_error(path, found.content)
+    deep = "[" * 600 + "]" * 600  # JSON in a text, which is no part of the body's
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": deep}}
+    called = [*ASKED, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    odd_tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": []}}}
+    for path, body, name in (
+        ("/v1/chat/completions", {"messages": called, "max_tokens": 1, "tools": [TOOL]}, ""),
+        ("/v1/chat/completions", {"messages": ASKED, "tools": [odd_tool]}, "properties"),
+        ("/v1/completions", {"prompt": "a", "logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
+        ("/detokenize", {"tokens": [1] * 100_000}, "context"),
+    ):
+        found = server.client.post(path, json=body)
+        assert found.status_code in ((200, 400) if not name else (400,)) and name in found.text, (path, found.text)
+        assert server.client.get("/health").status_code == 200
     twice = server.client.post("/v1/completions", content=b'{"max_tokens": 0, "prompt": "a", "max_tokens": 1}')
     assert twice.status_code == 200, "of a name that comes twice the last counts"
 

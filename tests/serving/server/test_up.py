@@ -138,6 +138,7 @@ class Ended:
         ("prterun noticed that process rank 3 with PID 7 on node mini exited on signal 9 (Killed).", "c"),
         ("r0 desk: the disk is full", None),
         ("r1 pi 3 heads", None),  # of a table
+        ("r0 desk: r1 pi goes on", None),
         ("r9 none: x", None),
     ],
 )

@@ -121,12 +121,17 @@ class Answers:
                 raise unavailable(
                     f"the answer was not done within {self._time_limit:g} s", "request_timeout", 504
                 ) from error
-        except ApiError as error:
+        except Exception as error:
             if not self._has_begun:
                 raise
-            for data in self._form.error(error):
+            known = (
+                error if isinstance(error, ApiError) else ApiError(500, "the server has a fault", code="internal_error")
+            )
+            for data in self._form.error(known):
                 await _send(send, data)
             await _send(send, b"", more=False)
+            if known is not error:
+                raise
 
     async def _work(self, send: Send) -> None:
         count = sum(one.choices for one in self._wanted)

@@ -21,6 +21,7 @@ class TimedProtocol(H11Protocol):
 
     _header_timer: asyncio.TimerHandle | None = None
     _taking_timer: asyncio.TimerHandle | None = None
+    _kept = 0  # bytes, when it was looked at
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -28,14 +29,16 @@ class TimedProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
+        # A body may go on though its request was answered: it is waited for as for a header.
+        answered = self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE
+        if self.conn.their_state is not h11.IDLE and not answered:
             self._stop_timer()
-        elif self._header_timer is None and self.conn.trailing_data[0]:
+        elif self._header_timer is None and (answered or self.conn.trailing_data[0]):
             self._start_timer()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._taking_timer = self.loop.call_later(TAKING_TIME_S, self.transport.abort)
+        self._look_again()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -50,13 +53,29 @@ class TimedProtocol(H11Protocol):
         """What is no HTTP: the same form as of all errors."""
         body = msgspec.json.encode(ApiError(400, msg, code="invalid_http").body())
         headers = [("content-type", "application/json"), ("connection", "close"), ("content-length", str(len(body)))]
-        for event in (
+        events = (
             h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
             h11.Data(data=body),
             h11.EndOfMessage(),
-        ):
-            self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
+        )
+        try:
+            for event in events:
+                self.transport.write(self.conn.send(event) or b"")
+        except h11.LocalProtocolError:  # an answer has begun already
+            self.transport.abort()
+        else:
+            self.transport.close()
+
+    def _look_again(self) -> None:
+        self._kept = self.transport.get_write_buffer_size()
+        self._taking_timer = self.loop.call_later(TAKING_TIME_S, self._look_at_taking)
+
+    def _look_at_taking(self) -> None:
+        """A slow client takes some of what is kept."""
+        if self.transport.get_write_buffer_size() < self._kept:
+            self._look_again()
+        else:
+            self.transport.abort()
 
     def _start_timer(self) -> None:
         self._header_timer = self.loop.call_later(HEADER_TIME_S, self._close_slow)

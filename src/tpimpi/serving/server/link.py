@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -19,6 +20,7 @@ from tpimpi.serving.server.problems import ApiError, bad_field, queue_full, unav
 from tpimpi.serving.server.watch import ProcessWatch
 
 READ_BYTES = 1 << 18
+MOST_DEATHS = 3  # of runs, until what they were to answer is given up
 ENDED = "the run has ended: rank 0 is gone"
 
 Heard = wire.Began | wire.Part | wire.Done | ApiError
@@ -31,6 +33,7 @@ class Asked:
         self.ask, self.replies, self.index = ask, replies, index
         self.so_far = list(ask.so_far)
         self.began = False
+        self.deaths = 0  # of runs that were to answer it
 
     def hear(self, reply: Heard) -> None:
         if isinstance(reply, wire.Began):
@@ -40,6 +43,19 @@ class Asked:
         if isinstance(reply, wire.Part):
             self.so_far += reply.tokens
         self.replies.put_nowait((self.index, reply))
+
+
+@dataclass(eq=False)
+class _Question:
+    """A short question, and where its answer goes; `deaths` as of Asked."""
+
+    question: wire.Count | wire.Spell
+    answer: asyncio.Future[wire.Counted | wire.Spelled]
+    deaths: int = 0
+
+    def hear(self, error: ApiError) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
 
 
 class RankLink:
@@ -61,7 +77,7 @@ class RankLink:
         self._is_ready = asyncio.Event()  # or will never be
         self._writer: asyncio.StreamWriter | None = None
         self._asked: dict[int, Asked] = {}
-        self._questions: dict[int, tuple[wire.Count | wire.Spell, asyncio.Future[wire.Counted | wire.Spelled]]] = {}
+        self._questions: dict[int, _Question] = {}
         self._ids = itertools.count(1)
         self._taken = 0  # answers that requests have a place for
 
@@ -95,7 +111,7 @@ class RankLink:
 
     async def until_ready(self) -> wire.Ready:
         """What rank 0 is, once it is ready. Raises ApiError where it ends."""
-        if self.ready is None:
+        while self.ready is None and not self.is_ending:  # it may be gone again at once
             await self._is_ready.wait()
         if self.is_ending or self.ready is None:
             raise self._over()
@@ -130,7 +146,7 @@ class RankLink:
         _check_numbers(question)
         await self.until_ready()
         answer: asyncio.Future[wire.Counted | wire.Spelled] = asyncio.get_running_loop().create_future()
-        self._questions[question.id] = question, answer
+        self._questions[question.id] = _Question(question, answer)
         try:
             self._send(question)
             return await answer
@@ -181,12 +197,12 @@ class RankLink:
                 self.ready = reply
                 for asked in self._asked.values():
                     self._send(msgspec.structs.replace(asked.ask, so_far=asked.so_far))
-                for question, _ in self._questions.values():
-                    self._send(question)
+                for one in self._questions.values():
+                    self._send(one.question)
                 self._is_ready.set()
                 self.on_state(State(ready=True))
-            case wire.Ending():
-                self.is_ending = True
+            case wire.Ending():  # by a launcher that ends all, where nobody has told us to: another run comes
+                self.is_ending = not self._is_to_come
             case wire.Failed():
                 self.failed = reply
 
@@ -201,26 +217,30 @@ class RankLink:
 
     def _refused(self, reply: wire.Refused) -> None:
         if reply.code == "server_ending":
+            if self._is_to_come:
+                return  # it is asked again
             error = self._over()
         else:
             error = ApiError(400, reply.problem, param=reply.what or None, code=reply.code or None)
         if (asked := self._asked.pop(reply.id, None)) is not None:
             asked.hear(error)
-        elif reply.id in self._questions and not (answer := self._questions[reply.id][1]).done():
-            answer.set_exception(error)
+        elif (question := self._questions.get(reply.id)) is not None:
+            question.hear(error)
 
     def _answered(self, reply: wire.Counted | wire.Spelled) -> None:
-        if reply.id in self._questions and not (answer := self._questions[reply.id][1]).done():
-            answer.set_result(reply)
+        if (question := self._questions.get(reply.id)) is not None and not question.answer.done():
+            question.answer.set_result(reply)
 
     def _gone(self) -> None:
         """Rank 0 has ended. What is open waits for another, or is told so."""
         if self.failed is None and self._watch.ended and not self._watch.ended[0].startswith("r0 "):
             self.failed = wire.Failed(died(self._watch.ended[0]), 1)
         self._watch.end()
+        if self.ready is not None and self._is_to_come:
+            self._give_up_deadly()
         self._writer, self.figures = None, None
         self.ready = None
-        if self._options.outlives and not self._told_to_end:
+        if self._is_to_come:
             self._is_ready.clear()
             self.is_ending = False
             self.progress = wire.Progress("a machine or rank 0 has gone; the run is started again", 0.0)
@@ -231,11 +251,26 @@ class RankLink:
         for asked in self._asked.values():
             asked.hear(error)
         self._asked.clear()
-        for _, answer in self._questions.values():
-            if not answer.done():
-                answer.set_exception(error)
+        for question in self._questions.values():
+            question.hear(error)
         self._is_ready.set()
         self.ended.set()
+
+    @property
+    def _is_to_come(self) -> bool:
+        """Whether another rank 0 comes after this one."""
+        return self._options.outlives and not self._told_to_end
+
+    def _give_up_deadly(self) -> None:
+        """A run has died that was to answer what is open: one of these may be why, so none is asked for ever."""
+        said = "the run died each time that it was to answer this"
+        error = unavailable(said if self.failed is None else f"{said}: {self.failed.line}", "run_failed")
+        open_: list[Asked | _Question] = [*self._asked.values(), *self._questions.values()]
+        for one in open_:
+            one.deaths += 1
+            if one.deaths == MOST_DEATHS:
+                one.hear(error)
+        self._asked = {number: asked for number, asked in self._asked.items() if asked.deaths < MOST_DEATHS}
 
     def end(self) -> None:
         """Have rank 0 end the run: it finishes what is under way within its grace, and at once if this is said again."""
@@ -247,7 +282,7 @@ class RankLink:
     def parent_gone(self) -> None:
         """Whoever started the front has ended; rank 0 will not come, if it is not there, and none after it."""
         if self._options.outlives:
-            self.ended.set()
+            self.end()
         elif self._writer is None:
             self._gone()
 

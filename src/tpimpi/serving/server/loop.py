@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tpimpi.engine.figures import LiveFigures
 from tpimpi.engine.protocol import live_figures
-from tpimpi.errors import InputError
+from tpimpi.errors import InputError, TpimpiError, as_ours
 from tpimpi.serving.batched import Answering, BatchedLLM, Query
 from tpimpi.serving.grammar import Grammars
 from tpimpi.serving.logprobs import Logprob
@@ -23,7 +23,6 @@ from tpimpi.serving.text.tokenizer import Tokenizer
 
 HEARING_S = 0.02  # between two steps, at most: long prompts that come together are not to hold answers up
 FIGURES_INTERVAL_S = 1.0
-FLUSHING_S = 2.0  # at the end, for a front that is slow to take what was said
 ENDING = "server_ending"  # the code of what is refused as the run ends
 
 
@@ -148,9 +147,11 @@ class ServerLoop:
                     self._connection.say(wire.Spelled(question.id, self._spell(ids)))
                 case wire.End():
                     self.end()
-        except InputError as error:
-            assert not isinstance(question, wire.End)
-            refused = error if isinstance(error, RefusedError) else RefusedError(str(error))
+        except Exception as error:
+            if isinstance(question, wire.End) or (isinstance(error, TpimpiError) and not isinstance(error, InputError)):
+                raise
+            # Whatever else a body makes a template or tokenizer raise ends this request alone: no rank was asked yet.
+            refused = error if isinstance(error, RefusedError) else RefusedError(str(as_ours(error)))
             self._connection.say(wire.Refused(question.id, str(refused), refused.what, refused.code))
 
     def _take(self, ask: wire.Ask) -> None:
@@ -158,6 +159,8 @@ class ServerLoop:
         if self._ending:
             raise RefusedError("the server is ending", code=ENDING)
         query = query_of(self._tokenizer, ask, self._llm.context, self._grammars)
+        if self._told_idle:  # so that a short answer is told of too, once it is done
+            self._told_idle, self._interval = False, _Interval(time.monotonic())
         one = self._open[ask.id] = _Open(ask, query)
         self._queue.add(ask.owner, one)
         self._connection.say(wire.Began(ask.id, len(query.ids)))

@@ -11,6 +11,7 @@ from tpimpi.serving.server.problems import bad_field, not_supported
 from tpimpi.serving.server.wire import Sampling, TokenLogprob
 
 MOST_STOP_CHARACTERS = 1000  # what is looked for after each token: long ones would hold up everybody
+MOST_BIASED = 1024  # tokens of logit_bias: each takes time for every token of an answer
 MOST_STOPS, MOST_CHOICES, MOST_TOP_LOGPROBS = 16, 128, 20
 
 
@@ -68,6 +69,8 @@ class Common(msgspec.Struct, kw_only=True):
 
 
 def _bias(given: Mapping[str, float]) -> dict[int, float]:
+    if len(given) > MOST_BIASED:
+        raise bad_field("logit_bias", f"it has {len(given)} tokens, at most {MOST_BIASED} are taken")
     try:
         return {int(token): value for token, value in given.items()}
     except ValueError as error:

@@ -32,6 +32,8 @@ def ids_of(tokenizer: Tokenizer | TokenIds, prompt: Chat | Text | Ids, context: 
     if len(text) > context * MOST_CHARACTERS_A_TOKEN:
         raise _too_long(prompt, f"{len(text)} characters", context)
     if isinstance(prompt, Ids):
+        if len(prompt.ids) > context:
+            raise _too_long(prompt, f"{len(prompt.ids)} tokens", context)
         for token in prompt.ids:
             if not 0 <= token < tokenizer.sampled_ids:
                 raise RefusedError(f"{token} is no token id, which are below {tokenizer.sampled_ids}", "prompt")

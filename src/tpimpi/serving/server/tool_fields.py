@@ -25,12 +25,24 @@ def function_tool(function: Any, where: str) -> dict[str, Any]:
         raise bad_field(f"{where}.name", "it must be 1 to 128 letters, digits, _, . and -")
     if not isinstance(parameters, dict | None):
         raise bad_field(f"{where}.parameters", "it must be a JSON schema, an object")
+    _check_schema(parameters or {}, f"{where}.parameters")
     if not isinstance(function.get("description"), str | None):
         raise bad_field(f"{where}.description", "it must be a text")
     kept = {
         key: function[key] for key in ("name", "description", "parameters", "strict") if function.get(key) is not None
     }
     return {"type": "function", "function": kept}
+
+
+def _check_schema(parameters: dict[str, Any], where: str) -> None:
+    """What forms of calls are made of has the kinds that JSON Schema gives it."""
+    properties = parameters.get("properties", {})
+    if not isinstance(properties, dict) or not all(isinstance(one, dict | bool) for one in properties.values()):
+        raise bad_field(f"{where}.properties", "it must be an object of schemas")
+    if not isinstance(parameters.get("required", []), list):
+        raise bad_field(f"{where}.required", "it must be a list of names")
+    if any(isinstance(one, dict) and not isinstance(one.get("enum", []), list) for one in properties.values()):
+        raise bad_field(f"{where}.properties", "enum must be a list")
 
 
 def check_tools(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
