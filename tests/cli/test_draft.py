@@ -22,7 +22,7 @@ def test_a_model_drafts_for_itself_on_two_ranks(
     found = []
     for number, more in enumerate((("--speculate", "off"), ("--draft", str(tiny), "--speculate", "4"))):
         report = tmp_path / f"{number}.json"
-        options = ("--model", str(tiny), *OPTIONS, "--report", str(report), "--memory", "300M")
+        options = ("--model", str(tiny), *OPTIONS, "--report", str(report), "--memory", "700M")
         result = on_ranks(2, "-m", "tpimpi", *options, *more, env=cache, stdin=f"{PROMPT}\nthe lazy dog\n{PROMPT}\n")
         assert result.code == 0, result.err
         found.append(json.loads(report.read_text())["answers"])

@@ -42,6 +42,7 @@ WAKE_LOOK_S = 5.0
 # A line with which a rank ends a run: of itself, or rank 0's of another; and Open MPI's of a process that is gone.
 _ENDING = re.compile(r"^r(?P<by>\d+) [^:]+: (?:r(?P<of>\d+) )?|process rank (?P<gone>\d+) ")
 
+_UNREACHED = re.compile(r"^\s*Remote host:\s+(\S+)")  # Open MPI's, of one on which its daemon did not come up
 _GOES_ON = ("goes on", "slow, not gone")  # of a rank that was waited for
 
 
@@ -54,6 +55,7 @@ class RunUnderMpirun:
     came_at: float | None = None  # time.monotonic() when rank 0 was ready
     gone_at: float | None = None  # time.monotonic() when rank 0 was gone
     blamed: int | None = None
+    unreached: set[str] = field(default_factory=set)  # hosts on which the launcher could start nothing
     relay: threading.Thread = field(init=False)
 
     def __post_init__(self) -> None:
@@ -67,7 +69,9 @@ class RunUnderMpirun:
             with contextlib.suppress(OSError):
                 sys.stderr.write(line)
                 sys.stderr.flush()
-            if (match := _ENDING.search(line)) is not None and not line.rstrip().endswith(_GOES_ON):
+            if (match := _UNREACHED.search(line)) is not None:
+                self.unreached.add(match[1])
+            elif (match := _ENDING.search(line)) is not None and not line.rstrip().endswith(_GOES_ON):
                 self.blamed = int(match["of"] or match["by"] or match["gone"])
 
     @property
@@ -78,6 +82,10 @@ class RunUnderMpirun:
     def lived_s(self) -> float:
         """How long it could answer, once it has ended."""
         return 0.0 if self.came_at is None else (self.gone_at or time.monotonic()) - self.came_at
+
+    @property
+    def unreached_hosts(self) -> list[Host]:
+        return [host for host in self.hosts[1:] if {host.name, host.address} & self.unreached]
 
     @property
     def blamed_host(self) -> Host | None:
@@ -228,12 +236,13 @@ class Supervisor:
 
     def _blame(self, run: RunUnderMpirun) -> None:
         """Leave out the host that a run ended for, if it ended before it began, or not for the first time."""
-        if (host := run.blamed_host) is None:
-            return
-        now = time.monotonic()
-        again = now - self._blamed.get(host.name, -BLAMED_AGAIN_S) < BLAMED_AGAIN_S
-        self._blamed[host.name] = now
-        if again or not run.came:
+        now, left_out = time.monotonic(), run.unreached_hosts
+        if (host := run.blamed_host) is not None:
+            again = now - self._blamed.get(host.name, -BLAMED_AGAIN_S) < BLAMED_AGAIN_S
+            self._blamed[host.name] = now
+            if again or not run.came:
+                left_out.append(host)
+        for host in left_out:
             self._left_out[host.name] = now + LEFT_OUT_S
             say(f"tpimpi: {host.name} is left out for {LEFT_OUT_S / 60:.0f} minutes, for what the lines above say")
 

@@ -150,6 +150,14 @@ def test_whom_a_run_ends_for(line: str, host: str | None) -> None:
     assert (None if found is None else found.name) == host
 
 
+def test_hosts_on_which_the_launcher_starts_nothing() -> None:
+    hosts = [Host("a", "a"), Host("me@b", "b"), Host("c", "c")]
+    lines = ("  Local host:    a", "  Remote host:   b", "  Daemon exit status: 1")
+    run = RunUnderMpirun(Ended(*lines), hosts)  # type: ignore[arg-type]
+    run.relay.join()
+    assert run.unreached_hosts == hosts[1:2] and run.blamed_host is None
+
+
 @pytest.mark.parametrize("launcher", [OPEN_MPI, MPICH])
 def test_hostfiles_are_what_the_launcher_reads(launcher: str, tmp_path: Path) -> None:
     hosts = [Host("desk", "desk", 2), Host("me@pi", "pi")]
