@@ -64,8 +64,8 @@ class RunUnderMpirun:
 
     def _relay(self) -> None:
         """Its lines, on our standard error."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
             with contextlib.suppress(OSError):
                 sys.stderr.write(line)
                 sys.stderr.flush()
@@ -262,8 +262,8 @@ class Supervisor:
             subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=sys.stderr,
-                stderr=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,  # launchers tell of trouble on either
                 text=True,
                 errors="replace",
                 env={**os.environ, **mpirun_environment(ours.mpirun_kind)},

@@ -126,7 +126,7 @@ class Ended:
     """Of a process that has ended: what it said."""
 
     def __init__(self, *lines: str) -> None:
-        self.stderr = [f"{line}\n" for line in lines]
+        self.stdout = [f"{line}\n" for line in lines]
 
 
 @pytest.mark.parametrize(
