@@ -139,7 +139,9 @@ class Server:
     def used(self) -> dict[str, int]:
         """What its processes hold."""
         mine = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
-        mine += [one for one in psutil.process_iter() if "tpimpi.serving.server.front" in " ".join(one.cmdline())]
+        for one in psutil.process_iter(["cmdline"]):
+            if "tpimpi.serving.server.front" in (one.info["cmdline"] or ()):
+                mine.append(one)
         found = {"memory": sum(one.memory_info().rss for one in mine), "files": sum(one.num_fds() for one in mine)}
         if self.own:
             found["pages"] = json.loads(self.request("GET", "/cluster")[1])["pages_used"]
