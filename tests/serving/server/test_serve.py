@@ -294,6 +294,10 @@ def test_who_goes_away_makes_room(server: RunningServer, client: openai.OpenAI) 
     with pytest.raises(httpx2.TimeoutException):
         endless = {"messages": LONG, "max_tokens": 900, "logit_bias": {"0": -100, "2": -100}}  # the ends of an answer
         ask(server, "/v1/chat/completions", endless, timeout=0.5)
+    until = time.monotonic() + 30
+    while not figures(server)["ranks"]:  # which come once it is noticed, if none came before
+        assert time.monotonic() < until
+        time.sleep(0.05)
     until_idle(server)
     text = server.client.get("/metrics", headers={"x-api-key": KEYS["anna"]}).text
     counts = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if not line.startswith("#")}
