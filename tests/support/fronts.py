@@ -14,7 +14,7 @@ from tpimpi.serving.server import wire
 from tpimpi.serving.server.front_options import FrontOptions, Listening
 
 TIMEOUT_S = 60.0
-READY = wire.Ready("m", 64, 2, 100, True, False, "")
+READY = wire.Ready("m", 64, 2, 100, "")
 
 
 class StandIn:

@@ -6,10 +6,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from tpimpi.cli.network_options import add_hosts
 from tpimpi.cli.parser import Parser
 from tpimpi.cli.process import Job
 from tpimpi.cli.run_parser import add_shares
-from tpimpi.cli.values import AUTO, path_given, program_given, share_weights
+from tpimpi.cli.values import AUTO, path_given, share_weights
 from tpimpi.diagnostics.doctor.command import doctor
 from tpimpi.diagnostics.options import DoctorOptions
 from tpimpi.errors import InputError
@@ -27,19 +28,7 @@ def doctor_parser() -> argparse.ArgumentParser:
         "is wrong.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--hostfile",
-        type=path_given("--hostfile", "the name of a file"),
-        metavar="FILE",
-        help="without mpirun: look at the hosts of that file, over ssh",
-    )
-    parser.add_argument(
-        "--ssh",
-        type=program_given("--ssh"),
-        default="ssh",
-        metavar="PROGRAM",
-        help="with --hostfile: instead of ssh, called as PROGRAM HOST COMMAND",
-    )
+    add_hosts(parser, "without mpirun: look at the hosts of that file, over ssh")
     parser.add_argument("--model", metavar="PATH", help="look for the slices of that model (default: as in a run)")
     parser.add_argument(
         "--slices",

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import argparse
 
-from tpimpi.cli.values import seconds
+from tpimpi.cli.values import path_given, program_given, seconds
 from tpimpi.star import ALLREDUCES, DEFAULT_SILENCE_S, DEFAULT_TIMEOUT_S, SHORTEST_SILENCE_S, WIRES
 
 LONGEST_SILENCE_S = 86400
 SILENCE_RANGE = f"{SHORTEST_SILENCE_S:.0f} to {LONGEST_SILENCE_S} seconds"
+
+
+def add_hosts(parser: argparse.ArgumentParser, hostfile: str) -> None:
+    """Hosts that are reached without mpirun; `hostfile` is what they are for."""
+    parser.add_argument(
+        "--hostfile", type=path_given("--hostfile", "the name of a file"), metavar="FILE", help=hostfile
+    )
+    parser.add_argument(
+        "--ssh",
+        type=program_given("--ssh"),
+        default="ssh",
+        metavar="PROGRAM",
+        help="with --hostfile: instead of ssh, called as PROGRAM HOST COMMAND",
+    )
 
 
 def add_network(group: argparse._ArgumentGroup) -> None:

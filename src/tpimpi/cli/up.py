@@ -14,12 +14,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from tpimpi.cli.network_options import add_hosts
 from tpimpi.cli.options import UpOptions
 from tpimpi.cli.parser import Parser
 from tpimpi.cli.process import Job, say
 from tpimpi.cli.serve_options import front_options, listening, parse_serve
 from tpimpi.cli.supervisor import Supervisor
-from tpimpi.cli.values import path_given, program_given, whole_number
+from tpimpi.cli.values import program_given, whole_number
 from tpimpi.errors import InputError
 from tpimpi.serving.server.front_process import FrontProcess
 from tpimpi.system.launcher import launched_rank
@@ -33,25 +34,13 @@ def up_parser() -> argparse.ArgumentParser:
         "those that are left when one is lost: answers that were under way go on. All other options are those of serve.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--hostfile",
-        type=path_given("--hostfile", "the name of a file"),
-        metavar="FILE",
-        help="the machines, one a line, this one first (default: this one alone)",
-    )
+    add_hosts(parser, "the machines, one a line, this one first (default: this one alone)")
     parser.add_argument(
         "--ranks",
         type=whole_number("--ranks", 1, 64),
         default=1,
         metavar="N",
         help="without --hostfile: ranks on this machine (default 1)",
-    )
-    parser.add_argument(
-        "--ssh",
-        type=program_given("--ssh"),
-        default="ssh",
-        metavar="PROGRAM",
-        help="instead of ssh, called as PROGRAM HOST COMMAND",
     )
     parser.add_argument(
         "--run-under",

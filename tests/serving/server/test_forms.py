@@ -37,7 +37,7 @@ EVENTS: list[Event] = [
     Ended("tool_calls", 9, 5, 3),
 ]
 PLAIN: list[Event] = [TextMore("Hel"), TextMore("lo"), Ended("length", 2, 0)]
-READY = Ready("model", 100, 1, 600, True, True, "hermes")
+READY = Ready("model", 100, 1, 600, "hermes")
 
 
 def strictly(kind: Any, value: Any) -> Any:

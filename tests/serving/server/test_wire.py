@@ -29,7 +29,7 @@ QUESTIONS = [
 REPLIES = [
     wire.Progress("loading", 0.5),
     wire.Processes({12: "r1 vm"}),
-    wire.Ready("m", 64, 2, 100, True, False, ""),
+    wire.Ready("m", 64, 2, 100, ""),
     wire.Began(7, 12),
     wire.Part(7, "a", "", [1], [wire.TokenLogprob(b"\xff", -0.5, [(b"a", -1.0)])]),
     wire.Done(7, "end", 3, 0),

@@ -44,11 +44,9 @@ class Listening(msgspec.Struct, frozen=True):
 
 
 class State(msgspec.Struct, frozen=True):
-    """Of a front that outlives rank 0: whether there is a rank 0 that answers; else the line with which it ended, if it said
-    one."""
+    """Of a front that outlives rank 0: whether there is a rank 0 that answers."""
 
     ready: bool
-    line: str = ""
 
 
 def died(rank: str) -> str:

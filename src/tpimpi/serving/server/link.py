@@ -244,7 +244,7 @@ class RankLink:
             self._is_ready.clear()
             self.is_ending = False
             self.progress = wire.Progress("a machine or rank 0 has gone; the run is started again", 0.0)
-            self.on_state(State(ready=False, line="" if self.failed is None else self.failed.line))
+            self.on_state(State(ready=False))
             return
         error = self._over()
         self.is_ending = True

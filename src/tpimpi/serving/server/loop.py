@@ -114,8 +114,6 @@ class ServerLoop:
             context=self._llm.context,
             together=self._together,
             vocab=self._tokenizer.sampled_ids,
-            has_template=self._tokenizer.has_chat_template,
-            has_tools=self._tokenizer.shows_tools,
             family=self._tokenizer.family,
         )
 

@@ -123,8 +123,6 @@ class Ready(_Said, frozen=True):
     context: int
     together: int  # answers that can be made at the same time
     vocab: int
-    has_template: bool  # chats can be answered
-    has_tools: bool  # the template shows tools to the model
     family: str  # of the template's way to write calls of tools; "" where it is not known
 
 

@@ -18,7 +18,7 @@ class TokenIds:
 
     bos_id = None
     end_ids: frozenset[int] = frozenset()
-    has_chat_template = has_reasoning = shows_tools = False
+    has_chat_template = has_reasoning = False
     family = ""
 
     def __init__(self, vocab: int, *, gguf: bool = False) -> None:

@@ -169,11 +169,6 @@ class Tokenizer:
         return self._checked(ids)
 
     @property
-    def shows_tools(self) -> bool:
-        """Whether the model's own template shows tools to it."""
-        return self._chat is not None and self._chat.shows_tools
-
-    @property
     def family(self) -> str:
         """How the model writes calls of tools (see tool_forms)."""
         return family_of(None if self._chat is None else self._chat.source, set(self.control_names.values()))
