@@ -61,7 +61,7 @@ def wanted_of(choice: ToolChoice, grammar: Grammar | None = None, tools: Sequenc
 
 
 def ready_of(family: str) -> Ready:
-    return Ready("m", 100, 1, 600, True, True, family)
+    return Ready("m", 100, 1, 600, family)
 
 
 def answer(
