@@ -1,8 +1,8 @@
 """The keys of this host for sealed links: one small file, for its owner alone.
 
-A home is a set of hosts that know one another's public keys (X25519, RFC 7748). Each host has a file with its own private key
-and the public keys of all: a JSON object, 0600, at `key_file()`. A host without the private key of another cannot pose as it.
-Hosts that share a home folder, as on a cluster, share one file, and are one host to one another's keys.
+A home is a set of hosts that know one another's public keys (X25519, RFC 7748). Each host has a file with its own private
+key and the public keys of all: a JSON object, 0600, at `key_file()`. A host without the private key of another cannot pose
+as it. Hosts that share a home folder, as on a cluster, share one file, and are one host to one another's keys.
 """
 
 from __future__ import annotations
