@@ -248,7 +248,7 @@ def library(pieces: PieceChannel, flat: F32) -> Steps:
     """MPI's own allreduce; in f32 only."""
     assert pieces.wire.format == "f32"
     result = np.empty_like(flat)
-    yield Pending([pieces.channel.comm.Iallreduce(flat, result)], [0], [None])
+    yield Pending([pieces.channel.comm.Iallreduce(flat, result)], [0], [None], counted=False)
     flat[:] = result
 
 

@@ -41,6 +41,7 @@ class Star:
         self, comm: MPI.Intracomm | None, *, timeout: float = DEFAULT_TIMEOUT_S, allreduce: str = "star"
     ) -> None:
         self._channel = Channel(comm) if comm else None
+        self._smaller = 0  # stars made of this one
         self._comm = comm
         self.rank = Rank(comm.rank, comm.size, platform.node()) if comm else Rank(0, 1, platform.node())
         self.timeout = timeout
@@ -256,6 +257,7 @@ class Star:
             return Star(None)
         from mpi4py import MPI
 
+        self._smaller += 1  # on every rank: the name of the new communicator
         comm: Any = self._comm.Split(0 if self.rank.index < ranks else MPI.UNDEFINED, self.rank.index)
         if comm == MPI.COMM_NULL:
             return None
@@ -263,7 +265,15 @@ class Star:
         few.wire, few.threads = self.wire, self.threads
         if few._channel is not None:
             few._channel.latency = self._channel.latency
+            if self._channel.seal is not None:
+                few._channel.seal = self._channel.seal.derive(f"first {self._smaller}")
         return few
+
+    @property
+    def sealed(self) -> str | None:
+        """The cipher by which all messages between ranks are sealed; None where they are not."""
+        seal = None if self._channel is None else self._channel.seal
+        return None if seal is None else seal.cipher
 
     def rank_name(self, rank: int) -> str:
         """How messages name a rank: "r2 home-pi", or "rank 2" where its host is not known."""
