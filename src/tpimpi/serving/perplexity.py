@@ -142,6 +142,7 @@ class Result:
     model: str
     backend: str
     allreduce: str
+    sealed: str | None
     text: str
     text_tokens: int
     context: int
@@ -288,6 +289,7 @@ class Measurement:
             model=header.model,
             backend=engines[0].model.backend.name,
             allreduce=engines[0].model.star.algorithm,
+            sealed=engines[0].model.star.sealed,
             text=self.name,
             text_tokens=len(self.ids),
             context=self.context,

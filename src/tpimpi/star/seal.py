@@ -70,7 +70,8 @@ class Seal:
 
     def close(self, peer: int, tag: int, data: Bytes, frame: Bytes) -> None:
         """Seal the next message to `peer`: uint8 [n] into uint8 [n + SEAL_BYTES]."""
-        self._to[peer].encrypt_into(_NONCE.pack(tag, self._next(self._sent, peer, tag)), data, None, frame)
+        nonce = _NONCE.pack(tag, self._next(self._sent, peer, tag))
+        self._to[peer].encrypt_into(nonce, memoryview(data), None, memoryview(frame))
 
     def expect(self, peer: int, tag: int) -> int:
         """The number of the next message from `peer`; messages are to be received in the order in which this is asked."""
