@@ -124,6 +124,16 @@ def test_all_that_ranks_say_to_one_another_goes_over_sealed_links(said) -> None:
     ] * RANKS
 
 
+def test_lengths_do_not_tell_how_long_a_prompt_is(said) -> None:
+    """Of 5 and of 32 rows of 8 numbers they are those of 32, of 33 those of 64; of a step of 5 rows they are exact."""
+    for of_rank in said:
+        five, all_, more, exact = of_rank["padded"]
+        assert five == all_
+        assert set(five) == {32 * 8 * 4 + 16}
+        assert set(more) == {64 * 8 * 4 + 16}
+        assert set(exact) == {5 * 8 * 4 + 16}
+
+
 @pytest.mark.parametrize(
     ("kind", "where", "words"),
     [

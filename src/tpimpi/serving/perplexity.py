@@ -309,5 +309,5 @@ class Measurement:
 
 def _last_logits(engine: Engine, ids: Sequence[int], start: int, count: int) -> F32:
     """Have all ranks run `ids` at positions from `start`: logits of the last `count` of them, [count, vocab]."""
-    hidden = step(engine.model, engine.model.star, engine.embed(ids), start, head=count > 0)
+    hidden = step(engine.model, engine.model.star, engine.embed(ids), start, head=count > 0, prompt=True)
     return engine.model.logits(hidden[len(ids) - count :]) if count else np.empty((0, 0), np.float32)

@@ -29,7 +29,14 @@ Words = npt.NDArray[np.int64]
 ALLREDUCES = ("auto", *ALGORITHMS)
 
 DEFAULT_TIMEOUT_S = 600.0  # a rank waits so long for another's message in mid-run
+PADDED_ROWS = 32
 ABORT_GRACE_S = 10.0  # time that MPI gets to end the job after an error
+
+
+def _take_back(array: F32, flat: F32) -> None:
+    """Put what came into `flat` into the array that it stands for, where that is another one."""
+    if flat.size != array.size:
+        array.reshape(-1)[:] = flat[: array.size]
 
 
 class Star:
@@ -50,6 +57,7 @@ class Star:
         self.threads = False  # MPI was started for several
         self._background = Background()
         self._turn = 0  # sums begun
+        self._row_multiple = 1
         self.seconds = 0.0  # spent in allreduces and broadcasts
         self._others = range(1, self.rank.size)
 
@@ -87,9 +95,10 @@ class Star:
         if self._channel is None or self.rank.size == 1 or array.size == 0:
             return Allreduce(None, iter(()), 0, self._spent)
         began = time.monotonic()
-        name = next(name for most, name in self._rule if array.size <= most)
-        steps = ALGORITHMS[name](self._piece_channel(Wire() if exact else self.wire), array.reshape(-1))
-        allreduce = Allreduce(self._channel, steps, self.timeout, self._spent)
+        flat = self._padded(array)
+        name = next(name for most, name in self._rule if flat.size <= most)
+        steps = ALGORITHMS[name](self._piece_channel(Wire() if exact else self.wire), flat)
+        allreduce = Allreduce(self._channel, steps, self.timeout, self._spent, lambda: _take_back(array, flat))
         if background and self.threads:
             self._background.add(allreduce)
         self._spent(time.monotonic() - began)
@@ -109,7 +118,7 @@ class Star:
         if self._channel is None or self.rank.size == 1:
             return
         began = time.monotonic()
-        deadline, flat, pieces = began + self.timeout, array.reshape(-1), PieceChannel(self._channel, self.wire)
+        deadline, flat, pieces = began + self.timeout, self._padded(array), PieceChannel(self._channel, self.wire)
         cut = pieces.cut(0, flat.size)
         if self.rank.is_hub:
             for piece in cut:
@@ -119,7 +128,18 @@ class Star:
             for piece, arrival in [(piece, pieces.expect(piece, 0, HIDDEN)) for piece in cut]:
                 self._channel.wait(arrival.pending, deadline)
                 arrival.put(flat[piece])
+        _take_back(array, flat)
         self.seconds += time.monotonic() - began
+
+    def pad_rows(self, pad: bool) -> None:
+        """From now on, with `pad`, arrays of rows are padded with zeros to a multiple of PADDED_ROWS rows on sealed links,
+        so that who counts bytes on the network does not see how many there are. Every rank calls it alike."""
+        self._row_multiple = PADDED_ROWS if pad and self.sealed else 1
+
+    def _padded(self, array: F32) -> F32:
+        """An array as it travels: flat, itself where there is nothing to pad."""
+        flat, more = array.reshape(-1), -array.shape[0] % self._row_multiple
+        return np.pad(flat, (0, more * (flat.size // array.shape[0]))) if more else flat
 
     # Control: a few whole numbers from the hub; what they mean is the engine's
 

@@ -94,6 +94,43 @@ def well(star: Star) -> str:
     return star.sealed or ""
 
 
+class Sizes:
+    """A communicator that notes how long its messages are."""
+
+    def __init__(self, comm: Any) -> None:
+        self._comm, self.found = comm, []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._comm, name)
+
+    def Isend(self, frame: np.ndarray, dest: int, tag: int) -> Any:  # noqa: N802
+        self.found.append(frame.size)
+        return self._comm.Isend(frame, dest=dest, tag=tag)
+
+
+def padded(star: Star) -> list[list[int]]:
+    """Messages of prompts of 5, 32 and 33 rows, then of a step of 5 that is none: their lengths."""
+    few = star.first(star.rank.size)
+    assert few is not None and few._channel is not None
+    sizes = Sizes(few._channel.comm)
+    few._channel.comm, found = sizes, []  # type: ignore[assignment]
+    for rows, prompt in ((5, True), (32, True), (33, True), (5, False)):
+        few.pad_rows(prompt)
+        sizes.found = []
+        x = (
+            np.arange(rows * 8, dtype=np.float32).reshape(rows, 8)
+            if few.rank.is_hub
+            else np.zeros((rows, 8), np.float32)
+        )
+        few.broadcast(x)
+        assert (x.reshape(-1) == np.arange(rows * 8)).all()
+        under_way = few.start(x)
+        under_way.wait()
+        assert (x.reshape(-1) == np.arange(rows * 8) * few.rank.size).all()
+        found.append(sizes.found)
+    return found
+
+
 def altered(star: Star, kind: str) -> str:
     """Two sums over links of which rank 1's partials are altered: what this rank says."""
     few = star.first(star.rank.size)
@@ -145,6 +182,7 @@ def main() -> None:
         print("not noticed", flush=True)
         return
     said: dict[str, Any] = {"well": well(star)}
+    said["padded"] = padded(star)
     for kind in sorted(folder.name for folder in FOLDER.iterdir()):
         MPI.COMM_WORLD.Barrier()
         said[f"keys: {kind}"] = keys_of(kind)
