@@ -46,6 +46,7 @@ class Workload:
     chunk: int | None = None  # positions of a prompt that are computed at once; None: as in a run
     routing: Trace | None = None  # of a mixture: which experts are chosen; None: all equally likely
     parallel: int = 1  # sequences that are answered at once, each of `context` positions
+    accepted: float | None = None  # part of drafted tokens that are accepted; None: nothing is drafted
 
 
 @dataclass(frozen=True)
