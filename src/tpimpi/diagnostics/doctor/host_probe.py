@@ -72,6 +72,14 @@ def facts() -> dict[str, Any]:
     except Exception as error:
         found["cache_error"] = problem(error)
     try:
+        import msgspec
+
+        from tpimpi.system.link_keys import find_keys
+
+        found["keys"] = msgspec.to_builtins(find_keys())  # of which nothing is secret
+    except Exception as error:
+        found["keys_error"] = problem(error)
+    try:
         import psutil
 
         up = {  # as MPI libraries see it; `isup` leaves out a bridge that nothing is plugged into
