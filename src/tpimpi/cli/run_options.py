@@ -43,6 +43,7 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
         out=parsed.out,
         parallel=parsed.parallel,
         session=parsed.session,
+        session_key_file=parsed.session_key_file,
         keep_cache=parsed.keep_cache,
         system=parsed.system,
         system_file=parsed.system_file,
@@ -71,6 +72,10 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
         raise InputError(
             "--keep-cache is given and --session is not, whose keys and values it keeps; give both, or leave it out"
         )
+    if generate.session_key_file is not None and generate.session is None:
+        raise InputError(
+            "--session-key-file is given and --session is not, which it encrypts; give both, or leave it out"
+        )
     if generate.draft is not None and generate.speculate == 0:
         raise InputError("--draft is given and --speculate is off; leave one of them out")
     if options.output.record_routing is not None and (generate.draft is not None or generate.speculate):
@@ -82,6 +87,7 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
     check_combinations(options.compute, options.network, options.model)
     inputs = (
         generate.prompt_file,
+        generate.session_key_file,
         generate.batch_file,
         generate.stop_file,
         generate.session,
