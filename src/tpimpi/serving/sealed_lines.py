@@ -5,12 +5,12 @@ The first line is clear: the version of this format, a salt, and by what a wrong
     {"tpimpi sealed session": 1, "salt": "HEX", "check": "HEX"}
 
 Each line after it is one line of the plain file, without its line end, with blanks up to a multiple of PADDED_BYTES, in
-base64: a random nonce (12 bytes), the text encrypted with ChaCha20-Poly1305 (RFC 8439), and its tag (16 bytes). The key is the
-first 32 bytes of scrypt (RFC 7914; N, r and p below) of the passphrase and the salt, "check" are the next 16. Authenticated
-beside each line is the tag of the line before it, and with the first one the clear line. So a line opens at its own place in
-its own file alone: lines that were changed, exchanged, left out in the middle or taken from another file, or from another
-continuation of the same one, are found. What is missing at the end is not: a file that was cut off behind a whole line is one
-of a run that ended there.
+base64: a random nonce (12 bytes), the text encrypted with ChaCha20-Poly1305 (RFC 8439), and its tag (16 bytes). The key
+is the first 32 bytes of scrypt (RFC 7914; N, r and p below) of the passphrase and the salt, "check" are the next 16.
+Authenticated beside each line is the tag of the line before it, and with the first one the clear line. So a line opens
+at its own place in its own file alone: lines that were changed, exchanged, left out in the middle or taken from another
+file, or from another continuation of the same one, are found. What is missing at the end is not: a file that was cut
+off behind a whole line is one of a run that ended there.
 
 Nonces are random, not counted: after a crash, or from a copy of the file, two different lines can come to stand at the same
 place, and a counter would then be used twice. Two of 2**32 random ones are the same with a chance of 2**-33.
