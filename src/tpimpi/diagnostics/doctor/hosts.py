@@ -31,6 +31,7 @@ from tpimpi.diagnostics.doctor.host_findings import (
     check_file,
     check_local,
     check_programs,
+    check_swap,
     check_versions,
     interface_of,
     interfaces_of,
@@ -123,6 +124,7 @@ def _look_at(found: HostChecks, ours: LocalFacts, ssh: str) -> None:
         check_programs(found, ours, heads)
         check_versions(found, ours)
         check_disk(found)
+        check_swap(found)
         _check_network(found, ours, probe, addresses)
 
 
