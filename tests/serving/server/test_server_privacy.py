@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.support.launch import PROGRAMS, Launcher
-from tests.support.privacy import leaks, patterns_of, words_of_steps
+from tests.support.privacy import RUN, leaks, patterns_of, words_of_steps
 from tests.support.processes import Shown, found_in_memory
 from tests.support.servers import RunningServer
 from tpimpi.engine.protocol import Operation
@@ -32,8 +32,8 @@ BODY = {
 }
 
 
-def ask_all(server: RunningServer) -> tuple[set[str], list[int]]:
-    """Ask what a client may ask; the words and the ids of it and of an answer."""
+def ask_all(server: RunningServer) -> tuple[set[str], list[int], str]:
+    """Ask what a client may ask; the words and the ids of it and of an answer, and the answer."""
     headers = {"Authorization": f"Bearer {KEY}"}
 
     def post(path: str, body: object) -> dict:
@@ -50,10 +50,10 @@ def ask_all(server: RunningServer) -> tuple[set[str], list[int]]:
     post("/v1/completions", {"prompt": PROMPT, "max_tokens": 1})
     # Of the answer long pieces: a word of it may be one of ours.
     pieces = {answer[place : place + 12] for place in range(len(answer) - 12)}
-    return {*re.findall(r"\w{5,}", f"{PROMPT} {KEY} {OWNER} Kumquat"), *pieces}, [*ids[0], *ids[1]]
+    return {*re.findall(r"\w{5,}", f"{PROMPT} {KEY} {OWNER} Kumquat"), *pieces}, [*ids[0], *ids[1]], answer
 
 
-def look_at_processes(server: RunningServer, words: set[str], ids: list[int], private: str) -> list[str]:
+def look_at_processes(server: RunningServer, words: set[str], ids: list[int]) -> list[str]:
     """What the run's processes show; that there is no text in the memory of ranks other than 0, and that no process
     leaves its memory behind when it crashes."""
     shown = {one.pid: Shown.of(one.pid) for one in server.processes()}
@@ -64,7 +64,9 @@ def look_at_processes(server: RunningServer, words: set[str], ids: list[int], pr
         assert any(name.endswith(".so") for name in shown[pid].maps.split()), "nothing is seen of its memory"
     swap = len(Path("/proc/swaps").read_text().splitlines()) > 1
     assert swap or not any(shown[pid].swapped_bytes for pid in ranks)
-    patterns = patterns_of(words, ids)
+    patterns = patterns_of(words, [])
+    for run in (ids[start : start + 2 * RUN] for start in range(0, len(ids) - 2 * RUN, 2 * RUN)):
+        patterns += [(f"ids {run} as {dtype}", np.array(run, dtype).tobytes()) for dtype in ("<u2", "<i4", "<i8")]
     try:
         for rank, pid in enumerate(ranks):
             found, looked_at = found_in_memory(pid, patterns)
@@ -100,8 +102,11 @@ def test_a_server_gives_nothing_away(mpirun: Launcher, cache: dict[str, str], sm
     server = RunningServer(mpirun, RANKS, tmp_path / "log", *options, env=env, program=program)
     try:
         server.until_ready()
-        words, ids = ask_all(server)
-        outside = look_at_processes(server, words, ids, link_keys.private)
+        words, ids, answer = ask_all(server)
+        # Without words that are in any Python's memory, of its own texts.
+        rare = {word for word in words if word in f"{PROMPT}{KEY}{OWNER}Kumquat" and len(word) > 7 and word.isalpha()}
+        rare |= {answer[place : place + 30] for place in range(0, len(answer) - 30, 15)}
+        outside = look_at_processes(server, rare, ids)
         server.rank(0).terminate()
         assert server.wait() == 0, server.said()
     finally:
