@@ -20,8 +20,8 @@ def wants_traceback() -> bool:
 def turn_off_core_dumps() -> None:
     """Neither this process nor what it starts leaves its memory when it crashes; but where a traceback is wanted.
 
-    The process stays dumpable otherwise (PR_SET_DUMPABLE): without that Open MPI's ranks of a user could not read one
-    another's buffers, as they do for large messages on one host.
+    The process stays dumpable otherwise (PR_SET_DUMPABLE): another process of the same user could read the user's files as
+    well, and Open MPI's ranks on one host copy large messages straight out of one another's memory, which they could not.
     """
     if wants_traceback():
         return
