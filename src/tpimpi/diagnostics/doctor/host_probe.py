@@ -44,6 +44,18 @@ def problem(error: BaseException) -> str:
     return type(error).__name__ + ": " + " ".join(str(error).split())[:300]
 
 
+def keys() -> dict[str, Any]:
+    """What is told of this host's keys for sealed links, of which nothing is secret."""
+    try:
+        import msgspec
+
+        from tpimpi.system.link_keys import find_keys
+
+        return {"keys": msgspec.to_builtins(find_keys())}
+    except Exception as error:
+        return {"keys_error": problem(error)}
+
+
 def facts() -> dict[str, Any]:
     """What is installed, in which version; an `…_error` says why something could not be imported."""
     found: dict[str, Any] = {
@@ -83,14 +95,7 @@ def facts() -> dict[str, Any]:
         found["free"] = shutil.disk_usage(place).free
     except Exception as error:
         found["cache_error"] = problem(error)
-    try:
-        import msgspec
-
-        from tpimpi.system.link_keys import find_keys
-
-        found["keys"] = msgspec.to_builtins(find_keys())  # of which nothing is secret
-    except Exception as error:
-        found["keys_error"] = problem(error)
+    found.update(keys())
     try:
         import psutil
 
