@@ -19,6 +19,7 @@ place, and a counter would then be used twice. Two of 2**32 random ones are the 
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import os
 
@@ -68,6 +69,12 @@ class LineSeal:
             raise WrongPassphraseError
         self.first_line = first_line
         self._cipher, self._before = ChaCha20Poly1305(key), first_line
+
+    def again(self) -> LineSeal:
+        """With the same key and first line, for another file from its beginning."""
+        other = copy.copy(self)
+        other._before = self.first_line
+        return other
 
     def seal(self, line: bytes) -> bytes:
         """The next line as it stands in the file, from a plain one with its line end."""

@@ -322,7 +322,9 @@ def save(given: str, transcript: Transcript, header: Mapping[str, Any]) -> None:
     `header` is what the first line holds, but for the version. Of an encrypted session it is encrypted, with the same
     passphrase. Raises InputError for a file that is something else, or is in use, and StorageError.
     """
-    passphrase = transcript.passphrase if isinstance(transcript, Session) else None
+    passphrase = seal = None
+    if isinstance(transcript, Session) and (passphrase := transcript.passphrase) is not None:
+        seal = LineSeal(passphrase) if transcript.seal is None else transcript.seal.again()
     with contextlib.closing(Session(given, "/save", passphrase)) as there:
         lines = _line({"tpimpi session": CHANGED_VERSION, **header})
         if transcript.system is not None:
@@ -331,8 +333,7 @@ def save(given: str, transcript: Transcript, header: Mapping[str, Any]) -> None:
             lines += _turn_lines(turn) + b"".join(map(_token_line, turn.tokens))
             if turn.ended is not None:
                 lines += _end_line(turn.ended, turn.text, turn.reasoning or None)
-        if passphrase is not None:
-            seal = LineSeal(passphrase)
+        if seal is not None:
             lines = seal.first_line + _sealed(seal, lines)
         with replacing(there.path, "/save", private=True) as file:
             file.write(lines)

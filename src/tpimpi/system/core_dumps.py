@@ -7,8 +7,8 @@ import os
 import resource
 from pathlib import Path
 
-# With a limit of 1 the kernel neither writes a file nor starts the program that core_pattern names (core(5); a limit of 0
-# does not keep it from starting that).
+# With a limit of 1 Linux neither writes a file nor starts the program that core_pattern names, which a limit of 0 does not
+# keep it from (do_coredump in its fs/coredump.c).
 _LIMIT_BYTES = 1
 
 
