@@ -51,7 +51,8 @@ class Workload:
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    """What `doctor` takes: with `hostfile` it looks at those hosts over ssh, else at the ranks of this run."""
+    """What `doctor` takes: with `hostfile` it looks at those hosts over ssh, else at the ranks of this run. With `make_keys`
+    it makes keys for those hosts, else for this user; with `rotate_keys` also where there are some."""
 
     hostfile: str | None = None
     ssh: str = "ssh"  # a program that is called as PROGRAM HOST COMMAND
@@ -60,3 +61,5 @@ class DoctorOptions:
     format: str = "auto"
     shares: tuple[float, ...] | None = None  # of the slices, one for each rank; None: they are yet to be chosen
     json: Path | None = None
+    make_keys: bool = False
+    rotate_keys: bool = False
