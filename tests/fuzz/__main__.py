@@ -87,7 +87,8 @@ def _all(names: list[str], engine: str, minutes: float) -> int:
     inputs, finds = sum(outcome.inputs for outcome in outcomes), [one for one in outcomes if one.code]
     for find in finds:
         print(f"fuzz: {find.name}: exit code {find.code}\n{find.said[-3000:]}", file=sys.stderr)
-    print(f"fuzz: {inputs} inputs, {len(finds)} finds{f' (in {FOLDER / 'found'})' if finds else ''}", file=sys.stderr)
+    where = f" (in {FOLDER / 'found'})" if finds else ""
+    print(f"fuzz: {inputs} inputs, {len(finds)} finds{where}", file=sys.stderr)
     return 1 if finds else 0
 
 
