@@ -59,7 +59,7 @@ def _note(data: bytes) -> None:
         again = decode_note(to_json(note), kind, "r1 pi")
         assert to_json(again) == to_json(note)
         if isinstance(note, TilesFound):
-            indexes_of(note.missing)
+            indexes_of(note.missing, 100, "r1 pi")
         if isinstance(note, DistributeSlices):
             _header_from(note, 0, 1)
     if not understood:

@@ -5,6 +5,7 @@ Ranks other than 0 import nothing that reads or makes models.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -77,8 +78,11 @@ def _as_runs(indexes: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def indexes_of(runs: Sequence[tuple[int, int]]) -> list[int]:
-    """The numbers of such runs."""
+def indexes_of(runs: Sequence[tuple[int, int]], count: int, sender: str) -> list[int]:
+    """The numbers of such runs, of tiles of which there are `count`. Raises StarError where they are of others."""
+    ends = [0, *(end for run in runs for end in run), count]
+    if any(before > behind for before, behind in itertools.pairwise(ends)):
+        raise StarError(f"{sender} says that it lacks tiles that its slice has not, which has {count}")
     return [index for first, last in runs for index in range(first, last)]
 
 
