@@ -12,7 +12,7 @@ from random import Random
 from types import FrameType
 from typing import Any
 
-from tests.fuzz.limits import MOST_TIME_S, TooMuchError, bound_memory
+from tests.fuzz.limits import MOST_WAIT_S, TooMuchError, bound_memory
 from tests.fuzz.mutate import Mutator
 
 FINDS = Path(__file__).parent / "finds"
@@ -44,7 +44,7 @@ def by_coverage(name: str, corpus: Path, seconds: int) -> None:
     bound_memory()
     arguments = [
         f"-max_total_time={seconds}",
-        f"-timeout={MOST_TIME_S:.0f}",
+        f"-timeout={MOST_WAIT_S:.0f}",
         "-rss_limit_mb=0",
         f"-max_len={_MOST_BYTES}",
     ]
@@ -89,10 +89,10 @@ def _in_time(target: Callable[[bytes], None], data: bytes) -> None:
     """Try an input, and end it where it takes too long."""
 
     def too_long(number: int, frame: FrameType | None) -> Any:
-        raise TooMuchError(f"takes more than {MOST_TIME_S:.0f} s")
+        raise TooMuchError(f"takes more than {MOST_WAIT_S:.0f} s")
 
     before = signal.signal(signal.SIGALRM, too_long)
-    signal.setitimer(signal.ITIMER_REAL, MOST_TIME_S)
+    signal.setitimer(signal.ITIMER_REAL, MOST_WAIT_S)
     try:
         target(data)
     finally:

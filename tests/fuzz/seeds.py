@@ -89,7 +89,7 @@ def sentencepiece_model(kind: str = "bpe") -> bytes:
         sentence_iterator=iter([line for text in TEXTS for line in text.splitlines() if "\x00" not in line] * 3),
         model_writer=model,
         model_type=kind,
-        vocab_size=400,
+        vocab_size=380,
         byte_fallback=True,
         character_coverage=0.98,
         normalization_rule_name="identity" if kind == "bpe" else "nmt_nfkc",

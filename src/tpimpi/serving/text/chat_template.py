@@ -30,7 +30,13 @@ from tpimpi.serving.text.messages import (
     with_content,
     with_descriptions,
 )
-from tpimpi.serving.text.template_limits import TemplateTimeError, bounded
+from tpimpi.serving.text.template_limits import (
+    COMPILE_TIME_S,
+    RENDER_TIME_A_CHARACTER_S,
+    RENDER_TIME_S,
+    TemplateTimeError,
+    bounded,
+)
 from tpimpi.serving.text.tool_forms import told_as_text
 
 _NONE = "None"  # what some templates write where a message has no content
@@ -107,8 +113,7 @@ class ChatTemplate:
         if self._endless is not None:
             raise self._endless
         try:
-            with bounded():
-                text = self._text(messages, tools, options, answer=answer)
+            text = self._text(messages, tools, options, answer=answer)
         except ModelError:
             raise
         except Exception as error:  # whatever a program can raise
@@ -123,11 +128,14 @@ class ChatTemplate:
     def _text(self, messages: Messages, tools: Tools, options: Mapping[str, Any], *, answer: bool) -> str:
         """What the template, which is made the first time, writes. Raises whatever it raises."""
         if self._template is None:
-            self._template = _environment(lambda: self._now, self._join).from_string(self.source)
+            with bounded(COMPILE_TIME_S):
+                self._template = _environment(lambda: self._now, self._join).from_string(self.source)
             # What the operator ~ calls, by a name that Jinja's compiler has imported for it.
             self._template.root_render_func.__globals__["str_join"] = self._join
         variables = {**options, **self._named, "messages": messages, "tools": list(tools) or None}
-        text: str = self._template.render(**variables, documents=None, add_generation_prompt=answer)
+        length = sum(map(len, texts_of([messages, tools, options])))
+        with bounded(RENDER_TIME_S + length * RENDER_TIME_A_CHARACTER_S):
+            text: str = self._template.render(**variables, documents=None, add_generation_prompt=answer)
         return text
 
     def _join(self, parts: Iterable[object]) -> str:
