@@ -120,7 +120,7 @@ def _safetensors_seeds() -> list[bytes]:
     found = []
     for kind in seeds.KINDS:
         path = seeds.hf_folder(kind)
-        config, weights = (path / "config.json").read_bytes(), (path / "model.safetensors").read_bytes()
+        config, weights = (path / "config.json").read_bytes(), next(path.glob("*.safetensors")).read_bytes()
         found.append(joined([config, b"", weights, b""]))
         (length,) = struct.unpack("<Q", weights[:8])
         names = [name for name in json.loads(weights[8 : 8 + length]) if name != "__metadata__"]
