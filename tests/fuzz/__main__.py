@@ -86,7 +86,7 @@ def _all(names: list[str], engine: str, minutes: float) -> int:
         outcomes = list(pool.map(lambda name: _outcome(name, engine, seconds), names))
     inputs, finds = sum(outcome.inputs for outcome in outcomes), [one for one in outcomes if one.code]
     for find in finds:
-        print(f"fuzz: {find.name}: exit code {find.code}\n{find.said[-3000:]}", file=sys.stderr)
+        print(f"fuzz: {find.name}: exit code {find.code}\n{find.said[-1500:]}", file=sys.stderr)
     where = f" (in {FOLDER / 'found'})" if finds else ""
     print(f"fuzz: {inputs} inputs, {len(finds)} finds{where}", file=sys.stderr)
     return 1 if finds else 0

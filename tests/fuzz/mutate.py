@@ -58,14 +58,15 @@ def mutate_bytes(data: bytes, random: Random) -> bytes:
 
 def mutate_json(data: bytes, random: Random) -> bytes:
     """A value, a key or a part of the JSON is another; bytes of it, now and then, or where it is none."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return mutate_bytes(data, random)
     if random.randrange(10) == 0:
         return mutate_bytes(data, random)
-    odd = mutate_value(value, random)
-    return json.dumps(value).replace(json.dumps(_HOLE), odd).encode() if odd != "" else json.dumps(value).encode()
+    try:
+        value = json.loads(data)
+        odd = mutate_value(value, random)
+        text = json.dumps(value)
+    except (ValueError, RecursionError):
+        return mutate_bytes(data, random)
+    return (text.replace(json.dumps(_HOLE), odd) if odd else text).encode()
 
 
 def mutate_value(value: Any, random: Random) -> str:

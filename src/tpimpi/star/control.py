@@ -118,7 +118,7 @@ def _convert(values: Any, kind: type[T], sender: str, *, any_version: bool = Fal
         note = msgspec.convert(values, kind)
         # msgspec forbids unknown fields in a Struct, but not in a dataclass inside it.
         unknown = None if any_version else _unknown_field(values, msgspec.to_builtins(note), "$")
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:  # half a character is none
         raise _makes_no_sense(sender, error) from error
     if unknown is not None:
         raise _makes_no_sense(sender, f"it has the unknown field `{unknown}`")

@@ -67,7 +67,7 @@ class ChatTemplate:
             import jinja2
         try:
             parsed = _environment(datetime.now, "".join).parse(self.source)
-        except jinja2.TemplateError:
+        except Exception:  # also Python's own, over what is too deep or too long
             return ""
         texts = [node.data for node in parsed.find_all(jinja2.nodes.TemplateData)]
         texts += [node.value for node in parsed.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
