@@ -22,6 +22,7 @@ from tpimpi.serving.server import wire
 from tpimpi.serving.server.answering import _ask, _with_tools
 from tpimpi.serving.server.bodies import Bodies
 from tpimpi.serving.server.chat_completions import ChatForm, ChatRequest, messages_of
+from tpimpi.serving.server.link import _check_numbers
 from tpimpi.serving.server.problems import ApiError
 from tpimpi.serving.server.prompts import RefusedError, query_of
 from tpimpi.serving.server.routes import endpoints
@@ -80,7 +81,9 @@ def _request(data: bytes) -> None:
     ready = wire.Ready("m", _CONTEXT, 4, 600, family)
     for one in wanted if isinstance(wanted, list) else [wanted]:
         full = _with_tools(one, ready)
-        ask = wire.decode_question(wire.frame(_ask(full, full.sampling, "o"))[4:])
+        question = _ask(full, full.sampling, "o")
+        _check_numbers(question)
+        ask = wire.decode_question(wire.frame(question)[4:])
         assert isinstance(ask, wire.Ask)
         query_of(_tokenizer(), ask, _CONTEXT, _grammars())
 
