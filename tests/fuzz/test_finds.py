@@ -164,7 +164,8 @@ _USER = [{"role": "user", "content": "a"}]
         "{{ '{:>9999999999}'.format('a') }}",
         "{% set ns = namespace(a='aaaaaaaaaa') %}{% for i in range(99) %}{% set ns.a = ns.a ~ ns.a %}{% endfor %}{{ ns.a }}",
         "{{ ('a' * 99999).replace('a', 'b' * 99999) | length }}",
-        "{{ 9 ** 9 ** 9 }}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{{ 9 ** (9 ** (messages | length * 9)) }}",
         "{{ messages | tojson(indent=999999999) }}",
     ],
 )

@@ -59,7 +59,7 @@ class ChatTemplate:
         self._template: Any = None
         self._now = datetime.now()
         self._alphabet: Alphabet | None = None  # of the content that is being rendered
-        self._endless: ModelError | None = None  # once it took too long: nobody waits for that again
+        self._endless: ModelError | None = None  # once it took too long, or too much: it is not tried again
 
     def literals(self) -> str:
         """Its literal text and strings, none beside another. Empty where it cannot be parsed, which `render` says."""
@@ -119,7 +119,7 @@ class ChatTemplate:
         except Exception as error:  # whatever a program can raise
             reason = f"{type(error).__name__}: {error}"[:200].replace("\n", " ")
             failed = ModelError(f"the model's chat template fails: {reason}; use --raw to do without it")
-            self._endless = failed if isinstance(error, TemplateTimeError) else None
+            self._endless = failed if isinstance(error, TemplateTimeError | MemoryError) else None
             raise failed from error
         if not is_unicode(text):
             raise ModelError("the model's chat template writes text that is not Unicode; use --raw to do without it")

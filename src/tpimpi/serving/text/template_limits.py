@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 MOST_BYTES = 256 << 20
-COMPILE_TIME_S = 5.0  # of a processor, as below
+COMPILE_TIME_S = 2.0  # of a processor, as below
 # For one text, of which a tokenizer asks for a dozen: far more than a template takes that looks at each message a few times.
 RENDER_TIME_S, RENDER_TIME_A_CHARACTER_S = 0.5, 2e-5
 _LOOK_INTERVAL_S = 0.1
