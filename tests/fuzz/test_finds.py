@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import msgspec
 import numpy as np
 import pytest
 
@@ -25,7 +26,7 @@ from tpimpi.star.control import decode_note
 from tpimpi.system.hostfile import read_hostfile
 from tpimpi.system.link_keys import decode_keys
 from tpimpi.weights.notes import DistributeSlices
-from tpimpi.weights.receive import indexes_of
+from tpimpi.weights.receive import _header_from, indexes_of
 from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.sources import open_source
 
@@ -78,6 +79,20 @@ def test_tiles_that_a_slice_has_not_cannot_be_missing(runs: list[tuple[int, int]
     with within_limits(), pytest.raises(StarError, match="r1 pi says that it lacks tiles"):
         indexes_of(runs, 4, "r1 pi")
     assert indexes_of([(0, 2), (3, 4)], 4, "r1 pi") == [0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    "change", [{"formats": {}}, {"weights": []}, {"config": {"layers": "a"}}, {"weights": [0, -1]}]
+)
+def test_a_plan_of_slices_that_makes_no_sense_is_refused(change: dict[str, Any]) -> None:
+    """Formats that lack one that the config needs were an internal error, and so were others."""
+    shape = config()
+    formats: Any = ModelFormats.of_model("q4_0", shape).to_dict()
+    kept = [[count, {part: fmt for part, fmt in of.items() if part != "v"}] for count, of in formats["layers"]]
+    note = DistributeSlices("m", "f", shape.to_dict(), {**formats, "layers": kept}, [1], None, "c", False)
+    for one in (note, msgspec.structs.replace(note, formats=formats, **change)):
+        with pytest.raises((StarError, InputError)):
+            _header_from(one, 0, 1)
 
 
 # Slices

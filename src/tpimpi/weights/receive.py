@@ -125,12 +125,18 @@ def receive_slices(star: Star, task: Task) -> None:
 
 
 def _header_from(note: DistributeSlices, rank: int, ranks: int) -> Header:
-    config = ModelConfig.from_dict(note.config)
-    formats = ModelFormats.from_dict(note.formats, config.layers)
-    partition = make_partition(config, note.weights)
-    if partition.ranks != ranks:
-        raise StarError(f"rank 0 has a plan for {partition.ranks} ranks, the run has {ranks}")
-    records = tuple(slice_records(config, partition.shares[rank], rank, formats, {}))
+    try:
+        config = ModelConfig.from_dict(note.config)
+        formats = ModelFormats.from_dict(note.formats, config.layers)
+        partition = make_partition(config, note.weights)
+        if partition.ranks != ranks:
+            raise StarError(f"rank 0 has a plan for {partition.ranks} ranks, the run has {ranks}")
+        records = tuple(slice_records(config, partition.shares[rank], rank, formats, {}))
+    except (LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise StarError(
+            f"rank 0 sent a plan of slices that makes no sense ({type(error).__name__}: {error}); see that every host has the "
+            "same tpimpi"
+        ) from error
     return Header(rank, formats, note.model, note.fingerprint, config, partition, records)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Callable, Mapping
@@ -139,10 +140,7 @@ def _hf_assets(directory: Path) -> dict[str, bytes]:
     for name, path in paths.items():
         try:
             if is_file(path):
-                with open_file(path) as file:
-                    assets[name] = file.read(_MAX_ASSET_BYTES + 1)
-                if len(assets[name]) > _MAX_ASSET_BYTES:
-                    raise ModelError(f"{path}: is longer than {_MAX_ASSET_BYTES >> 20} MiB; it is no such file")
+                assets[name] = _read_all(path, _MAX_ASSET_BYTES)
                 refuse_pointer(assets[name], path)
         except OSError as error:
             raise unreadable(path, error) from error
@@ -241,18 +239,23 @@ def _no_safetensors(directory: Path) -> ModelError:
 def read_json(path: Path) -> Any:
     """What a JSON file of a model holds. ModelError where it cannot be read, or is no JSON."""
     try:
-        with open_file(path) as file:
-            data = file.read(_MAX_JSON_BYTES + 1)
+        data = _read_all(path, _MAX_JSON_BYTES)
     except OSError as error:
         raise unreadable(path, error) from error
-    if len(data) > _MAX_JSON_BYTES:
-        raise ModelError(f"{path}: is longer than {_MAX_JSON_BYTES >> 20} MiB; it is no such file")
     refuse_pointer(data, path)
     _refuse_many_parts(data, path)
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: is no JSON ({error}); download it again") from error
+
+
+def _read_all(path: Path, most: int) -> bytes:
+    """A file of `most` bytes at most. Raises OSError, and ModelError for a longer one."""
+    with open_file(path) as file:
+        if os.fstat(file.fileno()).st_size > most:
+            raise ModelError(f"{path}: is longer than {most >> 20} MiB; it is no such file")
+        return file.read()
 
 
 def _refuse_many_parts(data: bytes, path: Path) -> None:
