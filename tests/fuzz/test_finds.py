@@ -90,7 +90,7 @@ def test_a_plan_of_slices_that_makes_no_sense_is_refused(change: dict[str, Any])
     formats: Any = ModelFormats.of_model("q4_0", shape).to_dict()
     kept = [[count, {part: fmt for part, fmt in of.items() if part != "v"}] for count, of in formats["layers"]]
     note = DistributeSlices("m", "f", shape.to_dict(), {**formats, "layers": kept}, [1], None, "c", False)
-    for one in (note, msgspec.structs.replace(note, formats=formats, **change)):
+    for one in (note, msgspec.structs.replace(note, **{"formats": formats, **change})):
         with pytest.raises((StarError, InputError)):
             _header_from(one, 0, 1)
 

@@ -134,8 +134,8 @@ def _header_from(note: DistributeSlices, rank: int, ranks: int) -> Header:
         records = tuple(slice_records(config, partition.shares[rank], rank, formats, {}))
     except (LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise StarError(
-            f"rank 0 sent a plan of slices that makes no sense ({type(error).__name__}: {error}); see that every host has the "
-            "same tpimpi"
+            f"rank 0 sent a plan of slices that makes no sense ({type(error).__name__}: {error}); see that every host has "
+            "the same tpimpi"
         ) from error
     return Header(rank, formats, note.model, note.fingerprint, config, partition, records)
 
