@@ -157,7 +157,7 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
         type=path_given("--keep-cache", "the name of a folder"),
         metavar="DIR",
         help="with --session: at the end every rank keeps its keys and values of the conversation in this folder on its own "
-        "disk, encrypted, and the next run goes on without computing it again (needs cryptography)",
+        "disk, encrypted, and the next run goes on without computing it again",
     )
     group.add_argument(
         "--system",

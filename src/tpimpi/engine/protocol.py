@@ -26,6 +26,7 @@ from tpimpi.engine.model import Model
 from tpimpi.engine.notes import Live
 from tpimpi.engine.page_files import PageFiles
 from tpimpi.errors import StarError
+from tpimpi.models.keys import MAX_SIZE
 from tpimpi.models.kv.cache import FULL, KINDS, WINDOWED, StepRows
 from tpimpi.models.kv.pages import PageAccount
 from tpimpi.star import Star, Words
@@ -34,6 +35,7 @@ from tpimpi.star.control import gather_notes, send_note
 MAGIC = 0x7470696D7069  # "tpimpi": a header that was damaged, or is of another program, does not begin with it
 HEADER_WORDS = 5
 NO_WORDS: Words = np.empty(0, np.int64)
+MOST_PAGES = 1 << 24  # of a kind: far more than any memory holds
 
 
 class Operation(IntEnum):
@@ -69,7 +71,8 @@ class StepHeader:
     def unpack(cls, words: Words) -> StepHeader:
         """The header that these words are. Raises StarError where they are none."""
         magic, operation, positions, start, choices = words.tolist()
-        if magic != MAGIC or operation not in iter(Operation) or positions < 0 or start < 0:
+        sizes = 0 <= positions <= MAX_SIZE and 0 <= start <= MAX_SIZE
+        if magic != MAGIC or operation not in iter(Operation) or not sizes:
             raise StarError(
                 f"rank 0 sent the control header {magic, operation, positions, start, choices}, which makes no sense"
             )
@@ -219,8 +222,8 @@ def _follow_one(model: Model, star: Star, header: StepHeader, words: Words) -> N
         model.begin(header.positions, header.start)
         return
     if header.operation == Operation.PAGES:
-        if len(words) != len(KINDS) + 1 or (words < 0).any():
-            raise StarError(f"rank 0 asks for {words.tolist()} pages, which makes no sense")
+        if len(words) != len(KINDS) + 1 or (words < 0).any() or (words[:-1] > MOST_PAGES).any():
+            raise StarError(f"rank 0 asks for {words[:8].tolist()} pages, which makes no sense")
         *pages, units = words.tolist()
         model.open_pages(header.positions, pages, units)
         return
@@ -231,18 +234,19 @@ def _follow_one(model: Model, star: Star, header: StepHeader, words: Words) -> N
         _check_pages(words[header.positions :], model.cache.pages[WINDOWED])
         _release(model, words, header.positions)
         return
-    x = np.empty((header.positions, model.config.hidden), np.float32)
     star.pad_rows(header.operation in (Operation.PROMPT, Operation.PROMPT_BATCH))
     if batched:
         rows = unpack_rows(words, model.cache.pages, model.context)
         if len(rows.sequence) != header.positions:
             raise StarError(f"rank 0 sent a step of {header.positions} rows, and {len(rows.sequence)} in its words")
+        x = np.empty((header.positions, model.config.hidden), np.float32)
         star.broadcast(x)
         model.step(x, rows)
         return
     last = header.start + header.positions
     if last > model.context or not model.has_one_sequence:
         raise StarError(f"rank 0 asks for position {last}, which is outside the context it announced")
+    x = np.empty((header.positions, model.config.hidden), np.float32)
     star.broadcast(x)
     model.forward(x, header.start)
 

@@ -94,7 +94,7 @@ def decode_keys(data: bytes, what: str) -> LinkKeys:
     remedy = f"make new keys: {MAKE_KEYS}"
     try:
         keys = msgspec.json.decode(data, type=LinkKeys)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{what} is no file of link keys ({error}); {remedy}") from None
     if keys.version != FORMAT_VERSION:
         raise InputError(f"{what} has version {keys.version}, this tpimpi reads {FORMAT_VERSION}; {remedy}")

@@ -21,6 +21,7 @@ from tpimpi.errors import InputError, SliceError, StorageError
 from tpimpi.system.buffers import Bytes, aligned_buffer
 from tpimpi.system.direct_io import Descriptor, Extent, Trial, pieces
 from tpimpi.system.disk import error_number
+from tpimpi.weights.slices.datasets import link_elsewhere, stored_elsewhere
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import Part, Record, embedding_dataset, experts_dataset
 from tpimpi.weights.slices.problems import (
@@ -36,7 +37,7 @@ from tpimpi.weights.slices.problems import (
 
 T = TypeVar("T")
 _ROWS_BYTES = 1 << 20  # of the embedding, read at a time to check it
-_MOST_HEADER_BYTES = 2**28  # far above any model's; a hostile file may promise to unpack to anything
+_MOST_HEADER_BYTES = 2**24  # far above any model's; a hostile file may promise to unpack to anything
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ class SliceFile:
 
     def _open(self) -> None:
         file = self._file = h5py.File(self.path, "r", locking=False)
+        if (name := link_elsewhere(file)) is not None:
+            raise self._broken(f"{name} is a link to somewhere else")
         raw_header = self._small(file["header"], np.dtype("u1"))
         self._sums = self._small(file["checksums"], np.dtype("<u8"))
         if xxhash.xxh3_64_intdigest(raw_header) != int(self._sums[0]):
@@ -123,6 +126,11 @@ class SliceFile:
             self._file = None
         self._data.forget()  # what HDF5 read
 
+    def _check_stored(self, *datasets: h5py.Dataset) -> None:
+        for dataset in datasets:
+            if (why := stored_elsewhere(dataset)) is not None:
+                raise self._broken(why)
+
     def _places(self, file: h5py.File, record: Record) -> tuple[int, ...] | None:
         """Where the parts of a tile lie in the file; None where one is chunked. Raises SliceError for another dataset."""
         if record.expert > 0:  # its layer's first has looked at the dataset of all
@@ -151,6 +159,7 @@ class SliceFile:
         if offset is None and dataset.nbytes:
             if not dataset.id.get_storage_size():  # or a few bytes could promise any amount of zeros
                 raise self._broken(f"{dataset.name} has no data")
+            self._check_stored(dataset)
             return None
         if (offset or 0) + dataset.nbytes > self.size:
             raise self._broken(f"{dataset.name} ends beyond the file's {self.size} bytes")
@@ -164,6 +173,9 @@ class SliceFile:
             raise self._broken(f"the embedding is {weight.shape} {weight.dtype}, must be {shape} {dtype}")
         if sums.shape != (config.vocab,) or sums.dtype != np.dtype("<u8"):
             raise self._broken(f"the embedding has {sums.shape} checksums, must be {config.vocab}")
+        self._check_stored(weight, sums)
+        if sums.nbytes > _MOST_HEADER_BYTES:
+            raise self._broken(f"the embedding has {len(sums)} checksums, more than any model")
         self._embedding = weight.id.get_offset()
         for dataset in (weight, sums):
             offset = dataset.id.get_offset()
@@ -177,6 +189,7 @@ class SliceFile:
         """All of a dataset that is no tile. [n]"""
         if dataset.ndim != 1 or dataset.dtype != dtype or dataset.nbytes > _MOST_HEADER_BYTES:
             raise self._broken(f"{dataset.name} is {dataset.shape} {dataset.dtype}")
+        self._check_stored(dataset)
         return np.asarray(dataset[...])
 
     @property
