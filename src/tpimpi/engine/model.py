@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -31,6 +32,9 @@ from tpimpi.models.layers.projections import Projections
 from tpimpi.models.layers.rope import Angles, angles, rope_frequencies
 from tpimpi.star import Star
 from tpimpi.weights.slices.header import Header
+
+if TYPE_CHECKING:
+    from tpimpi.engine.auditor import Auditor
 
 KV_RESERVES = 16  # steps in which pages take the memory that they may have
 _NOT_RECORDED = contextlib.nullcontext()
@@ -77,6 +81,7 @@ class Model:
         self.context = 0  # positions that the sequence may have
         self.experts, self.chunk, self._predict = experts, chunk, predict
         self.compute_seconds = 0.0
+        self.auditor: Auditor | None = None  # rank 0's, where there is one
         self._make_room, self.recorder = make_room, recorder
         self.blocks = [block for block in block_order(header) if block != HEAD]
         layers = [self.config.layer(index) for index in range(self.config.layers)]
@@ -213,9 +218,8 @@ class Model:
             self._reserve()
         if not head:
             self.window.skip(HEAD)
-        x = x.copy()
-        # A half would read experts that the other half wants too.
-        runs = half_chunks(x.shape[0], self.star.rank.size if self.experts is None else 1)
+        self.window.raise_damage()
+        x, runs = x.copy(), self._runs(x.shape[0])
         with self._computing():
             watches = [None if watch is None else watch.of_run(run) for run in runs]
             ways = [
@@ -224,6 +228,15 @@ class Model:
             ]
             go_through_blocks(self.blocks, self.window, [HalfChunk(way) for way in ways])
         return x
+
+    def _runs(self, rows: int) -> list[slice]:
+        """The runs of so many rows that go through the layers by themselves."""
+        # A half would read experts that the other half wants too.
+        return half_chunks(rows, self.star.rank.size if self.experts is None else 1)
+
+    def rows_of_sum(self, rows: int, row: int) -> int:
+        """How many rows there are in a sum that has this row of a step of so many."""
+        return next(run.stop - run.start for run in self._runs(rows) if run.start <= row < run.stop)
 
     def _through_layers(self, x: F32, rows: StepRows, overlapped: bool, watch: Watch | None) -> Steps:
         """Take `x` [n, hidden] of these rows through all layers, in place.

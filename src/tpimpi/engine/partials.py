@@ -64,16 +64,20 @@ class Partials:
         record = tile.record
         spec = self.layers[record.block.layer]
         if projections is not None and record.block.kind == "qkv":
-            config = self.header.config
-            first = -(-self.header.share.heads.start // (config.heads // config.kv_heads))
-            counted = (max(record.kv_heads.start, min(first, record.kv_heads.stop)), record.kv_heads.stop)
-            return projections.add(h, tile, TileHeads(record.heads, record.kv_heads, counted))
+            return self.squares(h, tile, projections)
         if projections is not None and record.block.kind == "attn":
             kv = step.kv(record.block.layer)
             return projections.attention(tile, record.heads, *kv, spec.attention, record.q_to_kv)
         if record.block.kind == "attn":
             return self._attention(h, tile, step)
         return mlp_partial(self.backend, h, tile, spec.activation, spec.activation_limit)
+
+    def squares(self, h: F32, tile: Tile, projections: Projections) -> F32:
+        """Of a tile's queries and keys, which `projections` keeps, the sums of squares, [n, 2]."""
+        record, config = tile.record, self.header.config
+        first = -(-self.header.share.heads.start // (config.heads // config.kv_heads))
+        counted = (max(record.kv_heads.start, min(first, record.kv_heads.stop)), record.kv_heads.stop)
+        return projections.add(h, tile, TileHeads(record.heads, record.kv_heads, counted))
 
     def _attention(self, h: F32, tile: Tile, step: StepState) -> F32:
         record, layer, config = tile.record, tile.record.block.layer, self.header.config

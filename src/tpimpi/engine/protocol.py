@@ -1,8 +1,8 @@
 """The steps of a run after its start: what rank 0 asks for, and how the other ranks follow.
 
 A step begins with a header, int64 [5] over the star: magic, operation, positions, start, choices. FORWARD is followed by
-the hidden vectors; BATCH by the rows (see batch) and their hidden vectors; KEEP and TAKE by notes (see keep_pages). Prompt,
-token ids and text are in none of them.
+the hidden vectors; BATCH by the rows (see batch) and their hidden vectors; KEEP and TAKE by notes (see keep_pages); AUDIT by
+a row, which every rank answers (see audit). Prompt, token ids and text are in none of them.
 
 `choices` is a hash of the experts that rank 0 has chosen so far in a mixture of experts. Ranks that chose others would add
 parts of different experts, and make nonsense that looks like text: so every rank compares, before each step, and the run
@@ -19,12 +19,14 @@ from enum import IntEnum
 import numpy as np
 
 from tpimpi.compute.arrays import F32
+from tpimpi.engine.audit import answer, receive_request
 from tpimpi.engine.batch import pack_rows, unpack_rows
 from tpimpi.engine.figures import LiveFigures
 from tpimpi.engine.keep_pages import SequenceFile, keep, receive_which, take
 from tpimpi.engine.model import Model
 from tpimpi.engine.notes import Live
 from tpimpi.engine.page_files import PageFiles
+from tpimpi.engine.watch import Watch
 from tpimpi.errors import StarError
 from tpimpi.models.kv.cache import FULL, KINDS, WINDOWED, StepRows
 from tpimpi.models.kv.pages import PageAccount
@@ -50,6 +52,7 @@ class Operation(IntEnum):
     KEEP = 7  # pages of a sequence are to be written to a file; notes follow
     TAKE = 8  # pages of a sequence are to be read from a file; notes follow
     LIVE = 9  # every rank says how it is, in a note
+    AUDIT = 10  # one row of a sum is to be computed again: `start` words follow, and the row (see audit)
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,10 @@ def step(model: Model, star: Star, x: F32, start: int, *, head: bool = True) -> 
     """
     send_header(star, StepHeader(Operation.FORWARD, x.shape[0], start, model.choices))
     star.broadcast(x)
-    return model.forward(x, start, head=head)
+    watch = None if model.auditor is None else model.auditor.watch(x.shape[0])
+    hidden = model.forward(x, start, head=head, watch=watch)
+    _audit(model, star, watch, lambda: model.rows_of_one(start, x.shape[0]))
+    return hidden
 
 
 def open_pages(model: Model, star: Star, context: int, account: PageAccount) -> None:
@@ -120,7 +126,22 @@ def batch(model: Model, star: Star, x: F32, rows: StepRows, *, head: bool = True
     """
     _send_with(star, StepHeader(Operation.BATCH, x.shape[0], choices=model.choices), pack_rows(rows))
     star.broadcast(x)
-    return model.step(x, rows, head=head)
+    watch = None if model.auditor is None else model.auditor.watch(x.shape[0])
+    hidden = model.step(x, rows, head=head, watch=watch)
+    _audit(model, star, watch, lambda: rows)
+    return hidden
+
+
+def _audit(model: Model, star: Star, watch: Watch | None, rows: Callable[[], StepRows]) -> None:
+    """Rank 0: have every rank compute again what was watched in a step of these rows, and compare. Raises AuditError."""
+    if model.auditor is None:
+        return
+    model.auditor.stepped()
+    if watch is not None:
+        request = model.auditor.request(watch, rows())
+        _send_with(star, StepHeader(Operation.AUDIT, choices=model.choices), request.words())
+        request.send_row(star)
+        model.auditor.check(watch, request, star.gather_notes(b""))
 
 
 def release_pages(model: Model, star: Star, pages: Sequence[Sequence[int]]) -> None:
@@ -211,7 +232,7 @@ def _keep_or_take(model: Model, star: Star, files: PageFiles | None, header: Ste
 def _follow_one(model: Model, star: Star, header: StepHeader) -> None:
     """Do what one header says. Raises StarError where it makes no sense."""
     words = np.empty(0, np.int64)
-    if header.operation in (Operation.PAGES, Operation.BATCH, Operation.RELEASE):
+    if header.operation in (Operation.PAGES, Operation.BATCH, Operation.RELEASE, Operation.AUDIT):
         if header.start > MOST_WORDS:
             raise StarError(f"rank 0 sends {header.start} words with a header, more than any step has")
         words = np.empty(header.start, np.int64)
@@ -234,6 +255,9 @@ def _follow_one(model: Model, star: Star, header: StepHeader) -> None:
         _check_pages(words[: header.positions], model.cache.pages[FULL])
         _check_pages(words[header.positions :], model.cache.pages[WINDOWED])
         _release(model, words, header.positions)
+        return
+    if header.operation == Operation.AUDIT:
+        star.gather_notes(answer(model, receive_request(model, star, words)).tobytes())
         return
     x = np.empty((header.positions, model.config.hidden), np.float32)
     if header.operation == Operation.BATCH:

@@ -88,13 +88,17 @@ class Star:
         if self._channel is None or self.rank.size == 1 or array.size == 0:
             return Allreduce(None, iter(()), 0, self._spent)
         began = time.monotonic()
-        pieces = self._piece_channel(Wire() if exact else self.wire, watch)
+        pieces = self._piece_channel(self.wire_of_sum(exact=exact), watch)
         steps = ALGORITHMS[self._algorithm_for(array.size)](pieces, array.reshape(-1))
         allreduce = Allreduce(self._channel, steps, self.timeout, self._spent)
         if background and self.threads:
             self._background.add(allreduce)
         self._spent(time.monotonic() - began)
         return allreduce
+
+    def wire_of_sum(self, *, exact: bool) -> Wire:
+        """How a sum's numbers travel."""
+        return Wire() if exact else self.wire
 
     def _algorithm_for(self, count: int) -> str:
         return next(name for most, name in self._rule if count <= most)
