@@ -64,6 +64,7 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
         network=parsed_into(NetworkOptions, parsed),
         generate=generate,
         output=parsed_into(OutputOptions, parsed),
+        audit=parsed.audit,
     )
     if generate.prompt is not None and generate.prompt_file is not None:
         raise InputError("--prompt and --prompt-file are both given; give one of them")

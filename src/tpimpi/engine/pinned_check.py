@@ -1,5 +1,6 @@
 """Pinned tiles are read once, and used for as long as a run lasts: a thread compares them with their checksums again and
-again, so that a bit that flips in memory is noticed. It takes a small part of one core's time, more while nothing is computed.
+again, so that a bit that flips in memory is noticed. That takes a small part of one core's time, more while nothing is
+computed.
 """
 
 from __future__ import annotations
