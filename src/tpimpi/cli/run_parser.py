@@ -281,9 +281,9 @@ def add_audit(parser: argparse.ArgumentParser) -> None:
         "--audit",
         type=audit_rate,
         metavar="RATE",
-        help="check what other ranks compute: in this part of the steps, 0.01 say, at random and unannounced, a row of a sum "
-        "is computed again and compared; what is wrong ends the run (default auto: where a rank is on another host, as many "
-        "as take 0.5 %% of the time; else off)",
+        help="check what other ranks compute: in this part of the steps, 0.01 say, at random and unannounced, a row of a "
+        "sum is computed again and compared; what is wrong ends the run (default auto: where a rank is on another host, as "
+        "many as take 0.5 %% of the time; else off)",
     )
     offer(audit, (AUTO, OFF))
 

@@ -43,6 +43,7 @@ FIRST_RATE = 0.02  # until it is known how long an audit takes
 # How far a tile's numbers may be from ours: the root of the mean square of the difference, against that of the numbers.
 TOLERANCE = 0.02
 ROUNDING = 2.0**-22  # of a partial, in the difference of two
+TINY = 1e-30  # in place of a size of 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,14 @@ class Suspect:
 
     rank: int
     number: int
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A rank's answer: its tiles in the sum, and the parts that each has (see audit.answer_parts)."""
+
+    records: list[Record]
+    parts: list[dict[str, F32]]
 
 
 class Auditor:
@@ -124,20 +133,25 @@ class Auditor:
     def check(self, watch: Watch, request: AuditRequest, answers: Sequence[bytes]) -> None:
         """Compare what every rank answered, in rank order; the first is ours, and empty. Raises AuditError, which names host
         and tile."""
-        found: dict[int, tuple[list[Record], list[dict[str, F32]]]] = {}
-        for rank in range(1, len(answers)):
-            records = self._records(rank, request)
-            name = self._model.star.rank_name(rank)
-            found[rank] = (records, split_answer(answers[rank], records, self._width(request), name))
-        for rank, (records, parts) in found.items():
-            self._check_sent(rank, watch, request, records, parts)
-        suspects = [Suspect(rank, number) for rank, (records, _) in found.items() for number in range(len(records))]
+        found = self.split(request, answers)
+        for rank, answered in found.items():
+            self._check_sent(rank, watch, request, answered)
+        suspects = [Suspect(rank, number) for rank, of in found.items() for number in range(len(of.records))]
         if self._copies is not None and suspects:
             suspect = self._random.choice(suspects)
-            self._check_tile(suspect, request, *found[suspect.rank])
+            self._check_tile(suspect, request, found[suspect.rank])
             self._tiles += 1
         self._audits += 1
         self._seconds += time.monotonic() - self._began
+
+    def split(self, request: AuditRequest, answers: Sequence[bytes]) -> dict[int, Answered]:
+        """The answers of the other ranks, by rank, tile by tile. Raises StarError for one of another size."""
+        found = {}
+        for rank in range(1, len(answers)):
+            records = self._records(rank, request)
+            name = self._model.star.rank_name(rank)
+            found[rank] = Answered(records, split_answer(answers[rank], records, self._width(request), name))
+        return found
 
     def _width(self, request: AuditRequest) -> int:
         return 2 if self._model.blocks[request.of.last].kind == "qkv" else self._model.config.hidden
@@ -157,11 +171,10 @@ class Auditor:
         h = self._model.partials.normed(request.x, blocks[0])
         return set(self._model.experts.chosen(h, blocks[0].layer, request.rows.position).experts.ravel().tolist())
 
-    def _check_sent(
-        self, rank: int, watch: Watch, request: AuditRequest, records: Sequence[Record], parts: list[dict[str, F32]]
-    ) -> None:
+    def _check_sent(self, rank: int, watch: Watch, request: AuditRequest, answered: Answered) -> None:
         """What a rank had sent into the sum must be what its tiles give, to the bit."""
         width, star = self._width(request), self._model.star
+        records, parts = answered.records, answered.parts
         total = parts[-1]["partial"] if parts else np.zeros(width, np.float32)
         wire = star.wire_of_sum(exact=width == 2)
         expected = wire.unpack(wire.pack(np.ascontiguousarray(total)), width)
@@ -176,32 +189,38 @@ class Auditor:
             f"what {tiles} gives when it computes the row again; {REMEDY}"
         )
 
-    def _check_tile(
-        self, suspect: Suspect, request: AuditRequest, records: Sequence[Record], parts: list[dict[str, F32]]
-    ) -> None:
+    def _check_tile(self, suspect: Suspect, request: AuditRequest, answered: Answered) -> None:
         """One tile of a rank must give about what we compute with our copy of it."""
         assert self._copies is not None
+        for name, off in self.deviations(suspect, request, answered).items():
+            if off <= TOLERANCE:  # not so where one is no number
+                continue
+            what = {"partial": "what it adds to the sum"}.get(name, f"its {name}")
+            host, position = self._model.star.rank_name(suspect.rank), request.rows.position[0]
+            raise AuditError(
+                f"audit: tile {answered.records[suspect.number].path} of {host} gives other numbers there than rank 0 "
+                f"computes from {self._copies.what} ({what}, position {position}, differs by {off:.2g} of its size, must be "
+                f"at most {TOLERANCE:g}); {REMEDY}"
+            )
+
+    def deviations(self, suspect: Suspect, request: AuditRequest, answered: Answered) -> dict[str, float]:
+        """How far what a tile gave is from what our copy of it gives, by the names of the answer's parts: the root of the
+        mean square of the difference, against that of ours."""
+        assert self._copies is not None
+        records, parts = answered.records, answered.parts
         record, answer = records[suspect.number], parts[suspect.number]
         alike = [other for other in records if other.block == record.block]
         tile = self._copies.tile(alike, alike.index(record), suspect.rank)
         before = parts[suspect.number - 1]["partial"] if suspect.number else np.zeros_like(answer["partial"])
-        own = self._own(suspect.rank, tile, request, answer)
-        for name, ours in own.items():
+        found = {}
+        for name, ours in self._own(suspect.rank, tile, request, answer).items():
             theirs, noise = answer[name], 0.0
             if name == "partial":
                 noise = ROUNDING * max(_size(before), _size(theirs))
                 theirs = theirs - before
             off = _size(theirs - ours)
-            if off <= TOLERANCE * _size(ours) + noise:  # not so where one is no number
-                continue
-            what = {"partial": "what it adds to the sum", "o": "its output projection"}.get(name, f"its {name}")
-            share = off / max(_size(ours), 1e-30)
-            host, position = self._model.star.rank_name(suspect.rank), request.rows.position[0]
-            raise AuditError(
-                f"audit: tile {record.path} of {host} gives other numbers there than rank 0 computes from "
-                f"{self._copies.what} ({what}, position {position}, differs by {share:.2g} of its size, must be at most "
-                f"{TOLERANCE:g}); {REMEDY}"
-            )
+            found[name] = 0.0 if off <= noise else off / max(_size(ours), TINY)
+        return found
 
     def _own(self, rank: int, tile: Tile, request: AuditRequest, answer: dict[str, F32]) -> dict[str, F32]:
         """What a tile of another rank gives for the row, by the names of the answer's parts; [numbers] each."""
