@@ -4,10 +4,10 @@
     python -m bench.studies.audit cost   [--ranks 4] [--rounds 20] [--tokens 200]
     python -m bench.studies.audit alarms [--ranks 4] [--tokens 100000] [--format q4_0]
 
-`faults` puts each fault into the last rank and counts tokens until the run would end, at the default rate: the median and the
-worst of the rounds. `cost` is the time of a token with audits at the default rate, and pinned tiles checked again, against
-without, in pairs in turn. `alarms` audits every sum of many steps with all tiles of all ranks, which compute with kernels of
-other levels than rank 0: each of the levels that this processor has is rank 0's once.
+`faults` puts each fault into the last rank and counts tokens until the run would end, at the default rate: the median and
+the worst of the rounds. `cost` is the time of a token with audits at the default rate, and pinned tiles checked again,
+against without, in pairs in turn. `alarms` audits every sum of many steps with all tiles of all ranks, which compute with
+kernels of other levels than rank 0: each of the levels that this processor has is rank 0's once.
 """
 
 from __future__ import annotations

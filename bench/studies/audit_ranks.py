@@ -310,7 +310,7 @@ class EveryWatch(Watch):
         ]
 
     def of_run(self, run: slice) -> Watch | None:
-        return self if all([watch.of_run(run) is not None for watch in self.every]) else None
+        return self if all(watch.of_run(run) is not None for watch in self.every) else None
 
     def note(self, x: F32, place: int) -> None:
         for watch in self.every:
