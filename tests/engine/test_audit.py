@@ -103,7 +103,7 @@ def test_faults_are_found_and_named(on_ranks: Ranks, folder: Path, tmp_path: Pat
     for job in jobs:
         said = found[job["name"]]["said"]
         assert said is not None, f"not found: {job['name']}, {found[job['name']]['figures']}"
-        assert f"rank {RANKS - 1}" in said and "layers/" in said, said
+        assert f"r{RANKS - 1} " in said and "layers/" in said, said
         what = (
             "sent into the sum of layer" if job["fault"] == "sums" else "gives other numbers there than rank 0 computes"
         )

@@ -41,7 +41,7 @@ TIME_SHARE = 0.005  # and so many that they take this part of the time
 LEAST_RATE = 0.002  # but no fewer, or a rank that answers slowly would be asked no more
 FIRST_RATE = 0.02  # until it is known how long an audit takes
 # How far a tile's numbers may be from ours: the root of the mean square of the difference, against that of the numbers.
-TOLERANCE = 0.02
+TOLERANCE = 0.008
 ROUNDING = 2.0**-22  # of a partial, in the difference of two
 TINY = 1e-30  # in place of a size of 0
 
