@@ -265,6 +265,8 @@ def lead_faults(memory: RankMemory, job: Job) -> dict[str, list[tuple[int, str]]
 def one_round(memory: RankMemory, job: Job, *, polls: bool) -> tuple[int, str]:
     """Tokens until a fault is found, and how."""
     model, tokens = memory.engines[0].model, 0
+    assert model.auditor is not None
+    model.auditor._again = None  # what the round before left
     try:
         sequence = Sequence(memory, ROUND)
         for tokens in range(1, job.tokens + 1):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from tpimpi.engine.window import Window
 
 IDLE_SHARE, BUSY_SHARE = 0.03, 0.002  # of one core
-LONGEST_PAUSE_S = 5.0
+SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 5.0
 NOTHING_PINNED_S = 1.0  # until the next look, where there was nothing to check
 
 
@@ -35,7 +35,7 @@ class PinnedCheck:
             spent = time.monotonic() - began
             turns, before = [window.turn for window in self._windows], turns
             pause = spent / (IDLE_SHARE if turns == before else BUSY_SHARE) if nbytes else NOTHING_PINNED_S
-            pause = min(pause, LONGEST_PAUSE_S)
+            pause = min(max(pause, SHORTEST_PAUSE_S), LONGEST_PAUSE_S)
 
     def close(self) -> None:
         """Stop; the tiles may be given back afterwards."""
