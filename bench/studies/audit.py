@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench.studies.two_versions import interval
 from tpimpi._native import levels
 from tpimpi.weights.locations import model_path
 from tpimpi.weights.make import choose_formats, slice_model
@@ -90,7 +91,10 @@ def main() -> None:
     if options.what == "faults":
         print_faults(found)
     elif options.what == "cost":
-        print(f"time of a token with audits against without: median {median(found):.4f}, {len(found)} pairs")
+        low, high = interval(found)
+        print(
+            f"time of a token with audits against without: {median(found):.4f} ({low:.4f} to {high:.4f}), {len(found)} pairs"
+        )
     else:
         for level, of in found.items():
             print(level, json.dumps(of))
