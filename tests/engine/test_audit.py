@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from tests.support.launch import PROGRAMS
 from tests.support.ranks import Ranks
 from tests.support.tiny_models import write_tiny_hf
 from tpimpi._native import levels
-from tpimpi.engine.audit import answer_parts, one_row, split_answer
+from tpimpi.engine.audit import AuditRequest, answer_parts, one_row, receive_request, split_answer
 from tpimpi.engine.model import block_order
 from tpimpi.engine.watch import AuditedSum, Watch, sums_of
 from tpimpi.engine.window import Window
@@ -123,7 +125,7 @@ def test_sums_that_rank_0_does_not_see_are_not_audited(on_ranks: Ranks, folder: 
     assert found["rule"]["figures"]["audits"] == CHUNKS.count(1)
 
 
-def test_a_liar_ends_a_run_with_one_line(on_ranks: Ranks, tiny: Path, cache: dict[str, str], tmp_path: Path) -> None:
+def test_a_fault_ends_a_run_with_one_line(on_ranks: Ranks, tiny: Path, cache: dict[str, str], tmp_path: Path) -> None:
     arguments = ["--model", str(tiny), "--prompt", "a b c", "--raw", "--max-tokens", "8", "--quiet"]
     honest, report = tmp_path / "honest", tmp_path / "report.json"
     plain = on_ranks(2, "-m", "tpimpi", *arguments, "--report", str(honest), env=cache)
@@ -133,10 +135,14 @@ def test_a_liar_ends_a_run_with_one_line(on_ranks: Ranks, tiny: Path, cache: dic
     assert audited.code == 0 and audited.out == plain.out, audited.err
     figures = json.loads(report.read_text())["audit"]
     assert figures["audits"] == figures["steps"] >= 8 and figures["rate"] == 1.0, figures
-    lying = on_ranks(2, str(PROGRAMS / "lying_run.py"), *arguments, "--audit", "1", env=cache)
-    assert lying.code == 1, lying.err
-    (line,) = lying.our_lines
-    assert "audit: what r1 " in line and "sent into the sum of layer" in line and "layers/" in line, line
+    for fault, said in (
+        ("sums", r"^r0 .*audit: what r1 \S+ sent into the sum of layer \d .* tiles? layers/000\d/(attn|mlp)/tile-000"),
+        ("flip", r"^r1 .*layers/000\d/(attn|mlp)/tile-000 of slice file .*rank-1-of-2\.h5 was right when it was read"),
+    ):
+        faulty = on_ranks(2, str(PROGRAMS / "lying_run.py"), fault, *arguments, "--audit", "1", env=cache)
+        assert faulty.code == 1, faulty.err
+        (line,) = faulty.our_lines
+        assert re.search(said, line), line
 
 
 def test_options_that_cannot_be_audited_are_refused(tpimpi, on_ranks: Ranks, tiny: Path, cache: dict[str, str]) -> None:
@@ -265,6 +271,29 @@ def test_answers_of_another_size_are_refused(folder: Path) -> None:
     assert [list(tile) for tile in parts] == [["partial", "q", "k", "v", "o"]] * len(records)
     with pytest.raises(StarError, match=f"r2 there answered an audit with 4 bytes where {4 * size} were due"):
         split_answer(bytes(4), records, 64, "r2 there")
+
+
+def test_requests_that_make_no_sense_are_refused(folder: Path) -> None:
+    header = SliceFile(Path(sliced(folder, "olmo2")["slices"]) / slice_name(1, RANKS)).header
+    cache = SimpleNamespace(pages=(2, 2))
+    model: Any = SimpleNamespace(cache=cache, config=header.config, blocks=block_order(header), context=100)
+    star: Any = SimpleNamespace(broadcast=lambda array, exact: None)
+    tables = (np.array([[0, 1]], np.int32), np.array([[1, 0]], np.int32))
+
+    def request(of: AuditedSum, positions: list[int]) -> np.ndarray:
+        rows = StepRows(np.zeros(len(positions), np.int32), np.array(positions, np.int32), tables)
+        return AuditRequest(of, rows, np.zeros((1, 64), np.float32)).words()
+
+    for words, said in (
+        (np.zeros(2, np.int64), "none of this model's"),
+        (request(AuditedSum(0, 1), [3]), "blocks 0 to 1, which is none"),
+        (request(AuditedSum(90, 90), [3]), "blocks 90 to 90, which is none"),
+        (request(AuditedSum(1, 1), [3, 4]), "audits 2 rows, must be 1"),
+        (request(AuditedSum(1, 1), [100]), "outside those that it announced"),
+        (request(AuditedSum(1, 1), [3])[:-1], "rank 0 sent a step of"),
+    ):
+        with pytest.raises(StarError, match=said):
+            receive_request(model, star, words)
 
 
 def test_a_row_has_the_pages_of_its_sequence_alone() -> None:
