@@ -40,7 +40,7 @@ from tpimpi.weights.slices.layout import Record
 MOST_RATE = 0.05  # of the steps, where nobody says how many: at most so many are audited
 TIME_SHARE = 0.005  # and so many that they take this part of the time
 LEAST_RATE = 0.002  # but no fewer, or a rank that answers slowly would be asked no more
-FIRST_RATE = 0.02  # until it is known how long an audit takes
+SHORT_AUDIT_S = 0.005  # that an audit takes, beside the making of a copy, until it was measured
 # How far a tile's numbers may be from ours: the root of the mean square of the difference, against that of the numbers. What
 # is beyond the first is looked at in so many further steps, and must not be again; nothing may be beyond the second. Of
 # honest ranks the furthest was 0.0041 in 100,000 (python -m bench.studies.audit alarms).
@@ -104,15 +104,26 @@ class Auditor:
         """The part of the steps that are audited now."""
         if self._rate is not None:
             return self._rate
-        if not self._audits:
-            return FIRST_RATE
         steps = max(1, self._steps - 1)
-        affordable = TIME_SHARE * (self._step_seconds / steps) / (self._seconds / self._audits)
+        audit_s = (SHORT_AUDIT_S + self._seconds) / (1 + self._audits)
+        affordable = TIME_SHARE * (self._step_seconds / steps) / audit_s
         return max(LEAST_RATE, min(MOST_RATE, affordable))
 
     def stepped(self) -> None:
         """The step of the last `watch` is done."""
         self._step_seconds += time.monotonic() - self._began
+        if self._steps == 1 and self._rate is None:
+            self._seconds += self._copy_seconds()  # by which audits are as few as they should be from the first on
+
+    def _copy_seconds(self) -> float:
+        """How long it takes to make a copy of a tile: here one of another rank's last tiles of the first layer."""
+        found = [(rank, records_of_rank(self._header, rank, 0)) for rank in range(1, self._header.partition.ranks)]
+        rank, records = max(found, key=lambda of: len(of[1]))
+        began = time.monotonic()
+        if self._copies is not None and records:
+            alike = [record for record in records if record.block == records[-1].block]
+            self._copies.tile(alike, len(alike) - 1, rank)
+        return time.monotonic() - began
 
     @property
     def figures(self) -> AuditFigures:
