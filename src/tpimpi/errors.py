@@ -5,7 +5,9 @@
     │   ├── ModelError     a model: its config, tensors, tokenizer
     │   └── SliceError     a slice file: broken, or of something else
     ├── StarError          another rank is gone, late, or says nonsense
-    │   └── LostError      the connection to another rank broke
+    │   ├── LostError      the connection to another rank broke
+    │   └── AuditError     another rank computes or says what its weights do not give
+    ├── DamagedMemoryError weights in memory are not what was read any more
     └── StorageError       a disk is full, or a file cannot be written
 
 A message is one line and names the thing, the value found, the value needed, and what to do about it.
@@ -46,6 +48,14 @@ class StarError(TpimpiError):
 
 class LostError(StarError):
     """The connection to another rank broke: its process died, or its machine or network is gone."""
+
+
+class AuditError(StarError):
+    """What another rank sent is not what its part of the model gives."""
+
+
+class DamagedMemoryError(TpimpiError):
+    """Weights in this machine's memory are not what was read any more."""
 
 
 class StorageError(TpimpiError):

@@ -48,6 +48,19 @@ class Tile:
     parts: Mapping[str, Array]  # biases, norms (f32) and files (uint8), in their shapes
     matrices: Mapping[str, Matrix]
 
+    @classmethod
+    def of(cls, record: Record, buffer: Bytes) -> Tile:
+        """The tile whose parts lie in `buffer` as the record says, and are not copied."""
+        parts: dict[str, Array] = {}
+        matrices: dict[str, Matrix] = {}
+        for start, stop, part in record.spans():
+            data = buffer[start:stop]
+            if part.is_matrix:
+                matrices[part.name] = part.matrix(data)
+            else:
+                parts[part.name] = data.view(part.dtype).reshape(part.shape)
+        return cls(record, parts, matrices)
+
 
 class SliceFile:
     """A slice file, opened and validated. A tile that is laid out as we write it is one extent, read without HDF5.
@@ -224,19 +237,16 @@ class SliceFile:
 
     def tile(self, record: Record, buffer: Bytes) -> Tile:
         """The tile whose pieces are all in `buffer`, of which it holds views. Raises SliceError where a byte differs."""
-        parts: dict[str, Array] = {}
-        matrices: dict[str, Matrix] = {}
-        digest = xxhash.xxh3_64()
-        for start, stop, part in record.spans():
-            data = buffer[start:stop]
-            digest.update(data)
-            if part.is_matrix:
-                matrices[part.name] = part.matrix(data)
-            else:
-                parts[part.name] = data.view(part.dtype).reshape(part.shape)
-        if digest.intdigest() != int(self._sums[1 + self._index[record.path]]):
+        if not self.matches(record, buffer):
             raise self._changed(record.path) or self._broken(f"{record.path} does not match its checksum")
-        return Tile(record, parts, matrices)
+        return Tile.of(record, buffer)
+
+    def matches(self, record: Record, buffer: Bytes) -> bool:
+        """Whether the tile in `buffer` has the checksum that the file has of it."""
+        digest = xxhash.xxh3_64()
+        for start, stop, _ in record.spans():
+            digest.update(buffer[start:stop])
+        return digest.intdigest() == int(self._sums[1 + self._index[record.path]])
 
     def read(self, record: Record, buffer: Bytes) -> Tile:
         """Read and check a tile: all its pieces, one after another, into `buffer` (page-aligned, record.nbytes)."""
