@@ -93,7 +93,10 @@ def residual(step: Step, wire: str, model: PublicModel, layers: int) -> F32:
     [0, hidden] where messages are missing, or are not what they would have to be.
     """
     nothing = np.empty((0, model.config.hidden), np.float32)
-    x, blocks = vectors(step.hidden, wire, model.config.hidden).copy(), model.summed_blocks
+    sent, blocks = vectors(step.hidden, wire, model.config.hidden), model.summed_blocks
+    x = sent[
+        : np.flatnonzero((sent != 0).any(axis=1)).max(initial=-1) + 1
+    ].copy()  # on sealed links prompts end with rows of zeros
     if not step.sums or not len(x):
         return nothing
     # Long steps go through the layers in two halves, by turns.
@@ -106,10 +109,10 @@ def residual(step: Step, wire: str, model: PublicModel, layers: int) -> F32:
         block, half = blocks[place // len(halves)], halves[place % len(halves)]
         if block.layer < layers and not _is_of_squares(block):
             total = vectors(step.sums[turn], wire, model.config.hidden)
-            if len(total) != len(x[half]):
+            if len(total) < len(x[half]):
                 return nothing
             with np.errstate(all="ignore"):  # any bytes, where they are sealed
-                x[half] += model.to_residual(total, block)
+                x[half] += model.to_residual(total[: len(x[half])], block)
     return x
 
 

@@ -21,7 +21,15 @@ import mpi4py
 from bench.attack.messages import HEAD, RECEIVED, SENT
 from tpimpi.system.launcher import launched_rank
 
-FORWARDED = {"rank", "size", "Abort", "Get_rank", "Get_size", "Iallreduce"}  # of a communicator; and what is below
+FORWARDED = {
+    "rank",
+    "size",
+    "Abort",
+    "Get_rank",
+    "Get_size",
+    "Iallreduce",
+    "Split_type",
+}  # of a communicator; and what is below
 
 
 class Log:

@@ -82,8 +82,8 @@ def nearest_rows(vectors: F32, table: F32, least: float = LEAST_COSINE) -> list[
     unit = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-30)
     tokens = []
     for first in range(0, len(vectors), SEARCHED_ROWS):
-        some = vectors[first : first + SEARCHED_ROWS].astype(np.float64)
         with np.errstate(all="ignore"):  # what is no vector: any bytes
+            some = vectors[first : first + SEARCHED_ROWS].astype(np.float64)
             some = some / np.linalg.norm(some, axis=1, keepdims=True)
         some = np.where(np.isfinite(some), some, 0).astype(np.float32)
         cosines = some @ unit.T

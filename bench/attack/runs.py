@@ -60,7 +60,9 @@ def home_with_keys(folder: Path) -> Home:
 
 def batch_file(prompts: Sequence[str], path: Path) -> Path:
     """Prompts for --batch-file."""
-    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    path.write_text(
+        "".join(json.dumps({"custom_id": str(i), "prompt": prompt}) + "\n" for i, prompt in enumerate(prompts))
+    )
     return path
 
 

@@ -6,6 +6,7 @@ docs/threat-model.md cites these tests: what it says is what they show.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import platform
 import shutil
@@ -51,6 +52,18 @@ class Recorded:
         return [*self.prompt, *self.answer[:-1]]
 
 
+@functools.cache
+def public_model(path: Path) -> PublicModel:
+    """One of them for all tests."""
+    return PublicModel(path)
+
+
+@functools.cache
+def row_index(path: Path, wire: str) -> RowIndex:
+    """One of them for all tests."""
+    return RowIndex(public_model(path).table_on_the_wire(wire))
+
+
 def record(
     mpirun: Launcher, env: dict[str, str], out: Path, model: Path, *options: str, prompt: str = PROMPT
 ) -> Recorded:
@@ -62,7 +75,7 @@ def record(
     command = ("-m", "bench.attack.record", str(out), "--opened", "--")
     result = mpirun(2, *command, *said, *options, env=env, cwd=ROOT)
     assert result.code == 0, result.err
-    public = PublicModel(model)
+    public = public_model(model)
     answer = json.loads((out / "report.json").read_text())["token_ids"]
     assert len(answer) == TOKENS
     messages, opened = (list(read_messages(out / f"rank-1.{kind}")) for kind in ("messages", "opened"))
@@ -87,13 +100,14 @@ def test_plain_messages_give_the_whole_conversation(
     run = record(mpirun, cache, tmp_path / "out", smollm2, "--wire", wire)
     assert len(run.prompt) > 32  # so that it goes through the layers in two halves
     assert tokens_of_vectors(run.messages, wire, run.model) == run.sent
-    index = RowIndex(run.model.table_on_the_wire(wire))
+    index = row_index(smollm2, wire)
     assert tokens_of_bytes([message.data for message in run.messages], index) == run.sent
     # Heads are computed in other formats here and there, which decides between tokens that are about as likely.
     answer = tokens_of_sums(run.messages, wire, run.model)
     assert len(answer) == TOKENS and in_common(answer, run.answer) >= TOKENS - 1
-    assert PROMPT in run.model.text(tokens_of_vectors(run.messages, wire, run.model))
-    shown = run_command(
+    if wire == "f32":
+        return
+    shown = run_command(  # the same as a command
         [sys.executable, "-m", "bench.attack", "messages", str(tmp_path / "out/rank-1.messages"), "--wire", wire],
         env={"TPIMPI_MODEL": str(smollm2)},
         cwd=ROOT,
@@ -108,7 +122,7 @@ def test_sealed_messages_give_nothing_but_to_the_rank_itself(
 ) -> None:
     run = record(mpirun, link_keys, tmp_path / "out", smollm2, "--wire", wire, "--seal", "on")
     assert tokens_of_vectors(run.messages, wire, run.model) == []
-    index = RowIndex(run.model.table_on_the_wire(wire))
+    index = row_index(smollm2, wire)
     assert tokens_of_bytes([message.data for message in run.messages], index) == []
     assert tokens_of_sums(run.messages, wire, run.model) == []
     assert len(steps_of(run.messages)) == TOKENS, "the recorder saw too little"
@@ -155,8 +169,8 @@ def test_vectors_after_a_layer_give_the_tokens(
 def test_frames_give_the_whole_conversation_or_nothing_where_sealed(
     mpirun: Launcher, smollm2: Path, tmp_path: Path, wire: str
 ) -> None:
-    model, slices = PublicModel(smollm2), runs.make_slices(smollm2, tmp_path / "slices")
-    index, prompt = RowIndex(model.table_on_the_wire(wire)), model.tokenizer.encode_chat(PROMPT)
+    model, slices = public_model(smollm2), runs.make_slices(smollm2, tmp_path / "slices")
+    index, prompt = row_index(smollm2, wire), model.tokenizer.encode_chat(PROMPT)
     with runs.home_with_keys(tmp_path / "keys") as home:
         for sealed in (False, True):
             recording = runs.record_run(
@@ -174,6 +188,8 @@ def test_frames_give_the_whole_conversation_or_nothing_where_sealed(
             assert sum(map(len, parts)) > 1e6 / (4 if wire == "q8_0" else 1), "the capture saw too little"
             found = tokens_of_bytes(parts, index)
             assert found == ([] if sealed else [*prompt, *recording.answers[0][:-1]])
+            # Nor does the launcher, which shares the network, carry the text.
+            assert not [part for part in parts if b"landlord" in part]
 
 
 def _frame(sequence: int, data: bytes, *, flags: int = 0x10, ports: bytes = b"\1\2\3\4") -> bytes:
