@@ -125,6 +125,9 @@ def test_sealed_messages_give_nothing_but_to_the_rank_itself(
     index = row_index(smollm2, wire)
     assert tokens_of_bytes([message.data for message in run.messages], index) == []
     assert tokens_of_sums(run.messages, wire, run.model) == []
+    private = json.loads(Path(link_keys[PATH_VARIABLE]).read_text())["private"]
+    for key in (private.encode(), bytes.fromhex(private)):
+        assert not [message for message in [*run.messages, *run.opened] if key in message.data]
     assert len(steps_of(run.messages)) == TOKENS, "the recorder saw too little"
     # The owner of the rank, or root there, reads the process: sealing does not help against them.
     assert tokens_of_vectors(run.opened, wire, run.model) == run.sent
