@@ -15,7 +15,10 @@ def next_tokens(steps: Sequence[Step], wire: str, model: PublicModel) -> list[in
     tokens = []
     for step in steps:
         last = residual(step, wire, model, model.config.layers)[-1:]
+        if not len(last) or not np.isfinite(last).all():
+            tokens.append(-1)
+            continue
         with np.errstate(all="ignore"):
-            logits = model.logits(last) if len(last) and np.isfinite(last).all() else np.empty((0, 1))
-        tokens.append(int(logits.argmax()) if logits.size and np.isfinite(logits).all() else -1)
+            logits = model.logits(last)[0, : model.tokenizer.sampled_ids]
+        tokens.append(int(logits.argmax()) if np.isfinite(logits).all() else -1)
     return tokens

@@ -40,9 +40,9 @@ def read_messages(path: Path) -> Iterator[Message]:
     """The messages of a file, in their order; what was cut off at its end is left out."""
     with path.open("rb") as file:
         while len(head := file.read(HEAD.size)) == HEAD.size:
-            *about, size = HEAD.unpack(head)
+            direction, communicator, peer, tag, size = HEAD.unpack(head)
             if len(data := file.read(size)) == size:
-                yield Message(*about, data)
+                yield Message(direction, communicator, peer, tag, data)
 
 
 @dataclass

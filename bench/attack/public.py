@@ -80,7 +80,8 @@ class PublicModel:
 
     def text(self, ids: Iterable[int]) -> str:
         """The tokens' text."""
-        return self.tokenizer.decode(ids)
+        stream = self.tokenizer.stream()
+        return "".join(map(stream.push, ids)) + stream.flush()
 
 
 def numbers(data: bytes, wire: str) -> F32:

@@ -28,7 +28,8 @@ def _load(path: Path) -> Any:
 
     place = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     folder = path.parent if place else path
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **place).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **place)
+    return model.eval()
 
 
 class Vocabulary:
