@@ -88,6 +88,7 @@ class GenerateOptions:
     out: str | None = None
     parallel: int | None = None  # DEFAULT_PARALLEL where it is not given
     session: str | None = None
+    session_key_file: str | None = None
     keep_cache: str | None = None
     system: str | None = None
     system_file: str | None = None

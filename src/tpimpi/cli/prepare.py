@@ -146,6 +146,7 @@ def workload(
     prompt_tokens: int = PROMPT_TOKENS,
     routing: Trace | None = None,
     parallel: int = 1,
+    accepted: float | None = None,
 ) -> Workload:
     """What a run would have to do, as far as it matters for its speed."""
     return Workload(
@@ -159,6 +160,7 @@ def workload(
         chunk=compute.prompt_chunk,
         routing=routing,
         parallel=parallel,
+        accepted=accepted,
     )
 
 

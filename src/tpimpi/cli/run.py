@@ -17,7 +17,7 @@ from tpimpi.cli.options import DROP, GenerateOptions, OutputOptions, RunOptions,
 from tpimpi.cli.prepare import prepare, say_what_slows
 from tpimpi.cli.process import Job, leave_on_signals, say
 from tpimpi.cli.run_options import parse_run
-from tpimpi.cli.values import read_text
+from tpimpi.cli.values import read_passphrase, read_text
 from tpimpi.diagnostics.trace_file import left_out, write_trace
 from tpimpi.engine import startup
 from tpimpi.engine.allotment import print_memory
@@ -88,7 +88,9 @@ def load(star: Star, job: Job, ranks: Sequence[RankInfo], options: RunOptions) -
     """
     session = kept = None
     if options.generate.session is not None:
-        session = Session(options.generate.session)
+        key_file = options.generate.session_key_file
+        passphrase = None if key_file is None else read_passphrase("--session-key-file", key_file)
+        session = Session(options.generate.session, passphrase=passphrase)
         job.at_end.callback(session.close)
         options = replace(options, generate=with_session(options.generate, session))
         if options.generate.keep_cache is not None:

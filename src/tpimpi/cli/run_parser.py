@@ -147,6 +147,12 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
         "alone, with the sampling options that it was begun with",
     )
     group.add_argument(
+        "--session-key-file",
+        type=path_given("--session-key-file", "the name of a file"),
+        metavar="FILE",
+        help="encrypt --session, and the key of --keep-cache, with the passphrase in this file, which rank 0 alone reads",
+    )
+    group.add_argument(
         "--keep-cache",
         type=path_given("--keep-cache", "the name of a folder"),
         metavar="DIR",

@@ -6,6 +6,8 @@ They raise InputError, which argparse lets through, so that a message is ours.
 from __future__ import annotations
 
 import math
+import shlex
+import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -97,6 +99,19 @@ def read_text(option: str, path: str) -> str:
         raise InputError(f"{option} {shorten_path(path)}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
     except ValueError as error:  # a NUL in the name
         raise InputError(f"{option} {path!r}: {error}; give a file that rank 0 can read") from error
+
+
+def read_passphrase(option: str, path: str) -> bytes:
+    """The passphrase in a file, which others must not be able to read: its text but for the last line end, in UTF-8.
+
+    Raises InputError."""
+    text = read_text(option, path).removesuffix("\n")
+    if not text:
+        raise InputError(f"{option} {shorten_path(path)} is empty; write a passphrase into it")
+    about = Path(path).stat()
+    if stat.S_ISREG(about.st_mode) and about.st_mode & 0o077:
+        raise InputError(f"{option} {shorten_path(path)} can be read by others; type: chmod 600 {shlex.quote(path)}")
+    return text.encode()
 
 
 def window_blocks(text: str) -> int | str:
