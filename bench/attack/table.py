@@ -17,6 +17,7 @@ from bench.attack.public import PublicModel
 from bench.attack.rows import RowIndex, nearest_rows
 from bench.attack.runs import Recording
 from bench.attack.vocabulary import Vocabulary
+from tpimpi.compute.arrays import F32
 
 CONVERSATIONS = Path(__file__).with_name("conversations.txt")
 NEAREST, WINDOWS, SUMS, LAYERS, FRAMES, OPENED = (
@@ -67,11 +68,11 @@ def tokens_after_layer(
     messages: Sequence[Message], wire: str, model: PublicModel, vocabulary: Vocabulary, layers: int
 ) -> list[int]:
     """Of the first conversation, by its residuals after so many layers. A step of several rows begins one."""
-    rows: list[list[float]] = []
+    rows: list[F32] = []
     for number, step in enumerate(steps_of(messages)):
         if len(some := residual(step, wire, model, layers)) > 1 and number:
             break
-        rows += some
+        rows.extend(some)
     return vocabulary.tokens(np.array(rows, np.float32)) if rows else []
 
 
