@@ -57,7 +57,7 @@ def load_batch(star: Star, job: Job, ranks: Sequence[RankInfo], options: RunOpti
     tokenizer, tokenizer_bytes = load_tokenizer_of_slices(engine.file, template)
     conversation = Conversation.begin(engine.header, tokenizer, params)
     queries, refused = _queries(items, answers, conversation, own)
-    report = Report(engine.header.model, engine.header.format, engine.backend.name, star.algorithm)
+    report = Report(engine.header.model, engine.header.format, engine.backend.name, star.algorithm, star.sealed)
     speculate = LONGEST_DRAFT if params.speculate is None else params.speculate
     speculation = Speculation(speculate, always=params.speculate is not None)
     wanted = max((len(query.ids) + query.max_tokens for query in queries.values()), default=1)

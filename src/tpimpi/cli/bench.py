@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tpimpi.cli.network_options import add_seal
 from tpimpi.cli.parser import Parser
 from tpimpi.cli.process import Job, say
 from tpimpi.cli.run_parser import add_kernels
@@ -142,6 +143,7 @@ def _add_allreduce(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="rounds (default %(default)s)",
     )
+    add_seal(parser)
     parser.add_argument("--plot", metavar="FILE", help="draw time against size as a PNG (needs matplotlib)")
     parser.add_argument("--quiet", action="store_true", help="only the table, and errors")
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from tpimpi.cli.network_options import add_hosts
+from tpimpi.cli.network_options import add_hosts, add_seal
 from tpimpi.cli.parser import Parser
 from tpimpi.cli.process import Job
 from tpimpi.cli.run_parser import add_shares
@@ -38,6 +38,7 @@ def doctor_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--format", default="auto", help="of the slices, as in a run")
     add_shares(parser)
+    add_seal(parser)
     parser.add_argument("--json", metavar="FILE", help="write everything that was found as JSON")
     return parser
 

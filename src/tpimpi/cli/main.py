@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from tpimpi.cli.process import Job, guarded, leave_on_signals, leave_signals_to_rank_0, set_up_streams
 from tpimpi.errors import InputError
-from tpimpi.star import Star, connect, launched_rank
+from tpimpi.star import Star, connect, launched_rank, seal_given
 from tpimpi.star.control import Stopped, stop_others_on_error
 from tpimpi.system.terminal import Input, repair_streams, write_past_the_launcher
 
@@ -53,11 +53,12 @@ def do_together(job: Job) -> int:
         write_past_the_launcher()
         job.input = Input()
     try:
-        job.star = star = connect(quiet="--quiet" in job.arguments)  # which has no other meaning in any command
-    except InputError:
+        # Neither has another meaning in any command.
+        job.star = star = connect(quiet="--quiet" in job.arguments, seal=seal_given(job.arguments))
+    except InputError as error:
         if launched == 0:
             raise
-        return InputError.exit_code  # every process would say the same line
+        return error.exit_code  # every process would say the same line, or rank 0 says it
     if not star.rank.is_hub:
         return follow(star, job)
     with stop_others_on_error(star):

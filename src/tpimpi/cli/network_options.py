@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from tpimpi.cli.values import path_given, program_given, seconds
-from tpimpi.star import ALLREDUCES, DEFAULT_SILENCE_S, DEFAULT_TIMEOUT_S, SHORTEST_SILENCE_S, WIRES
+from tpimpi.star import ALLREDUCES, DEFAULT_SILENCE_S, DEFAULT_TIMEOUT_S, SEALS, SHORTEST_SILENCE_S, WIRES
 
 LONGEST_SILENCE_S = 86400
 SILENCE_RANGE = f"{SHORTEST_SILENCE_S:.0f} to {LONGEST_SILENCE_S} seconds"
@@ -25,6 +25,18 @@ def add_hosts(parser: argparse.ArgumentParser, hostfile: str) -> None:
     )
 
 
+def add_seal(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """What every command has that ranks on several hosts take part in. It is read before the parser is there
+    (`seal_given`)."""
+    group.add_argument(
+        "--seal",
+        default="auto",
+        choices=SEALS,
+        help="whether all that goes between the ranks is encrypted and authenticated (default auto: as soon as a rank is on "
+        "another host, which needs keys: doctor --make-keys)",
+    )
+
+
 def add_network(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--allreduce",
@@ -39,6 +51,7 @@ def add_network(group: argparse._ArgumentGroup) -> None:
         choices=WIRES,
         help="how numbers travel: f32 (default), or rounded to bf16 or q8_0, which is less to send and less exact",
     )
+    add_seal(group)
     group.add_argument(
         "--timeout",
         type=seconds("--timeout"),

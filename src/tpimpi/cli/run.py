@@ -117,7 +117,7 @@ def load(star: Star, job: Job, ranks: Sequence[RankInfo], options: RunOptions) -
         draft = open_draft(ranks, options, tokenizer, engine.header.model)
     transcript = Transcript() if session is None and is_chat(options.generate) else session
     conversation = Conversation.begin(engine.header, tokenizer, params, transcript)
-    report = Report(engine.header.model, engine.header.format, engine.backend.name, star.algorithm)
+    report = Report(engine.header.model, engine.header.format, engine.backend.name, star.algorithm, star.sealed)
     llm, allotments = load_llm(
         engine, conversation, report, conversation.next_turn(prompt), tokenizer_bytes, kept, draft
     )

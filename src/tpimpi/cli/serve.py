@@ -96,7 +96,7 @@ def load(
     most = engine.header.config.context
     if generate.context is not None and generate.context > most:
         raise InputError(f"--context is {generate.context}, this model has {most} positions; give at most that")
-    report = Report(engine.header.model, engine.header.format, engine.backend.name, star.algorithm)
+    report = Report(engine.header.model, engine.header.format, engine.backend.name, star.algorithm, star.sealed)
     speculate = LONGEST_DRAFT if generate.speculate is None else generate.speculate
     progress.say("taking memory")
     llm, allotments = load_batched(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tpimpi.cli.network_options import add_seal
 from tpimpi.cli.options import ComputeOptions, NetworkOptions
 from tpimpi.cli.parser import Parser, offer
 from tpimpi.cli.prepare import choose_partition
@@ -56,6 +57,7 @@ def slice_parser() -> argparse.ArgumentParser:
         help="how many slices to make (default: as many as mpirun starts)",
     )
     add_shares(parser)
+    add_seal(parser)
     weights = parser.add_argument(
         "--format", default="auto", help=f"auto, {', '.join(FORMAT_CHOICES)} (default: as in a run)"
     )

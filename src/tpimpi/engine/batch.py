@@ -1,7 +1,7 @@
 """The rows of a step as words on the wire: which sequence and position each is, and where the sequences have their pages.
 
 int32, two a word: rows, sequences, widths of the tables of full and of windowed layers; then the sequence of each row, the
-position of each, and the tables. Nothing says what a row's token is, or whose a sequence.
+position of each, and the tables; then zeros, as many as are wanted. Nothing says what a row's token is, or whose a sequence.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from tpimpi.errors import StarError
 from tpimpi.models.kv.cache import KINDS, PAGE, StepRows
 from tpimpi.star import Words
 
+PADDED_WORDS = (
+    64  # of a prompt, over sealed links, the words are a multiple of so many, so that they do not tell its length
+)
 _HEAD = 2 + len(KINDS)  # numbers before the rows
 
 
-def pack_rows(rows: StepRows) -> Words:
-    """The words of these rows, int64 [n]."""
+def pack_rows(rows: StepRows, multiple: int = 1) -> Words:
+    """The words of these rows, int64 [n], where n is a multiple of `multiple`."""
     n, sequences = len(rows.sequence), len(rows.tables[0])
     head = np.array([n, sequences, *(table.shape[1] for table in rows.tables)], np.int32)
     parts = [head, rows.sequence, rows.position, *(table.reshape(-1) for table in rows.tables)]
     numbers = np.concatenate(parts).astype(np.int32, copy=False)
-    return np.pad(numbers, (0, len(numbers) % 2)).view(np.int64)
+    return np.pad(numbers, (0, -len(numbers) % (2 * multiple))).view(np.int64)
 
 
 def unpack_rows(words: Words, pages: Sequence[int], context: int) -> StepRows:
@@ -36,7 +39,7 @@ def unpack_rows(words: Words, pages: Sequence[int], context: int) -> StepRows:
         raise StarError("rank 0 sent a step whose rows make no sense")
     n, sequences, *widths = numbers[:_HEAD].tolist()
     sizes = [n, n, *(sequences * width for width in widths)]
-    if not 0 <= len(numbers) - _HEAD - sum(sizes) <= 1:
+    if not 0 <= len(numbers) - _HEAD - sum(sizes) < 2 * PADDED_WORDS:
         raise StarError(f"rank 0 sent a step of {n} rows and {sequences} sequences in {len(words)} words")
     sequence, position, *tables = np.split(numbers[_HEAD : _HEAD + sum(sizes)], np.cumsum(sizes)[:-1])
     rows = StepRows(

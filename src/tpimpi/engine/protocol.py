@@ -1,8 +1,8 @@
 """The steps of a run after its start: what rank 0 asks for, and how the other ranks follow.
 
-A step begins with a header, int64 [5] over the star: magic, operation, positions, start, choices. FORWARD is followed by
-the hidden vectors; BATCH by the rows (see batch) and their hidden vectors; KEEP and TAKE by notes (see keep_pages). Prompt,
-token ids and text are in none of them.
+A step begins with a header, int64 [5] over the star: magic, operation, positions, start, choices. FORWARD and PROMPT are
+followed by the hidden vectors; BATCH and PROMPT_BATCH by the rows (see batch) and their hidden vectors; KEEP and TAKE by
+notes (see keep_pages). Prompt, token ids and text are in none of them.
 
 `choices` is a hash of the experts that rank 0 has chosen so far in a mixture of experts. Ranks that chose others would add
 parts of different experts, and make nonsense that looks like text: so every rank compares, before each step, and the run
@@ -19,7 +19,7 @@ from enum import IntEnum
 import numpy as np
 
 from tpimpi.compute.arrays import F32
-from tpimpi.engine.batch import pack_rows, unpack_rows
+from tpimpi.engine.batch import PADDED_WORDS, pack_rows, unpack_rows
 from tpimpi.engine.figures import LiveFigures
 from tpimpi.engine.keep_pages import SequenceFile, keep, receive_which, take
 from tpimpi.engine.model import Model
@@ -50,6 +50,8 @@ class Operation(IntEnum):
     KEEP = 7  # pages of a sequence are to be written to a file; notes follow
     TAKE = 8  # pages of a sequence are to be read from a file; notes follow
     LIVE = 9  # every rank says how it is, in a note
+    PROMPT = 10  # as FORWARD, of a prompt: over sealed links its messages are padded
+    PROMPT_BATCH = 11  # as BATCH, with rows of a prompt among them
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,14 @@ def begin(model: Model, star: Star, context: int, keep: int = 0) -> None:
     model.begin(context, keep)
 
 
-def step(model: Model, star: Star, x: F32, start: int, *, head: bool = True) -> F32:
+def step(model: Model, star: Star, x: F32, start: int, *, head: bool = True, prompt: bool = False) -> F32:
     """Rank 0: have every rank run `x` [n, hidden] through the layers at positions from `start`; returns [n, hidden].
 
-    Unless `head`, no logits will be asked for.
+    Unless `head`, no logits will be asked for. Of a `prompt` nobody on the network shall see how long it is.
     """
-    send_header(star, StepHeader(Operation.FORWARD, x.shape[0], start, model.choices))
+    operation = Operation.PROMPT if prompt else Operation.FORWARD
+    send_header(star, StepHeader(operation, x.shape[0], start, model.choices))
+    star.pad_rows(prompt)
     star.broadcast(x)
     return model.forward(x, start, head=head)
 
@@ -113,12 +117,15 @@ def open_pages(model: Model, star: Star, context: int, account: PageAccount) -> 
     model.open_pages(context, account.places, account.units)
 
 
-def batch(model: Model, star: Star, x: F32, rows: StepRows, *, head: bool = True) -> F32:
+def batch(model: Model, star: Star, x: F32, rows: StepRows, *, head: bool = True, prompt: bool = False) -> F32:
     """Rank 0: have every rank run `x` [n, hidden] of these rows through the layers; returns [n, hidden].
 
-    The pages are `open_pages`'s; see `step` for `head`.
+    The pages are `open_pages`'s; see `step` for `head` and `prompt`, which holds if any row is of a prompt.
     """
-    _send_with(star, StepHeader(Operation.BATCH, x.shape[0], choices=model.choices), pack_rows(rows))
+    operation = Operation.PROMPT_BATCH if prompt else Operation.BATCH
+    words = pack_rows(rows, PADDED_WORDS if prompt and star.sealed else 1)
+    _send_with(star, StepHeader(operation, x.shape[0], choices=model.choices), words)
+    star.pad_rows(prompt)
     star.broadcast(x)
     return model.step(x, rows, head=head)
 
@@ -211,7 +218,8 @@ def _keep_or_take(model: Model, star: Star, files: PageFiles | None, header: Ste
 def _follow_one(model: Model, star: Star, header: StepHeader) -> None:
     """Do what one header says. Raises StarError where it makes no sense."""
     words = np.empty(0, np.int64)
-    if header.operation in (Operation.PAGES, Operation.BATCH, Operation.RELEASE):
+    batched = header.operation in (Operation.BATCH, Operation.PROMPT_BATCH)
+    if batched or header.operation in (Operation.PAGES, Operation.RELEASE):
         if header.start > MOST_WORDS:
             raise StarError(f"rank 0 sends {header.start} words with a header, more than any step has")
         words = np.empty(header.start, np.int64)
@@ -236,7 +244,8 @@ def _follow_one(model: Model, star: Star, header: StepHeader) -> None:
         _release(model, words, header.positions)
         return
     x = np.empty((header.positions, model.config.hidden), np.float32)
-    if header.operation == Operation.BATCH:
+    star.pad_rows(header.operation in (Operation.PROMPT, Operation.PROMPT_BATCH))
+    if batched:
         rows = unpack_rows(words, model.cache.pages, model.context)
         if len(rows.sequence) != header.positions:
             raise StarError(f"rank 0 sent a step of {header.positions} rows, and {len(rows.sequence)} in its words")

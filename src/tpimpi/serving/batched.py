@@ -209,7 +209,8 @@ class BatchedLLM:
         ids = [id_ for run in runs for id_ in run.ids]
         ends = np.cumsum([run.n for run in runs])
         wanted = [row for run, end in zip(runs, ends.tolist(), strict=True) if run.ends for row in _wanted(run, end)]
-        hidden = batch(model, model.star, self.engine.embed(ids), rows, head=bool(wanted))
+        prompt = any(run.n - len(run.draft) > 1 or not run.ends for run in runs)
+        hidden = batch(model, model.star, self.engine.embed(ids), rows, head=bool(wanted), prompt=prompt)
         logits = model.logits(hidden[wanted]) if wanted else None
         seconds = time.monotonic() - began
         self._times.add(len(ids), seconds)

@@ -121,7 +121,7 @@ class _Passes:
     def read(self, chunk: Sequence[int], start: int, *, last: bool) -> F32:
         """A part of the prompt, of which it may be the `last`: hidden vectors [n, hidden]."""
         began = time.monotonic()
-        hidden = step(self.model, self.star, self.embed(chunk), start, head=last)
+        hidden = step(self.model, self.star, self.embed(chunk), start, head=last, prompt=True)
         self._done(len(chunk), began, timed=len(chunk) > 1)
         return hidden
 

@@ -142,6 +142,7 @@ class Result:
     model: str
     backend: str
     allreduce: str
+    sealed: str | None
     text: str
     text_tokens: int
     context: int
@@ -288,6 +289,7 @@ class Measurement:
             model=header.model,
             backend=engines[0].model.backend.name,
             allreduce=engines[0].model.star.algorithm,
+            sealed=engines[0].model.star.sealed,
             text=self.name,
             text_tokens=len(self.ids),
             context=self.context,
@@ -307,5 +309,5 @@ class Measurement:
 
 def _last_logits(engine: Engine, ids: Sequence[int], start: int, count: int) -> F32:
     """Have all ranks run `ids` at positions from `start`: logits of the last `count` of them, [count, vocab]."""
-    hidden = step(engine.model, engine.model.star, engine.embed(ids), start, head=count > 0)
+    hidden = step(engine.model, engine.model.star, engine.embed(ids), start, head=count > 0, prompt=True)
     return engine.model.logits(hidden[len(ids) - count :]) if count else np.empty((0, 0), np.float32)

@@ -127,6 +127,7 @@ class Report:
     format: str
     backend: str
     allreduce: str
+    sealed: str | None = None  # the cipher of the links between ranks
     prompt_chunk: int = 0  # positions of a prompt that were computed at once
     load_s: float = 0.0
     text: str = ""
@@ -192,8 +193,9 @@ class Report:
         Console(file=sys.stderr, width=120, highlight=False, color_system=None).print(table)
         held = f" ({self.cached_tokens} computed before)" if self.cached_tokens else ""
         last = f"last of {self.answered} prompts: " if self.answered > 1 else ""
+        sealed = ", sealed" if self.sealed else ""
         print(
-            f"{self.model} {self.format} · {self.backend} · {describe_rule(self.allreduce)} · "
+            f"{self.model} {self.format} · {self.backend} · {describe_rule(self.allreduce)}{sealed} · "
             f"{last}{self.prompt_tokens} prompt tokens{held}, {len(self.token_ids)} generated · " + " · ".join(times),
             file=sys.stderr,
         )

@@ -7,10 +7,12 @@ home it is latency that costs: arXiv 2410.00531, section 3.3.)
 What is on the wire, by tag: CONTROL (hub to all: int64 [n], the header of a step), HIDDEN (hub to all: f32
 [positions, hidden]), PARTIAL (to the hub) and SUM (from it), f32 [positions, hidden], or with other algorithms and wires
 between any ranks, and packed (see `allreduce`, `codec`), ECHO (to measure links), NOTE (settings, status and measurements
-as JSON), CLOCK (both ways: float64 [1], the sender's clock in seconds; only where a run is traced), and BULK (tiles of
-slices, to the rank that needs them). Prompt, token ids and text are in none of them.
+as JSON), HANDSHAKE (before all others, where links are sealed: see `secure`), CLOCK (both ways: float64 [1], the sender's
+clock in seconds; only where a run is traced), and BULK (tiles of slices, to the rank that needs them). Prompt, token ids
+and text are in none of them.
 
-`channel` has single messages and waiting, `codec` the numbers on the wire, `pieces` how arrays are cut, `allreduce` the
+`channel` has single messages and waiting, `seal` their encryption, `secure` and `noise` how its keys come about,
+`codec` the numbers on the wire, `pieces` how arrays are cut, `allreduce` the
 sums, `heartbeat` who is gone, `control` the notes, `star` what other packages use. mpi4py is imported only in this
 package, by `connect`, in a launched run; without mpirun a star of one rank needs no MPI.
 """
@@ -22,7 +24,7 @@ from tpimpi.star.heartbeat import DEFAULT_SILENCE_S, SHORTEST_SILENCE_S, WAIT_FO
 from tpimpi.star.link_test import Ping, answer_link, ping_link
 from tpimpi.star.mpi_library import MpiLibrary, mpi_library
 from tpimpi.star.star import ALLREDUCES, DEFAULT_TIMEOUT_S, Star, Words
-from tpimpi.star.start import connect
+from tpimpi.star.start import SEALS, connect, seal_given
 from tpimpi.star.tuning import Links, choose, describe
 from tpimpi.system.launcher import MPICH, OPEN_MPI, Rank, launched_rank, launcher_commands, launcher_kind
 
@@ -39,6 +41,7 @@ __all__ = [
     "NOTE",
     "OPEN_MPI",
     "PARTIAL",
+    "SEALS",
     "SHORTEST_SILENCE_S",
     "SUM",
     "WAIT_FOR_HUB_REPORT_S",
@@ -62,4 +65,5 @@ __all__ = [
     "mpi_library",
     "parse_rule",
     "ping_link",
+    "seal_given",
 ]

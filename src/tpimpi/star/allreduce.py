@@ -35,8 +35,17 @@ BACKGROUND_POLL_S = 300e-6  # between two looks at the sums in the background
 class Allreduce:
     """A sum under way: made by `Star.start`, ended by `wait`."""
 
-    def __init__(self, channel: Channel | None, steps: Steps, timeout: float, spent: Callable[[float], None]) -> None:
-        """`spent` is told the seconds that go into it. `channel` is None where there is a single rank, and nothing to do."""
+    def __init__(
+        self,
+        channel: Channel | None,
+        steps: Steps,
+        timeout: float,
+        spent: Callable[[float], None],
+        finish: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`spent` is told the seconds that go into it; `finish` is called by `wait` when it is done. `channel` is None where
+        there is a single rank, and nothing to do."""
+        self._finish = finish
         self._channel, self._steps, self._timeout, self._spent = channel, steps, timeout, spent
         self._lock = threading.Lock()  # of the steps: `Background` goes on with them too
         self._error: BaseException | None = None
@@ -72,6 +81,7 @@ class Allreduce:
             self._spent(time.monotonic() - began)
         if self._error is not None:
             raise self._error
+        self._finish()
 
 
 class Background:
@@ -248,7 +258,7 @@ def library(pieces: PieceChannel, flat: F32) -> Steps:
     """MPI's own allreduce; in f32 only."""
     assert pieces.wire.format == "f32"
     result = np.empty_like(flat)
-    yield Pending([pieces.channel.comm.Iallreduce(flat, result)], [0], [None])
+    yield Pending([pieces.channel.comm.Iallreduce(flat, result)], [0], [None], counted=False)
     flat[:] = result
 
 

@@ -24,9 +24,11 @@ from tpimpi.errors import LostError, StarError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-CONTROL, HIDDEN, PARTIAL, SUM, NOTE, CLOCK, BULK, ECHO = range(1, 9)  # tags; see the package's docstring
+    from tpimpi.star.seal import Seal
 
-CHECKSUM_BYTES = 8
+CONTROL, HIDDEN, PARTIAL, SUM, NOTE, CLOCK, BULK, ECHO, HANDSHAKE = range(1, 10)  # tags; see the package's docstring
+
+CHECKSUM_BYTES, SEAL_BYTES = 8, 16  # behind a message: the one, or the other
 POOLED_FROM_BYTES = 1 << 14  # buffers from this size on are kept for the next messages
 POOLED_BYTES_PER_SIZE = 1 << 25  # the most that is kept of all buffers of one size
 CHECK_HOST_HINT = "see that it is up and reachable (python -m tpimpi doctor --hostfile FILE)"
@@ -43,11 +45,12 @@ LONGEST_REST_S, REST_PART = (
 
 @dataclass
 class Frame:
-    """A message that is being received: `buffer` gets its bytes and checksum; if that is right the bytes go to `target`,
-    where there is one."""
+    """A message that is being received: `buffer` gets its bytes and what is behind them; if that is right the bytes go to
+    `target`, where there is one. `number` is the seal's."""
 
     buffer: Bytes
     target: Bytes | None = None
+    number: int = 0
 
 
 @dataclass
@@ -62,6 +65,7 @@ class Pending:
     done: int = 0  # so many of them, from the front, are
     lent: list[Bytes] = field(default_factory=list)  # buffers that are free again when all are
     not_before: float = 0.0  # a time.monotonic() value, before which it is no use to look
+    counted: bool = True  # False: no messages between two ranks
 
 
 class BufferPool:
@@ -97,12 +101,18 @@ class Channel:
     """One rank's messages, over the communicator `comm`.
 
     Each message ends with a checksum of CHECKSUM_BYTES, the XXH3-64 of its other bytes with the tag as seed (BULK has none:
-    tiles have checksums of their own). So a message that was damaged, cut off or meant for something else is an error.
+    tiles have checksums of their own). So a message that was damaged, cut off or meant for something else is an error. Where
+    there is a `seal`, all messages are encrypted, and end with its SEAL_BYTES in place of the checksum.
     """
+
+    seal: Seal | None = None
 
     latency: float | None = None  # seconds one way, once it was measured: sleeps are short against it
     name: Callable[[int], str] = staticmethod("rank {}".format)  # of a rank, for messages
     awaited: tuple[int, ...] = ()  # the ranks that are waited for right now, within a deadline
+    awaited_messages: tuple[
+        int, ...
+    ] = ()  # the ranks from which a message is to come, whether or not there is a deadline
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         from mpi4py import MPI
@@ -111,6 +121,8 @@ class Channel:
         self.rank, self.size = comm.rank, comm.size
         self.buffers = BufferPool()
         self.last_heard: dict[int, float] = {}  # when the last message of each rank came, time.monotonic()
+        self.sent = [0] * comm.size  # messages to each rank that are gone
+        self.received = [0] * comm.size  # messages of each rank that came
         _fine_timers()
 
     def send(self, array: npt.NDArray[Any], to: int, tag: int) -> Pending:
@@ -119,32 +131,44 @@ class Channel:
 
     def send_to(self, array: npt.NDArray[Any], ranks: Sequence[int], tag: int) -> Pending:
         """Begin to send the same array to several ranks."""
-        data, lent = _bytes(array), []
-        if tag != BULK:
-            frame = self.buffers.take(data.size + CHECKSUM_BYTES)
+        data = _bytes(array)
+        lent = [] if self.seal is None and tag == BULK else [self.buffers.take(data.size + self._tail(tag))]
+        frame = lent[0] if lent else data
+        if lent and self.seal is None:
             frame[:-CHECKSUM_BYTES] = data
             frame[-CHECKSUM_BYTES:].view(np.uint64)[0] = xxhash.xxh3_64_intdigest(data, tag)
-            data, lent = frame, [frame]
         requests = []
-        for rank in ranks:
+        for place, rank in enumerate(ranks):
+            if self.seal is not None:  # for this receiver alone
+                if place:
+                    lent.append(frame := self.buffers.take(frame.size))
+                self.seal.close(rank, tag, data, frame)
             try:
-                requests.append(self.comm.Isend(data, dest=rank, tag=tag))
+                requests.append(self.comm.Isend(frame, dest=rank, tag=tag))
             except self._mpi_error as error:
                 raise self._lost(rank, error) from error
         return Pending(requests, ranks, [None] * len(requests), tag, lent=lent)
 
+    def _tail(self, tag: int) -> int:
+        """How many bytes a message has behind its own."""
+        if self.seal is not None:
+            return SEAL_BYTES
+        return 0 if tag == BULK else CHECKSUM_BYTES
+
     def receive(self, array: npt.NDArray[Any], source: int, tag: int) -> Pending:
         """Begin to receive into a contiguous array, which is filled exactly, once all of the message is there."""
         target = _bytes(array)
-        return self._receive(Frame(self.buffers.take(target.size + CHECKSUM_BYTES), target), source, tag)
+        return self._receive(Frame(self.buffers.take(target.size + self._tail(tag)), target), source, tag)
 
     def expect(self, nbytes: int, source: int, tag: int) -> tuple[Pending, Bytes]:
         """Begin to receive so many bytes: what is to be done, and where they are then: uint8 [nbytes], which whoever is done
         with them gives back to `buffers`."""
-        frame = Frame(self.buffers.take(nbytes + CHECKSUM_BYTES))
+        frame = Frame(self.buffers.take(nbytes + self._tail(tag)))
         return self._receive(frame, source, tag), frame.buffer[:nbytes]
 
     def _receive(self, frame: Frame, source: int, tag: int) -> Pending:
+        if self.seal is not None:
+            frame.number = self.seal.expect(source, tag)
         try:
             return Pending([self.comm.Irecv(frame.buffer, source=source, tag=tag)], [source], [frame], tag)
         except self._mpi_error as error:
@@ -160,20 +184,25 @@ class Channel:
                 if not pending.requests[pending.done].Test(status):
                     return False
                 frame, peer = pending.frames[pending.done], pending.peers[pending.done]
-                if frame is not None:
+                if frame is None:
+                    self.sent[peer] += pending.counted
+                else:
                     if (found := status.Get_count(MPI.BYTE)) != frame.buffer.size:
                         raise StarError(f"{self.name(peer)} sent {found} bytes where {frame.buffer.size} were due")
-                    data = self._checked(frame.buffer, peer, pending.tag)
+                    self._open(frame, peer, pending.tag)
                     if frame.target is not None:
-                        frame.target[:] = data
                         self.buffers.give(frame.buffer)
-                    self.last_heard[peer] = time.monotonic()
+                    self._heard(peer)
                 pending.done += 1
         except self._mpi_error as error:
             raise self._lost(pending.peers[pending.done], error) from error
         while pending.lent:
             self.buffers.give(pending.lent.pop())
         return True
+
+    def _heard(self, peer: int) -> None:
+        self.received[peer] += 1
+        self.last_heard[peer] = time.monotonic()
 
     def _lost(self, peer: int, error: MPI.Exception) -> LostError:
         """What is said where MPI fails: it has no other reason, in whatever call it finds out."""
@@ -191,18 +220,23 @@ class Channel:
             early = pending.not_before - time.monotonic()
             if deadline is not None and early > LONG_POLL_S:  # where the link is faster than that, polling is
                 early = min(early, deadline - time.monotonic())
-                self.awaited = tuple(pending.peers[pending.done :])
+                self._say_awaited(pending, deadline)
                 time.sleep(max(0.0, early))
             # Two looks each time: over TCP MPI may take a message in at one, and hand it out at the next.
             while not (self.test(pending) or self.test(pending)):
-                if deadline is not None:
-                    self.awaited = tuple(pending.peers[pending.done :])
-                    if time.monotonic() > deadline:
-                        left = zip(pending.requests[pending.done :], self.awaited, strict=True)
-                        raise self._no_answer([peer for request, peer in left if not request.Test()], backoff.elapsed())
+                self._say_awaited(pending, deadline)
+                if deadline is not None and time.monotonic() > deadline:
+                    left = zip(pending.requests[pending.done :], self.awaited, strict=True)
+                    raise self._no_answer([peer for request, peer in left if not request.Test()], backoff.elapsed())
                 backoff.sleep()
         finally:
-            self.awaited = ()
+            self.awaited = self.awaited_messages = ()
+
+    def _say_awaited(self, pending: Pending, deadline: float | None) -> None:
+        left = pending.peers[pending.done :]
+        self.awaited = () if deadline is None else tuple(left)
+        due = zip(left, pending.frames[pending.done :], strict=True)
+        self.awaited_messages = tuple(peer for peer, frame in due if frame is not None)
 
     def take(self, source: int, tag: int, deadline: float | None) -> Bytes:
         """The next message of that tag, of whatever size: uint8 [bytes]."""
@@ -210,21 +244,22 @@ class Channel:
 
         status = MPI.Status()
         backoff = self._backoff(deadline)
-        self.awaited = (source,) if deadline is not None else ()
+        self.awaited, self.awaited_messages = (source,) if deadline is not None else (), (source,)
         try:
             while (message := self.comm.Improbe(source=source, tag=tag, status=status)) is None:
                 if deadline is not None and time.monotonic() > deadline:
                     raise self._no_answer([source], backoff.elapsed())
                 backoff.sleep()
-            buffer = np.empty(status.Get_count(MPI.BYTE), np.uint8)
-            pending = Pending([message.Irecv(buffer)], [source], [None])
+            frame = Frame(np.empty(status.Get_count(MPI.BYTE), np.uint8))
+            if self.seal is not None:
+                frame.number = self.seal.expect(source, tag)
+            pending = Pending([message.Irecv(frame.buffer)], [source], [frame], tag)
         except self._mpi_error as error:
             raise self._lost(source, error) from error
         finally:
-            self.awaited = ()
+            self.awaited = self.awaited_messages = ()
         self.wait(pending, deadline)
-        self.last_heard[source] = time.monotonic()
-        return buffer if tag == BULK else self._checked(buffer, source, tag)
+        return frame.buffer[: frame.buffer.size - self._tail(tag)]
 
     def _no_answer(self, late: Sequence[int], seconds: float) -> StarError:
         """What is said of ranks that did not answer in time."""
@@ -234,18 +269,33 @@ class Channel:
             "or allow more with --timeout"
         )
 
-    def _checked(self, frame: Bytes, source: int, tag: int) -> Bytes:
-        """The bytes of a message, without its checksum, if that is right."""
-        if frame.size < CHECKSUM_BYTES:
-            raise StarError(f"{self.name(source)} sent {frame.size} bytes where {CHECKSUM_BYTES} or more were due")
-        data = frame[:-CHECKSUM_BYTES]
-        checksum = int.from_bytes(frame[-CHECKSUM_BYTES:].tobytes(), sys.byteorder)
-        if xxhash.xxh3_64_intdigest(data, tag) != checksum:
+    def _open(self, frame: Frame, source: int, tag: int) -> None:
+        """Put a message's bytes where they go, if what is behind them is right. Raises StarError."""
+        tail = self._tail(tag)
+        if frame.buffer.size < tail:
+            raise StarError(f"{self.name(source)} sent {frame.buffer.size} bytes where {tail} or more were due")
+        data = frame.buffer[: frame.buffer.size - tail]
+        if self.seal is not None:
+            from tpimpi.star.seal import UnsealError
+
+            try:
+                self.seal.open(source, tag, frame.number, frame.buffer, data if frame.target is None else frame.target)
+            except UnsealError:
+                raise StarError(
+                    f"a message from {self.name(source)} is not the one that it sealed for this rank ({frame.buffer.size} "
+                    f"bytes, tag {tag}, number {frame.number}): it was changed, repeated, left out or exchanged on its way; "
+                    "something on the network does that"
+                ) from None
+            return
+        if tail and xxhash.xxh3_64_intdigest(data, tag) != int.from_bytes(
+            frame.buffer[-tail:].tobytes(), sys.byteorder
+        ):
             raise StarError(
-                f"a message of {self.name(source)} was damaged on its way ({frame.size} bytes, tag {tag}); check the "
+                f"a message of {self.name(source)} was damaged on its way ({frame.buffer.size} bytes, tag {tag}); check the "
                 "network, and that every host has the same tpimpi"
             )
-        return data
+        if frame.target is not None:
+            frame.target[:] = data
 
     def _backoff(self, deadline: float | None) -> _Backoff:
         if deadline is None:

@@ -1,13 +1,17 @@
 """The heartbeat: a thread on every rank that notices which rank is gone, while the main thread computes, waits or sleeps.
 
-Every rank other than 0 sends rank 0 a heartbeat of HEARTBEAT_BYTES, eight times within the `silence` that is allowed, and
+Every rank other than 0 sends rank 0 a heartbeat eight times within the `silence` that is allowed, and
 rank 0 sends one to each of them. A rank that sent none for `silence` seconds is gone: its process hangs, its machine is
 off, or the network is cut. Then rank 0 says so, as does each rank that misses rank 0, and the run ends. A rank that sends
 heartbeats, or anything else, is there, however slow it is: rank 0 says for whom it waits, after a while.
 
+Heartbeats also carry how many messages went between each two ranks. Where one waits for a message, and the other has sent
+more than came for LOST_MESSAGE_S seconds, one was lost, which MPI cannot do, but somebody on the network can.
+
 A heartbeat is three int64 (a magic number; HERE or LEAVING; the silence that is allowed, in ms, which all take from rank
-0) and the sender's host name (40 bytes, UTF-8, zeros behind). It goes over a communicator of its own, which this thread
-alone uses (MPI_THREAD_MULTIPLE; where MPI has less there is no heartbeat).
+0), the sender's host name (40 bytes, UTF-8, zeros behind), and int64 [ranks]: to rank 0, how many messages the sender has
+sent to each rank; from it, how many each rank has sent to the receiver, as far as it knows. It goes over a communicator of
+its own, which this thread alone uses (MPI_THREAD_MULTIPLE; where MPI has less there is no heartbeat).
 """
 
 from __future__ import annotations
@@ -19,7 +23,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
@@ -28,36 +31,36 @@ from tpimpi.errors import StarError
 from tpimpi.star.channel import CHECK_HOST_HINT, Channel, Pending
 from tpimpi.system.launcher import DAEMONS, LAUNCHERS, Rank
 
-if TYPE_CHECKING:
-    from mpi4py import MPI
-
 DEFAULT_SILENCE_S = 8.0  # a rank that sent nothing for so long is gone
 SHORTEST_SILENCE_S = 1.0
 FIRST_DELAY_S = 2.0  # the first heartbeat may come so much later than the silence allows
 HEARTBEATS_PER_SILENCE = 8
-HEARTBEAT_BYTES = 64
 HEADER_BYTES = 24  # of a heartbeat, before the host name
+COUNTS_AT = 64  # bytes of a heartbeat before the counts of messages
 HERE, LEAVING = 1, 2
 HEARTBEAT_MAGIC = 0x7470_696D_7069_6265  # "tpimpibe"
 HEARTBEAT_TAG = 1
 WAIT_FOR_HUB_REPORT_S = 3.0  # rank 0 and the launcher have so long to say who is gone, before another rank does
 GONE_GRACE_S = 2.0  # MPI has so long to end the job where a rank is gone
+LOST_MESSAGE_S = 4.0
 SLOW_RANK_S = 10.0  # rank 0 says for whom it waits after this time, and again each time it has doubled
 
 
 class Heartbeat:
     """Sends heartbeats, receives them, and ends the run when a rank is gone. Made by `connect`; `close` ends it in order."""
 
-    def __init__(self, comm: MPI.Intracomm, rank: Rank, silence: float, main: Channel) -> None:
-        """`main` has the main thread's messages: each is a sign of life too, and heartbeats may be queued behind
-        them."""
-        self._channel, self.rank, self.silence, self._main = Channel(comm), rank, silence, main
+    def __init__(self, channel: Channel, rank: Rank, silence: float, main: Channel) -> None:
+        """`channel` is this thread's own. `main` has the main thread's messages: each is a sign of life too, and heartbeats
+        may be queued behind them."""
+        self._channel, self.rank, self.silence, self._main = channel, rank, silence, main
         self._peers = list(range(1, rank.size)) if rank.is_hub else [0]
         self._hosts = dict.fromkeys(self._peers, "")
         self._last_sent = 0.0
         # The first heartbeat may take longer: some ranks start later than others.
         self._last_heard = dict.fromkeys(self._peers, time.monotonic() + min(silence, FIRST_DELAY_S))
-        self._buffers = {peer: np.zeros(HEARTBEAT_BYTES, np.uint8) for peer in self._peers}
+        self._buffers = {peer: np.zeros(COUNTS_AT + 8 * rank.size, np.uint8) for peer in self._peers}
+        self._sent = np.zeros((rank.size, rank.size), np.int64)  # messages [from, to], as they say
+        self._gaps: dict[int, tuple[int, float]] = {}  # by the rank that is waited for: messages that came, since when
         self._receives = {peer: self._receive(peer) for peer in self._peers}
         self._sends: dict[int, Pending] = {}
         self._left: set[int] = set()
@@ -100,7 +103,7 @@ class Heartbeat:
         if self._thread.is_alive():
             return
         with contextlib.suppress(StarError):  # one that is gone needs no good-bye
-            farewells = [self._channel.send(self._message(LEAVING), peer, HEARTBEAT_TAG) for peer in self._peers]
+            farewells = [self._channel.send(self._message(LEAVING, peer), peer, HEARTBEAT_TAG) for peer in self._peers]
             patience = GONE_GRACE_S if self.rank.is_hub else self.silence
             closed = time.monotonic()
             while self._receives or not all(map(self._channel.test, farewells)):
@@ -133,22 +136,26 @@ class Heartbeat:
                 self._broken(error)
             for peer in self._last_heard:
                 self._last_heard[peer] = max(self._last_heard[peer], self._main.last_heard.get(peer, 0.0))
+            if (line := self._lost_message(now)) is not None:
+                self._end(line)
             if gone := [peer for peer, heard in self._last_heard.items() if now - heard > self.silence]:
-                self._end(gone, now)
+                self._end(self._gone(gone, now))
             self._report_slow(now)
 
-    def _message(self, state: int) -> np.ndarray:
-        message = np.zeros(HEARTBEAT_BYTES, np.uint8)
+    def _message(self, state: int, peer: int) -> np.ndarray:
+        message = np.zeros(COUNTS_AT + 8 * self.rank.size, np.uint8)
         message[:HEADER_BYTES].view(np.int64)[:] = HEARTBEAT_MAGIC, state, int(self.silence * 1000)
-        host = self.rank.host.encode()[: HEARTBEAT_BYTES - HEADER_BYTES]
+        host = self.rank.host.encode()[: COUNTS_AT - HEADER_BYTES]
         message[HEADER_BYTES : HEADER_BYTES + len(host)] = np.frombuffer(host, np.uint8)
+        self._sent[self.rank.index] = self._main.sent
+        message[COUNTS_AT:].view(np.int64)[:] = self._sent[:, peer] if self.rank.is_hub else self._main.sent
         return message
 
     def _send_all(self) -> None:
         for peer in self._peers:
             # One at a time: to a rank that is gone they would pile up.
             if peer not in self._left and (peer not in self._sends or self._channel.test(self._sends[peer])):
-                self._sends[peer] = self._channel.send(self._message(HERE), peer, HEARTBEAT_TAG)
+                self._sends[peer] = self._channel.send(self._message(HERE, peer), peer, HEARTBEAT_TAG)
 
     def _receive(self, peer: int) -> Pending:
         return self._channel.receive(self._buffers[peer], peer, HEARTBEAT_TAG)
@@ -162,7 +169,12 @@ class Heartbeat:
                     # A rank that does not know the new silence yet sends at the old interval.
                     agreed = allowed == int(self.silence * 1000)
                     self._last_heard[peer] = now if agreed else max(now, self._last_heard[peer])
-                    host = message[HEADER_BYTES:].tobytes().rstrip(b"\0").decode(errors="replace")
+                    counts = message[COUNTS_AT:].view(np.int64)
+                    if self.rank.is_hub:
+                        self._sent[peer] = counts
+                    else:
+                        self._sent[:, self.rank.index] = counts
+                    host = message[HEADER_BYTES:COUNTS_AT].tobytes().rstrip(b"\0").decode(errors="replace")
                     self._hosts[peer] = "".join(c for c in host if c.isprintable())
                     if not self.rank.is_hub and not agreed and allowed >= 1000 * SHORTEST_SILENCE_S:
                         self.allow_silence(allowed / 1000)
@@ -172,18 +184,39 @@ class Heartbeat:
                 else:
                     self._receives[peer] = self._receive(peer)
 
+    def _lost_message(self, now: float) -> str | None:
+        """What is to be said where a message that the main thread waits for was lost; None where none was.
+
+        What a rank counts as sent has left it. Over TCP it comes before the heartbeat that says so, or soon after.
+        """
+        awaited = self._main.awaited_messages
+        for peer in [peer for peer in self._gaps if peer not in awaited]:
+            del self._gaps[peer]
+        for peer in awaited:
+            came, sent = self._main.received[peer], int(self._sent[peer, self.rank.index])
+            if sent <= came:
+                self._gaps.pop(peer, None)
+                continue
+            before, since = self._gaps.setdefault(peer, (came, now))
+            if before != came:
+                self._gaps[peer] = (came, now)
+            elif now - since > LOST_MESSAGE_S:
+                return (
+                    f"a message from {self._name_of(peer)} to {self.rank} was lost: {sent} were sent, and {came} came; "
+                    "something on the network left it out; the run ends here"
+                )
+        return None
+
+    def _name_of(self, peer: int) -> str:
+        return self.name(peer) if peer in self._hosts else self._main.name(peer)
+
     def _broken(self, error: StarError) -> None:
         """A connection broke. The main thread says so if it is using it; else it is for us, in a moment.
 
         Ranks other than 0 leave it to rank 0 and the launcher for longer: they may only see what comes of it.
         """
         if not self._closing.wait(1.0 if self.rank.is_hub else WAIT_FOR_HUB_REPORT_S):
-            self._say(str(error))
-            self.at_end(str(error))
-            end_without_mpi(self.rank)
-            time.sleep(0.2)
-            self._channel.comm.Abort(1)
-            os._exit(1)
+            self._end(f"{self.rank}: {error}")
 
     def _report_slow(self, now: float) -> None:
         """Rank 0: say for whom the run waits, though it is there."""
@@ -210,14 +243,17 @@ class Heartbeat:
         with contextlib.suppress(OSError, ValueError):
             os.write(sys.stderr.fileno(), data)
 
-    def _end(self, gone: list[int], now: float) -> None:
-        """Say who is gone, and end this rank whatever MPI does."""
+    def _gone(self, gone: list[int], now: float) -> str:
+        """What is to be said of ranks that are gone."""
         names = ", ".join(map(self.name, gone))
         seconds = min(now - self._last_heard[peer] for peer in gone)
-        line = (
+        return (
             f"{names}: no sign of life for {seconds:.0f} s, says {self.rank}: the process hangs, or the machine or its "
             f"network is gone; {CHECK_HOST_HINT}, or allow more with --silence; the run ends here"
         )
+
+    def _end(self, line: str) -> None:
+        """Say why, and end this rank whatever MPI does."""
         self._write(line)
         self.at_end(line)
         end_without_mpi(self.rank)

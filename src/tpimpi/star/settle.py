@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tpimpi.errors import InputError
 from tpimpi.star import Links, Star, choose, describe
 from tpimpi.star.codec import wire_of
 from tpimpi.star.control import Task, TaskNote, send_note
@@ -29,6 +30,15 @@ def follow(star: Star, task: Task) -> None:
     star.measure_links()
 
 
+def check_sealed(star: Star, allreduce: str) -> None:
+    """Raises InputError where sums go by a way that cannot be sealed, and links are."""
+    if allreduce == "library" and star.sealed:
+        raise InputError(
+            "--allreduce library is MPI's own sum, which cannot be sealed, and links to other hosts are; give another "
+            "--allreduce, or --seal off"
+        )
+
+
 def settle_allreduce(star: Star, allreduce: str, wire: str, largest: int) -> tuple[str, str | None]:
     """Rank 0: the rule by which sums are made in a run whose largest has so many numbers (0: not known), and a line that
     says what was chosen, where that was left to us.
@@ -37,6 +47,7 @@ def settle_allreduce(star: Star, allreduce: str, wire: str, largest: int) -> tup
     """
     if star.rank.size == 1:
         return "star" if allreduce == AUTO else allreduce, None
+    check_sealed(star, allreduce)
     links = measure_links(star, wire=wire, largest=max(1, largest) if allreduce == AUTO else 0)
     if allreduce != AUTO:
         return allreduce, None

@@ -29,7 +29,14 @@ Words = npt.NDArray[np.int64]
 ALLREDUCES = ("auto", *ALGORITHMS)
 
 DEFAULT_TIMEOUT_S = 600.0  # a rank waits so long for another's message in mid-run
+PADDED_ROWS = 32
 ABORT_GRACE_S = 10.0  # time that MPI gets to end the job after an error
+
+
+def _take_back(array: F32, flat: F32) -> None:
+    """Put what came into `flat` into the array that it stands for, where that is another one."""
+    if flat.size != array.size:
+        array.reshape(-1)[:] = flat[: array.size]
 
 
 class Star:
@@ -41,6 +48,7 @@ class Star:
         self, comm: MPI.Intracomm | None, *, timeout: float = DEFAULT_TIMEOUT_S, allreduce: str = "star"
     ) -> None:
         self._channel = Channel(comm) if comm else None
+        self._smaller = 0  # stars made of this one
         self._comm = comm
         self.rank = Rank(comm.rank, comm.size, platform.node()) if comm else Rank(0, 1, platform.node())
         self.timeout = timeout
@@ -49,6 +57,7 @@ class Star:
         self.threads = False  # MPI was started for several
         self._background = Background()
         self._turn = 0  # sums begun
+        self._row_multiple = 1
         self.seconds = 0.0  # spent in allreduces and broadcasts
         self._others = range(1, self.rank.size)
 
@@ -86,9 +95,10 @@ class Star:
         if self._channel is None or self.rank.size == 1 or array.size == 0:
             return Allreduce(None, iter(()), 0, self._spent)
         began = time.monotonic()
-        name = next(name for most, name in self._rule if array.size <= most)
-        steps = ALGORITHMS[name](self._piece_channel(Wire() if exact else self.wire), array.reshape(-1))
-        allreduce = Allreduce(self._channel, steps, self.timeout, self._spent)
+        flat = self._padded(array)
+        name = next(name for most, name in self._rule if flat.size <= most)
+        steps = ALGORITHMS[name](self._piece_channel(Wire() if exact else self.wire), flat)
+        allreduce = Allreduce(self._channel, steps, self.timeout, self._spent, lambda: _take_back(array, flat))
         if background and self.threads:
             self._background.add(allreduce)
         self._spent(time.monotonic() - began)
@@ -108,7 +118,7 @@ class Star:
         if self._channel is None or self.rank.size == 1:
             return
         began = time.monotonic()
-        deadline, flat, pieces = began + self.timeout, array.reshape(-1), PieceChannel(self._channel, self.wire)
+        deadline, flat, pieces = began + self.timeout, self._padded(array), PieceChannel(self._channel, self.wire)
         cut = pieces.cut(0, flat.size)
         if self.rank.is_hub:
             for piece in cut:
@@ -118,7 +128,18 @@ class Star:
             for piece, arrival in [(piece, pieces.expect(piece, 0, HIDDEN)) for piece in cut]:
                 self._channel.wait(arrival.pending, deadline)
                 arrival.put(flat[piece])
+        _take_back(array, flat)
         self.seconds += time.monotonic() - began
+
+    def pad_rows(self, pad: bool) -> None:
+        """From now on, with `pad`, arrays of rows are padded with zeros to a multiple of PADDED_ROWS rows on sealed links,
+        so that who counts bytes on the network does not see how many there are. Every rank calls it alike."""
+        self._row_multiple = PADDED_ROWS if pad and self.sealed else 1
+
+    def _padded(self, array: F32) -> F32:
+        """An array as it travels: flat, itself where there is nothing to pad."""
+        flat, more = array.reshape(-1), -array.shape[0] % self._row_multiple
+        return np.pad(flat, (0, more * (flat.size // array.shape[0]))) if more else flat
 
     # Control: a few whole numbers from the hub; what they mean is the engine's
 
@@ -256,6 +277,7 @@ class Star:
             return Star(None)
         from mpi4py import MPI
 
+        self._smaller += 1  # on every rank: the name of the new communicator
         comm: Any = self._comm.Split(0 if self.rank.index < ranks else MPI.UNDEFINED, self.rank.index)
         if comm == MPI.COMM_NULL:
             return None
@@ -263,7 +285,15 @@ class Star:
         few.wire, few.threads = self.wire, self.threads
         if few._channel is not None:
             few._channel.latency = self._channel.latency
+            if self._channel.seal is not None:
+                few._channel.seal = self._channel.seal.derive(f"first {self._smaller}")
         return few
+
+    @property
+    def sealed(self) -> str | None:
+        """The cipher by which all messages between ranks are sealed; None where they are not."""
+        seal = None if self._channel is None else self._channel.seal
+        return None if seal is None else seal.cipher
 
     def rank_name(self, rank: int) -> str:
         """How messages name a rank: "r2 home-pi", or "rank 2" where its host is not known."""

@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import select
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from tpimpi.errors import InputError
-from tpimpi.star.heartbeat import DEFAULT_SILENCE_S, Heartbeat
+from tpimpi.errors import InputError, StarError
+from tpimpi.star.channel import Channel
+from tpimpi.star.heartbeat import DEFAULT_SILENCE_S, Heartbeat, end_without_mpi
 from tpimpi.star.pieces import EAGER_BYTES
-from tpimpi.star.star import Star
-from tpimpi.system.launcher import launched_rank, launched_size, launcher_kind
+from tpimpi.star.star import ABORT_GRACE_S, Star
+from tpimpi.system.launcher import all_on_this_host, launched_rank, launched_size, launcher_kind
+
+SEAL_OPTION = "--seal"
+SEALS = AUTO, ON, OFF = ("auto", "on", "off")
 
 WAIT_REPORT_S = 5.0  # rank 0 says that it waits for the other ranks to start after this time
 SLOW_START_S = 20.0  # and after this time, what may be wrong
 
 
-def connect(*, quiet: bool = False) -> Star:
+def seal_given(arguments: Sequence[str]) -> str:
+    """What --seal is among a command's arguments, which every rank has: one of SEALS. Links are sealed before rank 0 reads
+    its options, and says there what is wrong with another value."""
+    given = AUTO
+    for word, following in itertools.pairwise([*arguments, ""]):
+        name, sign, value = word.partition("=")
+        if name == SEAL_OPTION:
+            given = value if sign else following
+    return given if given in SEALS else AUTO
+
+
+def connect(*, quiet: bool = False, seal: str = AUTO) -> Star:
     """Join the run: MPI's world where a launcher started this process, else a star of one rank.
 
-    Rank 0 says on stderr when others take long to come; with `quiet` only when that looks like a fault.
+    Rank 0 says on stderr when others take long to come; with `quiet` only when that looks like a fault. `seal` is one of
+    SEALS: with AUTO links are sealed as soon as a rank is on another host.
 
-    Raises InputError where the launcher and the MPI library are of two different kinds.
+    Raises InputError where the launcher and the MPI library are of two different kinds; see also `seal_channel`.
     """
     if launched_rank() is None:
         return Star(None)
@@ -51,11 +68,41 @@ def connect(*, quiet: bool = False) -> Star:
             )
         # Communicators of our own, so that no other library's messages meet ours. These are the first messages.
         star = Star(world.Clone())
-        if star._channel is not None and world.size > 1 and _has_thread_multiple():
+    if star._channel is not None and star.rank.size > 1:
+        if seal == ON or (seal == AUTO and not _all_on_this_host()):
+            _seal(star)
+        if _has_thread_multiple():
             star.threads = True
-            star.heartbeat = Heartbeat(world.Clone(), star.rank, DEFAULT_SILENCE_S, star._channel)
+            beats = Channel(world.Clone())
+            beats.seal = star._channel.seal.derive("heartbeat") if star._channel.seal else None
+            star.heartbeat = Heartbeat(beats, star.rank, DEFAULT_SILENCE_S, star._channel)
             star.set_rank_names(star.heartbeat.name)
     return star
+
+
+def _all_on_this_host() -> bool:
+    """Whether all ranks are on one host, as the launcher or MPI tells; what ranks say of themselves is not asked. Every
+    rank calls it."""
+    here = all_on_this_host()
+    if here is not None:
+        return here
+    from mpi4py import MPI
+
+    shared = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+    here = shared.size == MPI.COMM_WORLD.size
+    shared.Free()
+    return here
+
+
+def _seal(star: Star) -> None:
+    from tpimpi.star.secure import seal_channel
+
+    assert star._channel is not None
+    try:
+        seal_channel(star._channel)
+    except StarError:
+        end_without_mpi(star.rank, ABORT_GRACE_S)  # one that does not answer may not end either
+        raise
 
 
 def _has_thread_multiple() -> bool:

@@ -25,10 +25,20 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return next(names, platform.processor() or platform.machine())
 
 
+def _flags(cpuinfo: Path) -> list[str]:
+    """What the processor can do, as Linux calls it: of x86 "flags", of Arm "Features"."""
+    lines = _text(cpuinfo).splitlines()
+    return next((line.split() for line in lines if line.startswith(("flags", "Features"))), [])
+
+
 def amx_extensions(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
     """The matrix extensions of an x86 processor that compute ("amx_bf16", "amx_int8"); none where it has no AMX."""
-    flags = next((line.split() for line in _text(cpuinfo).splitlines() if line.startswith("flags")), [])
-    return sorted(flag for flag in flags if flag in ("amx_bf16", "amx_fp16", "amx_int8"))
+    return sorted(flag for flag in _flags(cpuinfo) if flag in ("amx_bf16", "amx_fp16", "amx_int8"))
+
+
+def has_aes(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the processor has instructions for AES."""
+    return "aes" in _flags(cpuinfo)
 
 
 def last_level_cache(threads: int, cpus: Path = Path("/sys/devices/system/cpu")) -> int:

@@ -15,6 +15,7 @@ _BATCH_STEP = "slurmstepd"  # binds what srun starts; all of a batch job is belo
 # Variables by which the launchers tell a process its rank, and how many there are.
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PALS_RANKID")
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE")
+_LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "PALS_LOCAL_SIZE")  # ranks on this host
 # srun without a plugin for MPI sets these alone; they also stand in an interactive allocation, where there is one task.
 _SLURM_RANK, _SLURM_SIZE = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"
 
@@ -53,6 +54,15 @@ def launched_rank() -> int | None:
         if (rank := _number(name)) is not None:
             return rank
     return _number(_SLURM_RANK) if (_number(_SLURM_SIZE) or 1) > 1 else None
+
+
+def all_on_this_host() -> bool | None:
+    """Whether the launcher started all ranks on this host; None where it does not say. Each rank finds the same."""
+    said = [size for name in _LOCAL_SIZE_VARIABLES if (size := _number(name)) is not None]
+    if said:
+        return said[0] == launched_size()
+    nodes = _number("SLURM_STEP_NUM_NODES")
+    return None if nodes is None else nodes == 1
 
 
 OPEN_MPI, MPICH = "Open MPI", "MPICH"

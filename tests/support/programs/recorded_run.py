@@ -62,8 +62,8 @@ def main() -> None:
     connect, follow = star.connect, protocol.follow
     here: list[star.Star] = []
 
-    def recorded_connect(*, quiet: bool):
-        found = connect(quiet=quiet)
+    def recorded_connect(*, quiet: bool, seal: str):
+        found = connect(quiet=quiet, seal=seal)
         found._comm = found._channel.comm = Recorder(found._comm)
         here.append(found)
         return found

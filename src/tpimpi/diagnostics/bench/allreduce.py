@@ -23,6 +23,7 @@ from tpimpi.errors import InputError
 from tpimpi.star import Star, choose, parse_rule
 from tpimpi.star.codec import wire_of
 from tpimpi.star.control import Task, TaskNote, send_note
+from tpimpi.star.settle import check_sealed
 from tpimpi.system.files import write_json
 from tpimpi.system.terminal import print_table as show_table
 
@@ -75,6 +76,8 @@ def bench(options: AllreduceBenchOptions, star: Star, hosts: list[str]) -> None:
     """Rank 0: the whole command. Raises InputError, StorageError."""
     if star.rank.size == 1:
         raise InputError("bench allreduce measures between ranks; start it with mpirun -np 2, or more")
+    if tuple(options.algorithms) == ("library",):
+        check_sealed(star, "library")
     found = lead(star, hosts, options)
     print_table(found)
     if options.json is not None:
@@ -130,7 +133,7 @@ def _round(
             for rank in range(1, star.rank.size):
                 yield (wire, size, f"rank {rank}"), [star.ping(rank, values) for _ in range(times)][1:]
             for name in algorithms:
-                if name == "library" and wire != "f32":
+                if name == "library" and (wire != "f32" or star.sealed):
                     continue
                 star.algorithm = name
                 ends = []

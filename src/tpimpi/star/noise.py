@@ -1,0 +1,141 @@
+"""The handshake of two ranks: Noise_KK_25519_ChaChaPoly_SHA256, of the Noise Protocol Framework, revision 34.
+
+In pattern KK each side knows the other's long-term (static) public key beforehand; two messages later both have proved that
+they hold the private keys, and share two secrets, one a direction, into which the keys of this one run (ephemeral) went: who
+gets the long-term keys later cannot read what was recorded. Names in the code are the specification's: `h` (hash of all
+that was said), `ck` (chaining key), `e` and `s` (ephemeral and static keys), `re` and `rs` (the other's).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+PROTOCOL = b"Noise_KK_25519_ChaChaPoly_SHA256"
+KEY_BYTES = 32
+MESSAGE_BYTES = KEY_BYTES + 16  # of each of the two: an ephemeral key, and the tag of an empty payload
+
+
+class HandshakeError(Exception):
+    """The other side has not the key that it should have, or its message was changed on its way."""
+
+
+@dataclass(frozen=True)
+class Secrets:
+    """What both sides share after the handshake: 32 bytes for what the initiator sends, 32 for what the responder sends, and
+    the hash of the handshake."""
+
+    initiator: bytes
+    responder: bytes
+    hash: bytes
+
+
+class Handshake:
+    """One side of it: the initiator calls `write_first` and `read_second`, the responder `read_first` and `write_second`."""
+
+    def __init__(
+        self,
+        static: bytes,
+        remote_static: bytes,
+        prologue: bytes,
+        *,
+        initiator: bool,
+        ephemeral: X25519PrivateKey | None = None,
+    ) -> None:
+        """`static` is our private key, `remote_static` the other's public one, 32 bytes each; `prologue` is what both sides
+        must have understood alike. `ephemeral` is given in tests alone."""
+        self._s, self._rs = X25519PrivateKey.from_private_bytes(static), _public(remote_static)
+        self._e = X25519PrivateKey.generate() if ephemeral is None else ephemeral
+        self._re: X25519PublicKey | None = None
+        self._initiator = initiator
+        assert len(PROTOCOL) == 32  # a name of that length is the first hash as it is
+        self._h = self._ck = PROTOCOL
+        self._key = b""
+        self._mix_hash(prologue)
+        ours = self._s.public_key().public_bytes_raw()
+        for key in (ours, remote_static) if initiator else (remote_static, ours):
+            self._mix_hash(key)
+
+    def write_first(self) -> bytes:
+        """-> e, es, ss"""
+        ours = self._write_ephemeral()
+        self._mix_key(self._e, self._rs)
+        self._mix_key(self._s, self._rs)
+        return ours + self._encrypt()
+
+    def read_first(self, message: bytes) -> None:
+        """What the initiator wrote. Raises HandshakeError."""
+        self._read_ephemeral(message)
+        assert self._re is not None
+        self._mix_key(self._s, self._re)
+        self._mix_key(self._s, self._rs)
+        self._decrypt(message[KEY_BYTES:])
+
+    def write_second(self) -> tuple[bytes, Secrets]:
+        """<- e, ee, se"""
+        ours = self._write_ephemeral()
+        assert self._re is not None
+        self._mix_key(self._e, self._re)
+        self._mix_key(self._e, self._rs)
+        return ours + self._encrypt(), self._split()
+
+    def read_second(self, message: bytes) -> Secrets:
+        """What the responder wrote. Raises HandshakeError."""
+        self._read_ephemeral(message)
+        assert self._re is not None
+        self._mix_key(self._e, self._re)
+        self._mix_key(self._s, self._re)
+        self._decrypt(message[KEY_BYTES:])
+        return self._split()
+
+    # The specification's SymmetricState; every key encrypts one empty payload, so the nonce is 0
+
+    def _mix_hash(self, data: bytes) -> None:
+        self._h = hashlib.sha256(self._h + data).digest()
+
+    def _mix_key(self, ours: X25519PrivateKey, theirs: X25519PublicKey) -> None:
+        try:
+            shared = ours.exchange(theirs)
+        except ValueError as error:  # a key of small order, whose product is zero
+            raise HandshakeError from error
+        self._ck, self._key = self._derive(shared)
+
+    def _derive(self, material: bytes) -> tuple[bytes, bytes]:
+        both = HKDF(SHA256(), 2 * KEY_BYTES, salt=self._ck, info=b"").derive(material)
+        return both[:KEY_BYTES], both[KEY_BYTES:]
+
+    def _write_ephemeral(self) -> bytes:
+        ours = self._e.public_key().public_bytes_raw()
+        self._mix_hash(ours)
+        return ours
+
+    def _read_ephemeral(self, message: bytes) -> None:
+        if len(message) != MESSAGE_BYTES:
+            raise HandshakeError
+        self._re = _public(message[:KEY_BYTES])
+        self._mix_hash(message[:KEY_BYTES])
+
+    def _encrypt(self) -> bytes:
+        sealed = ChaCha20Poly1305(self._key).encrypt(bytes(12), b"", self._h)
+        self._mix_hash(sealed)
+        return sealed
+
+    def _decrypt(self, sealed: bytes) -> None:
+        try:
+            ChaCha20Poly1305(self._key).decrypt(bytes(12), sealed, self._h)
+        except InvalidTag as error:
+            raise HandshakeError from error
+        self._mix_hash(sealed)
+
+    def _split(self) -> Secrets:
+        return Secrets(*self._derive(b""), self._h)
+
+
+def _public(key: bytes) -> X25519PublicKey:
+    return X25519PublicKey.from_public_bytes(key)

@@ -1,0 +1,109 @@
+"""The handshake against another implementation of the Noise Protocol Framework, in both roles, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from noise.connection import Keypair, NoiseConnection
+
+from tpimpi.star.noise import PROTOCOL, Handshake, HandshakeError, Secrets
+
+PROLOGUE = b"who, and where"
+
+
+def _keys() -> tuple[bytes, bytes]:
+    key = X25519PrivateKey.generate()
+    return key.private_bytes_raw(), key.public_key().public_bytes_raw()
+
+
+def _oracle(private: bytes, remote: bytes, *, initiator: bool) -> NoiseConnection:
+    other = NoiseConnection.from_name(PROTOCOL)
+    other.set_as_initiator() if initiator else other.set_as_responder()
+    other.set_prologue(PROLOGUE)
+    other.set_keypair_from_private_bytes(Keypair.STATIC, private)
+    other.set_keypair_from_public_bytes(Keypair.REMOTE_STATIC, remote)
+    other.start_handshake()
+    return other
+
+
+@pytest.mark.parametrize("initiator", [True, False])
+def test_another_implementation_gets_the_same_keys(initiator: bool) -> None:
+    (ours, our_public), (theirs, their_public) = _keys(), _keys()
+    here = Handshake(ours, their_public, PROLOGUE, initiator=initiator)
+    there = _oracle(theirs, our_public, initiator=not initiator)
+    if initiator:
+        assert there.read_message(here.write_first()) == b""
+        secrets = here.read_second(bytes(there.write_message()))
+    else:
+        here.read_first(bytes(there.write_message()))
+        message, secrets = here.write_second()
+        assert there.read_message(message) == b""
+    assert there.handshake_finished
+    protocol = there.noise_protocol
+    assert there.get_handshake_hash() == secrets.hash
+    sent, received = protocol.cipher_state_encrypt, protocol.cipher_state_decrypt
+    theirs_first, ours_first = (
+        (secrets.responder, secrets.initiator) if initiator else (secrets.initiator, secrets.responder)
+    )
+    assert (sent.k, received.k) == (theirs_first, ours_first)
+
+
+def _shake(first: Handshake, second: Handshake, *, flip: int | None = None, at: int = 0) -> tuple[Secrets, Secrets]:
+    """Both secrets; of message `flip` the byte `at` is changed on its way."""
+
+    def carried(number: int, message: bytes) -> bytes:
+        return bytes(b ^ (number == flip and place == at) for place, b in enumerate(message))
+
+    second.read_first(carried(0, first.write_first()))
+    message, theirs = second.write_second()
+    return first.read_second(carried(1, message)), theirs
+
+
+def _pair(prologues: tuple[bytes, bytes] = (PROLOGUE, PROLOGUE)) -> tuple[Handshake, Handshake]:
+    (ours, our_public), (theirs, their_public) = _keys(), _keys()
+    return (
+        Handshake(ours, their_public, prologues[0], initiator=True),
+        Handshake(theirs, our_public, prologues[1], initiator=False),
+    )
+
+
+def test_both_get_the_same_and_never_the_same_again() -> None:
+    (ours, our_public), (theirs, their_public) = _keys(), _keys()
+    seen = set()
+    for _ in range(3):
+        first = Handshake(ours, their_public, PROLOGUE, initiator=True)
+        one, other = _shake(first, Handshake(theirs, our_public, PROLOGUE, initiator=False))
+        assert one == other
+        seen |= {one.initiator, one.responder}
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize("flip", [0, 1])
+@pytest.mark.parametrize("at", [0, 31, 32, 47])
+def test_a_changed_message_is_refused(flip: int, at: int) -> None:
+    with pytest.raises(HandshakeError):
+        _shake(*_pair(), flip=flip, at=at)
+
+
+def test_another_prologue_is_refused() -> None:
+    with pytest.raises(HandshakeError):
+        _shake(*_pair((b"rank 1", b"rank 2")))
+
+
+def test_who_has_not_the_key_is_refused() -> None:
+    (ours, our_public), (_, their_public), (another, _) = _keys(), _keys(), _keys()
+    first = Handshake(ours, their_public, PROLOGUE, initiator=True)
+    with pytest.raises(HandshakeError):
+        _shake(first, Handshake(another, our_public, PROLOGUE, initiator=False))
+    first = Handshake(another, our_public, PROLOGUE, initiator=True)  # who begins in another's name
+    with pytest.raises(HandshakeError):
+        _shake(first, Handshake(ours, their_public, PROLOGUE, initiator=False))
+
+
+@pytest.mark.parametrize("message", [b"", os.urandom(47), os.urandom(49), bytes(48), b"\1" + bytes(47)])
+def test_what_is_no_handshake_is_refused(message: bytes) -> None:
+    """Among it keys of small order, whose product with every key is zero."""
+    with pytest.raises(HandshakeError):
+        _pair()[1].read_first(message)
