@@ -28,7 +28,7 @@ from statistics import median
 import msgspec
 
 from bench.home import Home, Link
-from bench.home.faults.cases import LONG_PROMPT, MESSAGE_TIMEOUT_S, NAMES, PROMPT
+from bench.home.faults.cases import MESSAGE_TIMEOUT_S, NAMES, PROMPT
 from bench.home.faults.harm import KINDS, Harm
 from bench.home.faults.middle import Middle
 from bench.home.faults.rounds import answer_of, end_what_is_left, left_after_all
@@ -37,10 +37,13 @@ from tpimpi.system.link_keys import make_keys, read_keys, write_keys
 
 RANKS = 3
 KEY = "key"
-MOMENTS = {"start": PROMPT, "prompt": LONG_PROMPT, "answer": PROMPT}
+PIECES = PROMPT + " The harbour is old, and the wind comes from the west." * 30  # its sums go in several messages each
+MOMENTS = {"start": PROMPT, "prompt": PIECES, "answer": PROMPT}
+ROW_BYTES = 4 * 576  # of a hidden vector of SmolLM2
+TOKENS = {PROMPT: 100, PIECES: 10}  # most of it is left when harm is done
+OUR_LINE = re.compile(r"[\s\0]*(?:r\d+ \S+|tpimpi): (.*)")
 SAME_BITS = ("star", "mesh", "exchange")  # allreduces with the same answers
 HEADERS_TIMEOUT_S = 60.0
-TOKENS = 400  # more than a run makes before it ends
 TRIES = 5  # of a round in which nothing could be done
 
 
@@ -62,12 +65,12 @@ class Outcome:
     wrong: str = ""
 
 
-def command(home: Home, prompt: str, seal: str, allreduce: str, tokens: int = TOKENS) -> list[str]:
-    """A run, to the end of an answer of so many tokens."""
+def command(home: Home, prompt: str, seal: str, allreduce: str) -> list[str]:
+    """A run with that prompt."""
     path = home.folder / "prompt.txt"
     path.write_text(prompt)
     return [
-        *(sys.executable, "-m", "tpimpi", "--prompt-file", str(path), "--raw", "--max-tokens", str(tokens)),
+        *(sys.executable, "-m", "tpimpi", "--prompt-file", str(path), "--raw", "--max-tokens", str(TOKENS[prompt])),
         *("--ignore-eos", "--speculate", "off", "--format", "f32", "--allreduce", allreduce),
         *(("--seal", seal) if seal else ()),
     ]
@@ -76,7 +79,7 @@ def command(home: Home, prompt: str, seal: str, allreduce: str, tokens: int = TO
 def undisturbed(home: Home, seal: str) -> dict[str, str]:
     """The answers without harm, by prompt."""
     answers = {}
-    for prompt in (PROMPT, LONG_PROMPT):
+    for prompt in TOKENS:
         process = home.mpirun(command(home, prompt, seal, "star"), stdout=subprocess.PIPE, text=True)
         text, _ = process.communicate(timeout=START_TIMEOUT_S)
         if process.returncode:
@@ -108,7 +111,7 @@ def _try(kind: str, middle: Middle, seal: str, answers: dict[str, str], chance: 
     process = middle.home.mpirun(command(middle.home, prompt, seal, allreduce), text=True, errors="replace", **pipes)
     screen = Screen(process)
     try:
-        _reach(moment, screen, chance)
+        _reach(moment, screen, harm, chance)
         harm.due = True
         begun = time.monotonic()
         while harm.done_at is None and process.poll() is None and time.monotonic() < begun + 20:
@@ -130,10 +133,10 @@ def _try(kind: str, middle: Middle, seal: str, answers: dict[str, str], chance: 
     return outcome
 
 
-def _reach(moment: str, screen: Screen, chance: random.Random) -> None:
+def _reach(moment: str, screen: Screen, harm: Harm, chance: random.Random) -> None:
     """Wait until the run is where harm is due. Raises TimeoutError."""
     if moment == "prompt":
-        screen.until(lambda: any("pinned" in line for _, line in screen.lines), "its table of memory")
+        screen.until(lambda: harm.largest > 4 * ROW_BYTES, "a sum of many rows")
         time.sleep(chance.uniform(0, 0.3))
     if moment == "answer":
         screen.until(lambda: len(screen.text) > 20, "an answer")
@@ -149,16 +152,16 @@ def _judge(outcome: Outcome, screen: Screen, done_at: float, whole: str, home: H
     screen.process.kill()
     screen.join()
     outcome.code = screen.process.wait()
-    names = "|".join(rf"(r|rank ){rank}\b" for rank in outcome.flow)
-    named = re.compile(rf"tpimpi.*({names})|({names}) ?({'|'.join(NAMES)})?:")
+    named = re.compile("|".join(rf"\b(r|rank ){rank}\b|\b{NAMES[rank]}\b" for rank in outcome.flow))
     for moment, line in screen.lines:
-        if moment >= done_at and named.search(line):
-            outcome.named_s, outcome.line = moment - done_at, line
+        # Who says it does not count, but whom it is said of.
+        if (said := OUR_LINE.match(line)) and moment >= done_at and named.search(said[1]):
+            outcome.named_s, outcome.line = moment - done_at, said[0]
             break
     outcome.left = left_after_all(home, RANKS)
     outcome.wrong = outcome.wrong or _wrong(outcome, screen, whole)
     if outcome.wrong:
-        outcome.line += " | " + " / ".join(line for _, line in screen.lines[-8:])
+        outcome.line += " | " + " / ".join(line for _, line in screen.lines[-30:] if OUR_LINE.match(line))
 
 
 def _wrong(outcome: Outcome, screen: Screen, whole: str) -> str:
