@@ -8,15 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.drawn import examples
-from tpimpi.engine.batch import pack_rows, unpack_rows
+from tpimpi.engine.batch import PADDED_WORDS, pack_rows, unpack_rows
 from tpimpi.errors import StarError
 from tpimpi.models.kv.cache import PAGE
 from tpimpi.models.kv.pages import PageAccount, SequencePages, rows_of
 
 
 @examples(60)
-@given(runs=st.lists(st.tuples(st.integers(0, 300), st.integers(1, 40)), min_size=1, max_size=6))
-def test_what_is_packed_is_unpacked(runs: list[tuple[int, int]]) -> None:
+@given(
+    runs=st.lists(st.tuples(st.integers(0, 300), st.integers(1, 40)), min_size=1, max_size=6),
+    multiple=st.sampled_from([1, PADDED_WORDS]),
+)
+def test_what_is_packed_is_unpacked(runs: list[tuple[int, int]], multiple: int) -> None:
     account = PageAccount([64, 64], [1, 1], 1000)
     sequences = [SequencePages(account, window=50) for _ in runs]
     for sequence, (start, n) in zip(sequences, runs, strict=True):
@@ -24,8 +27,9 @@ def test_what_is_packed_is_unpacked(runs: list[tuple[int, int]]) -> None:
         sequence.trim()
         assert sequence.grow(start + n)
     rows = rows_of(sequences, runs)
-    words = pack_rows(rows)
+    words = pack_rows(rows, multiple)
     assert words.dtype == np.int64
+    assert len(words) % multiple == 0
     found = unpack_rows(words, [64, 64], 340)
     assert found.sequence.dtype == found.position.dtype == np.int32
     for a, b in ((rows.sequence, found.sequence), (rows.position, found.position)):
@@ -52,7 +56,7 @@ def test_what_makes_no_sense_is_refused() -> None:
     refused("make no sense", words=np.zeros(1, np.int64))
     refused("make no sense", 0, -1)
     refused("3 rows and 2 sequences in", 0, 3)
-    refused("in 9 words", words=np.pad(good, (0, 1)))
+    refused("in 9 words", words=np.append(good, 7))
     refused("in 7 words", words=good[:-1])
     refused("sequence or position", 4, 2)  # the first row's sequence
     refused("sequence or position", 6, PAGE + 1)  # and position

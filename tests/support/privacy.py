@@ -34,20 +34,14 @@ def patterns_of(words: set[str], ids: list[int]) -> list[tuple[str, bytes]]:
 
 
 def words_of_steps(messages: list[Message]) -> tuple[list[Message], list[tuple[int, bytes]]]:
-    """What follows a header that says so, (operation, data), and all the other messages."""
+    """The words behind headers, (operation, data), and all messages without them."""
     rest: list[Message] = []
     words: list[tuple[int, bytes]] = []
-    due: dict[int, int] = {}  # by destination: of which operation words come next
-    for message in messages:
-        destination, tag, data = message
-        if tag == CONTROL and destination in due:
-            words.append((due.pop(destination), data))
-            continue
-        rest.append(message)
-        if tag == CONTROL:
-            _, operation, _, count, _ = np.frombuffer(data, "<i8").tolist()
-            if operation in (Operation.PAGES, Operation.BATCH, Operation.RELEASE) and count:
-                due[destination] = operation
+    for destination, tag, data in messages:
+        if tag == CONTROL and len(data) > 40:
+            words.append((int(np.frombuffer(data[:40], "<i8")[1]), data[40:]))
+            data = data[:40]  # noqa: PLW2901
+        rest.append((destination, tag, data))
     return rest, words
 
 

@@ -35,7 +35,7 @@ KILL_RANK_0 = "kill-rank-0"
 ALLOWED_S = 60.0  # from the breaking until the answer goes on
 LEAVE_TIMEOUT_S = 30.0
 PORT = 8080
-TOKENS = {PROMPT: 300, LONG_PROMPT: 40}
+TOKENS = {PROMPT: 64, LONG_PROMPT: 40}
 
 
 @dataclass

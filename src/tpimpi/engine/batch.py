@@ -39,7 +39,8 @@ def unpack_rows(words: Words, pages: Sequence[int], context: int) -> StepRows:
         raise StarError("rank 0 sent a step whose rows make no sense")
     n, sequences, *widths = numbers[:_HEAD].tolist()
     sizes = [n, n, *(sequences * width for width in widths)]
-    if not 0 <= len(numbers) - _HEAD - sum(sizes) < 2 * PADDED_WORDS:
+    more = numbers[_HEAD + sum(sizes) :]
+    if len(numbers) < _HEAD + sum(sizes) or len(more) >= 2 * PADDED_WORDS or more.any():
         raise StarError(f"rank 0 sent a step of {n} rows and {sequences} sequences in {len(words)} words")
     sequence, position, *tables = np.split(numbers[_HEAD : _HEAD + sum(sizes)], np.cumsum(sizes)[:-1])
     rows = StepRows(

@@ -1,8 +1,8 @@
 """The steps of a run after its start: what rank 0 asks for, and how the other ranks follow.
 
-A step begins with a header, int64 [5] over the star: magic, operation, positions, start, choices. FORWARD and PROMPT are
-followed by the hidden vectors; BATCH and PROMPT_BATCH by the rows (see batch) and their hidden vectors; KEEP and TAKE by
-notes (see keep_pages). Prompt, token ids and text are in none of them.
+A step begins with a header, int64 [5] over the star: magic, operation, positions, start, choices; in the same message words
+may follow, of BATCH and PROMPT_BATCH the rows (see batch). After FORWARD, PROMPT and these come the hidden vectors, after
+KEEP and TAKE notes (see keep_pages). Prompt, token ids and text are in none of them.
 
 `choices` is a hash of the experts that rank 0 has chosen so far in a mixture of experts. Ranks that chose others would add
 parts of different experts, and make nonsense that looks like text: so every rank compares, before each step, and the run
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -33,7 +33,7 @@ from tpimpi.star.control import gather_notes, send_note
 
 MAGIC = 0x7470696D7069  # "tpimpi": a header that was damaged, or is of another program, does not begin with it
 HEADER_WORDS = 5
-MOST_WORDS = 1 << 24  # that follow a header
+NO_WORDS: Words = np.empty(0, np.int64)
 
 
 class Operation(IntEnum):
@@ -42,11 +42,9 @@ class Operation(IntEnum):
     BEGIN = 1  # a sequence of at most `positions`, of which `start` are those of the sequence before
     FORWARD = 2  # `positions` hidden vectors through all layers, from position `start` on
     FINISH = 3  # the run is over
-    PAGES = 4  # pages for sequences of at most `positions`: `start` words follow, how many of each kind, and of all
-    BATCH = 5  # `positions` rows, of which `start` words follow, and their hidden vectors, through all layers
-    RELEASE = (
-        6  # of `start` words that follow, the first `positions` are pages of full layers; memory that is given back
-    )
+    PAGES = 4  # pages for sequences of at most `positions`; words say how many of each kind, and of all
+    BATCH = 5  # `positions` rows, which words describe, and their hidden vectors, through all layers
+    RELEASE = 6  # memory of pages is given back: of the words the first `positions` are pages of full layers
     KEEP = 7  # pages of a sequence are to be written to a file; notes follow
     TAKE = 8  # pages of a sequence are to be read from a file; notes follow
     LIVE = 9  # every rank says how it is, in a note
@@ -78,16 +76,18 @@ class StepHeader:
         return cls(Operation(operation), positions, start, choices)
 
 
-def send_header(star: Star, header: StepHeader) -> None:
-    """Rank 0: tell every rank what comes next."""
-    star.send_words(header.pack())
+def send_header(star: Star, header: StepHeader, words: Words = NO_WORDS) -> None:
+    """Rank 0: tell every rank what comes next, with the words (int64 [n]) that belong to it."""
+    star.send_words(np.concatenate([header.pack(), words]) if len(words) else header.pack())
 
 
-def receive_header(star: Star) -> StepHeader:
-    """Other ranks: what comes next, however long rank 0 takes to say it. Raises StarError where it makes no sense."""
-    words = np.empty(HEADER_WORDS, np.int64)
-    star.receive_words(words)
-    return StepHeader.unpack(words)
+def receive_header(star: Star) -> tuple[StepHeader, Words]:
+    """Other ranks: what comes next, however long rank 0 takes to say it, and its words. Raises StarError where it makes no
+    sense."""
+    words = star.receive_words()
+    if len(words) < HEADER_WORDS:
+        raise StarError(f"rank 0 sent a control header of {len(words)} words, which makes no sense")
+    return StepHeader.unpack(words[:HEADER_WORDS]), words[HEADER_WORDS:]
 
 
 def begin(model: Model, star: Star, context: int, keep: int = 0) -> None:
@@ -113,7 +113,7 @@ def step(model: Model, star: Star, x: F32, start: int, *, head: bool = True, pro
 def open_pages(model: Model, star: Star, context: int, account: PageAccount) -> None:
     """Rank 0: have every rank make the pages of this account, for sequences of at most `context` positions each."""
     words = np.array([*account.places, account.units], np.int64)
-    _send_with(star, StepHeader(Operation.PAGES, context, choices=model.choices), words)
+    send_header(star, StepHeader(Operation.PAGES, context, choices=model.choices), words)
     model.open_pages(context, account.places, account.units)
 
 
@@ -124,7 +124,7 @@ def batch(model: Model, star: Star, x: F32, rows: StepRows, *, head: bool = True
     """
     operation = Operation.PROMPT_BATCH if prompt else Operation.BATCH
     words = pack_rows(rows, PADDED_WORDS if prompt and star.sealed else 1)
-    _send_with(star, StepHeader(operation, x.shape[0], choices=model.choices), words)
+    send_header(star, StepHeader(operation, x.shape[0], choices=model.choices), words)
     star.pad_rows(prompt)
     star.broadcast(x)
     return model.step(x, rows, head=head)
@@ -133,7 +133,7 @@ def batch(model: Model, star: Star, x: F32, rows: StepRows, *, head: bool = True
 def release_pages(model: Model, star: Star, pages: Sequence[Sequence[int]]) -> None:
     """Rank 0: have every rank give back the memory of these pages of each kind, which nobody uses."""
     words = np.array([page for of_kind in pages for page in of_kind], np.int64)
-    _send_with(star, StepHeader(Operation.RELEASE, len(pages[0]), choices=model.choices), words)
+    send_header(star, StepHeader(Operation.RELEASE, len(pages[0]), choices=model.choices), words)
     _release(model, words, len(pages[0]))
 
 
@@ -163,13 +163,6 @@ def _release(model: Model, words: Words, full: int) -> None:
         model.release_pages(kind, pages.tolist())
 
 
-def _send_with(star: Star, header: StepHeader, words: Words) -> None:
-    """A header that says how many words follow, and these."""
-    send_header(star, replace(header, start=len(words)))
-    if len(words):
-        star.send_words(words)
-
-
 def finish(model: Model, star: Star) -> None:
     """Rank 0: tell every rank that the run is over; where there are several models, `model` is the first."""
     send_header(star, StepHeader(Operation.FINISH, choices=model.choices))
@@ -187,7 +180,7 @@ def follow(
     kept, `live` says how this rank is. Raises StarError for a header that makes no sense.
     """
     for model in itertools.cycle(models):
-        header = receive_header(star)
+        header, words = receive_header(star)
         if header.operation == Operation.FINISH and len(models) > 1:
             return  # whichever model's turn it is
         if header.choices != model.choices:
@@ -205,7 +198,7 @@ def follow(
         elif header.operation in (Operation.KEEP, Operation.TAKE):
             _keep_or_take(model, star, files, header)
         else:
-            _follow_one(model, star, header)
+            _follow_one(model, star, header, words)
 
 
 def _keep_or_take(model: Model, star: Star, files: PageFiles | None, header: StepHeader) -> None:
@@ -215,16 +208,11 @@ def _keep_or_take(model: Model, star: Star, files: PageFiles | None, header: Ste
     (keep if header.operation == Operation.KEEP else take)(model, star, files, which)
 
 
-def _follow_one(model: Model, star: Star, header: StepHeader) -> None:
-    """Do what one header says. Raises StarError where it makes no sense."""
-    words = np.empty(0, np.int64)
+def _follow_one(model: Model, star: Star, header: StepHeader, words: Words) -> None:
+    """Do what one header says, with its words. Raises StarError where it makes no sense."""
     batched = header.operation in (Operation.BATCH, Operation.PROMPT_BATCH)
-    if batched or header.operation in (Operation.PAGES, Operation.RELEASE):
-        if header.start > MOST_WORDS:
-            raise StarError(f"rank 0 sends {header.start} words with a header, more than any step has")
-        words = np.empty(header.start, np.int64)
-        if len(words):
-            star.receive_words(words)
+    if len(words) and not (batched or header.operation in (Operation.PAGES, Operation.RELEASE)):
+        raise StarError(f"rank 0 sent {len(words)} words with a header that has none")
     if header.operation == Operation.BEGIN:
         if not model.can_keep(header.start, header.positions):
             raise StarError(f"rank 0 keeps {header.start} positions of a sequence, which are not all there")

@@ -8,13 +8,12 @@ that was said), `ck` (chaining key), `e` and `s` (ephemeral and static keys), `r
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
-from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.hashes import SHA256, Hash
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 PROTOCOL = b"Noise_KK_25519_ChaChaPoly_SHA256"
@@ -97,7 +96,9 @@ class Handshake:
     # The specification's SymmetricState; every key encrypts one empty payload, so the nonce is 0
 
     def _mix_hash(self, data: bytes) -> None:
-        self._h = hashlib.sha256(self._h + data).digest()
+        digest = Hash(SHA256())  # of the library that is loaded anyway: hashlib would load another OpenSSL, of 4 MB
+        digest.update(self._h + data)
+        self._h = digest.finalize()
 
     def _mix_key(self, ours: X25519PrivateKey, theirs: X25519PublicKey) -> None:
         try:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tpimpi.compute.arrays import F32, Bytes
+from tpimpi.errors import StarError
 from tpimpi.star.allreduce import ALGORITHMS, Allreduce, Background, parse_rule
 from tpimpi.star.channel import BULK, CONTROL, ECHO, HIDDEN, NOTE, Channel, Pending
 from tpimpi.star.clocks import answer_with_clock, clock_offset
@@ -148,10 +149,13 @@ class Star:
         if self._channel is not None:
             self._channel.wait(self._channel.send_to(words, self._others, CONTROL), time.monotonic() + self.timeout)
 
-    def receive_words(self, words: Words) -> None:
-        """Other ranks: fill `words` (int64 [n]) with the hub's next, however long they take to come."""
-        if self._channel is not None:
-            self._channel.wait(self._channel.receive(words, 0, CONTROL), None)
+    def receive_words(self) -> Words:
+        """Other ranks: the hub's next words (int64 [n]), however many there are, and however long they take to come."""
+        assert self._channel is not None
+        data = self._channel.take(0, CONTROL, None)
+        if data.size % 8:
+            raise StarError(f"{self.rank_name(0)} sent {data.size} bytes, which are no whole numbers of 8")
+        return data.view(np.int64)
 
     # Notes: short JSON texts before and after the computing
 

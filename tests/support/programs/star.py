@@ -81,11 +81,12 @@ def _broadcast_and_notes(star: Star) -> None:
     assert values.tolist() == [[0, 1, 2], [3, 4, 5]]
     if hub:
         send_header(star, StepHeader(Operation.BEGIN, 77))
-        send_header(star, StepHeader(Operation.FORWARD, 3, 12))
+        send_header(star, StepHeader(Operation.FORWARD, 3, 12), np.array([7, 8]))
         star.broadcast_note(b'{"a": 1}')
     else:
-        assert receive_header(star) == StepHeader(Operation.BEGIN, 77, 0)
-        assert receive_header(star) == StepHeader(Operation.FORWARD, 3, 12)
+        assert receive_header(star)[0] == StepHeader(Operation.BEGIN, 77, 0)
+        header, words = receive_header(star)
+        assert (header, words.tolist()) == (StepHeader(Operation.FORWARD, 3, 12), [7, 8])
         assert star.receive_note() == b'{"a": 1}'
     notes = star.gather_notes(f"note of {star.rank.index}".encode())
     assert notes == ([f"note of {r}".encode() for r in range(star.rank.size)] if hub else [])
