@@ -41,7 +41,7 @@ PIECES = PROMPT + " The harbour is old, and the wind comes from the west." * 30 
 MOMENTS = {"start": PROMPT, "prompt": PIECES, "answer": PROMPT}
 ROW_BYTES = 4 * 576  # of a hidden vector of SmolLM2
 TOKENS = {PROMPT: 100, PIECES: 10}  # most of it is left when harm is done
-OUR_LINE = re.compile(r"[\s\0]*(?:r\d+ \S+|tpimpi): (.*)")
+OUR_LINE = re.compile(r"[\s\0]*(?:(?P<of>r\d+ .*: no sign of life.*)|(?:r\d+ \S+|tpimpi): (?P<line>.*))")
 SAME_BITS = ("star", "mesh", "exchange")  # allreduces with the same answers
 HEADERS_TIMEOUT_S = 60.0
 TRIES = 5  # of a round in which nothing could be done
@@ -154,8 +154,8 @@ def _judge(outcome: Outcome, screen: Screen, done_at: float, whole: str, home: H
     outcome.code = screen.process.wait()
     named = re.compile("|".join(rf"\b(r|rank ){rank}\b|\b{NAMES[rank]}\b" for rank in outcome.flow))
     for moment, line in screen.lines:
-        # Who says it does not count, but whom it is said of.
-        if (said := OUR_LINE.match(line)) and moment >= done_at and named.search(said[1]):
+        # Who says it does not count, but of whom it is said.
+        if (said := OUR_LINE.match(line)) and moment >= done_at and named.search(said["of"] or said["line"]):
             outcome.named_s, outcome.line = moment - done_at, said[0]
             break
     outcome.left = left_after_all(home, RANKS)

@@ -113,9 +113,10 @@ class Heartbeat:
                     break
                 time.sleep(0.002)
         for receive in self._receives.values():
-            for request in receive.requests:
-                request.Cancel()
-                request.Wait()  # which it has to be told, or the library counts it as lost
+            with contextlib.suppress(self._channel.mpi_error):  # of a rank whose connection is gone
+                for request in receive.requests:
+                    request.Cancel()
+                    request.Wait()  # which it has to be told, or the library counts it as lost
 
     # The thread
 
@@ -202,7 +203,7 @@ class Heartbeat:
                 self._gaps[peer] = (came, now)
             elif now - since > LOST_MESSAGE_S:
                 return (
-                    f"a message from {self._name_of(peer)} to {self.rank} was lost: {sent} were sent, and {came} came; "
+                    f"{self.rank}: a message from {self._name_of(peer)} was lost: {sent} were sent, and {came} came; "
                     "something on the network left it out; the run ends here"
                 )
         return None
