@@ -32,8 +32,8 @@ with without_module("typing_extensions"):
     import msgspec
 
 PROTOCOL_VERSION = 1
-# A rank has so long for each of its messages: there is no heartbeat yet that would notice one that was lost. Rank 0 has to say
-# so, and others only where it does not.
+# A rank has so long for each of its messages: there is no heartbeat yet that would notice one that was lost. Rank 0 has to
+# say so, and others only where it does not.
 ANSWER_TIMEOUT_S, HUB_ANSWER_TIMEOUT_S = 7.0, 9.0
 
 
