@@ -60,7 +60,8 @@ class Outcome:
     code: int = 0
     named_s: float | None = None
     end_s: float = 0.0
-    line: str = ""
+    line: str = ""  # the first that names a rank of the two
+    lines: int = 0  # of ours
     left: list[str] = field(default_factory=list)
     wrong: str = ""
 
@@ -152,10 +153,15 @@ def _judge(outcome: Outcome, screen: Screen, done_at: float, whole: str, home: H
     screen.process.kill()
     screen.join()
     outcome.code = screen.process.wait()
+    outcome.lines = sum(OUR_LINE.match(line) is not None for moment, line in screen.lines if moment >= done_at)
     named = re.compile("|".join(rf"\b(r|rank ){rank}\b|\b{NAMES[rank]}\b" for rank in outcome.flow))
     for moment, line in screen.lines:
         # Who says it does not count, but of whom it is said.
-        if (said := OUR_LINE.match(line)) and moment >= done_at and named.search(said["of"] or said["line"]):
+        if (
+            (said := OUR_LINE.match(line))
+            and moment >= done_at
+            and named.search(line if outcome.kind == KEY else said["of"] or said["line"])
+        ):
             outcome.named_s, outcome.line = moment - done_at, said[0]
             break
     outcome.left = left_after_all(home, RANKS)
@@ -176,6 +182,8 @@ def _wrong(outcome: Outcome, screen: Screen, whole: str) -> str:
         return "nobody was named"
     if outcome.named_s > MESSAGE_TIMEOUT_S:
         return f"named after {outcome.named_s:.1f} s"
+    if outcome.kind == KEY and outcome.lines != 1:
+        return f"{outcome.lines} lines"
     return f"{len(outcome.left)} processes left" if outcome.left else ""
 
 

@@ -104,7 +104,7 @@ class Splitter:
             if not self.plain:
                 yield self._take(HANDSHAKE_BYTES)
         if self.plain:
-            yield self._take(len(self._held))
+            yield Frame(self._take(len(self._held)).data)
             return
         while len(self._held) >= FRAME_HEADER.size:
             size = FRAME_HEADER.size + FRAME_HEADER.unpack_from(self._held)[3]
