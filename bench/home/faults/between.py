@@ -44,7 +44,7 @@ TOKENS = {PROMPT: 100, PIECES: 10}  # most of it is left when harm is done
 OUR_LINE = re.compile(r"[\s\0]*(?:(?P<of>r\d+ .*: no sign of life.*)|(?:r\d+ \S+|tpimpi): (?P<line>.*))")
 SAME_BITS = ("star", "mesh", "exchange")  # allreduces with the same answers
 HEADERS_TIMEOUT_S = 60.0
-TRIES = 5  # of a round in which nothing could be done
+TRIES = 10  # of a round in which nothing could be done
 
 
 @dataclass
@@ -81,11 +81,11 @@ def undisturbed(home: Home, seal: str) -> dict[str, str]:
     """The answers without harm, by prompt."""
     answers = {}
     for prompt in TOKENS:
-        process = home.mpirun(command(home, prompt, seal, "star"), stdout=subprocess.PIPE, text=True)
-        text, _ = process.communicate(timeout=START_TIMEOUT_S)
-        if process.returncode:
-            raise SystemExit(f"the undisturbed run ended with exit code {process.returncode}")
-        answers[prompt] = text.strip("\n")
+        screen = _start(home, prompt, seal, "star")
+        if not screen.ended(START_TIMEOUT_S) or screen.process.returncode:
+            raise SystemExit(f"the undisturbed run did not end well: {[line for _, line in screen.lines[-5:]]}")
+        screen.join()
+        answers[prompt] = answer_of(screen)
     return answers
 
 
@@ -108,9 +108,8 @@ def _try(kind: str, middle: Middle, seal: str, answers: dict[str, str], chance: 
     harm = middle.harm = chance.choice(KINDS[kind])(flow, chance)
     harm.due = moment == "start"
     prompt = MOMENTS[moment]
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = middle.home.mpirun(command(middle.home, prompt, seal, allreduce), text=True, errors="replace", **pipes)
-    screen = Screen(process)
+    screen = _start(middle.home, prompt, seal, allreduce)
+    process = screen.process
     try:
         _reach(moment, screen, harm, chance)
         harm.due = True
@@ -132,6 +131,13 @@ def _try(kind: str, middle: Middle, seal: str, answers: dict[str, str], chance: 
         screen.join()
         end_what_is_left(middle.home, RANKS)
     return outcome
+
+
+def _start(home: Home, prompt: str, seal: str, allreduce: str) -> Screen:
+    pipe = subprocess.PIPE
+    arguments = command(home, prompt, seal, allreduce)
+    null = subprocess.DEVNULL
+    return Screen(home.mpirun(arguments, stdin=null, stdout=pipe, stderr=pipe, text=True, errors="replace"))
 
 
 def _reach(moment: str, screen: Screen, harm: Harm, chance: random.Random) -> None:
@@ -203,14 +209,12 @@ def _try_key(middle: Middle, seal: str, answers: dict[str, str], chance: random.
         false, done = msgspec.structs.replace(keys, host=name), f"{keys.host} says that it is {name}"
     outcome = Outcome(KEY, seal, "start", "star", (rank, rank), done)
     write_keys(false, path)
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    begun = time.monotonic()
+    screen = _start(home, PROMPT, seal, "star")
     try:
-        begun = time.monotonic()
-        process = home.mpirun(command(home, PROMPT, seal, "star"), text=True, errors="replace", **pipes)
-        screen = Screen(process)
         _judge(outcome, screen, begun, answers[PROMPT], home)
     finally:
-        process.kill()
+        screen.process.kill()
         screen.join()
         end_what_is_left(home, RANKS)
         write_keys(keys, path)

@@ -17,8 +17,9 @@ from types import TracebackType
 
 from bench.home.faults.frames import Frame, Splitter
 from bench.home.faults.harm import CutError, Flow, Harm
-from bench.home.home import Home, HomeError
+from bench.home.home import Home
 from bench.home.scripts import NETWORK
+from bench.home.sweep import HomeError
 from tpimpi.errors import InputError
 
 SO_MARK = 36  # of <asm-generic/socket.h>: what we send is not led to us again
