@@ -66,22 +66,11 @@ class Outcome:
     wrong: str = ""
 
 
-def command(home: Home, prompt: str, seal: str, allreduce: str) -> list[str]:
-    """A run with that prompt."""
-    path = home.folder / "prompt.txt"
-    path.write_text(prompt)
-    return [
-        *(sys.executable, "-m", "tpimpi", "--prompt-file", str(path), "--raw", "--max-tokens", str(TOKENS[prompt])),
-        *("--ignore-eos", "--speculate", "off", "--format", "f32", "--allreduce", allreduce),
-        *(("--seal", seal) if seal else ()),
-    ]
-
-
 def undisturbed(home: Home, seal: str) -> dict[str, str]:
     """The answers without harm, by prompt."""
     answers = {}
     for prompt in TOKENS:
-        screen = _start(home, prompt, seal, "star")
+        screen = start(home, prompt, seal, "star")
         if not screen.ended(START_TIMEOUT_S) or screen.process.returncode:
             raise SystemExit(f"the undisturbed run did not end well: {[line for _, line in screen.lines[-5:]]}")
         screen.join()
@@ -108,10 +97,10 @@ def _try(kind: str, middle: Middle, seal: str, answers: dict[str, str], chance: 
     harm = middle.harm = chance.choice(KINDS[kind])(flow, chance)
     harm.due = moment == "start"
     prompt = MOMENTS[moment]
-    screen = _start(middle.home, prompt, seal, allreduce)
+    screen = start(middle.home, prompt, seal, allreduce)
     process = screen.process
     try:
-        _reach(moment, screen, harm, chance)
+        reach(moment, screen, harm, chance)
         harm.due = True
         begun = time.monotonic()
         while harm.done_at is None and process.poll() is None and time.monotonic() < begun + 20:
@@ -133,14 +122,19 @@ def _try(kind: str, middle: Middle, seal: str, answers: dict[str, str], chance: 
     return outcome
 
 
-def _start(home: Home, prompt: str, seal: str, allreduce: str) -> Screen:
-    pipe = subprocess.PIPE
-    arguments = command(home, prompt, seal, allreduce)
-    null = subprocess.DEVNULL
-    return Screen(home.mpirun(arguments, stdin=null, stdout=pipe, stderr=pipe, text=True, errors="replace"))
+def start(home: Home, prompt: str, seal: str, allreduce: str) -> Screen:
+    """Begin a run with that prompt, one of TOKENS."""
+    path = home.folder / "prompt.txt"
+    path.write_text(prompt)
+    command = [
+        *(sys.executable, "-m", "tpimpi", "--prompt-file", str(path), "--raw", "--max-tokens", str(TOKENS[prompt])),
+        *("--ignore-eos", "--speculate", "off", "--format", "f32", "--allreduce", allreduce, "--seal", seal),
+    ]
+    null, pipe = subprocess.DEVNULL, subprocess.PIPE
+    return Screen(home.mpirun(command, stdin=null, stdout=pipe, stderr=pipe, text=True, errors="replace"))
 
 
-def _reach(moment: str, screen: Screen, harm: Harm, chance: random.Random) -> None:
+def reach(moment: str, screen: Screen, harm: Harm, chance: random.Random) -> None:
     """Wait until the run is where harm is due. Raises TimeoutError."""
     if moment == "prompt":
         screen.until(lambda: harm.largest > 4 * ROW_BYTES, "a sum of many rows")
@@ -210,7 +204,7 @@ def _try_key(middle: Middle, seal: str, answers: dict[str, str], chance: random.
     outcome = Outcome(KEY, seal, "start", "star", (rank, rank), done)
     write_keys(false, path)
     begun = time.monotonic()
-    screen = _start(home, PROMPT, seal, "star")
+    screen = start(home, PROMPT, seal, "star")
     try:
         _judge(outcome, screen, begun, answers[PROMPT], home)
     finally:
