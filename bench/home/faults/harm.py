@@ -17,6 +17,7 @@ from bench.home.faults.frames import FRAME_HEADER, Frame
 Flow = tuple[int, int]  # the ranks of whom sends and who receives
 REMEMBERED = 256  # messages that have passed
 CHECKSUM_BYTES = 8  # the end of a plain message: star/channel.py
+PIECE_BYTES = 4 * 4096
 SKIPPED_MOST = 12  # suitable messages that pass, once harm is due, before it is done
 
 
@@ -145,8 +146,12 @@ class Repeat(Harm):
 class Reorder(Harm):
     """Two messages that follow one another in one flow change places."""
 
-    patience_s = 0.1  # where the receiver has to answer the first there will be no second
+    patience_s = 0.4  # where the receiver has to answer the first there will be no second
     _held: Frame | None = None
+
+    def suits(self, frame: Frame) -> bool:
+        """Only pieces of a larger array follow one another without an answer."""
+        return super().suits(frame) and len(frame.payload) >= PIECE_BYTES
 
     def _meet(self, flow: Flow, frame: Frame) -> list[Frame]:
         held = self._held
