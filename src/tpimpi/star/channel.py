@@ -117,7 +117,7 @@ class Channel:
     def __init__(self, comm: MPI.Intracomm) -> None:
         from mpi4py import MPI
 
-        self.comm, self._mpi_error = comm, MPI.Exception
+        self.comm, self.mpi_error = comm, MPI.Exception
         self.rank, self.size = comm.rank, comm.size
         self.buffers = BufferPool()
         self.last_heard: dict[int, float] = {}  # when the last message of each rank came, time.monotonic()
@@ -145,7 +145,7 @@ class Channel:
                 self.seal.close(rank, tag, data, frame)
             try:
                 requests.append(self.comm.Isend(frame, dest=rank, tag=tag))
-            except self._mpi_error as error:
+            except self.mpi_error as error:
                 raise self._lost(rank, error) from error
         return Pending(requests, ranks, [None] * len(requests), tag, lent=lent)
 
@@ -171,7 +171,7 @@ class Channel:
             frame.number = self.seal.expect(source, tag)
         try:
             return Pending([self.comm.Irecv(frame.buffer, source=source, tag=tag)], [source], [frame], tag)
-        except self._mpi_error as error:
+        except self.mpi_error as error:
             raise self._lost(source, error) from error
 
     def test(self, pending: Pending) -> bool:
@@ -194,7 +194,7 @@ class Channel:
                         self.buffers.give(frame.buffer)
                     self._heard(peer)
                 pending.done += 1
-        except self._mpi_error as error:
+        except self.mpi_error as error:
             raise self._lost(pending.peers[pending.done], error) from error
         while pending.lent:
             self.buffers.give(pending.lent.pop())
@@ -254,7 +254,7 @@ class Channel:
             if self.seal is not None:
                 frame.number = self.seal.expect(source, tag)
             pending = Pending([message.Irecv(frame.buffer)], [source], [frame], tag)
-        except self._mpi_error as error:
+        except self.mpi_error as error:
             raise self._lost(source, error) from error
         finally:
             self.awaited = self.awaited_messages = ()

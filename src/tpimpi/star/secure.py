@@ -32,7 +32,9 @@ with without_module("typing_extensions"):
     import msgspec
 
 PROTOCOL_VERSION = 1
-ANSWER_TIMEOUT_S = 60.0  # a rank has so long for each of its messages
+# A rank has so long for each of its messages: there is no heartbeat yet that would notice one that was lost. Rank 0 has to
+# say so, and others only where it does not.
+ANSWER_TIMEOUT_S, HUB_ANSWER_TIMEOUT_S = 7.0, 9.0
 
 
 class _Said(msgspec.Struct, frozen=True):
@@ -234,7 +236,8 @@ def _tell(channel: Channel, rank: int, what: _Said | _Told) -> None:
 
 
 def _hear(channel: Channel, rank: int, kind: type[M]) -> M:
-    data = channel.take(rank, HANDSHAKE, time.monotonic() + ANSWER_TIMEOUT_S)
+    patience = HUB_ANSWER_TIMEOUT_S if rank == 0 else ANSWER_TIMEOUT_S
+    data = channel.take(rank, HANDSHAKE, time.monotonic() + patience)
     try:
         return msgspec.json.decode(data.tobytes(), type=kind)
     except msgspec.MsgspecError as error:
