@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.support.launch import PROGRAMS, Launcher
+from tpimpi.star import seal as seal_module
 from tpimpi.star.seal import AES, CHACHA, LinkSecrets, Seal, UnsealError
 from tpimpi.star.start import seal_given
 from tpimpi.system.link_keys import LinkKeys, make_keys, write_keys
@@ -61,6 +62,22 @@ def test_messages_open_once_in_order_with_their_tag_at_their_end(cipher: str) ->
         changed = frames[1].copy()
         changed[place] ^= 0x80
         assert not opens(rank, 0, 3, 1, changed)
+
+
+def test_no_nonce_comes_twice_where_two_threads_send_for_the_first_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both find no counts of the peer yet: what one has counted is not forgotten for the other's."""
+    hub, frames = _ends(AES)[0], []
+    make, others = seal_module.array, [lambda: frames.append(_sealed(hub, 1, 3, b"the same"))]
+
+    def make_while_another_sends(*arguments):
+        if others:
+            others.pop()()
+        return make(*arguments)
+
+    monkeypatch.setattr(seal_module, "array", make_while_another_sends)
+    _sealed(hub, 1, 4, b"of another sum")
+    frames.append(_sealed(hub, 1, 3, b"the same"))
+    assert frames[0].tobytes() != frames[1].tobytes()
 
 
 @pytest.mark.parametrize(
