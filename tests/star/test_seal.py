@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from tests.support.launch import PROGRAMS, Launcher
+from tpimpi.errors import StarError
 from tpimpi.star import seal as seal_module
 from tpimpi.star.seal import AES, CHACHA, LinkSecrets, Seal, UnsealError
+from tpimpi.star.secure import _hear, _Said
 from tpimpi.star.start import seal_given
 from tpimpi.system.link_keys import LinkKeys, make_keys, write_keys
 
@@ -78,6 +80,29 @@ def test_no_nonce_comes_twice_where_two_threads_send_for_the_first_time(monkeypa
     _sealed(hub, 1, 4, b"of another sum")
     frames.append(_sealed(hub, 1, 3, b"the same"))
     assert frames[0].tobytes() != frames[1].tobytes()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"",
+        b"[]",
+        b'{"host": 1}',
+        b'{"host": "\xff"}',
+        b'{"more": ' + b"[" * 100_000,
+        b'{"protocol": ' + b"9" * 5000 + b"}",
+    ],
+    ids=lambda message: message[:12].decode(errors="replace"),
+)
+def test_what_is_no_message_of_a_handshake_is_an_error_of_ours(message: bytes) -> None:
+    class Taken:
+        name = staticmethod("rank {}".format)
+
+        def take(self, *_: object) -> np.ndarray:
+            return np.frombuffer(message, np.uint8)
+
+    with pytest.raises(StarError, match="^rank 1 sent a handshake that makes no sense"):
+        _hear(Taken(), 1, _Said)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
