@@ -101,7 +101,7 @@ def test_what_is_no_message_of_a_handshake_is_an_error_of_ours(message: bytes) -
         def take(self, *_: object) -> np.ndarray:
             return np.frombuffer(message, np.uint8)
 
-    with pytest.raises(StarError, match="^rank 1 sent a handshake that makes no sense"):
+    with pytest.raises(StarError, match=r"^rank 1 sent a handshake that makes no sense"):
         _hear(Taken(), 1, _Said)  # type: ignore[arg-type]
 
 
@@ -219,6 +219,10 @@ def test_a_message_that_is_not_the_one_that_was_sealed_is_an_error(said, kind: s
 
 def test_a_message_that_is_cut_is_an_error(said) -> None:
     assert re.match(r"StarError: (rank 1|r1 \S+) sent 252 bytes where 272 were due", said[0]["cut"]), said[0]["cut"]
+
+
+def test_a_handshake_of_any_length_is_not_taken(said) -> None:
+    assert said[0]["long handshake"] == "StarError: rank 1 sent 2097160 bytes where 1048576 at most were due"
 
 
 def test_a_message_that_is_left_out_is_missed_within_seconds(home: Path, mpirun: Launcher) -> None:
