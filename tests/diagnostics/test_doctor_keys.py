@@ -234,6 +234,28 @@ def test_what_is_said_of_keys(tmp_path: Path) -> None:
     assert said(host("a", tmp_path / "nowhere")) == [[]], "one host needs none"
 
 
+@pytest.mark.parametrize("made", ["last week", "", "9" * 5000], ids=len)
+def test_a_host_that_says_no_day_is_one_that_is_wrong(tmp_path: Path, made: str) -> None:
+    """It may be in strange hands, and its own program another one."""
+    ours = make_keys(["a", "b"], DAY)
+    for name in ours:
+        write_keys(ours[name], tmp_path / name)
+    a, b = (host(name, tmp_path / name, here=name == "a") for name in ours)
+    b.facts["keys"]["made"] = made
+    (good,), (bad,) = said(a, b)
+    assert good.startswith("ok")
+    assert bad.startswith("wrong made on no day: ") and len(bad) < 200
+
+
+def test_a_pipe_in_the_place_of_the_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "keys", 0o600)
+    found: list[str] = []
+    looking = threading.Thread(target=lambda: found.append(find_keys(tmp_path / "keys").problem), daemon=True)
+    looking.start()
+    looking.join(10)
+    assert found and "is no file; remove it" in found[0]
+
+
 def test_a_file_that_cannot_be_used_is_found(tmp_path: Path) -> None:
     path, keys = tmp_path / "keys", make_keys(["a", "b"], DAY)
     text = encode_keys(keys["a"]).decode()

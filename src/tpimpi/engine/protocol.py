@@ -133,7 +133,7 @@ def batch(model: Model, star: Star, x: F32, rows: StepRows, *, head: bool = True
     The pages are `open_pages`'s; see `step` for `head` and `prompt`, which holds if any row is of a prompt.
     """
     operation = Operation.PROMPT_BATCH if prompt else Operation.BATCH
-    words = pack_rows(rows, PADDED_WORDS if prompt and star.sealed else 1)
+    words = pack_rows(rows, PADDED_WORDS if star.sealed else 1)
     send_header(star, StepHeader(operation, x.shape[0], choices=model.choices), words)
     star.pad_rows(prompt)
     star.broadcast(x)

@@ -240,7 +240,7 @@ def _hear(channel: Channel, rank: int, kind: type[M]) -> M:
     data = channel.take(rank, HANDSHAKE, time.monotonic() + patience)
     try:
         return msgspec.json.decode(data.tobytes(), type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise StarError(f"{channel.name(rank)} sent a handshake that makes no sense ({error})") from error
 
 

@@ -116,7 +116,8 @@ def read_keys(path: Path | None = None) -> LinkKeys | None:
     path = key_file() if path is None else path
     what = f"the file of link keys {shorten_path(path)}"
     try:
-        with path.open("rb") as file:
+        # A pipe in its place, which another may have put there, is not waited for.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode):
                 raise InputError(f"{what} is no file; remove it, and make keys: {MAKE_KEYS}")
