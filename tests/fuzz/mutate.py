@@ -64,7 +64,7 @@ def mutate_json(data: bytes, random: Random) -> bytes:
         value = json.loads(data)
         odd = mutate_value(value, random)
         text = json.dumps(value)
-    except (ValueError, RecursionError):
+    except (ValueError, OverflowError, RecursionError):
         return mutate_bytes(data, random)
     return (text.replace(json.dumps(_HOLE), odd) if odd else text).encode()
 
