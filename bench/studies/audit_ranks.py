@@ -33,8 +33,8 @@ from tpimpi.engine.watch import Watch, sums_of
 from tpimpi.errors import AuditError, DamagedMemoryError
 from tpimpi.star import PartialWatch, Star, connect
 from tpimpi.weights.copies import TileCopies, open_copies
-from tpimpi.weights.slices.file import Tile
 from tpimpi.weights.slices.layout import Record
+from tpimpi.weights.slices.tile import Tile
 
 FACTOR = np.float32(1.01)
 PROMPT_ROWS = 16

@@ -73,6 +73,7 @@ class Recorded:
 
     choices = 0
     sealed = "sealed"
+    auditor = None
 
     def __init__(self) -> None:
         self.lengths: list[int] = []
@@ -84,7 +85,7 @@ class Recorded:
 
     def broadcast(self, x: np.ndarray) -> None: ...
 
-    def step(self, x: np.ndarray, rows: StepRows, *, head: bool) -> np.ndarray:
+    def step(self, x: np.ndarray, rows: StepRows, *, head: bool, watch: None) -> np.ndarray:
         return x
 
 

@@ -33,9 +33,9 @@ from tpimpi.models.kv.cache import StepRows
 from tpimpi.models.layers.mlp import mlp_partial
 from tpimpi.models.layers.projections import Projections
 from tpimpi.weights.copies import TileCopies, records_of_rank
-from tpimpi.weights.slices.file import Tile
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import Record
+from tpimpi.weights.slices.tile import Tile
 
 MOST_RATE = 0.05  # of the steps, where nobody says how many: at most so many are audited
 TIME_SHARE = 0.005  # and so many that they take this part of the time

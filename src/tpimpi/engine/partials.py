@@ -18,8 +18,8 @@ from tpimpi.models.layers.mlp import mlp_partial
 from tpimpi.models.layers.norms import pre_norm
 from tpimpi.models.layers.projections import Projections, TileHeads
 from tpimpi.models.layers.rope import Angles
-from tpimpi.weights.slices.file import Tile
 from tpimpi.weights.slices.header import Header
+from tpimpi.weights.slices.tile import Tile
 
 
 @dataclass(frozen=True)

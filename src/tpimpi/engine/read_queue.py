@@ -14,7 +14,8 @@ from tpimpi.engine.pinned_set import PinnedSet
 from tpimpi.engine.ring import Ring
 from tpimpi.engine.trace import READ, Recorder
 from tpimpi.system.direct_io import Extent
-from tpimpi.weights.slices.file import SliceFile, Tile
+from tpimpi.weights.slices.file import SliceFile
+from tpimpi.weights.slices.tile import Tile
 
 JOIN_TIMEOUT_S = 2.0  # a reader that waits for a disk which stalls is left behind
 

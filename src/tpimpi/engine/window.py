@@ -35,7 +35,8 @@ from tpimpi.engine.trace import WAIT, Recorder
 from tpimpi.errors import DamagedMemoryError, InputError
 from tpimpi.models.blocks import Block
 from tpimpi.system.buffers import Bytes, aligned_buffer
-from tpimpi.weights.slices.file import SliceFile, Tile
+from tpimpi.weights.slices.file import SliceFile
+from tpimpi.weights.slices.tile import Tile
 
 SMALLEST_WINDOW = 2  # blocks: one computes while the next is read
 DEFAULT_READS = 2  # in flight

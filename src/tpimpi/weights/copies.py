@@ -15,10 +15,11 @@ from tpimpi.compute.formats.base import Quantizer
 from tpimpi.errors import SliceError
 from tpimpi.system.buffers import Bytes, aligned_buffer
 from tpimpi.weights.build import build_tiles
-from tpimpi.weights.slices.file import SliceFile, Tile
+from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.header import Header, same_slice
 from tpimpi.weights.slices.layout import Record, layer_records, slice_records
 from tpimpi.weights.slices.names import slice_name
+from tpimpi.weights.slices.tile import Tile
 from tpimpi.weights.sources import Source, open_source
 
 BUILD_BYTES = 40_000_000  # that making a tile takes beside the tile, at most (see build)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +15,7 @@ import numpy.typing as npt
 import xxhash
 
 from tpimpi.compute.arrays import F32, Array
-from tpimpi.compute.formats.packed import Matrix, decode, row_bytes
+from tpimpi.compute.formats.packed import decode, row_bytes
 from tpimpi.errors import InputError, SliceError, StorageError
 from tpimpi.system.buffers import Bytes, aligned_buffer
 from tpimpi.system.direct_io import Descriptor, Extent, Trial, pieces
@@ -34,32 +33,11 @@ from tpimpi.weights.slices.problems import (
     not_a_file,
     unreadable,
 )
+from tpimpi.weights.slices.tile import Tile
 
 T = TypeVar("T")
 _ROWS_BYTES = 1 << 20  # of the embedding, read at a time to check it
 _MOST_HEADER_BYTES = 2**24  # far above any model's; a hostile file may promise to unpack to anything
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A tile in memory: its record, and its parts by name, which are views of one buffer."""
-
-    record: Record
-    parts: Mapping[str, Array]  # biases, norms (f32) and files (uint8), in their shapes
-    matrices: Mapping[str, Matrix]
-
-    @classmethod
-    def of(cls, record: Record, buffer: Bytes) -> Tile:
-        """The tile whose parts lie in `buffer` as the record says, and are not copied."""
-        parts: dict[str, Array] = {}
-        matrices: dict[str, Matrix] = {}
-        for start, stop, part in record.spans():
-            data = buffer[start:stop]
-            if part.is_matrix:
-                matrices[part.name] = part.matrix(data)
-            else:
-                parts[part.name] = data.view(part.dtype).reshape(part.shape)
-        return cls(record, parts, matrices)
 
 
 class SliceFile:
