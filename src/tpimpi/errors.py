@@ -16,6 +16,16 @@ A message is one line and names the thing, the value found, the value needed, an
 import errno
 
 
+def printable(text: str) -> str:
+    """A text without anything that a terminal would obey, whatever a file, a library or another host put into it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(text: str) -> str:
+    """A text as one line, `printable`."""
+    return printable(" ".join(text.split()))
+
+
 class TpimpiError(Exception):
     """Base of every error that is reported to the user as one line."""
 
@@ -23,9 +33,7 @@ class TpimpiError(Exception):
     where: str | None = None  # the rank that it befell ("r2 home-pi"), where that is not the one that says it
 
     def __str__(self) -> str:
-        # One line, and nothing that a terminal would obey, whatever a library or a file name put into the text.
-        line = " ".join(super().__str__().split())
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+        return one_line(super().__str__())
 
 
 class InputError(TpimpiError):

@@ -20,7 +20,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from tests.support.launch import Result
 from tests.support.messages import assert_one_line
 from tpimpi.diagnostics.doctor.host_findings import HostChecks
+from tpimpi.diagnostics.doctor.hosts import tell
 from tpimpi.diagnostics.doctor.keys import check_keys
+from tpimpi.diagnostics.doctor.ssh import local_facts
 from tpimpi.errors import InputError, StorageError
 from tpimpi.system.hostfile import Host
 from tpimpi.system.link_keys import encode_keys, find_keys, make_keys, put_keys, read_keys, write_keys
@@ -245,6 +247,15 @@ def test_a_host_that_says_no_day_is_one_that_is_wrong(tmp_path: Path, made: str)
     (good,), (bad,) = said(a, b)
     assert good.startswith("ok")
     assert bad.startswith("wrong made on no day: ") and len(bad) < 200
+
+
+def test_a_terminal_obeys_nothing_that_a_host_says(capsys: pytest.CaptureFixture[str]) -> None:
+    one = HostChecks(Host("a", "a"), here=False, facts={})
+    one.add("keys", "wrong", "in \x1b[2J\x9b2J/home\nok  all is well")
+    tell("home.txt", local_facts(), [one])
+    out = capsys.readouterr().out
+    assert "in \\x1b[2J\\x9b2J/home ok all is well\n" in out
+    assert not [c for c in out if c != "\n" and not c.isprintable()]
 
 
 def test_a_pipe_in_the_place_of_the_file_is_not_waited_for(tmp_path: Path) -> None:
