@@ -229,7 +229,7 @@ def test_a_message_that_is_left_out_is_missed_within_seconds(home: Path, mpirun:
     result = mpirun(RANKS, SEALED, str(home), "drop", timeout=60)
     assert result.code != 0
     assert "not noticed" not in result.out
-    assert re.search(r"a message from r1 \S+ to r0 \S+ was lost: \d+ were sent, and \d+ came", result.err), result.err
+    assert re.search(r"r0 \S+: a message from r1 \S+ was lost: \d+ were sent, and \d+ came", result.err), result.err
 
 
 def test_a_sealed_run_says_the_same_as_a_plain_one(
