@@ -12,13 +12,12 @@ from bench.attack.public import PublicModel
 
 def next_tokens(steps: Sequence[Step], wire: str, model: PublicModel) -> list[int]:
     """After each step the likeliest token (what `--temperature 0` answers with); -1 where the numbers are none."""
-    tokens = []
-    for step in steps:
-        last = residual(step, wire, model, model.config.layers)[-1:]
-        if not len(last) or not np.isfinite(last).all():
-            tokens.append(-1)
-            continue
+    rows = [residual(step, wire, model, model.config.layers)[-1:] for step in steps]
+    tokens = np.full(len(rows), -1)
+    usable = [place for place, row in enumerate(rows) if len(row) and np.isfinite(row).all()]
+    if usable:
         with np.errstate(all="ignore"):
-            logits = model.logits(last)[0, : model.tokenizer.sampled_ids]
-        tokens.append(int(logits.argmax()) if np.isfinite(logits).all() else -1)
-    return tokens
+            logits = model.logits(np.concatenate([rows[place] for place in usable]))
+        logits = logits[:, : model.tokenizer.sampled_ids]
+        tokens[usable] = np.where(np.isfinite(logits).all(axis=1), logits.argmax(axis=1), -1)
+    return [int(token) for token in tokens]

@@ -50,8 +50,8 @@ def in_common(found: Sequence[int], true: Sequence[int]) -> int:
 
 def tokens_of_vectors(messages: Sequence[Message], wire: str, model: PublicModel) -> list[int]:
     """By the hidden vectors of each step, and the nearest row of the embedding table."""
-    tokens = [nearest_rows(step, model.table) for step in hidden_vectors(steps_of(messages), wire, model)]
-    return [token for token in itertools.chain.from_iterable(tokens) if token >= 0]
+    steps = hidden_vectors(steps_of(messages), wire, model)
+    return [token for token in nearest_rows(np.concatenate(steps), model.table) if token >= 0] if steps else []
 
 
 def tokens_of_bytes(recorded: Sequence[bytes], index: RowIndex) -> list[int]:

@@ -45,7 +45,8 @@ class Vocabulary:
         self._first = copy.deepcopy(self._whole.model)
         self._first.layers = self._first.layers[:layers]
         self._first.norm = torch.nn.Identity()
-        self._table = model.table
+        norms = np.linalg.norm(model.table, axis=1, keepdims=True)
+        self._directions = model.table / np.maximum(norms, 1e-30)
         self._usual: set[int] = set()  # tokens of the chat template, which every conversation has
         with suppress(TpimpiError):
             self._usual |= set(model.tokenizer.encode_chat(""))
@@ -73,10 +74,10 @@ class Vocabulary:
         return found
 
     def _token(self, vector: F32, prefix: Any, expected: F32 | None) -> int | None:
-        near = np.argsort(-(self._table @ vector) / np.maximum(np.linalg.norm(self._table, axis=1), 1e-30))
+        near = np.argsort(-(self._directions @ vector))
         likely = None if expected is None else np.argsort(-expected)
         done: set[int] = set()
-        for count in (*TRIED_FIRST, len(self._table)):
+        for count in (*TRIED_FIRST, len(self._directions)):
             tokens = self._usual | set(near[:count].tolist()) | set(() if likely is None else likely[:count].tolist())
             tried = sorted(tokens - done)
             if not tried:
