@@ -8,9 +8,10 @@ from pathlib import Path
 from tpimpi.cli.options import RunOptions
 from tpimpi.compute.backends import load_quantizer
 from tpimpi.engine.engine import OpenedEngine
-from tpimpi.engine.ranks import RankInfo, all_on_this_host
+from tpimpi.engine.ranks import RankInfo
 from tpimpi.errors import InputError
 from tpimpi.star import SHOWN_TO_HUB
+from tpimpi.system.launcher import all_on_this_host
 from tpimpi.weights.copies import open_copies
 from tpimpi.weights.locations import model_path
 
@@ -27,7 +28,7 @@ def settle_audit(options: RunOptions, ranks: Sequence[RankInfo]) -> float | None
     """
     given, problem = options.audit, _problem(options, ranks)
     if given is None:
-        return 0.0 if problem is not None or all_on_this_host(ranks) else None
+        return 0.0 if problem is not None or all_on_this_host() else None
     if given and problem is not None:
         raise InputError(f"--audit is {given:g}, and {problem}; or leave --audit out")
     return given

@@ -80,11 +80,6 @@ def cores_shared_by(ranks: Sequence[RankInfo]) -> list[int]:
     return [sum(map(rank.shares_cores_with, ranks)) for rank in ranks]
 
 
-def all_on_this_host(ranks: Sequence[RankInfo]) -> bool:
-    """Whether no rank is on another host than rank 0."""
-    return len({rank.host for rank in ranks}) == 1
-
-
 def bound_to_one_core(ranks: Sequence[RankInfo]) -> str | None:
     """What to tell a user whose launcher gave some ranks a single core each, of several; None where it did not."""
     bound = [
