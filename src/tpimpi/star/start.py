@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import select
+import signal
 from collections.abc import Iterator, Sequence
 
 from tpimpi.errors import InputError, StarError
@@ -20,6 +21,7 @@ SEALS = AUTO, ON, OFF = ("auto", "on", "off")
 
 WAIT_REPORT_S = 5.0  # rank 0 says that it waits for the other ranks to start after this time
 SLOW_START_S = 20.0  # and after this time, what may be wrong
+HOPELESS_START_S = 120.0  # and ends the run after this time
 
 
 def seal_given(arguments: Sequence[str]) -> str:
@@ -68,14 +70,15 @@ def connect(*, quiet: bool = False, seal: str = AUTO) -> Star:
             )
         # Communicators of our own, so that no other library's messages meet ours. These are the first messages.
         star = Star(world.Clone())
+        beats = world.Clone() if world.size > 1 and _has_thread_multiple() else None
     if star._channel is not None and star.rank.size > 1:
         if seal == ON or (seal == AUTO and not _all_on_this_host()):
             _seal(star)
-        if _has_thread_multiple():
+        if beats is not None:
             star.threads = True
-            beats = Channel(world.Clone())
-            beats.seal = star._channel.seal.derive("heartbeat") if star._channel.seal else None
-            star.heartbeat = Heartbeat(beats, star.rank, DEFAULT_SILENCE_S, star._channel)
+            channel = Channel(beats)
+            channel.seal = star._channel.seal.derive("heartbeat") if star._channel.seal else None
+            star.heartbeat = Heartbeat(channel, star.rank, DEFAULT_SILENCE_S, star._channel)
             star.set_rank_names(star.heartbeat.name)
     return star
 
@@ -114,7 +117,8 @@ def _has_thread_multiple() -> bool:
 
 @contextlib.contextmanager
 def _report_slow_start(*, quiet: bool) -> Iterator[None]:
-    """Rank 0: if MPI takes long to start, which it does for ever over a wrong network interface, lines say so.
+    """Rank 0: if MPI takes long to start, which it does for ever over a wrong network interface, lines say so, and the run
+    ends after HOPELESS_START_S.
 
     MPI holds Python's lock meanwhile, so a process of its own waits for us.
     """
@@ -136,7 +140,8 @@ def _report_slow_start(*, quiet: bool) -> Iterator[None]:
 
 
 def _say_what_is_awaited(started: int, others: int, *, quiet: bool) -> None:
-    """Until the pipe `started` ends: that other ranks are awaited, and later what may be wrong."""
+    """Until the pipe `started` ends: that other ranks are awaited, and later what may be wrong; at last end rank 0, and with
+    it the run."""
     if select.select([started], [], [], WAIT_REPORT_S)[0]:
         return
     if others and not quiet:
@@ -149,3 +154,7 @@ def _say_what_is_awaited(started: int, others: int, *, quiet: bool) -> None:
         "interface in use? To find out: python -m tpimpi doctor --hostfile FILE\n"
     )
     os.write(2, line.encode())
+    if select.select([started], [], [], HOPELESS_START_S - SLOW_START_S)[0]:
+        return
+    os.write(2, f"tpimpi: MPI has not started for {HOPELESS_START_S:.0f} s; the run ends here\n".encode())
+    os.kill(os.getppid(), signal.SIGKILL)  # it is inside MPI, where no other signal reaches it
