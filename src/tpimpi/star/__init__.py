@@ -24,7 +24,7 @@ from tpimpi.star.heartbeat import DEFAULT_SILENCE_S, SHORTEST_SILENCE_S, WAIT_FO
 from tpimpi.star.link_test import Ping, answer_link, ping_link
 from tpimpi.star.mpi_library import MpiLibrary, mpi_library
 from tpimpi.star.star import ALLREDUCES, DEFAULT_TIMEOUT_S, Star, Words
-from tpimpi.star.start import SEALS, connect, seal_given
+from tpimpi.star.start import RELAY_TIME_S, SEALS, connect, seal_given
 from tpimpi.star.tuning import Links, choose, describe
 from tpimpi.system.launcher import MPICH, OPEN_MPI, Rank, launched_rank, launcher_commands, launcher_kind
 
@@ -41,6 +41,7 @@ __all__ = [
     "NOTE",
     "OPEN_MPI",
     "PARTIAL",
+    "RELAY_TIME_S",
     "SEALS",
     "SHORTEST_SILENCE_S",
     "SUM",

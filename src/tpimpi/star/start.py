@@ -7,13 +7,14 @@ import itertools
 import os
 import select
 import signal
+import time
 from collections.abc import Iterator, Sequence
 
-from tpimpi.errors import InputError, StarError
+from tpimpi.errors import InputError, LostError, StarError
 from tpimpi.star.channel import Channel
-from tpimpi.star.heartbeat import DEFAULT_SILENCE_S, Heartbeat, end_without_mpi
+from tpimpi.star.heartbeat import DEFAULT_SILENCE_S, WAIT_FOR_HUB_REPORT_S, Heartbeat
 from tpimpi.star.pieces import EAGER_BYTES
-from tpimpi.star.star import ABORT_GRACE_S, Star
+from tpimpi.star.star import Star
 from tpimpi.system.launcher import all_on_this_host, launched_rank, launched_size, launcher_kind
 
 SEAL_OPTION = "--seal"
@@ -21,6 +22,7 @@ SEALS = AUTO, ON, OFF = ("auto", "on", "off")
 
 WAIT_REPORT_S = 5.0  # rank 0 says that it waits for the other ranks to start after this time
 SLOW_START_S = 20.0  # and after this time, what may be wrong
+RELAY_TIME_S = 0.2  # the launcher relays our line in it; its own banner would else come before or within ours
 HOPELESS_START_S = 120.0  # and ends the run after this time
 
 
@@ -98,14 +100,19 @@ def _all_on_this_host() -> bool:
 
 
 def _seal(star: Star) -> None:
+    """Seal the links. A rank that is not answered, or to which what comes makes no sense, says so, and ends the job: the
+    others may wait for it."""
     from tpimpi.star.secure import seal_channel
 
     assert star._channel is not None
     try:
         seal_channel(star._channel)
-    except StarError:
-        end_without_mpi(star.rank, ABORT_GRACE_S)  # one that does not answer may not end either
-        raise
+    except StarError as error:
+        if isinstance(error, LostError) and not star.rank.is_hub:
+            time.sleep(WAIT_FOR_HUB_REPORT_S)  # rank 0 or the launcher knows better who is gone, and ends us meanwhile
+        os.write(2, f"{star.rank}: {error}\n".encode())
+        time.sleep(RELAY_TIME_S)
+        star.abort(error.exit_code)
 
 
 def _has_thread_multiple() -> bool:
