@@ -18,13 +18,14 @@ import pytest
 from tests.support.doctor_hosts_cases import wrong
 from tests.support.launch import Result, run_command
 from tpimpi import __version__
-from tpimpi.diagnostics.doctor import hosts
+from tpimpi.diagnostics.doctor import host_probe, hosts
 from tpimpi.diagnostics.doctor.host_findings import (
     CannotContinue,
     Check,
     HostChecks,
     check_file,
     check_programs,
+    check_swap,
     check_versions,
     interfaces_of,
     remote_word,
@@ -253,6 +254,23 @@ def test_interfaces_of_another_host_are_told_by_their_names() -> None:
         Interface("wlp2s0", "wireless", ("10.0.0.7/24",)),
         Interface("x", "cable", ("10.1.0.1/32",)),
     ]
+
+
+def test_swap_that_is_not_encrypted_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "/proc/swaps": "Filename Type Size Used Priority\n"
+        + "".join(f"{name} partition 9 0 -2\n" for name in ("/dev/zram0", "/dev/dm-0", "/dev/dm-1", "/swap.img")),
+        "/sys/block/dm-0/dm/uuid": "CRYPT-LUKS2-0123-swap",
+        "/sys/block/dm-1/dm/uuid": "LVM-0123",
+    }
+    monkeypatch.setattr(host_probe, "text", lambda path: files.get(path, ""))
+    assert host_probe.open_swaps() == ["/dev/dm-1", "/swap.img"]
+    found = there(swaps=host_probe.open_swaps())
+    check_swap(found)
+    assert [(check.what, check.state) for check in found.checks] == [("swap", "note")]
+    assert "onto the disk in /dev/dm-1, /swap.img, which" in found.checks[0].text
+    check_swap(none := there(swaps=[]))
+    assert none.checks == []
 
 
 # The script

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from tests.support.launch import Result, run_command
 from tpimpi import __version__
 from tpimpi.diagnostics.doctor import ssh
+from tpimpi.system.link_keys import read_keys
 
 pytestmark = pytest.mark.alone
 
@@ -72,17 +74,18 @@ def pair() -> Iterator[Pair]:
         yield made
 
 
-def look(pair: Pair, tmp_path: Path, lines: list[str], ssh: str, env: dict[str, str] | None = None) -> Result:
+def look(pair: Pair, tmp_path: Path, lines: list[str], ssh: str, *options: str) -> Result:
     """doctor on host a."""
     (tmp_path / "home.txt").write_text("\n".join(lines) + "\n")
     command = [sys.executable, "-m", "tpimpi", "doctor", "--hostfile", str(tmp_path / "home.txt"), "--ssh", ssh]
-    return run_command(pair.on(pair.a, *command), env={"TPIMPI_CACHE": str(tmp_path), **(env or {})}, timeout=120)
+    env = {"TPIMPI_CACHE": str(tmp_path), "TPIMPI_LINK_KEYS": str(tmp_path / "keys-a")}
+    return run_command(pair.on(pair.a, *command, *options), env=env, timeout=120)
 
 
 @pytest.mark.slow
 def test_two_hosts_with_a_docker_bridge_each(pair: Pair, program: Callable[..., str], tmp_path: Path) -> None:
-    agent = program(f'shift; exec {pair.ip} netns exec {pair.b} sh -c "$*"')
-    result = look(pair, tmp_path, ["10.99.0.1", "10.99.0.2"], agent)
+    agent = program(f'shift; export TPIMPI_LINK_KEYS=$0.keys; exec {pair.ip} netns exec {pair.b} sh -c "$*"')
+    result = look(pair, tmp_path, ["10.99.0.1", "10.99.0.2"], agent, "--make-keys")
     assert result.code == 0, result.out + result.err
     assert "ok     from it   reaches 10.99.0.1 here, any port" in result.out
     assert "ok     to it     any port" in result.out
@@ -127,7 +130,7 @@ def sshd(pair: Pair, folder: Path) -> Iterator[str]:
         subprocess.run([keygen, "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True, timeout=30)
     (folder / "sshd_config").write_text(
         f"HostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\nPidFile none\nStrictModes no\nUsePAM no\n"
-        "PermitRootLogin prohibit-password\nPasswordAuthentication yes\n"
+        f"PermitRootLogin prohibit-password\nPasswordAuthentication yes\nSetEnv TPIMPI_LINK_KEYS={folder}/keys-b\n"
     )
     (folder / "ssh_config").write_text(f"Host *\n IdentityFile {folder}/user\n UserKnownHostsFile {folder}/known\n")
     (folder / "ssh").write_text(f'#!/bin/sh\nexec {client} -F {folder}/ssh_config "$@"\n')
@@ -167,6 +170,14 @@ def test_a_real_sshd(pair: Pair, tmp_path: Path) -> None:
         assert "ok     ssh       without a password" in result.out
         assert f"ok     tpimpi    {__version__}" in result.out
         assert "ok     to it     any port" in result.out
+        assert result.out.count("wrong  keys      none") == 2
+        result = look(pair, tmp_path, lines, ssh, "--make-keys")
+        assert result.code == 0, result.out + result.err
+        files = [read_keys(tmp_path / f"keys-{end}") for end in "ab"]  # which are refused where others can read them
+        assert [file.host for file in files if file is not None] == lines
+        assert len({json.dumps(file.public) for file in files if file is not None}) == 1
+        log = (tmp_path / "sshd.log").read_text()
+        assert not [file for file in files if file is None or file.private in log + result.out + result.err]
         other = (tmp_path / "user.pub").read_text().split()[1]
         (tmp_path / "known").write_text(f"10.99.0.2 {kind} {other}\n")
         result = look(pair, tmp_path, lines, ssh)

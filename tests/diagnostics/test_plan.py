@@ -18,7 +18,8 @@ from tpimpi.diagnostics.planner import command
 from tpimpi.diagnostics.planner.command import Survey, _weights, as_measured, choose_shares, make_table
 from tpimpi.diagnostics.planner.layer_benchmark import LayerTiming, sustained
 from tpimpi.diagnostics.planner.measure_layers import RankMeasurement
-from tpimpi.diagnostics.planner.predict import Prediction, Predictor, RankSpeed
+from tpimpi.diagnostics.planner.predict import Predictor, RankSpeed
+from tpimpi.diagnostics.planner.prediction import Prediction
 from tpimpi.diagnostics.planner.table import PlanRow, advice, seconds_text
 from tpimpi.engine.ranks import RankInfo
 from tpimpi.star import Star

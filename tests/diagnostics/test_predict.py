@@ -10,7 +10,8 @@ import pytest
 from tests.support.prediction import CONFIG, FORMATS, GB, WORKLOAD, predictor, speed
 from tpimpi.diagnostics.options import Workload
 from tpimpi.diagnostics.planner.loads import LayerLoad, Loads
-from tpimpi.diagnostics.planner.predict import LinearCost, Measured, Prediction, Predictor, chunks
+from tpimpi.diagnostics.planner.predict import LinearCost, Measured, Predictor, chunks
+from tpimpi.diagnostics.planner.prediction import Prediction
 from tpimpi.diagnostics.planner.shares import MOST_WEIGHT, best_shares
 from tpimpi.engine.budget import RESERVE_BYTES
 from tpimpi.models.weight_formats import ModelFormats
@@ -249,3 +250,17 @@ def test_sequences_that_have_no_memory_have_no_rate() -> None:
     work = dataclasses.replace(WORKLOAD, memory=(400_000_000,), parallel=64, context=4096)
     found = predictor(speed(disk_bytes_per_s=1e9), workload=work).predict([1.0])
     assert found.tokens_per_s == 0 and not found.problem
+
+
+def test_drafts_pay_where_a_pass_costs_little_more_for_several_rows() -> None:
+    """Of 16 rows computing takes four times as long and reading as long (see support/prediction), so a streamed pass is as
+    long for 16 rows as for one, and gives (1 - a**16) / (1 - a) tokens; where rows cost more than they bring, none pays."""
+    streamed = dataclasses.replace(WORKLOAD, window=2, accepted=0.6)
+    found = predictor(speed(disk_bytes_per_s=50e6), workload=streamed).predict([1.0])
+    assert found.limit == "disk" and found.draft == 15
+    assert found.s_per_token / found.drafted_s_per_token == pytest.approx((1 - 0.6**16) / 0.4, rel=0.01)
+    never = predictor(speed(), workload=dataclasses.replace(WORKLOAD, accepted=0.0)).predict([1.0])
+    assert (never.draft, never.drafted_s_per_token) == (0, never.s_per_token)
+    always = predictor(speed(), workload=dataclasses.replace(WORKLOAD, accepted=1.0)).predict([1.0])
+    assert always.draft == 15 and always.s_per_token / always.drafted_s_per_token == pytest.approx(4.0, rel=0.05)
+    assert predictor(speed()).predict([1.0]).drafted_s_per_token == 0

@@ -29,6 +29,13 @@ def doctor_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add_hosts(parser, "without mpirun: look at the hosts of that file, over ssh")
+    parser.add_argument(
+        "--make-keys",
+        action="store_true",
+        help="with --hostfile: make the keys by which these hosts know one another in a run, and put each host's into a "
+        "file there, over ssh; without: keys for the hosts that share this user's home folder",
+    )
+    parser.add_argument("--rotate-keys", action="store_true", help="with --make-keys: replace earlier keys")
     parser.add_argument("--model", metavar="PATH", help="look for the slices of that model (default: as in a run)")
     parser.add_argument(
         "--slices",
@@ -49,6 +56,11 @@ def parse_doctor(arguments: Sequence[str], ranks: int) -> DoctorOptions:
     for name, given in (("model", parsed.model), ("slices", parsed.slices)):
         if parsed.hostfile is not None and given is not None:
             raise InputError(f"--{name} is looked for under mpirun; leave it out with --hostfile")
+    if parsed.rotate_keys and not parsed.make_keys:
+        raise InputError("--rotate-keys says that --make-keys may replace keys, which is not given; give both")
+    for name in ("model", "slices", "json"):
+        if parsed.make_keys and parsed.hostfile is None and getattr(parsed, name) is not None:
+            raise InputError(f"--make-keys without --hostfile looks at nothing; leave out --{name}, or give --hostfile")
     if parsed.json is not None:
         check_writable(parsed.json, "--json")
     shares = None
@@ -62,6 +74,8 @@ def parse_doctor(arguments: Sequence[str], ranks: int) -> DoctorOptions:
         format=parsed.format,
         shares=shares,
         json=None if parsed.json is None else Path(parsed.json),
+        make_keys=parsed.make_keys,
+        rotate_keys=parsed.rotate_keys,
     )
 
 

@@ -88,6 +88,7 @@ class GenerateOptions:
     out: str | None = None
     parallel: int | None = None  # DEFAULT_PARALLEL where it is not given
     session: str | None = None
+    session_key_file: str | None = None
     keep_cache: str | None = None
     system: str | None = None
     system_file: str | None = None
@@ -123,13 +124,14 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """All options of a run."""
+    """All options of a run. `audit` is the part of the steps that are audited, None for auto, 0 for off."""
 
     model: ModelOptions
     compute: ComputeOptions
     network: NetworkOptions
     generate: GenerateOptions
     output: OutputOptions
+    audit: float | None = None
 
 
 @dataclass(frozen=True)

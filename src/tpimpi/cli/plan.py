@@ -13,7 +13,7 @@ from tpimpi.cli.prepare import PROMPT_TOKENS, measure_options, workload
 from tpimpi.cli.process import Job
 from tpimpi.cli.run_options import check_combinations, parsed_into
 from tpimpi.cli.run_parser import MOST_PARALLEL, add_computing, add_shares
-from tpimpi.cli.values import AUTO, given_model, path_given, share_weights, whole_number
+from tpimpi.cli.values import AUTO, given_model, path_given, seconds, share_weights, whole_number
 from tpimpi.diagnostics.options import PlanOptions
 from tpimpi.diagnostics.planner.command import plan
 from tpimpi.engine.ranks import greet
@@ -42,6 +42,7 @@ class PlanCommand:
     context: int | None
     prompt_tokens: int
     parallel: int
+    accepted: float | None
     routing: str | None
     json: str | None
     quiet: bool
@@ -83,6 +84,13 @@ def plan_parser() -> argparse.ArgumentParser:
         default=1,
         metavar="N",
         help="also say how many tokens a second so many sequences get together, each of --context positions",
+    )
+    group.add_argument(
+        "--accepted",
+        type=seconds("--accepted", 0, 1, "over 0 and at most 1, such as 0.6"),
+        metavar="P",
+        help="also say how long a token takes with the draft that is best where this part of drafted tokens is accepted "
+        "(over 0, at most 1), and how many it drafts",
     )
     group.add_argument(
         "--routing",
@@ -155,7 +163,9 @@ def _plan_options(
         )
     return PlanOptions(
         workload=workload(
-            *(config, formats, compute, command.context, command.prompt_tokens, trace), parallel=command.parallel
+            *(config, formats, compute, command.context, command.prompt_tokens, trace),
+            parallel=command.parallel,
+            accepted=command.accepted,
         ),
         measuring=measure_options(compute, network),
         shares=None if command.shares in (None, AUTO) else tuple(share_weights(command.shares, ranks)),

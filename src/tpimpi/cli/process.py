@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 
 from tpimpi.errors import LostError, StorageError, as_ours
 from tpimpi.star import RELAY_TIME_S, WAIT_FOR_HUB_REPORT_S, Star
+from tpimpi.system.core_dumps import wants_traceback
 from tpimpi.system.terminal import STDERR, STDOUT, Input
 
 STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -79,7 +80,7 @@ def guarded(command: Callable[[Job], int], arguments: list[str]) -> int:
         ours = as_ours(error)
         code = ours.exit_code
         with contextlib.suppress(OSError):  # where standard error cannot be written either, the exit code says it alone
-            if os.environ.get("TPIMPI_TRACEBACK", "0") not in ("", "0"):
+            if wants_traceback():
                 traceback.print_exc()
             say(f"{ours.where or job.name()}: {ours}")
         _drop_unwritten()

@@ -13,11 +13,12 @@ import numpy as np
 
 from tpimpi.cli import remarks
 from tpimpi.cli.answers import show_answer
+from tpimpi.cli.audit import open_tile_copies, settle_audit
 from tpimpi.cli.options import DROP, GenerateOptions, OutputOptions, RunOptions, SamplingOptions
 from tpimpi.cli.prepare import prepare, say_what_slows
 from tpimpi.cli.process import Job, leave_on_signals, say
 from tpimpi.cli.run_options import parse_run
-from tpimpi.cli.values import read_text
+from tpimpi.cli.values import read_passphrase, read_text
 from tpimpi.diagnostics.trace_file import left_out, write_trace
 from tpimpi.engine import startup
 from tpimpi.engine.allotment import print_memory
@@ -88,7 +89,9 @@ def load(star: Star, job: Job, ranks: Sequence[RankInfo], options: RunOptions) -
     """
     session = kept = None
     if options.generate.session is not None:
-        session = Session(options.generate.session)
+        key_file = options.generate.session_key_file
+        passphrase = None if key_file is None else read_passphrase("--session-key-file", key_file)
+        session = Session(options.generate.session, passphrase=passphrase)
         job.at_end.callback(session.close)
         options = replace(options, generate=with_session(options.generate, session))
         if options.generate.keep_cache is not None:
@@ -147,9 +150,18 @@ def open_engine(
         trace=options.output.trace is not None,
         draft=draft,
         keep_cache=options.generate.keep_cache,
+        audit=settle_audit(options, ranks),
     )
     release_freed_memory()  # of the model's file
-    return startup.open_engines(star, replace(config, together=together))
+    engine = startup.open_engines(star, replace(config, together=together))
+    try:
+        remark = open_tile_copies(engine, options)
+    except BaseException:
+        engine.close()
+        raise
+    if not quiet:
+        say(remark)
+    return engine
 
 
 # What the options mean

@@ -43,6 +43,7 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
         out=parsed.out,
         parallel=parsed.parallel,
         session=parsed.session,
+        session_key_file=parsed.session_key_file,
         keep_cache=parsed.keep_cache,
         system=parsed.system,
         system_file=parsed.system_file,
@@ -64,24 +65,14 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
         network=parsed_into(NetworkOptions, parsed),
         generate=generate,
         output=parsed_into(OutputOptions, parsed),
+        audit=parsed.audit,
     )
-    if generate.prompt is not None and generate.prompt_file is not None:
-        raise InputError("--prompt and --prompt-file are both given; give one of them")
-    if generate.keep_cache is not None and generate.session is None:
-        raise InputError(
-            "--keep-cache is given and --session is not, whose keys and values it keeps; give both, or leave it out"
-        )
-    if generate.draft is not None and generate.speculate == 0:
-        raise InputError("--draft is given and --speculate is off; leave one of them out")
-    if options.output.record_routing is not None and (generate.draft is not None or generate.speculate):
-        option = "--speculate" if generate.draft is None else "--draft"
-        raise InputError(
-            f"--record-routing records what the text alone chooses, without {option}; leave one of them out"
-        )
+    _check_generate(generate, options.output)
     _check_batch(generate, options.output)
     check_combinations(options.compute, options.network, options.model)
     inputs = (
         generate.prompt_file,
+        generate.session_key_file,
         generate.batch_file,
         generate.stop_file,
         generate.session,
@@ -90,6 +81,27 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
     )
     check_outputs(options.output, (options.model.model, *inputs), generate.session, generate.out)
     return options
+
+
+def _check_generate(generate: GenerateOptions, output: OutputOptions) -> None:
+    """Raise InputError for options of an answer that exclude or need each other."""
+    if generate.prompt is not None and generate.prompt_file is not None:
+        raise InputError("--prompt and --prompt-file are both given; give one of them")
+    if generate.keep_cache is not None and generate.session is None:
+        raise InputError(
+            "--keep-cache is given and --session is not, whose keys and values it keeps; give both, or leave it out"
+        )
+    if generate.session_key_file is not None and generate.session is None:
+        raise InputError(
+            "--session-key-file is given and --session is not, which it encrypts; give both, or leave it out"
+        )
+    if generate.draft is not None and generate.speculate == 0:
+        raise InputError("--draft is given and --speculate is off; leave one of them out")
+    if output.record_routing is not None and (generate.draft is not None or generate.speculate):
+        option = "--speculate" if generate.draft is None else "--draft"
+        raise InputError(
+            f"--record-routing records what the text alone chooses, without {option}; leave one of them out"
+        )
 
 
 def _check_batch(generate: GenerateOptions, output: OutputOptions) -> None:

@@ -6,6 +6,8 @@ They raise InputError, which argparse lets through, so that a message is ours.
 from __future__ import annotations
 
 import math
+import shlex
+import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,8 +21,9 @@ from tpimpi.system.units import parse_size
 
 MOST_THREADS = 1024
 MOST_RANKS = 4096
-AUTO = "auto"  # of --shares: those that are predicted to be fastest; of --speculate: as many tokens as pay
-OFF = "off"  # of --speculate
+# Of --shares: those that are predicted to be fastest; of --speculate: as many tokens as pay; of --audit: what costs little.
+AUTO = "auto"
+OFF = "off"  # of --speculate and --audit
 TEXT_FILE_BYTES = MOST_LINE_BYTES  # the most that is read of a prompt file, or of a text that is measured
 
 
@@ -99,6 +102,19 @@ def read_text(option: str, path: str) -> str:
         raise InputError(f"{option} {path!r}: {error}; give a file that rank 0 can read") from error
 
 
+def read_passphrase(option: str, path: str) -> bytes:
+    """The passphrase in a file, which others must not be able to read: its text but for the last line end, in UTF-8.
+
+    Raises InputError."""
+    text = read_text(option, path).removesuffix("\n")
+    if not text:
+        raise InputError(f"{option} {shorten_path(path)} is empty; write a passphrase into it")
+    about = Path(path).stat()
+    if stat.S_ISREG(about.st_mode) and about.st_mode & 0o077:
+        raise InputError(f"{option} {shorten_path(path)} can be read by others; type: chmod 600 {shlex.quote(path)}")
+    return text.encode()
+
+
 def window_blocks(text: str) -> int | str:
     """The meaning of `--window`: a number of blocks, or "all"."""
     if text == "all":
@@ -119,6 +135,19 @@ def draft_length(text: str) -> int | None:
             f"--speculate is {shorten(text)!r}, must be auto, off, or a number of tokens, 1 to {LONGEST_DRAFT}"
         )
     return int(text)
+
+
+def audit_rate(text: str) -> float | None:
+    """The meaning of `--audit`: the part of the steps that are audited, 0 for off, None for auto."""
+    if text in (AUTO, OFF):
+        return None if text == AUTO else 0.0
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate <= 1:
+        raise InputError(f"--audit is {shorten(text)!r}, must be auto, off, or a part of the steps, over 0 to 1")
+    return rate
 
 
 def memory_limit(text: str) -> MemoryLimit:

@@ -46,11 +46,13 @@ class Workload:
     chunk: int | None = None  # positions of a prompt that are computed at once; None: as in a run
     routing: Trace | None = None  # of a mixture: which experts are chosen; None: all equally likely
     parallel: int = 1  # sequences that are answered at once, each of `context` positions
+    accepted: float | None = None  # part of drafted tokens that are accepted; None: nothing is drafted
 
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    """What `doctor` takes: with `hostfile` it looks at those hosts over ssh, else at the ranks of this run."""
+    """What `doctor` takes: with `hostfile` it looks at those hosts over ssh, else at the ranks of this run. With `make_keys`
+    it makes keys for those hosts, else for this user; with `rotate_keys` also where there are some."""
 
     hostfile: str | None = None
     ssh: str = "ssh"  # a program that is called as PROGRAM HOST COMMAND
@@ -59,3 +61,5 @@ class DoctorOptions:
     format: str = "auto"
     shares: tuple[float, ...] | None = None  # of the slices, one for each rank; None: they are yet to be chosen
     json: Path | None = None
+    make_keys: bool = False
+    rotate_keys: bool = False

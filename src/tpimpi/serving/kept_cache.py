@@ -3,6 +3,7 @@
 FILE.cache beside the session FILE is a JSON object, for its owner alone (0600): the version of this format, name and key in
 hexadecimal digits, how many positions the files have, of windowed layers from which page on, for which context, and a
 keyed hash (BLAKE2b) of their token ids, by which the turn is found that they are of. Ids and text are in the session alone.
+Beside a session that a passphrase encrypts that object is sealed too (`sealed_lines`): {"tpimpi sealed cache": "BASE64"}.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from tpimpi.system.files import replacing
 FORMAT_VERSION = 1
 SUFFIX = ".cache"
 _BEGINNING = b'{"tpimpi cache":'
+_SEALED_BEGINNING, _SEALED_END = b'{"tpimpi sealed cache": "', b'"}\n'
+_BESIDE = b"cache"
 _MOST_BYTES = 4096
 
 
@@ -62,7 +65,7 @@ class KeptCache:
                 f"--keep-cache has its key in {shorten_path(self.path)}: {error.strerror}; mend that, or give another "
                 "--session"
             ) from error
-        if self._text and not self._text.startswith(_BEGINNING):
+        if self._text and not self._text.startswith((_BEGINNING, _SEALED_BEGINNING)):
             raise InputError(
                 f"--keep-cache has its key in {shorten_path(self.path)}, which is there and is something else; remove it, "
                 "or give another --session"
@@ -76,7 +79,8 @@ class KeptCache:
             return [], None
         entry = self._entry
         if entry is None:
-            return [], f"{shorten_path(self.path)} is damaged"
+            other = "" if self._session.passphrase is None else ", or not of this session"
+            return [], f"{shorten_path(self.path)} is damaged{other}"
         ids = next((ids for turn in reversed(self._session.turns) if (ids := _ids_of(turn, entry)) is not None), None)
         if ids is None:
             return [], "the conversation is not the one that was kept"
@@ -115,9 +119,12 @@ class KeptCache:
             return problems[0]
         first = tables[WINDOWED].count(NO_PAGE)
         entry = _Entry(FORMAT_VERSION, name, key, len(ids), first, model.context, _hash(ids, key))
+        text = msgspec.json.format(msgspec.json.encode(entry), indent=0) + b"\n"
+        if (seal := self._session.seal) is not None:
+            text = _SEALED_BEGINNING + seal.seal_beside(_BESIDE, text) + _SEALED_END
         try:
             with replacing(self.path, "--session", private=True) as file:
-                file.write(msgspec.json.format(msgspec.json.encode(entry), indent=0) + b"\n")
+                file.write(text)
         except StorageError as error:
             return str(error)
         return None
@@ -125,8 +132,12 @@ class KeptCache:
     @property
     def _entry(self) -> _Entry | None:
         """What the file holds; None where it is damaged, or there is none."""
+        text = self._text or b""
         try:
-            entry = msgspec.json.decode(self._text or b"", type=_Entry)
+            if self._session.passphrase is not None:
+                sealed = text.removeprefix(_SEALED_BEGINNING).removesuffix(_SEALED_END)
+                text = b"" if self._session.seal is None else self._session.seal.open_beside(_BESIDE, sealed)
+            entry = msgspec.json.decode(text, type=_Entry)
             sizes = (len(bytes.fromhex(entry.name)), len(bytes.fromhex(entry.key)))
         except (ValueError, RecursionError):
             return None

@@ -25,6 +25,8 @@ draws begin with. "end" is "end" (the model's own end of text), "stop" (one of -
 do not), "max_tokens", "context" (no room is left), or "cancelled". A turn without a line "end" was interrupted.
 
 One run at a time uses a file, which a lock (flock) sees to. Only its owner can read it. Only rank 0 knows of it.
+
+With a passphrase each line is sealed as `sealed_lines` has it; such a session is of version 3 from its first line.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ from typing import Any
 
 from tpimpi.errors import InputError, StorageError, shorten, shorten_path
 from tpimpi.serving.sampling import make_sampler
+from tpimpi.serving.sealed_lines import FIRST_LINE_START as SEALED_LINE_START
+from tpimpi.serving.sealed_lines import LineSeal, WrongPassphraseError
 from tpimpi.serving.transcript import END_REASONS, Transcript, Turn
 from tpimpi.system.files import replacing
 from tpimpi.system.line_file import LineFile
@@ -56,19 +60,21 @@ _FIRST_LINE_TYPES: dict[str, type | None] = {  # what it holds
 
 
 class Session(Transcript):
-    """A conversation in a file, which is locked."""
+    """A conversation in a file, which is locked; with a `passphrase` it is encrypted."""
 
-    def __init__(self, given: str, option: str = "--session") -> None:
+    def __init__(self, given: str, option: str = "--session", passphrase: bytes | None = None) -> None:
         """Open the file that `option` gives, or make it.
 
         Raises InputError, having changed nothing, where it is no session or is in use."""
         super().__init__()
-        self._option = option
+        self._option, self.passphrase = option, passphrase
+        self._seal: LineSeal | None = None  # where there is a passphrase, and a first line
         if not given:
             raise InputError(f"{option} is empty; give the name of a file")
         self.path = Path(given)
         self._header: dict[str, Any] | None = None
-        self._new_header: dict[str, Any] = {"tpimpi session": FORMAT_VERSION}  # a first line to be written
+        self._new_header: dict[str, Any] = {}  # a first line to be written
+        self.keep_reasoning(False)
         self._system: str | None = None  # as the file has it
         self._file: LineFile | None = None
         try:
@@ -93,15 +99,17 @@ class Session(Transcript):
         """Take in what the file holds; returns how many of its bytes are whole lines."""
         with lines.reader() as file:
             first = file.readline(_MAX_FIRST_LINE_BYTES)
-            if not first.startswith(_FIRST_LINE_START[: len(first)]) or (not first.endswith(b"\n") and file.read(1)):
-                raise self._wrong(" is there, and is no session; give the name of a new file, or of a session")
+            self._check_kind(first, alone=first.endswith(b"\n") or not file.read(1))
             if not first.endswith(b"\n"):
                 return 0
             whole, number, line = 0, 0, first
+            if self.passphrase is not None:
+                self._seal = self._open_seal(self.passphrase, first)
+                whole, number, line = len(first), 1, file.readline()
             while line.endswith(b"\n"):
                 number += 1
                 try:
-                    self._take(json.loads(line))
+                    self._take(json.loads(line if self._seal is None else self._seal.open(line)))
                 except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                     found = shorten(line[:400].decode(errors="replace"), MOST_LINE_SHOWN)
                     remedy = "cut it off before that line, or give another file"
@@ -110,6 +118,31 @@ class Session(Transcript):
                 line = file.readline()
         return whole
 
+    def _check_kind(self, first: bytes, *, alone: bool) -> None:
+        """Raise InputError where a file that begins so is no session of the wanted kind. `alone`: the line is whole, or
+        nothing follows it."""
+        sealed = self.passphrase is not None
+        if first.startswith(_FIRST_LINE_START if sealed else SEALED_LINE_START):
+            if sealed:
+                raise self._wrong(
+                    " is not encrypted, and --session-key-file is given; leave that out, or begin another file with it"
+                )
+            raise self._wrong(" is encrypted; give the file of its passphrase: --session-key-file FILE")
+        if not first.startswith((SEALED_LINE_START if sealed else _FIRST_LINE_START)[: len(first)]) or not alone:
+            raise self._wrong(" is there, and is no session; give the name of a new file, or of a session")
+
+    def _open_seal(self, passphrase: bytes, first: bytes) -> LineSeal:
+        try:
+            return LineSeal(passphrase, first)
+        except WrongPassphraseError:
+            raise self._wrong(
+                ": the passphrase in --session-key-file is not the one that it was begun with; give that, or another file"
+            ) from None
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise self._wrong(
+                " is encrypted in a way that this tpimpi does not know; use the one that made it, or give another file"
+            ) from error
+
     def _take(self, value: dict[str, Any]) -> None:
         """One line of the file. Raises ValueError, KeyError or TypeError where it is not what comes next."""
         if self._header is None:
@@ -117,6 +150,8 @@ class Session(Transcript):
                 ours = f"this tpimpi knows versions {FORMAT_VERSION} to {CHANGED_VERSION}"
                 remedy = "use the one that made the file, or give another file"
                 raise self._wrong(f" is of format version {version}, {ours}; {remedy}")
+            if self._seal is not None and version != CHANGED_VERSION:  # which cannot be changed in its place
+                raise ValueError(value)
             _require(value, _FIRST_LINE_TYPES)
             _require(value["options"], {**dict.fromkeys(SAMPLING), "raw": bool})
             make_sampler(**{name: value["options"][name] for name in SAMPLING if name != "raw"})
@@ -192,7 +227,8 @@ class Session(Transcript):
 
     def keep_reasoning(self, kept: bool) -> None:
         """Whether a new conversation keeps its answers' reasoning; one that was begun stays as it is."""
-        self._new_header["tpimpi session"] = REASONING_VERSION if kept else FORMAT_VERSION
+        version = REASONING_VERSION if kept else FORMAT_VERSION
+        self._new_header["tpimpi session"] = version if self.passphrase is None else CHANGED_VERSION
 
     def _keeps_reasoning(self, there: bool) -> bool:
         """Whether a line with the end of an answer has its reasoning: from version 3 on where it is `there`."""
@@ -249,12 +285,25 @@ class Session(Transcript):
 
     def _write(self, lines: bytes) -> None:
         """Append to the file, after its whole lines. Raises StorageError."""
+        if self.passphrase is not None:
+            first = b"" if self._seal is not None else self._begin_seal(self.passphrase)
+            lines = first + _sealed(self._seal, lines)
         try:
             self._lines.append(lines)
         except OSError as error:
             raise StorageError(
                 f"cannot write --session {self.path}: {error.strerror}; make room, and run with that session again"
             ) from error
+
+    def _begin_seal(self, passphrase: bytes) -> bytes:
+        """The first line of a file that is to be encrypted."""
+        self._seal = LineSeal(passphrase)
+        return self._seal.first_line
+
+    @property
+    def seal(self) -> LineSeal | None:
+        """What encrypts the file, once there is a turn; None where nothing does."""
+        return self._seal
 
     def close(self) -> None:
         """Let other runs have the file, which is not left behind empty."""
@@ -270,10 +319,13 @@ class Session(Transcript):
 def save(given: str, transcript: Transcript, header: Mapping[str, Any]) -> None:
     """Write a session of these turns to a file, beside and renamed; one that is there is replaced only if it is a session.
 
-    `header` is what the first line holds, but for the version. Raises InputError for a file that is something else, or is in
-    use, and StorageError.
+    `header` is what the first line holds, but for the version. Of an encrypted session it is encrypted, with the same
+    passphrase. Raises InputError for a file that is something else, or is in use, and StorageError.
     """
-    with contextlib.closing(Session(given, "/save")) as there:
+    passphrase = seal = None
+    if isinstance(transcript, Session) and (passphrase := transcript.passphrase) is not None:
+        seal = LineSeal(passphrase) if transcript.seal is None else transcript.seal.again()
+    with contextlib.closing(Session(given, "/save", passphrase)) as there:
         lines = _line({"tpimpi session": CHANGED_VERSION, **header})
         if transcript.system is not None:
             lines += _line({"system": transcript.system})
@@ -281,6 +333,8 @@ def save(given: str, transcript: Transcript, header: Mapping[str, Any]) -> None:
             lines += _turn_lines(turn) + b"".join(map(_token_line, turn.tokens))
             if turn.ended is not None:
                 lines += _end_line(turn.ended, turn.text, turn.reasoning or None)
+        if seal is not None:
+            lines = seal.first_line + _sealed(seal, lines)
         with replacing(there.path, "/save", private=True) as file:
             file.write(lines)
         there._lines.keep()  # what is there now is not the empty file that was made
@@ -301,6 +355,12 @@ def _end_line(why: str, text: str, reasoning: str | None) -> bytes:
 def _line(values: Mapping[str, Any]) -> bytes:
     # A model's name that is no UTF-8 keeps its bytes, as \udcXX.
     return json.dumps(values, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _sealed(seal: LineSeal | None, lines: bytes) -> bytes:
+    """Whole lines as they stand in an encrypted file."""
+    assert seal is not None
+    return b"".join(map(seal.seal, lines.splitlines(keepends=True)))
 
 
 def _require(value: Mapping[str, Any], types: Mapping[str, type | None]) -> None:

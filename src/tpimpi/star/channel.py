@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 CONTROL, HIDDEN, PARTIAL, SUM, NOTE, CLOCK, BULK, ECHO, HANDSHAKE = range(1, 10)  # tags; see the package's docstring
 
 CHECKSUM_BYTES, SEAL_BYTES = 8, 16  # behind a message: the one, or the other
+MOST_HANDSHAKE_BYTES, MOST_BYTES = (
+    1 << 20,
+    (1 << 31) - 1,
+)  # of one message; by the first nobody has proved yet who he is
 POOLED_FROM_BYTES = 1 << 14  # buffers from this size on are kept for the next messages
 POOLED_BYTES_PER_SIZE = 1 << 25  # the most that is kept of all buffers of one size
 CHECK_HOST_HINT = "see that it is up and reachable (python -m tpimpi doctor --hostfile FILE)"
@@ -250,7 +254,10 @@ class Channel:
                 if deadline is not None and time.monotonic() > deadline:
                     raise self._no_answer([source], backoff.elapsed())
                 backoff.sleep()
-            frame = Frame(np.empty(status.Get_count(MPI.BYTE), np.uint8))
+            size, most = status.Get_count(MPI.BYTE), MOST_HANDSHAKE_BYTES if tag == HANDSHAKE else MOST_BYTES
+            if not 0 <= size <= most:  # negative where MPI cannot count so many
+                raise StarError(f"{self.name(source)} sent {size} bytes where {most} at most were due")
+            frame = Frame(np.empty(size, np.uint8))
             if self.seal is not None:
                 frame.number = self.seal.expect(source, tag)
             pending = Pending([message.Irecv(frame.buffer)], [source], [frame], tag)

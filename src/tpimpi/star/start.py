@@ -74,7 +74,7 @@ def connect(*, quiet: bool = False, seal: str = AUTO) -> Star:
         star = Star(world.Clone())
         beats = world.Clone() if world.size > 1 and _has_thread_multiple() else None
     if star._channel is not None and star.rank.size > 1:
-        if seal == ON or (seal == AUTO and not _all_on_this_host()):
+        if seal == ON or (seal == AUTO and not all_on_this_host()):  # also where the launcher does not say
             _seal(star)
         if beats is not None:
             star.threads = True
@@ -83,20 +83,6 @@ def connect(*, quiet: bool = False, seal: str = AUTO) -> Star:
             star.heartbeat = Heartbeat(channel, star.rank, DEFAULT_SILENCE_S, star._channel)
             star.set_rank_names(star.heartbeat.name)
     return star
-
-
-def _all_on_this_host() -> bool:
-    """Whether all ranks are on one host, as the launcher or MPI tells; what ranks say of themselves is not asked. Every
-    rank calls it."""
-    here = all_on_this_host()
-    if here is not None:
-        return here
-    from mpi4py import MPI
-
-    shared = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
-    here = shared.size == MPI.COMM_WORLD.size
-    shared.Free()
-    return here
 
 
 def _seal(star: Star) -> None:

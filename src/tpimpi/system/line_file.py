@@ -1,7 +1,7 @@
 """A file of lines that grows only at its end, for one run at a time: what a run keeps while it works.
 
 Whatever ends the program leaves whole lines, and at most a last one without its line end, which counts for nothing. Only
-the file's owner can read it.
+the file's owner can read it: one that others could read, as a copy may be, they cannot from the first new line on.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class LineFile:
         """Open `path`, or make it. Raises `wrong` of what is wrong and what to do, and OSError."""
         self.path, self.whole = path, 0
         self._descriptor, self._made = -1, False
+        self._for_others = False  # others can read it
         try:
             self._open(wrong)
         except BaseException:
@@ -51,8 +52,12 @@ class LineFile:
             raise wrong(" is in use by another run; wait for its end, or give another file") from error
         if problem is not None:
             raise wrong(f" cannot be locked: {problem.strerror}; put it on a local disk") from problem
-        if not self.path.exists() or not os.path.samestat(os.fstat(self._descriptor), self.path.stat()):
+        about = os.fstat(self._descriptor)
+        if not self.path.exists() or not os.path.samestat(about, self.path.stat()):
             raise wrong(" was removed by another run just now; try again")
+        self._for_others = bool(about.st_mode & 0o077)
+        if self._for_others and os.geteuid() not in (0, about.st_uid):
+            raise wrong(" is another user's, and others can read it; give a file of your own")
 
     def reader(self) -> BinaryIO:
         """What reads the file from its beginning; to be closed."""
@@ -61,6 +66,9 @@ class LineFile:
 
     def append(self, lines: bytes) -> None:
         """Write whole lines after those that count. Raises OSError."""
+        if self._for_others:
+            os.fchmod(self._descriptor, 0o600)
+            self._for_others = False
         if os.fstat(self._descriptor).st_size != self.whole:
             os.ftruncate(self._descriptor, self.whole)
         while lines:

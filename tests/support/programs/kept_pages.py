@@ -41,7 +41,7 @@ class Talk:
         random = np.random.default_rng(1)
         prompt, self.other, new = (random.integers(3, 90, n).tolist() for n in (PROMPT, PROMPT + 20, NEW))
         self.turn = Turn("", prompt, 0)
-        self.conversation = SimpleNamespace(path=session, turns=[self.turn])
+        self.conversation = SimpleNamespace(path=session, turns=[self.turn], passphrase=None, seal=None)
         self.turn.tokens = self.answer(prompt, HeldIds())
         self.second = [*prompt, *self.turn.tokens, *new]
         self.found: list[dict[str, object]] = []

@@ -60,13 +60,12 @@ def check(engine: Engine, files: PageFiles, folder: Path) -> None:
         model.cache.filled_bytes <= model.kv_shape.nbytes(CONTEXT) < model.kv_shape.nbytes_of([pages_of(CONTEXT)] * 2)
     )
     # Kept and read again, it goes on and goes back as it would have.
-    kept = KeptCache(SimpleNamespace(path=folder / "session", turns=[Turn("", ids, 0)]))
+    session = SimpleNamespace(path=folder / "session", turns=[Turn("", ids, 0)], passphrase=None, seal=None)
+    kept = KeptCache(session)
     assert kept.keep(model, files, ids) is None
     protocol.begin(model, star, CONTEXT)
     computed(other[300:])
-    found, problem = KeptCache(SimpleNamespace(path=folder / "session", turns=[Turn("", ids, 0)])).take(
-        *(model, files, CONTEXT - 70, CONTEXT)
-    )
+    found, problem = KeptCache(session).take(*(model, files, CONTEXT - 70, CONTEXT))
     assert (found, problem) == (ids, None), problem
     longer = [*ids, *other[-20:]]
     protocol.begin(model, star, CONTEXT, keep=LENGTH)

@@ -39,12 +39,18 @@ from tpimpi.weights.sources import open_source
 def doctor(options: DoctorOptions, star: Star, arguments: Sequence[str]) -> int:
     """Rank 0 of `doctor`, which ends the run on every rank; the exit code. `arguments` are those of the command, which
     ranks compare. Raises InputError, and StarError where a rank does not answer."""
+    for option, given in (("--hostfile", options.hostfile is not None), ("--make-keys", options.make_keys)):
+        if given and star.rank.size > 1:
+            raise InputError(f"{option} is for doctor without mpirun; leave mpirun out, or {option}")
     if options.hostfile is not None:
-        if star.rank.size > 1:
-            raise InputError("--hostfile is for doctor without mpirun; leave mpirun out, or --hostfile")
         from tpimpi.diagnostics.doctor import hosts
 
-        return hosts.doctor(options.hostfile, options.ssh, options.json)
+        return hosts.doctor(options.hostfile, options)
+    if options.make_keys:
+        from tpimpi.diagnostics.doctor.keys import make_own_keys
+
+        make_own_keys(rotate=options.rotate_keys)
+        return 0
     star.timeout = rank_facts.TIMEOUT_S
     hellos = meet(star, arguments)
     checkup = _check_up(star, hellos, _expected_slices(options, star.rank.size))

@@ -84,6 +84,7 @@ def check_local(found: HostChecks, ours: LocalFacts) -> None:
     else:
         found.add("mpi", OK, f"{ours.mpi} {ours.mpi_version}, {ours.mpirun}")
     check_disk(found)
+    check_swap(found)
     found.inner = [one.name for one in ours.interfaces if one.kind == INNER]
 
 
@@ -201,6 +202,17 @@ def check_disk(found: HostChecks) -> None:
         text = f"{show_size(facts['free'])} free for slices in {facts['cache']}"
         remedy = "; free some, or set TPIMPI_CACHE to another place"
         found.add("disk", WRONG if little else OK, text + (remedy if little else ""))
+
+
+def check_swap(found: HostChecks) -> None:
+    """Memory that the system puts aside would be on a disk, with text and keys in it."""
+    if swaps := found.facts.get("swaps"):
+        found.add(
+            "swap",
+            NOTE,
+            f"memory, with text and keys, may come onto the disk in {', '.join(swaps)}, which is not seen to be encrypted; "
+            "encrypt it, use zram, or: sudo swapoff -a",
+        )
 
 
 def interfaces_of(listed: Sequence[Sequence[str]]) -> list[Interface]:

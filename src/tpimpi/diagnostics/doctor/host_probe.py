@@ -29,8 +29,31 @@ def text(path: str) -> str:
         return ""
 
 
+def open_swaps() -> list[str]:
+    """Where memory may be written to a disk as it is: not to compressed memory (zram), nor to a device of dm-crypt."""
+    found = []
+    for line in text("/proc/swaps").splitlines()[1:]:
+        name = line.split()[0]
+        device = os.path.basename(os.path.realpath(name))  # noqa: PTH119
+        if not device.startswith("zram") and not text(f"/sys/block/{device}/dm/uuid").startswith("CRYPT-"):
+            found.append(name)
+    return found
+
+
 def problem(error: BaseException) -> str:
     return type(error).__name__ + ": " + " ".join(str(error).split())[:300]
+
+
+def keys() -> dict[str, Any]:
+    """What is told of this host's keys for sealed links, of which nothing is secret."""
+    try:
+        import msgspec
+
+        from tpimpi.system.link_keys import find_keys
+
+        return {"keys": msgspec.to_builtins(find_keys())}
+    except Exception as error:
+        return {"keys_error": problem(error)}
 
 
 def facts() -> dict[str, Any]:
@@ -43,6 +66,7 @@ def facts() -> dict[str, Any]:
         "byte_order": sys.byteorder,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "ssh": os.environ.get("SSH_CONNECTION", ""),
+        "swaps": open_swaps(),
     }
     try:
         import tpimpi
@@ -71,6 +95,7 @@ def facts() -> dict[str, Any]:
         found["free"] = shutil.disk_usage(place).free
     except Exception as error:
         found["cache_error"] = problem(error)
+    found.update(keys())
     try:
         import psutil
 

@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from tpimpi import __version__
@@ -32,13 +31,26 @@ from tpimpi.diagnostics.doctor.host_findings import (
     check_file,
     check_local,
     check_programs,
+    check_swap,
     check_versions,
     interface_of,
     interfaces_of,
     network_of,
     ssh_problem,
 )
-from tpimpi.diagnostics.doctor.ssh import CONNECT_S, DEAD_HOST_S, PROBE_S, LocalFacts, Probe, local_facts
+from tpimpi.diagnostics.doctor.keys import check_keys, make_home
+from tpimpi.diagnostics.doctor.ssh import (
+    CONNECT_S,
+    DEAD_HOST_S,
+    PROBE_S,
+    LocalFacts,
+    Probe,
+    is_ssh,
+    local_facts,
+    ssh_command,
+)
+from tpimpi.diagnostics.options import DoctorOptions
+from tpimpi.errors import one_line
 from tpimpi.star import MPICH
 from tpimpi.system.files import write_json
 from tpimpi.system.hostfile import Host, read_hostfile, refused_lines
@@ -83,7 +95,7 @@ def _guarded(found: HostChecks, ours: LocalFacts, ssh: str) -> None:
 
 def _look_at(found: HostChecks, ours: LocalFacts, ssh: str) -> None:
     host = found.host
-    real = Path(ssh).name == "ssh"  # else a program in its place: PROGRAM HOST COMMAND
+    real = is_ssh(ssh)
     target = _ssh_target(ssh, host) if real else _Target(host.address, 22, direct=False)
     addresses = _resolve(target.address)
     found.here = (
@@ -104,10 +116,7 @@ def _look_at(found: HostChecks, ours: LocalFacts, ssh: str) -> None:
         raise CannotContinue
     if target.direct:
         _check_port(found, addresses, target.port)
-    command = (
-        [ssh, "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S:.0f}", host.name] if real else [ssh, host.name]
-    )
-    with Probe([*command, "sh -s"], ours, _route(addresses)) as probe:
+    with Probe([*ssh_command(ssh, host), "sh -s"], ours, _route(addresses)) as probe:
         if not probe.hello():
             found.add("ssh", WRONG, ssh_problem(probe.said(), host, target.port))
             raise CannotContinue
@@ -116,6 +125,7 @@ def _look_at(found: HostChecks, ours: LocalFacts, ssh: str) -> None:
         check_programs(found, ours, heads)
         check_versions(found, ours)
         check_disk(found)
+        check_swap(found)
         _check_network(found, ours, probe, addresses)
 
 
@@ -283,6 +293,7 @@ def as_json(ours: LocalFacts, found: Sequence[HostChecks]) -> dict[str, Any]:
                 "name": one.host.name,
                 "ranks": one.host.ranks,
                 "here": one.here,
+                "keys": one.facts.get("keys"),  # of which nothing is secret
                 "checks": [asdict(c) for c in one.checks],
             }
             for one in found
@@ -297,7 +308,7 @@ def tell(given: str, ours: LocalFacts, found: Sequence[HostChecks]) -> int:
         ranks = f"{one.host.ranks} rank{'s' if one.host.ranks > 1 else ''}"
         print(f"{one.host.name} ({ranks})")
         for check in one.checks:
-            print(f"  {check.state:5}  {check.what:8}  {' '.join(check.text.split())}")
+            print(f"  {check.state:5}  {check.what:8}  {one_line(check.text)}")
     wrong = sum(one.wrong for one in found)
     options = mpirun_options(ours, found)
     if options:
@@ -314,10 +325,13 @@ def tell(given: str, ours: LocalFacts, found: Sequence[HostChecks]) -> int:
     return wrong
 
 
-def doctor(given: str, ssh: str, json_file: Path | None) -> int:
-    """The command; its exit code. Raises InputError."""
-    ours, found = look_at_hosts(given, ssh)
+def doctor(given: str, options: DoctorOptions) -> int:
+    """The command with that hostfile; its exit code. Raises InputError."""
+    ours, found = look_at_hosts(given, options.ssh)
+    if options.make_keys:
+        make_home(found, ours, options.ssh, rotate=options.rotate_keys)
+    check_keys(found)
     wrong = tell(given, ours, found)
-    if json_file is not None:
-        write_json(json_file, as_json(ours, found), "--json")
+    if options.json is not None:
+        write_json(options.json, as_json(ours, found), "--json")
     return int(wrong > 0)

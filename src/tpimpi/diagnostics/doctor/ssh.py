@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from tpimpi.diagnostics.doctor import host_probe
 from tpimpi.star import MPICH, OPEN_MPI
+from tpimpi.system.hostfile import Host
 from tpimpi.system.network import Interface, interfaces
 
 DEAD_HOST_S = 10.0  # seconds that a host which is down may take
@@ -89,6 +90,17 @@ def _kind_of_launcher(mpirun: str) -> str:
 
 
 # The script over ssh
+
+
+def is_ssh(ssh: str) -> bool:
+    """Whether a program takes what ssh takes; else it is one in its place, PROGRAM HOST COMMAND."""
+    return Path(ssh).name == "ssh"
+
+
+def ssh_command(ssh: str, host: Host) -> list[str]:
+    """What runs a command on a host, without asking for anything; the command is to follow."""
+    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S:.0f}"] if is_ssh(ssh) else []
+    return [ssh, *options, host.name]
 
 
 def script(ours: LocalFacts, token: str, back: str) -> str:

@@ -17,7 +17,8 @@ from tpimpi.diagnostics.planner.hits import HitCurve
 from tpimpi.diagnostics.planner.layer_benchmark import MeasureTask
 from tpimpi.diagnostics.planner.measure_disks import measure_disks
 from tpimpi.diagnostics.planner.measure_layers import RankMeasurement, measure
-from tpimpi.diagnostics.planner.predict import LayerCost, LinearCost, Measured, Prediction, Predictor, RankSpeed
+from tpimpi.diagnostics.planner.predict import LayerCost, LinearCost, Measured, Predictor, RankSpeed
+from tpimpi.diagnostics.planner.prediction import Prediction
 from tpimpi.diagnostics.planner.shares import SLICED_SHARES_TOLERANCE, best_shares
 from tpimpi.diagnostics.planner.table import PlanRow, advice, print_table, seconds_text, title
 from tpimpi.engine.budget import per_rank
@@ -179,7 +180,7 @@ def plan(
     workload = options.workload
     survey = Survey(star, infos, workload, options.measuring)
     lines = make_table(survey, len(infos), options.shares, quiet=options.quiet)
-    print_table(lines, infos, title(workload, name), workload.parallel)
+    print_table(lines, infos, title(workload, name), workload)
     if options.json is not None:
         write_json(options.json, as_json(survey, lines, infos), "--json")
 
@@ -223,6 +224,7 @@ def as_json(survey: Survey, lines: Sequence[PlanRow], infos: Sequence[RankInfo])
         "context": workload.context,
         "prompt_tokens": workload.prompt,
         "parallel": workload.parallel,
+        "accepted": workload.accepted,
         "hosts": [info.host for info in infos],
         "plans": [{"ranks": line.ranks, "kind": line.kind, **finite(asdict(line.prediction))} for line in lines],
         "advice": advice(lines),

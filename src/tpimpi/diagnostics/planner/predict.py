@@ -26,13 +26,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tpimpi.diagnostics.options import Workload
 from tpimpi.diagnostics.planner.hits import HitCurve
 from tpimpi.diagnostics.planner.loads import LayerLoad, Load, Loads
+from tpimpi.diagnostics.planner.prediction import ExpertsHeld, Prediction
 from tpimpi.engine.budget import Needs, allowances, make_budget
 from tpimpi.engine.chunk import mixture_chunk
-from tpimpi.engine.needs import needs_of_model
+from tpimpi.engine.needs import LONGEST_DRAFT, needs_of_model
 from tpimpi.engine.overlap import usual_chunk
 from tpimpi.errors import InputError
 from tpimpi.system.memory import Place
@@ -115,41 +117,6 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """Of one plan: times in seconds, memory in bytes for each rank. Where it cannot work `problem` says why, and the times
-    are infinite."""
-
-    shares: str
-    s_per_token: float
-    first_token_s: float
-    compute_s: float  # of a token, on the path: the slowest rank's blocks
-    star_s: float
-    head_s: float
-    disk_s: float  # the longest that a rank's reading takes
-    processor_s: float  # the same of its processor time over the processors that it gets
-    limit: str  # "compute", "star", "processor", "disk" or "memory"
-    limit_rank: int  # whose; of the star 0
-    memory: tuple[int, ...]
-    streamed: tuple[int, ...]  # read for each token, experts among it
-    problem: str = ""
-    experts: tuple[ExpertsHeld, ...] = ()  # of a mixture, for each rank
-    prompt_chunk: int = 0  # positions of a prompt that are computed at once
-    tokens_per_s: float = 0.0  # of all sequences together, where there are several; 0 where they have no memory
-
-
-@dataclass(frozen=True)
-class ExpertsHeld:
-    """What a rank's expert cache does: how many experts it has room for, of how many, and for a token the part of uses that
-    hit, the bytes of chosen experts, and those of them that are read."""
-
-    held: int
-    of: int
-    hits: float
-    used_bytes: int
-    read_bytes: int
-
-
-@dataclass(frozen=True)
 class Holding:
     """What a rank does with its memory, in bytes: all that it takes, what is streamed for each token of what every token
     uses, and its expert cache."""
@@ -215,7 +182,28 @@ class Predictor:
             experts=tuple(experts) if self.workload.config.experts else (),
             prompt_chunk=chunk,
             tokens_per_s=self._tokens_per_s(plan, loads) if self.workload.parallel > 1 else 0.0,
+            **self._speculation(loads, held, token),
         )
+
+    def _speculation(self, loads: Sequence[Load], held: Sequence[Holding], token: float) -> dict[str, Any]:
+        """The draft that is best where each drafted token is accepted at the workload's rate: with rate a a pass that checks
+        n gives (1 - a**(n + 1)) / (1 - a) tokens (arXiv 2211.17192, equation 1). Drafting itself costs nothing here."""
+        rate = self.workload.accepted
+        if rate is None:
+            return {}
+        missed = [1.0 - self.experts(load, each.experts).hits for load, each in zip(loads, held, strict=True)]
+        best, length = token, 0
+        for n in range(1, LONGEST_DRAFT + 1):
+            tokens = n + 1 if rate == 1 else (1 - rate ** (n + 1)) / (1 - rate)
+            seconds = (self._step(loads, held, missed, n + 1) + self._head(loads, n + 1)) / tokens
+            if seconds < best:
+                best, length = seconds, n
+        return {"drafted_s_per_token": best, "draft": length}
+
+    def _head(self, loads: Sequence[Load], rows: int) -> float:
+        """Seconds of the head for so many rows: as many times those of one as a layer takes."""
+        one, several = (self._layer_cost(0, n).wall.per_byte for n in (1, rows))
+        return self.measured.head.at(loads[0].head) * (several / one if one else 1.0)
 
     def _tokens_per_s(self, plan: Partition, loads: Sequence[Load]) -> float:
         """Of all sequences together; 0 where there is no memory for them."""
@@ -225,9 +213,7 @@ class Predictor:
         except InputError:
             return 0.0
         missed = [1.0 - self.experts(load, each.experts).hits for load, each in zip(loads, held, strict=True)]
-        one, several = (self._layer_cost(0, n).wall.per_byte for n in (1, sequences))
-        head = self.measured.head.at(loads[0].head) * (several / one if one else 1.0)
-        return sequences / (self._step(loads, held, missed, sequences) + head)
+        return sequences / (self._step(loads, held, missed, sequences) + self._head(loads, sequences))
 
     def _first_token(
         self, loads: Sequence[Load], held: Sequence[Holding], experts: Sequence[ExpertsHeld], chunk: int

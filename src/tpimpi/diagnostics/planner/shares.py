@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from tpimpi.diagnostics.planner.predict import Prediction, Predictor
+from tpimpi.diagnostics.planner.predict import Predictor
+from tpimpi.diagnostics.planner.prediction import Prediction
 from tpimpi.weights.slices.partition import make_partition
 
 MOST_WEIGHT = 16  # of a rank: they stay short

@@ -10,7 +10,7 @@ import numpy as np
 
 from tpimpi.diagnostics.options import Workload
 from tpimpi.diagnostics.planner.loads import Loads
-from tpimpi.diagnostics.planner.predict import Prediction
+from tpimpi.diagnostics.planner.prediction import Prediction
 from tpimpi.engine.ranks import RankInfo
 from tpimpi.models.tensors import expected_tensors, unused_parameters
 from tpimpi.system.terminal import print_table as show_table
@@ -77,8 +77,8 @@ def advice(lines: Sequence[PlanRow]) -> list[str]:
     return words
 
 
-def print_table(lines: Sequence[PlanRow], infos: Sequence[RankInfo], title: Sequence[str], parallel: int = 1) -> None:
-    """The table, on stdout, of so many sequences at once too."""
+def print_table(lines: Sequence[PlanRow], infos: Sequence[RankInfo], title: Sequence[str], workload: Workload) -> None:
+    """The table, on stdout."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="none")
@@ -88,20 +88,24 @@ def print_table(lines: Sequence[PlanRow], infos: Sequence[RankInfo], title: Sequ
     names = ("experts held", "hits", "read a token") if mixture else ("streamed",)
     for name in ("s/token", "first token", "compute", "star", "head", "memory a rank", *names):
         table.add_column(name, justify="right")
-    together = [f"{parallel} at once, tokens/s"] if parallel > 1 else []
-    for name in together:
+    more = [f"{workload.parallel} at once, tokens/s"] if workload.parallel > 1 else []
+    more += [] if workload.accepted is None else [f"drafts at {workload.accepted:g}, s/token"]
+    for name in more:
         table.add_column(name, justify="right")
     table.add_column("limit")
     for line in lines:
         found = line.prediction
         count = str(line.ranks)
         if found.problem:
-            table.add_row(count, found.shares, *["-"] * (6 + len(names) + len(together)), "memory")
+            table.add_row(count, found.shares, *["-"] * (6 + len(names) + len(more)), "memory")
             continue
         times = (found.s_per_token, found.first_token_s, found.compute_s, found.star_s, found.head_s)
         memory, streamed = (show_size(size) if size else "-" for size in (max(found.memory), max(found.streamed)))
         cells = [*_experts(found), streamed] if mixture else [streamed]
-        cells += [seconds_text(found.tokens_per_s) if found.tokens_per_s else "-"] if together else []
+        if workload.parallel > 1:
+            cells.append(seconds_text(found.tokens_per_s) if found.tokens_per_s else "-")
+        if workload.accepted is not None:
+            cells.append(f"{seconds_text(found.drafted_s_per_token)} ({found.draft or 'none'})")
         table.add_row(count, found.shares, *map(seconds_text, times), memory, *cells, _limit(found, infos))
     for text in title:
         print(text)
