@@ -102,7 +102,7 @@ def test_what_is_no_message_of_a_handshake_is_an_error_of_ours(message: bytes) -
             return np.frombuffer(message, np.uint8)
 
     with pytest.raises(StarError, match=r"^rank 1 sent a handshake that makes no sense"):
-        _hear(Taken(), 1, _Said)  # type: ignore[arg-type]
+        _hear(Taken(), 1, _Said, 0.0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

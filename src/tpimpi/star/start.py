@@ -53,6 +53,9 @@ def connect(*, quiet: bool = False, seal: str = AUTO) -> Star:
     # Else Open MPI ends this process where a connection is lost, before anybody can say who is gone.
     os.environ.setdefault("OMPI_MCA_mpi_ft_enable", "1")
     os.environ.update(OMPI_MCA_btl_tcp_eager_limit=str(EAGER_BYTES))  # the same on all hosts, or messages find no room
+    sealed = launched_size() > 1 and (seal == ON or (seal == AUTO and not all_on_this_host()))  # or it is not known
+    if sealed:
+        import tpimpi.star.secure  # noqa: F401 - now, so that no rank keeps the others waiting for its first word
     with _report_slow_start(quiet=quiet):
         from mpi4py import MPI
 
@@ -74,7 +77,7 @@ def connect(*, quiet: bool = False, seal: str = AUTO) -> Star:
         star = Star(world.Clone())
         beats = world.Clone() if world.size > 1 and _has_thread_multiple() else None
     if star._channel is not None and star.rank.size > 1:
-        if seal == ON or (seal == AUTO and not all_on_this_host()):  # also where the launcher does not say
+        if sealed:
             _seal(star)
         if beats is not None:
             star.threads = True
