@@ -81,7 +81,7 @@ def test_what_we_wrote_is_written_over(tpimpi: Callable[..., Result], tiny: Path
 
 def test_reports_are_known_by_their_keys(tmp_path: Path) -> None:
     score = Score("f32", 2.0, 0.1, 0.7, 0.1, 1.0, 9.0)
-    perplexity = Perplexity("m", "numpy", "star", "text", 9, 9, True, False, 1, 8, score, None, None)
+    perplexity = Perplexity("m", "numpy", "star", None, "text", 9, 9, True, False, 1, 8, score, None, None)
     reports = [
         asdict(Report("m", "f32", "numpy", "star", text='{\n "x": 1' + "y" * 100_000)),
         perplexity.as_json(),

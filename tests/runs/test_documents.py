@@ -139,6 +139,8 @@ def test_a_session_in_the_checkout_is_ignored_by_git() -> None:
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("no checkout of git")
     names = {name for page in PAGES for name in re.findall(r"--session ([a-z][\w.]+)", (ROOT / page).read_text())}
-    assert names == {"chat.jsonl"}
-    ignored = run_command(["git", "check-ignore", "--no-index", *names, "docs/measurements.jsonl"], env={}, cwd=ROOT)
-    assert ignored.out.split() == ["chat.jsonl"]
+    assert names == {"chat.jsonl", "chat.sealed"}
+    ignored = run_command(
+        ["git", "check-ignore", "--no-index", *sorted(names), "docs/measurements.jsonl"], env={}, cwd=ROOT
+    )
+    assert ignored.out.split() == ["chat.jsonl", "chat.sealed"]

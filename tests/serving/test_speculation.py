@@ -230,6 +230,7 @@ class Twin:
     def __init__(self, vocab: int, order: int, seed: int, chunk: int) -> None:
         self.vocab, self.order, self.seed, self.chunk = vocab, order, seed, chunk
         self.config, self.choices, self.recorder = SimpleNamespace(hidden=1), 0, None
+        self.auditor = None
         self.cache: list[int] = []
         self.rows: list[int] = []  # of each step
 
@@ -244,7 +245,7 @@ class Twin:
     def can_keep(self, positions: int, context: int) -> bool:
         return positions <= self.most_kept(context)
 
-    def forward(self, x: F32, start: int, *, head: bool) -> F32:
+    def forward(self, x: F32, start: int, *, head: bool, watch: None = None) -> F32:
         assert start <= len(self.cache) and start + len(x) <= self.context
         self.cache[start:] = [int(number) for number in x[:, 0]]
         self.rows.append(len(x))

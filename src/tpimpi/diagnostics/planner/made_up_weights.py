@@ -79,6 +79,9 @@ class WeightRing:
                     turns[record.block][turn].append(self._tile(record))
             self._turns |= {block: cycle(tiles) for block, tiles in turns.items()}
 
+    def raise_damage(self) -> None:
+        """Nothing of it is checked in idle time."""
+
     def _tile(self, record: Record) -> Tile:
         self._pages.append(Pages(record.nbytes))
         return made_up_tile(record, self._pages[-1])
