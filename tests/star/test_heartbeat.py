@@ -96,6 +96,15 @@ def test_a_start_that_takes_long_is_explained(mpirun: Launcher) -> None:
 
 
 @pytest.mark.slow
+def test_a_start_that_takes_for_ever_ends(mpirun: Launcher) -> None:
+    if mpirun.mpi != "openmpi":
+        pytest.skip("only Open MPI's start waits for all ranks")
+    result = mpirun(2, WATCHED, "never", timeout=60)
+    assert result.code not in (0, None)
+    assert "MPI has not started for 1 s; the run ends here" in result.err
+
+
+@pytest.mark.slow
 def test_where_mpi_leaves_no_thread_for_the_watch_rank_0_says_so(
     mpirun: Launcher, cache: dict[str, str], tiny: Path, tmp_path: Path
 ) -> None:

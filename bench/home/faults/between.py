@@ -6,7 +6,7 @@ Every round is a run of three ranks on three devices, with all their TCP connect
 (middle.py). At a moment that chance picks (the start, the prompt, the answer) it does one thing to one message (harm.py) of
 a pair of ranks. `key`: instead, a device's file of link keys has the name of a host, but not its key. It is well if a rank
 of the pair is named within 10 s, the exit code is not 0, what was printed is the beginning of the undisturbed answer, and no
-process is left. `headers`, damage to MPI's own headers, is well if the run ends within 60 s, with the undisturbed answer or
+process is left. `headers`, damage to MPI's own headers, is well if the run ends within 150 s, with the undisturbed answer or
 the beginning of it. With --seal off, `forge` is believed: a checksum finds damage, not forgery. With --json, rounds that
 stand in the file are not done again: so they can be done in parts. Open MPI only.
 """
@@ -43,7 +43,7 @@ ROW_BYTES = 4 * 576  # of a hidden vector of SmolLM2
 TOKENS = {PROMPT: 100, PIECES: 10}  # most of it is left when harm is done
 OUR_LINE = re.compile(r"[\s\0]*(?:(?P<of>r\d+ .*: no sign of life.*)|(?:r\d+ \S+|tpimpi): (?P<line>.*))")
 SAME_BITS = ("star", "mesh", "exchange")  # allreduces with the same answers
-HEADERS_TIMEOUT_S = 60.0
+HEADERS_TIMEOUT_S = 150.0  # MPI itself has 120 s to start
 TRIES = 10  # of a round in which nothing could be done
 
 

@@ -16,14 +16,13 @@ import traceback
 from collections.abc import Callable, Iterator
 
 from tpimpi.errors import LostError, StorageError, as_ours
-from tpimpi.star import WAIT_FOR_HUB_REPORT_S, Star
+from tpimpi.star import RELAY_TIME_S, WAIT_FOR_HUB_REPORT_S, Star
 from tpimpi.system.core_dumps import wants_traceback
 from tpimpi.system.terminal import STDERR, STDOUT, Input
 
 STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Open MPI's launcher kills ranks half a second after it got one of these; it passes this one on, and leaves them time.
 ENDING_SIGNALS = (*STOPPING_SIGNALS, signal.SIGUSR1)
-RELAY_TIME_S = 0.2  # the launcher relays our line in it; its own banner would else come before or within ours
 
 
 class Job:

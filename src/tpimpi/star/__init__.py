@@ -25,7 +25,7 @@ from tpimpi.star.link_test import Ping, answer_link, ping_link
 from tpimpi.star.mpi_library import MpiLibrary, mpi_library
 from tpimpi.star.pieces import PartialWatch
 from tpimpi.star.star import ALLREDUCES, DEFAULT_TIMEOUT_S, Star, Words
-from tpimpi.star.start import SEALS, connect, seal_given
+from tpimpi.star.start import RELAY_TIME_S, SEALS, connect, seal_given
 from tpimpi.star.tuning import Links, choose, describe
 from tpimpi.system.launcher import MPICH, OPEN_MPI, Rank, launched_rank, launcher_commands, launcher_kind
 
@@ -42,6 +42,7 @@ __all__ = [
     "NOTE",
     "OPEN_MPI",
     "PARTIAL",
+    "RELAY_TIME_S",
     "SEALS",
     "SHORTEST_SILENCE_S",
     "SHOWN_TO_HUB",

@@ -32,9 +32,9 @@ with without_module("typing_extensions"):
     import msgspec
 
 PROTOCOL_VERSION = 1
-# Rank 0 waits so long for all ranks' next messages: there is no heartbeat yet that would notice one that was lost. For the
-# first a slow machine loads its libraries. Others wait for rank 0 a little longer, which has to say who is missing.
-HELLO_TIMEOUT_S, ANSWER_TIMEOUT_S, LONGER_S = 30.0, 7.0, 2.0
+# Rank 0 waits so long for all ranks' next messages: no heartbeat would notice yet that one was lost. (This module
+# is loaded before MPI first waits for all ranks.) Others wait for rank 0 a little longer, which has to say who is missing.
+ANSWER_TIMEOUT_S, LONGER_S = 7.0, 2.0
 MOST_PROBLEM_CHARACTERS = 400
 
 
@@ -159,7 +159,7 @@ def _seal_as_hub(channel: Channel) -> Seal:
 def _open(channel: Channel) -> tuple[_Run, dict[int, Handshake]]:
     """Rank 0: who all are, and its handshakes with them, which are begun."""
     keys, others = _own_keys(), range(1, channel.size)
-    heard = _hear_all(channel, [""] * channel.size, HELLO_TIMEOUT_S)
+    heard = _hear_all(channel, [""] * channel.size)
     for rank, said in heard.items():
         if (said.protocol, said.version) != (PROTOCOL_VERSION, __version__):
             raise InputError(
@@ -175,12 +175,9 @@ def _open(channel: Channel) -> tuple[_Run, dict[int, Handshake]]:
     return run, shaking
 
 
-def _hear_all(
-    channel: Channel, hosts: tuple[str, ...] | list[str], patience: float = ANSWER_TIMEOUT_S
-) -> dict[int, _Said]:
-    """Rank 0: what every other rank says next, within so many seconds. Raises what one says went wrong there, which nobody
-    has proved yet."""
-    deadline = time.monotonic() + patience
+def _hear_all(channel: Channel, hosts: tuple[str, ...] | list[str]) -> dict[int, _Said]:
+    """Rank 0: what every other rank says next. Raises what one says went wrong there, which nobody has proved yet."""
+    deadline = time.monotonic() + ANSWER_TIMEOUT_S
     heard = {rank: _hear(channel, rank, _Said, deadline) for rank in range(1, channel.size)}
     for rank, said in heard.items():
         if said.problem:
@@ -195,7 +192,7 @@ def _seal_as_other(channel: Channel) -> Seal:
     try:
         keys = _own_keys()
         _tell(channel, 0, _Said(host=keys.host, aes=has_aes()))
-        told = _heed(channel, HELLO_TIMEOUT_S)
+        told = _heed(channel)
         if len(told.hosts) != channel.size or told.hosts[ours] != keys.host:
             raise StarError("rank 0 took this host for another one: something on the network changes messages")
         run = _Run(keys, told.job, told.cipher, told.hosts, ours)
@@ -225,9 +222,9 @@ class _RefusedError(InputError):
     """Rank 0 ended the run, and says why."""
 
 
-def _heed(channel: Channel, patience: float = ANSWER_TIMEOUT_S) -> _Told:
-    """What rank 0 says next, within so many seconds and some more. Raises _RefusedError."""
-    told = _hear(channel, 0, _Told, time.monotonic() + patience + LONGER_S)
+def _heed(channel: Channel) -> _Told:
+    """What rank 0 says next. Raises _RefusedError."""
+    told = _hear(channel, 0, _Told, time.monotonic() + ANSWER_TIMEOUT_S + LONGER_S)
     if told.refused:
         error = _RefusedError("rank 0 ended the run")
         error.exit_code = InputError.exit_code if told.refused == InputError.exit_code else StarError.exit_code

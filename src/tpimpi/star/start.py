@@ -6,13 +6,15 @@ import contextlib
 import itertools
 import os
 import select
+import signal
+import time
 from collections.abc import Iterator, Sequence
 
-from tpimpi.errors import InputError, StarError
+from tpimpi.errors import InputError, LostError, StarError
 from tpimpi.star.channel import Channel
-from tpimpi.star.heartbeat import DEFAULT_SILENCE_S, Heartbeat, end_without_mpi
+from tpimpi.star.heartbeat import DEFAULT_SILENCE_S, WAIT_FOR_HUB_REPORT_S, Heartbeat
 from tpimpi.star.pieces import EAGER_BYTES
-from tpimpi.star.star import ABORT_GRACE_S, Star
+from tpimpi.star.star import Star
 from tpimpi.system.launcher import all_on_this_host, launched_rank, launched_size, launcher_kind
 
 SEAL_OPTION = "--seal"
@@ -20,6 +22,8 @@ SEALS = AUTO, ON, OFF = ("auto", "on", "off")
 
 WAIT_REPORT_S = 5.0  # rank 0 says that it waits for the other ranks to start after this time
 SLOW_START_S = 20.0  # and after this time, what may be wrong
+RELAY_TIME_S = 0.2  # the launcher relays our line in it; its own banner would else come before or within ours
+HOPELESS_START_S = 120.0  # and ends the run after this time
 
 
 def seal_given(arguments: Sequence[str]) -> str:
@@ -49,6 +53,9 @@ def connect(*, quiet: bool = False, seal: str = AUTO) -> Star:
     # Else Open MPI ends this process where a connection is lost, before anybody can say who is gone.
     os.environ.setdefault("OMPI_MCA_mpi_ft_enable", "1")
     os.environ.update(OMPI_MCA_btl_tcp_eager_limit=str(EAGER_BYTES))  # the same on all hosts, or messages find no room
+    sealed = launched_size() > 1 and (seal == ON or (seal == AUTO and not all_on_this_host()))  # or it is not known
+    if sealed:
+        import tpimpi.star.secure  # noqa: F401 - now, so that no rank keeps the others waiting for its first word
     with _report_slow_start(quiet=quiet):
         from mpi4py import MPI
 
@@ -68,27 +75,33 @@ def connect(*, quiet: bool = False, seal: str = AUTO) -> Star:
             )
         # Communicators of our own, so that no other library's messages meet ours. These are the first messages.
         star = Star(world.Clone())
+        beats = world.Clone() if world.size > 1 and _has_thread_multiple() else None
     if star._channel is not None and star.rank.size > 1:
-        if seal == ON or (seal == AUTO and not all_on_this_host()):  # also where the launcher does not say
+        if sealed:
             _seal(star)
-        if _has_thread_multiple():
+        if beats is not None:
             star.threads = True
-            beats = Channel(world.Clone())
-            beats.seal = star._channel.seal.derive("heartbeat") if star._channel.seal else None
-            star.heartbeat = Heartbeat(beats, star.rank, DEFAULT_SILENCE_S, star._channel)
+            channel = Channel(beats)
+            channel.seal = star._channel.seal.derive("heartbeat") if star._channel.seal else None
+            star.heartbeat = Heartbeat(channel, star.rank, DEFAULT_SILENCE_S, star._channel)
             star.set_rank_names(star.heartbeat.name)
     return star
 
 
 def _seal(star: Star) -> None:
+    """Seal the links. A rank that is not answered, or to which what comes makes no sense, says so, and ends the job: the
+    others may wait for it."""
     from tpimpi.star.secure import seal_channel
 
     assert star._channel is not None
     try:
         seal_channel(star._channel)
-    except StarError:
-        end_without_mpi(star.rank, ABORT_GRACE_S)  # one that does not answer may not end either
-        raise
+    except StarError as error:
+        if isinstance(error, LostError) and not star.rank.is_hub:
+            time.sleep(WAIT_FOR_HUB_REPORT_S)  # rank 0 or the launcher knows better who is gone, and ends us meanwhile
+        os.write(2, f"{star.rank}: {error}\n".encode())
+        time.sleep(RELAY_TIME_S)
+        star.abort(error.exit_code)
 
 
 def _has_thread_multiple() -> bool:
@@ -100,7 +113,8 @@ def _has_thread_multiple() -> bool:
 
 @contextlib.contextmanager
 def _report_slow_start(*, quiet: bool) -> Iterator[None]:
-    """Rank 0: if MPI takes long to start, which it does for ever over a wrong network interface, lines say so.
+    """Rank 0: if MPI takes long to start, which it does for ever over a wrong network interface, lines say so, and the run
+    ends after HOPELESS_START_S.
 
     MPI holds Python's lock meanwhile, so a process of its own waits for us.
     """
@@ -122,7 +136,8 @@ def _report_slow_start(*, quiet: bool) -> Iterator[None]:
 
 
 def _say_what_is_awaited(started: int, others: int, *, quiet: bool) -> None:
-    """Until the pipe `started` ends: that other ranks are awaited, and later what may be wrong."""
+    """Until the pipe `started` ends: that other ranks are awaited, and later what may be wrong; at last end rank 0, and with
+    it the run."""
     if select.select([started], [], [], WAIT_REPORT_S)[0]:
         return
     if others and not quiet:
@@ -135,3 +150,7 @@ def _say_what_is_awaited(started: int, others: int, *, quiet: bool) -> None:
         "interface in use? To find out: python -m tpimpi doctor --hostfile FILE\n"
     )
     os.write(2, line.encode())
+    if select.select([started], [], [], HOPELESS_START_S - SLOW_START_S)[0]:
+        return
+    os.write(2, f"tpimpi: MPI has not started for {HOPELESS_START_S:.0f} s; the run ends here\n".encode())
+    os.kill(os.getppid(), signal.SIGKILL)  # it is inside MPI, where no other signal reaches it

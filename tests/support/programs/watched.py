@@ -22,6 +22,9 @@ def main() -> None:
     if KIND == "late":
         start_module.WAIT_REPORT_S, start_module.SLOW_START_S = 0.3, 0.5
         time.sleep(2.0 * (rank == 1))
+    if KIND == "never":
+        start_module.WAIT_REPORT_S, start_module.SLOW_START_S, start_module.HOPELESS_START_S = 0.3, 0.5, 1.0
+        time.sleep(600 * (rank == 1))
     heartbeat_module.SLOW_RANK_S = 1.0
     star = connect()
     if star.rank.is_hub:
