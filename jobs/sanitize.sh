@@ -37,4 +37,5 @@ run=(env LD_PRELOAD="$sanitizer" PYTHONMALLOC=malloc TPIMPI_CASES="'$folder/case
   exit 1
 }
 # Pytest would else swallow the report of a process that ends.
-part "sanitize: tests" "${run[@]}" -m pytest --capture=sys -p no:cacheprovider tests/compute/test_kernels.py tests/compute/test_native.py
+part "sanitize: tests" "${run[@]}" -m pytest --capture=sys -p no:cacheprovider tests/compute/test_kernels.py tests/compute/test_native.py \
+  tests/compute/test_native_hostile.py

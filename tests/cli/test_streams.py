@@ -17,7 +17,7 @@ from tests.support.launch import Launcher, run_command
 from tests.support.messages import assert_one_line
 from tests.support.ranks import Ranks
 from tests.support.terminal import terminal
-from tpimpi.system.launcher import launched_size
+from tpimpi.system.launcher import all_on_this_host, launched_size
 
 
 def slicing(model: Path, out: Path, *options: str) -> list[str]:
@@ -203,6 +203,27 @@ def test_how_many_ranks_there_are_is_for_their_own_launcher_to_say(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert launched_size() == size
+
+
+@pytest.mark.parametrize(
+    ("variables", "here"),
+    [
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, False),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "1"}, True),
+        # hydra, from a shell that another launcher started on one host
+        ({"PMI_SIZE": "3", "MPI_LOCALNRANKS": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "3"}, False),
+        ({"PMI_SIZE": "3"}, None),
+    ],
+)
+def test_where_variables_of_launchers_disagree_a_rank_is_on_another_host(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], here: bool | None
+) -> None:
+    for name in [name for name in os.environ if name.startswith(("OMPI_", "PMI_", "PALS_", "SLURM_", "MPI_LOCAL"))]:
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert all_on_this_host() is here
 
 
 def test_at_a_terminal_it_shows_a_prompt_streams_and_ends_with_ctrl_d(mpirun: Launcher, cache, smollm2: Path) -> None:

@@ -20,7 +20,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from tests.support.launch import Result
 from tests.support.messages import assert_one_line
 from tpimpi.diagnostics.doctor.host_findings import HostChecks
+from tpimpi.diagnostics.doctor.hosts import tell
 from tpimpi.diagnostics.doctor.keys import check_keys
+from tpimpi.diagnostics.doctor.ssh import local_facts
 from tpimpi.errors import InputError, StorageError
 from tpimpi.system.hostfile import Host
 from tpimpi.system.link_keys import encode_keys, find_keys, make_keys, put_keys, read_keys, write_keys
@@ -232,6 +234,37 @@ def test_what_is_said_of_keys(tmp_path: Path) -> None:
         "note of 2026-02-02, 366 days old; for new ones type: "
     )
     assert said(host("a", tmp_path / "nowhere")) == [[]], "one host needs none"
+
+
+@pytest.mark.parametrize("made", ["last week", "", "9" * 5000], ids=len)
+def test_a_host_that_says_no_day_is_one_that_is_wrong(tmp_path: Path, made: str) -> None:
+    """It may be in strange hands, and its own program another one."""
+    ours = make_keys(["a", "b"], DAY)
+    for name in ours:
+        write_keys(ours[name], tmp_path / name)
+    a, b = (host(name, tmp_path / name, here=name == "a") for name in ours)
+    b.facts["keys"]["made"] = made
+    (good,), (bad,) = said(a, b)
+    assert good.startswith("ok")
+    assert bad.startswith("wrong made on no day: ") and len(bad) < 200
+
+
+def test_a_terminal_obeys_nothing_that_a_host_says(capsys: pytest.CaptureFixture[str]) -> None:
+    one = HostChecks(Host("a", "a"), here=False, facts={})
+    one.add("keys", "wrong", "in \x1b[2J\x9b2J/home\nok  all is well")
+    tell("home.txt", local_facts(), [one])
+    out = capsys.readouterr().out
+    assert "in \\x1b[2J\\x9b2J/home ok all is well\n" in out
+    assert not [c for c in out if c != "\n" and not c.isprintable()]
+
+
+def test_a_pipe_in_the_place_of_the_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "keys", 0o600)
+    found: list[str] = []
+    looking = threading.Thread(target=lambda: found.append(find_keys(tmp_path / "keys").problem), daemon=True)
+    looking.start()
+    looking.join(10)
+    assert found and "is no file; remove it" in found[0]
 
 
 def test_a_file_that_cannot_be_used_is_found(tmp_path: Path) -> None:

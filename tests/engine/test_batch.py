@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from tests.support.drawn import examples
 from tpimpi.engine.batch import PADDED_WORDS, pack_rows, unpack_rows
+from tpimpi.engine.protocol import batch
 from tpimpi.errors import StarError
-from tpimpi.models.kv.cache import PAGE
+from tpimpi.models.kv.cache import PAGE, StepRows
 from tpimpi.models.kv.pages import PageAccount, SequencePages, rows_of
 
 
@@ -65,3 +66,35 @@ def test_what_makes_no_sense_is_refused() -> None:
     refused("page that is not there", 9, -2)
     refused("row that has no page", 9, -1)
     refused("2147483647 rows", 0, 2**31 - 1)
+
+
+class Recorded:
+    """A star whose control messages are kept, and a model that computes nothing."""
+
+    choices = 0
+    sealed = "sealed"
+    auditor = None
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+    def send_words(self, words: np.ndarray) -> None:
+        self.lengths.append(len(words))
+
+    def pad_rows(self, pad: bool) -> None: ...
+
+    def broadcast(self, x: np.ndarray) -> None: ...
+
+    def step(self, x: np.ndarray, rows: StepRows, *, head: bool, watch: None) -> np.ndarray:
+        return x
+
+
+def test_over_sealed_links_no_step_of_an_answer_tells_where_it_is_in_its_pages() -> None:
+    """Where its message grew with each second page, the step at which it did would tell how long the prompt was."""
+    run = Recorded()
+    sequence = SequencePages(PageAccount([64, 64], [1, 1], 1000))
+    for length in range(1, 10 * PAGE):
+        assert sequence.grow(length)
+        rows = rows_of([sequence], [(length - 1, 1)])
+        batch(run, run, np.zeros((1, 4), np.float32), rows)  # type: ignore[arg-type]
+    assert len(set(run.lengths)) == 1

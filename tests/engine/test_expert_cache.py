@@ -19,10 +19,11 @@ from tpimpi.engine.expert_cache import ExpertCache
 from tpimpi.errors import SliceError
 from tpimpi.system.buffers import Bytes
 from tpimpi.weights.make import choose_formats, slice_model
-from tpimpi.weights.slices.file import SliceFile, Tile
+from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.layout import Record, experts_dataset
 from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import make_partition
+from tpimpi.weights.slices.tile import Tile
 from tpimpi.weights.sources import open_source
 
 LAYERS, EXPERTS = (0, 2), 8  # of the tiny model, whose layer 1 is dense

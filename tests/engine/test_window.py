@@ -25,9 +25,10 @@ from tpimpi.engine.window import Window
 from tpimpi.errors import InputError, SliceError
 from tpimpi.models.blocks import HEAD, Block
 from tpimpi.weights.make import choose_formats, slice_model
-from tpimpi.weights.slices.file import SliceFile, Tile
+from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import make_partition
+from tpimpi.weights.slices.tile import Tile
 from tpimpi.weights.sources import open_source
 
 

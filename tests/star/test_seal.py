@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from tests.support.launch import PROGRAMS, Launcher
+from tpimpi.errors import StarError
+from tpimpi.star import seal as seal_module
 from tpimpi.star.seal import AES, CHACHA, LinkSecrets, Seal, UnsealError
+from tpimpi.star.secure import _hear, _Said
 from tpimpi.star.start import seal_given
 from tpimpi.system.link_keys import LinkKeys, make_keys, write_keys
 
@@ -61,6 +64,45 @@ def test_messages_open_once_in_order_with_their_tag_at_their_end(cipher: str) ->
         changed = frames[1].copy()
         changed[place] ^= 0x80
         assert not opens(rank, 0, 3, 1, changed)
+
+
+def test_no_nonce_comes_twice_where_two_threads_send_for_the_first_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both find no counts of the peer yet: what one has counted is not forgotten for the other's."""
+    hub, frames = _ends(AES)[0], []
+    make, others = seal_module.array, [lambda: frames.append(_sealed(hub, 1, 3, b"the same"))]
+
+    def make_while_another_sends(*arguments):
+        if others:
+            others.pop()()
+        return make(*arguments)
+
+    monkeypatch.setattr(seal_module, "array", make_while_another_sends)
+    _sealed(hub, 1, 4, b"of another sum")
+    frames.append(_sealed(hub, 1, 3, b"the same"))
+    assert frames[0].tobytes() != frames[1].tobytes()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"",
+        b"[]",
+        b'{"host": 1}',
+        b'{"host": "\xff"}',
+        b'{"more": ' + b"[" * 100_000,
+        b'{"protocol": ' + b"9" * 5000 + b"}",
+    ],
+    ids=lambda message: message[:12].decode(errors="replace"),
+)
+def test_what_is_no_message_of_a_handshake_is_an_error_of_ours(message: bytes) -> None:
+    class Taken:
+        name = staticmethod("rank {}".format)
+
+        def take(self, *_: object) -> np.ndarray:
+            return np.frombuffer(message, np.uint8)
+
+    with pytest.raises(StarError, match=r"^rank 1 sent a handshake that makes no sense"):
+        _hear(Taken(), 1, _Said)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -179,11 +221,15 @@ def test_a_message_that_is_cut_is_an_error(said) -> None:
     assert re.match(r"StarError: (rank 1|r1 \S+) sent 252 bytes where 272 were due", said[0]["cut"]), said[0]["cut"]
 
 
+def test_a_handshake_of_any_length_is_not_taken(said) -> None:
+    assert said[0]["long handshake"] == "StarError: rank 1 sent 2097160 bytes where 1048576 at most were due"
+
+
 def test_a_message_that_is_left_out_is_missed_within_seconds(home: Path, mpirun: Launcher) -> None:
     result = mpirun(RANKS, SEALED, str(home), "drop", timeout=60)
     assert result.code != 0
     assert "not noticed" not in result.out
-    assert re.search(r"a message from r1 \S+ to r0 \S+ was lost: \d+ were sent, and \d+ came", result.err), result.err
+    assert re.search(r"r0 \S+: a message from r1 \S+ was lost: \d+ were sent, and \d+ came", result.err), result.err
 
 
 def test_a_sealed_run_says_the_same_as_a_plain_one(

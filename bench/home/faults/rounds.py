@@ -69,12 +69,7 @@ def try_once(kind: str, home: Home, mpi: str, rank: int, silence: float, whole: 
             if case.named(line, rank):
                 outcome.message_s, outcome.line = max(0.0, moment - broken), line
                 break
-        end = time.monotonic() + LEAVE_TIMEOUT_S
-        while left := [f"r{r} {c}" for r in range(RANKS) for c in tpimpi_processes(home, r).values()]:
-            if time.monotonic() > end:
-                break
-            time.sleep(0.1)
-        outcome.left = left
+        outcome.left = left_after_all(home, RANKS)
         outcome.wrong = outcome.wrong or _wrong(outcome, case, kind, screen, whole)
         if outcome.wrong:
             outcome.line += " | " + " / ".join(line for _, line in (*screen.lines[-8:], *printed[-4:]))
@@ -83,14 +78,30 @@ def try_once(kind: str, home: Home, mpi: str, rank: int, silence: float, whole: 
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
-        for device in range(RANKS):
-            for pid in home.pids(device) if outcome.left or outcome.wrong else ():
-                with contextlib.suppress(OSError):
-                    command = Path(f"/proc/{pid}/cmdline").read_bytes()
-                    if b"-m\0tpimpi" in command or b"/prted\0" in command or b"hydra_pmi_proxy\0" in command:
-                        os.kill(pid, signal.SIGKILL)
+        if outcome.left or outcome.wrong:
+            end_what_is_left(home, RANKS)
         case.mend(rank)
     return outcome
+
+
+def left_after_all(home: Home, ranks: int) -> list[str]:
+    """The processes of tpimpi that are still on the first devices after LEAVE_TIMEOUT_S."""
+    end = time.monotonic() + LEAVE_TIMEOUT_S
+    while left := [f"r{rank} {line}" for rank in range(ranks) for line in tpimpi_processes(home, rank).values()]:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.1)
+    return left
+
+
+def end_what_is_left(home: Home, ranks: int) -> None:
+    """Kill what a run has left on the first devices, so that the next one meets none of it."""
+    for device in range(ranks):
+        for pid in home.pids(device):
+            with contextlib.suppress(OSError):
+                command = Path(f"/proc/{pid}/cmdline").read_bytes()
+                if b"-m\0tpimpi" in command or b"/prted\0" in command or b"hydra_pmi_proxy\0" in command:
+                    os.kill(pid, signal.SIGKILL)
 
 
 def _wrong(outcome: Outcome, case: Case, kind: str, screen: Screen, whole: str) -> str:
@@ -102,12 +113,15 @@ def _wrong(outcome: Outcome, case: Case, kind: str, screen: Screen, whole: str) 
         return f"named after {outcome.message_s:.1f} s"
     if outcome.left:
         return f"{len(outcome.left)} processes left"
-    text = re.split(r"\n?(?:=|-){20}", screen.text.replace("> ", ""))[0].strip(
-        "\n"
-    )  # the launcher's banner comes behind
+    text = answer_of(screen)
     if case.prompt == PROMPT and kind != "full-disk" and not whole.startswith(text[: len(whole)]):
         return f"printed {text[-60:]!r}, which is not in the undisturbed answer"
     return ""
+
+
+def answer_of(screen: Screen) -> str:
+    """What was printed of the answer; the launcher's banner comes behind it."""
+    return re.split(r"\n?(?:=|-){20}", screen.text.replace("> ", ""))[0].strip("\n")
 
 
 @contextlib.contextmanager

@@ -124,13 +124,14 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """All options of a run."""
+    """All options of a run. `audit` is the part of the steps that are audited, None for auto, 0 for off."""
 
     model: ModelOptions
     compute: ComputeOptions
     network: NetworkOptions
     generate: GenerateOptions
     output: OutputOptions
+    audit: float | None = None
 
 
 @dataclass(frozen=True)

@@ -59,11 +59,12 @@ def prepare(
     trace: bool = False,
     draft: int | None = 0,
     keep_cache: str | None = None,
+    audit: float | None = 0.0,
 ) -> EngineConfig:
     """Rank 0: choose the allreduce and the partition, make the slices that are not there, and say how to use them.
 
-    `context` is how many positions the user wants room for, None where nothing is said; see EngineConfig for `draft` and
-    `keep_cache`.
+    `context` is how many positions the user wants room for, None where nothing is said; see EngineConfig for `draft`,
+    `keep_cache` and `audit`.
     """
     if model.slices is None:
         with open_source(model_path(model.model)) as source:
@@ -98,6 +99,7 @@ def prepare(
         predict=compute.predict,
         draft=draft,
         keep_cache=keep_cache,
+        audit=audit,
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from tpimpi.cli import remarks
 from tpimpi.cli.answers import show_answer
+from tpimpi.cli.audit import open_tile_copies, settle_audit
 from tpimpi.cli.options import DROP, GenerateOptions, OutputOptions, RunOptions, SamplingOptions
 from tpimpi.cli.prepare import prepare, say_what_slows
 from tpimpi.cli.process import Job, leave_on_signals, say
@@ -149,9 +150,18 @@ def open_engine(
         trace=options.output.trace is not None,
         draft=draft,
         keep_cache=options.generate.keep_cache,
+        audit=settle_audit(options, ranks),
     )
     release_freed_memory()  # of the model's file
-    return startup.open_engines(star, replace(config, together=together))
+    engine = startup.open_engines(star, replace(config, together=together))
+    try:
+        remark = open_tile_copies(engine, options)
+    except BaseException:
+        engine.close()
+        raise
+    if not quiet:
+        say(remark)
+    return engine
 
 
 # What the options mean

@@ -65,6 +65,7 @@ def parse_run(arguments: Sequence[str]) -> RunOptions:
         network=parsed_into(NetworkOptions, parsed),
         generate=generate,
         output=parsed_into(OutputOptions, parsed),
+        audit=parsed.audit,
     )
     _check_generate(generate, options.output)
     _check_batch(generate, options.output)

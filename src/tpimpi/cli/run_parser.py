@@ -17,6 +17,7 @@ from tpimpi.cli.values import (
     AUTO,
     MOST_THREADS,
     OFF,
+    audit_rate,
     draft_length,
     given_model,
     memory_limit,
@@ -68,6 +69,7 @@ def run_parser() -> argparse.ArgumentParser:
     _add_prompt(parser)
     _add_answer(parser)
     add_computing(parser)
+    add_audit(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--quiet", action="store_true", help="only the text, and errors")
     group.add_argument(
@@ -157,7 +159,7 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
         type=path_given("--keep-cache", "the name of a folder"),
         metavar="DIR",
         help="with --session: at the end every rank keeps its keys and values of the conversation in this folder on its own "
-        "disk, encrypted, and the next run goes on without computing it again (needs cryptography)",
+        "disk, encrypted, and the next run goes on without computing it again",
     )
     group.add_argument(
         "--system",
@@ -277,6 +279,19 @@ def add_speculate(group: argparse._ArgumentGroup) -> None:
         f"token: auto (default: as many as pay by what passes take), off, or N, 1 to {LONGEST_DRAFT}, where one is found",
     )
     offer(speculate, (AUTO, OFF))
+
+
+def add_audit(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("trust")
+    audit = group.add_argument(
+        "--audit",
+        type=audit_rate,
+        metavar="RATE",
+        help="check what other ranks compute: in this part of the steps, 0.01 say, at random and unannounced, a row of a "
+        "sum is computed again and compared; what is wrong ends the run (default auto: where a rank is on another host, as "
+        "many as take 0.5 %% of the time; else off)",
+    )
+    offer(audit, (AUTO, OFF))
 
 
 def add_kernels(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:

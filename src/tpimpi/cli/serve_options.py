@@ -17,7 +17,15 @@ from tpimpi.cli.options import (
 )
 from tpimpi.cli.parser import Parser
 from tpimpi.cli.run_options import check_combinations, parsed_into
-from tpimpi.cli.run_parser import add_computing, add_context, add_model, add_parallel, add_speculate, add_template
+from tpimpi.cli.run_parser import (
+    add_audit,
+    add_computing,
+    add_context,
+    add_model,
+    add_parallel,
+    add_speculate,
+    add_template,
+)
 from tpimpi.cli.values import path_given, seconds, whole_number
 from tpimpi.errors import InputError
 from tpimpi.serving.server.front_options import (
@@ -76,6 +84,7 @@ def serve_parser() -> argparse.ArgumentParser:
     add_speculate(group)
     add_model(parser)
     add_computing(parser)
+    add_audit(parser)
     parser.add_argument("--quiet", action="store_true", help="only where it listens, and errors")
     parser.add_argument("--front", help=argparse.SUPPRESS)  # what `up` gives it
     return parser
@@ -142,6 +151,7 @@ def parse_serve(arguments: Sequence[str]) -> ServeOptions:
         network=parsed_into(NetworkOptions, parsed),
         generate=generate,
         output=OutputOptions(quiet=parsed.quiet),
+        audit=parsed.audit,
     )
     check_combinations(run.compute, run.network, run.model)
     names = ("host", "port", "api_key_file", "tls_cert", "tls_key", "grace", "queue", "time_limit", "front")

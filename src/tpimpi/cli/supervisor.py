@@ -40,7 +40,7 @@ WAKE_S = 90.0  # a machine may take so long to wake
 WAKE_LOOK_S = 5.0
 
 # A line with which a rank ends a run: of itself, or rank 0's of another; and Open MPI's of a process that is gone.
-_ENDING = re.compile(r"^r(?P<by>\d+) [^:]+: (?:r(?P<of>\d+) )?|process rank (?P<gone>\d+) ")
+_ENDING = re.compile(r"^r(?P<by>\d+) [^:]+: (?:(?P<audit>audit: .*?)?\br(?P<of>\d+) )?|process rank (?P<gone>\d+) ")
 
 _UNREACHED = re.compile(r"^\s*Remote host:\s+(\S+)")  # Open MPI's, of one on which its daemon did not come up
 _GOES_ON = ("goes on", "slow, not gone")  # of a rank that was waited for
@@ -55,6 +55,7 @@ class RunUnderMpirun:
     came_at: float | None = None  # time.monotonic() when rank 0 was ready
     gone_at: float | None = None  # time.monotonic() when rank 0 was gone
     blamed: int | None = None
+    computes_wrongly: bool = False  # that rank, as an audit has found
     unreached: set[str] = field(default_factory=set)  # hosts on which the launcher could start nothing
     relay: threading.Thread = field(init=False)
 
@@ -73,6 +74,7 @@ class RunUnderMpirun:
                 self.unreached.add(match[1])
             elif (match := _ENDING.search(line)) is not None and not line.rstrip().endswith(_GOES_ON):
                 self.blamed = int(match["of"] or match["by"] or match["gone"])
+                self.computes_wrongly = match["audit"] is not None
 
     @property
     def came(self) -> bool:
@@ -235,12 +237,13 @@ class Supervisor:
                 return found
 
     def _blame(self, run: RunUnderMpirun) -> None:
-        """Leave out the host that a run ended for, if it ended before it began, or not for the first time."""
+        """Leave out the host that a run ended for, if it ended before it began, or not for the first time, or computes
+        wrongly."""
         now, left_out = time.monotonic(), run.unreached_hosts
         if (host := run.blamed_host) is not None:
             again = now - self._blamed.get(host.name, -BLAMED_AGAIN_S) < BLAMED_AGAIN_S
             self._blamed[host.name] = now
-            if again or not run.came:
+            if again or not run.came or run.computes_wrongly:
                 left_out.append(host)
         for host in left_out:
             self._left_out[host.name] = now + LEFT_OUT_S

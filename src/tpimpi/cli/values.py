@@ -21,8 +21,9 @@ from tpimpi.system.units import parse_size
 
 MOST_THREADS = 1024
 MOST_RANKS = 4096
-AUTO = "auto"  # of --shares: those that are predicted to be fastest; of --speculate: as many tokens as pay
-OFF = "off"  # of --speculate
+# Of --shares: those that are predicted to be fastest; of --speculate: as many tokens as pay; of --audit: what costs little.
+AUTO = "auto"
+OFF = "off"  # of --speculate and --audit
 TEXT_FILE_BYTES = MOST_LINE_BYTES  # the most that is read of a prompt file, or of a text that is measured
 
 
@@ -134,6 +135,19 @@ def draft_length(text: str) -> int | None:
             f"--speculate is {shorten(text)!r}, must be auto, off, or a number of tokens, 1 to {LONGEST_DRAFT}"
         )
     return int(text)
+
+
+def audit_rate(text: str) -> float | None:
+    """The meaning of `--audit`: the part of the steps that are audited, 0 for off, None for auto."""
+    if text in (AUTO, OFF):
+        return None if text == AUTO else 0.0
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate <= 1:
+        raise InputError(f"--audit is {shorten(text)!r}, must be auto, off, or a part of the steps, over 0 to 1")
+    return rate
 
 
 def memory_limit(text: str) -> MemoryLimit:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from tpimpi.errors import printable
 from tpimpi.system.terminal import print_table
 from tpimpi.system.units import show_size
 from tpimpi.weights.cache import CachedSlices
@@ -28,11 +29,7 @@ def print_cache(folder: Path, found: Sequence[CachedSlices]) -> None:
         here = f"{slices.slices} of {slices.ranks}" if slices.ranks else "unfinished" if not slices.slices else "broken"
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(slices.last_used))
         table.add_row(
-            *(_printable(text) for text in (slices.name, slices.model, here, slices.shares, slices.format)),
+            *(printable(text) for text in (slices.name, slices.model, here, slices.shares, slices.format)),
             *(show_size(slices.nbytes), when),
         )
     print_table(table, 160)
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

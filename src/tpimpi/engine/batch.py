@@ -14,9 +14,9 @@ from tpimpi.errors import StarError
 from tpimpi.models.kv.cache import KINDS, PAGE, StepRows
 from tpimpi.star import Words
 
-PADDED_WORDS = (
-    64  # of a prompt, over sealed links, the words are a multiple of so many, so that they do not tell its length
-)
+# Over sealed links the words are a multiple of so many: they would tell how long a prompt is, and later, by the step of an
+# answer at which a page is added, its exact length.
+PADDED_WORDS = 64
 _HEAD = 2 + len(KINDS)  # numbers before the rows
 
 

@@ -29,6 +29,7 @@ from tpimpi.engine.window import Window
 from tpimpi.errors import InputError, SliceError
 from tpimpi.star import Rank, Star
 from tpimpi.weights.cache import mark_used
+from tpimpi.weights.copies import BUILD_BYTES, TileCopies
 from tpimpi.weights.locations import SliceLocation
 from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.header import Header
@@ -67,6 +68,7 @@ class EngineConfig:
     kernels: str = "auto"  # or one of KERNEL_LEVELS
     draft: int | None = 0  # tokens of a draft at most, of which rank 0 has all logits; None: as many as memory says
     keep_cache: str | None = None  # the folder where each rank keeps a session's keys and values between runs
+    audit: float | None = 0.0  # the part of the steps of which a sum is audited; None: as many as take little time
     together: int = 1  # sequences that are answered at once: rank 0 has the logits of so many positions
 
     def slice_path(self, rank: int, ranks: int) -> Path:
@@ -112,6 +114,7 @@ class OpenedEngine:
                 self.page_files = PageFiles.open(settings.keep_cache, star.rank.index, identity(self.header))
             # Positions of a prompt that are computed at once; rank 0 may say another number before memory is planned.
             self.chunk = settings.chunk or usual_chunk(self.header.config)
+            self.copies: TileCopies | None = None  # rank 0: of other ranks' tiles, to audit what they compute
         except BaseException:
             self.file.close()
             raise
@@ -147,7 +150,19 @@ class OpenedEngine:
         )
         if self.star.rank.is_hub and together > 1:
             needs = replace(needs, work=needs.work + together * SEQUENCE_BYTES)
-        return needs
+        return replace(needs, work=needs.work + self._audit_bytes())
+
+    def _audit_bytes(self) -> int:
+        """Memory of an audit: a tile that is not pinned, or on rank 0 a copy of another rank's."""
+        if not self.audits or (self.star.rank.is_hub and self.copies is None):
+            return 0
+        largest = max((record.nbytes for record in (*self.records, *self.experts.values())), default=0)
+        return largest + (BUILD_BYTES if self.star.rank.is_hub else 0)
+
+    @property
+    def audits(self) -> bool:
+        """Whether sums are audited."""
+        return self.settings.audit != 0 and self.star.rank.size > 1
 
     def open_experts(self, *, nbytes: int | None, reads: int) -> ExpertCache:
         """The cache of the experts that there are; see ExpertCache for the parameters."""
@@ -179,10 +194,16 @@ class OpenedEngine:
             chunk=self.chunk,
             predict=config.experts_per_token if self.settings.predict is None else self.settings.predict,
         )
+        if self.audits and self.star.rank.is_hub:
+            from tpimpi.engine.auditor import Auditor  # which other ranks do without
+
+            model.auditor = Auditor(model, self.header, self.copies, self.settings.audit)
         return Engine(self, window, experts, model)
 
     def close(self) -> None:
         self.file.close()
+        if self.copies is not None:
+            self.copies.close()
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from tpimpi.engine.eviction import ExpertKey, Policy, Stalest
 from tpimpi.engine.figures import ExpertFigures
 from tpimpi.engine.trace import READ, WAIT, Recorder
 from tpimpi.system.buffers import BufferPool, Bytes
-from tpimpi.weights.slices.file import SliceFile, Tile
+from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.layout import Record
+from tpimpi.weights.slices.tile import Tile
 
 JOIN_TIMEOUT_S = 2.0  # a reader that waits for a disk which stalls is left behind
 

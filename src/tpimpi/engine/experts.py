@@ -110,6 +110,15 @@ class Experts:
     def route(self, h: F32, layer: int, position: I32) -> Routed:
         """The choice for the normed vectors `h` [n, hidden] of a layer, at `position` [n]; what is chosen is read from now
         on. Raises TpimpiError where they are not finite."""
+        routed = self.chosen(h, layer, position)
+        self._choices.update(routed.experts.tobytes())
+        if self._recorded is not None:
+            self._recorded.setdefault(layer, []).append(routed.experts.astype(np.uint16))
+        self.cache.begin(layer, np.unique(routed.experts).tolist())
+        return routed
+
+    def chosen(self, h: F32, layer: int, position: I32) -> Routed:
+        """As `route`, and nothing is read or counted."""
         spec = self.config.router(layer)
         assert spec is not None, f"layer {layer} is dense"
         try:
@@ -121,10 +130,6 @@ class Experts:
             ) from error
         if self._trace is not None:
             experts = self._of_trace(layer, position)
-        self._choices.update(experts.tobytes())
-        if self._recorded is not None:
-            self._recorded.setdefault(layer, []).append(experts.astype(np.uint16))
-        self.cache.begin(layer, np.unique(experts).tolist())
         return Routed(layer, experts, weights)
 
     def add_partial(self, partial: F32, h: F32, routed: Routed) -> None:

@@ -58,6 +58,20 @@ class RankFigures:
 
 
 @dataclass(frozen=True)
+class AuditFigures:
+    """What was audited: of `steps` sums of so many were (`audits`), and so many `tiles` were computed by rank 0 itself,
+    `against` what. `rate` is what --audit says, None for auto. `seconds` went into audits, `step_seconds` into the steps."""
+
+    rate: float | None
+    steps: int
+    audits: int
+    tiles: int
+    seconds: float
+    step_seconds: float
+    against: str
+
+
+@dataclass(frozen=True)
 class LiveFigures:
     """What a rank says of itself while the run goes on: memory now, and totals since its start."""
 

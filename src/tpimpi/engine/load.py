@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tpimpi.system.buffers import Bytes
 from tpimpi.system.direct_io import Extent
-from tpimpi.weights.slices.file import Tile
+from tpimpi.weights.slices.tile import Tile
 
 
 @dataclass(eq=False)

@@ -9,30 +9,32 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tpimpi.compute.arrays import F32, I32, Array
 from tpimpi.compute.backends import Backend
-from tpimpi.compute.kv import KVPages, Rows
 from tpimpi.engine.experts import Experts, Routed
 from tpimpi.engine.needs import kv_shape_of
 from tpimpi.engine.overlap import DENSE_CHUNK, HalfChunk, Need, Steps, go_through_blocks, half_chunks
+from tpimpi.engine.partials import Partials, StepState
 from tpimpi.engine.trace import COMPUTE, STAR, Recorder
+from tpimpi.engine.watch import Watch
 from tpimpi.engine.window import Window
 from tpimpi.models.blocks import HEAD, Block, layer_blocks
 from tpimpi.models.kv.cache import FULL, KINDS, WINDOWED, KVCache, StepRows, pages_of
 from tpimpi.models.kv.pages import NO_PAGE, first_seen
 from tpimpi.models.layer_spec import Rope
-from tpimpi.models.layers.attention import QKNorm, attention_partial
 from tpimpi.models.layers.head import head_logits, scaled_logits
-from tpimpi.models.layers.mlp import mlp_partial
 from tpimpi.models.layers.norms import pre_norm
-from tpimpi.models.layers.projections import Projections, TileHeads
+from tpimpi.models.layers.projections import Projections
 from tpimpi.models.layers.rope import Angles, angles, rope_frequencies
 from tpimpi.star import Star
-from tpimpi.weights.slices.file import Tile
 from tpimpi.weights.slices.header import Header
+
+if TYPE_CHECKING:
+    from tpimpi.engine.auditor import Auditor
 
 KV_RESERVES = 16  # steps in which pages take the memory that they may have
 _NOT_RECORDED = contextlib.nullcontext()
@@ -79,9 +81,11 @@ class Model:
         self.context = 0  # positions that the sequence may have
         self.experts, self.chunk, self._predict = experts, chunk, predict
         self.compute_seconds = 0.0
+        self.auditor: Auditor | None = None  # rank 0's, where there is one
         self._make_room, self.recorder = make_room, recorder
-        self._blocks = [block for block in block_order(header) if block != HEAD]
-        self._layers = [self.config.layer(index) for index in range(self.config.layers)]
+        self.blocks = [block for block in block_order(header) if block != HEAD]
+        layers = [self.config.layer(index) for index in range(self.config.layers)]
+        self.partials = Partials(header, layers, resident, backend)
         self._frequencies: dict[Rope, F32] = {}
 
     @property
@@ -184,24 +188,29 @@ class Model:
         return all(np.array_equal(ropes[rope], others[rope]) for rope in ropes)
 
     def _frequencies_for(self, context: int) -> dict[Rope, F32]:
-        ropes = {spec.rope for spec in self._layers if spec.rope is not None}
+        ropes = {spec.rope for spec in self.partials.layers if spec.rope is not None}
         return {rope: rope_frequencies(rope, context) for rope in ropes}
 
-    def forward(self, x: F32, start: int, *, head: bool = True) -> F32:
+    def forward(self, x: F32, start: int, *, head: bool = True, watch: Watch | None = None) -> F32:
         """As `step`, of the one sequence, at positions from `start`."""
         assert self._tables is not None, "forward before begin"
         if self.kv_shape.ring is not None:
             self._first_held = max(self._first_held, pages_of(start + x.shape[0]) - self.kv_shape.ring)
             assert first_seen(start, self._window) >= self._first_held, "a row would see pages that are not there"
-        hidden = self.step(x, StepRows.of_one(start, x.shape[0], self._tables), head=head)
+        hidden = self.step(x, self.rows_of_one(start, x.shape[0]), head=head, watch=watch)
         self.length = start + x.shape[0]
         return hidden
 
-    def step(self, x: F32, rows: StepRows, *, head: bool = True) -> F32:
+    def rows_of_one(self, start: int, n: int) -> StepRows:
+        """n positions of the one sequence, from `start` on."""
+        assert self._tables is not None, "forward before begin"
+        return StepRows.of_one(start, n, self._tables)
+
+    def step(self, x: F32, rows: StepRows, *, head: bool = True, watch: Watch | None = None) -> F32:
         """Run hidden vectors `x` [n, hidden] of n rows, the same on every rank, through all layers.
 
         Returns the hidden vectors after the last layer, [n, hidden], the same bits on every rank. Unless `head`, their
-        logits will not be asked for.
+        logits will not be asked for. `watch` keeps what will be audited (rank 0).
         """
         assert self.cache is not None, "a step before begin"
         self.cache.note_written(rows)
@@ -209,122 +218,82 @@ class Model:
             self._reserve()
         if not head:
             self.window.skip(HEAD)
-        x = x.copy()
-        # A half would read experts that the other half wants too.
-        runs = half_chunks(x.shape[0], self.star.rank.size if self.experts is None else 1)
+        self.window.raise_damage()
+        x, runs = x.copy(), self._runs(x.shape[0])
         with self._computing():
-            halves = [HalfChunk(self._through_layers(x[run], rows[run], len(runs) > 1)) for run in runs]
-            go_through_blocks(self._blocks, self.window, halves)
+            watches = [None if watch is None else watch.of_run(run) for run in runs]
+            ways = [
+                self._through_layers(x[run], rows[run], len(runs) > 1, of_run)
+                for run, of_run in zip(runs, watches, strict=True)
+            ]
+            go_through_blocks(self.blocks, self.window, [HalfChunk(way) for way in ways])
         return x
 
-    def _through_layers(self, x: F32, rows: StepRows, overlapped: bool) -> Steps:
+    def _runs(self, rows: int) -> list[slice]:
+        """The runs of so many rows that go through the layers by themselves."""
+        # A half would read experts that the other half wants too.
+        return half_chunks(rows, self.star.rank.size if self.experts is None else 1)
+
+    def rows_of_sum(self, rows: int, row: int) -> int:
+        """How many rows there are in a sum that has this row of a step of so many."""
+        return next(run.stop - run.start for run in self._runs(rows) if run.start <= row < run.stop)
+
+    def _through_layers(self, x: F32, rows: StepRows, overlapped: bool, watch: Watch | None) -> Steps:
         """Take `x` [n, hidden] of these rows through all layers, in place.
 
-        See overlap.py for the `yield`s: each lets the other half of the chunk go on where it is `overlapped`.
+        See overlap.py for the `yield`s: each lets the other half of the chunk go on where it is `overlapped`. `watch` is of
+        a sum that will be audited (rank 0).
         """
-        rotary, of_kind = self._angles(rows.position), [rows.of(kind) for kind in KINDS]
+        step = self.state_of(rows)
         h = partial = x
         projections = None
-        for place, block in enumerate(self._blocks):
-            spec = self._layers[block.layer]
+        for place, block in enumerate(self.blocks):
+            spec = self.partials.layers[block.layer]
             if self.experts is not None and block.kind != "mlp":
                 self.experts.expect(x, block.layer, rows.position, self._predict)
+            if watch is not None:
+                watch.note(x, place)
             if not (spec.parallel and block.kind == "mlp"):  # which goes on with what its attention read and made
-                h, partial = self._normed(x, block), np.zeros_like(x)
+                h, partial = self.partials.normed(x, block), self.partials.empty(x, block)
             if block.kind == "qkv":  # whose partial is of sums of squares
-                projections, partial = (
-                    Projections(self.backend, self.config.head_dim),
-                    np.zeros((x.shape[0], 2), np.float32),
-                )
+                projections = Projections(self.backend, self.config.head_dim)
             routed = self._routed(h, block, rows.position)
             number = 0
             while (tile := (yield Need.TILE)) is not None:
                 with self._recorded(COMPUTE, place, number):
-                    partial += self._tile_partial(h, tile, of_kind, rotary, projections)
+                    partial += self.partials.of_tile(h, tile, step, projections)
                 number += 1
             if routed is not None and self.experts is not None:
                 with self._recorded(COMPUTE, place, number):
                     self.experts.add_partial(partial, h, routed)
-            self._add_bias(partial, block)
+            self.partials.add_bias(partial, block)
             if spec.parallel and block.kind == "attn":
                 continue
-            total = self.star.start(partial, background=overlapped, exact=block.kind == "qkv")
+            seen = None if watch is None else watch.partials_of(partial, place)
+            total = self.star.start(partial, background=overlapped, exact=block.kind == "qkv", watch=seen)
             yield Need.SUM
             with self._recorded(STAR, place):
                 total.wait()
             if projections is not None and block.kind == "qkv":
-                self._finish(projections, partial, block.layer, of_kind, rotary)
+                self.partials.finish(projections, partial, block.layer, step)
             else:
-                x += self._to_residual(partial, block)
+                x += self.partials.to_residual(partial, block)
 
-    def _normed(self, x: F32, block: Block) -> F32:
-        """What a block reads, [n, hidden]."""
-        spec = self._layers[block.layer]
-        if not spec.pre_norms:
-            return x
-        weight = self.resident["mlp_norm" if block.kind == "mlp" else "attn_norm"][block.layer]
-        if block.kind == "mlp" and spec.router is not None:  # from which experts are chosen, the same on every rank
-            return self.backend.fixed_rms_norm(x, weight, self.config.norm_eps)
-        return pre_norm(self.backend, spec.norm, x, weight, self.config.norm_eps)
+    def state_of(self, rows: StepRows) -> StepState:
+        """What these rows have beside their hidden vectors."""
+        assert self.cache is not None, "a step before begin"
+        of_kind = [rows.of(kind) for kind in KINDS]
+        return StepState(self.cache, self.kv_shape.kinds, of_kind, self._angles(rows.position))
 
     def _routed(self, h: F32, block: Block, position: I32) -> Routed | None:
         """The experts of a block, from its normed vectors `h` [n, hidden] at `position` [n]; None: it has none."""
-        if self.experts is None or block.kind != "mlp" or self._layers[block.layer].router is None:
+        if self.experts is None or block.kind != "mlp" or self.partials.layers[block.layer].router is None:
             return None
         return self.experts.route(h, block.layer, position)
-
-    def _to_residual(self, total: F32, block: Block) -> F32:
-        """What is added to the residual, from a block's sum over all ranks, [n, hidden]: the same bits on every rank."""
-        spec = self._layers[block.layer]
-        if spec.post_norms:
-            weight = self.resident[f"{block.kind}_post_norm"][block.layer]
-            total = self.backend.fixed_rms_norm(total, weight, self.config.norm_eps)
-        return total if spec.residual_scale == 1 else total * np.float32(spec.residual_scale)
 
     def _angles(self, position: I32) -> dict[Rope, Angles]:
         """Rotary angles of these positions, for each rope that the layers have."""
         return {rope: angles(rope, frequencies, position) for rope, frequencies in self._frequencies.items()}
-
-    def _tile_partial(
-        self,
-        h: F32,
-        tile: Tile,
-        of_kind: Sequence[Rows],
-        rotary: Mapping[Rope, Angles],
-        projections: Projections | None,
-    ) -> F32:
-        """What one tile adds to its block: [n, hidden] from `h` [n, hidden], or [n, 2] sums of squares."""
-        record = tile.record
-        if projections is not None and record.block.kind == "qkv":
-            first = -(-self.share.heads.start // (self.config.heads // self.config.kv_heads))
-            counted = (max(record.kv_heads.start, min(first, record.kv_heads.stop)), record.kv_heads.stop)
-            return projections.add(h, tile, TileHeads(record.heads, record.kv_heads, counted))
-        if projections is not None and record.block.kind == "attn":
-            layer = record.block.layer
-            spec = self._layers[layer].attention
-            return projections.attention(tile, record.heads, *self._kv(layer, of_kind), spec, record.q_to_kv)
-        if record.block.kind == "attn":
-            return self._attention(h, tile, of_kind, rotary)
-        of = self._layers[record.block.layer]
-        return mlp_partial(self.backend, h, tile, of.activation, of.activation_limit)
-
-    def _kv(self, layer: int, of_kind: Sequence[Rows]) -> tuple[KVPages, Rows]:
-        """A layer's pages, and the rows with the tables of its kind."""
-        assert self.cache is not None, "a step before begin"
-        return self.cache.of(layer), of_kind[self.kv_shape.kinds[layer]]
-
-    def _finish(
-        self,
-        projections: Projections,
-        squares: F32,
-        layer: int,
-        of_kind: Sequence[Rows],
-        rotary: Mapping[Rope, Angles],
-    ) -> None:
-        rope = self._layers[layer].rope
-        norm = QKNorm(self.resident["q_norm"][layer], self.resident["k_norm"][layer], self.config.norm_eps)
-        turned = None if rope is None else rotary[rope]
-        projections.finish(squares, norm, *self._kv(layer, of_kind), self.share.kv_heads.start, turned)
 
     def logits(self, x: F32) -> F32:
         """Rank 0: final norm and output head of hidden vectors `x` [n, hidden]; returns [n, vocab]."""
@@ -333,38 +302,11 @@ class Model:
             h = pre_norm(self.backend, config.norm, x, self.resident["norm"], config.norm_eps)
             found, done = np.empty((x.shape[0], config.vocab), np.float32), 0
             for number, tile in enumerate(self.window.tiles(HEAD)):
-                with self._recorded(COMPUTE, len(self._blocks), number):
+                with self._recorded(COMPUTE, len(self.blocks), number):
                     of_tile = head_logits(self.backend, h, tile)
                     found[:, done : done + of_tile.shape[1]] = of_tile
                     done += of_tile.shape[1]
             return scaled_logits(found[:, :done], config.logit_scale, config.logit_softcap)
-
-    def _attention(self, h: F32, tile: Tile, of_kind: Sequence[Rows], rotary: Mapping[Rope, Angles]) -> F32:
-        record, layer, config = tile.record, tile.record.block.layer, self.config
-        spec = self._layers[layer]
-        norm = None
-        if config.qk_norm:
-            norm = QKNorm(self.resident["q_norm"][layer], self.resident["k_norm"][layer], config.norm_eps)
-        return attention_partial(
-            self.backend,
-            h,
-            tile,
-            *self._kv(layer, of_kind),
-            spec.attention,
-            record.kv_heads.start - self.share.kv_heads.start,
-            record.q_to_kv,
-            None if spec.rope is None else rotary[spec.rope],
-            norm,
-            self.resident["sinks"][layer, slice(*record.heads)] if config.attention_sinks else None,
-        )
-
-    def _add_bias(self, partial: F32, block: Block) -> None:
-        # Only rank 0's file has the biases of the output projections, so each is added once.
-        if block.kind == "qkv":
-            return
-        bias = self.resident.get("o_bias" if block.kind == "attn" else "down_bias")
-        if bias is not None:
-            partial += bias[block.layer]
 
     def _recorded(self, kind: int, place: int, tile: int = -1) -> contextlib.AbstractContextManager[None]:
         """For the trace: what is inside is done for the block at `place` in the order."""

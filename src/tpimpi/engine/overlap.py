@@ -14,7 +14,7 @@ from enum import Enum
 from tpimpi.engine.window import Window
 from tpimpi.models.blocks import Block
 from tpimpi.models.config import ModelConfig
-from tpimpi.weights.slices.file import Tile
+from tpimpi.weights.slices.tile import Tile
 
 # Positions of a prompt that are computed at once.
 DENSE_CHUNK = 128

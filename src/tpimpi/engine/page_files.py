@@ -66,13 +66,8 @@ class PageFiles:
         """In the folder that --keep-cache gives, which is made. Raises InputError.
 
         The cipher is loaded now, so that its 10 MB of memory are there when memory is planned."""
-        try:
-            from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305  # noqa: F401
-        except ImportError as error:
-            raise InputError(
-                "--keep-cache needs the package cryptography, which is missing on this host; install it there (pip install "
-                "cryptography), or leave --keep-cache out"
-            ) from error
+        from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305  # noqa: F401
+
         folder = Path(given)
         check_folder(folder, "--keep-cache")
         try:

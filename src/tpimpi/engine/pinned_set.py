@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from tpimpi.engine.load import Load
 from tpimpi.system.buffers import BufferPool, Bytes
-from tpimpi.weights.slices.file import Tile
+from tpimpi.weights.slices.tile import Tile
 
 
 def pin_order(count: int) -> list[int]:

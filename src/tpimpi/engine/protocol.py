@@ -2,7 +2,8 @@
 
 A step begins with a header, int64 [5] over the star: magic, operation, positions, start, choices; in the same message words
 may follow, of BATCH and PROMPT_BATCH the rows (see batch). After FORWARD, PROMPT and these come the hidden vectors, after
-KEEP and TAKE notes (see keep_pages). Prompt, token ids and text are in none of them.
+KEEP and TAKE notes (see keep_pages), after AUDIT a row, which every rank answers (see audit). Prompt, token ids and text are
+in none of them.
 
 `choices` is a hash of the experts that rank 0 has chosen so far in a mixture of experts. Ranks that chose others would add
 parts of different experts, and make nonsense that looks like text: so every rank compares, before each step, and the run
@@ -19,13 +20,16 @@ from enum import IntEnum
 import numpy as np
 
 from tpimpi.compute.arrays import F32
+from tpimpi.engine.audit import answer, receive_request
 from tpimpi.engine.batch import PADDED_WORDS, pack_rows, unpack_rows
 from tpimpi.engine.figures import LiveFigures
 from tpimpi.engine.keep_pages import SequenceFile, keep, receive_which, take
 from tpimpi.engine.model import Model
 from tpimpi.engine.notes import Live
 from tpimpi.engine.page_files import PageFiles
+from tpimpi.engine.watch import Watch
 from tpimpi.errors import StarError
+from tpimpi.models.keys import MAX_SIZE
 from tpimpi.models.kv.cache import FULL, KINDS, WINDOWED, StepRows
 from tpimpi.models.kv.pages import PageAccount
 from tpimpi.star import Star, Words
@@ -34,6 +38,7 @@ from tpimpi.star.control import gather_notes, send_note
 MAGIC = 0x7470696D7069  # "tpimpi": a header that was damaged, or is of another program, does not begin with it
 HEADER_WORDS = 5
 NO_WORDS: Words = np.empty(0, np.int64)
+MOST_PAGES = 1 << 24  # of a kind: far more than any memory holds
 
 
 class Operation(IntEnum):
@@ -50,6 +55,7 @@ class Operation(IntEnum):
     LIVE = 9  # every rank says how it is, in a note
     PROMPT = 10  # as FORWARD, of a prompt: over sealed links its messages are padded
     PROMPT_BATCH = 11  # as BATCH, with rows of a prompt among them
+    AUDIT = 12  # one row of a sum is to be computed again: words say which, and the row follows (see audit)
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,8 @@ class StepHeader:
     def unpack(cls, words: Words) -> StepHeader:
         """The header that these words are. Raises StarError where they are none."""
         magic, operation, positions, start, choices = words.tolist()
-        if magic != MAGIC or operation not in iter(Operation) or positions < 0 or start < 0:
+        sizes = 0 <= positions <= MAX_SIZE and 0 <= start <= MAX_SIZE
+        if magic != MAGIC or operation not in iter(Operation) or not sizes:
             raise StarError(
                 f"rank 0 sent the control header {magic, operation, positions, start, choices}, which makes no sense"
             )
@@ -107,7 +114,10 @@ def step(model: Model, star: Star, x: F32, start: int, *, head: bool = True, pro
     send_header(star, StepHeader(operation, x.shape[0], start, model.choices))
     star.pad_rows(prompt)
     star.broadcast(x)
-    return model.forward(x, start, head=head)
+    watch = None if model.auditor is None else model.auditor.watch(x.shape[0])
+    hidden = model.forward(x, start, head=head, watch=watch)
+    _audit(model, star, watch, lambda: model.rows_of_one(start, x.shape[0]))
+    return hidden
 
 
 def open_pages(model: Model, star: Star, context: int, account: PageAccount) -> None:
@@ -123,11 +133,26 @@ def batch(model: Model, star: Star, x: F32, rows: StepRows, *, head: bool = True
     The pages are `open_pages`'s; see `step` for `head` and `prompt`, which holds if any row is of a prompt.
     """
     operation = Operation.PROMPT_BATCH if prompt else Operation.BATCH
-    words = pack_rows(rows, PADDED_WORDS if prompt and star.sealed else 1)
+    words = pack_rows(rows, PADDED_WORDS if star.sealed else 1)
     send_header(star, StepHeader(operation, x.shape[0], choices=model.choices), words)
     star.pad_rows(prompt)
     star.broadcast(x)
-    return model.step(x, rows, head=head)
+    watch = None if model.auditor is None else model.auditor.watch(x.shape[0])
+    hidden = model.step(x, rows, head=head, watch=watch)
+    _audit(model, star, watch, lambda: rows)
+    return hidden
+
+
+def _audit(model: Model, star: Star, watch: Watch | None, rows: Callable[[], StepRows]) -> None:
+    """Rank 0: have every rank compute again what was watched in a step of these rows, and compare. Raises AuditError."""
+    if model.auditor is None:
+        return
+    model.auditor.stepped()
+    if watch is not None:
+        request = model.auditor.request(watch, rows())
+        send_header(star, StepHeader(Operation.AUDIT, choices=model.choices), request.words())
+        request.send_row(star)
+        model.auditor.check(watch, request, star.gather_notes(b""))
 
 
 def release_pages(model: Model, star: Star, pages: Sequence[Sequence[int]]) -> None:
@@ -211,7 +236,7 @@ def _keep_or_take(model: Model, star: Star, files: PageFiles | None, header: Ste
 def _follow_one(model: Model, star: Star, header: StepHeader, words: Words) -> None:
     """Do what one header says, with its words. Raises StarError where it makes no sense."""
     batched = header.operation in (Operation.BATCH, Operation.PROMPT_BATCH)
-    if len(words) and not (batched or header.operation in (Operation.PAGES, Operation.RELEASE)):
+    if len(words) and not (batched or header.operation in (Operation.PAGES, Operation.RELEASE, Operation.AUDIT)):
         raise StarError(f"rank 0 sent {len(words)} words with a header that has none")
     if header.operation == Operation.BEGIN:
         if not model.can_keep(header.start, header.positions):
@@ -219,8 +244,8 @@ def _follow_one(model: Model, star: Star, header: StepHeader, words: Words) -> N
         model.begin(header.positions, header.start)
         return
     if header.operation == Operation.PAGES:
-        if len(words) != len(KINDS) + 1 or (words < 0).any():
-            raise StarError(f"rank 0 asks for {words.tolist()} pages, which makes no sense")
+        if len(words) != len(KINDS) + 1 or (words < 0).any() or (words[:-1] > MOST_PAGES).any():
+            raise StarError(f"rank 0 asks for {words[:8].tolist()} pages, which makes no sense")
         *pages, units = words.tolist()
         model.open_pages(header.positions, pages, units)
         return
@@ -231,18 +256,22 @@ def _follow_one(model: Model, star: Star, header: StepHeader, words: Words) -> N
         _check_pages(words[header.positions :], model.cache.pages[WINDOWED])
         _release(model, words, header.positions)
         return
-    x = np.empty((header.positions, model.config.hidden), np.float32)
+    if header.operation == Operation.AUDIT:
+        star.gather_notes(answer(model, receive_request(model, star, words)).tobytes())
+        return
     star.pad_rows(header.operation in (Operation.PROMPT, Operation.PROMPT_BATCH))
     if batched:
         rows = unpack_rows(words, model.cache.pages, model.context)
         if len(rows.sequence) != header.positions:
             raise StarError(f"rank 0 sent a step of {header.positions} rows, and {len(rows.sequence)} in its words")
+        x = np.empty((header.positions, model.config.hidden), np.float32)
         star.broadcast(x)
         model.step(x, rows)
         return
     last = header.start + header.positions
     if last > model.context or not model.has_one_sequence:
         raise StarError(f"rank 0 asks for position {last}, which is outside the context it announced")
+    x = np.empty((header.positions, model.config.hidden), np.float32)
     star.broadcast(x)
     model.forward(x, header.start)
 

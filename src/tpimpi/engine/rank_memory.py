@@ -19,6 +19,7 @@ from tpimpi.engine.expert_cache import ExpertCache, least_places
 from tpimpi.engine.figures import LiveFigures, RankFigures
 from tpimpi.engine.memory_guard import MemoryGuard
 from tpimpi.engine.needs import needs_together
+from tpimpi.engine.pinned_check import PinnedCheck
 from tpimpi.engine.ring import FEWEST_TILES, ring_bytes
 from tpimpi.engine.trace import RankTrace, Recorder
 from tpimpi.engine.window import DEFAULT_READS, Window
@@ -198,6 +199,7 @@ class RankMemory:
             self.guard.limit_pinned(
                 plan.needs.tiles + plan.needs.experts
             )  # if other programs end, there may be room for more
+        self._pinned_check = PinnedCheck(windows) if any(opened.audits for opened in plan.of.engines) else None
         self.allotment = self._allotment(disk_bytes_per_s)
 
     def _allotment(self, disk_bytes_per_s: float) -> MemoryAllotment:
@@ -322,6 +324,8 @@ class RankMemory:
 
     def close(self) -> None:
         """Stop, and give all memory back."""
+        if self._pinned_check is not None:
+            self._pinned_check.close()
         self.guard.close()
         for engine in self.engines:
             engine.close()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 
 from tpimpi.engine.cycle import Cycle
 from tpimpi.engine.load import Load
@@ -12,7 +14,8 @@ from tpimpi.engine.pinned_set import PinnedSet
 from tpimpi.engine.ring import Ring
 from tpimpi.engine.trace import READ, Recorder
 from tpimpi.system.direct_io import Extent
-from tpimpi.weights.slices.file import SliceFile, Tile
+from tpimpi.weights.slices.file import SliceFile
+from tpimpi.weights.slices.tile import Tile
 
 JOIN_TIMEOUT_S = 2.0  # a reader that waits for a disk which stalls is left behind
 
@@ -47,6 +50,7 @@ class ReadQueue:
         self.most_bytes = 0  # memory that tiles took, at most
         self.stream: deque[Load] = deque()  # the ring's loads, oldest first
         self._live: dict[int, Load] = {}  # by turn: those of them that are of use
+        self._borrowed: list[int] = []  # indices of pinned tiles that are in use out of turn
         self._skipped: set[int] = set()  # turns that will not come to be used
         self._current: Load | None = None  # whose pieces are being handed out
         self._next = 0  # the turn that is to be read next
@@ -96,6 +100,23 @@ class ReadQueue:
             self.held = max(1, len(tiles))
         return tiles
 
+    @contextlib.contextmanager
+    def borrowed(self, index: int) -> Iterator[Load | None]:
+        """The pinned tile with this index, in use out of turn; None where it is not in memory."""
+        with self._changed:
+            load = self._pinned.loads.get(index)
+            if load is not None and load.tile is not None:
+                self._borrowed.append(index)
+            else:
+                load = None
+        try:
+            yield load
+        finally:
+            if load is not None:
+                with self._changed:
+                    self._borrowed.remove(index)
+                    self._release_late()
+
     def skip(self, first: int, last: int) -> None:
         """The next turns of these tiles will not be used, so they need not be read."""
         with self._changed:
@@ -137,7 +158,9 @@ class ReadQueue:
 
     def _release_late(self) -> None:
         """Give back the memory of pinned tiles that had to go; not of those in use, nor of those still being read."""
-        self._pinned.release_late(lambda index: (index - self.use) % self._cycle.count < self.held)
+        self._pinned.release_late(
+            lambda index: (index - self.use) % self._cycle.count < self.held or index in self._borrowed
+        )
 
     def _reap(self) -> None:
         """Free the oldest places of the ring that are of no more use."""

@@ -32,9 +32,11 @@ from tpimpi.engine.pinned_set import PinnedSet
 from tpimpi.engine.read_queue import ReadQueue
 from tpimpi.engine.ring import USUAL_TILES, Ring, ring_bytes
 from tpimpi.engine.trace import WAIT, Recorder
-from tpimpi.errors import InputError
+from tpimpi.errors import DamagedMemoryError, InputError
 from tpimpi.models.blocks import Block
-from tpimpi.weights.slices.file import SliceFile, Tile
+from tpimpi.system.buffers import Bytes, aligned_buffer
+from tpimpi.weights.slices.file import SliceFile
+from tpimpi.weights.slices.tile import Tile
 
 SMALLEST_WINDOW = 2  # blocks: one computes while the next is read
 DEFAULT_READS = 2  # in flight
@@ -64,7 +66,10 @@ class Window:
         nothing; `reads` those in flight."""
         if blocks is not None and blocks < SMALLEST_WINDOW:
             raise InputError(f"window is {blocks}, must be at least {SMALLEST_WINDOW} blocks; give --window 2 or more")
+        self._file = file
         self._cycle = cycle = Cycle(file, order)
+        self._to_check = -1  # the tile that was checked last
+        self._damage: DamagedMemoryError | None = None
         if blocks is not None and blocks >= len(cycle.order):
             blocks, pinned_bytes = None, None
         if ring is None:
@@ -143,6 +148,49 @@ class Window:
         first, last = self._cycle.spans[block]
         self._queue.advance(self._cycle.next_turn(first, self._queue.use))
         return self._queue.hold(first, last)
+
+    def again(self, block: Block) -> Iterator[Tile]:
+        """The tiles of `block` out of turn, in order: pinned ones as they are in memory, others read for this alone. Each is
+        valid until the next is asked for."""
+        first, last = self._cycle.spans[block]
+        own: Bytes | None = None
+        for index in range(first, last):
+            with self._queue.borrowed(index) as load:
+                if load is not None and load.tile is not None:
+                    yield load.tile
+                    continue
+            if own is None:
+                own = aligned_buffer(max(self._cycle.sizes[first:last]))
+            record = self._cycle.records[index]
+            yield self._file.read(record, own[: record.nbytes])
+
+    def check_next_pinned(self) -> int:
+        """Compare the next pinned tile with its checksum, and remember where it is not what was read; see `raise_damage`.
+
+        Returns its bytes, 0 where none was pinned. For one thread beside that which uses the tiles."""
+        for _ in range(self._cycle.count):
+            self._to_check = (self._to_check + 1) % self._cycle.count
+            with self._queue.borrowed(self._to_check) as load:
+                if load is None:
+                    continue
+                record = self._cycle.records[self._to_check]
+                if not self._file.matches(record, load.buffer):
+                    self._damage = self._damage or DamagedMemoryError(
+                        f"{record.path} of slice file {self._file.path} was right when it was read, and has changed since "
+                        "now; this machine's memory is bad or overclocked: test it (memtest86+), and take it out of the run"
+                    )
+                return record.nbytes
+        return 0
+
+    def raise_damage(self) -> None:
+        """Raise what `check_next_pinned` found, if it found anything."""
+        if self._damage is not None:
+            raise self._damage
+
+    @property
+    def turn(self) -> int:
+        """The turn in use; while it stays the same, nothing is computed."""
+        return self._queue.use
 
     def count(self, block: Block) -> int:
         """How many tiles `block` has."""

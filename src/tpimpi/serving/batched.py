@@ -326,6 +326,8 @@ class BatchedLLM:
         """End the run on every rank and gather the figures; the traces, if they were wanted, are returned."""
         figures, traces = finish(self.memory.star, self.memory)
         self.report.ranks += figures[0]
+        if (auditor := self.engine.model.auditor) is not None:
+            self.report.audit = auditor.figures
         return traces
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tpimpi.compute.arrays import median
-from tpimpi.engine.figures import RankFigures, disk_lines
+from tpimpi.engine.figures import AuditFigures, RankFigures, disk_lines
 from tpimpi.serving.generate import GenerationFigures
 from tpimpi.star.tuning import describe_rule
 from tpimpi.system.files import write_json
@@ -148,6 +148,7 @@ class Report:
     answered: int = 0  # prompts
     batch: BatchFigures | None = None
     ranks: list[RankFigures] = field(default_factory=list)
+    audit: AuditFigures | None = None  # where sums were audited
 
     def add(self, answer: Answer, *, keep: bool = True) -> None:
         """Note the answer to one more prompt; unless `keep`, `answers` has the last one alone."""
@@ -201,6 +202,8 @@ class Report:
         )
         for line in mixture:
             print(line, file=sys.stderr)
+        if self.audit is not None:
+            print(_audit_line(self.audit), file=sys.stderr)
         if self.s_per_token_mean is not None:
             used = [(r.host, r.device, r.streamed_bytes_per_token) for r in self.ranks]
             rates = [(*what, what[2] / self.s_per_token_mean) for what in used]
@@ -216,6 +219,15 @@ def shown_speculation(answer: Answer | Report) -> str:
     return (
         f"{answer.passes} passes, {answer.tokens_per_pass:.2f} tokens each "
         f"({answer.accepted_tokens} of {answer.drafted_tokens} drafted tokens accepted)"
+    )
+
+
+def _audit_line(audit: AuditFigures) -> str:
+    """What was audited."""
+    rate = "auto" if audit.rate is None else f"{audit.rate:g}"
+    return (
+        f"audits ({rate}): {audit.audits} sums of {audit.steps} steps, {audit.tiles} tiles computed from {audit.against}; "
+        f"{audit.seconds:.2f} s beside {audit.step_seconds:.2f} s"
     )
 
 

@@ -17,12 +17,13 @@ sums, `heartbeat` who is gone, `control` the notes, `star` what other packages u
 package, by `connect`, in a launched run; without mpirun a star of one rank needs no MPI.
 """
 
-from tpimpi.star.allreduce import ALGORITHMS, Allreduce, parse_rule
+from tpimpi.star.allreduce import ALGORITHMS, SHOWN_TO_HUB, Allreduce, parse_rule
 from tpimpi.star.channel import BULK, CLOCK, CONTROL, HIDDEN, NOTE, PARTIAL, SUM, Pending
 from tpimpi.star.codec import WIRES, Wire
 from tpimpi.star.heartbeat import DEFAULT_SILENCE_S, SHORTEST_SILENCE_S, WAIT_FOR_HUB_REPORT_S
 from tpimpi.star.link_test import Ping, answer_link, ping_link
 from tpimpi.star.mpi_library import MpiLibrary, mpi_library
+from tpimpi.star.pieces import PartialWatch
 from tpimpi.star.star import ALLREDUCES, DEFAULT_TIMEOUT_S, Star, Words
 from tpimpi.star.start import SEALS, connect, seal_given
 from tpimpi.star.tuning import Links, choose, describe
@@ -43,12 +44,14 @@ __all__ = [
     "PARTIAL",
     "SEALS",
     "SHORTEST_SILENCE_S",
+    "SHOWN_TO_HUB",
     "SUM",
     "WAIT_FOR_HUB_REPORT_S",
     "WIRES",
     "Allreduce",
     "Links",
     "MpiLibrary",
+    "PartialWatch",
     "Pending",
     "Ping",
     "Rank",

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 CONTROL, HIDDEN, PARTIAL, SUM, NOTE, CLOCK, BULK, ECHO, HANDSHAKE = range(1, 10)  # tags; see the package's docstring
 
 CHECKSUM_BYTES, SEAL_BYTES = 8, 16  # behind a message: the one, or the other
+MOST_HANDSHAKE_BYTES, MOST_BYTES = (
+    1 << 20,
+    (1 << 31) - 1,
+)  # of one message; by the first nobody has proved yet who he is
 POOLED_FROM_BYTES = 1 << 14  # buffers from this size on are kept for the next messages
 POOLED_BYTES_PER_SIZE = 1 << 25  # the most that is kept of all buffers of one size
 CHECK_HOST_HINT = "see that it is up and reachable (python -m tpimpi doctor --hostfile FILE)"
@@ -117,7 +121,7 @@ class Channel:
     def __init__(self, comm: MPI.Intracomm) -> None:
         from mpi4py import MPI
 
-        self.comm, self._mpi_error = comm, MPI.Exception
+        self.comm, self.mpi_error = comm, MPI.Exception
         self.rank, self.size = comm.rank, comm.size
         self.buffers = BufferPool()
         self.last_heard: dict[int, float] = {}  # when the last message of each rank came, time.monotonic()
@@ -145,7 +149,7 @@ class Channel:
                 self.seal.close(rank, tag, data, frame)
             try:
                 requests.append(self.comm.Isend(frame, dest=rank, tag=tag))
-            except self._mpi_error as error:
+            except self.mpi_error as error:
                 raise self._lost(rank, error) from error
         return Pending(requests, ranks, [None] * len(requests), tag, lent=lent)
 
@@ -171,7 +175,7 @@ class Channel:
             frame.number = self.seal.expect(source, tag)
         try:
             return Pending([self.comm.Irecv(frame.buffer, source=source, tag=tag)], [source], [frame], tag)
-        except self._mpi_error as error:
+        except self.mpi_error as error:
             raise self._lost(source, error) from error
 
     def test(self, pending: Pending) -> bool:
@@ -194,7 +198,7 @@ class Channel:
                         self.buffers.give(frame.buffer)
                     self._heard(peer)
                 pending.done += 1
-        except self._mpi_error as error:
+        except self.mpi_error as error:
             raise self._lost(pending.peers[pending.done], error) from error
         while pending.lent:
             self.buffers.give(pending.lent.pop())
@@ -250,11 +254,14 @@ class Channel:
                 if deadline is not None and time.monotonic() > deadline:
                     raise self._no_answer([source], backoff.elapsed())
                 backoff.sleep()
-            frame = Frame(np.empty(status.Get_count(MPI.BYTE), np.uint8))
+            size, most = status.Get_count(MPI.BYTE), MOST_HANDSHAKE_BYTES if tag == HANDSHAKE else MOST_BYTES
+            if not 0 <= size <= most:  # negative where MPI cannot count so many
+                raise StarError(f"{self.name(source)} sent {size} bytes where {most} at most were due")
+            frame = Frame(np.empty(size, np.uint8))
             if self.seal is not None:
                 frame.number = self.seal.expect(source, tag)
             pending = Pending([message.Irecv(frame.buffer)], [source], [frame], tag)
-        except self._mpi_error as error:
+        except self.mpi_error as error:
             raise self._lost(source, error) from error
         finally:
             self.awaited = self.awaited_messages = ()

@@ -116,10 +116,10 @@ def _values(data: bytes, sender: str) -> Any:
 def _convert(values: Any, kind: type[T], sender: str, *, any_version: bool = False) -> T:
     try:
         note = msgspec.convert(values, kind)
-    except (msgspec.MsgspecError, RecursionError) as error:
+        # msgspec forbids unknown fields in a Struct, but not in a dataclass inside it.
+        unknown = None if any_version else _unknown_field(values, msgspec.to_builtins(note), "$")
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:  # half a character is none
         raise _makes_no_sense(sender, error) from error
-    # msgspec forbids unknown fields in a Struct, but not in a dataclass inside it.
-    unknown = None if any_version else _unknown_field(values, msgspec.to_builtins(note), "$")
     if unknown is not None:
         raise _makes_no_sense(sender, f"it has the unknown field `{unknown}`")
     return note

@@ -54,7 +54,7 @@ class Heartbeat:
         may be queued behind them."""
         self._channel, self.rank, self.silence, self._main = channel, rank, silence, main
         self._peers = list(range(1, rank.size)) if rank.is_hub else [0]
-        self._hosts = dict.fromkeys(self._peers, "")
+        self._hosts: dict[int, str] = {}
         self._last_sent = 0.0
         # The first heartbeat may take longer: some ranks start later than others.
         self._last_heard = dict.fromkeys(self._peers, time.monotonic() + min(silence, FIRST_DELAY_S))
@@ -72,12 +72,12 @@ class Heartbeat:
         self._thread.start()
 
     def name(self, peer: int) -> str:
-        """ "r2 home-pi", or "r2" of a rank that has not said its host yet."""
-        return f"r{peer} {self._hosts[peer]}".rstrip()
+        """ "r2 home-pi", or "r2" of a rank that has not said its host, as ranks but rank 0 do not say it to one another."""
+        return f"r{peer} {self._hosts.get(peer, '')}".rstrip()
 
     def set_hosts(self, hosts: Sequence[str]) -> None:
         """The hosts of all ranks, in rank order."""
-        self._hosts = {peer: hosts[peer] for peer in self._peers}
+        self._hosts = dict(enumerate(hosts))
 
     def allow_silence(self, silence: float) -> None:
         """From now on a rank is gone after so many seconds; on rank 0, which tells the others."""
@@ -113,9 +113,10 @@ class Heartbeat:
                     break
                 time.sleep(0.002)
         for receive in self._receives.values():
-            for request in receive.requests:
-                request.Cancel()
-                request.Wait()  # which it has to be told, or the library counts it as lost
+            with contextlib.suppress(self._channel.mpi_error):  # of a rank whose connection is gone
+                for request in receive.requests:
+                    request.Cancel()
+                    request.Wait()  # which it has to be told, or the library counts it as lost
 
     # The thread
 
@@ -202,13 +203,10 @@ class Heartbeat:
                 self._gaps[peer] = (came, now)
             elif now - since > LOST_MESSAGE_S:
                 return (
-                    f"a message from {self._name_of(peer)} to {self.rank} was lost: {sent} were sent, and {came} came; "
+                    f"{self.rank}: a message from {self._main.name(peer)} was lost: {sent} were sent, and {came} came; "
                     "something on the network left it out; the run ends here"
                 )
         return None
-
-    def _name_of(self, peer: int) -> str:
-        return self.name(peer) if peer in self._hosts else self._main.name(peer)
 
     def _broken(self, error: StarError) -> None:
         """A connection broke. The main thread says so if it is using it; else it is for us, in a moment.

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from tpimpi.compute.arrays import F32, Bytes
 from tpimpi.compute.formats.blocks_of_32 import BLOCK_WEIGHTS
 from tpimpi.compute.formats.packed import row_bytes
-from tpimpi.star.channel import Channel, Pending
+from tpimpi.star.channel import PARTIAL, Channel, Pending
 from tpimpi.star.codec import Wire
 
 EAGER_BYTES = 1 << 18  # Open MPI is told to send messages up to this size at once; its own header included
@@ -31,34 +33,56 @@ TURNS = 1024  # sums in a row that have different tags
 TAGS_PER_TURN = 16  # MPI allows tags up to 32767 at least
 
 
+@dataclass
+class PartialWatch:
+    """Keeps a run of the numbers of every partial of a sum that comes to this rank, as they came: [run] by rank."""
+
+    run: slice
+    partials: dict[int, F32] = field(default_factory=dict)
+
+    def see(self, rank: int, piece: slice, values: F32) -> None:
+        """The numbers of `piece` of a rank's partial are these, [piece]."""
+        first, last = max(self.run.start, piece.start), min(self.run.stop, piece.stop)
+        if first < last:
+            missing = np.full(self.run.stop - self.run.start, np.nan, np.float32)
+            kept = self.partials.setdefault(rank, missing)
+            kept[first - self.run.start : last - self.run.start] = values[first - piece.start : last - piece.start]
+
+
 @dataclass(frozen=True)
 class IncomingPiece:
-    """A piece that is being received: bytes `data`, once `pending` is done."""
+    """A piece of `source`'s numbers that is being received: bytes `data`, once `pending` is done."""
 
     pending: Pending
     data: Bytes
-    count: int
+    piece: slice
+    source: int
     pieces: PieceChannel
+    watch: PartialWatch | None = None
 
     def put(self, into: F32) -> None:
-        """The numbers, [count]; their bytes are gone then."""
+        """The numbers, [piece]; their bytes are gone then."""
         into[:] = self._values()
         self.pieces.channel.buffers.give(self.data)
 
     def add(self, to: F32) -> None:
-        """Add them, [count]; their bytes are gone then."""
+        """Add them, [piece]; their bytes are gone then."""
         to += self._values()
         self.pieces.channel.buffers.give(self.data)
 
     def _values(self) -> F32:
-        return self.pieces.wire.unpack(self.data, self.count)
+        values = self.pieces.wire.unpack(self.data, self.piece.stop - self.piece.start)
+        if self.watch is not None:
+            self.watch.see(self.source, self.piece, values)
+        return values
 
 
 class PieceChannel:
     """The messages of one sum, or of a hidden vector; several may be under way, each with a `turn` of its own."""
 
-    def __init__(self, channel: Channel, wire: Wire, turn: int = 0) -> None:
-        self.channel, self.wire = channel, wire
+    def __init__(self, channel: Channel, wire: Wire, turn: int = 0, watch: PartialWatch | None = None) -> None:
+        """`watch` sees the partials that come."""
+        self.channel, self.wire, self._watch = channel, wire, watch
         self.rank, self.size = channel.rank, channel.size
         # The hub told all ranks the same latency, so all cut alike.
         short = channel.latency is not None and channel.latency < SHORT_HOP_S
@@ -84,7 +108,7 @@ class PieceChannel:
         """Begin to receive the numbers of `piece`."""
         count = piece.stop - piece.start
         pending, data = self.channel.expect(row_bytes(self.wire.format, count), source, tag + self._shift)
-        return IncomingPiece(pending, data, count, self)
+        return IncomingPiece(pending, data, piece, source, self, self._watch if tag == PARTIAL else None)
 
     def send(self, values: F32, to: int, tag: int) -> Pending:
         """Begin to send numbers."""

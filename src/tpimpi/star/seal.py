@@ -88,8 +88,8 @@ class Seal:
     @staticmethod
     def _next(counts: dict[int, array[int]], peer: int, tag: int) -> int:
         of_peer = counts.get(peer)
-        if of_peer is None:
-            of_peer = counts[peer] = array("Q", bytes(8 * TAGS))
+        if of_peer is None:  # in another thread too, maybe: one array counts for both, or nonces come twice
+            of_peer = counts.setdefault(peer, array("Q", bytes(8 * TAGS)))
         number = of_peer[tag]
         of_peer[tag] = number + 1
         return number

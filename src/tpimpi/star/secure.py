@@ -32,7 +32,10 @@ with without_module("typing_extensions"):
     import msgspec
 
 PROTOCOL_VERSION = 1
-ANSWER_TIMEOUT_S = 60.0  # a rank has so long for each of its messages
+# Rank 0 waits so long for all ranks' next messages: there is no heartbeat yet that would notice one that was lost. For the
+# first a slow machine loads its libraries. Others wait for rank 0 a little longer, which has to say who is missing.
+HELLO_TIMEOUT_S, ANSWER_TIMEOUT_S, LONGER_S = 30.0, 7.0, 2.0
+MOST_PROBLEM_CHARACTERS = 400
 
 
 class _Said(msgspec.Struct, frozen=True):
@@ -156,7 +159,7 @@ def _seal_as_hub(channel: Channel) -> Seal:
 def _open(channel: Channel) -> tuple[_Run, dict[int, Handshake]]:
     """Rank 0: who all are, and its handshakes with them, which are begun."""
     keys, others = _own_keys(), range(1, channel.size)
-    heard = _hear_all(channel, [""] * channel.size)
+    heard = _hear_all(channel, [""] * channel.size, HELLO_TIMEOUT_S)
     for rank, said in heard.items():
         if (said.protocol, said.version) != (PROTOCOL_VERSION, __version__):
             raise InputError(
@@ -172,12 +175,16 @@ def _open(channel: Channel) -> tuple[_Run, dict[int, Handshake]]:
     return run, shaking
 
 
-def _hear_all(channel: Channel, hosts: tuple[str, ...] | list[str]) -> dict[int, _Said]:
-    """Rank 0: what every other rank says next. Raises what one says went wrong there."""
-    heard = {rank: _hear(channel, rank, _Said) for rank in range(1, channel.size)}
+def _hear_all(
+    channel: Channel, hosts: tuple[str, ...] | list[str], patience: float = ANSWER_TIMEOUT_S
+) -> dict[int, _Said]:
+    """Rank 0: what every other rank says next, within so many seconds. Raises what one says went wrong there, which nobody
+    has proved yet."""
+    deadline = time.monotonic() + patience
+    heard = {rank: _hear(channel, rank, _Said, deadline) for rank in range(1, channel.size)}
     for rank, said in heard.items():
         if said.problem:
-            error = InputError(said.problem)
+            error = InputError(shorten(said.problem, MOST_PROBLEM_CHARACTERS))
             error.where = _named(rank, said.host or hosts[rank])
             raise error
     return heard
@@ -188,7 +195,7 @@ def _seal_as_other(channel: Channel) -> Seal:
     try:
         keys = _own_keys()
         _tell(channel, 0, _Said(host=keys.host, aes=has_aes()))
-        told = _heed(channel)
+        told = _heed(channel, HELLO_TIMEOUT_S)
         if len(told.hosts) != channel.size or told.hosts[ours] != keys.host:
             raise StarError("rank 0 took this host for another one: something on the network changes messages")
         run = _Run(keys, told.job, told.cipher, told.hosts, ours)
@@ -218,12 +225,12 @@ class _RefusedError(InputError):
     """Rank 0 ended the run, and says why."""
 
 
-def _heed(channel: Channel) -> _Told:
-    """What rank 0 says next. Raises _RefusedError."""
-    told = _hear(channel, 0, _Told)
+def _heed(channel: Channel, patience: float = ANSWER_TIMEOUT_S) -> _Told:
+    """What rank 0 says next, within so many seconds and some more. Raises _RefusedError."""
+    told = _hear(channel, 0, _Told, time.monotonic() + patience + LONGER_S)
     if told.refused:
         error = _RefusedError("rank 0 ended the run")
-        error.exit_code = told.refused
+        error.exit_code = InputError.exit_code if told.refused == InputError.exit_code else StarError.exit_code
         raise error
     return told
 
@@ -233,11 +240,11 @@ def _tell(channel: Channel, rank: int, what: _Said | _Told) -> None:
     channel.wait(channel.send(data, rank, HANDSHAKE), time.monotonic() + ANSWER_TIMEOUT_S)
 
 
-def _hear(channel: Channel, rank: int, kind: type[M]) -> M:
-    data = channel.take(rank, HANDSHAKE, time.monotonic() + ANSWER_TIMEOUT_S)
+def _hear(channel: Channel, rank: int, kind: type[M], deadline: float) -> M:
+    data = channel.take(rank, HANDSHAKE, deadline)
     try:
         return msgspec.json.decode(data.tobytes(), type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise StarError(f"{channel.name(rank)} sent a handshake that makes no sense ({error})") from error
 
 

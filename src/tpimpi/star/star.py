@@ -13,12 +13,12 @@ import numpy.typing as npt
 
 from tpimpi.compute.arrays import F32, Bytes
 from tpimpi.errors import StarError
-from tpimpi.star.allreduce import ALGORITHMS, Allreduce, Background, parse_rule
+from tpimpi.star.allreduce import ALGORITHMS, SHOWN_TO_HUB, Allreduce, Background, parse_rule
 from tpimpi.star.channel import BULK, CONTROL, ECHO, HIDDEN, NOTE, Channel, Pending
 from tpimpi.star.clocks import answer_with_clock, clock_offset
 from tpimpi.star.codec import Wire, wire_of
 from tpimpi.star.heartbeat import Heartbeat, end_without_mpi
-from tpimpi.star.pieces import PieceChannel
+from tpimpi.star.pieces import PartialWatch, PieceChannel
 from tpimpi.star.tuning import ANSWER_TIMEOUT_S, LinkMeasurement, Links
 from tpimpi.system.launcher import Rank
 
@@ -84,11 +84,13 @@ class Star:
         """Replace `array` (f32, contiguous, the same shape on every rank) by its sum over all ranks, in place."""
         self.start(array).wait()
 
-    def start(self, array: F32, *, background: bool = False, exact: bool = False) -> Allreduce:
+    def start(
+        self, array: F32, *, background: bool = False, exact: bool = False, watch: PartialWatch | None = None
+    ) -> Allreduce:
         """Begin the sum of `array` over all ranks; it may not be touched until the sum's `wait` has returned.
 
         It goes on while one waits for it or polls it, and with `background` also while this rank computes. An `exact` sum
-        travels in f32, whatever the wire is.
+        travels in f32, whatever the wire is. `watch` sees the partials that come to this rank.
 
         Several may be under way; every rank starts them in the same order, and ends them in that order.
         """
@@ -97,29 +99,42 @@ class Star:
             return Allreduce(None, iter(()), 0, self._spent)
         began = time.monotonic()
         flat = self._padded(array)
-        name = next(name for most, name in self._rule if flat.size <= most)
-        steps = ALGORITHMS[name](self._piece_channel(Wire() if exact else self.wire), flat)
+        pieces = self._piece_channel(self.wire_of_sum(exact=exact), watch)
+        steps = ALGORITHMS[self._algorithm_for(flat.size)](pieces, flat)
         allreduce = Allreduce(self._channel, steps, self.timeout, self._spent, lambda: _take_back(array, flat))
         if background and self.threads:
             self._background.add(allreduce)
         self._spent(time.monotonic() - began)
         return allreduce
 
-    def _piece_channel(self, wire: Wire) -> PieceChannel:
+    def wire_of_sum(self, *, exact: bool) -> Wire:
+        """How a sum's numbers travel."""
+        return Wire() if exact else self.wire
+
+    def _algorithm_for(self, count: int) -> str:
+        return next(name for most, name in self._rule if count <= most)
+
+    def shows_partials(self, rows: int, width: int) -> bool:
+        """Whether the hub gets the whole partial of every rank in a sum of [rows, width]."""
+        return self._algorithm_for((rows + -rows % self._row_multiple) * width) in SHOWN_TO_HUB
+
+    def _piece_channel(self, wire: Wire, watch: PartialWatch | None = None) -> PieceChannel:
         """The messages of the next sum."""
         assert self._channel is not None
         self._turn += 1
-        return PieceChannel(self._channel, wire, self._turn - 1)
+        return PieceChannel(self._channel, wire, self._turn - 1, watch)
 
     def _spent(self, seconds: float) -> None:
         self.seconds += seconds
 
-    def broadcast(self, array: F32) -> None:
-        """Fill `array` (f32, contiguous) on every rank with the hub's, as the wire has it: the same bits everywhere."""
+    def broadcast(self, array: F32, *, exact: bool = False) -> None:
+        """Fill `array` (f32, contiguous) on every rank with the hub's, as the wire has it, or in f32 where it is to be
+        `exact`: the same bits everywhere."""
         if self._channel is None or self.rank.size == 1:
             return
         began = time.monotonic()
-        deadline, flat, pieces = began + self.timeout, self._padded(array), PieceChannel(self._channel, self.wire)
+        deadline, flat = began + self.timeout, self._padded(array)
+        pieces = PieceChannel(self._channel, Wire() if exact else self.wire)
         cut = pieces.cut(0, flat.size)
         if self.rank.is_hub:
             for piece in cut:

@@ -69,7 +69,7 @@ def connect(*, quiet: bool = False, seal: str = AUTO) -> Star:
         # Communicators of our own, so that no other library's messages meet ours. These are the first messages.
         star = Star(world.Clone())
     if star._channel is not None and star.rank.size > 1:
-        if seal == ON or (seal == AUTO and not _all_on_this_host()):
+        if seal == ON or (seal == AUTO and not all_on_this_host()):  # also where the launcher does not say
             _seal(star)
         if _has_thread_multiple():
             star.threads = True
@@ -78,20 +78,6 @@ def connect(*, quiet: bool = False, seal: str = AUTO) -> Star:
             star.heartbeat = Heartbeat(beats, star.rank, DEFAULT_SILENCE_S, star._channel)
             star.set_rank_names(star.heartbeat.name)
     return star
-
-
-def _all_on_this_host() -> bool:
-    """Whether all ranks are on one host, as the launcher or MPI tells; what ranks say of themselves is not asked. Every
-    rank calls it."""
-    here = all_on_this_host()
-    if here is not None:
-        return here
-    from mpi4py import MPI
-
-    shared = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
-    here = shared.size == MPI.COMM_WORLD.size
-    shared.Free()
-    return here
 
 
 def _seal(star: Star) -> None:

@@ -33,6 +33,7 @@ NEAR_TIMES = (
     2.0  # an algorithm expected to take longer than so many times the fastest is not timed with the largest sum
 )
 ANSWER_TIMEOUT_S = 20.0  # for one message of a measurement
+SLOW_ANSWER_S = 1.0
 MOST_EXCHANGED_NUMBERS = 32_768  # of a sum by exchange, with three ranks or more: each holds all partials
 
 # Which share of the star's time another algorithm may take and still be preferred, by the sum's size class and whether the
@@ -134,7 +135,7 @@ class LinkMeasurement:
                     time.sleep(20e-6)
                 else:
                     os.sched_yield()  # to a rank on this core, which else answers only when we sleep
-                if time.monotonic() - began > ANSWER_TIMEOUT_S:
+                if time.monotonic() - began > SLOW_ANSWER_S:  # the heartbeat looks whether it was lost
                     self._wait(next(iter(pending.values())))
             if turn >= 2 and time.monotonic() - start > PING_TIME_S:
                 break

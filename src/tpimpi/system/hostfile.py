@@ -80,7 +80,10 @@ def _read(given: str) -> str:
 
 def _words(line: str) -> list[str]:
     """The words of a line without its comment; `slots = 4` is one word, as Open MPI reads it."""
-    return re.sub(r"\s*=\s*", "=", line.partition("#")[0]).split()
+    words = " ".join(
+        line.partition("#")[0].split()
+    )  # or a long run of blanks would be looked through from each of them
+    return re.sub(r" ?= ?", "=", words).split()
 
 
 def refused_lines(given: str, launcher: str) -> list[str]:

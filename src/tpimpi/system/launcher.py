@@ -59,8 +59,8 @@ def launched_rank() -> int | None:
 def all_on_this_host() -> bool | None:
     """Whether the launcher started all ranks on this host; None where it does not say. Each rank finds the same."""
     said = [size for name in _LOCAL_SIZE_VARIABLES if (size := _number(name)) is not None]
-    if said:
-        return said[0] == launched_size()
+    if said:  # by several, of which one is of an earlier launch: then it is safe to seal
+        return set(said) == {launched_size()}
     nodes = _number("SLURM_STEP_NUM_NODES")
     return None if nodes is None else nodes == 1
 

@@ -94,7 +94,7 @@ def decode_keys(data: bytes, what: str) -> LinkKeys:
     remedy = f"make new keys: {MAKE_KEYS}"
     try:
         keys = msgspec.json.decode(data, type=LinkKeys)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{what} is no file of link keys ({error}); {remedy}") from None
     if keys.version != FORMAT_VERSION:
         raise InputError(f"{what} has version {keys.version}, this tpimpi reads {FORMAT_VERSION}; {remedy}")
@@ -116,7 +116,8 @@ def read_keys(path: Path | None = None) -> LinkKeys | None:
     path = key_file() if path is None else path
     what = f"the file of link keys {shorten_path(path)}"
     try:
-        with path.open("rb") as file:
+        # A pipe in its place, which another may have put there, is not waited for.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode):
                 raise InputError(f"{what} is no file; remove it, and make keys: {MAKE_KEYS}")

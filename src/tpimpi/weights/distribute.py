@@ -124,7 +124,7 @@ def _make_missing(
     source: Source,
     local: LocalSlice,
     found: Sequence[SliceOutcome],
-    lacking: Mapping[int, list[int]],
+    lacking: Mapping[int, Sequence[tuple[int, int]]],
     *,
     quiet: bool,
 ) -> None:
@@ -132,7 +132,10 @@ def _make_missing(
     if local.writer is None and not lacking:
         return
     partition, formats = local.header.partition, local.header.formats
-    streams = [StreamWriter(r, make_header(source, partition, r, formats), missing) for r, missing in lacking.items()]
+    streams = []
+    for rank, runs in lacking.items():
+        header = make_header(source, partition, rank, formats)
+        streams.append(StreamWriter(rank, header, indexes_of(runs, len(header.records), star.rank_name(rank))))
     to = [f"r{r.rank} {r.host}" for r in found if r.rank in lacking or (r.rank == 0 and not r.good)]
     ranks = f"{partition.ranks} {_ranks(partition.ranks)}"
     title = f"slicing {source.path.name} for {ranks} as {formats.describe()}, to {_named(to)}"
@@ -185,9 +188,9 @@ def _check_room(slices: Sequence[SliceFound]) -> None:
 
 def _prepare(
     star: Star, local: LocalSlice, slices: Sequence[SliceFound], *, quiet: bool
-) -> tuple[list[SliceFound], dict[int, list[int]]]:
+) -> tuple[list[SliceFound], dict[int, Sequence[tuple[int, int]]]]:
     """Every rank looks at its tiles, in turns of a moment, so that a long look is no silence. What they found in the end,
-    and the tiles that ranks other than 0 lack."""
+    and the runs of tiles that ranks other than 0 lack."""
     total = sum(each.to_look for each in slices)
     check = TimedCheck(star, local)
     with progress_bar(f"looking at the tiles of {len(slices)} {_ranks(len(slices))}", quiet=quiet) as update:
@@ -201,5 +204,5 @@ def _prepare(
             if done:
                 if total:
                     update(total, total)
-                lacking = {rank: indexes_of(note.missing) for rank, note in enumerate(others, start=1) if note.missing}
+                lacking = {rank: note.missing for rank, note in enumerate(others, start=1) if note.missing}
                 return [note.found for note in notes if note.found is not None], lacking

@@ -5,6 +5,7 @@ Ranks other than 0 import nothing that reads or makes models.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -77,8 +78,11 @@ def _as_runs(indexes: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def indexes_of(runs: Sequence[tuple[int, int]]) -> list[int]:
-    """The numbers of such runs."""
+def indexes_of(runs: Sequence[tuple[int, int]], count: int, sender: str) -> list[int]:
+    """The numbers of such runs, of tiles of which there are `count`. Raises StarError where they are of others."""
+    ends = [0, *(end for run in runs for end in run), count]
+    if any(before > behind for before, behind in itertools.pairwise(ends)):
+        raise StarError(f"{sender} says that it lacks tiles that its slice has not, which has {count}")
     return [index for first, last in runs for index in range(first, last)]
 
 
@@ -121,12 +125,18 @@ def receive_slices(star: Star, task: Task) -> None:
 
 
 def _header_from(note: DistributeSlices, rank: int, ranks: int) -> Header:
-    config = ModelConfig.from_dict(note.config)
-    formats = ModelFormats.from_dict(note.formats, config.layers)
-    partition = make_partition(config, note.weights)
-    if partition.ranks != ranks:
-        raise StarError(f"rank 0 has a plan for {partition.ranks} ranks, the run has {ranks}")
-    records = tuple(slice_records(config, partition.shares[rank], rank, formats, {}))
+    try:
+        config = ModelConfig.from_dict(note.config)
+        formats = ModelFormats.from_dict(note.formats, config.layers)
+        partition = make_partition(config, note.weights)
+        if partition.ranks != ranks:
+            raise StarError(f"rank 0 has a plan for {partition.ranks} ranks, the run has {ranks}")
+        records = tuple(slice_records(config, partition.shares[rank], rank, formats, {}))
+    except (LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise StarError(
+            f"rank 0 sent a plan of slices that makes no sense ({type(error).__name__}: {error}); see that every host has "
+            "the same tpimpi"
+        ) from error
     return Header(rank, formats, note.model, note.fingerprint, config, partition, records)
 
 

@@ -137,6 +137,11 @@ class Ended:
         ("r0 desk: r3 mini: no sign of life for 8 s", "c"),
         ("prterun noticed that process rank 3 with PID 7 on node mini exited on signal 9 (Killed).", "c"),
         ("r0 desk: the disk is full", None),
+        ("r0 desk: audit: what r1 pi sent into the sum of layer 3 mlp (position 9) is not what its tiles give", "b"),
+        (
+            "r0 desk: audit: tile layers/0003/mlp/tile-000 of r3 mini gives other numbers there than rank 0 computes",
+            "c",
+        ),
         ("r1 pi 3 heads", None),  # of a table
         ("r0 desk: r1 pi goes on", None),
         ("r9 none: x", None),
@@ -148,6 +153,7 @@ def test_whom_a_run_ends_for(line: str, host: str | None) -> None:
     run.relay.join()
     found = run.blamed_host
     assert (None if found is None else found.name) == host
+    assert run.computes_wrongly == ("audit" in line)
 
 
 def test_hosts_on_which_the_launcher_starts_nothing() -> None:

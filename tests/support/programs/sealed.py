@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mpi4py import MPI
 
 from tpimpi.errors import TpimpiError
 from tpimpi.star import PARTIAL, Star, connect, secure
-from tpimpi.star.channel import Channel
+from tpimpi.star.channel import HANDSHAKE, Channel
 from tpimpi.star.seal import LinkSecrets
 from tpimpi.star.secure import seal_channel
 from tpimpi.system.link_keys import PATH_VARIABLE
@@ -170,6 +171,19 @@ def keys_of(kind: str) -> str:
         secure._Run.answer = honest  # type: ignore[method-assign]
 
 
+def long_handshake() -> str:
+    """2 MiB before anybody has proved who he is: what rank 0 says."""
+    channel = Channel(MPI.COMM_WORLD.Clone())
+    try:
+        if RANK == 1:
+            channel.wait(channel.send(np.zeros(1 << 21, np.uint8), 0, HANDSHAKE), time.monotonic() + 1)
+        elif RANK == 0:
+            channel.take(1, HANDSHAKE, time.monotonic() + 10)
+    except TpimpiError as error:
+        return f"{type(error).__name__}: {error}"
+    return "ok"
+
+
 def main() -> None:
     use_keys("good")
     star = connect(seal="on")
@@ -186,6 +200,7 @@ def main() -> None:
     for kind in sorted(folder.name for folder in FOLDER.iterdir()):
         MPI.COMM_WORLD.Barrier()
         said[f"keys: {kind}"] = keys_of(kind)
+    said["long handshake"] = long_handshake()
     for kind in ALTERATIONS:
         MPI.COMM_WORLD.Barrier()
         said[kind] = altered(star, kind)

@@ -50,6 +50,7 @@ from tpimpi.diagnostics.doctor.ssh import (
     ssh_command,
 )
 from tpimpi.diagnostics.options import DoctorOptions
+from tpimpi.errors import one_line
 from tpimpi.star import MPICH
 from tpimpi.system.files import write_json
 from tpimpi.system.hostfile import Host, read_hostfile, refused_lines
@@ -307,7 +308,7 @@ def tell(given: str, ours: LocalFacts, found: Sequence[HostChecks]) -> int:
         ranks = f"{one.host.ranks} rank{'s' if one.host.ranks > 1 else ''}"
         print(f"{one.host.name} ({ranks})")
         for check in one.checks:
-            print(f"  {check.state:5}  {check.what:8}  {' '.join(check.text.split())}")
+            print(f"  {check.state:5}  {check.what:8}  {one_line(check.text)}")
     wrong = sum(one.wrong for one in found)
     options = mpirun_options(ours, found)
     if options:

@@ -16,7 +16,7 @@ import msgspec
 
 from tpimpi.diagnostics.doctor.host_findings import NOTE, OK, WRONG, HostChecks
 from tpimpi.diagnostics.doctor.ssh import PROBE_S, LocalFacts, ssh_command
-from tpimpi.errors import InputError, TpimpiError
+from tpimpi.errors import InputError, TpimpiError, shorten
 from tpimpi.system.link_keys import (
     MAKE_KEYS,
     NEW,
@@ -56,7 +56,9 @@ def check_keys(found: Sequence[HostChecks], today: datetime.date | None = None) 
                 f"of {have.made}, and of another home than those of {here}, so that they cannot meet; type: "
                 f"{MAKE_KEYS} --rotate-keys",
             )
-        elif (age := (today - datetime.date.fromisoformat(have.made)).days) > OLD_KEYS_DAYS:
+        elif (made := _day(have.made)) is None:
+            one.add("keys", WRONG, f"made on no day: {shorten(have.made)!r}; type: {MAKE_KEYS} --rotate-keys")
+        elif (age := (today - made).days) > OLD_KEYS_DAYS:
             one.add("keys", NOTE, f"of {have.made}, {age} days old; for new ones type: {MAKE_KEYS} --rotate-keys")
         else:
             one.add("keys", OK, f"of {have.made}, in {have.file}{_shared(one, have)}")
@@ -67,6 +69,14 @@ def _keys_of(one: HostChecks) -> KeysFound | None:
     try:
         return msgspec.convert(one.facts.get("keys"), KeysFound)
     except msgspec.ValidationError:
+        return None
+
+
+def _day(made: str) -> datetime.date | None:
+    """The day that a host says; None where it is none."""
+    try:
+        return datetime.date.fromisoformat(made)
+    except ValueError:
         return None
 
 
@@ -145,7 +155,7 @@ def _put_over_ssh(one: HostChecks, ours: LocalFacts, ssh: str, data: bytes, *, r
             process.wait()
     for line in out.decode(errors="replace").splitlines():
         if line.startswith(SAID):
-            with contextlib.suppress(msgspec.MsgspecError):
+            with contextlib.suppress(msgspec.MsgspecError, RecursionError):
                 return msgspec.json.decode(line.removeprefix(SAID), type=KeysFound)
     said = " ".join(err.decode(errors="replace").split())[-300:]
     raise TpimpiError(f"it did not say that it has them ({said or 'nothing was said'})")

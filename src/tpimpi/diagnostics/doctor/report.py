@@ -8,6 +8,7 @@ from typing import Any
 
 from tpimpi import __version__
 from tpimpi.diagnostics.doctor.findings import Checkup, Finding
+from tpimpi.errors import one_line
 from tpimpi.system.terminal import print_table
 from tpimpi.system.units import show_rate, show_size, show_time
 
@@ -36,7 +37,7 @@ def print_report(checkup: Checkup, found: Sequence[Finding]) -> None:
     for table in _tables(checkup):
         print_table(table, 160)
     for finding in sorted(found, key=lambda finding: not finding.wrong):
-        print(" ".join(finding.line().split()))
+        print(one_line(finding.line()))
     wrong = sum(finding.wrong for finding in found)
     print(f"{wrong} thing{'s' if wrong > 1 else ''} wrong" if wrong else "nothing wrong", flush=True)
 

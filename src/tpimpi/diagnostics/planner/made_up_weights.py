@@ -16,8 +16,8 @@ from tpimpi.models.blocks import Block
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.tensors import layer_norms
 from tpimpi.system.buffers import Pages
-from tpimpi.weights.slices.file import Tile
 from tpimpi.weights.slices.layout import Record, aligned
+from tpimpi.weights.slices.tile import Tile
 
 _MOST_COPIES = 256  # of a layer, at most
 _WEIGHT_BYTE = 0x2C  # of which all weights are made: small normal numbers in every format

@@ -40,7 +40,7 @@ class Projections:
     """One layer's queries, keys and values on a rank, of n positions, from their projection to their attention."""
 
     def __init__(self, backend: Backend, head_dim: int) -> None:
-        self._backend, self._head_dim = backend, head_dim
+        self.backend, self._head_dim = backend, head_dim
         self._pieces: dict[tuple[int, int], _Piece] = {}  # by the query heads of their tile
 
     def add(self, x: F32, tile: Parts, of: TileHeads) -> F32:
@@ -50,7 +50,7 @@ class Projections:
         for name in ("q", "k", "v"):
             made[name] = None
             if name in tile.matrices:
-                y = self._backend.linear(x, tile.matrices[name], tile.parts.get(f"{name}_bias"))
+                y = self.backend.linear(x, tile.matrices[name], tile.parts.get(f"{name}_bias"))
                 made[name] = y.reshape(x.shape[0], -1, self._head_dim)
         if (q := made["q"]) is not None:
             squares[:, 0] = np.einsum("nhd,nhd->n", q, q)
@@ -73,11 +73,11 @@ class Projections:
         for piece in self._pieces.values():
             if piece.q is not None:
                 q = self._normed(piece.q, squares[:, 0], norm.q, piece.of.heads, norm.eps)
-                piece.q = rotated(self._backend, q, rotary, queries=True)
+                piece.q = rotated(self.backend, q, rotary, queries=True)
             if piece.k is not None and piece.v is not None:
                 k = self._normed(piece.k, squares[:, 1], norm.k, piece.of.kv_heads, norm.eps)
-                k = rotated(self._backend, k, rotary, queries=False)
-                self._backend.store(kv, rows, piece.of.kv_heads[0] - first_kv, k, piece.v)
+                k = rotated(self.backend, k, rotary, queries=False)
+                self.backend.store(kv, rows, piece.of.kv_heads[0] - first_kv, k, piece.v)
 
     def _normed(self, y: F32, squares: F32, weight: F32, heads: tuple[int, int], eps: float) -> F32:
         """y [n, heads, head_dim] over the root of the mean square of all heads, times their part of `weight`."""
@@ -96,5 +96,5 @@ class Projections:
         """Attention of one tile's query heads, through its columns of the output projection: [n, hidden]."""
         q = self._pieces[heads].q
         assert q is not None, "a tile of the output projection without queries"
-        seen = self._backend.attention(np.ascontiguousarray(q), kv, rows, q_to_kv, spec)
-        return self._backend.linear(seen.reshape(q.shape[0], -1), tile.matrices["o"])
+        seen = self.backend.attention(np.ascontiguousarray(q), kv, rows, q_to_kv, spec)
+        return self.backend.linear(seen.reshape(q.shape[0], -1), tile.matrices["o"])

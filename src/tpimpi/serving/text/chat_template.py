@@ -30,6 +30,13 @@ from tpimpi.serving.text.messages import (
     with_content,
     with_descriptions,
 )
+from tpimpi.serving.text.template_limits import (
+    COMPILE_TIME_S,
+    RENDER_TIME_A_CHARACTER_S,
+    RENDER_TIME_S,
+    TemplateTimeError,
+    bounded,
+)
 from tpimpi.serving.text.tool_forms import told_as_text
 
 _NONE = "None"  # what some templates write where a message has no content
@@ -52,6 +59,7 @@ class ChatTemplate:
         self._template: Any = None
         self._now = datetime.now()
         self._alphabet: Alphabet | None = None  # of the content that is being rendered
+        self._endless: ModelError | None = None  # once it took too long, or too much: it is not tried again
 
     def literals(self) -> str:
         """Its literal text and strings, none beside another. Empty where it cannot be parsed, which `render` says."""
@@ -59,7 +67,7 @@ class ChatTemplate:
             import jinja2
         try:
             parsed = _environment(datetime.now, "".join).parse(self.source)
-        except jinja2.TemplateError:
+        except Exception:  # also Python's own, over what is too deep or too long
             return ""
         texts = [node.data for node in parsed.find_all(jinja2.nodes.TemplateData)]
         texts += [node.value for node in parsed.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
@@ -102,20 +110,32 @@ class ChatTemplate:
     ) -> str:
         """The text of messages and tools, up to where an `answer` begins if there is to be one; `options` are more variables
         that the template may use. Raises ModelError if it fails."""
+        if self._endless is not None:
+            raise self._endless
         try:
-            if self._template is None:
-                self._template = _environment(lambda: self._now, self._join).from_string(self.source)
-                # What the operator ~ calls, by a name that Jinja's compiler has imported for it.
-                self._template.root_render_func.__globals__["str_join"] = self._join
-            variables = {**options, **self._named, "messages": messages, "tools": list(tools) or None}
-            text: str = self._template.render(**variables, documents=None, add_generation_prompt=answer)
+            text = self._text(messages, tools, options, answer=answer)
         except ModelError:
             raise
         except Exception as error:  # whatever a program can raise
             reason = f"{type(error).__name__}: {error}"[:200].replace("\n", " ")
-            raise ModelError(f"the model's chat template fails: {reason}; use --raw to do without it") from error
+            failed = ModelError(f"the model's chat template fails: {reason}; use --raw to do without it")
+            self._endless = failed if isinstance(error, TemplateTimeError | MemoryError) else None
+            raise failed from error
         if not is_unicode(text):
             raise ModelError("the model's chat template writes text that is not Unicode; use --raw to do without it")
+        return text
+
+    def _text(self, messages: Messages, tools: Tools, options: Mapping[str, Any], *, answer: bool) -> str:
+        """What the template, which is made the first time, writes. Raises whatever it raises."""
+        if self._template is None:
+            with bounded(COMPILE_TIME_S):
+                self._template = _environment(lambda: self._now, self._join).from_string(self.source)
+            # What the operator ~ calls, by a name that Jinja's compiler has imported for it.
+            self._template.root_render_func.__globals__["str_join"] = self._join
+        variables = {**options, **self._named, "messages": messages, "tools": list(tools) or None}
+        length = sum(map(len, texts_of([messages, tools, options])))
+        with bounded(RENDER_TIME_S + length * RENDER_TIME_A_CHARACTER_S):
+            text: str = self._template.render(**variables, documents=None, add_generation_prompt=answer)
         return text
 
     def _join(self, parts: Iterable[object]) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,11 +15,12 @@ import numpy.typing as npt
 import xxhash
 
 from tpimpi.compute.arrays import F32, Array
-from tpimpi.compute.formats.packed import Matrix, decode, row_bytes
+from tpimpi.compute.formats.packed import decode, row_bytes
 from tpimpi.errors import InputError, SliceError, StorageError
 from tpimpi.system.buffers import Bytes, aligned_buffer
 from tpimpi.system.direct_io import Descriptor, Extent, Trial, pieces
 from tpimpi.system.disk import error_number
+from tpimpi.weights.slices.datasets import link_elsewhere, stored_elsewhere
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import Part, Record, embedding_dataset, experts_dataset
 from tpimpi.weights.slices.problems import (
@@ -33,19 +33,11 @@ from tpimpi.weights.slices.problems import (
     not_a_file,
     unreadable,
 )
+from tpimpi.weights.slices.tile import Tile
 
 T = TypeVar("T")
 _ROWS_BYTES = 1 << 20  # of the embedding, read at a time to check it
-_MOST_HEADER_BYTES = 2**28  # far above any model's; a hostile file may promise to unpack to anything
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A tile in memory: its record, and its parts by name, which are views of one buffer."""
-
-    record: Record
-    parts: Mapping[str, Array]  # biases, norms (f32) and files (uint8), in their shapes
-    matrices: Mapping[str, Matrix]
+_MOST_HEADER_BYTES = 2**24  # far above any model's; a hostile file may promise to unpack to anything
 
 
 class SliceFile:
@@ -94,6 +86,8 @@ class SliceFile:
 
     def _open(self) -> None:
         file = self._file = h5py.File(self.path, "r", locking=False)
+        if (name := link_elsewhere(file)) is not None:
+            raise self._broken(f"{name} is a link to somewhere else")
         raw_header = self._small(file["header"], np.dtype("u1"))
         self._sums = self._small(file["checksums"], np.dtype("<u8"))
         if xxhash.xxh3_64_intdigest(raw_header) != int(self._sums[0]):
@@ -123,6 +117,11 @@ class SliceFile:
             self._file = None
         self._data.forget()  # what HDF5 read
 
+    def _check_stored(self, *datasets: h5py.Dataset) -> None:
+        for dataset in datasets:
+            if (why := stored_elsewhere(dataset)) is not None:
+                raise self._broken(why)
+
     def _places(self, file: h5py.File, record: Record) -> tuple[int, ...] | None:
         """Where the parts of a tile lie in the file; None where one is chunked. Raises SliceError for another dataset."""
         if record.expert > 0:  # its layer's first has looked at the dataset of all
@@ -151,6 +150,7 @@ class SliceFile:
         if offset is None and dataset.nbytes:
             if not dataset.id.get_storage_size():  # or a few bytes could promise any amount of zeros
                 raise self._broken(f"{dataset.name} has no data")
+            self._check_stored(dataset)
             return None
         if (offset or 0) + dataset.nbytes > self.size:
             raise self._broken(f"{dataset.name} ends beyond the file's {self.size} bytes")
@@ -164,6 +164,9 @@ class SliceFile:
             raise self._broken(f"the embedding is {weight.shape} {weight.dtype}, must be {shape} {dtype}")
         if sums.shape != (config.vocab,) or sums.dtype != np.dtype("<u8"):
             raise self._broken(f"the embedding has {sums.shape} checksums, must be {config.vocab}")
+        self._check_stored(weight, sums)
+        if sums.nbytes > _MOST_HEADER_BYTES:
+            raise self._broken(f"the embedding has {len(sums)} checksums, more than any model")
         self._embedding = weight.id.get_offset()
         for dataset in (weight, sums):
             offset = dataset.id.get_offset()
@@ -177,6 +180,7 @@ class SliceFile:
         """All of a dataset that is no tile. [n]"""
         if dataset.ndim != 1 or dataset.dtype != dtype or dataset.nbytes > _MOST_HEADER_BYTES:
             raise self._broken(f"{dataset.name} is {dataset.shape} {dataset.dtype}")
+        self._check_stored(dataset)
         return np.asarray(dataset[...])
 
     @property
@@ -211,19 +215,16 @@ class SliceFile:
 
     def tile(self, record: Record, buffer: Bytes) -> Tile:
         """The tile whose pieces are all in `buffer`, of which it holds views. Raises SliceError where a byte differs."""
-        parts: dict[str, Array] = {}
-        matrices: dict[str, Matrix] = {}
-        digest = xxhash.xxh3_64()
-        for start, stop, part in record.spans():
-            data = buffer[start:stop]
-            digest.update(data)
-            if part.is_matrix:
-                matrices[part.name] = part.matrix(data)
-            else:
-                parts[part.name] = data.view(part.dtype).reshape(part.shape)
-        if digest.intdigest() != int(self._sums[1 + self._index[record.path]]):
+        if not self.matches(record, buffer):
             raise self._changed(record.path) or self._broken(f"{record.path} does not match its checksum")
-        return Tile(record, parts, matrices)
+        return Tile.of(record, buffer)
+
+    def matches(self, record: Record, buffer: Bytes) -> bool:
+        """Whether the tile in `buffer` has the checksum that the file has of it."""
+        digest = xxhash.xxh3_64()
+        for start, stop, _ in record.spans():
+            digest.update(buffer[start:stop])
+        return digest.intdigest() == int(self._sums[1 + self._index[record.path]])
 
     def read(self, record: Record, buffer: Bytes) -> Tile:
         """Read and check a tile: all its pieces, one after another, into `buffer` (page-aligned, record.nbytes)."""

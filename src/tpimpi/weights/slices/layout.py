@@ -113,25 +113,30 @@ def slice_records(
     One by one: a hostile config can promise more tiles than memory holds.
     """
     yield _resident(config, rank, formats.router)
-    for layer, here in enumerate(formats.layers):
-        mlp = Block("mlp", layer)
-        yield from _attention_records(config, share, layer, here)
-        for index, columns in enumerate(mlp_tiles(config, share.mlp_columns(config, layer), here)):
-            parts = [Part(name, getattr(here, name), (columns.size, config.hidden)) for name in ("gate", "up")]
-            if config.mlp_bias:
-                parts += [Part(f"{name}_bias", "f32", (columns.size,)) for name in ("gate", "up")]
-            parts.append(_cut("down", here.down, config.hidden, columns))
-            yield Record(f"layers/{layer:04d}/mlp/tile-{index:03d}", mlp, tuple(parts))
-        if config.router(layer) is not None and (expert := _expert_parts(config, share, rank, here)):
-            for number in range(config.experts):
-                path = f"{experts_dataset(layer)}/{number:04d}"
-                yield Record(path, experts_block(layer), expert, expert=number)
+    for layer in range(len(formats.layers)):
+        yield from layer_records(config, share, rank, formats, layer)
     if rank == 0:
         for index, rows_of_head in enumerate(head_tiles(config, formats.head)):
             part = Part("rows", formats.head, (rows_of_head.size, config.hidden))
             yield Record(f"head/tile-{index:03d}", HEAD, (part,))
         texts = tuple(Part(name, _BYTES, (size,)) for name, size in tokenizer.items())
         yield Record("tokenizer/tile-000", TOKENIZER, texts)
+
+
+def layer_records(config: ModelConfig, share: Share, rank: int, formats: ModelFormats, layer: int) -> Iterator[Record]:
+    """The tiles of one layer, in the order of use."""
+    here = formats.layers[layer]
+    yield from _attention_records(config, share, layer, here)
+    for index, columns in enumerate(mlp_tiles(config, share.mlp_columns(config, layer), here)):
+        parts = [Part(name, getattr(here, name), (columns.size, config.hidden)) for name in ("gate", "up")]
+        if config.mlp_bias:
+            parts += [Part(f"{name}_bias", "f32", (columns.size,)) for name in ("gate", "up")]
+        parts.append(_cut("down", here.down, config.hidden, columns))
+        yield Record(f"layers/{layer:04d}/mlp/tile-{index:03d}", Block("mlp", layer), tuple(parts))
+    if config.router(layer) is not None and (expert := _expert_parts(config, share, rank, here)):
+        for number in range(config.experts):
+            path = f"{experts_dataset(layer)}/{number:04d}"
+            yield Record(path, experts_block(layer), expert, expert=number)
 
 
 def _attention_records(config: ModelConfig, share: Share, layer: int, formats: LayerFormats) -> Iterator[Record]:

@@ -20,12 +20,13 @@ from tpimpi.system.buffers import Bytes, aligned_buffer
 from tpimpi.system.disk import storage_error
 from tpimpi.system.files import check_folder
 from tpimpi.weights.locations import cache_folder, elsewhere
-from tpimpi.weights.slices.file import SliceFile, Tile
+from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.header import Header, same_slice, tile_spans
 from tpimpi.weights.slices.layout import Record
 from tpimpi.weights.slices.names import parse_slice_name
 from tpimpi.weights.slices.partition import Span
 from tpimpi.weights.slices.problems import unreadable
+from tpimpi.weights.slices.tile import Tile
 from tpimpi.weights.slices.writer import SliceWriter, partial_path, remove_leftovers, stored_bytes
 
 # What the HDF5 of every slice names before its tiles, and the beginning of its header.

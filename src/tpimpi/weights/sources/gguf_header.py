@@ -33,6 +33,8 @@ _SCALAR_CODES = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10:
 _STRING, _ARRAY = 8, 9
 _SHOWN_CHARACTERS = 80  # of a name from a file that a message shows
 _MAX_HEADER_BYTES = 256 << 20
+# Far above any model's: a file of that many small ones would take gigabytes of memory.
+_MOST_KEYS, _MOST_TENSORS, _MOST_ELEMENTS = 1 << 16, 1 << 20, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,9 @@ class GgufHeader:
         if version not in (2, 3):
             raise ModelError(f"{self.path}: is GGUF version {version}; tpimpi reads versions 2 and 3, convert it anew")
         tensor_count, key_count = self.number("Q"), self.number("Q")
+        for what, count, most in (("tensors", tensor_count, _MOST_TENSORS), ("keys", key_count, _MOST_KEYS)):
+            if count > most:
+                raise self.broken(f"it says that it has {count} {what}, more than {most}")
         metadata: dict[str, Any] = {}
         for _ in range(key_count):
             self.key = key = self.string()
@@ -166,6 +171,8 @@ class GgufHeader:
 
     def array(self, array: GgufArray) -> list[Any]:
         """The elements of an array that `parse` stepped over."""
+        if array.count > _MOST_ELEMENTS:
+            raise self.broken(f"an array of it has {array.count} elements, more than {_MOST_ELEMENTS}")
         self.stream.seek(array.offset)
         self.position = array.offset
         if array.kind == _STRING:

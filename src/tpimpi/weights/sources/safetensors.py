@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Callable, Mapping
@@ -64,7 +65,9 @@ _TEMPLATE_FOLDER = "additional_chat_templates"  # whose NAME.jinja is the asset 
 
 _SAFETENSORS_DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _INDEX = "model.safetensors.index.json"
-_MAX_JSON_BYTES = 64 << 20
+# Far above any model's, and low enough that what JSON of that size becomes does not fill the memory.
+_MAX_JSON_BYTES, _MAX_JSON_PARTS = 16 << 20, 1 << 20
+_MAX_ASSET_BYTES = 128 << 20
 _COMPARED_HEAD_ROWS = 64  # of a saved head, compared with the embedding it is tied to
 
 
@@ -137,8 +140,7 @@ def _hf_assets(directory: Path) -> dict[str, bytes]:
     for name, path in paths.items():
         try:
             if is_file(path):
-                with open_file(path) as file:
-                    assets[name] = file.read()
+                assets[name] = _read_all(path, _MAX_ASSET_BYTES)
                 refuse_pointer(assets[name], path)
         except OSError as error:
             raise unreadable(path, error) from error
@@ -237,17 +239,30 @@ def _no_safetensors(directory: Path) -> ModelError:
 def read_json(path: Path) -> Any:
     """What a JSON file of a model holds. ModelError where it cannot be read, or is no JSON."""
     try:
-        with open_file(path) as file:
-            data = file.read(_MAX_JSON_BYTES + 1)
+        data = _read_all(path, _MAX_JSON_BYTES)
     except OSError as error:
         raise unreadable(path, error) from error
-    if len(data) > _MAX_JSON_BYTES:
-        raise ModelError(f"{path}: is longer than {_MAX_JSON_BYTES >> 20} MiB; it is no such file")
     refuse_pointer(data, path)
+    _refuse_many_parts(data, path)
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: is no JSON ({error}); download it again") from error
+
+
+def _read_all(path: Path, most: int) -> bytes:
+    """A file of `most` bytes at most. Raises OSError, and ModelError for a longer one."""
+    with open_file(path) as file:
+        if os.fstat(file.fileno()).st_size > most:
+            raise ModelError(f"{path}: is longer than {most >> 20} MiB; it is no such file")
+        return file.read()
+
+
+def _refuse_many_parts(data: bytes, path: Path) -> None:
+    """Raise ModelError for JSON of more arrays and objects than any model has: each takes far more memory than its text."""
+    parts = data.count(b"[") + data.count(b"{")
+    if parts > _MAX_JSON_PARTS:
+        raise ModelError(f"{path}: has {parts} arrays and objects, more than {_MAX_JSON_PARTS}; it is no such file")
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -270,6 +285,14 @@ def _read_safetensors_header(file: WeightFile) -> dict[str, Any]:
     from safetensors import safe_open
 
     refuse_pointer(file.read(0, min(file.size, 128)).tobytes(), file.path)
+    if file.size >= 8:
+        (length,) = struct.unpack("<Q", file.read(0, 8).tobytes())
+        if _MAX_JSON_BYTES < length <= file.size:
+            raise ModelError(
+                f"{file.path}: its header has {length} bytes, more than {_MAX_JSON_BYTES >> 20} MiB; {DOWNLOAD_AGAIN}"
+            )
+        if length <= file.size - 8:
+            _refuse_many_parts(file.read(8, length).tobytes(), file.path)
     try:
         with safe_open(file.path, framework="numpy"):
             pass

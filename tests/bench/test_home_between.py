@@ -1,0 +1,122 @@
+"""A program between the devices of an emulated home: what it reads and writes of Open MPI's frames, and each kind of harm
+once, by real MPI. bench/home/faults/between.py tries each many times, and says what is well."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from bench.home import Home, Link
+from bench.home.faults import between, harm
+from bench.home.faults.frames import Splitter
+from bench.home.faults.middle import Middle
+from tests.support.homes import LACKING
+from tests.support.launch import Launcher
+
+pytestmark = pytest.mark.alone
+
+# As Open MPI 5.0.11 sent them: a connection's beginning, and the headers of a message of its own (communicator 0, tag -34,
+# 4 bytes follow) and of one of tpimpi (communicator 3, tag 12611, sequence 901, 2320 bytes follow).
+HANDSHAKE = bytes.fromhex("0100da81020000004f50414c2d5443502d42544c007f0000")
+OWN = bytes.fromhex("41010000120000004100000002000000deffffff0100") + b"\3\0\0\0"
+OURS = bytes.fromhex("410100001e0900004100030000000000433100008503")
+SEQUENCE_AT = len(OURS) - 2
+
+
+def message(sequence: int, fill: int) -> bytes:
+    return OURS[:SEQUENCE_AT] + struct.pack("<H", sequence) + bytes([fill]) * 2320
+
+
+@pytest.mark.parametrize("step", [1, 1000, 1 << 20])
+def test_frames_are_found_however_they_come(step: int) -> None:
+    sent = HANDSHAKE + OWN + message(901, 1) + message(902, 2)
+    splitter = Splitter()
+    frames = list(splitter.feed(sent[:24]))  # the library sends it at once
+    for at in range(24, len(sent), step):
+        frames += splitter.feed(sent[at : at + step])
+    assert b"".join(frame.data for frame in frames) == sent
+    assert [(frame.communicator, frame.tag, frame.ours) for frame in frames[1:]] == [
+        (0, -34, False),
+        (3, 12611, True),
+        (3, 12611, True),
+    ]
+    assert [frame.payload for frame in frames[1:]] == [b"\3\0\0\0", b"\1" * 2320, b"\2" * 2320]
+
+
+def test_the_launchers_bytes_pass_as_they_are() -> None:
+    frames = list(Splitter().feed(b"prterun-laptop-1@0" + bytes(100)))
+    assert [bytes(frame.data) for frame in frames] == [b"prterun-laptop-1@0" + bytes(100)]
+    assert not frames[0].ours
+
+
+def test_after_a_message_was_left_out_the_counts_of_mpi_have_no_gap() -> None:
+    drop = harm.Drop((0, 1), random.Random(0))
+    drop.due = True
+    splitter, passed = Splitter(), []
+    for frame in splitter.feed(HANDSHAKE + b"".join(message(n & 0xFFFF, n % 251) for n in range(65530, 65560))):
+        passed += drop.meet((0, 1), frame)
+    sequences = [struct.unpack_from("<H", frame.data, SEQUENCE_AT)[0] for frame in passed[1:]]
+    assert sequences == [n & 0xFFFF for n in range(65530, 65559)]
+    assert drop.done.startswith("dropped: 2320 bytes")
+    [other] = drop.meet((1, 0), next(iter(_begun().feed(message(901, 1)))))
+    assert bytes(other.data) == message(901, 1)  # the other direction has a count of its own
+
+
+def test_a_message_that_is_cut_has_headers_that_fit() -> None:
+    cut = harm.Shorten((0, 1), random.Random(1))
+    cut.due = True
+    passed = [f for n in range(20) for frame in _begun().feed(message(n, n)) for f in cut.meet((0, 1), frame)]
+    short = [frame for frame in passed if len(frame.payload) < 2320]
+    assert len(short) == 1
+    assert struct.unpack_from("<I", short[0].data, 4)[0] == len(short[0].data) - 8 == 14 + len(short[0].payload)
+
+
+def _begun() -> Splitter:
+    splitter = Splitter()
+    list(splitter.feed(HANDSHAKE))
+    return splitter
+
+
+@pytest.fixture(scope="module")
+def middle(mpirun: Launcher) -> Iterator[Middle]:
+    if mpirun.mpi != "openmpi":
+        pytest.skip("the program knows Open MPI's frames")
+    if LACKING or shutil.which("nft") is None:
+        pytest.skip(LACKING or "no nft")
+    with Home(between.RANKS, Link(latency_s=0.0005)) as home, Middle(home) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def answers(middle: Middle) -> dict[str, str]:
+    """Through the program, which does nothing."""
+    middle.harm = harm.Harm()
+    return between.undisturbed(middle.home, "on")
+
+
+@pytest.mark.parametrize("kind", [*harm.KINDS, between.KEY])
+@pytest.mark.slow
+def test_harm_is_named_and_nothing_is_answered_wrongly(middle: Middle, answers: dict[str, str], kind: str) -> None:
+    outcome = between.try_once(kind, middle, "on", answers, random.Random(kind))
+    assert not outcome.wrong, outcome
+    assert outcome.done
+
+
+@pytest.mark.slow
+def test_without_seals_damage_is_found_and_forgery_is_believed(middle: Middle, answers: dict[str, str]) -> None:
+    """The harm that the other test shows to be found is one that does change answers."""
+    outcome = between.try_once("flip", middle, "off", answers, random.Random("plain"))
+    assert not outcome.wrong, outcome
+    middle.harm = forge = harm.Forge((1, 0), random.Random(0))
+    screen = between.start(middle.home, between.PROMPT, "off", "star")
+    between.reach("answer", screen, forge, random.Random(0))
+    forge.due = True
+    assert screen.ended(between.START_TIMEOUT_S)
+    screen.join()
+    assert forge.done
+    assert screen.process.returncode == 0
+    assert between.answer_of(screen) != answers[between.PROMPT]
