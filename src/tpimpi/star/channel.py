@@ -227,8 +227,11 @@ class Channel:
                 self._say_awaited(pending, deadline)
                 time.sleep(max(0.0, early))
             # Two looks each time: over TCP MPI may take a message in at one, and hand it out at the next.
+            said = -1
             while not (self.test(pending) or self.test(pending)):
-                self._say_awaited(pending, deadline)
+                if pending.done != said:
+                    self._say_awaited(pending, deadline)
+                    said = pending.done
                 if deadline is not None and time.monotonic() > deadline:
                     left = zip(pending.requests[pending.done :], self.awaited, strict=True)
                     raise self._no_answer([peer for request, peer in left if not request.Test()], backoff.elapsed())
