@@ -18,7 +18,7 @@ from tpimpi.compute.arrays import F32
 from tpimpi.compute.formats.packed import row_bytes
 from tpimpi.engine.overlap import half_chunks
 from tpimpi.models.blocks import Block
-from tpimpi.star import HIDDEN, SUM
+from tpimpi.star import CONTROL, HIDDEN, SUM
 from tpimpi.star.pieces import TAGS_PER_TURN, TURNS
 
 HEAD = struct.Struct("<5q")  # direction, communicator, the other rank, tag, bytes
@@ -56,15 +56,19 @@ class Step:
 def steps_of(messages: Iterable[Message]) -> list[Step]:
     """The steps of a run in what a rank got from rank 0, where rank 0 adds the sums (`--allreduce star`)."""
     steps: list[Step] = []
+    begins = True  # a step, with the next vectors: the words that say what they are have come
     for message in messages:
         kind, turn = message.tag % TAGS_PER_TURN, message.tag // TAGS_PER_TURN
-        if message.direction != RECEIVED or message.peer != 0 or kind not in (HIDDEN, SUM):
+        if message.direction != RECEIVED or message.peer != 0:
             continue
-        if kind == HIDDEN:
-            if not steps or steps[-1].sums:
+        if kind == CONTROL:
+            begins = True
+        elif kind == HIDDEN:
+            if begins or not steps:
                 steps.append(Step())
             steps[-1].hidden.append(message.data)
-        elif steps:  # else a measurement of the links
+            begins = False
+        elif kind == SUM and steps:  # else a measurement of the links
             steps[-1].sums.setdefault(turn, []).append(message.data)
     return steps
 
