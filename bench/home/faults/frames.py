@@ -2,8 +2,9 @@
 
 As Open MPI 5.0 has them, on little-endian hosts of one kind (checked with 5.0.11). A connection (BTL tcp) begins with 24
 bytes each way: the process's name, 8 bytes, and MAGIC with zeros behind, 16 bytes. Then there are only frames, each with a
-header of 8 bytes: tag u8, type u8 (1: a message), count u16, and u32, the number of bytes that follow. Those begin with a
-header of the layer above (PML ob1), of which the first byte is the kind:
+header of 8 bytes: tag u8, type u8, count u16, and u32, the number of bytes that follow. (Of type 2, the rest of a large
+message, there follow `count` times an address and a length, u64, and then the bytes of all lengths.) Of type 1 those begin
+with a header of the layer above (PML ob1), of which the first byte is the kind:
 
     MATCH       kind u8, flags u8, communicator u16, source i32, tag i32, sequence u16: 14 bytes, and the message
     RENDEZVOUS  the same, 2 bytes of nothing, length u64, request u64: 32 bytes, and the beginning of the message
@@ -24,7 +25,8 @@ from dataclasses import dataclass
 MAGIC = b"OPAL-TCP-BTL"
 HANDSHAKE_BYTES = 24
 FRAME_HEADER = struct.Struct("<BBHI")
-MESSAGE_TYPE = 1
+MESSAGE_TYPE, PUT_TYPE = 1, 2
+_PLACE = struct.Struct("<QQ")
 _MATCH_HEADER = struct.Struct("<BBHiiH")
 _SEQUENCE_AT = 12  # in it
 MATCH, RENDEZVOUS, FRAGMENT, EXTENDED = 65, 66, 70, 74
@@ -107,10 +109,20 @@ class Splitter:
             yield Frame(self._take(len(self._held)).data)
             return
         while len(self._held) >= FRAME_HEADER.size:
-            size = FRAME_HEADER.size + FRAME_HEADER.unpack_from(self._held)[3]
+            size = self._frame_bytes()
             if len(self._held) < size:
                 return
             yield parse(self._take(size).data)
+
+    def _frame_bytes(self) -> int:
+        """Of the frame that is being held, or of so much of it that more can be said."""
+        _, kind, count, follow = FRAME_HEADER.unpack_from(self._held)
+        size: int = FRAME_HEADER.size + follow
+        if kind == PUT_TYPE:
+            size = FRAME_HEADER.size + count * _PLACE.size
+            if len(self._held) >= size:
+                size += sum(length for _, length in _PLACE.iter_unpack(self._held[FRAME_HEADER.size : size]))
+        return size
 
     def _take(self, nbytes: int) -> Frame:
         taken = self._held[:nbytes]
