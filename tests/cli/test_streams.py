@@ -104,9 +104,11 @@ def test_much_input_at_once_is_no_trouble(mpirun: Launcher, cache, tiny: Path) -
     assert result.code == 2
 
 
-def test_a_full_standard_output_is_one_line(tpimpi, tiny: Path, cache) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_standard_output_is_one_line(tpimpi, tiny: Path, cache, unbuffered: str) -> None:
     command = f"{sys.executable} -m tpimpi --prompt fox --max-tokens 3 >/dev/full"
-    result = run_command(["bash", "-c", command], env={**cache, "TPIMPI_MODEL": str(tiny)}, timeout=60)
+    env = {**cache, "TPIMPI_MODEL": str(tiny), "PYTHONUNBUFFERED": unbuffered}
+    result = run_command(["bash", "-c", command], env=env, timeout=60)
     assert_one_line(result, "cannot write the answer to standard output: No space left", code=1)
 
 

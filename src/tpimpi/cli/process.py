@@ -79,7 +79,9 @@ def guarded(command: Callable[[Job], int], arguments: list[str]) -> int:
             time.sleep(WAIT_FOR_HUB_REPORT_S)  # rank 0 or the launcher knows better who is gone, and ends us meanwhile
         ours = as_ours(error)
         code = ours.exit_code
-        with contextlib.suppress(OSError):  # where standard error cannot be written either, the exit code says it alone
+        with contextlib.suppress(
+            OSError, StorageError
+        ):  # where standard error cannot be written either, the exit code says it alone
             if wants_traceback():
                 traceback.print_exc()
             say(f"{ours.where or job.name()}: {ours}")
@@ -145,7 +147,7 @@ def set_up_streams() -> None:
 def say(line: str | None) -> None:
     """A line on stderr, where there is one to say, after what stdout has so far."""
     if line:
-        with contextlib.suppress(OSError):  # said where the answer is written
+        with contextlib.suppress(OSError, StorageError):  # said where the answer is written
             sys.stdout.flush()
         print(line, file=sys.stderr, flush=True)
 
