@@ -43,7 +43,9 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 def streaming(server: RunningServer, pool: ThreadPoolExecutor, tokens: int) -> Future[str]:
     """A request that has its first words; its result is why it ended."""
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0)
-    stream = iter(client.chat.completions.create(model="", messages=ASKED, max_tokens=tokens, stream=True))
+    stream = iter(
+        client.chat.completions.create(model="", messages=ASKED, max_tokens=tokens, temperature=0, stream=True)
+    )
     next(stream), next(stream)
 
     def rest() -> str:
