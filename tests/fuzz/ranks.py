@@ -18,9 +18,11 @@ from tests.fuzz import seeds
 from tests.fuzz.mutate import mutate_json
 from tests.fuzz.target import Target, written
 from tpimpi.engine import protocol
+from tpimpi.engine.audit import one_row, receive_request
 from tpimpi.engine.batch import PADDED_WORDS, pack_rows, unpack_rows
 from tpimpi.engine.protocol import Operation, StepHeader
 from tpimpi.errors import TpimpiError
+from tpimpi.models.blocks import Block
 from tpimpi.models.kv.cache import KINDS, StepRows
 from tpimpi.star import Star
 from tpimpi.star.control import Note, decode_note, to_json
@@ -117,14 +119,16 @@ class _Told(Star):
         words, self.left = self.left[:end], self.left[end:]
         return words
 
-    def broadcast(self, values: Any) -> None:
+    def broadcast(self, values: Any, *, exact: bool = False) -> None:
         values[:] = 0
 
 
 class _Model:
     """Of a model what a step asks for; it looks whether it was to be asked for that."""
 
-    choices, context, config, has_one_sequence = 0, _CONTEXT, SimpleNamespace(hidden=_HIDDEN), True
+    choices, context, has_one_sequence = 0, _CONTEXT, True
+    config = SimpleNamespace(hidden=_HIDDEN, qk_norm_over_all=False, layer=lambda _: SimpleNamespace(parallel=False))
+    blocks = (Block("attn", 0), Block("mlp", 0))
     cache: Any = SimpleNamespace(pages=_PAGES)
 
     def can_keep(self, start: int, positions: int) -> bool:
@@ -150,7 +154,9 @@ def _steps(data: bytes) -> None:
     star = _Told(data)
     while len(star.left):
         header, words = protocol.receive_header(star)
-        if header.operation not in (Operation.KEEP, Operation.TAKE, Operation.LIVE, Operation.FINISH):
+        if header.operation == Operation.AUDIT:  # which a whole model would answer
+            receive_request(model, star, words)
+        elif header.operation not in (Operation.KEEP, Operation.TAKE, Operation.LIVE, Operation.FINISH):
             protocol._follow_one(model, star, header, words)
 
 
@@ -168,6 +174,7 @@ def _step_seeds() -> list[bytes]:
         [StepHeader(Operation.BATCH, 3).pack(), words],
         [StepHeader(Operation.PROMPT_BATCH, 3).pack(), pack_rows(_rows(), PADDED_WORDS)],
         [StepHeader(Operation.RELEASE, 1).pack(), np.array([1, 2], np.int64)],
+        [StepHeader(Operation.AUDIT).pack(), np.array([0, 0], np.int64), pack_rows(one_row(_rows(), 2))],
     ]
     return [b"".join(part.tobytes() for part in parts) for parts in told]
 

@@ -67,10 +67,10 @@ class ChatTemplate:
             import jinja2
         try:
             parsed = _environment(datetime.now, "".join).parse(self.source)
+            texts = [node.data for node in parsed.find_all(jinja2.nodes.TemplateData)]
+            texts += [node.value for node in parsed.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
         except Exception:  # also Python's own, over what is too deep or too long
             return ""
-        texts = [node.data for node in parsed.find_all(jinja2.nodes.TemplateData)]
-        texts += [node.value for node in parsed.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
         return "\0".join(texts)
 
     def has_system(self) -> bool:
