@@ -19,7 +19,7 @@ from statistics import median
 
 from bench.home.devices import Link, parse_duration
 from bench.home.home import Home
-from bench.studies.two_versions import WORDS, Run, interval, read
+from bench.studies.two_versions import WORDS, Run, add_runs, line, read
 
 RUN_TIMEOUT_S = 600
 
@@ -42,11 +42,7 @@ def run(home: Home, seal: str, options: argparse.Namespace, folder: Path) -> Run
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a GGUF file or folder (default: SmolLM2)")
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--pairs", type=int, default=30)
-    parser.add_argument("--tokens", type=int, default=64, help="that are made after the prompt")
-    parser.add_argument("--prompt-words", type=int, default=120)
+    add_runs(parser)
     parser.add_argument("--latency", default="0.3ms")
     parser.add_argument("--allreduce", default="star")
     parser.add_argument("--mpi", choices=("openmpi", "mpich"), default="openmpi")
@@ -68,8 +64,7 @@ def main() -> None:
             print(f"pair {number + 1:2}: decode {ratios[0]:.3f}, prompt {ratios[1]:.3f}", flush=True)
     for name in ("decode_s", "prompt_s"):
         ratios = [getattr(on, name) / getattr(off, name) for on, off in pairs]
-        low, high = interval(ratios)
-        print(f"{name:8} sealed / plain: median {median(ratios):.3f}, 95 % interval {low:.3f} to {high:.3f}")
+        print(line(name.removesuffix("_s"), ratios, "sealed / plain"))
     for rank in range(options.ranks):
         more = median(on.peak_bytes[rank] - off.peak_bytes[rank] for on, off in pairs)
         print(f"memory   r{rank}: {more / 1e6:+.1f} MB (median of the differences)")

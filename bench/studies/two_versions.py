@@ -93,22 +93,25 @@ def read(report: dict[str, Any]) -> Run:
     return Run(report["s_per_token"], report["ttft_s"], [rank["peak_rss_bytes"] for rank in report["ranks"]])
 
 
-def line(name: str, ratios: Sequence[float]) -> str:
+def line(name: str, ratios: Sequence[float], what: str = "new / old") -> str:
     low, high = interval(ratios)
-    return (
-        f"{name:8} new / old: median {median(ratios):.3f}, 95 % interval {low:.3f} to {high:.3f}, {len(ratios)} pairs"
-    )
+    return f"{name:8} {what}: median {median(ratios):.3f}, 95 % interval {low:.3f} to {high:.3f}, {len(ratios)} pairs"
+
+
+def add_runs(parser: argparse.ArgumentParser) -> None:
+    """What is run in each pair, and how many pairs."""
+    parser.add_argument("--model", type=Path, help="a GGUF file or folder (default: SmolLM2)")
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--tokens", type=int, default=64, help="that are made after the prompt")
+    parser.add_argument("--prompt-words", type=int, default=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path, metavar="OLD")
     parser.add_argument("new", type=Path, metavar="NEW")
-    parser.add_argument("--model", type=Path, help="a GGUF file or folder (default: SmolLM2)")
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--pairs", type=int, default=30)
-    parser.add_argument("--tokens", type=int, default=64, help="that are made after the prompt")
-    parser.add_argument("--prompt-words", type=int, default=120)
+    add_runs(parser)
     parser.add_argument("--memory", help="of each rank, as of a run")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -31,9 +31,8 @@ END_S = 10.0  # mpirun may take so long to end, once its rank 0 has
 LOOK_S = 0.2  # between looks at mpirun
 BLAMED_AGAIN_S = 120.0  # a host that a run ends for twice within it is left out
 LEFT_OUT_S = 600.0  # for so long
-MOST_FAILED_STARTS = (
-    5  # one after another, none of them with fewer hosts than the one before, before the first that is well
-)
+# One after another, none of them with fewer hosts than the one before, before the first that is well.
+MOST_FAILED_STARTS = 5
 SHORT_LIFE_S = 10.0  # a run that could answer for so short a time has failed too
 LONGEST_PAUSE_S = 30.0  # between starts
 WAKE_S = 90.0  # a machine may take so long to wake

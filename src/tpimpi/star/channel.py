@@ -29,10 +29,8 @@ if TYPE_CHECKING:
 CONTROL, HIDDEN, PARTIAL, SUM, NOTE, CLOCK, BULK, ECHO, HANDSHAKE = range(1, 10)  # tags; see the package's docstring
 
 CHECKSUM_BYTES, SEAL_BYTES = 8, 16  # behind a message: the one, or the other
-MOST_HANDSHAKE_BYTES, MOST_BYTES = (
-    1 << 20,
-    (1 << 31) - 1,
-)  # of one message; by the first nobody has proved yet who he is
+# Of one message; by those of a handshake nobody has proved yet who he is.
+MOST_HANDSHAKE_BYTES, MOST_BYTES = 1 << 20, (1 << 31) - 1
 POOLED_FROM_BYTES = 1 << 14  # buffers from this size on are kept for the next messages
 POOLED_BYTES_PER_SIZE = 1 << 25  # the most that is kept of all buffers of one size
 CHECK_HOST_HINT = "see that it is up and reachable (python -m tpimpi doctor --hostfile FILE)"
@@ -114,9 +112,8 @@ class Channel:
     latency: float | None = None  # seconds one way, once it was measured: sleeps are short against it
     name: Callable[[int], str] = staticmethod("rank {}".format)  # of a rank, for messages
     awaited: tuple[int, ...] = ()  # the ranks that are waited for right now, within a deadline
-    awaited_messages: tuple[
-        int, ...
-    ] = ()  # the ranks from which a message is to come, whether or not there is a deadline
+    # The ranks from which a message is to come, whether or not there is a deadline.
+    awaited_messages: tuple[int, ...] = ()
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         from mpi4py import MPI
