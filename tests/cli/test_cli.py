@@ -204,6 +204,7 @@ def test_stdin_that_stays_open_is_answered_at_once(mpirun: Launcher, cache, tiny
             process.wait()
 
 
+@pytest.mark.alone  # the launcher kills its ranks half a second later, whatever they have yet to say
 def test_ctrl_c_keeps_the_text_and_ends_every_rank(mpirun: Launcher, cache, smollm2: Path, tmp_path: Path) -> None:
     """The launcher gets what Ctrl-C sends while the answer is on its way."""
     mark = f"--seed={time.time_ns()}"

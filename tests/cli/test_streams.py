@@ -158,6 +158,26 @@ def test_a_signal_while_slicing_leaves_what_can_go_on(smollm2: Path, tmp_path: P
     assert left <= {f".rank-{rank}-of-2.h5.partial" for rank in range(2)}
 
 
+def test_a_signal_is_heard_inside_a_call_of_a_library() -> None:
+    """The launcher kills soon after its SIGTERM: the line must not wait for a call that takes long, as under a load."""
+    program = (
+        "import ctypes, tpimpi.cli.process as process\n"
+        "process.leave_on_signals(lambda: 'kept')\n"
+        "print('ready', flush=True)\n"
+        "mutex = ctypes.create_string_buffer(64)\n"
+        "while True: ctypes.CDLL(None).pthread_mutex_lock(mutex)\n"  # the second time for ever, whatever the signal
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout and process.stdout.readline() == b"ready\n"
+    time.sleep(0.2)  # into the call
+    process.terminate()
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (err, process.returncode) == (b"\nkept\n", 128 + signal.SIGTERM)
+
+
 @pytest.mark.slow_but("h5py")
 @pytest.mark.parametrize("package", ["h5py", "torch"])
 def test_a_package_missing_on_one_rank_is_one_line(

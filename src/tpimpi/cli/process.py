@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -163,12 +164,15 @@ def print_answer(text: str) -> None:
 # Signals
 
 
-def leave_on_signals(last_line: Callable[[], str | None] = lambda: None) -> None:
+def leave_on_signals(last_line: Callable[[], str | None] | None = None) -> None:
     """Ctrl-C, or the launcher's word to stop: leave at once. What was printed was flushed as it came. `last_line` is said on
     stderr then, where there is one to say, and stderr takes it at once."""
+    left = threading.Lock()
 
     def leave(number: int, frame: object) -> None:
-        line = last_line()
+        if not left.acquire(blocking=False):
+            return  # the other thread is leaving
+        line = last_line() if last_line else None
         with contextlib.suppress(OSError, ValueError):
             if line and select.select([], [STDERR], [], 0)[1]:
                 os.write(STDERR, f"\n{line}\n".encode(errors="replace"))
@@ -176,6 +180,24 @@ def leave_on_signals(last_line: Callable[[], str | None] = lambda: None) -> None
 
     for number in STOPPING_SIGNALS:
         signal.signal(number, leave)
+    if last_line:
+        _also_inside_libraries(leave)
+
+
+def _also_inside_libraries(leave: Callable[[int, object], None]) -> None:
+    """Let `leave` be called at once also while the main thread is in a library's call: Python alone would wait for its end.
+    Under a load that can be longer than the quarter of a second between the SIGTERM of Open MPI's launcher and its SIGKILL.
+    """
+    came, arrives = os.pipe()
+    os.set_blocking(arrives, False)
+    signal.set_wakeup_fd(arrives, warn_on_full_buffer=False)
+
+    def wait() -> None:
+        while number := os.read(came, 1):
+            if signal.getsignal(number[0]) is leave:  # and not somebody else's for a while
+                leave(number[0], None)
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
 def leave_signals_to_rank_0() -> None:
