@@ -66,12 +66,14 @@ class RecordedMessage:
     def __init__(self, message: Any, communicator: RecordedCommunicator) -> None:
         self._message, self._communicator = message, communicator
 
-    def Irecv(self, buffer: Any) -> RecordedRequest:  # noqa: N802
-        return self._communicator.recorded(self._message.Irecv(buffer), buffer)
+    def Irecv(self, buffer: tuple[Any, Any]) -> RecordedRequest:  # noqa: N802
+        return self._communicator.recorded(self._message.Irecv(buffer), buffer[0])
 
 
 class RecordedCommunicator:
-    """A communicator that notes what is sent and received, and has nothing that it would not note."""
+    """A communicator that notes what is sent and received, and has nothing that it would not note.
+
+    A `buffer` comes with its datatype, which is bytes."""
 
     made = 0
 
@@ -96,12 +98,12 @@ class RecordedCommunicator:
     def Split(self, color: int, key: int) -> RecordedCommunicator:  # noqa: N802
         return RecordedCommunicator(self._comm.Split(color, key), self._log)
 
-    def Isend(self, buffer: Any, dest: int, tag: int) -> Any:  # noqa: N802
-        self._log.write(SENT, self._number, dest, tag, bytes(memoryview(buffer).cast("B")))
+    def Isend(self, buffer: tuple[Any, Any], dest: int, tag: int) -> Any:  # noqa: N802
+        self._log.write(SENT, self._number, dest, tag, bytes(memoryview(buffer[0]).cast("B")))
         return self._comm.Isend(buffer, dest=dest, tag=tag)
 
-    def Irecv(self, buffer: Any, source: int, tag: int) -> RecordedRequest:  # noqa: N802
-        return self.recorded(self._comm.Irecv(buffer, source=source, tag=tag), buffer)
+    def Irecv(self, buffer: tuple[Any, Any], source: int, tag: int) -> RecordedRequest:  # noqa: N802
+        return self.recorded(self._comm.Irecv(buffer, source=source, tag=tag), buffer[0])
 
     def Improbe(self, source: int, tag: int, status: Any) -> RecordedMessage | None:  # noqa: N802
         message = self._comm.Improbe(source=source, tag=tag, status=status)

@@ -252,6 +252,7 @@ def test_other_ranks_import_neither_serving_nor_the_options(recorded) -> None:
         modules = json.loads((out / f"outside-{rank}.json").read_text())["modules"]
         assert "tpimpi.engine.model" in modules, "the run is not even there: the test sees nothing"
         assert [name for name in modules if name.startswith(("tpimpi.serving", "tokenizers", "jinja2"))] == []
+        assert [name for name in modules if name.startswith(("tpimpi.weights.sources", "tpimpi.weights.build"))] == []
         # A rank without weights is to be small: OpenSSL (of secrets, hashlib) takes 4 MB, and nothing needs it.
         assert not {"_hashlib", "secrets", "argparse", "torch", "typing_extensions"}.intersection(modules)
         assert not {"concurrent.futures", "difflib", "gguf", "numpy.ma", "random", "statistics"}.intersection(modules)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,10 +30,12 @@ from tpimpi.engine.window import Window
 from tpimpi.errors import InputError, SliceError
 from tpimpi.star import Rank, Star
 from tpimpi.weights.cache import mark_used
-from tpimpi.weights.copies import BUILD_BYTES, TileCopies
 from tpimpi.weights.locations import SliceLocation
 from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.header import Header
+
+if TYPE_CHECKING:
+    from tpimpi.weights.copies import TileCopies  # which other ranks than 0 do without, and what reads models
 
 SEQUENCE_BYTES = 400_000  # of each sequence on rank 0: its ids and text, and the tables in which drafts are looked up
 DEFAULT_CONTEXT = 2048  # positions that memory is planned for where no option or prompt says how many
@@ -157,7 +160,7 @@ class OpenedEngine:
         if not self.audits or (self.star.rank.is_hub and self.copies is None):
             return 0
         largest = max((record.nbytes for record in (*self.records, *self.experts.values())), default=0)
-        return largest + (BUILD_BYTES if self.star.rank.is_hub else 0)
+        return largest + (0 if self.copies is None else self.copies.work_bytes)
 
     @property
     def audits(self) -> bool:

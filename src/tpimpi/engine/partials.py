@@ -57,7 +57,7 @@ class Partials:
 
     def empty(self, x: F32, block: Block) -> F32:
         """The partial of a block before its first tile: [n, hidden], or [n, 2] of sums of squares."""
-        return np.zeros((x.shape[0], 2), np.float32) if block.kind == "qkv" else np.zeros_like(x)
+        return np.zeros((x.shape[0], 2), np.float32) if block.kind == "qkv" else np.zeros(x.shape, np.float32)
 
     def of_tile(self, h: F32, tile: Tile, step: StepState, projections: Projections | None) -> F32:
         """What one tile adds to its block: [n, hidden] from `h` [n, hidden], or [n, 2] sums of squares."""

@@ -8,6 +8,7 @@ the largest of those were the fastest; over links of milliseconds smaller ones, 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ class PartialWatch:
             kept[first - self.run.start : last - self.run.start] = values[first - piece.start : last - piece.start]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class IncomingPiece:
     """A piece of `source`'s numbers that is being received: bytes `data`, once `pending` is done."""
 
@@ -90,16 +91,14 @@ class PieceChannel:
         self._shift = TAGS_PER_TURN * (turn % TURNS)
         self._sends: list[Pending] = []
 
-    def cut(self, first: int, last: int) -> list[slice]:
+    def cut(self, first: int, last: int) -> Sequence[slice]:
         """The numbers from `first` to `last`, in pieces of about the same size: for a sum that flows through one hub."""
         return self._cut_evenly(first, last, LEAST_PIECES, PIECE_NUMBERS)
 
-    def _cut_evenly(self, first: int, last: int, pieces: int, most: int) -> list[slice]:
-        most = max(self._least, min(most, (last - first) // pieces))
-        cuts = even_bounds(last - first, -(-(last - first) // most))
-        return [slice(first + start, first + stop) for start, stop in itertools.pairwise(cuts)]
+    def _cut_evenly(self, first: int, last: int, pieces: int, most: int) -> Sequence[slice]:
+        return _cut(first, last, max(self._least, min(most, (last - first) // pieces)))
 
-    def parts(self, count: int) -> list[list[slice]]:
+    def parts(self, count: int) -> list[Sequence[slice]]:
         """The pieces of each rank's part of `count` numbers."""
         cuts = itertools.pairwise(even_bounds(count, self.size))
         return [self._cut_evenly(first, last, LEAST_PIECES_OF_PART, PIECE_OF_PART_NUMBERS) for first, last in cuts]
@@ -107,7 +106,7 @@ class PieceChannel:
     def expect(self, piece: slice, source: int, tag: int) -> IncomingPiece:
         """Begin to receive the numbers of `piece`."""
         count = piece.stop - piece.start
-        pending, data = self.channel.expect(row_bytes(self.wire.format, count), source, tag + self._shift)
+        pending, data = self.channel.expect(_wire_bytes(self.wire.format, count), source, tag + self._shift)
         return IncomingPiece(pending, data, piece, source, self, self._watch if tag == PARTIAL else None)
 
     def send(self, values: F32, to: int, tag: int) -> Pending:
@@ -136,6 +135,17 @@ class PieceChannel:
             [None for pending in sends for _ in pending.requests],
             lent=[buffer for pending in sends for buffer in pending.lent],
         )
+
+
+# Sums of a few lengths come again with every token.
+_wire_bytes = functools.lru_cache(maxsize=256)(row_bytes)
+
+
+@functools.lru_cache(maxsize=256)
+def _cut(first: int, last: int, most: int) -> tuple[slice, ...]:
+    """The numbers from `first` to `last` in pieces of `most` at most, about the same size."""
+    cuts = even_bounds(last - first, -(-(last - first) // most))
+    return tuple(slice(first + start, first + stop) for start, stop in itertools.pairwise(cuts))
 
 
 def even_bounds(count: int, parts: int) -> list[int]:

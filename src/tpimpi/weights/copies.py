@@ -22,7 +22,7 @@ from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.tile import Tile
 from tpimpi.weights.sources import Source, open_source
 
-BUILD_BYTES = 40_000_000  # that making a tile takes beside the tile, at most (see build)
+_BUILD_BYTES = 40_000_000  # that making a tile takes beside the tile, at most (see build)
 
 
 class TileCopies(Protocol):
@@ -31,6 +31,10 @@ class TileCopies(Protocol):
     @property
     def what(self) -> str:
         """Where they are from, in a word or two."""
+
+    @property
+    def work_bytes(self) -> int:
+        """Memory that it takes to get one, beside the tile."""
 
     def tile(self, records: Sequence[Record], number: int, rank: int) -> Tile:
         """Of these records, all of one block of a rank, the tile of the one with this number."""
@@ -66,9 +70,9 @@ def _others(header: Header) -> range:
 
 
 class SourceCopies:
-    """Tiles made of the model's file, as slicing makes them. Memory: a tile, and BUILD_BYTES while it is made."""
+    """Tiles made of the model's file, as slicing makes them."""
 
-    what = "the model's file"
+    what, work_bytes = "the model's file", _BUILD_BYTES
 
     def __init__(self, source: Source, header: Header, quantizer: Quantizer) -> None:
         self._source, self._header, self._quantizer = source, header, quantizer
@@ -111,7 +115,7 @@ class _OneTile:
 class SliceCopies:
     """Tiles of the other ranks' slice files, in a folder on rank 0's disk."""
 
-    what = "the slices on rank 0's disk"
+    what, work_bytes = "the slices on rank 0's disk", 0
 
     def __init__(self, header: Header, paths: dict[int, Path]) -> None:
         """Raises SliceError where one is not of the same slices as `header`."""

@@ -37,7 +37,7 @@ class Recorder:
         return getattr(self._recorded_comm, name)
 
     def Isend(self, buffer, dest: int, tag: int):  # noqa: N802
-        data, tag_of_kind = np.asarray(buffer).tobytes(), tag % TAGS_PER_TURN  # each sum has tags of its own
+        data, tag_of_kind = np.asarray(buffer[0]).tobytes(), tag % TAGS_PER_TURN  # each sum has tags of its own
         self.sent.append((dest, tag_of_kind, data if tag_of_kind == BULK else data[:-CHECKSUM_BYTES]))
         return self._recorded_comm.Isend(buffer, dest=dest, tag=tag)
 

@@ -40,9 +40,10 @@ class Altered:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._comm, name)
 
-    def Isend(self, frame: np.ndarray, dest: int, tag: int) -> Any:  # noqa: N802
+    def Isend(self, message: tuple[np.ndarray, MPI.Datatype], dest: int, tag: int) -> Any:  # noqa: N802
         if tag % 16 != PARTIAL:
-            return self._comm.Isend(frame, dest=dest, tag=tag)
+            return self._comm.Isend(message, dest=dest, tag=tag)
+        frame = message[0]
         self._frames.append(frame.copy())
         number, frame = len(self._frames) - 1, frame.copy()
         if self._kind == "change" and number == 1:
@@ -104,9 +105,9 @@ class Sizes:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._comm, name)
 
-    def Isend(self, frame: np.ndarray, dest: int, tag: int) -> Any:  # noqa: N802
-        self.found.append(frame.size)
-        return self._comm.Isend(frame, dest=dest, tag=tag)
+    def Isend(self, message: tuple[np.ndarray, MPI.Datatype], dest: int, tag: int) -> Any:  # noqa: N802
+        self.found.append(message[0].size)
+        return self._comm.Isend(message, dest=dest, tag=tag)
 
 
 def padded(star: Star) -> list[list[int]]:

@@ -28,7 +28,7 @@ class Wire:
         return getattr(self._wired_comm, name)
 
     def Isend(self, buffer, dest: int, tag: int):  # noqa: N802
-        self.sent.append((tag, np.asarray(buffer).nbytes))
+        self.sent.append((tag, np.asarray(buffer[0]).nbytes))
         return self._wired_comm.Isend(buffer, dest=dest, tag=tag)
 
 
