@@ -26,7 +26,8 @@ enter() {
   # Links between machines are sealed. Those of a cluster share the home folder, and so one key, which is made once.
   if [ "${SLURM_NNODES:-2}" -gt 1 ] &&
     ! "$python" -c 'from tpimpi.system.link_keys import key_file; raise SystemExit(not key_file().exists())'; then
-    "$python" -m tpimpi doctor --make-keys >&2
+    # Where that fails, the run says what it lacks, if it does.
+    "$python" -m tpimpi doctor --make-keys >&2 || echo "job: no keys for sealed links were made" >&2
   fi
   # On the machine's own disk, since every rank reads its slice from here. Where the site removes $TMPDIR with the job, the
   # slices go with it; else they serve the next job.

@@ -71,8 +71,9 @@ def on_ranks(mpirun: Launcher) -> Iterator[Ranks]:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment in which slices are cached for this test session only, and no model is set."""
-    return {"TPIMPI_CACHE": str(tmp_path_factory.mktemp("cache")), "TPIMPI_MODEL": ""}
+    """Environment in which slices are cached for this test session only, and no model or keys of links are set."""
+    folder = tmp_path_factory.mktemp("cache")
+    return {"TPIMPI_CACHE": str(folder), "TPIMPI_MODEL": "", "TPIMPI_LINK_KEYS": str(folder / "no-link-keys")}
 
 
 @pytest.fixture(scope="session")

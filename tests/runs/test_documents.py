@@ -103,7 +103,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
     ],
 )
 def test_commands_of_a_page_run(
-    name: str, checkout: Path, smollm2: Path, mpirun: Launcher, cache: dict[str, str]
+    name: str, checkout: Path, smollm2: Path, mpirun: Launcher, cache: dict[str, str], tmp_path: Path
 ) -> None:
     if mpirun.mpi != "openmpi" and not any(line.startswith("mpirun") for line in BLOCKS[name]):
         pytest.skip("it starts no ranks by mpirun: run with --mpi openmpi")
@@ -121,7 +121,8 @@ def test_commands_of_a_page_run(
         elif line.startswith("mpirun") and "<" not in line:  # each has somebody who types
             line = f"""{{ {line.split(" #")[0]}; }} <<<'Name a colour.'"""  # noqa: PLW2901
         script.append(line)
-    env = {**mpirun.env, **cache, "PATH": f"{Path(mpirun.program).parent}:{os.environ['PATH']}"}
+    env = {**mpirun.env, **cache, "TPIMPI_LINK_KEYS": str(tmp_path / "link-keys")}
+    env["PATH"] = f"{Path(mpirun.program).parent}:{os.environ['PATH']}"
     result = run_command(
         ["bash", "-c", "\n".join(script)], env=env, cwd=checkout, stdin="Name a colour.\n", timeout=200
     )

@@ -138,6 +138,7 @@ def cluster(mpirun: Launcher, cache: dict[str, str], tmp_path_factory: pytest.Te
     env = {"SLURM_CONF": str(config), "TMPDIR": str(folder / "local"), "VIRTUAL_ENV": sys.prefix, "PATH": path}
     # Two nodes share no memory; UCX, which carries MPICH's messages, would find that these do, and use it.
     env = {**mpirun.env, **env, "TPIMPI_CACHE": "", "TPIMPI_MODEL": "", "UCX_TLS": "tcp,self"}
+    env["TPIMPI_LINK_KEYS"] = str(folder / "link-keys")  # which a job makes: not in the home folder of who tests
     started: list[subprocess.Popen[bytes]] = []
     try:
         for command in daemons:
