@@ -17,13 +17,14 @@ import traceback
 from collections.abc import Callable, Iterator
 
 from tpimpi.errors import LostError, StorageError, as_ours
-from tpimpi.star import RELAY_TIME_S, WAIT_FOR_HUB_REPORT_S, Star
+from tpimpi.star import RELAY_TIME_S, WAIT_FOR_HUB_REPORT_S, Star, launched_rank
 from tpimpi.system.core_dumps import wants_traceback
-from tpimpi.system.terminal import STDERR, STDOUT, Input
+from tpimpi.system.terminal import STDERR, STDOUT, Input, open_past_the_launcher
 
 STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Open MPI's launcher kills ranks half a second after it got one of these; it passes this one on, and leaves them time.
 ENDING_SIGNALS = (*STOPPING_SIGNALS, signal.SIGUSR1)
+LAST_LINE_TIME_S = 0.1  # that rank 0 has to say its last line; MPICH's launcher kills all ranks once it sees one end
 
 
 class Job:
@@ -166,16 +167,20 @@ def print_answer(text: str) -> None:
 
 def leave_on_signals(last_line: Callable[[], str | None] | None = None) -> None:
     """Ctrl-C, or the launcher's word to stop: leave at once. What was printed was flushed as it came. `last_line` is said on
-    stderr then, where there is one to say, and stderr takes it at once."""
+    stderr then, where there is one to say, and stderr takes it at once; past the launcher, which now drops what it gets."""
     left = threading.Lock()
+    past = open_past_the_launcher(STDERR) if last_line else None
+    stderr = STDERR if past is None else past
 
     def leave(number: int, frame: object) -> None:
         if not left.acquire(blocking=False):
             return  # the other thread is leaving
+        if launched_rank() not in (None, 0):
+            time.sleep(LAST_LINE_TIME_S)
         line = last_line() if last_line else None
         with contextlib.suppress(OSError, ValueError):
-            if line and select.select([], [STDERR], [], 0)[1]:
-                os.write(STDERR, f"\n{line}\n".encode(errors="replace"))
+            if line and select.select([], [stderr], [], 0)[1]:
+                os.write(stderr, f"\n{line}\n".encode(errors="replace"))
         os._exit(128 + number)
 
     for number in STOPPING_SIGNALS:

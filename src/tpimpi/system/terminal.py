@@ -57,14 +57,20 @@ def write_past_the_launcher(*, any_launcher: bool = False) -> None:
     if not any_launcher and "OMPI_COMM_WORLD_RANK" not in os.environ:
         return
     for number in (STDOUT, STDERR):
-        stream = launcher_stream(number)
-        with contextlib.suppress(OSError):
-            # A regular file is left to the launcher, which knows how far it has written.
-            if stream is not None and (stat.S_ISFIFO(stream.stat().st_mode) or _names_terminal(stream)):
-                fd = os.open(stream, os.O_WRONLY | os.O_NOCTTY)
-                os.dup(number)  # kept: where a rank's output ends, the launcher ends its input too
-                os.dup2(fd, number)
-                os.close(fd)
+        if (fd := open_past_the_launcher(number)) is not None:
+            os.dup(number)  # kept: where a rank's output ends, the launcher ends its input too
+            os.dup2(fd, number)
+            os.close(fd)
+
+
+def open_past_the_launcher(number: int) -> int | None:
+    """A descriptor of the terminal or pipe to which a launcher on this host writes what comes by our stream of that number;
+    None where there is no such. A regular file is left to the launcher, which knows how far it has written."""
+    stream = launcher_stream(number)
+    with contextlib.suppress(OSError):
+        if stream is not None and (stat.S_ISFIFO(stream.stat().st_mode) or _names_terminal(stream)):
+            return os.open(stream, os.O_WRONLY | os.O_NOCTTY)
+    return None
 
 
 def keep_order() -> None:
