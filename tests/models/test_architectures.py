@@ -7,7 +7,8 @@ import dataclasses
 import gguf
 import pytest
 
-from tpimpi.models.architectures import ARCHITECTURES, GGUF_ARCHITECTURES, gguf_family
+from tpimpi.models.architectures import ARCHITECTURES
+from tpimpi.models.architectures.of_gguf import GGUF_ARCHITECTURES, gguf_family
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.tensors import (
     expected_tensors,

@@ -15,6 +15,7 @@ from tpimpi.errors import InputError
 from tpimpi.star import Star, connect, launched_rank, seal_given
 from tpimpi.star.control import Stopped, stop_others_on_error
 from tpimpi.system.core_dumps import turn_off_core_dumps
+from tpimpi.system.memory import use_one_arena
 from tpimpi.system.terminal import Input, repair_streams, write_past_the_launcher
 
 Alone = Callable[[Job], int]
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command and leave with its exit code."""
     repair_streams()
     turn_off_core_dumps()
+    use_one_arena()
     leave_on_signals()
     # Arguments are taken as UTF-8 whatever the locale: what the terminal sent is in them byte for byte.
     given = sys.argv[1:] if argv is None else argv

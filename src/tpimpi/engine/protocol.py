@@ -20,7 +20,6 @@ from enum import IntEnum
 import numpy as np
 
 from tpimpi.compute.arrays import F32
-from tpimpi.engine.audit import answer, receive_request
 from tpimpi.engine.batch import PADDED_WORDS, pack_rows, unpack_rows
 from tpimpi.engine.figures import LiveFigures
 from tpimpi.engine.keep_pages import SequenceFile, keep, receive_which, take
@@ -257,6 +256,8 @@ def _follow_one(model: Model, star: Star, header: StepHeader, words: Words) -> N
         _release(model, words, header.positions)
         return
     if header.operation == Operation.AUDIT:
+        from tpimpi.engine.audit import answer, receive_request  # which a run without audits does without
+
         star.gather_notes(answer(model, receive_request(model, star, words)).tobytes())
         return
     star.pad_rows(header.operation in (Operation.PROMPT, Operation.PROMPT_BATCH))

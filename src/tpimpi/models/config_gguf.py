@@ -11,8 +11,9 @@ from types import MappingProxyType
 from typing import Any
 
 from tpimpi.errors import ModelError
-from tpimpi.models.architectures import GGUF_ARCHITECTURES, Architecture, gguf_family
+from tpimpi.models.architectures import Architecture
 from tpimpi.models.architectures.base import GGUF_WINDOW, gguf_same_window, gguf_window
+from tpimpi.models.architectures.of_gguf import GGUF_ARCHITECTURES, gguf_family
 from tpimpi.models.config import ROPE_THETA, ModelConfig, checked
 from tpimpi.models.keys import MAX_LAYERS, Keys, even_split, is_off, show, words
 from tpimpi.models.rope_gguf import GgufRope

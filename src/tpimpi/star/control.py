@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar, Union
 
 from tpimpi.errors import InputError, StarError, TpimpiError, as_ours
+from tpimpi.modules import without_module
 from tpimpi.star import Star
-from tpimpi.system.modules import without_module
 
 # msgspec asks it first, and Python's own typing has the same since 3.11. It takes 0.6 MB.
 with without_module("typing_extensions"):

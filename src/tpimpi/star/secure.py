@@ -20,13 +20,13 @@ import numpy as np
 
 from tpimpi import __version__
 from tpimpi.errors import InputError, StarError, TpimpiError, shorten
+from tpimpi.modules import without_module
 from tpimpi.star.channel import HANDSHAKE, Channel
 from tpimpi.star.noise import Handshake, HandshakeError
 from tpimpi.star.seal import AES, CHACHA, LinkSecrets, Seal
 from tpimpi.system.cpu import has_aes
 from tpimpi.system.launcher import launcher_kind
 from tpimpi.system.link_keys import MAKE_KEYS, MAKE_OWN_KEYS, LinkKeys, key_file, read_keys
-from tpimpi.system.modules import without_module
 
 with without_module("typing_extensions"):
     import msgspec

@@ -31,6 +31,14 @@ def resident_bytes() -> int:
         return rss
 
 
+def use_one_arena() -> None:
+    """Let all threads take memory from one place, which the C library else has several of, each with some that is free: a
+    megabyte. Python's threads seldom ask at once. To be called before there are threads (mallopt(3), M_ARENA_MAX)."""
+    m_arena_max = -8
+    with contextlib.suppress(AttributeError, OSError):  # only glibc has it
+        ctypes.CDLL(None).mallopt(m_arena_max, 1)
+
+
 def release_freed_memory() -> None:
     """Give the system back what this process has freed. The C library else keeps it: 7 MB after a vocabulary was read."""
     gc.collect()

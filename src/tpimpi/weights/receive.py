@@ -9,6 +9,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from tpimpi.errors import StarError
 from tpimpi.models.config import ModelConfig
@@ -21,8 +22,9 @@ from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import slice_records
 from tpimpi.weights.slices.local import LocalSlice, tidy_up
 from tpimpi.weights.slices.partition import make_partition
-from tpimpi.weights.slices.writer import SliceWriter
-from tpimpi.weights.stream import CHECKSUM, DATA, END, FAILED, checksum_in, frames
+
+if TYPE_CHECKING:
+    from tpimpi.weights.slices.writer import SliceWriter
 
 CHECK_TIME_S = 0.5  # that a rank checks files between two notes to rank 0
 
@@ -142,6 +144,8 @@ def _header_from(note: DistributeSlices, rank: int, ranks: int) -> Header:
 
 def _receive(star: Star, writer: SliceWriter) -> None:
     """Write tiles as they come, until there are no more."""
+    from tpimpi.weights.stream import CHECKSUM, DATA, END, FAILED, checksum_in, frames
+
     wanted = set(writer.missing)
     writer.awaits_sums = True
     while True:

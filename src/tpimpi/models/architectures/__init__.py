@@ -7,46 +7,37 @@ layer is must be said in `models.layer_spec`; mathematics that is not there yet 
 from __future__ import annotations
 
 from tpimpi.models.architectures.base import Architecture, FusedSpec, TensorSpec
-from tpimpi.models.architectures.cohere2 import COHERE2
-from tpimpi.models.architectures.exaone4 import EXAONE4
-from tpimpi.models.architectures.gemma import GEMMA2, GEMMA3
-from tpimpi.models.architectures.glm import GLM, GLM4
-from tpimpi.models.architectures.glm4_moe import GLM4_MOE
-from tpimpi.models.architectures.gpt_oss import GPT_OSS
-from tpimpi.models.architectures.granite import GRANITE, GRANITE_HYBRID
-from tpimpi.models.architectures.granite_moe import GRANITE_MOE
-from tpimpi.models.architectures.llama import LLAMA
-from tpimpi.models.architectures.ministral3 import MINISTRAL3
-from tpimpi.models.architectures.mistral import MINISTRAL, MISTRAL
-from tpimpi.models.architectures.mixtral import MIXTRAL
-from tpimpi.models.architectures.olmo import OLMO2, OLMO3
-from tpimpi.models.architectures.olmoe import OLMOE
-from tpimpi.models.architectures.phi3 import PHI3
-from tpimpi.models.architectures.qwen2 import QWEN2
-from tpimpi.models.architectures.qwen3 import QWEN3
-from tpimpi.models.architectures.qwen3_moe import QWEN3_MOE
-from tpimpi.models.architectures.smollm3 import SMOLLM3
+from tpimpi.modules import ModuleTable
 
-__all__ = ["ARCHITECTURES", "GGUF_ARCHITECTURES", "Architecture", "FusedSpec", "TensorSpec", "gguf_family"]
-
-_FAMILIES = (
-    *(LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, QWEN2, QWEN3, GEMMA2, GEMMA3),
-    *(PHI3, GRANITE, GRANITE_HYBRID, SMOLLM3, GLM, GLM4, EXAONE4, COHERE2, OLMO2, OLMO3),
-    *(MIXTRAL, QWEN3_MOE, GPT_OSS, OLMOE, GRANITE_MOE, GLM4_MOE),
-)
+__all__ = ["ARCHITECTURES", "Architecture", "FusedSpec", "TensorSpec"]
 
 # By ModelConfig.architecture, which is model_type in config.json.
-ARCHITECTURES: dict[str, Architecture] = {family.name: family for family in _FAMILIES}
-# By general.architecture in GGUF; of those that share a name there (Mistral is a llama) the first.
-GGUF_ARCHITECTURES: dict[str, Architecture] = {}
-_GGUF_MIXTURES: dict[str, Architecture] = {}  # the same of those that have experts
-for _family in _FAMILIES:
-    GGUF_ARCHITECTURES.setdefault(_family.gguf_name, _family)
-    if _family.mixture:
-        _GGUF_MIXTURES.setdefault(_family.gguf_name, _family)
-
-
-def gguf_family(name: str, *, mixture: bool) -> Architecture:
-    """The family of a GGUF file by its general.architecture, which is one of GGUF_ARCHITECTURES, and whether it has
-    experts: a llama that has is a Mixtral."""
-    return _GGUF_MIXTURES.get(name, GGUF_ARCHITECTURES[name]) if mixture else GGUF_ARCHITECTURES[name]
+ARCHITECTURES = ModuleTable[Architecture](
+    __name__,
+    {
+        "llama": "llama.LLAMA",
+        "mistral": "mistral.MISTRAL",
+        "ministral": "mistral.MINISTRAL",
+        "ministral3": "ministral3.MINISTRAL3",
+        "qwen2": "qwen2.QWEN2",
+        "qwen3": "qwen3.QWEN3",
+        "gemma2": "gemma.GEMMA2",
+        "gemma3_text": "gemma.GEMMA3",
+        "phi3": "phi3.PHI3",
+        "granite": "granite.GRANITE",
+        "granitemoehybrid": "granite.GRANITE_HYBRID",
+        "smollm3": "smollm3.SMOLLM3",
+        "glm": "glm.GLM",
+        "glm4": "glm.GLM4",
+        "exaone4": "exaone4.EXAONE4",
+        "cohere2": "cohere2.COHERE2",
+        "olmo2": "olmo.OLMO2",
+        "olmo3": "olmo.OLMO3",
+        "mixtral": "mixtral.MIXTRAL",
+        "qwen3_moe": "qwen3_moe.QWEN3_MOE",
+        "gpt_oss": "gpt_oss.GPT_OSS",
+        "olmoe": "olmoe.OLMOE",
+        "granitemoe": "granite_moe.GRANITE_MOE",
+        "glm4_moe": "glm4_moe.GLM4_MOE",
+    },
+)

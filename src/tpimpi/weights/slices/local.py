@@ -12,6 +12,7 @@ import os
 from collections.abc import Hashable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,7 +28,10 @@ from tpimpi.weights.slices.names import parse_slice_name
 from tpimpi.weights.slices.partition import Span
 from tpimpi.weights.slices.problems import unreadable
 from tpimpi.weights.slices.tile import Tile
-from tpimpi.weights.slices.writer import SliceWriter, partial_path, remove_leftovers, stored_bytes
+
+if TYPE_CHECKING:
+    # Imported where something is to be written: most runs find their slices as they are to be, and do without its memory.
+    from tpimpi.weights.slices.writer import SliceWriter
 
 # What the HDF5 of every slice names before its tiles, and the beginning of its header.
 OBJECT_NAMES, HEADER_MARK = (b"header", b"checksums", b"resident"), b'{"tpimpi_slice":'
@@ -68,6 +72,8 @@ class LocalSlice:
                     f"cannot write {self.path}: a directory of that name is there; remove it{self._or_out()}"
                 )
             self.good = self._is_good()
+            if not self.good or self.verify:
+                from tpimpi.weights.slices.writer import partial_path, stored_bytes
             if not self.good:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 partial = partial_path(self.path)
@@ -116,6 +122,8 @@ class LocalSlice:
             if self.verify:
                 yield from self._verify()
         else:
+            from tpimpi.weights.slices.writer import SliceWriter
+
             self.writer = SliceWriter(self.path, self.header)
             yield from self.writer.check()
         if self.writer is not None:
@@ -138,6 +146,8 @@ class LocalSlice:
             contiguous = all(file.pieces(record) is not None for record in file.records)
         if not broken and not rows:
             return
+        from tpimpi.weights.slices.writer import SliceWriter
+
         self.good = False
         if contiguous:
             self.writer = SliceWriter.mending(self.path, self.header, broken, rows)
@@ -242,6 +252,8 @@ def model_folders(fingerprint: str, pattern: str) -> list[Path]:
 def tidy_up(path: Path, fingerprint: str) -> None:
     """The slice `path` is made: remove what earlier attempts, at whatever number of ranks, left beside it and in the cache
     folders of the same model, unless a process is writing it."""
+    from tpimpi.weights.slices.writer import remove_leftovers
+
     leftovers = {partial.parent for partial in model_folders(fingerprint, ".rank-*.partial")}
     for folder in {path.parent, *leftovers}:
         remove_leftovers(folder)

@@ -11,7 +11,8 @@ import numpy as np
 
 from tpimpi.compute.arrays import F32
 from tpimpi.errors import InputError
-from tpimpi.models.architectures import ARCHITECTURES, gguf_family
+from tpimpi.models.architectures import ARCHITECTURES
+from tpimpi.models.architectures.of_gguf import gguf_family
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.config_gguf import config_from_gguf
 from tpimpi.models.layer_spec import RopeScaling, yarn_attention_factor
