@@ -27,6 +27,11 @@ class ModuleTable(Mapping[str, T]):
             value = self._imported[key] = getattr(importlib.import_module(f"{self._package}.{module}"), name)
         return value
 
+    @property
+    def modules(self) -> set[str]:
+        """The names of all modules, imported or not."""
+        return {f"{self._package}.{place.split('.')[0]}" for place in self._places.values()}
+
     def __contains__(self, key: object) -> bool:
         return key in self._places
 
