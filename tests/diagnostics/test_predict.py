@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 
@@ -83,6 +84,34 @@ def test_each_block_waits_for_its_slowest_rank_and_an_allreduce() -> None:
     # The allreduces of a chunk were measured to take three times as long.
     slowest = [max(4 * 0.75 * size / GB, 4 * (0.25 * 3 * size / GB + 0.001)) for size in (ATTN, MLP)]
     assert found.first_token_s == pytest.approx(10 * sum(slowest) + 0.003 * 20.5)
+
+
+@pytest.mark.parametrize(
+    ("more", "sums", "small"),
+    [
+        ({"parallel_blocks": True}, 10, 0),  # one sum a layer
+        (
+            {"qk_norm": True, "qk_norm_over_all": True},
+            20,
+            10,
+        ),  # and one of two numbers a position, however many there are
+    ],
+    ids=["parallel", "normed over all heads"],
+)
+def test_the_star_makes_the_sums_that_a_layer_has(more: dict[str, Any], sums: int, small: int) -> None:
+    workload = dataclasses.replace(WORKLOAD, config=dataclasses.replace(CONFIG, **more))
+    found = predictor(speed(1.0), speed(1.0), allreduce=0.001, workload=workload).predict([1.0, 1.0])
+    assert found.star_s == pytest.approx(0.001 * (sums + small + 0.5))
+    star_of_chunk = found.first_token_s - 4 * found.compute_s  # 16 positions take four times as long to compute
+    assert star_of_chunk == pytest.approx(0.003 * (sums + 0.5) + 0.001 * small)
+
+
+def test_no_rank_waits_between_parallel_blocks() -> None:
+    """The first rank takes longer for attention, by its fixed part, the second for the MLP: they meet afterwards."""
+    workload = dataclasses.replace(WORKLOAD, config=dataclasses.replace(CONFIG, parallel_blocks=True))
+    found = predictor(speed(1.0, 0.02), speed(3.0), workload=workload).predict([1.0, 1.0])
+    layer = (ATTN + MLP) / 2 / GB
+    assert found.compute_s == pytest.approx(10 * max(0.02 + layer, 3 * layer))
 
 
 def test_the_star_limits_where_it_takes_more_than_all_else() -> None:

@@ -1,9 +1,9 @@
 """How long a token takes, before anything is sliced: pure arithmetic on what was measured, a model and its shares.
 
 A layer of a rank takes `fixed + per_byte * bytes` seconds, of the bytes of its tiles there (a `LinearCost`); half of
-the fixed part belongs to attention and half to the MLP. The ranks wait for each other at each of the 2 * layers
-allreduces, and for rank 0's head, which is its own; what rank 0 says next reaches the others half an allreduce later. So
-of the time of a token
+the fixed part belongs to attention and half to the MLP. The ranks wait for each other at each allreduce (two a layer as a
+rule, see engine.watch.sums_of; one that is of sums of squares takes as long as that of one position), and for rank 0's head,
+which is its own; what rank 0 says next reaches the others half an allreduce later. So of the time of a token
 
     path        sum over blocks of (the slowest rank's block + an allreduce) + head + allreduce / 2
     processor   of each rank: processor seconds of a token / processors that it gets in the long run
@@ -24,6 +24,7 @@ counted; nor that reads may wait for the router, as a run reads ahead what it ex
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,7 +37,9 @@ from tpimpi.engine.budget import Needs, allowances, make_budget
 from tpimpi.engine.chunk import mixture_chunk
 from tpimpi.engine.needs import LONGEST_DRAFT, needs_of_model
 from tpimpi.engine.overlap import usual_chunk
+from tpimpi.engine.watch import sums_of
 from tpimpi.errors import InputError
+from tpimpi.models.blocks import layer_blocks
 from tpimpi.system.memory import Place
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.partition import Partition, make_partition
@@ -52,6 +55,7 @@ class LinearCost:
     per_byte: float
 
     def at(self, nbytes: float) -> float:
+        """Seconds for so many bytes."""
         return self.fixed + self.per_byte * nbytes
 
     def between(self, other: LinearCost, part: float) -> LinearCost:
@@ -133,6 +137,10 @@ class Predictor:
         """`hits` is the workload's curve, where it was made already."""
         self.workload, self.measured = workload, measured
         self.loads = Loads(workload.config, workload.formats)
+        config = workload.config
+        blocks = [block for layer in range(config.layers) for block in layer_blocks(config, layer)]
+        # Of a step, by the kind of the block that a sum ends with.
+        self._sums = Counter(blocks[one.last].kind for one in sums_of(config, blocks))
         self.hits = hits or HitCurve(workload.config, workload.routing)
         self._found: dict[tuple[float, ...], Prediction] = {}
 
@@ -258,6 +266,7 @@ class Predictor:
         return (positions - 1) / (self.measured.positions - 1) if self.measured.positions > 1 else 0.0
 
     def allreduce(self, positions: int) -> float:
+        """Seconds of an allreduce of so many positions."""
         measured = self.measured
         more = measured.allreduce_chunk_s - measured.allreduce_s
         return measured.allreduce_s + max(0.0, more) * self._part(positions)
@@ -267,12 +276,19 @@ class Predictor:
         costs = [self._layer_cost(rank, positions).wall for rank in range(len(loads))]
         compute, used = 0.0, self.used(positions)
         for kinds in zip(*(load.layers for load in loads), strict=True):
-            for sizes in ([kind.attn for kind in kinds], [kind.mlp + used * kind.expert for kind in kinds]):
-                slowest = max(cost.fixed / 2 + cost.per_byte * size for cost, size in zip(costs, sizes, strict=True))
+            parts = [[kind.attn for kind in kinds], [kind.mlp + used * kind.expert for kind in kinds]]
+            if self.workload.config.parallel_blocks:  # nobody waits between the two
+                parts = [[attn + mlp for attn, mlp in zip(*parts, strict=True)]]
+            for sizes in parts:
+                slowest = max(
+                    cost.fixed / len(parts) + cost.per_byte * size for cost, size in zip(costs, sizes, strict=True)
+                )
                 compute += kinds[0].count * slowest
         if len(loads) == 1:
             return compute, 0.0
-        return compute, self.allreduce(positions) * 2 * self.workload.config.layers + self.allreduce(positions) / 2
+        small = self._sums["qkv"]  # two numbers a position
+        whole = self._sums.total() - small
+        return compute, self.allreduce(positions) * (whole + 0.5) + self.measured.allreduce_s * small
 
     def _slowest(self, loads: Sequence[Load]) -> int:
         """The rank that computes longest."""
