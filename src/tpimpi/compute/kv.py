@@ -17,7 +17,6 @@ import numpy.typing as npt
 from tpimpi.compute.arrays import F32, I32, Array, Bytes
 
 CACHED_FORMATS = ("f32", "f16", "q8_0")
-LEAST_PAGE = 16  # positions
 _LARGEST_F16 = np.float32(65504)  # the largest finite f16
 _Q8_NUMBERS, _Q8_BYTES = 32, 34  # of a block
 _Q8_MOST_CODE = np.float32(127)

@@ -110,7 +110,8 @@ class _Noting:
 def answer(model: Model, request: AuditRequest) -> F32:
     """What this rank computes for the row of a request: f32, flat, the parts of `answer_parts` one after another.
 
-    Changes nothing: keys and values of the row are stored again, as they were."""
+    Changes no number: keys and values of the row are stored again, as they were. Experts are read through the cache, and
+    counted there."""
     found = [part for parts in _parts(model, request) for part in parts]
     return np.concatenate([part.reshape(-1) for part in found]) if found else np.empty(0, np.float32)
 

@@ -45,9 +45,9 @@ DEFAULT_CONTEXT = 2048  # positions that memory is planned for where no option o
 class EngineConfig:
     """What rank 0 tells every rank. `folder` is where the slices are, or None: the cache folder `cache_name` of each host.
 
-    `memory` is what each rank may take, in bytes, None for auto; `window` a number of blocks, or "all", instead; None
+    `memory` is what each rank may take, in bytes, None for auto; `window` 2 blocks or more, or "all", instead; None
     where `memory` says. `cores_shared_by[r]` is the number of ranks on the host of rank r that use the same cores. An
-    empty `fingerprint`, `format` or `shares` is whatever the slices have.
+    empty `fingerprint`, `format` (see ModelFormats.key) or `shares` (see Partition.describe) is whatever the slices have.
     """
 
     folder: str | None
@@ -55,10 +55,10 @@ class EngineConfig:
     fingerprint: str
     shares: str
     format: str
-    backend: str
-    threads: int | None
+    backend: str  # one of BACKEND_NAMES
+    threads: int | None  # None: as usual_threads says
     allreduce: str  # a rule: see star.parse_rule
-    timeout: float
+    timeout: float  # seconds
     cores_shared_by: list[int]
     memory: list[int] | None = None
     window: int | str | None = None
@@ -91,7 +91,8 @@ def identity(header: Header) -> dict[str, str]:
 class OpenedEngine:
     """A rank's slice, open and checked, and the backend that computes with it. `start` makes an engine of it.
 
-    Raises SliceError where the slice is not the one that the settings want.
+    Raises SliceError where the slice is not the one that the settings want, InputError where an option cannot be had here
+    (--backend, --kernels, --threads, --keep-cache, --allreduce), ImportError without the torch that --backend names.
     """
 
     def __init__(self, star: Star, settings: EngineConfig) -> None:

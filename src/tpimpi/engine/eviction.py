@@ -24,7 +24,11 @@ class ExpertKey(NamedTuple):
 
 
 class Policy(Protocol):
-    """Decides who goes."""
+    """Decides who goes.
+
+    `add` comes when a key gets a place, `use` after the block used it (it has a place), `demote` when it was read in vain,
+    `remove` when it loses its place; `victim` returns a key that has a place, and changes nothing.
+    """
 
     def begin(self, layer: int) -> None:
         """The block of this layer begins to choose; what it uses is told next."""

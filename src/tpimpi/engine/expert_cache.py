@@ -1,7 +1,7 @@
 """The expert cache: keeps in memory those experts' tiles that were used lately, and reads the others when they are wanted.
 
-A token uses some of a layer's experts, chosen by its router. All layers share one number of places, each large enough for
-any tile. What a block wants is read at once, in the order of the file; what is expected for the next block (`expect`) is
+A token uses some of a layer's experts, chosen by its router. All layers share one pool of places, each large enough for any
+tile. What a block wants is read at once, in the order of the file; what is expected for the next block (`expect`) is
 read when that is done, and given up when the block turns out not to want it. An expert that is in use, or
 about to be in this block, keeps its place as long as another can go. Where there is room for all of them, one reader goes
 on with the rest from the first use on, so that they are soon there.
@@ -50,7 +50,7 @@ class _Entry:
 
 
 class ExpertCache:
-    """Tiles of experts. `tiles` and `expect` are called by one thread; `limit` and what is only read, by any."""
+    """Tiles of experts. `begin`, `tiles` and `expect` are called by one thread; `limit` and what is only read, by any."""
 
     def __init__(
         self,

@@ -47,7 +47,10 @@ def block_order(header: Header) -> list[Block]:
 
 
 class Model:
-    """One rank's part of a model; all ranks call `begin` and then `forward` together."""
+    """One rank's part of a model.
+
+    All ranks call together `begin`, then `forward` (one sequence), or `open_pages`, then `step` (rows of several).
+    """
 
     def __init__(
         self,
@@ -66,8 +69,9 @@ class Model:
     ) -> None:
         """`resident` are the small arrays that are kept in memory (see slices/file); `kv` is one of KV_FORMATS;
         `chunk` is how many positions of a prompt are to be computed at once, `predict` how many experts of a layer to read
-        before they are chosen; `make_room` is called before a cache is made, with the number of positions of a sequence,
-        and how many bytes it takes beyond that sequence's."""
+        before they are chosen; `make_room` is called before a cache is made, and as pages fill and are released, with the
+        number of positions of a sequence, and how many bytes pages take beyond that sequence's. It may raise InputError,
+        and so then do `begin` and `open_pages`."""
         self.config, self.share = header.config, header.share
         self.resident, self.window, self.star, self.backend = resident, window, star, backend
         self.cache: KVCache | None = None
@@ -211,6 +215,9 @@ class Model:
 
         Returns the hidden vectors after the last layer, [n, hidden], the same bits on every rank. Unless `head`, their
         logits will not be asked for. `watch` keeps what will be audited (rank 0).
+
+        Raises DamagedMemoryError where a pinned tile has changed, SliceError or StorageError where reading fails,
+        TpimpiError where a router's numbers are not finite, StarError.
         """
         assert self.cache is not None, "a step before begin"
         self.cache.note_written(rows)

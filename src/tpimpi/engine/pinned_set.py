@@ -17,7 +17,10 @@ def pin_order(count: int) -> list[int]:
 
 
 class PinnedSet:
-    """Which tiles of a cycle are to stay in memory, and those that are there. Its user's lock is held in all methods."""
+    """Which tiles of a cycle are to stay in memory, and those that are there.
+
+    Its user's lock is held wherever it changes; `tiles`, `late` and `all_wanted` may be read without (see Window._tile).
+    """
 
     def __init__(self, sizes: Sequence[int]) -> None:
         """`sizes` are the bytes of each tile of the cycle. No tile is wanted at first."""

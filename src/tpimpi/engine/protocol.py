@@ -1,9 +1,10 @@
 """The steps of a run after its start: what rank 0 asks for, and how the other ranks follow.
 
-A step begins with a header, int64 [5] over the star: magic, operation, positions, start, choices; in the same message words
-may follow, of BATCH and PROMPT_BATCH the rows (see batch). After FORWARD, PROMPT and these come the hidden vectors, after
-KEEP and TAKE notes (see keep_pages), after AUDIT a row, which every rank answers (see audit). Prompt, token ids and text are
-in none of them.
+A step begins with a header, int64 [5] over the star: magic, operation, positions, start, choices. In the same message follow
+the words of PAGES (pages of each kind, and units), of BATCH and PROMPT_BATCH (rows, see batch), of RELEASE (pages), of AUDIT
+(sum and row). Then come hidden vectors, f32 [positions, hidden], after FORWARD, PROMPT, BATCH and PROMPT_BATCH; notes after
+KEEP and TAKE (see keep_pages), and of every rank after LIVE; after AUDIT a row, which every rank answers (see audit).
+Prompt, token ids and text are in none of them.
 
 `choices` is a hash of the experts that rank 0 has chosen so far in a mixture of experts. Ranks that chose others would add
 parts of different experts, and make nonsense that looks like text: so every rank compares, before each step, and the run
@@ -202,7 +203,8 @@ def follow(
     """Other ranks: do what rank 0 says until it says that the run is over. They see hidden vectors, never ids or text.
 
     Where there are several models the headers are for them in turn, the first for the first. `files` is where pages may be
-    kept, `live` says how this rank is. Raises StarError for a header that makes no sense.
+    kept, `live` says how this rank is. Raises StarError for a header that makes no sense, or where this rank chose other
+    experts than rank 0, and what computing and reading raise.
     """
     for model in itertools.cycle(models):
         header, words = receive_header(star)

@@ -23,7 +23,8 @@ JOIN_TIMEOUT_S = 2.0  # a reader that waits for a disk which stalls is left behi
 class ReadQueue:
     """Reads the tiles of a cycle in the order of use, into pinned memory or into the ring, as far as there is room.
 
-    All methods may be called while the readers are at work; each takes the lock.
+    All methods may be called while the readers are at work; each takes the lock, but for `loaded`, which only looks.
+    `pin_at_most` and `borrowed` are for any thread, the others for the one that uses the tiles.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ from tpimpi.system.memory import places
 
 
 def open_engine(star: Star, settings: EngineConfig) -> OpenedEngine:
-    """Every rank: set up the star as the settings say, and open our slice. Raises SliceError (see OpenedEngine)."""
+    """Every rank: set up the star as the settings say, and open our slice. Raises what OpenedEngine does."""
     star.configure(timeout=settings.timeout, allreduce=settings.allreduce, wire=settings.wire)
     return OpenedEngine(star, settings)
 

@@ -72,7 +72,10 @@ class ModelFormats:
 
     @classmethod
     def of_model(cls, fmt: str, config: ModelConfig, router: str = "f32") -> ModelFormats:
-        """The same for any model; an expert's matrices as those of a dense layer."""
+        """The same for any model; an expert's matrices as those of a dense layer.
+
+        But mxfp4_moe has experts in mxfp4, all else in bf16, and q4_k_m of eight experts k and v in q8_0, o in q5_k.
+        """
         dense, layers = cls.of(fmt, config.layers), []
         more = {"k": "q8_0", "v": "q8_0", "o": "q5_k"}
         for layer, usual in enumerate(dense.layers):

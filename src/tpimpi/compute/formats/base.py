@@ -106,7 +106,10 @@ class WeightFormat(ABC):
         """Row form as numbers, f32 [rows, columns], contiguous; exact. f32 is not copied."""
 
     def quantize_blocks(self, x: F32) -> Bytes:
-        """Blocks, one a column: x [block_weights, blocks], finite, to uint8 [blocks, block_bytes], as search.py states."""
+        """Blocks, one a column: x [block_weights, blocks], finite, to uint8 [blocks, block_bytes].
+
+        The algorithm is stated by search.py for blocks of 32, by search_scales.py for those of 256 and iq4_nl.
+        """
         raise TypeError(f"{self.name} cannot be made from numbers")
 
     def blocks_of_codes(self, codes: npt.NDArray[np.int8], scale: float) -> Bytes:

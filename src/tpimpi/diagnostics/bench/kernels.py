@@ -2,7 +2,7 @@
 
 Every kernel is timed on matrices that no cache holds: calls go round several copies where one is not large enough. All is
 measured in rounds, a short turn for each kernel, for torch's F.linear, and for the two limits, so that whatever else the
-machine does befalls all of them alike; a figure is the median over its calls.
+machine does disturbs all of them alike; a figure is the median over its calls.
 
     GB/s      bytes of the packed matrix over the time of a call; its limit is the read bandwidth, with as many threads
     GFLOP/s   2 * rows * columns * positions over the time of a call, integer operations included; its limit is the multiply

@@ -63,6 +63,7 @@ class CannotContinue(Exception):  # noqa: N818  (not an error)
 
 
 def check_local(found: HostChecks, ours: LocalFacts) -> None:
+    """All that is to be checked of the host that we run on."""
     found.facts = ours.facts
     found.add("name", OK, "this machine")
     found.add("python", OK, f"{ours.facts['python']}, {ours.python}")
@@ -196,6 +197,7 @@ def check_versions(found: HostChecks, ours: LocalFacts) -> None:
 
 
 def check_disk(found: HostChecks) -> None:
+    """Whether there is room for slices."""
     facts = found.facts
     if facts.get("free") is not None:
         little = facts["free"] < LITTLE_DISK_BYTES
@@ -225,6 +227,7 @@ def interfaces_of(listed: Sequence[Sequence[str]]) -> list[Interface]:
 
 
 def interface_of(own: str, ours: LocalFacts) -> str:
+    """The interface that has one of our addresses; IFACE, for a person to fill in, where none has."""
     return next((i.name for i in ours.interfaces if any(n.partition("/")[0] == own for n in i.networks)), "IFACE")
 
 

@@ -18,10 +18,12 @@ from typing import Any
 
 
 def say(**values: Any) -> None:
+    """Write a line for the host that asks."""
     print("tpimpi-probe " + json.dumps(values), flush=True)
 
 
 def text(path: str) -> str:
+    """What a file holds, without the space around it; "" where it cannot be read."""
     try:
         with open(path, encoding="utf-8") as file:  # noqa: PTH123
             return file.read().strip()
@@ -41,6 +43,7 @@ def open_swaps() -> list[str]:
 
 
 def problem(error: BaseException) -> str:
+    """An error in one short line."""
     return type(error).__name__ + ": " + " ".join(str(error).split())[:300]
 
 
@@ -127,6 +130,7 @@ def call(address: str, token: str, seconds: float) -> str:
 
 
 def resolve(name: str) -> list[str]:
+    """The addresses (IPv4) that a name has here; none where it is unknown."""
     try:
         return sorted({str(entry[4][0]) for entry in socket.getaddrinfo(name, None, socket.AF_INET)})
     except OSError:

@@ -282,6 +282,7 @@ def mpirun_options(ours: LocalFacts, found: Sequence[HostChecks]) -> str:
 
 
 def as_json(ours: LocalFacts, found: Sequence[HostChecks]) -> dict[str, Any]:
+    """What --json writes."""
     return {
         "tpimpi": __version__,
         "python": ours.python,

@@ -58,6 +58,7 @@ class LocalFacts:
 
 
 def local_facts() -> LocalFacts:
+    """What is found here, in this process's environment."""
     facts = host_probe.facts()
     mpirun = shutil.which("mpirun") or shutil.which("mpiexec") or ""
     kind = _kind_of_launcher(mpirun) if mpirun else ""

@@ -174,7 +174,7 @@ class LayerBenchmark:
 
     def timings(self, star: Star) -> list[LayerTiming]:
         """With each size, of one position and of the chunk, over the star `star` of those that take part; in turns, so that
-        whatever else the machines do befalls all of them alike."""
+        whatever else the machines do disturbs all of them alike."""
         kinds = [
             _Steps(layer, self._vectors(positions), self.task.start if positions == 1 else self.task.start // 2)
             for positions in dict.fromkeys((1, self.task.positions))

@@ -22,7 +22,7 @@ def best_shares(predictor: Predictor, ranks: int) -> Prediction:
     ones unless others are clearly better.
 
     What the ranks can bear in real numbers is rounded in every way that MOST_WEIGHT allows; the best of these is improved by
-    steps of one, since heads are dealt whole.
+    steps of one, since heads are not divided.
     """
     equal = (1,) * ranks
     tried = {equal}
