@@ -247,7 +247,7 @@ class Sequence:
             self.begin(AGAIN if self._context == ROUND else self._context)
         ids = [random.randrange(model.config.vocab) for _ in range(rows)]
         start, self.length = self.length, self.length + rows
-        hidden = protocol.step(model, model.star, self._engine.embed(ids), start)
+        hidden = protocol.forward(model, model.star, self._engine.embed(ids), start)
         model.logits(hidden[-1:])
 
 

@@ -61,7 +61,7 @@ def test_a_deep_note_is_nonsense(depth: int) -> None:
 
 
 @pytest.mark.parametrize("positions", [1 << 28, 1 << 40, 1 << 62])
-@pytest.mark.parametrize("operation", [Operation.FORWARD, Operation.BATCH, Operation.PAGES])
+@pytest.mark.parametrize("operation", [Operation.FORWARD, Operation.STEP, Operation.PAGES])
 def test_no_memory_is_taken_for_a_step_that_makes_no_sense(operation: Operation, positions: int) -> None:
     words = [MAGIC, operation, positions, 0, 0]
     if operation == Operation.PAGES:

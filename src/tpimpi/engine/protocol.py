@@ -1,8 +1,8 @@
 """The steps of a run after its start: what rank 0 asks for, and how the other ranks follow.
 
 A step begins with a header, int64 [5] over the star: magic, operation, positions, start, choices. In the same message follow
-the words of PAGES (pages of each kind, and units), of BATCH and PROMPT_BATCH (rows, see batch), of RELEASE (pages), of AUDIT
-(sum and row). Then come hidden vectors, f32 [positions, hidden], after FORWARD, PROMPT, BATCH and PROMPT_BATCH; notes after
+the words of PAGES (pages of each kind, and units), of STEP and PROMPT_STEP (rows, see batch), of RELEASE (pages), of AUDIT
+(sum and row). Then come hidden vectors, f32 [positions, hidden], after FORWARD, PROMPT, STEP and PROMPT_STEP; notes after
 KEEP and TAKE (see keep_pages), and of every rank after LIVE; after AUDIT a row, which every rank answers (see audit).
 Prompt, token ids and text are in none of them.
 
@@ -49,13 +49,13 @@ class Operation(IntEnum):
     FORWARD = 2  # `positions` hidden vectors through all layers, from position `start` on
     FINISH = 3  # the run is over
     PAGES = 4  # pages for sequences of at most `positions`; words say how many of each kind, and of all
-    BATCH = 5  # `positions` rows, which words describe, and their hidden vectors, through all layers
+    STEP = 5  # `positions` rows, which words describe, and their hidden vectors, through all layers
     RELEASE = 6  # memory of pages is given back: of the words the first `positions` are pages of full layers
     KEEP = 7  # pages of a sequence are to be written to a file; notes follow
     TAKE = 8  # pages of a sequence are to be read from a file; notes follow
     LIVE = 9  # every rank says how it is, in a note
     PROMPT = 10  # as FORWARD, of a prompt: over sealed links its messages are padded
-    PROMPT_BATCH = 11  # as BATCH, with rows of a prompt among them
+    PROMPT_STEP = 11  # as STEP, with rows of a prompt among them
     AUDIT = 12  # one row of a sum is to be computed again: words say which, and the row follows (see audit)
 
 
@@ -106,7 +106,7 @@ def begin(model: Model, star: Star, context: int, keep: int = 0) -> None:
     model.begin(context, keep)
 
 
-def step(model: Model, star: Star, x: F32, start: int, *, head: bool = True, prompt: bool = False) -> F32:
+def forward(model: Model, star: Star, x: F32, start: int, *, head: bool = True, prompt: bool = False) -> F32:
     """Rank 0: have every rank run `x` [n, hidden] through the layers at positions from `start`; returns [n, hidden].
 
     Unless `head`, no logits will be asked for. Of a `prompt` nobody on the network shall see how long it is.
@@ -128,12 +128,12 @@ def open_pages(model: Model, star: Star, context: int, account: PageAccount) -> 
     model.open_pages(context, account.places, account.units)
 
 
-def batch(model: Model, star: Star, x: F32, rows: StepRows, *, head: bool = True, prompt: bool = False) -> F32:
+def step(model: Model, star: Star, x: F32, rows: StepRows, *, head: bool = True, prompt: bool = False) -> F32:
     """Rank 0: have every rank run `x` [n, hidden] of these rows through the layers; returns [n, hidden].
 
-    The pages are `open_pages`'s; see `step` for `head` and `prompt`, which holds if any row is of a prompt.
+    The pages are `open_pages`'s; see `forward` for `head` and `prompt`, which holds if any row is of a prompt.
     """
-    operation = Operation.PROMPT_BATCH if prompt else Operation.BATCH
+    operation = Operation.PROMPT_STEP if prompt else Operation.STEP
     words = pack_rows(rows, PADDED_WORDS if star.sealed else 1)
     send_header(star, StepHeader(operation, x.shape[0], choices=model.choices), words)
     star.pad_rows(prompt)
@@ -237,7 +237,7 @@ def _keep_or_take(model: Model, star: Star, files: PageFiles | None, header: Ste
 
 def _follow_one(model: Model, star: Star, header: StepHeader, words: Words) -> None:
     """Do what one header says, with its words. Raises StarError where it makes no sense."""
-    batched = header.operation in (Operation.BATCH, Operation.PROMPT_BATCH)
+    batched = header.operation in (Operation.STEP, Operation.PROMPT_STEP)
     if len(words) and not (batched or header.operation in (Operation.PAGES, Operation.RELEASE, Operation.AUDIT)):
         raise StarError(f"rank 0 sent {len(words)} words with a header that has none")
     if header.operation == Operation.BEGIN:
@@ -261,7 +261,7 @@ def _follow_one(model: Model, star: Star, header: StepHeader, words: Words) -> N
     if header.operation == Operation.AUDIT:
         star.gather_notes(answer(model, receive_request(model, star, words)).tobytes())
         return
-    star.pad_rows(header.operation in (Operation.PROMPT, Operation.PROMPT_BATCH))
+    star.pad_rows(header.operation in (Operation.PROMPT, Operation.PROMPT_STEP))
     if batched:
         rows = unpack_rows(words, model.cache.pages, model.context)
         if len(rows.sequence) != header.positions:

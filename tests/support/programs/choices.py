@@ -26,7 +26,7 @@ def main() -> None:
     if star.rank.is_hub:
         x = np.random.default_rng(0).standard_normal((4, model.config.hidden)).astype(np.float32)
         protocol.begin(model, star, 64)
-        protocol.step(model, star, x, 0)
+        protocol.forward(model, star, x, 0)
         protocol.send_header(star, protocol.StepHeader(protocol.Operation.FORWARD, 1, 4, model.choices))
     else:
         assert model.experts is not None

@@ -37,7 +37,7 @@ def main() -> None:
         return
 
     def computed(ids: list[int], start: int) -> bytes:
-        return protocol.step(model, star, engine.embed(ids[start:]), start).tobytes()
+        return protocol.forward(model, star, engine.embed(ids[start:]), start).tobytes()
 
     ids = np.random.default_rng(0).integers(3, model.config.vocab, 40).tolist()
     other = [*ids[:12], *ids[30:], *ids[12:22]]

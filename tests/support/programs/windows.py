@@ -36,7 +36,7 @@ def check(engine: Engine, files: PageFiles, folder: Path) -> None:
     def computed(ids: list[int], start: int = 0) -> list[bytes]:
         rows: list[bytes] = []
         for first in range(start, len(ids), CHUNK):
-            hidden = protocol.step(model, star, engine.embed(ids[first : first + CHUNK]), first)
+            hidden = protocol.forward(model, star, engine.embed(ids[first : first + CHUNK]), first)
             rows += [row.tobytes() for row in hidden]
         return rows
 
@@ -49,7 +49,7 @@ def check(engine: Engine, files: PageFiles, folder: Path) -> None:
             chunk = ids[first : first + CHUNK]
             assert pages.grow(first + len(chunk))
             step_rows = rows_of([pages], [(first, len(chunk))])
-            rows += [row.tobytes() for row in protocol.batch(model, star, engine.embed(chunk), step_rows)]
+            rows += [row.tobytes() for row in protocol.step(model, star, engine.embed(chunk), step_rows)]
         return rows
 
     wanted, wanted_then = with_all_pages(ids), with_all_pages(other)
