@@ -71,7 +71,7 @@ def test_what_makes_no_sense_is_refused() -> None:
 class Recorded:
     """A star whose control messages are kept, and a model that computes nothing."""
 
-    choices = 0
+    routing_hash = 0
     sealed = "sealed"
     auditor = None
 

@@ -14,7 +14,7 @@ from tests.support.tiny_models import write_tiny_hf
 from tpimpi.engine import memory_guard as keeping
 from tpimpi.engine.budget import RESERVE_BYTES
 from tpimpi.engine.cycle import records_of
-from tpimpi.engine.memory_guard import STALL_REPORT_S, MemoryGuard, Timeline
+from tpimpi.engine.memory_guard import STALL_REPORT_S, MemoryGuard, MemoryTimeline
 from tpimpi.engine.model import block_order
 from tpimpi.engine.ring import ring_bytes
 from tpimpi.engine.window import Window
@@ -132,7 +132,7 @@ def test_a_real_window_gives_back_and_takes_again(file: SliceFile, monkeypatch: 
 
 @pytest.mark.parametrize("count", [1, 400, 401, 402, 1000, 50_000])
 def test_a_timeline_is_thinned_evenly(count: int) -> None:
-    timeline = Timeline()
+    timeline = MemoryTimeline()
     step = 0.1001
     for number in range(count):
         timeline.add(100 + number * step, number, 2 * number, 3)
@@ -149,7 +149,7 @@ def test_a_timeline_is_thinned_evenly(count: int) -> None:
 
 
 def test_points_that_are_too_near_are_left_out() -> None:
-    timeline = Timeline()
+    timeline = MemoryTimeline()
     for now in (1.0, 1.01, 1.09, 1.11, 1.2, 1.22):
         timeline.add(now, 1, 2, 3)
     assert [point[0] for point in timeline.points] == [1.0, 1.11, 1.22]

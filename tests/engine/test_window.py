@@ -117,7 +117,7 @@ def test_it_never_reads_further_ahead_than_its_blocks(file: SliceFile, blocks: i
         while not made:
             time.sleep(0.001)
         queue, cycle = made[0]._queue, made[0]._cycle
-        turns_of_cycles, index = divmod(queue.use, cycle.count)
+        turns_of_cycles, index = divmod(queue.turn, cycle.count)
         furthest.append(turn - (turns_of_cycles * len(order) + cycle.block_of[index]))
         return original(record, piece, buffer)
 
@@ -132,7 +132,7 @@ def test_it_never_reads_further_ahead_than_its_blocks(file: SliceFile, blocks: i
                     time.sleep(0.001)
     window.close()
     assert max(furthest) == blocks - 1, "the block in use counts as one"
-    assert window.most_bytes <= window.ring_bytes < _sizes(file)[0]
+    assert window.peak_bytes <= window.ring_bytes < _sizes(file)[0]
 
 
 @pytest.mark.parametrize("blocks", [1, 0, -3])
@@ -230,7 +230,7 @@ def test_no_more_memory_is_taken_than_was_given(file: SliceFile) -> None:
         _token(window, order)
     assert window.pinned_bytes <= total // 2
     assert window.buffer_bytes <= window.ring_bytes == 2 * largest
-    assert window.most_bytes <= total // 2 + 2 * largest
+    assert window.peak_bytes <= total // 2 + 2 * largest
     window.close()
 
 

@@ -126,7 +126,7 @@ class _Told(Star):
 class _Model:
     """Of a model what a step asks for; it looks whether it was to be asked for that."""
 
-    choices, context, has_one_sequence = 0, _CONTEXT, True
+    routing_hash, context, has_one_sequence = 0, _CONTEXT, True
     config = SimpleNamespace(hidden=_HIDDEN, qk_norm_over_all=False, layer=lambda _: SimpleNamespace(parallel=False))
     blocks = (Block("attn", 0), Block("mlp", 0))
     cache: Any = SimpleNamespace(pages=_PAGES)

@@ -27,7 +27,7 @@ from tpimpi.system.files import check_writable
 from tpimpi.weights.locations import model_path
 from tpimpi.weights.make import choose_formats, wanted_formats
 from tpimpi.weights.sources import open_source
-from tpimpi.weights.sources.synthetic import Trace, read_trace
+from tpimpi.weights.sources.synthetic import RoutingTrace, read_trace
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _plan_options(
     network: NetworkOptions,
     config: ModelConfig,
     formats: ModelFormats,
-    trace: Trace | None,
+    trace: RoutingTrace | None,
     ranks: int,
 ) -> PlanOptions:
     """For a model and so many ranks. Raises InputError where the options do not suit these."""

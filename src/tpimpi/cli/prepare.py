@@ -17,7 +17,7 @@ from tpimpi.diagnostics.options import MeasureOptions, Workload
 from tpimpi.engine import ranks as ranks_of_run
 from tpimpi.engine.budget import per_rank
 from tpimpi.engine.engine import DEFAULT_CONTEXT, EngineConfig
-from tpimpi.engine.eviction import Trace
+from tpimpi.engine.eviction import RoutingTrace
 from tpimpi.engine.overlap import largest_sum
 from tpimpi.engine.ranks import RankInfo
 from tpimpi.errors import SliceError
@@ -146,7 +146,7 @@ def workload(
     compute: ComputeOptions,
     context: int | None,
     prompt_tokens: int = PROMPT_TOKENS,
-    routing: Trace | None = None,
+    routing: RoutingTrace | None = None,
     parallel: int = 1,
     accepted: float | None = None,
 ) -> Workload:

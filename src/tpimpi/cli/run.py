@@ -77,7 +77,7 @@ def run(star: Star, job: Job) -> int:
         )
     if output.record_routing is not None:
         with replacing(Path(output.record_routing), "--record-routing", private=True) as file:
-            np.save(file, experts_to_record(llm).recorded())
+            np.save(file, experts_to_record(llm).recorded_routing())
     write_what_was_measured(llm.report, llm.engine, traces, output)
     return code
 
@@ -126,7 +126,7 @@ def load(star: Star, job: Job, ranks: Sequence[RankInfo], options: RunOptions) -
     )
     job.at_end.callback(llm.close)
     if options.output.record_routing is not None:
-        experts_to_record(llm).record()
+        experts_to_record(llm).record_routing()
     report.prompt_chunk = engine.chunk
     first = llm.conversation.next_turn(prompt)  # is there still room?
     if not quiet:

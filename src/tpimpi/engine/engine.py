@@ -109,7 +109,7 @@ class OpenedEngine:
             self.resident = self.file.load(self.file.records_of("resident")[0]).parts
             self.order = block_order(self.header)
             self.records = records_of(self.file, self.order)
-            self.experts = {
+            self.expert_records = {
                 ExpertKey(record.block.layer, record.expert): record for record in self.file.records_of("experts")
             }
             self.recorder = Recorder() if settings.trace else None
@@ -148,8 +148,8 @@ class OpenedEngine:
             context=context,
             chunk=max(self.chunk, together + 1),  # a step has a row of each, and of a prompt
             logits_of=self.chunk if self.settings.chunk_logits else together,
-            experts=[record for key, record in self.experts.items() if key.expert == 0],
-            expert_count=len(self.experts),
+            experts=[record for key, record in self.expert_records.items() if key.expert == 0],
+            expert_count=len(self.expert_records),
             draft=self.settings.draft,
         )
         if self.star.rank.is_hub and together > 1:
@@ -160,7 +160,7 @@ class OpenedEngine:
         """Memory of an audit: a tile that is not pinned, or on rank 0 a copy of another rank's."""
         if not self.audits or (self.star.rank.is_hub and self.copies is None):
             return 0
-        largest = max((record.nbytes for record in (*self.records, *self.experts.values())), default=0)
+        largest = max((record.nbytes for record in (*self.records, *self.expert_records.values())), default=0)
         return largest + (0 if self.copies is None else self.copies.work_bytes)
 
     @property
@@ -172,7 +172,7 @@ class OpenedEngine:
         """The cache of the experts that there are; see ExpertCache for the parameters."""
         places = {block.layer: place for place, block in enumerate(self.order) if block.kind == "mlp"}
         return ExpertCache(
-            self.file, self.experts, nbytes=nbytes, reads=reads, recorder=self.recorder, places_of=places
+            self.file, self.expert_records, nbytes=nbytes, reads=reads, recorder=self.recorder, places_of=places
         )
 
     def open_window(self, *, pinned: int | None, ring: int | None, blocks: int | None, reads: int) -> Window:
@@ -216,7 +216,7 @@ class Engine:
 
     opened: OpenedEngine
     window: Window
-    experts: ExpertCache
+    expert_cache: ExpertCache
     model: Model
 
     def embed(self, ids: Iterable[int]) -> F32:
@@ -228,7 +228,7 @@ class Engine:
     def close(self) -> None:
         """Stop reading, and give the tiles' memory back."""
         self.window.close()
-        self.experts.close()
+        self.expert_cache.close()
         self.opened.close()
 
 

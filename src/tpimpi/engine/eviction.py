@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-Trace = npt.NDArray[np.unsignedinteger[Any]]  # experts that were chosen, [positions, layers, experts a token]
+RoutingTrace = npt.NDArray[np.unsignedinteger[Any]]  # experts that were chosen, [positions, layers, experts a token]
 
 
 class ExpertKey(NamedTuple):
@@ -125,7 +125,7 @@ class Stalest:
         return None if found is None else found[2]
 
 
-def hit_rate(trace: Trace, places: int, policy: Policy) -> float:
+def hit_rate(trace: RoutingTrace, places: int, policy: Policy) -> float:
     """The part of a trace's uses that find their expert in a cache of so many places, at least as many as a position uses of
     a layer and one more. The first quarter of the positions fills the cache and is not counted. Nothing is read ahead.
     """

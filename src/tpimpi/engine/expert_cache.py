@@ -70,7 +70,7 @@ class ExpertCache:
         self.total_bytes = self.slot_bytes * len(records)
         self._pool = BufferPool([self.slot_bytes] * len(records))
         self._free = list(range(len(records)))[::-1]  # the place that was given back last is taken first
-        self._most_places = 0
+        self._peak_places = 0
         self._buffers: dict[int, Bytes] = {}  # of the places that have memory
         self._entries: dict[ExpertKey, _Entry] = {}
         self._order: Policy = Stalest(1 + max((key.layer for key in records), default=0))
@@ -108,9 +108,9 @@ class ExpertCache:
         return len(self._entries) * self.slot_bytes
 
     @property
-    def most_bytes(self) -> int:
+    def peak_bytes(self) -> int:
         """Memory that experts took, at most."""
-        return self._most_places * self.slot_bytes
+        return self._peak_places * self.slot_bytes
 
     @property
     def limit_bytes(self) -> int:
@@ -285,7 +285,7 @@ class ExpertCache:
         place = self._free.pop()
         if place not in self._buffers:
             self._buffers[place] = self._pool.take(place)
-        self._most_places = max(self._most_places, len(self._buffers))
+        self._peak_places = max(self._peak_places, len(self._buffers))
         entry = _Entry(key, place, expected)
         self._entries[key] = entry
         self._order.add(key)

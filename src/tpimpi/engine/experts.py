@@ -45,24 +45,24 @@ class Experts:
         self, config: ModelConfig, resident: Mapping[str, Array], cache: ExpertCache, backend: Backend
     ) -> None:
         self.config, self.resident, self.cache, self.backend = config, resident, cache, backend
-        self._choices = xxhash.xxh3_64()
+        self._routing_hash = xxhash.xxh3_64()
         self._recorded: dict[int, list[Choices]] | None = None  # of every layer, in order
-        self._trace: Choices | None = None  # of random weights: [positions, layers, chosen]
+        self._routing_trace: Choices | None = None  # of random weights: [positions, layers, chosen]
         if config.trace_positions:
             shape = (config.trace_positions, config.layers, config.experts_per_token)
-            self._trace = self.resident["trace"].view("<u2").reshape(shape).astype(np.int32)
+            self._routing_trace = self.resident["trace"].view("<u2").reshape(shape).astype(np.int32)
 
     @property
-    def choices(self) -> int:
+    def routing_hash(self) -> int:
         """A hash of all choices so far, the same on every rank: int63."""
-        return self._choices.intdigest() >> 1
+        return self._routing_hash.intdigest() >> 1
 
-    def record(self) -> None:
+    def record_routing(self) -> None:
         """From now on keep all choices: two bytes each."""
         self._recorded = {}
 
-    def recorded(self) -> npt.NDArray[np.uint16]:
-        """The choices since `record`: uint16 [positions, layers, chosen]; layers that are dense name the first experts."""
+    def recorded_routing(self) -> npt.NDArray[np.uint16]:
+        """The choices since `record_routing`: uint16 [positions, layers, chosen]; dense layers name the first experts."""
         found = {layer: np.concatenate(choices) for layer, choices in (self._recorded or {}).items()}
         positions = max((len(choices) for choices in found.values()), default=0)
         trace = np.empty((positions, self.config.layers, self.config.experts_per_token), np.uint16)
@@ -81,12 +81,12 @@ class Experts:
         if spec is None or not count or self.cache.is_whole:
             return
         h = self.backend.fixed_rms_norm(x, self.resident["mlp_norm"][layer], self.config.norm_eps)
-        likely = replace(spec, chosen=min(spec.experts, count))
+        likely = replace(spec, top_k=min(spec.experts, count))
         try:
             experts, _ = self._by_router(h, layer, likely)
         except ValueError:
             return  # which `route` will say
-        if self._trace is not None:
+        if self._routing_trace is not None:
             experts = self._guesses(self._of_trace(layer, position), layer, int(position[0]))
         # The first choice of every position first; what many positions want, once.
         self.cache.expect(layer, list(dict.fromkeys(experts.T.reshape(-1).tolist())))
@@ -98,8 +98,8 @@ class Experts:
 
     def _of_trace(self, layer: int, position: I32) -> Choices:
         """What the trace names at positions [n]: [n, chosen]."""
-        assert self._trace is not None
-        return self._trace[position % len(self._trace), layer]
+        assert self._routing_trace is not None
+        return self._routing_trace[position % len(self._routing_trace), layer]
 
     def _guesses(self, chosen: Choices, layer: int, start: int) -> Choices:
         """The trace's experts, of which the stated part is right: the same on every rank."""
@@ -111,7 +111,7 @@ class Experts:
         """The choice for the normed vectors `h` [n, hidden] of a layer, at `position` [n]; what is chosen is read from now
         on. Raises TpimpiError where they are not finite."""
         routed = self.chosen(h, layer, position)
-        self._choices.update(routed.experts.tobytes())
+        self._routing_hash.update(routed.experts.tobytes())
         if self._recorded is not None:
             self._recorded.setdefault(layer, []).append(routed.experts.astype(np.uint16))
         self.cache.begin(layer, np.unique(routed.experts).tolist())
@@ -128,7 +128,7 @@ class Experts:
                 f"layer {layer}: the router's numbers are not finite, so no experts can be chosen; the model's weights are "
                 f"damaged, or its format too coarse: download it again, or try --format bf16"
             ) from error
-        if self._trace is not None:
+        if self._routing_trace is not None:
             experts = self._of_trace(layer, position)
         return Routed(layer, experts, weights)
 

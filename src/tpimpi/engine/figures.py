@@ -77,7 +77,7 @@ class AuditFigures:
 class LiveFigures:
     """What a rank says of itself while the run goes on: memory now, and totals since its start."""
 
-    memory_bytes: int
+    resident_bytes: int
     bytes_read: int
     read_wait_s: float
     compute_s: float

@@ -26,7 +26,7 @@ _FIRST_POINT_INTERVAL_S = 0.1  # time between two points of the timeline at firs
 STALL_REPORT_S = 5.0  # waiting for the disk is reported after so long, and again after each doubling
 
 
-class Timeline:
+class MemoryTimeline:
     """What a rank had in memory over time: [time.monotonic(), resident, pinned, buffers], in seconds and bytes."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class MemoryGuard:
         self._most = self.wanted
         self._roomy_since: float | None = None
         self._said = 0.0  # how long the wait was that was last reported
-        self.timeline = Timeline()
+        self.timeline = MemoryTimeline()
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tpimpi-memory-guard", daemon=True)

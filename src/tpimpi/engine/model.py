@@ -17,7 +17,7 @@ from tpimpi.compute.arrays import F32, I32, Array
 from tpimpi.compute.backends import Backend
 from tpimpi.engine.experts import Experts, Routed
 from tpimpi.engine.needs import kv_shape_of
-from tpimpi.engine.overlap import DENSE_CHUNK, HalfChunk, Need, Steps, go_through_blocks, half_chunks
+from tpimpi.engine.overlap import DENSE_CHUNK, Awaits, HalfChunk, HalfChunkWork, go_through_blocks, half_chunks
 from tpimpi.engine.partials import Partials, StepState
 from tpimpi.engine.trace import COMPUTE, STAR, Recorder
 from tpimpi.engine.watch import Watch
@@ -81,7 +81,7 @@ class Model:
         self._tables: tuple[I32, ...] | None = None
         self._first_held = 0  # the first of its pages of windowed layers that others have not taken the place of
         self.kv_shape = kv_shape_of(header, kv, chunk)
-        self._window = max(self.config.attention_windows, default=0)
+        self._attention_window = max(self.config.attention_windows, default=0)
         self.context = 0  # positions that the sequence may have
         self.experts, self.chunk, self._predict = experts, chunk, predict
         self.compute_seconds = 0.0
@@ -98,9 +98,9 @@ class Model:
         return self._tables is not None
 
     @property
-    def choices(self) -> int:
+    def routing_hash(self) -> int:
         """A hash of the experts chosen so far, 0 in a dense model; see protocol."""
-        return 0 if self.experts is None else self.experts.choices
+        return 0 if self.experts is None else self.experts.routing_hash
 
     def begin(self, context: int, keep: int = 0) -> None:
         """Start a sequence of at most `context` positions, which has the first `keep` positions of the one before.
@@ -169,7 +169,7 @@ class Model:
 
         They are at most what `most_kept` says, and layers with windows must have all that the next row sees."""
         return not positions or (
-            positions <= self.most_kept(context) and first_seen(positions, self._window) >= self._first_held
+            positions <= self.most_kept(context) and first_seen(positions, self._attention_window) >= self._first_held
         )
 
     def tables_of(self, positions: int, first: int | None = None) -> list[list[int]]:
@@ -180,7 +180,7 @@ class Model:
         full, windowed = (table[: pages_of(positions)].tolist() for table in self._tables)
         return [full, [NO_PAGE if number < first else page for number, page in enumerate(windowed)]]
 
-    def has_taken(self, positions: int, tables: Sequence[Sequence[int]]) -> None:
+    def adopt_pages(self, positions: int, tables: Sequence[Sequence[int]]) -> None:
         """The one sequence has its first positions, which were read into the pages of `tables`."""
         self.length, self._first_held = positions, sum(page == NO_PAGE for page in tables[WINDOWED])
 
@@ -200,7 +200,9 @@ class Model:
         assert self._tables is not None, "forward before begin"
         if self.kv_shape.ring is not None:
             self._first_held = max(self._first_held, pages_of(start + x.shape[0]) - self.kv_shape.ring)
-            assert first_seen(start, self._window) >= self._first_held, "a row would see pages that are not there"
+            assert first_seen(start, self._attention_window) >= self._first_held, (
+                "a row would see pages that are not there"
+            )
         hidden = self.step(x, self.rows_of_one(start, x.shape[0]), head=head, watch=watch)
         self.length = start + x.shape[0]
         return hidden
@@ -245,7 +247,7 @@ class Model:
         """How many rows there are in a sum that has this row of a step of so many."""
         return next(run.stop - run.start for run in self._runs(rows) if run.start <= row < run.stop)
 
-    def _through_layers(self, x: F32, rows: StepRows, overlapped: bool, watch: Watch | None) -> Steps:
+    def _through_layers(self, x: F32, rows: StepRows, overlapped: bool, watch: Watch | None) -> HalfChunkWork:
         """Take `x` [n, hidden] of these rows through all layers, in place.
 
         See overlap.py for the `yield`s: each lets the other half of the chunk go on where it is `overlapped`. `watch` is of
@@ -266,7 +268,7 @@ class Model:
                 projections = Projections(self.backend, self.config.head_dim)
             routed = self._routed(h, block, rows.position)
             number = 0
-            while (tile := (yield Need.TILE)) is not None:
+            while (tile := (yield Awaits.TILE)) is not None:
                 with self._recorded(COMPUTE, place, number):
                     partial += self.partials.of_tile(h, tile, step, projections)
                 number += 1
@@ -278,7 +280,7 @@ class Model:
                 continue
             seen = None if watch is None else watch.partials_of(partial, place)
             total = self.star.start(partial, background=overlapped, exact=block.kind == "qkv", watch=seen)
-            yield Need.SUM
+            yield Awaits.SUM
             with self._recorded(STAR, place):
                 total.wait()
             if projections is not None and block.kind == "qkv":

@@ -1,12 +1,12 @@
 """The steps of a run after its start: what rank 0 asks for, and how the other ranks follow.
 
-A step begins with a header, int64 [5] over the star: magic, operation, positions, start, choices. In the same message follow
-the words of PAGES (pages of each kind, and units), of STEP and PROMPT_STEP (rows, see batch), of RELEASE (pages), of AUDIT
-(sum and row). Then come hidden vectors, f32 [positions, hidden], after FORWARD, PROMPT, STEP and PROMPT_STEP; notes after
-KEEP and TAKE (see keep_pages), and of every rank after LIVE; after AUDIT a row, which every rank answers (see audit).
+A step begins with a header, int64 [5] over the star: magic, operation, positions, start, routing_hash. In the same message
+follow the words of PAGES (pages of each kind, and units), of STEP and PROMPT_STEP (rows, see batch), of RELEASE (pages), of
+AUDIT (sum and row). Then come hidden vectors, f32 [positions, hidden], after FORWARD, PROMPT, STEP and PROMPT_STEP; notes
+after KEEP and TAKE (see keep_pages), and of every rank after LIVE; after AUDIT a row, which every rank answers (see audit).
 Prompt, token ids and text are in none of them.
 
-`choices` is a hash of the experts that rank 0 has chosen so far in a mixture of experts. Ranks that chose others would add
+`routing_hash` is of the experts that rank 0 has chosen so far in a mixture of experts. Ranks that chose others would add
 parts of different experts, and make nonsense that looks like text: so every rank compares, before each step, and the run
 ends where they differ.
 """
@@ -66,22 +66,22 @@ class StepHeader:
     operation: Operation
     positions: int = 0
     start: int = 0
-    choices: int = 0
+    routing_hash: int = 0
 
     def pack(self) -> Words:
         """The words on the wire: int64 [HEADER_WORDS]."""
-        return np.array([MAGIC, self.operation, self.positions, self.start, self.choices], np.int64)
+        return np.array([MAGIC, self.operation, self.positions, self.start, self.routing_hash], np.int64)
 
     @classmethod
     def unpack(cls, words: Words) -> StepHeader:
         """The header that these words are. Raises StarError where they are none."""
-        magic, operation, positions, start, choices = words.tolist()
+        magic, operation, positions, start, routing_hash = words.tolist()
         sizes = 0 <= positions <= MAX_SIZE and 0 <= start <= MAX_SIZE
         if magic != MAGIC or operation not in iter(Operation) or not sizes:
             raise StarError(
-                f"rank 0 sent the control header {magic, operation, positions, start, choices}, which makes no sense"
+                f"rank 0 sent the control header {magic, operation, positions, start, routing_hash}, which makes no sense"
             )
-        return cls(Operation(operation), positions, start, choices)
+        return cls(Operation(operation), positions, start, routing_hash)
 
 
 def send_header(star: Star, header: StepHeader, words: Words = NO_WORDS) -> None:
@@ -102,7 +102,7 @@ def begin(model: Model, star: Star, context: int, keep: int = 0) -> None:
     """Rank 0: have every rank begin a sequence of at most `context` positions.
 
     It has the first `keep` positions of the one before, see model.can_keep."""
-    send_header(star, StepHeader(Operation.BEGIN, context, keep, model.choices))
+    send_header(star, StepHeader(Operation.BEGIN, context, keep, model.routing_hash))
     model.begin(context, keep)
 
 
@@ -112,7 +112,7 @@ def forward(model: Model, star: Star, x: F32, start: int, *, head: bool = True, 
     Unless `head`, no logits will be asked for. Of a `prompt` nobody on the network shall see how long it is.
     """
     operation = Operation.PROMPT if prompt else Operation.FORWARD
-    send_header(star, StepHeader(operation, x.shape[0], start, model.choices))
+    send_header(star, StepHeader(operation, x.shape[0], start, model.routing_hash))
     star.pad_rows(prompt)
     star.broadcast(x)
     watch = None if model.auditor is None else model.auditor.watch(x.shape[0])
@@ -124,7 +124,7 @@ def forward(model: Model, star: Star, x: F32, start: int, *, head: bool = True, 
 def open_pages(model: Model, star: Star, context: int, account: PageAccount) -> None:
     """Rank 0: have every rank make the pages of this account, for sequences of at most `context` positions each."""
     words = np.array([*account.places, account.units], np.int64)
-    send_header(star, StepHeader(Operation.PAGES, context, choices=model.choices), words)
+    send_header(star, StepHeader(Operation.PAGES, context, routing_hash=model.routing_hash), words)
     model.open_pages(context, account.places, account.units)
 
 
@@ -135,7 +135,7 @@ def step(model: Model, star: Star, x: F32, rows: StepRows, *, head: bool = True,
     """
     operation = Operation.PROMPT_STEP if prompt else Operation.STEP
     words = pack_rows(rows, PADDED_WORDS if star.sealed else 1)
-    send_header(star, StepHeader(operation, x.shape[0], choices=model.choices), words)
+    send_header(star, StepHeader(operation, x.shape[0], routing_hash=model.routing_hash), words)
     star.pad_rows(prompt)
     star.broadcast(x)
     watch = None if model.auditor is None else model.auditor.watch(x.shape[0])
@@ -151,7 +151,7 @@ def _audit(model: Model, star: Star, watch: Watch | None, rows: Callable[[], Ste
     model.auditor.stepped()
     if watch is not None:
         request = model.auditor.request(watch, rows())
-        send_header(star, StepHeader(Operation.AUDIT, choices=model.choices), request.words())
+        send_header(star, StepHeader(Operation.AUDIT, routing_hash=model.routing_hash), request.words())
         request.send_row(star)
         model.auditor.check(watch, request, star.gather_notes(b""))
 
@@ -159,28 +159,28 @@ def _audit(model: Model, star: Star, watch: Watch | None, rows: Callable[[], Ste
 def release_pages(model: Model, star: Star, pages: Sequence[Sequence[int]]) -> None:
     """Rank 0: have every rank give back the memory of these pages of each kind, which nobody uses."""
     words = np.array([page for of_kind in pages for page in of_kind], np.int64)
-    send_header(star, StepHeader(Operation.RELEASE, len(pages[0]), choices=model.choices), words)
+    send_header(star, StepHeader(Operation.RELEASE, len(pages[0]), routing_hash=model.routing_hash), words)
     _release(model, words, len(pages[0]))
 
 
 def keep_pages(model: Model, star: Star, files: PageFiles, which: SequenceFile) -> list[str]:
     """Rank 0: have every rank write these pages to its file. What went wrong, a line a rank: then the files of some ranks
     may be new and of others as before, and are of no use."""
-    send_header(star, StepHeader(Operation.KEEP, choices=model.choices))
+    send_header(star, StepHeader(Operation.KEEP, routing_hash=model.routing_hash))
     send_note(star, which)
     return keep(model, star, files, which)
 
 
 def take_pages(model: Model, star: Star, files: PageFiles, which: SequenceFile) -> list[str]:
     """Rank 0: have every rank read these pages from its file. What went wrong, a line a rank: then none of them count."""
-    send_header(star, StepHeader(Operation.TAKE, choices=model.choices))
+    send_header(star, StepHeader(Operation.TAKE, routing_hash=model.routing_hash))
     send_note(star, which)
     return take(model, star, files, which)
 
 
 def live_figures(model: Model, star: Star, ours: LiveFigures) -> list[LiveFigures]:
     """Rank 0: every rank's figures as they are now, in rank order, between two steps."""
-    send_header(star, StepHeader(Operation.LIVE, choices=model.choices))
+    send_header(star, StepHeader(Operation.LIVE, routing_hash=model.routing_hash))
     return [note.figures for note in gather_notes(star, Live(ours))]
 
 
@@ -191,7 +191,7 @@ def _release(model: Model, words: Words, full: int) -> None:
 
 def finish(model: Model, star: Star) -> None:
     """Rank 0: tell every rank that the run is over; where there are several models, `model` is the first."""
-    send_header(star, StepHeader(Operation.FINISH, choices=model.choices))
+    send_header(star, StepHeader(Operation.FINISH, routing_hash=model.routing_hash))
 
 
 def follow(
@@ -210,7 +210,7 @@ def follow(
         header, words = receive_header(star)
         if header.operation == Operation.FINISH and len(models) > 1:
             return  # whichever model's turn it is
-        if header.choices != model.choices:
+        if header.routing_hash != model.routing_hash:
             raise StarError(
                 "chose other experts than rank 0, so their sums would be nonsense: their kernels or slices "
                 "are not the same, or a computer's memory is bad; install the same tpimpi everywhere (tpimpi doctor), make "

@@ -37,19 +37,19 @@ class MemoryPlanner:
     """What a rank needs for its opened engines. Nothing that they will need may be in memory yet when this is made."""
 
     def __init__(
-        self, engines: Sequence[OpenedEngine], tokenizer_bytes: int = 0, draft: OpenedEngine | None = None
+        self, engines: Sequence[OpenedEngine], tokenizer_bytes: int = 0, draft_engine: OpenedEngine | None = None
     ) -> None:
-        """`tokenizer_bytes` is what the tokenizer took (rank 0), for the figures. A `draft` model (rank 0) is to have memory
-        for all of it, which it takes by itself."""
-        self.engines, self.tokenizer_bytes, self.draft = list(engines), tokenizer_bytes, draft
+        """`tokenizer_bytes` is what the tokenizer took (rank 0), for the figures. `draft_engine` (rank 0) is to have memory
+        for all of its model, which it takes by itself."""
+        self.engines, self.tokenizer_bytes, self.draft_engine = list(engines), tokenizer_bytes, draft_engine
         self.star, self.settings = engines[0].star, engines[0].settings
         self.base = resident_bytes()
 
     def needs(self, context: int) -> Needs:
         """What this rank needs to hold `context` positions of each model."""
         needs = needs_together([engine.needs(self.base, context) for engine in self.engines])
-        if self.draft is not None:
-            beside = self.draft.needs(0, min(context, self.draft.header.config.context))
+        if self.draft_engine is not None:
+            beside = self.draft_engine.needs(0, min(context, self.draft_engine.header.config.context))
             needs = replace(
                 needs,
                 base=needs.base + beside.tiles + beside.experts,
@@ -125,13 +125,13 @@ class MemoryPlan:
             if self.budget is None
             else self.budget.experts < self.needs.experts
         )
-        return few and bool(engine.experts)
+        return few and bool(engine.expert_records)
 
     def trial(self, engine: OpenedEngine) -> DiskTrial | None:
         """Try how many reads in flight the disk of this engine's slice wants."""
         if not self.streams(engine):
             return None
-        records = [*engine.records, *(engine.experts.values() if self.reads_experts(engine) else ())]
+        records = [*engine.records, *(engine.expert_records.values() if self.reads_experts(engine) else ())]
         trial = engine.file.trial(records)
         return DiskTrial(trial, engine.file.measure(partial(trial.depth, self._trial_buffer())))
 
@@ -163,7 +163,7 @@ class MemoryPlan:
 
     def _open_experts(self, engine: OpenedEngine, trial: DiskTrial | None) -> ExpertCache:
         """The expert cache of one engine, with its part of the budget."""
-        sizes = [record.nbytes for record in engine.experts.values()]
+        sizes = [record.nbytes for record in engine.expert_records.values()]
         whole, nbytes = len(sizes) * max(sizes, default=0), None
         if self.budget is not None:
             nbytes = self.budget.experts * whole // max(1, self.needs.experts)
@@ -220,7 +220,7 @@ class RankMemory:
             buffers=self._rings if any(map(plan.streams, opened)) else 0,
             pinned=sum(engine.window.wanted_bytes for engine in self.engines),
             streamed=sum(engine.window.streamed_bytes for engine in self.engines),
-            experts=sum(engine.experts.limit_bytes for engine in self.engines),
+            experts=sum(engine.expert_cache.limit_bytes for engine in self.engines),
             reads=max(DEFAULT_READS if trial is None else trial.reads for trial in plan.trials),
             disk_bytes_per_s=disk_bytes_per_s,
             device=opened[0].file.device,
@@ -270,9 +270,9 @@ class RankMemory:
         """What each engine did. Memory is the whole rank's."""
         peak = peak_rss_bytes()
         tokenizer = self._plan.of.tokenizer_bytes
-        weights = sum(engine.window.most_bytes + engine.experts.most_bytes for engine in self.engines)
-        if (draft := self._plan.of.draft) is not None:
-            weights += draft.tile_bytes
+        weights = sum(engine.window.peak_bytes + engine.expert_cache.peak_bytes for engine in self.engines)
+        if (draft_engine := self._plan.of.draft_engine) is not None:
+            weights += draft_engine.tile_bytes
         caches = [engine.model.cache for engine in self.engines]
         cache = sum(cache.filled_bytes for cache in caches if cache is not None)
         began = self.points[0][0] if self.points else 0.0
@@ -294,11 +294,11 @@ class RankMemory:
                 streamed_bytes_per_token=engine.window.streamed_bytes,
                 device=self.allotment.device,
                 disk_bytes_per_s=self.allotment.disk_bytes_per_s,
-                bytes_read=engine.window.bytes_read + engine.experts.figures.bytes_read,
-                read_wait_s=engine.window.wait_seconds + engine.experts.wait_seconds,
+                bytes_read=engine.window.bytes_read + engine.expert_cache.figures.bytes_read,
+                read_wait_s=engine.window.wait_seconds + engine.expert_cache.wait_seconds,
                 compute_s=engine.model.compute_seconds,
                 star_s=self.star.seconds,
-                experts=engine.experts.figures if engine.opened.experts else None,
+                experts=engine.expert_cache.figures if engine.opened.expert_records else None,
                 timeline=[[round(t - began, 3), *rest] for t, *rest in self.points],
             )
             for engine in self.engines
@@ -307,9 +307,9 @@ class RankMemory:
     def live(self) -> LiveFigures:
         """The whole rank as it is now; cheap enough for every second."""
         windows = [engine.window for engine in self.engines]
-        caches = [engine.experts for engine in self.engines]
+        caches = [engine.expert_cache for engine in self.engines]
         return LiveFigures(
-            memory_bytes=resident_bytes(),
+            resident_bytes=resident_bytes(),
             bytes_read=sum(w.bytes_read for w in windows) + sum(c.figures.bytes_read for c in caches),
             read_wait_s=sum(w.wait_seconds for w in windows) + sum(c.wait_seconds for c in caches),
             compute_s=sum(engine.model.compute_seconds for engine in self.engines),

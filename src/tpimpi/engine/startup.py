@@ -45,11 +45,11 @@ def allot_memory(
     engines: Sequence[OpenedEngine],
     context: int,
     tokenizer_bytes: int = 0,
-    draft: OpenedEngine | None = None,
+    draft_engine: OpenedEngine | None = None,
 ) -> tuple[RankMemory, list[MemoryAllotment]]:
     """Rank 0: every rank takes memory for `context` positions in all of its engines, as far as its promise allows, and
     begins to read. `tokenizer_bytes` is what our tokenizer takes, for the figures. Of what we may take, some is for
-    a `draft` model.
+    the model of `draft_engine`.
 
     Returns our own, and what every rank's memory buys, in rank order. Raises InputError where a rank's promise is too small.
     """
@@ -57,7 +57,7 @@ def allot_memory(
         for engine in engines:
             undo.enter_context(closing(engine))
         send_note(star, PlanMemory(context))
-        planner = MemoryPlanner(engines, tokenizer_bytes, draft)
+        planner = MemoryPlanner(engines, tokenizer_bytes, draft_engine)
         allowed = _promises(planner, context)
         send_note(star, allowed)
         planner.use_chunk(allowed.chunk)

@@ -123,7 +123,7 @@ class ModelConfig:
             return None
         return RouterSpec(
             experts=self.experts,
-            chosen=self.experts_per_token,
+            top_k=self.experts_per_token,
             scoring=self.router_scoring,
             normalized=self.router_normalized,
             scale=self.router_scale,

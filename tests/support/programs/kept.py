@@ -67,7 +67,7 @@ def main() -> None:
 def end(star: Star, model: Model, memory: RankMemory) -> None:
     """With what rank 0 must not ask for."""
     print("all well", flush=True)
-    protocol.send_header(star, protocol.StepHeader(protocol.Operation.BEGIN, 50, 41, model.choices))
+    protocol.send_header(star, protocol.StepHeader(protocol.Operation.BEGIN, 50, 41, model.routing_hash))
     memory.close()
 
 

@@ -92,7 +92,9 @@ def main() -> None:
         check(engine, opened.page_files, folder)
         print("all well", flush=True)
         # What rank 0 must not ask for: positions whose windows are not there.
-        protocol.send_header(star, protocol.StepHeader(protocol.Operation.BEGIN, CONTEXT, 300, engine.model.choices))
+        protocol.send_header(
+            star, protocol.StepHeader(protocol.Operation.BEGIN, CONTEXT, 300, engine.model.routing_hash)
+        )
     else:
         try:
             protocol.follow([engine.model], star, opened.page_files)

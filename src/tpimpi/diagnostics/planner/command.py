@@ -14,7 +14,7 @@ from typing import Any
 
 from tpimpi.diagnostics.options import MeasureOptions, PlanOptions, Workload
 from tpimpi.diagnostics.planner.hits import HitCurve
-from tpimpi.diagnostics.planner.layer_benchmark import MeasureTask
+from tpimpi.diagnostics.planner.layer_benchmark import LayerBenchmarkConfig
 from tpimpi.diagnostics.planner.measure_disks import measure_disks
 from tpimpi.diagnostics.planner.measure_layers import RankMeasurement, measure
 from tpimpi.diagnostics.planner.predict import LayerCost, LinearCost, Measured, Predictor, RankSpeed
@@ -46,7 +46,7 @@ class Survey:
     def predictor(self, ranks: int, positions: int = 1) -> Predictor:
         """Measure the first so many ranks, with so many positions of a prompt at once. Raises what measuring raises."""
         workload, infos = self.workload, self._infos[:ranks]
-        task = MeasureTask(
+        task = LayerBenchmarkConfig(
             config=workload.config.to_dict(),
             formats=workload.formats.to_dict(),
             ranks=ranks,

@@ -57,7 +57,7 @@ _STALL_RATIO = 4.0  # times as long as usual: the rank was stopped
 
 
 @dataclass(frozen=True)
-class MeasureTask:
+class LayerBenchmarkConfig:
     """What rank 0 wants measured: of the first `ranks` ranks, with `positions` of a prompt at once, after `start` others."""
 
     config: dict[str, Any]
@@ -97,7 +97,7 @@ class LayerBenchmark:
 
     used = 0.0  # processor seconds a second during the timings
 
-    def __init__(self, rank: Rank, task: MeasureTask) -> None:
+    def __init__(self, rank: Rank, task: LayerBenchmarkConfig) -> None:
         self.task, self.rank = task, rank
         config = ModelConfig.from_dict(task.config)
         formats = ModelFormats.from_dict(task.formats, config.layers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import astuple, dataclass
 
-from tpimpi.diagnostics.planner.layer_benchmark import LayerBenchmark, LayerTiming, MeasureTask
+from tpimpi.diagnostics.planner.layer_benchmark import LayerBenchmark, LayerBenchmarkConfig, LayerTiming
 from tpimpi.engine.overlap import largest_sum
 from tpimpi.star import Star, choose
 from tpimpi.star.codec import wire_of
@@ -43,10 +43,10 @@ class RankMeasurement:
 class MeasureLayers(TaskNote, frozen=True, tag="measure"):
     """Hub: this is measured now."""
 
-    wanted: MeasureTask
+    wanted: LayerBenchmarkConfig
 
 
-class Measured(Note, frozen=True):
+class MeasuredNote(Note, frozen=True):
     """What the sender found; None of a rank that does not take part."""
 
     measurement: RankMeasurement | None
@@ -58,7 +58,7 @@ class AllreduceRule(Note, frozen=True):
     rule: str
 
 
-def measure(star: Star, task: MeasureTask) -> list[RankMeasurement]:
+def measure(star: Star, task: LayerBenchmarkConfig) -> list[RankMeasurement]:
     """Rank 0: have the first `task.ranks` ranks measured together; what each found, in rank order.
 
     Raises InputError and the like where a rank cannot take part.
@@ -66,7 +66,7 @@ def measure(star: Star, task: MeasureTask) -> list[RankMeasurement]:
     send_note(star, MeasureLayers(task))
     benchmark, _ = on_every_rank(star, lambda: LayerBenchmark(star.rank, task), Done)
     send_note(star, Proceed())
-    notes = gather_notes(star, Measured(_run_benchmark(star, benchmark)))
+    notes = gather_notes(star, MeasuredNote(_run_benchmark(star, benchmark)))
     return [note.measurement for note in notes if note.measurement is not None]
 
 
@@ -77,12 +77,12 @@ def take_part_in_measuring(star: Star, task: Task) -> None:
         gather_notes(star, Done())
         receive_note(star, Proceed)
         star.first(wanted.ranks)
-        gather_notes(star, Measured(None))
+        gather_notes(star, MeasuredNote(None))
         return
     benchmark = report_errors(star, lambda: LayerBenchmark(star.rank, wanted))
     gather_notes(star, Done())
     receive_note(star, Proceed)
-    gather_notes(star, Measured(_run_benchmark(star, benchmark)))
+    gather_notes(star, MeasuredNote(_run_benchmark(star, benchmark)))
 
 
 def _run_benchmark(star: Star, benchmark: LayerBenchmark) -> RankMeasurement:

@@ -15,7 +15,7 @@ from tpimpi.models.layers.rope import Angles
 
 
 @dataclass(frozen=True)
-class QKNorm:
+class QKNormWeights:
     """Weights of the norms of queries and keys, f32, and their epsilon.
 
     Over each head: [head_dim] each. Over all heads together: [heads * head_dim] and [kv_heads * head_dim], of all ranks.
@@ -36,7 +36,7 @@ def attention_partial(
     first_kv: int,  # where this tile's KV heads stand in the pages
     q_to_kv: tuple[int, ...],
     rotary: Angles | None,
-    qk_norm: QKNorm | None = None,
+    qk_norm: QKNormWeights | None = None,
     sinks: F32 | None = None,  # of this tile's query heads, [heads]: see Backend.attention
 ) -> F32:
     """Attention of one tile's query heads, through its columns of the output projection: [n, hidden]."""

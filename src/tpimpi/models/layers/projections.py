@@ -12,7 +12,7 @@ from tpimpi.compute.arrays import F32
 from tpimpi.compute.attention import AttentionSpec
 from tpimpi.compute.backends import Backend
 from tpimpi.compute.kv import KVPages, Rows
-from tpimpi.models.layers.attention import QKNorm, rotated
+from tpimpi.models.layers.attention import QKNormWeights, rotated
 from tpimpi.models.layers.parts import Parts
 from tpimpi.models.layers.rope import Angles
 
@@ -63,7 +63,7 @@ class Projections:
     def finish(
         self,
         squares: F32,  # [n, 2], over all ranks
-        norm: QKNorm,
+        norm: QKNormWeights,
         kv: KVPages,  # of the layer
         rows: Rows,
         first_kv: int,  # of this rank's KV heads
