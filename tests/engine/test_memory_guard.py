@@ -33,7 +33,7 @@ pytestmark = pytest.mark.alone
 
 def test_each_of_several_ranks_gives_its_part(case: Callable[..., Case]) -> None:
     c = case(20)
-    guard = c.keep(promise=None, shared_by=3)
+    guard = c.keep(promise=None, watched_by=3)
     c.free = 0
     guard.look(0.0)
     assert c.pinned == [200]
@@ -48,7 +48,7 @@ def test_each_of_several_ranks_gives_its_part(case: Callable[..., Case]) -> None
 
 def test_no_rank_takes_all_the_room_of_a_host(case: Callable[..., Case]) -> None:
     c = case(100)
-    guard = c.keep(promise=None, shared_by=2)
+    guard = c.keep(promise=None, watched_by=2)
     c.free = -1600
     guard.look(0.0)
     assert c.wanted == [200]
@@ -60,7 +60,7 @@ def test_no_rank_takes_all_the_room_of_a_host(case: Callable[..., Case]) -> None
 
 def test_both_bounds_hold(case: Callable[..., Case]) -> None:
     c = case(20)
-    guard = c.keep(promise=RESERVE_BYTES + BASE + 150, shared_by=1)
+    guard = c.keep(promise=RESERVE_BYTES + BASE + 150, watched_by=1)
     c.free = 10**9
     guard.look(0.0)
     assert c.pinned == [150]

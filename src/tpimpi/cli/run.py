@@ -135,7 +135,7 @@ def load(star: Star, job: Job, ranks: Sequence[RankInfo], options: RunOptions) -
 
 
 def open_engine(
-    star: Star, ranks: Sequence[RankInfo], options: RunOptions, *, draft: int | None = 0, together: int = 1
+    star: Star, ranks: Sequence[RankInfo], options: RunOptions, *, draft: int | None = 0, parallel: int = 1
 ) -> OpenedEngine:
     """The model that the options name, with slices on every rank, to answer so many prompts at once; see EngineConfig for
     `draft`."""
@@ -153,7 +153,7 @@ def open_engine(
         audit=settle_audit(options, ranks),
     )
     release_freed_memory()  # of the model's file
-    engine = startup.open_engines(star, replace(config, together=together))
+    engine = startup.open_engines(star, replace(config, parallel=parallel))
     try:
         remark = open_tile_copies(engine, options)
     except BaseException:

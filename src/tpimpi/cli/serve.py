@@ -90,7 +90,7 @@ def load(
     together = generate.parallel or DEFAULT_PARALLEL
     progress = LoadProgress(connection)
     progress.say("opening the model")
-    engine = open_engine(star, ranks, options.run, together=together)
+    engine = open_engine(star, ranks, options.run, parallel=together)
     progress.say("loading the tokenizer")
     tokenizer, tokenizer_bytes = load_tokenizer_of_slices(engine.file, template)
     most = engine.header.config.context

@@ -9,8 +9,8 @@ from typing import Any
 from rich.table import Table
 
 from tpimpi.diagnostics.cache_table import print_cache
-from tpimpi.diagnostics.inspect_model import WIDTH, CheckTokenizer, inspect_model, shown
-from tpimpi.errors import InputError, SliceError, StorageError, TpimpiError
+from tpimpi.diagnostics.inspect_model import WIDTH, CheckTokenizer, inspect_model
+from tpimpi.errors import InputError, SliceError, StorageError, TpimpiError, printable
 from tpimpi.models.blocks import LAYER_KINDS
 from tpimpi.models.keys import show
 from tpimpi.system.files import write_json
@@ -99,7 +99,7 @@ def _slices(files: list[Path], told: list[dict[str, Any]], *, verify: bool) -> d
             file = SliceFile(path)
         except SliceError as error:
             problems.append(error)
-            table.add_row(shown(path.name), *[""] * 9, "broken")
+            table.add_row(printable(path.name), *[""] * 9, "broken")
             told.append({"file": path.name, "state": "broken", "problem": str(error)})
             continue
         header, share = file.header, file.header.share
@@ -124,8 +124,8 @@ def _slices(files: list[Path], told: list[dict[str, Any]], *, verify: bool) -> d
             }
         )
         table.add_row(
-            shown(path.name),
-            f"{shown(header.model)} ({shown(header.fingerprint[:12])})",
+            printable(path.name),
+            f"{printable(header.model)} ({printable(header.fingerprint[:12])})",
             header.format,
             header.partition.describe(),
             _span(share.heads),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from tpimpi.errors import ModelError
+from tpimpi.errors import ModelError, printable
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.tensors import unused_parameters
 from tpimpi.system.terminal import print_table
@@ -33,7 +33,7 @@ def inspect_model(path: Path, told: dict[str, Any], *, verify: bool, check_token
     facts = describe_model(path)
     told |= _as_json(path, facts)
     table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_row("kind", shown(facts.kind))
+    table.add_row("kind", printable(facts.kind))
     without: ModelError | None = None
     try:
         with open_source(path) as source:
@@ -44,15 +44,12 @@ def inspect_model(path: Path, told: dict[str, Any], *, verify: bool, check_token
         _unknown(path, facts, table)
     why_not = problem or without
     told |= {"runs": why_not is None, "why_not": None if why_not is None else str(why_not)}
-    table.add_row("runs", "yes" if why_not is None else "no, see below" if problem else f"no: {shown(str(without))}")
+    table.add_row(
+        "runs", "yes" if why_not is None else "no, see below" if problem else f"no: {printable(str(without))}"
+    )
     print_table(table, WIDTH)
     if problem is not None:
         raise problem
-
-
-def shown(text: str) -> str:
-    """`text` with its control characters written out (ESC is \\x1b)."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _as_json(path: Path, facts: ModelFacts) -> dict[str, Any]:
@@ -76,8 +73,8 @@ def _tokenizer_problem(source: Source, check: CheckTokenizer) -> ModelError | No
 
 def _unknown(path: Path, facts: ModelFacts, table: Table) -> None:
     """Rows for a model of which only its own words are known."""
-    table.add_row("family", shown(facts.family))
-    table.add_row("path", shown(str(locate_model(path))))
+    table.add_row("family", printable(facts.family))
+    table.add_row("path", printable(str(locate_model(path))))
     table.add_row("formats", _formats(facts))
     table.add_row("context", "not said" if facts.context is None else f"{facts.context} positions")
     table.add_row("chat template", _templates(facts))
@@ -111,9 +108,9 @@ def _source(
         "whole": problem is None,
     }
     for name, value in _rows(source.config).items():
-        table.add_row(name, shown(value))
+        table.add_row(name, printable(value))
     table.add_row("chat template", _templates(facts))
-    table.add_row("path", shown(str(source.path)))
+    table.add_row("path", printable(str(source.path)))
     used = f", {active / 1e6:.1f} million of them for a token" if active < parameters else ""
     table.add_row("parameters", f"{parameters / 1e6:.1f} million in {len(tensors)} tensors{used}")
     table.add_row("formats", _formats(facts))
@@ -129,7 +126,7 @@ def _source(
 def _formats(facts: ModelFacts) -> str:
     """ "q4_0 77.9 MB in 210 tensors, f32 0.1 MB in 61": what is stored, the largest first."""
     words = [
-        f"{shown(name)} {_size(stored.nbytes)} in {stored.tensors}{'' if number else ' tensors'}"
+        f"{printable(name)} {_size(stored.nbytes)} in {stored.tensors}{'' if number else ' tensors'}"
         for number, (name, stored) in enumerate(facts.formats.items())
     ]
     return ", ".join(words) or "no weights"
@@ -142,7 +139,7 @@ def _size(nbytes: int) -> str:
 def _templates(facts: ModelFacts) -> str:
     if not facts.chat_templates:
         return "none"
-    return "yes" if facts.chat_templates == ["default"] else shown(", ".join(facts.chat_templates))
+    return "yes" if facts.chat_templates == ["default"] else printable(", ".join(facts.chat_templates))
 
 
 def _rows(config: ModelConfig) -> dict[str, str]:

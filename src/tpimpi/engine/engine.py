@@ -23,7 +23,7 @@ from tpimpi.engine.expert_cache import ExpertCache
 from tpimpi.engine.experts import Experts
 from tpimpi.engine.model import Model, block_order
 from tpimpi.engine.needs import needs_of_model
-from tpimpi.engine.overlap import usual_chunk
+from tpimpi.engine.overlap import default_chunk
 from tpimpi.engine.page_files import PageFiles
 from tpimpi.engine.trace import Recorder
 from tpimpi.engine.window import Window
@@ -56,7 +56,7 @@ class EngineConfig:
     shares: str
     format: str
     backend: str  # one of BACKEND_NAMES
-    threads: int | None  # None: as usual_threads says
+    threads: int | None  # None: as default_threads says
     allreduce: str  # a rule: see star.parse_rule
     timeout: float  # seconds
     cores_shared_by: list[int]
@@ -66,19 +66,19 @@ class EngineConfig:
     wire: str = "f32"  # one of WIRES
     trace: bool = False  # record what is done when
     chunk_logits: bool = False  # rank 0 computes the logits of a whole chunk at once, else of one position
-    chunk: int | None = None  # positions of a prompt computed at once; None: as usual_chunk and chunk.py say
+    chunk: int | None = None  # positions of a prompt computed at once; None: as default_chunk and chunk.py say
     predict: int | None = None  # experts of a layer that are read before they are chosen; None: as many as a token uses
     kernels: str = "auto"  # or one of KERNEL_LEVELS
     draft: int | None = 0  # tokens of a draft at most, of which rank 0 has all logits; None: as many as memory says
     keep_cache: str | None = None  # the folder where each rank keeps a session's keys and values between runs
     audit: float | None = 0.0  # the part of the steps of which a sum is audited; None: as many as take little time
-    together: int = 1  # sequences that are answered at once: rank 0 has the logits of so many positions
+    parallel: int = 1  # sequences that are answered at once: rank 0 has the logits of so many positions
 
     def slice_path(self, rank: int, ranks: int) -> Path:
         return SliceLocation(self.folder, self.cache_name).path(rank, ranks)
 
 
-def usual_threads(cores: int, shared_by: int) -> int:
+def default_threads(cores: int, shared_by: int) -> int:
     """How many threads a rank computes with, of so many cores that so many ranks use, where nobody says."""
     return max(1, cores // shared_by)
 
@@ -104,7 +104,7 @@ class OpenedEngine:
             _check_slice(self.header, path, star.rank, settings)
             mark_used(path)
             neighbours = settings.cores_shared_by[star.rank.index]
-            threads = settings.threads or usual_threads(len(os.sched_getaffinity(0)), neighbours)
+            threads = settings.threads or default_threads(len(os.sched_getaffinity(0)), neighbours)
             self.backend = load_backend(settings.backend, threads, settings.kernels)
             self.resident = self.file.load(self.file.records_of("resident")[0]).parts
             self.order = block_order(self.header)
@@ -117,7 +117,7 @@ class OpenedEngine:
             if settings.keep_cache is not None:
                 self.page_files = PageFiles.open(settings.keep_cache, star.rank.index, identity(self.header))
             # Positions of a prompt that are computed at once; rank 0 may say another number before memory is planned.
-            self.chunk = settings.chunk or usual_chunk(self.header.config)
+            self.chunk = settings.chunk or default_chunk(self.header.config)
             self.copies: TileCopies | None = None  # rank 0: of other ranks' tiles, to audit what they compute
         except BaseException:
             self.file.close()
@@ -136,7 +136,7 @@ class OpenedEngine:
 
     def needs(self, base: int, context: int) -> Needs:
         """What this rank needs for `context` positions, if it has `base` bytes resident without."""
-        together = self.settings.together
+        parallel = self.settings.parallel
         needs = needs_of_model(
             self.header,
             self.records,
@@ -146,14 +146,14 @@ class OpenedEngine:
             kv=self.settings.kv,
             allreduce=self.settings.allreduce,
             context=context,
-            chunk=max(self.chunk, together + 1),  # a step has a row of each, and of a prompt
-            logits_of=self.chunk if self.settings.chunk_logits else together,
+            chunk=max(self.chunk, parallel + 1),  # a step has a row of each, and of a prompt
+            logits_of=self.chunk if self.settings.chunk_logits else parallel,
             experts=[record for key, record in self.expert_records.items() if key.expert == 0],
             expert_count=len(self.expert_records),
             draft=self.settings.draft,
         )
-        if self.star.rank.is_hub and together > 1:
-            needs = replace(needs, work=needs.work + together * SEQUENCE_BYTES)
+        if self.star.rank.is_hub and parallel > 1:
+            needs = replace(needs, work=needs.work + parallel * SEQUENCE_BYTES)
         return replace(needs, work=needs.work + self._audit_bytes())
 
     def _audit_bytes(self) -> int:

@@ -52,14 +52,14 @@ class MemoryGuard:
         caches: Sequence[ExpertCache] = (),
         *,
         promise: int | None,
-        shared_by: int = 0,
+        watched_by: int = 0,
         stalled: Callable[[str], None] = lambda line: None,
         waiting: Callable[[], tuple[float, str] | None] = lambda: None,
     ) -> None:
-        """`promise` is what the rank may have resident, None for no bound. `shared_by` is how many ranks of ours share
+        """`promise` is what the rank may have resident, None for no bound. `watched_by` is how many ranks of ours share
         its host under `--memory auto`, 0 where the host's memory is not to be watched. `stalled` gets a line for the
         user; `waiting` says since when something else than a window waits for the disk, and for what."""
-        self._windows, self._caches, self._promise, self._shared_by = windows, caches, promise, shared_by
+        self._windows, self._caches, self._promise, self._watched_by = windows, caches, promise, watched_by
         self._stalled, self._waiting = stalled, waiting
         self._most = self.wanted
         self._roomy_since: float | None = None
@@ -132,10 +132,10 @@ class MemoryGuard:
         rooms = []
         if self._promise is not None:
             rooms.append(self._promise - RESERVE_BYTES - resident)
-        if self._shared_by:
+        if self._watched_by:
             free = headroom(places())
             # All ranks see the same want, and each gives its part; but all of the room, if one took it, would be too much.
-            rooms.append(-(-free // self._shared_by) if free < 0 else free // (2 * self._shared_by))
+            rooms.append(-(-free // self._watched_by) if free < 0 else free // (2 * self._watched_by))
         return min(rooms) if rooms else None
 
     def _grow(self, now: float, room: int) -> None:

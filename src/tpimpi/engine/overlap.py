@@ -44,7 +44,7 @@ def half_chunks(positions: int, ranks: int) -> list[slice]:
     return [slice(0, half), slice(half, positions)]
 
 
-def usual_chunk(config: ModelConfig) -> int:
+def default_chunk(config: ModelConfig) -> int:
     """Positions of a prompt that are computed at once where nobody says how many: of a mixture at least (see chunk.py)."""
     return MIXTURE_CHUNK if config.experts else DENSE_CHUNK
 

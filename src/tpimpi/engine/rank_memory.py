@@ -191,7 +191,7 @@ class RankMemory:
             windows,
             caches,
             promise=None if plan.watched_by else plan.promise,
-            shared_by=plan.watched_by,
+            watched_by=plan.watched_by,
             stalled=self._say,
             waiting=self._waiting_for_a_row,
         )

@@ -61,7 +61,7 @@ def allot_memory(
         allowed = _promises(planner, context)
         send_note(star, allowed)
         planner.use_chunk(allowed.chunk)
-        plan, _ = on_every_rank(star, lambda: planner.plan(context, allowed.promises[0], allowed.watched[0]), Done)
+        plan, _ = on_every_rank(star, lambda: planner.plan(context, allowed.promises[0], allowed.watched_by[0]), Done)
         send_note(star, Proceed())  # all at the same time, as they will read
         memory, others = on_every_rank(star, lambda: undo.enter_context(closing(plan.take())), Allotted)
         undo.pop_all()
@@ -74,7 +74,7 @@ def take_allotment(star: Star, engines: Sequence[OpenedEngine], context: int) ->
     gather_notes(star, _memory_needs(planner, context))
     allowed = receive_note(star, MemoryPromises)
     planner.use_chunk(allowed.chunk)
-    plan = report_errors(star, lambda: planner.plan(context, allowed.promises[rank], allowed.watched[rank]))
+    plan = report_errors(star, lambda: planner.plan(context, allowed.promises[rank], allowed.watched_by[rank]))
     gather_notes(star, Done())
     receive_note(star, Proceed)
     memory = report_errors(star, plan.take)
@@ -87,7 +87,7 @@ def _promises(planner: MemoryPlanner, context: int) -> MemoryPromises:
     star, settings = planner.star, planner.settings
     notes = gather_notes(star, _memory_needs(planner, context))
     promises: list[int | None] = [None] * star.rank.size
-    watched = [0] * star.rank.size
+    watched_by = [0] * star.rank.size
     if settings.window is None and settings.memory is not None:
         promises = list(settings.memory)
     elif settings.window is None:
@@ -95,11 +95,11 @@ def _promises(planner: MemoryPlanner, context: int) -> MemoryPromises:
         needs = {rank: note.needs for rank, note in enumerate(notes)}
         found = allowances({rank: note.places for rank, note in enumerate(notes)}, hosts, needs)
         promises = [found[rank] for rank in range(star.rank.size)]
-        watched = [list(hosts.values()).count(hosts[rank]) for rank in range(star.rank.size)]
+        watched_by = [list(hosts.values()).count(hosts[rank]) for rank in range(star.rank.size)]
     bounds, chunk = [promise for promise in promises if promise is not None], None
     if bounds and len(planner.engines) == 1 and planner.engines[0].chunk_follows_memory:
         chunk = mixture_chunk([note.needs for note in notes], bounds, context)
-    return MemoryPromises(promises, watched, chunk)
+    return MemoryPromises(promises, watched_by, chunk)
 
 
 def slice_identity(engine: OpenedEngine) -> SliceIdentity:

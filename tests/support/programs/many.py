@@ -168,7 +168,7 @@ def main() -> None:
             window=window,
             kv="f32",
             chunk=48,
-            together=TOGETHER,
+            parallel=TOGETHER,
         )
         memory = MemoryPlanner([open_engine(star, settings)]).plan(CONTEXT, None, 0).take()
         model = memory.engines[0].model

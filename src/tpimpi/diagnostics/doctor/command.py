@@ -66,11 +66,11 @@ def _check_up(star: Star, hellos: Sequence[dict[str, Any]], wanted: ExpectedSlic
     """Have all ranks looked at, as far as they know how: ranks with another version may not."""
     if any(rank_facts.TASK not in hello.get("tasks", ()) for hello in hellos[1:]):
         return Checkup([_of_hello(hello) for hello in hellos], [], [])
-    facts = rank_facts.lead(star, wanted)
+    facts = rank_facts.gather_facts(star, wanted)
     given = placement.given_hosts()
     if star.rank.size == 1 or len({each.tpimpi for each in facts}) > 1:
         return Checkup(facts, [], [], given)
-    return Checkup(facts, *rank_facts.lead_links(star), given)
+    return Checkup(facts, *rank_facts.gather_link_facts(star), given)
 
 
 def _of_hello(hello: dict[str, Any]) -> Facts:

@@ -19,7 +19,7 @@ from tpimpi.system.network import INNER, Interface, kind_of
 from tpimpi.system.units import show_size
 
 OK, WRONG, NOTE = "ok", "wrong", "note"
-LITTLE_DISK_BYTES = 1_000_000_000  # bytes
+LOW_DISK_BYTES = 1_000_000_000  # less free space than this is worth a note
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def check_disk(found: HostChecks) -> None:
     """Whether there is room for slices."""
     facts = found.facts
     if facts.get("free") is not None:
-        little = facts["free"] < LITTLE_DISK_BYTES
+        little = facts["free"] < LOW_DISK_BYTES
         text = f"{show_size(facts['free'])} free for slices in {facts['cache']}"
         remedy = "; free some, or set TPIMPI_CACHE to another place"
         found.add("disk", WRONG if little else OK, text + (remedy if little else ""))

@@ -58,7 +58,7 @@ from tpimpi.system.network import INNER, choosing_mpich, choosing_openmpi, commo
 from tpimpi.system.placement import by_node
 
 
-def look_at_hosts(given: str, ssh: str) -> tuple[LocalFacts, list[HostChecks]]:
+def probe_hosts(given: str, ssh: str) -> tuple[LocalFacts, list[HostChecks]]:
     """What is found about each host of the hostfile. Raises InputError where the hostfile cannot be used."""
     hosts = read_hostfile(given)
     ours = local_facts()
@@ -86,14 +86,14 @@ def look_at_hosts(given: str, ssh: str) -> tuple[LocalFacts, list[HostChecks]]:
 
 def _guarded(found: HostChecks, ours: LocalFacts, ssh: str) -> None:
     try:
-        _look_at(found, ours, ssh)
+        _probe_host(found, ours, ssh)
     except CannotContinue:
         pass
     except Exception as error:  # of a thread nobody else would hear it
         found.add("doctor", WRONG, f"internal error: {type(error).__name__}: {error}; please report it")
 
 
-def _look_at(found: HostChecks, ours: LocalFacts, ssh: str) -> None:
+def _probe_host(found: HostChecks, ours: LocalFacts, ssh: str) -> None:
     host = found.host
     real = is_ssh(ssh)
     target = _ssh_target(ssh, host) if real else _Target(host.address, 22, direct=False)
@@ -303,7 +303,7 @@ def as_json(ours: LocalFacts, found: Sequence[HostChecks]) -> dict[str, Any]:
     }
 
 
-def tell(given: str, ours: LocalFacts, found: Sequence[HostChecks]) -> int:
+def print_report(given: str, ours: LocalFacts, found: Sequence[HostChecks]) -> int:
     """Print it all; returns how many things are wrong."""
     for one in found:
         ranks = f"{one.host.ranks} rank{'s' if one.host.ranks > 1 else ''}"
@@ -328,11 +328,11 @@ def tell(given: str, ours: LocalFacts, found: Sequence[HostChecks]) -> int:
 
 def doctor(given: str, options: DoctorOptions) -> int:
     """The command with that hostfile; its exit code. Raises InputError."""
-    ours, found = look_at_hosts(given, options.ssh)
+    ours, found = probe_hosts(given, options.ssh)
     if options.make_keys:
         make_home(found, ours, options.ssh, rotate=options.rotate_keys)
     check_keys(found)
-    wrong = tell(given, ours, found)
+    wrong = print_report(given, ours, found)
     if options.json is not None:
         write_json(options.json, as_json(ours, found), "--json")
     return int(wrong > 0)

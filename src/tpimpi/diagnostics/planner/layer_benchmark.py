@@ -30,7 +30,7 @@ from tpimpi.compute.backends import Backend, load_backend
 from tpimpi.compute.formats.packed import packed_bytes
 from tpimpi.diagnostics.bench.kernels import CACHE_RATIO
 from tpimpi.diagnostics.planner.made_up_weights import ExpertRing, WeightRing, made_up_resident
-from tpimpi.engine.engine import usual_threads
+from tpimpi.engine.engine import default_threads
 from tpimpi.engine.expert_cache import ExpertCache
 from tpimpi.engine.experts import Experts
 from tpimpi.engine.model import Model
@@ -103,7 +103,7 @@ class LayerBenchmark:
         formats = ModelFormats.from_dict(task.formats, config.layers)
         # Of a mixture: of the layers with experts.
         usual = Counter(here for here in formats.layers if here.expert_gate or not config.experts).most_common(1)[0][0]
-        self.threads = task.threads or usual_threads(
+        self.threads = task.threads or default_threads(
             len(os.sched_getaffinity(0)), task.cores_shared_by[self.rank.index]
         )
         self.backend: Backend = load_backend(task.backend, self.threads, task.kernels)

@@ -36,7 +36,7 @@ from tpimpi.diagnostics.planner.prediction import ExpertsHeld, Prediction
 from tpimpi.engine.budget import Needs, allowances, make_budget
 from tpimpi.engine.chunk import mixture_chunk
 from tpimpi.engine.needs import LONGEST_DRAFT, needs_of_model
-from tpimpi.engine.overlap import usual_chunk
+from tpimpi.engine.overlap import default_chunk
 from tpimpi.engine.watch import sums_of
 from tpimpi.errors import InputError
 from tpimpi.models.blocks import layer_blocks
@@ -329,7 +329,7 @@ class Predictor:
             kv=workload.kv,
             allreduce=self.measured.allreduce,
             context=workload.context,
-            chunk=chunk or workload.chunk or usual_chunk(workload.config),
+            chunk=chunk or workload.chunk or default_chunk(workload.config),
             logits_of=sequences,
             experts=load.experts,
             expert_count=load.expert_count,
@@ -340,7 +340,7 @@ class Predictor:
         """What each rank does with its memory, and the positions of a chunk. Raises InputError where it has too little."""
         workload = self.workload
         needs = {rank: self.needs(plan, rank, load, None, sequences) for rank, load in enumerate(loads)}
-        chunk = workload.chunk or usual_chunk(workload.config)
+        chunk = workload.chunk or default_chunk(workload.config)
         if workload.window is not None:
             return self._in_window(needs, loads, workload.window), chunk
         promises = self.promises(needs)
