@@ -12,7 +12,7 @@ from tests.fuzz import seeds
 from tests.fuzz.mutate import files_in, joined, mutate_bytes, mutate_files, mutate_json
 from tests.fuzz.target import Target, folder, written
 from tpimpi.models.config import ModelConfig
-from tpimpi.models.config_hf import config_from_hf, hf_next_token_layers, is_multimodal
+from tpimpi.models.config_hf import config_from_hf, hf_mtp_layers, is_multimodal
 from tpimpi.models.tensors import model_tensors
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.weights.slices.layout import slice_records
@@ -146,7 +146,7 @@ def _config(data: bytes) -> None:
     except (ValueError, RecursionError):
         return
     config = config_from_hf(values, "config.json")
-    hf_next_token_layers(values, "config.json")
+    hf_mtp_layers(values, "config.json")
     is_multimodal(values)
     _make(config)
 

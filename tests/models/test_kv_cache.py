@@ -8,12 +8,12 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from gguf.quants import quantize as gguf_quantize
 
-from tpimpi.compute.backends.reference import NumpyTwin
+from tpimpi.compute.backends.reference import NumpyBackend
 from tpimpi.compute.kv import to_f16, to_q8_0, widened
 from tpimpi.errors import InputError
-from tpimpi.models.kv.cache import FULL, KINDS, PAGE, WINDOWED, KVCache, KVShape, StepRows, kv_format
+from tpimpi.models.kv.cache import FULL, KINDS, PAGE, WINDOWED, KVCache, KVShape, StepRows, resolve_kv_format
 
-TWIN = NumpyTwin(1)
+TWIN = NumpyBackend(1)
 
 
 @pytest.mark.parametrize("fmt", ["f32", "f16", "q8_0"])
@@ -137,10 +137,10 @@ def test_a_page_of_f16_takes_half_the_memory_and_one_of_q8_0_half_of_that() -> N
     ],
 )
 def test_the_format_that_kv_means(kv: str, formats: list[str], fmt: str) -> None:
-    assert kv_format(kv, formats, 64) == fmt
+    assert resolve_kv_format(kv, formats, 64) == fmt
 
 
 def test_heads_that_have_no_whole_blocks_are_refused() -> None:
-    assert kv_format("auto", ["f32"], 80) == "f32"
+    assert resolve_kv_format("auto", ["f32"], 80) == "f32"
     with pytest.raises(InputError, match="numbers by 32, and this model's heads have 80; give --kv f16"):
-        kv_format("q8_0", ["f32"], 80)
+        resolve_kv_format("q8_0", ["f32"], 80)

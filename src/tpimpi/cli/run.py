@@ -24,7 +24,7 @@ from tpimpi.engine import startup
 from tpimpi.engine.allotment import print_memory
 from tpimpi.engine.engine import Engine, OpenedEngine
 from tpimpi.engine.experts import Experts
-from tpimpi.engine.ranks import RankInfo, greet
+from tpimpi.engine.ranks import RankInfo, gather_rank_infos
 from tpimpi.engine.trace import RankTrace
 from tpimpi.errors import InputError
 from tpimpi.serving.conversation import Conversation, SamplingParams
@@ -45,7 +45,7 @@ AFTER_CTRL_C_S = 0.5  # Open MPI's launcher first ends standard input, then the 
 def run(star: Star, job: Job) -> int:
     """Rank 0 of a run. Returns its exit code."""
     with stop_others_on_error(star):
-        ranks = greet(star, job.arguments)
+        ranks = gather_rank_infos(star, job.arguments)
         options = parse_run(job.arguments)
         star.allow_silence(options.network.silence)
         if options.generate.batch_file is not None:

@@ -41,7 +41,7 @@ class Workload:
     context: int  # positions that there is room for
     prompt: int  # tokens, fewer than the model has positions
     memory: tuple[int, ...] | None = None  # bytes of each rank, or one size for all; None: what each host has free
-    kv: str = "auto"  # format of the cache of keys and values
+    kv_format: str = "auto"  # format of the cache of keys and values
     window: int | str | None = None  # blocks in memory, or "all"; None: as `memory` allows
     chunk: int | None = None  # positions of a prompt that are computed at once; None: as in a run
     routing: RoutingTrace | None = None  # of a mixture: which experts are chosen; None: all equally likely

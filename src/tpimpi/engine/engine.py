@@ -62,7 +62,7 @@ class EngineConfig:
     cores_shared_by: list[int]
     memory: list[int] | None = None
     window: int | str | None = None
-    kv: str = "auto"  # one of KV_FORMATS
+    kv_format: str = "auto"  # one of KV_FORMATS
     wire: str = "f32"  # one of WIRES
     trace: bool = False  # record what is done when
     chunk_logits: bool = False  # rank 0 computes the logits of a whole chunk at once, else of one position
@@ -143,11 +143,11 @@ class OpenedEngine:
             tiles=self.tile_bytes,
             base=base,
             backend=self.backend.name,
-            kv=self.settings.kv,
+            kv_format=self.settings.kv_format,
             allreduce=self.settings.allreduce,
             context=context,
             chunk=max(self.chunk, parallel + 1),  # a step has a row of each, and of a prompt
-            logits_of=self.chunk if self.settings.chunk_logits else parallel,
+            logit_rows=self.chunk if self.settings.chunk_logits else parallel,
             experts=[record for key, record in self.expert_records.items() if key.expert == 0],
             expert_count=len(self.expert_records),
             draft=self.settings.draft,
@@ -191,7 +191,7 @@ class OpenedEngine:
         """The engine whose tiles come from `window` and `experts`; see Model for `make_room`."""
         config = self.header.config
         model = Model(
-            *(self.header, self.resident, window, self.star, self.backend, self.settings.kv),
+            *(self.header, self.resident, window, self.star, self.backend, self.settings.kv_format),
             experts=Experts(config, self.resident, experts, self.backend) if config.experts else None,
             make_room=make_room,
             recorder=self.recorder,

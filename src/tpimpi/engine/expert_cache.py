@@ -1,7 +1,7 @@
 """The expert cache: keeps in memory those experts' tiles that were used lately, and reads the others when they are wanted.
 
 A token uses some of a layer's experts, chosen by its router. All layers share one pool of places, each large enough for any
-tile. What a block wants is read at once, in the order of the file; what is expected for the next block (`expect`) is
+tile. What a block wants is read at once, in the order of the file; what is expected for the next block (`prefetch`) is
 read when that is done, and given up when the block turns out not to want it. An expert that is in use, or
 about to be in this block, keeps its place as long as another can go. Where there is room for all of them, one reader goes
 on with the rest from the first use on, so that they are soon there.
@@ -39,7 +39,7 @@ class _Entry:
 
     key: ExpertKey
     place: int
-    expected: bool  # read because it was expected, and not wanted yet
+    prefetched: bool  # read because it was expected, and not wanted yet
     reading: bool = False  # a reader is at it
     tile: Tile | None = None
 
@@ -50,7 +50,7 @@ class _Entry:
 
 
 class ExpertCache:
-    """Tiles of experts. `begin`, `tiles` and `expect` are called by one thread; `limit` and what is only read, by any."""
+    """Tiles of experts. `begin`, `tiles` and `prefetch` are called by one thread; `limit` and what is only read, by any."""
 
     def __init__(
         self,
@@ -79,8 +79,8 @@ class ExpertCache:
         self._wanted: deque[ExpertKey] = deque()  # by the block, not handed out yet; in order
         self._in_use: set[ExpertKey] = set()
         self._urgent: deque[_Entry] = deque()  # to be read, in order
-        self._guessed: deque[_Entry] = deque()  # to be read if there is nothing urgent
-        self._guesses: list[_Entry] = []  # all that is expected of the next block
+        self._prefetch_queue: deque[_Entry] = deque()  # to be read if there is nothing urgent
+        self._prefetches: list[_Entry] = []  # all that is expected of the next block
         self._rest: Iterator[ExpertKey] = iter(())  # what may be read when nobody waits, in the order of the file
         self._begun = False  # an expert was used
         lock = threading.Lock()
@@ -152,26 +152,26 @@ class ExpertCache:
 
     # Using experts
 
-    def expect(self, layer: int, experts: Sequence[int]) -> None:
+    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """The next block that wants experts is that of this layer, and will probably want these, the likeliest first. Said
         again, it takes the place of what was said before."""
         keys = [ExpertKey(layer, expert) for expert in experts if self._records]
         with self._changed:
             wanted = set(keys)
-            kept = {entry.key: entry for entry in self._guesses if entry.key in wanted and self._has_place(entry)}
-            self._forget_guesses(wanted)
+            kept = {entry.key: entry for entry in self._prefetches if entry.key in wanted and self._has_place(entry)}
+            self._forget_prefetches(wanted)
             for key in keys:
                 entry = kept.get(key)
                 if entry is None and key in self._entries:
                     continue
                 # What was expected before and is not wanted is the first to go; what is to be used soon never does.
-                entry = entry or self._take_place(key, expected=True)
+                entry = entry or self._take_place(key, prefetched=True)
                 if entry is None:
                     break
-                entry.expected = True
-                self._guesses.append(entry)
+                entry.prefetched = True
+                self._prefetches.append(entry)
                 if not entry.begun:
-                    self._guessed.append(entry)
+                    self._prefetch_queue.append(entry)
             self._work.notify_all()
 
     def begin(self, layer: int, experts: Sequence[int]) -> None:
@@ -210,23 +210,23 @@ class ExpertCache:
             if entry is None:
                 continue
             self._hits += entry.begun
-            self._expected_used += entry.begun and entry.expected
+            self._expected_used += entry.begun and entry.prefetched
             if not entry.begun:
                 self._urgent.append(entry)
-        self._forget_guesses(wanted)
+        self._forget_prefetches(wanted)
 
-    def _forget_guesses(self, wanted: Set[ExpertKey]) -> None:
+    def _forget_prefetches(self, wanted: Set[ExpertKey]) -> None:
         """What was expected wrongly, since others are wanted, is given up, or is the first to go."""
-        for entry in self._guesses:
-            entry.expected = False
+        for entry in self._prefetches:
+            entry.prefetched = False
             if entry.key in wanted or not self._has_place(entry):
                 continue
             if entry.begun:
                 self._order.demote(entry.key)
             else:
                 self._give_back(entry)
-        self._guesses.clear()
-        self._guessed.clear()
+        self._prefetches.clear()
+        self._prefetch_queue.clear()
 
     def _release(self) -> None:
         """What was handed out is not in use any more."""
@@ -239,7 +239,7 @@ class ExpertCache:
         """Find places for what is wanted and not there, in order, as long as there are any."""
         for key in self._wanted:
             if key not in self._entries:
-                entry = self._take_place(key, expected=False)
+                entry = self._take_place(key, prefetched=False)
                 if entry is None:
                     break
                 self._urgent.append(entry)
@@ -275,10 +275,10 @@ class ExpertCache:
 
     # Places; the lock is held
 
-    def _take_place(self, key: ExpertKey, *, expected: bool) -> _Entry | None:
+    def _take_place(self, key: ExpertKey, *, prefetched: bool) -> _Entry | None:
         """A place for an expert, another's if need be; None where none may go now."""
         if len(self._entries) >= self._limit:
-            victim = self._victim(key, expected=expected)
+            victim = self._victim(key, prefetched=prefetched)
             if victim is None:
                 return None
             self._give_back(victim)
@@ -286,24 +286,24 @@ class ExpertCache:
         if place not in self._buffers:
             self._buffers[place] = self._pool.take(place)
         self._peak_places = max(self._peak_places, len(self._buffers))
-        entry = _Entry(key, place, expected)
+        entry = _Entry(key, place, prefetched)
         self._entries[key] = entry
         self._order.add(key)
         return entry
 
-    def _victim(self, key: ExpertKey, *, expected: bool) -> _Entry | None:
+    def _victim(self, key: ExpertKey, *, prefetched: bool) -> _Entry | None:
         """Whose place goes to `key`: the policy's choice of those that are of no use now; for one that is wanted, if there
         is no such, the last that the block wants."""
         wanted = set(self._wanted)
 
         def may_go(other: ExpertKey) -> bool:
             entry = self._entries[other]
-            return not (entry.reading or other in wanted or other in self._in_use or (expected and entry.expected))
+            return not (entry.reading or other in wanted or other in self._in_use or (prefetched and entry.prefetched))
 
         found = self._order.victim(may_go)
         if found is not None:
             return self._entries[found]
-        if expected:
+        if prefetched:
             return None
         for later in reversed(self._wanted):
             if later == key:
@@ -330,7 +330,7 @@ class ExpertCache:
             if found is None:
                 return
             entry = self._entries[found]
-            for queue in (self._urgent, self._guessed):
+            for queue in (self._urgent, self._prefetch_queue):
                 if entry in queue:
                     queue.remove(entry)
             self._give_back(entry)
@@ -363,13 +363,13 @@ class ExpertCache:
         """The next expert for this thread to read, once there is one; None when the cache is closed."""
         with self._changed:
             while not self._closed and self._error is None:
-                queue = self._urgent or self._guessed
+                queue = self._urgent or self._prefetch_queue
                 if queue:
                     entry = queue.popleft()
                     if not self._has_place(entry) or entry.begun:
                         continue  # given up meanwhile, or read as another's
                     entry.reading = True
-                    if entry.expected:
+                    if entry.prefetched:
                         self._expected += 1
                         self._expected_bytes += self._records[entry.key].nbytes
                     return entry
@@ -382,7 +382,7 @@ class ExpertCache:
         """The next expert that nobody asked for, where all have room."""
         if self.is_whole:
             for key in self._rest:
-                if key not in self._entries and (entry := self._take_place(key, expected=False)) is not None:
+                if key not in self._entries and (entry := self._take_place(key, prefetched=False)) is not None:
                     entry.reading = True
                     return entry
         return None

@@ -71,7 +71,7 @@ class Experts:
             trace[:, layer] = choices
         return trace
 
-    def expect(self, x: F32, layer: int, position: I32, count: int) -> None:
+    def prefetch(self, x: F32, layer: int, position: I32, count: int) -> None:
         """Have read what the next block with experts, that of `layer`, will probably choose: by its router and the residual
         `x` [n, hidden] at `position` [n], as it is before the layer's attention, which changes it: `count` experts
         for each position. Guesses from before the block of the layer before are too often wrong: with the last ones they
@@ -89,7 +89,7 @@ class Experts:
         if self._routing_trace is not None:
             experts = self._guesses(self._of_trace(layer, position), layer, int(position[0]))
         # The first choice of every position first; what many positions want, once.
-        self.cache.expect(layer, list(dict.fromkeys(experts.T.reshape(-1).tolist())))
+        self.cache.prefetch(layer, list(dict.fromkeys(experts.T.reshape(-1).tolist())))
 
     def _by_router(self, h: F32, layer: int, spec: RouterSpec) -> tuple[Choices, F32]:
         """As Backend.route, with the router of this layer."""

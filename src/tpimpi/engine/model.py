@@ -59,7 +59,7 @@ class Model:
         window: Window,
         star: Star,
         backend: Backend,
-        kv: str = "auto",
+        kv_format: str = "auto",
         *,
         experts: Experts | None = None,
         chunk: int = DENSE_CHUNK,
@@ -67,7 +67,7 @@ class Model:
         make_room: Callable[[int, int], None] = lambda context, more: None,
         recorder: Recorder | None = None,
     ) -> None:
-        """`resident` are the small arrays that are kept in memory (see slices/file); `kv` is one of KV_FORMATS;
+        """`resident` are the small arrays that are kept in memory (see slices/file); `kv_format` is one of KV_FORMATS;
         `chunk` is how many positions of a prompt are to be computed at once, `predict` how many experts of a layer to read
         before they are chosen; `make_room` is called before a cache is made, and as pages fill and are released, with the
         number of positions of a sequence, and how many bytes pages take beyond that sequence's. It may raise InputError,
@@ -80,7 +80,7 @@ class Model:
         # Its pages of each kind; None: several sequences have pages, see `open_pages`.
         self._tables: tuple[I32, ...] | None = None
         self._first_held = 0  # the first of its pages of windowed layers that others have not taken the place of
-        self.kv_shape = kv_shape_of(header, kv, chunk)
+        self.kv_shape = kv_shape_of(header, kv_format, chunk)
         self._attention_window = max(self.config.attention_windows, default=0)
         self.context = 0  # positions that the sequence may have
         self.experts, self.chunk, self._predict = experts, chunk, predict
@@ -259,7 +259,7 @@ class Model:
         for place, block in enumerate(self.blocks):
             spec = self.partials.layers[block.layer]
             if self.experts is not None and block.kind != "mlp":
-                self.experts.expect(x, block.layer, rows.position, self._predict)
+                self.experts.prefetch(x, block.layer, rows.position, self._predict)
             if watch is not None:
                 watch.note(x, place)
             if not (spec.parallel and block.kind == "mlp"):  # which goes on with what its attention read and made

@@ -63,7 +63,7 @@ def take_memory(star: Star, job: dict[str, Any]) -> RankMemory:
         wire=job.get("wire", "f32"),
         kernels=job["kernels"][star.rank.index] if "kernels" in job else "auto",
         audit=job["rate"],
-        kv="f32",
+        kv_format="f32",
     )
     opened = open_engine(star, settings)
     if star.rank.is_hub:

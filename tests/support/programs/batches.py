@@ -99,7 +99,7 @@ def take_memory(star: Star, bounded: bool) -> RankMemory:
         cores_shared_by=[star.rank.size] * star.rank.size,
         window=None if bounded else "all",
         memory=[0] * star.rank.size if bounded else None,
-        kv=sys.argv[3],
+        kv_format=sys.argv[3],
     )
     planner = MemoryPlanner([open_engine(star, settings)])
     needs = planner.needs(CONTEXT)

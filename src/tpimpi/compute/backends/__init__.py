@@ -122,9 +122,9 @@ def load_backend(name: str, threads: int, kernels: str = "auto") -> Backend:
         from tpimpi.compute.backends.torch_backend import TorchBackend
 
         return TorchBackend(threads)
-    from tpimpi.compute.backends.reference import NumpyTwin
+    from tpimpi.compute.backends.reference import NumpyBackend
 
-    return NumpyTwin(threads)
+    return NumpyBackend(threads)
 
 
 def load_quantizer(threads: int) -> Quantizer:

@@ -25,7 +25,7 @@ _SIGMOID_SLOPE = 1.702  # of clamped_swiglu
 _ACTIVATION_BLOCK = 32  # numbers of a row of activations that share a scale
 
 
-class NumpyTwin:
+class NumpyBackend:
     """See `Backend` for shapes and meaning."""
 
     name = "numpy"
@@ -167,7 +167,7 @@ def rounded_activations(x: F32, fmt: str) -> F32:
     Quantized: in blocks of 32 along a row, to scale * q with scale = max |x| / 127 and q = x * (127 / max |x|) as the
     nearest integer, ties to even; zeros where max |x| < 1e-30. A block that holds an infinity or a NaN becomes NaN.
     """
-    rounding = FORMATS[fmt].multiplied_as
+    rounding = FORMATS[fmt].activation_type
     if rounding == "bf16":
         return from_bf16(to_bf16(x))
     if rounding == "f32":

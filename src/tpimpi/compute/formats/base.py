@@ -46,7 +46,7 @@ class WeightFormat(ABC):
     cut_weights: int = 1  # columns at multiples of which a row may be cut
     dtype: np.dtype[Any] = UINT8  # of a dataset that holds it
     largest: float = np.inf  # magnitude above which `encode` refuses
-    multiplied_as: Literal["f32", "bf16", "int8"]  # what kernels round activations to, beside these weights
+    activation_type: Literal["f32", "bf16", "int8"]  # what kernels round activations to, beside these weights
     head_format: str = ""  # of the head and the embedding table beside such layers; "": the same
     # Types of GGUF and safetensors files that become this format where none holds their values exactly.
     stands_in_for: tuple[str, ...] = ()

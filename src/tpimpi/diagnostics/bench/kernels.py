@@ -106,7 +106,7 @@ def make_rows(timings: Sequence[Timing], rows: int, columns: int, limits: Limits
                 gb_per_s=bandwidth / 1e9,
                 gflop_per_s=rate / 1e9,
                 of_read_bandwidth=_over(bandwidth, limits.read_bandwidth),
-                of_multiply_peak=_over(rate, limits.multiply_peak.get(FORMATS[t.format].multiplied_as)),
+                of_multiply_peak=_over(rate, limits.multiply_peak.get(FORMATS[t.format].activation_type)),
                 of_one_position=_over(seconds, one.get((t.backend, t.format))),
             )
         )
@@ -320,7 +320,7 @@ class Bench:
         if with_torch:
             for fmt, count, nbytes, call in _torchs(pattern, self.rows, inputs, threads, cache):
                 self._kernels.append((TORCH, fmt, count, nbytes, _Kernel(call)))
-        kinds = [FORMATS[fmt].multiplied_as for fmt in (*formats, *(_TORCH_FORMATS if with_torch else ()))]
+        kinds = [FORMATS[fmt].activation_type for fmt in (*formats, *(_TORCH_FORMATS if with_torch else ()))]
         self._meter: _Meter | None = None
         if self.backend.name == "native":
             from tpimpi.compute.backends.native import NativeBackend

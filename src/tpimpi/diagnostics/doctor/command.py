@@ -19,7 +19,7 @@ from tpimpi.diagnostics.doctor.rank_facts import ExpectedSlices, Facts
 from tpimpi.diagnostics.doctor.report import as_json, print_report
 from tpimpi.diagnostics.options import DoctorOptions
 from tpimpi.engine.engine import identity
-from tpimpi.engine.ranks import meet
+from tpimpi.engine.ranks import gather_hellos
 from tpimpi.errors import InputError, ModelError, SliceError
 from tpimpi.star import Star
 from tpimpi.star.control import StopNote, send_note
@@ -52,7 +52,7 @@ def doctor(options: DoctorOptions, star: Star, arguments: Sequence[str]) -> int:
         make_own_keys(rotate=options.rotate_keys)
         return 0
     star.timeout = rank_facts.TIMEOUT_S
-    hellos = meet(star, arguments)
+    hellos = gather_hellos(star, arguments)
     checkup = _check_up(star, hellos, _expected_slices(options, star.rank.size))
     send_note(star, StopNote(0))
     found = list(findings(checkup))
@@ -96,10 +96,10 @@ def _expected_slices(options: DoctorOptions, ranks: int) -> ExpectedSlices:
         return ExpectedSlices()
     with open_source(path) as source:
         formats = choose_formats(source, options.format)
-        plan = make_partition(source.config, options.shares)
-        headers = [make_header(source, plan, rank, formats) for rank in range(ranks)]
+        partition = make_partition(source.config, options.shares)
+        headers = [make_header(source, partition, rank, formats) for rank in range(ranks)]
         return ExpectedSlices(
-            cache_name=cache_name(source, plan, formats),
+            cache_name=cache_name(source, partition, formats),
             identity=identity(headers[0]),
             sizes=[stored_bytes(header) for header in headers],
         )

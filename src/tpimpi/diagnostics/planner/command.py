@@ -53,7 +53,7 @@ class Survey:
             positions=positions,
             start=workload.prompt,
             cores_shared_by=cores_shared_by(infos),
-            kv=workload.kv,
+            kv_format=workload.kv_format,
             memory=self._memory,
             **asdict(self._measuring),
         )

@@ -70,7 +70,7 @@ class LayerBenchmarkConfig:
     cores_shared_by: list[int]
     allreduce: str
     wire: str
-    kv: str
+    kv_format: str
     memory: list[int] | None  # of each rank, as --memory says
     kernels: str = "auto"
 
@@ -124,9 +124,9 @@ class LayerBenchmark:
         """The shares, all alike, of so large a part of the model; and a layer's tiles."""
         config, ranks = self._config, self.task.ranks
         share = make_partition(config, [part, 1 - part]).shares[0]
-        plan = Partition((1.0,) * ranks, (share,) * ranks)
+        partition = Partition((1.0,) * ranks, (share,) * ranks)
         records = slice_records(config, share, self.rank.index, self._formats, {})
-        return plan, [record for record in records if record.block.kind in (*LAYER_KINDS, "head", "experts")]
+        return partition, [record for record in records if record.block.kind in (*LAYER_KINDS, "head", "experts")]
 
     def _token_bytes(self, records: Sequence[Record]) -> int:
         """What a position goes through in a layer of these tiles."""
@@ -135,7 +135,7 @@ class LayerBenchmark:
 
     def _model(self, part: float, room: int) -> _LayerModel:
         """A model of one layer."""
-        plan, records = self._records(part)
+        partition, records = self._records(part)
         experts = [record for record in records if record.expert >= 0]
         # The head is measured once.
         records = [
@@ -145,10 +145,10 @@ class LayerBenchmark:
         of_experts = room - room * whole // max(1, whole + self._token_bytes(experts))
         ring, expert_ring = WeightRing(records, room - of_experts, room), ExpertRing(experts, of_experts)
         self._rings += [ring, expert_ring]
-        header = Header(self.rank.index, self._formats, "", "", self._config, plan, tuple(records))
+        header = Header(self.rank.index, self._formats, "", "", self._config, partition, tuple(records))
         config, resident = self._config, made_up_resident(self._config, self._formats.router)
         model = Model(
-            *(header, resident, cast(Window, ring), Star(None), self.backend, self.task.kv),
+            *(header, resident, cast(Window, ring), Star(None), self.backend, self.task.kv_format),
             experts=Experts(config, resident, cast(ExpertCache, expert_ring), self.backend) if config.experts else None,
             predict=config.experts_per_token,
         )

@@ -134,7 +134,7 @@ class ExpertRing:
             self.last_bytes = len(self._wanted) * self._records[0].nbytes
             yield [replace(next(self._places), record=self._records[expert]) for expert in self._wanted]
 
-    def expect(self, layer: int, experts: Sequence[int]) -> None:
+    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         pass
 
     def release(self) -> None:

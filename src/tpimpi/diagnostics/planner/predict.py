@@ -151,13 +151,13 @@ class Predictor:
             self._found[key] = self._predict(make_partition(self.workload.config, weights))
         return self._found[key]
 
-    def _predict(self, plan: Partition) -> Prediction:
-        loads = [self.loads.of(share, rank) for rank, share in enumerate(plan.shares)]
+    def _predict(self, partition: Partition) -> Prediction:
+        loads = [self.loads.of(share, rank) for rank, share in enumerate(partition.shares)]
         try:
-            held, chunk = self.memory(plan, loads)
+            held, chunk = self.memory(partition, loads)
         except InputError as error:
             never = (math.inf,) * 7
-            return Prediction(plan.describe(), *never, "memory", 0, (), (), str(error))
+            return Prediction(partition.describe(), *never, "memory", 0, (), (), str(error))
         experts = [self.experts(load, each.experts) for load, each in zip(loads, held, strict=True)]
         streamed = [each.streamed + own.read_bytes for each, own in zip(held, experts, strict=True)]
         compute, star = self.blocks(loads, 1)
@@ -175,7 +175,7 @@ class Predictor:
             if max(seconds) > token:
                 token, limit, whose = max(seconds), name, seconds.index(max(seconds))
         return Prediction(
-            shares=plan.describe(),
+            shares=partition.describe(),
             s_per_token=token,
             first_token_s=self._first_token(loads, held, experts, chunk) + head,
             compute_s=compute,
@@ -189,7 +189,7 @@ class Predictor:
             streamed=tuple(streamed),
             experts=tuple(experts) if self.workload.config.experts else (),
             prompt_chunk=chunk,
-            tokens_per_s=self._tokens_per_s(plan, loads) if self.workload.parallel > 1 else 0.0,
+            tokens_per_s=self._tokens_per_s(partition, loads) if self.workload.parallel > 1 else 0.0,
             **self._speculation(loads, held, token),
         )
 
@@ -213,11 +213,11 @@ class Predictor:
         one, several = (self._layer_cost(0, n).wall.per_byte for n in (1, rows))
         return self.measured.head.at(loads[0].head) * (several / one if one else 1.0)
 
-    def _tokens_per_s(self, plan: Partition, loads: Sequence[Load]) -> float:
+    def _tokens_per_s(self, partition: Partition, loads: Sequence[Load]) -> float:
         """Of all sequences together; 0 where there is no memory for them."""
         sequences = self.workload.parallel
         try:
-            held, _ = self.memory(plan, loads, sequences)
+            held, _ = self.memory(partition, loads, sequences)
         except InputError:
             return 0.0
         missed = [1.0 - self.experts(load, each.experts).hits for load, each in zip(loads, held, strict=True)]
@@ -317,36 +317,36 @@ class Predictor:
 
     # Memory
 
-    def needs(self, plan: Partition, rank: int, load: Load, chunk: int | None = None, sequences: int = 1) -> Needs:
+    def needs(self, partition: Partition, rank: int, load: Load, chunk: int | None = None, sequences: int = 1) -> Needs:
         """What a rank would need, as an engine reckons it; with chunks of the usual size unless `chunk` says another."""
         speed, workload = self.measured.ranks[rank], self.workload
         needs = needs_of_model(
-            Header(rank, workload.formats, "", "", workload.config, plan, ()),
+            Header(rank, workload.formats, "", "", workload.config, partition, ()),
             load.records,
             tiles=load.tiles,
             base=speed.base,
             backend=speed.backend,
-            kv=workload.kv,
+            kv_format=workload.kv_format,
             allreduce=self.measured.allreduce,
             context=workload.context,
             chunk=chunk or workload.chunk or default_chunk(workload.config),
-            logits_of=sequences,
+            logit_rows=sequences,
             experts=load.experts,
             expert_count=load.expert_count,
         )
         return replace(needs, cache=needs.cache * sequences)
 
-    def memory(self, plan: Partition, loads: Sequence[Load], sequences: int = 1) -> tuple[list[Holding], int]:
+    def memory(self, partition: Partition, loads: Sequence[Load], sequences: int = 1) -> tuple[list[Holding], int]:
         """What each rank does with its memory, and the positions of a chunk. Raises InputError where it has too little."""
         workload = self.workload
-        needs = {rank: self.needs(plan, rank, load, None, sequences) for rank, load in enumerate(loads)}
+        needs = {rank: self.needs(partition, rank, load, None, sequences) for rank, load in enumerate(loads)}
         chunk = workload.chunk or default_chunk(workload.config)
         if workload.window is not None:
             return self._in_window(needs, loads, workload.window), chunk
         promises = self.promises(needs)
         if workload.config.experts and workload.chunk is None:
             chunk = mixture_chunk(list(needs.values()), promises, workload.context)
-            needs = {rank: self.needs(plan, rank, load, chunk, sequences) for rank, load in enumerate(loads)}
+            needs = {rank: self.needs(partition, rank, load, chunk, sequences) for rank, load in enumerate(loads)}
         held = []
         for rank, need in needs.items():
             where = f"r{rank} {self.measured.ranks[rank].host}"

@@ -137,8 +137,8 @@ class Architecture:
     hf_default_rope: Mapping[str, Any] = field(default_factory=dict)  # rope parameters where a file has none
     hf_quantization: str = ""  # the quant_method whose tensors are read
     # Keys that say how many layers behind the model's own predict further tokens, and their number where there is none.
-    hf_next_token_keys: tuple[str, ...] = ()
-    hf_next_token_layers: int = 0
+    hf_mtp_keys: tuple[str, ...] = ()
+    hf_mtp_layers: int = 0
 
     # GGUF: the keys beside those that all families have, without "<arch>."; whether rows of Q and K are interleaved within
     # each head; and which layers have a window.
@@ -148,7 +148,7 @@ class Architecture:
     gguf_windows: Windows | None = None  # None: none can be said
     gguf_fields: Fields = no_fields
     gguf_yarn_truncate: bool = True  # between whole elements, as llama.cpp always does
-    gguf_next_token_key: str = ""  # how many layers of block_count are behind the model's own
+    gguf_mtp_key: str = ""  # how many layers of block_count are behind the model's own
 
     @property
     def qk_norm(self) -> bool:

@@ -118,12 +118,12 @@ GLM4_MOE = Architecture(
     partial_rotary=True,
     optional_qk_norm=True,
     hf_fields=_hf_fields,
-    hf_next_token_keys=("num_nextn_predict_layers", "num_mtp_layers"),
-    hf_next_token_layers=1,
+    hf_mtp_keys=("num_nextn_predict_layers", "num_mtp_layers"),
+    hf_mtp_layers=1,
     gguf_keys=frozenset(
         {"expert_feed_forward_length", "expert_shared_count", "expert_weights_scale", "expert_weights_norm"}
         | {"expert_gating_func", "leading_dense_block_count", "expert_group_count", "expert_group_used_count"}
     ),
     gguf_fields=_gguf_fields,
-    gguf_next_token_key="nextn_predict_layers",
+    gguf_mtp_key="nextn_predict_layers",
 )

@@ -22,7 +22,7 @@ KV_FORMATS = (
     "f16",
     "f32",
     "q8_0",
-)  # what --kv takes; auto is as precise as the weights deserve, see `kv_format`
+)  # what --kv takes; auto is as precise as the weights deserve, see `resolve_kv_format`
 PAGE = 64  # positions of a page: the keys that attention takes at once (kKeys in src/kernels/attention.h)
 FULL, WINDOWED = KINDS = (0, 1)  # kinds of layers
 
@@ -174,7 +174,7 @@ class KVCache:
         return sum(self.shape.page_bytes(kind) * int(filled.sum()) for kind, filled in enumerate(self._filled))
 
 
-def kv_format(kv: str, weight_formats: Iterable[str], head_dim: int) -> str:
+def resolve_kv_format(kv: str, weight_formats: Iterable[str], head_dim: int) -> str:
     """The format of the cache for one of KV_FORMATS: auto is f32 where all of the layers' weights are f32, else f16.
 
     Raises InputError where heads of `head_dim` numbers have no blocks of q8_0.
