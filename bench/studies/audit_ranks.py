@@ -362,7 +362,7 @@ def lead_alarms(memory: RankMemory, job: Job) -> dict[str, float]:
         model.star.broadcast(x)
         model.forward(x, start, watch=watch)
         for one in watch.every:
-            request = auditor.request(one, model.rows_of_one(start, rows))
+            request = auditor.request(one, model.rows_of_sequence(start, rows))
             answers = ask(model, request)
             try:
                 auditor.check(one, request, answers)

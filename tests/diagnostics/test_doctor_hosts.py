@@ -195,7 +195,7 @@ class Told:
     def __init__(self, back: str, /, **answers: object) -> None:
         self.back, self.own, self.token, self._answers = back, back.partition(":")[0], "token", answers
 
-    def told(self, name: str, seconds: float) -> object:
+    def receive(self, name: str, seconds: float) -> object:
         return self._answers.get(name)
 
 

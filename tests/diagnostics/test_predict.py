@@ -27,15 +27,15 @@ ATTN, MLP, HEAD = 4 * 1024 * 1024 * 2, 3 * 1024 * 2048 * 2, 4096 * 1024 * 2  # b
 
 
 def test_a_line_goes_through_both_points() -> None:
-    line = LinearCost.through((100, 3.0), (300, 7.0))
+    line = LinearCost.fit((100, 3.0), (300, 7.0))
     assert (line.fixed, line.per_byte) == (1.0, 0.02)
-    assert LinearCost.through((300, 7.0), (100, 3.0)) == line
+    assert LinearCost.fit((300, 7.0), (100, 3.0)) == line
 
 
 def test_a_line_is_never_negative() -> None:
-    assert LinearCost.through((100, 1.0), (300, 6.0)) == LinearCost(0.0, 0.02)  # it would begin at -1.5
-    assert LinearCost.through((100, 5.0), (300, 3.0)) == LinearCost(4.0, 0.0)
-    assert LinearCost.through((100, 5.0), (100, 3.0)) == LinearCost(4.0, 0.0)
+    assert LinearCost.fit((100, 1.0), (300, 6.0)) == LinearCost(0.0, 0.02)  # it would begin at -1.5
+    assert LinearCost.fit((100, 5.0), (300, 3.0)) == LinearCost(4.0, 0.0)
+    assert LinearCost.fit((100, 5.0), (100, 3.0)) == LinearCost(4.0, 0.0)
 
 
 # What a rank has to go through
@@ -47,7 +47,7 @@ def test_loads_are_what_the_slices_hold(weights: list[float], fmt: str) -> None:
     formats = ModelFormats.of(fmt, CONFIG.layers)
     plan = make_partition(CONFIG, weights)
     for rank, share in enumerate(plan.shares):
-        load = Loads(CONFIG, formats).of(share, rank)
+        load = Loads(CONFIG, formats).load(share, rank)
         records = [
             r for r in slice_records(CONFIG, share, rank, formats, {}) if r.block.kind in ("attn", "mlp", "head")
         ]
@@ -57,7 +57,7 @@ def test_loads_are_what_the_slices_hold(weights: list[float], fmt: str) -> None:
 
 def test_layers_of_different_formats_are_counted_each() -> None:
     mixed = ModelFormats((*FORMATS.layers[:7], *ModelFormats.of("f32", 3).layers), "bf16", "bf16")
-    load = Loads(CONFIG, mixed).of(make_partition(CONFIG, [1.0]).shares[0], 0)
+    load = Loads(CONFIG, mixed).load(make_partition(CONFIG, [1.0]).shares[0], 0)
     assert load.layers == (LayerLoad(7, ATTN, MLP), LayerLoad(3, 2 * ATTN, 2 * MLP))
 
 

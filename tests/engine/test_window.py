@@ -62,7 +62,7 @@ def _token(window: Window, order: list[Block], *, skip_head: bool = False, hold:
     for block in order:
         if block == HEAD and skip_head:
             continue
-        held = window.hold(block) if hold else None
+        held = window.pinned_tiles(block) if hold else None
         if held is not None:
             time.sleep(0.0002)
         for tile in window.tiles(block) if held is None else held:
@@ -285,7 +285,7 @@ def test_the_tiles_of_a_block_are_held_together_where_they_are_pinned(tmp_path: 
     assert _token(window, order) == expected
     for block in (order[1], HEAD):
         records = records_of(file, [block])
-        tiles = window.hold(block)
+        tiles = window.pinned_tiles(block)
         assert tiles is not None and [tile.record for tile in tiles] == records
         window.pin_at_most(0)
         assert [_bytes(tile) for tile in tiles] == [expected[record.path] for record in records], "given back in use"
@@ -297,7 +297,7 @@ def test_the_tiles_of_a_block_are_held_together_where_they_are_pinned(tmp_path: 
     window.close()
     window = Window(file, order, pinned_bytes=0)
     assert _token(window, order) == expected
-    assert window.hold(order[1]) is None
+    assert window.pinned_tiles(order[1]) is None
     window.close()
     file.close()
 

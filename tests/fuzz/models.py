@@ -42,7 +42,7 @@ def _make(config: ModelConfig) -> None:
     if config.layers > 64 or config.experts > 512:
         return  # as many tensors as it says there are, which files would have to hold
     model_tensors(config)
-    partition, formats = make_partition(config, [2.0, 1.0]), ModelFormats.of_model("q4_0", config)
+    partition, formats = make_partition(config, [2.0, 1.0]), ModelFormats.for_model("q4_0", config)
     for rank, share in enumerate(partition.shares):
         for record in itertools.islice(slice_records(config, share, rank, formats, {}), _MOST_RECORDS):
             assert record.nbytes >= 0

@@ -170,9 +170,9 @@ class OpenedEngine:
 
     def open_experts(self, *, nbytes: int | None, reads: int) -> ExpertCache:
         """The cache of the experts that there are; see ExpertCache for the parameters."""
-        places = {block.layer: place for place, block in enumerate(self.order) if block.kind == "mlp"}
+        block_index = {block.layer: place for place, block in enumerate(self.order) if block.kind == "mlp"}
         return ExpertCache(
-            self.file, self.expert_records, nbytes=nbytes, reads=reads, recorder=self.recorder, places_of=places
+            self.file, self.expert_records, nbytes=nbytes, reads=reads, recorder=self.recorder, block_index=block_index
         )
 
     def open_window(self, *, pinned: int | None, ring: int | None, blocks: int | None, reads: int) -> Window:

@@ -28,7 +28,7 @@ class Routed:
     experts: Choices
     weights: F32
 
-    def users(self) -> dict[int, tuple[npt.NDArray[np.int32], F32]]:
+    def rows_by_expert(self) -> dict[int, tuple[npt.NDArray[np.int32], F32]]:
         """Of every expert that is used, ascending: the positions that use it, ascending, and what it counts for each."""
         order = self.experts.ravel().argsort(kind="stable")
         rows, weights = (order // self.experts.shape[1]).astype(np.int32), self.weights.ravel()[order]
@@ -138,7 +138,7 @@ class Experts:
         Expert after expert in the order of their numbers, so that a row's sum does not depend on what is in memory, nor on
         the rows beside it.
         """
-        users = routed.users()
+        users = routed.rows_by_expert()
         for group in self.cache.tiles():
             uses = [ExpertUse(tile.matrices, tile.parts, *users[tile.record.expert]) for tile in group]
             self.backend.experts(h, uses, self.config.activation, self.config.activation_limit, partial)

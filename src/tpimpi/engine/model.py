@@ -113,7 +113,7 @@ class Model:
             before, tables = (self.cache, self._tables) if keep else (None, None)
             self.cache = self._tables = None  # give the old one back before the new one is made
             self._make_room(context, 0)
-            self.context, pages, self._kv_reserved = context, self.kv_shape.pages_of_one(context), 0
+            self.context, pages, self._kv_reserved = context, self.kv_shape.pages_of_sequence(context), 0
             self.cache = KVCache(self.kv_shape, pages)
             self._tables = tuple(np.arange(pages[FULL], dtype=np.int32) % max(1, count) for count in pages)
             if before is not None and tables is not None:
@@ -203,14 +203,14 @@ class Model:
             assert first_seen(start, self._attention_window) >= self._first_held, (
                 "a row would see pages that are not there"
             )
-        hidden = self.step(x, self.rows_of_one(start, x.shape[0]), head=head, watch=watch)
+        hidden = self.step(x, self.rows_of_sequence(start, x.shape[0]), head=head, watch=watch)
         self.length = start + x.shape[0]
         return hidden
 
-    def rows_of_one(self, start: int, n: int) -> StepRows:
+    def rows_of_sequence(self, start: int, n: int) -> StepRows:
         """n positions of the one sequence, from `start` on."""
         assert self._tables is not None, "forward before begin"
-        return StepRows.of_one(start, n, self._tables)
+        return StepRows.of_sequence(start, n, self._tables)
 
     def step(self, x: F32, rows: StepRows, *, head: bool = True, watch: Watch | None = None) -> F32:
         """Run hidden vectors `x` [n, hidden] of n rows, the same on every rank, through all layers.
@@ -291,7 +291,7 @@ class Model:
     def state_of(self, rows: StepRows) -> StepState:
         """What these rows have beside their hidden vectors."""
         assert self.cache is not None, "a step before begin"
-        of_kind = [rows.of(kind) for kind in KINDS]
+        of_kind = [rows.for_kind(kind) for kind in KINDS]
         return StepState(self.cache, self.kv_shape.kinds, of_kind, self._angles(rows.position))
 
     def _routed(self, h: F32, block: Block, position: I32) -> Routed | None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from tpimpi.engine.budget import Needs
-from tpimpi.engine.expert_cache import least_places
+from tpimpi.engine.expert_cache import least_slots
 from tpimpi.engine.overlap import DENSE_CHUNK
 from tpimpi.engine.ring import FEWEST_TILES, USUAL_TILES
 from tpimpi.models.kv.cache import PAGE, WINDOWED, KVShape, layer_kinds, pages_of, resolve_kv_format
@@ -117,7 +117,7 @@ def needs_of_model(
         least_buffers=min(tiles, FEWEST_TILES * largest),
         usual_buffers=min(tiles, USUAL_TILES * largest),
         tiles=tiles,
-        least_experts=least_places(expert_count) * expert,
+        least_experts=least_slots(expert_count) * expert,
         experts=expert_count * expert,
         position_work=work(2) - work(1) + (0 if shape.ring is None else shape.page_bytes(WINDOWED) // PAGE),
         draft=draft,
@@ -143,7 +143,7 @@ def needs_together(needs: Sequence[Needs]) -> Needs:
 def kv_shape_of(header: Header, kv_format: str, chunk: int) -> KVShape:
     """This rank's pages of keys and values; `kv_format` is one of KV_FORMATS, `chunk` positions are computed at once."""
     config = header.config
-    fmt = resolve_kv_format(kv_format, header.formats.of_layers(), config.head_dim)
+    fmt = resolve_kv_format(kv_format, header.formats.layer_formats(), config.head_dim)
     window = max(config.attention_windows, default=0)
     ring = pages_of(window + chunk + KEPT_POSITIONS) + 2 if window else None  # a window and a chunk may begin anywhere
     return KVShape(layer_kinds(config), header.share.kv_heads.size, config.head_dim, fmt, ring)

@@ -85,7 +85,7 @@ def go_through_blocks(blocks: Iterable[Block], window: Window, halves: Sequence[
         if window.would_wait(block):
             _take_sums(halves)  # the hub owes them to the others, however long its disk takes
         count = window.count(block)
-        held = window.hold(block) if len(halves) > 1 and count else None
+        held = window.pinned_tiles(block) if len(halves) > 1 and count else None
         if held is not None:
             _half_by_half(halves, held)
         elif count:

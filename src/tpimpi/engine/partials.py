@@ -33,7 +33,7 @@ class StepState:
 
     def kv(self, layer: int) -> tuple[KVPages, Rows]:
         """A layer's pages, and the rows with the tables of its kind."""
-        return self.cache.of(layer), self.rows[self.kinds[layer]]
+        return self.cache.layer_pages(layer), self.rows[self.kinds[layer]]
 
 
 @dataclass(frozen=True)

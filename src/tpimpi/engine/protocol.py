@@ -117,7 +117,7 @@ def forward(model: Model, star: Star, x: F32, start: int, *, head: bool = True, 
     star.broadcast(x)
     watch = None if model.auditor is None else model.auditor.watch(x.shape[0])
     hidden = model.forward(x, start, head=head, watch=watch)
-    _audit(model, star, watch, lambda: model.rows_of_one(start, x.shape[0]))
+    _audit(model, star, watch, lambda: model.rows_of_sequence(start, x.shape[0]))
     return hidden
 
 

@@ -15,7 +15,7 @@ from functools import partial
 from tpimpi.engine.allotment import MemoryAllotment
 from tpimpi.engine.budget import RESERVE_BYTES, Budget, Needs, make_budget
 from tpimpi.engine.engine import OpenedEngine
-from tpimpi.engine.expert_cache import ExpertCache, least_places
+from tpimpi.engine.expert_cache import ExpertCache, least_slots
 from tpimpi.engine.figures import LiveFigures, RankFigures
 from tpimpi.engine.memory_guard import MemoryGuard
 from tpimpi.engine.needs import needs_together
@@ -90,7 +90,7 @@ class DiskTrial:
 class MemoryPlan:
     """What the memory of a rank will be used for; see `MemoryPlanner.plan`."""
 
-    of: MemoryPlanner
+    planner: MemoryPlanner
     context: int
     promise: int | None
     watched_by: int
@@ -100,10 +100,13 @@ class MemoryPlan:
 
     def take(self) -> RankMemory:
         """Measure what the disk gives, while the other ranks do, and start reading for good."""
-        rates = [0.0, *(self._rate(engine, trial) for engine, trial in zip(self.of.engines, self.trials, strict=True))]
+        rates = [
+            0.0,
+            *(self._rate(engine, trial) for engine, trial in zip(self.planner.engines, self.trials, strict=True)),
+        ]
         with ExitStack() as undo:
             windows, caches = [], []
-            for engine, trial in zip(self.of.engines, self.trials, strict=True):
+            for engine, trial in zip(self.planner.engines, self.trials, strict=True):
                 windows.append(undo.enter_context(closing(self._open_window(engine, trial))))
                 caches.append(undo.enter_context(closing(self._open_experts(engine, trial))))
             memory = RankMemory(self, windows, caches, max(rates))
@@ -112,7 +115,7 @@ class MemoryPlan:
 
     def streams(self, engine: OpenedEngine) -> bool:
         """Whether something of this engine is read for each token."""
-        window = self.of.settings.window
+        window = self.planner.settings.window
         blocks = isinstance(window, int) and window < len(engine.order)
         return (
             blocks or (self.budget is not None and self.budget.pinned < self.needs.tiles) or self.reads_experts(engine)
@@ -121,7 +124,7 @@ class MemoryPlan:
     def reads_experts(self, engine: OpenedEngine) -> bool:
         """Whether experts of this engine are read while it computes."""
         few = (
-            isinstance(self.of.settings.window, int)
+            isinstance(self.planner.settings.window, int)
             if self.budget is None
             else self.budget.experts < self.needs.experts
         )
@@ -148,7 +151,7 @@ class MemoryPlan:
 
     def _open_window(self, engine: OpenedEngine, trial: DiskTrial | None) -> Window:
         """The window of one engine, with its part of the budget."""
-        blocks = self.of.settings.window
+        blocks = self.planner.settings.window
         pinned, ring = None, None
         if self.budget is not None:
             pinned = self.budget.pinned * engine.tile_bytes // max(1, self.needs.tiles)
@@ -168,7 +171,7 @@ class MemoryPlan:
         if self.budget is not None:
             nbytes = self.budget.experts * whole // max(1, self.needs.experts)
         elif self.reads_experts(engine):  # no tile stays under --window
-            nbytes = least_places(len(sizes)) * max(sizes)
+            nbytes = least_slots(len(sizes)) * max(sizes)
         return engine.open_experts(nbytes=nbytes, reads=DEFAULT_READS if trial is None else trial.reads)
 
 
@@ -181,11 +184,11 @@ class RankMemory:
         """`windows` and `caches` are those of the plan's engines; `disk_bytes_per_s` what the disk gave (0 where it was not
         measured)."""
         self._plan, self._fixed = plan, plan.needs.fixed
-        self.star, self.settings = plan.of.star, plan.of.settings
+        self.star, self.settings = plan.planner.star, plan.planner.settings
         self._rings = sum(window.ring_bytes for window in windows)
         self.engines = [
             opened.start(window, experts, self.make_room)
-            for opened, window, experts in zip(plan.of.engines, windows, caches, strict=True)
+            for opened, window, experts in zip(plan.planner.engines, windows, caches, strict=True)
         ]
         self.guard = MemoryGuard(
             windows,
@@ -199,16 +202,16 @@ class RankMemory:
             self.guard.limit_pinned(
                 plan.needs.tiles + plan.needs.experts
             )  # if other programs end, there may be room for more
-        self._pinned_check = PinnedCheck(windows) if any(opened.audits for opened in plan.of.engines) else None
+        self._pinned_check = PinnedCheck(windows) if any(opened.audits for opened in plan.planner.engines) else None
         self.allotment = self._allotment(disk_bytes_per_s)
 
     def _allotment(self, disk_bytes_per_s: float) -> MemoryAllotment:
-        plan, needs, opened = self._plan, self._plan.needs, self._plan.of.engines
+        plan, needs, opened = self._plan, self._plan.needs, self._plan.planner.engines
         room, units = None, None
         if plan.promise is not None and needs.cache:
             spare = plan.promise - needs.fixed - self._rings + needs.cache - needs.least_experts
             pages = range(pages_of(opened[0].header.config.context) + 1)
-            room = PAGE * (bisect_right(pages, spare, key=lambda n: plan.of.needs(n * PAGE).cache) - 1)
+            room = PAGE * (bisect_right(pages, spare, key=lambda n: plan.planner.needs(n * PAGE).cache) - 1)
             units = max(0, spare) // self.engines[0].model.kv_shape.unit_bytes
         return MemoryAllotment(
             rank=self.star.rank.index,
@@ -234,7 +237,7 @@ class RankMemory:
         than was planned for, fewer tiles can be pinned; they come back when it is less again. InputError where that is not
         enough."""
         promise, planned = self._plan.promise, self._plan.needs.fixed
-        fixed = max(planned, self._plan.of.needs(context).fixed + more)
+        fixed = max(planned, self._plan.planner.needs(context).fixed + more)
         if promise is None or fixed == self._fixed:
             return
         left, least = promise - fixed - self._rings, self._plan.needs.least_experts
@@ -269,9 +272,9 @@ class RankMemory:
     def figures(self) -> list[RankFigures]:
         """What each engine did. Memory is the whole rank's."""
         peak = peak_rss_bytes()
-        tokenizer = self._plan.of.tokenizer_bytes
+        tokenizer = self._plan.planner.tokenizer_bytes
         weights = sum(engine.window.peak_bytes + engine.expert_cache.peak_bytes for engine in self.engines)
-        if (draft_engine := self._plan.of.draft_engine) is not None:
+        if (draft_engine := self._plan.planner.draft_engine) is not None:
             weights += draft_engine.tile_bytes
         caches = [engine.model.cache for engine in self.engines]
         cache = sum(cache.filled_bytes for cache in caches if cache is not None)

@@ -92,7 +92,7 @@ class ReadQueue:
             self._skipped = {skipped for skipped in self._skipped if skipped >= turn}
             self._room.notify()
 
-    def hold(self, first: int, last: int) -> list[Tile] | None:
+    def pinned_tiles(self, first: int, last: int) -> list[Tile] | None:
         """The tiles with indices from `first` to before `last`, in use together; None where they are not all pinned."""
         with self._changed:
             tiles = [tile for tile in self._pinned.tiles[first:last] if tile is not None]

@@ -143,13 +143,13 @@ class Window:
             yield self._tile(turn_of_tile)
         self._queue.advance(turn + last - first)
 
-    def hold(self, block: Block) -> list[Tile] | None:
+    def pinned_tiles(self, block: Block) -> list[Tile] | None:
         """All tiles of `block`, valid until the next are asked for; None where they are not all pinned, and in memory."""
         first, last = self._cycle.spans[block]
         self._queue.advance(self._cycle.next_turn(first, self._queue.turn))
-        return self._queue.hold(first, last)
+        return self._queue.pinned_tiles(first, last)
 
-    def again(self, block: Block) -> Iterator[Tile]:
+    def tiles_out_of_turn(self, block: Block) -> Iterator[Tile]:
         """The tiles of `block` out of turn, in order: pinned ones as they are in memory, others read for this alone. Each is
         valid until the next is asked for."""
         first, last = self._cycle.spans[block]

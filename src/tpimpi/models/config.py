@@ -328,7 +328,7 @@ def checked(config: ModelConfig, path: Path | str) -> ModelConfig:
     if config.head_dim % 2:
         raise ModelError(f"{path}: the head size is {config.head_dim}; rotary positions need an even one")
     family = ARCHITECTURES[config.architecture]
-    layer = family.layer
+    layer = family.layer_tensors
     parts = {tensor.part for tensor in layer}
     flags = {
         "qk_norm": config.qk_norm if family.optional_qk_norm else family.qk_norm,

@@ -92,7 +92,7 @@ def has_part(config: ModelConfig, layer: int, spec: TensorSpec) -> bool:
 
 def layer_specs(config: ModelConfig, layer: int) -> dict[str, TensorSpec]:
     """The tensors of a layer by their parts, in the family's order."""
-    specs = ARCHITECTURES[config.architecture].layer
+    specs = ARCHITECTURES[config.architecture].layer_tensors
     return {spec.part: spec for spec in specs if has_part(config, layer, spec)}
 
 
@@ -106,7 +106,7 @@ def _in_layer(name: str, spec: TensorSpec, kind: str, expert: int) -> str:
     """The name of a tensor without the layer's, by its spelling in a kind of files."""
     if spec.per_expert:
         name = name.replace("{expert}", str(expert))
-    return name if spec.plain else f"{name}.{kind}"
+    return name if spec.bare_name else f"{name}.{kind}"
 
 
 def head_name(config: ModelConfig) -> str:

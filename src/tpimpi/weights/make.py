@@ -70,7 +70,7 @@ def wanted_formats(wanted: str, config: ModelConfig, router: str = "f32") -> Mod
     check_format(wanted)
     if wanted == EXPERTS_MIX and not config.experts:
         raise InputError(f"--format is {wanted}, which is for experts, and this model has none; give --format mxfp4")
-    return ModelFormats.of_model(wanted, config, router)
+    return ModelFormats.for_model(wanted, config, router)
 
 
 def check_format(wanted: str) -> None:

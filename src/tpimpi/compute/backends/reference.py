@@ -97,10 +97,10 @@ def attention(
 def seen_by(kv: KVPages, rows: Rows, span: slice, window: int) -> tuple[Array, Array, int]:
     """Keys and values of the pages that rows of one sequence see, [kv_heads, positions, row], and their first position."""
     position, table = rows.position[span], rows.tables[rows.sequence[span.start]]
-    first_page = max(0, int(position.min()) - window + 1) // kv.page if window else 0
+    first_page = max(0, int(position.min()) - window + 1) // kv.page_size if window else 0
     stop = int(position.max()) + 1
     k, v = (gathered(pages, table, first_page, stop) for pages in (kv.k, kv.v))
-    return k, v, first_page * kv.page
+    return k, v, first_page * kv.page_size
 
 
 def mask(position: I32, first: int, keys: int, window: int) -> npt.NDArray[np.bool_]:

@@ -111,11 +111,11 @@ def ssh_problem(said: str, host: Host, port: int = 22) -> str:
     return f"{line}; try: ssh{at} {name} true"
 
 
-def check_programs(found: HostChecks, ours: LocalFacts, heads: Mapping[str, str]) -> None:
+def check_programs(found: HostChecks, ours: LocalFacts, shell_facts: Mapping[str, str]) -> None:
     """From what the shell said: are Python, mpirun's daemon and the folder where they must be?"""
     name = found.host.name
-    if heads.get("python") != "yes":
-        other = heads.get("other-python", "")
+    if shell_facts.get("python") != "yes":
+        other = shell_facts.get("other-python", "")
         has = f" (it has {other})" if other.startswith("/") else ""
         found.add(
             "python",
@@ -131,17 +131,17 @@ def check_programs(found: HostChecks, ours: LocalFacts, heads: Mapping[str, str]
             f"{ours.python} is there but does not run; try: ssh {name} {remote_word(ours.python)} --version",
         )
         raise CannotContinue
-    if ours.daemon and heads.get("daemon") == "yes":
+    if ours.daemon and shell_facts.get("daemon") == "yes":
         found.add("mpirun", OK, f"{ours.daemon} is there")
     elif ours.daemon:
-        other = heads.get("path-daemon", "")
+        other = shell_facts.get("path-daemon", "")
         has = f" (but {other} is)" if other else ""
         found.add(
             "mpirun",
             WRONG,
             f"{ours.daemon}, which mpirun starts, is not there{has}; install {ours.mpi} at the same path",
         )
-    if heads.get("folder") != "yes":
+    if shell_facts.get("folder") != "yes":
         found.add(
             "folder",
             WRONG,

@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 
-def say(**values: Any) -> None:
+def emit(**values: Any) -> None:
     """Write a line for the host that asks."""
     print("tpimpi-probe " + json.dumps(values), flush=True)
 
@@ -142,7 +142,7 @@ def listen(token: str, seconds: float) -> bool:
     with socket.socket() as listener:
         listener.bind(("", 0))
         listener.listen(4)
-        say(listening=listener.getsockname()[1])
+        emit(listening=listener.getsockname()[1])
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             listener.settimeout(max(0.05, end - time.monotonic()))
@@ -160,12 +160,12 @@ def listen(token: str, seconds: float) -> bool:
 
 def main() -> None:
     token, address, name, seconds = sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4])
-    say(facts=facts())
+    emit(facts=facts())
     if address:
-        say(resolved=resolve(name))
-        say(back=call(address, token, seconds))
-        say(came=listen(token, seconds))
-    say(done=True)
+        emit(resolved=resolve(name))
+        emit(back=call(address, token, seconds))
+        emit(came=listen(token, seconds))
+    emit(done=True)
 
 
 if __name__ == "__main__":

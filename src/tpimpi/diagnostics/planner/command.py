@@ -83,8 +83,8 @@ def as_measured(measurements: Sequence[RankMeasurement], positions: int) -> Meas
 
     def cost(rank: int, count: int) -> LayerCost:
         timings = by_positions[count][rank]
-        wall = LinearCost.through(*((timing.nbytes, timing.compute) for timing in timings))
-        return LayerCost(wall, LinearCost.through(*((timing.nbytes, timing.cpu) for timing in timings)))
+        wall = LinearCost.fit(*((timing.nbytes, timing.compute) for timing in timings))
+        return LayerCost(wall, LinearCost.fit(*((timing.nbytes, timing.cpu) for timing in timings)))
 
     def allreduce(count: int) -> float:
         if len(measurements) == 1:

@@ -93,7 +93,7 @@ class WeightRing:
     def tiles(self, block: Block) -> Iterator[Tile]:
         return iter(next(self._turns[block])) if block in self._turns else iter(())
 
-    def hold(self, block: Block) -> list[Tile]:
+    def pinned_tiles(self, block: Block) -> list[Tile]:
         return next(self._turns[block])
 
     def count(self, block: Block) -> int:

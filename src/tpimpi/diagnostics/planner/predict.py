@@ -54,11 +54,11 @@ class LinearCost:
     fixed: float
     per_byte: float
 
-    def at(self, nbytes: float) -> float:
+    def seconds(self, nbytes: float) -> float:
         """Seconds for so many bytes."""
         return self.fixed + self.per_byte * nbytes
 
-    def between(self, other: LinearCost, part: float) -> LinearCost:
+    def interpolate(self, other: LinearCost, part: float) -> LinearCost:
         """So far from this line (0) to the other (1)."""
         return LinearCost(
             self.fixed + (other.fixed - self.fixed) * part,
@@ -66,7 +66,7 @@ class LinearCost:
         )
 
     @classmethod
-    def through(cls, first: tuple[float, float], second: tuple[float, float]) -> LinearCost:
+    def fit(cls, first: tuple[float, float], second: tuple[float, float]) -> LinearCost:
         """Through two points (bytes, seconds), as far as neither the fixed part nor the slope is negative."""
         (x1, y1), (x2, y2) = sorted((first, second))
         if x2 <= x1 or y2 <= y1:
@@ -84,8 +84,8 @@ class LayerCost:
     wall: LinearCost
     cpu: LinearCost
 
-    def between(self, other: LayerCost, part: float) -> LayerCost:
-        return LayerCost(self.wall.between(other.wall, part), self.cpu.between(other.cpu, part))
+    def interpolate(self, other: LayerCost, part: float) -> LayerCost:
+        return LayerCost(self.wall.interpolate(other.wall, part), self.cpu.interpolate(other.cpu, part))
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Predictor:
         return self._found[key]
 
     def _predict(self, partition: Partition) -> Prediction:
-        loads = [self.loads.of(share, rank) for rank, share in enumerate(partition.shares)]
+        loads = [self.loads.load(share, rank) for rank, share in enumerate(partition.shares)]
         try:
             held, chunk = self.memory(partition, loads)
         except InputError as error:
@@ -161,7 +161,7 @@ class Predictor:
         experts = [self.experts(load, each.experts) for load, each in zip(loads, held, strict=True)]
         streamed = [each.streamed + own.read_bytes for each, own in zip(held, experts, strict=True)]
         compute, star = self.blocks(loads, 1)
-        head = self.measured.head.at(loads[0].head)
+        head = self.measured.head.seconds(loads[0].head)
         path = compute + star + head
         disk = [self._disk(rank, nbytes) for rank, nbytes in enumerate(streamed)]
         processor = [self._processor(rank, load, 1, streamed[rank]) for rank, load in enumerate(loads)]
@@ -211,7 +211,7 @@ class Predictor:
     def _head(self, loads: Sequence[Load], rows: int) -> float:
         """Seconds of the head for so many rows: as many times those of one as a layer takes."""
         one, several = (self._layer_cost(0, n).wall.per_byte for n in (1, rows))
-        return self.measured.head.at(loads[0].head) * (several / one if one else 1.0)
+        return self.measured.head.seconds(loads[0].head) * (several / one if one else 1.0)
 
     def _tokens_per_s(self, partition: Partition, loads: Sequence[Load]) -> float:
         """Of all sequences together; 0 where there is no memory for them."""
@@ -259,7 +259,7 @@ class Predictor:
 
     def _layer_cost(self, rank: int, positions: int) -> LayerCost:
         speed = self.measured.ranks[rank]
-        return speed.token.between(speed.chunk, self._part(positions))
+        return speed.token.interpolate(speed.chunk, self._part(positions))
 
     def _part(self, positions: int) -> float:
         """Where so many positions lie between one (0) and the chunk that was measured (1)."""
@@ -293,7 +293,9 @@ class Predictor:
     def _slowest(self, loads: Sequence[Load]) -> int:
         """The rank that computes longest."""
         times = [
-            sum(layer.count * self.measured.ranks[rank].token.wall.at(size) for layer, size in self._sizes(load, 1))
+            sum(
+                layer.count * self.measured.ranks[rank].token.wall.seconds(size) for layer, size in self._sizes(load, 1)
+            )
             for rank, load in enumerate(loads)
         ]
         return times.index(max(times))
@@ -306,9 +308,9 @@ class Predictor:
     def _processor(self, rank: int, load: Load, positions: int, streamed: int, *, head: bool = True) -> float:
         """Processor time of a step on a rank, over the processors that it gets."""
         speed, cpu = self.measured.ranks[rank], self._layer_cost(rank, positions).cpu
-        total = sum(layer.count * cpu.at(size) for layer, size in self._sizes(load, positions))
+        total = sum(layer.count * cpu.seconds(size) for layer, size in self._sizes(load, positions))
         if rank == 0 and head:
-            total += self.measured.head_cpu.at(load.head)
+            total += self.measured.head_cpu.seconds(load.head)
         return (total + streamed * speed.read_cpu_s_per_byte) / max(speed.processors, 1e-6)
 
     def _disk(self, rank: int, streamed: int) -> float:

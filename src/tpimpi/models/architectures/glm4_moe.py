@@ -78,7 +78,7 @@ GLM4_MOE = Architecture(
     name="glm4_moe",
     hf_class="Glm4MoeForCausalLM",
     gguf_name="glm4moe",
-    layer=(
+    layer_tensors=(
         *(ATTENTION_NORM, *ATTENTION, *DENSE_MLP),
         TensorSpec("gate", f"{_SHARED}.gate_proj", "ffn_gate_shexp", ("mlp", "hidden"), layers="shared"),
         TensorSpec("up", f"{_SHARED}.up_proj", "ffn_up_shexp", ("mlp", "hidden"), layers="shared"),
@@ -90,7 +90,7 @@ GLM4_MOE = Architecture(
             "exp_probs_b.bias",
             ("experts",),
             layers="experts",
-            plain=True,
+            bare_name=True,
         ),
         *(*EXPERTS, *QK_NORM),
         TensorSpec("mlp_norm", "post_attention_layernorm", "post_attention_norm", ("hidden",)),

@@ -97,7 +97,7 @@ GRANITE = Architecture(
     name="granite",
     hf_class="GraniteForCausalLM",
     gguf_name="granite",
-    layer=LLAMA_LAYER,
+    layer_tensors=LLAMA_LAYER,
     hf_keys=frozenset({"attention_bias", "mlp_bias"}) | GRANITE_MULTIPLIERS,
     hf_fields=granite_hf_fields,
     # The keys of a hybrid's other layers stand in files of dense models too, which have no tensors of such layers.
@@ -114,7 +114,7 @@ GRANITE_HYBRID = Architecture(
     name="granitemoehybrid",
     hf_class="GraniteMoeHybridForCausalLM",
     gguf_name="granite",
-    layer=(
+    layer_tensors=(
         *(ATTENTION_NORM, *ATTENTION, *MLP[:2]),
         TensorSpec("down", "shared_mlp.output_linear", "ffn_down", ("hidden", "mlp")),
         MLP_NORM,

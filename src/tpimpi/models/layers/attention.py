@@ -55,8 +55,8 @@ def attention_partial(
         backend.store(kv, rows, first_kv, normed_and_rotated("k"), heads("v"))
     if "q" not in tile.matrices:
         return np.zeros(x.shape, np.float32)
-    seen = backend.attention(normed_and_rotated("q"), kv, rows, q_to_kv, spec, sinks)
-    return backend.linear(seen.reshape(n, -1), tile.matrices["o"])
+    attended = backend.attention(normed_and_rotated("q"), kv, rows, q_to_kv, spec, sinks)
+    return backend.linear(attended.reshape(n, -1), tile.matrices["o"])
 
 
 def rotated(backend: Backend, y: F32, rotary: Angles | None, *, queries: bool) -> F32:

@@ -96,5 +96,5 @@ class Projections:
         """Attention of one tile's query heads, through its columns of the output projection: [n, hidden]."""
         q = self._pieces[heads].q
         assert q is not None, "a tile of the output projection without queries"
-        seen = self.backend.attention(np.ascontiguousarray(q), kv, rows, q_to_kv, spec)
-        return self.backend.linear(seen.reshape(q.shape[0], -1), tile.matrices["o"])
+        attended = self.backend.attention(np.ascontiguousarray(q), kv, rows, q_to_kv, spec)
+        return self.backend.linear(attended.reshape(q.shape[0], -1), tile.matrices["o"])
