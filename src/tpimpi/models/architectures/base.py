@@ -52,7 +52,7 @@ class FusedSpec:
 
     `hf` or `gguf` is None where that kind of file has them one by one; either kind may have them so all the same. Of
     experts it is a stack [experts, rows, columns], or `transposed`, where a Hugging Face file has numbers and no blocks,
-    [experts, columns, rows]. `interleaved`: the parts' rows take turns. `bare_name`: nothing is behind it, of a bias "_bias".
+    [experts, columns, rows]. `interleaved`: the parts' rows take turns. `bare_name`: nothing behind it, of a bias "_bias".
     """
 
     hf: str | None
