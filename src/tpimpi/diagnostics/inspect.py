@@ -61,11 +61,11 @@ def _inspect(path: Path, found: dict[str, Any], *, verify: bool, check_tokenizer
     elif names is not None and not _has_model(path, names):
         raise InputError(f"{path} holds no model and no slices (rank-R-of-N.h5); give a folder or file that does")
     else:
-        told: dict[str, Any] = {}
+        report: dict[str, Any] = {}
         try:
-            inspect_model(path, told, verify=verify, check_tokenizer=check_tokenizer)
+            inspect_model(path, report, verify=verify, check_tokenizer=check_tokenizer)
         finally:
-            found["model"] = told or None
+            found["model"] = report or None
 
 
 def _has_model(path: Path, names: list[str]) -> bool:
@@ -84,7 +84,7 @@ def _names(path: Path) -> list[str] | None:
         ) from error
 
 
-def _slices(files: list[Path], told: list[dict[str, Any]], *, verify: bool) -> dict[Path, Header]:
+def _slices(files: list[Path], report: list[dict[str, Any]], *, verify: bool) -> dict[Path, Header]:
     """Print a table of slice files. Returns their headers; raises the first of what is wrong with one of them."""
     headers: dict[Path, Header] = {}
     table = Table(box=None, pad_edge=False, header_style="none")
@@ -100,7 +100,7 @@ def _slices(files: list[Path], told: list[dict[str, Any]], *, verify: bool) -> d
         except SliceError as error:
             problems.append(error)
             table.add_row(printable(path.name), *[""] * 9, "broken")
-            told.append({"file": path.name, "state": "broken", "problem": str(error)})
+            report.append({"file": path.name, "state": "broken", "problem": str(error)})
             continue
         header, share = file.header, file.header.share
         state, problem = _state(path, file, verify=verify)
@@ -108,7 +108,7 @@ def _slices(files: list[Path], told: list[dict[str, Any]], *, verify: bool) -> d
             problems.append(problem)
         headers[path] = header
         tiles = [record.nbytes for record in header.records if record.block.kind in (*LAYER_KINDS, "experts", "head")]
-        told.append(
+        report.append(
             {
                 "file": path.name,
                 "state": state,

@@ -24,26 +24,26 @@ WIDTH = 140  # columns of a table at a terminal
 CheckTokenizer = Callable[[dict[str, bytes], int], object]
 
 
-def inspect_model(path: Path, told: dict[str, Any], *, verify: bool, check_tokenizer: CheckTokenizer) -> None:
-    """Print what the model at `path` is and put the same into `told`; with `verify` read every tensor.
+def inspect_model(path: Path, report: dict[str, Any], *, verify: bool, check_tokenizer: CheckTokenizer) -> None:
+    """Print what the model at `path` is and put the same into `report`; with `verify` read every tensor.
 
     Raises ModelError (after the table, where there is one) for a model that tpimpi does not compute, or that is broken; one
     that only has no tokenizer, as those of `synth`, is shown with that.
     """
     facts = describe_model(path)
-    told |= _as_json(path, facts)
+    report |= _as_json(path, facts)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("kind", printable(facts.kind))
     without: ModelError | None = None
     try:
         with open_source(path) as source:
-            problem = _source(source, told, table, facts, verify=verify)
+            problem = _source(source, report, table, facts, verify=verify)
             without = _tokenizer_problem(source, check_tokenizer)
     except ModelError as error:
         problem = error
         _unknown(path, facts, table)
     why_not = problem or without
-    told |= {"runs": why_not is None, "why_not": None if why_not is None else str(why_not)}
+    report |= {"runs": why_not is None, "why_not": None if why_not is None else str(why_not)}
     table.add_row(
         "runs", "yes" if why_not is None else "no, see below" if problem else f"no: {printable(str(without))}"
     )
@@ -81,7 +81,7 @@ def _unknown(path: Path, facts: ModelFacts, table: Table) -> None:
 
 
 def _source(
-    source: Source, told: dict[str, Any], table: Table, facts: ModelFacts, *, verify: bool
+    source: Source, report: dict[str, Any], table: Table, facts: ModelFacts, *, verify: bool
 ) -> ModelError | None:
     """Rows for a model that could be opened; returns what is wrong with its numbers."""
     tensors = source.tensors()
@@ -96,7 +96,7 @@ def _source(
                     f"{source.path}: tensor {name} holds numbers that are not finite; download it again"
                 )
                 break
-    told |= {
+    report |= {
         "path": str(source.path),
         "name": source.name,
         "config": source.config.to_dict(),

@@ -46,7 +46,7 @@ class Survey:
     def predictor(self, ranks: int, positions: int = 1) -> Predictor:
         """Measure the first so many ranks, with so many positions of a prompt at once. Raises what measuring raises."""
         workload, infos = self.workload, self._infos[:ranks]
-        task = LayerBenchmarkConfig(
+        settings = LayerBenchmarkConfig(
             config=workload.config.to_dict(),
             formats=workload.formats.to_dict(),
             ranks=ranks,
@@ -57,7 +57,7 @@ class Survey:
             memory=self._memory,
             **asdict(self._measuring),
         )
-        return Predictor(workload, as_measured(measure(self.star, task), positions), self._hits)
+        return Predictor(workload, as_measured(measure(self.star, settings), positions), self._hits)
 
     def with_disks(self, predictor: Predictor, choose: Callable[[Predictor], list[Prediction]]) -> list[Prediction]:
         """What `choose` finds; where something is streamed in any of it the disks are measured first, once for all, since

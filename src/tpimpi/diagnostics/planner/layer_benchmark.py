@@ -97,21 +97,21 @@ class LayerBenchmark:
 
     used = 0.0  # processor seconds a second during the timings
 
-    def __init__(self, rank: Rank, task: LayerBenchmarkConfig) -> None:
-        self.task, self.rank = task, rank
-        config = ModelConfig.from_dict(task.config)
-        formats = ModelFormats.from_dict(task.formats, config.layers)
+    def __init__(self, rank: Rank, settings: LayerBenchmarkConfig) -> None:
+        self.settings, self.rank = settings, rank
+        config = ModelConfig.from_dict(settings.config)
+        formats = ModelFormats.from_dict(settings.formats, config.layers)
         # Of a mixture: of the layers with experts.
         usual = Counter(here for here in formats.layers if here.expert_gate or not config.experts).most_common(1)[0][0]
-        self.threads = task.threads or default_threads(
-            len(os.sched_getaffinity(0)), task.cores_shared_by[self.rank.index]
+        self.threads = settings.threads or default_threads(
+            len(os.sched_getaffinity(0)), settings.cores_shared_by[self.rank.index]
         )
-        self.backend: Backend = load_backend(task.backend, self.threads, task.kernels)
-        most = _most_weights(task.memory[self.rank.index] if task.memory else None)
+        self.backend: Backend = load_backend(settings.backend, self.threads, settings.kernels)
+        most = _most_weights(settings.memory[self.rank.index] if settings.memory else None)
         vocab = _rows_within(config, formats.head, min(MOST_LAYER_BYTES, most // 4))
         self._config = replace(config.with_layers(1), vocab=vocab, trace_positions=0)
         self._formats = replace(formats, layers=(usual,))
-        part = 1 / task.ranks
+        part = 1 / settings.ranks
         largest = self._token_bytes(self._records(part)[1])
         part *= min(1.0, MOST_LAYER_BYTES / max(1, largest))
         self._parts = [part, part / _SIZE_RATIO]
@@ -122,7 +122,7 @@ class LayerBenchmark:
 
     def _records(self, part: float) -> tuple[Partition, list[Record]]:
         """The shares, all alike, of so large a part of the model; and a layer's tiles."""
-        config, ranks = self._config, self.task.ranks
+        config, ranks = self._config, self.settings.ranks
         share = make_partition(config, [part, 1 - part]).shares[0]
         partition = Partition((1.0,) * ranks, (share,) * ranks)
         records = slice_records(config, share, self.rank.index, self._formats, {})
@@ -148,11 +148,11 @@ class LayerBenchmark:
         header = Header(self.rank.index, self._formats, "", "", self._config, partition, tuple(records))
         config, resident = self._config, made_up_resident(self._config, self._formats.router)
         model = Model(
-            *(header, resident, cast(Window, ring), Star(None), self.backend, self.task.kv_format),
+            *(header, resident, cast(Window, ring), Star(None), self.backend, self.settings.kv_format),
             experts=Experts(config, resident, cast(ExpertCache, expert_ring), self.backend) if config.experts else None,
             predict=config.experts_per_token,
         )
-        model.begin(self.task.start + self.task.positions + 1)
+        model.begin(self.settings.start + self.settings.positions + 1)
         return _LayerModel(model, ring, expert_ring)
 
     def close(self) -> None:
@@ -165,10 +165,10 @@ class LayerBenchmark:
     def processors(self) -> float:
         """Processor seconds a second, of nothing but computing; of whole periods, where the rank is stopped now and then."""
         model, x = self._models[0].model, self._vectors(1)
-        model.forward(x, self.task.start)
+        model.forward(x, self.settings.start)
         marks = [(time.perf_counter(), time.process_time())]
         while marks[-1][0] < marks[0][0] + SUSTAINED_S or len(marks) < 4:
-            model.forward(x, self.task.start)
+            model.forward(x, self.settings.start)
             marks.append((time.perf_counter(), time.process_time()))
         return sustained(marks)
 
@@ -176,8 +176,8 @@ class LayerBenchmark:
         """With each size, of one position and of the chunk, over the star `star` of those that take part; in turns, so that
         whatever else the machines do disturbs all of them alike."""
         kinds = [
-            _Steps(layer, self._vectors(positions), self.task.start if positions == 1 else self.task.start // 2)
-            for positions in dict.fromkeys((1, self.task.positions))
+            _Steps(layer, self._vectors(positions), self.settings.start if positions == 1 else self.settings.start // 2)
+            for positions in dict.fromkeys((1, self.settings.positions))
             for layer in self._models
         ]
         for kind in kinds:
