@@ -14,7 +14,7 @@ from tpimpi.compute.formats.packed import decode, encode, row_bytes
 from tpimpi.models.blocks import Block, layer_blocks
 from tpimpi.models.layers.head import scaled_logits
 from tpimpi.models.layers.norms import pre_norm
-from tpimpi.models.tensors import EMBEDDING, HEAD, NORM, model_tensors
+from tpimpi.models.tensors import EMBEDDING_NAME, HEAD_NAME, NORM_NAME, model_tensors
 from tpimpi.serving.text.load import tokenizer_of_slices
 from tpimpi.serving.text.token_ids import TokenIds
 from tpimpi.serving.text.tokenizer import Tokenizer
@@ -33,9 +33,9 @@ class PublicModel:
         with open_source(path) as source:
             self.config = config = source.config
             # Where a family scales the embedding (Gemma, Granite), the vectors that leave rank 0 are scaled.
-            self.table: F32 = source.read(EMBEDDING) * np.float32(config.embedding_scale)  # [vocab, hidden]
-            self.head: F32 = source.read(EMBEDDING if config.tied_head else HEAD)  # [vocab, hidden]
-            self.norm: F32 = source.read(NORM)
+            self.table: F32 = source.read(EMBEDDING_NAME) * np.float32(config.embedding_scale)  # [vocab, hidden]
+            self.head: F32 = source.read(EMBEDDING_NAME if config.tied_head else HEAD_NAME)  # [vocab, hidden]
+            self.norm: F32 = source.read(NORM_NAME)
             self._post_norms = {
                 (tensor.part, tensor.layer): source.read(name)
                 for name, tensor in model_tensors(config).items()

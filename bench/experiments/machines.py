@@ -65,7 +65,7 @@ def predictions(row: Row) -> dict[str, Any]:
     machine = MACHINES[row.program]
     config = load_shape(row.shape, row.layers or None).config
     memory = None if row.memory_bytes is None else (row.memory_bytes,)
-    formats = ModelFormats.of_model(row.format, config)
+    formats = ModelFormats.for_model(row.format, config)
     workload = Workload(config, formats, row.context, row.prompt, memory=memory)
     if not config.experts:
         return {"assumed": asdict(machine), "ranks": _on_machines(machine, workload)}

@@ -155,9 +155,9 @@ class Row:
 @functools.cache
 def _rank_bytes(shape: str, layers: int, fmt: str, devices: int, shares: str) -> tuple[int, ...]:
     config = load_shape(shape, layers or None).config
-    loads = Loads(config, ModelFormats.of_model(fmt, config))
+    loads = Loads(config, ModelFormats.for_model(fmt, config))
     plan = make_partition(config, share_weights(shares or None, devices))
-    return tuple(loads.of(share, rank).token for rank, share in enumerate(plan.shares))
+    return tuple(loads.load(share, rank).token for rank, share in enumerate(plan.shares))
 
 
 # By these a row is told from the others of its experiment, the first that does.

@@ -247,7 +247,7 @@ class Sequence:
             self.begin(AGAIN if self._context == ROUND else self._context)
         ids = [random.randrange(model.config.vocab) for _ in range(rows)]
         start, self.length = self.length, self.length + rows
-        hidden = protocol.step(model, model.star, self._engine.embed(ids), start)
+        hidden = protocol.forward(model, model.star, self._engine.embed(ids), start)
         model.logits(hidden[-1:])
 
 
@@ -273,8 +273,8 @@ def one_round(memory: RankMemory, job: Job, *, polls: bool) -> tuple[int, str]:
             sequence.step()
             if polls and tokens % POLL_TOKENS == 0:
                 figures = protocol.live_figures(model, model.star, memory.live())
-                if figures[-1].memory_bytes:
-                    return figures[-1].memory_bytes, "its rank compared the tile with its checksum"
+                if figures[-1].resident_bytes:
+                    return figures[-1].resident_bytes, "its rank compared the tile with its checksum"
     except AuditError as error:
         return max(1, tokens), str(error)
     return job.tokens, ""
@@ -357,12 +357,12 @@ def lead_alarms(memory: RankMemory, job: Job) -> dict[str, float]:
             start = 0
         x = engine.embed([random.randrange(model.config.vocab) for _ in range(rows)])
         watch = EveryWatch(model, random.randrange(rows))
-        header = protocol.StepHeader(protocol.Operation.FORWARD, rows, start, model.choices)
+        header = protocol.StepHeader(protocol.Operation.FORWARD, rows, start, model.routing_hash)
         protocol.send_header(model.star, header)
         model.star.broadcast(x)
         model.forward(x, start, watch=watch)
         for one in watch.every:
-            request = auditor.request(one, model.rows_of_one(start, rows))
+            request = auditor.request(one, model.rows_of_sequence(start, rows))
             answers = ask(model, request)
             try:
                 auditor.check(one, request, answers)
@@ -382,7 +382,7 @@ def lead_alarms(memory: RankMemory, job: Job) -> dict[str, float]:
 
 def ask(model: Model, request: AuditRequest) -> list[bytes]:
     """Every rank's answer."""
-    header = protocol.StepHeader(protocol.Operation.AUDIT, choices=model.choices)
+    header = protocol.StepHeader(protocol.Operation.AUDIT, routing_hash=model.routing_hash)
     protocol.send_header(model.star, header, request.words())
     request.send_row(model.star)
     return model.star.gather_notes(b"")

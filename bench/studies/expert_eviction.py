@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.studies.routing_trace import Trace
+from bench.studies.routing_trace import RoutingTrace
 from tpimpi.engine.eviction import ExpertKey, LeastRecentlyUsed, Stalest, hit_rate
 
 PARTS = (0.07, 0.125, 0.25, 0.4, 0.6)  # of all experts, that the cache has room for
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("trace", type=Path, metavar="TRACE")
     parser.add_argument("--experts", type=int, default=128, help="of a layer")
     options = parser.parse_args(arguments)
-    trace: Trace = np.load(options.trace, allow_pickle=False)
+    trace: RoutingTrace = np.load(options.trace, allow_pickle=False)
     layers = trace.shape[1]
     print("cache    LRU  frequency with aging  stalest")
     for part in PARTS:

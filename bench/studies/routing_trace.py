@@ -18,10 +18,12 @@ import numpy.typing as npt
 
 _EIGHTH_MISSES, _EXPONENT = 0.33, 0.796  # 0.33 / 2^0.796 = 0.19
 
-Trace = npt.NDArray[np.uint16]
+RoutingTrace = npt.NDArray[np.uint16]
 
 
-def make_trace(experts: int, chosen: int, layers: int, positions: int, seed: int, *, uniform: bool = False) -> Trace:
+def make_trace(
+    experts: int, chosen: int, layers: int, positions: int, seed: int, *, uniform: bool = False
+) -> RoutingTrace:
     """uint16 [positions, layers, chosen]; the experts of a position differ."""
     dice = np.random.default_rng(seed)
     made = np.empty((positions, layers, chosen), np.uint16)

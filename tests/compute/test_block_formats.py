@@ -42,7 +42,7 @@ def hostile_rows(fmt: str, columns: int) -> np.ndarray:
     rows = random.integers(0, 256, (12, row_bytes(fmt, columns)), np.uint8)
     rows[0], rows[1] = 0, 255
     special = np.array([0, -0.0, 65504, -65504, 2**-24, -(2**-14), np.nan, np.inf, -np.inf, 1], "<f2")
-    for number, place in enumerate(form.number_places):
+    for number, place in enumerate(form.f16_offsets):
         blocks = rows[2:].reshape(10, -1, form.block_bytes)
         blocks[:, :, place : place + 2] = np.roll(special, number)[:, None, None].view(np.uint8)
     return rows

@@ -183,7 +183,7 @@ def test_bf16_rounds_as_torch_does() -> None:
 def test_a_scale_that_is_no_number_is_found(fmt: str) -> None:
     stored = encode(np.ones((3, 768), np.float32), fmt)
     assert not holds_infinities(stored, fmt)
-    for place in FORMATS[fmt].number_places:
+    for place in FORMATS[fmt].f16_offsets:
         for bits in (0x7C00, 0xFC00, 0x7E01):
             broken = stored.copy()
             start = row_bytes(fmt, 512) + place

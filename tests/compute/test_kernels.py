@@ -113,7 +113,7 @@ def hostile_linear_cases(fmt: str, random: np.random.Generator) -> list[Case]:
     for name, codes in (("any code", None), ("least code", 0), ("greatest code", 255), ("middle code", 0x80)):
         stored = random_blocks(fmt, 64, 2, random)
         if codes is not None:
-            numbers = [slice(place, place + 2) for place in form.number_places] or [slice(1)]
+            numbers = [slice(place, place + 2) for place in form.f16_offsets] or [slice(1)]
             blocks, kept = stored.reshape(64, 2, -1), stored.reshape(64, 2, -1).copy()
             blocks[:] = codes
             for place in numbers:
@@ -128,7 +128,7 @@ def random_blocks(fmt: str, rows: int, blocks: int, random: np.random.Generator)
     stored = random.integers(0, 256, (rows, blocks * form.block_bytes), np.uint8)
     if fmt == "mxfp4":
         stored.reshape(rows, blocks, -1)[:, :, 0] = random.integers(0, 230, (rows, blocks))
-    for number, place in enumerate(form.number_places):
+    for number, place in enumerate(form.f16_offsets):
         scales = random.integers(0, 1 << 16, (rows, blocks), np.uint16)
         some = np.array([65504, -65504, 2**-24, -(2**-24), 2**-14, 0, -0.0, 6.1e-5], "<f2").view("<u2")[:rows, None]
         scales[: len(some)] = np.roll(some, number)

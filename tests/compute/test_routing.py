@@ -31,7 +31,7 @@ def assert_same_everywhere(r: Routed) -> tuple[np.ndarray, np.ndarray]:
     """Every backend gives the bits of the twin, which are returned."""
     experts, weights = TWIN.route(r.x, r.router, r.bias, r.spec)
     assert experts.dtype == np.int32 and weights.dtype == np.float32
-    assert experts.shape == weights.shape == (len(r.x), r.spec.chosen)
+    assert experts.shape == weights.shape == (len(r.x), r.spec.top_k)
     for backend in BACKENDS:
         found = backend.route(r.x, r.router, r.bias, r.spec)
         np.testing.assert_array_equal(found[0], experts, err_msg=backend.name)
@@ -53,7 +53,7 @@ def test_every_kind_of_router_is_the_same_everywhere_and_as_in_torch() -> None:
     for r in every_kind(np.random.default_rng(3), 40):
         experts, weights = assert_same_everywhere(r)
         order, scores = as_torch(r)
-        best = np.sort(order, axis=1)[:, ::-1][:, : r.spec.chosen]
+        best = np.sort(order, axis=1)[:, ::-1][:, : r.spec.top_k]
         np.testing.assert_allclose(np.take_along_axis(order, experts, 1), best, rtol=1e-12, err_msg=str(r.spec))
         expected = np.take_along_axis(scores, experts, 1)
         if r.spec.normalized:

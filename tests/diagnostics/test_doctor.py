@@ -15,7 +15,7 @@ import pytest
 from tests.support.doctor_cases import DOCKER0
 from tests.support.launch import Launcher, Result
 from tpimpi.diagnostics.doctor import rank_facts
-from tpimpi.diagnostics.doctor.rank_facts import ExpectedSlices, Facts, Slice, look_at_slice
+from tpimpi.diagnostics.doctor.rank_facts import ExpectedSlices, Facts, SliceFacts, examine_slice
 from tpimpi.errors import InputError
 from tpimpi.star import MpiLibrary
 from tpimpi.star.control import decode_note
@@ -224,12 +224,12 @@ def test_facts_of_another_version_are_taken_as_far_as_they_go() -> None:
 
 def test_a_slice_that_is_missing_half_written_or_broken(tmp_path: Path) -> None:
     path = tmp_path / "rank-0-of-2.h5"
-    assert look_at_slice(path, ExpectedSlices(), 1000) == Slice("missing", str(path), missing_bytes=1000)
-    assert look_at_slice(path, ExpectedSlices(), None).missing_bytes is None
+    assert examine_slice(path, ExpectedSlices(), 1000) == SliceFacts("missing", str(path), missing_bytes=1000)
+    assert examine_slice(path, ExpectedSlices(), None).missing_bytes is None
     (tmp_path / ".rank-0-of-2.h5.partial").write_bytes(bytes(8192))
-    assert look_at_slice(path, ExpectedSlices(), 100_000).missing_bytes == 100_000 - 8192
+    assert examine_slice(path, ExpectedSlices(), 100_000).missing_bytes == 100_000 - 8192
     path.write_bytes(b"no slice")
-    found = look_at_slice(path, ExpectedSlices(), 1000)
+    found = examine_slice(path, ExpectedSlices(), 1000)
     assert found.state == "wrong"
     assert str(path) in found.problem
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.doctor_cases import DOCKER0, facts
 from tpimpi.diagnostics.doctor.findings import Checkup, findings
-from tpimpi.diagnostics.doctor.rank_facts import Facts, LinkFacts, Slice
+from tpimpi.diagnostics.doctor.rank_facts import Facts, LinkFacts, SliceFacts
 from tpimpi.star import MpiLibrary, Ping
 from tpimpi.system.hostfile import Host
 from tpimpi.system.network import (
@@ -79,17 +79,17 @@ PIECES = "--mca btl_tcp_if_include 192.168.1.0/24 --prtemca prte_if_include 192.
         ),
         ({"disk_problem": "/cache: Permission denied"}, True, ["/cache: Permission denied", "TPIMPI_CACHE"]),
         (
-            {"slice": Slice("missing", "/cache/m/rank-1-of-2.h5", missing_bytes=5_000_000_000)},
+            {"slice": SliceFacts("missing", "/cache/m/rank-1-of-2.h5", missing_bytes=5_000_000_000)},
             False,
             ["5.00 GB of its slice are still to come", "tpimpi slice"],
         ),
         (
-            {"slice": Slice("missing", "/s/rank-1-of-2.h5")},
+            {"slice": SliceFacts("missing", "/s/rank-1-of-2.h5")},
             True,
             ["its slice /s/rank-1-of-2.h5 is missing", "slice --model PATH --out /s"],
         ),
-        ({"slice": Slice("wrong", "/s/x", "/s/x has format f32, rank 0 wants q4_0")}, True, ["rank 0 wants q4_0"]),
-        ({"disk_free": 1_000_000, "slice": Slice()}, False, ["only 1 MB of disk are free", "TPIMPI_CACHE"]),
+        ({"slice": SliceFacts("wrong", "/s/x", "/s/x has format f32, rank 0 wants q4_0")}, True, ["rank 0 wants q4_0"]),
+        ({"disk_free": 1_000_000, "slice": SliceFacts()}, False, ["only 1 MB of disk are free", "TPIMPI_CACHE"]),
     ],
 )
 def test_what_is_wrong_with_a_rank(values: dict[str, object], wrong: bool, pieces: list[str]) -> None:
@@ -130,14 +130,14 @@ def test_threads_are_the_cores_divided_among_those_who_use_them() -> None:
 
 
 def test_a_disk_without_room_for_the_slice() -> None:
-    missing = Slice("missing", "/cache/x", missing_bytes=5_000_000_000)
+    missing = SliceFacts("missing", "/cache/x", missing_bytes=5_000_000_000)
     found = said(facts("laptop"), facts("pi", disk_free=2_000_000_000, slice=missing))
     assert [wrong for wrong, _ in found] == [False, True]
     assert "2.00 GB of disk are free, its slices need 5.00 GB; free some in /cache" in found[1][1]
 
 
 def test_ranks_that_share_a_disk_need_room_for_both() -> None:
-    missing = Slice("missing", "/cache/x", missing_bytes=5_000_000_000)
+    missing = SliceFacts("missing", "/cache/x", missing_bytes=5_000_000_000)
     one = facts("pi", disk_free=8_000_000_000, slice=missing)
     assert any(wrong and "its slices need 10.00 GB" in text for wrong, text in said(one, one))
 

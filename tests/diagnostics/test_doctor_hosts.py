@@ -31,7 +31,7 @@ from tpimpi.diagnostics.doctor.host_findings import (
     remote_word,
     ssh_problem,
 )
-from tpimpi.diagnostics.doctor.hosts import tell
+from tpimpi.diagnostics.doctor.hosts import print_report
 from tpimpi.diagnostics.doctor.ssh import LocalFacts, local_facts, script
 from tpimpi.system.hostfile import Host
 from tpimpi.system.network import Interface
@@ -157,7 +157,7 @@ def test_a_word_behind_ssh_survives_both_shells(word: str) -> None:
 
 def test_the_next_command_is_quoted(capsys: pytest.CaptureFixture[str]) -> None:
     ok = HostChecks(DESKTOP)
-    assert tell("my home.txt", ours(python="/home/me/my venv/bin/python"), [ok]) == 0
+    assert print_report("my home.txt", ours(python="/home/me/my venv/bin/python"), [ok]) == 0
     said = capsys.readouterr().out
     assert "--hostfile 'my home.txt' '/home/me/my venv/bin/python' -m tpimpi doctor" in said
 
@@ -195,7 +195,7 @@ class Told:
     def __init__(self, back: str, /, **answers: object) -> None:
         self.back, self.own, self.token, self._answers = back, back.partition(":")[0], "token", answers
 
-    def told(self, name: str, seconds: float) -> object:
+    def receive(self, name: str, seconds: float) -> object:
         return self._answers.get(name)
 
 

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from tests.support.launch import Result
 from tests.support.messages import assert_one_line
 from tpimpi.diagnostics.doctor.host_findings import HostChecks
-from tpimpi.diagnostics.doctor.hosts import tell
+from tpimpi.diagnostics.doctor.hosts import print_report
 from tpimpi.diagnostics.doctor.keys import check_keys
 from tpimpi.diagnostics.doctor.ssh import local_facts
 from tpimpi.errors import InputError, StorageError
@@ -252,7 +252,7 @@ def test_a_host_that_says_no_day_is_one_that_is_wrong(tmp_path: Path, made: str)
 def test_a_terminal_obeys_nothing_that_a_host_says(capsys: pytest.CaptureFixture[str]) -> None:
     one = HostChecks(Host("a", "a"), here=False, facts={})
     one.add("keys", "wrong", "in \x1b[2J\x9b2J/home\nok  all is well")
-    tell("home.txt", local_facts(), [one])
+    print_report("home.txt", local_facts(), [one])
     out = capsys.readouterr().out
     assert "in \\x1b[2J\\x9b2J/home ok all is well\n" in out
     assert not [c for c in out if c != "\n" and not c.isprintable()]

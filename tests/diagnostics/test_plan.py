@@ -51,11 +51,15 @@ def test_what_was_found_becomes_lines() -> None:
     fast, slow = measured.ranks
     assert fast.token.wall.fixed == pytest.approx(1e-3)
     assert fast.token.wall.per_byte * 8 * MB == pytest.approx(2e-3)
-    assert slow.token.cpu.at(8 * MB) == pytest.approx(6e-3) and slow.token.cpu.at(2 * MB) == pytest.approx(3e-3)
-    assert fast.chunk.wall.at(5 * MB) == pytest.approx(15e-3)
+    assert slow.token.cpu.seconds(8 * MB) == pytest.approx(6e-3) and slow.token.cpu.seconds(2 * MB) == pytest.approx(
+        3e-3
+    )
+    assert fast.chunk.wall.seconds(5 * MB) == pytest.approx(15e-3)
     assert measured.allreduce_s == pytest.approx(1e-3)
     assert measured.allreduce_chunk_s == pytest.approx(3e-3)
-    assert measured.head.at(20 * MB) == pytest.approx(4e-3) and measured.head_cpu.at(20 * MB) == pytest.approx(2e-3)
+    assert measured.head.seconds(20 * MB) == pytest.approx(4e-3) and measured.head_cpu.seconds(
+        20 * MB
+    ) == pytest.approx(2e-3)
     assert fast.places == (Place("", 1000, 500), Place("job", 700, 700))
     assert (slow.host, slow.processors, slow.base, slow.threads) == ("host1", 1.5, 80 * MB, 2)
 

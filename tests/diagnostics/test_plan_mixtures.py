@@ -39,7 +39,7 @@ MIXTURE = dataclasses.replace(
     expert_intermediate=512,
     dense_layers=(0,),
 )
-MIXED = dataclasses.replace(WORKLOAD, config=MIXTURE, formats=ModelFormats.of_model("bf16", MIXTURE))
+MIXED = dataclasses.replace(WORKLOAD, config=MIXTURE, formats=ModelFormats.for_model("bf16", MIXTURE))
 TOKEN = 10 * ATTN + MLP + 9 * 2 * EXPERT  # bytes that a token goes through in the layers
 
 
@@ -51,7 +51,7 @@ def with_memory(*sizes: int) -> object:
 
 
 def test_a_token_goes_through_the_experts_that_it_chooses() -> None:
-    load = Loads(MIXTURE, MIXED.formats).of(make_partition(MIXTURE, [1.0]).shares[0], 0)
+    load = Loads(MIXTURE, MIXED.formats).load(make_partition(MIXTURE, [1.0]).shares[0], 0)
     assert load.layers == (LayerLoad(1, ATTN, MLP), LayerLoad(9, ATTN, 0, EXPERT))
     assert (load.tiles, load.chosen_bytes, load.token) == (10 * ATTN + MLP + HEAD, 18 * EXPERT, TOKEN + HEAD)
     assert load.expert_count == 9 * 16
@@ -62,10 +62,10 @@ def test_loads_are_what_the_slices_hold(kind: str) -> None:
     """With layers that are dense, shared experts, biases; and ranks without a column of an expert."""
     model_type, changes = TINY[kind]
     config = config_from_hf({"model_type": model_type, "hidden_act": "silu", **TINY_SMALL, **changes}, kind)
-    formats = ModelFormats.of_model("q8_0", config)
+    formats = ModelFormats.for_model("q8_0", config)
     for weights in ([1.0], [1.0, 1.0], [3.0, 2.0, 1.0, 0.0]):
         for rank, share in enumerate(make_partition(config, weights).shares):
-            load = Loads(config, formats).of(share, rank)
+            load = Loads(config, formats).load(share, rank)
             records = list(slice_records(config, share, rank, formats, {}))
             kinds = ("qkv", "attn", "mlp", "head")
             assert load.tiles == sum(record.nbytes for record in records if record.block.kind in kinds)
@@ -134,7 +134,7 @@ def test_ranks_read_their_columns() -> None:
 def test_shares_leave_rank_0_room_for_the_head() -> None:
     """The head, 160 MB, takes the place of a third of rank 0's experts; a smaller share of them makes up for that."""
     config = dataclasses.replace(MIXTURE, vocab=80_000)
-    workload = dataclasses.replace(MIXED, config=config, memory=(GB,), formats=ModelFormats.of_model("bf16", config))
+    workload = dataclasses.replace(MIXED, config=config, memory=(GB,), formats=ModelFormats.for_model("bf16", config))
     needed = predictor(speed(), speed(), workload=workload).predict([1, 1]).memory[1]
     tight = dataclasses.replace(workload, memory=(needed - 72 * EXPERT // 2,))
     ranks = [speed(disk_bytes_per_s=30e6)] * 2

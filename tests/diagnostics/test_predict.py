@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 
@@ -26,15 +27,15 @@ ATTN, MLP, HEAD = 4 * 1024 * 1024 * 2, 3 * 1024 * 2048 * 2, 4096 * 1024 * 2  # b
 
 
 def test_a_line_goes_through_both_points() -> None:
-    line = LinearCost.through((100, 3.0), (300, 7.0))
+    line = LinearCost.fit((100, 3.0), (300, 7.0))
     assert (line.fixed, line.per_byte) == (1.0, 0.02)
-    assert LinearCost.through((300, 7.0), (100, 3.0)) == line
+    assert LinearCost.fit((300, 7.0), (100, 3.0)) == line
 
 
 def test_a_line_is_never_negative() -> None:
-    assert LinearCost.through((100, 1.0), (300, 6.0)) == LinearCost(0.0, 0.02)  # it would begin at -1.5
-    assert LinearCost.through((100, 5.0), (300, 3.0)) == LinearCost(4.0, 0.0)
-    assert LinearCost.through((100, 5.0), (100, 3.0)) == LinearCost(4.0, 0.0)
+    assert LinearCost.fit((100, 1.0), (300, 6.0)) == LinearCost(0.0, 0.02)  # it would begin at -1.5
+    assert LinearCost.fit((100, 5.0), (300, 3.0)) == LinearCost(4.0, 0.0)
+    assert LinearCost.fit((100, 5.0), (100, 3.0)) == LinearCost(4.0, 0.0)
 
 
 # What a rank has to go through
@@ -46,7 +47,7 @@ def test_loads_are_what_the_slices_hold(weights: list[float], fmt: str) -> None:
     formats = ModelFormats.of(fmt, CONFIG.layers)
     plan = make_partition(CONFIG, weights)
     for rank, share in enumerate(plan.shares):
-        load = Loads(CONFIG, formats).of(share, rank)
+        load = Loads(CONFIG, formats).load(share, rank)
         records = [
             r for r in slice_records(CONFIG, share, rank, formats, {}) if r.block.kind in ("attn", "mlp", "head")
         ]
@@ -56,7 +57,7 @@ def test_loads_are_what_the_slices_hold(weights: list[float], fmt: str) -> None:
 
 def test_layers_of_different_formats_are_counted_each() -> None:
     mixed = ModelFormats((*FORMATS.layers[:7], *ModelFormats.of("f32", 3).layers), "bf16", "bf16")
-    load = Loads(CONFIG, mixed).of(make_partition(CONFIG, [1.0]).shares[0], 0)
+    load = Loads(CONFIG, mixed).load(make_partition(CONFIG, [1.0]).shares[0], 0)
     assert load.layers == (LayerLoad(7, ATTN, MLP), LayerLoad(3, 2 * ATTN, 2 * MLP))
 
 
@@ -83,6 +84,34 @@ def test_each_block_waits_for_its_slowest_rank_and_an_allreduce() -> None:
     # The allreduces of a chunk were measured to take three times as long.
     slowest = [max(4 * 0.75 * size / GB, 4 * (0.25 * 3 * size / GB + 0.001)) for size in (ATTN, MLP)]
     assert found.first_token_s == pytest.approx(10 * sum(slowest) + 0.003 * 20.5)
+
+
+@pytest.mark.parametrize(
+    ("more", "sums", "small"),
+    [
+        ({"parallel_blocks": True}, 10, 0),  # one sum a layer
+        (
+            {"qk_norm": True, "qk_norm_over_all": True},
+            20,
+            10,
+        ),  # and one of two numbers a position, however many there are
+    ],
+    ids=["parallel", "normed over all heads"],
+)
+def test_the_star_makes_the_sums_that_a_layer_has(more: dict[str, Any], sums: int, small: int) -> None:
+    workload = dataclasses.replace(WORKLOAD, config=dataclasses.replace(CONFIG, **more))
+    found = predictor(speed(1.0), speed(1.0), allreduce=0.001, workload=workload).predict([1.0, 1.0])
+    assert found.star_s == pytest.approx(0.001 * (sums + small + 0.5))
+    star_of_chunk = found.first_token_s - 4 * found.compute_s  # 16 positions take four times as long to compute
+    assert star_of_chunk == pytest.approx(0.003 * (sums + 0.5) + 0.001 * small)
+
+
+def test_no_rank_waits_between_parallel_blocks() -> None:
+    """The first rank takes longer for attention, by its fixed part, the second for the MLP: they meet afterwards."""
+    workload = dataclasses.replace(WORKLOAD, config=dataclasses.replace(CONFIG, parallel_blocks=True))
+    found = predictor(speed(1.0, 0.02), speed(3.0), workload=workload).predict([1.0, 1.0])
+    layer = (ATTN + MLP) / 2 / GB
+    assert found.compute_s == pytest.approx(10 * max(0.02 + layer, 3 * layer))
 
 
 def test_the_star_limits_where_it_takes_more_than_all_else() -> None:

@@ -170,7 +170,7 @@ def test_a_flipped_bit_of_a_pinned_tile_is_noticed(folder: Path) -> None:
         for block in order:
             for _ in window.tiles(block):
                 pass
-        tiles = [tile for block in order for tile in window.hold(block) or []]
+        tiles = [tile for block in order for tile in window.pinned_tiles(block) or []]
         assert len(tiles) == window._cycle.count
         for _ in range(2 * len(tiles)):
             assert window.check_next_pinned()
@@ -202,7 +202,7 @@ def test_tiles_out_of_turn_are_those_of_the_file(folder: Path) -> None:
                     assert _same(tile, expected[tile.record.path])
                 before = window.turn
                 for other in order:
-                    again = [_same(tile, expected[tile.record.path]) for tile in window.again(other)]
+                    again = [_same(tile, expected[tile.record.path]) for tile in window.tiles_out_of_turn(other)]
                     assert all(again) and len(again) == window.count(other)
                 assert window.turn == before
         finally:

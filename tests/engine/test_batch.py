@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.support.drawn import examples
 from tpimpi.engine.batch import PADDED_WORDS, pack_rows, unpack_rows
-from tpimpi.engine.protocol import batch
+from tpimpi.engine.protocol import step
 from tpimpi.errors import StarError
 from tpimpi.models.kv.cache import PAGE, StepRows
 from tpimpi.models.kv.pages import PageAccount, SequencePages, rows_of
@@ -71,7 +71,7 @@ def test_what_makes_no_sense_is_refused() -> None:
 class Recorded:
     """A star whose control messages are kept, and a model that computes nothing."""
 
-    choices = 0
+    routing_hash = 0
     sealed = "sealed"
     auditor = None
 
@@ -96,5 +96,5 @@ def test_over_sealed_links_no_step_of_an_answer_tells_where_it_is_in_its_pages()
     for length in range(1, 10 * PAGE):
         assert sequence.grow(length)
         rows = rows_of([sequence], [(length - 1, 1)])
-        batch(run, run, np.zeros((1, 4), np.float32), rows)  # type: ignore[arg-type]
+        step(run, run, np.zeros((1, 4), np.float32), rows)  # type: ignore[arg-type]
     assert len(set(run.lengths)) == 1

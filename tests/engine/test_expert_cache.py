@@ -120,11 +120,11 @@ def test_any_cache_gives_the_same_tiles_in_the_order_asked_for(file: SliceFile) 
         for _ in range(60):
             layer = dice.choice(LAYERS)
             if dice.random() < 0.5:
-                cache.expect(layer, dice.sample(range(EXPERTS), dice.randrange(1, EXPERTS)))
+                cache.prefetch(layer, dice.sample(range(EXPERTS), dice.randrange(1, EXPERTS)))
             wanted = dice.sample(range(EXPERTS), dice.randrange(1, EXPERTS + 1))
             cache.begin(layer, wanted)
             for _ in range(dice.randrange(3)):
-                cache.expect(dice.choice(LAYERS), dice.sample(range(EXPERTS), dice.randrange(1, EXPERTS)))
+                cache.prefetch(dice.choice(LAYERS), dice.sample(range(EXPERTS), dice.randrange(1, EXPERTS)))
             assert _taken(cache) == [(expert, expected[layer, expert]) for expert in wanted]
             assert cache.held_bytes <= cache.limit_bytes
             if dice.random() < 0.2 and places:
@@ -152,7 +152,7 @@ def test_what_is_in_memory_is_not_read_again(file: SliceFile) -> None:
 
 def test_what_is_expected_is_there_when_it_is_wanted(file: SliceFile) -> None:
     cache = _cache(file, 6)
-    cache.expect(2, [4, 7])
+    cache.prefetch(2, [4, 7])
     _until(lambda: cache.figures.bytes_read == 2 * cache.slot_bytes, cache)
     before = cache.wait_seconds
     _take(cache, 2, [4])
@@ -168,8 +168,8 @@ def test_a_better_guess_takes_the_place_of_an_earlier_one(file: SliceFile, monke
     cache, disk = _cache(file, 8, reads=1), _SlowDisk(file, monkeypatch)
     cache.begin(0, [0])
     assert disk.begun.wait(20)
-    cache.expect(2, [5, 7])
-    cache.expect(2, [4, 7])
+    cache.prefetch(2, [5, 7])
+    cache.prefetch(2, [4, 7])
     disk.go_on.set()
     _taken(cache)
     _until(lambda: cache.figures.bytes_read == 3 * cache.slot_bytes, cache)
@@ -198,7 +198,7 @@ def test_what_was_expected_wrongly_gives_way_to_what_is_wanted(
 ) -> None:
     """While the disk is at the first that was expected, the block wants another: the rest is not read any more."""
     cache, disk = _cache(file, 8, reads=1), _SlowDisk(file, monkeypatch)
-    cache.expect(0, [0, 1, 2, 3])
+    cache.prefetch(0, [0, 1, 2, 3])
     assert disk.begun.wait(20)
     threading.Timer(0.05, disk.go_on.set).start()
     assert [expert for expert, _ in _take(cache, 0, [6, 7])] == [6, 7]

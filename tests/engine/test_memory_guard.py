@@ -14,7 +14,7 @@ from tests.support.tiny_models import write_tiny_hf
 from tpimpi.engine import memory_guard as keeping
 from tpimpi.engine.budget import RESERVE_BYTES
 from tpimpi.engine.cycle import records_of
-from tpimpi.engine.memory_guard import STALL_REPORT_S, MemoryGuard, Timeline
+from tpimpi.engine.memory_guard import STALL_REPORT_S, MemoryGuard, MemoryTimeline
 from tpimpi.engine.model import block_order
 from tpimpi.engine.ring import ring_bytes
 from tpimpi.engine.window import Window
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.alone
 
 def test_each_of_several_ranks_gives_its_part(case: Callable[..., Case]) -> None:
     c = case(20)
-    guard = c.keep(promise=None, shared_by=3)
+    guard = c.keep(promise=None, watched_by=3)
     c.free = 0
     guard.look(0.0)
     assert c.pinned == [200]
@@ -48,7 +48,7 @@ def test_each_of_several_ranks_gives_its_part(case: Callable[..., Case]) -> None
 
 def test_no_rank_takes_all_the_room_of_a_host(case: Callable[..., Case]) -> None:
     c = case(100)
-    guard = c.keep(promise=None, shared_by=2)
+    guard = c.keep(promise=None, watched_by=2)
     c.free = -1600
     guard.look(0.0)
     assert c.wanted == [200]
@@ -60,7 +60,7 @@ def test_no_rank_takes_all_the_room_of_a_host(case: Callable[..., Case]) -> None
 
 def test_both_bounds_hold(case: Callable[..., Case]) -> None:
     c = case(20)
-    guard = c.keep(promise=RESERVE_BYTES + BASE + 150, shared_by=1)
+    guard = c.keep(promise=RESERVE_BYTES + BASE + 150, watched_by=1)
     c.free = 10**9
     guard.look(0.0)
     assert c.pinned == [150]
@@ -132,7 +132,7 @@ def test_a_real_window_gives_back_and_takes_again(file: SliceFile, monkeypatch: 
 
 @pytest.mark.parametrize("count", [1, 400, 401, 402, 1000, 50_000])
 def test_a_timeline_is_thinned_evenly(count: int) -> None:
-    timeline = Timeline()
+    timeline = MemoryTimeline()
     step = 0.1001
     for number in range(count):
         timeline.add(100 + number * step, number, 2 * number, 3)
@@ -149,7 +149,7 @@ def test_a_timeline_is_thinned_evenly(count: int) -> None:
 
 
 def test_points_that_are_too_near_are_left_out() -> None:
-    timeline = Timeline()
+    timeline = MemoryTimeline()
     for now in (1.0, 1.01, 1.09, 1.11, 1.2, 1.22):
         timeline.add(now, 1, 2, 3)
     assert [point[0] for point in timeline.points] == [1.0, 1.11, 1.22]

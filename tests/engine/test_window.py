@@ -62,7 +62,7 @@ def _token(window: Window, order: list[Block], *, skip_head: bool = False, hold:
     for block in order:
         if block == HEAD and skip_head:
             continue
-        held = window.hold(block) if hold else None
+        held = window.pinned_tiles(block) if hold else None
         if held is not None:
             time.sleep(0.0002)
         for tile in window.tiles(block) if held is None else held:
@@ -117,7 +117,7 @@ def test_it_never_reads_further_ahead_than_its_blocks(file: SliceFile, blocks: i
         while not made:
             time.sleep(0.001)
         queue, cycle = made[0]._queue, made[0]._cycle
-        turns_of_cycles, index = divmod(queue.use, cycle.count)
+        turns_of_cycles, index = divmod(queue.turn, cycle.count)
         furthest.append(turn - (turns_of_cycles * len(order) + cycle.block_of[index]))
         return original(record, piece, buffer)
 
@@ -132,7 +132,7 @@ def test_it_never_reads_further_ahead_than_its_blocks(file: SliceFile, blocks: i
                     time.sleep(0.001)
     window.close()
     assert max(furthest) == blocks - 1, "the block in use counts as one"
-    assert window.most_bytes <= window.ring_bytes < _sizes(file)[0]
+    assert window.peak_bytes <= window.ring_bytes < _sizes(file)[0]
 
 
 @pytest.mark.parametrize("blocks", [1, 0, -3])
@@ -230,7 +230,7 @@ def test_no_more_memory_is_taken_than_was_given(file: SliceFile) -> None:
         _token(window, order)
     assert window.pinned_bytes <= total // 2
     assert window.buffer_bytes <= window.ring_bytes == 2 * largest
-    assert window.most_bytes <= total // 2 + 2 * largest
+    assert window.peak_bytes <= total // 2 + 2 * largest
     window.close()
 
 
@@ -285,7 +285,7 @@ def test_the_tiles_of_a_block_are_held_together_where_they_are_pinned(tmp_path: 
     assert _token(window, order) == expected
     for block in (order[1], HEAD):
         records = records_of(file, [block])
-        tiles = window.hold(block)
+        tiles = window.pinned_tiles(block)
         assert tiles is not None and [tile.record for tile in tiles] == records
         window.pin_at_most(0)
         assert [_bytes(tile) for tile in tiles] == [expected[record.path] for record in records], "given back in use"
@@ -297,7 +297,7 @@ def test_the_tiles_of_a_block_are_held_together_where_they_are_pinned(tmp_path: 
     window.close()
     window = Window(file, order, pinned_bytes=0)
     assert _token(window, order) == expected
-    assert window.hold(order[1]) is None
+    assert window.pinned_tiles(order[1]) is None
     window.close()
     file.close()
 

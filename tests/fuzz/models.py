@@ -12,7 +12,7 @@ from tests.fuzz import seeds
 from tests.fuzz.mutate import files_in, joined, mutate_bytes, mutate_files, mutate_json
 from tests.fuzz.target import Target, folder, written
 from tpimpi.models.config import ModelConfig
-from tpimpi.models.config_hf import config_from_hf, hf_next_token_layers, is_multimodal
+from tpimpi.models.config_hf import config_from_hf, hf_mtp_layers, is_multimodal
 from tpimpi.models.tensors import model_tensors
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.weights.slices.layout import slice_records
@@ -42,7 +42,7 @@ def _make(config: ModelConfig) -> None:
     if config.layers > 64 or config.experts > 512:
         return  # as many tensors as it says there are, which files would have to hold
     model_tensors(config)
-    partition, formats = make_partition(config, [2.0, 1.0]), ModelFormats.of_model("q4_0", config)
+    partition, formats = make_partition(config, [2.0, 1.0]), ModelFormats.for_model("q4_0", config)
     for rank, share in enumerate(partition.shares):
         for record in itertools.islice(slice_records(config, share, rank, formats, {}), _MOST_RECORDS):
             assert record.nbytes >= 0
@@ -146,7 +146,7 @@ def _config(data: bytes) -> None:
     except (ValueError, RecursionError):
         return
     config = config_from_hf(values, "config.json")
-    hf_next_token_layers(values, "config.json")
+    hf_mtp_layers(values, "config.json")
     is_multimodal(values)
     _make(config)
 

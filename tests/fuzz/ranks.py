@@ -126,7 +126,7 @@ class _Told(Star):
 class _Model:
     """Of a model what a step asks for; it looks whether it was to be asked for that."""
 
-    choices, context, has_one_sequence = 0, _CONTEXT, True
+    routing_hash, context, has_one_sequence = 0, _CONTEXT, True
     config = SimpleNamespace(hidden=_HIDDEN, qk_norm_over_all=False, layer=lambda _: SimpleNamespace(parallel=False))
     blocks = (Block("attn", 0), Block("mlp", 0))
     cache: Any = SimpleNamespace(pages=_PAGES)
@@ -171,8 +171,8 @@ def _step_seeds() -> list[bytes]:
         [StepHeader(Operation.BEGIN, 64, 0).pack()],
         [StepHeader(Operation.FORWARD, 3, 2).pack()],
         [StepHeader(Operation.PAGES, 128).pack(), np.array([8, 4, 100], np.int64)],
-        [StepHeader(Operation.BATCH, 3).pack(), words],
-        [StepHeader(Operation.PROMPT_BATCH, 3).pack(), pack_rows(_rows(), PADDED_WORDS)],
+        [StepHeader(Operation.STEP, 3).pack(), words],
+        [StepHeader(Operation.PROMPT_STEP, 3).pack(), pack_rows(_rows(), PADDED_WORDS)],
         [StepHeader(Operation.RELEASE, 1).pack(), np.array([1, 2], np.int64)],
         [StepHeader(Operation.AUDIT).pack(), np.array([0, 0], np.int64), pack_rows(one_row(_rows(), 2))],
     ]

@@ -50,7 +50,7 @@ def test_link_keys_that_are_no_text_are_refused() -> None:
 def test_a_deep_note_is_nonsense(depth: int) -> None:
     """In a field of any type, which is understood and then looked through for unknown fields."""
     shape = config()
-    formats = ModelFormats.of_model("q4_0", shape)
+    formats = ModelFormats.for_model("q4_0", shape)
     note: dict[str, Any] = {"task": "distribute slices", "model": "m", "fingerprint": "f", "config": shape.to_dict()}
     note |= {"formats": formats.to_dict(), "weights": [1], "folder": None, "cache_name": "c", "verify": False}
     text = json.dumps({**note, "config": {"a": "@"}}).replace('"@"', '{"a":' * depth + "1" + "}" * depth)
@@ -61,7 +61,7 @@ def test_a_deep_note_is_nonsense(depth: int) -> None:
 
 
 @pytest.mark.parametrize("positions", [1 << 28, 1 << 40, 1 << 62])
-@pytest.mark.parametrize("operation", [Operation.FORWARD, Operation.BATCH, Operation.PAGES])
+@pytest.mark.parametrize("operation", [Operation.FORWARD, Operation.STEP, Operation.PAGES])
 def test_no_memory_is_taken_for_a_step_that_makes_no_sense(operation: Operation, positions: int) -> None:
     words = [MAGIC, operation, positions, 0, 0]
     if operation == Operation.PAGES:
@@ -87,7 +87,7 @@ def test_tiles_that_a_slice_has_not_cannot_be_missing(runs: list[tuple[int, int]
 def test_a_plan_of_slices_that_makes_no_sense_is_refused(change: dict[str, Any]) -> None:
     """Formats that lack one that the config needs were an internal error, and so were others."""
     shape = config()
-    formats: Any = ModelFormats.of_model("q4_0", shape).to_dict()
+    formats: Any = ModelFormats.for_model("q4_0", shape).to_dict()
     kept = [[count, {part: fmt for part, fmt in of.items() if part != "v"}] for count, of in formats["layers"]]
     note = DistributeSlices("m", "f", shape.to_dict(), {**formats, "layers": kept}, [1], None, "c", False)
     for one in (note, msgspec.structs.replace(note, **{"formats": formats, **change})):

@@ -77,7 +77,7 @@ def test_names_in_gguf_files_are_those_of_the_gguf_package(name: str) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_family_has_the_matrices_that_formats_are_chosen_for(name: str) -> None:
-    layer = ARCHITECTURES[name].layer
+    layer = ARCHITECTURES[name].layer_tensors
     parts = {spec.part: spec for spec in layer}
     # A part of several may be in dense layers one tensor, in those with experts another.
     assert len({(spec.part, spec.layers) for spec in layer}) == len(layer)

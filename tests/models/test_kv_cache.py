@@ -8,12 +8,12 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from gguf.quants import quantize as gguf_quantize
 
-from tpimpi.compute.backends.reference import NumpyTwin
+from tpimpi.compute.backends.reference import NumpyBackend
 from tpimpi.compute.kv import to_f16, to_q8_0, widened
 from tpimpi.errors import InputError
-from tpimpi.models.kv.cache import FULL, KINDS, PAGE, WINDOWED, KVCache, KVShape, StepRows, kv_format
+from tpimpi.models.kv.cache import FULL, KINDS, PAGE, WINDOWED, KVCache, KVShape, StepRows, resolve_kv_format
 
-TWIN = NumpyTwin(1)
+TWIN = NumpyBackend(1)
 
 
 @pytest.mark.parametrize("fmt", ["f32", "f16", "q8_0"])
@@ -25,16 +25,16 @@ def test_reads_what_was_written_of_each_head_layer_and_position(fmt: str) -> Non
     rows = StepRows(np.array([0, 0, 0, 1, 1], np.int32), position, tables)
     k, v = random.standard_normal((2, 5, 3, 32), dtype=np.float32)  # [rows, heads, head_dim]
     for layer, kind in ((1, WINDOWED), (2, FULL)):
-        TWIN.store(cache.of(layer), rows.of(kind), 0, k[:, :1], v[:, :1])  # a tile with the first head
-        TWIN.store(cache.of(layer), rows.of(kind), 1, k[:, 1:], v[:, 1:])  # and one with the others
+        TWIN.store(cache.layer_pages(layer), rows.for_kind(kind), 0, k[:, :1], v[:, :1])  # a tile with the first head
+        TWIN.store(cache.layer_pages(layer), rows.for_kind(kind), 1, k[:, 1:], v[:, 1:])  # and one with the others
         places = tables[kind][rows.sequence, position // PAGE]
-        for pages, written in ((cache.of(layer).k, k), (cache.of(layer).v, v)):
+        for pages, written in ((cache.layer_pages(layer).k, k), (cache.layer_pages(layer).v, v)):
             found = widened(pages[places, :, position % PAGE])
             np.testing.assert_allclose(found, written, rtol={"f32": 0, "f16": 1e-3, "q8_0": 0}[fmt], atol=0.02)
             left = pages.copy()
             left[places, :, position % PAGE] = 0
             assert not left.any(), "another place was written to"
-    assert not cache.of(0).k.any() and not cache.of(0).v.any(), "another layer was written to"
+    assert not cache.layer_pages(0).k.any() and not cache.layer_pages(0).v.any(), "another layer was written to"
 
 
 def test_memory_is_taken_and_given_back_page_by_page() -> None:
@@ -43,18 +43,23 @@ def test_memory_is_taken_and_given_back_page_by_page() -> None:
     assert [shape.page_bytes(kind) for kind in KINDS] == [2 * 2 * 64 * 64 * 2, 2 * 2 * 2 * 64 * 64 * 2]
     assert shape.nbytes(PAGE + 1) == 2 * 3 * 2 * 2 * 64 * 64 * 2
     cache = KVCache(shape, [4, 4])
-    rows = StepRows.of_one(PAGE - 1, 2, [np.array([3, 1, -1], np.int32)] * 2)
+    rows = StepRows.of_sequence(PAGE - 1, 2, [np.array([3, 1, -1], np.int32)] * 2)
     one = np.ones((2, 2, 64), np.float32)
     for layer, kind in enumerate(shape.kinds):
-        TWIN.store(cache.of(layer), rows.of(kind), 0, one, one)
+        TWIN.store(cache.layer_pages(layer), rows.for_kind(kind), 0, one, one)
     cache.note_written(rows)
     assert cache.filled_bytes == shape.nbytes(2 * PAGE)
     cache.release(WINDOWED, [3])
     assert cache.filled_bytes == shape.nbytes(2 * PAGE) - shape.page_bytes(WINDOWED)
-    assert not cache.of(1).k[3].any() and cache.of(1).k[1].any() and cache.of(0).k[3].any()
+    assert not cache.layer_pages(1).k[3].any() and cache.layer_pages(1).k[1].any() and cache.layer_pages(0).k[3].any()
     larger = KVCache(shape, [9, 9])
     larger.take_over(cache, [[(3, 3), (1, 0)], [(1, 7)]])
-    assert not cache.filled_bytes and larger.of(2).v[7].any() and larger.of(0).k[3].any() and larger.of(0).k[0].any()
+    assert (
+        not cache.filled_bytes
+        and larger.layer_pages(2).v[7].any()
+        and larger.layer_pages(0).k[3].any()
+        and larger.layer_pages(0).k[0].any()
+    )
     assert larger.filled_bytes == 2 * shape.page_bytes(FULL) + shape.page_bytes(WINDOWED)
     assert KVShape(shape.kinds, 2, 64, "f16", 3).nbytes(9 * PAGE) == shape.nbytes_of([9, 3])
 
@@ -109,14 +114,16 @@ def test_a_longer_cache_takes_over_pages(fmt: str, page: int) -> None:
     shape = KVShape((FULL, FULL), 3, 4, fmt)
     short, long = KVCache(shape, [4, 4]), KVCache(shape, [6, 6])
     for layer in range(2):
-        for of in (short.of(layer).k, short.of(layer).v):
+        for of in (short.layer_pages(layer).k, short.layer_pages(layer).v):
             of[:] = random.standard_normal(of.shape)
-    before = [of.copy() for layer in range(2) for of in (short.of(layer).k[:page], short.of(layer).v[:page])]
+    before = [
+        of.copy() for layer in range(2) for of in (short.layer_pages(layer).k[:page], short.layer_pages(layer).v[:page])
+    ]
     long.take_over(short, [[(number, number) for number in range(page)]] * 2)
-    after = [of[:page] for layer in range(2) for of in (long.of(layer).k, long.of(layer).v)]
+    after = [of[:page] for layer in range(2) for of in (long.layer_pages(layer).k, long.layer_pages(layer).v)]
     for found, expected in zip(after, before, strict=True):
         np.testing.assert_array_equal(found, expected)
-    assert not long.of(0).k[page:].any() and short.of(0).k[page:].any()
+    assert not long.layer_pages(0).k[page:].any() and short.layer_pages(0).k[page:].any()
 
 
 def test_a_page_of_f16_takes_half_the_memory_and_one_of_q8_0_half_of_that() -> None:
@@ -137,10 +144,10 @@ def test_a_page_of_f16_takes_half_the_memory_and_one_of_q8_0_half_of_that() -> N
     ],
 )
 def test_the_format_that_kv_means(kv: str, formats: list[str], fmt: str) -> None:
-    assert kv_format(kv, formats, 64) == fmt
+    assert resolve_kv_format(kv, formats, 64) == fmt
 
 
 def test_heads_that_have_no_whole_blocks_are_refused() -> None:
-    assert kv_format("auto", ["f32"], 80) == "f32"
+    assert resolve_kv_format("auto", ["f32"], 80) == "f32"
     with pytest.raises(InputError, match="numbers by 32, and this model's heads have 80; give --kv f16"):
-        kv_format("q8_0", ["f32"], 80)
+        resolve_kv_format("q8_0", ["f32"], 80)

@@ -21,7 +21,7 @@ from tests.support.rope_oracle import check_angles_and_windows
 from tpimpi.errors import ModelError
 from tpimpi.models.architectures import ARCHITECTURES
 from tpimpi.models.config import ModelConfig
-from tpimpi.models.config_hf import config_from_hf, hf_next_token_layers, is_multimodal
+from tpimpi.models.config_hf import config_from_hf, hf_mtp_layers, is_multimodal
 from tpimpi.models.tensors import expected_tensors
 
 WHOLE = (
@@ -91,7 +91,7 @@ def test_mixtures() -> None:
     assert air.router_scoring == "sigmoid" and air.router_bias == "choice" and air.router_scale == 1.0
     assert air.dense_layers == (0,) and air.shared_intermediate == 1408 and air.rotary_dims == 64
     assert air.qkv_bias and not air.o_bias and not air.qk_norm and air.layers == 46
-    assert hf_next_token_layers(PUBLISHED["zai-org/GLM-4.5-Air"], "x") == 1
+    assert hf_mtp_layers(PUBLISHED["zai-org/GLM-4.5-Air"], "x") == 1
     olmoe = _ours("allenai/OLMoE-1B-7B-0924")
     assert olmoe.qk_norm_over_all and olmoe.pre_norms and not olmoe.router_normalized
     granite = _ours("ibm-granite/granite-3.1-3b-a800m-instruct")

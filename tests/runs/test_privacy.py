@@ -139,12 +139,12 @@ def test_a_batch_gives_nothing_away(mpirun: Launcher, cache: dict[str, str], smo
         assert leaks(rest, words, ids) == []
         for operation, data in steps:
             asked.add(operation)
-            if operation in (Operation.BATCH, Operation.PROMPT_BATCH):  # every number is used, or this raises
+            if operation in (Operation.STEP, Operation.PROMPT_STEP):  # every number is used, or this raises
                 rows = unpack_rows(np.frombuffer(data, "<i8"), [1000, 1000], 8192)
                 assert (np.diff(rows.position)[np.diff(rows.sequence) == 0] == 1).all()
             else:
                 assert len(data) == 24 or operation == Operation.RELEASE
-    assert asked >= {Operation.PAGES, Operation.BATCH}
+    assert asked >= {Operation.PAGES, Operation.STEP}
 
 
 @pytest.mark.slow

@@ -189,7 +189,7 @@ def test_ids_that_only_fill_the_table_are_never_sampled(
             return np.arange(485, dtype=np.float32)[None]  # the last is likeliest
 
     monkeypatch.setattr(generation, "begin", lambda *rest: None)
-    monkeypatch.setattr(generation, "step", lambda *rest, **named: np.zeros((1, 2), np.float32))
+    monkeypatch.setattr(generation, "forward", lambda *rest, **named: np.zeros((1, 2), np.float32))
     for sampler in (make_sampler(), make_sampler(temperature=100.0, seed=0)):
         made = generation.generate(
             *(Model(), None, lambda ids: np.zeros((1, 2), np.float32), [1], sampler),  # type: ignore[arg-type]

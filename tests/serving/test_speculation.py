@@ -229,7 +229,7 @@ class Twin:
 
     def __init__(self, vocab: int, order: int, seed: int, chunk: int) -> None:
         self.vocab, self.order, self.seed, self.chunk = vocab, order, seed, chunk
-        self.config, self.choices, self.recorder = SimpleNamespace(hidden=1), 0, None
+        self.config, self.routing_hash, self.recorder = SimpleNamespace(hidden=1), 0, None
         self.auditor = None
         self.cache: list[int] = []
         self.rows: list[int] = []  # of each step

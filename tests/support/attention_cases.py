@@ -7,7 +7,7 @@ import numpy as np
 from tests.support.kernel_cases import ATTENTION, EPS, STORE, TWIN, Case, same_bits, within
 from tests.support.kv import paged
 from tpimpi.compute.attention import AttentionSpec
-from tpimpi.compute.kv import CACHED_FORMATS, KVPages, Rows, row_of, stored
+from tpimpi.compute.kv import CACHED_FORMATS, KVPages, Rows, row_layout, stored
 
 NOTHING = np.zeros(0, np.float32)
 Runs = list[tuple[int, int]]  # of each sequence: its first row's position, and how many rows it has
@@ -29,7 +29,7 @@ def attention_case(
     sinks: np.ndarray = NOTHING,
 ) -> Case:
     """Beyond the positions that are there pages hold NaN, as do those before the pages that a window sees."""
-    kv_heads, like = max(q_to_kv) + 1, np.zeros(0, row_of(fmt, head_dim)[0])
+    kv_heads, like = max(q_to_kv) + 1, np.zeros(0, row_layout(fmt, head_dim)[0])
     sequences = []
     for start, n in runs:
         k, v = random.standard_normal((2, kv_heads, start + n, head_dim), dtype=np.float32)
@@ -64,7 +64,7 @@ def case_of(
     with np.errstate(all="ignore"):
         expected = TWIN.attention(q, kv, rows, tuple(q_to_kv), spec, sinks if sinks.size else None)
     fmt = {"uint8": 2, "float16": 1, "float32": 0}[kv.k.dtype.name]
-    form = [fmt, kv.head_dim, kv.page, kv.k.strides[0], kv.k.strides[1]]
+    form = [fmt, kv.head_dim, kv.page_size, kv.k.strides[0], kv.k.strides[1]]
     parameters = [*form, len(q), rows.tables.shape[1], len(q_to_kv), spec.window, parts]
     arrays = [q, kv.k, kv.v, np.array(q_to_kv, np.int64), np.array([spec.scale, spec.softcap], np.float32), sinks]
     arrays += [rows.sequence, rows.position, rows.tables]
@@ -157,7 +157,7 @@ def store_cases(random: np.random.Generator) -> list[Case]:
             x[0] = 0
             x[1:22, 1] = hostile
             x[30], x[31] = np.float32(2**-24), np.linspace(-1, 1, head_dim, dtype=np.float32)
-            dtype, row = row_of(fmt, head_dim)
+            dtype, row = row_layout(fmt, head_dim)
             size, stride = row * dtype.itemsize, row * dtype.itemsize + 4
             with np.errstate(invalid="ignore", over="ignore"):
                 of = stored(x, np.zeros(0, dtype))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tpimpi.diagnostics.doctor.rank_facts import Facts, Slice
+from tpimpi.diagnostics.doctor.rank_facts import Facts, SliceFacts
 from tpimpi.star import MpiLibrary
 from tpimpi.system.network import (
     Interface,
@@ -34,7 +34,7 @@ def facts(host: str, **values: object) -> Facts:
         folder="/cache",
         disk_free=100_000_000_000,
         disk_rate=1e9,
-        slice=Slice("here", "/cache/x", missing_bytes=0),
+        slice=SliceFacts("here", "/cache/x", missing_bytes=0),
         interfaces=[Interface("eth0", "cable", (f"192.168.1.{number}/24",)), DOCKER0],
     )
     return replace(usual, **values)  # type: ignore[arg-type]

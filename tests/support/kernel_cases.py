@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tpimpi.compute.backends.reference import NumpyTwin
+from tpimpi.compute.backends.reference import NumpyBackend
 
-TWIN = NumpyTwin(1)
+TWIN = NumpyBackend(1)
 LINEAR, RMS_NORM, FIXED_RMS_NORM, ROPE, SWIGLU, GEGLU, ATTENTION, QUANTIZE, READ, PACK, ROUTE, CLAMPED_SWIGLU = range(
     12
 )

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tpimpi.compute.kv import LEAST_PAGE, KVPages, Rows
+from tpimpi.compute.kv import KVPages, Rows
+
+DEFAULT_PAGE = 16  # positions
 
 
 def paged(
     sequences: Sequence[tuple[np.ndarray, np.ndarray]],
-    page: int = LEAST_PAGE,
+    page: int = DEFAULT_PAGE,
     seed: int = 0,
     head_dim: int | None = None,
 ) -> tuple[KVPages, np.ndarray]:
@@ -34,7 +36,7 @@ def paged(
     return KVPages(both[0], both[1], row if head_dim is None else head_dim), tables
 
 
-def one(k: np.ndarray, v: np.ndarray, start: int, page: int = LEAST_PAGE, seed: int = 0) -> tuple[KVPages, Rows]:
+def one(k: np.ndarray, v: np.ndarray, start: int, page: int = DEFAULT_PAGE, seed: int = 0) -> tuple[KVPages, Rows]:
     """Pages of k and v [kv_heads, positions, head_dim], f32 or f16, and rows of its positions from `start`."""
     kv, tables = paged([(k, v)], page, seed)
     position = np.arange(start, k.shape[1], dtype=np.int32)

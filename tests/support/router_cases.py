@@ -83,9 +83,9 @@ def route_case(r: Routed, parts: int) -> Case:
         experts, weights = route(r.x, r.router, r.bias, spec)
         expected = np.concatenate([experts.ravel(), weights.ravel().view(np.int32)])
     except ValueError:
-        expected = np.full(2 * n * spec.chosen, -1, np.int32)
+        expected = np.full(2 * n * spec.top_k, -1, np.int32)
     bf16, sigmoid = r.router.dtype == np.uint16, spec.scoring == "sigmoid"
-    parameters = [n, r.x.shape[1], spec.experts, spec.chosen, int(bf16), int(sigmoid), int(spec.normalized)]
+    parameters = [n, r.x.shape[1], spec.experts, spec.top_k, int(bf16), int(sigmoid), int(spec.normalized)]
     parameters += [ROUTER_BIASES.index(spec.bias), parts]
     arrays = [r.x, r.router, np.zeros(0, np.float32) if r.bias is None else r.bias, np.float64(spec.scale)]
     name = f"route {spec} hidden={r.x.shape[1]} bf16={bf16}"

@@ -58,4 +58,4 @@ def write_config(folder: Path, kind: str = "llama", **changes: Any) -> Path:
 
 def made(config: Path, fmt: str = "q4_0", seed: int = 0) -> SyntheticSource:
     shape = load_shape(str(config))
-    return SyntheticSource(shape, ModelFormats.of_model(fmt, shape.config), seed)
+    return SyntheticSource(shape, ModelFormats.for_model(fmt, shape.config), seed)

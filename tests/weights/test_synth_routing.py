@@ -13,7 +13,7 @@ from bench.studies.routing_trace import make_trace
 from tests.support.synth_cases import Cli
 from tests.support.tiny_models import SMALL, TINY
 from tpimpi.cli.synth import SynthOptions, synthesize
-from tpimpi.compute.backends.reference import NumpyTwin
+from tpimpi.compute.backends.reference import NumpyBackend
 from tpimpi.engine.eviction import ExpertKey, LeastRecentlyUsed, Stalest, hit_rate
 from tpimpi.engine.expert_cache import ExpertCache
 from tpimpi.engine.experts import Experts
@@ -52,7 +52,7 @@ def test_experts_are_those_of_the_trace_from_its_beginning_again(shape: Path) ->
     records = {ExpertKey(record.block.layer, record.expert): record for record in file.records_of("experts")}
     cache = ExpertCache(file, records, nbytes=None, reads=1)
     resident = file.load(file.records_of("resident")[0]).parts
-    experts = Experts(file.header.config, resident, cache, NumpyTwin(1))
+    experts = Experts(file.header.config, resident, cache, NumpyBackend(1))
     h = np.random.default_rng(0).standard_normal((4, file.header.config.hidden)).astype(np.float32)
     np.testing.assert_array_equal(experts.route(h, 2, np.arange(3, 7, dtype=np.int32)).experts, trace[[3, 4, 0, 1], 2])
     assert experts.route(h, 0, np.arange(4, dtype=np.int32)).weights.sum(axis=1) == pytest.approx(np.ones(4), abs=1e-6)
@@ -64,7 +64,7 @@ def test_experts_are_those_of_the_trace_from_its_beginning_again(shape: Path) ->
 def test_the_stated_part_is_predicted_rightly(shape: Path, predicted: float) -> None:
     file = SliceFile(_synthesize(shape, _trace(), predicted=predicted))
     cache = ExpertCache(file, {}, nbytes=None, reads=1)
-    experts = Experts(file.header.config, file.load(file.records_of("resident")[0]).parts, cache, NumpyTwin(1))
+    experts = Experts(file.header.config, file.load(file.records_of("resident")[0]).parts, cache, NumpyBackend(1))
     right = [
         np.isin(experts._guesses(chosen, 0, start), chosen).mean()
         for start in range(400)

@@ -132,7 +132,7 @@ def random_blocks(kind: gguf.GGMLQuantizationType, rows: int, columns: int, seed
         weights, size = gguf.GGML_QUANT_SIZES[kind]
         blocks = dice.integers(0, 256, (rows, columns // weights, size), np.uint8)
         form = FORMATS.get(kind.name.lower())
-        for place in form.number_places if form else (0,):
+        for place in form.f16_offsets if form else (0,):
             blocks[:, :, place : place + 2] = np.frombuffer(np.float16(0.001).tobytes(), np.uint8)
         return blocks.reshape(rows, -1)
 

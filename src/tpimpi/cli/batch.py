@@ -52,7 +52,7 @@ def load_batch(star: Star, job: Job, ranks: Sequence[RankInfo], options: RunOpti
     if not output.quiet:
         leave_on_signals(lambda: remarks.batch_goes_on(whole - len(answers.left), whole))
     together = max(1, min(generate.parallel or DEFAULT_PARALLEL, len(answers.left)))
-    engine = open_engine(star, ranks, options, together=together)
+    engine = open_engine(star, ranks, options, parallel=together)
     answers.use_model(engine.header.fingerprint)
     tokenizer, tokenizer_bytes = load_tokenizer_of_slices(engine.file, template)
     conversation = Conversation.begin(engine.header, tokenizer, params)

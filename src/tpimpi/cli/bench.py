@@ -15,7 +15,7 @@ from tpimpi.cli.values import MOST_THREADS, count, path_given, seconds, some_of,
 from tpimpi.compute.backends import BACKEND_NAMES
 from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.diagnostics.bench.options import AllreduceBenchOptions, DiskBenchOptions, KernelBenchOptions
-from tpimpi.engine.ranks import greet
+from tpimpi.engine.ranks import gather_rank_infos
 from tpimpi.errors import InputError, shorten
 from tpimpi.star import ALGORITHMS, WIRES, Star
 from tpimpi.star.control import StopNote, send_note, stop_others_on_error
@@ -261,7 +261,7 @@ def bench_together(star: Star, job: Job) -> int:
     from tpimpi.diagnostics.bench import allreduce
 
     with stop_others_on_error(star):
-        hosts = [rank.host for rank in greet(star, job.arguments)]
+        hosts = [rank.host for rank in gather_rank_infos(star, job.arguments)]
         options = parse_bench(job.arguments[1:])
         assert isinstance(options, AllreduceBenchOptions)  # the others are done by a process alone
         allreduce.bench(options, star, hosts)

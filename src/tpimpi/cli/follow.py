@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing
 from tpimpi.engine.engine import OpenedEngine
 from tpimpi.engine.notes import OpenEngine, PlanMemory
 from tpimpi.engine.protocol import follow
-from tpimpi.engine.ranks import greet
+from tpimpi.engine.ranks import gather_rank_infos
 from tpimpi.engine.startup import open_engine, send_figures, slice_identity, take_allotment
 from tpimpi.errors import StarError
 from tpimpi.star import Star
@@ -66,7 +66,7 @@ def take_part(star: Star, arguments: Sequence[str]) -> None:
 
     `arguments` are this process's, of which rank 0 gets a hash. Raises Stopped where rank 0 ended the run before it began.
     """
-    greet(star, arguments, TASKS)
+    gather_rank_infos(star, arguments, TASKS)
     with ExitStack() as stack:
         engines: list[OpenedEngine] = []
         while not isinstance(note := receive_task(star, OpenEngine, PlanMemory), PlanMemory):

@@ -15,7 +15,7 @@ from tpimpi.engine import startup
 from tpimpi.engine.allotment import print_memory
 from tpimpi.engine.engine import EngineConfig
 from tpimpi.engine.rank_memory import RankMemory
-from tpimpi.engine.ranks import RankInfo, greet
+from tpimpi.engine.ranks import RankInfo, gather_rank_infos
 from tpimpi.serving.llm import load_tokenizer_of_slices
 from tpimpi.serving.perplexity import Measurement
 from tpimpi.star import Star
@@ -44,7 +44,7 @@ def perplexity(star: Star, job: Job) -> int:
 
 def load(star: Star, job: Job) -> tuple[PerplexityOptions, Measurement, RankMemory]:
     """All that comes before the first chunk. Raises InputError for what cannot be used."""
-    ranks = greet(star, job.arguments)
+    ranks = gather_rank_infos(star, job.arguments)
     options = parse_perplexity(job.arguments[1:])
     star.allow_silence(options.network.silence)
     text = read_text("the text", options.text)

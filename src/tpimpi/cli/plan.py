@@ -16,7 +16,7 @@ from tpimpi.cli.run_parser import MOST_PARALLEL, add_computing, add_shares
 from tpimpi.cli.values import AUTO, given_model, path_given, seconds, share_weights, whole_number
 from tpimpi.diagnostics.options import PlanOptions
 from tpimpi.diagnostics.planner.command import plan
-from tpimpi.engine.ranks import greet
+from tpimpi.engine.ranks import gather_rank_infos
 from tpimpi.errors import InputError
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.shapes import load_shape
@@ -27,7 +27,7 @@ from tpimpi.system.files import check_writable
 from tpimpi.weights.locations import model_path
 from tpimpi.weights.make import choose_formats, wanted_formats
 from tpimpi.weights.sources import open_source
-from tpimpi.weights.sources.synthetic import Trace, read_trace
+from tpimpi.weights.sources.synthetic import RoutingTrace, read_trace
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def parse_plan(arguments: Sequence[str]) -> tuple[PlanCommand, ComputeOptions, N
 def plan_together(star: Star, job: Job) -> int:
     """Rank 0 of `plan`; the other ranks measure when they are told to."""
     with stop_others_on_error(star):
-        ranks = greet(star, job.arguments)
+        ranks = gather_rank_infos(star, job.arguments)
         command, compute, network = parse_plan(job.arguments[1:])
         star.allow_silence(network.silence)
         config, formats, name = _planned_model(command)
@@ -149,7 +149,7 @@ def _plan_options(
     network: NetworkOptions,
     config: ModelConfig,
     formats: ModelFormats,
-    trace: Trace | None,
+    trace: RoutingTrace | None,
     ranks: int,
 ) -> PlanOptions:
     """For a model and so many ranks. Raises InputError where the options do not suit these."""

@@ -17,7 +17,7 @@ from tpimpi.diagnostics.options import MeasureOptions, Workload
 from tpimpi.engine import ranks as ranks_of_run
 from tpimpi.engine.budget import per_rank
 from tpimpi.engine.engine import DEFAULT_CONTEXT, EngineConfig
-from tpimpi.engine.eviction import Trace
+from tpimpi.engine.eviction import RoutingTrace
 from tpimpi.engine.overlap import largest_sum
 from tpimpi.engine.ranks import RankInfo
 from tpimpi.errors import SliceError
@@ -92,7 +92,7 @@ def prepare(
         cores_shared_by=ranks_of_run.cores_shared_by(ranks),
         memory=None if memory is None else per_rank(list(memory), len(ranks)),
         window=compute.window,
-        kv=compute.kv,
+        kv_format=compute.kv,
         trace=trace,
         kernels=compute.kernels,
         chunk=compute.prompt_chunk,
@@ -146,7 +146,7 @@ def workload(
     compute: ComputeOptions,
     context: int | None,
     prompt_tokens: int = PROMPT_TOKENS,
-    routing: Trace | None = None,
+    routing: RoutingTrace | None = None,
     parallel: int = 1,
     accepted: float | None = None,
 ) -> Workload:
@@ -157,7 +157,7 @@ def workload(
         context=min(context or DEFAULT_CONTEXT, config.context),
         prompt=min(prompt_tokens, config.context - 1),
         memory=compute.memory_sizes,
-        kv=compute.kv,
+        kv_format=compute.kv,
         window=compute.window,
         chunk=compute.prompt_chunk,
         routing=routing,

@@ -24,7 +24,7 @@ from tpimpi.engine import startup
 from tpimpi.engine.allotment import print_memory
 from tpimpi.engine.engine import Engine, OpenedEngine
 from tpimpi.engine.experts import Experts
-from tpimpi.engine.ranks import RankInfo, greet
+from tpimpi.engine.ranks import RankInfo, gather_rank_infos
 from tpimpi.engine.trace import RankTrace
 from tpimpi.errors import InputError
 from tpimpi.serving.conversation import Conversation, SamplingParams
@@ -45,7 +45,7 @@ AFTER_CTRL_C_S = 0.5  # Open MPI's launcher first ends standard input, then the 
 def run(star: Star, job: Job) -> int:
     """Rank 0 of a run. Returns its exit code."""
     with stop_others_on_error(star):
-        ranks = greet(star, job.arguments)
+        ranks = gather_rank_infos(star, job.arguments)
         options = parse_run(job.arguments)
         star.allow_silence(options.network.silence)
         if options.generate.batch_file is not None:
@@ -77,7 +77,7 @@ def run(star: Star, job: Job) -> int:
         )
     if output.record_routing is not None:
         with replacing(Path(output.record_routing), "--record-routing", private=True) as file:
-            np.save(file, experts_to_record(llm).recorded())
+            np.save(file, experts_to_record(llm).recorded_routing())
     write_what_was_measured(llm.report, llm.engine, traces, output)
     return code
 
@@ -126,7 +126,7 @@ def load(star: Star, job: Job, ranks: Sequence[RankInfo], options: RunOptions) -
     )
     job.at_end.callback(llm.close)
     if options.output.record_routing is not None:
-        experts_to_record(llm).record()
+        experts_to_record(llm).record_routing()
     report.prompt_chunk = engine.chunk
     first = llm.conversation.next_turn(prompt)  # is there still room?
     if not quiet:
@@ -135,7 +135,7 @@ def load(star: Star, job: Job, ranks: Sequence[RankInfo], options: RunOptions) -
 
 
 def open_engine(
-    star: Star, ranks: Sequence[RankInfo], options: RunOptions, *, draft: int | None = 0, together: int = 1
+    star: Star, ranks: Sequence[RankInfo], options: RunOptions, *, draft: int | None = 0, parallel: int = 1
 ) -> OpenedEngine:
     """The model that the options name, with slices on every rank, to answer so many prompts at once; see EngineConfig for
     `draft`."""
@@ -153,7 +153,7 @@ def open_engine(
         audit=settle_audit(options, ranks),
     )
     release_freed_memory()  # of the model's file
-    engine = startup.open_engines(star, replace(config, together=together))
+    engine = startup.open_engines(star, replace(config, parallel=parallel))
     try:
         remark = open_tile_copies(engine, options)
     except BaseException:

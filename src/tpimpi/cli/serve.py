@@ -15,7 +15,7 @@ from tpimpi.cli.serve_options import MOST_CONTEXT, front_options, listening, par
 from tpimpi.engine import startup
 from tpimpi.engine.allotment import print_memory
 from tpimpi.engine.needs import LONGEST_DRAFT
-from tpimpi.engine.ranks import RankInfo, greet
+from tpimpi.engine.ranks import RankInfo, gather_rank_infos
 from tpimpi.errors import InputError, LostError, as_ours
 from tpimpi.serving.batched import BatchedLLM, load_batched
 from tpimpi.serving.llm import load_tokenizer_of_slices
@@ -37,7 +37,7 @@ PROGRESS_INTERVAL_S = 0.5
 def serve(star: Star, job: Job) -> int:
     """Rank 0 of a server. Returns its exit code."""
     with stop_others_on_error(star):
-        ranks = greet(star, job.arguments)
+        ranks = gather_rank_infos(star, job.arguments)
         options = parse_serve(job.arguments[1:])
         star.allow_silence(options.run.network.silence)
         if options.front is None:
@@ -90,7 +90,7 @@ def load(
     together = generate.parallel or DEFAULT_PARALLEL
     progress = LoadProgress(connection)
     progress.say("opening the model")
-    engine = open_engine(star, ranks, options.run, together=together)
+    engine = open_engine(star, ranks, options.run, parallel=together)
     progress.say("loading the tokenizer")
     tokenizer, tokenizer_bytes = load_tokenizer_of_slices(engine.file, template)
     most = engine.header.config.context

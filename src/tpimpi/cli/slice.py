@@ -16,7 +16,7 @@ from tpimpi.cli.run_options import parsed_into
 from tpimpi.cli.run_parser import add_shares
 from tpimpi.cli.slicing import ensure_slices, say_left_out, slice_source
 from tpimpi.cli.values import AUTO, MOST_RANKS, given_model, path_given, share_weights, slice_count, whole_number
-from tpimpi.engine.ranks import greet
+from tpimpi.engine.ranks import gather_rank_infos
 from tpimpi.models.weight_formats import FORMAT_CHOICES, ModelFormats
 from tpimpi.star import Star
 from tpimpi.star.control import StopNote, send_note, stop_others_on_error
@@ -97,7 +97,7 @@ def slice_alone(job: Job) -> int:
 def slice_together(star: Star, job: Job) -> int:
     """Rank 0 of `slice` under mpirun: every rank gets its slice on its own disk."""
     with stop_others_on_error(star):
-        ranks = greet(star, job.arguments)
+        ranks = gather_rank_infos(star, job.arguments)
         options = parse_slice(job.arguments[1:])
         slice_count(options.ranks, options.out, star.rank.size)
         with open_source(model_path(options.model)) as source:

@@ -19,7 +19,7 @@ from pathlib import Path
 from tpimpi.cli.options import ServeOptions, UpOptions
 from tpimpi.cli.process import call_on_signals, say
 from tpimpi.diagnostics.doctor.host_findings import WRONG, HostChecks, check_local
-from tpimpi.diagnostics.doctor.hosts import look_at_hosts, mpirun_options
+from tpimpi.diagnostics.doctor.hosts import mpirun_options, probe_hosts
 from tpimpi.diagnostics.doctor.ssh import LocalFacts, local_facts
 from tpimpi.errors import InputError, TpimpiError
 from tpimpi.serving.server.front_process import FrontProcess
@@ -190,7 +190,7 @@ class Supervisor:
             check_local(here, ours)
             found = [here]
         else:
-            ours, found = look_at_hosts(self._options.hostfile, self._options.ssh)
+            ours, found = probe_hosts(self._options.hostfile, self._options.ssh)
             if self._options.wake and (asleep := self._asleep(found)):
                 found = self._wake(asleep, found, wait=first)
         if self._here == found[0].host and not found[0].here:  # its own network is gone, and its address with it
@@ -231,7 +231,7 @@ class Supervisor:
         while True:
             wake(macs)
             self._told_to_end.wait(WAKE_LOOK_S)
-            _, found = look_at_hosts(self._options.hostfile, self._options.ssh)
+            _, found = probe_hosts(self._options.hostfile, self._options.ssh)
             if not self._asleep(found) or time.monotonic() > end or self._told_to_end.is_set():
                 return found
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class AttentionSpec:
     """How the queries of a layer see its keys: scores are q k times `scale`.
 
-    With a `softcap` c > 0 they then become c tanh(score / c). A position sees `window` positions, itself included; 0: all
-    before it.
+    With a `softcap` c > 0 they then become c tanh(score / c). A position sees the last `window` positions, itself included;
+    0: all up to itself.
     """
 
     scale: float

@@ -17,7 +17,6 @@ import numpy.typing as npt
 from tpimpi.compute.arrays import F32, I32, Array, Bytes
 
 CACHED_FORMATS = ("f32", "f16", "q8_0")
-LEAST_PAGE = 16  # positions
 _LARGEST_F16 = np.float32(65504)  # the largest finite f16
 _Q8_NUMBERS, _Q8_BYTES = 32, 34  # of a block
 _Q8_MOST_CODE = np.float32(127)
@@ -36,7 +35,7 @@ class KVPages:
     head_dim: int
 
     @property
-    def page(self) -> int:
+    def page_size(self) -> int:
         """Positions of a page."""
         return int(self.k.shape[2])
 
@@ -60,7 +59,7 @@ class Rows:
         return (slice(first, last) for first, last in itertools.pairwise(bounds) if first < last)
 
 
-def row_of(fmt: str, head_dim: int) -> tuple[np.dtype[Any], int]:
+def row_layout(fmt: str, head_dim: int) -> tuple[np.dtype[Any], int]:
     """The dtype of a stored row of head_dim numbers, and how many it has. `fmt` is one of CACHED_FORMATS."""
     if fmt == "q8_0":
         assert head_dim % _Q8_NUMBERS == 0
@@ -68,7 +67,7 @@ def row_of(fmt: str, head_dim: int) -> tuple[np.dtype[Any], int]:
     return np.dtype({"f32": np.float32, "f16": np.float16}[fmt]), head_dim
 
 
-def has_blocks(head_dim: int) -> bool:
+def fits_q8_0(head_dim: int) -> bool:
     """Whether a head's numbers can be stored in blocks (q8_0)."""
     return head_dim % _Q8_NUMBERS == 0
 
@@ -117,7 +116,7 @@ def to_q8_0(values: F32) -> Bytes:
 
 def store(kv: KVPages, rows: Rows, first_head: int, k: F32, v: F32) -> None:
     """As Backend.store."""
-    page, heads = kv.page, first_head + np.arange(k.shape[1])
+    page, heads = kv.page_size, first_head + np.arange(k.shape[1])
     places = rows.tables[rows.sequence, rows.position // page]
     assert (places >= 0).all(), "a row has no page"
     at = (places[:, None], heads[None], (rows.position % page)[:, None])

@@ -17,7 +17,7 @@ class RouterSpec:
     """How a position's experts are chosen, and what each counts.
 
     A position's logits are its normed hidden vector times the router's rows, one for each of `experts`; with `bias`
-    "logits" plus the router's bias. Scores are their softmax over all experts, or the sigmoid of each. The `chosen`
+    "logits" plus the router's bias. Scores are their softmax over all experts, or the sigmoid of each. The `top_k`
     experts are those of the greatest scores, with `bias` "choice" of the greatest score + bias; of equal ones the
     lower index. An expert's weight is its score, without a bias of the choice: where `normalized` over the sum of those
     of the chosen; times `scale`.
@@ -27,7 +27,7 @@ class RouterSpec:
     """
 
     experts: int
-    chosen: int
+    top_k: int
     scoring: Scoring
     normalized: bool
     scale: float

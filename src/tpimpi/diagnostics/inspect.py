@@ -9,8 +9,8 @@ from typing import Any
 from rich.table import Table
 
 from tpimpi.diagnostics.cache_table import print_cache
-from tpimpi.diagnostics.inspect_model import WIDTH, CheckTokenizer, inspect_model, shown
-from tpimpi.errors import InputError, SliceError, StorageError, TpimpiError
+from tpimpi.diagnostics.inspect_model import WIDTH, CheckTokenizer, inspect_model
+from tpimpi.errors import InputError, SliceError, StorageError, TpimpiError, printable
 from tpimpi.models.blocks import LAYER_KINDS
 from tpimpi.models.keys import show
 from tpimpi.system.files import write_json
@@ -61,11 +61,11 @@ def _inspect(path: Path, found: dict[str, Any], *, verify: bool, check_tokenizer
     elif names is not None and not _has_model(path, names):
         raise InputError(f"{path} holds no model and no slices (rank-R-of-N.h5); give a folder or file that does")
     else:
-        told: dict[str, Any] = {}
+        report: dict[str, Any] = {}
         try:
-            inspect_model(path, told, verify=verify, check_tokenizer=check_tokenizer)
+            inspect_model(path, report, verify=verify, check_tokenizer=check_tokenizer)
         finally:
-            found["model"] = told or None
+            found["model"] = report or None
 
 
 def _has_model(path: Path, names: list[str]) -> bool:
@@ -84,7 +84,7 @@ def _names(path: Path) -> list[str] | None:
         ) from error
 
 
-def _slices(files: list[Path], told: list[dict[str, Any]], *, verify: bool) -> dict[Path, Header]:
+def _slices(files: list[Path], report: list[dict[str, Any]], *, verify: bool) -> dict[Path, Header]:
     """Print a table of slice files. Returns their headers; raises the first of what is wrong with one of them."""
     headers: dict[Path, Header] = {}
     table = Table(box=None, pad_edge=False, header_style="none")
@@ -99,8 +99,8 @@ def _slices(files: list[Path], told: list[dict[str, Any]], *, verify: bool) -> d
             file = SliceFile(path)
         except SliceError as error:
             problems.append(error)
-            table.add_row(shown(path.name), *[""] * 9, "broken")
-            told.append({"file": path.name, "state": "broken", "problem": str(error)})
+            table.add_row(printable(path.name), *[""] * 9, "broken")
+            report.append({"file": path.name, "state": "broken", "problem": str(error)})
             continue
         header, share = file.header, file.header.share
         state, problem = _state(path, file, verify=verify)
@@ -108,7 +108,7 @@ def _slices(files: list[Path], told: list[dict[str, Any]], *, verify: bool) -> d
             problems.append(problem)
         headers[path] = header
         tiles = [record.nbytes for record in header.records if record.block.kind in (*LAYER_KINDS, "experts", "head")]
-        told.append(
+        report.append(
             {
                 "file": path.name,
                 "state": state,
@@ -124,8 +124,8 @@ def _slices(files: list[Path], told: list[dict[str, Any]], *, verify: bool) -> d
             }
         )
         table.add_row(
-            shown(path.name),
-            f"{shown(header.model)} ({shown(header.fingerprint[:12])})",
+            printable(path.name),
+            f"{printable(header.model)} ({printable(header.fingerprint[:12])})",
             header.format,
             header.partition.describe(),
             _span(share.heads),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from tpimpi.errors import ModelError
+from tpimpi.errors import ModelError, printable
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.tensors import unused_parameters
 from tpimpi.system.terminal import print_table
@@ -24,35 +24,32 @@ WIDTH = 140  # columns of a table at a terminal
 CheckTokenizer = Callable[[dict[str, bytes], int], object]
 
 
-def inspect_model(path: Path, told: dict[str, Any], *, verify: bool, check_tokenizer: CheckTokenizer) -> None:
-    """Print what the model at `path` is and put the same into `told`; with `verify` read every tensor.
+def inspect_model(path: Path, report: dict[str, Any], *, verify: bool, check_tokenizer: CheckTokenizer) -> None:
+    """Print what the model at `path` is and put the same into `report`; with `verify` read every tensor.
 
     Raises ModelError (after the table, where there is one) for a model that tpimpi does not compute, or that is broken; one
     that only has no tokenizer, as those of `synth`, is shown with that.
     """
     facts = describe_model(path)
-    told |= _as_json(path, facts)
+    report |= _as_json(path, facts)
     table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_row("kind", shown(facts.kind))
+    table.add_row("kind", printable(facts.kind))
     without: ModelError | None = None
     try:
         with open_source(path) as source:
-            problem = _source(source, told, table, facts, verify=verify)
+            problem = _source(source, report, table, facts, verify=verify)
             without = _tokenizer_problem(source, check_tokenizer)
     except ModelError as error:
         problem = error
         _unknown(path, facts, table)
     why_not = problem or without
-    told |= {"runs": why_not is None, "why_not": None if why_not is None else str(why_not)}
-    table.add_row("runs", "yes" if why_not is None else "no, see below" if problem else f"no: {shown(str(without))}")
+    report |= {"runs": why_not is None, "why_not": None if why_not is None else str(why_not)}
+    table.add_row(
+        "runs", "yes" if why_not is None else "no, see below" if problem else f"no: {printable(str(without))}"
+    )
     print_table(table, WIDTH)
     if problem is not None:
         raise problem
-
-
-def shown(text: str) -> str:
-    """`text` with its control characters written out (ESC is \\x1b)."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _as_json(path: Path, facts: ModelFacts) -> dict[str, Any]:
@@ -76,15 +73,15 @@ def _tokenizer_problem(source: Source, check: CheckTokenizer) -> ModelError | No
 
 def _unknown(path: Path, facts: ModelFacts, table: Table) -> None:
     """Rows for a model of which only its own words are known."""
-    table.add_row("family", shown(facts.family))
-    table.add_row("path", shown(str(locate_model(path))))
+    table.add_row("family", printable(facts.family))
+    table.add_row("path", printable(str(locate_model(path))))
     table.add_row("formats", _formats(facts))
     table.add_row("context", "not said" if facts.context is None else f"{facts.context} positions")
     table.add_row("chat template", _templates(facts))
 
 
 def _source(
-    source: Source, told: dict[str, Any], table: Table, facts: ModelFacts, *, verify: bool
+    source: Source, report: dict[str, Any], table: Table, facts: ModelFacts, *, verify: bool
 ) -> ModelError | None:
     """Rows for a model that could be opened; returns what is wrong with its numbers."""
     tensors = source.tensors()
@@ -99,7 +96,7 @@ def _source(
                     f"{source.path}: tensor {name} holds numbers that are not finite; download it again"
                 )
                 break
-    told |= {
+    report |= {
         "path": str(source.path),
         "name": source.name,
         "config": source.config.to_dict(),
@@ -111,9 +108,9 @@ def _source(
         "whole": problem is None,
     }
     for name, value in _rows(source.config).items():
-        table.add_row(name, shown(value))
+        table.add_row(name, printable(value))
     table.add_row("chat template", _templates(facts))
-    table.add_row("path", shown(str(source.path)))
+    table.add_row("path", printable(str(source.path)))
     used = f", {active / 1e6:.1f} million of them for a token" if active < parameters else ""
     table.add_row("parameters", f"{parameters / 1e6:.1f} million in {len(tensors)} tensors{used}")
     table.add_row("formats", _formats(facts))
@@ -129,7 +126,7 @@ def _source(
 def _formats(facts: ModelFacts) -> str:
     """ "q4_0 77.9 MB in 210 tensors, f32 0.1 MB in 61": what is stored, the largest first."""
     words = [
-        f"{shown(name)} {_size(stored.nbytes)} in {stored.tensors}{'' if number else ' tensors'}"
+        f"{printable(name)} {_size(stored.nbytes)} in {stored.tensors}{'' if number else ' tensors'}"
         for number, (name, stored) in enumerate(facts.formats.items())
     ]
     return ", ".join(words) or "no weights"
@@ -142,7 +139,7 @@ def _size(nbytes: int) -> str:
 def _templates(facts: ModelFacts) -> str:
     if not facts.chat_templates:
         return "none"
-    return "yes" if facts.chat_templates == ["default"] else shown(", ".join(facts.chat_templates))
+    return "yes" if facts.chat_templates == ["default"] else printable(", ".join(facts.chat_templates))
 
 
 def _rows(config: ModelConfig) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tpimpi.engine.eviction import Trace
+from tpimpi.engine.eviction import RoutingTrace
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import ModelFormats
 
@@ -41,10 +41,10 @@ class Workload:
     context: int  # positions that there is room for
     prompt: int  # tokens, fewer than the model has positions
     memory: tuple[int, ...] | None = None  # bytes of each rank, or one size for all; None: what each host has free
-    kv: str = "auto"  # format of the cache of keys and values
+    kv_format: str = "auto"  # format of the cache of keys and values
     window: int | str | None = None  # blocks in memory, or "all"; None: as `memory` allows
     chunk: int | None = None  # positions of a prompt that are computed at once; None: as in a run
-    routing: Trace | None = None  # of a mixture: which experts are chosen; None: all equally likely
+    routing: RoutingTrace | None = None  # of a mixture: which experts are chosen; None: all equally likely
     parallel: int = 1  # sequences that are answered at once, each of `context` positions
     accepted: float | None = None  # part of drafted tokens that are accepted; None: nothing is drafted
 

@@ -110,7 +110,8 @@ class _Noting:
 def answer(model: Model, request: AuditRequest) -> F32:
     """What this rank computes for the row of a request: f32, flat, the parts of `answer_parts` one after another.
 
-    Changes nothing: keys and values of the row are stored again, as they were."""
+    Changes no number: keys and values of the row are stored again, as they were. Experts are read through the cache, and
+    counted there."""
     found = [part for parts in _parts(model, request) for part in parts]
     return np.concatenate([part.reshape(-1) for part in found]) if found else np.empty(0, np.float32)
 
@@ -131,7 +132,7 @@ def _parts(model: Model, request: AuditRequest) -> Iterator[list[F32]]:
     first = model.blocks[of.first]
     h, partial = partials.normed(x, first), partials.empty(x, first)
     for block in model.blocks[of.first : of.last + 1]:
-        for tile in model.window.again(block):
+        for tile in model.window.tiles_out_of_turn(block):
             noting.noted.clear()
             partial += partials.of_tile(h, tile, step, projections)
             by_name = {name: noted for name, m in tile.matrices.items() for noted in noting.noted if noted[0] is m}
@@ -140,7 +141,7 @@ def _parts(model: Model, request: AuditRequest) -> Iterator[list[F32]]:
             yield [partial.copy(), *outputs, *inputs]
         if block.kind == "mlp" and model.experts is not None and model.config.router(block.layer) is not None:
             routed = model.experts.chosen(h, block.layer, request.rows.position)
-            users = routed.users()
+            users = routed.rows_by_expert()
             model.experts.cache.begin(block.layer, list(users))
             for group in model.experts.cache.tiles():
                 for tile in group:
@@ -154,7 +155,7 @@ def _projected(model: Model, x: F32, block: Block, step: StepState) -> Projectio
     """The queries, keys and values of a layer that are to be normed over all heads."""
     projections = Projections(model.backend, model.config.head_dim)
     h = model.partials.normed(x, block)
-    for tile in model.window.again(block):
+    for tile in model.window.tiles_out_of_turn(block):
         model.partials.of_tile(h, tile, step, projections)
     return projections
 

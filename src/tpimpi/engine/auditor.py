@@ -283,7 +283,7 @@ class Auditor:
         model, total = self._model, np.zeros_like(h)
         assert model.experts is not None
         layer = tile.record.block.layer
-        users = model.experts.chosen(h, layer, request.rows.position).users()
+        users = model.experts.chosen(h, layer, request.rows.position).rows_by_expert()
         use = ExpertUse(tile.matrices, tile.parts, *users[tile.record.expert])
         model.backend.experts(h, [use], model.config.activation, model.config.activation_limit, total)
         return total[0]

@@ -4,9 +4,10 @@ Everything that a rank takes is one of these (`Needs`, and `Budget` for what is 
 
     base         what it has resident when its model is about to be loaded: Python, libraries, MPI, the tokenizer
     cache        keys and values, for the context
-    work         activations and messages of the largest step
+    work         activations and messages of the largest step; spans of a trace; of an audit a tile; on rank 0 what sequences
+                 take beside their keys and values
     reserve      RESERVE_BYTES: what cannot be seen from inside (page cache of the files it reads, the kernel's own tables)
-    buffers      the window's ring, and records for a trace
+    buffers      the window's ring
     pinned       tiles that stay; all that is left
     experts      of a mixture: its expert cache, with all that is left when the tiles that every token uses are pinned
 
@@ -48,6 +49,7 @@ class Needs:
 
     @property
     def fixed(self) -> int:
+        """What does not depend on the budget."""
         return self.base + self.cache + self.work + RESERVE_BYTES
 
     @property
@@ -63,9 +65,8 @@ class Needs:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a rank does with its memory, in bytes. `promise` is None where it was not bounded."""
+    """What a rank does with its memory, in bytes."""
 
-    promise: int | None
     buffers: int
     pinned: int  # at most
     experts: int = 0
@@ -92,9 +93,9 @@ def make_budget(needs: Needs, promise: int, whose: str = "") -> Budget:
         # Experts get all that is left. That costs nothing elsewhere: keys and values have their room for the whole context
         # in `fixed`, and reads go past the page cache, so it has no use for more than the reserve.
         experts = min(needs.experts, needs.least_experts + left - needs.tiles)
-        return Budget(promise, needs.usual_buffers, needs.tiles, experts)
+        return Budget(needs.usual_buffers, needs.tiles, experts)
     buffers = min(max(left // 4, needs.least_buffers), needs.usual_buffers)
-    return Budget(promise, buffers, left - buffers, needs.least_experts)
+    return Budget(buffers, left - buffers, needs.least_experts)
 
 
 def divide(free: int, needs: Mapping[int, Needs]) -> dict[int, int]:

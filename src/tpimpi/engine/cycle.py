@@ -39,18 +39,18 @@ class Cycle:
             self.block_of += [place] * counts[block]
             self.spans[block] = (first, len(self.block_of))
 
-    def next_turn(self, index: int, use: int) -> int:
-        """The first turn of a tile (or of the end of the cycle) that is not before turn `use`."""
-        return use + (index - use) % self.count
+    def next_turn(self, index: int, turn: int) -> int:
+        """The first turn of a tile (or of the end of the cycle) that is not before turn `turn`."""
+        return turn + (index - turn) % self.count
 
-    def name(self, index: int) -> tuple[int, int]:
+    def location(self, index: int) -> tuple[int, int]:
         """Of a tile: its block's place in the order, and its own in the block."""
         place = self.block_of[index]
         return place, index - self.spans[self.order[place]][0]
 
-    def turn_after_blocks(self, use: int, blocks: int) -> int:
-        """The first turn after so many consecutive blocks, beginning with the one that turn `use` is in."""
-        cycle, index = divmod(use, self.count)
+    def turn_after_blocks(self, turn: int, blocks: int) -> int:
+        """The first turn after so many consecutive blocks, beginning with the one that turn `turn` is in."""
+        cycle, index = divmod(turn, self.count)
         cycles, place = divmod(self.block_of[index] + blocks, len(self.order))
         return (cycle + cycles) * self.count + self.spans[self.order[place]][0]
 

@@ -23,7 +23,7 @@ from tpimpi.engine.expert_cache import ExpertCache
 from tpimpi.engine.experts import Experts
 from tpimpi.engine.model import Model, block_order
 from tpimpi.engine.needs import needs_of_model
-from tpimpi.engine.overlap import usual_chunk
+from tpimpi.engine.overlap import default_chunk
 from tpimpi.engine.page_files import PageFiles
 from tpimpi.engine.trace import Recorder
 from tpimpi.engine.window import Window
@@ -45,9 +45,9 @@ DEFAULT_CONTEXT = 2048  # positions that memory is planned for where no option o
 class EngineConfig:
     """What rank 0 tells every rank. `folder` is where the slices are, or None: the cache folder `cache_name` of each host.
 
-    `memory` is what each rank may take, in bytes, None for auto; `window` a number of blocks, or "all", instead; None
+    `memory` is what each rank may take, in bytes, None for auto; `window` 2 blocks or more, or "all", instead; None
     where `memory` says. `cores_shared_by[r]` is the number of ranks on the host of rank r that use the same cores. An
-    empty `fingerprint`, `format` or `shares` is whatever the slices have.
+    empty `fingerprint`, `format` (see ModelFormats.key) or `shares` (see Partition.describe) is whatever the slices have.
     """
 
     folder: str | None
@@ -55,30 +55,30 @@ class EngineConfig:
     fingerprint: str
     shares: str
     format: str
-    backend: str
-    threads: int | None
+    backend: str  # one of BACKEND_NAMES
+    threads: int | None  # None: as default_threads says
     allreduce: str  # a rule: see star.parse_rule
-    timeout: float
+    timeout: float  # seconds
     cores_shared_by: list[int]
     memory: list[int] | None = None
     window: int | str | None = None
-    kv: str = "auto"  # one of KV_FORMATS
+    kv_format: str = "auto"  # one of KV_FORMATS
     wire: str = "f32"  # one of WIRES
     trace: bool = False  # record what is done when
     chunk_logits: bool = False  # rank 0 computes the logits of a whole chunk at once, else of one position
-    chunk: int | None = None  # positions of a prompt computed at once; None: as usual_chunk and chunk.py say
+    chunk: int | None = None  # positions of a prompt computed at once; None: as default_chunk and chunk.py say
     predict: int | None = None  # experts of a layer that are read before they are chosen; None: as many as a token uses
     kernels: str = "auto"  # or one of KERNEL_LEVELS
     draft: int | None = 0  # tokens of a draft at most, of which rank 0 has all logits; None: as many as memory says
     keep_cache: str | None = None  # the folder where each rank keeps a session's keys and values between runs
     audit: float | None = 0.0  # the part of the steps of which a sum is audited; None: as many as take little time
-    together: int = 1  # sequences that are answered at once: rank 0 has the logits of so many positions
+    parallel: int = 1  # sequences that are answered at once: rank 0 has the logits of so many positions
 
     def slice_path(self, rank: int, ranks: int) -> Path:
         return SliceLocation(self.folder, self.cache_name).path(rank, ranks)
 
 
-def usual_threads(cores: int, shared_by: int) -> int:
+def default_threads(cores: int, shared_by: int) -> int:
     """How many threads a rank computes with, of so many cores that so many ranks use, where nobody says."""
     return max(1, cores // shared_by)
 
@@ -91,7 +91,8 @@ def identity(header: Header) -> dict[str, str]:
 class OpenedEngine:
     """A rank's slice, open and checked, and the backend that computes with it. `start` makes an engine of it.
 
-    Raises SliceError where the slice is not the one that the settings want.
+    Raises SliceError where the slice is not the one that the settings want, InputError where an option cannot be had here
+    (--backend, --kernels, --threads, --keep-cache, --allreduce), ImportError without the torch that --backend names.
     """
 
     def __init__(self, star: Star, settings: EngineConfig) -> None:
@@ -103,12 +104,12 @@ class OpenedEngine:
             _check_slice(self.header, path, star.rank, settings)
             mark_used(path)
             neighbours = settings.cores_shared_by[star.rank.index]
-            threads = settings.threads or usual_threads(len(os.sched_getaffinity(0)), neighbours)
+            threads = settings.threads or default_threads(len(os.sched_getaffinity(0)), neighbours)
             self.backend = load_backend(settings.backend, threads, settings.kernels)
             self.resident = self.file.load(self.file.records_of("resident")[0]).parts
             self.order = block_order(self.header)
             self.records = records_of(self.file, self.order)
-            self.experts = {
+            self.expert_records = {
                 ExpertKey(record.block.layer, record.expert): record for record in self.file.records_of("experts")
             }
             self.recorder = Recorder() if settings.trace else None
@@ -116,7 +117,7 @@ class OpenedEngine:
             if settings.keep_cache is not None:
                 self.page_files = PageFiles.open(settings.keep_cache, star.rank.index, identity(self.header))
             # Positions of a prompt that are computed at once; rank 0 may say another number before memory is planned.
-            self.chunk = settings.chunk or usual_chunk(self.header.config)
+            self.chunk = settings.chunk or default_chunk(self.header.config)
             self.copies: TileCopies | None = None  # rank 0: of other ranks' tiles, to audit what they compute
         except BaseException:
             self.file.close()
@@ -135,31 +136,31 @@ class OpenedEngine:
 
     def needs(self, base: int, context: int) -> Needs:
         """What this rank needs for `context` positions, if it has `base` bytes resident without."""
-        together = self.settings.together
+        parallel = self.settings.parallel
         needs = needs_of_model(
             self.header,
             self.records,
             tiles=self.tile_bytes,
             base=base,
             backend=self.backend.name,
-            kv=self.settings.kv,
+            kv_format=self.settings.kv_format,
             allreduce=self.settings.allreduce,
             context=context,
-            chunk=max(self.chunk, together + 1),  # a step has a row of each, and of a prompt
-            logits_of=self.chunk if self.settings.chunk_logits else together,
-            experts=[record for key, record in self.experts.items() if key.expert == 0],
-            expert_count=len(self.experts),
+            chunk=max(self.chunk, parallel + 1),  # a step has a row of each, and of a prompt
+            logit_rows=self.chunk if self.settings.chunk_logits else parallel,
+            experts=[record for key, record in self.expert_records.items() if key.expert == 0],
+            expert_count=len(self.expert_records),
             draft=self.settings.draft,
         )
-        if self.star.rank.is_hub and together > 1:
-            needs = replace(needs, work=needs.work + together * SEQUENCE_BYTES)
+        if self.star.rank.is_hub and parallel > 1:
+            needs = replace(needs, work=needs.work + parallel * SEQUENCE_BYTES)
         return replace(needs, work=needs.work + self._audit_bytes())
 
     def _audit_bytes(self) -> int:
         """Memory of an audit: a tile that is not pinned, or on rank 0 a copy of another rank's."""
         if not self.audits or (self.star.rank.is_hub and self.copies is None):
             return 0
-        largest = max((record.nbytes for record in (*self.records, *self.experts.values())), default=0)
+        largest = max((record.nbytes for record in (*self.records, *self.expert_records.values())), default=0)
         return largest + (0 if self.copies is None else self.copies.work_bytes)
 
     @property
@@ -169,9 +170,9 @@ class OpenedEngine:
 
     def open_experts(self, *, nbytes: int | None, reads: int) -> ExpertCache:
         """The cache of the experts that there are; see ExpertCache for the parameters."""
-        places = {block.layer: place for place, block in enumerate(self.order) if block.kind == "mlp"}
+        block_index = {block.layer: place for place, block in enumerate(self.order) if block.kind == "mlp"}
         return ExpertCache(
-            self.file, self.experts, nbytes=nbytes, reads=reads, recorder=self.recorder, places_of=places
+            self.file, self.expert_records, nbytes=nbytes, reads=reads, recorder=self.recorder, block_index=block_index
         )
 
     def open_window(self, *, pinned: int | None, ring: int | None, blocks: int | None, reads: int) -> Window:
@@ -190,7 +191,7 @@ class OpenedEngine:
         """The engine whose tiles come from `window` and `experts`; see Model for `make_room`."""
         config = self.header.config
         model = Model(
-            *(self.header, self.resident, window, self.star, self.backend, self.settings.kv),
+            *(self.header, self.resident, window, self.star, self.backend, self.settings.kv_format),
             experts=Experts(config, self.resident, experts, self.backend) if config.experts else None,
             make_room=make_room,
             recorder=self.recorder,
@@ -215,7 +216,7 @@ class Engine:
 
     opened: OpenedEngine
     window: Window
-    experts: ExpertCache
+    expert_cache: ExpertCache
     model: Model
 
     def embed(self, ids: Iterable[int]) -> F32:
@@ -227,7 +228,7 @@ class Engine:
     def close(self) -> None:
         """Stop reading, and give the tiles' memory back."""
         self.window.close()
-        self.experts.close()
+        self.expert_cache.close()
         self.opened.close()
 
 

@@ -1,4 +1,4 @@
-"""Which expert goes from the cache when another needs its place.
+"""Which expert goes from the cache when another needs its slot.
 
 Recently used experts stay: which ones are popular over a long text helps little, and which were used lately helps much.
 `bench.studies.expert_eviction` compares these policies on traces of routing.
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-Trace = npt.NDArray[np.unsignedinteger[Any]]  # experts that were chosen, [positions, layers, experts a token]
+RoutingTrace = npt.NDArray[np.unsignedinteger[Any]]  # experts that were chosen, [positions, layers, experts a token]
 
 
 class ExpertKey(NamedTuple):
@@ -24,13 +24,17 @@ class ExpertKey(NamedTuple):
 
 
 class Policy(Protocol):
-    """Decides who goes."""
+    """Decides who goes.
+
+    `add` comes when a key gets a slot, `use` after the block used it (it has a slot), `demote` when it was read in vain,
+    `remove` when it loses its slot; `victim` returns a key that has a slot, and changes nothing.
+    """
 
     def begin(self, layer: int) -> None:
         """The block of this layer begins to choose; what it uses is told next."""
 
     def add(self, key: ExpertKey) -> None:
-        """It has a place now."""
+        """It has a slot now."""
 
     def use(self, key: ExpertKey) -> None:
         """The block uses it."""
@@ -39,7 +43,7 @@ class Policy(Protocol):
         """It is the first to go."""
 
     def remove(self, key: ExpertKey) -> None:
-        """It has a place no more."""
+        """It has a slot no more."""
 
     def victim(self, may_go: Callable[[ExpertKey], bool]) -> ExpertKey | None:
         """The one to go of those that may; None where there is none."""
@@ -121,8 +125,8 @@ class Stalest:
         return None if found is None else found[2]
 
 
-def hit_rate(trace: Trace, places: int, policy: Policy) -> float:
-    """The part of a trace's uses that find their expert in a cache of so many places, at least as many as a position uses of
+def hit_rate(trace: RoutingTrace, slots: int, policy: Policy) -> float:
+    """The part of a trace's uses that find their expert in a cache of so many slots, at least as many as a position uses of
     a layer and one more. The first quarter of the positions fills the cache and is not counted. Nothing is read ahead.
     """
     there: set[ExpertKey] = set()
@@ -138,9 +142,9 @@ def hit_rate(trace: Trace, places: int, policy: Policy) -> float:
                 if key in there:
                     policy.use(key)
                     continue
-                if len(there) >= places:
+                if len(there) >= slots:
                     victim = policy.victim(lambda other, wanted=wanted: other not in wanted)  # type: ignore[misc]
-                    assert victim is not None, "too few places for one position"
+                    assert victim is not None, "too few slots for one position"
                     policy.remove(victim)
                     there.remove(victim)
                 there.add(key)

@@ -1,9 +1,9 @@
 """The expert cache: keeps in memory those experts' tiles that were used lately, and reads the others when they are wanted.
 
-A token uses some of a layer's experts, chosen by its router. All layers share one number of places, each large enough for
-any tile. What a block wants is read at once, in the order of the file; what is expected for the next block (`expect`) is
+A token uses some of a layer's experts, chosen by its router. All layers share one pool of slots, each large enough for any
+tile. What a block wants is read at once, in the order of the file; what is expected for the next block (`prefetch`) is
 read when that is done, and given up when the block turns out not to want it. An expert that is in use, or
-about to be in this block, keeps its place as long as another can go. Where there is room for all of them, one reader goes
+about to be in this block, keeps its slot as long as another can go. Where there is room for all of them, one reader goes
 on with the rest from the first use on, so that they are soon there.
 
 Which bytes are where changes no number: tiles are handed out in the order in which they are asked for.
@@ -28,18 +28,18 @@ from tpimpi.weights.slices.tile import Tile
 JOIN_TIMEOUT_S = 2.0  # a reader that waits for a disk which stalls is left behind
 
 
-def least_places(experts: int) -> int:
-    """Places without which no expert can be used: one computes while the next is read."""
+def least_slots(experts: int) -> int:
+    """Slots without which no expert can be used: one computes while the next is read."""
     return min(2, experts)
 
 
 @dataclass(eq=False)
 class _Entry:
-    """An expert that has a place."""
+    """An expert that has a slot."""
 
     key: ExpertKey
-    place: int
-    expected: bool  # read because it was expected, and not wanted yet
+    slot: int
+    prefetched: bool  # read because it was expected, and not wanted yet
     reading: bool = False  # a reader is at it
     tile: Tile | None = None
 
@@ -50,7 +50,7 @@ class _Entry:
 
 
 class ExpertCache:
-    """Tiles of experts. `tiles` and `expect` are called by one thread; `limit` and what is only read, by any."""
+    """Tiles of experts. `begin`, `tiles` and `prefetch` are called by one thread; `limit` and what is only read, by any."""
 
     def __init__(
         self,
@@ -60,27 +60,27 @@ class ExpertCache:
         nbytes: int | None,
         reads: int,
         recorder: Recorder | None = None,
-        places_of: Mapping[int, int] | None = None,
+        block_index: Mapping[int, int] | None = None,
     ) -> None:
         """`records` are the experts' tiles; `nbytes` is how much memory they may take, None for all of them, and is enough
-        for two. `reads` threads read. `places_of` says for the trace where a layer's block stands in the order."""
+        for two. `reads` threads read. `block_index` says for the trace where a layer's block stands in the order."""
         self._file, self._records, self._recorder = file, records, recorder
-        self._blocks = places_of or {}
+        self._blocks = block_index or {}
         self.slot_bytes = max((record.nbytes for record in records.values()), default=0)
         self.total_bytes = self.slot_bytes * len(records)
         self._pool = BufferPool([self.slot_bytes] * len(records))
-        self._free = list(range(len(records)))[::-1]  # the place that was given back last is taken first
-        self._most_places = 0
-        self._buffers: dict[int, Bytes] = {}  # of the places that have memory
+        self._free = list(range(len(records)))[::-1]  # the slot that was given back last is taken first
+        self._peak_slots = 0
+        self._buffers: dict[int, Bytes] = {}  # of the slots that have memory
         self._entries: dict[ExpertKey, _Entry] = {}
         self._order: Policy = Stalest(1 + max((key.layer for key in records), default=0))
         self._limit = len(records) if nbytes is None else min(len(records), nbytes // max(1, self.slot_bytes))
-        assert self._limit >= least_places(len(records)), "an expert would never find a place"
+        assert self._limit >= least_slots(len(records)), "an expert would never find a slot"
         self._wanted: deque[ExpertKey] = deque()  # by the block, not handed out yet; in order
         self._in_use: set[ExpertKey] = set()
         self._urgent: deque[_Entry] = deque()  # to be read, in order
-        self._guessed: deque[_Entry] = deque()  # to be read if there is nothing urgent
-        self._guesses: list[_Entry] = []  # all that is expected of the next block
+        self._prefetch_queue: deque[_Entry] = deque()  # to be read if there is nothing urgent
+        self._prefetches: list[_Entry] = []  # all that is expected of the next block
         self._rest: Iterator[ExpertKey] = iter(())  # what may be read when nobody waits, in the order of the file
         self._begun = False  # an expert was used
         lock = threading.Lock()
@@ -108,9 +108,9 @@ class ExpertCache:
         return len(self._entries) * self.slot_bytes
 
     @property
-    def most_bytes(self) -> int:
+    def peak_bytes(self) -> int:
         """Memory that experts took, at most."""
-        return self._most_places * self.slot_bytes
+        return self._peak_slots * self.slot_bytes
 
     @property
     def limit_bytes(self) -> int:
@@ -120,7 +120,7 @@ class ExpertCache:
     @property
     def least_bytes(self) -> int:
         """Memory without which no expert can be used."""
-        return least_places(len(self._records)) * self.slot_bytes
+        return least_slots(len(self._records)) * self.slot_bytes
 
     @property
     def is_whole(self) -> bool:
@@ -144,7 +144,7 @@ class ExpertCache:
         """From now on take at most so many bytes, and at least those of `least_bytes`. Experts beyond that go at once, but
         for those in use or being read, which go when they are not any more."""
         with self._changed:
-            least = least_places(len(self._records))
+            least = least_slots(len(self._records))
             self._limit = max(least, min(len(self._records), nbytes // max(1, self.slot_bytes)))
             self._rest = iter(self._records if self._begun else ())
             self._shrink()
@@ -152,26 +152,26 @@ class ExpertCache:
 
     # Using experts
 
-    def expect(self, layer: int, experts: Sequence[int]) -> None:
+    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """The next block that wants experts is that of this layer, and will probably want these, the likeliest first. Said
         again, it takes the place of what was said before."""
         keys = [ExpertKey(layer, expert) for expert in experts if self._records]
         with self._changed:
             wanted = set(keys)
-            kept = {entry.key: entry for entry in self._guesses if entry.key in wanted and self._has_place(entry)}
-            self._forget_guesses(wanted)
+            kept = {entry.key: entry for entry in self._prefetches if entry.key in wanted and self._has_slot(entry)}
+            self._forget_prefetches(wanted)
             for key in keys:
                 entry = kept.get(key)
                 if entry is None and key in self._entries:
                     continue
                 # What was expected before and is not wanted is the first to go; what is to be used soon never does.
-                entry = entry or self._take_place(key, expected=True)
+                entry = entry or self._take_slot(key, prefetched=True)
                 if entry is None:
                     break
-                entry.expected = True
-                self._guesses.append(entry)
+                entry.prefetched = True
+                self._prefetches.append(entry)
                 if not entry.begun:
-                    self._guessed.append(entry)
+                    self._prefetch_queue.append(entry)
             self._work.notify_all()
 
     def begin(self, layer: int, experts: Sequence[int]) -> None:
@@ -210,23 +210,23 @@ class ExpertCache:
             if entry is None:
                 continue
             self._hits += entry.begun
-            self._expected_used += entry.begun and entry.expected
+            self._expected_used += entry.begun and entry.prefetched
             if not entry.begun:
                 self._urgent.append(entry)
-        self._forget_guesses(wanted)
+        self._forget_prefetches(wanted)
 
-    def _forget_guesses(self, wanted: Set[ExpertKey]) -> None:
+    def _forget_prefetches(self, wanted: Set[ExpertKey]) -> None:
         """What was expected wrongly, since others are wanted, is given up, or is the first to go."""
-        for entry in self._guesses:
-            entry.expected = False
-            if entry.key in wanted or not self._has_place(entry):
+        for entry in self._prefetches:
+            entry.prefetched = False
+            if entry.key in wanted or not self._has_slot(entry):
                 continue
             if entry.begun:
                 self._order.demote(entry.key)
             else:
                 self._give_back(entry)
-        self._guesses.clear()
-        self._guessed.clear()
+        self._prefetches.clear()
+        self._prefetch_queue.clear()
 
     def _release(self) -> None:
         """What was handed out is not in use any more."""
@@ -236,10 +236,10 @@ class ExpertCache:
         self._shrink()
 
     def _start_reads(self) -> None:
-        """Find places for what is wanted and not there, in order, as long as there are any."""
+        """Find slots for what is wanted and not there, in order, as long as there are any."""
         for key in self._wanted:
             if key not in self._entries:
-                entry = self._take_place(key, expected=False)
+                entry = self._take_slot(key, prefetched=False)
                 if entry is None:
                     break
                 self._urgent.append(entry)
@@ -273,37 +273,37 @@ class ExpertCache:
             if self._recorder is not None:
                 self._recorder.add(WAIT, self._blocks.get(key.layer, -1), key.expert, began, ended)
 
-    # Places; the lock is held
+    # Slots; the lock is held
 
-    def _take_place(self, key: ExpertKey, *, expected: bool) -> _Entry | None:
-        """A place for an expert, another's if need be; None where none may go now."""
+    def _take_slot(self, key: ExpertKey, *, prefetched: bool) -> _Entry | None:
+        """A slot for an expert, another's if need be; None where none may go now."""
         if len(self._entries) >= self._limit:
-            victim = self._victim(key, expected=expected)
+            victim = self._victim(key, prefetched=prefetched)
             if victim is None:
                 return None
             self._give_back(victim)
-        place = self._free.pop()
-        if place not in self._buffers:
-            self._buffers[place] = self._pool.take(place)
-        self._most_places = max(self._most_places, len(self._buffers))
-        entry = _Entry(key, place, expected)
+        slot = self._free.pop()
+        if slot not in self._buffers:
+            self._buffers[slot] = self._pool.take(slot)
+        self._peak_slots = max(self._peak_slots, len(self._buffers))
+        entry = _Entry(key, slot, prefetched)
         self._entries[key] = entry
         self._order.add(key)
         return entry
 
-    def _victim(self, key: ExpertKey, *, expected: bool) -> _Entry | None:
-        """Whose place goes to `key`: the policy's choice of those that are of no use now; for one that is wanted, if there
+    def _victim(self, key: ExpertKey, *, prefetched: bool) -> _Entry | None:
+        """Whose slot goes to `key`: the policy's choice of those that are of no use now; for one that is wanted, if there
         is no such, the last that the block wants."""
         wanted = set(self._wanted)
 
         def may_go(other: ExpertKey) -> bool:
             entry = self._entries[other]
-            return not (entry.reading or other in wanted or other in self._in_use or (expected and entry.expected))
+            return not (entry.reading or other in wanted or other in self._in_use or (prefetched and entry.prefetched))
 
         found = self._order.victim(may_go)
         if found is not None:
             return self._entries[found]
-        if expected:
+        if prefetched:
             return None
         for later in reversed(self._wanted):
             if later == key:
@@ -313,15 +313,15 @@ class ExpertCache:
                 return entry
         return None
 
-    def _has_place(self, entry: _Entry) -> bool:
-        """Whether it still has the place that it was given."""
+    def _has_slot(self, entry: _Entry) -> bool:
+        """Whether it still has the slot that it was given."""
         return self._entries.get(entry.key) is entry
 
     def _give_back(self, entry: _Entry) -> None:
-        """Its place is free, for another expert."""
+        """Its slot is free, for another expert."""
         del self._entries[entry.key]
         self._order.remove(entry.key)
-        self._free.append(entry.place)
+        self._free.append(entry.slot)
 
     def _shrink(self) -> None:
         """Give memory back where there is more than there may be."""
@@ -330,12 +330,12 @@ class ExpertCache:
             if found is None:
                 return
             entry = self._entries[found]
-            for queue in (self._urgent, self._guessed):
+            for queue in (self._urgent, self._prefetch_queue):
                 if entry in queue:
                     queue.remove(entry)
             self._give_back(entry)
-            self._pool.release(entry.place)
-            del self._buffers[entry.place]
+            self._pool.release(entry.slot)
+            del self._buffers[entry.slot]
 
     # The readers
 
@@ -343,7 +343,7 @@ class ExpertCache:
         """A thread: read expert after expert. An error ends all of them, and is raised by `tiles`."""
         try:
             while (entry := self._next(lane)) is not None:
-                record, buffer = self._records[entry.key], self._buffers[entry.place]
+                record, buffer = self._records[entry.key], self._buffers[entry.slot]
                 began = time.monotonic()
                 tile = self._file.read(record, buffer[: record.nbytes])
                 if self._recorder is not None:
@@ -363,13 +363,13 @@ class ExpertCache:
         """The next expert for this thread to read, once there is one; None when the cache is closed."""
         with self._changed:
             while not self._closed and self._error is None:
-                queue = self._urgent or self._guessed
+                queue = self._urgent or self._prefetch_queue
                 if queue:
                     entry = queue.popleft()
-                    if not self._has_place(entry) or entry.begun:
+                    if not self._has_slot(entry) or entry.begun:
                         continue  # given up meanwhile, or read as another's
                     entry.reading = True
-                    if entry.expected:
+                    if entry.prefetched:
                         self._expected += 1
                         self._expected_bytes += self._records[entry.key].nbytes
                     return entry
@@ -382,7 +382,7 @@ class ExpertCache:
         """The next expert that nobody asked for, where all have room."""
         if self.is_whole:
             for key in self._rest:
-                if key not in self._entries and (entry := self._take_place(key, expected=False)) is not None:
+                if key not in self._entries and (entry := self._take_slot(key, prefetched=False)) is not None:
                     entry.reading = True
                     return entry
         return None

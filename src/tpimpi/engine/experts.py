@@ -28,7 +28,7 @@ class Routed:
     experts: Choices
     weights: F32
 
-    def users(self) -> dict[int, tuple[npt.NDArray[np.int32], F32]]:
+    def rows_by_expert(self) -> dict[int, tuple[npt.NDArray[np.int32], F32]]:
         """Of every expert that is used, ascending: the positions that use it, ascending, and what it counts for each."""
         order = self.experts.ravel().argsort(kind="stable")
         rows, weights = (order // self.experts.shape[1]).astype(np.int32), self.weights.ravel()[order]
@@ -45,24 +45,24 @@ class Experts:
         self, config: ModelConfig, resident: Mapping[str, Array], cache: ExpertCache, backend: Backend
     ) -> None:
         self.config, self.resident, self.cache, self.backend = config, resident, cache, backend
-        self._choices = xxhash.xxh3_64()
+        self._routing_hash = xxhash.xxh3_64()
         self._recorded: dict[int, list[Choices]] | None = None  # of every layer, in order
-        self._trace: Choices | None = None  # of random weights: [positions, layers, chosen]
+        self._routing_trace: Choices | None = None  # of random weights: [positions, layers, chosen]
         if config.trace_positions:
             shape = (config.trace_positions, config.layers, config.experts_per_token)
-            self._trace = self.resident["trace"].view("<u2").reshape(shape).astype(np.int32)
+            self._routing_trace = self.resident["trace"].view("<u2").reshape(shape).astype(np.int32)
 
     @property
-    def choices(self) -> int:
+    def routing_hash(self) -> int:
         """A hash of all choices so far, the same on every rank: int63."""
-        return self._choices.intdigest() >> 1
+        return self._routing_hash.intdigest() >> 1
 
-    def record(self) -> None:
+    def record_routing(self) -> None:
         """From now on keep all choices: two bytes each."""
         self._recorded = {}
 
-    def recorded(self) -> npt.NDArray[np.uint16]:
-        """The choices since `record`: uint16 [positions, layers, chosen]; layers that are dense name the first experts."""
+    def recorded_routing(self) -> npt.NDArray[np.uint16]:
+        """The choices since `record_routing`: uint16 [positions, layers, chosen]; dense layers name the first experts."""
         found = {layer: np.concatenate(choices) for layer, choices in (self._recorded or {}).items()}
         positions = max((len(choices) for choices in found.values()), default=0)
         trace = np.empty((positions, self.config.layers, self.config.experts_per_token), np.uint16)
@@ -71,7 +71,7 @@ class Experts:
             trace[:, layer] = choices
         return trace
 
-    def expect(self, x: F32, layer: int, position: I32, count: int) -> None:
+    def prefetch(self, x: F32, layer: int, position: I32, count: int) -> None:
         """Have read what the next block with experts, that of `layer`, will probably choose: by its router and the residual
         `x` [n, hidden] at `position` [n], as it is before the layer's attention, which changes it: `count` experts
         for each position. Guesses from before the block of the layer before are too often wrong: with the last ones they
@@ -81,15 +81,15 @@ class Experts:
         if spec is None or not count or self.cache.is_whole:
             return
         h = self.backend.fixed_rms_norm(x, self.resident["mlp_norm"][layer], self.config.norm_eps)
-        likely = replace(spec, chosen=min(spec.experts, count))
+        likely = replace(spec, top_k=min(spec.experts, count))
         try:
             experts, _ = self._by_router(h, layer, likely)
         except ValueError:
             return  # which `route` will say
-        if self._trace is not None:
+        if self._routing_trace is not None:
             experts = self._guesses(self._of_trace(layer, position), layer, int(position[0]))
         # The first choice of every position first; what many positions want, once.
-        self.cache.expect(layer, list(dict.fromkeys(experts.T.reshape(-1).tolist())))
+        self.cache.prefetch(layer, list(dict.fromkeys(experts.T.reshape(-1).tolist())))
 
     def _by_router(self, h: F32, layer: int, spec: RouterSpec) -> tuple[Choices, F32]:
         """As Backend.route, with the router of this layer."""
@@ -98,8 +98,8 @@ class Experts:
 
     def _of_trace(self, layer: int, position: I32) -> Choices:
         """What the trace names at positions [n]: [n, chosen]."""
-        assert self._trace is not None
-        return self._trace[position % len(self._trace), layer]
+        assert self._routing_trace is not None
+        return self._routing_trace[position % len(self._routing_trace), layer]
 
     def _guesses(self, chosen: Choices, layer: int, start: int) -> Choices:
         """The trace's experts, of which the stated part is right: the same on every rank."""
@@ -111,7 +111,7 @@ class Experts:
         """The choice for the normed vectors `h` [n, hidden] of a layer, at `position` [n]; what is chosen is read from now
         on. Raises TpimpiError where they are not finite."""
         routed = self.chosen(h, layer, position)
-        self._choices.update(routed.experts.tobytes())
+        self._routing_hash.update(routed.experts.tobytes())
         if self._recorded is not None:
             self._recorded.setdefault(layer, []).append(routed.experts.astype(np.uint16))
         self.cache.begin(layer, np.unique(routed.experts).tolist())
@@ -128,7 +128,7 @@ class Experts:
                 f"layer {layer}: the router's numbers are not finite, so no experts can be chosen; the model's weights are "
                 f"damaged, or its format too coarse: download it again, or try --format bf16"
             ) from error
-        if self._trace is not None:
+        if self._routing_trace is not None:
             experts = self._of_trace(layer, position)
         return Routed(layer, experts, weights)
 
@@ -138,7 +138,7 @@ class Experts:
         Expert after expert in the order of their numbers, so that a row's sum does not depend on what is in memory, nor on
         the rows beside it.
         """
-        users = routed.users()
+        users = routed.rows_by_expert()
         for group in self.cache.tiles():
             uses = [ExpertUse(tile.matrices, tile.parts, *users[tile.record.expert]) for tile in group]
             self.backend.experts(h, uses, self.config.activation, self.config.activation_limit, partial)

@@ -28,9 +28,10 @@ class RankFigures:
     `memory_bytes` is what --memory promised or found, None under --window. `pinned_bytes` and `buffer_bytes` are the
     tiles that were kept at the end, and the ring; `streamed_bytes_per_token` is what was not kept, `device` the disk it
     is on (st_dev), `disk_bytes_per_s` what the disk gave at the start (0 where it was not measured). `timeline` has
-    [seconds, resident, pinned, buffers], in bytes. Of the peak memory, `weights_bytes` are tiles in the window,
-    `cache_bytes` keys and values, `tokenizer_bytes` what the tokenizer took (rank 0), and `base_bytes` all the rest:
-    Python, libraries, activations.
+    [seconds, resident, pinned, buffers], in bytes. Of the peak memory, `weights_bytes` are tiles: what the window, the
+    expert cache and a draft model took at most; `cache_bytes` keys and values, `tokenizer_bytes` what the tokenizer took
+    (rank 0), and `base_bytes` all the rest: Python, libraries, activations. `heads`, `kv_heads` and `columns` are this
+    rank's; `star_s` has the waiting for other ranks in it.
     """
 
     rank: int
@@ -59,8 +60,9 @@ class RankFigures:
 
 @dataclass(frozen=True)
 class AuditFigures:
-    """What was audited: of `steps` sums of so many were (`audits`), and so many `tiles` were computed by rank 0 itself,
-    `against` what. `rate` is what --audit says, None for auto. `seconds` went into audits, `step_seconds` into the steps."""
+    """What was audited: `steps` were made, of `audits` of them one sum was audited, `tiles` tiles were computed by rank 0.
+    `rate` is --audit's part of the steps, None for auto. `against` says what answers were compared with. `seconds` went into
+    audits, `step_seconds` into steps."""
 
     rate: float | None
     steps: int
@@ -75,7 +77,7 @@ class AuditFigures:
 class LiveFigures:
     """What a rank says of itself while the run goes on: memory now, and totals since its start."""
 
-    memory_bytes: int
+    resident_bytes: int
     bytes_read: int
     read_wait_s: float
     compute_s: float

@@ -74,7 +74,7 @@ def take(model: Model, star: Star, files: PageFiles, which: SequenceFile) -> lis
         problem = str(error)
     by_all, problems = _agree(star, problem)
     if by_all and model.has_one_sequence:
-        model.has_taken(which.positions, which.tables)
+        model.adopt_pages(which.positions, which.tables)
     return problems
 
 

@@ -11,7 +11,7 @@ from tpimpi.weights.slices.tile import Tile
 
 
 @dataclass(eq=False)
-class Load:
+class TileLoad:
     """A tile that is being read for one turn, or to be pinned, and afterwards the tile itself."""
 
     index: int  # of the tile in the cycle
@@ -20,10 +20,10 @@ class Load:
     buffer: Bytes
     pieces: deque[Extent | None]  # to be read yet; None is a chunked tile as a whole
     pending: int = 0  # pieces that are being read
-    over: bool = False  # used, or given up: its memory goes once nothing is read into it any more
+    retired: bool = False  # used, or given up: its memory goes once nothing is read into it any more
     tile: Tile | None = None
 
     def give_up(self) -> None:
         """What was not read yet will not be."""
-        self.over = True
+        self.retired = True
         self.pieces.clear()

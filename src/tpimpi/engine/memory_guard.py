@@ -26,7 +26,7 @@ _FIRST_POINT_INTERVAL_S = 0.1  # time between two points of the timeline at firs
 STALL_REPORT_S = 5.0  # waiting for the disk is reported after so long, and again after each doubling
 
 
-class Timeline:
+class MemoryTimeline:
     """What a rank had in memory over time: [time.monotonic(), resident, pinned, buffers], in seconds and bytes."""
 
     def __init__(self) -> None:
@@ -52,19 +52,19 @@ class MemoryGuard:
         caches: Sequence[ExpertCache] = (),
         *,
         promise: int | None,
-        shared_by: int = 0,
+        watched_by: int = 0,
         stalled: Callable[[str], None] = lambda line: None,
         waiting: Callable[[], tuple[float, str] | None] = lambda: None,
     ) -> None:
-        """`promise` is what the rank may have resident, None for no bound. `shared_by` is how many ranks of ours share
+        """`promise` is what the rank may have resident, None for no bound. `watched_by` is how many ranks of ours share
         its host under `--memory auto`, 0 where the host's memory is not to be watched. `stalled` gets a line for the
         user; `waiting` says since when something else than a window waits for the disk, and for what."""
-        self._windows, self._caches, self._promise, self._shared_by = windows, caches, promise, shared_by
+        self._windows, self._caches, self._promise, self._watched_by = windows, caches, promise, watched_by
         self._stalled, self._waiting = stalled, waiting
         self._most = self.wanted
         self._roomy_since: float | None = None
         self._said = 0.0  # how long the wait was that was last reported
-        self.timeline = Timeline()
+        self.timeline = MemoryTimeline()
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tpimpi-memory-guard", daemon=True)
@@ -132,10 +132,10 @@ class MemoryGuard:
         rooms = []
         if self._promise is not None:
             rooms.append(self._promise - RESERVE_BYTES - resident)
-        if self._shared_by:
+        if self._watched_by:
             free = headroom(places())
             # All ranks see the same want, and each gives its part; but all of the room, if one took it, would be too much.
-            rooms.append(-(-free // self._shared_by) if free < 0 else free // (2 * self._shared_by))
+            rooms.append(-(-free // self._watched_by) if free < 0 else free // (2 * self._watched_by))
         return min(rooms) if rooms else None
 
     def _grow(self, now: float, room: int) -> None:

@@ -17,7 +17,7 @@ from tpimpi.compute.arrays import F32, I32, Array
 from tpimpi.compute.backends import Backend
 from tpimpi.engine.experts import Experts, Routed
 from tpimpi.engine.needs import kv_shape_of
-from tpimpi.engine.overlap import DENSE_CHUNK, HalfChunk, Need, Steps, go_through_blocks, half_chunks
+from tpimpi.engine.overlap import DENSE_CHUNK, Awaits, HalfChunk, HalfChunkWork, go_through_blocks, half_chunks
 from tpimpi.engine.partials import Partials, StepState
 from tpimpi.engine.trace import COMPUTE, STAR, Recorder
 from tpimpi.engine.watch import Watch
@@ -47,7 +47,10 @@ def block_order(header: Header) -> list[Block]:
 
 
 class Model:
-    """One rank's part of a model; all ranks call `begin` and then `forward` together."""
+    """One rank's part of a model.
+
+    All ranks call together `begin`, then `forward` (one sequence), or `open_pages`, then `step` (rows of several).
+    """
 
     def __init__(
         self,
@@ -56,7 +59,7 @@ class Model:
         window: Window,
         star: Star,
         backend: Backend,
-        kv: str = "auto",
+        kv_format: str = "auto",
         *,
         experts: Experts | None = None,
         chunk: int = DENSE_CHUNK,
@@ -64,10 +67,11 @@ class Model:
         make_room: Callable[[int, int], None] = lambda context, more: None,
         recorder: Recorder | None = None,
     ) -> None:
-        """`resident` are the small arrays that are kept in memory (see slices/file); `kv` is one of KV_FORMATS;
+        """`resident` are the small arrays that are kept in memory (see slices/file); `kv_format` is one of KV_FORMATS;
         `chunk` is how many positions of a prompt are to be computed at once, `predict` how many experts of a layer to read
-        before they are chosen; `make_room` is called before a cache is made, with the number of positions of a sequence,
-        and how many bytes it takes beyond that sequence's."""
+        before they are chosen; `make_room` is called before a cache is made, and as pages fill and are released, with the
+        number of positions of a sequence, and how many bytes pages take beyond that sequence's. It may raise InputError,
+        and so then do `begin` and `open_pages`."""
         self.config, self.share = header.config, header.share
         self.resident, self.window, self.star, self.backend = resident, window, star, backend
         self.cache: KVCache | None = None
@@ -76,8 +80,8 @@ class Model:
         # Its pages of each kind; None: several sequences have pages, see `open_pages`.
         self._tables: tuple[I32, ...] | None = None
         self._first_held = 0  # the first of its pages of windowed layers that others have not taken the place of
-        self.kv_shape = kv_shape_of(header, kv, chunk)
-        self._window = max(self.config.attention_windows, default=0)
+        self.kv_shape = kv_shape_of(header, kv_format, chunk)
+        self._attention_window = max(self.config.attention_windows, default=0)
         self.context = 0  # positions that the sequence may have
         self.experts, self.chunk, self._predict = experts, chunk, predict
         self.compute_seconds = 0.0
@@ -94,9 +98,9 @@ class Model:
         return self._tables is not None
 
     @property
-    def choices(self) -> int:
+    def routing_hash(self) -> int:
         """A hash of the experts chosen so far, 0 in a dense model; see protocol."""
-        return 0 if self.experts is None else self.experts.choices
+        return 0 if self.experts is None else self.experts.routing_hash
 
     def begin(self, context: int, keep: int = 0) -> None:
         """Start a sequence of at most `context` positions, which has the first `keep` positions of the one before.
@@ -109,7 +113,7 @@ class Model:
             before, tables = (self.cache, self._tables) if keep else (None, None)
             self.cache = self._tables = None  # give the old one back before the new one is made
             self._make_room(context, 0)
-            self.context, pages, self._kv_reserved = context, self.kv_shape.pages_of_one(context), 0
+            self.context, pages, self._kv_reserved = context, self.kv_shape.pages_of_sequence(context), 0
             self.cache = KVCache(self.kv_shape, pages)
             self._tables = tuple(np.arange(pages[FULL], dtype=np.int32) % max(1, count) for count in pages)
             if before is not None and tables is not None:
@@ -165,7 +169,7 @@ class Model:
 
         They are at most what `most_kept` says, and layers with windows must have all that the next row sees."""
         return not positions or (
-            positions <= self.most_kept(context) and first_seen(positions, self._window) >= self._first_held
+            positions <= self.most_kept(context) and first_seen(positions, self._attention_window) >= self._first_held
         )
 
     def tables_of(self, positions: int, first: int | None = None) -> list[list[int]]:
@@ -176,7 +180,7 @@ class Model:
         full, windowed = (table[: pages_of(positions)].tolist() for table in self._tables)
         return [full, [NO_PAGE if number < first else page for number, page in enumerate(windowed)]]
 
-    def has_taken(self, positions: int, tables: Sequence[Sequence[int]]) -> None:
+    def adopt_pages(self, positions: int, tables: Sequence[Sequence[int]]) -> None:
         """The one sequence has its first positions, which were read into the pages of `tables`."""
         self.length, self._first_held = positions, sum(page == NO_PAGE for page in tables[WINDOWED])
 
@@ -196,21 +200,26 @@ class Model:
         assert self._tables is not None, "forward before begin"
         if self.kv_shape.ring is not None:
             self._first_held = max(self._first_held, pages_of(start + x.shape[0]) - self.kv_shape.ring)
-            assert first_seen(start, self._window) >= self._first_held, "a row would see pages that are not there"
-        hidden = self.step(x, self.rows_of_one(start, x.shape[0]), head=head, watch=watch)
+            assert first_seen(start, self._attention_window) >= self._first_held, (
+                "a row would see pages that are not there"
+            )
+        hidden = self.step(x, self.rows_of_sequence(start, x.shape[0]), head=head, watch=watch)
         self.length = start + x.shape[0]
         return hidden
 
-    def rows_of_one(self, start: int, n: int) -> StepRows:
+    def rows_of_sequence(self, start: int, n: int) -> StepRows:
         """n positions of the one sequence, from `start` on."""
         assert self._tables is not None, "forward before begin"
-        return StepRows.of_one(start, n, self._tables)
+        return StepRows.of_sequence(start, n, self._tables)
 
     def step(self, x: F32, rows: StepRows, *, head: bool = True, watch: Watch | None = None) -> F32:
         """Run hidden vectors `x` [n, hidden] of n rows, the same on every rank, through all layers.
 
         Returns the hidden vectors after the last layer, [n, hidden], the same bits on every rank. Unless `head`, their
         logits will not be asked for. `watch` keeps what will be audited (rank 0).
+
+        Raises DamagedMemoryError where a pinned tile has changed, SliceError or StorageError where reading fails,
+        TpimpiError where a router's numbers are not finite, StarError.
         """
         assert self.cache is not None, "a step before begin"
         self.cache.note_written(rows)
@@ -238,7 +247,7 @@ class Model:
         """How many rows there are in a sum that has this row of a step of so many."""
         return next(run.stop - run.start for run in self._runs(rows) if run.start <= row < run.stop)
 
-    def _through_layers(self, x: F32, rows: StepRows, overlapped: bool, watch: Watch | None) -> Steps:
+    def _through_layers(self, x: F32, rows: StepRows, overlapped: bool, watch: Watch | None) -> HalfChunkWork:
         """Take `x` [n, hidden] of these rows through all layers, in place.
 
         See overlap.py for the `yield`s: each lets the other half of the chunk go on where it is `overlapped`. `watch` is of
@@ -250,7 +259,7 @@ class Model:
         for place, block in enumerate(self.blocks):
             spec = self.partials.layers[block.layer]
             if self.experts is not None and block.kind != "mlp":
-                self.experts.expect(x, block.layer, rows.position, self._predict)
+                self.experts.prefetch(x, block.layer, rows.position, self._predict)
             if watch is not None:
                 watch.note(x, place)
             if not (spec.parallel and block.kind == "mlp"):  # which goes on with what its attention read and made
@@ -259,7 +268,7 @@ class Model:
                 projections = Projections(self.backend, self.config.head_dim)
             routed = self._routed(h, block, rows.position)
             number = 0
-            while (tile := (yield Need.TILE)) is not None:
+            while (tile := (yield Awaits.TILE)) is not None:
                 with self._recorded(COMPUTE, place, number):
                     partial += self.partials.of_tile(h, tile, step, projections)
                 number += 1
@@ -271,7 +280,7 @@ class Model:
                 continue
             seen = None if watch is None else watch.partials_of(partial, place)
             total = self.star.start(partial, background=overlapped, exact=block.kind == "qkv", watch=seen)
-            yield Need.SUM
+            yield Awaits.SUM
             with self._recorded(STAR, place):
                 total.wait()
             if projections is not None and block.kind == "qkv":
@@ -282,7 +291,7 @@ class Model:
     def state_of(self, rows: StepRows) -> StepState:
         """What these rows have beside their hidden vectors."""
         assert self.cache is not None, "a step before begin"
-        of_kind = [rows.of(kind) for kind in KINDS]
+        of_kind = [rows.for_kind(kind) for kind in KINDS]
         return StepState(self.cache, self.kv_shape.kinds, of_kind, self._angles(rows.position))
 
     def _routed(self, h: F32, block: Block, position: I32) -> Routed | None:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 
 from tpimpi.engine.budget import Needs
-from tpimpi.engine.expert_cache import least_places
+from tpimpi.engine.expert_cache import least_slots
 from tpimpi.engine.overlap import DENSE_CHUNK
 from tpimpi.engine.ring import FEWEST_TILES, USUAL_TILES
-from tpimpi.models.kv.cache import PAGE, WINDOWED, KVShape, kv_format, layer_kinds, pages_of
+from tpimpi.models.kv.cache import PAGE, WINDOWED, KVShape, layer_kinds, pages_of, resolve_kv_format
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import Record
 
@@ -27,7 +27,7 @@ def work_bytes(
     records: Sequence[Record],
     backend: str,
     context: int,
-    logits_of: int,
+    logit_rows: int,
     *,
     chunk: int = DENSE_CHUNK,
     experts: Sequence[Record] = (),
@@ -37,7 +37,7 @@ def work_bytes(
     """Memory, at most, of activations and messages on this rank, beside cache and weights.
 
     Counted for a step of `chunk` positions (or `context`, if that is less), through the `records` of a cycle and one of the
-    `experts`, which all positions may use; and on rank 0 the logits of `logits_of` positions. `all_partials`:
+    `experts`, which all positions may use; and on rank 0 the logits of `logit_rows` positions. `all_partials`:
     every rank gets those of all, as the hub does. With a `draft`, for the last token and so many drafted ones instead, of
     all of which rank 0 has the logits.
     """
@@ -64,7 +64,7 @@ def work_bytes(
         kv_heads = header.share.kv_heads.size
         work += 4 * context * (3 * heads * positions + 4 * max(heads, kv_heads) * config.head_dim)
     if header.rank == 0:
-        held = 5 * (1 + draft) + 8 if draft else (12 + 12 * (logits_of > 1)) * logits_of
+        held = 5 * (1 + draft) + 8 if draft else (12 + 12 * (logit_rows > 1)) * logit_rows
         work += (held + 64) * config.vocab
     return work
 
@@ -76,11 +76,11 @@ def needs_of_model(
     tiles: int,
     base: int,
     backend: str,
-    kv: str,
+    kv_format: str,
     allreduce: str,
     context: int,
     chunk: int = DENSE_CHUNK,
-    logits_of: int = 1,
+    logit_rows: int = 1,
     experts: Sequence[Record] = (),
     expert_count: int = 0,
     draft: int | None = 0,
@@ -88,19 +88,19 @@ def needs_of_model(
     """What one rank needs to hold `context` positions of one model, of which it has the slice `header`.
 
     `records` are its tiles, or those of a layer of each kind and of the head; `tiles` the bytes of all of them. `base` is
-    what the rank has resident before. `backend`, `kv` and `allreduce` (a rule: see star.parse_rule) are those of the run;
-    `chunk` is how many positions are computed at once; `logits_of` how many positions rank 0 computes logits of at once;
+    what the rank has resident before. `backend`, `kv_format` and `allreduce` (see star.parse_rule) are those of the run;
+    `chunk` is how many positions are computed at once; `logit_rows` how many positions rank 0 computes logits of at once;
     `experts` are the tiles of an expert of each layer, or of each kind of layer, of `expert_count` experts in all layers.
     `draft` is how many tokens are drafted at most, None for as many as take hardly more memory: see Needs.draft.
     """
-    shape = kv_shape_of(header, kv, chunk)
+    shape = kv_shape_of(header, kv_format, chunk)
     largest = max((record.nbytes for record in records), default=0)
     expert = max((record.nbytes for record in experts), default=0)
     all_partials = allreduce.endswith("exchange")  # also of long sums
 
     def work(positions: int, draft: int = 0) -> int:
         return work_bytes(
-            *(header, records, backend, context, logits_of),
+            *(header, records, backend, context, logit_rows),
             chunk=positions,
             experts=experts,
             all_partials=all_partials,
@@ -117,7 +117,7 @@ def needs_of_model(
         least_buffers=min(tiles, FEWEST_TILES * largest),
         usual_buffers=min(tiles, USUAL_TILES * largest),
         tiles=tiles,
-        least_experts=least_places(expert_count) * expert,
+        least_experts=least_slots(expert_count) * expert,
         experts=expert_count * expert,
         position_work=work(2) - work(1) + (0 if shape.ring is None else shape.page_bytes(WINDOWED) // PAGE),
         draft=draft,
@@ -140,10 +140,10 @@ def needs_together(needs: Sequence[Needs]) -> Needs:
     )
 
 
-def kv_shape_of(header: Header, kv: str, chunk: int) -> KVShape:
-    """This rank's pages of keys and values; `kv` is one of KV_FORMATS, `chunk` how many positions are computed at once."""
+def kv_shape_of(header: Header, kv_format: str, chunk: int) -> KVShape:
+    """This rank's pages of keys and values; `kv_format` is one of KV_FORMATS, `chunk` positions are computed at once."""
     config = header.config
-    fmt = kv_format(kv, header.formats.of_layers(), config.head_dim)
+    fmt = resolve_kv_format(kv_format, header.formats.layer_formats(), config.head_dim)
     window = max(config.attention_windows, default=0)
     ring = pages_of(window + chunk + KEPT_POSITIONS) + 2 if window else None  # a window and a chunk may begin anywhere
     return KVShape(layer_kinds(config), header.share.kv_heads.size, config.head_dim, fmt, ring)

@@ -45,7 +45,7 @@ class MemoryPromises(Note, frozen=True):
     once, None where every rank knows that. The reply is Done."""
 
     promises: list[int | None]
-    watched: list[int]
+    watched_by: list[int]
     chunk: int | None = None
 
 

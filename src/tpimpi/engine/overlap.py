@@ -23,14 +23,14 @@ MOST_CHUNK = 4096
 OVERLAP_LEAST_POSITIONS = 32  # a chunk of so many positions or more is halved
 
 
-class Need(Enum):
+class Awaits(Enum):
     """What a half-chunk needs to go on."""
 
     TILE = "the next tile of its block, or None after the last"
     SUM = "nothing: its sum is under way, and it would wait for it"
 
 
-Steps = Generator[Need, Tile | None, None]
+HalfChunkWork = Generator[Awaits, Tile | None, None]
 
 
 def half_chunks(positions: int, ranks: int) -> list[slice]:
@@ -44,7 +44,7 @@ def half_chunks(positions: int, ranks: int) -> list[slice]:
     return [slice(0, half), slice(half, positions)]
 
 
-def usual_chunk(config: ModelConfig) -> int:
+def default_chunk(config: ModelConfig) -> int:
     """Positions of a prompt that are computed at once where nobody says how many: of a mixture at least (see chunk.py)."""
     return MIXTURE_CHUNK if config.experts else DENSE_CHUNK
 
@@ -57,26 +57,26 @@ def largest_sum(hidden: int, ranks: int) -> int:
 class HalfChunk:
     """Some positions on their way through the layers, by turns with the other half of the chunk (if it has one)."""
 
-    def __init__(self, steps: Steps) -> None:
-        self._steps = steps
-        self._need: Need | None = next(steps)
+    def __init__(self, work: HalfChunkWork) -> None:
+        self._work = work
+        self._awaits: Awaits | None = next(work)
 
     def compute(self, tile: Tile) -> None:
         """Compute with the next tile of the block; before the first the sum of the block before is waited for."""
-        if self._need is Need.SUM:
+        if self._awaits is Awaits.SUM:
             self.take_sum()
-        self._need = self._steps.send(tile)
+        self._awaits = self._work.send(tile)
 
     def start_sum(self) -> None:
         """The block has no further tiles: start the sum of its partials over all ranks."""
-        if self._need is Need.SUM:  # the block had none at all
+        if self._awaits is Awaits.SUM:  # the block had none at all
             self.take_sum()
-        self._need = self._steps.send(None)
+        self._awaits = self._work.send(None)
 
     def take_sum(self) -> None:
         """Wait for the sum that is under way, if one is, and add it."""
-        if self._need is Need.SUM:
-            self._need = next(self._steps, None)
+        if self._awaits is Awaits.SUM:
+            self._awaits = next(self._work, None)
 
 
 def go_through_blocks(blocks: Iterable[Block], window: Window, halves: Sequence[HalfChunk]) -> None:
@@ -85,7 +85,7 @@ def go_through_blocks(blocks: Iterable[Block], window: Window, halves: Sequence[
         if window.would_wait(block):
             _take_sums(halves)  # the hub owes them to the others, however long its disk takes
         count = window.count(block)
-        held = window.hold(block) if len(halves) > 1 and count else None
+        held = window.pinned_tiles(block) if len(halves) > 1 and count else None
         if held is not None:
             _half_by_half(halves, held)
         elif count:

@@ -13,7 +13,7 @@ from tpimpi.compute.kv import KVPages, Rows
 from tpimpi.models.blocks import Block
 from tpimpi.models.kv.cache import KVCache
 from tpimpi.models.layer_spec import LayerSpec, Rope
-from tpimpi.models.layers.attention import QKNorm, attention_partial
+from tpimpi.models.layers.attention import QKNormWeights, attention_partial
 from tpimpi.models.layers.mlp import mlp_partial
 from tpimpi.models.layers.norms import pre_norm
 from tpimpi.models.layers.projections import Projections, TileHeads
@@ -33,7 +33,7 @@ class StepState:
 
     def kv(self, layer: int) -> tuple[KVPages, Rows]:
         """A layer's pages, and the rows with the tables of its kind."""
-        return self.cache.of(layer), self.rows[self.kinds[layer]]
+        return self.cache.layer_pages(layer), self.rows[self.kinds[layer]]
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,10 @@ class Partials:
         first_kv = self.header.share.kv_heads.start
         projections.finish(squares, self._qk_norm(layer), *step.kv(layer), first_kv, turned)
 
-    def _qk_norm(self, layer: int) -> QKNorm:
-        return QKNorm(self.resident["q_norm"][layer], self.resident["k_norm"][layer], self.header.config.norm_eps)
+    def _qk_norm(self, layer: int) -> QKNormWeights:
+        return QKNormWeights(
+            self.resident["q_norm"][layer], self.resident["k_norm"][layer], self.header.config.norm_eps
+        )
 
     def add_bias(self, partial: F32, block: Block) -> None:
         """Add the bias of the block's output projection, if this rank has it."""

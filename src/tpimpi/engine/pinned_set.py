@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tpimpi.engine.load import Load
+from tpimpi.engine.load import TileLoad
 from tpimpi.system.buffers import BufferPool, Bytes
 from tpimpi.weights.slices.tile import Tile
 
@@ -17,7 +17,10 @@ def pin_order(count: int) -> list[int]:
 
 
 class PinnedSet:
-    """Which tiles of a cycle are to stay in memory, and those that are there. Its user's lock is held in all methods."""
+    """Which tiles of a cycle are to stay in memory, and those that are there.
+
+    Its user's lock is held wherever it changes; `tiles`, `retired` and `all_wanted` may be read without (see Window._tile).
+    """
 
     def __init__(self, sizes: Sequence[int]) -> None:
         """`sizes` are the bytes of each tile of the cycle. No tile is wanted at first."""
@@ -26,8 +29,8 @@ class PinnedSet:
         self._place = {index: place for place, index in enumerate(self._order)}
         self._places = BufferPool([sizes[index] for index in self._order])
         self.tiles: list[Tile | None] = [None] * len(sizes)  # by index: those that can be used
-        self.loads: dict[int, Load] = {}  # by index: pinned tiles, and those on their way
-        self.late: list[Load] = []  # given up, to be released once they are not in use
+        self.loads: dict[int, TileLoad] = {}  # by index: pinned tiles, and those on their way
+        self.retired: list[TileLoad] = []  # given up, to be released once they are not in use
         self._wanted: set[int] = set()
         self.wanted_bytes = 0  # memory that pinned tiles are to take
         self.nbytes = 0  # memory of pinned tiles, those on their way included
@@ -58,29 +61,29 @@ class PinnedSet:
             self.nbytes -= self._sizes[load.index]
             self.tiles[load.index] = None
             load.give_up()
-            self.late.append(load)
+            self.retired.append(load)
         return {load.index for load in missing}
 
     def wants(self, index: int) -> bool:
         """Whether a tile is to be pinned now. One that was, and is in use yet, has its memory until it is not."""
-        return index in self._wanted and all(load.index != index for load in self.late)
+        return index in self._wanted and all(load.index != index for load in self.retired)
 
     def take_memory(self, index: int) -> Bytes:
         """Memory for a wanted tile: uint8 [its size]."""
         return self._places.take(self._place[index])
 
-    def add(self, load: Load) -> None:
+    def add(self, load: TileLoad) -> None:
         """A tile is on its way, into memory from `take_memory`."""
         self.loads[load.index] = load
         self.nbytes += self._sizes[load.index]
 
-    def release_late(self, in_use: Callable[[int], bool]) -> None:
+    def release_retired(self, in_use: Callable[[int], bool]) -> None:
         """Release the tiles that were given up; not those in use, nor those still being read."""
-        late = [load for load in self.late if load.pending or in_use(load.index)]
-        for load in self.late:
-            if load not in late:
+        waiting = [load for load in self.retired if load.pending or in_use(load.index)]
+        for load in self.retired:
+            if load not in waiting:
                 self._places.release(self._place[load.index])
-        self.late = late
+        self.retired = waiting
 
     def release_all(self) -> None:
         """Give all memory back."""

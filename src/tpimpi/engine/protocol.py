@@ -1,11 +1,12 @@
 """The steps of a run after its start: what rank 0 asks for, and how the other ranks follow.
 
-A step begins with a header, int64 [5] over the star: magic, operation, positions, start, choices; in the same message words
-may follow, of BATCH and PROMPT_BATCH the rows (see batch). After FORWARD, PROMPT and these come the hidden vectors, after
-KEEP and TAKE notes (see keep_pages), after AUDIT a row, which every rank answers (see audit). Prompt, token ids and text are
-in none of them.
+A step begins with a header, int64 [5] over the star: magic, operation, positions, start, routing_hash. In the same message
+follow the words of PAGES (pages of each kind, and units), of STEP and PROMPT_STEP (rows, see batch), of RELEASE (pages), of
+AUDIT (sum and row). Then come hidden vectors, f32 [positions, hidden], after FORWARD, PROMPT, STEP and PROMPT_STEP; notes
+after KEEP and TAKE (see keep_pages), and of every rank after LIVE; after AUDIT a row, which every rank answers (see audit).
+Prompt, token ids and text are in none of them.
 
-`choices` is a hash of the experts that rank 0 has chosen so far in a mixture of experts. Ranks that chose others would add
+`routing_hash` is of the experts that rank 0 has chosen so far in a mixture of experts. Ranks that chose others would add
 parts of different experts, and make nonsense that looks like text: so every rank compares, before each step, and the run
 ends where they differ.
 """
@@ -47,13 +48,13 @@ class Operation(IntEnum):
     FORWARD = 2  # `positions` hidden vectors through all layers, from position `start` on
     FINISH = 3  # the run is over
     PAGES = 4  # pages for sequences of at most `positions`; words say how many of each kind, and of all
-    BATCH = 5  # `positions` rows, which words describe, and their hidden vectors, through all layers
+    STEP = 5  # `positions` rows, which words describe, and their hidden vectors, through all layers
     RELEASE = 6  # memory of pages is given back: of the words the first `positions` are pages of full layers
     KEEP = 7  # pages of a sequence are to be written to a file; notes follow
     TAKE = 8  # pages of a sequence are to be read from a file; notes follow
     LIVE = 9  # every rank says how it is, in a note
     PROMPT = 10  # as FORWARD, of a prompt: over sealed links its messages are padded
-    PROMPT_BATCH = 11  # as BATCH, with rows of a prompt among them
+    PROMPT_STEP = 11  # as STEP, with rows of a prompt among them
     AUDIT = 12  # one row of a sum is to be computed again: words say which, and the row follows (see audit)
 
 
@@ -64,22 +65,22 @@ class StepHeader:
     operation: Operation
     positions: int = 0
     start: int = 0
-    choices: int = 0
+    routing_hash: int = 0
 
     def pack(self) -> Words:
         """The words on the wire: int64 [HEADER_WORDS]."""
-        return np.array([MAGIC, self.operation, self.positions, self.start, self.choices], np.int64)
+        return np.array([MAGIC, self.operation, self.positions, self.start, self.routing_hash], np.int64)
 
     @classmethod
     def unpack(cls, words: Words) -> StepHeader:
         """The header that these words are. Raises StarError where they are none."""
-        magic, operation, positions, start, choices = words.tolist()
+        magic, operation, positions, start, routing_hash = words.tolist()
         sizes = 0 <= positions <= MAX_SIZE and 0 <= start <= MAX_SIZE
         if magic != MAGIC or operation not in iter(Operation) or not sizes:
             raise StarError(
-                f"rank 0 sent the control header {magic, operation, positions, start, choices}, which makes no sense"
+                f"rank 0 sent the control header {magic, operation, positions, start, routing_hash}, which makes no sense"
             )
-        return cls(Operation(operation), positions, start, choices)
+        return cls(Operation(operation), positions, start, routing_hash)
 
 
 def send_header(star: Star, header: StepHeader, words: Words = NO_WORDS) -> None:
@@ -100,40 +101,40 @@ def begin(model: Model, star: Star, context: int, keep: int = 0) -> None:
     """Rank 0: have every rank begin a sequence of at most `context` positions.
 
     It has the first `keep` positions of the one before, see model.can_keep."""
-    send_header(star, StepHeader(Operation.BEGIN, context, keep, model.choices))
+    send_header(star, StepHeader(Operation.BEGIN, context, keep, model.routing_hash))
     model.begin(context, keep)
 
 
-def step(model: Model, star: Star, x: F32, start: int, *, head: bool = True, prompt: bool = False) -> F32:
+def forward(model: Model, star: Star, x: F32, start: int, *, head: bool = True, prompt: bool = False) -> F32:
     """Rank 0: have every rank run `x` [n, hidden] through the layers at positions from `start`; returns [n, hidden].
 
     Unless `head`, no logits will be asked for. Of a `prompt` nobody on the network shall see how long it is.
     """
     operation = Operation.PROMPT if prompt else Operation.FORWARD
-    send_header(star, StepHeader(operation, x.shape[0], start, model.choices))
+    send_header(star, StepHeader(operation, x.shape[0], start, model.routing_hash))
     star.pad_rows(prompt)
     star.broadcast(x)
     watch = None if model.auditor is None else model.auditor.watch(x.shape[0])
     hidden = model.forward(x, start, head=head, watch=watch)
-    _audit(model, star, watch, lambda: model.rows_of_one(start, x.shape[0]))
+    _audit(model, star, watch, lambda: model.rows_of_sequence(start, x.shape[0]))
     return hidden
 
 
 def open_pages(model: Model, star: Star, context: int, account: PageAccount) -> None:
     """Rank 0: have every rank make the pages of this account, for sequences of at most `context` positions each."""
     words = np.array([*account.places, account.units], np.int64)
-    send_header(star, StepHeader(Operation.PAGES, context, choices=model.choices), words)
+    send_header(star, StepHeader(Operation.PAGES, context, routing_hash=model.routing_hash), words)
     model.open_pages(context, account.places, account.units)
 
 
-def batch(model: Model, star: Star, x: F32, rows: StepRows, *, head: bool = True, prompt: bool = False) -> F32:
+def step(model: Model, star: Star, x: F32, rows: StepRows, *, head: bool = True, prompt: bool = False) -> F32:
     """Rank 0: have every rank run `x` [n, hidden] of these rows through the layers; returns [n, hidden].
 
-    The pages are `open_pages`'s; see `step` for `head` and `prompt`, which holds if any row is of a prompt.
+    The pages are `open_pages`'s; see `forward` for `head` and `prompt`, which holds if any row is of a prompt.
     """
-    operation = Operation.PROMPT_BATCH if prompt else Operation.BATCH
+    operation = Operation.PROMPT_STEP if prompt else Operation.STEP
     words = pack_rows(rows, PADDED_WORDS if star.sealed else 1)
-    send_header(star, StepHeader(operation, x.shape[0], choices=model.choices), words)
+    send_header(star, StepHeader(operation, x.shape[0], routing_hash=model.routing_hash), words)
     star.pad_rows(prompt)
     star.broadcast(x)
     watch = None if model.auditor is None else model.auditor.watch(x.shape[0])
@@ -149,7 +150,7 @@ def _audit(model: Model, star: Star, watch: Watch | None, rows: Callable[[], Ste
     model.auditor.stepped()
     if watch is not None:
         request = model.auditor.request(watch, rows())
-        send_header(star, StepHeader(Operation.AUDIT, choices=model.choices), request.words())
+        send_header(star, StepHeader(Operation.AUDIT, routing_hash=model.routing_hash), request.words())
         request.send_row(star)
         model.auditor.check(watch, request, star.gather_notes(b""))
 
@@ -157,28 +158,28 @@ def _audit(model: Model, star: Star, watch: Watch | None, rows: Callable[[], Ste
 def release_pages(model: Model, star: Star, pages: Sequence[Sequence[int]]) -> None:
     """Rank 0: have every rank give back the memory of these pages of each kind, which nobody uses."""
     words = np.array([page for of_kind in pages for page in of_kind], np.int64)
-    send_header(star, StepHeader(Operation.RELEASE, len(pages[0]), choices=model.choices), words)
+    send_header(star, StepHeader(Operation.RELEASE, len(pages[0]), routing_hash=model.routing_hash), words)
     _release(model, words, len(pages[0]))
 
 
 def keep_pages(model: Model, star: Star, files: PageFiles, which: SequenceFile) -> list[str]:
     """Rank 0: have every rank write these pages to its file. What went wrong, a line a rank: then the files of some ranks
     may be new and of others as before, and are of no use."""
-    send_header(star, StepHeader(Operation.KEEP, choices=model.choices))
+    send_header(star, StepHeader(Operation.KEEP, routing_hash=model.routing_hash))
     send_note(star, which)
     return keep(model, star, files, which)
 
 
 def take_pages(model: Model, star: Star, files: PageFiles, which: SequenceFile) -> list[str]:
     """Rank 0: have every rank read these pages from its file. What went wrong, a line a rank: then none of them count."""
-    send_header(star, StepHeader(Operation.TAKE, choices=model.choices))
+    send_header(star, StepHeader(Operation.TAKE, routing_hash=model.routing_hash))
     send_note(star, which)
     return take(model, star, files, which)
 
 
 def live_figures(model: Model, star: Star, ours: LiveFigures) -> list[LiveFigures]:
     """Rank 0: every rank's figures as they are now, in rank order, between two steps."""
-    send_header(star, StepHeader(Operation.LIVE, choices=model.choices))
+    send_header(star, StepHeader(Operation.LIVE, routing_hash=model.routing_hash))
     return [note.figures for note in gather_notes(star, Live(ours))]
 
 
@@ -189,7 +190,7 @@ def _release(model: Model, words: Words, full: int) -> None:
 
 def finish(model: Model, star: Star) -> None:
     """Rank 0: tell every rank that the run is over; where there are several models, `model` is the first."""
-    send_header(star, StepHeader(Operation.FINISH, choices=model.choices))
+    send_header(star, StepHeader(Operation.FINISH, routing_hash=model.routing_hash))
 
 
 def follow(
@@ -201,13 +202,14 @@ def follow(
     """Other ranks: do what rank 0 says until it says that the run is over. They see hidden vectors, never ids or text.
 
     Where there are several models the headers are for them in turn, the first for the first. `files` is where pages may be
-    kept, `live` says how this rank is. Raises StarError for a header that makes no sense.
+    kept, `live` says how this rank is. Raises StarError for a header that makes no sense, or where this rank chose other
+    experts than rank 0, and what computing and reading raise.
     """
     for model in itertools.cycle(models):
         header, words = receive_header(star)
         if header.operation == Operation.FINISH and len(models) > 1:
             return  # whichever model's turn it is
-        if header.choices != model.choices:
+        if header.routing_hash != model.routing_hash:
             raise StarError(
                 "chose other experts than rank 0, so their sums would be nonsense: their kernels or slices "
                 "are not the same, or a computer's memory is bad; install the same tpimpi everywhere (tpimpi doctor), make "
@@ -234,7 +236,7 @@ def _keep_or_take(model: Model, star: Star, files: PageFiles | None, header: Ste
 
 def _follow_one(model: Model, star: Star, header: StepHeader, words: Words) -> None:
     """Do what one header says, with its words. Raises StarError where it makes no sense."""
-    batched = header.operation in (Operation.BATCH, Operation.PROMPT_BATCH)
+    batched = header.operation in (Operation.STEP, Operation.PROMPT_STEP)
     if len(words) and not (batched or header.operation in (Operation.PAGES, Operation.RELEASE, Operation.AUDIT)):
         raise StarError(f"rank 0 sent {len(words)} words with a header that has none")
     if header.operation == Operation.BEGIN:
@@ -260,7 +262,7 @@ def _follow_one(model: Model, star: Star, header: StepHeader, words: Words) -> N
 
         star.gather_notes(answer(model, receive_request(model, star, words)).tobytes())
         return
-    star.pad_rows(header.operation in (Operation.PROMPT, Operation.PROMPT_BATCH))
+    star.pad_rows(header.operation in (Operation.PROMPT, Operation.PROMPT_STEP))
     if batched:
         rows = unpack_rows(words, model.cache.pages, model.context)
         if len(rows.sequence) != header.positions:

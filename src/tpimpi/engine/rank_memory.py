@@ -15,7 +15,7 @@ from functools import partial
 from tpimpi.engine.allotment import MemoryAllotment
 from tpimpi.engine.budget import RESERVE_BYTES, Budget, Needs, make_budget
 from tpimpi.engine.engine import OpenedEngine
-from tpimpi.engine.expert_cache import ExpertCache, least_places
+from tpimpi.engine.expert_cache import ExpertCache, least_slots
 from tpimpi.engine.figures import LiveFigures, RankFigures
 from tpimpi.engine.memory_guard import MemoryGuard
 from tpimpi.engine.needs import needs_together
@@ -37,19 +37,19 @@ class MemoryPlanner:
     """What a rank needs for its opened engines. Nothing that they will need may be in memory yet when this is made."""
 
     def __init__(
-        self, engines: Sequence[OpenedEngine], tokenizer_bytes: int = 0, draft: OpenedEngine | None = None
+        self, engines: Sequence[OpenedEngine], tokenizer_bytes: int = 0, draft_engine: OpenedEngine | None = None
     ) -> None:
-        """`tokenizer_bytes` is what the tokenizer took (rank 0), for the figures. A `draft` model (rank 0) is to have memory
-        for all of it, which it takes by itself."""
-        self.engines, self.tokenizer_bytes, self.draft = list(engines), tokenizer_bytes, draft
+        """`tokenizer_bytes` is what the tokenizer took (rank 0), for the figures. `draft_engine` (rank 0) is to have memory
+        for all of its model, which it takes by itself."""
+        self.engines, self.tokenizer_bytes, self.draft_engine = list(engines), tokenizer_bytes, draft_engine
         self.star, self.settings = engines[0].star, engines[0].settings
         self.base = resident_bytes()
 
     def needs(self, context: int) -> Needs:
         """What this rank needs to hold `context` positions of each model."""
         needs = needs_together([engine.needs(self.base, context) for engine in self.engines])
-        if self.draft is not None:
-            beside = self.draft.needs(0, min(context, self.draft.header.config.context))
+        if self.draft_engine is not None:
+            beside = self.draft_engine.needs(0, min(context, self.draft_engine.header.config.context))
             needs = replace(
                 needs,
                 base=needs.base + beside.tiles + beside.experts,
@@ -90,7 +90,7 @@ class DiskTrial:
 class MemoryPlan:
     """What the memory of a rank will be used for; see `MemoryPlanner.plan`."""
 
-    of: MemoryPlanner
+    planner: MemoryPlanner
     context: int
     promise: int | None
     watched_by: int
@@ -100,10 +100,13 @@ class MemoryPlan:
 
     def take(self) -> RankMemory:
         """Measure what the disk gives, while the other ranks do, and start reading for good."""
-        rates = [0.0, *(self._rate(engine, trial) for engine, trial in zip(self.of.engines, self.trials, strict=True))]
+        rates = [
+            0.0,
+            *(self._rate(engine, trial) for engine, trial in zip(self.planner.engines, self.trials, strict=True)),
+        ]
         with ExitStack() as undo:
             windows, caches = [], []
-            for engine, trial in zip(self.of.engines, self.trials, strict=True):
+            for engine, trial in zip(self.planner.engines, self.trials, strict=True):
                 windows.append(undo.enter_context(closing(self._open_window(engine, trial))))
                 caches.append(undo.enter_context(closing(self._open_experts(engine, trial))))
             memory = RankMemory(self, windows, caches, max(rates))
@@ -112,7 +115,7 @@ class MemoryPlan:
 
     def streams(self, engine: OpenedEngine) -> bool:
         """Whether something of this engine is read for each token."""
-        window = self.of.settings.window
+        window = self.planner.settings.window
         blocks = isinstance(window, int) and window < len(engine.order)
         return (
             blocks or (self.budget is not None and self.budget.pinned < self.needs.tiles) or self.reads_experts(engine)
@@ -121,17 +124,17 @@ class MemoryPlan:
     def reads_experts(self, engine: OpenedEngine) -> bool:
         """Whether experts of this engine are read while it computes."""
         few = (
-            isinstance(self.of.settings.window, int)
+            isinstance(self.planner.settings.window, int)
             if self.budget is None
             else self.budget.experts < self.needs.experts
         )
-        return few and bool(engine.experts)
+        return few and bool(engine.expert_records)
 
     def trial(self, engine: OpenedEngine) -> DiskTrial | None:
         """Try how many reads in flight the disk of this engine's slice wants."""
         if not self.streams(engine):
             return None
-        records = [*engine.records, *(engine.experts.values() if self.reads_experts(engine) else ())]
+        records = [*engine.records, *(engine.expert_records.values() if self.reads_experts(engine) else ())]
         trial = engine.file.trial(records)
         return DiskTrial(trial, engine.file.measure(partial(trial.depth, self._trial_buffer())))
 
@@ -148,7 +151,7 @@ class MemoryPlan:
 
     def _open_window(self, engine: OpenedEngine, trial: DiskTrial | None) -> Window:
         """The window of one engine, with its part of the budget."""
-        blocks = self.of.settings.window
+        blocks = self.planner.settings.window
         pinned, ring = None, None
         if self.budget is not None:
             pinned = self.budget.pinned * engine.tile_bytes // max(1, self.needs.tiles)
@@ -163,12 +166,12 @@ class MemoryPlan:
 
     def _open_experts(self, engine: OpenedEngine, trial: DiskTrial | None) -> ExpertCache:
         """The expert cache of one engine, with its part of the budget."""
-        sizes = [record.nbytes for record in engine.experts.values()]
+        sizes = [record.nbytes for record in engine.expert_records.values()]
         whole, nbytes = len(sizes) * max(sizes, default=0), None
         if self.budget is not None:
             nbytes = self.budget.experts * whole // max(1, self.needs.experts)
         elif self.reads_experts(engine):  # no tile stays under --window
-            nbytes = least_places(len(sizes)) * max(sizes)
+            nbytes = least_slots(len(sizes)) * max(sizes)
         return engine.open_experts(nbytes=nbytes, reads=DEFAULT_READS if trial is None else trial.reads)
 
 
@@ -181,17 +184,17 @@ class RankMemory:
         """`windows` and `caches` are those of the plan's engines; `disk_bytes_per_s` what the disk gave (0 where it was not
         measured)."""
         self._plan, self._fixed = plan, plan.needs.fixed
-        self.star, self.settings = plan.of.star, plan.of.settings
+        self.star, self.settings = plan.planner.star, plan.planner.settings
         self._rings = sum(window.ring_bytes for window in windows)
         self.engines = [
             opened.start(window, experts, self.make_room)
-            for opened, window, experts in zip(plan.of.engines, windows, caches, strict=True)
+            for opened, window, experts in zip(plan.planner.engines, windows, caches, strict=True)
         ]
         self.guard = MemoryGuard(
             windows,
             caches,
             promise=None if plan.watched_by else plan.promise,
-            shared_by=plan.watched_by,
+            watched_by=plan.watched_by,
             stalled=self._say,
             waiting=self._waiting_for_a_row,
         )
@@ -199,16 +202,16 @@ class RankMemory:
             self.guard.limit_pinned(
                 plan.needs.tiles + plan.needs.experts
             )  # if other programs end, there may be room for more
-        self._pinned_check = PinnedCheck(windows) if any(opened.audits for opened in plan.of.engines) else None
+        self._pinned_check = PinnedCheck(windows) if any(opened.audits for opened in plan.planner.engines) else None
         self.allotment = self._allotment(disk_bytes_per_s)
 
     def _allotment(self, disk_bytes_per_s: float) -> MemoryAllotment:
-        plan, needs, opened = self._plan, self._plan.needs, self._plan.of.engines
+        plan, needs, opened = self._plan, self._plan.needs, self._plan.planner.engines
         room, units = None, None
         if plan.promise is not None and needs.cache:
             spare = plan.promise - needs.fixed - self._rings + needs.cache - needs.least_experts
             pages = range(pages_of(opened[0].header.config.context) + 1)
-            room = PAGE * (bisect_right(pages, spare, key=lambda n: plan.of.needs(n * PAGE).cache) - 1)
+            room = PAGE * (bisect_right(pages, spare, key=lambda n: plan.planner.needs(n * PAGE).cache) - 1)
             units = max(0, spare) // self.engines[0].model.kv_shape.unit_bytes
         return MemoryAllotment(
             rank=self.star.rank.index,
@@ -220,7 +223,7 @@ class RankMemory:
             buffers=self._rings if any(map(plan.streams, opened)) else 0,
             pinned=sum(engine.window.wanted_bytes for engine in self.engines),
             streamed=sum(engine.window.streamed_bytes for engine in self.engines),
-            experts=sum(engine.experts.limit_bytes for engine in self.engines),
+            experts=sum(engine.expert_cache.limit_bytes for engine in self.engines),
             reads=max(DEFAULT_READS if trial is None else trial.reads for trial in plan.trials),
             disk_bytes_per_s=disk_bytes_per_s,
             device=opened[0].file.device,
@@ -234,7 +237,7 @@ class RankMemory:
         than was planned for, fewer tiles can be pinned; they come back when it is less again. InputError where that is not
         enough."""
         promise, planned = self._plan.promise, self._plan.needs.fixed
-        fixed = max(planned, self._plan.of.needs(context).fixed + more)
+        fixed = max(planned, self._plan.planner.needs(context).fixed + more)
         if promise is None or fixed == self._fixed:
             return
         left, least = promise - fixed - self._rings, self._plan.needs.least_experts
@@ -269,10 +272,10 @@ class RankMemory:
     def figures(self) -> list[RankFigures]:
         """What each engine did. Memory is the whole rank's."""
         peak = peak_rss_bytes()
-        tokenizer = self._plan.of.tokenizer_bytes
-        weights = sum(engine.window.most_bytes + engine.experts.most_bytes for engine in self.engines)
-        if (draft := self._plan.of.draft) is not None:
-            weights += draft.tile_bytes
+        tokenizer = self._plan.planner.tokenizer_bytes
+        weights = sum(engine.window.peak_bytes + engine.expert_cache.peak_bytes for engine in self.engines)
+        if (draft_engine := self._plan.planner.draft_engine) is not None:
+            weights += draft_engine.tile_bytes
         caches = [engine.model.cache for engine in self.engines]
         cache = sum(cache.filled_bytes for cache in caches if cache is not None)
         began = self.points[0][0] if self.points else 0.0
@@ -294,11 +297,11 @@ class RankMemory:
                 streamed_bytes_per_token=engine.window.streamed_bytes,
                 device=self.allotment.device,
                 disk_bytes_per_s=self.allotment.disk_bytes_per_s,
-                bytes_read=engine.window.bytes_read + engine.experts.figures.bytes_read,
-                read_wait_s=engine.window.wait_seconds + engine.experts.wait_seconds,
+                bytes_read=engine.window.bytes_read + engine.expert_cache.figures.bytes_read,
+                read_wait_s=engine.window.wait_seconds + engine.expert_cache.wait_seconds,
                 compute_s=engine.model.compute_seconds,
                 star_s=self.star.seconds,
-                experts=engine.experts.figures if engine.opened.experts else None,
+                experts=engine.expert_cache.figures if engine.opened.expert_records else None,
                 timeline=[[round(t - began, 3), *rest] for t, *rest in self.points],
             )
             for engine in self.engines
@@ -307,9 +310,9 @@ class RankMemory:
     def live(self) -> LiveFigures:
         """The whole rank as it is now; cheap enough for every second."""
         windows = [engine.window for engine in self.engines]
-        caches = [engine.experts for engine in self.engines]
+        caches = [engine.expert_cache for engine in self.engines]
         return LiveFigures(
-            memory_bytes=resident_bytes(),
+            resident_bytes=resident_bytes(),
             bytes_read=sum(w.bytes_read for w in windows) + sum(c.figures.bytes_read for c in caches),
             read_wait_s=sum(w.wait_seconds for w in windows) + sum(c.wait_seconds for c in caches),
             compute_s=sum(engine.model.compute_seconds for engine in self.engines),

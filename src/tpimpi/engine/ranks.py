@@ -40,7 +40,7 @@ def options_hash(arguments: Sequence[str]) -> str:
     return xxhash.xxh3_128_hexdigest("\0".join(arguments).encode("utf-8", "surrogateescape"))
 
 
-def meet(star: Star, arguments: Sequence[str], tasks: Iterable[str] = ()) -> list[dict[str, Any]]:
+def gather_hellos(star: Star, arguments: Sequence[str], tasks: Iterable[str] = ()) -> list[dict[str, Any]]:
     """Every rank says who it is. Rank 0 gets what they say in rank order, whatever their versions, the others nothing.
 
     `arguments` are those of this process, `tasks` those that this rank knows (see tpimpi.cli.follow). Raises InputError
@@ -60,10 +60,10 @@ def meet(star: Star, arguments: Sequence[str], tasks: Iterable[str] = ()) -> lis
     return notes
 
 
-def greet(star: Star, arguments: Sequence[str], tasks: Iterable[str] = ()) -> list[RankInfo]:
+def gather_rank_infos(star: Star, arguments: Sequence[str], tasks: Iterable[str] = ()) -> list[RankInfo]:
     """Every rank says who it is. Rank 0 gets them in rank order; raises InputError where versions or arguments differ."""
     ranks = []
-    for rank, hello in enumerate(meet(star, arguments, tasks)):
+    for rank, hello in enumerate(gather_hellos(star, arguments, tasks)):
         if hello["version"] != __version__:
             raise InputError(
                 f"r{rank} {hello['host']} runs tpimpi {hello['version']}, rank 0 runs {__version__}; "

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from tpimpi.engine.cycle import Cycle
-from tpimpi.engine.load import Load
+from tpimpi.engine.load import TileLoad
 from tpimpi.engine.pinned_set import PinnedSet
 from tpimpi.engine.ring import Ring
 from tpimpi.engine.trace import READ, Recorder
@@ -23,7 +23,8 @@ JOIN_TIMEOUT_S = 2.0  # a reader that waits for a disk which stalls is left behi
 class ReadQueue:
     """Reads the tiles of a cycle in the order of use, into pinned memory or into the ring, as far as there is room.
 
-    All methods may be called while the readers are at work; each takes the lock.
+    All methods may be called while the readers are at work; each takes the lock, but for `loaded`, which only looks.
+    `pin_at_most` and `borrowed` are for any thread, the others for the one that uses the tiles.
     """
 
     def __init__(
@@ -44,15 +45,15 @@ class ReadQueue:
         lock = threading.Lock()
         self._changed = threading.Condition(lock)  # a tile is there, or never will be: `wait` waits for it
         self._room = threading.Condition(lock)  # there may be something to read: wakes one reader, which wakes the next
-        self.use = 0  # the turn in use, or next to be used
-        self.held = 1  # turns in use at once, from there on
+        self.turn = 0  # the turn in use, or next to be used
+        self.turns_in_use = 1  # turns in use at once, from there on
         self.bytes_read = 0
-        self.most_bytes = 0  # memory that tiles took, at most
-        self.stream: deque[Load] = deque()  # the ring's loads, oldest first
-        self._live: dict[int, Load] = {}  # by turn: those of them that are of use
+        self.peak_bytes = 0  # memory that tiles took, at most
+        self.stream: deque[TileLoad] = deque()  # the ring's loads, oldest first
+        self._live: dict[int, TileLoad] = {}  # by turn: those of them that are of use
         self._borrowed: list[int] = []  # indices of pinned tiles that are in use out of turn
         self._skipped: set[int] = set()  # turns that will not come to be used
-        self._current: Load | None = None  # whose pieces are being handed out
+        self._current: TileLoad | None = None  # whose pieces are being handed out
         self._next = 0  # the turn that is to be read next
         self._error: BaseException | None = None
         self._closed = False
@@ -82,26 +83,26 @@ class ReadQueue:
     def advance(self, turn: int) -> None:
         """`turn` is next: what was used before it makes room."""
         with self._changed:
-            self.use, self.held = turn, 1
+            self.turn, self.turns_in_use = turn, 1
             self._next = max(self._next, turn)
             for live in [live for live in self._live if live < turn]:
                 self._live.pop(live).give_up()
             self._reap()
-            self._release_late()
+            self._release_retired()
             self._skipped = {skipped for skipped in self._skipped if skipped >= turn}
             self._room.notify()
 
-    def hold(self, first: int, last: int) -> list[Tile] | None:
+    def pinned_tiles(self, first: int, last: int) -> list[Tile] | None:
         """The tiles with indices from `first` to before `last`, in use together; None where they are not all pinned."""
         with self._changed:
             tiles = [tile for tile in self._pinned.tiles[first:last] if tile is not None]
             if len(tiles) < last - first:
                 return None
-            self.held = max(1, len(tiles))
+            self.turns_in_use = max(1, len(tiles))
         return tiles
 
     @contextlib.contextmanager
-    def borrowed(self, index: int) -> Iterator[Load | None]:
+    def borrowed(self, index: int) -> Iterator[TileLoad | None]:
         """The pinned tile with this index, in use out of turn; None where it is not in memory."""
         with self._changed:
             load = self._pinned.loads.get(index)
@@ -115,22 +116,22 @@ class ReadQueue:
             if load is not None:
                 with self._changed:
                     self._borrowed.remove(index)
-                    self._release_late()
+                    self._release_retired()
 
     def skip(self, first: int, last: int) -> None:
         """The next turns of these tiles will not be used, so they need not be read."""
         with self._changed:
-            turn = self._cycle.next_turn(first, self.use)
+            turn = self._cycle.next_turn(first, self.turn)
             if turn in self._skipped:  # it was, and is still the next
                 turn += self._cycle.count
-            self._skipped = {skipped for skipped in self._skipped if skipped >= self.use}
+            self._skipped = {skipped for skipped in self._skipped if skipped >= self.turn}
             self._skipped.update(range(turn, turn + last - first))
 
     def pin_at_most(self, nbytes: int | None) -> int:
         """See Window.pin_at_most."""
         with self._changed:
             given_up = self._pinned.want(nbytes)
-            self._release_late()
+            self._release_retired()
             self._read_again(given_up)
             self._reap()
             self._room.notify()
@@ -148,7 +149,7 @@ class ReadQueue:
 
     def _read_again(self, indices: set[int]) -> None:
         """Tiles that the readers passed over, since they were pinned, and that now are not: go back to the first of them."""
-        turns = [turn for turn in range(self.use, self._next) if turn % self._cycle.count in indices]
+        turns = [turn for turn in range(self.turn, self._next) if turn % self._cycle.count in indices]
         if not turns:
             return
         for turn in [turn for turn in self._live if turn >= turns[0]]:
@@ -156,15 +157,15 @@ class ReadQueue:
         self._next = turns[0]
         self._reap()
 
-    def _release_late(self) -> None:
+    def _release_retired(self) -> None:
         """Give back the memory of pinned tiles that had to go; not of those in use, nor of those still being read."""
-        self._pinned.release_late(
-            lambda index: (index - self.use) % self._cycle.count < self.held or index in self._borrowed
+        self._pinned.release_retired(
+            lambda index: (index - self.turn) % self._cycle.count < self.turns_in_use or index in self._borrowed
         )
 
     def _reap(self) -> None:
         """Free the oldest places of the ring that are of no more use."""
-        while self.stream and self.stream[0].over and not self.stream[0].pending:
+        while self.stream and self.stream[0].retired and not self.stream[0].pending:
             self.stream.popleft()
             self._ring.free_oldest()
         if not self.stream and self._pinned.all_loaded and self._ring.touched:
@@ -185,7 +186,7 @@ class ReadQueue:
                 else:
                     tile = self._file.read(record, load.buffer)
                 if self._recorder is not None:
-                    self._recorder.add(READ, *self._cycle.name(load.index), began, time.monotonic(), lane)
+                    self._recorder.add(READ, *self._cycle.location(load.index), began, time.monotonic(), lane)
                 self._took(load, record.nbytes if piece is None else piece.stop - piece.start, tile)
         except BaseException as error:
             with self._changed:
@@ -193,7 +194,7 @@ class ReadQueue:
                 self._changed.notify_all()
                 self._room.notify_all()
 
-    def _take(self) -> tuple[Load, Extent | None] | None:
+    def _take(self) -> tuple[TileLoad, Extent | None] | None:
         """The next piece to read, once there is one; None when the window is closed."""
         with self._changed:
             while not self._closed and self._error is None:
@@ -206,11 +207,11 @@ class ReadQueue:
                 self._room.wait()
             return None
 
-    def _next_load(self) -> Load | None:
+    def _next_load(self) -> TileLoad | None:
         """The next tile to read; None where there is nothing to do, or no room."""
         if self._pinned.all_loaded:
             return None
-        self._next = max(self._next, self.use)
+        self._next = max(self._next, self.turn)
         while self._next < self._limit():
             turn, index = self._next, self._next % self._cycle.count
             if index not in self._pinned.loads and turn not in self._skipped:
@@ -221,38 +222,38 @@ class ReadQueue:
             self._next += 1
         return None
 
-    def _start_load(self, turn: int, index: int) -> Load | None:
+    def _start_load(self, turn: int, index: int) -> TileLoad | None:
         """Take memory for a tile; None where there is no room in the ring."""
         pinned = self._pinned.wants(index)
         buffer = self._pinned.take_memory(index) if pinned else self._ring.take(self._cycle.sizes[index])
         if buffer is None:
             return None
         pieces = self._pieces[index]
-        load = Load(index, turn, pinned, buffer, deque([None] if pieces is None else pieces))
+        load = TileLoad(index, turn, pinned, buffer, deque([None] if pieces is None else pieces))
         if pinned:
             self._pinned.add(load)
         else:
             self.stream.append(load)
             self._live[turn] = load
-        self.most_bytes = max(self.most_bytes, self._pinned.nbytes + self._ring.touched)
+        self.peak_bytes = max(self.peak_bytes, self._pinned.nbytes + self._ring.touched)
         return load
 
     def _limit(self) -> int:
         """The turn before which the readers stop."""
         if self._blocks is None:
-            return self.use + self._cycle.count
-        return self._cycle.turn_after_blocks(self.use, self._blocks)
+            return self.turn + self._cycle.count
+        return self._cycle.turn_after_blocks(self.turn, self._blocks)
 
-    def _took(self, load: Load, nbytes: int, tile: Tile | None) -> None:
+    def _took(self, load: TileLoad, nbytes: int, tile: Tile | None) -> None:
         """A piece is in memory; with the last one the tile is checked and can be used."""
         with self._changed:
             self.bytes_read += nbytes
-            last = load.pending == 1 and not load.pieces and not load.over
+            last = load.pending == 1 and not load.pieces and not load.retired
             if not last:
                 load.pending -= 1
-                if load.over:
+                if load.retired:
                     self._reap()
-                    self._release_late()
+                    self._release_retired()
                     self._room.notify()
                 return
         if tile is None:  # still counted as pending, so that its memory stays
@@ -260,8 +261,8 @@ class ReadQueue:
         with self._changed:
             load.pending -= 1
             load.tile = tile
-            if load.pinned and not load.over:
+            if load.pinned and not load.retired:
                 self._pinned.tiles[load.index] = tile
             self._reap()
-            self._release_late()
+            self._release_retired()
             self._changed.notify_all()

@@ -22,7 +22,7 @@ from tpimpi.system.memory import places
 
 
 def open_engine(star: Star, settings: EngineConfig) -> OpenedEngine:
-    """Every rank: set up the star as the settings say, and open our slice. Raises SliceError (see OpenedEngine)."""
+    """Every rank: set up the star as the settings say, and open our slice. Raises what OpenedEngine does."""
     star.configure(timeout=settings.timeout, allreduce=settings.allreduce, wire=settings.wire)
     return OpenedEngine(star, settings)
 
@@ -45,11 +45,11 @@ def allot_memory(
     engines: Sequence[OpenedEngine],
     context: int,
     tokenizer_bytes: int = 0,
-    draft: OpenedEngine | None = None,
+    draft_engine: OpenedEngine | None = None,
 ) -> tuple[RankMemory, list[MemoryAllotment]]:
     """Rank 0: every rank takes memory for `context` positions in all of its engines, as far as its promise allows, and
     begins to read. `tokenizer_bytes` is what our tokenizer takes, for the figures. Of what we may take, some is for
-    a `draft` model.
+    the model of `draft_engine`.
 
     Returns our own, and what every rank's memory buys, in rank order. Raises InputError where a rank's promise is too small.
     """
@@ -57,11 +57,11 @@ def allot_memory(
         for engine in engines:
             undo.enter_context(closing(engine))
         send_note(star, PlanMemory(context))
-        planner = MemoryPlanner(engines, tokenizer_bytes, draft)
+        planner = MemoryPlanner(engines, tokenizer_bytes, draft_engine)
         allowed = _promises(planner, context)
         send_note(star, allowed)
         planner.use_chunk(allowed.chunk)
-        plan, _ = on_every_rank(star, lambda: planner.plan(context, allowed.promises[0], allowed.watched[0]), Done)
+        plan, _ = on_every_rank(star, lambda: planner.plan(context, allowed.promises[0], allowed.watched_by[0]), Done)
         send_note(star, Proceed())  # all at the same time, as they will read
         memory, others = on_every_rank(star, lambda: undo.enter_context(closing(plan.take())), Allotted)
         undo.pop_all()
@@ -74,7 +74,7 @@ def take_allotment(star: Star, engines: Sequence[OpenedEngine], context: int) ->
     gather_notes(star, _memory_needs(planner, context))
     allowed = receive_note(star, MemoryPromises)
     planner.use_chunk(allowed.chunk)
-    plan = report_errors(star, lambda: planner.plan(context, allowed.promises[rank], allowed.watched[rank]))
+    plan = report_errors(star, lambda: planner.plan(context, allowed.promises[rank], allowed.watched_by[rank]))
     gather_notes(star, Done())
     receive_note(star, Proceed)
     memory = report_errors(star, plan.take)
@@ -87,7 +87,7 @@ def _promises(planner: MemoryPlanner, context: int) -> MemoryPromises:
     star, settings = planner.star, planner.settings
     notes = gather_notes(star, _memory_needs(planner, context))
     promises: list[int | None] = [None] * star.rank.size
-    watched = [0] * star.rank.size
+    watched_by = [0] * star.rank.size
     if settings.window is None and settings.memory is not None:
         promises = list(settings.memory)
     elif settings.window is None:
@@ -95,11 +95,11 @@ def _promises(planner: MemoryPlanner, context: int) -> MemoryPromises:
         needs = {rank: note.needs for rank, note in enumerate(notes)}
         found = allowances({rank: note.places for rank, note in enumerate(notes)}, hosts, needs)
         promises = [found[rank] for rank in range(star.rank.size)]
-        watched = [list(hosts.values()).count(hosts[rank]) for rank in range(star.rank.size)]
+        watched_by = [list(hosts.values()).count(hosts[rank]) for rank in range(star.rank.size)]
     bounds, chunk = [promise for promise in promises if promise is not None], None
     if bounds and len(planner.engines) == 1 and planner.engines[0].chunk_follows_memory:
         chunk = mixture_chunk([note.needs for note in notes], bounds, context)
-    return MemoryPromises(promises, watched, chunk)
+    return MemoryPromises(promises, watched_by, chunk)
 
 
 def slice_identity(engine: OpenedEngine) -> SliceIdentity:

@@ -47,7 +47,7 @@ class PassSpan:
 class Recorder:
     """Spans of this rank's time. Threads may add to it at the same time; adding takes about a microsecond.
 
-    Memory: at most `most_bytes`, taken as it is used.
+    Memory: spans take at most `most_bytes`, as they are used; on rank 0 passes take up to 5 MB beside.
     """
 
     def __init__(self, most: int = MOST_SPANS) -> None:

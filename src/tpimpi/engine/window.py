@@ -113,9 +113,9 @@ class Window:
         return self.total_bytes - self.wanted_bytes
 
     @property
-    def most_bytes(self) -> int:
+    def peak_bytes(self) -> int:
         """Memory that tiles took, at most."""
-        return self._queue.most_bytes
+        return self._queue.peak_bytes
 
     @property
     def bytes_read(self) -> int:
@@ -138,18 +138,18 @@ class Window:
         first, last = self._cycle.spans[block]
         if first == last:
             return
-        turn = self._cycle.next_turn(first, self._queue.use)
+        turn = self._cycle.next_turn(first, self._queue.turn)
         for turn_of_tile in range(turn, turn + last - first):
             yield self._tile(turn_of_tile)
         self._queue.advance(turn + last - first)
 
-    def hold(self, block: Block) -> list[Tile] | None:
+    def pinned_tiles(self, block: Block) -> list[Tile] | None:
         """All tiles of `block`, valid until the next are asked for; None where they are not all pinned, and in memory."""
         first, last = self._cycle.spans[block]
-        self._queue.advance(self._cycle.next_turn(first, self._queue.use))
-        return self._queue.hold(first, last)
+        self._queue.advance(self._cycle.next_turn(first, self._queue.turn))
+        return self._queue.pinned_tiles(first, last)
 
-    def again(self, block: Block) -> Iterator[Tile]:
+    def tiles_out_of_turn(self, block: Block) -> Iterator[Tile]:
         """The tiles of `block` out of turn, in order: pinned ones as they are in memory, others read for this alone. Each is
         valid until the next is asked for."""
         first, last = self._cycle.spans[block]
@@ -190,7 +190,7 @@ class Window:
     @property
     def turn(self) -> int:
         """The turn in use; while it stays the same, nothing is computed."""
-        return self._queue.use
+        return self._queue.turn
 
     def count(self, block: Block) -> int:
         """How many tiles `block` has."""
@@ -200,7 +200,7 @@ class Window:
     def would_wait(self, block: Block) -> bool:
         """Whether the first tile of `block` is not in memory yet."""
         first, last = self._cycle.spans[block]
-        return first < last and self._queue.loaded(self._cycle.next_turn(first, self._queue.use)) is None
+        return first < last and self._queue.loaded(self._cycle.next_turn(first, self._queue.turn)) is None
 
     def skip(self, block: Block) -> None:
         """The next turn of `block` will not be used, so it need not be read."""
@@ -211,8 +211,8 @@ class Window:
     def _tile(self, turn: int) -> Tile:
         queue, pinned = self._queue, self._pinned
         # First say what is in use, then look: pin_at_most does it the other way round, so one of the two sees the other.
-        if not queue.stream and not pinned.late:
-            queue.use, queue.held = turn, 1
+        if not queue.stream and not pinned.retired:
+            queue.turn, queue.turns_in_use = turn, 1
             tile = pinned.tiles[turn % self._cycle.count]
             if tile is not None and pinned.all_wanted:
                 return tile
@@ -232,7 +232,7 @@ class Window:
             self.waiting_since = None
             self.wait_seconds += ended - began
             if self._recorder is not None:
-                self._recorder.add(WAIT, *self._cycle.name(index), began, ended)
+                self._recorder.add(WAIT, *self._cycle.location(index), began, ended)
 
     def close(self) -> None:
         """Stop reading, and give all memory back; the file may be closed afterwards."""

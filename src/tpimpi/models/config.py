@@ -32,9 +32,9 @@ _MAX_ROPE_THETA = 1e30  # well within f32
 class ModelConfig:
     """A decoder-only transformer with rotary positions, grouped-query attention and a gated feed-forward block.
 
-    Sizes are numbers of elements; `context` is in positions; `attention_windows` holds for each layer the number of
-    positions a query sees (itself included), 0 for all of them. What differs from a Llama has a default, which is a
-    Llama's. `layer` says what one layer is.
+    Sizes are numbers of elements; `heads` are of queries; `context` is the published one, in positions; `rope_theta` is the
+    base of the rotary angles; `attention_windows` holds for each layer the number of positions a query sees (itself
+    included), 0 for all of them. What differs from a Llama has a default, which is a Llama's. See `layer` for one layer.
     """
 
     architecture: str  # one of ARCHITECTURES
@@ -123,7 +123,7 @@ class ModelConfig:
             return None
         return RouterSpec(
             experts=self.experts,
-            chosen=self.experts_per_token,
+            top_k=self.experts_per_token,
             scoring=self.router_scoring,
             normalized=self.router_normalized,
             scale=self.router_scale,
@@ -132,7 +132,7 @@ class ModelConfig:
 
     @property
     def router_logits_bias(self) -> bool:
-        """Whether the router's bias is one of its logits."""
+        """Whether the router's bias is added to its logits."""
         return self.router_bias == "logits"
 
     def mlp_columns(self, layer: int) -> int:
@@ -319,7 +319,7 @@ def _is_window(value: Any) -> bool:
 
 
 def checked(config: ModelConfig, path: Path | str) -> ModelConfig:
-    """What must hold between the sizes, whatever file they came from."""
+    """Returns `config` where what must hold between its sizes does; ModelError, which begins with `path`, where not."""
     if config.heads % config.kv_heads:
         raise ModelError(
             f"{path}: {config.heads} query heads and {config.kv_heads} key/value heads; "
@@ -328,7 +328,7 @@ def checked(config: ModelConfig, path: Path | str) -> ModelConfig:
     if config.head_dim % 2:
         raise ModelError(f"{path}: the head size is {config.head_dim}; rotary positions need an even one")
     family = ARCHITECTURES[config.architecture]
-    layer = family.layer
+    layer = family.layer_tensors
     parts = {tensor.part for tensor in layer}
     flags = {
         "qk_norm": config.qk_norm if family.optional_qk_norm else family.qk_norm,

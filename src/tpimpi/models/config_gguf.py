@@ -100,7 +100,7 @@ def config_from_gguf(
 def _gguf_layers(keys: Keys, family: Architecture) -> int:
     """The layers of the model: block_count less those behind them, which predict further tokens."""
     layers = keys.integer("block_count", high=MAX_LAYERS)
-    key = family.gguf_next_token_key
+    key = family.gguf_mtp_key
     more = keys.values.get(keys.prefix + key, 0) if key else 0
     if is_off(more) or more == 0:
         return layers
@@ -161,7 +161,7 @@ def _gguf_rotary_dims(keys: Keys, family: Architecture, head_dim: int) -> int:
 
 
 def _refuse_unknown_gguf_keys(metadata: Mapping[str, Any], family: Architecture, path: Path | str) -> None:
-    arch, known = family.gguf_name, _GGUF_KEYS | family.gguf_keys | {family.gguf_next_token_key}
+    arch, known = family.gguf_name, _GGUF_KEYS | family.gguf_keys | {family.gguf_mtp_key}
     prefix = f"{arch}."
     experts = metadata.get(f"{arch}.expert_count", 0)
     if experts != 0 and not family.mixture:

@@ -123,7 +123,7 @@ def config_from_hf(values: Any, path: Path | str) -> ModelConfig:
     return checked(ModelConfig(**{**fields, **family.hf_fields(keys, layers)}), path)
 
 
-def hf_next_token_layers(values: Mapping[str, Any], path: Path | str) -> int:
+def hf_mtp_layers(values: Mapping[str, Any], path: Path | str) -> int:
     """How many layers its files may have behind the model's own, which predict further tokens and are not computed.
 
     `values` is a config.json that `config_from_hf` has read.
@@ -131,12 +131,12 @@ def hf_next_token_layers(values: Mapping[str, Any], path: Path | str) -> int:
     family = ARCHITECTURES.get(str(values.get("model_type")))
     if family is None:
         return 0
-    for key in family.hf_next_token_keys:
+    for key in family.hf_mtp_keys:
         if not is_off(found := values.get(key)) and not _is_zero(found):
             return Keys(values, path).integer(key, high=MAX_LAYERS)
         if key in values:
             return 0
-    return family.hf_next_token_layers
+    return family.hf_mtp_layers
 
 
 def is_multimodal(values: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from tpimpi.compute.router import RouterSpec
 
 Norm = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu_tanh", "clamped_silu"]
-QKNorm = Literal["none", "head", "all"]
+QKNormKind = Literal["none", "head", "all"]
 
 NORMS: tuple[Norm, ...] = ("rms", "layer")
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh", "clamped_silu")
@@ -76,7 +76,7 @@ class LayerSpec:
 
     attention: AttentionSpec
     rope: Rope | None  # None: no positions at all
-    qk_norm: QKNorm  # of queries and keys: none, over each head, or over all heads together
+    qk_norm: QKNormKind  # of queries and keys: none, over each head, or over all heads together
     norm: Norm  # of the norms before the blocks and before the head; LayerNorm is without bias
     pre_norms: bool
     post_norms: bool  # always RMS norms

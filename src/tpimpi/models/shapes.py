@@ -248,9 +248,10 @@ class Shape:
 
 
 def load_shape(wanted: str, layers: int | None = None) -> Shape:
-    """The shape that `--shape` names: one of SHAPES, or a config.json, or a folder that holds one; `layers` of them.
+    """The shape that `--shape` names: one of SHAPES, or a config.json, or a folder that holds one.
 
-    Raises InputError for a name that is not known, and whatever config_from_hf raises.
+    It has `layers` layers in place of its own, its layer_types repeated; None: as published. Raises InputError for a name
+    that is not known or a bad `layers`, ModelError for a file that cannot be read, or a model that cannot be computed.
     """
     if layers is not None and not 1 <= layers <= MAX_LAYERS:
         raise InputError(f"--layers is {layers}, must be 1 to {MAX_LAYERS}")

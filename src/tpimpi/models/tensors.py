@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from tpimpi.models.architectures import ARCHITECTURES, FusedSpec, TensorSpec
-from tpimpi.models.architectures.base import EMBEDDING as EMBEDDING_SPEC
-from tpimpi.models.architectures.base import HEAD as HEAD_SPEC
-from tpimpi.models.architectures.base import OUTPUT_NORM
+from tpimpi.models.architectures.base import EMBEDDING, HEAD, OUTPUT_NORM
 from tpimpi.models.config import ModelConfig
 
-EMBEDDING = f"{EMBEDDING_SPEC.hf}.weight"
-HEAD = f"{HEAD_SPEC.hf}.weight"
-NORM = f"{OUTPUT_NORM.hf}.weight"  # of the output
+EMBEDDING_NAME = f"{EMBEDDING.hf}.weight"
+HEAD_NAME = f"{HEAD.hf}.weight"
+NORM_NAME = f"{OUTPUT_NORM.hf}.weight"  # of the output
 
 Found = TypeVar("Found")
 
@@ -64,7 +62,7 @@ def unused_parameters(config: ModelConfig) -> int:
 
 def hf_name(name: str) -> str:
     """The name in safetensors files of a tensor with this canonical name."""
-    return name if name == HEAD else f"model.{name}"
+    return name if name == HEAD_NAME else f"model.{name}"
 
 
 def canonical_hf_name(name: str) -> str:
@@ -94,7 +92,7 @@ def has_part(config: ModelConfig, layer: int, spec: TensorSpec) -> bool:
 
 def layer_specs(config: ModelConfig, layer: int) -> dict[str, TensorSpec]:
     """The tensors of a layer by their parts, in the family's order."""
-    specs = ARCHITECTURES[config.architecture].layer
+    specs = ARCHITECTURES[config.architecture].layer_tensors
     return {spec.part: spec for spec in specs if has_part(config, layer, spec)}
 
 
@@ -108,12 +106,12 @@ def _in_layer(name: str, spec: TensorSpec, kind: str, expert: int) -> str:
     """The name of a tensor without the layer's, by its spelling in a kind of files."""
     if spec.per_expert:
         name = name.replace("{expert}", str(expert))
-    return name if spec.plain else f"{name}.{kind}"
+    return name if spec.bare_name else f"{name}.{kind}"
 
 
 def head_name(config: ModelConfig) -> str:
     """The canonical name of the tensor that the output head is made of: of a tied model its embedding table."""
-    return EMBEDDING if config.tied_head else HEAD
+    return EMBEDDING_NAME if config.tied_head else HEAD_NAME
 
 
 def interleaved_heads(config: ModelConfig, part: str, *, hf: bool = False) -> int:
@@ -240,11 +238,11 @@ def _tensors(config: ModelConfig) -> Iterator[ModelTensor]:
                 hf, gguf = f"layers.{layer}.{hf}", f"blk.{layer}.{gguf}"
             yield ModelTensor(hf, gguf, shape if kind == "weight" else shape[:1], spec.part, layer, expert)
 
-    yield from of(EMBEDDING_SPEC)
+    yield from of(EMBEDDING)
     for layer in range(config.layers):
         for spec in layer_specs(config, layer).values():
             for expert in range(config.experts) if spec.per_expert else (-1,):
                 yield from of(spec, layer, expert)
     yield from of(OUTPUT_NORM)
     if not config.tied_head:
-        yield from of(HEAD_SPEC)
+        yield from of(HEAD)

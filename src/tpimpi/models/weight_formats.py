@@ -71,8 +71,11 @@ class ModelFormats:
         return cls((LayerFormats(*[fmt] * _DENSE_PARTS),) * layers, outer, outer)
 
     @classmethod
-    def of_model(cls, fmt: str, config: ModelConfig, router: str = "f32") -> ModelFormats:
-        """The same for any model; an expert's matrices as those of a dense layer."""
+    def for_model(cls, fmt: str, config: ModelConfig, router: str = "f32") -> ModelFormats:
+        """The same for any model; an expert's matrices as those of a dense layer.
+
+        But mxfp4_moe has experts in mxfp4, all else in bf16, and q4_k_m of eight experts k and v in q8_0, o in q5_k.
+        """
         dense, layers = cls.of(fmt, config.layers), []
         more = {"k": "q8_0", "v": "q8_0", "o": "q5_k"}
         for layer, usual in enumerate(dense.layers):
@@ -84,7 +87,7 @@ class ModelFormats:
             layers.append(LayerFormats(**{part: form if part in specs else "" for part, form in formats.items()}))
         return cls(tuple(layers), dense.head, dense.embedding, router)
 
-    def of_layers(self) -> set[str]:
+    def layer_formats(self) -> set[str]:
         """The formats that matrices of layers have."""
         return {fmt for formats in self.layers for fmt in formats.present().values()}
 
@@ -135,7 +138,7 @@ class ModelFormats:
             raise ValueError(f"formats of {len(found)} layers, must be of {layers}")
         if made.router not in ROUTER_FORMATS:
             raise ValueError(f"the router's format is {shorten(str(made.router))!r}, must be f32 or bf16")
-        for fmt in {*made.of_layers(), made.head, made.embedding}:
+        for fmt in {*made.layer_formats(), made.head, made.embedding}:
             if fmt not in WEIGHT_FORMATS:
                 raise ValueError(
                     f"format is {shorten(str(fmt))!r}, must be {', '.join(WEIGHT_FORMATS[:-1])} or {WEIGHT_FORMATS[-1]}"

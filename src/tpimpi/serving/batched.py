@@ -11,7 +11,7 @@ import numpy as np
 from tpimpi.compute.arrays import F32
 from tpimpi.engine.allotment import MemoryAllotment, agreed_page_units
 from tpimpi.engine.engine import OpenedEngine
-from tpimpi.engine.protocol import batch, open_pages, release_pages
+from tpimpi.engine.protocol import open_pages, release_pages, step
 from tpimpi.engine.rank_memory import RankMemory
 from tpimpi.engine.startup import allot_memory, finish
 from tpimpi.engine.trace import PassSpan, RankTrace
@@ -210,7 +210,7 @@ class BatchedLLM:
         ends = np.cumsum([run.n for run in runs])
         wanted = [row for run, end in zip(runs, ends.tolist(), strict=True) if run.ends for row in _wanted(run, end)]
         prompt = any(run.n - len(run.draft) > 1 or not run.ends for run in runs)
-        hidden = batch(model, model.star, self.engine.embed(ids), rows, head=bool(wanted), prompt=prompt)
+        hidden = step(model, model.star, self.engine.embed(ids), rows, head=bool(wanted), prompt=prompt)
         logits = model.logits(hidden[wanted]) if wanted else None
         seconds = time.monotonic() - began
         self._times.add(len(ids), seconds)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from tpimpi.compute.arrays import F32
 from tpimpi.engine.model import Model
-from tpimpi.engine.protocol import begin, step
+from tpimpi.engine.protocol import begin, forward
 from tpimpi.engine.trace import PassSpan
 from tpimpi.serving.pass_times import PassTimes
 from tpimpi.serving.sampling import Sampler
@@ -121,7 +121,7 @@ class _Passes:
     def read(self, chunk: Sequence[int], start: int, *, last: bool) -> F32:
         """A part of the prompt, of which it may be the `last`: hidden vectors [n, hidden]."""
         began = time.monotonic()
-        hidden = step(self.model, self.star, self.embed(chunk), start, head=last, prompt=True)
+        hidden = forward(self.model, self.star, self.embed(chunk), start, head=last, prompt=True)
         self._done(len(chunk), began, timed=len(chunk) > 1)
         return hidden
 
@@ -133,7 +133,7 @@ class _Passes:
     def check(self, last: Sequence[int], draft: Sequence[int], start: int) -> F32:
         """Those of the last token, which is at `start`, and of a draft."""
         began, rows = time.monotonic(), [*last, *draft]
-        logits = self.model.logits(step(self.model, self.star, self.embed(rows), start))
+        logits = self.model.logits(forward(self.model, self.star, self.embed(rows), start))
         self._done(len(rows), began, drafted=len(draft))
         self.figures.passes += 1
         return logits

@@ -29,7 +29,7 @@ import numpy.typing as npt
 from tpimpi.compute.arrays import F32
 from tpimpi.engine.engine import Engine, OpenedEngine
 from tpimpi.engine.figures import RankFigures
-from tpimpi.engine.protocol import begin, step
+from tpimpi.engine.protocol import begin, forward
 from tpimpi.errors import InputError, ModelError
 from tpimpi.serving.text.token_ids import TokenIds
 from tpimpi.serving.text.tokenizer import Tokenizer
@@ -309,5 +309,5 @@ class Measurement:
 
 def _last_logits(engine: Engine, ids: Sequence[int], start: int, count: int) -> F32:
     """Have all ranks run `ids` at positions from `start`: logits of the last `count` of them, [count, vocab]."""
-    hidden = step(engine.model, engine.model.star, engine.embed(ids), start, head=count > 0, prompt=True)
+    hidden = forward(engine.model, engine.model.star, engine.embed(ids), start, head=count > 0, prompt=True)
     return engine.model.logits(hidden[len(ids) - count :]) if count else np.empty((0, 0), np.float32)

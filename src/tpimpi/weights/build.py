@@ -21,7 +21,7 @@ from tpimpi.compute.formats.base import PANEL_ROWS, Quantizer
 from tpimpi.compute.formats.packed import encode, holds_infinities, pack, row_bytes, weight_bytes
 from tpimpi.errors import ModelError
 from tpimpi.models.blocks import LAYER_KINDS, Block
-from tpimpi.models.tensors import EMBEDDING, NORM, head_name, layer_specs, part_name
+from tpimpi.models.tensors import EMBEDDING_NAME, NORM_NAME, head_name, layer_specs, part_name
 from tpimpi.weights.slices.header import Header, tile_spans
 from tpimpi.weights.slices.layout import Part, Record, times
 from tpimpi.weights.slices.partition import Span
@@ -205,7 +205,7 @@ class _Builder:
     def _resident_part(self, part: Part) -> Array:
         """The output norm [hidden], or a norm, bias or router of all layers: [layers, …], zeros where a layer has none."""
         if part.name == "norm":
-            return self._vector(NORM)
+            return self._vector(NORM_NAME)
         if part.name == "trace":
             return np.frombuffer(self.source.trace(), np.uint8)
         values = np.zeros(part.shape, part.dtype)
@@ -281,7 +281,7 @@ class _Builder:
     def _embedding(self, table: SliceWriter) -> None:
         fmt = table.header.formats.embedding
         for wanted in table.missing_rows:
-            for first, slab in self._slabs(EMBEDDING, wanted):
+            for first, slab in self._slabs(EMBEDDING_NAME, wanted):
                 rows = slab.stored(fmt, Span(0, self.config.hidden))
                 table.write_embedding(first, rows)
                 self._count(rows.nbytes)

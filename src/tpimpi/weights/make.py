@@ -18,7 +18,7 @@ from tpimpi.compute.formats.blocks_of_32 import BLOCK_WEIGHTS
 from tpimpi.compute.formats.quantize import quantize
 from tpimpi.errors import InputError, ModelError, StorageError, shorten
 from tpimpi.models.config import ModelConfig
-from tpimpi.models.tensors import EMBEDDING, head_name, layer_specs, part_name
+from tpimpi.models.tensors import EMBEDDING_NAME, head_name, layer_specs, part_name
 from tpimpi.models.weight_formats import EXPERTS_MIX, FORMAT_CHOICES, LayerFormats, ModelFormats
 from tpimpi.system.disk import disk_full, storage_error
 from tpimpi.system.files import check_folder, locked_file, try_lock
@@ -45,7 +45,7 @@ def choose_formats(source: Source, wanted: str) -> ModelFormats:
     config = source.config
     if wanted == "auto":
         layers = [_own_of_layer(source, layer) for layer in range(config.layers)]
-        head, embedding = _own(source, head_name(config)), _own(source, EMBEDDING)
+        head, embedding = _own(source, head_name(config)), _own(source, EMBEDDING_NAME)
         return ModelFormats(tuple(layers), head, embedding, _own_router(source))
     return wanted_formats(wanted, config, _own_router(source))
 
@@ -70,7 +70,7 @@ def wanted_formats(wanted: str, config: ModelConfig, router: str = "f32") -> Mod
     check_format(wanted)
     if wanted == EXPERTS_MIX and not config.experts:
         raise InputError(f"--format is {wanted}, which is for experts, and this model has none; give --format mxfp4")
-    return ModelFormats.of_model(wanted, config, router)
+    return ModelFormats.for_model(wanted, config, router)
 
 
 def check_format(wanted: str) -> None:
@@ -112,7 +112,7 @@ def requantized(source: Source, partition: Partition, formats: ModelFormats) -> 
             ):
                 divided.add(stored)
     note(head_name(source.config), formats.head, "head")
-    note(EMBEDDING, formats.embedding, "embedding")
+    note(EMBEDDING_NAME, formats.embedding, "embedding")
     changes = [
         f"{old} to {new} ({', '.join(sorted(names, key=_PARTS.index))}; {_bits(old):.2f} to {_bits(new):.2f} bits a weight)"
         for (old, new), names in parts.items()

@@ -118,7 +118,7 @@ def test_a_server_gives_nothing_away(mpirun: Launcher, cache: dict[str, str], sm
         sums += sum(tag == PARTIAL for _, tag, _ in rest)
         asked |= {operation for operation, _ in steps}
         asked |= {int(np.frombuffer(data, "<i8")[1]) for _, tag, data in rest if tag == CONTROL}
-    assert asked >= {Operation.PAGES, Operation.BATCH, Operation.LIVE} and sums > 60 * TOKENS
+    assert asked >= {Operation.PAGES, Operation.STEP, Operation.LIVE} and sums > 60 * TOKENS
     words |= {link_keys.private}
     for rank in range(1, RANKS):
         seen = json.loads((tmp_path / f"outside-{rank}.json").read_text())

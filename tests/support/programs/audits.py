@@ -63,7 +63,7 @@ def take_memory(star: Star, job: dict[str, Any]) -> RankMemory:
         wire=job.get("wire", "f32"),
         kernels=job["kernels"][star.rank.index] if "kernels" in job else "auto",
         audit=job["rate"],
-        kv="f32",
+        kv_format="f32",
     )
     opened = open_engine(star, settings)
     if star.rank.is_hub:
@@ -97,7 +97,7 @@ def forwards(memory: RankMemory, random: np.random.Generator, job: dict[str, Any
         start = 0
         for n in job["chunks"]:
             ids = random.integers(3, model.config.vocab, n).tolist()
-            yield protocol.step(model, model.star, engine.embed(ids), start)
+            yield protocol.forward(model, model.star, engine.embed(ids), start)
             start += n
 
 
@@ -116,7 +116,7 @@ def batches(memory: RankMemory, random: np.random.Generator, job: dict[str, Any]
             assert sequence.grow(start + count)
         rows = rows_of(sequences, list(zip(starts, counts, strict=True)))
         ids = random.integers(3, model.config.vocab, sum(counts)).tolist()
-        yield protocol.batch(model, model.star, engine.embed(ids), rows)
+        yield protocol.step(model, model.star, engine.embed(ids), rows)
         starts = [start + count for start, count in zip(starts, counts, strict=True)]
         for sequence in sequences:
             sequence.trim()

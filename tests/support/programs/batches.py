@@ -62,7 +62,7 @@ def main() -> None:
             continue
         rows = rows_of([one.pages for one, _ in runs], [(len(one.rows), n) for one, n in runs])
         ids = [token for one, n in runs for token in one.ids[len(one.rows) : len(one.rows) + n]]
-        hidden = protocol.batch(model, star, engine.embed(ids), rows)
+        hidden = protocol.step(model, star, engine.embed(ids), rows)
         at = 0
         for one, n in runs:
             one.rows += [row.tobytes() for row in hidden[at : at + n]]
@@ -85,7 +85,7 @@ def main() -> None:
     for one in [*running, *done]:
         if one.rows:
             protocol.begin(model, star, CONTEXT)
-            alone = protocol.step(model, star, engine.embed(one.ids[: len(one.rows)]), 0)
+            alone = protocol.forward(model, star, engine.embed(one.ids[: len(one.rows)]), 0)
             assert [row.tobytes() for row in alone] == one.rows, "other numbers than alone"
     print("all well", len(done), flush=True)
     protocol.finish(model, star)
@@ -99,7 +99,7 @@ def take_memory(star: Star, bounded: bool) -> RankMemory:
         cores_shared_by=[star.rank.size] * star.rank.size,
         window=None if bounded else "all",
         memory=[0] * star.rank.size if bounded else None,
-        kv=sys.argv[3],
+        kv_format=sys.argv[3],
     )
     planner = MemoryPlanner([open_engine(star, settings)])
     needs = planner.needs(CONTEXT)

@@ -26,8 +26,8 @@ def main() -> None:
     if star.rank.is_hub:
         x = np.random.default_rng(0).standard_normal((4, model.config.hidden)).astype(np.float32)
         protocol.begin(model, star, 64)
-        protocol.step(model, star, x, 0)
-        protocol.send_header(star, protocol.StepHeader(protocol.Operation.FORWARD, 1, 4, model.choices))
+        protocol.forward(model, star, x, 0)
+        protocol.send_header(star, protocol.StepHeader(protocol.Operation.FORWARD, 1, 4, model.routing_hash))
     else:
         assert model.experts is not None
         route, seen = model.experts.route, []
@@ -37,7 +37,7 @@ def main() -> None:
             seen.append(layer)
             found = route(h, layer, start)
             if len(seen) == 1:
-                model.experts._choices.update(b"another")
+                model.experts._routing_hash.update(b"another")
             return found
 
         model.experts.route = wrong

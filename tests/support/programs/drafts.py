@@ -83,7 +83,7 @@ def main() -> None:
                 *(folder, None, "", "", "", "native", 1, "star", 60.0),
                 cores_shared_by=[star.rank.size] * star.rank.size,
                 window=window,
-                kv="f32",
+                kv_format="f32",
                 chunk=16,
                 draft=None,
             )

@@ -37,7 +37,7 @@ def main() -> None:
         return
 
     def computed(ids: list[int], start: int) -> bytes:
-        return protocol.step(model, star, engine.embed(ids[start:]), start).tobytes()
+        return protocol.forward(model, star, engine.embed(ids[start:]), start).tobytes()
 
     ids = np.random.default_rng(0).integers(3, model.config.vocab, 40).tolist()
     other = [*ids[:12], *ids[30:], *ids[12:22]]
@@ -67,7 +67,7 @@ def main() -> None:
 def end(star: Star, model: Model, memory: RankMemory) -> None:
     """With what rank 0 must not ask for."""
     print("all well", flush=True)
-    protocol.send_header(star, protocol.StepHeader(protocol.Operation.BEGIN, 50, 41, model.choices))
+    protocol.send_header(star, protocol.StepHeader(protocol.Operation.BEGIN, 50, 41, model.routing_hash))
     memory.close()
 
 

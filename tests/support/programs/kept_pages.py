@@ -161,7 +161,7 @@ def main() -> None:
             *(folder, None, "", "", "", "native", 1, "star", 60.0),
             cores_shared_by=[star.rank.size] * star.rank.size,
             window="all",
-            kv=kv,
+            kv_format=kv,
             chunk=16,
             keep_cache=str(out / "disks" / str(number)),
         )

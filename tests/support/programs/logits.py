@@ -38,7 +38,7 @@ def main() -> None:
             threads=1,
             allreduce=job.get("allreduce", "star"),
             timeout=120.0,
-            kv=job.get("kv", "auto"),
+            kv_format=job.get("kv", "auto"),
             wire=job.get("wire", "f32"),
             kernels=job["kernels"][star.rank.index] if "kernels" in job else "auto",
             chunk=job.get("chunk"),

@@ -166,9 +166,9 @@ def main() -> None:
             *(folder, None, "", "", "", "native", 1, "star", 60.0),
             cores_shared_by=[star.rank.size] * star.rank.size,
             window=window,
-            kv="f32",
+            kv_format="f32",
             chunk=48,
-            together=TOGETHER,
+            parallel=TOGETHER,
         )
         memory = MemoryPlanner([open_engine(star, settings)]).plan(CONTEXT, None, 0).take()
         model = memory.engines[0].model

@@ -74,7 +74,7 @@ def main() -> None:
             *(folder, None, "", "", "", "native", 1, "star", 60.0),
             cores_shared_by=[star.rank.size] * star.rank.size,
             window="all",
-            kv="f32",
+            kv_format="f32",
             chunk=16,
         )
         memory = MemoryPlanner([open_engine(star, settings)]).plan(128, None, 0).take()

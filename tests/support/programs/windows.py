@@ -36,7 +36,7 @@ def check(engine: Engine, files: PageFiles, folder: Path) -> None:
     def computed(ids: list[int], start: int = 0) -> list[bytes]:
         rows: list[bytes] = []
         for first in range(start, len(ids), CHUNK):
-            hidden = protocol.step(model, star, engine.embed(ids[first : first + CHUNK]), first)
+            hidden = protocol.forward(model, star, engine.embed(ids[first : first + CHUNK]), first)
             rows += [row.tobytes() for row in hidden]
         return rows
 
@@ -49,7 +49,7 @@ def check(engine: Engine, files: PageFiles, folder: Path) -> None:
             chunk = ids[first : first + CHUNK]
             assert pages.grow(first + len(chunk))
             step_rows = rows_of([pages], [(first, len(chunk))])
-            rows += [row.tobytes() for row in protocol.batch(model, star, engine.embed(chunk), step_rows)]
+            rows += [row.tobytes() for row in protocol.step(model, star, engine.embed(chunk), step_rows)]
         return rows
 
     wanted, wanted_then = with_all_pages(ids), with_all_pages(other)
@@ -92,7 +92,9 @@ def main() -> None:
         check(engine, opened.page_files, folder)
         print("all well", flush=True)
         # What rank 0 must not ask for: positions whose windows are not there.
-        protocol.send_header(star, protocol.StepHeader(protocol.Operation.BEGIN, CONTEXT, 300, engine.model.choices))
+        protocol.send_header(
+            star, protocol.StepHeader(protocol.Operation.BEGIN, CONTEXT, 300, engine.model.routing_hash)
+        )
     else:
         try:
             protocol.follow([engine.model], star, opened.page_files)

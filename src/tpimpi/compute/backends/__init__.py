@@ -54,7 +54,11 @@ class Backend(Protocol):
         """
 
     def store(self, kv: KVPages, rows: Rows, first_head: int, k: F32, v: F32) -> None:
-        """Put keys and values [n, heads, head_dim] of rows into the pages of KV heads from `first_head`, as kv.py says."""
+        """Put keys and values [n, heads, head_dim] of rows into the pages of KV heads from `first_head`.
+
+        Row i goes to position[i] % page of the page tables[sequence[i], position[i] // page], where `page` is the positions
+        of a page; every row has a page. Numbers are rounded to the pages' format, as kv.py says.
+        """
 
     def attention(
         self, q: F32, kv: KVPages, rows: Rows, q_to_kv: tuple[int, ...], spec: AttentionSpec, sinks: F32 | None = None
@@ -96,11 +100,13 @@ class Backend(Protocol):
 
 
 def load_backend(name: str, threads: int, kernels: str = "auto") -> Backend:
-    """The backend `name`, computing with `threads` threads; "auto" is native where it is installed, or torch.
+    """The backend `name`, computing with `threads` threads; "auto" is native where it is installed, or torch. Any
+    other name gives NumPy.
 
     `kernels` is the level of the native backend, one of KERNEL_LEVELS, or "auto": the best that this processor has.
 
-    Raises InputError where native, or a level of its kernels, is asked for and not there; ImportError without torch.
+    Raises InputError where native, or a level of its kernels, is asked for and not there, where a level is given for another
+    backend, or native has more threads than this host starts; ImportError without torch.
     """
     if name == "auto":
         name = "native" if has_native() else "torch"
@@ -116,9 +122,9 @@ def load_backend(name: str, threads: int, kernels: str = "auto") -> Backend:
         from tpimpi.compute.backends.torch_backend import TorchBackend
 
         return TorchBackend(threads)
-    from tpimpi.compute.backends.reference import NumpyTwin
+    from tpimpi.compute.backends.reference import NumpyBackend
 
-    return NumpyTwin(threads)
+    return NumpyBackend(threads)
 
 
 def load_quantizer(threads: int) -> Quantizer:

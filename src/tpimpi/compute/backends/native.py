@@ -91,7 +91,7 @@ class NativeBackend:
         return y
 
     def route(self, x: F32, router: Array, bias: F32 | None, spec: RouterSpec) -> tuple[I32, F32]:
-        chosen, weights = np.empty((len(x), spec.chosen), np.int32), np.empty((len(x), spec.chosen), np.float32)
+        chosen, weights = np.empty((len(x), spec.top_k), np.int32), np.empty((len(x), spec.top_k), np.float32)
         bias_of, sigmoid = ROUTER_BIASES.index(spec.bias), spec.scoring == "sigmoid"
         if not self._session.route(x, router, bias, bias_of, sigmoid, spec.normalized, spec.scale, chosen, weights):
             raise ValueError(NOT_FINITE)

@@ -25,7 +25,7 @@ _SIGMOID_SLOPE = 1.702  # of clamped_swiglu
 _ACTIVATION_BLOCK = 32  # numbers of a row of activations that share a scale
 
 
-class NumpyTwin:
+class NumpyBackend:
     """See `Backend` for shapes and meaning."""
 
     name = "numpy"
@@ -97,10 +97,10 @@ def attention(
 def seen_by(kv: KVPages, rows: Rows, span: slice, window: int) -> tuple[Array, Array, int]:
     """Keys and values of the pages that rows of one sequence see, [kv_heads, positions, row], and their first position."""
     position, table = rows.position[span], rows.tables[rows.sequence[span.start]]
-    first_page = max(0, int(position.min()) - window + 1) // kv.page if window else 0
+    first_page = max(0, int(position.min()) - window + 1) // kv.page_size if window else 0
     stop = int(position.max()) + 1
     k, v = (gathered(pages, table, first_page, stop) for pages in (kv.k, kv.v))
-    return k, v, first_page * kv.page
+    return k, v, first_page * kv.page_size
 
 
 def mask(position: I32, first: int, keys: int, window: int) -> npt.NDArray[np.bool_]:
@@ -167,7 +167,7 @@ def rounded_activations(x: F32, fmt: str) -> F32:
     Quantized: in blocks of 32 along a row, to scale * q with scale = max |x| / 127 and q = x * (127 / max |x|) as the
     nearest integer, ties to even; zeros where max |x| < 1e-30. A block that holds an infinity or a NaN becomes NaN.
     """
-    rounding = FORMATS[fmt].multiplied_as
+    rounding = FORMATS[fmt].activation_type
     if rounding == "bf16":
         return from_bf16(to_bf16(x))
     if rounding == "f32":

@@ -45,7 +45,7 @@ def route(x: F32, router: Array, bias: F32 | None, spec: RouterSpec) -> tuple[I3
         order = scores + bias.astype(np.float64)
         if not np.isfinite(order).all():
             raise ValueError(NOT_FINITE)
-    experts = np.argsort(-order, axis=1, kind="stable")[:, : spec.chosen]
+    experts = np.argsort(-order, axis=1, kind="stable")[:, : spec.top_k]
     weights = np.take_along_axis(scores, experts, axis=1)
     if spec.normalized:
         weights = weights / (_in_order(weights) + _LEAST_SUM)

@@ -1,4 +1,7 @@
-"""The operations through torch: the readable reference, the fallback without a compiler, and the way to a GPU."""
+"""The operations through torch: the fallback where no kernels were built, and the way to a GPU.
+
+What torch has not (softcaps, sinks, a clamped activation, norms and routing of fixed bits) is `reference`'s and `routing`'s.
+"""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class WeightFormat(ABC):
     cut_weights: int = 1  # columns at multiples of which a row may be cut
     dtype: np.dtype[Any] = UINT8  # of a dataset that holds it
     largest: float = np.inf  # magnitude above which `encode` refuses
-    multiplied_as: Literal["f32", "bf16", "int8"]  # what kernels round activations to, beside these weights
+    activation_type: Literal["f32", "bf16", "int8"]  # what kernels round activations to, beside these weights
     head_format: str = ""  # of the head and the embedding table beside such layers; "": the same
     # Types of GGUF and safetensors files that become this format where none holds their values exactly.
     stands_in_for: tuple[str, ...] = ()
@@ -106,7 +106,10 @@ class WeightFormat(ABC):
         """Row form as numbers, f32 [rows, columns], contiguous; exact. f32 is not copied."""
 
     def quantize_blocks(self, x: F32) -> Bytes:
-        """Blocks, one a column: x [block_weights, blocks], finite, to uint8 [blocks, block_bytes], as search.py states."""
+        """Blocks, one a column: x [block_weights, blocks], finite, to uint8 [blocks, block_bytes].
+
+        The algorithm is stated by search.py for blocks of 32, by search_scales.py for those of 256 and iq4_nl.
+        """
         raise TypeError(f"{self.name} cannot be made from numbers")
 
     def blocks_of_codes(self, codes: npt.NDArray[np.int8], scale: float) -> Bytes:

@@ -58,5 +58,5 @@ BF16 = _BF16(
     kernel_code=1,
     block_bytes=2,
     dtype=np.dtype("<u2"),
-    multiplied_as="bf16",
+    activation_type="bf16",
 )

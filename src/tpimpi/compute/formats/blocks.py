@@ -19,7 +19,7 @@ class BlockFormat(WeightFormat):
     """A format of blocks, whose scales (and minima) are f16 unless it says otherwise."""
 
     cut_weights: int = UNIT_WEIGHTS
-    number_places: tuple[int, ...]  # of f16 numbers: bytes from a block's begin
+    f16_offsets: tuple[int, ...]  # of f16 numbers: bytes from a block's begin
 
     @abstractmethod
     def decode_blocks(self, blocks: Bytes, out: F32) -> None:
@@ -48,7 +48,7 @@ class BlockFormat(WeightFormat):
     def holds_infinities(self, stored: Bytes) -> bool:
         blocks = stored.reshape(stored.shape[0], -1, self.block_bytes)
         return any(
-            bool(((f16_bits(blocks, place) & _F16_EXPONENT) == _F16_EXPONENT).any()) for place in self.number_places
+            bool(((f16_bits(blocks, place) & _F16_EXPONENT) == _F16_EXPONENT).any()) for place in self.f16_offsets
         )
 
 

@@ -97,7 +97,7 @@ class SuperBlockFormat(BlockFormat):
         for run in self._runs(columns, first):
             cut = np.ascontiguousarray(blocks[:, :, run.first : run.first + run.blocks])
             numbers, words = self._lines(out, run)
-            for i, place in enumerate(self.number_places):
+            for i, place in enumerate(self.f16_offsets):
                 numbers[:, :, i] = f16_bits(cut, place).transpose(0, 2, 1)
             spare, packed = self.pack_units(cut, run.units)
             if spare is not None:
@@ -125,7 +125,7 @@ class SuperBlockFormat(BlockFormat):
             if units < UNITS:
                 scales, codes = (_among_zeros(part, run.units) for part in (scales, codes))
             made = np.zeros((*words.shape[:3], self.block_bytes), np.uint8)
-            for i, place in enumerate(self.number_places):
+            for i, place in enumerate(self.f16_offsets):
                 made[..., place : place + 2] = np.ascontiguousarray(numbers[:, :, i].transpose(0, 2, 1))[
                     ..., None
                 ].view(np.uint8)
@@ -137,12 +137,12 @@ class SuperBlockFormat(BlockFormat):
         fields = self.split(blocks)
         codes = out.reshape(*blocks.shape[:-1], UNITS, UNIT_WEIGHTS)
         codes[:] = np.ascontiguousarray(fields.codes).view(np.uint8)
-        self.dequantize([f16_numbers(blocks, place) for place in self.number_places], fields.scales, codes)
+        self.dequantize([f16_numbers(blocks, place) for place in self.f16_offsets], fields.scales, codes)
 
     def make_blocks(self, numbers: list[F32], scales: Bytes, codes: F32) -> Bytes:
         """Blocks of their numbers [blocks] each, scales [blocks, units, 1 or 2] and codes [256, blocks]: [blocks, bytes]."""
         blocks = np.zeros((codes.shape[1], self.block_bytes), np.uint8)
-        for place, number in zip(self.number_places, numbers, strict=True):
+        for place, number in zip(self.f16_offsets, numbers, strict=True):
             blocks[:, place : place + 2] = number.astype("<f2")[:, None].view(np.uint8)
         words = np.ascontiguousarray(codes.T.astype(np.uint8)).view("<u4").reshape(-1, UNITS, UNIT_WEIGHTS // 4)
         self.join(Fields(scales, words), blocks)

@@ -33,7 +33,7 @@ class PairedFormat(BlockFormat):
     @property
     def numbers(self) -> int:
         """F16 numbers of a block: d, or d and m."""
-        return len(self.number_places)
+        return len(self.f16_offsets)
 
     @property
     def code_words(self) -> int:

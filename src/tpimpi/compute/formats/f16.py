@@ -41,5 +41,5 @@ F16 = _F16(
     block_bytes=2,
     dtype=np.dtype("<f2"),
     largest=65504.0,
-    multiplied_as="f32",
+    activation_type="f32",
 )

@@ -25,4 +25,4 @@ class _F32(WeightFormat):
         return stored.view("<f4")
 
 
-F32 = _F32(name="f32", kernel_code=0, block_bytes=4, dtype=np.dtype("<f4"), multiplied_as="f32")
+F32 = _F32(name="f32", kernel_code=0, block_bytes=4, dtype=np.dtype("<f4"), activation_type="f32")

@@ -43,8 +43,8 @@ IQ4_NL = _IQ4NL(
     name="iq4_nl",
     kernel_code=12,
     block_bytes=18,
-    number_places=(0,),
+    f16_offsets=(0,),
     largest=65504.0 * 127,
-    multiplied_as="int8",
+    activation_type="int8",
     head_format="q6_k",
 )

@@ -86,9 +86,9 @@ IQ4_XS = _IQ4XS(
     name="iq4_xs",
     kernel_code=13,
     block_bytes=136,
-    number_places=(0,),
+    f16_offsets=(0,),
     unit_lines=4,
     largest=65504.0 * 32 * 127,
-    multiplied_as="int8",
+    activation_type="int8",
     head_format="q6_k",
 )

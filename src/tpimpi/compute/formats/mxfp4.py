@@ -102,8 +102,8 @@ MXFP4 = _MXFP4(
     kernel_code=14,
     block_weights=UNIT_WEIGHTS,
     block_bytes=17,
-    number_places=(),
+    f16_offsets=(),
     largest=6 * 2.0**125,
-    multiplied_as="int8",
+    activation_type="int8",
     head_format="q8_0",
 )

@@ -131,10 +131,12 @@ def _aligned(make: Callable[[int, type[np.uint8]], Bytes], nbytes: int) -> Bytes
 
 
 def encode(values: F32, fmt: str, quantizer: Quantizer = quantize) -> Bytes:
-    """Numbers [rows, columns] in row form, uint8 [rows, row_bytes]: f32 as it is, bf16 rounded, the others quantized.
+    """Numbers [rows, columns] in row form, uint8 [rows, row_bytes].
 
-    Peak memory: the result and a few MB; where columns are no multiple of 32, also a copy of the values.
-    In the quantized formats ValueError for numbers that are not finite, or larger than any that the format has.
+    f32 is as it is, bf16 and f16 are rounded, the others quantized. Peak memory: the result and a few MB; where columns are
+    no multiple of the format's block, also a copy of the values.
+    ValueError for finite numbers larger than any that the format has (in all but f32 and bf16), in quantized formats also
+    for those that are not finite.
     """
     return FORMATS[fmt].encode(np.ascontiguousarray(values, dtype="<f4"), quantizer)
 

@@ -72,10 +72,10 @@ Q2_K = _Q2K(
     name="q2_k",
     kernel_code=9,
     block_bytes=84,
-    number_places=(_D, _DMIN),
+    f16_offsets=(_D, _DMIN),
     unit_lines=2,
     largest=65504.0 * 15,
-    multiplied_as="int8",
+    activation_type="int8",
     head_format="q6_k",
     stands_in_for=("tq1_0", "tq2_0"),
 )

@@ -81,9 +81,9 @@ Q3_K = _Q3K(
     name="q3_k",
     kernel_code=8,
     block_bytes=110,
-    number_places=(_D,),
+    f16_offsets=(_D,),
     unit_lines=3,
     largest=65504.0 * 32 * 4,
-    multiplied_as="int8",
+    activation_type="int8",
     head_format="q6_k",
 )

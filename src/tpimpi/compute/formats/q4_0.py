@@ -42,8 +42,8 @@ Q4_0 = _Q40(
     name="q4_0",
     kernel_code=3,
     block_bytes=18,
-    number_places=(0,),
+    f16_offsets=(0,),
     largest=65504.0 * 8,  # at the largest scale that is finite in f16, of either sign
-    multiplied_as="int8",
+    activation_type="int8",
     head_format="q8_0",  # the head and the embedding table would lose more than their size is worth
 )

@@ -44,8 +44,8 @@ Q4_1 = _Q41(
     name="q4_1",
     kernel_code=4,
     block_bytes=20,
-    number_places=(0, 2),
+    f16_offsets=(0, 2),
     largest=65504.0,  # at the largest minimum that is finite in f16
-    multiplied_as="int8",
+    activation_type="int8",
     head_format="q8_0",  # the head and the embedding table would lose more than their size is worth
 )

@@ -109,10 +109,10 @@ Q4_K = _Q4K(
     name="q4_k",
     kernel_code=5,
     block_bytes=144,
-    number_places=(0, 2),
+    f16_offsets=(0, 2),
     unit_lines=4,
     largest=65504.0 * 63,  # of minima that are finite in f16
-    multiplied_as="int8",
+    activation_type="int8",
     head_format="q6_k",
     stands_in_for=("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s"),
 )

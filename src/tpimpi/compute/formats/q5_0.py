@@ -67,8 +67,8 @@ Q5_0 = _Q50(
     name="q5_0",
     kernel_code=10,
     block_bytes=22,
-    number_places=(0,),
+    f16_offsets=(0,),
     largest=65504.0 * 16,
-    multiplied_as="int8",
+    activation_type="int8",
     head_format="q8_0",
 )

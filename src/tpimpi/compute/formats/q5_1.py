@@ -52,8 +52,8 @@ Q5_1 = _Q51(
     name="q5_1",
     kernel_code=11,
     block_bytes=24,
-    number_places=(0, 2),
+    f16_offsets=(0, 2),
     largest=65504.0,
-    multiplied_as="int8",
+    activation_type="int8",
     head_format="q8_0",
 )

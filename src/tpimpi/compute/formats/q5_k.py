@@ -81,10 +81,10 @@ Q5_K = _Q5K(
     name="q5_k",
     kernel_code=7,
     block_bytes=176,
-    number_places=(0, 2),
+    f16_offsets=(0, 2),
     unit_lines=5,
     largest=65504.0 * 63,  # of minima that are finite in f16
-    multiplied_as="int8",
+    activation_type="int8",
     head_format="q6_k",
     stands_in_for=("iq3_xxs", "iq3_s"),
 )

@@ -104,9 +104,9 @@ Q6_K = _Q6K(
     name="q6_k",
     kernel_code=6,
     block_bytes=210,
-    number_places=(_D,),
+    f16_offsets=(_D,),
     unit_lines=6,
     largest=65504.0 * 128 * 31,
-    multiplied_as="int8",
+    activation_type="int8",
     stands_in_for=("nvfp4",),
 )

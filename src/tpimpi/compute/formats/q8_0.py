@@ -46,7 +46,7 @@ Q8_0 = _Q80(
     name="q8_0",
     kernel_code=2,
     block_bytes=34,
-    number_places=(0,),
+    f16_offsets=(0,),
     largest=65504.0 * 127,  # at the largest scale that is finite in f16
-    multiplied_as="int8",
+    activation_type="int8",
 )

@@ -11,24 +11,25 @@ nearest even after each single operation (no fused multiply-add), evaluated as t
 
     SUM v       of 32 numbers: v[0:16] + v[16:32], then the halves of those 16 numbers, and so on down to one
     RINT v      to the nearest integer, ties to even
-    CLAMP       to the codes' range: -127..127 (q8_0), -8..7 (q4_0), 0..15 (q4_1)
+    CLAMP       to the codes' range: -127..127 (q8_0), -8..7 (q4_0), 0..15 (q4_1), -16..15 (q5_0), 0..31 (q5_1)
     F16 v       limited to +-65504, then rounded to f16, ties to even; zero is +0. So no scale becomes infinite
     INV v       1 / v, or 0 where v is 0
 
 0. ValueError where a number is not finite. x is limited to +-2^24, which is beyond what any of the formats can hold.
-1. q8_0 and q4_0: top is the number of largest magnitude, the first one of several; for q8_0 its magnitude.
-   First candidate: d = F16(top / 127), or F16(top / -8) for q4_0.
+1. q8_0, q4_0, q5_0: top is the number of largest magnitude, the first one of several; for q8_0 its magnitude.
+   First candidate: d = F16(top / 127), F16(top / -8) for q4_0, F16(top / -16) for q5_0.
    Then for each k of the format's CANDIDATES, in order: r = k / top, or 0 where |top| < 1e-30;
        q = CLAMP(RINT(x * r)); s = SUM(q * q); d = F16(SUM(x * q) / s), or 0 where s is 0.
    Each candidate: q = CLAMP(RINT(x * INV(d))); its error is SUM((x - (q * d)) * (x - (q * d))).
-2. q4_1: low = min x; range = max x - low; y = x - low; t = SUM(y).
-   First candidate: d = F16(range / 15), m = F16(low).
+2. q4_1, q5_1: low = min x; range = max x - low; y = x - low; t = SUM(y).
+   First candidate: d = F16(range / 15), or F16(range / 31) for q5_1; m = F16(low).
    Then for each (a, b) of its CANDIDATE_PAIRS, in order, which lays low on a and max x on b: r = (b - a) / range, or 0 where
    range < 1e-30; q = CLAMP(RINT((y * r) + a)); s = SUM(q); n = (32 * SUM(y * q)) - (t * s);
        p = (32 * SUM(q * q)) - (s * s); d = F16(n / p), or F16(range / (b - a)) where n or p is not above 0;
        m = F16(low + ((t - (d * s)) / 32)).
    Each candidate: q = CLAMP(RINT((x - m) * INV(d))); its error is SUM(e * e), where e = x - ((q * d) + m).
-3. The first of the candidates with the least error gives d, m and q. Stored are q as int8 (q8_0), q + 8 (q4_0), or q (q4_1).
+3. The first of the candidates with the least error gives d, m and q. Stored are q as int8 (q8_0), q + 8 (q4_0), q (q4_1),
+   q + 16 (q5_0), or q (q5_1), of the last two the high bits apart.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def bench(options: AllreduceBenchOptions, star: Star, hosts: list[str]) -> None:
         raise InputError("bench allreduce measures between ranks; start it with mpirun -np 2, or more")
     if tuple(options.algorithms) == ("library",):
         check_sealed(star, "library")
-    found = lead(star, hosts, options)
+    found = measure(star, hosts, options)
     print_table(found)
     if options.json is not None:
         write_json(options.json, found.as_json(), "--json")
@@ -86,7 +86,7 @@ def bench(options: AllreduceBenchOptions, star: Star, hosts: list[str]) -> None:
         draw(found, options.plot)
 
 
-def lead(star: Star, hosts: list[str], options: AllreduceBenchOptions) -> Found:
+def measure(star: Star, hosts: list[str], options: AllreduceBenchOptions) -> Found:
     """Rank 0: measure, while the others `follow`."""
     sizes, algorithms, wires, rounds = options.sizes, options.algorithms, options.wires, options.rounds
     send_note(star, BenchAllreduce(list(sizes), list(algorithms), list(wires), rounds))

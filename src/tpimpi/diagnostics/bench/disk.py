@@ -6,7 +6,7 @@
 
 There may be several readers, as there are ranks: each reads its own slice file where there are as many, else its own part of
 one. A rate is that of all readers together: all bytes over the time from the first read's start to the last one's end. All
-is measured in rounds, a short turn for each way of reading, so that whatever else the machine does befalls all of them
+is measured in rounds, a short turn for each way of reading, so that whatever else the machine does disturbs all of them
 alike; the figure is the median over the rounds. No turn reads what another has just read, as long as the files are large
 enough.
 

@@ -2,7 +2,7 @@
 
 Every kernel is timed on matrices that no cache holds: calls go round several copies where one is not large enough. All is
 measured in rounds, a short turn for each kernel, for torch's F.linear, and for the two limits, so that whatever else the
-machine does befalls all of them alike; a figure is the median over its calls.
+machine does disturbs all of them alike; a figure is the median over its calls.
 
     GB/s      bytes of the packed matrix over the time of a call; its limit is the read bandwidth, with as many threads
     GFLOP/s   2 * rows * columns * positions over the time of a call, integer operations included; its limit is the multiply
@@ -106,7 +106,7 @@ def make_rows(timings: Sequence[Timing], rows: int, columns: int, limits: Limits
                 gb_per_s=bandwidth / 1e9,
                 gflop_per_s=rate / 1e9,
                 of_read_bandwidth=_over(bandwidth, limits.read_bandwidth),
-                of_multiply_peak=_over(rate, limits.multiply_peak.get(FORMATS[t.format].multiplied_as)),
+                of_multiply_peak=_over(rate, limits.multiply_peak.get(FORMATS[t.format].activation_type)),
                 of_one_position=_over(seconds, one.get((t.backend, t.format))),
             )
         )
@@ -320,7 +320,7 @@ class Bench:
         if with_torch:
             for fmt, count, nbytes, call in _torchs(pattern, self.rows, inputs, threads, cache):
                 self._kernels.append((TORCH, fmt, count, nbytes, _Kernel(call)))
-        kinds = [FORMATS[fmt].multiplied_as for fmt in (*formats, *(_TORCH_FORMATS if with_torch else ()))]
+        kinds = [FORMATS[fmt].activation_type for fmt in (*formats, *(_TORCH_FORMATS if with_torch else ()))]
         self._meter: _Meter | None = None
         if self.backend.name == "native":
             from tpimpi.compute.backends.native import NativeBackend

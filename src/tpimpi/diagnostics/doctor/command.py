@@ -19,7 +19,7 @@ from tpimpi.diagnostics.doctor.rank_facts import ExpectedSlices, Facts
 from tpimpi.diagnostics.doctor.report import as_json, print_report
 from tpimpi.diagnostics.options import DoctorOptions
 from tpimpi.engine.engine import identity
-from tpimpi.engine.ranks import meet
+from tpimpi.engine.ranks import gather_hellos
 from tpimpi.errors import InputError, ModelError, SliceError
 from tpimpi.star import Star
 from tpimpi.star.control import StopNote, send_note
@@ -52,7 +52,7 @@ def doctor(options: DoctorOptions, star: Star, arguments: Sequence[str]) -> int:
         make_own_keys(rotate=options.rotate_keys)
         return 0
     star.timeout = rank_facts.TIMEOUT_S
-    hellos = meet(star, arguments)
+    hellos = gather_hellos(star, arguments)
     checkup = _check_up(star, hellos, _expected_slices(options, star.rank.size))
     send_note(star, StopNote(0))
     found = list(findings(checkup))
@@ -66,11 +66,11 @@ def _check_up(star: Star, hellos: Sequence[dict[str, Any]], wanted: ExpectedSlic
     """Have all ranks looked at, as far as they know how: ranks with another version may not."""
     if any(rank_facts.TASK not in hello.get("tasks", ()) for hello in hellos[1:]):
         return Checkup([_of_hello(hello) for hello in hellos], [], [])
-    facts = rank_facts.lead(star, wanted)
+    facts = rank_facts.gather_facts(star, wanted)
     given = placement.given_hosts()
     if star.rank.size == 1 or len({each.tpimpi for each in facts}) > 1:
         return Checkup(facts, [], [], given)
-    return Checkup(facts, *rank_facts.lead_links(star), given)
+    return Checkup(facts, *rank_facts.gather_link_facts(star), given)
 
 
 def _of_hello(hello: dict[str, Any]) -> Facts:
@@ -96,10 +96,10 @@ def _expected_slices(options: DoctorOptions, ranks: int) -> ExpectedSlices:
         return ExpectedSlices()
     with open_source(path) as source:
         formats = choose_formats(source, options.format)
-        plan = make_partition(source.config, options.shares)
-        headers = [make_header(source, plan, rank, formats) for rank in range(ranks)]
+        partition = make_partition(source.config, options.shares)
+        headers = [make_header(source, partition, rank, formats) for rank in range(ranks)]
         return ExpectedSlices(
-            cache_name=cache_name(source, plan, formats),
+            cache_name=cache_name(source, partition, formats),
             identity=identity(headers[0]),
             sizes=[stored_bytes(header) for header in headers],
         )

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tpimpi.compute.backends import NOT_INSTALLED
+from tpimpi.diagnostics.doctor.host_findings import LOW_DISK_BYTES
 from tpimpi.diagnostics.doctor.rank_facts import HERE, MISSING, WRONG, Facts, LinkFacts
-from tpimpi.engine.engine import usual_threads
+from tpimpi.engine.engine import default_threads
 from tpimpi.engine.ranks import NO_HEARTBEAT, RankInfo, cores_shared_by
 from tpimpi.star import MPICH
 from tpimpi.system import placement
@@ -23,7 +24,6 @@ HIGH_LATENCY_S = 5e-3  # one way; from here on a model waits noticeably for the 
 SLEEPING_LINK_RATIO = 3.0
 SLEEPING_LINK_S = 0.5e-3
 CLOCK_TOLERANCE_S = 1.0  # a clock that differs by more is worth a note
-LITTLE_DISK_BYTES = 1_000_000_000  # less free space than this is worth a note
 _USUAL_LAYERS = 32
 
 
@@ -56,7 +56,7 @@ class Checkup:
         """With how many each rank computes, unless a run says otherwise."""
         infos = [RankInfo(f.host, frozenset(f.cores), f.host_cores, bool(f.kernels)) for f in self.facts]
         return [
-            usual_threads(len(each.cores), max(1, shared))
+            default_threads(len(each.cores), max(1, shared))
             for each, shared in zip(self.facts, cores_shared_by(infos), strict=True)
         ]
 
@@ -190,7 +190,7 @@ def _disks(checkup: Checkup) -> Iterator[Finding]:
         where = checkup.name(ranks[0])
         if needed > free:
             yield Finding(where, f"{show_size(free)} of disk are free, its slices need {show_size(needed)}; {remedy}")
-        elif free < LITTLE_DISK_BYTES and not needed and any(one.state != HERE for one in slices):
+        elif free < LOW_DISK_BYTES and not needed and any(one.state != HERE for one in slices):
             yield Finding(where, f"only {show_size(free)} of disk are free; {remedy}", wrong=False)
 
 

@@ -19,7 +19,7 @@ from tpimpi.system.network import INNER, Interface, kind_of
 from tpimpi.system.units import show_size
 
 OK, WRONG, NOTE = "ok", "wrong", "note"
-LITTLE_DISK_BYTES = 1_000_000_000  # bytes
+LOW_DISK_BYTES = 1_000_000_000  # less free space than this is worth a note
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class CannotContinue(Exception):  # noqa: N818  (not an error)
 
 
 def check_local(found: HostChecks, ours: LocalFacts) -> None:
+    """All that is to be checked of the host that we run on."""
     found.facts = ours.facts
     found.add("name", OK, "this machine")
     found.add("python", OK, f"{ours.facts['python']}, {ours.python}")
@@ -110,11 +111,11 @@ def ssh_problem(said: str, host: Host, port: int = 22) -> str:
     return f"{line}; try: ssh{at} {name} true"
 
 
-def check_programs(found: HostChecks, ours: LocalFacts, heads: Mapping[str, str]) -> None:
+def check_programs(found: HostChecks, ours: LocalFacts, shell_facts: Mapping[str, str]) -> None:
     """From what the shell said: are Python, mpirun's daemon and the folder where they must be?"""
     name = found.host.name
-    if heads.get("python") != "yes":
-        other = heads.get("other-python", "")
+    if shell_facts.get("python") != "yes":
+        other = shell_facts.get("other-python", "")
         has = f" (it has {other})" if other.startswith("/") else ""
         found.add(
             "python",
@@ -130,17 +131,17 @@ def check_programs(found: HostChecks, ours: LocalFacts, heads: Mapping[str, str]
             f"{ours.python} is there but does not run; try: ssh {name} {remote_word(ours.python)} --version",
         )
         raise CannotContinue
-    if ours.daemon and heads.get("daemon") == "yes":
+    if ours.daemon and shell_facts.get("daemon") == "yes":
         found.add("mpirun", OK, f"{ours.daemon} is there")
     elif ours.daemon:
-        other = heads.get("path-daemon", "")
+        other = shell_facts.get("path-daemon", "")
         has = f" (but {other} is)" if other else ""
         found.add(
             "mpirun",
             WRONG,
             f"{ours.daemon}, which mpirun starts, is not there{has}; install {ours.mpi} at the same path",
         )
-    if heads.get("folder") != "yes":
+    if shell_facts.get("folder") != "yes":
         found.add(
             "folder",
             WRONG,
@@ -196,9 +197,10 @@ def check_versions(found: HostChecks, ours: LocalFacts) -> None:
 
 
 def check_disk(found: HostChecks) -> None:
+    """Whether there is room for slices."""
     facts = found.facts
     if facts.get("free") is not None:
-        little = facts["free"] < LITTLE_DISK_BYTES
+        little = facts["free"] < LOW_DISK_BYTES
         text = f"{show_size(facts['free'])} free for slices in {facts['cache']}"
         remedy = "; free some, or set TPIMPI_CACHE to another place"
         found.add("disk", WRONG if little else OK, text + (remedy if little else ""))
@@ -225,6 +227,7 @@ def interfaces_of(listed: Sequence[Sequence[str]]) -> list[Interface]:
 
 
 def interface_of(own: str, ours: LocalFacts) -> str:
+    """The interface that has one of our addresses; IFACE, for a person to fill in, where none has."""
     return next((i.name for i in ours.interfaces if any(n.partition("/")[0] == own for n in i.networks)), "IFACE")
 
 

@@ -17,11 +17,13 @@ import time
 from typing import Any
 
 
-def say(**values: Any) -> None:
+def emit(**values: Any) -> None:
+    """Write a line for the host that asks."""
     print("tpimpi-probe " + json.dumps(values), flush=True)
 
 
 def text(path: str) -> str:
+    """What a file holds, without the space around it; "" where it cannot be read."""
     try:
         with open(path, encoding="utf-8") as file:  # noqa: PTH123
             return file.read().strip()
@@ -41,6 +43,7 @@ def open_swaps() -> list[str]:
 
 
 def problem(error: BaseException) -> str:
+    """An error in one short line."""
     return type(error).__name__ + ": " + " ".join(str(error).split())[:300]
 
 
@@ -127,6 +130,7 @@ def call(address: str, token: str, seconds: float) -> str:
 
 
 def resolve(name: str) -> list[str]:
+    """The addresses (IPv4) that a name has here; none where it is unknown."""
     try:
         return sorted({str(entry[4][0]) for entry in socket.getaddrinfo(name, None, socket.AF_INET)})
     except OSError:
@@ -138,7 +142,7 @@ def listen(token: str, seconds: float) -> bool:
     with socket.socket() as listener:
         listener.bind(("", 0))
         listener.listen(4)
-        say(listening=listener.getsockname()[1])
+        emit(listening=listener.getsockname()[1])
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             listener.settimeout(max(0.05, end - time.monotonic()))
@@ -156,12 +160,12 @@ def listen(token: str, seconds: float) -> bool:
 
 def main() -> None:
     token, address, name, seconds = sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4])
-    say(facts=facts())
+    emit(facts=facts())
     if address:
-        say(resolved=resolve(name))
-        say(back=call(address, token, seconds))
-        say(came=listen(token, seconds))
-    say(done=True)
+        emit(resolved=resolve(name))
+        emit(back=call(address, token, seconds))
+        emit(came=listen(token, seconds))
+    emit(done=True)
 
 
 if __name__ == "__main__":

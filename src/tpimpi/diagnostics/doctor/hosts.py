@@ -58,9 +58,9 @@ from tpimpi.system.network import INNER, choosing_mpich, choosing_openmpi, commo
 from tpimpi.system.placement import by_node
 
 
-def look_at_hosts(given: str, ssh: str) -> tuple[LocalFacts, list[HostChecks]]:
+def probe_hosts(hostfile: str, ssh: str) -> tuple[LocalFacts, list[HostChecks]]:
     """What is found about each host of the hostfile. Raises InputError where the hostfile cannot be used."""
-    hosts = read_hostfile(given)
+    hosts = read_hostfile(hostfile)
     ours = local_facts()
     found = [HostChecks(host) for host in hosts]
     threads = [
@@ -77,7 +77,7 @@ def look_at_hosts(given: str, ssh: str) -> tuple[LocalFacts, list[HostChecks]]:
             one.add(
                 "time", WRONG, f"not done after {PROBE_S + DEAD_HOST_S:.0f} s; see what keeps it busy, and try again"
             )
-    check_file(found, ours, refused_lines(given, ours.mpirun_kind))
+    check_file(found, ours, refused_lines(hostfile, ours.mpirun_kind))
     return ours, found
 
 
@@ -86,14 +86,14 @@ def look_at_hosts(given: str, ssh: str) -> tuple[LocalFacts, list[HostChecks]]:
 
 def _guarded(found: HostChecks, ours: LocalFacts, ssh: str) -> None:
     try:
-        _look_at(found, ours, ssh)
+        _probe_host(found, ours, ssh)
     except CannotContinue:
         pass
     except Exception as error:  # of a thread nobody else would hear it
         found.add("doctor", WRONG, f"internal error: {type(error).__name__}: {error}; please report it")
 
 
-def _look_at(found: HostChecks, ours: LocalFacts, ssh: str) -> None:
+def _probe_host(found: HostChecks, ours: LocalFacts, ssh: str) -> None:
     host = found.host
     real = is_ssh(ssh)
     target = _ssh_target(ssh, host) if real else _Target(host.address, 22, direct=False)
@@ -118,11 +118,11 @@ def _look_at(found: HostChecks, ours: LocalFacts, ssh: str) -> None:
         _check_port(found, addresses, target.port)
     with Probe([*ssh_command(ssh, host), "sh -s"], ours, _route(addresses)) as probe:
         if not probe.hello():
-            found.add("ssh", WRONG, ssh_problem(probe.said(), host, target.port))
+            found.add("ssh", WRONG, ssh_problem(probe.stderr(), host, target.port))
             raise CannotContinue
         found.add("ssh", OK, "without a password" if real else f"{ssh} works")
-        heads, found.facts = probe.facts()
-        check_programs(found, ours, heads)
+        shell_facts, found.facts = probe.facts()
+        check_programs(found, ours, shell_facts)
         check_versions(found, ours)
         check_disk(found)
         check_swap(found)
@@ -220,9 +220,9 @@ def _check_network(found: HostChecks, ours: LocalFacts, probe: Probe, addresses:
         )
         found.add("network", NOTE, text)
         return
-    resolved = probe.told("resolved", 2 * CONNECT_S)
-    problem = probe.told("back", 2 * CONNECT_S)
-    port = probe.told("listening", CONNECT_S)
+    resolved = probe.receive("resolved", 2 * CONNECT_S)
+    problem = probe.receive("back", 2 * CONNECT_S)
+    port = probe.receive("listening", CONNECT_S)
     if problem:
         timed_out = "imed out" in problem
         remedy = f"a firewall on this machine? type: sudo ufw allow from {network_of(probe.own, ours)}"
@@ -282,6 +282,7 @@ def mpirun_options(ours: LocalFacts, found: Sequence[HostChecks]) -> str:
 
 
 def as_json(ours: LocalFacts, found: Sequence[HostChecks]) -> dict[str, Any]:
+    """What --json writes."""
     return {
         "tpimpi": __version__,
         "python": ours.python,
@@ -302,7 +303,7 @@ def as_json(ours: LocalFacts, found: Sequence[HostChecks]) -> dict[str, Any]:
     }
 
 
-def tell(given: str, ours: LocalFacts, found: Sequence[HostChecks]) -> int:
+def print_report(hostfile: str, ours: LocalFacts, found: Sequence[HostChecks]) -> int:
     """Print it all; returns how many things are wrong."""
     for one in found:
         ranks = f"{one.host.ranks} rank{'s' if one.host.ranks > 1 else ''}"
@@ -319,19 +320,19 @@ def tell(given: str, ours: LocalFacts, found: Sequence[HostChecks]) -> int:
     else:
         total = sum(one.host.ranks for one in found)
         round_the_hosts = by_node(ours.mpirun_kind, [one.host for one in found])
-        hostfile, python = shlex.quote(given), shlex.quote(ours.python)
-        launch = ["mpirun", "-np", str(total), round_the_hosts, "--hostfile", hostfile, options, python]
+        quoted, python = shlex.quote(hostfile), shlex.quote(ours.python)
+        launch = ["mpirun", "-np", str(total), round_the_hosts, "--hostfile", quoted, options, python]
         print(f"nothing wrong; next: {' '.join(filter(None, launch))} -m tpimpi doctor")
     return wrong
 
 
-def doctor(given: str, options: DoctorOptions) -> int:
+def doctor(hostfile: str, options: DoctorOptions) -> int:
     """The command with that hostfile; its exit code. Raises InputError."""
-    ours, found = look_at_hosts(given, options.ssh)
+    ours, found = probe_hosts(hostfile, options.ssh)
     if options.make_keys:
         make_home(found, ours, options.ssh, rotate=options.rotate_keys)
     check_keys(found)
-    wrong = tell(given, ours, found)
+    wrong = print_report(hostfile, ours, found)
     if options.json is not None:
         write_json(options.json, as_json(ours, found), "--json")
     return int(wrong > 0)

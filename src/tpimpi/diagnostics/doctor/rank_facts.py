@@ -70,7 +70,7 @@ class ExpectedSlices:
 
 
 @dataclass(frozen=True)
-class Slice:
+class SliceFacts:
     """A rank's slice: one of HERE, MISSING, WRONG (`problem` says what), UNKNOWN where no model is meant; and bytes that are
     still to be written, None where that is not known."""
 
@@ -107,7 +107,7 @@ class Facts:
     disk_free: int | None = None
     disk_rate: float | None = None
     disk_problem: str = ""
-    slice: Slice = field(default_factory=Slice)
+    slice: SliceFacts = field(default_factory=SliceFacts)
     interfaces: list[Interface] = field(default_factory=list)
 
 
@@ -142,28 +142,30 @@ def examine(star: Star, wanted: ExpectedSlices) -> Facts:
         disk_free=_free(folder),
         disk_rate=rate,
         disk_problem=problem,
-        slice=Slice() if path is None else look_at_slice(path, wanted, size),
+        slice=SliceFacts() if path is None else examine_slice(path, wanted, size),
         interfaces=interfaces(),
     )
 
 
-def look_at_slice(path: Path, wanted: ExpectedSlices, size: int | None) -> Slice:
+def examine_slice(path: Path, wanted: ExpectedSlices, size: int | None) -> SliceFacts:
     """Whether the slice at `path` is the one that is wanted; its tiles are not read."""
     if not path.exists():
         try:
             partial = partial_path(path).stat().st_blocks * 512
         except OSError:
             partial = 0
-        return Slice(MISSING, str(path), missing_bytes=None if size is None else max(0, size - partial))
+        return SliceFacts(MISSING, str(path), missing_bytes=None if size is None else max(0, size - partial))
     try:
         with closing(SliceFile(path)) as file:
             found, model = identity(file.header), file.header.model
     except TpimpiError as error:
-        return Slice(WRONG, str(path), str(error), size)
+        return SliceFacts(WRONG, str(path), str(error), size)
     for name, value in wanted.identity.items():
         if found.get(name) != value:
-            return Slice(WRONG, str(path), f"{path} has {name} {found.get(name)}, rank 0 wants {value}", size, model)
-    return Slice(HERE, str(path), missing_bytes=0, model=model)
+            return SliceFacts(
+                WRONG, str(path), f"{path} has {name} {found.get(name)}, rank 0 wants {value}", size, model
+            )
+    return SliceFacts(HERE, str(path), missing_bytes=0, model=model)
 
 
 def _kernels() -> str:
@@ -246,8 +248,8 @@ class LinkCounters(Note, frozen=True):
     after: Counters
 
 
-def lead(star: Star, wanted: ExpectedSlices) -> list[Facts]:
-    """Rank 0: have every rank examine itself, all at once; in rank order. `lead_links` is to follow.
+def gather_facts(star: Star, wanted: ExpectedSlices) -> list[Facts]:
+    """Rank 0: have every rank examine itself, all at once; in rank order. `gather_link_facts` is to follow.
 
     Raises StarError where a rank does not answer.
     """
@@ -257,7 +259,7 @@ def lead(star: Star, wanted: ExpectedSlices) -> list[Facts]:
     return [decode_note(note, Facts, f"rank {rank}", any_version=True) for rank, note in enumerate(notes)]
 
 
-def lead_links(star: Star) -> tuple[list[float], list[LinkFacts]]:
+def gather_link_facts(star: Star) -> tuple[list[float], list[LinkFacts]]:
     """Rank 0: seconds by which the clock of each rank is behind ours, in rank order, and the link to each other rank.
 
     Raises StarError where a rank does not answer.
@@ -279,7 +281,7 @@ def lead_links(star: Star) -> tuple[list[float], list[LinkFacts]]:
 
 
 def take_part(star: Star, task: Task) -> None:
-    """Another rank's side of `lead` and `lead_links`; either may be all."""
+    """Another rank's side of `gather_facts` and `gather_link_facts`; the first may be all."""
     star.timeout = TIMEOUT_S
     wanted = task.note(ExamineRank, any_version=True).wanted
     star.gather_notes(to_json(examine(star, wanted)))

@@ -14,6 +14,7 @@ from tpimpi.system.units import show_rate, show_size, show_time
 
 
 def as_json(checkup: Checkup, found: Sequence[Finding]) -> dict[str, Any]:
+    """What --json writes."""
     ranks = [
         {**asdict(each), "threads": threads} for each, threads in zip(checkup.facts, checkup.threads(), strict=True)
     ]
@@ -34,6 +35,7 @@ def as_json(checkup: Checkup, found: Sequence[Finding]) -> dict[str, Any]:
 
 
 def print_report(checkup: Checkup, found: Sequence[Finding]) -> None:
+    """Tables of ranks and links, then what was found, what is wrong first."""
     for table in _tables(checkup):
         print_table(table, 160)
     for finding in sorted(found, key=lambda finding: not finding.wrong):

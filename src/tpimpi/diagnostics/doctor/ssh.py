@@ -58,6 +58,7 @@ class LocalFacts:
 
 
 def local_facts() -> LocalFacts:
+    """What is found here, in this process's environment."""
     facts = host_probe.facts()
     mpirun = shutil.which("mpirun") or shutil.which("mpiexec") or ""
     kind = _kind_of_launcher(mpirun) if mpirun else ""
@@ -229,7 +230,7 @@ class Probe:
                 return True
         return False
 
-    def said(self) -> str:
+    def stderr(self) -> str:
         """What came on its stderr, once it has ended."""
         if self._process is not None:
             try:
@@ -241,16 +242,16 @@ class Probe:
 
     def facts(self) -> tuple[dict[str, str], dict[str, Any]]:
         """What the shell said, by name, and what Python said of itself (nothing where it is not there)."""
-        heads: dict[str, str] = {}
+        shell_facts: dict[str, str] = {}
         while (line := self.line(PROBE_S)) is not None and line != "end":
             if line.startswith("tpimpi-probe "):
                 found: dict[str, Any] = json.loads(line.partition(" ")[2])["facts"]
-                return heads, found
+                return shell_facts, found
             name, _, value = line.partition(" ")
-            heads[name] = heads.get(name) or value.strip()
-        return heads, {}
+            shell_facts[name] = shell_facts.get(name) or value.strip()
+        return shell_facts, {}
 
-    def told(self, name: str, seconds: float) -> Any:
+    def receive(self, name: str, seconds: float) -> Any:
         """The next thing of that name that Python says; None where it does not."""
         while (line := self.line(seconds)) is not None:
             if line.startswith("tpimpi-probe "):

@@ -14,7 +14,7 @@ from typing import Any
 
 from tpimpi.diagnostics.options import MeasureOptions, PlanOptions, Workload
 from tpimpi.diagnostics.planner.hits import HitCurve
-from tpimpi.diagnostics.planner.layer_benchmark import MeasureTask
+from tpimpi.diagnostics.planner.layer_benchmark import LayerBenchmarkConfig
 from tpimpi.diagnostics.planner.measure_disks import measure_disks
 from tpimpi.diagnostics.planner.measure_layers import RankMeasurement, measure
 from tpimpi.diagnostics.planner.predict import LayerCost, LinearCost, Measured, Predictor, RankSpeed
@@ -46,18 +46,18 @@ class Survey:
     def predictor(self, ranks: int, positions: int = 1) -> Predictor:
         """Measure the first so many ranks, with so many positions of a prompt at once. Raises what measuring raises."""
         workload, infos = self.workload, self._infos[:ranks]
-        task = MeasureTask(
+        settings = LayerBenchmarkConfig(
             config=workload.config.to_dict(),
             formats=workload.formats.to_dict(),
             ranks=ranks,
             positions=positions,
             start=workload.prompt,
             cores_shared_by=cores_shared_by(infos),
-            kv=workload.kv,
+            kv_format=workload.kv_format,
             memory=self._memory,
             **asdict(self._measuring),
         )
-        return Predictor(workload, as_measured(measure(self.star, task), positions), self._hits)
+        return Predictor(workload, as_measured(measure(self.star, settings), positions), self._hits)
 
     def with_disks(self, predictor: Predictor, choose: Callable[[Predictor], list[Prediction]]) -> list[Prediction]:
         """What `choose` finds; where something is streamed in any of it the disks are measured first, once for all, since
@@ -83,8 +83,8 @@ def as_measured(measurements: Sequence[RankMeasurement], positions: int) -> Meas
 
     def cost(rank: int, count: int) -> LayerCost:
         timings = by_positions[count][rank]
-        wall = LinearCost.through(*((timing.nbytes, timing.compute) for timing in timings))
-        return LayerCost(wall, LinearCost.through(*((timing.nbytes, timing.cpu) for timing in timings)))
+        wall = LinearCost.fit(*((timing.nbytes, timing.compute) for timing in timings))
+        return LayerCost(wall, LinearCost.fit(*((timing.nbytes, timing.cpu) for timing in timings)))
 
     def allreduce(count: int) -> float:
         if len(measurements) == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from tpimpi.engine.eviction import Stalest, Trace, hit_rate
+from tpimpi.engine.eviction import RoutingTrace, Stalest, hit_rate
 from tpimpi.models.config import ModelConfig
 
 # Parts of all experts for which a trace is gone through; between them the curve is taken to be straight.
@@ -20,7 +20,7 @@ class HitCurve:
     experts of one text are used again and again.
     """
 
-    def __init__(self, config: ModelConfig, trace: Trace | None) -> None:
+    def __init__(self, config: ModelConfig, trace: RoutingTrace | None) -> None:
         self._config = config
         self._sparse = [layer for layer in range(config.layers) if config.router(layer) is not None]
         self._trace = None

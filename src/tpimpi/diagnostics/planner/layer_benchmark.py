@@ -30,7 +30,7 @@ from tpimpi.compute.backends import Backend, load_backend
 from tpimpi.compute.formats.packed import packed_bytes
 from tpimpi.diagnostics.bench.kernels import CACHE_RATIO
 from tpimpi.diagnostics.planner.made_up_weights import ExpertRing, WeightRing, made_up_resident
-from tpimpi.engine.engine import usual_threads
+from tpimpi.engine.engine import default_threads
 from tpimpi.engine.expert_cache import ExpertCache
 from tpimpi.engine.experts import Experts
 from tpimpi.engine.model import Model
@@ -57,7 +57,7 @@ _STALL_RATIO = 4.0  # times as long as usual: the rank was stopped
 
 
 @dataclass(frozen=True)
-class MeasureTask:
+class LayerBenchmarkConfig:
     """What rank 0 wants measured: of the first `ranks` ranks, with `positions` of a prompt at once, after `start` others."""
 
     config: dict[str, Any]
@@ -70,7 +70,7 @@ class MeasureTask:
     cores_shared_by: list[int]
     allreduce: str
     wire: str
-    kv: str
+    kv_format: str
     memory: list[int] | None  # of each rank, as --memory says
     kernels: str = "auto"
 
@@ -97,21 +97,21 @@ class LayerBenchmark:
 
     used = 0.0  # processor seconds a second during the timings
 
-    def __init__(self, rank: Rank, task: MeasureTask) -> None:
-        self.task, self.rank = task, rank
-        config = ModelConfig.from_dict(task.config)
-        formats = ModelFormats.from_dict(task.formats, config.layers)
+    def __init__(self, rank: Rank, settings: LayerBenchmarkConfig) -> None:
+        self.settings, self.rank = settings, rank
+        config = ModelConfig.from_dict(settings.config)
+        formats = ModelFormats.from_dict(settings.formats, config.layers)
         # Of a mixture: of the layers with experts.
         usual = Counter(here for here in formats.layers if here.expert_gate or not config.experts).most_common(1)[0][0]
-        self.threads = task.threads or usual_threads(
-            len(os.sched_getaffinity(0)), task.cores_shared_by[self.rank.index]
+        self.threads = settings.threads or default_threads(
+            len(os.sched_getaffinity(0)), settings.cores_shared_by[self.rank.index]
         )
-        self.backend: Backend = load_backend(task.backend, self.threads, task.kernels)
-        most = _most_weights(task.memory[self.rank.index] if task.memory else None)
+        self.backend: Backend = load_backend(settings.backend, self.threads, settings.kernels)
+        most = _most_weights(settings.memory[self.rank.index] if settings.memory else None)
         vocab = _rows_within(config, formats.head, min(MOST_LAYER_BYTES, most // 4))
         self._config = replace(config.with_layers(1), vocab=vocab, trace_positions=0)
         self._formats = replace(formats, layers=(usual,))
-        part = 1 / task.ranks
+        part = 1 / settings.ranks
         largest = self._token_bytes(self._records(part)[1])
         part *= min(1.0, MOST_LAYER_BYTES / max(1, largest))
         self._parts = [part, part / _SIZE_RATIO]
@@ -122,11 +122,11 @@ class LayerBenchmark:
 
     def _records(self, part: float) -> tuple[Partition, list[Record]]:
         """The shares, all alike, of so large a part of the model; and a layer's tiles."""
-        config, ranks = self._config, self.task.ranks
+        config, ranks = self._config, self.settings.ranks
         share = make_partition(config, [part, 1 - part]).shares[0]
-        plan = Partition((1.0,) * ranks, (share,) * ranks)
+        partition = Partition((1.0,) * ranks, (share,) * ranks)
         records = slice_records(config, share, self.rank.index, self._formats, {})
-        return plan, [record for record in records if record.block.kind in (*LAYER_KINDS, "head", "experts")]
+        return partition, [record for record in records if record.block.kind in (*LAYER_KINDS, "head", "experts")]
 
     def _token_bytes(self, records: Sequence[Record]) -> int:
         """What a position goes through in a layer of these tiles."""
@@ -135,7 +135,7 @@ class LayerBenchmark:
 
     def _model(self, part: float, room: int) -> _LayerModel:
         """A model of one layer."""
-        plan, records = self._records(part)
+        partition, records = self._records(part)
         experts = [record for record in records if record.expert >= 0]
         # The head is measured once.
         records = [
@@ -145,14 +145,14 @@ class LayerBenchmark:
         of_experts = room - room * whole // max(1, whole + self._token_bytes(experts))
         ring, expert_ring = WeightRing(records, room - of_experts, room), ExpertRing(experts, of_experts)
         self._rings += [ring, expert_ring]
-        header = Header(self.rank.index, self._formats, "", "", self._config, plan, tuple(records))
+        header = Header(self.rank.index, self._formats, "", "", self._config, partition, tuple(records))
         config, resident = self._config, made_up_resident(self._config, self._formats.router)
         model = Model(
-            *(header, resident, cast(Window, ring), Star(None), self.backend, self.task.kv),
+            *(header, resident, cast(Window, ring), Star(None), self.backend, self.settings.kv_format),
             experts=Experts(config, resident, cast(ExpertCache, expert_ring), self.backend) if config.experts else None,
             predict=config.experts_per_token,
         )
-        model.begin(self.task.start + self.task.positions + 1)
+        model.begin(self.settings.start + self.settings.positions + 1)
         return _LayerModel(model, ring, expert_ring)
 
     def close(self) -> None:
@@ -165,19 +165,19 @@ class LayerBenchmark:
     def processors(self) -> float:
         """Processor seconds a second, of nothing but computing; of whole periods, where the rank is stopped now and then."""
         model, x = self._models[0].model, self._vectors(1)
-        model.forward(x, self.task.start)
+        model.forward(x, self.settings.start)
         marks = [(time.perf_counter(), time.process_time())]
         while marks[-1][0] < marks[0][0] + SUSTAINED_S or len(marks) < 4:
-            model.forward(x, self.task.start)
+            model.forward(x, self.settings.start)
             marks.append((time.perf_counter(), time.process_time()))
         return sustained(marks)
 
     def timings(self, star: Star) -> list[LayerTiming]:
         """With each size, of one position and of the chunk, over the star `star` of those that take part; in turns, so that
-        whatever else the machines do befalls all of them alike."""
+        whatever else the machines do disturbs all of them alike."""
         kinds = [
-            _Steps(layer, self._vectors(positions), self.task.start if positions == 1 else self.task.start // 2)
-            for positions in dict.fromkeys((1, self.task.positions))
+            _Steps(layer, self._vectors(positions), self.settings.start if positions == 1 else self.settings.start // 2)
+            for positions in dict.fromkeys((1, self.settings.positions))
             for layer in self._models
         ]
         for kind in kinds:

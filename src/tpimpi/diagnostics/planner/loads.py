@@ -62,7 +62,8 @@ class Loads:
         self._small = replace(config.with_layers(len(kinds)), dense_layers=dense if config.experts else ())
         self._found: dict[tuple[Share, bool], Load] = {}
 
-    def of(self, share: Share, rank: int) -> Load:
+    def load(self, share: Share, rank: int) -> Load:
+        """What a rank with this share goes through."""
         key = (share, rank == 0)
         if key not in self._found:
             records = list(slice_records(self._small, share, rank, self._formats, {}))

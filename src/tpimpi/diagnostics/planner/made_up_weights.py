@@ -93,7 +93,7 @@ class WeightRing:
     def tiles(self, block: Block) -> Iterator[Tile]:
         return iter(next(self._turns[block])) if block in self._turns else iter(())
 
-    def hold(self, block: Block) -> list[Tile]:
+    def pinned_tiles(self, block: Block) -> list[Tile]:
         return next(self._turns[block])
 
     def count(self, block: Block) -> int:
@@ -134,7 +134,7 @@ class ExpertRing:
             self.last_bytes = len(self._wanted) * self._records[0].nbytes
             yield [replace(next(self._places), record=self._records[expert]) for expert in self._wanted]
 
-    def expect(self, layer: int, experts: Sequence[int]) -> None:
+    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         pass
 
     def release(self) -> None:

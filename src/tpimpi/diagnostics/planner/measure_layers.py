@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import astuple, dataclass
 
-from tpimpi.diagnostics.planner.layer_benchmark import LayerBenchmark, LayerTiming, MeasureTask
+from tpimpi.diagnostics.planner.layer_benchmark import LayerBenchmark, LayerBenchmarkConfig, LayerTiming
 from tpimpi.engine.overlap import largest_sum
 from tpimpi.star import Star, choose
 from tpimpi.star.codec import wire_of
@@ -43,10 +43,10 @@ class RankMeasurement:
 class MeasureLayers(TaskNote, frozen=True, tag="measure"):
     """Hub: this is measured now."""
 
-    wanted: MeasureTask
+    wanted: LayerBenchmarkConfig
 
 
-class Measured(Note, frozen=True):
+class MeasuredNote(Note, frozen=True):
     """What the sender found; None of a rank that does not take part."""
 
     measurement: RankMeasurement | None
@@ -58,15 +58,15 @@ class AllreduceRule(Note, frozen=True):
     rule: str
 
 
-def measure(star: Star, task: MeasureTask) -> list[RankMeasurement]:
-    """Rank 0: have the first `task.ranks` ranks measured together; what each found, in rank order.
+def measure(star: Star, settings: LayerBenchmarkConfig) -> list[RankMeasurement]:
+    """Rank 0: have the first `settings.ranks` ranks measured together; what each found, in rank order.
 
     Raises InputError and the like where a rank cannot take part.
     """
-    send_note(star, MeasureLayers(task))
-    benchmark, _ = on_every_rank(star, lambda: LayerBenchmark(star.rank, task), Done)
+    send_note(star, MeasureLayers(settings))
+    benchmark, _ = on_every_rank(star, lambda: LayerBenchmark(star.rank, settings), Done)
     send_note(star, Proceed())
-    notes = gather_notes(star, Measured(_run_benchmark(star, benchmark)))
+    notes = gather_notes(star, MeasuredNote(_run_benchmark(star, benchmark)))
     return [note.measurement for note in notes if note.measurement is not None]
 
 
@@ -77,26 +77,28 @@ def take_part_in_measuring(star: Star, task: Task) -> None:
         gather_notes(star, Done())
         receive_note(star, Proceed)
         star.first(wanted.ranks)
-        gather_notes(star, Measured(None))
+        gather_notes(star, MeasuredNote(None))
         return
     benchmark = report_errors(star, lambda: LayerBenchmark(star.rank, wanted))
     gather_notes(star, Done())
     receive_note(star, Proceed)
-    gather_notes(star, Measured(_run_benchmark(star, benchmark)))
+    gather_notes(star, MeasuredNote(_run_benchmark(star, benchmark)))
 
 
 def _run_benchmark(star: Star, benchmark: LayerBenchmark) -> RankMeasurement:
     """Every rank that takes part, at the same time: measure, and give the memory back."""
-    task = benchmark.task
-    few = star.first(task.ranks)
+    settings = benchmark.settings
+    few = star.first(settings.ranks)
     assert few is not None
-    few.wire = wire_of(task.wire)
+    few.wire = wire_of(settings.wire)
     # Also so that a rank waits in the way that suits the links.
-    links = few.measure_links(largest_sum(task.config["hidden"], task.ranks) if task.allreduce == "auto" else 0)
+    links = few.measure_links(
+        largest_sum(settings.config["hidden"], settings.ranks) if settings.allreduce == "auto" else 0
+    )
     if few.rank.is_hub:
         rule = (
-            task.allreduce
-            if task.allreduce != "auto"
+            settings.allreduce
+            if settings.allreduce != "auto"
             else choose(links.times, few.rank.size)
             if links.times
             else "star"

@@ -1,9 +1,9 @@
 """How long a token takes, before anything is sliced: pure arithmetic on what was measured, a model and its shares.
 
 A layer of a rank takes `fixed + per_byte * bytes` seconds, of the bytes of its tiles there (a `LinearCost`); half of
-the fixed part belongs to attention and half to the MLP. The ranks wait for each other at each of the 2 * layers
-allreduces, and for rank 0's head, which is its own; what rank 0 says next reaches the others half an allreduce later. So
-of the time of a token
+the fixed part belongs to attention and half to the MLP. The ranks wait for each other at each allreduce (two a layer as a
+rule, see engine.watch.sums_of; one that is of sums of squares takes as long as that of one position), and for rank 0's head,
+which is its own; what rank 0 says next reaches the others half an allreduce later. So of the time of a token
 
     path        sum over blocks of (the slowest rank's block + an allreduce) + head + allreduce / 2
     processor   of each rank: processor seconds of a token / processors that it gets in the long run
@@ -24,6 +24,7 @@ counted; nor that reads may wait for the router, as a run reads ahead what it ex
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,8 +36,10 @@ from tpimpi.diagnostics.planner.prediction import ExpertsHeld, Prediction
 from tpimpi.engine.budget import Needs, allowances, make_budget
 from tpimpi.engine.chunk import mixture_chunk
 from tpimpi.engine.needs import LONGEST_DRAFT, needs_of_model
-from tpimpi.engine.overlap import usual_chunk
+from tpimpi.engine.overlap import default_chunk
+from tpimpi.engine.watch import sums_of
 from tpimpi.errors import InputError
+from tpimpi.models.blocks import layer_blocks
 from tpimpi.system.memory import Place
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.partition import Partition, make_partition
@@ -51,10 +54,11 @@ class LinearCost:
     fixed: float
     per_byte: float
 
-    def at(self, nbytes: float) -> float:
+    def seconds(self, nbytes: float) -> float:
+        """Seconds for so many bytes."""
         return self.fixed + self.per_byte * nbytes
 
-    def between(self, other: LinearCost, part: float) -> LinearCost:
+    def interpolate(self, other: LinearCost, part: float) -> LinearCost:
         """So far from this line (0) to the other (1)."""
         return LinearCost(
             self.fixed + (other.fixed - self.fixed) * part,
@@ -62,7 +66,7 @@ class LinearCost:
         )
 
     @classmethod
-    def through(cls, first: tuple[float, float], second: tuple[float, float]) -> LinearCost:
+    def fit(cls, first: tuple[float, float], second: tuple[float, float]) -> LinearCost:
         """Through two points (bytes, seconds), as far as neither the fixed part nor the slope is negative."""
         (x1, y1), (x2, y2) = sorted((first, second))
         if x2 <= x1 or y2 <= y1:
@@ -80,8 +84,8 @@ class LayerCost:
     wall: LinearCost
     cpu: LinearCost
 
-    def between(self, other: LayerCost, part: float) -> LayerCost:
-        return LayerCost(self.wall.between(other.wall, part), self.cpu.between(other.cpu, part))
+    def interpolate(self, other: LayerCost, part: float) -> LayerCost:
+        return LayerCost(self.wall.interpolate(other.wall, part), self.cpu.interpolate(other.cpu, part))
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,10 @@ class Predictor:
         """`hits` is the workload's curve, where it was made already."""
         self.workload, self.measured = workload, measured
         self.loads = Loads(workload.config, workload.formats)
+        config = workload.config
+        blocks = [block for layer in range(config.layers) for block in layer_blocks(config, layer)]
+        # Of a step, by the kind of the block that a sum ends with.
+        self._sums = Counter(blocks[one.last].kind for one in sums_of(config, blocks))
         self.hits = hits or HitCurve(workload.config, workload.routing)
         self._found: dict[tuple[float, ...], Prediction] = {}
 
@@ -143,17 +151,17 @@ class Predictor:
             self._found[key] = self._predict(make_partition(self.workload.config, weights))
         return self._found[key]
 
-    def _predict(self, plan: Partition) -> Prediction:
-        loads = [self.loads.of(share, rank) for rank, share in enumerate(plan.shares)]
+    def _predict(self, partition: Partition) -> Prediction:
+        loads = [self.loads.load(share, rank) for rank, share in enumerate(partition.shares)]
         try:
-            held, chunk = self.memory(plan, loads)
+            held, chunk = self.memory(partition, loads)
         except InputError as error:
             never = (math.inf,) * 7
-            return Prediction(plan.describe(), *never, "memory", 0, (), (), str(error))
+            return Prediction(partition.describe(), *never, "memory", 0, (), (), str(error))
         experts = [self.experts(load, each.experts) for load, each in zip(loads, held, strict=True)]
         streamed = [each.streamed + own.read_bytes for each, own in zip(held, experts, strict=True)]
         compute, star = self.blocks(loads, 1)
-        head = self.measured.head.at(loads[0].head)
+        head = self.measured.head.seconds(loads[0].head)
         path = compute + star + head
         disk = [self._disk(rank, nbytes) for rank, nbytes in enumerate(streamed)]
         processor = [self._processor(rank, load, 1, streamed[rank]) for rank, load in enumerate(loads)]
@@ -167,7 +175,7 @@ class Predictor:
             if max(seconds) > token:
                 token, limit, whose = max(seconds), name, seconds.index(max(seconds))
         return Prediction(
-            shares=plan.describe(),
+            shares=partition.describe(),
             s_per_token=token,
             first_token_s=self._first_token(loads, held, experts, chunk) + head,
             compute_s=compute,
@@ -181,7 +189,7 @@ class Predictor:
             streamed=tuple(streamed),
             experts=tuple(experts) if self.workload.config.experts else (),
             prompt_chunk=chunk,
-            tokens_per_s=self._tokens_per_s(plan, loads) if self.workload.parallel > 1 else 0.0,
+            tokens_per_s=self._tokens_per_s(partition, loads) if self.workload.parallel > 1 else 0.0,
             **self._speculation(loads, held, token),
         )
 
@@ -203,13 +211,13 @@ class Predictor:
     def _head(self, loads: Sequence[Load], rows: int) -> float:
         """Seconds of the head for so many rows: as many times those of one as a layer takes."""
         one, several = (self._layer_cost(0, n).wall.per_byte for n in (1, rows))
-        return self.measured.head.at(loads[0].head) * (several / one if one else 1.0)
+        return self.measured.head.seconds(loads[0].head) * (several / one if one else 1.0)
 
-    def _tokens_per_s(self, plan: Partition, loads: Sequence[Load]) -> float:
+    def _tokens_per_s(self, partition: Partition, loads: Sequence[Load]) -> float:
         """Of all sequences together; 0 where there is no memory for them."""
         sequences = self.workload.parallel
         try:
-            held, _ = self.memory(plan, loads, sequences)
+            held, _ = self.memory(partition, loads, sequences)
         except InputError:
             return 0.0
         missed = [1.0 - self.experts(load, each.experts).hits for load, each in zip(loads, held, strict=True)]
@@ -251,13 +259,14 @@ class Predictor:
 
     def _layer_cost(self, rank: int, positions: int) -> LayerCost:
         speed = self.measured.ranks[rank]
-        return speed.token.between(speed.chunk, self._part(positions))
+        return speed.token.interpolate(speed.chunk, self._part(positions))
 
     def _part(self, positions: int) -> float:
         """Where so many positions lie between one (0) and the chunk that was measured (1)."""
         return (positions - 1) / (self.measured.positions - 1) if self.measured.positions > 1 else 0.0
 
     def allreduce(self, positions: int) -> float:
+        """Seconds of an allreduce of so many positions."""
         measured = self.measured
         more = measured.allreduce_chunk_s - measured.allreduce_s
         return measured.allreduce_s + max(0.0, more) * self._part(positions)
@@ -267,17 +276,26 @@ class Predictor:
         costs = [self._layer_cost(rank, positions).wall for rank in range(len(loads))]
         compute, used = 0.0, self.used(positions)
         for kinds in zip(*(load.layers for load in loads), strict=True):
-            for sizes in ([kind.attn for kind in kinds], [kind.mlp + used * kind.expert for kind in kinds]):
-                slowest = max(cost.fixed / 2 + cost.per_byte * size for cost, size in zip(costs, sizes, strict=True))
+            parts = [[kind.attn for kind in kinds], [kind.mlp + used * kind.expert for kind in kinds]]
+            if self.workload.config.parallel_blocks:  # nobody waits between the two
+                parts = [[attn + mlp for attn, mlp in zip(*parts, strict=True)]]
+            for sizes in parts:
+                slowest = max(
+                    cost.fixed / len(parts) + cost.per_byte * size for cost, size in zip(costs, sizes, strict=True)
+                )
                 compute += kinds[0].count * slowest
         if len(loads) == 1:
             return compute, 0.0
-        return compute, self.allreduce(positions) * 2 * self.workload.config.layers + self.allreduce(positions) / 2
+        small = self._sums["qkv"]  # two numbers a position
+        whole = self._sums.total() - small
+        return compute, self.allreduce(positions) * (whole + 0.5) + self.measured.allreduce_s * small
 
     def _slowest(self, loads: Sequence[Load]) -> int:
         """The rank that computes longest."""
         times = [
-            sum(layer.count * self.measured.ranks[rank].token.wall.at(size) for layer, size in self._sizes(load, 1))
+            sum(
+                layer.count * self.measured.ranks[rank].token.wall.seconds(size) for layer, size in self._sizes(load, 1)
+            )
             for rank, load in enumerate(loads)
         ]
         return times.index(max(times))
@@ -290,9 +308,9 @@ class Predictor:
     def _processor(self, rank: int, load: Load, positions: int, streamed: int, *, head: bool = True) -> float:
         """Processor time of a step on a rank, over the processors that it gets."""
         speed, cpu = self.measured.ranks[rank], self._layer_cost(rank, positions).cpu
-        total = sum(layer.count * cpu.at(size) for layer, size in self._sizes(load, positions))
+        total = sum(layer.count * cpu.seconds(size) for layer, size in self._sizes(load, positions))
         if rank == 0 and head:
-            total += self.measured.head_cpu.at(load.head)
+            total += self.measured.head_cpu.seconds(load.head)
         return (total + streamed * speed.read_cpu_s_per_byte) / max(speed.processors, 1e-6)
 
     def _disk(self, rank: int, streamed: int) -> float:
@@ -301,36 +319,36 @@ class Predictor:
 
     # Memory
 
-    def needs(self, plan: Partition, rank: int, load: Load, chunk: int | None = None, sequences: int = 1) -> Needs:
+    def needs(self, partition: Partition, rank: int, load: Load, chunk: int | None = None, sequences: int = 1) -> Needs:
         """What a rank would need, as an engine reckons it; with chunks of the usual size unless `chunk` says another."""
         speed, workload = self.measured.ranks[rank], self.workload
         needs = needs_of_model(
-            Header(rank, workload.formats, "", "", workload.config, plan, ()),
+            Header(rank, workload.formats, "", "", workload.config, partition, ()),
             load.records,
             tiles=load.tiles,
             base=speed.base,
             backend=speed.backend,
-            kv=workload.kv,
+            kv_format=workload.kv_format,
             allreduce=self.measured.allreduce,
             context=workload.context,
-            chunk=chunk or workload.chunk or usual_chunk(workload.config),
-            logits_of=sequences,
+            chunk=chunk or workload.chunk or default_chunk(workload.config),
+            logit_rows=sequences,
             experts=load.experts,
             expert_count=load.expert_count,
         )
         return replace(needs, cache=needs.cache * sequences)
 
-    def memory(self, plan: Partition, loads: Sequence[Load], sequences: int = 1) -> tuple[list[Holding], int]:
+    def memory(self, partition: Partition, loads: Sequence[Load], sequences: int = 1) -> tuple[list[Holding], int]:
         """What each rank does with its memory, and the positions of a chunk. Raises InputError where it has too little."""
         workload = self.workload
-        needs = {rank: self.needs(plan, rank, load, None, sequences) for rank, load in enumerate(loads)}
-        chunk = workload.chunk or usual_chunk(workload.config)
+        needs = {rank: self.needs(partition, rank, load, None, sequences) for rank, load in enumerate(loads)}
+        chunk = workload.chunk or default_chunk(workload.config)
         if workload.window is not None:
             return self._in_window(needs, loads, workload.window), chunk
         promises = self.promises(needs)
         if workload.config.experts and workload.chunk is None:
             chunk = mixture_chunk(list(needs.values()), promises, workload.context)
-            needs = {rank: self.needs(plan, rank, load, chunk, sequences) for rank, load in enumerate(loads)}
+            needs = {rank: self.needs(partition, rank, load, chunk, sequences) for rank, load in enumerate(loads)}
         held = []
         for rank, need in needs.items():
             where = f"r{rank} {self.measured.ranks[rank].host}"

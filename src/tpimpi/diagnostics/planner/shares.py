@@ -22,7 +22,7 @@ def best_shares(predictor: Predictor, ranks: int) -> Prediction:
     ones unless others are clearly better.
 
     What the ranks can bear in real numbers is rounded in every way that MOST_WEIGHT allows; the best of these is improved by
-    steps of one, since heads are dealt whole.
+    steps of one, since heads are not divided.
     """
     equal = (1,) * ranks
     tried = {equal}
@@ -51,9 +51,9 @@ def _ideal(predictor: Predictor, ranks: int) -> list[float]:
     times = [_RankTime(predictor, rank, ranks) for rank in range(ranks)]
 
     def parts(seconds: float) -> list[float]:
-        return [time.most(seconds) for time in times]
+        return [time.largest_part(seconds) for time in times]
 
-    low, high = 0.0, max(time.of(1.0) for time in times)
+    low, high = 0.0, max(time.seconds(1.0) for time in times)
     if math.isinf(high):
         high = 1e9
     for _ in range(_HALVINGS):
@@ -70,20 +70,21 @@ class _RankTime:
         workload, measured = predictor.workload, predictor.measured
         self._speed, self._layers = measured.ranks[rank], workload.config.layers
         whole = make_partition(workload.config, [float(other == rank) for other in range(ranks)])
-        load = predictor.loads.of(whole.shares[rank], rank)
+        load = predictor.loads.load(whole.shares[rank], rank)
         self._window = workload.window
         self._head, self._bytes, self._chosen = load.head, load.tiles - load.head, load.chosen_bytes
         self._hits = predictor.hits
         equal = make_partition(workload.config, [1.0] * ranks)
-        loads = [predictor.loads.of(share, other) for other, share in enumerate(equal.shares)]
+        loads = [predictor.loads.load(share, other) for other, share in enumerate(equal.shares)]
         needs = [predictor.needs(equal, other, load) for other, load in enumerate(loads)]
         self._need = predictor.needs(whole, rank, load)
         self._promise = predictor.promises(dict(enumerate(needs)))[rank]
         _, star = predictor.blocks(loads, 1)
-        self._others = star + measured.head.at(loads[0].head)
-        self._head_cpu = measured.head_cpu.at(self._head) if rank == 0 else 0.0
+        self._others = star + measured.head.seconds(loads[0].head)
+        self._head_cpu = measured.head_cpu.seconds(self._head) if rank == 0 else 0.0
 
-    def of(self, part: float) -> float:
+    def seconds(self, part: float) -> float:
+        """What a token takes with this part of the model."""
         speed, nbytes = self._speed, part * (self._bytes + self._chosen)
         path = self._layers * speed.token.wall.fixed + speed.token.wall.per_byte * nbytes + self._others
         cpu = self._layers * speed.token.cpu.fixed + speed.token.cpu.per_byte * nbytes + self._head_cpu
@@ -103,14 +104,14 @@ class _RankTime:
         room = left - need.usual_buffers - least
         return tiles - max(0.0, room) + part * self._chosen if left >= need.least_buffers + least else math.inf
 
-    def most(self, seconds: float) -> float:
+    def largest_part(self, seconds: float) -> float:
         """The largest part with which it takes at most so long; 0 where none does."""
-        if self.of(1.0) <= seconds:
+        if self.seconds(1.0) <= seconds:
             return 1.0
         low, high = 0.0, 1.0
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            low, high = (middle, high) if self.of(middle) <= seconds else (low, middle)
+            low, high = (middle, high) if self.seconds(middle) <= seconds else (low, middle)
         return low
 
 

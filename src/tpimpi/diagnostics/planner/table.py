@@ -37,7 +37,7 @@ def title(workload: Workload, name: str) -> list[str]:
     if config.experts:
         parameters = sum(int(np.prod(shape)) for shape in expected_tensors(config).values())
         active = parameters - unused_parameters(config)
-        load = Loads(config, workload.formats).of(make_partition(config, [1.0]).shares[0], 0)
+        load = Loads(config, workload.formats).load(make_partition(config, [1.0]).shares[0], 0)
         whole = load.tiles + config.experts * sum(layer.count * layer.expert for layer in load.layers)
         lines.append(
             f"{config.experts} experts a layer, {config.experts_per_token} for a token: "

@@ -37,7 +37,7 @@ class TensorSpec:
     shape: tuple[Dimension, ...]
     bias: BiasFlag | None = None  # None: never one
     layers: Layers = "all"
-    plain: bool = False  # its names stand as they are, with nothing behind
+    bare_name: bool = False  # its names stand as they are, with nothing behind
 
     @property
     def per_expert(self) -> bool:
@@ -52,7 +52,7 @@ class FusedSpec:
 
     `hf` or `gguf` is None where that kind of file has them one by one; either kind may have them so all the same. Of
     experts it is a stack [experts, rows, columns], or `transposed`, where a Hugging Face file has numbers and no blocks,
-    [experts, columns, rows]. `interleaved`: the parts' rows take turns. `plain`: nothing behind the name, of a bias "_bias".
+    [experts, columns, rows]. `interleaved`: the parts' rows take turns. `bare_name`: nothing behind it, of a bias "_bias".
     """
 
     hf: str | None
@@ -60,11 +60,11 @@ class FusedSpec:
     parts: tuple[str, ...]
     interleaved: bool = False
     transposed: bool = False
-    plain: bool = False
+    bare_name: bool = False
 
     def name_of(self, stored: str, kind: str) -> str:
         """The name in a file of the matrix, or its bias, that is called `stored` there; `kind` is weight or bias."""
-        if self.plain:
+        if self.bare_name:
             return stored if kind == "weight" else f"{stored}_bias"
         return f"{stored}.{kind}"
 
@@ -111,7 +111,9 @@ class Architecture:
     name: str  # ModelConfig.architecture; model_type in config.json
     hf_class: str  # in config.json's `architectures`
     gguf_name: str  # general.architecture in GGUF
-    layer: tuple[TensorSpec, ...]  # every tensor of a layer, in the order in which messages and files of ours have them
+    layer_tensors: tuple[
+        TensorSpec, ...
+    ]  # every tensor of a layer, in the order in which messages and files of ours have them
     fused: tuple[FusedSpec, ...] = ()
     partial_rotary: bool = False  # a part of each head may be rotated
     optional_qk_norm: bool = False  # some of its models have the norms of queries and keys
@@ -137,8 +139,8 @@ class Architecture:
     hf_default_rope: Mapping[str, Any] = field(default_factory=dict)  # rope parameters where a file has none
     hf_quantization: str = ""  # the quant_method whose tensors are read
     # Keys that say how many layers behind the model's own predict further tokens, and their number where there is none.
-    hf_next_token_keys: tuple[str, ...] = ()
-    hf_next_token_layers: int = 0
+    hf_mtp_keys: tuple[str, ...] = ()
+    hf_mtp_layers: int = 0
 
     # GGUF: the keys beside those that all families have, without "<arch>."; whether rows of Q and K are interleaved within
     # each head; and which layers have a window.
@@ -148,17 +150,17 @@ class Architecture:
     gguf_windows: Windows | None = None  # None: none can be said
     gguf_fields: Fields = no_fields
     gguf_yarn_truncate: bool = True  # between whole elements, as llama.cpp always does
-    gguf_next_token_key: str = ""  # how many layers of block_count are behind the model's own
+    gguf_mtp_key: str = ""  # how many layers of block_count are behind the model's own
 
     @property
     def qk_norm(self) -> bool:
         """Whether queries and keys are normed."""
-        return any(tensor.part == "q_norm" for tensor in self.layer)
+        return any(tensor.part == "q_norm" for tensor in self.layer_tensors)
 
     @property
     def mixture(self) -> bool:
         """Whether it has experts."""
-        return any(tensor.part == "router" for tensor in self.layer)
+        return any(tensor.part == "router" for tensor in self.layer_tensors)
 
 
 # Windows of config.json

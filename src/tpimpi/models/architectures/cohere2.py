@@ -43,7 +43,7 @@ COHERE2 = Architecture(
     name="cohere2",
     hf_class="Cohere2ForCausalLM",
     gguf_name="cohere2",
-    layer=(ATTENTION_NORM, *ATTENTION, *MLP),
+    layer_tensors=(ATTENTION_NORM, *ATTENTION, *MLP),
     # Of the keys that every published file has, and that say what transformers does in any case.
     hf_keys=frozenset(
         {"attention_bias", "sliding_window", "sliding_window_pattern", "layer_types", "logit_scale", "layer_norm_eps"}

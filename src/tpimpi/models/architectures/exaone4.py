@@ -66,7 +66,7 @@ EXAONE4 = Architecture(
     name="exaone4",
     hf_class="Exaone4ForCausalLM",
     gguf_name="exaone4",
-    layer=(*ATTENTION, *MLP, *QK_NORM, *POST_NORMS),
+    layer_tensors=(*ATTENTION, *MLP, *QK_NORM, *POST_NORMS),
     hf_keys=frozenset({"sliding_window", "sliding_window_pattern", "layer_types"}),
     hf_defaults={
         "vocab_size": 102400,

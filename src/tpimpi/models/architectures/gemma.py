@@ -99,7 +99,7 @@ GEMMA2 = Architecture(
     name="gemma2",
     hf_class="Gemma2ForCausalLM",
     gguf_name="gemma2",
-    layer=_GEMMA2_LAYER,
+    layer_tensors=_GEMMA2_LAYER,
     hf_keys=_KEYS | {"attn_logit_softcapping"},
     hf_defaults={
         **_DEFAULTS,
@@ -121,7 +121,7 @@ GEMMA3 = Architecture(
     name="gemma3_text",
     hf_class="Gemma3ForCausalLM",
     gguf_name="gemma3",
-    layer=_GEMMA3_LAYER,
+    layer_tensors=_GEMMA3_LAYER,
     hf_keys=_KEYS | {"rope_local_base_freq", "sliding_window_pattern"},
     hf_defaults={
         **_DEFAULTS,

@@ -78,7 +78,7 @@ GLM4_MOE = Architecture(
     name="glm4_moe",
     hf_class="Glm4MoeForCausalLM",
     gguf_name="glm4moe",
-    layer=(
+    layer_tensors=(
         *(ATTENTION_NORM, *ATTENTION, *DENSE_MLP),
         TensorSpec("gate", f"{_SHARED}.gate_proj", "ffn_gate_shexp", ("mlp", "hidden"), layers="shared"),
         TensorSpec("up", f"{_SHARED}.up_proj", "ffn_up_shexp", ("mlp", "hidden"), layers="shared"),
@@ -90,7 +90,7 @@ GLM4_MOE = Architecture(
             "exp_probs_b.bias",
             ("experts",),
             layers="experts",
-            plain=True,
+            bare_name=True,
         ),
         *(*EXPERTS, *QK_NORM),
         TensorSpec("mlp_norm", "post_attention_layernorm", "post_attention_norm", ("hidden",)),
@@ -118,12 +118,12 @@ GLM4_MOE = Architecture(
     partial_rotary=True,
     optional_qk_norm=True,
     hf_fields=_hf_fields,
-    hf_next_token_keys=("num_nextn_predict_layers", "num_mtp_layers"),
-    hf_next_token_layers=1,
+    hf_mtp_keys=("num_nextn_predict_layers", "num_mtp_layers"),
+    hf_mtp_layers=1,
     gguf_keys=frozenset(
         {"expert_feed_forward_length", "expert_shared_count", "expert_weights_scale", "expert_weights_norm"}
         | {"expert_gating_func", "leading_dense_block_count", "expert_group_count", "expert_group_used_count"}
     ),
     gguf_fields=_gguf_fields,
-    gguf_next_token_key="nextn_predict_layers",
+    gguf_mtp_key="nextn_predict_layers",
 )

@@ -70,9 +70,9 @@ GPT_OSS = Architecture(
     name="gpt_oss",
     hf_class="GptOssForCausalLM",
     gguf_name="gpt-oss",
-    layer=(
+    layer_tensors=(
         *(ATTENTION_NORM, *ATTENTION),
-        TensorSpec("sinks", "self_attn.sinks", "attn_sinks.weight", ("heads",), plain=True),
+        TensorSpec("sinks", "self_attn.sinks", "attn_sinks.weight", ("heads",), bare_name=True),
         TensorSpec(
             "router", "mlp.router", "ffn_gate_inp", ("experts", "hidden"), "router_logits_bias", layers="experts"
         ),
@@ -86,9 +86,9 @@ GPT_OSS = Architecture(
             ("expert_gate", "expert_up"),
             interleaved=True,
             transposed=True,
-            plain=True,
+            bare_name=True,
         ),
-        FusedSpec("mlp.experts.down_proj", None, ("expert_down",), transposed=True, plain=True),
+        FusedSpec("mlp.experts.down_proj", None, ("expert_down",), transposed=True, bare_name=True),
         *GGUF_STACKED_EXPERTS,
     ),
     hf_keys=frozenset(

@@ -23,6 +23,7 @@ from tpimpi.models.keys import Keys, show
 
 
 def granite_hf_fields(keys: Keys, layers: int) -> dict[str, Any]:
+    """Granite's factors, as fields of ModelConfig, from config.json."""
     return {
         "embedding_scale": keys.number("embedding_multiplier", default=1.0),
         "attention_scale": keys.number("attention_multiplier", default=1.0),
@@ -32,6 +33,8 @@ def granite_hf_fields(keys: Keys, layers: int) -> dict[str, Any]:
 
 
 def granite_gguf_fields(keys: Keys, layers: int) -> dict[str, Any]:
+    """The same, and which layers have no rope, from GGUF's metadata."""
+
     def or_1(key: str) -> float:
         """llama.cpp takes no factor where there is none, or 0."""
         return keys.number(key) if keys.values.get(keys.prefix + key) else 1.0
@@ -94,7 +97,7 @@ GRANITE = Architecture(
     name="granite",
     hf_class="GraniteForCausalLM",
     gguf_name="granite",
-    layer=LLAMA_LAYER,
+    layer_tensors=LLAMA_LAYER,
     hf_keys=frozenset({"attention_bias", "mlp_bias"}) | GRANITE_MULTIPLIERS,
     hf_fields=granite_hf_fields,
     # The keys of a hybrid's other layers stand in files of dense models too, which have no tensors of such layers.
@@ -111,7 +114,7 @@ GRANITE_HYBRID = Architecture(
     name="granitemoehybrid",
     hf_class="GraniteMoeHybridForCausalLM",
     gguf_name="granite",
-    layer=(
+    layer_tensors=(
         *(ATTENTION_NORM, *ATTENTION, *MLP[:2]),
         TensorSpec("down", "shared_mlp.output_linear", "ffn_down", ("hidden", "mlp")),
         MLP_NORM,

@@ -36,7 +36,7 @@ GRANITE_MOE = Architecture(
     name="granitemoe",
     hf_class="GraniteMoeForCausalLM",
     gguf_name="granitemoe",
-    layer=(
+    layer_tensors=(
         *(ATTENTION_NORM, *ATTENTION),
         TensorSpec("router", f"{_WHERE}.router.layer", "ffn_gate_inp", ("experts", "hidden"), layers="experts"),
         *(*expert_tensors(f"{_WHERE}.experts"), MLP_NORM),

@@ -15,7 +15,7 @@ MINISTRAL3 = Architecture(
     name="ministral3",
     hf_class="Ministral3ForCausalLM",
     gguf_name="mistral3",
-    layer=LLAMA_LAYER,
+    layer_tensors=LLAMA_LAYER,
     hf_keys=frozenset({"sliding_window"}),
     hf_defaults={
         "vocab_size": 131072,

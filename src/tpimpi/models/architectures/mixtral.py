@@ -41,7 +41,7 @@ MIXTRAL = Architecture(
     name="mixtral",
     hf_class="MixtralForCausalLM",
     gguf_name="llama",
-    layer=(
+    layer_tensors=(
         *(ATTENTION_NORM, *ATTENTION),
         TensorSpec("router", f"{_WHERE}.gate", "ffn_gate_inp", ("experts", "hidden"), layers="experts"),
         *(*expert_tensors(f"{_WHERE}.experts", ("w1", "w3", "w2")), MLP_NORM),

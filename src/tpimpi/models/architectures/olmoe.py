@@ -33,7 +33,7 @@ OLMOE = Architecture(
     name="olmoe",
     hf_class="OlmoeForCausalLM",
     gguf_name="olmoe",
-    layer=(ATTENTION_NORM, *ATTENTION, ROUTER, *EXPERTS, *QK_NORM_OVER_ALL, MLP_NORM),
+    layer_tensors=(ATTENTION_NORM, *ATTENTION, ROUTER, *EXPERTS, *QK_NORM_OVER_ALL, MLP_NORM),
     fused=GGUF_STACKED_EXPERTS,
     # A clip_qkv that is not null is refused.
     hf_keys=frozenset(

@@ -16,7 +16,7 @@ PHI3 = Architecture(
     name="phi3",
     hf_class="Phi3ForCausalLM",
     gguf_name="phi3",
-    layer=LLAMA_LAYER,
+    layer_tensors=LLAMA_LAYER,
     fused=(FusedSpec("self_attn.qkv_proj", "attn_qkv", ("q", "k", "v")), FUSED_GATE_UP),
     # auto_map says where the code of the model is, which transformers has; it reads neither of the last two.
     hf_keys=frozenset(

@@ -38,7 +38,7 @@ QWEN3_MOE = Architecture(
     name="qwen3_moe",
     hf_class="Qwen3MoeForCausalLM",
     gguf_name="qwen3moe",
-    layer=(
+    layer_tensors=(
         *(ATTENTION_NORM, *ATTENTION, *DENSE_MLP),
         *(ROUTER, *EXPERTS, *QK_NORM, MLP_NORM),
     ),

@@ -47,7 +47,7 @@ SMOLLM3 = Architecture(
     name="smollm3",
     hf_class="SmolLM3ForCausalLM",
     gguf_name="smollm3",
-    layer=LLAMA_LAYER,
+    layer_tensors=LLAMA_LAYER,
     hf_keys=frozenset(
         {"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval", "layer_types"}
         | {"use_sliding_window", "sliding_window", "max_window_layers"}

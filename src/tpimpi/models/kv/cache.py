@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tpimpi.compute.arrays import I32, Array, Bytes
-from tpimpi.compute.kv import KVPages, Rows, has_blocks, row_of
+from tpimpi.compute.kv import KVPages, Rows, fits_q8_0, row_layout
 from tpimpi.errors import InputError
 from tpimpi.models.config import ModelConfig
 from tpimpi.system.buffers import RELEASE_BYTES, Pages
@@ -22,7 +22,7 @@ KV_FORMATS = (
     "f16",
     "f32",
     "q8_0",
-)  # what --kv takes; auto is as precise as the weights deserve, see `kv_format`
+)  # what --kv takes; auto is as precise as the weights deserve, see `resolve_kv_format`
 PAGE = 64  # positions of a page: the keys that attention takes at once (kKeys in src/kernels/attention.h)
 FULL, WINDOWED = KINDS = (0, 1)  # kinds of layers
 
@@ -48,7 +48,7 @@ class KVShape:
 
     def used_bytes(self, kind: int) -> int:
         """Keys and values of a page."""
-        dtype, row = row_of(self.fmt, self.head_dim)
+        dtype, row = row_layout(self.fmt, self.head_dim)
         return self.kinds.count(kind) * 2 * self.kv_heads * PAGE * row * dtype.itemsize
 
     def page_bytes(self, kind: int) -> int:
@@ -63,9 +63,9 @@ class KVShape:
 
     def nbytes(self, context: int) -> int:
         """Memory of the pages of a sequence of so many positions, which has the ranks for itself."""
-        return self.nbytes_of(self.pages_of_one(context))
+        return self.nbytes_of(self.pages_of_sequence(context))
 
-    def pages_of_one(self, context: int) -> tuple[int, int]:
+    def pages_of_sequence(self, context: int) -> tuple[int, int]:
         """Pages of each kind of a sequence of so many positions, which has the ranks for itself."""
         pages = pages_of(context)
         return pages, pages if self.ring is None else min(pages, self.ring)
@@ -92,12 +92,12 @@ class StepRows:
         """Some of them."""
         return StepRows(self.sequence[run], self.position[run], self.tables)
 
-    def of(self, kind: int) -> Rows:
+    def for_kind(self, kind: int) -> Rows:
         """The rows in layers of a kind."""
         return Rows(self.sequence, self.position, self.tables[kind])
 
     @classmethod
-    def of_one(cls, start: int, n: int, tables: Sequence[I32]) -> StepRows:
+    def of_sequence(cls, start: int, n: int, tables: Sequence[I32]) -> StepRows:
         """n positions from `start` of one sequence, whose pages of each kind are those of `tables`."""
         position = np.arange(start, start + n, dtype=np.int32)
         return cls(np.zeros(n, np.int32), position, tuple(table[None] for table in tables))
@@ -116,7 +116,7 @@ class KVCache:
     def _views(self) -> Iterable[KVPages]:
         """Each layer's pages."""
         shape, place = self.shape, [0 for _ in KINDS]
-        dtype, row = row_of(shape.fmt, shape.head_dim)
+        dtype, row = row_layout(shape.fmt, shape.head_dim)
         of_kind: list[Array] = []
         for kind, count in enumerate(self.pages):
             parts = (shape.kinds.count(kind), 2, shape.kv_heads, PAGE, row)
@@ -134,7 +134,7 @@ class KVCache:
         """The keys and values of a page, uint8, without what its size is rounded up by; a view."""
         return self._bytes(kind)[page, : self.shape.used_bytes(kind)]
 
-    def of(self, layer: int) -> KVPages:
+    def layer_pages(self, layer: int) -> KVPages:
         """The pages of a layer."""
         return self._layers[layer]
 
@@ -174,12 +174,12 @@ class KVCache:
         return sum(self.shape.page_bytes(kind) * int(filled.sum()) for kind, filled in enumerate(self._filled))
 
 
-def kv_format(kv: str, weight_formats: Iterable[str], head_dim: int) -> str:
+def resolve_kv_format(kv: str, weight_formats: Iterable[str], head_dim: int) -> str:
     """The format of the cache for one of KV_FORMATS: auto is f32 where all of the layers' weights are f32, else f16.
 
     Raises InputError where heads of `head_dim` numbers have no blocks of q8_0.
     """
-    if kv == "q8_0" and not has_blocks(head_dim):
+    if kv == "q8_0" and not fits_q8_0(head_dim):
         raise InputError(
             f"--kv is q8_0, which stores numbers by 32, and this model's heads have {head_dim}; give --kv f16"
         )

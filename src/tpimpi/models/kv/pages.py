@@ -80,6 +80,7 @@ class PageAccount:
             self.used -= self.sizes[kind]
 
     def users(self, kind: int, page: int) -> int:
+        """How many use this page, 0 where it is free."""
         return self._users[kind][page]
 
     def free_pages(self, kind: int) -> list[int]:

@@ -15,7 +15,7 @@ from tpimpi.models.layers.rope import Angles
 
 
 @dataclass(frozen=True)
-class QKNorm:
+class QKNormWeights:
     """Weights of the norms of queries and keys, f32, and their epsilon.
 
     Over each head: [head_dim] each. Over all heads together: [heads * head_dim] and [kv_heads * head_dim], of all ranks.
@@ -36,7 +36,7 @@ def attention_partial(
     first_kv: int,  # where this tile's KV heads stand in the pages
     q_to_kv: tuple[int, ...],
     rotary: Angles | None,
-    qk_norm: QKNorm | None = None,
+    qk_norm: QKNormWeights | None = None,
     sinks: F32 | None = None,  # of this tile's query heads, [heads]: see Backend.attention
 ) -> F32:
     """Attention of one tile's query heads, through its columns of the output projection: [n, hidden]."""
@@ -55,8 +55,8 @@ def attention_partial(
         backend.store(kv, rows, first_kv, normed_and_rotated("k"), heads("v"))
     if "q" not in tile.matrices:
         return np.zeros(x.shape, np.float32)
-    seen = backend.attention(normed_and_rotated("q"), kv, rows, q_to_kv, spec, sinks)
-    return backend.linear(seen.reshape(n, -1), tile.matrices["o"])
+    attended = backend.attention(normed_and_rotated("q"), kv, rows, q_to_kv, spec, sinks)
+    return backend.linear(attended.reshape(n, -1), tile.matrices["o"])
 
 
 def rotated(backend: Backend, y: F32, rotary: Angles | None, *, queries: bool) -> F32:

@@ -12,7 +12,7 @@ from tpimpi.compute.arrays import F32
 from tpimpi.compute.attention import AttentionSpec
 from tpimpi.compute.backends import Backend
 from tpimpi.compute.kv import KVPages, Rows
-from tpimpi.models.layers.attention import QKNorm, rotated
+from tpimpi.models.layers.attention import QKNormWeights, rotated
 from tpimpi.models.layers.parts import Parts
 from tpimpi.models.layers.rope import Angles
 
@@ -63,7 +63,7 @@ class Projections:
     def finish(
         self,
         squares: F32,  # [n, 2], over all ranks
-        norm: QKNorm,
+        norm: QKNormWeights,
         kv: KVPages,  # of the layer
         rows: Rows,
         first_kv: int,  # of this rank's KV heads
@@ -96,5 +96,5 @@ class Projections:
         """Attention of one tile's query heads, through its columns of the output projection: [n, hidden]."""
         q = self._pieces[heads].q
         assert q is not None, "a tile of the output projection without queries"
-        seen = self.backend.attention(np.ascontiguousarray(q), kv, rows, q_to_kv, spec)
-        return self.backend.linear(seen.reshape(q.shape[0], -1), tile.matrices["o"])
+        attended = self.backend.attention(np.ascontiguousarray(q), kv, rows, q_to_kv, spec)
+        return self.backend.linear(attended.reshape(q.shape[0], -1), tile.matrices["o"])

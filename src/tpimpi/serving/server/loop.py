@@ -243,7 +243,7 @@ class ServerLoop:
             wire.RankFigures(
                 rank=rank,
                 host=self._hosts[rank],
-                memory_bytes=one.memory_bytes,
+                memory_bytes=one.resident_bytes,
                 promised_bytes=self._promises[rank],
                 disk_bytes=one.bytes_read,
                 disk_s=one.read_wait_s - last.read_wait_s,

@@ -108,7 +108,7 @@ def write_gguf(source: SyntheticSource, path: Path, progress: Progress) -> None:
     tensors, factors = _stored_tensors(source, hf=False), rope_tensors(source.config)
     temporary = _temporary(path)
     with _storing(path, [temporary]):
-        for fmt in sorted(source.formats.of_layers()):
+        for fmt in sorted(source.formats.layer_formats()):
             check_gguf(source.config, fmt, path)
         path.parent.mkdir(parents=True, exist_ok=True)
         writer = _gguf_writer(source, temporary)
@@ -149,9 +149,9 @@ def _gguf_writer(source: SyntheticSource, path: Path) -> Any:
     writer = GGUFWriter(path, ARCHITECTURES[config.architecture].gguf_name)
     writer.add_name(source.name.encode("utf-8", "replace").decode())  # of a folder whose name may be no UTF-8
     kind = _FILE_TYPES.get(fmt, f"MOSTLY_{fmt.upper()}")
-    if "mxfp4" in source.formats.of_layers():
+    if "mxfp4" in source.formats.layer_formats():
         kind = _FILE_TYPES["mxfp4"]
-    elif len(source.formats.of_layers()) > 1:  # a mix
+    elif len(source.formats.layer_formats()) > 1:  # a mix
         kind = f"MOSTLY_{fmt.upper()}_M"
     writer.add_file_type(LlamaFileType[kind])
     writer.add_quantization_version(2)

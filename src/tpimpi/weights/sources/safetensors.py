@@ -21,11 +21,11 @@ import numpy as np
 
 from tpimpi.errors import ModelError
 from tpimpi.models.config import ModelConfig
-from tpimpi.models.config_hf import config_from_hf, hf_next_token_layers, is_multimodal
+from tpimpi.models.config_hf import config_from_hf, hf_mtp_layers, is_multimodal
 from tpimpi.models.refused_checkpoints import TAKE_INSTEAD, refuse_quantized_tensors
 from tpimpi.models.tensors import (
-    EMBEDDING,
-    HEAD,
+    EMBEDDING_NAME,
+    HEAD_NAME,
     canonical_hf_name,
     canonical_text_name,
     fused_tensors,
@@ -85,14 +85,16 @@ def open_hf(directory: Path, name: str | None = None) -> Source:
             canonical_text_name if multimodal else canonical_hf_name,
             pairs=reads_mxfp4_pairs(config),
         )
-        found = without_layers(found, config.layers, hf_next_token_layers(values, config_path))
+        found = without_layers(found, config.layers, hf_mtp_layers(values, config_path))
         found = _as_computed(config, join_pairs(found))
-        if config.tied_head and HEAD in found:
-            if EMBEDDING in found:
+        if config.tied_head and HEAD_NAME in found:
+            if EMBEDDING_NAME in found:
                 _check_tied(found)
             else:  # saved under the other of its two names, as some trainers do; transformers reads it too
-                found[EMBEDDING] = replace(found[HEAD], info=replace(found[HEAD].info, name=EMBEDDING))
-            del found[HEAD]
+                found[EMBEDDING_NAME] = replace(
+                    found[HEAD_NAME], info=replace(found[HEAD_NAME].info, name=EMBEDDING_NAME)
+                )
+            del found[HEAD_NAME]
         stored = check_tensors(config, found, _spelling(config), directory)
     except BaseException:
         for file in files:
@@ -328,7 +330,7 @@ def _safetensors_entry(
 
 def _check_tied(found: Mapping[str, Stored]) -> None:
     """A tied model's saved head must be its embedding; a few rows tell a head of its own, which would be lost."""
-    head, table = found[HEAD], found.get(EMBEDDING)
+    head, table = found[HEAD_NAME], found.get(EMBEDDING_NAME)
     same = table is not None and head.info.shape == table.info.shape and len(head.info.shape) == 2
     if table is not None and same:
         rows = head.info.shape[0]
@@ -339,6 +341,6 @@ def _check_tied(found: Mapping[str, Stored]) -> None:
             same = same and np.array_equal(pair[0], pair[1], equal_nan=True)
     if not same:
         raise ModelError(
-            f"{head.file.path}: config.json says tie_word_embeddings, but {HEAD} is not {EMBEDDING}; "
+            f"{head.file.path}: config.json says tie_word_embeddings, but {HEAD_NAME} is not {EMBEDDING_NAME}; "
             f"set tie_word_embeddings to false in config.json"
         )

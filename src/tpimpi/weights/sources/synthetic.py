@@ -49,10 +49,10 @@ _MIXTURE_ATTENTION_NORM = 1 / 16
 _NORM_STEPS = 20  # a norm's weight is 1 + n / 128, n with a standard deviation of 256 / 20
 
 
-Trace = npt.NDArray[np.uint16]  # [positions, layers, experts a token]
+RoutingTrace = npt.NDArray[np.uint16]  # [positions, layers, experts a token]
 
 
-def with_trace(shape: Shape, path: Path, predicted: float) -> tuple[Shape, Trace]:
+def with_trace(shape: Shape, path: Path, predicted: float) -> tuple[Shape, RoutingTrace]:
     """The shape of a model that chooses its experts by the trace in a .npy file, and predicts this part of them.
 
     Such a trace is what another model chose: it has the locality of a real text, which a random router has not. Raises
@@ -63,7 +63,7 @@ def with_trace(shape: Shape, path: Path, predicted: float) -> tuple[Shape, Trace
     return replace(shape, config=made), trace
 
 
-def read_trace(config: ModelConfig, name: str, path: Path) -> Trace:
+def read_trace(config: ModelConfig, name: str, path: Path) -> RoutingTrace:
     """The trace of routing in a .npy file, for the model of this name. Raises InputError where the file is none, or is of
     another number of layers or experts."""
     try:
@@ -94,7 +94,7 @@ class SyntheticSource(Source):
     each format that is read.
     """
 
-    def __init__(self, shape: Shape, formats: ModelFormats, seed: int, trace: Trace | None = None) -> None:
+    def __init__(self, shape: Shape, formats: ModelFormats, seed: int, trace: RoutingTrace | None = None) -> None:
         """`trace`: see `with_trace`."""
         name = f"{shape.name}-random"
         super().__init__(Path(f"{name}.synth"), shape.config, {}, [], dict, assets_in_header=True, name=name)
