@@ -20,6 +20,7 @@ from tpimpi.cli.options import ServeOptions, UpOptions
 from tpimpi.cli.process import call_on_signals, say
 from tpimpi.diagnostics.doctor.host_findings import WRONG, HostChecks, check_local
 from tpimpi.diagnostics.doctor.hosts import look_at_hosts, mpirun_options
+from tpimpi.diagnostics.doctor.keys import check_keys
 from tpimpi.diagnostics.doctor.ssh import LocalFacts, local_facts
 from tpimpi.errors import InputError, TpimpiError
 from tpimpi.serving.server.front_process import FrontProcess
