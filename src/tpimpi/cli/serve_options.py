@@ -181,7 +181,7 @@ def parse_serve(arguments: Sequence[str]) -> ServeOptions:
         raise InputError(
             "--journal-key-file is given alone; give the file that it encrypts: --journal FILE"
             if options.journal is None
-            else "--journal is encrypted, as it has prompts and answers; give the file of a passphrase: --journal-key-file FILE"
+            else "--journal has prompts and answers, so it is encrypted; give the file of a passphrase: --journal-key-file"
         )
     if not is_loopback(options.host) and options.api_key_file is None and not parsed.insecure:
         raise InputError(

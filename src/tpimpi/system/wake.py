@@ -9,7 +9,7 @@ from tpimpi.errors import InputError, StarError
 from tpimpi.system.network import CABLE, WIRELESS, interfaces
 
 _MAY_LEAD_THERE = (CABLE, WIRELESS)
-_MAC = re.compile(r"\b(?:[0-9A-Fa-f]{2}[:-]){5}[0-9A-Fa-f]{2}\b")
+_MAC = re.compile(r"(?<![\w:-])[0-9A-Fa-f]{2}([:-])(?:[0-9A-Fa-f]{2}\1){4}[0-9A-Fa-f]{2}(?![\w:-])")
 
 
 def macs_of(hostfile: str) -> dict[str, str]:
