@@ -1,4 +1,4 @@
-"""Requests with an Idempotency-Key: asked again, of a front that lives or of one that comes after it, with a stand-in for rank 0."""
+"""Requests with an Idempotency-Key, asked again: of a front that lives, or of the next one; with a stand-in for rank 0."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def test_another_front_goes_on(start: Start, rank: Callable[..., StandIn], tmp_p
     assert again.so_far == [10, 11, 12]
     second.say(wire.Done(again.id, "end", 3, 0))
     assert client.end() == ("One x", "stop")
-    until_written(path, '"Done",')
+    until_written(path, f'["Done",{again.id},')
     kill(front)
 
     front = start(**options)  # all is done: nothing is asked

@@ -13,7 +13,7 @@ import httpx2
 import psutil
 import pytest
 
-from tests.support.launch import Launcher, run_command
+from tests.support.launch import TIMEOUT, Launcher, run_command
 from tests.support.messages import assert_one_line
 from tests.support.servers import RunningServer
 from tpimpi.cli.supervisor import RunUnderMpirun
@@ -81,10 +81,13 @@ def test_an_answer_goes_on_when_a_process_is_killed(server: RunningServer, whole
 
 def test_another_up_goes_on_where_all_of_one_was_killed(server: RunningServer, whole: tuple[str, str]) -> None:
     """With its journal: the client asks again, and gets the same words from the first on, once and as often as it likes."""
-    processes = server.processes()
+    processes, journal = server.processes(), server.log.parent / "journal"
 
     def kill() -> None:
-        time.sleep(1.0)  # some of it is written
+        size, deadline = journal.stat().st_size, time.monotonic() + TIMEOUT
+        while journal.stat().st_size == size:  # until more of it is written
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
         for process in processes:
             process.kill()
 

@@ -93,7 +93,7 @@ class KeptReplies(Replies):
                 self._stop()
             return
         self.take(index, reply)
-        self._kept.note(Replied([(self.about.number, index, reply)]))
+        self._note(Replied([(self.about.number, index, reply)]))
         if self.is_done:
             self._stop()
             self._kept.tidy()
@@ -116,9 +116,14 @@ class KeptReplies(Replies):
         self._asked, self._log, self._ended = [], [], set()
         self.about = msgspec.structs.replace(self.about, model=model)
         self.bytes = len(msgspec.msgpack.encode(self.about))
-        self._kept.note(self.about)
+        self._note(self.about)
         if was_asked:
             self._go_on()
+
+    def _note(self, record: Record, *, now: bool = False) -> None:
+        """For the journal, unless this is forgotten there."""
+        if self._kept.has(self):
+            self._kept.note(record, now=now)
 
     def _heard(self) -> list[tuple[int, Heard]]:
         return list(self._log)
@@ -126,13 +131,13 @@ class KeptReplies(Replies):
     def _note_asked(self, *, begins: bool) -> None:
         self.held = False
         if not begins:
-            self._kept.note(Held(self.about.number, held=False))
+            self._note(Held(self.about.number, held=False))
             return
         ready = self._link.ready
         model = "" if ready is None else ready.fingerprint
         self.about = msgspec.structs.replace(self.about, model=model, answers=len(self._asks), asks=self._asks)
         self.bytes = len(msgspec.msgpack.encode(self.about))
-        self._kept.note(self.about, now=True)
+        self._note(self.about, now=True)
 
     def _leave(self) -> None:
         under_way = bool(self._asked)
@@ -141,7 +146,7 @@ class KeptReplies(Replies):
             self._kept.forget(self)
         elif under_way and not self._link.is_over:
             self.held = True
-            self._kept.note(Held(self.about.number, held=True), now=True)
+            self._note(Held(self.about.number, held=True), now=True)
         self._kept.tidy()
 
 
@@ -235,9 +240,13 @@ class Kept:
         if self._journal is not None and all(one.is_idle for one in self._by_key.values()):
             self._journal.tidy(empty=not self._by_key)
 
+    def has(self, one: KeptReplies) -> bool:
+        """Whether it is kept."""
+        return self._by_number.get(one.about.number) is one
+
     def forget(self, one: KeptReplies) -> None:
         """It is not kept any more."""
-        if self._by_number.get(one.about.number) is one:
+        if self.has(one):
             self._remove(one)
             if one.about.answers:
                 self.note(Forgotten(one.about.number))

@@ -257,7 +257,7 @@ class RankLink:
             return
         error = self._over()
         self.is_ending = True
-        for asked in self._asked.values():
+        for asked in list(self._asked.values()):  # where it is heard, others may be forgotten
             asked.hear(error)
         self._asked.clear()
         for question in self._questions.values():
