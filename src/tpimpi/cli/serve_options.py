@@ -165,8 +165,8 @@ def parse_serve(arguments: Sequence[str]) -> ServeOptions:
         audit=parsed.audit,
     )
     check_combinations(run.compute, run.network, run.model)
-    names = ("host", "port", "api_key_file", "tls_cert", "tls_key", "grace", "queue", "time_limit", "front")
-    names += ("journal", "journal_key_file")
+    listening = ("host", "port", "api_key_file", "tls_cert", "tls_key", "front")
+    names = (*listening, "grace", "queue", "time_limit", "journal", "journal_key_file")
     options = ServeOptions(
         run=run,
         allow_host=tuple(parsed.allow_host),

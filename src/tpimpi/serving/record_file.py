@@ -119,6 +119,11 @@ class RecordFile:
         self.seal = seal
 
     @property
+    def has_records(self) -> bool:
+        """Whether there is more than the first line of a sealed file."""
+        return self.lines.whole > (0 if self.seal is None else len(self.seal.first_line))
+
+    @property
     def lines(self) -> LineFile:
         """The open file, as it stands on the disk."""
         assert self._file is not None, "a file that could not be opened"

@@ -290,7 +290,8 @@ def test_a_journal_that_cannot_be_used_is_said_and_left_as_it_is(tmp_path: Path)
         path.write_bytes(content)
         front = Front(FrontOptions(socket=str(tmp_path / "front"), port=0, **journal_options(tmp_path)))
         assert said in front.listening.problem and "--journal" in front.listening.problem, said
-        assert front.close() == 2 and path.read_bytes() == content, said
+        assert front.process.wait(TIMEOUT_S) == 2 and path.read_bytes() == content, said
+        front.close()
     path.write_bytes(b"".join(good) + good[1][:-1])  # ended in the middle of a line
     front = Front(FrontOptions(socket=str(tmp_path / "front"), port=0, **journal_options(tmp_path)))
     assert not front.listening.problem
@@ -301,7 +302,8 @@ def test_a_journal_in_use_is_waited_for(start: Start, tmp_path: Path) -> None:
     options = journal_options(tmp_path)
     first = start(**options)
     busy = Front(FrontOptions(socket=str(tmp_path / "other"), port=0, **options))
-    assert "is in use by another run" in busy.listening.problem and busy.close() == 2
+    assert "is in use by another run" in busy.listening.problem and busy.process.wait(TIMEOUT_S) == 2
+    busy.close()
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(
             lambda: Front(FrontOptions(socket=str(tmp_path / "other"), port=0, journal_wait=TIMEOUT_S, **options))

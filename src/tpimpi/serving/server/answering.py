@@ -141,7 +141,7 @@ class Answers:
             self._form.use_model(ready)
             self._wanted = [_with_tools(wanted, ready) for wanted in self._wanted]
             self._replies.ask(hearing, self._asks)
-            streams = [
+            streams: list[EventStream] = [
                 tool_events(wanted, ready) or PlainEvents() for wanted in self._wanted for _ in range(wanted.choices)
             ]
             events = self._events_of(hearing, streams, await self._all_began(hearing, count))

@@ -135,7 +135,7 @@ class Journal:
     def tidy(self, *, empty: bool) -> None:
         """Nothing is under way, or kept either where `empty`: it is written anew if it has grown."""
         grown = self._file.lines.whole > MOST_GROWN_IDLE * self._kept_bytes + LEAST_GROWN_IDLE_BYTES
-        if grown or (empty and self._file.lines.whole != self._kept_bytes):
+        if grown or (empty and self._file.has_records):
             self.write_anew()
 
     def say(self, problem: str) -> None:
