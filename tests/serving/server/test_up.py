@@ -8,11 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import PIPE
 
 import httpx2
 import psutil
 import pytest
 
+from bench import home
+from tests.support.homes import needs_home, output
 from tests.support.launch import TIMEOUT, Launcher, run_command
 from tests.support.messages import assert_one_line
 from tests.support.servers import RunningServer
@@ -79,6 +82,7 @@ def test_an_answer_goes_on_when_a_process_is_killed(server: RunningServer, whole
     assert server.rank(whom).pid != before
 
 
+@pytest.mark.slow
 def test_another_up_goes_on_where_all_of_one_was_killed(server: RunningServer, whole: tuple[str, str]) -> None:
     """With its journal: the client asks again, and gets the same words from the first on, once and as often as it likes."""
     processes, journal = server.processes(), server.log.parent / "journal"
@@ -154,6 +158,29 @@ def test_a_start_that_cannot_be_is_not_tried_again(mpirun: Launcher, cache: dict
     server = RunningServer(mpirun, 2, tmp_path / "log", "--model", "no-model", env=cache, up=True)
     assert server.wait() == 2
     assert server.said().count("no-model") == 1, server.said()
+
+
+@needs_home
+@pytest.mark.alone
+def test_hosts_without_keys_are_said(mpirun: Launcher) -> None:
+    """Before anything is started: this machine's own ends it, another's leaves that out."""
+    with home.Home(2) as made:
+        (hosts := made.folder / "home.txt").write_text("".join(f"{name}\n" for name in made.names))
+        own, others = (Path(made.keys(rank)) for rank in range(2))
+
+        def up() -> list[str]:
+            options = ("--hostfile", hosts, "--ssh", made.folder / "agent", "--run-under", made.folder / "rank")
+            command = [sys.executable, "-m", "tpimpi", "up", *map(str, options), "--port", "0", "--model", "no-model"]
+            result = output(made.start(0, command, env=mpirun.env, text=True, stdout=PIPE, stderr=PIPE))
+            assert result.code == 2, result.err
+            return [line for line in result.our_lines if not line.startswith("tpimpi: http")]
+
+        remedy = "keys: none, which a run over several hosts needs; type: python -m tpimpi doctor --hostfile FILE --make-keys"
+        others.unlink()
+        said = up()
+        assert said[0] == f"tpimpi: {made.names[1]} is left out: {remedy}" and "no-model" in said[-1]
+        own.rename(others)
+        assert up() == [f"tpimpi: {made.names[0]} (this machine): {remedy}"]
 
 
 # Its parts
