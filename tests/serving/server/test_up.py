@@ -22,6 +22,7 @@ from tests.support.servers import RunningServer
 from tpimpi.cli.supervisor import RunUnderMpirun
 from tpimpi.system.hostfile import Host, read_hostfile
 from tpimpi.system.launcher import MPICH, OPEN_MPI
+from tpimpi.system.link_keys import MAKE_KEYS
 from tpimpi.system.mpirun import mpirun_command, write_hostfile
 
 ASKED = {
@@ -162,6 +163,7 @@ def test_a_start_that_cannot_be_is_not_tried_again(mpirun: Launcher, cache: dict
 
 @needs_home
 @pytest.mark.alone
+@pytest.mark.slow
 def test_hosts_without_keys_are_said(mpirun: Launcher) -> None:
     """Before anything is started: this machine's own ends it, another's leaves that out."""
     with home.Home(2) as made:
@@ -175,7 +177,7 @@ def test_hosts_without_keys_are_said(mpirun: Launcher) -> None:
             assert result.code == 2, result.err
             return [line for line in result.our_lines if not line.startswith("tpimpi: http")]
 
-        remedy = "keys: none, which a run over several hosts needs; type: python -m tpimpi doctor --hostfile FILE --make-keys"
+        remedy = f"keys: none, which a run over several hosts needs; type: {MAKE_KEYS}"
         others.unlink()
         said = up()
         assert said[0] == f"tpimpi: {made.names[1]} is left out: {remedy}" and "no-model" in said[-1]
