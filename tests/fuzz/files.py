@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import h5py
+import msgspec
 import numpy as np
 import xxhash
 
@@ -19,6 +20,11 @@ from tpimpi.engine.page_files import PageFiles, PagesHeader, UnusableError
 from tpimpi.errors import InputError
 from tpimpi.serving.batch_file import PART, BatchAnswers, read_items
 from tpimpi.serving.kept_cache import SUFFIX, KeptCache, _ids_of
+from tpimpi.serving.server import wire
+from tpimpi.serving.server.front_options import FrontOptions
+from tpimpi.serving.server.journal import Begun, Forgotten, Held, Record, Replied
+from tpimpi.serving.server.kept import Kept
+from tpimpi.serving.server.link import RankLink
 from tpimpi.serving.session import Session
 from tpimpi.system.hostfile import read_hostfile, refused_lines
 from tpimpi.system.launcher import MPICH, OPEN_MPI
@@ -139,6 +145,28 @@ def _mutate_lines(data: bytes, random: Random) -> bytes:
     return b"\n".join(lines)
 
 
+def _journal(data: bytes) -> None:
+    """The lines of a server's journal, as they are when they are opened: what was taken in is understood again."""
+    kept, again = (Kept(RankLink(FrontOptions(socket=""))) for _ in range(2))
+    for line in data.split(b"\n"):
+        kept.take(msgspec.json.decode(line, type=Record))
+    for record in kept._records():
+        again.take(msgspec.json.decode(msgspec.json.encode(record), type=Record))
+
+
+def _journal_seeds() -> list[bytes]:
+    asks = [
+        wire.Ask(0, "", wire.Text("a"), wire.Sampling(logit_bias={3: -1.0}), 9, ["x"]),
+        wire.Ask(0, "o", wire.Chat([{"role": "user", "content": "b"}]), wire.Sampling(seed=5)),
+    ]
+    part = wire.Part(4, "Grüße\n", "", [3, 4], [wire.TokenLogprob(b"\xff", -0.5, [(b"a", -1.5)])])
+    done = wire.Done(5, "end", 2, 0)
+    records: list[Record] = [Begun(number, "o", f"k{number}", "f", 1.5, "m", 2, asks) for number in (1, 2)]
+    records += [Replied([(1, 0, wire.Began(4, 7)), (2, 1, part), (1, 0, part)]), Replied([(1, 0, done), (1, 1, done)])]
+    records += [Held(2, held=True), Begun(2, "o", "k2", "f", 1.5, "n", 2, asks), Forgotten(2)]
+    return [b"\n".join(map(msgspec.json.encode, records[:most])) for most in (len(records), 4)]
+
+
 _ITEMS = [{"custom_id": "a", "prompt": "p"}, {"custom_id": "b", "messages": [{"role": "user", "content": "c"}]}]
 _ABOUT = {"prompts": "ab12", "options": {"seed": 1}}
 
@@ -214,6 +242,7 @@ TARGETS = [
     Target("slice-file", _slice, lambda: [seeds.slice_file()], _mutate_slice),
     Target("slice-header", _slice_header, _slice_header_seeds, mutate_json),
     Target("session", _session, _session_seeds, mutate_files(_mutate_lines, mutate_json)),
+    Target("journal", _journal, _journal_seeds, _mutate_lines, (ValueError, KeyError, RecursionError)),
     Target("batch", _batch, _batch_seeds, mutate_files(_mutate_lines, _mutate_lines)),
     Target("page-file", _pages, _pages_seeds, mutate_json, (UnusableError,)),
     Target("hostfile", _hostfile, lambda: list(_HOSTS), _mutate_lines),

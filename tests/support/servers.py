@@ -36,10 +36,15 @@ class RunningServer:
         if up:  # which finds this launcher
             env = {**env, "PATH": f"{Path(command[0]).parent}{os.pathsep}{os.environ['PATH']}"}
             command = [sys.executable, *program, "up", "--ranks", str(ranks), "--port", "0", *options]
-        with log.open("wb") as file:
+        self._command, self._environment = command, {**os.environ, **mpirun.env, **env}
+        self.start()
+
+    def start(self) -> None:
+        """As it was started, also after its end; what it said before is gone."""
+        with self.log.open("wb") as file:
             self.process = subprocess.Popen(
-                command,
-                env={**os.environ, **mpirun.env, **env},
+                self._command,
+                env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,

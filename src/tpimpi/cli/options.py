@@ -151,6 +151,8 @@ class ServeOptions:
     allow_host: tuple[str, ...]
     allow_origin: tuple[str, ...]
     name: tuple[str, ...]
+    journal: str | None
+    journal_key_file: str | None
     front: str | None
 
 

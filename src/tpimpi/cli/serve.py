@@ -113,6 +113,7 @@ def load(
         say(remarks.room_for_pages(llm.room, together))
     loop = ServerLoop(
         *(llm, tokenizer, connection),
+        fingerprint=engine.header.fingerprint,
         hosts=[rank.host for rank in ranks],
         promises=[allotment.promise for allotment in allotments],
         together=together,

@@ -26,7 +26,7 @@ from tpimpi.cli.run_parser import (
     add_speculate,
     add_template,
 )
-from tpimpi.cli.values import path_given, seconds, whole_number
+from tpimpi.cli.values import path_given, read_passphrase, seconds, whole_number
 from tpimpi.errors import InputError
 from tpimpi.serving.server.front_options import (
     DEFAULT_GRACE_S,
@@ -38,6 +38,7 @@ from tpimpi.serving.server.front_options import (
     is_loopback,
 )
 
+END_WAIT_S = 15.0  # beside its --grace, another server may take so long to end
 MOST_CONTEXT = 8192  # positions of a prompt with its answer, where nothing is said and the model has more
 
 
@@ -80,6 +81,16 @@ def serve_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="another name of the model, for clients that ask for a fixed one; may be given again",
     )
+    for option, what in (
+        (
+            "--journal",
+            "keep requests with an Idempotency-Key, and their answers so far, in this file too, encrypted: a server that is "
+            "started with it after this one was killed goes on with them, and clients that ask again get them (default: in "
+            "memory alone)",
+        ),
+        ("--journal-key-file", "encrypt --journal with the passphrase in this file"),
+    ):
+        group.add_argument(option, type=path_given(option, "the name of a file"), metavar="FILE", help=what)
     add_template(group)
     add_speculate(group)
     add_model(parser)
@@ -154,7 +165,8 @@ def parse_serve(arguments: Sequence[str]) -> ServeOptions:
         audit=parsed.audit,
     )
     check_combinations(run.compute, run.network, run.model)
-    names = ("host", "port", "api_key_file", "tls_cert", "tls_key", "grace", "queue", "time_limit", "front")
+    listening = ("host", "port", "api_key_file", "tls_cert", "tls_key", "front")
+    names = (*listening, "grace", "queue", "time_limit", "journal", "journal_key_file")
     options = ServeOptions(
         run=run,
         allow_host=tuple(parsed.allow_host),
@@ -165,6 +177,12 @@ def parse_serve(arguments: Sequence[str]) -> ServeOptions:
     if (options.tls_cert is None) != (options.tls_key is None):
         given = "--tls-cert" if options.tls_key is None else "--tls-key"
         raise InputError(f"{given} is given alone; TLS needs --tls-cert and --tls-key")
+    if (options.journal is None) != (options.journal_key_file is None):
+        raise InputError(
+            "--journal-key-file is given alone; give the file that it encrypts: --journal FILE"
+            if options.journal is None
+            else "--journal has prompts and answers, so it is encrypted; give the file of a passphrase: --journal-key-file"
+        )
     if not is_loopback(options.host) and options.api_key_file is None and not parsed.insecure:
         raise InputError(
             f"--host is {options.host}, where other machines can ask, and there is no --api-key-file; give one, or "
@@ -174,7 +192,10 @@ def parse_serve(arguments: Sequence[str]) -> ServeOptions:
 
 
 def front_options(options: ServeOptions, socket: str, *, outlives: bool = False) -> FrontOptions:
-    """What the front is told; rank 0 connects to `socket`, and others after it where the front outlives it."""
+    """What the front is told; rank 0 connects to `socket`, and others after it where the front outlives it. Raises
+    InputError for a file of a passphrase that cannot be used."""
+    key_file = options.journal_key_file
+    passphrase = "" if key_file is None else read_passphrase("--journal-key-file", key_file).decode()
     return FrontOptions(
         socket=socket,
         host=options.host,
@@ -188,6 +209,9 @@ def front_options(options: ServeOptions, socket: str, *, outlives: bool = False)
         allow_hosts=options.allow_host,
         allow_origins=options.allow_origin,
         names=options.name,
+        journal=options.journal,
+        journal_passphrase=passphrase,
+        journal_wait=options.grace + END_WAIT_S,
         outlives=outlives,
     )
 

@@ -20,9 +20,11 @@ from tpimpi.cli.options import ServeOptions, UpOptions
 from tpimpi.cli.process import call_on_signals, say
 from tpimpi.diagnostics.doctor.host_findings import WRONG, HostChecks, check_local
 from tpimpi.diagnostics.doctor.hosts import mpirun_options, probe_hosts
+from tpimpi.diagnostics.doctor.keys import check_keys
 from tpimpi.diagnostics.doctor.ssh import LocalFacts, local_facts
 from tpimpi.errors import InputError, TpimpiError
 from tpimpi.serving.server.front_process import FrontProcess
+from tpimpi.star.start import OFF, seal_given
 from tpimpi.system.hostfile import Host
 from tpimpi.system.mpirun import mpirun_command, mpirun_environment, write_hostfile
 from tpimpi.system.wake import macs_of, wake
@@ -193,6 +195,8 @@ class Supervisor:
             ours, found = probe_hosts(self._options.hostfile, self._options.ssh)
             if self._options.wake and (asleep := self._asleep(found)):
                 found = self._wake(asleep, found, wait=first)
+        if seal_given(self._arguments) != OFF:
+            check_keys([one for one in found if not one.wrong])
         if self._here == found[0].host and not found[0].here:  # its own network is gone, and its address with it
             found[0] = HostChecks(found[0].host, here=True)
             check_local(found[0], ours)
@@ -202,7 +206,7 @@ class Supervisor:
                 "to be started on that of rank 0, which is the first: write this machine's line first"
             )
         if found[0].wrong:
-            raise InputError(_first_wrong(found[0]))
+            raise InputError(f"{found[0].host.name} (this machine): {_first_wrong(found[0])}")
         self._here = found[0].host
         now = time.monotonic()
         self._left_out = {name: until for name, until in self._left_out.items() if until > now}
@@ -215,9 +219,14 @@ class Supervisor:
         return ours, usable
 
     def _asleep(self, found: Sequence[HostChecks]) -> list[str]:
-        """Network cards of hosts that are not to be used as they are."""
+        """Network cards of hosts that are not to be used as they are. Raises InputError where no host has one."""
         assert self._options.hostfile is not None
         macs = macs_of(self._options.hostfile)
+        if not macs:
+            raise InputError(
+                f"--wake: no line of {self._options.hostfile} has the address of a network card; write it there, as: "
+                "desktop.home  # 00:11:22:33:44:55"
+            )
         return [macs[one.host.name] for one in found if one.wrong and one.host.name in macs]
 
     def _wake(self, macs: list[str], found: list[HostChecks], *, wait: bool) -> list[HostChecks]:

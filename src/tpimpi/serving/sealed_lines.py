@@ -1,6 +1,8 @@
-"""Lines of a file that a passphrase encrypts (--session-key-file), so that the file still grows only at its end.
+"""Lines of a file that a passphrase encrypts (--session-key-file, --journal-key-file), so that the file still grows only at
+its end.
 
-The first line is clear: the version of this format, a salt, and by what a wrong passphrase is known:
+The first line is clear: what the file is (a session, or a journal), the version of this format, a salt, and by what a wrong
+passphrase is known:
 
     {"tpimpi sealed session": 1, "salt": "HEX", "check": "HEX"}
 
@@ -24,7 +26,6 @@ import json
 import os
 
 VERSION = 1
-FIRST_LINE_START = b'{"tpimpi sealed session": '
 PADDED_BYTES = 64  # so that a line's length does not tell which token it has
 SALT_BYTES, KEY_BYTES, CHECK_BYTES, NONCE_BYTES, TAG_BYTES = 32, 32, 16, 12, 16
 SCRYPT_N, SCRYPT_R, SCRYPT_P = 1 << 15, 8, 3  # 32 MiB, the strength that OWASP advises
@@ -38,18 +39,19 @@ class WrongPassphraseError(Exception):
 class LineSeal:
     """Seals the lines of one file one after the other, or opens them; `first_line` stands before them."""
 
-    def __init__(self, passphrase: bytes, first_line: bytes | None = None) -> None:
-        """Of a file that begins with that line, or of a new one. Takes 32 MiB of memory for a moment.
+    def __init__(self, passphrase: bytes, first_line: bytes | None = None, what: str = "session") -> None:
+        """Of a file that begins with that line, or of a new one; `what` it is. Takes 32 MiB of memory for a moment.
 
         Raises WrongPassphraseError, and ValueError, KeyError or TypeError for a line that is none of ours."""
         import hashlib  # with OpenSSL, which runs without a passphrase do without
 
         from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
+        name = f"tpimpi sealed {what}"
         about = {} if first_line is None else json.loads(first_line)
-        if first_line is not None and (set(about) != {"tpimpi sealed session", "salt", "check"}):
+        if first_line is not None and (set(about) != {name, "salt", "check"}):
             raise ValueError(about)
-        if about.get("tpimpi sealed session", VERSION) != VERSION:
+        if about.get(name, VERSION) != VERSION:
             raise ValueError(about)
         salt = os.urandom(SALT_BYTES) if first_line is None else bytes.fromhex(about["salt"])
         made = hashlib.scrypt(
@@ -63,7 +65,7 @@ class LineSeal:
         )
         key, check = made[:KEY_BYTES], made[KEY_BYTES:].hex()
         if first_line is None:
-            about = {"tpimpi sealed session": VERSION, "salt": salt.hex(), "check": check}
+            about = {name: VERSION, "salt": salt.hex(), "check": check}
             first_line = json.dumps(about).encode() + b"\n"
         elif about["check"] != check:
             raise WrongPassphraseError

@@ -37,19 +37,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tpimpi.errors import InputError, StorageError, shorten, shorten_path
+from tpimpi.errors import StorageError
+from tpimpi.serving.record_file import RecordFile, sealed
 from tpimpi.serving.sampling import make_sampler
-from tpimpi.serving.sealed_lines import FIRST_LINE_START as SEALED_LINE_START
-from tpimpi.serving.sealed_lines import LineSeal, WrongPassphraseError
+from tpimpi.serving.sealed_lines import LineSeal
 from tpimpi.serving.transcript import END_REASONS, Transcript, Turn
 from tpimpi.system.files import replacing
-from tpimpi.system.line_file import LineFile
 
 FORMAT_VERSION, REASONING_VERSION, CHANGED_VERSION = 1, 2, 3
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "raw")  # options of a run
-_FIRST_LINE_START = b'{"tpimpi session": '
-MOST_LINE_SHOWN = 60  # characters of a broken line
-_MAX_FIRST_LINE_BYTES = 4096  # bytes of the first line
+_FIRST_LINE_START = b'{"tpimpi session": '  # before the version
 _FIRST_LINE_TYPES: dict[str, type | None] = {  # what it holds
     "tpimpi session": int,
     "model": str,
@@ -67,81 +64,22 @@ class Session(Transcript):
 
         Raises InputError, having changed nothing, where it is no session or is in use."""
         super().__init__()
-        self._option, self.passphrase = option, passphrase
-        self._seal: LineSeal | None = None  # where there is a passphrase, and a first line
-        if not given:
-            raise InputError(f"{option} is empty; give the name of a file")
-        self.path = Path(given)
+        self._records = RecordFile(given, "session", option, "--session-key-file", passphrase)
         self._header: dict[str, Any] | None = None
         self._new_header: dict[str, Any] = {}  # a first line to be written
         self.keep_reasoning(False)
         self._system: str | None = None  # as the file has it
-        self._file: LineFile | None = None
-        try:
-            self._file = LineFile(self.path, self._wrong)
-            self._file.whole = self._read(self._file)
-        except OSError as error:
-            self.close()
-            raise self._wrong(f": {error.strerror}; give a file that rank 0 can read and write") from error
-        except ValueError as error:  # a NUL in the name
-            self.close()
-            raise InputError(f"{option} {given!r}: {error}; give the name of a file") from error
-        except BaseException:
-            self.close()
-            raise
+        self._records.open(lambda line: self._take(json.loads(line)))
 
-    def _wrong(self, what: str) -> InputError:
-        return InputError(f"{self._option} {shorten_path(self.path)}{what}")
+    @property
+    def path(self) -> Path:
+        return self._records.path
+
+    @property
+    def passphrase(self) -> bytes | None:
+        return self._records.passphrase
 
     # Reading
-
-    def _read(self, lines: LineFile) -> int:
-        """Take in what the file holds; returns how many of its bytes are whole lines."""
-        with lines.reader() as file:
-            first = file.readline(_MAX_FIRST_LINE_BYTES)
-            self._check_kind(first, alone=first.endswith(b"\n") or not file.read(1))
-            if not first.endswith(b"\n"):
-                return 0
-            whole, number, line = 0, 0, first
-            if self.passphrase is not None:
-                self._seal = self._open_seal(self.passphrase, first)
-                whole, number, line = len(first), 1, file.readline()
-            while line.endswith(b"\n"):
-                number += 1
-                try:
-                    self._take(json.loads(line if self._seal is None else self._seal.open(line)))
-                except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-                    found = shorten(line[:400].decode(errors="replace"), MOST_LINE_SHOWN)
-                    remedy = "cut it off before that line, or give another file"
-                    raise self._wrong(f" is broken in line {number}, {found!r}; {remedy}") from error
-                whole += len(line)
-                line = file.readline()
-        return whole
-
-    def _check_kind(self, first: bytes, *, alone: bool) -> None:
-        """Raise InputError where a file that begins so is no session of the wanted kind. `alone`: the line is whole, or
-        nothing follows it."""
-        sealed = self.passphrase is not None
-        if first.startswith(_FIRST_LINE_START if sealed else SEALED_LINE_START):
-            if sealed:
-                raise self._wrong(
-                    " is not encrypted, and --session-key-file is given; leave that out, or begin another file with it"
-                )
-            raise self._wrong(" is encrypted; give the file of its passphrase: --session-key-file FILE")
-        if not first.startswith((SEALED_LINE_START if sealed else _FIRST_LINE_START)[: len(first)]) or not alone:
-            raise self._wrong(" is there, and is no session; give the name of a new file, or of a session")
-
-    def _open_seal(self, passphrase: bytes, first: bytes) -> LineSeal:
-        try:
-            return LineSeal(passphrase, first)
-        except WrongPassphraseError:
-            raise self._wrong(
-                ": the passphrase in --session-key-file is not the one that it was begun with; give that, or another file"
-            ) from None
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise self._wrong(
-                " is encrypted in a way that this tpimpi does not know; use the one that made it, or give another file"
-            ) from error
 
     def _take(self, value: dict[str, Any]) -> None:
         """One line of the file. Raises ValueError, KeyError or TypeError where it is not what comes next."""
@@ -149,8 +87,8 @@ class Session(Transcript):
             if (version := value["tpimpi session"]) not in (FORMAT_VERSION, REASONING_VERSION, CHANGED_VERSION):
                 ours = f"this tpimpi knows versions {FORMAT_VERSION} to {CHANGED_VERSION}"
                 remedy = "use the one that made the file, or give another file"
-                raise self._wrong(f" is of format version {version}, {ours}; {remedy}")
-            if self._seal is not None and version != CHANGED_VERSION:  # which cannot be changed in its place
+                raise self._records.wrong(f" is of format version {version}, {ours}; {remedy}")
+            if self.passphrase is not None and version != CHANGED_VERSION:  # which cannot be changed in its place
                 raise ValueError(value)
             _require(value, _FIRST_LINE_TYPES)
             _require(value["options"], {**dict.fromkeys(SAMPLING), "raw": bool})
@@ -210,7 +148,7 @@ class Session(Transcript):
                 if isinstance(value, bool) or begun is None:
                     found, wanted = f"{option} is given", "without it"
                 remedy = f"leave {option} out, or give another file"
-                raise self._wrong(f": {found}, and the conversation was begun {wanted}; {remedy}")
+                raise self._records.wrong(f": {found}, and the conversation was begun {wanted}; {remedy}")
         return dict(options)
 
     def check_model(self, name: str, fingerprint: str, vocabulary: int) -> None:
@@ -223,7 +161,7 @@ class Session(Transcript):
         if (theirs["fingerprint"], theirs["vocabulary"]) != (fingerprint, vocabulary):
             shown = [f"{m['model']} ({m['vocabulary']} token ids, {m['fingerprint'][:12]})" for m in (theirs, ours)]
             remedy = "give that model, or another file"
-            raise self._wrong(f" was begun with the model {shown[0]}, this run has {shown[1]}; {remedy}")
+            raise self._records.wrong(f" was begun with the model {shown[0]}, this run has {shown[1]}; {remedy}")
 
     def keep_reasoning(self, kept: bool) -> None:
         """Whether a new conversation keeps its answers' reasoning; one that was begun stays as it is."""
@@ -278,42 +216,33 @@ class Session(Transcript):
         """From now on the file may have lines that older versions of the format do not."""
         if self._header is not None and self._version != CHANGED_VERSION:
             try:
-                self._lines.overwrite(len(_FIRST_LINE_START), b"%d" % CHANGED_VERSION)  # in the place of one digit
+                # In the place of one digit.
+                self._records.lines.overwrite(len(_FIRST_LINE_START), b"%d" % CHANGED_VERSION)
             except OSError as error:
                 raise StorageError(f"cannot write --session {self.path}: {error.strerror}; look at its disk") from error
         (self._new_header if self._header is None else self._header)["tpimpi session"] = CHANGED_VERSION
 
     def _write(self, lines: bytes) -> None:
         """Append to the file, after its whole lines. Raises StorageError."""
-        if self.passphrase is not None:
-            first = b"" if self._seal is not None else self._begin_seal(self.passphrase)
-            lines = first + _sealed(self._seal, lines)
         try:
-            self._lines.append(lines)
+            self._records.append(lines)
         except OSError as error:
             raise StorageError(
                 f"cannot write --session {self.path}: {error.strerror}; make room, and run with that session again"
             ) from error
 
-    def _begin_seal(self, passphrase: bytes) -> bytes:
-        """The first line of a file that is to be encrypted."""
-        self._seal = LineSeal(passphrase)
-        return self._seal.first_line
-
     @property
     def seal(self) -> LineSeal | None:
         """What encrypts the file, once there is a turn; None where nothing does."""
-        return self._seal
+        return self._records.seal
 
     def close(self) -> None:
         """Let other runs have the file, which is not left behind empty."""
-        if self._file is not None:
-            self._file.close()
+        self._records.close()
 
-    @property
-    def _lines(self) -> LineFile:
-        assert self._file is not None, "a session that could not be opened"
-        return self._file
+    def keep(self) -> None:
+        """The file stays, though nothing was written to it here: something else is there by now."""
+        self._records.lines.keep()
 
 
 def save(given: str, transcript: Transcript, header: Mapping[str, Any]) -> None:
@@ -334,10 +263,10 @@ def save(given: str, transcript: Transcript, header: Mapping[str, Any]) -> None:
             if turn.ended is not None:
                 lines += _end_line(turn.ended, turn.text, turn.reasoning or None)
         if seal is not None:
-            lines = seal.first_line + _sealed(seal, lines)
+            lines = seal.first_line + sealed(seal, lines)
         with replacing(there.path, "/save", private=True) as file:
             file.write(lines)
-        there._lines.keep()  # what is there now is not the empty file that was made
+        there.keep()  # what is there now is not the empty file that was made
 
 
 def _turn_lines(turn: Turn) -> bytes:
@@ -355,12 +284,6 @@ def _end_line(why: str, text: str, reasoning: str | None) -> bytes:
 def _line(values: Mapping[str, Any]) -> bytes:
     # A model's name that is no UTF-8 keeps its bytes, as \udcXX.
     return json.dumps(values, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-
-
-def _sealed(seal: LineSeal | None, lines: bytes) -> bytes:
-    """Whole lines as they stand in an encrypted file."""
-    assert seal is not None
-    return b"".join(map(seal.seal, lines.splitlines(keepends=True)))
 
 
 def _require(value: Mapping[str, Any], types: Mapping[str, type | None]) -> None:

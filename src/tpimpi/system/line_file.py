@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tpimpi.errors import InputError, shorten_path
-from tpimpi.system.files import try_lock
+from tpimpi.system.files import try_lock, whole_file
 
 
 class LineFile:
@@ -83,6 +83,23 @@ class LineFile:
             os.pwrite(other, part, place)
         finally:
             os.close(other)
+
+    def replace(self, lines: bytes) -> None:
+        """Put a file of these whole lines in the place of this one, locked before it is there. Raises OSError."""
+        descriptor = -1
+        try:
+            with whole_file(self.path, private=True) as file:
+                file.write(lines)
+                file.flush()
+                # Another description of it, as locks are of these.
+                descriptor = os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+                try_lock(descriptor)
+        except BaseException:
+            if descriptor >= 0:
+                os.close(descriptor)
+            raise
+        os.close(self._descriptor)
+        self._descriptor, self.whole, self._for_others = descriptor, len(lines), False
 
     def keep(self) -> None:
         """It stays, though this run made it and wrote nothing to it: something else is there by now."""

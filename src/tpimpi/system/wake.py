@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 from tpimpi.errors import InputError, StarError
+from tpimpi.system.network import CABLE, WIRELESS, interfaces
 
-_MAC = re.compile(r"\b(?:[0-9A-Fa-f]{2}[:-]){5}[0-9A-Fa-f]{2}\b")
+_MAY_LEAD_THERE = (CABLE, WIRELESS)
+_MAC = re.compile(r"(?<![\w:-])[0-9A-Fa-f]{2}([:-])(?:[0-9A-Fa-f]{2}\1){4}[0-9A-Fa-f]{2}(?![\w:-])")
 
 
 def macs_of(hostfile: str) -> dict[str, str]:
@@ -24,12 +26,21 @@ def macs_of(hostfile: str) -> dict[str, str]:
 
 
 def wake(macs: list[str]) -> None:
-    """Send each the packet that wakes it, to all of the network. Raises InputError without the package, StarError."""
+    """Send each the packet that wakes it, to all machines of every network here. Raises InputError without the package, and
+    StarError where no network takes one."""
     try:
-        from wakeonlan import send_magic_packet
+        import wakeonlan
     except ImportError as error:
         raise InputError("--wake needs wakeonlan, which is missing here; pip install 'tpimpi[serve]'") from error
-    try:
-        send_magic_packet(*macs)
-    except OSError as error:
-        raise StarError(f"--wake: no packet could be sent ({error.strerror}); see to the network here") from error
+    sent, problem = False, "there is none"
+    for interface in interfaces():
+        # A packet to all goes out where its sender's address is; without one, on the way to the internet alone.
+        for network in interface.networks if interface.kind in _MAY_LEAD_THERE else ():
+            try:
+                wakeonlan.wake(*macs, interface=network.partition("/")[0])
+            except OSError as error:
+                problem = error.strerror or str(error)
+            else:
+                sent = True
+    if not sent:
+        raise StarError(f"--wake: no packet could be sent on any network ({problem}); see to the network here")

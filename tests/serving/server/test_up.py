@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import PIPE
 
+import httpx2
 import psutil
 import pytest
 
-from tests.support.launch import Launcher, run_command
+from bench import home
+from tests.support.homes import needs_home, output
+from tests.support.launch import TIMEOUT, Launcher, run_command
 from tests.support.messages import assert_one_line
 from tests.support.servers import RunningServer
 from tpimpi.cli.supervisor import RunUnderMpirun
 from tpimpi.system.hostfile import Host, read_hostfile
 from tpimpi.system.launcher import MPICH, OPEN_MPI
+from tpimpi.system.link_keys import MAKE_KEYS
 from tpimpi.system.mpirun import mpirun_command, write_hostfile
-from tpimpi.system.wake import macs_of
 
 ASKED = {
     "messages": [{"role": "user", "content": "Tell me of the sea, and of those who live by it."}],
@@ -33,16 +38,19 @@ def server(
     mpirun: Launcher, cache: dict[str, str], smollm2: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:
     folder = tmp_path_factory.mktemp("up")
-    options = ("--model", str(smollm2), "--format", "f32", "--allreduce", "star", "--speculate", "off", "--quiet")
+    (folder / "key").write_text("a passphrase\n")
+    (folder / "key").chmod(0o600)
+    options = ["--model", str(smollm2), "--format", "f32", "--allreduce", "star", "--speculate", "off", "--quiet"]
+    options += ["--journal", str(folder / "journal"), "--journal-key-file", str(folder / "key")]
     running = RunningServer(mpirun, 2, folder / "log", *options, env=cache, up=True)
     yield running
     running.close()
 
 
-def answer(server: RunningServer, meanwhile: Callable[[], None] = lambda: None) -> tuple[str, str]:
+def answer(server: RunningServer, meanwhile: Callable[[], None] = lambda: None, **headers: str) -> tuple[str, str]:
     """The answer and why it ended; `meanwhile` is called once there are some words."""
     text, why, called = "", "", False
-    with server.client.stream("POST", "/v1/chat/completions", json=ASKED) as response:
+    with server.client.stream("POST", "/v1/chat/completions", json=ASKED, headers=headers) as response:
         assert response.status_code == 200
         for line in response.iter_lines():
             if not line.startswith("data: {"):
@@ -75,6 +83,31 @@ def test_an_answer_goes_on_when_a_process_is_killed(server: RunningServer, whole
     assert server.rank(whom).pid != before
 
 
+@pytest.mark.slow
+def test_another_up_goes_on_where_all_of_one_was_killed(server: RunningServer, whole: tuple[str, str]) -> None:
+    """With its journal: the client asks again, and gets the same words from the first on, once and as often as it likes."""
+    processes, journal = server.processes(), server.log.parent / "journal"
+
+    def kill() -> None:
+        size, deadline = journal.stat().st_size, time.monotonic() + TIMEOUT
+        while journal.stat().st_size == size:  # until more of it is written
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        for process in processes:
+            process.kill()
+
+    key = {"Idempotency-Key": "8e03978e-40d5-43dd-bc93-6894a57f9324"}
+    with pytest.raises(httpx2.TransportError):
+        answer(server, kill, **key)
+    psutil.wait_procs(processes, timeout=30)
+    server.start()
+    assert "1 of the requests in it were under way, and go on" in server.said()
+    assert answer(server, **key) == whole
+    assert answer(server, **key) == whole
+    other = server.client.post("/v1/chat/completions", json={**ASKED, "max_tokens": 1}, headers=key)
+    assert other.status_code == 422 and other.json()["error"]["code"] == "idempotency_key_reused"
+
+
 def test_it_ends_when_told_to(server: RunningServer, whole: tuple[str, str]) -> None:
     """What is under way is finished first; nothing is left."""
     processes = server.processes()
@@ -96,14 +129,23 @@ def test_it_ends_when_told_to(server: RunningServer, whole: tuple[str, str]) -> 
         (("--host", "0.0.0.0"), "--host is 0.0.0.0, where other machines can ask, and there is no --api-key-file"),
         (("--prompt", "x"), "unrecognized arguments: --prompt x"),
         (("--front", "x"), "--front is what up gives serve; leave it out"),
+        (("--journal", "j"), "--journal has prompts and answers, so it is encrypted; give the file of a passphrase"),
+        (("--journal-key-file", "key"), "--journal-key-file is given alone"),
+        (("--journal", "hosts", "--journal-key-file", "key"), "--journal hosts is there, and is no journal"),
+        (("--journal", "j", "--journal-key-file", "hosts"), "--journal-key-file hosts can be read by others"),
+        (("--hostfile", "hosts", "--wake"), "--wake: no line of hosts has the address of a network card"),
     ],
 )
 @pytest.mark.slow_but(
-    "arguments0---hostfile none: No such file", "arguments8---front is what up gives serve; leave it out"
+    "arguments0---hostfile none: No such file",
+    "arguments8---front is what up gives serve; leave it out",
+    "arguments11---journal hosts is there, and is no journal",
 )
 def test_bad_input_is_one_line(arguments: tuple[str, ...], line: str, cache: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "other").write_text("192.0.2.1\n")
     (tmp_path / "hosts").write_text("localhost\n")
+    (tmp_path / "key").write_text("passphrase\n")
+    (tmp_path / "key").chmod(0o600)
     result = run_command(
         [sys.executable, "-m", "tpimpi", "up", *arguments, "--port", "0"], env=cache, cwd=tmp_path, timeout=60
     )
@@ -117,6 +159,30 @@ def test_a_start_that_cannot_be_is_not_tried_again(mpirun: Launcher, cache: dict
     server = RunningServer(mpirun, 2, tmp_path / "log", "--model", "no-model", env=cache, up=True)
     assert server.wait() == 2
     assert server.said().count("no-model") == 1, server.said()
+
+
+@needs_home
+@pytest.mark.alone
+@pytest.mark.slow
+def test_hosts_without_keys_are_said(mpirun: Launcher) -> None:
+    """Before anything is started: this machine's own ends it, another's leaves that out."""
+    with home.Home(2) as made:
+        (hosts := made.folder / "home.txt").write_text("".join(f"{name}\n" for name in made.names))
+        own, others = (Path(made.keys(rank)) for rank in range(2))
+
+        def up() -> list[str]:
+            options = ("--hostfile", hosts, "--ssh", made.folder / "agent", "--run-under", made.folder / "rank")
+            command = [sys.executable, "-m", "tpimpi", "up", *map(str, options), "--port", "0", "--model", "no-model"]
+            result = output(made.start(0, command, env=mpirun.env, text=True, stdout=PIPE, stderr=PIPE))
+            assert result.code == 2, result.err
+            return [line for line in result.our_lines if not line.startswith("tpimpi: http")]
+
+        remedy = f"keys: none, which a run over several hosts needs; type: {MAKE_KEYS}"
+        others.unlink()
+        said = up()
+        assert said[0] == f"tpimpi: {made.names[1]} is left out: {remedy}" and "no-model" in said[-1]
+        own.rename(others)
+        assert up() == [f"tpimpi: {made.names[0]} (this machine): {remedy}"]
 
 
 # Its parts
@@ -173,10 +239,3 @@ def test_hostfiles_are_what_the_launcher_reads(launcher: str, tmp_path: Path) ->
     assert {one.slots for one in found} == {launcher == OPEN_MPI} and found[0].colon == (launcher == MPICH)
     words = mpirun_command("mpirun", launcher, tmp_path / "hosts", 3, "agent", [])
     assert words[-2:] == ["-np", "3"] and "agent" in words
-
-
-def test_cards_of_machines_that_sleep(tmp_path: Path) -> None:
-    (tmp_path / "hosts").write_text(
-        "desk\npi slots=2 # 00:11:22:33:44:5f\n# 00:00:00:00:00:00\nmini:2 # 0A-1b-22-33-44-55 x\n"
-    )
-    assert macs_of(str(tmp_path / "hosts")) == {"pi": "00:11:22:33:44:5f", "mini": "0A-1b-22-33-44-55"}

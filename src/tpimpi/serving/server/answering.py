@@ -7,7 +7,6 @@ Each API gives a `Form`, which makes its objects of events.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -19,9 +18,10 @@ from starlette.types import Receive, Scope, Send
 from tpimpi.serving.server import wire
 from tpimpi.serving.server.events import EventStream, PlainEvents
 from tpimpi.serving.server.exchange import Event, Wanted
-from tpimpi.serving.server.link import Asked, Heard, RankLink
+from tpimpi.serving.server.link import Heard, RankLink
 from tpimpi.serving.server.metrics import Metrics
 from tpimpi.serving.server.problems import ApiError, unavailable
+from tpimpi.serving.server.replies import Hearing, Replies
 from tpimpi.serving.server.tool_calls import tool_events
 from tpimpi.serving.server.tool_grammars import with_tools
 
@@ -81,6 +81,7 @@ class Answers:
     def __init__(
         self,
         link: RankLink,
+        replies: Replies,
         metrics: Metrics,
         wanted: list[Wanted],
         form: Form,
@@ -91,9 +92,8 @@ class Answers:
         names: tuple[str, ...] = (),
     ) -> None:
         """`wanted` are the prompts, each with its choices; `model` is the name that the client gives."""
-        self._link, self._metrics, self._wanted, self._form = link, metrics, wanted, form
+        self._link, self._replies, self._metrics, self._wanted, self._form = link, replies, metrics, wanted, form
         self._owner, self._model, self._time_limit, self._names = owner, model, time_limit, names
-        self._replies: asyncio.Queue[tuple[int, Heard]] = asyncio.Queue()
         self._usage = Usage()
         self._began = time.monotonic()
         self._has_token = self._has_begun = False
@@ -135,36 +135,32 @@ class Answers:
 
     async def _work(self, send: Send) -> None:
         count = sum(one.choices for one in self._wanted)
-        with self._link.place(count):
+        with self._replies.joined(count) as hearing:
             ready = await self._link.until_ready()
             check_model(self._model, ready, self._names)
             self._form.use_model(ready)
             self._wanted = [_with_tools(wanted, ready) for wanted in self._wanted]
-            with self._asked(ready) as streams:
-                early = await self._all_began(count)
-                if self._form.streams:
-                    await self._stream(send, streams, early)
-                else:
-                    await self._whole(send, streams, early)
-
-    @contextlib.contextmanager
-    def _asked(self, ready: wire.Ready) -> Iterator[list[EventStream]]:
-        """Ask for all that is wanted; what has no end when we leave is cancelled."""
-        asked: list[Asked] = []
-        try:
-            for wanted in self._wanted:
-                seed = wanted.sampling.seed if wanted.sampling.seed is not None else secrets.randbits(SEED_BITS)
-                for choice in range(wanted.choices):
-                    sampling = msgspec.structs.replace(wanted.sampling, seed=seed + choice)
-                    asked.append(self._link.ask(_ask(wanted, sampling, self._owner), self._replies, len(asked)))
-            yield [
+            self._replies.ask(hearing, self._asks)
+            streams: list[EventStream] = [
                 tool_events(wanted, ready) or PlainEvents() for wanted in self._wanted for _ in range(wanted.choices)
             ]
-        finally:
-            for one in asked:
-                self._link.forget(one)
+            events = self._events_of(hearing, streams, await self._all_began(hearing, count))
+            if self._form.streams:
+                await self._stream(send, events)
+            else:
+                await self._whole(send, events)
 
-    async def _all_began(self, count: int) -> list[tuple[int, Heard]]:
+    def _asks(self) -> list[wire.Ask]:
+        """All that is wanted."""
+        asks = []
+        for wanted in self._wanted:
+            seed = wanted.sampling.seed if wanted.sampling.seed is not None else secrets.randbits(SEED_BITS)
+            for choice in range(wanted.choices):
+                sampling = msgspec.structs.replace(wanted.sampling, seed=seed + choice)
+                asks.append(_ask(wanted, sampling, self._owner))
+        return asks
+
+    async def _all_began(self, hearing: Hearing, count: int) -> list[tuple[int, Heard]]:
         """Until all prompts were taken; what came meanwhile. Raises ApiError where one was not."""
         early: list[tuple[int, Heard]] = []
         prompts: set[int] = set()
@@ -174,7 +170,7 @@ class Answers:
             choices |= {first + choice: number for choice in range(wanted.choices)}
             first += wanted.choices
         while ends < count:
-            index, reply = await self._replies.get()
+            index, reply = await hearing.get()
             if isinstance(reply, ApiError):
                 raise reply
             if not isinstance(reply, wire.Began):
@@ -187,7 +183,7 @@ class Answers:
         return early
 
     async def _events_of(
-        self, streams: list[EventStream], early: list[tuple[int, Heard]]
+        self, hearing: Hearing, streams: list[EventStream], early: list[tuple[int, Heard]]
     ) -> AsyncIterator[tuple[int, Event] | None]:
         """The events of all answers; None where nothing came for a while."""
         left = len(streams)
@@ -197,7 +193,7 @@ class Answers:
             else:
                 try:
                     async with asyncio.timeout(KEEP_ALIVE_S):
-                        index, reply = await self._replies.get()
+                        index, reply = await hearing.get()
                 except TimeoutError:
                     yield None
                     continue
@@ -219,12 +215,12 @@ class Answers:
             self._has_token = True
             self._metrics.first_token.observe(time.monotonic() - self._began)
 
-    async def _stream(self, send: Send, streams: list[EventStream], early: list[tuple[int, Heard]]) -> None:
+    async def _stream(self, send: Send, events: AsyncIterator[tuple[int, Event] | None]) -> None:
         self._has_begun = True
         await send({"type": "http.response.start", "status": 200, "headers": list(EVENT_STREAM)})
         for data in self._form.begin(self._usage):
             await _send(send, data)
-        async for found in self._events_of(streams, early):
+        async for found in events:
             if found is None:
                 await _send(send, b": still here\n\n")
                 continue
@@ -236,8 +232,8 @@ class Answers:
         await _send(send, b"", more=False)
         self._metrics.duration.observe(time.monotonic() - self._began)
 
-    async def _whole(self, send: Send, streams: list[EventStream], early: list[tuple[int, Heard]]) -> None:
-        async for found in self._events_of(streams, early):
+    async def _whole(self, send: Send, events: AsyncIterator[tuple[int, Event] | None]) -> None:
+        async for found in events:
             if found is not None:
                 self._note_event(found[1])
                 for _ in self._form.event(*found):

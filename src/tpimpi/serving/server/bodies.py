@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import re
 from typing import TypeVar
@@ -12,6 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from tpimpi.serving.server.problems import ApiError, queue_full
 
+BODY_DIGEST = "tpimpi.body"  # in the scope, once the body was read
 MOST_BODY_BYTES = 8 << 20
 SMALL_BODY_BYTES = 1 << 18
 MOST_HELD_BYTES = 1 << 28  # of all bodies that are not whole
@@ -35,6 +37,7 @@ class Bodies:
     async def json(self, request: Request, kind: type[T]) -> T:
         """The body as an object of this kind; fields that it does not know are left out. Raises ApiError."""
         body = await self._read(request)
+        request.scope[BODY_DIGEST] = hashlib.sha256(body).hexdigest()
         _check_nesting(body)
         try:
             return msgspec.json.decode(body, type=kind)

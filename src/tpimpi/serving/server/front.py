@@ -18,6 +18,7 @@ import socket
 import ssl
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import msgspec
@@ -26,6 +27,8 @@ import uvicorn
 from tpimpi.errors import InputError, shorten_path
 from tpimpi.serving.server.front_options import FrontOptions, Listening, State
 from tpimpi.serving.server.http_protocol import MOST_HEADER_BYTES, TimedProtocol
+from tpimpi.serving.server.journal import OPTION, Journal
+from tpimpi.serving.server.kept import Kept
 from tpimpi.serving.server.keys import Keys
 from tpimpi.serving.server.link import RankLink
 from tpimpi.serving.server.metrics import Metrics
@@ -34,6 +37,7 @@ from tpimpi.serving.server.routes import application
 KEEP_ALIVE_S = 30
 LAST_WORDS_S = 2  # clients have so long to take what is said at the end
 BACKLOG = 1024
+LOCK_LOOK_S = 0.2  # between looks at whether another server has let the journal go
 
 
 class _Server(uvicorn.Server):
@@ -52,6 +56,9 @@ def main() -> None:
         options = msgspec.json.decode(line, type=FrontOptions)
         keys = None if options.api_key_file is None else Keys(options.api_key_file)
         check_certificates(options)
+        link = RankLink(options)
+        kept = Kept(link)
+        journal = open_journal(options, kept)
         listener = listen(options)
     except (InputError, msgspec.MsgspecError) as error:
         say(Listening(problem=str(error)))
@@ -61,7 +68,7 @@ def main() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection is one, those that say nothing too
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which is for rank 0, that says what becomes of us
-    asyncio.run(serve(options, listener, keys))
+    asyncio.run(serve(options, listener, link, kept, journal, keys))
 
 
 def say(what: Listening | State) -> None:
@@ -80,6 +87,24 @@ def check_certificates(options: FrontOptions) -> None:
         names = f"{shorten_path(options.tls_cert)}, --tls-key {shorten_path(options.tls_key)}"
         why = error.strerror or str(error)
         raise InputError(f"--tls-cert {names} cannot be used: {why}; give a certificate and its key, in PEM") from error
+
+
+def open_journal(options: FrontOptions, kept: Kept) -> Journal | None:
+    """The journal, of which `kept` takes what is there; where the server before this one still ends, once it has. Raises
+    InputError where it cannot be used."""
+    if options.journal is None:
+        return None
+    until, waits = time.monotonic() + options.journal_wait, False
+    while True:
+        try:
+            return Journal(options.journal, options.journal_passphrase.encode(), kept.take)
+        except InputError as error:
+            if not isinstance(error.__cause__, BlockingIOError) or time.monotonic() > until:
+                raise
+        if not waits:
+            waits, wait = True, f"waiting for its end, up to {options.journal_wait:.0f} s"
+            print(f"tpimpi: {OPTION} {shorten_path(options.journal)} is in use by another run; {wait}", file=sys.stderr)
+        time.sleep(LOCK_LOOK_S)
 
 
 def listen(options: FrontOptions) -> socket.socket:
@@ -106,13 +131,20 @@ def url_of(options: FrontOptions, port: int) -> str:
     return f"{scheme}://{host}:{port}"
 
 
-async def serve(options: FrontOptions, listener: socket.socket, keys: Keys | None) -> None:
-    link, metrics = RankLink(options), Metrics()
+async def serve(
+    options: FrontOptions,
+    listener: socket.socket,
+    link: RankLink,
+    kept: Kept,
+    journal: Journal | None,
+    keys: Keys | None,
+) -> None:
+    metrics = Metrics()
     link.on_figures = metrics.take
     if options.outlives:
         link.on_state = say
     config = uvicorn.Config(
-        application(options, link, metrics, keys),
+        application(options, link, kept, metrics, keys),
         http=TimedProtocol,
         ws="none",
         lifespan="off",
@@ -130,11 +162,15 @@ async def serve(options: FrontOptions, listener: socket.socket, keys: Keys | Non
     server = _Server(config)
 
     def end() -> None:
+        kept.end()
         server.should_exit = True
 
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, link.end if options.outlives else end)
     threading.Thread(target=_watch_stdin, args=(loop, link), daemon=True).start()
+    if journal is not None:
+        kept.use(journal, options.time_limit)
+    tidying = asyncio.ensure_future(kept.tidy_now_and_then())
     ranks = await link.listen()
     say(Listening(url=url_of(options, listener.getsockname()[1])))
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
@@ -143,6 +179,7 @@ async def serve(options: FrontOptions, listener: socket.socket, keys: Keys | Non
     end()
     await serving
     over.cancel()
+    tidying.cancel()
     ranks.close()
 
 

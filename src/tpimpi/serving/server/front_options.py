@@ -14,7 +14,8 @@ DEFAULT_TIME_LIMIT_S = 3600.0
 class FrontOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`socket` is where rank 0 connects; `outlives` says whether the front stays when rank 0 has gone, for another to come.
     `queue` is how many requests wait beside those that are answered, `parallel` of these where rank 0 has yet to say it.
-    `names` are other names of the model; times in seconds."""
+    `names` are other names of the model; times in seconds: for `journal_wait` another server may still have the journal, a
+    file that the passphrase encrypts."""
 
     socket: str
     host: str = DEFAULT_HOST
@@ -28,6 +29,9 @@ class FrontOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     allow_hosts: tuple[str, ...] = ()
     allow_origins: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    journal: str | None = None
+    journal_passphrase: str = ""
+    journal_wait: float = 0.0
     outlives: bool = False
 
     @property

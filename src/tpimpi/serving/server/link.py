@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -26,13 +27,19 @@ ENDED = "the run has ended: rank 0 is gone"
 Heard = wire.Began | wire.Part | wire.Done | ApiError
 
 
-class Asked:
-    """An answer that was asked for: replies go to `replies`, with `index`, its number among those of a request."""
+class Hears(Protocol):
+    """What replies go to, each with the number of its answer among those of a request."""
 
-    def __init__(self, ask: wire.Ask, replies: asyncio.Queue[tuple[int, Heard]], index: int) -> None:
+    def hear(self, index: int, reply: Heard) -> None: ...
+
+
+class Asked:
+    """An answer that was asked for: replies go to `replies`, with `index`. `began`: it was told already that it has."""
+
+    def __init__(self, ask: wire.Ask, replies: Hears, index: int, *, began: bool = False) -> None:
         self.ask, self.replies, self.index = ask, replies, index
         self.so_far = list(ask.so_far)
-        self.began = False
+        self.began = began
         self.deaths = 0  # of runs that were to answer it
 
     def hear(self, reply: Heard) -> None:
@@ -42,7 +49,7 @@ class Asked:
             self.began = True
         if isinstance(reply, wire.Part):
             self.so_far += reply.tokens
-        self.replies.put_nowait((self.index, reply))
+        self.replies.hear(self.index, reply)
 
 
 @dataclass(eq=False)
@@ -73,6 +80,7 @@ class RankLink:
         self._told_to_end = False
         self.on_figures: Callable[[wire.Figures], None] = lambda figures: None
         self.on_state: Callable[[State], None] = lambda state: None
+        self.on_ready: Callable[[wire.Ready], None] = lambda ready: None  # before it is asked anything
         self._watch = ProcessWatch()
         self._is_ready = asyncio.Event()  # or will never be
         self._writer: asyncio.StreamWriter | None = None
@@ -97,11 +105,11 @@ class RankLink:
         return together + self._options.queue
 
     @contextlib.contextmanager
-    def place(self, answers: int) -> Iterator[None]:
-        """Inside, a request has a place for so many answers. Raises ApiError where there is none."""
-        if answers > self.most:
+    def place(self, answers: int, *, beyond: bool = False) -> Iterator[None]:
+        """Inside, a request has a place for so many answers. Raises ApiError where there is none, unless `beyond`."""
+        if answers > self.most and not beyond:
             raise bad_field("n", f"{answers} answers are wanted, at most {self.most} may wait")
-        if self._taken + answers > self.most:
+        if self._taken + answers > self.most and not beyond:
             raise queue_full(f"{self._taken} requests are answered or wait already")
         self._taken += answers
         try:
@@ -117,10 +125,10 @@ class RankLink:
             raise self._over()
         return self.ready
 
-    def ask(self, ask: wire.Ask, replies: asyncio.Queue[tuple[int, Heard]], index: int) -> Asked:
-        """Ask rank 0; the ask's id is chosen here."""
+    def ask(self, ask: wire.Ask, replies: Hears, index: int, *, began: bool = False) -> Asked:
+        """Ask rank 0; the ask's id is chosen here. See Asked."""
         _check_numbers(ask)
-        asked = Asked(msgspec.structs.replace(ask, id=next(self._ids)), replies, index)
+        asked = Asked(msgspec.structs.replace(ask, id=next(self._ids)), replies, index, began=began)
         self._asked[asked.ask.id] = asked
         self._send(asked.ask)
         return asked
@@ -194,6 +202,7 @@ class RankLink:
             case wire.Progress():
                 self.progress = reply
             case wire.Ready():
+                self.on_ready(reply)
                 self.ready = reply
                 for asked in self._asked.values():
                     self._send(msgspec.structs.replace(asked.ask, so_far=asked.so_far))
@@ -248,7 +257,7 @@ class RankLink:
             return
         error = self._over()
         self.is_ending = True
-        for asked in self._asked.values():
+        for asked in list(self._asked.values()):  # where it is heard, others may be forgotten
             asked.hear(error)
         self._asked.clear()
         for question in self._questions.values():
@@ -260,6 +269,11 @@ class RankLink:
     def _is_to_come(self) -> bool:
         """Whether another rank 0 comes after this one."""
         return self._options.outlives and not self._told_to_end
+
+    @property
+    def is_over(self) -> bool:
+        """Whether this server is ending, so that what is asked again is for another."""
+        return self.is_ending or self._told_to_end
 
     def _give_up_deadly(self) -> None:
         """A run has died that was to answer what is open: one of these may be why, so none is asked for ever."""

@@ -54,6 +54,7 @@ class ServerLoop:
         tokenizer: Tokenizer | TokenIds,
         connection: Connection,
         *,
+        fingerprint: str,
         hosts: Sequence[str],
         promises: Sequence[int | None],
         together: int,
@@ -63,6 +64,7 @@ class ServerLoop:
         many seconds answers that are under way go on at the end."""
         self._llm, self._tokenizer, self._connection = llm, tokenizer, connection
         self._grammars = Grammars(tokenizer)
+        self._fingerprint = fingerprint
         self._hosts, self._promises, self._together, self._grace = hosts, promises, together, grace
         self._heard: deque[wire.Question] = deque()
         self._open: dict[int, _Open] = {}
@@ -115,6 +117,7 @@ class ServerLoop:
             together=self._together,
             vocab=self._tokenizer.sampled_ids,
             family=self._tokenizer.family,
+            fingerprint=self._fingerprint,
         )
 
     # What the front asks

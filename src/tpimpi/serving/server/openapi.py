@@ -47,9 +47,19 @@ STATUSES |= {
     "404": "no such thing",
     "408": "the body was slow",
     "413": "the body is too large",
+    "422": "the Idempotency-Key was given with another request",
     "429": "the queue is full",
 }
 STATUSES |= {"503": "loading, ending or failed", "504": "the answer took too long"}
+
+
+IDEMPOTENCY_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "description": "the same request again with the same key gets the answer that there is",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+}
 
 
 def describe(endpoints: Sequence[Endpoint], *, has_keys: bool) -> dict[str, Any]:
@@ -65,6 +75,8 @@ def describe(endpoints: Sequence[Endpoint], *, has_keys: bool) -> dict[str, Any]
         operation["parameters"] = [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
         ]
+        if one.kept:
+            operation["parameters"].append(IDEMPOTENCY_KEY)
         if one.body is not None:
             content = {"application/json": {"schema": by_type[one.body]}}
             operation["requestBody"] = {"required": True, "content": content}

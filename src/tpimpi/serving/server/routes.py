@@ -23,6 +23,7 @@ from tpimpi.serving.server.chat_completions import ChatRequest
 from tpimpi.serving.server.completions import CompletionRequest
 from tpimpi.serving.server.front_options import FrontOptions
 from tpimpi.serving.server.guard import Guard, KeyGuard
+from tpimpi.serving.server.kept import Kept
 from tpimpi.serving.server.keys import Keys
 from tpimpi.serving.server.link import RankLink
 from tpimpi.serving.server.metrics import Metrics
@@ -50,22 +51,25 @@ Handler = Callable[[Request], Awaitable[Any]]
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One of the API: `body` is what a client sends, None where that is nothing."""
+    """One of the API: `body` is what a client sends, None where that is nothing; `kept`: it takes an Idempotency-Key."""
 
     method: str
     path: str
     handler: Handler
     summary: str
     body: type | None = None
+    kept: bool = False
 
 
 def endpoints(service: Service) -> list[Endpoint]:
     """All of them."""
     return [
-        Endpoint("POST", "/v1/chat/completions", service.chat_completions, "Answer a chat", ChatRequest),
-        Endpoint("POST", "/v1/completions", service.completions, "Continue a text", CompletionRequest),
-        Endpoint("POST", "/v1/responses", service.responses, "Answer, in OpenAI's newer form", ResponsesRequest),
-        Endpoint("POST", MESSAGES, service.messages, "Answer a chat, in Anthropic's form", MessagesRequest),
+        Endpoint("POST", "/v1/chat/completions", service.chat_completions, "Answer a chat", ChatRequest, kept=True),
+        Endpoint("POST", "/v1/completions", service.completions, "Continue a text", CompletionRequest, kept=True),
+        Endpoint(
+            "POST", "/v1/responses", service.responses, "Answer, in OpenAI's newer form", ResponsesRequest, kept=True
+        ),
+        Endpoint("POST", MESSAGES, service.messages, "Answer a chat, in Anthropic's form", MessagesRequest, kept=True),
         Endpoint("POST", f"{MESSAGES}/count_tokens", service.count_tokens, "Tokens of such a chat", MessagesRequest),
         Endpoint("GET", "/v1/models", service.models, "The model that is here"),
         Endpoint("GET", "/v1/models/{name:path}", service.models, "A model by its name"),
@@ -77,9 +81,9 @@ def endpoints(service: Service) -> list[Endpoint]:
     ]
 
 
-def application(options: FrontOptions, link: RankLink, metrics: Metrics, keys: Keys | None) -> ASGIApp:
+def application(options: FrontOptions, link: RankLink, kept: Kept, metrics: Metrics, keys: Keys | None) -> ASGIApp:
     """The whole server."""
-    table = endpoints(Service(options, link, metrics))
+    table = endpoints(Service(options, link, kept, metrics))
     description = describe(table, has_keys=keys is not None)
 
     async def openapi(request: Request) -> Response:

@@ -12,14 +12,16 @@ from starlette.types import ASGIApp
 
 from tpimpi.serving.server.answering import Answers, check_model
 from tpimpi.serving.server.anthropic import MessagesForm, MessagesRequest
-from tpimpi.serving.server.bodies import Bodies
+from tpimpi.serving.server.bodies import BODY_DIGEST, Bodies
 from tpimpi.serving.server.chat_completions import ChatForm, ChatRequest, messages_of
 from tpimpi.serving.server.completions import CompletionForm, CompletionRequest
 from tpimpi.serving.server.front_options import FrontOptions
 from tpimpi.serving.server.guard import OWNER
+from tpimpi.serving.server.kept import Kept, key_of
 from tpimpi.serving.server.link import RankLink
 from tpimpi.serving.server.metrics import Metrics, share
 from tpimpi.serving.server.problems import bad_field, json_response
+from tpimpi.serving.server.replies import Replies
 from tpimpi.serving.server.response_objects import ResponsesForm
 from tpimpi.serving.server.responses import ResponsesRequest
 from tpimpi.serving.server.wire import Chat, Text
@@ -46,8 +48,8 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
 class Service:
     """The endpoints; each gets a request, and returns what answers it."""
 
-    def __init__(self, options: FrontOptions, link: RankLink, metrics: Metrics) -> None:
-        self._options, self._link, self._metrics = options, link, metrics
+    def __init__(self, options: FrontOptions, link: RankLink, kept: Kept, metrics: Metrics) -> None:
+        self._options, self._link, self._kept, self._metrics = options, link, kept, metrics
         self._bodies = Bodies()
         self._began = int(time.time())
 
@@ -89,10 +91,13 @@ class Service:
         return json_response({"input_tokens": len(ids)})
 
     def _answers(self, request: Request, wanted: list[Any], form: Any, model: str | None) -> Answers:
-        options = self._options
+        options, owner = self._options, request.scope[OWNER]
+        replies, key = Replies(self._link), key_of(request.headers)
+        if key is not None:
+            replies = self._kept.replies(owner, key, f"{request.url.path} {request.scope[BODY_DIGEST]}")
         return Answers(
-            *(self._link, self._metrics, wanted, form),
-            owner=request.scope[OWNER],
+            *(self._link, replies, self._metrics, wanted, form),
+            owner=owner,
             model=model,
             time_limit=options.time_limit,
             names=options.names,

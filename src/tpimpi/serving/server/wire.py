@@ -124,6 +124,7 @@ class Ready(_Said, frozen=True):
     together: int  # answers that can be made at the same time
     vocab: int
     family: str  # of the template's way to write calls of tools; "" where it is not known
+    fingerprint: str = ""  # of the model
 
 
 class Processes(_Said, frozen=True):
