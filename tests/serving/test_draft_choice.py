@@ -103,7 +103,7 @@ def test_a_run_is_about_as_fast_as_the_best_choice_would_make_it(machine: Machin
     speed, _ = machine.run(choice, times, 3000)
     assert speed > 0.93 * machine.best(), (speed, machine.best())
     # Once it has been tried, what is left are trials that are ever rarer.
-    later, lengths = machine.run(choice, times, 1000)
+    later, _ = machine.run(choice, times, 1000)
     assert later > 0.95 * machine.best(), (later, machine.best())
     assert later > 0.95 / machine.one, "slower than without"
     gaps = [b - a for a, b in itertools.pairwise(machine.loads)]

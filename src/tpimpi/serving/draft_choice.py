@@ -19,7 +19,9 @@ from tpimpi.serving.pass_times import PassTimes
 from tpimpi.serving.speculation import MOST_RATE, best_length, expected_tokens
 
 _LEAST_TIMED = 3  # passes of one row, before a draft is thought of: the middle one counts
-_TRIED = 3  # drafts of a trial after which it is judged, where the draft model was loaded for it; the first waits for the disk
+_TRIED = (
+    3  # drafts of a trial, where the draft model was loaded for it, before it is judged: the first waits for the disk
+)
 _DOUBTS = 4  # judgements in a row after which it goes
 _FIRST_PAUSE, _LAST_PAUSE = 4, 1024  # passes until the next trial
 _FIRST_PAUSE_AWAY = 64  # the same where it has to be loaded, and reads the whole sequence anew
@@ -60,8 +62,9 @@ class ModelDrafts:
         self._in_row, self._row = 0, _FIRST_ROW_OF_DRAFTS
 
     def length(self, rate: float, most: int, otherwise: float = 0.0) -> int:
-        """How many tokens it is to draft for the next pass, at most `most`, if each is right with probability `rate`; 0 where
-        none are worth their time, or another draft gives `otherwise` tokens a second, which is more."""
+        """How many tokens it is to draft for the next pass, at most `most`, if each is right with probability `rate`.
+
+        0 where none are worth their time, or another draft gives `otherwise` tokens a second, which is more."""
         if most < 1 or not (self._on or self._begin()):
             return 0
         tried = min(most, max(2, round(rate / (1 - min(rate, MOST_RATE)))))
