@@ -3,10 +3,10 @@
 A request is admitted when there are pages for all of its prompt, first come first served; a short one may go before others
 that wait for room, but not before the same one again and again. A step has a row of every answer, and beside them chunks of
 prompts: most of these rows for the prompt that came first, a share for the shortest. Of prompts that go on alike one is
-read, and the others take its pages as they are full, so that what they have in common is computed once. Where an answer finds no page, what is
-kept of earlier prefixes goes (see models/kv/prefix_tree.py), then the request that was admitted last gives its pages back:
-it waits, and is computed again from its prompt and what there is of its answer. None is lost. As vLLM does (arXiv
-2309.06180), in steps of mixed rows (Sarathi-Serve, arXiv 2403.02310).
+read, and the others take its pages as they are full: what they have in common is computed once. Where an answer finds no
+page, what is kept of earlier prefixes goes (see models/kv/prefix_tree.py), then the request that was admitted last gives its
+pages back: it waits, and is computed again from its prompt and what there is of its answer. None is lost. As vLLM does
+(arXiv 2309.06180), in steps of mixed rows (Sarathi-Serve, arXiv 2403.02310).
 
 Nothing here computes or sends: it can be tested by itself.
 """
@@ -195,8 +195,8 @@ class Scheduler:
         """It has the pages that another one computed meanwhile, if they are kept."""
         assert request.pages is not None and request.cached is not None
         request.waits = False
-        found, gained = self.prefixes.begin(request.ids, request.owner), -request.computed
-        gained += found.length
+        found = self.prefixes.begin(request.ids, request.owner)
+        gained = found.length - request.computed
         if gained <= 0:
             found.close()
             return
@@ -278,8 +278,9 @@ def _rows(reading: list[Request]) -> int:
 
 
 def _leaders(reading: list[Request]) -> dict[Request, int]:
-    """Of prompts that go on alike the one that is to be read: who is furthest, or misses least. In the order in which they, or
-    those that wait for them, came; and the fewest rows that one of these misses."""
+    """Of prompts that go on alike the one that is to be read: who is furthest, or misses least.
+
+    In the order in which they, or those that wait for them, came; and the fewest rows that one of these misses."""
     found: dict[Request, list[Request]] = {}
     for request in sorted(reading, key=lambda request: (-request.computed, request.missing)):
         leader = next((other for other in found if _reads_for(other, request)), None)
