@@ -63,7 +63,7 @@ class Survey:
         """What `choose` finds; where something is streamed in any of it the disks are measured first, once for all, since
         without their rates streaming looks free."""
         found = choose(predictor)
-        if not any(any(one.streamed) for one in found):
+        if not any(any(one.streamed) or any(one.drafted_streamed) for one in found):
             return found
         if self._disks is None:
             self._disks = measure_disks(self.star)

@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tpimpi.diagnostics.options import Workload
+from tpimpi.diagnostics.planner.drafting import DraftCost
 from tpimpi.diagnostics.planner.hits import HitCurve
 from tpimpi.diagnostics.planner.loads import LayerLoad, Load, Loads
 from tpimpi.diagnostics.planner.prediction import ExpertsHeld, Prediction
@@ -134,6 +135,7 @@ class Predictor:
         self.workload, self.measured = workload, measured
         self.loads = Loads(workload.config, workload.formats)
         self.hits = hits or HitCurve(workload.config, workload.routing)
+        self.draft = None if workload.draft is None else DraftCost(*workload.draft)
         self._found: dict[tuple[float, ...], Prediction] = {}
 
     def predict(self, weights: Sequence[float]) -> Prediction:
@@ -182,23 +184,40 @@ class Predictor:
             experts=tuple(experts) if self.workload.config.experts else (),
             prompt_chunk=chunk,
             tokens_per_s=self._tokens_per_s(plan, loads) if self.workload.parallel > 1 else 0.0,
-            **self._speculation(loads, held, token),
+            **self._speculation(plan, loads, held, token),
         )
 
-    def _speculation(self, loads: Sequence[Load], held: Sequence[Holding], token: float) -> dict[str, Any]:
+    def _speculation(
+        self, plan: Partition, loads: Sequence[Load], held: Sequence[Holding], token: float
+    ) -> dict[str, Any]:
         """The draft that is best where each drafted token is accepted at the workload's rate: with rate a a pass that checks
-        n gives (1 - a**(n + 1)) / (1 - a) tokens (arXiv 2211.17192, equation 1). Drafting itself costs nothing here."""
-        rate = self.workload.accepted
+        n gives (1 - a**(n + 1)) / (1 - a) tokens (arXiv 2211.17192, equation 1). Drafting costs nothing, unless a model does
+        it: that takes time and memory."""
+        rate, each = self.workload.accepted, 0.0
         if rate is None:
             return {}
-        missed = [1.0 - self.experts(load, each.experts).hits for load, each in zip(loads, held, strict=True)]
-        best, length = token, 0
+        best, length, streamed = token, 0, ()
+        if self.draft is not None:
+            each = self._draft_token(self.draft)
+            try:
+                held, _ = self.memory(
+                    plan, loads, beside=self.draft.memory(self.workload, self.measured.ranks[0].backend)
+                )
+            except InputError:
+                return {"drafted_s_per_token": best, "draft": length}
+            streamed = tuple(one.streamed for one in held)
+        missed = [1.0 - self.experts(load, one.experts).hits for load, one in zip(loads, held, strict=True)]
         for n in range(1, LONGEST_DRAFT + 1):
             tokens = n + 1 if rate == 1 else (1 - rate ** (n + 1)) / (1 - rate)
-            seconds = (self._step(loads, held, missed, n + 1) + self._head(loads, n + 1)) / tokens
+            seconds = (self._step(loads, held, missed, n + 1) + self._head(loads, n + 1) + n * each) / tokens
             if seconds < best:
                 best, length = seconds, n
-        return {"drafted_s_per_token": best, "draft": length}
+        return {"drafted_s_per_token": best, "draft": length, "drafted_streamed": streamed}
+
+    def _draft_token(self, draft: DraftCost) -> float:
+        """Seconds that rank 0 takes to draft a token."""
+        cost = self._layer_cost(0, 1).wall
+        return draft.layers * cost.fixed + cost.per_byte * draft.layer_bytes + self.measured.head.at(draft.head_bytes)
 
     def _head(self, loads: Sequence[Load], rows: int) -> float:
         """Seconds of the head for so many rows: as many times those of one as a layer takes."""
@@ -320,17 +339,25 @@ class Predictor:
         )
         return replace(needs, cache=needs.cache * sequences)
 
-    def memory(self, plan: Partition, loads: Sequence[Load], sequences: int = 1) -> tuple[list[Holding], int]:
-        """What each rank does with its memory, and the positions of a chunk. Raises InputError where it has too little."""
+    def memory(
+        self, plan: Partition, loads: Sequence[Load], sequences: int = 1, beside: int = 0
+    ) -> tuple[list[Holding], int]:
+        """What each rank does with its memory, of which rank 0 has so many bytes for something else `beside`; and the
+        positions of a chunk. Raises InputError where it has too little."""
         workload = self.workload
-        needs = {rank: self.needs(plan, rank, load, None, sequences) for rank, load in enumerate(loads)}
+
+        def all_needs(positions: int | None) -> dict[int, Needs]:
+            found = {rank: self.needs(plan, rank, load, positions, sequences) for rank, load in enumerate(loads)}
+            return found | {0: replace(found[0], base=found[0].base + beside)}
+
+        needs = all_needs(None)
         chunk = workload.chunk or usual_chunk(workload.config)
         if workload.window is not None:
             return self._in_window(needs, loads, workload.window), chunk
         promises = self.promises(needs)
         if workload.config.experts and workload.chunk is None:
             chunk = mixture_chunk(list(needs.values()), promises, workload.context)
-            needs = {rank: self.needs(plan, rank, load, chunk, sequences) for rank, load in enumerate(loads)}
+            needs = all_needs(chunk)
         held = []
         for rank, need in needs.items():
             where = f"r{rank} {self.measured.ranks[rank].host}"
