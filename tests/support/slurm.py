@@ -170,8 +170,6 @@ def is_up(program: str, folder: Path, env: dict[str, str]) -> bool:
 def wait_for(
     what: str, reached: Callable[[], bool], process: subprocess.Popen[bytes] | None = None, seconds: float = TIMEOUT
 ) -> None:
-    what: str, reached: Callable[[], bool], process: subprocess.Popen[bytes] | None = None, seconds: float = TIMEOUT
-) -> None:
     deadline = time.monotonic() + seconds
     while not reached():
         assert process is None or process.poll() is None, f"it ended before: {what}"
