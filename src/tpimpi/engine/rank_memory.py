@@ -46,12 +46,14 @@ class MemoryPlanner:
         self.draft_waits = False  # whether tiles have the memory of the draft model for now
         self.base = resident_bytes()
 
-    def needs(self, context: int) -> Needs:
-        """What this rank needs to hold `context` positions of each model."""
+    def needs(self, context: int, *, with_draft: bool | None = None) -> Needs:
+        """What this rank needs to hold `context` positions of each model; of a draft model where it has its memory, or as
+        `with_draft` says."""
+        with_draft = not self.draft_waits if with_draft is None else with_draft
         needs = needs_together([engine.needs(self.base, context) for engine in self.engines])
         if (beside := self._draft_needs(context)) is not None:
             needs = replace(needs, work=max(needs.work, beside.work))
-        if beside is not None and not self.draft_waits:
+        if beside is not None and with_draft:
             needs = replace(needs, base=needs.base + beside.tiles + beside.experts, cache=needs.cache + beside.cache)
         recorders = [engine.recorder for engine in self.engines if engine.recorder is not None]
         return replace(needs, work=needs.work + sum(recorder.most_bytes for recorder in recorders))
@@ -230,9 +232,12 @@ class RankMemory:
         plan, needs, opened = self._plan, self._plan.needs, self._plan.of.engines
         room, units = None, None
         if plan.promise is not None and needs.cache:
-            spare = plan.promise - needs.fixed - self._rings + needs.cache - needs.least_experts
+            # A draft model may come at any time, so what it takes is nobody else's room.
+            planned = plan.of.needs(plan.context, with_draft=True)
+            spare = plan.promise - planned.fixed - self._rings + planned.cache - planned.least_experts
             pages = range(pages_of(opened[0].header.config.context) + 1)
-            room = PAGE * (bisect_right(pages, spare, key=lambda n: plan.of.needs(n * PAGE).cache) - 1)
+            found = bisect_right(pages, spare, key=lambda n: plan.of.needs(n * PAGE, with_draft=True).cache)
+            room = PAGE * (found - 1)
             units = max(0, spare) // self.engines[0].model.kv_shape.unit_bytes
         return MemoryAllotment(
             rank=self.star.rank.index,

@@ -7,6 +7,7 @@ It has the vocabulary of the model that it drafts for, and writes on greedily; w
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections import deque
@@ -47,8 +48,8 @@ class DraftModel:
     def __init__(self, opened: OpenedEngine, sampled_ids: int, context: int, lender: RankMemory | None = None) -> None:
         """Takes memory for `context` positions: now, or where there is a `lender` when it is loaded, from that one. Drafted
         ids are below `sampled_ids`."""
-        self._star, self._settings, self._context = opened.star, opened.settings, context
-        self._lender, self._sampled_ids = lender, sampled_ids
+        self._star, self._settings, self._most_context = opened.star, opened.settings, opened.header.config.context
+        self._lender, self._sampled_ids, self._context = lender, sampled_ids, context
         self._held: list[int] = []  # ids whose keys and values are there
         self._same = 0  # so many of them are the sequence's for sure
         self._times: deque[float] = deque(maxlen=_TIMES_KEPT)
@@ -83,11 +84,10 @@ class DraftModel:
 
     def begin(self, context: int) -> None:
         """Another sequence, of at most so many positions: what it has in common with the one before is kept."""
+        context = self._context = min(context, self._most_context)
         if self._memory is None:
-            self._context = context
             return
         model = self._engine.model
-        context = self._context = min(context, model.config.context)
         del self._held[model.most_kept(context) :]
         if not model.can_keep(len(self._held), context):
             self._held.clear()
@@ -141,6 +141,8 @@ class DraftModel:
         if self._memory is not None:
             self._memory.close()
             self._held.clear()
+            self._same = 0
             del self._engine
             self._memory = None
+            gc.collect()  # the model and its memory know each other
             release_freed_memory()
