@@ -6,7 +6,8 @@ all of the model stays in memory, both are measured beside each other.
 Where tiles are streamed, the memory of the draft model is taken from them, so that each pass reads more, its own tokens or
 not: to be off it has to go. So such a run begins without it; passes of one row are timed; the draft model is loaded and
 tried; and unless it makes more tokens a second than those passes did, it goes again and its memory holds tiles. It is tried
-again after so many passes, twice as many each time: disks, other programs and texts change.
+again after so many passes, twice as many each time, and so that trials take a small part of the time: disks, other programs
+and texts change.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from tpimpi.serving.pass_times import PassTimes
-from tpimpi.serving.speculation import MOST_RATE, best_length, expected_tokens
+from tpimpi.serving.speculation import best_length, expected_tokens
 
 _LEAST_TIMED = 3  # passes of one row, before a draft is thought of: the middle one counts
 _TRIED = (
@@ -25,6 +26,7 @@ _TRIED = (
 _DOUBTS = 4  # judgements in a row after which it goes
 _FIRST_PAUSE, _LAST_PAUSE = 4, 1024  # passes until the next trial
 _FIRST_PAUSE_AWAY = 64  # the same where it has to be loaded, and reads the whole sequence anew
+_TRIAL_SHARE = 0.02  # of the time, at most, is for trials that come to nothing
 _FIRST_ROW_OF_DRAFTS, _LAST_ROW_OF_DRAFTS = 8, 64  # drafts, after which a pass of one row is timed again
 
 
@@ -57,6 +59,7 @@ class ModelDrafts:
         self._on = False
         self._alone = math.inf  # seconds of a pass of one row while the draft model was away
         self._to_try, self._doubts = 0, 0  # drafts of a trial; judgements in a row that it does not pay
+        self._tried = 0  # drafts of this trial so far
         self._waited, self._pause = 0, 1  # passes without it; after so many it is tried
         self._next_pause = _FIRST_PAUSE_AWAY if self._away else _FIRST_PAUSE
         self._in_row, self._row = 0, _FIRST_ROW_OF_DRAFTS
@@ -67,14 +70,13 @@ class ModelDrafts:
         0 where none are worth their time, or another draft gives `otherwise` tokens a second, which is more."""
         if most < 1 or not (self._on or self._begin()):
             return 0
-        tried = min(most, max(2, round(rate / (1 - min(rate, MOST_RATE)))))
         if self._to_try or self._times.most_rows < 2:
             self._to_try = max(0, self._to_try - 1)
-            return tried
+            return self._try(most)
         found = best_length(rate, self._seconds, min(most, 2 * self._times.most_rows + 1), than=1 / self._one_row())
         if not found:
-            return self._doubt(tried)
-        self._doubts = 0
+            return self._doubt(most)
+        self._doubts = self._tried = 0
         if not self._away:
             self._next_pause = _FIRST_PAUSE
         if otherwise >= expected_tokens(rate, found) / self._seconds(1 + found):
@@ -120,13 +122,20 @@ class ModelDrafts:
             self._times.clear()
         return True
 
-    def _doubt(self, tried: int) -> int:
+    def _try(self, most: int) -> int:
+        """How many tokens a draft has that is to show what it costs."""
+        self._tried += 1
+        return min(most, _TRIAL)
+
+    def _doubt(self, most: int) -> int:
         """It does not pay, it seems: a few drafts more where it would have to be loaded again, else it is off."""
         self._doubts += 1
         if self._away and self._doubts < _DOUBTS:
-            return tried
-        self._on, self._waited = False, 0
-        self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, _LAST_PAUSE)
+            return self._try(most)
+        spent = self._tried * self._seconds(1 + _TRIAL)
+        self._pause = max(self._next_pause, math.ceil(spent / (_TRIAL_SHARE * self._one_row())))
+        self._next_pause = max(self._pause, min(2 * self._pause, _LAST_PAUSE))
+        self._on, self._waited, self._tried = False, 0, 0
         if self._away:
             self._model.unload()
             self._times.clear()
