@@ -20,6 +20,7 @@ from tpimpi.serving.pass_times import PassTimes
 from tpimpi.serving.speculation import best_length, expected_tokens
 
 _LEAST_TIMED = 3  # passes of one row, before a draft is thought of: the middle one counts
+_TRIAL = 2  # tokens of a draft that is tried
 _TRIED = (
     3  # drafts of a trial, where the draft model was loaded for it, before it is judged: the first waits for the disk
 )
