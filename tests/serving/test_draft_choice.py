@@ -105,7 +105,7 @@ def test_a_run_is_about_as_fast_as_the_best_choice_would_make_it(machine: Machin
     later, _ = machine.run(choice, times, 1000)
     assert later > 0.93 * machine.best(), (later, machine.best())
     assert later > 0.94 / machine.one, "slower than without"
-    assert len(machine.loads) <= 8 and (len(machine.loads) == 1 or not machine.loaded)
+    assert len(machine.loads) <= 8
 
 
 def test_what_it_takes_from_the_tiles_counts() -> None:
