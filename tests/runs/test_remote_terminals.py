@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def converse(command: Sequence[str], env: Mapping[str, str], session: Path) -> N
         run.type("\x1b[200~the lazy\rdog\x1b[201~")
         screen.until("\n  dog")
         run.type("\x03")  # what is typed goes, and the run goes on
+        screen.until("answers anew\n>")
         screen.ask("/stats", what="1 turn; ")
         run.type("\x04")
         assert screen.end() == 0, screen.text
@@ -96,7 +98,7 @@ def test_over_ssh(
     command = mpirun.command(ranks, words) if ranks > 1 else [sys.executable, *words]
     given = {**mpirun.env, **cache, "TPIMPI_MODEL": str(smollm2)}
     env = ["env", f"PATH={os.environ['PATH']}", *(f"{name}={value}" for name, value in given.items())]
-    converse([*ssh, " ".join([*env, *command])], {}, session)
+    converse([*ssh, shlex.join([*env, *command])], {}, session)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
