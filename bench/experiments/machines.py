@@ -9,8 +9,9 @@ from typing import Any
 from bench.experiments.rows import Row
 from bench.studies.routing_trace import make_trace
 from tpimpi.diagnostics.options import Workload
+from tpimpi.diagnostics.planner.costs import LayerCost, LinearCost, Measured, RankSpeed
 from tpimpi.diagnostics.planner.hits import HitCurve
-from tpimpi.diagnostics.planner.predict import LayerCost, LinearCost, Measured, Predictor, RankSpeed
+from tpimpi.diagnostics.planner.predict import Predictor
 from tpimpi.diagnostics.planner.shares import best_shares
 from tpimpi.models.shapes import load_shape
 from tpimpi.models.weight_formats import ModelFormats

@@ -10,11 +10,13 @@ import pytest
 
 from tests.support.prediction import CONFIG, FORMATS, GB, WORKLOAD, predictor, speed
 from tpimpi.diagnostics.options import Workload
+from tpimpi.diagnostics.planner.costs import LinearCost, Measured
 from tpimpi.diagnostics.planner.loads import LayerLoad, Loads
-from tpimpi.diagnostics.planner.predict import LinearCost, Measured, Predictor, chunks
+from tpimpi.diagnostics.planner.predict import Predictor, chunks
 from tpimpi.diagnostics.planner.prediction import Prediction
 from tpimpi.diagnostics.planner.shares import MOST_WEIGHT, best_shares
 from tpimpi.engine.budget import RESERVE_BYTES
+from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.weights.slices.layout import slice_records
 from tpimpi.weights.slices.partition import make_partition
@@ -293,3 +295,30 @@ def test_drafts_pay_where_a_pass_costs_little_more_for_several_rows() -> None:
     always = predictor(speed(), workload=dataclasses.replace(WORKLOAD, accepted=1.0)).predict([1.0])
     assert always.draft == 15 and always.s_per_token / always.drafted_s_per_token == pytest.approx(4.0, rel=0.05)
     assert predictor(speed()).predict([1.0]).drafted_s_per_token == 0
+
+
+def test_a_draft_model_takes_time_and_memory_which_a_plan_counts() -> None:
+    """One of a layer as the model's, without a head to speak of: drafting a token takes a tenth of what layers take."""
+    small = CONFIG.with_layers(1)
+    draft = (small, ModelFormats.of("bf16", 1))
+
+    def found(of: tuple[ModelConfig, ModelFormats] | None, **more: object) -> Prediction:
+        workload = dataclasses.replace(WORKLOAD, accepted=0.6, draft=of, **more)  # type: ignore[arg-type]
+        return predictor(speed(disk_bytes_per_s=50e6), workload=workload).predict([1.0])
+
+    free, drafted = found(None, window=2), found(draft, window=2)
+    assert drafted.s_per_token == free.s_per_token and free.drafted_s_per_token < drafted.drafted_s_per_token
+    of_text = predictor(speed(disk_bytes_per_s=50e6), workload=dataclasses.replace(WORKLOAD, window=2))
+    load = of_text.loads.of(make_partition(CONFIG, [1.0]).shares[0], 0)
+    each = (load.tiles - load.head) / 10 / GB  # at 1 s a GB
+    pass_s = free.s_per_token  # of as many rows as these, as it waits for the disk
+    wanted = min((pass_s + n * each) / sum(0.6**i for i in range(n + 1)) for n in range(16))
+    assert drafted.drafted_s_per_token == pytest.approx(wanted, rel=0.02)
+    # Where tiles miss the memory that it takes, a pass waits for the disk, and none is drafted.
+    half = (CONFIG.with_layers(5), ModelFormats.of("bf16", 5))
+    needs = of_text.needs(make_partition(CONFIG, [1.0]), 0, load)
+    short = found(half, memory=(needs.most,))
+    assert short.streamed == (0,) and short.drafted_streamed[0] > 4 * (ATTN + MLP)
+    assert (short.draft, short.drafted_s_per_token) == (0, short.s_per_token)
+    assert found(half, memory=(needs.most + load.tiles,)).drafted_streamed == (0,)
+    assert found((CONFIG, FORMATS), memory=(needs.most,)).draft == 0, "there is no room for it at all"

@@ -15,7 +15,8 @@ from tests.support.faults_cases import (
     SHAPE,
     Runs,
 )
-from tests.support.launch import run_command
+from tests.support.launch import Launcher, run_command
+from tests.support.slurm import Cluster, slurm, why_not
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +60,12 @@ def runs(request: pytest.FixtureRequest, all_runs: dict[int, Runs], slices: Call
         all_runs[ranks] = Runs(launcher, ranks, slices(ranks))
     yield all_runs[ranks]
     all_runs[ranks].end()
+
+
+@pytest.fixture(scope="module")
+def cluster(mpirun: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A Slurm of two nodes."""
+    if reason := why_not():
+        pytest.skip(f"no Slurm: {reason}")
+    with slurm(mpirun, tmp_path_factory.mktemp("slurm")) as started:
+        yield started

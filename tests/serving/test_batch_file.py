@@ -210,6 +210,21 @@ def test_a_batch_has_the_answers_of_single_runs(tpimpi: Callable[..., Result], t
     assert (again.code, again.out) == (2, "") and "out.jsonl is there already" in again.err
 
 
+def test_what_all_prompts_begin_with_is_computed_once(tpimpi: Callable[..., Result], tmp_path: Path) -> None:
+    """A system prompt of 180 words, so of two pages at least, before six questions that are there from the start."""
+    system = {"role": "system", "content": "Answer briefly. " * 90}
+    questions = [{"role": "user", "content": f"What is {n} plus {n}?"} for n in range(6)]
+    lines = [{"custom_id": f"q{n}", "messages": [system, question]} for n, question in enumerate(questions)]
+    options = ("--max-tokens", "3", "--speculate", "off", "--context", "512", "--quiet")
+    more = ("--report", str(tmp_path / "r.json"), "--out", str(tmp_path / "out.jsonl"))
+    found = tpimpi("--batch-file", written(tmp_path, *lines), *options, *more)
+    assert found.code == 0, found.err
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    report = json.loads((tmp_path / "r.json").read_text())
+    each_alone = sum(one["prompt_tokens"] for one in answers) + report["batch"]["tokens"] - len(answers)
+    assert 0 < report["batch"]["rows"] <= each_alone - 5 * 2 * 64
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

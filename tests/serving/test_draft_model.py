@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+import time
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
+import pytest
 
-from tests.support.tiny_models import write_tiny_hf
+from tests.support.tiny_models import slice_tiny, write_tiny_hf
 from tpimpi.engine.engine import EngineConfig
+from tpimpi.engine.rank_memory import MemoryPlanner, RankMemory
 from tpimpi.engine.startup import open_engine
 from tpimpi.serving.draft_model import DraftModel
 from tpimpi.star import Star
@@ -44,3 +49,80 @@ def test_a_draft_is_the_same_whatever_was_read_before(tmp_path: Path) -> None:
             assert drafting.propose(prompt, 5) == wanted
             assert drafting.propose([*prompt, wanted[0] + 1], 3), "it goes back by what was wrong"
     assert len(set(map(tuple, alone))) > 1
+
+
+class Lender:
+    """Of memory: what was asked of it."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def lend_to_draft(self) -> None:
+        self.calls.append("lend")
+
+    def take_back_from_draft(self) -> None:
+        self.calls.append("take back")
+
+
+def test_it_drafts_the_same_when_it_was_unloaded_and_loaded_again(tmp_path: Path) -> None:
+    folder = slice_tiny(tmp_path, "llama-bias", 1)
+    settings = EngineConfig(
+        *(str(folder), None, "", "", "", "native", 1, "star", 60.0), cores_shared_by=[1], window="all"
+    )
+    opened = open_engine(Star(None), settings)
+    vocab, lender = opened.header.config.vocab, Lender()
+    ids = np.random.default_rng(1).integers(3, 90, 40).tolist()
+    with closing(DraftModel(open_engine(Star(None), settings), vocab, 100)) as there:
+        there.begin(100)
+        wanted = there.propose(ids, 6)
+    with closing(DraftModel(opened, vocab, 100, cast("RankMemory", lender))) as drafting:
+        drafting.begin(100)
+        assert drafting.leaves and not lender.calls
+        for _ in range(2):
+            drafting.load()
+            assert drafting.seconds == 0, "what it took before may be otherwise now"
+            assert drafting.propose(ids, 6) == wanted and drafting.seconds > 0
+            drafting.begin(100)
+            assert drafting.propose([*ids, *wanted[:2]], 4) == wanted[2:]
+            drafting.unload()
+            drafting.begin(100)
+    assert lender.calls == ["lend", "take back"] * 2
+
+
+def test_its_memory_is_that_of_tiles_until_it_is_lent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model that streams; a run of set drafts has it loaded from the start, and one with room for both too."""
+    monkeypatch.setattr("tpimpi.engine.memory_guard.resident_bytes", lambda: 0)  # what this process has otherwise
+    folder = slice_tiny(tmp_path, "llama-bias", 1)
+    settings = EngineConfig(
+        *(str(folder), None, "", "", "", "native", 1, "star", 60.0), cores_shared_by=[1], draft=None
+    )
+
+    def planner(draft: int | None = None) -> MemoryPlanner:
+        engines = [open_engine(Star(None), replace(settings, draft=of)) for of in (draft, 0)]
+        return MemoryPlanner(engines[:1], draft=engines[1])
+
+    with ExitStack() as stack:
+
+        def memory(promise_beyond: int, draft: int | None = None) -> RankMemory:
+            planned = planner(draft)
+            stack.callback(planned.draft.close)  # type: ignore[union-attr]
+            taken = planned.plan(100, planned.needs(100).least + promise_beyond, 0).take()
+            stack.callback(taken.close)
+            return taken
+
+        whole = planner()
+        tiles = whole.engines[0].tile_bytes
+        of_draft = whole.draft_bytes(100)
+        assert of_draft > tiles
+        assert not memory(4 * tiles).draft_waits and not memory(0, 4).draft_waits
+        streaming = memory(0)
+        assert streaming.draft_waits
+        window = streaming.engines[0].window
+        pinned = window.wanted_bytes
+        streaming.lend_to_draft()
+        assert not streaming.draft_waits and window.wanted_bytes < pinned
+        streaming.take_back_from_draft()
+        now = time.monotonic()
+        for later in (0.0, 60.0):
+            streaming.guard.look(now + later)
+        assert streaming.draft_waits and window.wanted_bytes == pinned

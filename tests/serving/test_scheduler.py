@@ -5,6 +5,7 @@ is the one that it has alone."""
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -18,6 +19,13 @@ from tpimpi.serving.scheduler import Request, Run, Scheduler
 def next_id(ids: list[int]) -> int:
     """The model of these tests: what follows is a function of all that came before."""
     return hash(tuple(ids)) % 5
+
+
+def page_read(run: Run) -> list[tuple[object, ...]]:
+    """The page of a prompt with which this goes on, if others may begin with it: its owner, and all ids up to its end."""
+    request, end = run.request, (run.start // PAGE + 1) * PAGE
+    read = run.n > 1 and not run.draft and end < len(request.ids)
+    return [(request.owner, *request.ids[:end])] if read else []
 
 
 class PlainCache:
@@ -107,6 +115,8 @@ class Requests(RuleBasedStateMachine):
         assert len({run.request for run in runs}) == len(runs)
         prompts = [run.n for run in runs if run.n > 1 + len(run.draft)]
         assert sum(prompts) <= max(prompt_rows, 1)
+        pages = [page for run in runs for page in page_read(run)]
+        assert len(pages) == len(set(pages)), "a page is computed twice"
         self.cache.compute(runs, self.account)
         for run in runs:
             ids = run.request.ids
@@ -173,6 +183,77 @@ def test_a_prompt_that_was_read_is_not_read_again() -> None:
     (run,) = scheduler.next_step(100)
     assert (first.cached, first.rows) == (0, 200)
     assert (second.cached, run.start, run.n) == (192, 192, 10)  # three pages of 64
+
+
+def answered(scheduler: Scheduler, requests: list[Request], rows: int = 100) -> list[int]:
+    """Steps until all are answered; returns their numbers in the order in which they were."""
+    ended = []
+    while len(ended) < len(requests):
+        for run in scheduler.next_step(rows):
+            if run.ends:
+                run.request.ids.append(9)
+            scheduler.computed(run)
+            if len(run.request.ids) == run.request.most:
+                scheduler.remove(run.request)
+                ended.append(requests.index(run.request))
+    return ended
+
+
+@pytest.mark.parametrize(("sizes", "window"), [((4, 0), 0), ((2, 2), 100)])
+def test_what_prompts_have_in_common_is_computed_once_though_they_come_together(
+    sizes: tuple[int, int], window: int
+) -> None:
+    """As a system prompt that several users share. 1000 positions are 15 pages of 64 and 40 more, which each computes."""
+    account = PageAccount([200, 200], sizes, 800)
+    scheduler = Scheduler(account, window=window, most_running=6, most_rows=128)
+    common = list(range(1000))
+    same = [Request([*common, 5000 + i, 1], 1010, "a") for i in range(5)]
+    other = Request([*common, 6000, 1], 1010, "b")  # who may not know what others asked
+    for request in (*same, other):
+        scheduler.add(request)
+    answered(scheduler, [*same, other])
+    assert sorted(request.rows - 7 for request in same) == [42] * 4 + [1002]
+    assert sorted(request.cached or 0 for request in same) == [0] + [960] * 4
+    assert other.cached == 0 and other.rows - 7 == 1002
+
+
+def test_one_of_those_that_wait_goes_on_when_the_first_is_cancelled() -> None:
+    account = PageAccount.of_layers([0] * 4, 4 * 200)
+    scheduler = Scheduler(account, window=0, most_running=4, most_rows=128)
+    common = list(range(1000))
+    requests = [Request([*common, 5000 + i], 1002) for i in range(3)]
+    for request in requests:
+        scheduler.add(request)
+    for _ in range(3):
+        (run,) = scheduler.next_step(100)
+        scheduler.computed(run)
+    first = run.request
+    assert (first.computed, sum(request.rows for request in requests)) == (300, 300)
+    scheduler.remove(first)
+    left = [request for request in requests if request is not first]
+    answered(scheduler, left)
+    assert sorted(request.cached or 0 for request in left) == [256, 960]
+    scheduler.prefixes.clear()
+    assert account.used == 0
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one_to_have_its_turn() -> None:
+    """It begins as a long one does that waits behind others: then the short one reads for both."""
+    account = PageAccount.of_layers([0], 1000)
+    scheduler = Scheduler(account, window=0, most_running=8, most_rows=128)
+    common = list(range(70))
+    first = Request([1] * 5000, 5001)
+    long, short = Request([*common, *[3] * 4000], 4100), Request([*common, 4], 80)
+    for request in (first, long, short):
+        scheduler.add(request)
+    assert {run.request: run.n for run in scheduler.next_step(128)} == {first: 128 - 32, short: 32}
+    steps = 0
+    while short.missing > 1:
+        for run in scheduler.next_step(128):
+            run.request.ids += [9] * run.ends
+            scheduler.computed(run)
+        steps += 1
+    assert steps <= 6, "a share of the rows was for it"
 
 
 def test_a_prefix_counts_only_where_its_last_window_is_held() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tpimpi.diagnostics.options import Workload
-from tpimpi.diagnostics.planner.predict import LayerCost, LinearCost, Measured, Predictor, RankSpeed
+from tpimpi.diagnostics.planner.costs import LayerCost, LinearCost, Measured, RankSpeed
+from tpimpi.diagnostics.planner.predict import Predictor
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.system.memory import Place

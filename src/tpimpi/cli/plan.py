@@ -43,6 +43,7 @@ class PlanCommand:
     prompt_tokens: int
     parallel: int
     accepted: float | None
+    draft: str | None
     routing: str | None
     json: str | None
     quiet: bool
@@ -93,6 +94,13 @@ def plan_parser() -> argparse.ArgumentParser:
         "(over 0, at most 1), and how many it drafts",
     )
     group.add_argument(
+        "--draft",
+        type=path_given("--draft", "the path of a model"),
+        metavar="MODEL",
+        help="with --accepted: these drafts are of this model, whose time and memory on rank 0 count (default: they are of "
+        "the text, and cost nothing)",
+    )
+    group.add_argument(
         "--routing",
         type=path_given("--routing", "a trace of routing, .npy"),
         metavar="FILE",
@@ -116,6 +124,8 @@ def parse_plan(arguments: Sequence[str]) -> tuple[PlanCommand, ComputeOptions, N
         raise InputError("--model and --shape are both given; give one of them")
     if command.layers is not None and command.shape is None:
         raise InputError("--layers is for --shape; leave it out, or name a shape")
+    if command.draft is not None and command.accepted is None:
+        raise InputError("--draft is given without --accepted; say which part of its tokens is accepted, such as 0.6")
     if command.json is not None:
         check_writable(command.json, "--json")
     return command, compute, network
@@ -143,6 +153,14 @@ def _planned_model(command: PlanCommand) -> tuple[ModelConfig, ModelFormats, str
         return source.config, choose_formats(source, command.format or "auto"), source.name
 
 
+def _draft_model(command: PlanCommand) -> tuple[ModelConfig, ModelFormats] | None:
+    """The model of --draft, in the formats of a run; None without one."""
+    if command.draft is None:
+        return None
+    with open_source(model_path(command.draft)) as source:
+        return source.config, choose_formats(source, AUTO)
+
+
 def _plan_options(
     command: PlanCommand,
     compute: ComputeOptions,
@@ -166,6 +184,7 @@ def _plan_options(
             *(config, formats, compute, command.context, command.prompt_tokens, trace),
             parallel=command.parallel,
             accepted=command.accepted,
+            draft=_draft_model(command),
         ),
         measuring=measure_options(compute, network),
         shares=None if command.shares in (None, AUTO) else tuple(share_weights(command.shares, ranks)),

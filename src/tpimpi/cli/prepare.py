@@ -149,6 +149,7 @@ def workload(
     routing: RoutingTrace | None = None,
     parallel: int = 1,
     accepted: float | None = None,
+    draft: tuple[ModelConfig, ModelFormats] | None = None,
 ) -> Workload:
     """What a run would have to do, as far as it matters for its speed."""
     return Workload(
@@ -163,6 +164,7 @@ def workload(
         routing=routing,
         parallel=parallel,
         accepted=accepted,
+        draft=draft,
     )
 
 

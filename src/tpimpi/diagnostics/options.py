@@ -47,6 +47,7 @@ class Workload:
     routing: RoutingTrace | None = None  # of a mixture: which experts are chosen; None: all equally likely
     parallel: int = 1  # sequences that are answered at once, each of `context` positions
     accepted: float | None = None  # part of drafted tokens that are accepted; None: nothing is drafted
+    draft: tuple[ModelConfig, ModelFormats] | None = None  # a model that drafts; None: drafts cost nothing
 
 
 @dataclass(frozen=True)

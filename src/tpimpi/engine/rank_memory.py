@@ -43,21 +43,31 @@ class MemoryPlanner:
         for all of its model, which it takes by itself."""
         self.engines, self.tokenizer_bytes, self.draft_engine = list(engines), tokenizer_bytes, draft_engine
         self.star, self.settings = engines[0].star, engines[0].settings
+        self.draft_waits = False  # whether tiles have the memory of the draft model for now
         self.base = resident_bytes()
 
-    def needs(self, context: int) -> Needs:
-        """What this rank needs to hold `context` positions of each model."""
+    def needs(self, context: int, *, with_draft: bool | None = None) -> Needs:
+        """What this rank needs to hold `context` positions of each model; of a draft model where it has its memory, or as
+        `with_draft` says."""
+        with_draft = not self.draft_waits if with_draft is None else with_draft
         needs = needs_together([engine.needs(self.base, context) for engine in self.engines])
-        if self.draft_engine is not None:
-            beside = self.draft_engine.needs(0, min(context, self.draft_engine.header.config.context))
-            needs = replace(
-                needs,
-                base=needs.base + beside.tiles + beside.experts,
-                cache=needs.cache + beside.cache,
-                work=max(needs.work, beside.work),
-            )
+        if (beside := self._draft_needs(context)) is not None:
+            needs = replace(needs, work=max(needs.work, beside.work))
+        if beside is not None and with_draft:
+            needs = replace(needs, base=needs.base + beside.tiles + beside.experts, cache=needs.cache + beside.cache)
         recorders = [engine.recorder for engine in self.engines if engine.recorder is not None]
         return replace(needs, work=needs.work + sum(recorder.most_bytes for recorder in recorders))
+
+    def _draft_needs(self, context: int) -> Needs | None:
+        """What a draft model needs, where there is one."""
+        if self.draft_engine is None:
+            return None
+        return self.draft_engine.needs(0, min(context, self.draft_engine.header.config.context))
+
+    def draft_bytes(self, context: int) -> int:
+        """Memory of a draft model that has room for `context` positions; 0 without one."""
+        beside = self._draft_needs(context)
+        return 0 if beside is None else beside.tiles + beside.experts + beside.cache
 
     def use_chunk(self, positions: int | None) -> None:
         """Compute so many positions of a prompt at once; None: as many as before."""
@@ -74,8 +84,22 @@ class MemoryPlanner:
         if promise is not None:
             whose = f"--memory {'auto finds' if watched_by else 'is'} {show_size(promise)}"
             budget = make_budget(needs, promise, whose)
+            takes_from_tiles = budget.pinned < needs.tiles or budget.experts < needs.experts
+            # A draft that is `auto` is loaded where it pays: see serving/draft_choice.py.
+            if self.draft_engine is not None and self.settings.draft is None and takes_from_tiles:
+                self.draft_waits = True
+                needs, budget = self.needs(context), self._without_draft(needs, budget, context)
         plan = MemoryPlan(self, context, promise, watched_by, needs, budget)
         return replace(plan, trials=[plan.trial(engine) for engine in self.engines])
+
+    def _without_draft(self, needs: Needs, budget: Budget, context: int) -> Budget:
+        """`budget`, with the memory of the draft model for tiles too, or of a mixture for experts. Its ring is the same, as
+        that stays when the draft model comes."""
+        more = self.draft_bytes(context)
+        pinned = min(needs.tiles, budget.pinned + more)
+        return replace(
+            budget, pinned=pinned, experts=min(needs.experts, budget.experts + more - pinned + budget.pinned)
+        )
 
 
 @dataclass(frozen=True)
@@ -184,6 +208,8 @@ class RankMemory:
         """`windows` and `caches` are those of the plan's engines; `disk_bytes_per_s` what the disk gave (0 where it was not
         measured)."""
         self._plan, self._fixed = plan, plan.needs.fixed
+        self._lent = 0  # bytes, to a draft model
+        self._room = (plan.context, 0)  # what `make_room` was asked for last
         self.star, self.settings = plan.planner.star, plan.planner.settings
         self._rings = sum(window.ring_bytes for window in windows)
         self.engines = [
@@ -209,9 +235,12 @@ class RankMemory:
         plan, needs, opened = self._plan, self._plan.needs, self._plan.planner.engines
         room, units = None, None
         if plan.promise is not None and needs.cache:
-            spare = plan.promise - needs.fixed - self._rings + needs.cache - needs.least_experts
+            # A draft model may come at any time, so what it takes is nobody else's room.
+            planned = plan.planner.needs(plan.context, with_draft=True)
+            spare = plan.promise - planned.fixed - self._rings + planned.cache - planned.least_experts
             pages = range(pages_of(opened[0].header.config.context) + 1)
-            room = PAGE * (bisect_right(pages, spare, key=lambda n: plan.planner.needs(n * PAGE).cache) - 1)
+            found = bisect_right(pages, spare, key=lambda n: plan.planner.needs(n * PAGE, with_draft=True).cache)
+            room = PAGE * (found - 1)
             units = max(0, spare) // self.engines[0].model.kv_shape.unit_bytes
         return MemoryAllotment(
             rank=self.star.rank.index,
@@ -236,7 +265,8 @@ class RankMemory:
         """A sequence of `context` positions is to have room, or pages that take `more` bytes beyond its: where that is more
         than was planned for, fewer tiles can be pinned; they come back when it is less again. InputError where that is not
         enough."""
-        promise, planned = self._plan.promise, self._plan.needs.fixed
+        self._room = (context, more)
+        promise, planned = self._plan.promise, self._plan.needs.fixed + self._lent
         fixed = max(planned, self._plan.planner.needs(context).fixed + more)
         if promise is None or fixed == self._fixed:
             return
@@ -249,7 +279,26 @@ class RankMemory:
             )
         self._fixed = fixed
         needs = self._plan.needs
-        self.guard.limit_pinned(needs.tiles + needs.experts if self._plan.watched_by and fixed == planned else left)
+        if self._plan.watched_by and fixed == planned:
+            if self._lent:  # now, and not when it is missed
+                self.guard.limit_pinned(max(least, self.guard.wanted - self._lent))
+            left = needs.tiles + needs.experts
+        self.guard.limit_pinned(left)
+
+    @property
+    def draft_waits(self) -> bool:
+        """Whether tiles have the memory of the draft model for now."""
+        return self._plan.planner.draft_waits
+
+    def lend_to_draft(self) -> None:
+        """The draft model takes its memory: tiles give way."""
+        self._plan.planner.draft_waits, self._lent = False, self._plan.planner.draft_bytes(self._plan.context)
+        self.make_room(*self._room)
+
+    def take_back_from_draft(self) -> None:
+        """The draft model has given its memory back: tiles have it again."""
+        self._plan.planner.draft_waits, self._lent = True, 0
+        self.make_room(*self._room)
 
     def _say(self, line: str) -> None:
         rank = self.star.rank
@@ -274,8 +323,10 @@ class RankMemory:
         peak = peak_rss_bytes()
         tokenizer = self._plan.planner.tokenizer_bytes
         weights = sum(engine.window.peak_bytes + engine.expert_cache.peak_bytes for engine in self.engines)
-        if (draft_engine := self._plan.planner.draft_engine) is not None:
-            weights += draft_engine.tile_bytes
+        if (
+            draft_engine := self._plan.planner.draft_engine
+        ) is not None and self._plan.needs.base > self._plan.planner.base:
+            weights += draft_engine.tile_bytes  # it was there all the time
         caches = [engine.model.cache for engine in self.engines]
         cache = sum(cache.filled_bytes for cache in caches if cache is not None)
         began = self.points[0][0] if self.points else 0.0

@@ -86,10 +86,12 @@ class LLM:
 
     def use_draft(self, draft: OpenedEngine) -> None:
         """Have a small model draft."""
-        from tpimpi.serving.draft_model import DraftModel  # which most runs do without
+        from tpimpi.serving.draft_choice import ModelDrafts  # which most runs do without
+        from tpimpi.serving.draft_model import DraftModel
 
-        sampled_ids = self.conversation.tokenizer.sampled_ids
-        self._speculation.model = DraftModel(draft, sampled_ids, min(self._context, draft.header.config.context))
+        sampled_ids, context = self.conversation.tokenizer.sampled_ids, min(self._context, draft.header.config.context)
+        model = DraftModel(draft, sampled_ids, context, self.memory if self.memory.draft_waits else None)
+        self._speculation.model = ModelDrafts(model, self._speculation.times)
 
     def take_kept(self) -> str | None:
         """Have every rank go on with the keys and values that the last run of the conversation kept, if any are there.

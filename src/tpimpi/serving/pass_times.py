@@ -34,6 +34,11 @@ class PassTimes:
             bisect.insort(self._rows, rows)
         self._times[rows].append(seconds)
 
+    def clear(self) -> None:
+        """What passes take has changed: those before count for nothing."""
+        self._times.clear()
+        self._rows.clear()
+
     def count(self, rows: int) -> int:
         """How many passes over so many rows were timed, at most _TIMES_KEPT."""
         return len(self._times.get(rows, ()))

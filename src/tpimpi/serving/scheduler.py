@@ -2,10 +2,11 @@
 
 A request is admitted when there are pages for all of its prompt, first come first served; a short one may go before others
 that wait for room, but not before the same one again and again. A step has a row of every answer, and beside them chunks of
-prompts: most of these rows for the prompt that came first, a share for the shortest. Where an answer finds no page, what is
-kept of earlier prefixes goes (see models/kv/prefix_tree.py), then the request that was admitted last gives its pages back:
-it waits, and is computed again from its prompt and what there is of its answer. None is lost. As vLLM does (arXiv
-2309.06180), in steps of mixed rows (Sarathi-Serve, arXiv 2403.02310).
+prompts: most of these rows for the prompt that came first, a share for the shortest. Of prompts that go on alike one is
+read, and the others take its pages as they are full: what they have in common is computed once. Where an answer finds no
+page, what is kept of earlier prefixes goes (see models/kv/prefix_tree.py), then the request that was admitted last gives its
+pages back: it waits, and is computed again from its prompt and what there is of its answer. None is lost. As vLLM does
+(arXiv 2309.06180), in steps of mixed rows (Sarathi-Serve, arXiv 2403.02310).
 
 Nothing here computes or sends: it can be tested by itself.
 """
@@ -31,8 +32,9 @@ MOST_LOOKED_AT = 16  # requests that wait, to find one that has room
 class Request:
     """A prompt that is to be answered. `ids` are its tokens, then those of the answer; `most` how many they can become.
 
-    `cached` is how many of the prompt's positions were kept from others when it was first admitted, `rows` how many were
-    computed for it in all. What it has computed is kept for requests of the same `owner`.
+    `cached` is how many of the prompt's positions others had computed, `rows` how many were computed for it in all. What it
+    has computed is kept for requests of the same `owner`. `waits` says that in the last step another one computed what it
+    needs.
     """
 
     ids: list[int]
@@ -42,6 +44,7 @@ class Request:
     cached: int | None = None
     rows: int = 0
     overtaken: int = 0
+    waits: bool = False
     draft: list[int] = field(default_factory=list)  # what may follow `ids`, to be checked in the next step
     prompt: int = -1  # how many of the ids are not of the answer; all of them where nothing is said
 
@@ -158,6 +161,9 @@ class Scheduler:
     def _rows_of_prompts(self, room: int, answered: set[Request]) -> list[Run]:
         """Chunks of prompts, of `room` rows in all: of those that run, and of those that are admitted now."""
         reading = [request for request in self.running if request not in answered]
+        for request in reading:
+            if request.waits:
+                self._take_over(request)
         while len(self.running) < self._most_running and (len(reading) < MOST_READING or _rows(reading) < room):
             admitted = self._admit()
             if admitted is None:
@@ -171,18 +177,32 @@ class Scheduler:
         return runs
 
     def _shares(self, reading: list[Request], room: int) -> Iterator[tuple[Request, int]]:
-        """How many rows of `room` each prompt gets: the shortest its share, the others in order all that they can use."""
-        wanted = {request: request.missing for request in reading}
-        given = dict.fromkeys(reading, 0)
-        if len(reading) > 1:
-            shortest = min(reading, key=lambda request: request.missing)
-            given[shortest] = min(wanted[shortest], room // SHORT_SHARE)
+        """How many rows of `room` each prompt gets: the shortest its share, the others in order all that they can use. One
+        that waits for another gets none, and counts for that one's place and shortness."""
+        leaders = _leaders(reading)
+        given = dict.fromkeys(leaders, 0)
+        if len(leaders) > 1:
+            shortest = min(leaders, key=lambda request: leaders[request])
+            given[shortest] = min(shortest.missing, room // SHORT_SHARE)
             room -= given[shortest]
-        for request in reading:
-            more = min(wanted[request] - given[request], room)
+        for request in leaders:
+            more = min(request.missing - given[request], room)
             given[request] += more
             room -= more
         return ((request, n) for request, n in given.items() if n)
+
+    def _take_over(self, request: Request) -> None:
+        """It has the pages that another one computed meanwhile, if they are kept."""
+        assert request.pages is not None and request.cached is not None
+        request.waits = False
+        found = self.prefixes.begin(request.ids, request.owner)
+        gained = found.length - request.computed
+        if gained <= 0:
+            found.close()
+            return
+        request.pages.close()
+        request.pages = found
+        request.cached = max(request.cached, min(request.cached + gained, request.prompt - request.rows))
 
     def _admit(self) -> Request | None:
         """The next request that waits and has room now; it runs from now on. Others may not take the room of those that were
@@ -247,6 +267,7 @@ class Scheduler:
         self.preempted += 1
 
     def _give_back(self, request: Request) -> None:
+        request.waits = False
         if request.pages is not None:
             request.pages.close()
             request.pages = None
@@ -254,3 +275,28 @@ class Scheduler:
 
 def _rows(reading: list[Request]) -> int:
     return sum(request.missing for request in reading)
+
+
+def _leaders(reading: list[Request]) -> dict[Request, int]:
+    """Of prompts that go on alike the one that is to be read: who is furthest, or misses least.
+
+    In the order in which they, or those that wait for them, came; and the fewest rows that one of these misses."""
+    found: dict[Request, list[Request]] = {}
+    for request in sorted(reading, key=lambda request: (-request.computed, request.missing)):
+        leader = next((other for other in found if _reads_for(other, request)), None)
+        request.waits = leader is not None
+        found.setdefault(leader or request, []).append(request)
+    place = {request: number for number, request in enumerate(reading)}
+    ordered = sorted(found, key=lambda leader: min(place[request] for request in found[leader]))
+    return {leader: min(request.missing for request in found[leader]) for leader in ordered}
+
+
+def _reads_for(other: Request, request: Request) -> bool:
+    """Whether the other one is about to compute the page that this one needs next, all of it and a position behind it."""
+    page = request.computed // PAGE
+    end = (page + 1) * PAGE
+    return (
+        (other.owner, other.computed // PAGE) == (request.owner, page)
+        and end < len(request.ids)
+        and other.ids[:end] == request.ids[:end]
+    )

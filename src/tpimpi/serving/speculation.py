@@ -12,8 +12,8 @@ That is to the bit where a row's logits do not depend on the rows beside it, as 
 another order for several rows: there a near-tie may go the other way, and since times decide about drafts, not in every run.
 
 Drafts are from the text itself: what followed the longest suffix of prompt and answer that was there before (prompt
-lookup); or where that was short, from a small model, if there is one (draft_model.py). How long they are is a matter of time
-alone: see `best_length`.
+lookup); or where that was short, from a small model, if there is one (draft_model.py) and it pays (draft_choice.py). How
+long they are is a matter of time alone: see `best_length`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tpimpi.serving.pass_times import PassTimes
 from tpimpi.serving.sampling import Sampler
 
 if TYPE_CHECKING:  # most runs have none
-    from tpimpi.serving.draft_model import DraftModel
+    from tpimpi.serving.draft_choice import ModelDrafts
 
 # How often what followed a suffix is right, by its length in tokens, in texts and code (python -m bench.studies.speculation
 # --suffixes): 1: 13 to 19 %, 2: a quarter to a third, 3 and 4: 34 to 63 %, 5 to 8: 47 to 76 %, more: about 80 %.
@@ -45,7 +45,7 @@ _SLOTS = 1 << 15  # of a table
 _MOST_COMPARED = 32  # tokens of a suffix, and places where it may have been
 _PRIOR_WEIGHT = 4.0  # tokens that the prior counts for
 _HALF_LIFE = 32.0  # tokens after which one that was compared counts for half
-_MOST_RATE = 0.98
+MOST_RATE = 0.98
 _LEAST_TIMED = 2  # passes of one row, before a draft is thought of
 _LEAST_GAIN = 1.03  # of tokens a second
 _FIRST_TRIAL, _LAST_TRIAL = 4, 1024  # passes with a draft that was not worth its time, after which one is tried
@@ -135,16 +135,16 @@ class TextDrafts:
 
 def expected_tokens(rate: float, drafted: int) -> float:
     """Tokens that a pass gives with so many drafted, each right with probability `rate` if those before it are."""
-    rate = min(rate, _MOST_RATE)
+    rate = min(rate, MOST_RATE)
     return float((1 - rate ** (drafted + 1)) / (1 - rate))
 
 
-def best_length(rate: float, seconds: Callable[[int], float], most: int) -> int:
+def best_length(rate: float, seconds: Callable[[int], float], most: int, *, than: float | None = None) -> int:
     """How many tokens to draft, 0 to `most`, for most tokens a second; `seconds(n)` is what a pass takes over n rows.
 
-    0 unless another is better by _LEAST_GAIN at least.
+    0 unless another is better by _LEAST_GAIN at least, than `than` tokens a second, or those of a pass of one row.
     """
-    best, speed = 0, _LEAST_GAIN * expected_tokens(rate, 0) / seconds(1)
+    best, speed = 0, _LEAST_GAIN * (1 / seconds(1) if than is None else than)
     for drafted in range(1, most + 1):
         if (found := expected_tokens(rate, drafted) / seconds(1 + drafted)) > speed:
             best, speed = drafted, found
@@ -185,43 +185,48 @@ class Drafter:
         longest: int,
         *,
         always: bool = False,
-        model: DraftModel | None = None,
+        model: ModelDrafts | None = None,
     ) -> None:
         """For a sequence that begins with `ids`. `longest` is how many tokens at most; with `always` all of them, whatever
         that costs. `times` are those of the run; a draft `model` has begun this sequence."""
         self._text, self._times, self._longest, self._always = TextDrafts(ids), times, longest, always
         self._model, self._ids = model, [] if model is None else list(ids)
         self._acceptance = Acceptance()
-        self._whole: list[int] = []  # the draft before it was cut
-        self._matched: int | None = 0  # None: it is the model's
+        self._whole: list[int] = []  # the draft from the text, before it was cut
+        self._matched = 0
+        self._of_model: list[int] = []  # the model's
         self._passes_off, self._trial = 0, _FIRST_TRIAL
 
     def propose(self, most: int, *, others: int = 0) -> list[int]:
         """The draft to check in the next pass, at most `most` tokens; [] for none. The pass has so many rows of `others`."""
-        self._whole = self._text.propose(self._longest)
+        self._whole, self._of_model = self._text.propose(self._longest), []
         self._matched = self._text.matched
-        if self._model is not None and self._matched < _LONG_SUFFIX:
-            return self._of_model(self._model, min(most, self._longest), others)
+        most = max(0, min(most, self._longest))
+        if self._model is not None and self._matched < _LONG_SUFFIX and most:
+            length = most if self._always else self._length_of_model(self._model, most)
+            self._of_model = self._model.propose(self._ids, length) if length else []
+            if self._of_model:
+                return self._of_model
         most = min(most, len(self._whole))
-        if self._always or most <= 0:
-            return self._whole[: max(0, most)]
+        if self._always or not most:
+            return self._whole[:most]
         return self._whole[: self._length(most, others)]
 
-    def _of_model(self, model: DraftModel, most: int, others: int) -> list[int]:
-        """As `propose`, from the model, each of whose tokens takes time."""
-        self._matched = None
-        if not self._always and most > 0:
-            most = self._length(most, others, model.seconds)
-        self._whole = model.propose(self._ids, most)
-        return self._whole
+    def _length_of_model(self, model: ModelDrafts, most: int) -> int:
+        """How many tokens the model is to draft, where those of the text do not give more."""
+        rate, text, times = self._acceptance.rate(self._matched), min(most, len(self._whole)), self._times
+        otherwise = 0.0
+        if text and times.count(1) and (length := best_length(rate, times.seconds, text)):
+            otherwise = expected_tokens(rate, length) / times.seconds(1 + length)
+        return model.length(self._acceptance.rate(None), most, otherwise)
 
-    def _length(self, most: int, others: int, each: float = 0.0) -> int:
-        """How many tokens are worth their time, each of which takes `each` seconds to draft."""
+    def _length(self, most: int, others: int) -> int:
+        """How many tokens from the text are worth their time."""
         if self._times.count(1 + others) < _LEAST_TIMED:
             return 0
 
         def seconds(rows: int) -> float:
-            return self._times.seconds(others + rows) + (rows - 1) * each
+            return self._times.seconds(others + rows)
 
         rate = self._acceptance.rate(self._matched)
         most = min(most, 2 * self._times.most_rows + 1)  # twice the rows that were tried
@@ -233,16 +238,16 @@ class Drafter:
             return 0
         # What passes take may have changed: another disk, other programs. About as many tokens as would be right.
         self._passes_off, self._trial = 0, min(2 * self._trial, _LAST_TRIAL)
-        return max(1, min(most, round(rate / (1 - min(rate, _MOST_RATE)))))
+        return max(1, min(most, round(rate / (1 - min(rate, MOST_RATE)))))
 
     def add(self, ids: Sequence[int]) -> None:
         """The sequence went on with `ids`. What was drafted is compared whether it was checked or not, so that a draft that
         was too dear is known to be good."""
-        compared = min(len(self._whole), len(ids))
-        if compared:
-            right = next((i for i in range(compared) if self._whole[i] != ids[i]), compared)
-            self._acceptance.add(self._matched, right, min(right + 1, compared))
-        self._whole = []
+        for matched, draft in ((self._matched, self._whole), (None, self._of_model)):
+            if compared := min(len(draft), len(ids)):
+                right = next((i for i in range(compared) if draft[i] != ids[i]), compared)
+                self._acceptance.add(matched, right, min(right + 1, compared))
+        self._whole, self._of_model = [], []
         self._text.add(ids)
         if self._model is not None:
             self._ids += ids
@@ -255,7 +260,7 @@ class Speculation:
     longest: int = 0
     always: bool = False
     times: PassTimes = field(default_factory=PassTimes)
-    model: DraftModel | None = None
+    model: ModelDrafts | None = None
 
     def drafter(self, ids: Sequence[int], context: int = 0) -> Drafter | None:
         """For a sequence that begins with `ids`; None where nothing is drafted. The model, if there is one, is for one

@@ -67,11 +67,13 @@ def answers(engine, star: Star, speculation) -> list[dict[str, object]]:
 
 def draft_model(folder: str):
     """The model of these slices, for this rank alone."""
+    from tpimpi.serving.draft_choice import ModelDrafts
     from tpimpi.serving.draft_model import DraftModel
+    from tpimpi.serving.pass_times import PassTimes
 
     settings = EngineConfig(*(folder, None, "", "", "", "native", 1, "star", 60.0), cores_shared_by=[1], window="all")
     opened = open_engine(Star(None), settings)
-    return DraftModel(opened, opened.header.config.vocab, CONTEXT)
+    return ModelDrafts(DraftModel(opened, opened.header.config.vocab, CONTEXT), PassTimes())
 
 
 def main() -> None:

@@ -13,11 +13,12 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from tpimpi.diagnostics.options import MeasureOptions, PlanOptions, Workload
+from tpimpi.diagnostics.planner.costs import LayerCost, LinearCost, Measured, RankSpeed
 from tpimpi.diagnostics.planner.hits import HitCurve
 from tpimpi.diagnostics.planner.layer_benchmark import LayerBenchmarkConfig
 from tpimpi.diagnostics.planner.measure_disks import measure_disks
 from tpimpi.diagnostics.planner.measure_layers import RankMeasurement, measure
-from tpimpi.diagnostics.planner.predict import LayerCost, LinearCost, Measured, Predictor, RankSpeed
+from tpimpi.diagnostics.planner.predict import Predictor
 from tpimpi.diagnostics.planner.prediction import Prediction
 from tpimpi.diagnostics.planner.shares import SLICED_SHARES_TOLERANCE, best_shares
 from tpimpi.diagnostics.planner.table import PlanRow, advice, print_table, seconds_text, title
@@ -63,7 +64,7 @@ class Survey:
         """What `choose` finds; where something is streamed in any of it the disks are measured first, once for all, since
         without their rates streaming looks free."""
         found = choose(predictor)
-        if not any(any(one.streamed) for one in found):
+        if not any(any(one.streamed) or any(one.drafted_streamed) for one in found):
             return found
         if self._disks is None:
             self._disks = measure_disks(self.star)

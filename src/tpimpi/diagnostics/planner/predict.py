@@ -30,6 +30,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tpimpi.diagnostics.options import Workload
+from tpimpi.diagnostics.planner.costs import LayerCost, Measured
+from tpimpi.diagnostics.planner.drafting import DraftCost
 from tpimpi.diagnostics.planner.hits import HitCurve
 from tpimpi.diagnostics.planner.loads import LayerLoad, Load, Loads
 from tpimpi.diagnostics.planner.prediction import ExpertsHeld, Prediction
@@ -40,82 +42,8 @@ from tpimpi.engine.overlap import default_chunk
 from tpimpi.engine.watch import sums_of
 from tpimpi.errors import InputError
 from tpimpi.models.blocks import layer_blocks
-from tpimpi.system.memory import Place
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.partition import Partition, make_partition
-
-# What was measured
-
-
-@dataclass(frozen=True)
-class LinearCost:
-    """Seconds for so many bytes: fixed + per_byte * bytes."""
-
-    fixed: float
-    per_byte: float
-
-    def seconds(self, nbytes: float) -> float:
-        """Seconds for so many bytes."""
-        return self.fixed + self.per_byte * nbytes
-
-    def interpolate(self, other: LinearCost, part: float) -> LinearCost:
-        """So far from this line (0) to the other (1)."""
-        return LinearCost(
-            self.fixed + (other.fixed - self.fixed) * part,
-            self.per_byte + (other.per_byte - self.per_byte) * part,
-        )
-
-    @classmethod
-    def fit(cls, first: tuple[float, float], second: tuple[float, float]) -> LinearCost:
-        """Through two points (bytes, seconds), as far as neither the fixed part nor the slope is negative."""
-        (x1, y1), (x2, y2) = sorted((first, second))
-        if x2 <= x1 or y2 <= y1:
-            return cls((y1 + y2) / 2, 0.0)
-        slope = (y2 - y1) / (x2 - x1)
-        if y1 < slope * x1:
-            return cls(0.0, y2 / x2)
-        return cls(y1 - slope * x1, slope)
-
-
-@dataclass(frozen=True)
-class LayerCost:
-    """What a layer takes on a rank, with so many positions at once: seconds, and processor seconds, waiting included."""
-
-    wall: LinearCost
-    cpu: LinearCost
-
-    def interpolate(self, other: LayerCost, part: float) -> LayerCost:
-        return LayerCost(self.wall.interpolate(other.wall, part), self.cpu.interpolate(other.cpu, part))
-
-
-@dataclass(frozen=True)
-class RankSpeed:
-    """What one rank can do while the others are at work too. `processors` are those that it gets in the long run."""
-
-    host: str
-    token: LayerCost  # one position
-    chunk: LayerCost  # `Measured.positions` at once
-    processors: float
-    base: int  # bytes that it has resident without a model
-    places: tuple[Place, ...]  # memory that it shares
-    threads: int = 1
-    backend: str = "native"
-    disk_bytes_per_s: float = 0.0  # 0 where it was not measured
-    read_cpu_s_per_byte: float = 0.0
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What was measured of ranks that were at work together, in rank order."""
-
-    ranks: tuple[RankSpeed, ...]
-    positions: int  # of a chunk
-    allreduce_s: float  # of one position, from the slowest rank's partial to its sum
-    allreduce_chunk_s: float
-    head: LinearCost  # rank 0's, of one position
-    head_cpu: LinearCost
-    allreduce: str = "star"  # the rule by which a run makes its sums
-
 
 # What comes out
 
@@ -142,6 +70,7 @@ class Predictor:
         # Of a step, by the kind of the block that a sum ends with.
         self._sums = Counter(blocks[one.last].kind for one in sums_of(config, blocks))
         self.hits = hits or HitCurve(workload.config, workload.routing)
+        self.draft = None if workload.draft is None else DraftCost(*workload.draft)
         self._found: dict[tuple[float, ...], Prediction] = {}
 
     def predict(self, weights: Sequence[float]) -> Prediction:
@@ -190,23 +119,43 @@ class Predictor:
             experts=tuple(experts) if self.workload.config.experts else (),
             prompt_chunk=chunk,
             tokens_per_s=self._tokens_per_s(partition, loads) if self.workload.parallel > 1 else 0.0,
-            **self._speculation(loads, held, token),
+            **self._speculation(partition, loads, held, token),
         )
 
-    def _speculation(self, loads: Sequence[Load], held: Sequence[Holding], token: float) -> dict[str, Any]:
+    def _speculation(
+        self, partition: Partition, loads: Sequence[Load], held: Sequence[Holding], token: float
+    ) -> dict[str, Any]:
         """The draft that is best where each drafted token is accepted at the workload's rate: with rate a a pass that checks
-        n gives (1 - a**(n + 1)) / (1 - a) tokens (arXiv 2211.17192, equation 1). Drafting itself costs nothing here."""
-        rate = self.workload.accepted
+        n gives (1 - a**(n + 1)) / (1 - a) tokens (arXiv 2211.17192, equation 1). Drafting costs nothing, unless a model does
+        it: that takes time and memory."""
+        rate, each = self.workload.accepted, 0.0
         if rate is None:
             return {}
-        missed = [1.0 - self.experts(load, each.experts).hits for load, each in zip(loads, held, strict=True)]
         best, length = token, 0
+        streamed: tuple[int, ...] = ()
+        if self.draft is not None:
+            each = self._draft_token(self.draft)
+            try:
+                held, _ = self.memory(
+                    partition, loads, beside=self.draft.memory(self.workload, self.measured.ranks[0].backend)
+                )
+            except InputError:
+                return {"drafted_s_per_token": best, "draft": length}
+            streamed = tuple(one.streamed for one in held)
+        missed = [1.0 - self.experts(load, one.experts).hits for load, one in zip(loads, held, strict=True)]
         for n in range(1, LONGEST_DRAFT + 1):
             tokens = n + 1 if rate == 1 else (1 - rate ** (n + 1)) / (1 - rate)
-            seconds = (self._step(loads, held, missed, n + 1) + self._head(loads, n + 1)) / tokens
+            seconds = (self._step(loads, held, missed, n + 1) + self._head(loads, n + 1) + n * each) / tokens
             if seconds < best:
                 best, length = seconds, n
-        return {"drafted_s_per_token": best, "draft": length}
+        return {"drafted_s_per_token": best, "draft": length, "drafted_streamed": streamed}
+
+    def _draft_token(self, draft: DraftCost) -> float:
+        """Seconds that rank 0 takes to draft a token."""
+        cost = self._layer_cost(0, 1).wall
+        return (
+            draft.layers * cost.fixed + cost.per_byte * draft.layer_bytes + self.measured.head.seconds(draft.head_bytes)
+        )
 
     def _head(self, loads: Sequence[Load], rows: int) -> float:
         """Seconds of the head for so many rows: as many times those of one as a layer takes."""
@@ -338,17 +287,25 @@ class Predictor:
         )
         return replace(needs, cache=needs.cache * sequences)
 
-    def memory(self, partition: Partition, loads: Sequence[Load], sequences: int = 1) -> tuple[list[Holding], int]:
-        """What each rank does with its memory, and the positions of a chunk. Raises InputError where it has too little."""
+    def memory(
+        self, partition: Partition, loads: Sequence[Load], sequences: int = 1, beside: int = 0
+    ) -> tuple[list[Holding], int]:
+        """What each rank does with its memory, of which rank 0 has so many bytes for something else `beside`; and the
+        positions of a chunk. Raises InputError where it has too little."""
         workload = self.workload
-        needs = {rank: self.needs(partition, rank, load, None, sequences) for rank, load in enumerate(loads)}
+
+        def all_needs(positions: int | None) -> dict[int, Needs]:
+            found = {rank: self.needs(partition, rank, load, positions, sequences) for rank, load in enumerate(loads)}
+            return found | {0: replace(found[0], base=found[0].base + beside)}
+
+        needs = all_needs(None)
         chunk = workload.chunk or default_chunk(workload.config)
         if workload.window is not None:
             return self._in_window(needs, loads, workload.window), chunk
         promises = self.promises(needs)
         if workload.config.experts and workload.chunk is None:
             chunk = mixture_chunk(list(needs.values()), promises, workload.context)
-            needs = {rank: self.needs(partition, rank, load, chunk, sequences) for rank, load in enumerate(loads)}
+            needs = all_needs(chunk)
         held = []
         for rank, need in needs.items():
             where = f"r{rank} {self.measured.ranks[rank].host}"

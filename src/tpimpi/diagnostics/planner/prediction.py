@@ -28,6 +28,7 @@ class Prediction:
     tokens_per_s: float = 0.0  # of all sequences together, where there are several; 0 where they have no memory
     drafted_s_per_token: float = 0.0  # with the draft that is best at the workload's rate; 0 where there is no rate
     draft: int = 0  # tokens of that draft; 0: none pays
+    drafted_streamed: tuple[int, ...] = ()  # of each rank, read for each token while a draft model has its memory
 
 
 @dataclass(frozen=True)

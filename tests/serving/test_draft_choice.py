@@ -1,0 +1,174 @@
+"""Whether a draft model drafts, and how many tokens, in a run whose times are arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.drawn import examples
+from tpimpi.serving.draft_choice import ModelDrafts
+from tpimpi.serving.pass_times import PassTimes
+
+LONGEST = 15
+
+
+@dataclass
+class Machine:
+    """A pass takes `one` seconds, and `more` for each row beyond the first; `streamed` more while a draft model is loaded
+    that `leaves`, which takes `each` seconds for a token of which a part `rate` is right. `loads` are the passes before
+    which it was loaded."""
+
+    one: float
+    more: float
+    streamed: float
+    each: float
+    rate: float
+    leaves: bool = True
+    loaded: bool = False
+    passes: int = 0
+    loads: list[int] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return self.each
+
+    def begin(self, context: int) -> None: ...
+
+    def close(self) -> None: ...
+
+    def propose(self, ids: Sequence[int], most: int) -> list[int]:
+        assert self.loaded or not self.leaves
+        return [7] * most
+
+    def load(self) -> None:
+        assert not self.loaded
+        self.loaded = True
+        self.loads.append(self.passes)
+
+    def unload(self) -> None:
+        assert self.loaded
+        self.loaded = False
+
+    def round(self, drafted: int) -> tuple[float, float, float]:
+        """With so many drafted tokens: seconds of the pass, those of the draft, and tokens."""
+        tokens = sum(self.rate**n for n in range(drafted + 1))
+        return self.one + self.more * drafted + self.streamed * self.loaded, self.each * drafted, tokens
+
+    def best(self) -> float:
+        """Tokens a second of the best that there is: without the model, or with it and always the same number of tokens."""
+        found = [1 / self.one]
+        for drafted in range(1, LONGEST + 1):
+            seconds = self.one + self.more * drafted + self.streamed * self.leaves + self.each * drafted
+            found.append(sum(self.rate**n for n in range(drafted + 1)) / seconds)
+        return max(found)
+
+    def run(self, choice: ModelDrafts, times: PassTimes, passes: int) -> tuple[float, list[int]]:
+        """Tokens a second of so many passes, and how many tokens were drafted for each."""
+        spent = made = 0.0
+        lengths = []
+        for _ in range(passes):
+            self.passes += 1
+            drafted = choice.length(self.rate, LONGEST)
+            assert 0 <= drafted <= LONGEST
+            if drafted:
+                choice.propose([1], drafted)
+            seconds, drafting, tokens = self.round(drafted)
+            times.add(1 + drafted, seconds)
+            spent, made = spent + seconds + drafting, made + tokens
+            lengths.append(drafted)
+        return made / spent, lengths
+
+
+MACHINES = st.builds(
+    Machine,
+    one=st.floats(0.5, 2),
+    more=st.sampled_from([0.0, 0.01, 0.2, 0.9]),
+    streamed=st.sampled_from([0.0, 0.1, 0.5, 2.0]),
+    each=st.sampled_from([0.001, 0.05, 0.2, 1.0]),
+    rate=st.sampled_from([0.0, 0.2, 0.6, 0.9]),
+    leaves=st.booleans(),
+)
+
+
+@examples(200)
+@given(machine=MACHINES)
+def test_a_run_is_about_as_fast_as_the_best_choice_would_make_it(machine: Machine) -> None:
+    times = PassTimes()
+    choice = ModelDrafts(machine, times)
+    speed, _ = machine.run(choice, times, 3000)
+    assert speed > 0.93 * machine.best(), (speed, machine.best())
+    # Once it has been tried, what is left are trials that are ever rarer.
+    later, _ = machine.run(choice, times, 1000)
+    assert later > 0.93 * machine.best(), (later, machine.best())
+    assert later > 0.94 / machine.one, "slower than without"
+    assert len(machine.loads) <= 8
+
+
+def test_what_it_takes_from_the_tiles_counts() -> None:
+    """A draft that would pay if its memory were nobody's, and does not as each pass reads more for it."""
+    machine = Machine(one=1.0, more=0.0, streamed=2.0, each=0.05, rate=0.5)
+    times = PassTimes()
+    choice = ModelDrafts(machine, times)
+    _, lengths = machine.run(choice, times, 60)
+    assert machine.loads == [4] and not machine.loaded
+    tried = [place for place, drafted in enumerate(lengths) if drafted]
+    assert tried and tried == list(range(tried[0], tried[0] + len(tried))) and len(tried) <= 7
+    # The same with memory for all: it pays.
+    beside = Machine(one=1.0, more=0.0, streamed=0.0, each=0.05, rate=0.5, leaves=False)
+    times = PassTimes()
+    _, lengths = beside.run(ModelDrafts(beside, times), times, 60)
+    assert sum(map(bool, lengths)) > 50 and not beside.loads
+
+
+def test_it_is_tried_again_and_stays_when_it_has_become_worth_it() -> None:
+    machine = Machine(one=1.0, more=0.0, streamed=0.1, each=2.0, rate=0.6)
+    times = PassTimes()
+    choice = ModelDrafts(machine, times)
+    machine.run(choice, times, 50)
+    assert len(machine.loads) == 1 and not machine.loaded
+    machine.each = 0.01
+    _, lengths = machine.run(choice, times, 2000)
+    assert len(machine.loads) == 2 and machine.loaded
+    assert max(lengths[-2:]) > 5  # tokens, of which 1.1 s a pass and 0.01 s each are worth
+    machine.rate = 0.0  # another text
+    machine.run(choice, times, 100)
+    assert not machine.loaded
+
+
+def test_a_slow_beginning_is_not_believed_for_ever() -> None:
+    """Passes of one row were slow when they were timed; drafts that follow no longer pay, which one now and then shows."""
+    machine = Machine(one=3.0, more=0.3, streamed=0.0, each=0.3, rate=0.6, leaves=False)
+    times = PassTimes()
+    choice = ModelDrafts(machine, times)
+    machine.run(choice, times, 6)
+    machine.one, machine.more = 1.0, 0.9
+    _, lengths = machine.run(choice, times, 300)
+    assert sum(map(bool, lengths[-100:])) <= 10, lengths
+
+
+def test_the_last_tokens_of_an_answer_are_no_trial() -> None:
+    machine = Machine(one=1.0, more=0.0, streamed=0.1, each=0.01, rate=0.6)
+    times = PassTimes()
+    choice = ModelDrafts(machine, times)
+    for _ in range(3):
+        times.add(1, 1.0)
+    assert choice.length(0.6, 0) == 0 and not machine.loads
+    assert choice.length(0.6, 1) == 1 and machine.loads
+    assert choice.length(0.6, 9, otherwise=99.0) <= 2, "a trial is for its own sake"
+    times.add(3, 1.1)
+    times.add(3, 1.1)
+    assert choice.length(0.6, 9) == 2
+    assert choice.length(0.6, 9) > 2
+    assert choice.length(0.6, 9, otherwise=99.0) == 0 and machine.loaded
+
+
+@pytest.mark.parametrize("most", [1, 15])
+def test_it_waits_for_passes_of_one_row(most: int) -> None:
+    machine = Machine(one=1.0, more=0.0, streamed=0.0, each=0.01, rate=0.6, leaves=False)
+    times = PassTimes()
+    choice = ModelDrafts(machine, times)
+    assert [choice.length(0.6, most) for _ in range(3)] == [0, 0, 0]
