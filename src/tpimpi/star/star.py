@@ -319,6 +319,12 @@ class Star:
         seal = None if self._channel is None else self._channel.seal
         return None if seal is None else seal.cipher
 
+    @property
+    def proved_hosts(self) -> tuple[str, ...]:
+        """The hosts whose keys the ranks have proved to have, in rank order; none where links are not sealed."""
+        seal = None if self._channel is None else self._channel.seal
+        return () if seal is None else seal.hosts
+
     def rank_name(self, rank: int) -> str:
         """How messages name a rank: "r2 home-pi", or "rank 2" where its host is not known."""
         return f"rank {rank}" if self._channel is None else self._channel.name(rank)
