@@ -226,7 +226,8 @@ def _replies(star: Star, gathered: Sequence[bytes], kind: type[N], problem: Tpim
 
 
 def check_host(star: Star, rank: int, values: Any) -> None:
-    """Hub: where links are sealed, a rank whose note names a host names the one that it has proved to be. Raises StarError."""
+    """Hub: where links are sealed, a rank whose note names a host must name the one that it has proved to be. Raises
+    StarError."""
     if not star.proved_hosts or not isinstance(values, dict):
         return
     proved = star.proved_hosts[rank]

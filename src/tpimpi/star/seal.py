@@ -54,8 +54,8 @@ class Seal:
     def __init__(
         self, cipher: str, secrets: Mapping[int, LinkSecrets], communicator: str = "main", hosts: Sequence[str] = ()
     ) -> None:
-        """`cipher` is AES or CHACHA; `secrets` by the other's rank; `communicator` names which of the run's it is; `hosts` are
-        those whose keys the ranks have proved to have, in rank order."""
+        """`cipher` is AES or CHACHA; `secrets` by the other's rank; `communicator` names which of the run's it is; `hosts`
+        are those whose keys the ranks have proved to have, in rank order."""
         self.cipher, self._secrets, self._communicator, self.hosts = cipher, dict(secrets), communicator, tuple(hosts)
         make = _CIPHERS[cipher]
         self._to = {peer: make(self._key(link.sent, link.hash)) for peer, link in secrets.items()}

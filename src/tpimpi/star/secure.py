@@ -176,8 +176,9 @@ def _open(channel: Channel) -> tuple[_Run, dict[int, Handshake]]:
 
 
 def _hear_all(channel: Channel, hosts: tuple[str, ...] | list[str]) -> dict[int, _Said]:
-    """Rank 0: what every other rank says next. Raises what one says went wrong there, which nobody has proved yet. `hosts` are
-    those that they have said before."""
+    """Rank 0: what every other rank says next. Raises what one says went wrong there, which nobody has proved yet.
+
+    `hosts` are those that they have said before."""
     deadline = time.monotonic() + ANSWER_TIMEOUT_S
     heard = {rank: _hear(channel, rank, _Said, deadline) for rank in range(1, channel.size)}
     for rank, said in heard.items():
