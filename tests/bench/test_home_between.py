@@ -1,4 +1,4 @@
-"""A program between the devices of an emulated home: what it reads and writes of Open MPI's frames, and each kind of harm
+"""A program between the devices of an emulated home: what it reads and writes of MPI's frames, and each kind of harm
 once, by real MPI. bench/home/faults/between.py tries each many times, and says what is well."""
 
 from __future__ import annotations
@@ -86,11 +86,9 @@ def _begun() -> Splitter:
 
 @pytest.fixture(scope="module")
 def middle(mpirun: Launcher) -> Iterator[Middle]:
-    if mpirun.mpi != "openmpi":
-        pytest.skip("the program knows Open MPI's frames")
     if LACKING or shutil.which("nft") is None:
         pytest.skip(LACKING or "no nft")
-    with Home(between.RANKS, Link(latency_s=0.0005)) as home, Middle(home) as made:
+    with Home(between.RANKS, Link(latency_s=0.0005)) as home, Middle(home, mpirun.mpi) as made:
         yield made
 
 
@@ -98,7 +96,7 @@ def middle(mpirun: Launcher) -> Iterator[Middle]:
 def answers(middle: Middle) -> dict[str, str]:
     """Through the program, which does nothing."""
     middle.harm = harm.Harm()
-    return between.undisturbed(middle.home, "on")
+    return between.undisturbed(middle.home, "on", middle.mpi)
 
 
 @pytest.mark.parametrize("kind", [*harm.KINDS, between.KEY])
@@ -115,7 +113,7 @@ def test_without_seals_damage_is_found_and_forgery_is_believed(middle: Middle, a
     outcome = between.try_once("flip", middle, "off", answers, random.Random("plain"))
     assert not outcome.wrong, outcome
     middle.harm = forge = harm.Forge((1, 0), random.Random(0))
-    screen = between.start(middle.home, between.PROMPT, "off", "star")
+    screen = between.start(middle.home, between.PROMPT, "off", "star", middle.mpi)
     between.reach("answer", screen, forge, random.Random(0))
     forge.due = True
     assert screen.ended(between.START_TIMEOUT_S)

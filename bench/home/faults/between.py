@@ -1,6 +1,6 @@
 """A program between the devices of the emulated home does harm to messages, and runs have to notice; Linux, as root.
 
-    python -m bench.home.faults.between [--rounds 50] [--mpi openmpi] [--kinds flip,drop] [--seal on] [--seed 0] [--json FILE]
+    python -m bench.home.faults.between [--rounds 50] [--mpi openmpi] [--kinds flip,drop] [--seal on] [--json FILE]
 
 Every round is a run of three ranks on three devices, with all their TCP connections ended by a program between them
 (middle.py). At a moment that chance picks (the start, the prompt, the answer) it does one thing to one message (harm.py) of

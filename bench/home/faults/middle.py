@@ -40,8 +40,9 @@ table ip middle {{
 
 
 class Middle:
-    """Between all devices of `home` while it is entered; does `harm` to what passes of that MPI's messages. Raises InputError,
-    HomeError."""
+    """Between all devices of `home` while it is entered; does `harm` to what passes of that MPI's messages.
+
+    Raises InputError, HomeError."""
 
     def __init__(self, home: Home, mpi: str = "openmpi") -> None:
         self.home, self.mpi = home, mpi

@@ -1,8 +1,9 @@
 """MPICH's frames over TCP, as far as a program between two devices has to know them: those of UCX, over which it talks.
 
-As UCX 1.19 has them, on little-endian hosts of one kind (checked with MPICH 5.0.2). Who connects (UCT tcp) begins with MAGIC, 8
-bytes; then both sides send frames alone, each with a header of 5 bytes: what it is u8, and u32, the number of bytes that follow.
-(Of PUT there follow an address and a length, u64, a number u32, and then so many bytes more.) A message (UCP, tag matching):
+As UCX has them, on little-endian hosts of one kind (checked with MPICH 5.0.2). Who connects (UCT tcp) begins with MAGIC, 8
+bytes; then both sides send frames alone, each with a header of 5 bytes: what it is u8, and u32, the number of bytes that
+follow. (Of PUT there follow an address and a length, u64, a number u32, and then so many bytes more.) A message (UCP, tag
+matching):
 
     EAGER_ONLY      the tag u64, and the whole message
     EAGER_FIRST     the tag u64, length u64, number u64, and the beginning of a larger message
@@ -60,8 +61,8 @@ def parse(data: bytearray) -> UcxFrame:
 
 
 class UcxSplitter:
-    """Cuts what comes over one direction of a connection into frames; see frames.Splitter. What connects has MAGIC first, the
-    other direction follows it."""
+    """Cuts what comes over one direction of a connection into frames; see frames.Splitter. What connects has MAGIC first,
+    the other direction is of the same kind."""
 
     def __init__(self, connecting: UcxSplitter | None = None) -> None:
         """`connecting` is the splitter of the direction that connects, where this is the other."""
