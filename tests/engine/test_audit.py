@@ -130,11 +130,12 @@ def test_faults_in_a_mesh_are_found(on_ranks: Ranks, folder: Path, tmp_path: Pat
         | {"chunks": [1] * 9},
     ]  # fmt: skip
     found = run(on_ranks, jobs, tmp_path)
+    part = r"audit: what r{}(?: \S+)? sent as its part of the sum of layer \d.* added wrongly, or r{}(?: \S+)? sent it"
     by = {
         "rows": r"audit: what r2(?: \S+)? sent into the sum of layer \d",
-        "token": r"audit: what r[12](?: \S+)? sent as its part of the sum of layer \d.* added wrongly, or r[12](?: \S+)? sent it",
-        "adds": r"audit: what r2(?: \S+)? sent as its part of the sum of layer \d.* added wrongly, or r1(?: \S+)? sent it",
-        "others": r"audit: what r1(?: \S+)? sent as its part of the sum of layer \d.* added wrongly, or r2(?: \S+)? sent it",
+        "token": part.format("[12]", "[12]"),
+        "adds": part.format(2, 1),
+        "others": part.format(1, 2),
     }
     for job in jobs:
         said = found[job["name"]]["said"]
