@@ -13,6 +13,7 @@ import shutil
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from types import TracebackType
 
 from bench.home.faults import frames, ucx_frames
@@ -28,7 +29,10 @@ SO_MARK = 36  # of <asm-generic/socket.h>: what we send is not led to us again
 SO_ORIGINAL_DST = 80  # of <linux/netfilter_ipv4.h>
 MARK = 0x7470
 RECEIVE_BYTES = 1 << 18
-SPLITTERS = {"openmpi": frames.splitters, "mpich": ucx_frames.splitters}
+SPLITTERS: dict[str, Callable[[], tuple[Splitter | UcxSplitter, Splitter | UcxSplitter]]] = {
+    "openmpi": frames.splitters,
+    "mpich": ucx_frames.splitters,
+}
 _RULES = """
 table ip middle {{
     chain output {{
