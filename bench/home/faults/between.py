@@ -169,6 +169,9 @@ def _judge(outcome: Outcome, screen: Screen, done_at: float, whole: str, home: H
         ):
             outcome.named_s, outcome.line = moment - done_at, said[0]
             break
+    hosts = "|".join(re.escape(NAMES[rank]) for rank in outcome.flow)
+    if outcome.named_s is None and (banner := re.search(rf".*RUNNING AT (?:{hosts})\b", screen.text)):
+        outcome.named_s, outcome.line = outcome.end_s, banner[0]  # MPICH's launcher, on standard output
     outcome.left = left_after_all(home, RANKS)
     outcome.wrong = outcome.wrong or _wrong(outcome, screen, whole)
     if outcome.wrong:

@@ -83,7 +83,7 @@ class UcxSplitter:
             if not self.plain:
                 yield self._take(len(MAGIC))
         if self.plain:
-            yield self._take(len(self._held))
+            yield UcxFrame(self._take(len(self._held)).data)
             return
         while (size := self._frame_bytes()) is not None and len(self._held) >= size:
             yield parse(self._take(size).data)
