@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -177,6 +179,39 @@ def test_a_model_without_a_tokenizer(tpimpi, model: Path, tmp_path: Path) -> Non
     cache = tmp_path / "cache"
     assert_one_line(tpimpi(*PROMPT, "--model", str(model), env={"TPIMPI_CACHE": str(cache)}), "tokenizer.json")
     assert not list(cache.rglob("*.h5"))
+
+
+# Of an e 16 to the power of 16 are made, for which there is no memory: that ends a process of Rust. And a panic, in which it
+# takes away more of a token than there is of it.
+MANY = [{"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 16}] * 16
+
+
+@pytest.mark.parametrize(
+    ("change", "happened"),
+    [
+        (lambda values: values.update(normalizer={"type": "Sequence", "normalizers": MANY}), "was ended by SIGABRT"),
+        (lambda values: values["model"].update(continuing_subword_prefix="e" * 99), "failed (range "),
+    ],
+)
+def test_a_tokenizer_that_ends_a_process_is_one_line(
+    tpimpi, model: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None], happened: str
+) -> None:
+    path, cache = model / "tokenizer.json", tmp_path / "cache"
+    env = {"TPIMPI_CACHE": str(cache)}
+    assert tpimpi(*PROMPT, "--model", str(model), "--max-tokens", "1", "--raw", env=env).code == 0
+    tried = list((cache / "tokenizers").iterdir())
+    assert len(tried) == 1
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+    said = rf"tokenizer\.json of \S*{model.name} cannot be used: a process that loaded it {re.escape(happened)}.*; download"
+    for _ in range(2):  # it is not remembered as one that can be used
+        assert_one_line(tpimpi(*PROMPT, "--model", str(model), env=env), said)
+    assert list((cache / "tokenizers").iterdir()) == tried
+    assert_one_line(tpimpi("slice", "--model", str(model), "--ranks", "2", "--out", str(tmp_path / "out")), said)
+    assert not list(tmp_path.rglob("out/*.h5"))
+    inspected = tpimpi("inspect", str(model))
+    assert inspected.code == 0 and "no: tokenizer.json" in " ".join(inspected.out.split()), inspected.out
 
 
 def test_no_model_at_all(cache: dict[str, str], tmp_path: Path) -> None:

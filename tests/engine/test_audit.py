@@ -71,6 +71,10 @@ def test_honest_ranks_pass_and_answers_are_the_same(on_ranks: Ranks, folder: Pat
         {"kind": "olmo2", "kernels": other, "fmt": "bf16"},
         {"kind": "llama-bias", "wire": "q8_0"},
         {"kind": "olmo2", "wire": "bf16", "allreduce": "exchange"},
+        {"kind": "llama-bias", "allreduce": "mesh"},
+        {"kind": "llama-bias", "wire": "q8_0", "allreduce": "mesh"},
+        {"kind": "olmo2", "wire": "bf16", "allreduce": "mesh"},
+        {"kind": "mistral-window", "batch": True, "allreduce": "mesh"},
         {"kind": "qwen3-moe", "pins": 0.0},
         {"kind": "gemma3", "pins": 0.5},
         {"kind": "llama-bias", "batch": True},
@@ -113,15 +117,41 @@ def test_faults_are_found_and_named(on_ranks: Ranks, folder: Path, tmp_path: Pat
     assert "computes from the slices on rank 0's disk" in found["slices"]["said"]
 
 
-def test_sums_that_rank_0_does_not_see_are_not_audited(on_ranks: Ranks, folder: Path, tmp_path: Path) -> None:
+def test_faults_in_a_mesh_are_found(on_ranks: Ranks, folder: Path, tmp_path: Path) -> None:
+    """Of three ranks the last one is at fault. Rank 0 adds the first of 27 rows, and nothing of a single one."""
+    llama = sliced(folder, "llama-bias") | {"rate": 1.0, "allreduce": "mesh", "times": 40}
+    jobs = [
+        llama | {"name": "rows", "fault": "hub", "chunks": [27]},
+        llama | {"name": "token", "fault": "sums", "chunks": [1] * 9},
+        llama | {"name": "adds", "fault": "adds", "chunks": [1] * 9},
+        llama | {"name": "others", "fault": "others", "chunks": [1] * 9},
+        llama | {"name": "wire", "fault": "others", "chunks": [1] * 9, "wire": "q8_0"},
+        sliced(folder, "olmo2") | {"rate": 1.0, "allreduce": "mesh", "times": 40, "name": "squares", "fault": "adds"}
+        | {"chunks": [1] * 9},
+    ]  # fmt: skip
+    found = run(on_ranks, jobs, tmp_path)
+    part = r"audit: what r{}(?: \S+)? sent as its part of the sum of layer \d.* added wrongly, or r{}(?: \S+)? sent it"
+    by = {
+        "rows": r"audit: what r2(?: \S+)? sent into the sum of layer \d",
+        "token": part.format("[12]", "[12]"),
+        "adds": part.format(2, 1),
+        "others": part.format(1, 2),
+    }
+    for job in jobs:
+        said = found[job["name"]]["said"]
+        assert said is not None, f"not found: {job['name']}, {found[job['name']]['figures']}"
+        assert re.search(by.get(job["name"]) or by[job["fault"]], said), (job["name"], said)
+
+
+def test_sums_that_are_not_added_in_rank_order_are_not_audited(on_ranks: Ranks, folder: Path, tmp_path: Path) -> None:
     llama = sliced(folder, "llama-bias") | {"rate": 1.0}
     hidden = 64
     jobs = [
-        llama | {"name": "mesh", "allreduce": "mesh", "chunks": CHUNKS},
-        llama | {"name": "rule", "allreduce": f"star:{hidden},mesh", "chunks": CHUNKS},
+        llama | {"name": "ring", "allreduce": "ring", "chunks": CHUNKS},
+        llama | {"name": "rule", "allreduce": f"star:{hidden},tree", "chunks": CHUNKS},
     ]
     found = run(on_ranks, jobs, tmp_path)
-    assert found["mesh"]["figures"]["audits"] == 0 and found["mesh"]["figures"]["steps"] == len(CHUNKS)
+    assert found["ring"]["figures"]["audits"] == 0 and found["ring"]["figures"]["steps"] == len(CHUNKS)
     assert found["rule"]["figures"]["audits"] == CHUNKS.count(1)
 
 
@@ -153,7 +183,7 @@ def test_options_that_cannot_be_audited_are_refused(tpimpi, on_ranks: Ranks, tin
     alone = tpimpi(*arguments, "--audit", "0.5")
     assert alone.code == 2 and "there is no other rank" in alone.err, alone.err
     for options, said in (
-        (["--allreduce", "mesh"], "does not get every rank's partial"),
+        (["--allreduce", "ring"], "partials are not added in rank order"),
         (["--backend", "numpy"], "--backend is numpy"),
     ):
         refused = on_ranks(2, "-m", "tpimpi", *arguments, *options, "--audit", "0.5", env=cache)
@@ -313,6 +343,22 @@ def test_a_watch_keeps_its_row_alone() -> None:
     watch.note(x, 2)
     seen = watch.partials_of(x, 2)
     assert watch.x is not None and watch.x.tolist() == [[3, 4, 5]] and seen is not None
+    assert watch.parts() == [slice(0, 3)], "rank 0 adds all"
     seen.see(1, slice(0, 4), np.array([1, 2, 3, 4], np.float32))
     seen.see(1, slice(4, 12), np.arange(5, 13, dtype=np.float32))
     assert seen.partials[1].tolist() == [4, 5, 6]
+    assert watch.own is not None and watch.own.tolist() == [[3, 4, 5]]
+    x[1] = 7  # what is sent becomes the sum
+    assert watch.total is not None and watch.total.tolist() == [[7, 7, 7]] and watch.own.tolist() == [[3, 4, 5]]
+
+
+def test_a_watch_knows_who_adds_what_of_its_row() -> None:
+    x = np.zeros((3, 8), np.float32)
+    for bounds, parts in (
+        ([0, 10, 14, 24], [slice(0, 2), slice(2, 6), slice(6, 8)]),
+        ([0, 0, 16, 24], [slice(0, 0), slice(0, 8), slice(8, 8)]),
+        ([0, 24, 24, 24], [slice(0, 8), slice(8, 8), slice(8, 8)]),
+    ):
+        watch = Watch(AuditedSum(0, 0), 1, None, bounds)
+        watch.partials_of(x, 0)
+        assert watch.parts() == parts

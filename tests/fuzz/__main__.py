@@ -39,7 +39,6 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0, help="for all targets together")
     parser.add_argument("--engine", choices=("auto", "coverage", "structure"), default="auto")
     parser.add_argument("--target", action="append", help="only these; may be given again")
-    parser.add_argument("--without", action="append", default=[], help="all but these; may be given again")
     parser.add_argument("--one", metavar="NAME", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
     parser.add_argument("--try", dest="tried", nargs=2, metavar=("NAME", "FILE"), help="run one input")
@@ -54,7 +53,7 @@ def main() -> int:
         return _one(options.one, engine, options.seconds)
     from tests.fuzz.targets import TARGETS
 
-    names = [name for name in options.target or list(TARGETS) if name not in options.without]
+    names = options.target or list(TARGETS)
     if unknown := set(names) - TARGETS.keys():
         parser.error(f"no target {', '.join(sorted(unknown))}; there are {', '.join(TARGETS)}")
     return _all(names, engine, options.minutes)

@@ -3,17 +3,21 @@ chat templates."""
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 
 from tests.fuzz import seeds
 from tests.fuzz.mutate import files_in, joined, mutate_bytes, mutate_files, mutate_json
 from tests.fuzz.target import Target
 from tests.support.tokenizer_cases import CHATML
+from tpimpi.errors import ModelError
 from tpimpi.serving.text.added_tokens import AddedToken
 from tpimpi.serving.text.chat_template import ChatTemplate
 from tpimpi.serving.text.control_tokens import ControlTokens
 from tpimpi.serving.text.load import load_tokenizer
 from tpimpi.serving.text.token_ids import TokenIds
+from tpimpi.serving.tokenizer_trial import TokenizerTrial
 
 _VOCAB = 600
 _TEXT = "Hello, <|im_end|> 123\n\tworld\u00e9 \u4f60 \U0001f642 " * 3
@@ -43,9 +47,20 @@ def _use(assets: dict[str, bytes]) -> None:
         assert all(0 <= token < _VOCAB for token in tokenizer.encode_messages(_MESSAGES))
 
 
+@functools.cache
+def _trial() -> TokenizerTrial:
+    trial = TokenizerTrial()
+    atexit.register(trial.close)
+    return trial
+
+
 def _tokenizer_json(data: bytes) -> None:
+    """As a run does: what ends a process ends the one in which it is tried."""
     files = files_in(data, len(_FILES))
-    _use({name: content for name, content in zip(_FILES, files, strict=True) if content})
+    assets = {name: content for name, content in zip(_FILES, files, strict=True) if content}
+    if problem := _trial().problem(assets, _VOCAB):
+        raise ModelError(problem)
+    _use(assets)
 
 
 def _tokenizer_json_seeds() -> list[bytes]:

@@ -166,6 +166,18 @@ def test_all_that_ranks_say_to_one_another_goes_over_sealed_links(said) -> None:
     ] * RANKS
 
 
+def test_ranks_have_the_names_that_they_have_proved(said) -> None:
+    """Not the machine's, and not another that a rank's owner would like."""
+    for rank, of_rank in enumerate(said):
+        own, *others = of_rank["names"][: 1 + RANKS]
+        assert own == f"r{rank} host-{rank}"
+        assert others == [f"r{other} host-{other}" for other in range(RANKS)]
+    for line in said[0]["names"][1 + RANKS :]:
+        assert line.startswith(
+            "StarError: r1 host-1 says that it is host-2, and has proved with its key that it is host-1"
+        )
+
+
 def test_lengths_do_not_tell_how_long_a_prompt_is(said) -> None:
     """Of 5 and of 32 rows of 8 numbers they are those of 32, of 33 those of 64; of a step of 5 rows they are exact."""
     for of_rank in said:

@@ -1,6 +1,6 @@
 """A program between the devices of the emulated home does harm to messages, and runs have to notice; Linux, as root.
 
-    python -m bench.home.faults.between [--rounds 50] [--kinds flip,drop] [--seal on] [--seed 0] [--json FILE]
+    python -m bench.home.faults.between [--rounds 50] [--mpi openmpi] [--kinds flip,drop] [--seal on] [--json FILE]
 
 Every round is a run of three ranks on three devices, with all their TCP connections ended by a program between them
 (middle.py). At a moment that chance picks (the start, the prompt, the answer) it does one thing to one message (harm.py) of
@@ -8,7 +8,8 @@ a pair of ranks. `key`: instead, a device's file of link keys has the name of a 
 of the pair is named within 10 s, the exit code is not 0, what was printed is the beginning of the undisturbed answer, and no
 process is left. `headers`, damage to MPI's own headers, is well if the run ends within 150 s, with the undisturbed answer or
 the beginning of it. With --seal off, `forge` is believed: a checksum finds damage, not forgery. With --json, rounds that
-stand in the file are not done again: so they can be done in parts. Open MPI only.
+stand in the file are not done again: so they can be done in parts. MPICH's UCX is told to send messages whole
+(ucx_frames.py), as Open MPI is by tpimpi.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from bench.home.faults.harm import KINDS, Harm
 from bench.home.faults.middle import Middle
 from bench.home.faults.rounds import answer_of, end_what_is_left, left_after_all
 from bench.home.faults.screen import START_TIMEOUT_S, Screen
+from bench.home.faults.ucx_frames import VARIABLES
 from tpimpi.system.link_keys import make_keys, read_keys, write_keys
 
 RANKS = 3
@@ -64,13 +66,14 @@ class Outcome:
     lines: int = 0  # of ours
     left: list[str] = field(default_factory=list)
     wrong: str = ""
+    mpi: str = "openmpi"
 
 
-def undisturbed(home: Home, seal: str) -> dict[str, str]:
+def undisturbed(home: Home, seal: str, mpi: str = "openmpi") -> dict[str, str]:
     """The answers without harm, by prompt."""
     answers = {}
     for prompt in TOKENS:
-        screen = start(home, prompt, seal, "star")
+        screen = start(home, prompt, seal, "star", mpi)
         if not screen.ended(START_TIMEOUT_S) or screen.process.returncode:
             raise SystemExit(f"the undisturbed run did not end well: {[line for _, line in screen.lines[-5:]]}")
         screen.join()
@@ -93,11 +96,11 @@ def _try(kind: str, middle: Middle, seal: str, answers: dict[str, str], chance: 
     allreduce = "star" if moment == "start" else chance.choice(SAME_BITS)
     sender, receiver = chance.sample(range(RANKS), 2) if allreduce != "star" else (0, chance.randrange(1, RANKS))
     flow = (sender, receiver) if chance.random() < 0.5 else (receiver, sender)
-    outcome = Outcome(kind, seal, moment, allreduce, flow)
+    outcome = Outcome(kind, seal, moment, allreduce, flow, mpi=middle.mpi)
     harm = middle.harm = chance.choice(KINDS[kind])(flow, chance)
     harm.due = moment == "start"
     prompt = MOMENTS[moment]
-    screen = start(middle.home, prompt, seal, allreduce)
+    screen = start(middle.home, prompt, seal, allreduce, middle.mpi)
     process = screen.process
     try:
         reach(moment, screen, harm, chance)
@@ -122,7 +125,7 @@ def _try(kind: str, middle: Middle, seal: str, answers: dict[str, str], chance: 
     return outcome
 
 
-def start(home: Home, prompt: str, seal: str, allreduce: str) -> Screen:
+def start(home: Home, prompt: str, seal: str, allreduce: str, mpi: str = "openmpi") -> Screen:
     """Begin a run with that prompt, one of TOKENS."""
     path = home.folder / "prompt.txt"
     path.write_text(prompt)
@@ -131,7 +134,9 @@ def start(home: Home, prompt: str, seal: str, allreduce: str) -> Screen:
         *("--ignore-eos", "--speculate", "off", "--format", "f32", "--allreduce", allreduce, "--seal", seal),
     ]
     null, pipe = subprocess.DEVNULL, subprocess.PIPE
-    return Screen(home.mpirun(command, stdin=null, stdout=pipe, stderr=pipe, text=True, errors="replace"))
+    env = VARIABLES if mpi == "mpich" else {}
+    process = home.mpirun(command, mpi=mpi, env=env, stdin=null, stdout=pipe, stderr=pipe, text=True, errors="replace")
+    return Screen(process)
 
 
 def reach(moment: str, screen: Screen, harm: Harm, chance: random.Random) -> None:
@@ -164,6 +169,9 @@ def _judge(outcome: Outcome, screen: Screen, done_at: float, whole: str, home: H
         ):
             outcome.named_s, outcome.line = moment - done_at, said[0]
             break
+    hosts = "|".join(re.escape(NAMES[rank]) for rank in outcome.flow)
+    if outcome.named_s is None and (banner := re.search(rf".*RUNNING AT (?:{hosts})\b", screen.text)):
+        outcome.named_s, outcome.line = outcome.end_s, banner[0]  # MPICH's launcher, on standard output
     outcome.left = left_after_all(home, RANKS)
     outcome.wrong = outcome.wrong or _wrong(outcome, screen, whole)
     if outcome.wrong:
@@ -201,10 +209,10 @@ def _try_key(middle: Middle, seal: str, answers: dict[str, str], chance: random.
     else:
         name = chance.choice(others)
         false, done = msgspec.structs.replace(keys, host=name), f"{keys.host} says that it is {name}"
-    outcome = Outcome(KEY, seal, "start", "star", (rank, rank), done)
+    outcome = Outcome(KEY, seal, "start", "star", (rank, rank), done, mpi=middle.mpi)
     write_keys(false, path)
     begun = time.monotonic()
-    screen = start(home, PROMPT, seal, "star")
+    screen = start(home, PROMPT, seal, "star", middle.mpi)
     try:
         _judge(outcome, screen, begun, answers[PROMPT], home)
     finally:
@@ -219,6 +227,7 @@ def main() -> None:
     kinds = (*KINDS, KEY)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="of each kind, with those that stand in the file")
+    parser.add_argument("--mpi", choices=("openmpi", "mpich"), default="openmpi")
     parser.add_argument("--kinds", default=",".join(kinds))
     parser.add_argument("--seal", choices=("on", "off"), default="on")
     parser.add_argument("--seed", type=int, default=0)
@@ -228,10 +237,10 @@ def main() -> None:
     if options.json is not None and options.json.exists():
         outcomes = [Outcome(**one) for one in json.loads(options.json.read_text())]
     with Home(RANKS, Link(latency_s=0.0005)) as home:
-        answers = undisturbed(home, options.seal)
-        with Middle(home) as middle:
+        answers = undisturbed(home, options.seal, options.mpi)
+        with Middle(home, options.mpi) as middle:
             for kind in options.kinds.split(","):
-                done = sum((one.kind, one.seal) == (kind, options.seal) for one in outcomes)
+                done = sum((one.kind, one.seal, one.mpi) == (kind, options.seal, options.mpi) for one in outcomes)
                 for number in range(done, options.rounds):
                     chance = random.Random(f"{options.seed} {kind} {number}")
                     outcome = try_once(kind, middle, options.seal, answers, chance)
@@ -239,7 +248,7 @@ def main() -> None:
                     if options.json is not None:
                         options.json.write_text(json.dumps([asdict(one) for one in outcomes], indent=1))
                     _print(number, outcome)
-    mine = [one for one in outcomes if one.seal == options.seal]
+    mine = [one for one in outcomes if (one.seal, one.mpi) == (options.seal, options.mpi)]
     _print_table(options.seal, mine)
     sys.exit(any(one.wrong for one in mine))
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 MAGIC = b"OPAL-TCP-BTL"
 HANDSHAKE_BYTES = 24
@@ -37,6 +38,8 @@ FIRST_OF_OURS = 3  # before it are COMM_WORLD, COMM_SELF and COMM_NULL
 @dataclass
 class Frame:
     """One frame. Of a message's first part also whose it is; `at` is where the message's own bytes begin in `data`."""
+
+    header_bytes: ClassVar[int] = FRAME_HEADER.size
 
     data: bytearray
     at: int = 0
@@ -128,3 +131,8 @@ class Splitter:
         taken = self._held[:nbytes]
         del self._held[:nbytes]
         return Frame(taken, len(taken))
+
+
+def splitters() -> tuple[Splitter, Splitter]:
+    """Of a connection: of the direction that connects, and of the other."""
+    return Splitter(), Splitter()

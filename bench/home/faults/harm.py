@@ -10,10 +10,11 @@ import struct
 import threading
 import time
 from collections import deque
+from dataclasses import replace
 
 import xxhash
 
-from bench.home.faults.frames import FRAME_HEADER, Frame
+from bench.home.faults.frames import Frame
 
 Flow = tuple[int, int]  # the ranks of whom sends and who receives
 REMEMBERED = 256  # messages that have passed
@@ -53,7 +54,7 @@ class Harm:
         with self._lock:
             if frame.ours:
                 self.largest = max(self.largest, len(frame.payload))
-                self.passed.append((flow, Frame(bytearray(frame.data), frame.at, frame.match_at, *_kind(frame), True)))
+                self.passed.append((flow, replace(frame, data=bytearray(frame.data))))
             return self._meet(flow, frame)
 
     def late(self, flow: Flow) -> list[Frame]:
@@ -120,7 +121,7 @@ class Forge(Harm):
 
 
 class Drop(Harm):
-    """A message is left out, and MPI's counts of the later ones are lessened by it."""
+    """A message is left out, and MPI's counts of the later ones, where it has some, are lessened by it."""
 
     _of: int | None = None
 
@@ -233,7 +234,7 @@ class Headers(Harm):
     """One to eight bytes of MPI's own headers are others."""
 
     def suits(self, frame: Frame) -> bool:
-        return frame.at > FRAME_HEADER.size  # whatever MPI sends
+        return frame.at > frame.header_bytes  # whatever MPI sends
 
     def act(self, frame: Frame) -> list[Frame]:
         before = bytes(frame.data[: frame.at])

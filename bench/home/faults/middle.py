@@ -13,10 +13,13 @@ import shutil
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from types import TracebackType
 
+from bench.home.faults import frames, ucx_frames
 from bench.home.faults.frames import Frame, Splitter
 from bench.home.faults.harm import CutError, Flow, Harm
+from bench.home.faults.ucx_frames import UcxSplitter
 from bench.home.home import Home
 from bench.home.scripts import NETWORK
 from bench.home.sweep import HomeError
@@ -26,6 +29,10 @@ SO_MARK = 36  # of <asm-generic/socket.h>: what we send is not led to us again
 SO_ORIGINAL_DST = 80  # of <linux/netfilter_ipv4.h>
 MARK = 0x7470
 RECEIVE_BYTES = 1 << 18
+SPLITTERS: dict[str, Callable[[], tuple[Splitter | UcxSplitter, Splitter | UcxSplitter]]] = {
+    "openmpi": frames.splitters,
+    "mpich": ucx_frames.splitters,
+}
 _RULES = """
 table ip middle {{
     chain output {{
@@ -37,10 +44,12 @@ table ip middle {{
 
 
 class Middle:
-    """Between all devices of `home` while it is entered; does `harm` to what passes. Raises InputError, HomeError."""
+    """Between all devices of `home` while it is entered; does `harm` to what passes of that MPI's messages.
 
-    def __init__(self, home: Home) -> None:
-        self.home = home
+    Raises InputError, HomeError."""
+
+    def __init__(self, home: Home, mpi: str = "openmpi") -> None:
+        self.home, self.mpi = home, mpi
         self.harm = Harm()
         self._stack = contextlib.ExitStack()
         self._ended = False
@@ -92,9 +101,10 @@ class Middle:
             far.connect((self.home.addresses[to], port))
             for end in (near, far):
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            back = threading.Thread(target=self._pass_on, args=((to, rank), far, near), daemon=True)
+            there_splitter, back_splitter = SPLITTERS[self.mpi]()
+            back = threading.Thread(target=self._pass_on, args=((to, rank), far, near, back_splitter), daemon=True)
             back.start()
-            self._pass_on((rank, to), near, far)
+            self._pass_on((rank, to), near, far, there_splitter)
             back.join()
         except OSError:  # nobody listens there
             pass
@@ -102,9 +112,10 @@ class Middle:
             near.close()
             far.close()
 
-    def _pass_on(self, flow: Flow, source: socket.socket, sink: socket.socket) -> None:
+    def _pass_on(
+        self, flow: Flow, source: socket.socket, sink: socket.socket, splitter: Splitter | UcxSplitter
+    ) -> None:
         """What device flow[0] sends to device flow[1], until it ends."""
-        splitter = Splitter()
         try:
             while True:
                 harm = self.harm
@@ -125,7 +136,7 @@ class Middle:
             _shut(source, sink)
 
 
-def _meet(harm: Harm, flow: Flow, splitter: Splitter, data: bytes) -> list[Frame]:
+def _meet(harm: Harm, flow: Flow, splitter: Splitter | UcxSplitter, data: bytes) -> list[Frame]:
     passed = []
     for frame in splitter.feed(data):
         try:

@@ -10,7 +10,7 @@ from tpimpi.compute.backends import load_quantizer
 from tpimpi.engine.engine import OpenedEngine
 from tpimpi.engine.ranks import RankInfo
 from tpimpi.errors import InputError
-from tpimpi.star import SHOWN_TO_HUB
+from tpimpi.star import IN_RANK_ORDER
 from tpimpi.system.launcher import all_on_this_host
 from tpimpi.weights.copies import open_copies
 from tpimpi.weights.locations import model_path
@@ -39,10 +39,10 @@ def _problem(options: RunOptions, ranks: Sequence[RankInfo]) -> str | None:
     allreduce = options.network.allreduce
     if len(ranks) == 1:
         return "there is no other rank whose sums could be audited; start several ranks"
-    if allreduce not in ("auto", *SHOWN_TO_HUB):
+    if allreduce not in ("auto", *IN_RANK_ORDER):
         return (
-            f"with --allreduce {allreduce} rank 0 does not get every rank's partial; give --allreduce "
-            f"{' or '.join(SHOWN_TO_HUB)}"
+            f"with --allreduce {allreduce} partials are not added in rank order, so rank 0 cannot tell what their sum "
+            f"should be; give --allreduce {' or '.join(IN_RANK_ORDER)}"
         )
     without = [f"r{index} {rank.host}" for index, rank in enumerate(ranks) if not rank.native]
     if options.compute.backend not in ("auto", "native") or without:

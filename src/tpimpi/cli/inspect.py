@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tpimpi.cli.parser import Parser
@@ -47,12 +48,16 @@ def parse_inspect(arguments: Sequence[str]) -> InspectOptions:
 def inspect_alone(job: Job) -> int:
     """The whole command."""
     options = parse_inspect(job.arguments[1:])
-    inspect(options.path, verify=options.verify, json=options.json, check_tokenizer=_check_tokenizer)
+    inspect(
+        options.path, verify=options.verify, json=options.json, check_tokenizer=partial(_check_tokenizer, options.path)
+    )
     return 0
 
 
-def _check_tokenizer(assets: dict[str, bytes], vocab: int) -> None:
-    """Raise ModelError where a run could make no tokenizer of these files."""
+def _check_tokenizer(path: Path, assets: dict[str, bytes], vocab: int) -> None:
+    """Raise ModelError where a run could make no tokenizer of these files, which are of the model at `path`."""
     from tpimpi.serving.text.load import load_tokenizer  # which only a model needs
+    from tpimpi.serving.tokenizer_trial import try_tokenizer
 
+    try_tokenizer(assets, vocab, path)
     load_tokenizer(assets, vocab)

@@ -13,6 +13,7 @@ from tpimpi.compute.backends import load_quantizer
 from tpimpi.errors import SliceError
 from tpimpi.models.weight_formats import ModelFormats
 from tpimpi.serving.text.load import load_tokenizer
+from tpimpi.serving.tokenizer_trial import try_tokenizer
 from tpimpi.star import Star
 from tpimpi.system.terminal import progress_bar
 from tpimpi.weights.distribute import SliceOutcome, distribute_slices
@@ -53,7 +54,9 @@ def say_left_out(source: Source, *, quiet: bool) -> None:
 
 def check_before_slicing(source: Source, partition: Partition, formats: ModelFormats, *, quiet: bool) -> None:
     """What is wrong with the tokenizer is said before the work, and what is quantized a second time."""
-    load_tokenizer(source.tokenizer_assets(), source.config.vocab)
+    assets, vocab = source.tokenizer_assets(), source.config.vocab
+    try_tokenizer(assets, vocab, source.path)
+    load_tokenizer(assets, vocab)
     if not quiet and (again := requantized(source, partition, formats)):
         print(again, file=sys.stderr, flush=True)
 

@@ -6,13 +6,17 @@ of one rank, drawn when the answers are there, must give about what rank 0 compu
 of other kernel levels add in other orders, and round to int8 or bf16 in between, so by TOLERANCE. What is a little beyond
 that is looked at again: the same tile in the next steps, of other rows.
 
+In a mesh rank 0 gets the partials of its own part of a sum alone. Of the other parts the sum that came must be that of what
+all ranks answered, to the bit: else the rank that added it is wrong, or one that had sent it something else.
+
 Not audited: the keys and values that a rank keeps of earlier positions (a tile's queries, keys and values of the row are,
-and the output projection of what the rank says its attention gave), sums in which rank 0 does not get every partial (see
-star.shows_partials), and rank 0 itself.
+and the output projection of what the rank says its attention gave), sums that are not added in rank order (see
+Star.parts_of_sum), and rank 0 itself.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -91,11 +95,13 @@ class Auditor:
         of = self._random.choice(self._sums) if self._again is None else self._again[0]
         row = self._random.randrange(rows)
         block = self._model.blocks[of.last]
-        watch = Watch(of, row, of.last - 1 if needs_squares(self._model, of) else None)
         wire = self._model.star.wire.format
         width = 2 if block.kind == "qkv" else self._model.config.hidden
         aligned = wire != "q8_0" or width == 2 or width % BLOCK_WEIGHTS == 0  # or a row would not be packed by itself
-        return watch if aligned and self._model.star.shows_partials(self._model.rows_of_sum(rows, row), width) else None
+        bounds = self._model.star.parts_of_sum(self._model.rows_of_sum(rows, row), width)
+        if bounds is None or not aligned:
+            return None
+        return Watch(of, row, of.last - 1 if needs_squares(self._model, of) else None, bounds)
 
     @property
     def chance(self) -> float:
@@ -151,6 +157,7 @@ class Auditor:
         found = self.split(request, answers)
         for rank, answered in found.items():
             self._check_sent(rank, watch, request, answered)
+        self._check_sums(watch, request, found)
         suspects = [Suspect(rank, number) for rank, of in found.items() for number in range(len(of.records))]
         if self._copies is not None and suspects:
             suspect = self._suspect(suspects, found)
@@ -188,13 +195,10 @@ class Auditor:
 
     def _check_sent(self, rank: int, watch: Watch, request: AuditRequest, answered: Answered) -> None:
         """What a rank had sent into the sum must be what its tiles give, to the bit."""
-        width, star = self._width(request), self._model.star
-        records, parts = answered.records, answered.parts
-        total = parts[-1]["partial"] if parts else np.zeros(width, np.float32)
-        wire = star.wire_of_sum(exact=width == 2)
-        expected = wire.unpack(wire.pack(np.ascontiguousarray(total)), width)
+        star, records, shown = self._model.star, answered.records, watch.parts()[0]
+        expected = self._travelled(self._partial(request, answered), request)[shown]
         sent = watch.sent.partials.get(rank)
-        if sent is not None and sent.tobytes() == expected.tobytes():
+        if expected.size == 0 or (sent is not None and sent[shown].tobytes() == expected.tobytes()):
             return
         block = self._model.blocks[request.of.last]
         tiles = f"its tiles {records[0].path} to {records[-1].path}" if len(records) > 1 else "its tile"
@@ -203,6 +207,35 @@ class Auditor:
             f"audit: what {star.rank_name(rank)} sent into the sum of {block} (position {request.rows.position[0]}) is not "
             f"what {tiles} gives when it computes the row again; {REMEDY}"
         )
+
+    def _check_sums(self, watch: Watch, request: AuditRequest, found: Mapping[int, Answered]) -> None:
+        """The parts of the row that other ranks have added must be the sums of what all give, to the bit."""
+        assert watch.own is not None and watch.total is not None
+        partials = [watch.own[0], *(self._partial(request, found[rank]) for rank in sorted(found))]
+        for hub, part in enumerate(watch.parts()):
+            if hub == 0 or part.start == part.stop:
+                continue
+            came = [self._travelled(partial[part], request) for partial in partials]
+            came[hub] = partials[hub][part]  # which it has
+            total = functools.reduce(np.add, came)
+            if watch.total[0][part].tobytes() == self._travelled(total, request).tobytes():
+                continue
+            star, others = self._model.star, [rank for rank in found if rank != hub]
+            sent = f", or {' or '.join(map(star.rank_name, others))} sent it something else" if others else ""
+            raise AuditError(
+                f"audit: what {star.rank_name(hub)} sent as its part of the sum of {self._model.blocks[request.of.last]} "
+                f"(position {request.rows.position[0]}) is not the sum of what all ranks' tiles give when they compute the "
+                f"row again: it added wrongly{sent}; {REMEDY}"
+            )
+
+    def _partial(self, request: AuditRequest, answered: Answered) -> F32:
+        """What a rank's tiles give of the sum, [width]."""
+        return answered.parts[-1]["partial"] if answered.parts else np.zeros(self._width(request), np.float32)
+
+    def _travelled(self, numbers: F32, request: AuditRequest) -> F32:
+        """What comes of numbers that are sent in the sum."""
+        wire = self._model.star.wire_of_sum(exact=self._width(request) == 2)
+        return wire.unpack(wire.pack(np.ascontiguousarray(numbers)), numbers.size)
 
     def _suspect(self, suspects: Sequence[Suspect], found: Mapping[int, Answered]) -> Suspect:
         """The tile that we compute: one that is to be looked at again, if it is there, or any."""

@@ -14,6 +14,7 @@ from tpimpi import __version__
 from tpimpi.compute.backends import NOT_INSTALLED, has_native
 from tpimpi.errors import InputError
 from tpimpi.star import Star
+from tpimpi.star.control import check_host
 from tpimpi.system.launcher import bound_by_launcher
 
 NO_HEARTBEAT = "this MPI has no MPI_THREAD_MULTIPLE, so there is no watch, and a rank that hangs is noticed only after"
@@ -53,6 +54,7 @@ def gather_hellos(star: Star, arguments: Sequence[str], tasks: Iterable[str] = (
     if notes:
         star.set_hosts([note["host"] for note in notes])
     for rank, note in enumerate(notes):
+        check_host(star, rank, note)
         if note.get("options", notes[0]["options"]) != notes[0]["options"]:  # other versions may not say theirs
             raise InputError(
                 f"r{rank} {note['host']} was started with other options than rank 0; give all ranks the same"

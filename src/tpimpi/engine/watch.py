@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from tpimpi.compute.arrays import F32
 from tpimpi.models.blocks import Block
@@ -30,17 +33,24 @@ def sums_of(config: ModelConfig, blocks: Sequence[Block]) -> list[AuditedSum]:
 
 
 class Watch:
-    """Keeps one row of a step: the residual before a sum, and what every other rank sent into that sum.
+    """Keeps one row of a step: the residual before a sum, what every other rank sent into that sum, and what it became.
 
-    `row` is counted in the step; `squares` are the layer's sums of squares before an `attn` that has them, [1, 2].
+    `row` is counted in the step; `squares` are the layer's sums of squares before an `attn` that has them, [1, 2]; `own` is
+    this rank's partial, `total` the sum, [1, width] each.
     """
 
-    def __init__(self, of: AuditedSum, row: int, squares_place: int | None = None) -> None:
-        """`squares_place` is where the block of the sums of squares stands, None where the layer has none."""
+    def __init__(
+        self, of: AuditedSum, row: int, squares_place: int | None = None, bounds: Sequence[int] | None = None
+    ) -> None:
+        """`squares_place` is where the block of the sums of squares stands, None where the layer has none. `bounds` are
+        where the parts of the sum begin that each rank adds (see Star.parts_of_sum); None where rank 0 adds all."""
         self.of, self.row = of, row
+        self._bounds = bounds
         self.x: F32 | None = None  # [1, hidden]
         self.sent = PartialWatch(slice(0, 0))
         self.squares: F32 | None = None
+        self.own: F32 | None = None
+        self.total: F32 | None = None
         self._squares_place, self._local = squares_place, row
 
     def of_run(self, run: slice) -> Watch | None:
@@ -64,4 +74,13 @@ class Watch:
             return None
         width = partial.shape[1]
         self.sent.run = slice(self._local * width, (self._local + 1) * width)
+        self.total = partial[self._local : self._local + 1]
+        self.own = self.total.copy()
         return self.sent
+
+    def parts(self) -> list[slice]:
+        """Which of the row's numbers each rank added, by rank."""
+        run = self.sent.run
+        bounds = [run.start, run.stop] if self._bounds is None else self._bounds
+        places = np.clip(np.subtract(bounds, run.start), 0, run.stop - run.start).tolist()
+        return [slice(first, last) for first, last in itertools.pairwise(places)]

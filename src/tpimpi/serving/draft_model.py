@@ -18,7 +18,7 @@ from tpimpi.engine.engine import OpenedEngine
 from tpimpi.engine.rank_memory import MemoryPlanner, RankMemory
 from tpimpi.engine.startup import open_engine
 from tpimpi.errors import InputError
-from tpimpi.serving.text.load import tokenizer_of_slices
+from tpimpi.serving.llm import load_tokenizer_of_slices
 from tpimpi.serving.text.token_ids import TokenIds
 from tpimpi.serving.text.tokenizer import Tokenizer
 from tpimpi.system.memory import release_freed_memory
@@ -31,7 +31,7 @@ _FEW_ROWS = (
 
 def check_vocabulary(draft: OpenedEngine, tokenizer: Tokenizer | TokenIds, model: str) -> None:
     """Raise InputError where ids do not mean the same for the draft model as for `model`, whose `tokenizer` this is."""
-    theirs = tokenizer_of_slices(draft.file.tokenizer_assets(), draft.header.config.vocab)
+    theirs, _ = load_tokenizer_of_slices(draft.file)
     problem = tokenizer.difference(theirs)
     del theirs
     release_freed_memory()

@@ -20,6 +20,7 @@ from tpimpi.serving.text.answer import Piece
 from tpimpi.serving.text.load import tokenizer_of_slices
 from tpimpi.serving.text.token_ids import TokenIds
 from tpimpi.serving.text.tokenizer import Tokenizer
+from tpimpi.serving.tokenizer_trial import try_tokenizer
 from tpimpi.serving.transcript import Turn
 from tpimpi.system.memory import release_freed_memory, resident_bytes
 from tpimpi.weights.slices.file import SliceFile
@@ -35,7 +36,10 @@ def load_tokenizer_of_slices(file: SliceFile, chat_template: str | None = None) 
     """The tokenizer that rank 0's slice carries, with another `chat_template` if one is given, and the bytes of memory that
     it takes; nothing else may be loading now."""
     before = resident_bytes()
-    tokenizer = tokenizer_of_slices(file.tokenizer_assets(), file.header.config.vocab, chat_template)
+    assets, vocab = file.tokenizer_assets(), file.header.config.vocab
+    try_tokenizer(assets, vocab, file.path)
+    tokenizer = tokenizer_of_slices(assets, vocab, chat_template)
+    del assets
     release_freed_memory()
     return tokenizer, max(0, resident_bytes() - before)
 

@@ -17,7 +17,7 @@ sums, `heartbeat` who is gone, `control` the notes, `star` what other packages u
 package, by `connect`, in a launched run; without mpirun a star of one rank needs no MPI.
 """
 
-from tpimpi.star.allreduce import ALGORITHMS, SHOWN_TO_HUB, Allreduce, parse_rule
+from tpimpi.star.allreduce import ALGORITHMS, IN_RANK_ORDER, Allreduce, parse_rule
 from tpimpi.star.channel import BULK, CLOCK, CONTROL, HIDDEN, NOTE, PARTIAL, SUM, Pending
 from tpimpi.star.codec import WIRES, Wire
 from tpimpi.star.heartbeat import DEFAULT_SILENCE_S, SHORTEST_SILENCE_S, WAIT_FOR_HUB_REPORT_S
@@ -38,6 +38,7 @@ __all__ = [
     "DEFAULT_SILENCE_S",
     "DEFAULT_TIMEOUT_S",
     "HIDDEN",
+    "IN_RANK_ORDER",
     "MPICH",
     "NOTE",
     "OPEN_MPI",
@@ -45,7 +46,6 @@ __all__ = [
     "RELAY_TIME_S",
     "SEALS",
     "SHORTEST_SILENCE_S",
-    "SHOWN_TO_HUB",
     "SUM",
     "WAIT_FOR_HUB_REPORT_S",
     "WIRES",

@@ -271,7 +271,6 @@ ALGORITHMS: dict[str, Callable[[PieceChannel, F32], Steps]] = {
     "library": library,
 }
 IN_RANK_ORDER = ("star", "exchange", "mesh")  # give the same numbers to the bit
-SHOWN_TO_HUB = ("star", "exchange")  # in which rank 0 gets the whole partial of every rank
 
 
 def parse_rule(rule: str) -> list[tuple[float, str]]:

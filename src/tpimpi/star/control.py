@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar, Union
 
-from tpimpi.errors import InputError, StarError, TpimpiError, as_ours
+from tpimpi.errors import InputError, StarError, TpimpiError, as_ours, shorten
 from tpimpi.modules import without_module
 from tpimpi.star import Star
 
@@ -209,6 +209,8 @@ def _replies(star: Star, gathered: Sequence[bytes], kind: type[N], problem: Tpim
         raise problem
     names = [star.rank_name(rank) for rank in range(1, len(gathered))]
     others = [(_values(data, name), name) for data, name in zip(gathered[1:], names, strict=True)]
+    for rank, (values, _) in enumerate(others, start=1):
+        check_host(star, rank, values)
     errors = [
         (rank, _convert(values, ErrorNote, name))
         for rank, (values, name) in enumerate(others, start=1)
@@ -221,6 +223,20 @@ def _replies(star: Star, gathered: Sequence[bytes], kind: type[N], problem: Tpim
     problem = (InputError if note.code == InputError.exit_code else TpimpiError)(text)
     problem.where = f"r{rank} {note.host}"
     raise problem
+
+
+def check_host(star: Star, rank: int, values: Any) -> None:
+    """Hub: where links are sealed, a rank whose note names a host must name the one that it has proved to be. Raises
+    StarError."""
+    if not star.proved_hosts or not isinstance(values, dict):
+        return
+    proved = star.proved_hosts[rank]
+    for part in (values, *(value for value in values.values() if isinstance(value, dict))):
+        if part.get("host", proved) != proved:
+            raise StarError(
+                f"{star.rank_name(rank)} says that it is {shorten(str(part['host']))}, and has proved with its key that it "
+                f"is {proved}; take that machine out of the run"
+            )
 
 
 @contextmanager

@@ -51,10 +51,11 @@ class Heartbeat:
 
     def __init__(self, channel: Channel, rank: Rank, silence: float, main: Channel) -> None:
         """`channel` is this thread's own. `main` has the main thread's messages: each is a sign of life too, and heartbeats
-        may be queued behind them."""
+        may be queued behind them. Where links are sealed, the hosts of all ranks are those of the handshake."""
         self._channel, self.rank, self.silence, self._main = channel, rank, silence, main
         self._peers = list(range(1, rank.size)) if rank.is_hub else [0]
-        self._hosts: dict[int, str] = {}
+        self._proved = channel.seal is not None
+        self._hosts = dict(enumerate(channel.seal.hosts)) if channel.seal is not None else {}
         self._last_sent = 0.0
         # The first heartbeat may take longer: some ranks start later than others.
         self._last_heard = dict.fromkeys(self._peers, time.monotonic() + min(silence, FIRST_DELAY_S))
@@ -76,8 +77,9 @@ class Heartbeat:
         return f"r{peer} {self._hosts.get(peer, '')}".rstrip()
 
     def set_hosts(self, hosts: Sequence[str]) -> None:
-        """The hosts of all ranks, in rank order."""
-        self._hosts = dict(enumerate(hosts))
+        """The hosts of all ranks, in rank order, as they say."""
+        if not self._proved:
+            self._hosts = dict(enumerate(hosts))
 
     def allow_silence(self, silence: float) -> None:
         """From now on a rank is gone after so many seconds; on rank 0, which tells the others."""
@@ -175,8 +177,9 @@ class Heartbeat:
                         self._sent[peer] = counts
                     else:
                         self._sent[:, self.rank.index] = counts
-                    host = message[HEADER_BYTES:COUNTS_AT].tobytes().rstrip(b"\0").decode(errors="replace")
-                    self._hosts[peer] = "".join(c for c in host if c.isprintable())
+                    if not self._proved:
+                        host = message[HEADER_BYTES:COUNTS_AT].tobytes().rstrip(b"\0").decode(errors="replace")
+                        self._hosts[peer] = "".join(c for c in host if c.isprintable())
                     if not self.rank.is_hub and not agreed and allowed >= 1000 * SHORTEST_SILENCE_S:
                         self.allow_silence(allowed / 1000)
                 if magic == HEARTBEAT_MAGIC and state == LEAVING:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cryptography.exceptions import InvalidTag
@@ -51,9 +51,12 @@ class Seal:
     """Seals and opens one rank's messages of one communicator. Messages of one peer and tag are counted by one thread at a
     time."""
 
-    def __init__(self, cipher: str, secrets: Mapping[int, LinkSecrets], communicator: str = "main") -> None:
-        """`cipher` is AES or CHACHA; `secrets` by the other's rank; `communicator` names which of the run's it is."""
-        self.cipher, self._secrets, self._communicator = cipher, dict(secrets), communicator
+    def __init__(
+        self, cipher: str, secrets: Mapping[int, LinkSecrets], communicator: str = "main", hosts: Sequence[str] = ()
+    ) -> None:
+        """`cipher` is AES or CHACHA; `secrets` by the other's rank; `communicator` names which of the run's it is; `hosts`
+        are those whose keys the ranks have proved to have, in rank order."""
+        self.cipher, self._secrets, self._communicator, self.hosts = cipher, dict(secrets), communicator, tuple(hosts)
         make = _CIPHERS[cipher]
         self._to = {peer: make(self._key(link.sent, link.hash)) for peer, link in secrets.items()}
         self._from = {peer: make(self._key(link.received, link.hash)) for peer, link in secrets.items()}
@@ -66,7 +69,7 @@ class Seal:
 
     def derive(self, communicator: str) -> Seal:
         """The same links' seal for another communicator, with keys of its own."""
-        return Seal(self.cipher, self._secrets, f"{self._communicator}/{communicator}")
+        return Seal(self.cipher, self._secrets, f"{self._communicator}/{communicator}", self.hosts)
 
     def close(self, peer: int, tag: int, data: Bytes, frame: Bytes) -> None:
         """Seal the next message to `peer`: uint8 [n] into uint8 [n + SEAL_BYTES]."""

@@ -153,7 +153,7 @@ def _seal_as_hub(channel: Channel) -> Seal:
         for rank in others:
             _tell(channel, rank, _Told(refused=error.exit_code))
         raise
-    return Seal(run.cipher, secrets)
+    return Seal(run.cipher, secrets, hosts=run.hosts)
 
 
 def _open(channel: Channel) -> tuple[_Run, dict[int, Handshake]]:
@@ -176,13 +176,15 @@ def _open(channel: Channel) -> tuple[_Run, dict[int, Handshake]]:
 
 
 def _hear_all(channel: Channel, hosts: tuple[str, ...] | list[str]) -> dict[int, _Said]:
-    """Rank 0: what every other rank says next. Raises what one says went wrong there, which nobody has proved yet."""
+    """Rank 0: what every other rank says next. Raises what one says went wrong there, which nobody has proved yet.
+
+    `hosts` are those that they have said before."""
     deadline = time.monotonic() + ANSWER_TIMEOUT_S
     heard = {rank: _hear(channel, rank, _Said, deadline) for rank in range(1, channel.size)}
     for rank, said in heard.items():
         if said.problem:
             error = InputError(shorten(said.problem, MOST_PROBLEM_CHARACTERS))
-            error.where = _named(rank, said.host or hosts[rank])
+            error.where = _named(rank, hosts[rank] or said.host)
             raise error
     return heard
 
@@ -215,7 +217,7 @@ def _seal_as_other(channel: Channel) -> Seal:
             _heed(channel)
         raise
     _heed(channel)
-    return Seal(run.cipher, secrets)
+    return Seal(run.cipher, secrets, hosts=run.hosts)
 
 
 class _RefusedError(InputError):

@@ -13,12 +13,12 @@ import numpy.typing as npt
 
 from tpimpi.compute.arrays import F32, Bytes
 from tpimpi.errors import StarError
-from tpimpi.star.allreduce import ALGORITHMS, SHOWN_TO_HUB, Allreduce, Background, parse_rule
+from tpimpi.star.allreduce import ALGORITHMS, IN_RANK_ORDER, Allreduce, Background, parse_rule
 from tpimpi.star.channel import BULK, CONTROL, ECHO, HIDDEN, NOTE, Channel, Pending
 from tpimpi.star.clocks import answer_with_clock, clock_offset
 from tpimpi.star.codec import Wire, wire_of
 from tpimpi.star.heartbeat import Heartbeat, end_without_mpi
-from tpimpi.star.pieces import PartialWatch, PieceChannel
+from tpimpi.star.pieces import PartialWatch, PieceChannel, even_bounds
 from tpimpi.star.tuning import ANSWER_TIMEOUT_S, LinkMeasurement, Links
 from tpimpi.system.launcher import Rank
 
@@ -114,9 +114,14 @@ class Star:
     def _algorithm_for(self, count: int) -> str:
         return next(name for most, name in self._rule if count <= most)
 
-    def shows_partials(self, rows: int, width: int) -> bool:
-        """Whether the hub gets the whole partial of every rank in a sum of [rows, width]."""
-        return self._algorithm_for((rows + -rows % self._row_multiple) * width) in SHOWN_TO_HUB
+    def parts_of_sum(self, rows: int, width: int) -> list[int] | None:
+        """Where in a sum of [rows, width] the part begins that each rank adds for the hub, and where the last one ends: of
+        its own part, the first, the hub gets every rank's partial. None where partials are not added in rank order."""
+        count = (rows + -rows % self._row_multiple) * width
+        algorithm = self._algorithm_for(count)
+        if algorithm not in IN_RANK_ORDER:
+            return None
+        return even_bounds(count, self.rank.size) if algorithm == "mesh" else [0] + [count] * self.rank.size
 
     def _piece_channel(self, wire: Wire, watch: PartialWatch | None = None) -> PieceChannel:
         """The messages of the next sum."""
@@ -313,6 +318,12 @@ class Star:
         """The cipher by which all messages between ranks are sealed; None where they are not."""
         seal = None if self._channel is None else self._channel.seal
         return None if seal is None else seal.cipher
+
+    @property
+    def proved_hosts(self) -> tuple[str, ...]:
+        """The hosts whose keys the ranks have proved to have, in rank order; none where links are not sealed."""
+        seal = None if self._channel is None else self._channel.seal
+        return () if seal is None else seal.hosts
 
     def rank_name(self, rank: int) -> str:
         """How messages name a rank: "r2 home-pi", or "rank 2" where its host is not known."""

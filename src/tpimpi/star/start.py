@@ -9,6 +9,7 @@ import select
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from tpimpi.errors import InputError, LostError, StarError
 from tpimpi.star.channel import Channel
@@ -95,7 +96,9 @@ def _seal(star: Star) -> None:
 
     assert star._channel is not None
     try:
-        seal_channel(star._channel)
+        seal = seal_channel(star._channel)
+        star.rank = replace(star.rank, host=seal.hosts[star.rank.index])  # as the others name this rank too
+        star.set_rank_names(lambda rank: f"r{rank} {seal.hosts[rank]}")
     except StarError as error:
         if isinstance(error, LostError) and not star.rank.is_hub:
             time.sleep(WAIT_FOR_HUB_REPORT_S)  # rank 0 or the launcher knows better who is gone, and ends us meanwhile

@@ -19,6 +19,13 @@ _LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "PALS_
 # srun without a plugin for MPI sets these alone; they also stand in an interactive allocation, where there is one task.
 _SLURM_RANK, _SLURM_SIZE = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"
 
+_VARIABLES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "MPI_", "PALS_")  # begin so
+
+
+def environment_without_launcher() -> dict[str, str]:
+    """This process's variables but for the launcher's: what is started with them does not take itself for a rank."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_VARIABLES)}
+
 
 @dataclass(frozen=True)
 class Rank:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.studies.audit_ranks import lies_in_sums, old_kernel, scales_partials
+from bench.studies.audit_ranks import FACTOR, Undo, lies_in_sums, old_kernel, scales_partials
+from tpimpi.compute.arrays import F32
 from tpimpi.compute.backends import load_quantizer
 from tpimpi.engine import protocol
 from tpimpi.engine.engine import EngineConfig
@@ -25,11 +27,40 @@ from tpimpi.engine.rank_memory import MemoryPlanner, RankMemory
 from tpimpi.engine.startup import open_engine
 from tpimpi.errors import AuditError
 from tpimpi.models.kv.pages import PageAccount, SequencePages, rows_of
-from tpimpi.star import Star, connect
+from tpimpi.star import PARTIAL, Pending, Star, connect
+from tpimpi.star.pieces import PieceChannel
 from tpimpi.weights.copies import open_copies
 
 CONTEXT = 128
+
+
+def adds_wrongly(model: Model) -> Undo:
+    """What this rank adds for the others is scaled (in a mesh)."""
+    publish = PieceChannel.publish
+
+    def scaled(self: PieceChannel, values: F32, ranks: Sequence[int], tag: int) -> None:
+        values *= FACTOR
+        publish(self, values, ranks, tag)
+
+    PieceChannel.publish = scaled  # type: ignore[method-assign]
+    return lambda: setattr(PieceChannel, "publish", publish)
+
+
+def lies_to(ranks: Sequence[int]) -> Undo:
+    """What this rank sends into the parts of a sum that these ranks add is scaled."""
+    send = PieceChannel.send
+
+    def scaled(self: PieceChannel, values: F32, to: int, tag: int) -> Pending:
+        return send(self, values * FACTOR if to in ranks and tag == PARTIAL else values, to, tag)
+
+    PieceChannel.send = scaled  # type: ignore[method-assign]
+    return lambda: setattr(PieceChannel, "send", send)
+
+
 FAULTS = {
+    "adds": adds_wrongly,
+    "hub": lambda model: lies_to([0]),
+    "others": lambda model: lies_to(range(1, model.star.rank.size)),
     "sums": lies_in_sums,
     "scaled": scales_partials,
     "kernel": lambda model: old_kernel(model, "f32"),

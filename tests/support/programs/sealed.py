@@ -9,15 +9,19 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
+from tpimpi.engine.ranks import greet
 from tpimpi.errors import TpimpiError
 from tpimpi.star import PARTIAL, Star, connect, secure
 from tpimpi.star.channel import HANDSHAKE, Channel
+from tpimpi.star.control import Note, gather_notes
 from tpimpi.star.seal import LinkSecrets
 from tpimpi.star.secure import seal_channel
 from tpimpi.system.link_keys import PATH_VARIABLE
@@ -29,6 +33,18 @@ ALTERATIONS = ("change", "repeat", "exchange", "cut", "other tag", "other rank",
 
 def use_keys(kind: str) -> None:
     os.environ[PATH_VARIABLE] = str(FOLDER / kind / f"{RANK}.json")
+
+
+class Says(Note, frozen=True):
+    """A note that names a host."""
+
+    host: str
+
+
+class SaysWithin(Note, frozen=True):
+    """One that does so in a part of it."""
+
+    part: dict[str, str]
 
 
 class Altered:
@@ -133,6 +149,24 @@ def padded(star: Star) -> list[list[int]]:
     return found
 
 
+def names(star: Star) -> list[str]:
+    """How this rank and its messages name the ranks; and what it says where rank 1 takes another host's name: at first, in a
+    note, and in one that is within another."""
+    found = [str(star.rank), *(star.rank_name(rank) for rank in range(star.rank.size))]
+    own = star.rank
+    if RANK == 1:
+        star.rank = replace(own, host="host-2")
+    notes = (Says(star.rank.host), SaysWithin({"host": star.rank.host}))
+    for say in (partial(greet, star, []), *(partial(gather_notes, star, note) for note in notes)):
+        try:
+            say()
+            found.append("ok")
+        except TpimpiError as error:
+            found.append(f"{type(error).__name__}: {error}")
+    star.rank = own
+    return found
+
+
 def altered(star: Star, kind: str) -> str:
     """Two sums over links of which rank 1's partials are altered: what this rank says."""
     few = star.first(star.rank.size)
@@ -198,6 +232,7 @@ def main() -> None:
         return
     said: dict[str, Any] = {"well": well(star)}
     said["padded"] = padded(star)
+    said["names"] = names(star)
     for kind in sorted(folder.name for folder in FOLDER.iterdir()):
         MPI.COMM_WORLD.Barrier()
         said[f"keys: {kind}"] = keys_of(kind)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -16,11 +15,10 @@ import msgspec
 
 from tpimpi.errors import InputError, TpimpiError
 from tpimpi.serving.server.front_options import FrontOptions, Listening, State
+from tpimpi.system.launcher import environment_without_launcher
 
 PACKAGES = ("starlette", "uvicorn", "prometheus_client")
 END_S = 5.0  # the front tells its clients that the run ends, and has so long to end itself
-# Of the launcher: nothing that the front starts is to take itself for a rank.
-LAUNCHERS_VARIABLES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "MPI_", "PALS_")
 
 
 def check_installed() -> None:
@@ -38,12 +36,11 @@ class FrontProcess:
         check_installed()
         self._folder = tempfile.mkdtemp(prefix="tpimpi-")  # for this user alone
         self.socket = str(Path(self._folder) / "front")
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS_VARIABLES)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tpimpi.serving.server.front"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment,
+            env=environment_without_launcher(),
             start_new_session=True,  # the launcher's signals are for rank 0
         )
         try:
