@@ -196,7 +196,8 @@ class Predictor:
         rate, each = self.workload.accepted, 0.0
         if rate is None:
             return {}
-        best, length, streamed = token, 0, ()
+        best, length = token, 0
+        streamed: tuple[int, ...] = ()
         if self.draft is not None:
             each = self._draft_token(self.draft)
             try:
