@@ -43,6 +43,26 @@ def test_its_memory_is_in_the_promise_of_rank_0(tpimpi, smollm2: Path) -> None:
     assert 90 <= least[1] - least[0] <= 150, least
 
 
+@pytest.mark.slow
+def test_where_tiles_have_its_memory_it_is_tried_and_changes_no_token(tpimpi, smollm2: Path, tmp_path: Path) -> None:
+    """SmolLM2 for itself, in memory for one of them: it comes when tiles have gone, within what rank 0 may take."""
+    options = ("--model", str(smollm2), "--context", "256", "--max-tokens", "60", "--ignore-eos", "--prompt", PROMPT)
+    found = tpimpi(*options, "--memory", "1M", "--draft", str(smollm2))
+    least = int(re.findall(r"needs at least (\d+)\s?M", found.err)[0])
+    reports = []
+    for number, more in enumerate((("--speculate", "off"), ("--draft", str(smollm2)))):
+        report = tmp_path / f"{number}.json"
+        result = tpimpi(*options, "--memory", f"{least + 12}M", *more, "--report", str(report))
+        assert result.code == 0, result.err
+        reports.append(json.loads(report.read_text()))
+    plain, drafted = reports
+    assert drafted["token_ids"] == plain["token_ids"]
+    assert drafted["drafted_tokens"] >= 6 and drafted["accepted_tokens"] > 0
+    (rank,) = drafted["ranks"]
+    assert rank["peak_rss_bytes"] <= rank["memory_bytes"]
+    assert rank["bytes_read"] > 2 * plain["ranks"][0]["weights_bytes"], "a draft model that was not loaded"
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

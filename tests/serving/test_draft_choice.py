@@ -114,7 +114,7 @@ def test_what_it_takes_from_the_tiles_counts() -> None:
     times = PassTimes()
     choice = ModelDrafts(machine, times)
     _, lengths = machine.run(choice, times, 60)
-    assert machine.loads == [4] and not machine.loaded
+    assert machine.loads == [6] and not machine.loaded
     tried = [place for place, drafted in enumerate(lengths) if drafted]
     assert tried and tried == list(range(tried[0], tried[0] + len(tried))) and len(tried) <= 7
     # The same with memory for all: it pays.
@@ -154,7 +154,7 @@ def test_the_last_tokens_of_an_answer_are_no_trial() -> None:
     machine = Machine(one=1.0, more=0.0, streamed=0.1, each=0.01, rate=0.6)
     times = PassTimes()
     choice = ModelDrafts(machine, times)
-    for _ in range(3):
+    for _ in range(5):
         times.add(1, 1.0)
     assert choice.length(0.6, 0) == 0 and not machine.loads
     assert choice.length(0.6, 1) == 1 and machine.loads

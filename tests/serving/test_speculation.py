@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.support.drawn import examples
 from tpimpi.compute.arrays import F32
 from tpimpi.engine.model import Model
-from tpimpi.serving.draft_choice import ModelDrafts
+from tpimpi.serving.draft_choice import Drafting, ModelDrafts
 from tpimpi.serving.generate import GenerationFigures, HeldIds, generate
 from tpimpi.serving.sampling import Sampler, distribution, make_sampler
 from tpimpi.serving.speculation import (
@@ -125,14 +125,6 @@ class OtherModel:
 
     seconds, leaves = 0.1, False
 
-    def begin(self, context: int) -> None: ...
-
-    def load(self) -> None: ...
-
-    def unload(self) -> None: ...
-
-    def close(self) -> None: ...
-
     def propose(self, ids: Sequence[int], most: int) -> list[int]:
         self.ids = list(ids)
         return [7] * most
@@ -140,7 +132,7 @@ class OtherModel:
 
 def test_a_draft_model_is_asked_where_the_text_says_little_and_its_time_counts() -> None:
     model, times = OtherModel(), _times(lambda rows: 1.0)
-    drafter = Drafter([1, 2, 3, 4, 5, 6], times, 4, model=ModelDrafts(model, times))
+    drafter = Drafter([1, 2, 3, 4, 5, 6], times, 4, model=ModelDrafts(cast("Drafting", model), times))
     # At 0.6 a draft of 2 gives 1.96 tokens in 1.2 s, of 3 2.176 in 1.3 s, of 4 2.306 in 1.4 s.
     assert drafter.propose(9) == [7] * 3
     drafter.add([7, 7, 1])
@@ -151,7 +143,7 @@ def test_a_draft_model_is_asked_where_the_text_says_little_and_its_time_counts()
     drafter.add([6])
     assert drafter.propose(9) == [7, 7, 1, 2]  # after six tokens that were there before
     model.seconds = 2.0
-    drafter = Drafter([1, 2, 3, 4, 5, 6], times, 4, model=ModelDrafts(model, times))
+    drafter = Drafter([1, 2, 3, 4, 5, 6], times, 4, model=ModelDrafts(cast("Drafting", model), times))
     assert drafter.propose(9) == []
     drafter.add([8])
     assert drafter.propose(0) == []
@@ -165,7 +157,7 @@ def test_of_text_and_model_that_drafts_which_gives_more() -> None:
     for seconds, found in ((0.1, [7] * 3), (0.45, [3, 4, 5, 6])):
         model, times = OtherModel(), _times(lambda rows: 1.0)
         model.seconds = seconds
-        drafter = Drafter(text, times, 4, model=ModelDrafts(model, times))
+        drafter = Drafter(text, times, 4, model=ModelDrafts(cast("Drafting", model), times))
         # Four of the text: 1.332 tokens in 1 s. Of the model 3: 2.176 in 1.3 s, 1: 1.6 in 1.45 s = 1.103.
         assert drafter.propose(9) == found
 

@@ -86,6 +86,23 @@ def plan_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="also say how many tokens a second so many sequences get together, each of --context positions",
     )
+    _add_drafts(group)
+    group.add_argument(
+        "--routing",
+        type=path_given("--routing", "a trace of routing, .npy"),
+        metavar="FILE",
+        help="of a mixture: experts are chosen as in this trace, uint16 [positions, layers, experts a token] (default: all "
+        "equally likely, the worst case)",
+    )
+    add_computing(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", metavar="FILE", help="write everything as JSON")
+    group.add_argument("--quiet", action="store_true", help="do not say what is being measured")
+    return parser
+
+
+def _add_drafts(group: argparse._ArgumentGroup) -> None:
+    """What says how a run would draft tokens."""
     group.add_argument(
         "--accepted",
         type=seconds("--accepted", 0, 1, "over 0 and at most 1, such as 0.6"),
@@ -100,18 +117,6 @@ def plan_parser() -> argparse.ArgumentParser:
         help="with --accepted: these drafts are of this model, whose time and memory on rank 0 count (default: they are of "
         "the text, and cost nothing)",
     )
-    group.add_argument(
-        "--routing",
-        type=path_given("--routing", "a trace of routing, .npy"),
-        metavar="FILE",
-        help="of a mixture: experts are chosen as in this trace, uint16 [positions, layers, experts a token] (default: all "
-        "equally likely, the worst case)",
-    )
-    add_computing(parser)
-    group = parser.add_argument_group("output")
-    group.add_argument("--json", metavar="FILE", help="write everything as JSON")
-    group.add_argument("--quiet", action="store_true", help="do not say what is being measured")
-    return parser
 
 
 def parse_plan(arguments: Sequence[str]) -> tuple[PlanCommand, ComputeOptions, NetworkOptions]:

@@ -20,6 +20,7 @@ from tpimpi.serving.pass_times import PassTimes
 from tpimpi.serving.speculation import best_length, expected_tokens
 
 _LEAST_TIMED = 3  # passes of one row, before a draft is thought of: the middle one counts
+_LEAST_TIMED_AWAY = 5  # the same where the draft model is then loaded, after which they cannot be timed again
 _TRIAL = 2  # tokens of a draft that is tried
 _TRIED = (
     3  # drafts of a trial, where the draft model was loaded for it, before it is judged: the first waits for the disk
@@ -110,7 +111,7 @@ class ModelDrafts:
 
     def _begin(self) -> bool:
         """Whether it drafts from now on, once passes of one row are timed, and after a pause."""
-        if self._times.count(1) < _LEAST_TIMED:
+        if self._times.count(1) < (_LEAST_TIMED_AWAY if self._away else _LEAST_TIMED):
             return False
         self._waited += 1
         if self._waited < self._pause:
