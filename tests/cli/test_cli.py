@@ -145,6 +145,16 @@ def test_text_alone_is_on_stdout(tpimpi, on_ranks: Ranks, cache, tiny: Path, tmp
     assert quiet.err.strip() == ""
 
 
+def test_what_mpich_warns_of_is_no_part_of_the_answer(mpirun: Launcher, cache, tiny: Path) -> None:
+    """UCX, over which it talks, writes to standard output."""
+    if mpirun.mpi != "mpich":
+        pytest.skip("of MPICH")
+    env = {**cache, "TPIMPI_MODEL": str(tiny), "UCX_NONSENSE": "1"}
+    result = mpirun(2, "-m", "tpimpi", *PROMPT, "--max-tokens", "2", "--quiet", env=env)
+    assert result.code == 0 and "UCX" not in result.out, result.out
+    assert "unused environment variable: UCX_NONSENSE" in result.err, "or it warns of nothing"
+
+
 def test_sampling_repeats_with_its_seed(tpimpi, tiny: Path) -> None:
     def text(*options: str) -> str:
         hot = ["--temperature", "3", "--max-tokens", "30", "--ignore-eos"]

@@ -53,6 +53,7 @@ def connect(*, quiet: bool = False, seal: str = AUTO) -> Star:
     mpi4py.rc.thread_level = "multiple"  # the main thread and the heartbeat talk
     # Else Open MPI ends this process where a connection is lost, before anybody can say who is gone.
     os.environ.setdefault("OMPI_MCA_mpi_ft_enable", "1")
+    os.environ.setdefault("UCX_LOG_FILE", "stderr")  # of MPICH: else its warnings stand in the answer
     os.environ.update(OMPI_MCA_btl_tcp_eager_limit=str(EAGER_BYTES))  # the same on all hosts, or messages find no room
     sealed = launched_size() > 1 and (seal == ON or (seal == AUTO and not all_on_this_host()))  # or it is not known
     if sealed:
