@@ -309,7 +309,7 @@ def test_a_draft_model_takes_time_and_memory_which_a_plan_counts() -> None:
     free, drafted = found(None, window=2), found(draft, window=2)
     assert drafted.s_per_token == free.s_per_token and free.drafted_s_per_token < drafted.drafted_s_per_token
     of_text = predictor(speed(disk_bytes_per_s=50e6), workload=dataclasses.replace(WORKLOAD, window=2))
-    load = of_text.loads.of(make_partition(CONFIG, [1.0]).shares[0], 0)
+    load = of_text.loads.load(make_partition(CONFIG, [1.0]).shares[0], 0)
     each = (load.tiles - load.head) / 10 / GB  # at 1 s a GB
     pass_s = free.s_per_token  # of as many rows as these, as it waits for the disk
     wanted = min((pass_s + n * each) / sum(0.6**i for i in range(n + 1)) for n in range(16))

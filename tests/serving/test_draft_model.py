@@ -99,13 +99,13 @@ def test_its_memory_is_that_of_tiles_until_it_is_lent(tmp_path: Path, monkeypatc
 
     def planner(draft: int | None = None) -> MemoryPlanner:
         engines = [open_engine(Star(None), replace(settings, draft=of)) for of in (draft, 0)]
-        return MemoryPlanner(engines[:1], draft=engines[1])
+        return MemoryPlanner(engines[:1], draft_engine=engines[1])
 
     with ExitStack() as stack:
 
         def memory(promise_beyond: int, draft: int | None = None) -> RankMemory:
             planned = planner(draft)
-            stack.callback(planned.draft.close)  # type: ignore[union-attr]
+            stack.callback(planned.draft_engine.close)  # type: ignore[union-attr]
             taken = planned.plan(100, planned.needs(100).least + promise_beyond, 0).take()
             stack.callback(taken.close)
             return taken

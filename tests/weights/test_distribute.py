@@ -57,7 +57,8 @@ def alike(hosts: str, one: Path, ranks: int) -> None:
         path = made(Path(hosts), rank, ranks)
         assert datasets(path) == datasets(one / slice_name(rank, ranks)), f"rank {rank}"
         files = [other for other in (Path(hosts) / str(rank)).rglob("*") if other.is_file() and other.suffix != ".lock"]
-        assert files == [path]
+        # Beside it rank 0 keeps that it tried the tokenizer.
+        assert [other for other in files if other.parent.name != "tokenizers" or rank] == [path]
 
 
 @pytest.mark.parametrize(

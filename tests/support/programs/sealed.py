@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from tpimpi.engine.ranks import greet
+from tpimpi.engine.ranks import gather_rank_infos
 from tpimpi.errors import TpimpiError
 from tpimpi.star import PARTIAL, Star, connect, secure
 from tpimpi.star.channel import HANDSHAKE, Channel
@@ -157,7 +157,7 @@ def names(star: Star) -> list[str]:
     if RANK == 1:
         star.rank = replace(own, host="host-2")
     notes = (Says(star.rank.host), SaysWithin({"host": star.rank.host}))
-    for say in (partial(greet, star, []), *(partial(gather_notes, star, note) for note in notes)):
+    for say in (partial(gather_rank_infos, star, []), *(partial(gather_notes, star, note) for note in notes)):
         try:
             say()
             found.append("ok")
