@@ -216,6 +216,11 @@ def test_keys_that_fit(said, kind: str) -> None:
     assert [of_rank[f"keys: {kind}"] for of_rank in said] == [said[0]["well"]] * RANKS
 
 
+def test_machines_with_the_same_keys_are_not_taken_for_one(said) -> None:
+    """As those of a cluster, which share a home folder: by hosts a run decides whose memory and cores are whose."""
+    assert [of_rank["one home folder"] for of_rank in said] == [["node-0", "node-1", "node-1"]] * RANKS
+
+
 @pytest.mark.parametrize("kind", ["change", "repeat", "exchange", "other rank", "other tag", "plain"])
 def test_a_message_that_is_not_the_one_that_was_sealed_is_an_error(said, kind: str) -> None:
     line = said[0][kind]

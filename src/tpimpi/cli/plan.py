@@ -14,6 +14,7 @@ from tpimpi.cli.process import Job
 from tpimpi.cli.run_options import check_combinations, parsed_into
 from tpimpi.cli.run_parser import MOST_PARALLEL, add_computing, add_shares
 from tpimpi.cli.values import AUTO, given_model, path_given, seconds, share_weights, whole_number
+from tpimpi.compute.experts import RoutingTrace
 from tpimpi.diagnostics.options import PlanOptions
 from tpimpi.diagnostics.planner.command import plan
 from tpimpi.engine.ranks import gather_rank_infos
@@ -27,7 +28,7 @@ from tpimpi.system.files import check_writable
 from tpimpi.weights.locations import model_path
 from tpimpi.weights.make import choose_formats, wanted_formats
 from tpimpi.weights.sources import open_source
-from tpimpi.weights.sources.synthetic import RoutingTrace, read_trace
+from tpimpi.weights.sources.synthetic import read_trace
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from tpimpi.cli.options import ComputeOptions, ModelOptions, NetworkOptions
 from tpimpi.cli.process import say
 from tpimpi.cli.slicing import ensure_slices, say_left_out
 from tpimpi.cli.values import AUTO, share_weights
+from tpimpi.compute.experts import RoutingTrace
 from tpimpi.diagnostics.options import MeasureOptions, Workload
 from tpimpi.engine import ranks as ranks_of_run
 from tpimpi.engine.budget import per_rank
 from tpimpi.engine.engine import DEFAULT_CONTEXT, EngineConfig
-from tpimpi.engine.eviction import RoutingTrace
 from tpimpi.engine.overlap import largest_sum
 from tpimpi.engine.ranks import RankInfo
 from tpimpi.errors import SliceError

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from tpimpi.compute.arrays import F32, Array
 from tpimpi.compute.formats.packed import Matrix
+
+# Experts that were chosen: [positions, layers, experts a token].
+RoutingTrace = npt.NDArray[np.unsignedinteger[Any]]
 
 
 @dataclass(frozen=True)

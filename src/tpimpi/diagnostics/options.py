@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tpimpi.engine.eviction import RoutingTrace
+from tpimpi.compute.experts import RoutingTrace
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import ModelFormats
 

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-RoutingTrace = npt.NDArray[np.unsignedinteger[Any]]  # experts that were chosen, [positions, layers, experts a token]
+from tpimpi.compute.experts import RoutingTrace
 
 
 class ExpertKey(NamedTuple):

@@ -54,7 +54,8 @@ class MemoryPlanner:
         if (beside := self._draft_needs(context)) is not None:
             needs = replace(needs, work=max(needs.work, beside.work))
         if beside is not None and with_draft:
-            needs = replace(needs, base=needs.base + beside.tiles + beside.experts, cache=needs.cache + beside.cache)
+            # Work, as it is not resident yet: of what is, a host's free memory is without.
+            needs = replace(needs, work=needs.work + beside.tiles + beside.experts, cache=needs.cache + beside.cache)
         recorders = [engine.recorder for engine in self.engines if engine.recorder is not None]
         return replace(needs, work=needs.work + sum(recorder.most_bytes for recorder in recorders))
 
@@ -209,6 +210,9 @@ class RankMemory:
         measured)."""
         self._plan, self._fixed = plan, plan.needs.fixed
         self._lent = 0  # bytes, to a draft model
+        self._draft_tiles = 0  # bytes, that a draft model took at most
+        if plan.planner.draft_engine is not None and not plan.planner.draft_waits:
+            self._draft_tiles = plan.planner.draft_engine.tile_bytes
         self._room = (plan.context, 0)  # what `make_room` was asked for last
         self.star, self.settings = plan.planner.star, plan.planner.settings
         self._rings = sum(window.ring_bytes for window in windows)
@@ -292,7 +296,9 @@ class RankMemory:
 
     def lend_to_draft(self) -> None:
         """The draft model takes its memory: tiles give way."""
-        self._plan.planner.draft_waits, self._lent = False, self._plan.planner.draft_bytes(self._plan.context)
+        planner = self._plan.planner
+        planner.draft_waits, self._lent = False, planner.draft_bytes(self._plan.context)
+        self._draft_tiles = 0 if planner.draft_engine is None else planner.draft_engine.tile_bytes
         self.make_room(*self._room)
 
     def take_back_from_draft(self) -> None:
@@ -323,10 +329,7 @@ class RankMemory:
         peak = peak_rss_bytes()
         tokenizer = self._plan.planner.tokenizer_bytes
         weights = sum(engine.window.peak_bytes + engine.expert_cache.peak_bytes for engine in self.engines)
-        if (
-            draft_engine := self._plan.planner.draft_engine
-        ) is not None and self._plan.needs.base > self._plan.planner.base:
-            weights += draft_engine.tile_bytes  # it was there all the time
+        weights += self._draft_tiles
         caches = [engine.model.cache for engine in self.engines]
         cache = sum(cache.filled_bytes for cache in caches if cache is not None)
         began = self.points[0][0] if self.points else 0.0

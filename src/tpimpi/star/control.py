@@ -226,12 +226,18 @@ def _replies(star: Star, gathered: Sequence[bytes], kind: type[N], problem: Tpim
 
 
 def check_host(star: Star, rank: int, values: Any) -> None:
-    """Hub: where links are sealed, a rank whose note names a host must name the one that it has proved to be. Raises
-    StarError."""
-    if not star.proved_hosts or not isinstance(values, dict):
+    """Hub: where links are sealed, a rank whose note names a host, itself or in a part, must name the one that it has proved
+    to be. Raises StarError."""
+    if not star.proved_hosts:
         return
-    proved = star.proved_hosts[rank]
-    for part in (values, *(value for value in values.values() if isinstance(value, dict))):
+    proved, parts = star.proved_hosts[rank], [values]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        if not isinstance(part, dict):
+            continue
+        parts += part.values()
         if part.get("host", proved) != proved:
             raise StarError(
                 f"{star.rank_name(rank)} says that it is {shorten(str(part['host']))}, and has proved with its key that it "

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -44,7 +45,8 @@ class _Said(msgspec.Struct, frozen=True):
 
     protocol: int = PROTOCOL_VERSION
     version: str = __version__
-    host: str = ""
+    host: str = ""  # as its keys have it
+    machine: str = ""  # as the system has it
     aes: bool = False
     messages: dict[int, str] = {}
     problem: str = ""  # why this rank cannot go on
@@ -56,6 +58,7 @@ class _Told(msgspec.Struct, frozen=True):
     job: str = ""
     cipher: str = ""
     hosts: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
     messages: dict[int, str] = {}
     refused: int = 0  # the run ends, with this exit code
 
@@ -75,18 +78,19 @@ def seal_channel(channel: Channel) -> Seal:
 
 @dataclass(frozen=True)
 class _Run:
-    """What a rank knows before it shakes hands."""
+    """What a rank knows before it shakes hands: `hosts` are those of the ranks' keys, `names` see _names."""
 
     keys: LinkKeys
     job: str
     cipher: str
     hosts: tuple[str, ...]
+    names: tuple[str, ...]
     rank: int
 
     def handshake(self, other: int) -> Handshake:
         """With another rank; the lower one begins. Raises InputError."""
         first, second = sorted((self.rank, other))
-        facts = (PROTOCOL_VERSION, __version__, self.job, self.cipher, self.hosts, first, second)
+        facts = (PROTOCOL_VERSION, __version__, self.job, self.cipher, self.hosts, self.names, first, second)
         public = self.keys.public_key(self.hosts[other])
         if public is None:
             raise InputError(
@@ -153,7 +157,7 @@ def _seal_as_hub(channel: Channel) -> Seal:
         for rank in others:
             _tell(channel, rank, _Told(refused=error.exit_code))
         raise
-    return Seal(run.cipher, secrets, hosts=run.hosts)
+    return Seal(run.cipher, secrets, hosts=run.names)
 
 
 def _open(channel: Channel) -> tuple[_Run, dict[int, Handshake]]:
@@ -168,11 +172,22 @@ def _open(channel: Channel) -> tuple[_Run, dict[int, Handshake]]:
             )
     cipher = AES if has_aes() and all(said.aes for said in heard.values()) else CHACHA
     hosts = (keys.host, *(heard[rank].host for rank in others))
-    run = _Run(keys, os.urandom(16).hex(), cipher, hosts, 0)
+    names = _names(hosts, (platform.node(), *(heard[rank].machine for rank in others)))
+    run = _Run(keys, os.urandom(16).hex(), cipher, hosts, names, 0)
     shaking = {rank: run.handshake(rank) for rank in others}
     for rank, handshake in shaking.items():
-        _tell(channel, rank, _Told(run.job, cipher, hosts, {0: handshake.write_first().hex()}))
+        _tell(channel, rank, _Told(run.job, cipher, hosts, names, {0: handshake.write_first().hex()}))
     return run, shaking
+
+
+def _names(hosts: Sequence[str], machines: Sequence[str]) -> tuple[str, ...]:
+    """What the ranks are called, on all ranks: by the host that each proves to be. Where several machines have the same keys,
+    as those of a cluster that share a home folder, by what each says that it is called: they are not taken for one."""
+    of_host: dict[str, set[str]] = {}
+    for host, machine in zip(hosts, machines, strict=True):
+        of_host.setdefault(host, set()).add(machine)
+    found = zip(hosts, machines, strict=True)
+    return tuple(host if len(of_host[host]) == 1 else shorten(machine) for host, machine in found)
 
 
 def _hear_all(channel: Channel, hosts: tuple[str, ...] | list[str]) -> dict[int, _Said]:
@@ -193,11 +208,13 @@ def _seal_as_other(channel: Channel) -> Seal:
     ours = channel.rank
     try:
         keys = _own_keys()
-        _tell(channel, 0, _Said(host=keys.host, aes=has_aes()))
+        _tell(channel, 0, _Said(host=keys.host, machine=platform.node(), aes=has_aes()))
         told = _heed(channel)
-        if len(told.hosts) != channel.size or told.hosts[ours] != keys.host:
+        whole = len(told.hosts) == len(told.names) == channel.size
+        names = (keys.host, shorten(platform.node()))
+        if not whole or told.hosts[ours] != keys.host or told.names[ours] not in names:
             raise StarError("rank 0 took this host for another one: something on the network changes messages")
-        run = _Run(keys, told.job, told.cipher, told.hosts, ours)
+        run = _Run(keys, told.job, told.cipher, told.hosts, told.names, ours)
         answer, found = run.answer(0, told.messages.get(0, ""))
         secrets = {0: found}
         begun = {rank: run.handshake(rank) for rank in range(ours + 1, channel.size)}
@@ -217,7 +234,7 @@ def _seal_as_other(channel: Channel) -> Seal:
             _heed(channel)
         raise
     _heed(channel)
-    return Seal(run.cipher, secrets, hosts=run.hosts)
+    return Seal(run.cipher, secrets, hosts=run.names)
 
 
 class _RefusedError(InputError):

@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -306,6 +307,7 @@ class Star:
         if comm == MPI.COMM_NULL:
             return None
         few = Star(comm, timeout=self.timeout, allreduce=self.algorithm)
+        few.rank = replace(few.rank, host=self.rank.host)
         few.wire, few.threads = self.wire, self.threads
         if few._channel is not None:
             few._channel.latency = self._channel.latency

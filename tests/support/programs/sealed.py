@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 import time
 from dataclasses import replace
@@ -45,6 +46,12 @@ class SaysWithin(Note, frozen=True):
     """One that does so in a part of it."""
 
     part: dict[str, str]
+
+
+class SaysInList(Note, frozen=True):
+    """One that does so in a list of parts."""
+
+    parts: list[dict[str, str]]
 
 
 class Altered:
@@ -156,7 +163,7 @@ def names(star: Star) -> list[str]:
     own = star.rank
     if RANK == 1:
         star.rank = replace(own, host="host-2")
-    notes = (Says(star.rank.host), SaysWithin({"host": star.rank.host}))
+    notes = (Says(star.rank.host), SaysWithin({"host": star.rank.host}), SaysInList([{"host": star.rank.host}]))
     for say in (partial(gather_rank_infos, star, []), *(partial(gather_notes, star, note) for note in notes)):
         try:
             say()
@@ -206,6 +213,16 @@ def keys_of(kind: str) -> str:
         secure._Run.answer = honest  # type: ignore[method-assign]
 
 
+def names_in_one_home_folder() -> list[str]:
+    """What the ranks are called where all have the same keys, and ranks 1 and 2 are another machine than rank 0."""
+    use_keys("one host")
+    node, platform.node = platform.node, lambda: f"node-{min(RANK, 1)}"
+    try:
+        return list(seal_channel(Channel(MPI.COMM_WORLD.Clone())).hosts)
+    finally:
+        platform.node = node
+
+
 def long_handshake() -> str:
     """2 MiB before anybody has proved who he is: what rank 0 says."""
     channel = Channel(MPI.COMM_WORLD.Clone())
@@ -236,6 +253,7 @@ def main() -> None:
     for kind in sorted(folder.name for folder in FOLDER.iterdir()):
         MPI.COMM_WORLD.Barrier()
         said[f"keys: {kind}"] = keys_of(kind)
+    said["one home folder"] = names_in_one_home_folder()
     said["long handshake"] = long_handshake()
     for kind in ALTERATIONS:
         MPI.COMM_WORLD.Barrier()

@@ -27,6 +27,7 @@ from tpimpi.star.control import (
     Proceed,
     Task,
     TaskNote,
+    check_host,
     decode_note,
     gather_notes,
     receive_note,
@@ -256,7 +257,10 @@ def gather_facts(star: Star, wanted: ExpectedSlices) -> list[Facts]:
     star.timeout = TIMEOUT_S
     send_note(star, ExamineRank(wanted))
     notes = star.gather_notes(to_json(examine(star, wanted)))
-    return [decode_note(note, Facts, f"rank {rank}", any_version=True) for rank, note in enumerate(notes)]
+    facts = [decode_note(note, Facts, star.rank_name(rank), any_version=True) for rank, note in enumerate(notes)]
+    for rank, fact in enumerate(facts):
+        check_host(star, rank, {"host": fact.host})
+    return facts
 
 
 def gather_link_facts(star: Star) -> tuple[list[float], list[LinkFacts]]:

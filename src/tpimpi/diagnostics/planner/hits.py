@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from tpimpi.engine.eviction import RoutingTrace, Stalest, hit_rate
+from tpimpi.compute.experts import RoutingTrace
+from tpimpi.engine.eviction import Stalest, hit_rate
 from tpimpi.models.config import ModelConfig
 
 # Parts of all experts for which a trace is gone through; between them the curve is taken to be straight.

@@ -296,7 +296,7 @@ class Predictor:
 
         def all_needs(positions: int | None) -> dict[int, Needs]:
             found = {rank: self.needs(partition, rank, load, positions, sequences) for rank, load in enumerate(loads)}
-            return found | {0: replace(found[0], base=found[0].base + beside)}
+            return found | {0: replace(found[0], work=found[0].work + beside)}
 
         needs = all_needs(None)
         chunk = workload.chunk or default_chunk(workload.config)

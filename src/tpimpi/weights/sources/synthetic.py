@@ -26,6 +26,7 @@ import numpy.typing as npt
 import xxhash
 
 from tpimpi.compute.arrays import F32, Array, Bytes
+from tpimpi.compute.experts import RoutingTrace
 from tpimpi.compute.formats import FORMATS, is_quantized
 from tpimpi.compute.formats.bf16 import from_bf16, to_bf16
 from tpimpi.compute.formats.blocks_of_32 import BLOCK_WEIGHTS
@@ -47,9 +48,6 @@ _MEAN, _DEVIATION = _BYTES_PER_NUMBER * 255 // 2, 256  # of such sums
 _SLAB_NUMBERS = 1 << 18  # numbers worked on at a time
 _MIXTURE_ATTENTION_NORM = 1 / 16
 _NORM_STEPS = 20  # a norm's weight is 1 + n / 128, n with a standard deviation of 256 / 20
-
-
-RoutingTrace = npt.NDArray[np.uint16]  # [positions, layers, experts a token]
 
 
 def with_trace(shape: Shape, path: Path, predicted: float) -> tuple[Shape, RoutingTrace]:
