@@ -181,7 +181,7 @@ def _open(channel: Channel) -> tuple[_Run, dict[int, Handshake]]:
 
 
 def _names(hosts: Sequence[str], machines: Sequence[str]) -> tuple[str, ...]:
-    """What the ranks are called, on all ranks: by the host that each proves to be. Where several machines have the same keys,
+    """What the ranks are called, on all ranks: by the host that each proves to be. Where machines have the same keys,
     as those of a cluster that share a home folder, by what each says that it is called: they are not taken for one."""
     of_host: dict[str, set[str]] = {}
     for host, machine in zip(hosts, machines, strict=True):
