@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import signal
@@ -318,6 +319,8 @@ def test_a_journal_in_use_is_waited_for(start: Start, tmp_path: Path) -> None:
 
 # Its parts
 
+ASK = wire.Ask(0, "", wire.Text("a"), wire.Sampling())
+
 
 def ended(kept: Kept, key: str, text: str = "x") -> None:
     """A request of one answer comes, and is done."""
@@ -348,6 +351,19 @@ def test_what_is_kept_has_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + kept_module.KEPT_S + 1)
     assert not known(kept, "large")
+
+
+def test_what_was_under_way_is_not_forgotten_as_too_much(tmp_path: Path) -> None:
+    kept = Kept(RankLink(FrontOptions(socket="")))
+    journal = Journal(str(tmp_path / "journal"), PASSPHRASE.encode(), kept.take)
+    for number in range(1, kept_module.MOST_KEPT + 3):
+        kept.take(Begun(number, "", str(number), "f", time.time(), "m", 1, [ASK]))
+
+    async def use() -> None:
+        kept.use(journal, TIMEOUT_S)
+
+    asyncio.run(use())
+    assert known(kept, "1") and known(kept, "2")
 
 
 def test_a_file_that_has_grown_is_written_anew(tmp_path: Path) -> None:

@@ -199,10 +199,10 @@ class Kept:
         """Keep them there too; what stands in it was taken. What was under way goes on, for so many seconds at most."""
         self._numbers = itertools.count(max(self._by_number, default=0) + 1)
         self._journal, journal.everything = journal, self._records
-        self.tidy()
         going_on = [one for one in self._by_key.values() if one.goes_on]
         for one in going_on:
             one.answer_alone(time_limit)
+        self.tidy()  # not before: those that go on would count as idle, and could be forgotten
         if going_on:
             journal.say(f": {len(going_on)} of the requests in it were under way, and go on")
 
