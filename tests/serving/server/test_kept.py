@@ -366,6 +366,20 @@ def test_what_was_under_way_is_not_forgotten_as_too_much(tmp_path: Path) -> None
     assert known(kept, "1") and known(kept, "2")
 
 
+def test_with_another_model_clients_that_had_words_ask_again() -> None:
+    link = RankLink(FrontOptions(socket=""))
+    replies = Kept(link).replies("", "k", "f")
+    with replies.joined(1) as before, replies.joined(1) as after:
+        replies.ask(before, lambda: [ASK])
+        replies.hear(0, wire.Began(1, 1))
+        link.on_ready(msgspec.structs.replace(READY, fingerprint="b"))
+        replies.ask(after, lambda: [ASK])
+        replies.hear(0, wire.Began(2, 1))
+        assert before.get_nowait() == (0, wire.Began(1, 1))
+        assert isinstance(before.get_nowait()[1], ApiError) and before.empty()
+        assert after.get_nowait() == (0, wire.Began(2, 1)) and after.empty()
+
+
 def test_a_file_that_has_grown_is_written_anew(tmp_path: Path) -> None:
     """What is kept stands in it, and nothing else; where nothing is kept it is as new."""
     path, found = tmp_path / "journal", list[Record]()

@@ -18,7 +18,7 @@ from starlette.datastructures import Headers
 from tpimpi.serving.server import wire
 from tpimpi.serving.server.journal import Begun, Forgotten, Held, Journal, Record, Replied, Reply
 from tpimpi.serving.server.link import Heard, RankLink
-from tpimpi.serving.server.problems import ApiError
+from tpimpi.serving.server.problems import ApiError, unavailable
 from tpimpi.serving.server.replies import Replies
 
 KEPT_S = 24 * 3600.0  # since a request came
@@ -109,8 +109,13 @@ class KeptReplies(Replies):
             self._leave()
 
     def begin_again(self, model: str) -> None:
-        """What there is of its answers came from another model: none of it counts. Rank 0 has yet to be asked."""
+        """What there is of its answers came from another model: none of it counts, and clients that heard it have to ask
+        again. Rank 0 has yet to be asked."""
         was_asked = bool(self._asked)
+        if self._log:  # else they would get the words of both
+            for client in self._clients:
+                client.put_nowait((0, unavailable("another model answers now; ask again", "model_changed")))
+            self._clients = []
         for one in self._asked:
             self._link.forget(one)
         self._asked, self._log, self._ended = [], [], set()
