@@ -196,13 +196,18 @@ def kill(front: Front) -> None:
     front.process.wait(TIMEOUT_S)
 
 
+def written(path: Path) -> bytes:
+    """The lines of a journal."""
+    first, *lines = path.read_bytes().splitlines(keepends=True)
+    seal = LineSeal(PASSPHRASE.encode(), first, "journal")
+    return b"".join(seal.open(line) for line in lines)
+
+
 def until_written(path: Path, *texts: str) -> None:
     """Until the journal has them, by its own words."""
     deadline = time.monotonic() + TIMEOUT_S
     while True:
-        first, *lines = path.read_bytes().splitlines(keepends=True)
-        seal = LineSeal(PASSPHRASE.encode(), first, "journal")
-        found = b"".join(seal.open(line) for line in lines)
+        found = written(path)
         if all(text.encode() in found for text in texts):
             return
         assert time.monotonic() < deadline, found
@@ -378,6 +383,24 @@ def test_with_another_model_clients_that_had_words_ask_again() -> None:
         assert before.get_nowait() == (0, wire.Began(1, 1))
         assert isinstance(before.get_nowait()[1], ApiError) and before.empty()
         assert after.get_nowait() == (0, wire.Began(2, 1)) and after.empty()
+
+
+def test_what_is_held_stays_so_in_the_journal_with_another_model(tmp_path: Path) -> None:
+    path, link = tmp_path / "journal", RankLink(FrontOptions(socket=""))
+    kept = Kept(link)
+    journal = Journal(str(path), PASSPHRASE.encode(), kept.take)
+    begun = Begun(1, "", "k", "f", time.time(), "a", 1, [ASK])
+    kept.take(begun)
+    kept.take(Held(1, held=True))
+
+    async def use() -> None:
+        kept.use(journal, TIMEOUT_S)
+        link.on_ready(msgspec.structs.replace(READY, fingerprint="b"))
+        kept.end()
+
+    asyncio.run(use())
+    again = msgspec.json.encode(msgspec.structs.replace(begun, model="b")).decode()
+    assert written(path).decode().split()[-2:] == [again, '["Held",1,true]']
 
 
 def test_a_file_that_has_grown_is_written_anew(tmp_path: Path) -> None:

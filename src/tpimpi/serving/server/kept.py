@@ -122,6 +122,8 @@ class KeptReplies(Replies):
         self.about = msgspec.structs.replace(self.about, model=model)
         self.bytes = len(msgspec.msgpack.encode(self.about))
         self._note(self.about)
+        if self.held:  # which a reader of the journal takes back with each beginning
+            self._note(Held(self.about.number, held=True))
         if was_asked:
             self._go_on()
 
