@@ -2,8 +2,8 @@
 
 A file of sealed lines (see sealed_lines), each a JSON array that begins with the kind of its record, one of those below. It
 grows at its end, by a line every FLUSH_S seconds while answers come, and is written anew, with what is kept alone, when it
-has grown. Nothing is forced to the disk (fsync): it is for a server that is killed; after a power cut its last seconds may
-be missing.
+has grown. Only what is written anew is forced to the disk (fsync): it is for a server that is killed; after a power cut its
+last seconds may be missing.
 """
 
 from __future__ import annotations
