@@ -360,7 +360,7 @@ def test_what_is_kept_has_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_was_under_way_is_not_forgotten_as_too_much(tmp_path: Path) -> None:
     kept = Kept(RankLink(FrontOptions(socket="")))
-    journal = Journal(str(tmp_path / "journal"), PASSPHRASE.encode(), kept.take)
+    journal = Journal(str(tmp_path / "journal"), PASSPHRASE.encode(), kept.take, kept.records)
     for number in range(1, kept_module.MOST_KEPT + 3):
         kept.take(Begun(number, "", str(number), "f", time.time(), "m", 1, [ASK]))
 
@@ -388,7 +388,7 @@ def test_with_another_model_clients_that_had_words_ask_again() -> None:
 def test_what_is_held_stays_so_in_the_journal_with_another_model(tmp_path: Path) -> None:
     path, link = tmp_path / "journal", RankLink(FrontOptions(socket=""))
     kept = Kept(link)
-    journal = Journal(str(path), PASSPHRASE.encode(), kept.take)
+    journal = Journal(str(path), PASSPHRASE.encode(), kept.take, kept.records)
     begun = Begun(1, "", "k", "f", time.time(), "a", 1, [ASK])
     kept.take(begun)
     kept.take(Held(1, held=True))
@@ -406,20 +406,39 @@ def test_what_is_held_stays_so_in_the_journal_with_another_model(tmp_path: Path)
 def test_a_file_that_has_grown_is_written_anew(tmp_path: Path) -> None:
     """What is kept stands in it, and nothing else; where nothing is kept it is as new."""
     path, found = tmp_path / "journal", list[Record]()
-    journal = Journal(str(path), PASSPHRASE.encode(), found.append)
+    kept = list[Record]()
+    journal = Journal(str(path), PASSPHRASE.encode(), found.append, lambda: kept)
     new = path.stat().st_size
-    kept = [Replied([(1, 0, wire.Part(1, "x" * 5000, "", [1]))])]
-    journal.everything = lambda: kept
+    kept += [Replied([(1, 0, wire.Part(1, "x" * 5000, "", [1]))])]
     for _ in range(250):
         journal.add(Replied([(1, 0, wire.Part(1, "x" * 5000, "", [1]))]), now=True)
         assert path.stat().st_size < 2 * new + (1 << 20) + 20_000
     journal.tidy(empty=False)
     assert path.stat().st_size > new
     with pytest.raises(InputError, match="in use"):
-        Journal(str(path), PASSPHRASE.encode(), found.append)
+        Journal(str(path), PASSPHRASE.encode(), found.append, lambda: kept)
     kept.clear()
     journal.tidy(empty=True)
     assert path.stat().st_size == new and stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_file_that_cannot_be_written_anew_is_refused_or_grows(tmp_path: Path) -> None:
+    """Nothing is lost of it meanwhile."""
+    path, record = tmp_path / "journal", Replied([(1, 0, wire.Part(1, "x" * 5000, "", [1]))])
+    (hinders := tmp_path / ".journal.partial").mkdir()
+    with pytest.raises(InputError, match=r"--journal .* cannot be written anew .*; make room, or give a file in a folder"):
+        Journal(str(path), PASSPHRASE.encode(), print, lambda: [])
+    assert not path.exists()
+    hinders.rmdir()
+    journal = Journal(str(path), PASSPHRASE.encode(), print, lambda: [record])
+    hinders.mkdir()
+    for _ in range(250):  # so that it is tried
+        journal.add(record, now=True)
+    assert written(path).count(b"Replied") == 251
+    hinders.rmdir()
+    for _ in range(600):
+        journal.add(record, now=True)
+    assert written(path).count(b"Replied") < 600
 
 
 @pytest.mark.parametrize(

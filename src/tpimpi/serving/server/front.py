@@ -97,7 +97,7 @@ def open_journal(options: FrontOptions, kept: Kept) -> Journal | None:
     until, waits = time.monotonic() + options.journal_wait, False
     while True:
         try:
-            return Journal(options.journal, options.journal_passphrase.encode(), kept.take)
+            return Journal(options.journal, options.journal_passphrase.encode(), kept.take, kept.records)
         except InputError as error:
             if not isinstance(error.__cause__, BlockingIOError) or time.monotonic() > until:
                 raise

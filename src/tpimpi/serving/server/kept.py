@@ -205,7 +205,7 @@ class Kept:
     def use(self, journal: Journal, time_limit: float) -> None:
         """Keep them there too; what stands in it was taken. What was under way goes on, for so many seconds at most."""
         self._numbers = itertools.count(max(self._by_number, default=0) + 1)
-        self._journal, journal.everything = journal, self._records
+        self._journal = journal
         going_on = [one for one in self._by_key.values() if one.goes_on]
         for one in going_on:
             one.answer_alone(time_limit)
@@ -230,7 +230,8 @@ class Kept:
             self._journal.flush()
             self._journal = None
 
-    def _records(self) -> Iterator[Record]:
+    def records(self) -> Iterator[Record]:
+        """What stands in a journal that is written anew."""
         for one in self._by_key.values():
             yield from one.records()
 
