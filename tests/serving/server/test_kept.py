@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import resource
 import signal
 import stat
 import threading
@@ -22,6 +23,7 @@ from starlette.datastructures import Headers
 from tests.support.fronts import READY, TIMEOUT_S, Front, StandIn
 from tpimpi.errors import InputError
 from tpimpi.serving.sealed_lines import LineSeal
+from tpimpi.serving.server import journal as journal_module
 from tpimpi.serving.server import kept as kept_module
 from tpimpi.serving.server import wire
 from tpimpi.serving.server.front_options import FrontOptions
@@ -420,6 +422,30 @@ def test_a_file_that_has_grown_is_written_anew(tmp_path: Path) -> None:
     kept.clear()
     journal.tidy(empty=True)
     assert path.stat().st_size == new and stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_what_could_not_be_written_is_tried_again_though_nothing_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "WRITE_AGAIN_S", 0.0)
+    path, kept = tmp_path / "journal", Kept(RankLink(FrontOptions(socket="")))
+    journal = Journal(str(path), PASSPHRASE.encode(), kept.take, kept.records)
+
+    async def use() -> None:
+        kept.use(journal, TIMEOUT_S)
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, limit[1]))
+        try:
+            ended(kept, "k")
+            assert b"Begun" not in written(path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            signal.signal(signal.SIGXFSZ, before)
+        kept.tidy()
+        assert b"Done" in written(path)
+
+    asyncio.run(use())
 
 
 def test_a_file_that_cannot_be_written_anew_is_refused_or_grows(tmp_path: Path) -> None:

@@ -245,8 +245,10 @@ class Kept:
             if left > MOST_KEPT or total > MOST_KEPT_BYTES or one.about.at < oldest:
                 total -= one.bytes
                 self.forget(one)
-        if self._journal is not None and all(one.is_idle for one in self._by_key.values()):
-            self._journal.tidy(empty=not self._by_key)
+        if self._journal is not None:
+            self._journal.try_again()  # though nothing new may come
+            if all(one.is_idle for one in self._by_key.values()):
+                self._journal.tidy(empty=not self._by_key)
 
     def has(self, one: KeptReplies) -> bool:
         """Whether it is kept."""
