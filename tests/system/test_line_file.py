@@ -30,7 +30,7 @@ def test_a_file_is_replaced_by_one_that_is_on_the_disk(tmp_path: Path, monkeypat
     file.append(b"more\n")
     file.close()
     assert forced == [(b"new\n", b"old\n")]
-    assert path.read_bytes() == b"new\nmore\n" and os.listdir(tmp_path) == ["lines"]
+    assert path.read_bytes() == b"new\nmore\n" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_file_that_was_replaced_meanwhile_is_one_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

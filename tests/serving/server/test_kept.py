@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import resource
+import shutil
 import signal
 import stat
 import threading
@@ -424,6 +425,34 @@ def test_a_file_that_has_grown_is_written_anew(tmp_path: Path) -> None:
     assert path.stat().st_size == new and stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+def test_choices_have_their_prompt_once_in_the_journal(tmp_path: Path) -> None:
+    path, kept = tmp_path / "journal", Kept(RankLink(FrontOptions(socket="")))
+    asks = [
+        wire.Ask(0, "", wire.Text(text), wire.Sampling(seed=seed))
+        for text, seed in [("Zanzibar", 5), ("Zanzibar", 6), ("Zanzibar", 7), ("Lima", 5), ("Lima", 6), ("Oslo", 9)]
+    ]
+    journal = Journal(str(path), PASSPHRASE.encode(), kept.take, kept.records)
+
+    async def use() -> None:
+        kept.use(journal, TIMEOUT_S)
+        replies = kept.replies("", "k", "f")
+        with replies.joined(1) as hearing:
+            replies.ask(hearing, lambda: asks)
+            kept.end()
+
+    asyncio.run(use())
+    assert written(path).count(b"Zanzibar") == 1
+    shutil.copy(path, copy := tmp_path / "copy")  # as the other one is locked
+    other = Kept(link := RankLink(FrontOptions(socket="")))
+    read = Journal(str(copy), PASSPHRASE.encode(), other.take, other.records)
+
+    async def go_on() -> None:
+        other.use(read, TIMEOUT_S)
+        assert [msgspec.structs.replace(one.ask, id=0) for one in link._asked.values()] == asks
+
+    asyncio.run(go_on())
+
+
 def test_what_could_not_be_written_is_tried_again_though_nothing_comes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -452,8 +481,10 @@ def test_a_file_that_cannot_be_written_anew_is_refused_or_grows(tmp_path: Path) 
     """Nothing is lost of it meanwhile."""
     path, record = tmp_path / "journal", Replied([(1, 0, wire.Part(1, "x" * 5000, "", [1]))])
     (hinders := tmp_path / ".journal.partial").mkdir()
-    with pytest.raises(InputError, match=r"--journal .* cannot be written anew .*; make room, or give a file in a folder"):
-        Journal(str(path), PASSPHRASE.encode(), print, lambda: [])
+    with pytest.raises(
+        InputError, match=r"--journal .* cannot be written anew .*; make room, or give a file in a folder"
+    ):
+        Journal(str(path), PASSPHRASE.encode(), print, list)
     assert not path.exists()
     hinders.rmdir()
     journal = Journal(str(path), PASSPHRASE.encode(), print, lambda: [record])

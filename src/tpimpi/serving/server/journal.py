@@ -37,7 +37,8 @@ class _Record(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unk
 class Begun(_Record, frozen=True):
     """A request, as `number` in the lines that follow. `key` is its Idempotency-Key, of `owner`; `fingerprint` tells its
     path and body from others; `model` (its fingerprint) is to answer it, `at` (Unix time) it came. `asks` are empty where
-    all `answers` are there. Where its number was there before, it begins again, without replies."""
+    all `answers` are there; else there is one for each prompt, and `choices` has its number of answers, whose seeds count up
+    from its own (none: one each). Where its number was there before, it begins again, without replies."""
 
     number: int
     owner: str
@@ -47,6 +48,7 @@ class Begun(_Record, frozen=True):
     model: str = ""
     answers: int = 0
     asks: list[wire.Ask] = []
+    choices: list[int] = []
 
 
 class Replied(_Record, frozen=True):

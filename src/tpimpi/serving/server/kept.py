@@ -41,14 +41,39 @@ def key_of(headers: Headers) -> str | None:
     return re.sub(r"\\(.)", r"\1", match[1]) if match[1] is not None else match[2]
 
 
+def _together(asks: list[wire.Ask]) -> tuple[list[wire.Ask], list[int]]:
+    """The first ask of each prompt, and how many follow each other from it that differ in their seeds alone, by one each."""
+    firsts: list[wire.Ask] = []
+    choices: list[int] = []
+    for ask in asks:
+        if firsts and ask == _choice(firsts[-1], choices[-1]):
+            choices[-1] += 1
+        else:
+            firsts.append(ask)
+            choices.append(1)
+    return firsts, choices
+
+
+def _choice(ask: wire.Ask, number: int) -> wire.Ask:
+    """The ask of another choice for the same prompt."""
+    sampling = ask.sampling
+    if sampling.seed is None:
+        return ask
+    return msgspec.structs.replace(ask, sampling=msgspec.structs.replace(sampling, seed=sampling.seed + number))
+
+
 class KeptReplies(Replies):
     """Those of a request that may be asked again."""
 
     def __init__(self, link: RankLink, kept: Kept, about: Begun) -> None:
-        """`about` has no asks, or those of a request that was under way in another server."""
+        """`about` has no asks, or those of a request that was under way in another server. Raises ValueError for choices
+        that are not those of its asks."""
         super().__init__(link)
         self._kept, self.about = kept, about
-        self._asks = list(about.asks)
+        choices = about.choices or [1] * len(about.asks)
+        self._asks = [
+            _choice(ask, number) for ask, count in zip(about.asks, choices, strict=True) for number in range(count)
+        ]
         self._log: list[tuple[int, Reply]] = []
         self._ended: set[int] = set()
         self.held = False  # nobody waits for it
@@ -82,7 +107,7 @@ class KeptReplies(Replies):
         if self.is_done:
             self._asks = []
             self.bytes -= len(msgspec.msgpack.encode(self.about.asks))
-            self.about = msgspec.structs.replace(self.about, asks=[])
+            self.about = msgspec.structs.replace(self.about, asks=[], choices=[])
 
     def hear(self, index: int, reply: Heard) -> None:
         super().hear(index, reply)
@@ -142,7 +167,10 @@ class KeptReplies(Replies):
             return
         ready = self._link.ready
         model = "" if ready is None else ready.fingerprint
-        self.about = msgspec.structs.replace(self.about, model=model, answers=len(self._asks), asks=self._asks)
+        asks, choices = _together(self._asks)
+        self.about = msgspec.structs.replace(
+            self.about, model=model, answers=len(self._asks), asks=asks, choices=choices
+        )
         self.bytes = len(msgspec.msgpack.encode(self.about))
         self._note(self.about, now=True)
 
