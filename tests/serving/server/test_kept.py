@@ -6,6 +6,8 @@ import contextlib
 import json
 import signal
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ import pytest
 
 from tests.support.fronts import PASSPHRASE, READY, TIMEOUT_S, Front, StandIn, written
 from tpimpi.serving.sealed_lines import LineSeal
+from tpimpi.serving.server import front as front_module
 from tpimpi.serving.server import wire
 from tpimpi.serving.server.front_options import FrontOptions
 from tpimpi.serving.server.journal import Begun, Forgotten, Held
@@ -305,3 +308,17 @@ def test_a_journal_in_use_is_waited_for(start: Start, tmp_path: Path) -> None:
         second = waiting.result(TIMEOUT_S)
     assert not second.listening.problem
     second.close()
+
+
+def test_who_waits_for_a_journal_ends_with_its_input(start: Start, tmp_path: Path) -> None:
+    options = journal_options(tmp_path)
+    start(**options)
+    waiting = FrontOptions(socket=str(tmp_path / "other"), port=0, journal_wait=100 * TIMEOUT_S, **options)
+    found = subprocess.run(
+        [sys.executable, "-m", front_module.__name__],
+        input=msgspec.json.encode(waiting) + b"\n",
+        capture_output=True,
+        timeout=TIMEOUT_S / 4,
+        check=False,
+    )
+    assert (found.returncode, found.stdout) == (0, b"") and b"waiting for its end" in found.stderr
