@@ -104,6 +104,25 @@ def test_what_is_held_stays_so_in_the_journal_with_another_model(tmp_path: Path)
     assert written(path).decode().split()[-2:] == [again, '["Held",1,true]']
 
 
+def test_a_client_that_asks_after_an_error_is_answered() -> None:
+    """Though it had joined before the error came: of what could not be asked, and of what rank 0 refused."""
+    link = RankLink(FrontOptions(socket=""))
+    too_large = msgspec.structs.replace(ASK, sampling=wire.Sampling(seed=1 << 70))
+    replies = Kept(link).replies("", "k", "f")
+    with replies.joined(2), replies.joined(2) as second, replies.joined(2) as third:
+        with pytest.raises(ApiError), replies.joined(2) as first:
+            replies.ask(first, lambda: [ASK, too_large])
+        assert not link._asked
+        replies.ask(second, lambda: [ASK, ASK])
+        number, _ = link._asked
+        link._hear(wire.Refused(number, "too long", "messages"))
+        assert isinstance(second.get_nowait()[1], ApiError) and not link._asked
+        replies.ask(third, lambda: [ASK, ASK])
+        for number in list(link._asked):
+            link._hear(wire.Began(number, 1))
+        assert [third.get_nowait() for _ in range(2)] == [(0, wire.Began(4, 1)), (1, wire.Began(5, 1))]
+
+
 def test_a_file_that_has_grown_is_written_anew(tmp_path: Path) -> None:
     """What is kept stands in it, and nothing else; where nothing is kept it is as new."""
     path, found = tmp_path / "journal", list[Record]()

@@ -141,9 +141,8 @@ class KeptReplies(Replies):
             for client in self._clients:
                 client.put_nowait((0, unavailable("another model answers now; ask again", "model_changed")))
             self._clients = []
-        for one in self._asked:
-            self._link.forget(one)
-        self._asked, self._log, self._ended = [], [], set()
+        self._forget_asked()
+        self._log, self._ended = [], set()
         self.about = msgspec.structs.replace(self.about, model=model)
         self.bytes = len(msgspec.msgpack.encode(self.about))
         self._note(self.about)
