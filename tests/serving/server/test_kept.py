@@ -139,6 +139,9 @@ def test_a_client_that_comes_back_gets_the_answer(start: Start, rank: Callable[.
     ask = heard(server)  # and nothing was asked before
     server.say(wire.Began(ask.id, 5), part(ask, "x", 1), wire.Done(ask.id, "end", 1, 0))
     assert whole.end() == ("x", "stop")
+    metrics = httpx2.get(f"{front.listening.url}/metrics", timeout=TIMEOUT_S).text
+    assert "\ntpimpi_first_token_seconds_count 2.0\n" in metrics  # those who asked first: who comes back does not count
+    assert "\ntpimpi_request_seconds_count 1.0\n" in metrics
 
 
 def test_another_request_with_the_same_key_is_refused(start: Start, rank: Callable[..., StandIn]) -> None:

@@ -57,8 +57,9 @@ class Replies:
             if not self._joined:
                 self._leave()
 
-    def ask(self, hearing: Hearing, make: Callable[[], list[wire.Ask]]) -> None:
-        """A client that has joined hears the replies; what it asks is made and asked for, unless it was."""
+    def ask(self, hearing: Hearing, make: Callable[[], list[wire.Ask]]) -> bool:
+        """A client that has joined hears the replies; what it asks is made and asked for, unless it was. Returns whether
+        it was made now, so that nothing was computed of it before."""
         begins = not self._asks and not self.is_done
         if begins:
             self._asks = make()
@@ -73,6 +74,7 @@ class Replies:
                 self._asks = [] if begins else self._asks
                 raise
             self._note_asked(begins=begins)
+        return begins
 
     def hear(self, index: int, reply: Heard) -> None:
         """Rank 0 says something of an answer, or the link that there will be none: no other is wanted then, and a client
