@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import resource
 import shutil
 import signal
@@ -13,12 +14,14 @@ from pathlib import Path
 import msgspec
 import pytest
 from starlette.datastructures import Headers
+from starlette.requests import Request
 
 from tests.support.fronts import PASSPHRASE, READY, TIMEOUT_S, written
 from tpimpi.errors import InputError
 from tpimpi.serving.server import journal as journal_module
 from tpimpi.serving.server import kept as kept_module
 from tpimpi.serving.server import wire
+from tpimpi.serving.server.bodies import BODY_DIGEST, Bodies
 from tpimpi.serving.server.front_options import FrontOptions
 from tpimpi.serving.server.journal import Begun, Held, Journal, Record, Replied
 from tpimpi.serving.server.kept import Kept, key_of
@@ -121,6 +124,16 @@ def test_a_client_that_asks_after_an_error_is_answered() -> None:
         for number in list(link._asked):
             link._hear(wire.Began(number, 1))
         assert [third.get_nowait() for _ in range(2)] == [(0, wire.Began(4, 1)), (1, wire.Began(5, 1))]
+
+
+@pytest.mark.parametrize("headers", [[], [(b"idempotency-key", b"k")]])
+def test_the_body_of_a_request_without_a_key_is_not_hashed(headers: list[tuple[bytes, bytes]]) -> None:
+    async def receive() -> dict[str, object]:
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    request = Request({"type": "http", "headers": headers}, receive)
+    asyncio.run(Bodies().json(request, dict))
+    assert request.scope.get(BODY_DIGEST) == (hashlib.sha256(b"{}").hexdigest() if headers else None)
 
 
 def test_a_file_that_has_grown_is_written_anew(tmp_path: Path) -> None:
