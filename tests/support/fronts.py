@@ -5,15 +5,18 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import IO
 
 import msgspec
 
+from tpimpi.serving.sealed_lines import LineSeal
 from tpimpi.serving.server import front as front_module
 from tpimpi.serving.server import wire
 from tpimpi.serving.server.front_options import FrontOptions, Listening
 
 TIMEOUT_S = 60.0
+PASSPHRASE = "correct horse battery staple"  # of a journal
 READY = wire.Ready("m", 64, 2, 100, "")
 
 
@@ -64,3 +67,10 @@ class Front:
             assert pipe is not None
             pipe.close()
         return code
+
+
+def written(path: Path) -> bytes:
+    """The lines of a journal."""
+    first, *lines = path.read_bytes().splitlines(keepends=True)
+    seal = LineSeal(PASSPHRASE.encode(), first, "journal")
+    return b"".join(seal.open(line) for line in lines)

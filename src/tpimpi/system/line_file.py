@@ -22,7 +22,8 @@ class LineFile:
     before more is appended."""
 
     def __init__(self, path: Path, wrong: Callable[[str], InputError]) -> None:
-        """Open `path`, or make it. Raises `wrong` of what is wrong and what to do, and OSError."""
+        """Open `path`, or make it. Raises `wrong` of what is wrong and what to do, and OSError; its cause is a
+        BlockingIOError where another run has the file, or has just put another in its place."""
         self.path, self.whole = path, 0
         self._descriptor, self._made = -1, False
         self._for_others = False  # others can read it
@@ -54,7 +55,7 @@ class LineFile:
             raise wrong(f" cannot be locked: {problem.strerror}; put it on a local disk") from problem
         about = os.fstat(self._descriptor)
         if not self.path.exists() or not os.path.samestat(about, self.path.stat()):
-            raise wrong(" was removed by another run just now; try again")
+            raise wrong(" was removed by another run just now; try again") from BlockingIOError()
         self._for_others = bool(about.st_mode & 0o077)
         if self._for_others and os.geteuid() not in (0, about.st_uid):
             raise wrong(" is another user's, and others can read it; give a file of your own")
@@ -85,12 +86,15 @@ class LineFile:
             os.close(other)
 
     def replace(self, lines: bytes) -> None:
-        """Put a file of these whole lines in the place of this one, locked before it is there. Raises OSError."""
+        """Put a file of these whole lines in the place of this one, locked and on the disk before it is there. Raises
+        OSError."""
         descriptor = -1
         try:
-            with whole_file(self.path, private=True) as file:
+            # Always the same name, as the lock is ours: what a run left that was killed here is written over.
+            with whole_file(self.path, private=True, temporary=f".{self.path.name}.partial") as file:
                 file.write(lines)
                 file.flush()
+                os.fsync(file.fileno())
                 # Another description of it, as locks are of these.
                 descriptor = os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
                 try_lock(descriptor)

@@ -6,6 +6,8 @@ import contextlib
 import json
 import signal
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,22 +18,16 @@ from typing import Any
 import httpx2
 import msgspec
 import pytest
-from starlette.datastructures import Headers
 
-from tests.support.fronts import READY, TIMEOUT_S, Front, StandIn
-from tpimpi.errors import InputError
+from tests.support.fronts import PASSPHRASE, READY, TIMEOUT_S, Front, StandIn, written
 from tpimpi.serving.sealed_lines import LineSeal
-from tpimpi.serving.server import kept as kept_module
+from tpimpi.serving.server import front as front_module
 from tpimpi.serving.server import wire
 from tpimpi.serving.server.front_options import FrontOptions
-from tpimpi.serving.server.journal import Begun, Forgotten, Held, Journal, Record, Replied
-from tpimpi.serving.server.kept import Kept, key_of
-from tpimpi.serving.server.link import RankLink
-from tpimpi.serving.server.problems import ApiError
+from tpimpi.serving.server.journal import Begun, Forgotten, Held
 
 Start = Callable[..., Front]
 BODY = {"messages": [{"role": "user", "content": "Zanzibar?"}], "stream": True}
-PASSPHRASE = "correct horse battery staple"
 
 
 @pytest.fixture
@@ -143,6 +139,9 @@ def test_a_client_that_comes_back_gets_the_answer(start: Start, rank: Callable[.
     ask = heard(server)  # and nothing was asked before
     server.say(wire.Began(ask.id, 5), part(ask, "x", 1), wire.Done(ask.id, "end", 1, 0))
     assert whole.end() == ("x", "stop")
+    metrics = httpx2.get(f"{front.listening.url}/metrics", timeout=TIMEOUT_S).text
+    assert "\ntpimpi_first_token_seconds_count 2.0\n" in metrics  # those who asked first: who comes back does not count
+    assert "\ntpimpi_request_seconds_count 1.0\n" in metrics
 
 
 def test_another_request_with_the_same_key_is_refused(start: Start, rank: Callable[..., StandIn]) -> None:
@@ -199,9 +198,7 @@ def until_written(path: Path, *texts: str) -> None:
     """Until the journal has them, by its own words."""
     deadline = time.monotonic() + TIMEOUT_S
     while True:
-        first, *lines = path.read_bytes().splitlines(keepends=True)
-        seal = LineSeal(PASSPHRASE.encode(), first, "journal")
-        found = b"".join(seal.open(line) for line in lines)
+        found = written(path)
         if all(text.encode() in found for text in texts):
             return
         assert time.monotonic() < deadline, found
@@ -316,78 +313,15 @@ def test_a_journal_in_use_is_waited_for(start: Start, tmp_path: Path) -> None:
     second.close()
 
 
-# Its parts
-
-
-def ended(kept: Kept, key: str, text: str = "x") -> None:
-    """A request of one answer comes, and is done."""
-    replies = kept.replies("", key, "f")
-    with replies.joined(1) as hearing:
-        replies.ask(hearing, lambda: [wire.Ask(0, "", wire.Text("a"), wire.Sampling())])
-        replies.hear(0, wire.Began(1, 1))
-        replies.hear(0, wire.Part(1, text, "", [1]))
-        replies.hear(0, wire.Done(1, "end", 1, 0))
-
-
-def known(kept: Kept, key: str) -> bool:
-    """Whether that one is kept: another request with the same key is refused."""
-    try:
-        kept.forget(kept.replies("", key, "another"))
-    except ApiError:
-        return True
-    return False
-
-
-def test_what_is_kept_has_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = Kept(RankLink(FrontOptions(socket="")))
-    for number in range(kept_module.MOST_KEPT + 2):
-        ended(kept, str(number))
-    assert [known(kept, str(number)) for number in range(4)] == [False, False, True, True]
-    ended(kept, "large", "x" * (kept_module.MOST_KEPT_BYTES - 1000))
-    assert known(kept, "large") and not known(kept, "200")
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + kept_module.KEPT_S + 1)
-    assert not known(kept, "large")
-
-
-def test_a_file_that_has_grown_is_written_anew(tmp_path: Path) -> None:
-    """What is kept stands in it, and nothing else; where nothing is kept it is as new."""
-    path, found = tmp_path / "journal", list[Record]()
-    journal = Journal(str(path), PASSPHRASE.encode(), found.append)
-    new = path.stat().st_size
-    kept = [Replied([(1, 0, wire.Part(1, "x" * 5000, "", [1]))])]
-    journal.everything = lambda: kept
-    for _ in range(250):
-        journal.add(Replied([(1, 0, wire.Part(1, "x" * 5000, "", [1]))]), now=True)
-        assert path.stat().st_size < 2 * new + (1 << 20) + 20_000
-    journal.tidy(empty=False)
-    assert path.stat().st_size > new
-    with pytest.raises(InputError, match="in use"):
-        Journal(str(path), PASSPHRASE.encode(), found.append)
-    kept.clear()
-    journal.tidy(empty=True)
-    assert path.stat().st_size == new and stat.S_IMODE(path.stat().st_mode) == 0o600
-
-
-@pytest.mark.parametrize(
-    ("given", "key"),
-    [
-        (["7f2c-1"], "7f2c-1"),
-        (['"7f2c-1"'], "7f2c-1"),
-        ([r'"a \"b\\ "'], 'a "b\\ '),
-        ([], None),
-        ([""], ApiError),
-        (["a b"], ApiError),
-        (['"a'], ApiError),
-        (["\xe9"], ApiError),
-        (["x" * 256], ApiError),
-        (["a", "a"], ApiError),
-    ],
-)
-def test_keys_are_strings_of_rfc_8941(given: list[str], key: object) -> None:
-    headers = Headers(raw=[(b"idempotency-key", one.encode("latin-1")) for one in given])
-    if key is ApiError:
-        with pytest.raises(ApiError, match="Idempotency-Key"):
-            key_of(headers)
-    else:
-        assert key_of(headers) == key
+def test_who_waits_for_a_journal_ends_with_its_input(start: Start, tmp_path: Path) -> None:
+    options = journal_options(tmp_path)
+    start(**options)
+    waiting = FrontOptions(socket=str(tmp_path / "other"), port=0, journal_wait=100 * TIMEOUT_S, **options)
+    found = subprocess.run(
+        [sys.executable, "-m", front_module.__name__],
+        input=msgspec.json.encode(waiting) + b"\n",
+        capture_output=True,
+        timeout=TIMEOUT_S / 4,
+        check=False,
+    )
+    assert (found.returncode, found.stdout) == (0, b"") and b"waiting for its end" in found.stderr

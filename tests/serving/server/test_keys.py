@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ def test_a_key_has_an_owner(tmp_path: Path) -> None:
     file.write_text("# mine\n\nanna=sk-anna-123456\nsk-nobody-123456\nlong = sk=with==\nbase64/9x==\n")
     keys = Keys(str(file))
     assert keys.owner("sk-anna-123456") == "anna"
-    assert keys.owner("sk-nobody-123456") == "line 4"
-    assert keys.owner("sk=with==") == "long" and keys.owner("base64/9x==") == "line 6"
+    assert keys.owner("sk-nobody-123456") == f"key {hashlib.sha256(b'sk-nobody-123456').hexdigest()[:16]}"
+    assert keys.owner("sk=with==") == "long" and keys.owner("base64/9x==") not in (None, keys.owner("sk-nobody-123456"))
     assert keys.owner("anna=sk-anna-123456") is None and keys.owner("") is None and keys.owner("\udcff") is None
 
 

@@ -97,6 +97,7 @@ class Answers:
         self._usage = Usage()
         self._began = time.monotonic()
         self._has_token = self._has_begun = False
+        self._is_new = True  # else it was asked before, and the time that it takes tells nothing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.ensure_future(self._within_limit(send))
@@ -140,7 +141,7 @@ class Answers:
             check_model(self._model, ready, self._names)
             self._form.use_model(ready)
             self._wanted = [_with_tools(wanted, ready) for wanted in self._wanted]
-            self._replies.ask(hearing, self._asks)
+            self._is_new = self._replies.ask(hearing, self._asks)
             streams: list[EventStream] = [
                 tool_events(wanted, ready) or PlainEvents() for wanted in self._wanted for _ in range(wanted.choices)
             ]
@@ -213,7 +214,12 @@ class Answers:
     def _note_token(self) -> None:
         if not self._has_token:
             self._has_token = True
-            self._metrics.first_token.observe(time.monotonic() - self._began)
+            if self._is_new:
+                self._metrics.first_token.observe(time.monotonic() - self._began)
+
+    def _note_end(self) -> None:
+        if self._is_new:
+            self._metrics.duration.observe(time.monotonic() - self._began)
 
     async def _stream(self, send: Send, events: AsyncIterator[tuple[int, Event] | None]) -> None:
         self._has_begun = True
@@ -230,7 +236,7 @@ class Answers:
         for data in self._form.end(self._usage):
             await _send(send, data)
         await _send(send, b"", more=False)
-        self._metrics.duration.observe(time.monotonic() - self._began)
+        self._note_end()
 
     async def _whole(self, send: Send, events: AsyncIterator[tuple[int, Event] | None]) -> None:
         async for found in events:
@@ -243,7 +249,7 @@ class Answers:
         self._has_begun = True
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await _send(send, body, more=False)
-        self._metrics.duration.observe(time.monotonic() - self._began)
+        self._note_end()
 
     def _note_event(self, event: Event) -> None:
         self._usage.reasoning_tokens += getattr(event, "reasoning_tokens", 0)

@@ -11,9 +11,10 @@ from typing import TypeVar
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
+from tpimpi.serving.server.kept import HEADER
 from tpimpi.serving.server.problems import ApiError, queue_full
 
-BODY_DIGEST = "tpimpi.body"  # in the scope, once the body was read
+BODY_DIGEST = "tpimpi.body"  # in the scope, once the body of a request with an Idempotency-Key was read
 MOST_BODY_BYTES = 8 << 20
 SMALL_BODY_BYTES = 1 << 18
 MOST_HELD_BYTES = 1 << 28  # of all bodies that are not whole
@@ -37,7 +38,8 @@ class Bodies:
     async def json(self, request: Request, kind: type[T]) -> T:
         """The body as an object of this kind; fields that it does not know are left out. Raises ApiError."""
         body = await self._read(request)
-        request.scope[BODY_DIGEST] = hashlib.sha256(body).hexdigest()
+        if HEADER in request.headers:
+            request.scope[BODY_DIGEST] = hashlib.sha256(body).hexdigest()
         _check_nesting(body)
         try:
             return msgspec.json.decode(body, type=kind)

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import resource
+import select
 import signal
 import socket
 import ssl
@@ -91,20 +92,27 @@ def check_certificates(options: FrontOptions) -> None:
 
 def open_journal(options: FrontOptions, kept: Kept) -> Journal | None:
     """The journal, of which `kept` takes what is there; where the server before this one still ends, once it has. Raises
-    InputError where it cannot be used."""
+    InputError where it cannot be used, and SystemExit where whoever started us ends before."""
     if options.journal is None:
         return None
     until, waits = time.monotonic() + options.journal_wait, False
     while True:
         try:
-            return Journal(options.journal, options.journal_passphrase.encode(), kept.take)
+            return Journal(options.journal, options.journal_passphrase.encode(), kept.take, kept.records)
         except InputError as error:
             if not isinstance(error.__cause__, BlockingIOError) or time.monotonic() > until:
                 raise
         if not waits:
             waits, wait = True, f"waiting for its end, up to {options.journal_wait:.0f} s"
             print(f"tpimpi: {OPTION} {shorten_path(options.journal)} is in use by another run; {wait}", file=sys.stderr)
-        time.sleep(LOCK_LOOK_S)
+        if _ends_within(LOCK_LOOK_S):
+            sys.exit()
+
+
+def _ends_within(seconds: float) -> bool:
+    """Wait so long, or until standard input ends; whether it has."""
+    readable, _, _ = select.select([sys.stdin], [], [], seconds)
+    return bool(readable) and not os.read(sys.stdin.fileno(), 1 << 12)
 
 
 def listen(options: FrontOptions) -> socket.socket:

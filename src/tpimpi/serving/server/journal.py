@@ -2,8 +2,8 @@
 
 A file of sealed lines (see sealed_lines), each a JSON array that begins with the kind of its record, one of those below. It
 grows at its end, by a line every FLUSH_S seconds while answers come, and is written anew, with what is kept alone, when it
-has grown. Nothing is forced to the disk (fsync): it is for a server that is killed; after a power cut its last seconds may
-be missing.
+has grown. Only what is written anew is forced to the disk (fsync): it is for a server that is killed; after a power cut its
+last seconds may be missing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class _Record(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unk
 class Begun(_Record, frozen=True):
     """A request, as `number` in the lines that follow. `key` is its Idempotency-Key, of `owner`; `fingerprint` tells its
     path and body from others; `model` (its fingerprint) is to answer it, `at` (Unix time) it came. `asks` are empty where
-    all `answers` are there. Where its number was there before, it begins again, without replies."""
+    all `answers` are there; else there is one for each prompt, and `choices` has its number of answers, whose seeds count up
+    from its own (none: one each). Where its number was there before, it begins again, without replies."""
 
     number: int
     owner: str
@@ -47,6 +48,7 @@ class Begun(_Record, frozen=True):
     model: str = ""
     answers: int = 0
     asks: list[wire.Ask] = []
+    choices: list[int] = []
 
 
 class Replied(_Record, frozen=True):
@@ -75,22 +77,31 @@ _decode = msgspec.json.Decoder(Record).decode
 class Journal:
     """The file, open and locked."""
 
-    def __init__(self, given: str, passphrase: bytes, take: Callable[[Record], None]) -> None:
+    def __init__(
+        self,
+        given: str,
+        passphrase: bytes,
+        take: Callable[[Record], None],
+        everything: Callable[[], Iterable[Record]],
+    ) -> None:
         """Read it, or make it; `take` gets each record that is there, and raises KeyError or ValueError for one that cannot
-        follow those before it. Raises InputError where it cannot be used."""
+        follow those before it. `everything` gives what stands in a file that is written anew, as it is here at once. Raises
+        InputError where it cannot be used."""
         self._file = RecordFile(given, "journal", OPTION, KEY_OPTION, passphrase)
         self._file.open(lambda line: take(_decode(line)))
         self._file.make_key()
-        try:
-            self._file.append(b"")  # the first line of a new one
-        except OSError as error:
-            self._file.close()
-            raise self._file.wrong(f" cannot be written ({error.strerror}); give another file") from error
         self._pending: list[Record] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._kept_bytes = 0  # of the file, when it was written anew
+        self._kept_bytes = 0  # of the file, when it was written anew, or that was tried
         self._failed_at: float | None = None  # time.monotonic(), where not all of it could be written
-        self.everything: Callable[[], Iterable[Record]] = lambda: ()  # what stands in a file that is written anew
+        self._everything = everything
+        try:
+            self._replace()
+        except OSError as error:
+            self._file.close()
+            raise self._file.wrong(
+                f" cannot be written anew ({error.strerror}); make room, or give a file in a folder where files can be made"
+            ) from error
 
     def add(self, record: Record, *, now: bool = False) -> None:
         """One more, which is written soon, or `now`."""
@@ -110,8 +121,7 @@ class Journal:
         lines = b"".join(msgspec.json.encode(record) + b"\n" for record in self._pending)
         self._pending = []
         if self._failed_at is not None:
-            if time.monotonic() - self._failed_at > WRITE_AGAIN_S:
-                self.write_anew()
+            self.try_again()
         elif lines:
             try:
                 self._file.append(lines)
@@ -121,16 +131,27 @@ class Journal:
                 if self._file.lines.whole > MOST_GROWN * self._kept_bytes + LEAST_GROWN_BYTES:
                     self.write_anew()
 
+    def try_again(self) -> None:
+        """Write what could not be written, if that is a while ago."""
+        if self._failed_at is not None and time.monotonic() - self._failed_at > WRITE_AGAIN_S:
+            self.write_anew()
+
     def write_anew(self) -> None:
-        """With what is kept alone."""
-        self._stop_timer()
-        self._pending = []
+        """With what is kept alone. Where that cannot be, the file grows on, unless it could not be written before."""
         try:
-            self._file.replace(b"".join(msgspec.json.encode(record) + b"\n" for record in self.everything()))
+            self._replace()
         except OSError as error:
-            self._fail(error)
+            self._kept_bytes = self._file.lines.whole
+            if self._failed_at is not None:
+                self._fail(error)
         else:
-            self._failed_at, self._kept_bytes = None, self._file.lines.whole
+            self._stop_timer()
+            self._pending = []
+            self._failed_at = None
+
+    def _replace(self) -> None:
+        self._file.replace(b"".join(msgspec.json.encode(record) + b"\n" for record in self._everything()))
+        self._kept_bytes = self._file.lines.whole
 
     def tidy(self, *, empty: bool) -> None:
         """Nothing is under way, or kept either where `empty`: it is written anew if it has grown."""

@@ -18,7 +18,7 @@ from starlette.datastructures import Headers
 from tpimpi.serving.server import wire
 from tpimpi.serving.server.journal import Begun, Forgotten, Held, Journal, Record, Replied, Reply
 from tpimpi.serving.server.link import Heard, RankLink
-from tpimpi.serving.server.problems import ApiError
+from tpimpi.serving.server.problems import ApiError, unavailable
 from tpimpi.serving.server.replies import Replies
 
 KEPT_S = 24 * 3600.0  # since a request came
@@ -41,14 +41,39 @@ def key_of(headers: Headers) -> str | None:
     return re.sub(r"\\(.)", r"\1", match[1]) if match[1] is not None else match[2]
 
 
+def _together(asks: list[wire.Ask]) -> tuple[list[wire.Ask], list[int]]:
+    """The first ask of each prompt, and how many follow each other from it that differ in their seeds alone, by one each."""
+    firsts: list[wire.Ask] = []
+    choices: list[int] = []
+    for ask in asks:
+        if firsts and ask == _choice(firsts[-1], choices[-1]):
+            choices[-1] += 1
+        else:
+            firsts.append(ask)
+            choices.append(1)
+    return firsts, choices
+
+
+def _choice(ask: wire.Ask, number: int) -> wire.Ask:
+    """The ask of another choice for the same prompt."""
+    sampling = ask.sampling
+    if sampling.seed is None:
+        return ask
+    return msgspec.structs.replace(ask, sampling=msgspec.structs.replace(sampling, seed=sampling.seed + number))
+
+
 class KeptReplies(Replies):
     """Those of a request that may be asked again."""
 
     def __init__(self, link: RankLink, kept: Kept, about: Begun) -> None:
-        """`about` has no asks, or those of a request that was under way in another server."""
+        """`about` has no asks, or those of a request that was under way in another server. Raises ValueError for choices
+        that are not those of its asks."""
         super().__init__(link)
         self._kept, self.about = kept, about
-        self._asks = list(about.asks)
+        choices = about.choices or [1] * len(about.asks)
+        self._asks = [
+            _choice(ask, number) for ask, count in zip(about.asks, choices, strict=True) for number in range(count)
+        ]
         self._log: list[tuple[int, Reply]] = []
         self._ended: set[int] = set()
         self.held = False  # nobody waits for it
@@ -82,7 +107,7 @@ class KeptReplies(Replies):
         if self.is_done:
             self._asks = []
             self.bytes -= len(msgspec.msgpack.encode(self.about.asks))
-            self.about = msgspec.structs.replace(self.about, asks=[])
+            self.about = msgspec.structs.replace(self.about, asks=[], choices=[])
 
     def hear(self, index: int, reply: Heard) -> None:
         super().hear(index, reply)
@@ -109,14 +134,20 @@ class KeptReplies(Replies):
             self._leave()
 
     def begin_again(self, model: str) -> None:
-        """What there is of its answers came from another model: none of it counts. Rank 0 has yet to be asked."""
+        """What there is of its answers came from another model: none of it counts, and clients that heard it have to ask
+        again. Rank 0 has yet to be asked."""
         was_asked = bool(self._asked)
-        for one in self._asked:
-            self._link.forget(one)
-        self._asked, self._log, self._ended = [], [], set()
+        if self._log:  # else they would get the words of both
+            for client in self._clients:
+                client.put_nowait((0, unavailable("another model answers now; ask again", "model_changed")))
+            self._clients = []
+        self._forget_asked()
+        self._log, self._ended = [], set()
         self.about = msgspec.structs.replace(self.about, model=model)
         self.bytes = len(msgspec.msgpack.encode(self.about))
         self._note(self.about)
+        if self.held:  # which a reader of the journal takes back with each beginning
+            self._note(Held(self.about.number, held=True))
         if was_asked:
             self._go_on()
 
@@ -135,7 +166,10 @@ class KeptReplies(Replies):
             return
         ready = self._link.ready
         model = "" if ready is None else ready.fingerprint
-        self.about = msgspec.structs.replace(self.about, model=model, answers=len(self._asks), asks=self._asks)
+        asks, choices = _together(self._asks)
+        self.about = msgspec.structs.replace(
+            self.about, model=model, answers=len(self._asks), asks=asks, choices=choices
+        )
         self.bytes = len(msgspec.msgpack.encode(self.about))
         self._note(self.about, now=True)
 
@@ -198,11 +232,11 @@ class Kept:
     def use(self, journal: Journal, time_limit: float) -> None:
         """Keep them there too; what stands in it was taken. What was under way goes on, for so many seconds at most."""
         self._numbers = itertools.count(max(self._by_number, default=0) + 1)
-        self._journal, journal.everything = journal, self._records
-        self.tidy()
+        self._journal = journal
         going_on = [one for one in self._by_key.values() if one.goes_on]
         for one in going_on:
             one.answer_alone(time_limit)
+        self.tidy()  # not before: those that go on would count as idle, and could be forgotten
         if going_on:
             journal.say(f": {len(going_on)} of the requests in it were under way, and go on")
 
@@ -223,7 +257,8 @@ class Kept:
             self._journal.flush()
             self._journal = None
 
-    def _records(self) -> Iterator[Record]:
+    def records(self) -> Iterator[Record]:
+        """What stands in a journal that is written anew."""
         for one in self._by_key.values():
             yield from one.records()
 
@@ -237,8 +272,10 @@ class Kept:
             if left > MOST_KEPT or total > MOST_KEPT_BYTES or one.about.at < oldest:
                 total -= one.bytes
                 self.forget(one)
-        if self._journal is not None and all(one.is_idle for one in self._by_key.values()):
-            self._journal.tidy(empty=not self._by_key)
+        if self._journal is not None:
+            self._journal.try_again()  # though nothing new may come
+            if all(one.is_idle for one in self._by_key.values()):
+                self._journal.tidy(empty=not self._by_key)
 
     def has(self, one: KeptReplies) -> bool:
         """Whether it is kept."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from tpimpi.errors import InputError, shorten_path
 
 SHORTEST_KEY = 8  # characters
+DIGEST_SHOWN = 16  # hex digits of a key without a name, as its owner
 _NAMED = re.compile(r"([\w.@-]{1,64})\s*=\s*([^=\s].*)")  # a key may end with = itself, as base64 does
 
 
@@ -37,7 +38,9 @@ class Keys:
                     f"--api-key-file {shorten_path(path)}, line {number}: the key has fewer than {SHORTEST_KEY} characters; "
                     "make one with: openssl rand -hex 24"
                 )
-            self._owners.append((_digest(key), name or f"line {number}"))
+            digest = _digest(key)
+            # Not its line: a journal has owners too, and lines of the file come and go. No name has a space.
+            self._owners.append((digest, name or f"key {digest.hex()[:DIGEST_SHOWN]}"))
         if not self._owners:
             raise InputError(f"--api-key-file {shorten_path(path)} has no key; give one a line")
 

@@ -57,8 +57,9 @@ class Replies:
             if not self._joined:
                 self._leave()
 
-    def ask(self, hearing: Hearing, make: Callable[[], list[wire.Ask]]) -> None:
-        """A client that has joined hears the replies; what it asks is made and asked for, unless it was."""
+    def ask(self, hearing: Hearing, make: Callable[[], list[wire.Ask]]) -> bool:
+        """A client that has joined hears the replies; what it asks is made and asked for, unless it was. Returns whether
+        it was made now, so that nothing was computed of it before."""
         begins = not self._asks and not self.is_done
         if begins:
             self._asks = make()
@@ -69,12 +70,17 @@ class Replies:
             try:
                 self._go_on()
             except ApiError:
+                self._forget_asked()  # some may have been asked for before
                 self._asks = [] if begins else self._asks
                 raise
             self._note_asked(begins=begins)
+        return begins
 
     def hear(self, index: int, reply: Heard) -> None:
-        """Rank 0 says something of an answer, or the link that there will be none."""
+        """Rank 0 says something of an answer, or the link that there will be none: no other is wanted then, and a client
+        that asks later begins anew."""
+        if isinstance(reply, ApiError):
+            self._forget_asked()
         for one in self._clients:
             one.put_nowait((index, reply))
 
@@ -102,12 +108,15 @@ class Replies:
 
     def _stop(self) -> None:
         """Nothing of it is computed any more."""
-        for one in self._asked:
-            self._link.forget(one)
-        self._asked = []
+        self._forget_asked()
         if self._place is not None:
             self._place.close()
             self._place = None
+
+    def _forget_asked(self) -> None:
+        for one in self._asked:
+            self._link.forget(one)
+        self._asked = []
 
     def _leave(self) -> None:
         """The last client has gone."""
