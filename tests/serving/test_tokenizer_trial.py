@@ -66,6 +66,19 @@ def test_one_that_does_not_end_is_ended(
     assert trial._process is None
 
 
+def test_nothing_is_imported_from_the_current_folder(
+    good: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be the folder of the model."""
+    written = tmp_path / "written"
+    for name in ("resource", "msgspec", "tpimpi"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(written)!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    with contextlib.closing(TokenizerTrial()) as trial:
+        assert trial.problem(good, 600) == ""
+    assert not written.exists()
+
+
 def test_without_room_for_a_process_it_is_not_tried(
     good: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -268,7 +268,8 @@ class Supervisor:
         command = mpirun_command(ours.mpirun, ours.mpirun_kind, hostfile, ranks, self._options.ssh, options)
         if self._options.run_under is not None:
             command.append(self._options.run_under)
-        command += [sys.executable, "-m", "tpimpi", "serve", *self._arguments]
+        # -P: nothing is imported from the folder that we were started in.
+        command += [sys.executable, "-P", "-m", "tpimpi", "serve", *self._arguments]
         self._run = RunUnderMpirun(
             subprocess.Popen(
                 command,

@@ -120,7 +120,8 @@ class TokenizerTrial:
         """None where there is no room for another process, or it does not begin."""
         with contextlib.suppress(OSError, EOFError):
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tpimpi.serving.text.trial_process"],
+                # -P: the current folder may be that of a model, and has no say in what is imported.
+                [sys.executable, "-P", "-m", "tpimpi.serving.text.trial_process"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
