@@ -28,6 +28,7 @@ class Machine:
     each: float
     rate: float
     leaves: bool = True
+    context: int = 1 << 20
     loaded: bool = False
     passes: int = 0
     loads: list[int] = field(default_factory=list)
@@ -39,6 +40,9 @@ class Machine:
     def begin(self, context: int) -> None: ...
 
     def close(self) -> None: ...
+
+    def room(self, length: int) -> int:
+        return max(0, self.context - length)
 
     def propose(self, ids: Sequence[int], most: int) -> list[int]:
         assert self.loaded or not self.leaves
@@ -164,6 +168,23 @@ def test_the_last_tokens_of_an_answer_are_no_trial() -> None:
     assert choice.length(0.6, 9) == 2
     assert choice.length(0.6, 9) > 2
     assert choice.length(0.6, 9, otherwise=99.0) == 0 and machine.loaded
+
+
+def test_a_text_that_it_cannot_read_is_no_reason_to_load_it() -> None:
+    """Nor to keep it: its memory is that of tiles."""
+    machine = Machine(one=1.0, more=0.0, streamed=0.1, each=0.01, rate=0.9, context=100)
+    times = PassTimes()
+    choice = ModelDrafts(machine, times)
+    for _ in range(9):
+        times.add(1, 1.0)
+        assert choice.length(0.9, 9, behind=100) == 0
+    assert not machine.loads
+    assert choice.length(0.9, 9, behind=99) == 1 and machine.loaded
+    assert choice.length(0.9, 0, behind=99) == 0 and machine.loaded, "the end of an answer"
+    assert choice.length(0.9, 9, behind=100) == 0 and not machine.loaded
+    for _ in range(9):
+        times.add(1, 1.0)
+        assert choice.length(0.9, 9, behind=10) == 0, "it was loaded but now"
 
 
 @pytest.mark.parametrize("most", [1, 15])

@@ -43,6 +43,8 @@ class Drafting(Protocol):
 
     def begin(self, context: int) -> None: ...  # another sequence, of at most so many positions
 
+    def room(self, length: int) -> int: ...  # how many tokens it can draft behind so many
+
     def propose(self, ids: Sequence[int], most: int) -> list[int]: ...
 
     def load(self) -> None: ...
@@ -66,11 +68,20 @@ class ModelDrafts:
         self._next_pause = _FIRST_PAUSE_AWAY if self._away else _FIRST_PAUSE
         self._in_row, self._row = 0, _FIRST_ROW_OF_DRAFTS
 
-    def length(self, rate: float, most: int, otherwise: float = 0.0) -> int:
-        """How many tokens it is to draft for the next pass, at most `most`, if each is right with probability `rate`.
+    def length(self, rate: float, most: int, otherwise: float = 0.0, behind: int = 0) -> int:
+        """How many tokens it is to draft for the next pass, at most `most`, if each is right with probability `rate` and they
+        come behind so many of the sequence.
 
         0 where none are worth their time, or another draft gives `otherwise` tokens a second, which is more."""
-        if most < 1 or not (self._on or self._begin()):
+        if most < 1:
+            return 0
+        most = min(most, self._model.room(behind))
+        if most < 1:  # nor will there be any for this sequence: it is longer than what the model can read
+            if self._on and self._away:
+                self._pause = self._next_pause
+                self._end()
+            return 0
+        if not (self._on or self._begin()):
             return 0
         if self._to_try or self._times.most_rows < 2:
             self._to_try = max(0, self._to_try - 1)
@@ -137,8 +148,12 @@ class ModelDrafts:
         spent = self._tried * self._seconds(1 + _TRIAL)
         self._pause = max(self._next_pause, math.ceil(spent / (_TRIAL_SHARE * self._one_row())))
         self._next_pause = max(self._pause, min(2 * self._pause, _LAST_PAUSE))
+        self._end()
+        return 0
+
+    def _end(self) -> None:
+        """It is off, until there were passes enough without it."""
         self._on, self._waited, self._tried = False, 0, 0
         if self._away:
             self._model.unload()
             self._times.clear()
-        return 0
