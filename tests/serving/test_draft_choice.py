@@ -19,8 +19,8 @@ LONGEST = 15
 @dataclass
 class Machine:
     """A pass takes `one` seconds, and `more` for each row beyond the first; `streamed` more while a draft model is loaded
-    that `leaves`, which takes `each` seconds for a token of which a part `rate` is right, `loading` to load, and `reading` to
-    read the text then. `loads` are the passes before which it was loaded; `now` is its clock."""
+    that `leaves`, which takes `each` seconds for a token of which a part `rate` is right, `loading` to load, and `reading`
+    to read the text then. `loads` are the passes before which it was loaded; `now` is its clock."""
 
     one: float
     more: float

@@ -72,8 +72,8 @@ class ModelDrafts:
         self._in_row, self._row = 0, _FIRST_ROW_OF_DRAFTS
 
     def length(self, rate: float, most: int, otherwise: float = 0.0, behind: int = 0) -> int:
-        """How many tokens it is to draft for the next pass, at most `most`, if each is right with probability `rate`, `behind`
-        so many of the sequence.
+        """How many tokens it is to draft for the next pass, at most `most` and `behind` so many of the sequence, if each is
+        right with probability `rate`.
 
         0 where none are worth their time, or another draft gives `otherwise` tokens a second, which is more."""
         if most < 1:
