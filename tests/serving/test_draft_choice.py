@@ -19,8 +19,8 @@ LONGEST = 15
 @dataclass
 class Machine:
     """A pass takes `one` seconds, and `more` for each row beyond the first; `streamed` more while a draft model is loaded
-    that `leaves`, which takes `each` seconds for a token of which a part `rate` is right. `loads` are the passes before
-    which it was loaded."""
+    that `leaves`, which takes `each` seconds for a token of which a part `rate` is right, `loading` to load, and `reading`
+    to read the text then. `loads` are the passes before which it was loaded; `now` is its clock."""
 
     one: float
     more: float
@@ -28,6 +28,11 @@ class Machine:
     each: float
     rate: float
     leaves: bool = True
+    loading: float = 0.0
+    reading: float = 0.0
+    context: int = 1 << 20
+    now: float = 0.0
+    fresh: bool = False  # loaded, and has read nothing
     loaded: bool = False
     passes: int = 0
     loads: list[int] = field(default_factory=list)
@@ -40,23 +45,32 @@ class Machine:
 
     def close(self) -> None: ...
 
+    def room(self, length: int) -> int:
+        return max(0, self.context - length)
+
     def propose(self, ids: Sequence[int], most: int) -> list[int]:
         assert self.loaded or not self.leaves
+        self.now += self.each * most + self.reading * self.fresh
+        self.fresh = False
         return [7] * most
 
     def load(self) -> None:
         assert not self.loaded
-        self.loaded = True
+        self.loaded = self.fresh = True
+        self.now += self.loading
         self.loads.append(self.passes)
 
     def unload(self) -> None:
         assert self.loaded
         self.loaded = False
 
-    def round(self, drafted: int) -> tuple[float, float, float]:
-        """With so many drafted tokens: seconds of the pass, those of the draft, and tokens."""
+    def round(self, drafted: int) -> tuple[float, float]:
+        """With so many drafted tokens: seconds of the pass, and tokens."""
         tokens = sum(self.rate**n for n in range(drafted + 1))
-        return self.one + self.more * drafted + self.streamed * self.loaded, self.each * drafted, tokens
+        return self.one + self.more * drafted + self.streamed * self.loaded, tokens
+
+    def choice(self, times: PassTimes) -> ModelDrafts:
+        return ModelDrafts(self, times, lambda: self.now)
 
     def best(self) -> float:
         """Tokens a second of the best that there is: without the model, or with it and always the same number of tokens."""
@@ -68,7 +82,7 @@ class Machine:
 
     def run(self, choice: ModelDrafts, times: PassTimes, passes: int) -> tuple[float, list[int]]:
         """Tokens a second of so many passes, and how many tokens were drafted for each."""
-        spent = made = 0.0
+        began, made = self.now, 0.0
         lengths = []
         for _ in range(passes):
             self.passes += 1
@@ -76,11 +90,11 @@ class Machine:
             assert 0 <= drafted <= LONGEST
             if drafted:
                 choice.propose([1], drafted)
-            seconds, drafting, tokens = self.round(drafted)
+            seconds, tokens = self.round(drafted)
             times.add(1 + drafted, seconds)
-            spent, made = spent + seconds + drafting, made + tokens
+            self.now, made = self.now + seconds, made + tokens
             lengths.append(drafted)
-        return made / spent, lengths
+        return made / (self.now - began), lengths
 
 
 MACHINES = st.builds(
@@ -91,6 +105,8 @@ MACHINES = st.builds(
     each=st.sampled_from([0.001, 0.05, 0.2, 1.0]),
     rate=st.sampled_from([0.0, 0.2, 0.6, 0.9]),
     leaves=st.booleans(),
+    loading=st.sampled_from([0.0, 2.0]),
+    reading=st.sampled_from([0.0, 2.0]),
 )
 
 
@@ -98,7 +114,7 @@ MACHINES = st.builds(
 @given(machine=MACHINES)
 def test_a_run_is_about_as_fast_as_the_best_choice_would_make_it(machine: Machine) -> None:
     times = PassTimes()
-    choice = ModelDrafts(machine, times)
+    choice = machine.choice(times)
     speed, _ = machine.run(choice, times, 3000)
     assert speed > 0.9 * machine.best(), (speed, machine.best())
     # Once it has been tried, what is left are trials that are ever rarer.
@@ -112,7 +128,7 @@ def test_what_it_takes_from_the_tiles_counts() -> None:
     """A draft that would pay if its memory were nobody's, and does not as each pass reads more for it."""
     machine = Machine(one=1.0, more=0.0, streamed=2.0, each=0.05, rate=0.5)
     times = PassTimes()
-    choice = ModelDrafts(machine, times)
+    choice = machine.choice(times)
     _, lengths = machine.run(choice, times, 60)
     assert machine.loads == [6] and not machine.loaded
     tried = [place for place, drafted in enumerate(lengths) if drafted]
@@ -120,14 +136,24 @@ def test_what_it_takes_from_the_tiles_counts() -> None:
     # The same with memory for all: it pays.
     beside = Machine(one=1.0, more=0.0, streamed=0.0, each=0.05, rate=0.5, leaves=False)
     times = PassTimes()
-    _, lengths = beside.run(ModelDrafts(beside, times), times, 60)
+    _, lengths = beside.run(beside.choice(times), times, 60)
     assert sum(map(bool, lengths)) > 50 and not beside.loads
+
+
+def test_trials_that_come_to_nothing_take_a_small_part_of_the_time() -> None:
+    """With what it takes to load the model, and to have it read the text."""
+    machine = Machine(one=1.0, more=0.0, streamed=2.0, each=0.05, rate=0.1, loading=40.0, reading=60.0)
+    times = PassTimes()
+    choice = machine.choice(times)
+    machine.run(choice, times, 20)  # the first
+    speed, _ = machine.run(choice, times, 20_000)
+    assert len(machine.loads) > 2 and speed > 0.98 / machine.one, (machine.loads, speed)
 
 
 def test_it_is_tried_again_and_stays_when_it_has_become_worth_it() -> None:
     machine = Machine(one=1.0, more=0.0, streamed=0.1, each=2.0, rate=0.6)
     times = PassTimes()
-    choice = ModelDrafts(machine, times)
+    choice = machine.choice(times)
     machine.run(choice, times, 50)
     assert len(machine.loads) == 1 and not machine.loaded
     machine.each = 0.01
@@ -143,7 +169,7 @@ def test_a_slow_beginning_is_not_believed_for_ever() -> None:
     """Passes of one row were slow when they were timed; drafts that follow no longer pay, which one now and then shows."""
     machine = Machine(one=3.0, more=0.3, streamed=0.0, each=0.3, rate=0.6, leaves=False)
     times = PassTimes()
-    choice = ModelDrafts(machine, times)
+    choice = machine.choice(times)
     machine.run(choice, times, 6)
     machine.one, machine.more = 1.0, 0.9
     _, lengths = machine.run(choice, times, 300)
@@ -153,7 +179,7 @@ def test_a_slow_beginning_is_not_believed_for_ever() -> None:
 def test_the_last_tokens_of_an_answer_are_no_trial() -> None:
     machine = Machine(one=1.0, more=0.0, streamed=0.1, each=0.01, rate=0.6)
     times = PassTimes()
-    choice = ModelDrafts(machine, times)
+    choice = machine.choice(times)
     for _ in range(5):
         times.add(1, 1.0)
     assert choice.length(0.6, 0) == 0 and not machine.loads
@@ -166,9 +192,26 @@ def test_the_last_tokens_of_an_answer_are_no_trial() -> None:
     assert choice.length(0.6, 9, otherwise=99.0) == 0 and machine.loaded
 
 
+def test_a_text_that_it_cannot_read_is_no_reason_to_load_it() -> None:
+    """Nor to keep it: its memory is that of tiles."""
+    machine = Machine(one=1.0, more=0.0, streamed=0.1, each=0.01, rate=0.9, context=100)
+    times = PassTimes()
+    choice = machine.choice(times)
+    for _ in range(9):
+        times.add(1, 1.0)
+        assert choice.length(0.9, 9, behind=100) == 0
+    assert not machine.loads
+    assert choice.length(0.9, 9, behind=99) == 1 and machine.loaded
+    assert choice.length(0.9, 0, behind=99) == 0 and machine.loaded, "the end of an answer"
+    assert choice.length(0.9, 9, behind=100) == 0 and not machine.loaded
+    for _ in range(9):
+        times.add(1, 1.0)
+        assert choice.length(0.9, 9, behind=10) == 0, "it was loaded but now"
+
+
 @pytest.mark.parametrize("most", [1, 15])
 def test_it_waits_for_passes_of_one_row(most: int) -> None:
     machine = Machine(one=1.0, more=0.0, streamed=0.0, each=0.01, rate=0.6, leaves=False)
     times = PassTimes()
-    choice = ModelDrafts(machine, times)
+    choice = machine.choice(times)
     assert [choice.length(0.6, most) for _ in range(3)] == [0, 0, 0]

@@ -75,6 +75,9 @@ def test_it_drafts_the_same_when_it_was_unloaded_and_loaded_again(tmp_path: Path
     with closing(DraftModel(open_engine(Star(None), settings), vocab, 100)) as there:
         there.begin(100)
         wanted = there.propose(ids, 6)
+        there.begin(43)
+        assert (there.room(40), there.room(99)) == (3, 0)
+        assert there.propose(ids, 6) == wanted[:3] and not there.propose([*ids, *wanted[:3]], 6)
     with closing(DraftModel(opened, vocab, 100, cast("RankMemory", lender))) as drafting:
         drafting.begin(100)
         assert drafting.leaves and not lender.calls

@@ -85,5 +85,11 @@ def test_no_network_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_addresses_of_cards(tmp_path: Path) -> None:
     lines = ["desk", "pi slots=2 # 00:11:22:33:44:5f", "# 00:00:00:00:00:00", "mini:2 # 0A-1b-22-33-44-55 x"]
     lines += ["me@nas # 00:11-22:33-44:55", "old # 00:11:22:33:44", "other # call 00:11:22:33:44:55:66"]
+    lines += ["tv # mac:00:11:22:33:44:56", "nuc # 00-11-22-33-44-57: upstairs", "long # 00:11:22:33:44:550"]
     (tmp_path / "hosts").write_text("".join(f"{line}\n" for line in lines))
-    assert macs_of(str(tmp_path / "hosts")) == {"pi": "00:11:22:33:44:5f", "mini": "0A-1b-22-33-44-55"}
+    assert macs_of(str(tmp_path / "hosts")) == {
+        "pi": "00:11:22:33:44:5f",
+        "mini": "0A-1b-22-33-44-55",
+        "tv": "00:11:22:33:44:56",
+        "nuc": "00-11-22-33-44-57",
+    }

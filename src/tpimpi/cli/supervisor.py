@@ -24,7 +24,7 @@ from tpimpi.diagnostics.doctor.keys import check_keys
 from tpimpi.diagnostics.doctor.ssh import LocalFacts, local_facts
 from tpimpi.errors import InputError, TpimpiError
 from tpimpi.serving.server.front_process import FrontProcess
-from tpimpi.star.start import OFF, seal_given
+from tpimpi.star.start import OFF, ON, seal_given
 from tpimpi.system.hostfile import Host
 from tpimpi.system.mpirun import mpirun_command, mpirun_environment, write_hostfile
 from tpimpi.system.wake import macs_of, wake
@@ -195,8 +195,10 @@ class Supervisor:
             ours, found = probe_hosts(self._options.hostfile, self._options.ssh)
             if self._options.wake and (asleep := self._asleep(found)):
                 found = self._wake(asleep, found, wait=first)
-        if seal_given(self._arguments) != OFF:
-            check_keys([one for one in found if not one.wrong])
+        seal, able = seal_given(self._arguments), [one for one in found if not one.wrong]
+        # Where all are names of this machine there are no links to others.
+        if seal == ON or (seal != OFF and not all(one.here for one in able)):
+            check_keys(able)
         if self._here == found[0].host and not found[0].here:  # its own network is gone, and its address with it
             found[0] = HostChecks(found[0].host, here=True)
             check_local(found[0], ours)
@@ -268,7 +270,8 @@ class Supervisor:
         command = mpirun_command(ours.mpirun, ours.mpirun_kind, hostfile, ranks, self._options.ssh, options)
         if self._options.run_under is not None:
             command.append(self._options.run_under)
-        command += [sys.executable, "-m", "tpimpi", "serve", *self._arguments]
+        # -P: nothing is imported from the folder that we were started in.
+        command += [sys.executable, "-P", "-m", "tpimpi", "serve", *self._arguments]
         self._run = RunUnderMpirun(
             subprocess.Popen(
                 command,

@@ -46,10 +46,10 @@ class DraftModel:
     """Greedy drafts of one sequence after the other, with keys and values of its own."""
 
     def __init__(self, opened: OpenedEngine, sampled_ids: int, context: int, lender: RankMemory | None = None) -> None:
-        """Takes memory for `context` positions: now, or where there is a `lender` when it is loaded, from that one. Drafted
-        ids are below `sampled_ids`."""
+        """Takes memory for `context` positions, or as many as it knows: now, or where there is a `lender` when it is loaded,
+        from that one. Drafted ids are below `sampled_ids`."""
         self._star, self._settings, self._most_context = opened.star, opened.settings, opened.header.config.context
-        self._lender, self._sampled_ids, self._context = lender, sampled_ids, context
+        self._lender, self._sampled_ids, self._context = lender, sampled_ids, min(context, self._most_context)
         self._held: list[int] = []  # ids whose keys and values are there
         self._same = 0  # so many of them are the sequence's for sure
         self._times: deque[float] = deque(maxlen=_TIMES_KEPT)
@@ -94,10 +94,15 @@ class DraftModel:
         model.begin(context, len(self._held))
         self._same = 0
 
+    def room(self, length: int) -> int:
+        """How many tokens it can draft behind so many of the sequence: its context may be shorter than theirs."""
+        return max(0, self._context - length)
+
     def propose(self, ids: Sequence[int], most: int) -> list[int]:
         """At most so many tokens that follow `ids`, which are those of the call before and some more."""
         model, held = self._engine.model, self._held
-        if len(ids) + most > model.context or most < 1:
+        most = min(most, self.room(len(ids)))
+        if most < 1:
             return []
         same = next(
             (i for i in range(self._same, min(len(held), len(ids))) if held[i] != ids[i]), min(len(held), len(ids))

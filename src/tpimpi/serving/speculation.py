@@ -218,7 +218,7 @@ class Drafter:
         otherwise = 0.0
         if text and times.count(1) and (length := best_length(rate, times.seconds, text)):
             otherwise = expected_tokens(rate, length) / times.seconds(1 + length)
-        return model.length(self._acceptance.rate(None), most, otherwise)
+        return model.length(self._acceptance.rate(None), most, otherwise, len(self._ids))
 
     def _length(self, most: int, others: int) -> int:
         """How many tokens from the text are worth their time."""

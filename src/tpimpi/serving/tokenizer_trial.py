@@ -22,7 +22,7 @@ import msgspec
 import xxhash
 
 from tpimpi import __version__
-from tpimpi.errors import InputError, ModelError, shorten, shorten_path
+from tpimpi.errors import InputError, ModelError, TpimpiError, shorten, shorten_path
 from tpimpi.serving.text.checks import needing
 from tpimpi.serving.text.trial_process import LENGTH, MOST_CPU_S
 from tpimpi.system.launcher import environment_without_launcher
@@ -31,6 +31,8 @@ from tpimpi.weights.locations import cache_folder
 FOLDER = "tokenizers"  # in the cache folder
 MOST_WAIT_S = 300.0  # for one tokenizer, on a machine that does other things too
 MOST_REASON_CHARACTERS = 200
+_MOST_SAID_BYTES = 1 << 14
+_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM)  # by a system that is short of memory, or by who administers it
 # One thread: so many cores as there may be would each map memory of their own.
 _VARIABLES = {
     "RAYON_NUM_THREADS": "1",
@@ -44,13 +46,15 @@ def try_tokenizer(assets: Mapping[str, bytes], vocab: int, where: Path) -> None:
     """Before a run loads the tokenizer in `assets` (see load), which came from `where`: see that this does not end it.
 
     Takes no time where there is no tokenizer.json, or where it was tried before on this host; else somewhat longer than to
-    load it, and none of this process's memory. Raises ModelError.
+    load it, and of this process's memory a copy of the files, until the other has them. Raises ModelError, and TpimpiError
+    where the system ended the other.
     """
     if "tokenizer.json" not in assets:
         return
     seen = _seen(assets, vocab)
-    if seen is not None and seen.exists():
-        return
+    with contextlib.suppress(OSError):  # as below
+        if seen is not None and seen.exists():
+            return
     with contextlib.closing(TokenizerTrial()) as trial:
         problem = trial.problem(assets, vocab)
     if problem:
@@ -83,19 +87,23 @@ class TokenizerTrial:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._said = b""  # the end of what it has written to standard error for this tokenizer
 
     def problem(self, assets: Mapping[str, bytes], vocab: int) -> str | None:
         """What became of the process when it used this tokenizer ("was ended by SIGABRT (…)"), where a run is not to do so;
-        "" where it may; None where there could be no such process."""
+        "" where it may; None where there could be no such process. Raises TpimpiError where it was ended from outside."""
         process = self._process or self._start()
         if process is None:
             return None
         assert process.stdin is not None
-        self._read_errors(process)
+        self._hear_errors(process)
+        self._said = b""
         request = msgspec.msgpack.encode((assets, vocab))
         try:
-            process.stdin.write(LENGTH.pack(len(request)) + request)
+            process.stdin.write(LENGTH.pack(len(request)))
+            process.stdin.write(request)
             process.stdin.flush()
+            del request
             answer = self._answer(process).decode(errors="replace")
         except TimeoutError:
             self.close()
@@ -120,7 +128,8 @@ class TokenizerTrial:
         """None where there is no room for another process, or it does not begin."""
         with contextlib.suppress(OSError, EOFError):
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tpimpi.serving.text.trial_process"],
+                # -P: the current folder may be that of a model, and has no say in what is imported.
+                [sys.executable, "-P", "-m", "tpimpi.serving.text.trial_process"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -140,33 +149,43 @@ class TokenizerTrial:
         (nbytes,) = LENGTH.unpack(self._read(process, LENGTH.size, deadline))
         return self._read(process, nbytes, deadline)
 
-    @staticmethod
-    def _read(process: subprocess.Popen[bytes], nbytes: int, deadline: float) -> bytes:
-        assert process.stdout is not None
-        data, descriptor = b"", process.stdout.fileno()
+    def _read(self, process: subprocess.Popen[bytes], nbytes: int, deadline: float) -> bytes:
+        assert process.stdout is not None and process.stderr is not None
+        data, answers, errors = b"", process.stdout.fileno(), process.stderr.fileno()
+        heard = [answers, errors]
         while len(data) < nbytes:
-            if not select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            ready = select.select(heard, [], [], max(0.0, deadline - time.monotonic()))[0]
+            if not ready:
                 raise TimeoutError
-            piece = os.read(descriptor, nbytes - len(data))
-            if not piece:
-                raise EOFError
-            data += piece
+            if errors in ready and not self._hear_errors(process):  # a full pipe would stop it
+                heard.remove(errors)
+            if answers in ready:
+                piece = os.read(answers, nbytes - len(data))
+                if not piece:
+                    raise EOFError
+                data += piece
         return data
 
-    @staticmethod
-    def _read_errors(process: subprocess.Popen[bytes]) -> str:
-        """What it has written to standard error since this was last read."""
+    def _hear_errors(self, process: subprocess.Popen[bytes]) -> bool:
+        """Take in what it has written to standard error; returns whether there may be more."""
         assert process.stderr is not None
-        found = b""
         with contextlib.suppress(BlockingIOError):
             while piece := os.read(process.stderr.fileno(), 1 << 16):
-                found += piece
-        return found.decode(errors="replace")
+                self._said = (self._said + piece)[-_MOST_SAID_BYTES:]
+            return False
+        return True
 
     def _ending(self, process: subprocess.Popen[bytes]) -> str:
-        """How it has ended."""
-        code, said = process.wait(), self._read_errors(process)
+        """How it has ended. Raises TpimpiError where that was from outside."""
+        code = process.wait()
+        self._hear_errors(process)
+        said = self._said.decode(errors="replace")
         self.close()
+        if -code in _FROM_OUTSIDE:
+            raise TpimpiError(
+                f"the process in which tokenizer.json was tried was ended from outside, by {signal.Signals(-code).name}: "
+                "perhaps memory is short here; end other programs, and start again"
+            )
         if code == -signal.SIGXCPU:
             return f"took more than {MOST_CPU_S} s"
         lines = [line for line in said.splitlines() if line.strip() and not line.startswith("note: ")]

@@ -9,7 +9,9 @@ from tpimpi.errors import InputError, StarError
 from tpimpi.system.network import CABLE, WIRELESS, interfaces
 
 _MAY_LEAD_THERE = (CABLE, WIRELESS)
-_MAC = re.compile(r"(?<![\w:-])[0-9A-Fa-f]{2}([:-])(?:[0-9A-Fa-f]{2}\1){4}[0-9A-Fa-f]{2}(?![\w:-])")
+_PAIR = r"\b[0-9A-Fa-f]{2}"
+# Six pairs, and no more: a seventh before or after them makes it something else.
+_MAC = re.compile(rf"(?<!{_PAIR}[:-]){_PAIR}([:-])(?:{_PAIR}\1){{4}}{_PAIR}\b(?![:-]{_PAIR}\b)")
 
 
 def macs_of(hostfile: str) -> dict[str, str]:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import PIPE
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx2
 import psutil
@@ -19,7 +21,10 @@ from tests.support.homes import needs_home, output
 from tests.support.launch import TIMEOUT, Launcher, run_command
 from tests.support.messages import assert_one_line
 from tests.support.servers import RunningServer
-from tpimpi.cli.supervisor import RunUnderMpirun
+from tpimpi.cli import supervisor
+from tpimpi.cli.supervisor import RunUnderMpirun, Supervisor
+from tpimpi.diagnostics.doctor.host_findings import HostChecks
+from tpimpi.errors import InputError
 from tpimpi.system.hostfile import Host, read_hostfile
 from tpimpi.system.launcher import MPICH, OPEN_MPI
 from tpimpi.system.link_keys import MAKE_KEYS
@@ -239,3 +244,22 @@ def test_hostfiles_are_what_the_launcher_reads(launcher: str, tmp_path: Path) ->
     assert {one.slots for one in found} == {launcher == OPEN_MPI} and found[0].colon == (launcher == MPICH)
     words = mpirun_command("mpirun", launcher, tmp_path / "hosts", 3, "agent", [])
     assert words[-2:] == ["-np", "3"] and "agent" in words
+
+
+def test_links_within_this_machine_need_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have two names in the hostfile; that of another machine, or --seal on, has its keys looked at."""
+
+    def look(here: bool, *arguments: str) -> list[str]:
+        none: dict[str, Any] = {"keys": {"file": "keys"}}
+        found = [HostChecks(Host(name, name), here=one, facts=none) for name, one in (("a", True), ("b", here))]
+        monkeypatch.setattr(supervisor, "probe_hosts", lambda hostfile, ssh: (None, found))
+        options = SimpleNamespace(hostfile="hosts", ssh="ssh", wake=False)
+        made = Supervisor(
+            cast("Any", options), cast("Any", None), arguments, cast("Any", SimpleNamespace(socket="front"))
+        )
+        return [one.host.name for one in made._look(first=True)[1]]
+
+    assert look(True) == ["a", "b"] and look(False, "--seal", "off") == ["a", "b"]
+    for here, arguments in ((False, ()), (True, ("--seal", "on"))):
+        with pytest.raises(InputError, match=r"a \(this machine\): keys: "):
+            look(here, *arguments)

@@ -37,7 +37,7 @@ class FrontProcess:
         self._folder = tempfile.mkdtemp(prefix="tpimpi-")  # for this user alone
         self.socket = str(Path(self._folder) / "front")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tpimpi.serving.server.front"],
+            [sys.executable, "-P", "-m", "tpimpi.serving.server.front"],  # nothing is imported from the current folder
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment_without_launcher(),
