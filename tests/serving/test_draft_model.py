@@ -129,3 +129,47 @@ def test_its_memory_is_that_of_tiles_until_it_is_lent(tmp_path: Path, monkeypatc
         for later in (0.0, 60.0):
             streaming.guard.look(now + later)
         assert streaming.draft_waits and window.wanted_bytes == pinned
+
+
+def test_tiles_give_up_its_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the host's free memory bounds them: at once, as the draft model is about to take it, and until it is back."""
+    monkeypatch.setattr("tpimpi.engine.memory_guard.resident_bytes", lambda: 0)
+    monkeypatch.setattr("tpimpi.engine.memory_guard.headroom", lambda of: 1 << 40)
+    path = write_tiny_hf(tmp_path / "model", "llama-bias", num_hidden_layers=16)
+    (path / "tokenizer.json").write_text("{}")
+    with open_source(path) as source:
+        slice_model(source, make_partition(source.config, [1]), choose_formats(source, "f32"), tmp_path / "deep")
+    engines = [
+        open_engine(
+            Star(None),
+            EngineConfig(*(str(folder), None, "", "", "", "native", 1, "star", 60.0), cores_shared_by=[1], draft=draft),
+        )
+        for folder, draft in ((tmp_path / "deep", None), (slice_tiny(tmp_path, "llama-bias", 1), 0))
+    ]
+    planner = MemoryPlanner(engines[:1], draft_engine=engines[1])
+    tiles, of_draft = engines[0].tile_bytes, planner.draft_bytes(100)
+    planned = planner.plan(100, planner.needs(100).least + tiles // 2, 1)
+    with closing(engines[1]), closing(planned.take()) as memory:
+        window, later = memory.engines[0].window, time.monotonic()
+
+        def rest() -> None:
+            nonlocal later
+            for _ in range(3):
+                later += 60.0
+                memory.guard.look(later)
+
+        assert memory.draft_waits
+        rest()
+        assert window.wanted_bytes == tiles
+        memory.lend_to_draft()
+        beside = window.wanted_bytes
+        assert tiles - of_draft - tiles // 16 <= beside <= tiles - of_draft
+        rest()
+        assert window.wanted_bytes == beside, "it is the draft model's, which has not come yet"
+        memory.make_room(150)
+        memory.make_room(100)
+        rest()
+        assert window.wanted_bytes == beside
+        memory.take_back_from_draft()
+        rest()
+        assert window.wanted_bytes == tiles

@@ -125,6 +125,9 @@ class OtherModel:
 
     seconds, leaves = 0.1, False
 
+    def room(self, length: int) -> int:
+        return 100 - length
+
     def propose(self, ids: Sequence[int], most: int) -> list[int]:
         self.ids = list(ids)
         return [7] * most
@@ -142,6 +145,10 @@ def test_a_draft_model_is_asked_where_the_text_says_little_and_its_time_counts()
     drafter.add([2, 3, 4, 5])
     drafter.add([6])
     assert drafter.propose(9) == [7, 7, 1, 2]  # after six tokens that were there before
+    drafter = Drafter(list(range(8, 107)), times, 4, model=ModelDrafts(cast("Drafting", model), times))
+    assert drafter.propose(9) == [7], "it has room for one more token"
+    drafter.add([7])
+    assert drafter.propose(9) == []
     model.seconds = 2.0
     drafter = Drafter([1, 2, 3, 4, 5, 6], times, 4, model=ModelDrafts(cast("Drafting", model), times))
     assert drafter.propose(9) == []

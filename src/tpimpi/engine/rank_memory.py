@@ -210,6 +210,7 @@ class RankMemory:
         measured)."""
         self._plan, self._fixed = plan, plan.needs.fixed
         self._lent = 0  # bytes, to a draft model
+        self._most_pinned = plan.needs.tiles + plan.needs.experts  # where the host's free memory is what bounds it
         self._draft_tiles = 0  # bytes, that a draft model took at most
         if plan.planner.draft_engine is not None and not plan.planner.draft_waits:
             self._draft_tiles = plan.planner.draft_engine.tile_bytes
@@ -229,9 +230,7 @@ class RankMemory:
             waiting=self._waiting_for_a_row,
         )
         if plan.watched_by:
-            self.guard.limit_pinned(
-                plan.needs.tiles + plan.needs.experts
-            )  # if other programs end, there may be room for more
+            self.guard.limit_pinned(self._most_pinned)  # if other programs end, there may be room for more
         self._pinned_check = PinnedCheck(windows) if any(opened.audits for opened in plan.planner.engines) else None
         self.allotment = self._allotment(disk_bytes_per_s)
 
@@ -282,11 +281,8 @@ class RankMemory:
                 "give more, or a smaller --context"
             )
         self._fixed = fixed
-        needs = self._plan.needs
-        if self._plan.watched_by and fixed == planned:
-            if self._lent:  # now, and not when it is missed
-                self.guard.limit_pinned(max(least, self.guard.wanted - self._lent))
-            left = needs.tiles + needs.experts
+        if self._plan.watched_by:
+            left = self._most_pinned if fixed == planned else min(left, self._most_pinned)
         self.guard.limit_pinned(left)
 
     @property
@@ -298,12 +294,16 @@ class RankMemory:
         """The draft model takes its memory: tiles give way."""
         planner = self._plan.planner
         planner.draft_waits, self._lent = False, planner.draft_bytes(self._plan.context)
+        # Now, and not when it is missed; nor do they take again what is free until the draft model has it.
+        self._most_pinned = max(self._plan.needs.least_experts, self.guard.wanted - self._lent)
         self._draft_tiles = 0 if planner.draft_engine is None else planner.draft_engine.tile_bytes
         self.make_room(*self._room)
 
     def take_back_from_draft(self) -> None:
         """The draft model has given its memory back: tiles have it again."""
+        needs = self._plan.needs
         self._plan.planner.draft_waits, self._lent = True, 0
+        self._most_pinned = needs.tiles + needs.experts
         self.make_room(*self._room)
 
     def _say(self, line: str) -> None:
