@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import pytest
 
 from tests.support.launch import Result, run_command
 from tests.support.pairs import Pair
+from tests.support.sshd import sshd
 from tpimpi import __version__
 from tpimpi.diagnostics.doctor import ssh
 from tpimpi.system.link_keys import read_keys
@@ -73,47 +71,20 @@ def test_a_host_that_is_off_and_one_without_ssh(pair: Pair, tmp_path: Path) -> N
 
 
 @contextlib.contextmanager
-def sshd(pair: Pair, folder: Path) -> Iterator[str]:
-    """A real sshd on host b; what is given is a program named ssh that keeps its files in `folder`."""
-    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    program, keygen, client = (shutil.which(name, path=path) for name in ("sshd", "ssh-keygen", "ssh"))
-    if program is None or keygen is None or client is None:
-        pytest.skip("openssh-server is not installed")
-    made = not (needed := Path("/run/sshd")).exists()
-    needed.mkdir(exist_ok=True)
-    for name in ("host", "user"):
-        subprocess.run([keygen, "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True, timeout=30)
-    (folder / "sshd_config").write_text(
-        f"HostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\nPidFile none\nStrictModes no\nUsePAM no\n"
-        f"PermitRootLogin prohibit-password\nPasswordAuthentication yes\nSetEnv TPIMPI_LINK_KEYS={folder}/keys-b\n"
-    )
-    (folder / "ssh_config").write_text(f"Host *\n IdentityFile {folder}/user\n UserKnownHostsFile {folder}/known\n")
-    (folder / "ssh").write_text(f'#!/bin/sh\nexec {client} -F {folder}/ssh_config "$@"\n')
-    (folder / "ssh").chmod(0o755)
-    server = subprocess.Popen(
-        pair.on(pair.b, program, "-D", "-e", "-f", str(folder / "sshd_config")),
-        stderr=(folder / "sshd.log").open("w"),
-        start_new_session=True,
-    )
-    try:
-        end = time.monotonic() + 30
-        while "listening" not in (folder / "sshd.log").read_text():
-            assert time.monotonic() < end, (folder / "sshd.log").read_text()
-            if server.poll() is not None:
-                pytest.skip(f"sshd does not start here: {(folder / 'sshd.log').read_text()}")
-            time.sleep(0.05)
+def sshd_on_host_b(pair: Pair, folder: Path) -> Iterator[str]:
+    """Given is a program named ssh that keeps its files in `folder`."""
+    config = f"PasswordAuthentication yes\nSetEnv TPIMPI_LINK_KEYS={folder}/keys-b\n"
+    with sshd(folder, config, lambda *command: pair.on(pair.b, *command)) as client:
+        (folder / "ssh_config").write_text(f"Host *\n IdentityFile {folder}/user\n UserKnownHostsFile {folder}/known\n")
+        (folder / "ssh").write_text(f'#!/bin/sh\nexec {client} -F {folder}/ssh_config "$@"\n')
+        (folder / "ssh").chmod(0o755)
         yield str(folder / "ssh")
-    finally:
-        server.kill()
-        server.wait()
-        if made:
-            needed.rmdir()
 
 
 @pytest.mark.slow
 def test_a_real_sshd(pair: Pair, tmp_path: Path) -> None:
     lines = ["10.99.0.1", "10.99.0.2"]
-    with sshd(pair, tmp_path) as ssh:
+    with sshd_on_host_b(pair, tmp_path) as ssh:
         result = look(pair, tmp_path, lines, ssh)
         assert "wrong  ssh       ssh does not know its host key yet; type: ssh 10.99.0.2" in result.out
         kind, key = (tmp_path / "host.pub").read_text().split()[:2]

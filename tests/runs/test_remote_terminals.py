@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import termios
 import time
@@ -16,6 +15,7 @@ import pytest
 
 from tests.support.launch import Launcher
 from tests.support.slurm import Cluster, free_ports
+from tests.support.sshd import sshd
 from tests.support.terminal import Screen, terminal
 from tpimpi.serving.session import Session
 
@@ -54,39 +54,12 @@ def converse(command: Sequence[str], env: Mapping[str, str], session: Path) -> N
 @pytest.fixture(scope="module")
 def ssh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """A real sshd on this machine: the command that logs in there, with a terminal."""
-    folder, path = tmp_path_factory.mktemp("ssh"), f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    program, keygen, client = (shutil.which(name, path=path) for name in ("sshd", "ssh-keygen", "ssh"))
-    if program is None or keygen is None or client is None:
-        pytest.skip("openssh-server is not installed")
-    if os.geteuid():
-        pytest.skip("sshd is to be started as root")
-    Path("/run/sshd").mkdir(exist_ok=True)
-    for name in ("host", "user"):
-        subprocess.run([keygen, "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True, timeout=30)
-    shutil.copy(folder / "user.pub", folder / "authorized")
-    (port,) = free_ports(1)
-    (folder / "known").write_text(f"[127.0.0.1]:{port} {(folder / 'host.pub').read_text()}")
-    (folder / "sshd_config").write_text(
-        f"HostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\nPidFile none\nStrictModes no\nUsePAM no\n"
-        f"PermitRootLogin prohibit-password\nListenAddress 127.0.0.1:{port}\n"
-    )
-    server = subprocess.Popen(
-        [program, "-D", "-e", "-f", str(folder / "sshd_config")],
-        stderr=(folder / "sshd.log").open("w"),
-        start_new_session=True,
-    )
-    try:
-        end = time.monotonic() + 30
-        while "listening" not in (folder / "sshd.log").read_text():
-            assert time.monotonic() < end, (folder / "sshd.log").read_text()
-            if server.poll() is not None:
-                pytest.skip(f"sshd does not start here: {(folder / 'sshd.log').read_text()}")
-            time.sleep(0.05)
+    folder, (port,) = tmp_path_factory.mktemp("ssh"), free_ports(1)
+    with sshd(folder, f"ListenAddress 127.0.0.1:{port}\n") as client:
+        shutil.copy(folder / "user.pub", folder / "authorized")
+        (folder / "known").write_text(f"[127.0.0.1]:{port} {(folder / 'host.pub').read_text()}")
         options = ["-F", "none", "-i", str(folder / "user"), "-o", f"UserKnownHostsFile={folder}/known"]
         yield [client, *options, "-p", str(port), "-tt", "127.0.0.1"]
-    finally:
-        server.kill()
-        server.wait()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
