@@ -150,7 +150,7 @@ def _journal(data: bytes) -> None:
     kept, again = (Kept(RankLink(FrontOptions(socket=""))) for _ in range(2))
     for line in data.split(b"\n"):
         kept.take(msgspec.json.decode(line, type=Record))
-    for record in kept._records():
+    for record in kept.records():
         again.take(msgspec.json.decode(msgspec.json.encode(record), type=Record))
 
 
