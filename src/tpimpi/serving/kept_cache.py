@@ -8,7 +8,6 @@ Beside a session that a passphrase encrypts that object is sealed too (`sealed_l
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 from collections.abc import Sequence
@@ -157,4 +156,6 @@ def _ids_of(turn: Turn, entry: _Entry) -> list[int] | None:
 
 
 def _hash(ids: Sequence[int], key: str) -> str:
+    import hashlib  # with OpenSSL, 3 MB, which runs that keep nothing do without
+
     return hashlib.blake2b(np.array(ids, "<i8").tobytes(), key=bytes.fromhex(key), person=b"ids").hexdigest()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import xxhash
 
 from tpimpi.errors import InputError
 
@@ -151,4 +152,4 @@ def short_id(call_id: str) -> str:
     """Nine letters and digits that stand for an id."""
     if len(call_id) == _ID_LENGTH and call_id.isascii() and call_id.isalnum():
         return call_id
-    return hashlib.sha256(call_id.encode("utf-8", "replace")).hexdigest()[:_ID_LENGTH]
+    return xxhash.xxh3_128_hexdigest(call_id.encode("utf-8", "replace"))[:_ID_LENGTH]
