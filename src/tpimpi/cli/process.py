@@ -81,9 +81,8 @@ def guarded(command: Callable[[Job], int], arguments: list[str]) -> int:
             time.sleep(WAIT_FOR_HUB_REPORT_S)  # rank 0 or the launcher knows better who is gone, and ends us meanwhile
         ours = as_ours(error)
         code = ours.exit_code
-        with contextlib.suppress(
-            OSError, StorageError
-        ):  # where standard error cannot be written either, the exit code says it alone
+        # Where standard error cannot be written either, the exit code says it alone.
+        with contextlib.suppress(OSError, StorageError):
             if wants_traceback():
                 traceback.print_exc()
             say(f"{ours.where or job.name()}: {ours}")
