@@ -323,8 +323,8 @@ class Star:
 
     @property
     def proved_hosts(self) -> tuple[str, ...]:
-        """What the ranks are called by the keys that they have proved to have, in rank order (see `secure`); none where links
-        are not sealed."""
+        """What the ranks are called by the keys that they have proved to have (see `secure`), in rank order; none where
+        links are not sealed."""
         seal = None if self._channel is None else self._channel.seal
         return () if seal is None else seal.hosts
 
