@@ -11,10 +11,10 @@ from tpimpi.compute.arrays import F32, Bytes
 
 WINDOW_BYTES = 16
 WINDOWS = 4  # of each row: one of them is whole, wherever a library cuts a message and puts a header of its own
-LEAST_KINDS_OF_BYTES = 8  # in a window; others, of zeros say, stand anywhere
+MIN_KINDS_OF_BYTES = 8  # in a window; others, of zeros say, stand anywhere
 FILTER_BITS = 24
 SEARCHED_BYTES = 1 << 24  # at a time
-LEAST_COSINE = 0.999  # of a vector with the row that it is taken for; vectors of other tokens are below 0.95
+MIN_COSINE = 0.999  # of a vector with the row that it is taken for; vectors of other tokens are below 0.95
 SEARCHED_ROWS = 256  # at a time
 
 
@@ -39,7 +39,7 @@ class RowIndex:
             for token, window in enumerate(map(bytes, cut)):
                 if window in self._windows:
                     repeated.add(window)  # alike in several rows: it tells nothing
-                elif len(set(window)) >= LEAST_KINDS_OF_BYTES:
+                elif len(set(window)) >= MIN_KINDS_OF_BYTES:
                     self._windows[window] = Found(start, token)
         for window in repeated:
             del self._windows[window]
@@ -74,7 +74,7 @@ class RowIndex:
         return [int(place) for place in np.sort(np.concatenate(places))]
 
 
-def nearest_rows(vectors: F32, table: F32, least: float = LEAST_COSINE) -> list[int]:
+def nearest_rows(vectors: F32, table: F32, least: float = MIN_COSINE) -> list[int]:
     """For each of `vectors` [n, hidden] the row of `table` [vocab, hidden] with the same direction; -1 where there is none.
 
     So are rows found that were rounded, or that come from another file of the same model.

@@ -21,7 +21,7 @@ TRIED_FIRST = (64, 1024)  # tokens by what the model expects next, and as many b
 TRIED_AT_ONCE = 2048
 # How near the right token's vector is, against the median of those tried: 0.003 to 0.08 with SmolLM2 after layer 8, by the
 # rounding of activations and wire; that of another spelling (" Why" for "Why") is at 0.13.
-MOST_DISTANCE = 0.1
+MAX_DISTANCE = 0.1
 
 
 def _load(path: Path) -> Any:
@@ -83,7 +83,7 @@ class Vocabulary:
             if not tried:
                 break
             distances = self._distances(vector, prefix, tried)
-            if distances.min() <= MOST_DISTANCE * np.median(distances):
+            if distances.min() <= MAX_DISTANCE * np.median(distances):
                 return tried[int(distances.argmin())]
             done |= tokens
         return None

@@ -15,7 +15,7 @@ from tpimpi.diagnostics.planner.predict import Predictor
 from tpimpi.diagnostics.planner.shares import best_shares
 from tpimpi.models.shapes import load_shape
 from tpimpi.models.weight_formats import ModelFormats
-from tpimpi.star.tuning import most_exchanged
+from tpimpi.star.tuning import max_exchanged
 from tpimpi.system.memory import Place
 
 BASE_BYTES = 80_000_000  # of a rank without a model
@@ -115,7 +115,7 @@ def _measured(machine: Machine, ranks: int, hidden: int) -> Measured:
     def allreduce(positions: int) -> float:
         # Whichever `auto` would take, by the times in tpimpi.star.allreduce.
         hub = (ranks - 1) * positions * hidden * 4 / machine.bandwidth
-        exchange = machine.latency_s + hub if positions * hidden <= most_exchanged(ranks) else math.inf
+        exchange = machine.latency_s + hub if positions * hidden <= max_exchanged(ranks) else math.inf
         return min(2 * machine.latency_s + hub, exchange, 2 * machine.latency_s + 2 / ranks * hub)
 
     speeds = tuple(replace(speed, host=f"machine {rank}") for rank in range(ranks))

@@ -110,7 +110,7 @@ def _ping(home: Home, link: Link) -> None:
         print(
             f"{home.names[0]} to {home.names[1]}: {2e3 * link.latency_s:.3f} ms wished; median {1e3 * median(trips):.3f}, "
             f"least {1e3 * min(trips):.3f}, most {1e3 * max(trips):.3f} ms of {len(trips)}; frames left "
-            f"{seen.mean_late_us:.0f} us too late, at most {seen.most_late_us:.0f}"
+            f"{seen.mean_late_us:.0f} us too late, at most {seen.max_late_us:.0f}"
         )
 
 

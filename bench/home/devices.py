@@ -14,7 +14,7 @@ from tpimpi.errors import InputError
 from tpimpi.system.units import parse_size
 
 NAMES = ("laptop", "desktop", "mini-pc", "pi", "tablet", "nas", "old-laptop", "media-box")
-MOST_DEVICES = 64
+MAX_DEVICES = 64
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 _DURATION = re.compile(r"([0-9.]+)\s*(us|ms|s)")
 _BANDWIDTH = re.compile(r"([0-9.]+)\s*([kMG]?)(bit|B)/s")
@@ -65,8 +65,8 @@ class Device:
 
 def equal_devices(n: int) -> list[Device]:
     """`n` devices without limits: laptop, desktop, mini-pc, pi, …"""
-    if not 1 <= n <= MOST_DEVICES:
-        raise InputError(f"{n} devices; give between 1 and {MOST_DEVICES}")
+    if not 1 <= n <= MAX_DEVICES:
+        raise InputError(f"{n} devices; give between 1 and {MAX_DEVICES}")
     return [Device(NAMES[i] if i < len(NAMES) else f"device-{i}") for i in range(n)]
 
 
@@ -104,8 +104,8 @@ def read_devices(path: Path) -> tuple[list[Device], Link]:
         raise InputError(f"{path}: {error}") from error
     _only(data, {"link", "device"}, f"{path}")
     tables = data.get("device", [])
-    if not isinstance(tables, list) or not 1 <= len(tables) <= MOST_DEVICES:
-        raise InputError(f"{path}: there must be between 1 and {MOST_DEVICES} tables [[device]]")
+    if not isinstance(tables, list) or not 1 <= len(tables) <= MAX_DEVICES:
+        raise InputError(f"{path}: there must be between 1 and {MAX_DEVICES} tables [[device]]")
     devices = [_device(table, f"{path}: device {i}", path.parent) for i, table in enumerate(tables)]
     names = [device.name for device in devices]
     if twice := {name for name in names if names.count(name) > 1}:

@@ -63,7 +63,7 @@ class Traffic:
     nbytes: int
     lost: int
     mean_late_us: float
-    most_late_us: float
+    max_late_us: float
 
 
 class Wire:

@@ -21,7 +21,7 @@ from tpimpi.compute.backends import load_quantizer
 from tpimpi.compute.formats.packed import Matrix
 from tpimpi.engine import protocol
 from tpimpi.engine.audit import AuditRequest
-from tpimpi.engine.auditor import Auditor, Suspect
+from tpimpi.engine.auditor import Auditor, ChosenTile
 from tpimpi.engine.engine import EngineConfig
 from tpimpi.engine.figures import LiveFigures
 from tpimpi.engine.model import Model
@@ -305,10 +305,12 @@ class EveryWatch(Watch):
     """Watches all sums of a step, of one row."""
 
     def __init__(self, model: Model, row: int) -> None:
-        squares = {of: of.last - 1 for of in sums_of(model.config, model.blocks) if model.config.qk_norm_over_all}
+        over_all = model.config.qk_norm_over_all
+        sums = sums_of(model.config, model.blocks)
+        squares = {audited: audited.last - 1 for audited in sums if over_all}
         self.every = [
-            Watch(of, row, squares.get(of) if model.blocks[of.last].kind == "attn" else None)
-            for of in sums_of(model.config, model.blocks)
+            Watch(audited, row, squares.get(audited) if model.blocks[audited.last].kind == "attn" else None)
+            for audited in sums
         ]
 
     def of_run(self, run: slice) -> Watch | None:
@@ -372,7 +374,7 @@ def lead_alarms(memory: RankMemory, job: Job) -> dict[str, float]:
             for rank, answered in auditor.split(request, answers).items():
                 audits += 1
                 for number in range(len(answered.records)):
-                    offs += auditor.deviations(Suspect(rank, number), request, answered).values()
+                    offs += auditor.deviations(ChosenTile(rank, number), request, answered).values()
                     tiles += 1
         start += rows
     ordered = np.sort(offs)

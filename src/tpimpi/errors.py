@@ -78,16 +78,16 @@ _REMEDIES = {
     errno.EMFILE: "raise the limit of open files (ulimit -n 4096)",
     errno.ENAMETOOLONG: "use a shorter path",
 }
-MOST_VALUE_CHARACTERS = 40  # of a value that a message shows
-MOST_PATH_CHARACTERS = 200  # of a path that a message shows
+MAX_VALUE_CHARACTERS = 40  # of a value that a message shows
+MAX_PATH_CHARACTERS = 200  # of a path that a message shows
 
 
-def shorten(text: str, most: int = MOST_VALUE_CHARACTERS) -> str:
+def shorten(text: str, most: int = MAX_VALUE_CHARACTERS) -> str:
     """A value as messages show it: of a longer one the beginning, and … in the place of the rest."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def shorten_path(path: object, most: int = MOST_PATH_CHARACTERS) -> str:
+def shorten_path(path: object, most: int = MAX_PATH_CHARACTERS) -> str:
     """A path as messages show it: of a longer one the end, which says most, and … in the place of the rest."""
     text = str(path)
     return text if len(text) <= most else f"…{text[1 - most :]}"

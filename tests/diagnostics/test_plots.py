@@ -238,7 +238,7 @@ def test_a_stretch_that_cannot_be_drawn_is_refused(
 
 
 def test_a_stretch_with_too_many_spans_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "MOST_DRAWN", 10)
+    monkeypatch.setattr(plots, "MAX_DRAWN", 10)
     with pytest.raises(InputError, match="has 160 spans, over 10"):
         plot_trace(chrome_trace(ranks(), ["a", "b"]), tmp_path / "x.svg", 0.0, 1.0)
 

@@ -14,7 +14,7 @@ from tpimpi.diagnostics.planner.costs import LinearCost, Measured
 from tpimpi.diagnostics.planner.loads import LayerLoad, Loads
 from tpimpi.diagnostics.planner.predict import Predictor, chunks
 from tpimpi.diagnostics.planner.prediction import Prediction
-from tpimpi.diagnostics.planner.shares import MOST_WEIGHT, best_shares
+from tpimpi.diagnostics.planner.shares import MAX_WEIGHT, best_shares
 from tpimpi.engine.budget import RESERVE_BYTES
 from tpimpi.models.config import ModelConfig
 from tpimpi.models.weight_formats import ModelFormats
@@ -216,7 +216,7 @@ def test_shares_follow_speeds() -> None:
     found = best_shares(predictor(speed(1.0), speed(2.0), speed(4.0), speed(8.0)), 4)
     # Borders are rounded to whole heads: 16 of them in 8:4:2:1 parts cannot be had better.
     assert found.shares == "8,4,2,1"
-    assert max(map(int, found.shares.split(","))) <= MOST_WEIGHT
+    assert max(map(int, found.shares.split(","))) <= MAX_WEIGHT
 
 
 def test_rank_0_gets_less_where_its_processor_has_the_head_too() -> None:

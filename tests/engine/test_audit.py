@@ -286,7 +286,7 @@ def test_the_sums_of_a_step_are_its_blocks(folder: Path) -> None:
     for kind, sums in (("llama-bias", 4), ("olmo2", 6), ("cohere2", None)):
         header = SliceFile(Path(sliced(folder, kind)["slices"]) / slice_name(1, RANKS)).header
         found = sums_of(header.config, block_order(header))
-        assert [place for of in found for place in range(of.first, of.last + 1)] == list(
+        assert [place for audited in found for place in range(audited.first, audited.last + 1)] == list(
             range(len(block_order(header)))
         )
         assert sums is None or len(found) == sums
@@ -310,9 +310,9 @@ def test_requests_that_make_no_sense_are_refused(folder: Path) -> None:
     star: Any = SimpleNamespace(broadcast=lambda array, exact: None)
     tables = (np.array([[0, 1]], np.int32), np.array([[1, 0]], np.int32))
 
-    def request(of: AuditedSum, positions: list[int]) -> np.ndarray:
+    def request(audited: AuditedSum, positions: list[int]) -> np.ndarray:
         rows = StepRows(np.zeros(len(positions), np.int32), np.array(positions, np.int32), tables)
-        return AuditRequest(of, rows, np.zeros((1, 64), np.float32)).words()
+        return AuditRequest(audited, rows, np.zeros((1, 64), np.float32)).words()
 
     for words, said in (
         (np.zeros(2, np.int64), "none of this model's"),

@@ -12,7 +12,7 @@ from tpimpi.engine.batch import PADDED_WORDS, pack_rows, unpack_rows
 from tpimpi.engine.protocol import step
 from tpimpi.errors import StarError
 from tpimpi.models.kv.cache import PAGE, StepRows
-from tpimpi.models.kv.pages import PageAccount, SequencePages, rows_of
+from tpimpi.models.kv.pages import PageAllocator, SequencePages, rows_of
 
 
 @examples(60)
@@ -21,8 +21,8 @@ from tpimpi.models.kv.pages import PageAccount, SequencePages, rows_of
     multiple=st.sampled_from([1, PADDED_WORDS]),
 )
 def test_what_is_packed_is_unpacked(runs: list[tuple[int, int]], multiple: int) -> None:
-    account = PageAccount([64, 64], [1, 1], 1000)
-    sequences = [SequencePages(account, window=50) for _ in runs]
+    allocator = PageAllocator([64, 64], [1, 1], 1000)
+    sequences = [SequencePages(allocator, window=50) for _ in runs]
     for sequence, (start, n) in zip(sequences, runs, strict=True):
         assert sequence.grow(start)
         sequence.trim()
@@ -40,8 +40,8 @@ def test_what_is_packed_is_unpacked(runs: list[tuple[int, int]], multiple: int) 
 
 
 def test_what_makes_no_sense_is_refused() -> None:
-    account = PageAccount([4, 4], [1, 1], 100)
-    first, second = SequencePages(account), SequencePages(account)
+    allocator = PageAllocator([4, 4], [1, 1], 100)
+    first, second = SequencePages(allocator), SequencePages(allocator)
     assert first.grow(PAGE + 1) and second.grow(1)
     good = pack_rows(rows_of([first, second], [(PAGE, 1), (0, 1)]))
 
@@ -92,7 +92,7 @@ class Recorded:
 def test_over_sealed_links_no_step_of_an_answer_tells_where_it_is_in_its_pages() -> None:
     """Where its message grew with each second page, the step at which it did would tell how long the prompt was."""
     run = Recorded()
-    sequence = SequencePages(PageAccount([64, 64], [1, 1], 1000))
+    sequence = SequencePages(PageAllocator([64, 64], [1, 1], 1000))
     for length in range(1, 10 * PAGE):
         assert sequence.grow(length)
         rows = rows_of([sequence], [(length - 1, 1)])

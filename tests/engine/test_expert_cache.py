@@ -129,7 +129,7 @@ def test_any_cache_gives_the_same_tiles_in_the_order_asked_for(file: SliceFile) 
             assert cache.held_bytes <= cache.limit_bytes
             if dice.random() < 0.2 and places:
                 cache.limit(dice.randrange(0, 12) * cache.slot_bytes)
-                assert cache.limit_bytes >= cache.least_bytes
+                assert cache.limit_bytes >= cache.min_bytes
         assert cache.figures.used >= cache.figures.hits
         cache.close()
 
@@ -213,7 +213,7 @@ def test_memory_is_given_back_at_once(file: SliceFile) -> None:
     cache.limit(3 * cache.slot_bytes)
     assert cache.held_bytes == cache.limit_bytes == 3 * cache.slot_bytes
     cache.limit(0)
-    assert cache.held_bytes == cache.least_bytes == 2 * cache.slot_bytes, "without which nothing could be computed"
+    assert cache.held_bytes == cache.min_bytes == 2 * cache.slot_bytes, "without which nothing could be computed"
     assert [expert for expert, _ in _take(cache, 0, list(range(EXPERTS)))] == list(range(EXPERTS))
     cache.close()
 

@@ -163,7 +163,7 @@ def test_what_is_added_is_what_is_unpacked() -> None:
     recorder = recorded((READ, 2, 5, 1.25, 2.5, 3), (STAR, 0, -1, 1e6, 1e6 + 1e-6, 0))
     assert unpack(recorder.pack()).tolist() == [(0, 3, 2, 5, 1.25, 2.5), (3, 0, 0, -1, 1e6, 1e6 + 1e-6)]
     assert len(recorder.pack()) == 2 * 26
-    assert Recorder().most_bytes == 5_200_000
+    assert Recorder().max_bytes == 5_200_000
     assert unpack(Recorder(0).pack()).size == 0
 
 

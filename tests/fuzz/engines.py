@@ -13,13 +13,13 @@ from random import Random
 from types import FrameType, FunctionType
 from typing import Any
 
-from tests.fuzz.limits import MOST_WAIT_S, TooMuchError, bound_memory
+from tests.fuzz.limits import MAX_WAIT_S, TooMuchError, bound_memory
 from tests.fuzz.mutate import Mutator
 
 FINDS = Path(__file__).parent / "finds"
 FOUND = 77  # exit code after a find, libFuzzer's own
-_MOST_BYTES = 1 << 20  # of an input
-_MOST_CHANGES = 4
+_MAX_BYTES = 1 << 20  # of an input
+_MAX_CHANGES = 4
 
 
 def by_coverage(name: str, corpus: Path, seconds: int) -> None:
@@ -49,9 +49,9 @@ def by_coverage(name: str, corpus: Path, seconds: int) -> None:
     bound_memory()
     arguments = [
         f"-max_total_time={seconds}",
-        f"-timeout={MOST_WAIT_S:.0f}",
+        f"-timeout={MAX_WAIT_S:.0f}",
         "-rss_limit_mb=0",
-        f"-max_len={_MOST_BYTES}",
+        f"-max_len={_MAX_BYTES}",
     ]
     arguments += [f"-artifact_prefix={found}/", "-print_final_stats=1", "-reduce_inputs=1", "-len_control=0"]
     folders = [str(folder) for folder in (corpus, FINDS / name) if folder.is_dir()]
@@ -66,7 +66,7 @@ def by_structure(name: str, corpus: Path, seconds: float, seed: int | None = Non
 
     target, random = TARGETS[name], Random(seed)
     _write_seeds(target.seeds(), corpus)
-    inputs = [path.read_bytes() for path in sorted(corpus.iterdir()) if path.stat().st_size <= _MOST_BYTES]
+    inputs = [path.read_bytes() for path in sorted(corpus.iterdir()) if path.stat().st_size <= _MAX_BYTES]
     bound_memory()
     ends, count = time.monotonic() + seconds, 0
     while time.monotonic() < ends:
@@ -84,10 +84,10 @@ def by_structure(name: str, corpus: Path, seconds: float, seed: int | None = Non
 
 def changed(data: bytes, mutate: Mutator, random: Random) -> bytes:
     """An input with a few changes, of a bounded size."""
-    for _ in range(random.randint(1, _MOST_CHANGES)):
+    for _ in range(random.randint(1, _MAX_CHANGES)):
         data = mutate(data, random)
-        if len(data) > _MOST_BYTES:
-            return data[:_MOST_BYTES]
+        if len(data) > _MAX_BYTES:
+            return data[:_MAX_BYTES]
     return data
 
 
@@ -95,10 +95,10 @@ def _in_time(target: Callable[[bytes], None], data: bytes) -> None:
     """Try an input, and end it where it takes too long."""
 
     def too_long(number: int, frame: FrameType | None) -> Any:
-        raise TooMuchError(f"takes more than {MOST_WAIT_S:.0f} s")
+        raise TooMuchError(f"takes more than {MAX_WAIT_S:.0f} s")
 
     before = signal.signal(signal.SIGALRM, too_long)
-    signal.setitimer(signal.ITIMER_REAL, MOST_WAIT_S)
+    signal.setitimer(signal.ITIMER_REAL, MAX_WAIT_S)
     try:
         target(data)
     finally:

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-MOST_TIME_S = 10.0
-MOST_WAIT_S = 60.0  # in all, on a machine that does other things too
-MOST_BYTES = 512 << 20
+MAX_TIME_S = 10.0
+MAX_WAIT_S = 60.0  # in all, on a machine that does other things too
+MAX_BYTES = 512 << 20
 _PAGE_BYTES = resource.getpagesize()
 
 
@@ -24,10 +24,10 @@ def within_limits() -> Iterator[None]:
     before, peak_before, began = _resident(), _peak(), time.process_time()
     yield
     took, peak = time.process_time() - began, _peak()
-    if took > MOST_TIME_S:
-        raise TooMuchError(f"took {took:.1f} s, more than {MOST_TIME_S:.0f}")
-    if peak > peak_before and peak - before > MOST_BYTES:
-        raise TooMuchError(f"took {(peak - before) >> 20} MiB, more than {MOST_BYTES >> 20}")
+    if took > MAX_TIME_S:
+        raise TooMuchError(f"took {took:.1f} s, more than {MAX_TIME_S:.0f}")
+    if peak > peak_before and peak - before > MAX_BYTES:
+        raise TooMuchError(f"took {(peak - before) >> 20} MiB, more than {MAX_BYTES >> 20}")
 
 
 def bound_memory() -> None:
@@ -35,7 +35,7 @@ def bound_memory() -> None:
     not take it from others. What exceeds it is a MemoryError."""
     mapped = _statm()[0] * _PAGE_BYTES
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + 3 * MOST_BYTES, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + 3 * MAX_BYTES, hard))
 
 
 def _resident() -> int:

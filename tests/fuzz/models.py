@@ -20,7 +20,7 @@ from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.sources import describe_model, open_source
 
 _PARTS = 3
-_MOST_RECORDS = 5000  # that are looked at: a config may promise any number, which no run would begin to make
+_MAX_RECORDS = 5000  # that are looked at: a config may promise any number, which no run would begin to make
 
 
 def _open(path: Path) -> None:
@@ -44,7 +44,7 @@ def _make(config: ModelConfig) -> None:
     model_tensors(config)
     partition, formats = make_partition(config, [2.0, 1.0]), ModelFormats.for_model("q4_0", config)
     for rank, share in enumerate(partition.shares):
-        for record in itertools.islice(slice_records(config, share, rank, formats, {}), _MOST_RECORDS):
+        for record in itertools.islice(slice_records(config, share, rank, formats, {}), _MAX_RECORDS):
             assert record.nbytes >= 0
 
 

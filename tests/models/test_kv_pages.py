@@ -1,4 +1,4 @@
-"""The account of KV pages, over thousands of steps against a plain model: none leaks, none is shared by mistake."""
+"""The allocator of KV pages, over thousands of steps against a plain model: none leaks, none is shared by mistake."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tpimpi.models.kv.cache import FULL, KINDS, PAGE, WINDOWED, pages_of
-from tpimpi.models.kv.pages import NO_PAGE, PageAccount, SequencePages, rows_of
+from tpimpi.models.kv.pages import NO_PAGE, PageAllocator, SequencePages, rows_of
 
 
 class Pages(RuleBasedStateMachine):
@@ -26,7 +26,7 @@ class Pages(RuleBasedStateMachine):
     def begin(self, places: tuple[int, int], sizes: tuple[int, int], tight: int, window: int, kept: int) -> None:
         self.most = sum(count * size for count, size in zip(places, sizes, strict=True)) - tight
         self.places, self.sizes = places, sizes
-        self.account = PageAccount(places, sizes, max(0, self.most))
+        self.allocator = PageAllocator(places, sizes, max(0, self.most))
         self.window, self.kept = window, kept
         self.sequences: list[tuple[SequencePages, list[int]]] = []
         self.written: dict[tuple[int, int, int], int] = {}  # by kind, page, place in it
@@ -40,7 +40,7 @@ class Pages(RuleBasedStateMachine):
             self.token += 1
             for kind in KINDS:
                 page = int(rows.tables[kind][0, position // PAGE])
-                assert page != NO_PAGE and self.account.users(kind, page) == 1, "written where others may read"
+                assert page != NO_PAGE and self.allocator.users(kind, page) == 1, "written where others may read"
                 self.written[kind, page, position % PAGE] = self.token
             text.append(self.token)
             self.reached[id(pages)] = max(self.reached.get(id(pages), 0), len(text))
@@ -56,15 +56,15 @@ class Pages(RuleBasedStateMachine):
 
     @rule(n=st.integers(1, 150))
     def new(self, n: int) -> None:
-        pages = SequencePages(self.account, self.window, self.kept)
+        pages = SequencePages(self.allocator, self.window, self.kept)
         self.reached[id(pages)] = 0
-        before = self.account.used
+        before = self.allocator.used
         if pages.grow(n):
             self.sequences.append((pages, []))
             self._write(*self.sequences[-1], n)
             pages.trim()
         else:
-            assert self.account.used == before and not any(pages.tables)
+            assert self.allocator.used == before and not any(pages.tables)
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data(), n=st.one_of(st.just(1), st.integers(1, 150)))
@@ -77,8 +77,8 @@ class Pages(RuleBasedStateMachine):
         else:
             assert [list(table) for table in pages.tables] == tables
             units = sum(a * b for a, b in zip(pages.missing(len(text) + n), self.sizes, strict=True))
-            short = [len(self.account.free_pages(kind)) < pages.missing(len(text) + n)[kind] for kind in KINDS]
-            assert any(short) or self.account.used + units > self.account.units, "there was room"
+            short = [len(self.allocator.free_pages(kind)) < pages.missing(len(text) + n)[kind] for kind in KINDS]
+            assert any(short) or self.allocator.used + units > self.allocator.units, "there was room"
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data(), back=st.integers(0, 200))
@@ -86,7 +86,7 @@ class Pages(RuleBasedStateMachine):
         pages, text = data.draw(st.sampled_from(self.sequences))
         length = max(0, len(text) - back)
         alone = all(
-            self.account.users(kind, table[length // PAGE]) == 1
+            self.allocator.users(kind, table[length // PAGE]) == 1
             for kind, table in enumerate(pages.tables)
             if length // PAGE < len(table) and table[length // PAGE] != NO_PAGE
         )
@@ -120,26 +120,28 @@ class Pages(RuleBasedStateMachine):
 
     @invariant()
     def every_page_is_counted(self) -> None:
-        if not hasattr(self, "account"):
+        if not hasattr(self, "allocator"):
             return
         units = 0
         for kind in KINDS:
             users = Counter(page for pages, _ in self.sequences for page in pages.tables[kind] if page != NO_PAGE)
-            free = self.account.free_pages(kind)
+            free = self.allocator.free_pages(kind)
             assert len(set(free)) == len(free) and not set(free) & set(users)
             assert len(free) + len(users) == self.places[kind], "a page is nobody's"
-            assert all(self.account.users(kind, page) == count for page, count in users.items())
+            assert all(self.allocator.users(kind, page) == count for page, count in users.items())
             units += len(users) * self.sizes[kind]
-        assert self.account.used == units <= self.account.units
+        assert self.allocator.used == units <= self.allocator.units
 
     def teardown(self) -> None:
-        if not hasattr(self, "account"):
+        if not hasattr(self, "allocator"):
             return
         for pages, text in self.sequences:
             if text and pages.holds(len(text) - 1):
                 self._check(pages, text, len(text) - 1)
             pages.close()
-        assert self.account.used == 0 and [len(self.account.free_pages(kind)) for kind in KINDS] == list(self.places)
+        assert self.allocator.used == 0 and [len(self.allocator.free_pages(kind)) for kind in KINDS] == list(
+            self.places
+        )
 
 
 Pages.TestCase.settings = settings(max_examples=40, stateful_step_count=60, deadline=None)
@@ -148,22 +150,22 @@ TestPages = Pages.TestCase
 
 def test_windows_give_back_pages_that_no_later_row_sees() -> None:
     """A window of 100 positions, of a sequence that grows by single positions: three pages of it at most."""
-    account = PageAccount([20, 20], [2, 5], 10_000)
-    pages, most = SequencePages(account, window=100), 0
+    allocator = PageAllocator([20, 20], [2, 5], 10_000)
+    pages, most = SequencePages(allocator, window=100), 0
     for length in range(1, 1001):
         assert pages.grow(length)
         pages.trim()
         most = max(most, sum(page != NO_PAGE for page in pages.tables[WINDOWED]))
     assert most == 3
-    assert account.used == 16 * 2 + 2 * 5  # positions 901 to 999 are in two pages
+    assert allocator.used == 16 * 2 + 2 * 5  # positions 901 to 999 are in two pages
     assert pages.holds(1000) and pages.holds(995) and pages.holds(0)  # at 995 a row sees 896 and later
     assert not pages.holds(994) and not pages.holds(500)
     assert len(pages.tables[FULL]) == 16 and NO_PAGE not in pages.tables[FULL]
 
 
 def test_rows_of_a_step_have_their_sequences_tables() -> None:
-    account = PageAccount([9, 9], [1, 1], 100)
-    first, second = SequencePages(account), SequencePages(account)
+    allocator = PageAllocator([9, 9], [1, 1], 100)
+    first, second = SequencePages(allocator), SequencePages(allocator)
     assert first.grow(70) and second.grow(3)
     rows = rows_of([first, second], [(69, 1), (0, 3)])
     assert rows.sequence.tolist() == [0, 1, 1, 1] and rows.position.tolist() == [69, 0, 1, 2]

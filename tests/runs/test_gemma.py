@@ -22,7 +22,7 @@ from tpimpi.weights.slices.partition import make_partition
 from tpimpi.weights.sources import open_source
 
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
-MOST_KL = 0.01  # nats, the mean over positions of KL(transformers || ours)
+MAX_KL = 0.01  # nats, the mean over positions of KL(transformers || ours)
 COMPARED = 24  # the last positions of a prompt and its answer, where the distributions are compared
 
 pytestmark = [
@@ -137,4 +137,4 @@ def test_own_formats_are_near_transformers(on_ranks: Ranks, folder: Path) -> Non
             each = functional.kl_div(log_q, torch.from_numpy(log_p).double(), reduction="none", log_target=True).sum(1)
             kl.append(each.numpy())
         means = ", ".join(f"{each.mean():.4f}" for each in kl)
-        assert 1e-5 < np.concatenate(kl).mean() < MOST_KL, f"{ranks} ranks, means of the prompts: {means}"
+        assert 1e-5 < np.concatenate(kl).mean() < MAX_KL, f"{ranks} ranks, means of the prompts: {means}"

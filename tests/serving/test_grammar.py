@@ -15,7 +15,7 @@ import tokenizers
 from tests.support import real_tokenizers
 from tests.support.tokenizer_cases import CHATML, gguf_keys, load_gguf
 from tpimpi.compute.arrays import F32
-from tpimpi.serving.grammar import MOST_BYTES, GrammarError, Grammars
+from tpimpi.serving.grammar import MAX_BYTES, GrammarError, Grammars
 from tpimpi.serving.sampling import make_sampler
 from tpimpi.serving.server.lark import special_name
 from tpimpi.serving.server.wire import Grammar
@@ -208,10 +208,10 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("json_schema", {"type": "object", "dependentSchemas": {}}, "dependentSchemas"),
     ("json_schema", {"type": "string", "pattern": "(?=a)b"}, "look-ahead"),
     ("json_schema", doubled(13), "at most"),
-    ("json_schema", {"enum": [f"v{i}" for i in range(100000)]}, f"at most {MOST_BYTES} are taken"),
+    ("json_schema", {"enum": [f"v{i}" for i in range(100000)]}, f"at most {MAX_BYTES} are taken"),
     ("json_schema", {"type": "string", "minLength": 2, "maxLength": 1}, "cannot be used|allows no text"),
     ("regex", "(a", "unclosed group"),
-    ("regex", "a" * 200000, f"at most {MOST_BYTES} are taken"),
+    ("regex", "a" * 200000, f"at most {MAX_BYTES} are taken"),
     ("lark", "start: foo", 'unknown name: "foo"'),
     ("lark", "", "cannot be used"),
     ("lark", 'start: <|no_such|> "a"', "no_such"),

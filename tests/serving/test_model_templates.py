@@ -179,7 +179,7 @@ def test_ids_that_only_fill_the_table_are_never_sampled(
         class config:  # noqa: N801
             hidden = 2
 
-        def most_kept(self, context: int) -> int:
+        def max_kept(self, context: int) -> int:
             return 0
 
         def can_keep(self, positions: int, context: int) -> bool:

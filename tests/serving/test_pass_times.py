@@ -10,7 +10,7 @@ from tpimpi.serving.pass_times import PassTimes
 def test_times_are_medians_and_lie_on_a_line_between() -> None:
     times = PassTimes()
     times.add(100, 20.0)  # that of the first prompt, which waits for all that is to stay in memory
-    assert times.most_rows == 0
+    assert times.max_rows == 0
     for seconds in (1.0, 50.0, 1.2):
         times.add(1, seconds)
     times.add(9, 5.2)

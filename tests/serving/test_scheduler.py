@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tpimpi.models.kv.cache import KINDS, PAGE, WINDOWED
-from tpimpi.models.kv.pages import NO_PAGE, PageAccount, SequencePages, rows_of
+from tpimpi.models.kv.pages import NO_PAGE, PageAllocator, SequencePages, rows_of
 from tpimpi.models.kv.prefix_tree import PrefixTree
 from tpimpi.serving.scheduler import Request, Run, Scheduler
 
@@ -35,7 +35,7 @@ class PlainCache:
         self.window = window
         self.written: dict[tuple[int, int, int], int] = {}
 
-    def compute(self, runs: list[Run], account: PageAccount) -> None:
+    def compute(self, runs: list[Run], allocator: PageAllocator) -> None:
         """A step, each row of which must find all that it sees; as rows are written before any is read."""
         all_pages = [run.request.pages for run in runs]
         assert all(pages is not None for pages in all_pages)
@@ -45,7 +45,7 @@ class PlainCache:
         for number, position in places:
             for kind in KINDS:
                 page = int(rows.tables[kind][number, position // PAGE])
-                assert page != NO_PAGE and account.users(kind, page) == 1, "written where others read"
+                assert page != NO_PAGE and allocator.users(kind, page) == 1, "written where others read"
                 self.written[kind, page, position % PAGE] = hash(tuple(texts[number][: position + 1]))
         for number, position in places:
             ids = texts[number]
@@ -67,9 +67,9 @@ class Requests(RuleBasedStateMachine):
         rows=st.integers(8, 150),
     )
     def begin(self, places: int, sizes: tuple[int, int], window: int, running: int, rows: int) -> None:
-        self.account = PageAccount([places, places], sizes, places * max(sizes))
+        self.allocator = PageAllocator([places, places], sizes, places * max(sizes))
         self.window = window if sizes[WINDOWED] else 0
-        self.scheduler = Scheduler(self.account, window=self.window, most_running=running, most_rows=rows)
+        self.scheduler = Scheduler(self.allocator, window=self.window, max_running=running, max_rows=rows)
         self.running, self.rows = running, rows
         self.cache = PlainCache(self.window)
         self.texts: list[list[int]] = [[]]  # that others may begin with
@@ -117,7 +117,7 @@ class Requests(RuleBasedStateMachine):
         assert sum(prompts) <= max(prompt_rows, 1)
         pages = [page for run in runs for page in page_read(run)]
         assert len(pages) == len(set(pages)), "a page is computed twice"
-        self.cache.compute(runs, self.account)
+        self.cache.compute(runs, self.allocator)
         for run in runs:
             ids = run.request.ids
             for place in range(1 + len(run.draft) if run.ends else 0):
@@ -149,7 +149,7 @@ class Requests(RuleBasedStateMachine):
             assert request.pages is not None
             used |= {(k, page) for k, table in enumerate(request.pages.tables) for page in table if page != NO_PAGE}
         used |= {(kind, page) for node in self.scheduler.prefixes.pages() for kind, page in node}
-        assert self.account.used == sum(self.account.sizes[kind] for kind, _ in used)
+        assert self.allocator.used == sum(self.allocator.sizes[kind] for kind, _ in used)
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
@@ -157,8 +157,8 @@ class Requests(RuleBasedStateMachine):
         while self.open:
             self._step(150)
         self.scheduler.prefixes.clear()
-        assert self.account.used == 0
-        assert all(len(self.account.free_pages(kind)) == self.account.places[kind] for kind in KINDS)
+        assert self.allocator.used == 0
+        assert all(len(self.allocator.free_pages(kind)) == self.allocator.places[kind] for kind in KINDS)
 
 
 TestRequests = Requests.TestCase
@@ -169,8 +169,8 @@ TestRequests.settings = settings(deadline=None, suppress_health_check=list(Healt
 
 
 def test_a_prompt_that_was_read_is_not_read_again() -> None:
-    account = PageAccount.of_layers([0] * 4, 4 * 20)
-    scheduler = Scheduler(account, window=0, most_running=4, most_rows=128)
+    allocator = PageAllocator.of_layers([0] * 4, 4 * 20)
+    scheduler = Scheduler(allocator, window=0, max_running=4, max_rows=128)
     first, second = Request([7] * 200, 201), Request([7] * 200 + [1, 2], 205)
     scheduler.add(first)
     while first.missing:
@@ -204,8 +204,8 @@ def test_what_prompts_have_in_common_is_computed_once_though_they_come_together(
     sizes: tuple[int, int], window: int
 ) -> None:
     """As a system prompt that several users share. 1000 positions are 15 pages of 64 and 40 more, which each computes."""
-    account = PageAccount([200, 200], sizes, 800)
-    scheduler = Scheduler(account, window=window, most_running=6, most_rows=128)
+    allocator = PageAllocator([200, 200], sizes, 800)
+    scheduler = Scheduler(allocator, window=window, max_running=6, max_rows=128)
     common = list(range(1000))
     same = [Request([*common, 5000 + i, 1], 1010, "a") for i in range(5)]
     other = Request([*common, 6000, 1], 1010, "b")  # who may not know what others asked
@@ -218,8 +218,8 @@ def test_what_prompts_have_in_common_is_computed_once_though_they_come_together(
 
 
 def test_one_of_those_that_wait_goes_on_when_the_first_is_cancelled() -> None:
-    account = PageAccount.of_layers([0] * 4, 4 * 200)
-    scheduler = Scheduler(account, window=0, most_running=4, most_rows=128)
+    allocator = PageAllocator.of_layers([0] * 4, 4 * 200)
+    scheduler = Scheduler(allocator, window=0, max_running=4, max_rows=128)
     common = list(range(1000))
     requests = [Request([*common, 5000 + i], 1002) for i in range(3)]
     for request in requests:
@@ -234,13 +234,13 @@ def test_one_of_those_that_wait_goes_on_when_the_first_is_cancelled() -> None:
     answered(scheduler, left)
     assert sorted(request.cached or 0 for request in left) == [256, 960]
     scheduler.prefixes.clear()
-    assert account.used == 0
+    assert allocator.used == 0
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one_to_have_its_turn() -> None:
     """It begins as a long one does that waits behind others: then the short one reads for both."""
-    account = PageAccount.of_layers([0], 1000)
-    scheduler = Scheduler(account, window=0, most_running=8, most_rows=128)
+    allocator = PageAllocator.of_layers([0], 1000)
+    scheduler = Scheduler(allocator, window=0, max_running=8, max_rows=128)
     common = list(range(70))
     first = Request([1] * 5000, 5001)
     long, short = Request([*common, *[3] * 4000], 4100), Request([*common, 4], 80)
@@ -257,10 +257,10 @@ def test_a_short_prompt_does_not_wait_for_a_long_one_to_have_its_turn() -> None:
 
 
 def test_a_prefix_counts_only_where_its_last_window_is_held() -> None:
-    account = PageAccount([40, 40], [2, 2], 160)
-    tree = PrefixTree(account, window=100)
+    allocator = PageAllocator([40, 40], [2, 2], 160)
+    tree = PrefixTree(allocator, window=100)
     ids = list(range(64 * 6))
-    pages = SequencePages(account, 100)
+    pages = SequencePages(allocator, 100)
     assert pages.grow(len(ids))
     tree.add(ids, pages, len(ids))
     pages.close()
@@ -273,12 +273,12 @@ def test_a_prefix_counts_only_where_its_last_window_is_held() -> None:
 
 
 def test_a_prefix_is_found_by_its_owner_alone() -> None:
-    account = PageAccount.of_layers([0], 40)
-    tree = PrefixTree(account)
+    allocator = PageAllocator.of_layers([0], 40)
+    tree = PrefixTree(allocator)
     ids = list(range(PAGE * 3))
 
     def keep(owner: str) -> None:
-        pages = SequencePages(account)
+        pages = SequencePages(allocator)
         assert pages.grow(len(ids))
         tree.add(ids, pages, len(ids), owner)
         pages.close()
@@ -289,15 +289,15 @@ def test_a_prefix_is_found_by_its_owner_alone() -> None:
         assert found.length == length, owner
         found.close()
     keep("bert")
-    assert account.used == 6, "each has its own"
+    assert allocator.used == 6, "each has its own"
     assert all(tree.give_up() for _ in range(3))
     lengths = {owner: tree.begin([*ids, 1], owner).length for owner in ("anna", "bert")}
     assert lengths == {"anna": 0, "bert": PAGE * 3}, "what was used longest ago goes first, whoever's it is"
 
 
 def test_the_shortest_prompt_has_a_share_and_answers_go_on() -> None:
-    account = PageAccount.of_layers([0], 1000)
-    scheduler = Scheduler(account, window=0, most_running=8, most_rows=128)
+    allocator = PageAllocator.of_layers([0], 1000)
+    scheduler = Scheduler(allocator, window=0, max_running=8, max_rows=128)
     answering = Request([1, 2, 3], 100)
     scheduler.add(answering)
     (run,) = scheduler.next_step(128)

@@ -259,11 +259,11 @@ class Twin:
         self.context = context
         del self.cache[keep:]
 
-    def most_kept(self, context: int) -> int:
+    def max_kept(self, context: int) -> int:
         return min(len(self.cache), context)
 
     def can_keep(self, positions: int, context: int) -> bool:
-        return positions <= self.most_kept(context)
+        return positions <= self.max_kept(context)
 
     def forward(self, x: F32, start: int, *, head: bool, watch: None = None) -> F32:
         assert start <= len(self.cache) and start + len(x) <= self.context

@@ -71,7 +71,7 @@ def test_one_that_does_not_end_is_ended(
     trial: TokenizerTrial, good: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert trial.problem(good, 600) == ""
-    monkeypatch.setattr(tokenizer_trial, "MOST_WAIT_S", 0.0)
+    monkeypatch.setattr(tokenizer_trial, "MAX_WAIT_S", 0.0)
     assert trial.problem(good, 600) == "took more than 0 s"
     assert trial._process is None
 
@@ -98,7 +98,7 @@ def talker(folder: Path, number: int) -> str:
 
 def test_one_that_says_much_is_heard(good: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than a pipe has room for."""
-    monkeypatch.setattr(tokenizer_trial, "MOST_WAIT_S", 20.0)
+    monkeypatch.setattr(tokenizer_trial, "MAX_WAIT_S", 20.0)
     monkeypatch.setattr(sys, "executable", talker(tmp_path, signal.SIGSEGV))
     with contextlib.closing(TokenizerTrial()) as trial:
         assert trial.problem(good, 600) == "was ended by SIGSEGV (the last one)"

@@ -16,7 +16,7 @@ from tpimpi.engine.overlap import largest_sum
 from tpimpi.errors import StarError
 from tpimpi.star import Links, Wire, choose, describe, parse_rule
 from tpimpi.star.channel import BufferPool, Channel
-from tpimpi.star.pieces import EAGER_BYTES, LARGE_PIECE_NUMBERS, LEAST_PIECE_NUMBERS, PieceChannel, even_bounds
+from tpimpi.star.pieces import EAGER_BYTES, LARGE_PIECE_NUMBERS, MIN_PIECE_NUMBERS, PieceChannel, even_bounds
 from tpimpi.star.tuning import LinkMeasurement, worth_timing, worth_timing_largest
 from tpimpi.weights.find import hidden_of_slices
 from tpimpi.weights.make import choose_formats, slice_model
@@ -72,7 +72,7 @@ def test_pieces_are_all_of_a_sum_and_fit_into_what_is_sent_at_once(count: int, r
         assert all(4 * (piece.stop - piece.start) < EAGER_BYTES - 512 for piece in cut)
     # A part of which something is to flow while it is added comes in pieces of its own.
     assert all(len(part) > 1 for part in parts) == (
-        count / ranks > (LEAST_PIECE_NUMBERS if latency == 1e-3 else LARGE_PIECE_NUMBERS)
+        count / ranks > (MIN_PIECE_NUMBERS if latency == 1e-3 else LARGE_PIECE_NUMBERS)
     )
 
 

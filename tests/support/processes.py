@@ -21,7 +21,7 @@ class Shown:
     environment: bytes
     maps: str
     files: list[str]
-    most_core_bytes: int
+    max_core_bytes: int
     swapped_bytes: int
 
     @classmethod

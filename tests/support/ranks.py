@@ -22,7 +22,7 @@ import pytest
 
 from tests.support.launch import ROOT, TIMEOUT, Launcher, Result
 
-MOST_PROCESSES = 12  # that stay up at a time: the groups used longest ago are ended first
+MAX_PROCESSES = 12  # that stay up at a time: the groups used longest ago are ended first
 START_S = 120.0  # in which the ranks of a launch come up
 END_S = 5.0  # that others have when a rank has failed, and that a launcher has to end
 
@@ -47,7 +47,7 @@ class Ranks:
         """Run `python ARGUMENTS` on so many ranks; `-c` and options of Python itself are not known here."""
         group = self._groups.pop(ranks, None)
         if group is None or not group.is_up():
-            while self._groups and ranks + sum(self._groups) > MOST_PROCESSES:
+            while self._groups and ranks + sum(self._groups) > MAX_PROCESSES:
                 self._groups.pop(next(iter(self._groups))).close()
             group = _Group(self.launcher, ranks)
         try:

@@ -18,7 +18,7 @@ from tpimpi.weights.sources import open_source
 MB = 1 << 20
 BUFFERS_MB = 40  # a run of rows as stored and in other forms, and what the writer has; build.py says 32
 LARGEST_MB = 80  # of a tensor, at least
-MOST_ROWS = 65_536
+MAX_ROWS = 65_536
 HIDDEN = 2560
 
 # The highest resident size, which a process does not take over from the one that started it as it does ru_maxrss.
@@ -51,15 +51,15 @@ def write_gguf(folder: Path) -> Path:
     writer.add_block_count(1)
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(MOST_ROWS)
+    writer.add_feed_forward_length(MAX_ROWS)
     writer.add_head_count(20)
     writer.add_head_count_kv(20)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([b"a", b"b"])
-    shapes = {"token_embd": (MOST_ROWS, HIDDEN), "blk.0.ffn_down": (HIDDEN, MOST_ROWS)}
-    shapes |= {f"blk.0.ffn_{name}": (MOST_ROWS, HIDDEN) for name in ("gate", "up")}
+    shapes = {"token_embd": (MAX_ROWS, HIDDEN), "blk.0.ffn_down": (HIDDEN, MAX_ROWS)}
+    shapes |= {f"blk.0.ffn_{name}": (MAX_ROWS, HIDDEN) for name in ("gate", "up")}
     shapes |= {f"blk.0.attn_{name}": (HIDDEN, HIDDEN) for name in ("q", "k", "v", "output")}
     for name, (rows, columns) in shapes.items():
         blocks = np.random.default_rng(rows).integers(0, 256, (rows, columns // 256, 144), np.uint8)

@@ -11,7 +11,7 @@ from tpimpi.cli.network_options import add_seal
 from tpimpi.cli.parser import Parser
 from tpimpi.cli.process import Job, say
 from tpimpi.cli.run_parser import add_kernels
-from tpimpi.cli.values import MOST_THREADS, count, path_given, seconds, some_of, whole_number, whole_numbers
+from tpimpi.cli.values import MAX_THREADS, count, path_given, seconds, some_of, whole_number, whole_numbers
 from tpimpi.compute.backends import BACKEND_NAMES
 from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.diagnostics.bench.options import AllreduceBenchOptions, DiskBenchOptions, KernelBenchOptions
@@ -23,14 +23,14 @@ from tpimpi.system.buffers import PAGE_BYTES
 from tpimpi.system.files import check_writable, write_json
 from tpimpi.system.units import parse_size
 
-MOST_POSITIONS = 1 << 16  # that are benched at once
-MOST_SIDE = 1 << 20  # rows or columns of a matrix that is benched
-MOST_SECONDS = 3600  # of each measurement
-MOST_NUMBERS = 1 << 26  # that are added at once
-MOST_ROUNDS = 1000
-MOST_READERS = 64  # of a disk that is benched
-MOST_READ_BYTES = 64 << 20  # of each of their reads
-SECONDS = seconds("--seconds", most=MOST_SECONDS, needed=f"a number over 0, at most {MOST_SECONDS}")
+MAX_POSITIONS = 1 << 16  # that are benched at once
+MAX_SIDE = 1 << 20  # rows or columns of a matrix that is benched
+MAX_SECONDS = 3600  # of each measurement
+MAX_NUMBERS = 1 << 26  # that are added at once
+MAX_ROUNDS = 1000
+MAX_READERS = 64  # of a disk that is benched
+MAX_READ_BYTES = 64 << 20  # of each of their reads
+SECONDS = seconds("--seconds", most=MAX_SECONDS, needed=f"a number over 0, at most {MAX_SECONDS}")
 
 
 def bench_parser() -> argparse.ArgumentParser:
@@ -66,7 +66,7 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--positions",
-        type=whole_numbers("--positions", MOST_POSITIONS),
+        type=whole_numbers("--positions", MAX_POSITIONS),
         default="1,4,8,16,128,512",
         metavar="N,N",
         help="numbers of positions computed at once (default: %(default)s)",
@@ -79,7 +79,7 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
         help="rows and columns of the matrix (default: %(default)s, Llama 7B's)",
     )
     parser.add_argument(
-        "--threads", type=whole_number("--threads", 1, MOST_THREADS), default=1, metavar="N", help="default 1"
+        "--threads", type=whole_number("--threads", 1, MAX_THREADS), default=1, metavar="N", help="default 1"
     )
     add_kernels(parser)
     parser.add_argument(
@@ -102,7 +102,7 @@ def _add_disk(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--readers",
-        type=whole_number("--readers", 1, MOST_READERS),
+        type=whole_number("--readers", 1, MAX_READERS),
         default=1,
         metavar="N",
         help="that read at once, as ranks do (default 1)",
@@ -116,7 +116,7 @@ def _add_disk(parser: argparse.ArgumentParser) -> None:
 def _add_allreduce(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sizes",
-        type=whole_numbers("--sizes", MOST_NUMBERS),
+        type=whole_numbers("--sizes", MAX_NUMBERS),
         default="576,4096,8192,65536,1048576",
         metavar="N,N",
         help="numbers that are added at once (default: %(default)s)",
@@ -138,7 +138,7 @@ def _add_allreduce(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--repeats",
-        type=whole_number("--repeats", 1, MOST_ROUNDS),
+        type=whole_number("--repeats", 1, MAX_ROUNDS),
         default=7,
         metavar="N",
         help="rounds (default %(default)s)",
@@ -156,16 +156,16 @@ def matrix_shape(text: str) -> tuple[int, int]:
     parts = text.split("x")
     if len(parts) != 2:
         raise InputError(f"--shape is {shorten(text)!r}, must be rows and columns, such as 11008x4096")
-    rows, columns = (count(number, "--shape", MOST_SIDE) for number in parts)
+    rows, columns = (count(number, "--shape", MAX_SIDE) for number in parts)
     return rows, columns
 
 
 def read_bytes(text: str) -> int:
     """The meaning of `--size`: bytes, as O_DIRECT wants them."""
     size = parse_size(text, "--size", least=PAGE_BYTES)
-    if size % PAGE_BYTES or size > MOST_READ_BYTES:
+    if size % PAGE_BYTES or size > MAX_READ_BYTES:
         raise InputError(
-            f"--size is {shorten(text)}, must be a multiple of {PAGE_BYTES} bytes, at most {MOST_READ_BYTES >> 20}MiB"
+            f"--size is {shorten(text)}, must be a multiple of {PAGE_BYTES} bytes, at most {MAX_READ_BYTES >> 20}MiB"
         )
     return size
 

@@ -9,7 +9,7 @@ from typing import NoReturn
 from tpimpi.errors import InputError, shorten
 
 COMMANDS = ("slice", "synth", "inspect", "cache", "perplexity", "bench", "plan", "doctor", "serve")
-MOST_MESSAGE_CHARACTERS = 300  # of what argparse says, values included
+MAX_MESSAGE_CHARACTERS = 300  # of what argparse says, values included
 # What other programs call a run.
 RUN_WORDS = ("chat", "complete", "completion", "generate", "prompt", "run")
 
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         meant = ""
         if message.startswith("unrecognized arguments: "):
             meant = self._meant(message.removeprefix("unrecognized arguments: ").split(" ")[0])
-        message = shorten(message, MOST_MESSAGE_CHARACTERS)
+        message = shorten(message, MAX_MESSAGE_CHARACTERS)
         if "expected one argument" in message:
             message += " (a value that begins with - is given as --option=-value)"
         raise InputError(f"{message}{meant}; see: {self.prog} --help")

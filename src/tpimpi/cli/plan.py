@@ -12,7 +12,7 @@ from tpimpi.cli.parser import Parser, offer
 from tpimpi.cli.prepare import PROMPT_TOKENS, measure_options, workload
 from tpimpi.cli.process import Job
 from tpimpi.cli.run_options import check_combinations, parsed_into
-from tpimpi.cli.run_parser import MOST_PARALLEL, add_computing, add_shares
+from tpimpi.cli.run_parser import MAX_PARALLEL, add_computing, add_shares
 from tpimpi.cli.values import AUTO, given_model, path_given, seconds, share_weights, whole_number
 from tpimpi.compute.experts import RoutingTrace
 from tpimpi.diagnostics.options import PlanOptions
@@ -82,7 +82,7 @@ def plan_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--parallel",
-        type=whole_number("--parallel", 1, MOST_PARALLEL),
+        type=whole_number("--parallel", 1, MAX_PARALLEL),
         default=1,
         metavar="N",
         help="also say how many tokens a second so many sequences get together, each of --context positions",

@@ -14,7 +14,7 @@ from tpimpi.serving.transcript import Transcript, Turn
 from tpimpi.system.terminal import STDERR, has_input, is_terminal
 from tpimpi.weights.locations import model_path
 
-MOST_PROMPT_CHARACTERS = 60  # characters of a prompt that is named in a line
+MAX_PROMPT_CHARACTERS = 60  # characters of a prompt that is named in a line
 
 
 def loading(model: ModelOptions) -> str | None:
@@ -75,8 +75,8 @@ def not_kept(job: Job, problem: str) -> str:
 
 def shown_prompt(turn: Turn) -> str:
     """A turn's prompt, in a line."""
-    more = "…" if len(turn.prompt) > MOST_PROMPT_CHARACTERS else ""
-    return repr(turn.prompt[:MOST_PROMPT_CHARACTERS] + more)
+    more = "…" if len(turn.prompt) > MAX_PROMPT_CHARACTERS else ""
+    return repr(turn.prompt[:MAX_PROMPT_CHARACTERS] + more)
 
 
 def figures(llm: LLM, transcript: Transcript) -> Iterator[str]:

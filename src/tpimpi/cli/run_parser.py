@@ -15,7 +15,7 @@ from tpimpi.cli.options import (
 from tpimpi.cli.parser import Parser, offer
 from tpimpi.cli.values import (
     AUTO,
-    MOST_THREADS,
+    MAX_THREADS,
     OFF,
     audit_rate,
     draft_length,
@@ -27,12 +27,12 @@ from tpimpi.cli.values import (
 )
 from tpimpi.compute.backends import BACKEND_NAMES, KERNEL_LEVELS
 from tpimpi.engine.needs import LONGEST_DRAFT
-from tpimpi.engine.overlap import DENSE_CHUNK, MIXTURE_CHUNK, MOST_CHUNK
+from tpimpi.engine.overlap import DENSE_CHUNK, MAX_CHUNK, MIXTURE_CHUNK
 from tpimpi.models.config import MAX_EXPERTS
 from tpimpi.models.kv.cache import KV_FORMATS
 from tpimpi.models.weight_formats import FORMAT_CHOICES
 
-MOST_PARALLEL = 256
+MAX_PARALLEL = 256
 
 DESCRIPTION = """\
 Run a large language model across the machines you own.
@@ -210,7 +210,7 @@ def _add_batch(group: argparse._ArgumentGroup) -> None:
 def add_parallel(group: argparse._ArgumentGroup, what: str) -> None:
     group.add_argument(
         "--parallel",
-        type=whole_number("--parallel", 1, MOST_PARALLEL),
+        type=whole_number("--parallel", 1, MAX_PARALLEL),
         metavar="N",
         help=f"{what} that are answered at once (default {DEFAULT_PARALLEL}, as far as memory has room for them)",
     )
@@ -335,16 +335,16 @@ def add_computing(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--threads",
-        type=whole_number("--threads", 1, MOST_THREADS),
+        type=whole_number("--threads", 1, MAX_THREADS),
         metavar="N",
         help="of each rank (default: its cores, shared among the ranks on its host)",
     )
     group.add_argument(
         "--prompt-chunk",
-        type=whole_number("--prompt-chunk", 1, MOST_CHUNK),
+        type=whole_number("--prompt-chunk", 1, MAX_CHUNK),
         metavar="N",
         help=f"positions of a prompt that are computed at once (default {DENSE_CHUNK}, of a mixture of experts "
-        f"{MIXTURE_CHUNK} to {MOST_CHUNK}, the more the fewer experts fit into memory); changes no number",
+        f"{MIXTURE_CHUNK} to {MAX_CHUNK}, the more the fewer experts fit into memory); changes no number",
     )
     group.add_argument(
         "--predict",

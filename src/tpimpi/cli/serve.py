@@ -11,7 +11,7 @@ from tpimpi.cli import remarks
 from tpimpi.cli.options import DEFAULT_PARALLEL, ServeOptions
 from tpimpi.cli.process import Job, call_on_signals, say
 from tpimpi.cli.run import given_template, open_engine
-from tpimpi.cli.serve_options import MOST_CONTEXT, front_options, listening, parse_serve
+from tpimpi.cli.serve_options import MAX_CONTEXT, front_options, listening, parse_serve
 from tpimpi.engine import startup
 from tpimpi.engine.allotment import print_memory
 from tpimpi.engine.needs import LONGEST_DRAFT
@@ -101,7 +101,7 @@ def load(
     progress.say("taking memory")
     llm, allotments = load_batched(
         *(engine, tokenizer, report, Speculation(speculate, always=generate.speculate is not None)),
-        context=generate.context or min(most, MOST_CONTEXT),
+        context=generate.context or min(most, MAX_CONTEXT),
         together=together,
         tokenizer_bytes=tokenizer_bytes,
     )

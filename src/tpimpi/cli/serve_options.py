@@ -39,7 +39,7 @@ from tpimpi.serving.server.front_options import (
 )
 
 END_WAIT_S = 15.0  # beside its --grace, another server may take so long to end
-MOST_CONTEXT = 8192  # positions of a prompt with its answer, where nothing is said and the model has more
+MAX_CONTEXT = 8192  # positions of a prompt with its answer, where nothing is said and the model has more
 
 
 def serve_parser() -> argparse.ArgumentParser:
@@ -51,7 +51,7 @@ def serve_parser() -> argparse.ArgumentParser:
     )
     _add_listening(parser)
     group = parser.add_argument_group("answers")
-    add_context(group, f"the model's limit, at most {MOST_CONTEXT}; each prompt with its answer has so many at most")
+    add_context(group, f"the model's limit, at most {MAX_CONTEXT}; each prompt with its answer has so many at most")
     add_parallel(group, "requests")
     group.add_argument(
         "--queue",

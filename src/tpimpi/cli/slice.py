@@ -15,7 +15,7 @@ from tpimpi.cli.process import Job, say
 from tpimpi.cli.run_options import parsed_into
 from tpimpi.cli.run_parser import add_shares
 from tpimpi.cli.slicing import ensure_slices, say_left_out, slice_source
-from tpimpi.cli.values import AUTO, MOST_RANKS, given_model, path_given, share_weights, slice_count, whole_number
+from tpimpi.cli.values import AUTO, MAX_RANKS, given_model, path_given, share_weights, slice_count, whole_number
 from tpimpi.engine.ranks import gather_rank_infos
 from tpimpi.models.weight_formats import FORMAT_CHOICES, ModelFormats
 from tpimpi.star import Star
@@ -52,7 +52,7 @@ def slice_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=given_model, metavar="PATH", help="where the model is (default: as in a run)")
     parser.add_argument(
         "--ranks",
-        type=whole_number("--ranks", 1, MOST_RANKS),
+        type=whole_number("--ranks", 1, MAX_RANKS),
         metavar="N",
         help="how many slices to make (default: as many as mpirun starts)",
     )

@@ -34,7 +34,7 @@ LOOK_S = 0.2  # between looks at mpirun
 BLAMED_AGAIN_S = 120.0  # a host that a run ends for twice within it is left out
 LEFT_OUT_S = 600.0  # for so long
 # One after another, none of them with fewer hosts than the one before, before the first that is well.
-MOST_FAILED_STARTS = 5
+MAX_FAILED_STARTS = 5
 SHORT_LIFE_S = 10.0  # a run that could answer for so short a time has failed too
 LONGEST_PAUSE_S = 30.0  # between starts
 WAKE_S = 90.0  # a machine may take so long to wake
@@ -150,7 +150,7 @@ class Supervisor:
             if code == InputError.exit_code and not has_come and not shrunk:
                 return code  # rank 0 has said what is wrong
             failed = 0 if run.lived_s > SHORT_LIFE_S or shrunk else failed + 1
-            if failed == MOST_FAILED_STARTS and not has_come:
+            if failed == MAX_FAILED_STARTS and not has_come:
                 say(
                     f"tpimpi: {failed} starts failed one after another, the last one as the lines above say; up ends here"
                 )

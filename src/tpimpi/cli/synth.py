@@ -13,7 +13,7 @@ from pathlib import Path
 from tpimpi.cli.parser import Parser, offer
 from tpimpi.cli.process import Job, cleaning_up_on_signals
 from tpimpi.cli.run_options import parsed_into
-from tpimpi.cli.values import MOST_RANKS, path_given, share_weights, slice_count, whole_number
+from tpimpi.cli.values import MAX_RANKS, path_given, share_weights, slice_count, whole_number
 from tpimpi.errors import InputError, shorten
 from tpimpi.models.shapes import SHAPES, Shape, load_shape
 from tpimpi.models.weight_formats import FORMAT_CHOICES
@@ -74,7 +74,7 @@ def synth_parser() -> argparse.ArgumentParser:
         help="slices (the default), or the same weights as a Hugging Face folder in bf16 or as a GGUF file",
     )
     parser.add_argument(
-        "--ranks", type=whole_number("--ranks", 1, MOST_RANKS), metavar="N", help="how many slices to make"
+        "--ranks", type=whole_number("--ranks", 1, MAX_RANKS), metavar="N", help="how many slices to make"
     )
     parser.add_argument("--shares", metavar="3,1,1,1", help="proportion of the model for each rank (default: equal)")
     parser.add_argument(

@@ -16,15 +16,15 @@ from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.engine.needs import LONGEST_DRAFT
 from tpimpi.engine.window import SMALLEST_WINDOW
 from tpimpi.errors import InputError, shorten, shorten_path
-from tpimpi.system.terminal import MOST_LINE_BYTES
+from tpimpi.system.terminal import MAX_LINE_BYTES
 from tpimpi.system.units import parse_size
 
-MOST_THREADS = 1024
-MOST_RANKS = 4096
+MAX_THREADS = 1024
+MAX_RANKS = 4096
 # Of --shares: those that are predicted to be fastest; of --speculate: as many tokens as pay; of --audit: what costs little.
 AUTO = "auto"
 OFF = "off"  # of --speculate and --audit
-TEXT_FILE_BYTES = MOST_LINE_BYTES  # the most that is read of a prompt file, or of a text that is measured
+TEXT_FILE_BYTES = MAX_LINE_BYTES  # the most that is read of a prompt file, or of a text that is measured
 
 
 def whole_number(option: str, least: int = 1, most: int | None = None, why: str = "") -> Callable[[str], int]:

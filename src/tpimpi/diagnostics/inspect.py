@@ -23,7 +23,7 @@ from tpimpi.weights.slices.names import slice_name
 from tpimpi.weights.slices.partition import Span
 from tpimpi.weights.sources.hub import resolve_folder
 
-_MOST_NAMES = 8  # in one message
+_MAX_NAMES = 8  # in one message
 
 
 def inspect(
@@ -184,8 +184,8 @@ def _whole_set(folder: Path, headers: dict[Path, Header]) -> None:
             _check_alike(first, members[first], path, members[path])
         missing = sorted(set(range(ranks)) - {header.rank for header in members.values()})
         if missing:
-            names = ", ".join(slice_name(rank, ranks) for rank in missing[:_MOST_NAMES])
-            more = f" and {len(missing) - _MOST_NAMES} more" if len(missing) > _MOST_NAMES else ""
+            names = ", ".join(slice_name(rank, ranks) for rank in missing[:_MAX_NAMES])
+            more = f" and {len(missing) - _MAX_NAMES} more" if len(missing) > _MAX_NAMES else ""
             raise SliceError(
                 f"{folder} lacks {names}{more}; make the slices again, or copy them there if they are needed here"
             )

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-MOST_PANELS = 24  # ranks whose memory is drawn
-MOST_DRAWN = 20_000  # spans of a trace
+MAX_PANELS = 24  # ranks whose memory is drawn
+MAX_DRAWN = 20_000  # spans of a trace
 LONGEST_LABEL = 24  # characters
 SHORT_DECADES = 3.2  # of a logarithmic axis that has more than powers of ten
 
@@ -67,9 +67,9 @@ def check_plot(given: str, option: str = "--plot", inputs: Sequence[str] = ()) -
 
 
 def plot_memory(timelines: Sequence[Timeline], path: Path, option: str = "--plot") -> None:
-    """Draw a panel for each rank as a PNG, the first MOST_PANELS of them. Raises StorageError."""
+    """Draw a panel for each rank as a PNG, the first MAX_PANELS of them. Raises StorageError."""
     assert timelines
-    shown = timelines[:MOST_PANELS]
+    shown = timelines[:MAX_PANELS]
     columns = len(shown) if len(shown) <= 3 else 2 if len(shown) == 4 else min(4, -(-len(shown) // 2))
     rows = -(-len(shown) // columns)
     figure = _figure(max(7.0, 3.4 * columns), 1.0 + 2.6 * rows)
@@ -153,8 +153,8 @@ def plot_trace(trace: Mapping[str, Any] | Path, path: Path, begin: float, end: f
         raise InputError(f"the stretch from {begin:g} s to {end:g} s has no length; give a beginning before its end")
     lanes = _lanes(read_trace(trace) if isinstance(trace, Path) else trace, begin, end)
     count = sum(len(bars) for bars in lanes.values())
-    if not 0 < count <= MOST_DRAWN:
-        what = f"has {count} spans, over {MOST_DRAWN}" if count else "has no spans"
+    if not 0 < count <= MAX_DRAWN:
+        what = f"has {count} spans, over {MAX_DRAWN}" if count else "has no spans"
         raise InputError(f"the stretch from {begin:g} s to {end:g} s {what}; choose another")
     _write(_draw_lanes(lanes, begin, end), path, form, "picture")
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from tpimpi.engine.trace import COMPUTE, KINDS, MOST_BYTES, MOST_SECONDS, READ, STAR, WAIT, RankTrace, Spans, unpack
+from tpimpi.engine.trace import COMPUTE, KINDS, MAX_BYTES, MAX_SECONDS, READ, STAR, WAIT, RankTrace, Spans, unpack
 from tpimpi.errors import StarError
 from tpimpi.system.files import replacing
 from tpimpi.system.own_files import TRACE_BEGINNING
@@ -102,9 +102,9 @@ def _checked(rank: RankTrace, blocks: Sequence[str]) -> Spans:
         if wrong.size:
             raise StarError(f"{where} recorded a span of {name} {wrong[0]}, must be from {least} to {limit - 1}")
     began, ended = spans["began"], spans["ended"]
-    if not ((abs(began) < MOST_SECONDS) & (abs(ended) < MOST_SECONDS) & (ended >= began)).all():
+    if not ((abs(began) < MAX_SECONDS) & (abs(ended) < MAX_SECONDS) & (ended >= began)).all():
         raise StarError(f"{where} recorded a span that ends before it begins, or at no time that a clock shows")
-    if any(len(point) != 1 + len(_COUNTERS) or not all(abs(v) < MOST_BYTES for v in point) for point in rank.timeline):
+    if any(len(point) != 1 + len(_COUNTERS) or not all(abs(v) < MAX_BYTES for v in point) for point in rank.timeline):
         raise StarError(f"{where} sent a timeline that is not [time, {', '.join(_COUNTERS)}]")
     return spans
 

@@ -27,7 +27,7 @@ class MemoryAllotment:
     disk_bytes_per_s: float  # while the others measured too; 0 where nothing is streamed
     device: int  # st_dev of the slice
     direct: bool  # reads go past the page cache
-    most_context: int | None  # positions that the memory has room for, at most
+    max_context: int | None  # positions that the memory has room for, at most
     experts: int = 0  # of a mixture: its cache
     page_units: int | None = None  # pages of one layer that the memory has room for; None: no bound, or no KV heads
 
@@ -39,7 +39,7 @@ def agreed_page_units(ranks: Sequence[MemoryAllotment]) -> int | None:
 
 def room_lines(ranks: Sequence[MemoryAllotment]) -> list[str]:
     """What to say of how long sequences may become, all together; nothing where no rank's memory is bounded."""
-    bounded = [(rank.most_context, f"r{rank.rank} {rank.host}") for rank in ranks if rank.most_context is not None]
+    bounded = [(rank.max_context, f"r{rank.rank} {rank.host}") for rank in ranks if rank.max_context is not None]
     if not bounded:
         return []
     positions, name = min(bounded, key=lambda one: one[0])

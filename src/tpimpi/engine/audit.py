@@ -43,14 +43,14 @@ PROJECTED = ("q", "k", "v")  # matrices of which the answer has what they give; 
 class AuditRequest:
     """Which sum, of which row; the row's residual `x` [1, hidden], and `squares` [1, 2] where they are needed."""
 
-    of: AuditedSum
+    audited: AuditedSum
     rows: StepRows  # a single one
     x: F32
     squares: F32 | None = None
 
     def words(self) -> Words:
         """What is sent before `x` and `squares`."""
-        return np.concatenate([np.array([self.of.first, self.of.last], np.int64), pack_rows(self.rows)])
+        return np.concatenate([np.array([self.audited.first, self.audited.last], np.int64), pack_rows(self.rows)])
 
     def send_row(self, star: Star) -> None:
         """Rank 0: send what follows the words."""
@@ -64,8 +64,8 @@ def receive_request(model: Model, star: Star, words: Words) -> AuditRequest:
     sense."""
     assert model.cache is not None
     first, last = words[:HEAD_WORDS].tolist() if len(words) > HEAD_WORDS else (-1, -1)
-    of = AuditedSum(first, last)
-    if of not in sums_of(model.config, model.blocks):
+    audited = AuditedSum(first, last)
+    if audited not in sums_of(model.config, model.blocks):
         raise StarError(f"rank 0 audits the sum of blocks {first} to {last}, which is none of this model's")
     rows = unpack_rows(words[HEAD_WORDS:], model.cache.pages, model.context)
     if len(rows.sequence) != 1:
@@ -73,15 +73,15 @@ def receive_request(model: Model, star: Star, words: Words) -> AuditRequest:
     x = np.empty((1, model.config.hidden), np.float32)
     star.broadcast(x, exact=True)
     squares = None
-    if needs_squares(model, of):
+    if needs_squares(model, audited):
         squares = np.empty((1, 2), np.float32)
         star.broadcast(squares, exact=True)
-    return AuditRequest(of, rows, x, squares)
+    return AuditRequest(audited, rows, x, squares)
 
 
-def needs_squares(model: Model, of: AuditedSum) -> bool:
+def needs_squares(model: Model, audited: AuditedSum) -> bool:
     """Whether the sum is of an attention whose queries and keys are normed over all heads of all ranks."""
-    return model.config.qk_norm_over_all and model.blocks[of.last].kind == "attn"
+    return model.config.qk_norm_over_all and model.blocks[audited.last].kind == "attn"
 
 
 def one_row(rows: StepRows, row: int) -> StepRows:
@@ -118,20 +118,20 @@ def answer(model: Model, request: AuditRequest) -> F32:
 
 def _parts(model: Model, request: AuditRequest) -> Iterator[list[F32]]:
     """What the answer has of each tile."""
-    x, of, step = request.x, request.of, model.state_of(request.rows)
+    x, audited, step = request.x, request.audited, model.state_of(request.rows)
     noting = _Noting(model.backend)
     partials = replace(model.partials, backend=cast("Backend", noting))
     projections = None
-    if needs_squares(model, of):
+    if needs_squares(model, audited):
         assert request.squares is not None
-        projections = _projected(model, x, model.blocks[of.last - 1], step)
-        partials.finish(projections, request.squares, model.blocks[of.last].layer, step)
+        projections = _projected(model, x, model.blocks[audited.last - 1], step)
+        partials.finish(projections, request.squares, model.blocks[audited.last].layer, step)
         projections.backend = cast("Backend", noting)
-    elif model.blocks[of.last].kind == "qkv":
+    elif model.blocks[audited.last].kind == "qkv":
         projections = Projections(cast("Backend", noting), model.config.head_dim)
-    first = model.blocks[of.first]
+    first = model.blocks[audited.first]
     h, partial = partials.normed(x, first), partials.empty(x, first)
-    for block in model.blocks[of.first : of.last + 1]:
+    for block in model.blocks[audited.first : audited.last + 1]:
         for tile in model.window.tiles_out_of_turn(block):
             noting.noted.clear()
             partial += partials.of_tile(h, tile, step, projections)

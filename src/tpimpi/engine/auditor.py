@@ -41,9 +41,9 @@ from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import Record
 from tpimpi.weights.slices.tile import Tile
 
-MOST_RATE = 0.05  # of the steps, where nobody says how many: at most so many are audited
+MAX_RATE = 0.05  # of the steps, where nobody says how many: at most so many are audited
 TIME_SHARE = 0.005  # and so many that they take this part of the time
-LEAST_RATE = 0.002  # but no fewer, or a rank that answers slowly would be asked no more
+MIN_RATE = 0.002  # but no fewer, or a rank that answers slowly would be asked no more
 SHORT_AUDIT_S = 0.005  # that an audit takes, beside the making of a copy, until it was measured
 # How far a tile's numbers may be from ours: the root of the mean square of the difference, against that of the numbers. What
 # is beyond the first is looked at in so many further steps, and must not be again; nothing may be beyond the second. Of
@@ -54,7 +54,7 @@ TINY = 1e-30  # in place of a size of 0
 
 
 @dataclass(frozen=True)
-class Suspect:
+class ChosenTile:
     """A tile that rank 0 computes itself: `number` of a rank's records in the sum."""
 
     rank: int
@@ -92,16 +92,16 @@ class Auditor:
         self._began = time.monotonic()
         if self._again is None and self._random.random() >= self.chance:
             return None
-        of = self._random.choice(self._sums) if self._again is None else self._again[0]
+        audited = self._random.choice(self._sums) if self._again is None else self._again[0]
         row = self._random.randrange(rows)
-        block = self._model.blocks[of.last]
+        block = self._model.blocks[audited.last]
         wire = self._model.star.wire.format
         width = 2 if block.kind == "qkv" else self._model.config.hidden
         aligned = wire != "q8_0" or width == 2 or width % BLOCK_WEIGHTS == 0  # or a row would not be packed by itself
         bounds = self._model.star.parts_of_sum(self._model.rows_of_sum(rows, row), width)
         if bounds is None or not aligned:
             return None
-        return Watch(of, row, of.last - 1 if needs_squares(self._model, of) else None, bounds)
+        return Watch(audited, row, audited.last - 1 if needs_squares(self._model, audited) else None, bounds)
 
     @property
     def chance(self) -> float:
@@ -111,7 +111,7 @@ class Auditor:
         steps = max(1, self._steps - 1)
         audit_s = (SHORT_AUDIT_S + self._seconds) / (1 + self._audits)
         affordable = TIME_SHARE * (self._step_seconds / steps) / audit_s
-        return max(LEAST_RATE, min(MOST_RATE, affordable))
+        return max(MIN_RATE, min(MAX_RATE, affordable))
 
     def stepped(self) -> None:
         """The step of the last `watch` is done."""
@@ -149,7 +149,7 @@ class Auditor:
         """What to ask for, of what a step of these rows left in `watch`."""
         self._began = time.monotonic()
         assert watch.x is not None, "a row that did not go through the layers"
-        return AuditRequest(watch.of, one_row(rows, watch.row), watch.x, watch.squares)
+        return AuditRequest(watch.audited, one_row(rows, watch.row), watch.x, watch.squares)
 
     def check(self, watch: Watch, request: AuditRequest, answers: Sequence[bytes]) -> None:
         """Compare what every rank answered, in rank order; the first is ours, and empty. Raises AuditError, which names host
@@ -158,10 +158,10 @@ class Auditor:
         for rank, answered in found.items():
             self._check_sent(rank, watch, request, answered)
         self._check_sums(watch, request, found)
-        suspects = [Suspect(rank, number) for rank, of in found.items() for number in range(len(of.records))]
-        if self._copies is not None and suspects:
-            suspect = self._suspect(suspects, found)
-            self._check_tile(suspect, request, found[suspect.rank])
+        candidates = [ChosenTile(rank, number) for rank, of in found.items() for number in range(len(of.records))]
+        if self._copies is not None and candidates:
+            chosen = self._choose(candidates, found)
+            self._check_tile(chosen, request, found[chosen.rank])
             self._tiles += 1
         self._audits += 1
         self._seconds += time.monotonic() - self._began
@@ -176,11 +176,11 @@ class Auditor:
         return found
 
     def _width(self, request: AuditRequest) -> int:
-        return 2 if self._model.blocks[request.of.last].kind == "qkv" else self._model.config.hidden
+        return 2 if self._model.blocks[request.audited.last].kind == "qkv" else self._model.config.hidden
 
     def _records(self, rank: int, request: AuditRequest) -> list[Record]:
         """A rank's tiles that the answer has, in order."""
-        blocks = self._model.blocks[request.of.first : request.of.last + 1]
+        blocks = self._model.blocks[request.audited.first : request.audited.last + 1]
         every = records_of_rank(self._header, rank, blocks[0].layer)
         records = [record for block in blocks for record in every if record.block == block]
         if blocks[-1].kind == "mlp" and self._model.config.router(blocks[0].layer) is not None:
@@ -200,7 +200,7 @@ class Auditor:
         sent = watch.sent.partials.get(rank)
         if expected.size == 0 or (sent is not None and sent[shown].tobytes() == expected.tobytes()):
             return
-        block = self._model.blocks[request.of.last]
+        block = self._model.blocks[request.audited.last]
         tiles = f"its tiles {records[0].path} to {records[-1].path}" if len(records) > 1 else "its tile"
         tiles = tiles if len(records) != 1 else f"its tile {records[0].path}"
         raise AuditError(
@@ -223,9 +223,9 @@ class Auditor:
             star, others = self._model.star, [rank for rank in found if rank != hub]
             sent = f", or {' or '.join(map(star.rank_name, others))} sent it something else" if others else ""
             raise AuditError(
-                f"audit: what {star.rank_name(hub)} sent as its part of the sum of {self._model.blocks[request.of.last]} "
-                f"(position {request.rows.position[0]}) is not the sum of what all ranks' tiles give when they compute the "
-                f"row again: it added wrongly{sent}; {REMEDY}"
+                f"audit: what {star.rank_name(hub)} sent as its part of the sum of "
+                f"{self._model.blocks[request.audited.last]} (position {request.rows.position[0]}) is not the sum of what "
+                f"all ranks' tiles give when they compute the row again: it added wrongly{sent}; {REMEDY}"
             )
 
     def _partial(self, request: AuditRequest, answered: Answered) -> F32:
@@ -237,47 +237,47 @@ class Auditor:
         wire = self._model.star.wire_of_sum(exact=self._width(request) == 2)
         return wire.unpack(wire.pack(np.ascontiguousarray(numbers)), numbers.size)
 
-    def _suspect(self, suspects: Sequence[Suspect], found: Mapping[int, Answered]) -> Suspect:
+    def _choose(self, candidates: Sequence[ChosenTile], found: Mapping[int, Answered]) -> ChosenTile:
         """The tile that we compute: one that is to be looked at again, if it is there, or any."""
         if self._again is not None:
-            for suspect in suspects:
-                if (suspect.rank, found[suspect.rank].records[suspect.number].path) == self._again[1:]:
-                    return suspect
-        return self._random.choice(suspects)
+            for chosen in candidates:
+                if (chosen.rank, found[chosen.rank].records[chosen.number].path) == self._again[1:]:
+                    return chosen
+        return self._random.choice(candidates)
 
-    def _check_tile(self, suspect: Suspect, request: AuditRequest, answered: Answered) -> None:
+    def _check_tile(self, chosen: ChosenTile, request: AuditRequest, answered: Answered) -> None:
         """One tile of a rank must give about what we compute with our copy of it."""
         assert self._copies is not None
-        path = answered.records[suspect.number].path
-        looked_at = self._again is not None and self._again[1:] == (suspect.rank, path)
+        path = answered.records[chosen.number].path
+        looked_at = self._again is not None and self._again[1:] == (chosen.rank, path)
         self._looks -= self._again is not None
         if self._looks <= 0:
             self._again = None
-        for name, off in self.deviations(suspect, request, answered).items():
+        for name, off in self.deviations(chosen, request, answered).items():
             if off <= TOLERANCE:  # not so where one is no number
                 continue
             if off <= GROSS and not looked_at:
-                self._again, self._looks = (request.of, suspect.rank, path), LOOKS
+                self._again, self._looks = (request.audited, chosen.rank, path), LOOKS
                 continue
             what = {"partial": "what it adds to the sum"}.get(name, f"its {name}")
-            host, position = self._model.star.rank_name(suspect.rank), request.rows.position[0]
+            host, position = self._model.star.rank_name(chosen.rank), request.rows.position[0]
             raise AuditError(
                 f"audit: tile {path} of {host} gives other numbers there than rank 0 "
                 f"computes from {self._copies.what} ({what}, position {position}, differs by {off:.2g} of its size, must be "
                 f"at most {TOLERANCE:g}); {REMEDY}"
             )
 
-    def deviations(self, suspect: Suspect, request: AuditRequest, answered: Answered) -> dict[str, float]:
+    def deviations(self, chosen: ChosenTile, request: AuditRequest, answered: Answered) -> dict[str, float]:
         """How far what a tile gave is from what our copy of it gives, by the names of the answer's parts: the root of the
         mean square of the difference, against that of ours."""
         assert self._copies is not None
         records, parts = answered.records, answered.parts
-        record, answer = records[suspect.number], parts[suspect.number]
+        record, answer = records[chosen.number], parts[chosen.number]
         alike = [other for other in records if other.block == record.block]
-        tile = self._copies.tile(alike, alike.index(record), suspect.rank)
-        before = parts[suspect.number - 1]["partial"] if suspect.number else np.zeros_like(answer["partial"])
+        tile = self._copies.tile(alike, alike.index(record), chosen.rank)
+        before = parts[chosen.number - 1]["partial"] if chosen.number else np.zeros_like(answer["partial"])
         found = {}
-        for name, ours in self._own(suspect.rank, tile, request, answer).items():
+        for name, ours in self._own(chosen.rank, tile, request, answer).items():
             theirs, noise = answer[name], 0.0
             if name == "partial":
                 noise = ROUNDING * max(_size(before), _size(theirs))
@@ -290,9 +290,9 @@ class Auditor:
         """What a tile of another rank gives for the row, by the names of the answer's parts; [numbers] each."""
         model, record, x = self._model, tile.record, request.x
         backend = model.backend
-        block = model.blocks[request.of.last] if record.expert >= 0 else record.block
-        of = model.blocks[request.of.first]  # whose norm a parallel layer's MLP reads too
-        h = model.partials.normed(x, of if model.config.layer(block.layer).parallel else block)
+        block = model.blocks[request.audited.last] if record.expert >= 0 else record.block
+        first = model.blocks[request.audited.first]  # whose norm a parallel layer's MLP reads too
+        h = model.partials.normed(x, first if model.config.layer(block.layer).parallel else block)
         if record.expert >= 0:
             return {"partial": self._own_expert(tile, h, request)}
         if block.kind == "mlp":

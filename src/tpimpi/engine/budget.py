@@ -33,16 +33,16 @@ _START_VARIATION_BYTES = 4_000_000
 @dataclass(frozen=True)
 class Needs:
     """What one rank needs, in bytes; see the module's docstring. `tiles` are all that every token uses, together; `experts`
-    all experts, of which the cache has room for `least_experts` at least; `position_work` is what one position more in a
+    all experts, of which the cache has room for `min_experts` at least; `position_work` is what one position more in a
     step would add to `work`; `draft` is how many tokens of a draft a step may have beside the last one."""
 
     base: int
     cache: int
     work: int
-    least_buffers: int
+    min_buffers: int
     usual_buffers: int
     tiles: int
-    least_experts: int = 0
+    min_experts: int = 0
     experts: int = 0
     position_work: int = 0
     draft: int = 0
@@ -55,7 +55,7 @@ class Needs:
     @property
     def least(self) -> int:
         """The smallest budget that works."""
-        return self.fixed + self.least_buffers + self.least_experts
+        return self.fixed + self.min_buffers + self.min_experts
 
     @property
     def most(self) -> int:
@@ -85,17 +85,17 @@ def make_budget(needs: Needs, promise: int, whose: str = "") -> Budget:
             f"{whose}, this rank needs at least {show_megabytes_rounded_up(needs.least + _START_VARIATION_BYTES)} "
             f"({show_size(needs.base)} for program and libraries, {show_size(needs.cache)} for keys and values, "
             f"{show_size(needs.work + RESERVE_BYTES)} to work with, "
-            f"{show_size(needs.least_buffers + needs.least_experts)} for buffers); "
+            f"{show_size(needs.min_buffers + needs.min_experts)} for buffers); "
             "give that, or a smaller --context"
         )
-    left = promise - needs.fixed - needs.least_experts
+    left = promise - needs.fixed - needs.min_experts
     if needs.tiles <= left:
         # Experts get all that is left. That costs nothing elsewhere: keys and values have their room for the whole context
         # in `fixed`, and reads go past the page cache, so it has no use for more than the reserve.
-        experts = min(needs.experts, needs.least_experts + left - needs.tiles)
+        experts = min(needs.experts, needs.min_experts + left - needs.tiles)
         return Budget(needs.usual_buffers, needs.tiles, experts)
-    buffers = min(max(left // 4, needs.least_buffers), needs.usual_buffers)
-    return Budget(buffers, left - buffers, needs.least_experts)
+    buffers = min(max(left // 4, needs.min_buffers), needs.usual_buffers)
+    return Budget(buffers, left - buffers, needs.min_experts)
 
 
 def divide(free: int, needs: Mapping[int, Needs]) -> dict[int, int]:

@@ -28,7 +28,7 @@ from tpimpi.weights.slices.tile import Tile
 JOIN_TIMEOUT_S = 2.0  # a reader that waits for a disk which stalls is left behind
 
 
-def least_slots(experts: int) -> int:
+def min_slots(experts: int) -> int:
     """Slots without which no expert can be used: one computes while the next is read."""
     return min(2, experts)
 
@@ -75,7 +75,7 @@ class ExpertCache:
         self._entries: dict[ExpertKey, _Entry] = {}
         self._order: Policy = Stalest(1 + max((key.layer for key in records), default=0))
         self._limit = len(records) if nbytes is None else min(len(records), nbytes // max(1, self.slot_bytes))
-        assert self._limit >= least_slots(len(records)), "an expert would never find a slot"
+        assert self._limit >= min_slots(len(records)), "an expert would never find a slot"
         self._wanted: deque[ExpertKey] = deque()  # by the block, not handed out yet; in order
         self._in_use: set[ExpertKey] = set()
         self._urgent: deque[_Entry] = deque()  # to be read, in order
@@ -118,9 +118,9 @@ class ExpertCache:
         return self._limit * self.slot_bytes
 
     @property
-    def least_bytes(self) -> int:
+    def min_bytes(self) -> int:
         """Memory without which no expert can be used."""
-        return least_slots(len(self._records)) * self.slot_bytes
+        return min_slots(len(self._records)) * self.slot_bytes
 
     @property
     def is_whole(self) -> bool:
@@ -141,10 +141,10 @@ class ExpertCache:
         )
 
     def limit(self, nbytes: int) -> None:
-        """From now on take at most so many bytes, and at least those of `least_bytes`. Experts beyond that go at once, but
+        """From now on take at most so many bytes, and at least those of `min_bytes`. Experts beyond that go at once, but
         for those in use or being read, which go when they are not any more."""
         with self._changed:
-            least = least_slots(len(self._records))
+            least = min_slots(len(self._records))
             self._limit = max(least, min(len(self._records), nbytes // max(1, self.slot_bytes)))
             self._rest = iter(self._records if self._begun else ())
             self._shrink()

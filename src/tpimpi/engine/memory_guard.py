@@ -21,7 +21,7 @@ CHECK_INTERVAL_S = 0.05  # time between two looks at memory
 IDLE_CHECK_INTERVAL_S = 0.2  # the same while nothing is computed; a look takes 1 ms
 _IDLE_CORE_SHARE = 0.2  # a rank that uses less of one core is idle
 _CALM_TIME_S = 2.0  # there has to be room for so long before more is pinned again
-_MOST_TIMELINE_POINTS = 400  # with more, every other point is dropped, and new ones come half as often
+_MAX_TIMELINE_POINTS = 400  # with more, every other point is dropped, and new ones come half as often
 _FIRST_POINT_INTERVAL_S = 0.1  # time between two points of the timeline at first
 STALL_REPORT_S = 5.0  # waiting for the disk is reported after so long, and again after each doubling
 
@@ -38,7 +38,7 @@ class MemoryTimeline:
         if self.points and now - self.points[-1][0] < self._every:
             return
         self.points.append([round(now, 3), resident, pinned, buffers])
-        if len(self.points) > _MOST_TIMELINE_POINTS:
+        if len(self.points) > _MAX_TIMELINE_POINTS:
             self.points = self.points[::2]
             self._every *= 2
 
@@ -91,7 +91,7 @@ class MemoryGuard:
     def _pin(self, nbytes: int) -> None:
         """Each window gets its part, by size, and the expert caches what is left: they are the first to give back."""
         whole = sum(window.total_bytes for window in self._windows)
-        dense = max(0, min(whole, nbytes - sum(cache.least_bytes for cache in self._caches)))
+        dense = max(0, min(whole, nbytes - sum(cache.min_bytes for cache in self._caches)))
         experts = sum(cache.total_bytes for cache in self._caches)
         for cache in self._caches:
             cache.limit(max(0, nbytes - dense) * cache.total_bytes // max(1, experts))

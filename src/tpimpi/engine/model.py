@@ -76,7 +76,7 @@ class Model:
         self.resident, self.window, self.star, self.backend = resident, window, star, backend
         self.cache: KVCache | None = None
         self.length = 0  # positions of the sequence, so far
-        self._most_kv_bytes = self._kv_reserved = 0  # of pages: at most, and what there is room for now
+        self._max_kv_bytes = self._kv_reserved = 0  # of pages: at most, and what there is room for now
         # Its pages of each kind; None: several sequences have pages, see `open_pages`.
         self._tables: tuple[I32, ...] | None = None
         self._first_held = 0  # the first of its pages of windowed layers that others have not taken the place of
@@ -130,7 +130,7 @@ class Model:
         All together they are no more than `units` pages of one layer. Memory is taken as they are written."""
         self.cache = self._tables = None
         self.context, self.length, self._kv_reserved = context, 0, -1
-        self.cache, self._most_kv_bytes = KVCache(self.kv_shape, pages), units * self.kv_shape.unit_bytes
+        self.cache, self._max_kv_bytes = KVCache(self.kv_shape, pages), units * self.kv_shape.unit_bytes
         self._reserve()
         self._frequencies = self._frequencies_for(context)
 
@@ -150,13 +150,13 @@ class Model:
     def _reserve(self) -> None:
         """Have room for the pages that were written, and some more, so that pinned tiles give way now and then alone."""
         assert self.cache is not None
-        more = self._most_kv_bytes // KV_RESERVES
-        wanted = min(self._most_kv_bytes, -(-self.cache.filled_bytes // max(more, 1)) * more + more)
+        more = self._max_kv_bytes // KV_RESERVES
+        wanted = min(self._max_kv_bytes, -(-self.cache.filled_bytes // max(more, 1)) * more + more)
         if wanted != self._kv_reserved:
             self._make_room(self.context, wanted - self.kv_shape.nbytes(self.context))
             self._kv_reserved = wanted
 
-    def most_kept(self, context: int) -> int:
+    def max_kept(self, context: int) -> int:
         """How many of this sequence's first positions one of at most `context` positions may have; the same on every rank.
 
         None where the rotary angles of one differ from those of the other (see rope_frequencies)."""
@@ -167,9 +167,9 @@ class Model:
     def can_keep(self, positions: int, context: int) -> bool:
         """Whether a sequence of at most `context` positions may begin with so many of this one; the same on every rank.
 
-        They are at most what `most_kept` says, and layers with windows must have all that the next row sees."""
+        They are at most what `max_kept` says, and layers with windows must have all that the next row sees."""
         return not positions or (
-            positions <= self.most_kept(context) and first_seen(positions, self._attention_window) >= self._first_held
+            positions <= self.max_kept(context) and first_seen(positions, self._attention_window) >= self._first_held
         )
 
     def tables_of(self, positions: int, first: int | None = None) -> list[list[int]]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from tpimpi.engine.budget import Needs
-from tpimpi.engine.expert_cache import least_slots
+from tpimpi.engine.expert_cache import min_slots
 from tpimpi.engine.overlap import DENSE_CHUNK
 from tpimpi.engine.ring import FEWEST_TILES, USUAL_TILES
 from tpimpi.models.kv.cache import PAGE, WINDOWED, KVShape, layer_kinds, pages_of, resolve_kv_format
@@ -114,10 +114,10 @@ def needs_of_model(
         base=base,
         cache=shape.nbytes(context),
         work=max(work(chunk), work(1, draft) if draft else 0),
-        least_buffers=min(tiles, FEWEST_TILES * largest),
+        min_buffers=min(tiles, FEWEST_TILES * largest),
         usual_buffers=min(tiles, USUAL_TILES * largest),
         tiles=tiles,
-        least_experts=least_slots(expert_count) * expert,
+        min_experts=min_slots(expert_count) * expert,
         experts=expert_count * expert,
         position_work=work(2) - work(1) + (0 if shape.ring is None else shape.page_bytes(WINDOWED) // PAGE),
         draft=draft,
@@ -130,10 +130,10 @@ def needs_together(needs: Sequence[Needs]) -> Needs:
         base=needs[0].base,
         cache=sum(need.cache for need in needs),
         work=max(need.work for need in needs),
-        least_buffers=sum(need.least_buffers for need in needs),
+        min_buffers=sum(need.min_buffers for need in needs),
         usual_buffers=sum(need.usual_buffers for need in needs),
         tiles=sum(need.tiles for need in needs),
-        least_experts=sum(need.least_experts for need in needs),
+        min_experts=sum(need.min_experts for need in needs),
         experts=sum(need.experts for need in needs),
         position_work=max(need.position_work for need in needs),
         draft=min(need.draft for need in needs),

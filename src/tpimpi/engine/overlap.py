@@ -19,7 +19,7 @@ from tpimpi.weights.slices.tile import Tile
 # Positions of a prompt that are computed at once.
 DENSE_CHUNK = 128
 MIXTURE_CHUNK = 512  # a chunk reads nearly all experts, however few positions it has
-MOST_CHUNK = 4096
+MAX_CHUNK = 4096
 OVERLAP_LEAST_POSITIONS = 32  # a chunk of so many positions or more is halved
 
 

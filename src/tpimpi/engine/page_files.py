@@ -28,7 +28,7 @@ PIECE_BYTES = 1 << 20
 KEY_BYTES = 32
 NAME_BYTES = 16
 _TAG_BYTES = 16
-_MOST_HEADER_BYTES = 4096
+_MAX_HEADER_BYTES = 4096
 
 
 class PagesHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -122,7 +122,7 @@ class PageFiles:
         path = self.path(name)
         try:
             with path.open("rb") as file:
-                line = file.readline(_MOST_HEADER_BYTES)
+                line = file.readline(_MAX_HEADER_BYTES)
                 header = self._header(line, name, cache, kept)
                 tables = [table[: pages_of(positions)] for table in tables]
                 if header.first != [sum(page == NO_PAGE for page in table) for table in tables]:

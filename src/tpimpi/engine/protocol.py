@@ -31,14 +31,14 @@ from tpimpi.engine.watch import Watch
 from tpimpi.errors import StarError
 from tpimpi.models.keys import MAX_SIZE
 from tpimpi.models.kv.cache import FULL, KINDS, WINDOWED, StepRows
-from tpimpi.models.kv.pages import PageAccount
+from tpimpi.models.kv.pages import PageAllocator
 from tpimpi.star import Star, Words
 from tpimpi.star.control import gather_notes, send_note
 
 MAGIC = 0x7470696D7069  # "tpimpi": a header that was damaged, or is of another program, does not begin with it
 HEADER_WORDS = 5
 NO_WORDS: Words = np.empty(0, np.int64)
-MOST_PAGES = 1 << 24  # of a kind: far more than any memory holds
+MAX_PAGES = 1 << 24  # of a kind: far more than any memory holds
 
 
 class Operation(IntEnum):
@@ -120,11 +120,11 @@ def forward(model: Model, star: Star, x: F32, start: int, *, head: bool = True, 
     return hidden
 
 
-def open_pages(model: Model, star: Star, context: int, account: PageAccount) -> None:
-    """Rank 0: have every rank make the pages of this account, for sequences of at most `context` positions each."""
-    words = np.array([*account.places, account.units], np.int64)
+def open_pages(model: Model, star: Star, context: int, allocator: PageAllocator) -> None:
+    """Rank 0: have every rank make the pages of this allocator, for sequences of at most `context` positions each."""
+    words = np.array([*allocator.places, allocator.units], np.int64)
     send_header(star, StepHeader(Operation.PAGES, context, routing_hash=model.routing_hash), words)
-    model.open_pages(context, account.places, account.units)
+    model.open_pages(context, allocator.places, allocator.units)
 
 
 def step(model: Model, star: Star, x: F32, rows: StepRows, *, head: bool = True, prompt: bool = False) -> F32:
@@ -245,7 +245,7 @@ def _follow_one(model: Model, star: Star, header: StepHeader, words: Words) -> N
         model.begin(header.positions, header.start)
         return
     if header.operation == Operation.PAGES:
-        if len(words) != len(KINDS) + 1 or (words < 0).any() or (words[:-1] > MOST_PAGES).any():
+        if len(words) != len(KINDS) + 1 or (words < 0).any() or (words[:-1] > MAX_PAGES).any():
             raise StarError(f"rank 0 asks for {words[:8].tolist()} pages, which makes no sense")
         *pages, units = words.tolist()
         model.open_pages(header.positions, pages, units)

@@ -15,7 +15,7 @@ from functools import partial
 from tpimpi.engine.allotment import MemoryAllotment
 from tpimpi.engine.budget import RESERVE_BYTES, Budget, Needs, make_budget
 from tpimpi.engine.engine import OpenedEngine
-from tpimpi.engine.expert_cache import ExpertCache, least_slots
+from tpimpi.engine.expert_cache import ExpertCache, min_slots
 from tpimpi.engine.figures import LiveFigures, RankFigures
 from tpimpi.engine.memory_guard import MemoryGuard
 from tpimpi.engine.needs import needs_together
@@ -57,7 +57,7 @@ class MemoryPlanner:
             # Work, as it is not resident yet: of what is, a host's free memory is without.
             needs = replace(needs, work=needs.work + beside.tiles + beside.experts, cache=needs.cache + beside.cache)
         recorders = [engine.recorder for engine in self.engines if engine.recorder is not None]
-        return replace(needs, work=needs.work + sum(recorder.most_bytes for recorder in recorders))
+        return replace(needs, work=needs.work + sum(recorder.max_bytes for recorder in recorders))
 
     def _draft_needs(self, context: int) -> Needs | None:
         """What a draft model needs, where there is one."""
@@ -171,7 +171,7 @@ class MemoryPlan:
 
     def _trial_buffer(self) -> Bytes:
         """Memory to measure with, not more than will be needed anyway."""
-        room = self.needs.least_buffers if self.budget is None else self.budget.buffers
+        room = self.needs.min_buffers if self.budget is None else self.budget.buffers
         return aligned_buffer(max(READ_BYTES, min(TRIAL_BUFFER_BYTES, room)))
 
     def _open_window(self, engine: OpenedEngine, trial: DiskTrial | None) -> Window:
@@ -181,7 +181,7 @@ class MemoryPlan:
         if self.budget is not None:
             pinned = self.budget.pinned * engine.tile_bytes // max(1, self.needs.tiles)
             least = ring_bytes(engine.records, FEWEST_TILES)
-            ring = max(least, self.budget.buffers * least // max(1, self.needs.least_buffers))
+            ring = max(least, self.budget.buffers * least // max(1, self.needs.min_buffers))
         return engine.open_window(
             pinned=pinned,
             ring=ring,
@@ -196,7 +196,7 @@ class MemoryPlan:
         if self.budget is not None:
             nbytes = self.budget.experts * whole // max(1, self.needs.experts)
         elif self.reads_experts(engine):  # no tile stays under --window
-            nbytes = least_slots(len(sizes)) * max(sizes)
+            nbytes = min_slots(len(sizes)) * max(sizes)
         return engine.open_experts(nbytes=nbytes, reads=DEFAULT_READS if trial is None else trial.reads)
 
 
@@ -210,7 +210,7 @@ class RankMemory:
         measured)."""
         self._plan, self._fixed = plan, plan.needs.fixed
         self._lent = 0  # bytes, to a draft model
-        self._most_pinned = plan.needs.tiles + plan.needs.experts  # where the host's free memory is what bounds it
+        self._max_pinned = plan.needs.tiles + plan.needs.experts  # where the host's free memory is what bounds it
         self._draft_tiles = 0  # bytes, that a draft model took at most
         if plan.planner.draft_engine is not None and not plan.planner.draft_waits:
             self._draft_tiles = plan.planner.draft_engine.tile_bytes
@@ -230,7 +230,7 @@ class RankMemory:
             waiting=self._waiting_for_a_row,
         )
         if plan.watched_by:
-            self.guard.limit_pinned(self._most_pinned)  # if other programs end, there may be room for more
+            self.guard.limit_pinned(self._max_pinned)  # if other programs end, there may be room for more
         self._pinned_check = PinnedCheck(windows) if any(opened.audits for opened in plan.planner.engines) else None
         self.allotment = self._allotment(disk_bytes_per_s)
 
@@ -240,7 +240,7 @@ class RankMemory:
         if plan.promise is not None and needs.cache:
             # A draft model may come at any time, so what it takes is nobody else's room.
             planned = plan.planner.needs(plan.context, with_draft=True)
-            spare = plan.promise - planned.fixed - self._rings + planned.cache - planned.least_experts
+            spare = plan.promise - planned.fixed - self._rings + planned.cache - planned.min_experts
             pages = range(pages_of(opened[0].header.config.context) + 1)
             found = bisect_right(pages, spare, key=lambda n: plan.planner.needs(n * PAGE, with_draft=True).cache)
             room = PAGE * (found - 1)
@@ -260,7 +260,7 @@ class RankMemory:
             disk_bytes_per_s=disk_bytes_per_s,
             device=opened[0].file.device,
             direct=opened[0].file.direct,
-            most_context=room,
+            max_context=room,
             page_units=units,
         )
 
@@ -273,7 +273,7 @@ class RankMemory:
         fixed = max(planned, self._plan.planner.needs(context).fixed + more)
         if promise is None or fixed == self._fixed:
             return
-        left, least = promise - fixed - self._rings, self._plan.needs.least_experts
+        left, least = promise - fixed - self._rings, self._plan.needs.min_experts
         if left < least:
             what = "pages for sequences of " if more > 0 else ""
             raise InputError(
@@ -282,7 +282,7 @@ class RankMemory:
             )
         self._fixed = fixed
         if self._plan.watched_by:
-            left = self._most_pinned if fixed == planned else min(left, self._most_pinned)
+            left = self._max_pinned if fixed == planned else min(left, self._max_pinned)
         self.guard.limit_pinned(left)
 
     @property
@@ -295,7 +295,7 @@ class RankMemory:
         planner = self._plan.planner
         planner.draft_waits, self._lent = False, planner.draft_bytes(self._plan.context)
         # Now, and not when it is missed; nor do they take again what is free until the draft model has it.
-        self._most_pinned = max(self._plan.needs.least_experts, self.guard.wanted - self._lent)
+        self._max_pinned = max(self._plan.needs.min_experts, self.guard.wanted - self._lent)
         self._draft_tiles = 0 if planner.draft_engine is None else planner.draft_engine.tile_bytes
         self.make_room(*self._room)
 
@@ -303,7 +303,7 @@ class RankMemory:
         """The draft model has given its memory back: tiles have it again."""
         needs = self._plan.needs
         self._plan.planner.draft_waits, self._lent = True, 0
-        self._most_pinned = needs.tiles + needs.experts
+        self._max_pinned = needs.tiles + needs.experts
         self.make_room(*self._room)
 
     def _say(self, line: str) -> None:

@@ -20,14 +20,14 @@ from tpimpi.star.control import Note
 KINDS = ("read", "disk wait", "compute", "star")
 READ, WAIT, COMPUTE, STAR = range(4)
 
-MOST_PASSES = 20_000  # that rank 0 records; they take 5 MB
-MOST_SPANS = 200_000  # that a rank records; they take 5.2 MB
+MAX_PASSES = 20_000  # that rank 0 records; they take 5 MB
+MAX_SPANS = 200_000  # that a rank records; they take 5.2 MB
 _SPAN = np.dtype(
     [("kind", "u1"), ("lane", "u1"), ("block", "<i4"), ("tile", "<i4"), ("began", "<f8"), ("ended", "<f8")]
 )
 Spans = npt.NDArray[np.void]
 
-MOST_SECONDS, MOST_BYTES = 1e10, 1e18  # more than any time or size in a trace can be
+MAX_SECONDS, MAX_BYTES = 1e10, 1e18  # more than any time or size in a trace can be
 
 
 @dataclass
@@ -47,10 +47,10 @@ class PassSpan:
 class Recorder:
     """Spans of this rank's time. Threads may add to it at the same time; adding takes about a microsecond.
 
-    Memory: spans take at most `most_bytes`, as they are used; on rank 0 passes take up to 5 MB beside.
+    Memory: spans take at most `max_bytes`, as they are used; on rank 0 passes take up to 5 MB beside.
     """
 
-    def __init__(self, most: int = MOST_SPANS) -> None:
+    def __init__(self, most: int = MAX_SPANS) -> None:
         """Spans beyond `most` are counted, in `dropped`, and not kept."""
         self._spans = np.empty(most, _SPAN)
         self._count = 0
@@ -58,7 +58,7 @@ class Recorder:
         self.passes: list[PassSpan] = []  # on rank 0
 
     @property
-    def most_bytes(self) -> int:
+    def max_bytes(self) -> int:
         return self._spans.nbytes
 
     @property
@@ -78,8 +78,8 @@ class Recorder:
             self._spans[place] = kind, lane, block, tile, began, ended
 
     def add_pass(self, span: PassSpan) -> PassSpan:
-        """Note a pass, which may be told what it gave later; after the first MOST_PASSES none is kept."""
-        if len(self.passes) < MOST_PASSES:
+        """Note a pass, which may be told what it gave later; after the first MAX_PASSES none is kept."""
+        if len(self.passes) < MAX_PASSES:
             self.passes.append(span)
         return span
 

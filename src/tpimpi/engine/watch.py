@@ -40,11 +40,11 @@ class Watch:
     """
 
     def __init__(
-        self, of: AuditedSum, row: int, squares_place: int | None = None, bounds: Sequence[int] | None = None
+        self, audited: AuditedSum, row: int, squares_place: int | None = None, bounds: Sequence[int] | None = None
     ) -> None:
         """`squares_place` is where the block of the sums of squares stands, None where the layer has none. `bounds` are
         where the parts of the sum begin that each rank adds (see Star.parts_of_sum); None where rank 0 adds all."""
-        self.of, self.row = of, row
+        self.audited, self.row = audited, row
         self._bounds = bounds
         self.x: F32 | None = None  # [1, hidden]
         self.sent = PartialWatch(slice(0, 0))
@@ -62,7 +62,7 @@ class Watch:
 
     def note(self, x: F32, place: int) -> None:
         """The residual before the block at `place` is `x` [n, hidden]."""
-        if place == self.of.first:
+        if place == self.audited.first:
             self.x = x[self._local : self._local + 1].copy()
 
     def partials_of(self, partial: F32, place: int) -> PartialWatch | None:
@@ -70,7 +70,7 @@ class Watch:
         where it is of no interest."""
         if place == self._squares_place:
             self.squares = partial[self._local : self._local + 1]
-        if place != self.of.last:
+        if place != self.audited.last:
             return None
         width = partial.shape[1]
         self.sent.run = slice(self._local * width, (self._local + 1) * width)

@@ -17,20 +17,20 @@ from tpimpi.engine.startup import allot_memory, finish
 from tpimpi.engine.trace import PassSpan, RankTrace
 from tpimpi.errors import InputError
 from tpimpi.models.kv.cache import KINDS, PAGE, pages_of
-from tpimpi.models.kv.pages import PageAccount, rows_of
+from tpimpi.models.kv.pages import PageAllocator, rows_of
 from tpimpi.serving.generate import GenerationFigures
 from tpimpi.serving.logprobs import Logprob, logprob_of
 from tpimpi.serving.report import Answer, BatchFigures, Report
 from tpimpi.serving.sampling import Sampler, SamplingError
-from tpimpi.serving.scheduler import MOST_LOOKED_AT, Request, Run, Scheduler
+from tpimpi.serving.scheduler import MAX_LOOKED_AT, Request, Run, Scheduler
 from tpimpi.serving.speculation import Drafter, Speculation, checked
 from tpimpi.serving.stops import StopFilter
 from tpimpi.serving.text.answer import AnswerStream, Piece
 from tpimpi.serving.text.token_ids import TokenIds
 from tpimpi.serving.text.tokenizer import Tokenizer
 
-MOST_DELAY = 2.0  # a step with rows of prompts takes so many times as long as one without, at most
-LEAST_PROMPT_ROWS = 16  # rows of prompts beside answers, however much they delay these
+MAX_DELAY = 2.0  # a step with rows of prompts takes so many times as long as one without, at most
+MIN_PROMPT_ROWS = 16  # rows of prompts beside answers, however much they delay these
 RELEASED_PART = 4  # of the pages' memory: if so much (1 / so many) is of pages that nobody uses, it is given back
 DRAFTED_EACH = 2  # drafted tokens in a step, for each of those that may be answered together
 
@@ -112,8 +112,8 @@ def load_batched(
         raise InputError(f"{error}, or a smaller --parallel (it is {together})") from error
     kinds = memory.engines[0].model.kv_shape.kinds
     units, agreed = together * pages_of(context) * len(kinds), agreed_page_units(allotments)
-    account = PageAccount.of_layers(kinds, units if agreed is None else min(units, agreed))
-    return BatchedLLM(memory, account, tokenizer, report, speculation, context=context, together=together), allotments
+    allocator = PageAllocator.of_layers(kinds, units if agreed is None else min(units, agreed))
+    return BatchedLLM(memory, allocator, tokenizer, report, speculation, context=context, together=together), allotments
 
 
 class BatchedLLM:
@@ -122,7 +122,7 @@ class BatchedLLM:
     def __init__(
         self,
         memory: RankMemory,
-        account: PageAccount,
+        allocator: PageAllocator,
         tokenizer: Tokenizer | TokenIds,
         report: Report,
         speculation: Speculation,
@@ -130,18 +130,18 @@ class BatchedLLM:
         context: int,
         together: int,
     ) -> None:
-        """`account` is of the pages that there may be, `context` how many positions a prompt and its answer may have."""
+        """`allocator` is of the pages that there may be, `context` how many positions a prompt and its answer may have."""
         self.memory, self.report, self.context = memory, report, context
         self.engine = memory.engines[0]
         self.figures = report.batch = BatchFigures(together=together)
         self._model, self._tokenizer = self.engine.model, tokenizer
-        most_rows = max(self._model.chunk, together + 1)
+        max_rows = max(self._model.chunk, together + 1)
         window = max(self._model.config.attention_windows)
-        self._scheduler = Scheduler(account, window=window, most_running=together, most_rows=most_rows)
-        self._account, self._speculation, self._times = account, speculation, speculation.times
-        self._together, self._most_rows = together, most_rows
+        self._scheduler = Scheduler(allocator, window=window, max_running=together, max_rows=max_rows)
+        self._allocator, self._speculation, self._times = allocator, speculation, speculation.times
+        self._together, self._max_rows = together, max_rows
         self._answering: dict[Request, Answering] = {}
-        open_pages(self._model, self._model.star, context, account)
+        open_pages(self._model, self._model.star, context, allocator)
 
     def submit(self, query: Query) -> Answering:
         """A query comes: it is answered by `step`, unless what there is of its answer is all. Its prompt has fewer ids than
@@ -177,18 +177,18 @@ class BatchedLLM:
     @property
     def room(self) -> int:
         """Positions that there are pages for, of all sequences together."""
-        return self._account.units // len(self._model.kv_shape.kinds) * PAGE
+        return self._allocator.units // len(self._model.kv_shape.kinds) * PAGE
 
     @property
     def pages(self) -> tuple[int, int]:
         """Pages of all layers that are used, kept prefixes included, and that there may be."""
         layers = len(self._model.kv_shape.kinds)
-        return -(-self._account.used // layers), self._account.units // layers
+        return -(-self._allocator.used // layers), self._allocator.units // layers
 
     @property
     def wanted(self) -> int:
         """How many more prompts there should be, so that one that has room is among them."""
-        return max(0, self._together + MOST_LOOKED_AT - len(self._answering))
+        return max(0, self._together + MAX_LOOKED_AT - len(self._answering))
 
     @property
     def is_idle(self) -> bool:
@@ -200,8 +200,8 @@ class BatchedLLM:
         scheduler, model = self._scheduler, self._model
         began = time.monotonic()
         answers = self._draft()
-        room = self._times.rows_within(answers, MOST_DELAY, self._most_rows) - answers if answers else self._most_rows
-        runs = scheduler.next_step(max(LEAST_PROMPT_ROWS, room))
+        room = self._times.rows_within(answers, MAX_DELAY, self._max_rows) - answers if answers else self._max_rows
+        runs = scheduler.next_step(max(MIN_PROMPT_ROWS, room))
         if not runs:
             return []
         pages = [run.request.pages for run in runs if run.request.pages is not None]
@@ -240,16 +240,16 @@ class BatchedLLM:
         is nothing to answer, else where they are many, as others will be written soon."""
         cache = self._model.cache
         assert cache is not None
-        free = [cache.filled_of(kind, self._account.free_pages(kind)) for kind in KINDS]
-        units = self._account.units_of([len(pages) for pages in free])
-        if units > (0 if self.is_idle else self._account.units // RELEASED_PART):
+        free = [cache.filled_of(kind, self._allocator.free_pages(kind)) for kind in KINDS]
+        units = self._allocator.units_of([len(pages) for pages in free])
+        if units > (0 if self.is_idle else self._allocator.units // RELEASED_PART):
             release_pages(self._model, self._model.star, free)
 
     def _draft(self) -> int:
         """Draft for the answers of the next step, where that pays beside a row of each; returns how many rows they have."""
         answering = self._scheduler.answering
         rows = len(answering)
-        most = min(rows + DRAFTED_EACH * self._together, self._most_rows - 1)
+        most = min(rows + DRAFTED_EACH * self._together, self._max_rows - 1)
         for request in answering:
             one = self._answering[request]
             one.drafter = one.drafter or self._speculation.drafter(request.ids)

@@ -15,9 +15,9 @@ from tpimpi.serving.text.tokenizer import Tokenizer
 from tpimpi.serving.transcript import Transcript, Turn
 from tpimpi.weights.slices.header import Header
 
-LEAST_ANSWER_PART = 4  # of the context: so much room an answer is to have, if --max-tokens wants it
+MIN_ANSWER_PART = 4  # of the context: so much room an answer is to have, if --max-tokens wants it
 FREED_PART = 8  # of the context: so much becomes free beyond that when turns are dropped
-MOST_BYTES_A_TOKEN = 16  # of usual text; with more, a prompt is looked at twice
+MAX_BYTES_A_TOKEN = 16  # of usual text; with more, a prompt is looked at twice
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Conversation:
         """The ids of a prompt, with what was said before: with `drop` as many of the last turns as leave room for an answer,
         and some more, since what was computed for the others is of no use then. See `_encode`."""
         ids, whole = self._encode(prompt)
-        session, answer = self.session, min(self.params.max_tokens, self.limit // LEAST_ANSWER_PART)
+        session, answer = self.session, min(self.params.max_tokens, self.limit // MIN_ANSWER_PART)
         if session is None or not self.params.drop or len(ids) + answer <= self.limit:
             return ids, whole
         before = session.left_out
@@ -123,7 +123,7 @@ class Conversation:
         """The ids of a prompt, with what was said before; of one that is far too long those of its beginning, and False."""
         encode = self._encoding()
         # Encoding takes 150 bytes of memory for each of the text, so what is far too long is not encoded whole to see that.
-        beginning = prompt[: self.limit * MOST_BYTES_A_TOKEN]
+        beginning = prompt[: self.limit * MAX_BYTES_A_TOKEN]
         if beginning != prompt and len(ids := encode(beginning)) > self.limit:
             return ids, False
         return encode(prompt), True

@@ -20,8 +20,8 @@ from typing import Protocol
 from tpimpi.serving.pass_times import PassTimes
 from tpimpi.serving.speculation import best_length, expected_tokens
 
-_LEAST_TIMED = 3  # passes of one row, before a draft is thought of: the middle one counts
-_LEAST_TIMED_AWAY = 5  # the same where the draft model is then loaded, after which they cannot be timed again
+_MIN_TIMED = 3  # passes of one row, before a draft is thought of: the middle one counts
+_MIN_TIMED_AWAY = 5  # the same where the draft model is then loaded, after which they cannot be timed again
 _TRIAL = 2  # tokens of a draft that is tried
 _TRIED = (
     3  # drafts of a trial, where the draft model was loaded for it, before it is judged: the first waits for the disk
@@ -86,10 +86,10 @@ class ModelDrafts:
             return 0
         if not (self._on or self._begin()):
             return 0
-        if self._to_try or self._times.most_rows < 2:
+        if self._to_try or self._times.max_rows < 2:
             self._to_try = max(0, self._to_try - 1)
             return self._try(most)
-        found = best_length(rate, self._seconds, min(most, 2 * self._times.most_rows + 1), than=1 / self._one_row())
+        found = best_length(rate, self._seconds, min(most, 2 * self._times.max_rows + 1), than=1 / self._one_row())
         if not found:
             return self._doubt(most)
         self._doubts, self._tried, self._spent = 0, 0, 0.0
@@ -128,7 +128,7 @@ class ModelDrafts:
 
     def _begin(self) -> bool:
         """Whether it drafts from now on, once passes of one row are timed, and after a pause."""
-        if self._times.count(1) < (_LEAST_TIMED_AWAY if self._away else _LEAST_TIMED):
+        if self._times.count(1) < (_MIN_TIMED_AWAY if self._away else _MIN_TIMED):
             return False
         self._waited += 1
         if self._waited < self._pause:

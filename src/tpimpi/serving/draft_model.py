@@ -48,8 +48,8 @@ class DraftModel:
     def __init__(self, opened: OpenedEngine, sampled_ids: int, context: int, lender: RankMemory | None = None) -> None:
         """Takes memory for `context` positions, or as many as it knows: now, or where there is a `lender` when it is loaded,
         from that one. Drafted ids are below `sampled_ids`."""
-        self._star, self._settings, self._most_context = opened.star, opened.settings, opened.header.config.context
-        self._lender, self._sampled_ids, self._context = lender, sampled_ids, min(context, self._most_context)
+        self._star, self._settings, self._max_context = opened.star, opened.settings, opened.header.config.context
+        self._lender, self._sampled_ids, self._context = lender, sampled_ids, min(context, self._max_context)
         self._held: list[int] = []  # ids whose keys and values are there
         self._same = 0  # so many of them are the sequence's for sure
         self._times: deque[float] = deque(maxlen=_TIMES_KEPT)
@@ -84,11 +84,11 @@ class DraftModel:
 
     def begin(self, context: int) -> None:
         """Another sequence, of at most so many positions: what it has in common with the one before is kept."""
-        context = self._context = min(context, self._most_context)
+        context = self._context = min(context, self._max_context)
         if self._memory is None:
             return
         model = self._engine.model
-        del self._held[model.most_kept(context) :]
+        del self._held[model.max_kept(context) :]
         if not model.can_keep(len(self._held), context):
             self._held.clear()
         model.begin(context, len(self._held))

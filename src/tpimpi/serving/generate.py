@@ -73,7 +73,7 @@ def generate(
     held, figures = held or HeldIds(), figures or GenerationFigures()
     speculation = speculation or Speculation()
     passes, history, made = _Passes(model, star, embed, speculation.times, figures), list(prompt), 0
-    kept = held.keep(prompt[: min(model.most_kept(context), len(prompt) - 1)])  # the last one's logits are wanted
+    kept = held.keep(prompt[: min(model.max_kept(context), len(prompt) - 1)])  # the last one's logits are wanted
     begin(model, star, context, kept := kept if model.can_keep(kept, context) else held.keep(()))
     for start in range(kept, len(prompt), model.chunk):
         if not going_on(start):

@@ -30,8 +30,8 @@ from tpimpi.serving.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import llguidance
 
-MOST_BYTES = 1 << 17  # of a grammar's text: compiling so much takes a second, in which nothing else is computed
-_MOST_ERROR_CHARACTERS = 200
+MAX_BYTES = 1 << 17  # of a grammar's text: compiling so much takes a second, in which nothing else is computed
+_MAX_ERROR_CHARACTERS = 200
 # Tokens are masked by their bytes alone. llguidance would else demand the tokens that a tokenizer makes of forced text.
 _OPTIONS = '%llguidance {"no_forcing": true, "skip_repetition": "once"}\n'
 
@@ -57,10 +57,8 @@ class Grammars:
 
     def _matcher(self, grammar: Grammar) -> llguidance.LLMatcher:
         size = len(grammar.text.encode("utf-8", "replace"))
-        if size > MOST_BYTES:
-            raise GrammarError(
-                f"the {_name(grammar)} has {size} bytes, at most {MOST_BYTES} are taken; make it smaller"
-            )
+        if size > MAX_BYTES:
+            raise GrammarError(f"the {_name(grammar)} has {size} bytes, at most {MAX_BYTES} are taken; make it smaller")
         vocabulary = self._vocabulary
         import llguidance
 
@@ -198,4 +196,4 @@ def _reason(message: str) -> str:
     """llguidance's message as one line, without the place in a text that the user did not write."""
     told = re.sub(r"\n *\d+ \|.*", "", message.partition("\n<")[0], flags=re.DOTALL)
     told = re.sub(r"^at \d+\(\d+\): |[\s^]*\n\s*|failed to compile JSON schema: ", " ", told)
-    return shorten(" ".join(told.split()), _MOST_ERROR_CHARACTERS)
+    return shorten(" ".join(told.split()), _MAX_ERROR_CHARACTERS)

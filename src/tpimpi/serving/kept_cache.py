@@ -31,7 +31,7 @@ SUFFIX = ".cache"
 _BEGINNING = b'{"tpimpi cache":'
 _SEALED_BEGINNING, _SEALED_END = b'{"tpimpi sealed cache": "', b'"}\n'
 _BESIDE = b"cache"
-_MOST_BYTES = 4096
+_MAX_BYTES = 4096
 
 
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"version": "tpimpi cache"}):
@@ -56,7 +56,7 @@ class KeptCache:
         self._taken: list[int] = []
         try:
             with self.path.open("rb") as file:
-                self._text: bytes | None = file.read(_MOST_BYTES)
+                self._text: bytes | None = file.read(_MAX_BYTES)
         except FileNotFoundError:
             self._text = None
         except OSError as error:

@@ -63,7 +63,7 @@ def load_llm(
     wanted = DEFAULT_CONTEXT if first is None else len(first.ids) + params.max_tokens
     context = params.context or min(conversation.limit, wanted)
     memory, allotments = allot_memory(engine.star, [engine], context, tokenizer_bytes, draft)
-    rooms = [rank.most_context for rank in allotments if rank.most_context is not None]
+    rooms = [rank.max_context for rank in allotments if rank.max_context is not None]
     limited = conversation.limited(min([conversation.limit, *rooms]))
     llm = LLM(memory, limited, report, context, kept)
     if draft is not None:
@@ -193,7 +193,7 @@ class LLM:
             return needed
         model, limit = self.engine.model, self.conversation.limit
         wanted = min(limit, -(-needed // ROOM_POSITIONS) * ROOM_POSITIONS)
-        there = model.context if model.most_kept(wanted) else 0
+        there = model.context if model.max_kept(wanted) else 0
         return there if wanted <= there <= limit else wanted
 
     def finish(self) -> list[RankTrace]:

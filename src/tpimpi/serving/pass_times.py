@@ -44,7 +44,7 @@ class PassTimes:
         return len(self._times.get(rows, ()))
 
     @property
-    def most_rows(self) -> int:
+    def max_rows(self) -> int:
         """Of a pass that was timed."""
         return self._rows[-1] if self._rows else 0
 

@@ -9,7 +9,7 @@ from tpimpi.errors import InputError, shorten, shorten_path
 from tpimpi.serving.sealed_lines import LineSeal, WrongPassphraseError
 from tpimpi.system.line_file import LineFile
 
-MOST_LINE_SHOWN = 60  # characters of a broken line
+MAX_LINE_SHOWN = 60  # characters of a broken line
 _MAX_FIRST_LINE_BYTES = 4096
 
 
@@ -64,7 +64,7 @@ class RecordFile:
                 try:
                     take(line if self.seal is None else self.seal.open(line))
                 except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-                    found = shorten(line[:400].decode(errors="replace"), MOST_LINE_SHOWN)
+                    found = shorten(line[:400].decode(errors="replace"), MAX_LINE_SHOWN)
                     remedy = "cut it off before that line, or give another file"
                     raise self.wrong(f" is broken in line {number}, {found!r}; {remedy}") from error
                 whole += len(line)

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from tpimpi.models.kv.cache import PAGE, pages_of
-from tpimpi.models.kv.pages import PageAccount, SequencePages
+from tpimpi.models.kv.pages import PageAllocator, SequencePages
 from tpimpi.models.kv.prefix_tree import PrefixTree
 
 SHORT_SHARE = 4  # one of so many rows of prompts is for the shortest, where it is not the first
-MOST_OVERTAKEN = 8  # times that a request which waits for room is overtaken
-MOST_READING = 3  # prompts that are read at the same time, though the first has rows for all steps to come
-MOST_LOOKED_AT = 16  # requests that wait, to find one that has room
+MAX_OVERTAKEN = 8  # times that a request which waits for room is overtaken
+MAX_READING = 3  # prompts that are read at the same time, though the first has rows for all steps to come
+MAX_LOOKED_AT = 16  # requests that wait, to find one that has room
 
 
 @dataclass(eq=False)
@@ -80,21 +80,21 @@ class Run:
 
 
 class Scheduler:
-    """Requests that wait, and those that run, whose pages are of `account`; at most `most_running` of these."""
+    """Requests that wait, and those that run, whose pages are of `allocator`; at most `max_running` of these."""
 
-    def __init__(self, account: PageAccount, *, window: int, most_running: int, most_rows: int) -> None:
-        """`window` is the longest of the windowed layers (0: none), `most_rows` how many rows a step has at most."""
-        assert most_rows > most_running > 0
-        self.prefixes = PrefixTree(account, window)
+    def __init__(self, allocator: PageAllocator, *, window: int, max_running: int, max_rows: int) -> None:
+        """`window` is the longest of the windowed layers (0: none), `max_rows` how many rows a step has at most."""
+        assert max_rows > max_running > 0
+        self.prefixes = PrefixTree(allocator, window)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in the order in which they were admitted
         self.preempted = 0  # times that a request gave its pages back
-        self._account, self._window = account, window
-        self._most_running, self._most_rows = most_running, most_rows
+        self._allocator, self._window = allocator, window
+        self._max_running, self._max_rows = max_running, max_rows
 
     def fits(self, positions: int) -> bool:
         """Whether a request of so many positions can be answered, if it is alone."""
-        return self._account.has(self._pages_for(positions))
+        return self._allocator.has(self._pages_for(positions))
 
     def add(self, request: Request) -> None:
         """A request comes. It must fit."""
@@ -120,7 +120,7 @@ class Scheduler:
         or runs. What is computed is then to be said of each (`computed`)."""
         while True:
             runs = self._rows_of_answers()
-            room = max(1, min(prompt_rows, self._most_rows - sum(run.n for run in runs)))
+            room = max(1, min(prompt_rows, self._max_rows - sum(run.n for run in runs)))
             runs += self._rows_of_prompts(room, {run.request for run in runs})
             if runs or not self.running:
                 return runs
@@ -164,7 +164,7 @@ class Scheduler:
         for request in reading:
             if request.waits:
                 self._take_over(request)
-        while len(self.running) < self._most_running and (len(reading) < MOST_READING or _rows(reading) < room):
+        while len(self.running) < self._max_running and (len(reading) < MAX_READING or _rows(reading) < room):
             admitted = self._admit()
             if admitted is None:
                 break
@@ -207,10 +207,10 @@ class Scheduler:
     def _admit(self) -> Request | None:
         """The next request that waits and has room now; it runs from now on. Others may not take the room of those that were
         admitted before and have yet to read their prompts."""
-        for place, request in enumerate(islice(self.waiting, MOST_LOOKED_AT)):
-            if place and self.waiting[0].overtaken >= MOST_OVERTAKEN:
+        for place, request in enumerate(islice(self.waiting, MAX_LOOKED_AT)):
+            if place and self.waiting[0].overtaken >= MAX_OVERTAKEN:
                 break
-            if place and len(request.ids) > self._most_rows:
+            if place and len(request.ids) > self._max_rows:
                 continue
             pages = self.prefixes.begin(request.ids, request.owner)
             wanted = self._still_missing(pages, len(request.ids) + 1)
@@ -229,7 +229,7 @@ class Scheduler:
 
     def _promised(self) -> list[int]:
         """Pages of each kind that those that run have yet to take for what is known of them."""
-        promised = [0] * len(self._account.sizes)
+        promised = [0] * len(self._allocator.sizes)
         for request in self.running:
             assert request.pages is not None
             for kind, count in enumerate(self._still_missing(request.pages, len(request.ids))):
@@ -239,7 +239,7 @@ class Scheduler:
     def _pages_for(self, positions: int) -> list[int]:
         """Pages of each kind that a sequence of so many positions holds at once, at most: of windowed layers the window's, a
         step's, and two more that these begin and end in."""
-        windowed = min(pages_of(positions), pages_of(self._window) + pages_of(self._most_rows) + 2)
+        windowed = min(pages_of(positions), pages_of(self._window) + pages_of(self._max_rows) + 2)
         return [pages_of(positions), windowed if self._window else 0]
 
     def _still_missing(self, pages: SequencePages, length: int) -> list[int]:
@@ -253,7 +253,7 @@ class Scheduler:
 
     def _make_free(self, counts: list[int]) -> bool:
         """Whether so many pages of each kind are free, once prefixes that nobody uses have given way."""
-        while not self._account.can_take(counts):
+        while not self._allocator.can_take(counts):
             if not self.prefixes.give_up():
                 return False
         return True

@@ -42,12 +42,12 @@ _INDEXED = (
     SHORTEST_SUFFIX,
 )  # tokens of the suffixes that are in tables: a pair may be there too often to look at all
 _SLOTS = 1 << 15  # of a table
-_MOST_COMPARED = 32  # tokens of a suffix, and places where it may have been
+_MAX_COMPARED = 32  # tokens of a suffix, and places where it may have been
 _PRIOR_WEIGHT = 4.0  # tokens that the prior counts for
 _HALF_LIFE = 32.0  # tokens after which one that was compared counts for half
-MOST_RATE = 0.98
-_LEAST_TIMED = 2  # passes of one row, before a draft is thought of
-_LEAST_GAIN = 1.03  # of tokens a second
+MAX_RATE = 0.98
+_MIN_TIMED = 2  # passes of one row, before a draft is thought of
+_MIN_GAIN = 1.03  # of tokens a second
 _FIRST_TRIAL, _LAST_TRIAL = 4, 1024  # passes with a draft that was not worth its time, after which one is tried
 
 
@@ -69,9 +69,9 @@ class _Places:
         self._before.append(before)
 
     def before(self) -> Iterator[int]:
-        """Where the last suffix may have ended before, from the end on, at most _MOST_COMPARED places."""
+        """Where the last suffix may have ended before, from the end on, at most _MAX_COMPARED places."""
         place = self._before[-1] if self._before else -1
-        for _ in range(_MOST_COMPARED):
+        for _ in range(_MAX_COMPARED):
             if place < 0:
                 return
             yield place
@@ -129,22 +129,22 @@ class TextDrafts:
     def _common(self, place: int) -> int:
         """How many tokens up to `place` are the last ones of the text, as far as it matters."""
         ids, last = self._ids, len(self._ids) - 1
-        most = min(_MOST_COMPARED, place + 1)
+        most = min(_MAX_COMPARED, place + 1)
         return next((i for i in range(most) if ids[place - i] != ids[last - i]), most)
 
 
 def expected_tokens(rate: float, drafted: int) -> float:
     """Tokens that a pass gives with so many drafted, each right with probability `rate` if those before it are."""
-    rate = min(rate, MOST_RATE)
+    rate = min(rate, MAX_RATE)
     return float((1 - rate ** (drafted + 1)) / (1 - rate))
 
 
 def best_length(rate: float, seconds: Callable[[int], float], most: int, *, than: float | None = None) -> int:
     """How many tokens to draft, 0 to `most`, for most tokens a second; `seconds(n)` is what a pass takes over n rows.
 
-    0 unless another is better by _LEAST_GAIN at least, than `than` tokens a second, or those of a pass of one row.
+    0 unless another is better by _MIN_GAIN at least, than `than` tokens a second, or those of a pass of one row.
     """
-    best, speed = 0, _LEAST_GAIN * (1 / seconds(1) if than is None else than)
+    best, speed = 0, _MIN_GAIN * (1 / seconds(1) if than is None else than)
     for drafted in range(1, most + 1):
         if (found := expected_tokens(rate, drafted) / seconds(1 + drafted)) > speed:
             best, speed = drafted, found
@@ -222,14 +222,14 @@ class Drafter:
 
     def _length(self, most: int, others: int) -> int:
         """How many tokens from the text are worth their time."""
-        if self._times.count(1 + others) < _LEAST_TIMED:
+        if self._times.count(1 + others) < _MIN_TIMED:
             return 0
 
         def seconds(rows: int) -> float:
             return self._times.seconds(others + rows)
 
         rate = self._acceptance.rate(self._matched)
-        most = min(most, 2 * self._times.most_rows + 1)  # twice the rows that were tried
+        most = min(most, 2 * self._times.max_rows + 1)  # twice the rows that were tried
         if length := best_length(rate, seconds, most):
             self._passes_off, self._trial = 0, _FIRST_TRIAL
             return length
@@ -238,7 +238,7 @@ class Drafter:
             return 0
         # What passes take may have changed: another disk, other programs. About as many tokens as would be right.
         self._passes_off, self._trial = 0, min(2 * self._trial, _LAST_TRIAL)
-        return max(1, min(most, round(rate / (1 - min(rate, MOST_RATE)))))
+        return max(1, min(most, round(rate / (1 - min(rate, MAX_RATE)))))
 
     def add(self, ids: Sequence[int]) -> None:
         """The sequence went on with `ids`. What was drafted is compared whether it was checked or not, so that a draft that

@@ -24,14 +24,14 @@ import xxhash
 from tpimpi import __version__
 from tpimpi.errors import InputError, ModelError, TpimpiError, shorten, shorten_path
 from tpimpi.serving.text.checks import needing
-from tpimpi.serving.text.trial_process import LENGTH, MOST_CPU_S
+from tpimpi.serving.text.trial_process import LENGTH, MAX_CPU_S
 from tpimpi.system.launcher import environment_without_launcher
 from tpimpi.weights.locations import cache_folder
 
 FOLDER = "tokenizers"  # in the cache folder
-MOST_WAIT_S = 300.0  # for one tokenizer, on a machine that does other things too
-MOST_REASON_CHARACTERS = 200
-_MOST_SAID_BYTES = 1 << 14
+MAX_WAIT_S = 300.0  # for one tokenizer, on a machine that does other things too
+MAX_REASON_CHARACTERS = 200
+_MAX_SAID_BYTES = 1 << 14
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM)  # by a system that is short of memory, or by who administers it
 # One thread: so many cores as there may be would each map memory of their own.
 _VARIABLES = {
@@ -107,10 +107,10 @@ class TokenizerTrial:
             answer = self._answer(process).decode(errors="replace")
         except TimeoutError:
             self.close()
-            return f"took more than {MOST_WAIT_S:.0f} s"
+            return f"took more than {MAX_WAIT_S:.0f} s"
         except (BrokenPipeError, EOFError):
             return self._ending(process)
-        return answer and f"failed ({shorten(answer, MOST_REASON_CHARACTERS)})"
+        return answer and f"failed ({shorten(answer, MAX_REASON_CHARACTERS)})"
 
     def close(self) -> None:
         """End the process."""
@@ -145,7 +145,7 @@ class TokenizerTrial:
 
     def _answer(self, process: subprocess.Popen[bytes]) -> bytes:
         """Raises EOFError, TimeoutError."""
-        deadline = time.monotonic() + MOST_WAIT_S
+        deadline = time.monotonic() + MAX_WAIT_S
         (nbytes,) = LENGTH.unpack(self._read(process, LENGTH.size, deadline))
         return self._read(process, nbytes, deadline)
 
@@ -171,7 +171,7 @@ class TokenizerTrial:
         assert process.stderr is not None
         with contextlib.suppress(BlockingIOError):
             while piece := os.read(process.stderr.fileno(), 1 << 16):
-                self._said = (self._said + piece)[-_MOST_SAID_BYTES:]
+                self._said = (self._said + piece)[-_MAX_SAID_BYTES:]
             return False
         return True
 
@@ -187,8 +187,8 @@ class TokenizerTrial:
                 "perhaps memory is short here; end other programs, and start again"
             )
         if code == -signal.SIGXCPU:
-            return f"took more than {MOST_CPU_S} s"
+            return f"took more than {MAX_CPU_S} s"
         lines = [line for line in said.splitlines() if line.strip() and not line.startswith("note: ")]
-        reason = f" ({shorten(lines[-1].strip(), MOST_REASON_CHARACTERS)})" if lines else ""
+        reason = f" ({shorten(lines[-1].strip(), MAX_REASON_CHARACTERS)})" if lines else ""
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return how + reason

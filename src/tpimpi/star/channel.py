@@ -30,7 +30,7 @@ CONTROL, HIDDEN, PARTIAL, SUM, NOTE, CLOCK, BULK, ECHO, HANDSHAKE = range(1, 10)
 
 CHECKSUM_BYTES, SEAL_BYTES = 8, 16  # behind a message: the one, or the other
 # Of one message; by those of a handshake nobody has proved yet who he is.
-MOST_HANDSHAKE_BYTES, MOST_BYTES = 1 << 20, (1 << 31) - 1
+MAX_HANDSHAKE_BYTES, MAX_BYTES = 1 << 20, (1 << 31) - 1
 POOLED_FROM_BYTES = 1 << 14  # buffers from this size on are kept for the next messages
 POOLED_BYTES_PER_SIZE = 1 << 25  # the most that is kept of all buffers of one size
 CHECK_HOST_HINT = "see that it is up and reachable (python -m tpimpi doctor --hostfile FILE)"
@@ -275,7 +275,7 @@ class Channel:
                 if deadline is not None and time.monotonic() > deadline:
                     raise self._no_answer([source], backoff.elapsed())
                 backoff.sleep()
-            size, most = status.Get_count(self._byte), MOST_HANDSHAKE_BYTES if tag == HANDSHAKE else MOST_BYTES
+            size, most = status.Get_count(self._byte), MAX_HANDSHAKE_BYTES if tag == HANDSHAKE else MAX_BYTES
             if not 0 <= size <= most:  # negative where MPI cannot count so many
                 raise StarError(f"{self.name(source)} sent {size} bytes where {most} at most were due")
             if size < (tail := self._tail(tag)):

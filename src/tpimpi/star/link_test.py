@@ -15,10 +15,10 @@ from tpimpi.star.channel import ECHO, Channel
 from tpimpi.star.pieces import PIECE_NUMBERS
 from tpimpi.star.star import Star
 
-MOST_PINGS, LEAST_PINGS = 100, 10
-PING_TIME_S = 0.5  # after this time LEAST_PINGS are enough
+MAX_PINGS, MIN_PINGS = 100, 10
+PING_TIME_S = 0.5  # after this time MIN_PINGS are enough
 CHUNK_BYTES = 4 * PIECE_NUMBERS  # of one message while bandwidth is measured: the size that sums have
-FIRST_BULK_BYTES, MOST_BULK_BYTES = 1 << 16, 1 << 24  # sent at once: doubled until that takes BULK_TIME_S
+FIRST_BULK_BYTES, MAX_BULK_BYTES = 1 << 16, 1 << 24  # sent at once: doubled until that takes BULK_TIME_S
 BULK_TIME_S = 0.15
 ANSWER_TIMEOUT_S = 30.0  # for one message of a measurement
 
@@ -42,7 +42,7 @@ def ping_link(star: Star, rank: int) -> Ping:
     channel = _channel(star)
     trips: list[float] = []
     began = time.monotonic()
-    while len(trips) < MOST_PINGS and (len(trips) < LEAST_PINGS or time.monotonic() - began < PING_TIME_S):
+    while len(trips) < MAX_PINGS and (len(trips) < MIN_PINGS or time.monotonic() - began < PING_TIME_S):
         trips.append(_timed(channel, rank, _PING, 0))
     to_rate, to_moved = _rate(channel, rank, _UP, min(trips))
     from_rate, from_moved = _rate(channel, rank, _DOWN, min(trips))
@@ -76,7 +76,7 @@ def _rate(channel: Channel, rank: int, kind: int, trip: float) -> tuple[float, i
     while True:
         seconds = _timed(channel, rank, kind, nbytes)
         moved += nbytes
-        if seconds - trip >= BULK_TIME_S or nbytes >= MOST_BULK_BYTES:
+        if seconds - trip >= BULK_TIME_S or nbytes >= MAX_BULK_BYTES:
             return nbytes / max(seconds - trip, seconds / 10), moved
         nbytes *= 2
 

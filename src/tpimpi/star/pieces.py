@@ -26,7 +26,7 @@ EAGER_BYTES = 1 << 18  # Open MPI is told to send messages up to this size at on
 # block of q8_0.
 PIECE_NUMBERS, PIECE_OF_PART_NUMBERS = 32_512, 43_776
 # A sum through one hub, and a part, is cut into at least so many pieces, unless they would be smaller than the third.
-LEAST_PIECES, LEAST_PIECES_OF_PART, LEAST_PIECE_NUMBERS = 8, 2, 16_256
+MIN_PIECES, MIN_PIECES_OF_PART, MIN_PIECE_NUMBERS = 8, 2, 16_256
 # Where the measured latency is below SHORT_HOP_S, pieces are not smaller than this.
 LARGE_PIECE_NUMBERS, SHORT_HOP_S = 65_024, 100e-6
 
@@ -87,13 +87,13 @@ class PieceChannel:
         self.rank, self.size = channel.rank, channel.size
         # The hub told all ranks the same latency, so all cut alike.
         short = channel.latency is not None and channel.latency < SHORT_HOP_S
-        self._least = LARGE_PIECE_NUMBERS if short else LEAST_PIECE_NUMBERS
+        self._least = LARGE_PIECE_NUMBERS if short else MIN_PIECE_NUMBERS
         self._shift = TAGS_PER_TURN * (turn % TURNS)
         self._sends: list[Pending] = []
 
     def cut(self, first: int, last: int) -> Sequence[slice]:
         """The numbers from `first` to `last`, in pieces of about the same size: for a sum that flows through one hub."""
-        return self._cut_evenly(first, last, LEAST_PIECES, PIECE_NUMBERS)
+        return self._cut_evenly(first, last, MIN_PIECES, PIECE_NUMBERS)
 
     def _cut_evenly(self, first: int, last: int, pieces: int, most: int) -> Sequence[slice]:
         return _cut(first, last, max(self._least, min(most, (last - first) // pieces)))
@@ -101,7 +101,7 @@ class PieceChannel:
     def parts(self, count: int) -> list[Sequence[slice]]:
         """The pieces of each rank's part of `count` numbers."""
         cuts = itertools.pairwise(even_bounds(count, self.size))
-        return [self._cut_evenly(first, last, LEAST_PIECES_OF_PART, PIECE_OF_PART_NUMBERS) for first, last in cuts]
+        return [self._cut_evenly(first, last, MIN_PIECES_OF_PART, PIECE_OF_PART_NUMBERS) for first, last in cuts]
 
     def expect(self, piece: slice, source: int, tag: int) -> IncomingPiece:
         """Begin to receive the numbers of `piece`."""

@@ -36,7 +36,7 @@ PROTOCOL_VERSION = 1
 # Rank 0 waits so long for all ranks' next messages: no heartbeat would notice yet that one was lost. (This module
 # is loaded before MPI first waits for all ranks.) Others wait for rank 0 a little longer, which has to say who is missing.
 ANSWER_TIMEOUT_S, LONGER_S = 7.0, 2.0
-MOST_PROBLEM_CHARACTERS = 400
+MAX_PROBLEM_CHARACTERS = 400
 
 
 class _Said(msgspec.Struct, frozen=True):
@@ -198,7 +198,7 @@ def _hear_all(channel: Channel, hosts: tuple[str, ...] | list[str]) -> dict[int,
     heard = {rank: _hear(channel, rank, _Said, deadline) for rank in range(1, channel.size)}
     for rank, said in heard.items():
         if said.problem:
-            error = InputError(shorten(said.problem, MOST_PROBLEM_CHARACTERS))
+            error = InputError(shorten(said.problem, MAX_PROBLEM_CHARACTERS))
             error.where = _named(rank, hosts[rank] or said.host)
             raise error
     return heard

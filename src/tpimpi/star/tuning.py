@@ -34,7 +34,7 @@ NEAR_TIMES = (
 )
 ANSWER_TIMEOUT_S = 20.0  # for one message of a measurement
 SLOW_ANSWER_S = 1.0
-MOST_EXCHANGED_NUMBERS = 32_768  # of a sum by exchange, with three ranks or more: each holds all partials
+MAX_EXCHANGED_NUMBERS = 32_768  # of a sum by exchange, with three ranks or more: each holds all partials
 
 # Which share of the star's time another algorithm may take and still be preferred, by the sum's size class and whether the
 # hub's link carries fewer bytes than with the star: with n ranks (n - 1) sums go over it in a star, in a mesh 2 (n - 1) / n,
@@ -170,7 +170,7 @@ class LinkMeasurement:
 
     def _candidates(self, count: int) -> list[str]:
         """What may be chosen for so many numbers."""
-        return [name for name in IN_RANK_ORDER if name != "exchange" or count <= most_exchanged(self._channel.size)]
+        return [name for name in IN_RANK_ORDER if name != "exchange" or count <= max_exchanged(self._channel.size)]
 
     def _trips(self, name: str, count: int, repeats: int) -> list[float]:
         """Seconds of each of so many sums in a row, but the first."""
@@ -220,7 +220,7 @@ def choose(times: Times, ranks: int) -> str:
             break
         below, large = sizes[max(0, place - 1)], sizes[place]
     for size in sizes:
-        if size > most_exchanged(ranks) or not _preferred("exchange", size, times, ranks):
+        if size > max_exchanged(ranks) or not _preferred("exchange", size, times, ranks):
             break
         if size >= large and expected(times["mesh"], size) < expected(times["exchange"], size):
             break
@@ -252,9 +252,9 @@ def _size_class(size: int, largest: int) -> str:
     return SMALL if size <= TIMED_SIZES[-1] else LARGE
 
 
-def most_exchanged(ranks: int) -> float:
+def max_exchanged(ranks: int) -> float:
     """Numbers of a sum by exchange, at most: every rank holds all partials, which of two is no more than with the star."""
-    return MOST_EXCHANGED_NUMBERS if ranks > 2 else math.inf
+    return MAX_EXCHANGED_NUMBERS if ranks > 2 else math.inf
 
 
 def expected(points: Sequence[tuple[int, float]], size: int) -> float:

@@ -10,7 +10,7 @@ from shlex import quote
 from tpimpi.errors import InputError, shorten
 from tpimpi.system.launcher import OPEN_MPI
 
-MOST_BYTES = 1 << 20
+MAX_BYTES = 1 << 20
 _BYTE_ORDER_MARK = "\ufeff"
 # No name begins with a dash, which ssh would take for an option.
 _HOST = re.compile(
@@ -68,9 +68,9 @@ def _read(given: str) -> str:
     """The text of a hostfile, with its line ends as they are. Raises InputError."""
     try:
         with Path(given).open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            raise InputError(f"--hostfile {given} has over {MOST_BYTES} bytes; give a file with a host a line")
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise InputError(f"--hostfile {given} has over {MAX_BYTES} bytes; give a file with a host a line")
         return data.decode("utf-8")
     except OSError as error:
         raise InputError(f"--hostfile {given}: {error.strerror}; give a file with a host a line") from error

@@ -29,7 +29,7 @@ MAKE_KEYS = "python -m tpimpi doctor --hostfile FILE --make-keys"
 MAKE_OWN_KEYS = "python -m tpimpi doctor --make-keys"  # where hosts share a home folder
 NEW, REPLACE = "new", "replace"  # what is to be done with a file that comes over ssh
 SAID = "tpimpi-keys "  # what its answer begins with
-_MOST_BYTES = 1 << 20
+_MAX_BYTES = 1 << 20
 
 
 class LinkKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"version": "tpimpi link keys"}):
@@ -126,7 +126,7 @@ def read_keys(path: Path | None = None) -> LinkKeys | None:
                     f"{what} has mode {about.st_mode & 0o777:03o} and owner {about.st_uid}: others can read or change it; "
                     f"make new keys ({MAKE_KEYS}), or, if you know that nobody did: chmod 600"
                 )
-            data = file.read(_MOST_BYTES)
+            data = file.read(_MAX_BYTES)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -203,7 +203,7 @@ def put_keys(data: bytes, *, replace: bool) -> KeysFound:
 def main() -> None:
     """Take the file from standard input, and say what is there then in a line of JSON behind SAID."""
     try:
-        found = put_keys(sys.stdin.buffer.read(_MOST_BYTES), replace=sys.argv[1:] == [REPLACE])
+        found = put_keys(sys.stdin.buffer.read(_MAX_BYTES), replace=sys.argv[1:] == [REPLACE])
     except TpimpiError as error:
         found = KeysFound("", problem=str(error))
     print(SAID + msgspec.json.encode(found).decode(), flush=True)

@@ -17,7 +17,7 @@ import psutil
 from tpimpi.system.cgroups import CGROUPS, PROC, cgroup_folders
 
 _HOST_RESERVE = Fraction(1, 16)  # of a host's or cgroup's memory, left to other programs by --memory auto
-_LEAST_HOST_RESERVE = 256_000_000  # bytes
+_MIN_HOST_RESERVE = 256_000_000  # bytes
 
 JOB = "job"
 
@@ -60,7 +60,7 @@ class Place:
     @property
     def reserve(self) -> int:
         """Bytes that --memory auto leaves free there, for what other programs take between two looks at it."""
-        return min(max(_LEAST_HOST_RESERVE, int(self.total * _HOST_RESERVE)), self.total // 4)
+        return min(max(_MIN_HOST_RESERVE, int(self.total * _HOST_RESERVE)), self.total // 4)
 
 
 def places(proc: Path = PROC, cgroups: Path = CGROUPS) -> list[Place]:

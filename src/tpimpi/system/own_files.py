@@ -27,7 +27,7 @@ SOFTWARE = "tpimpi"  # named in our pictures
 DOTS_PER_INCH = 150  # of our pictures
 
 _TOP_KEY = re.compile(rb' "([a-z_]+)": ')  # a line of our JSON, whose indentation is one blank
-_MOST_LINE_BYTES = 1 << 16
+_MAX_LINE_BYTES = 1 << 16
 _TRACE_PROGRAM = b'"program":"tpimpi"'
 _TAIL_BYTES = 1 << 16  # of a trace: what it says of itself is at its end
 _HEAD_BYTES = 4096  # of a picture: the program and the resolution are before the pixels
@@ -45,7 +45,7 @@ class Kind:
 
 def is_report(file: BinaryIO) -> bool:
     """Whether a file is JSON that a command of ours has written: by its keys at the top, a line each."""
-    if file.readline(_MOST_LINE_BYTES) != b"{\n":
+    if file.readline(_MAX_LINE_BYTES) != b"{\n":
         return False
     keys = {match[1].decode() for line in _lines(file) if (match := _TOP_KEY.match(line))}
     return any(keys >= wanted for wanted in REPORTS)
@@ -54,7 +54,7 @@ def is_report(file: BinaryIO) -> bool:
 def _lines(file: BinaryIO) -> Iterator[bytes]:
     """The beginnings of lines: of a line that is longer, the rest is left out."""
     whole = True
-    while line := file.readline(_MOST_LINE_BYTES):
+    while line := file.readline(_MAX_LINE_BYTES):
         if whole:
             yield line
         whole = line.endswith(b"\n")

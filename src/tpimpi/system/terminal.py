@@ -30,7 +30,7 @@ import psutil
 from tpimpi.system.launcher import DAEMONS, LAUNCHERS, launcher_commands
 
 STDIN, STDOUT, STDERR = 0, 1, 2
-MOST_LINE_BYTES = 4 << 20  # bytes of a prompt
+MAX_LINE_BYTES = 4 << 20  # bytes of a prompt
 _PIPE_COLUMNS = 10_000  # of a table that no terminal shows
 _READ_BYTES = 65536  # bytes read at a time
 _LAUNCHER_CHECK_INTERVAL_S = 0.2  # seconds between two looks at the launcher's input
@@ -212,7 +212,7 @@ class Input:
     received = False  # something that is no terminal's
 
     def __init__(self) -> None:
-        self._pieces: queue.Queue[bytes] = queue.Queue(MOST_LINE_BYTES // _READ_BYTES)
+        self._pieces: queue.Queue[bytes] = queue.Queue(MAX_LINE_BYTES // _READ_BYTES)
         self._take: Callable[[bytes], None] | None = None
         self._order = threading.Lock()  # of what `_take` gets
         threading.Thread(target=self._read, name="tpimpi-input", daemon=True).start()
@@ -221,7 +221,7 @@ class Input:
         try:
             while data := os.read(STDIN, _READ_BYTES):
                 self.received = self.received or not is_terminal(STDIN)
-                while self._take is not None and len(data) < MOST_LINE_BYTES:
+                while self._take is not None and len(data) < MAX_LINE_BYTES:
                     more = os.read(STDIN, _READ_BYTES) if select.select([STDIN], [], [], _BURST_S)[0] else b""
                     if not more:
                         break
@@ -260,7 +260,7 @@ class Input:
         """Lines as they come, decoded as UTF-8, without their ends; `prompt` is shown on stderr before each. With `together`
         lines that come within a few milliseconds are one, with line ends in it.
 
-        What is beyond MOST_LINE_BYTES bytes of a line is dropped: no model has room for it. Ends where the input does, also
+        What is beyond MAX_LINE_BYTES bytes of a line is dropped: no model has room for it. Ends where the input does, also
         where the launcher does not say so.
         """
         launcher = launcher_stream(STDIN)
@@ -283,7 +283,7 @@ class Input:
             if together and len(pieces) > 2:
                 pieces = [b"\n".join(pieces[:-1]), pieces[-1]]
             piece, *following = pieces
-            held.write(piece[: MOST_LINE_BYTES - held.tell()])
+            held.write(piece[: MAX_LINE_BYTES - held.tell()])
             for piece in following:
                 yield _text(held.getvalue())
                 print(prompt, end="", file=sys.stderr, flush=True)

@@ -34,7 +34,7 @@ from tpimpi.weights.slices.partition import Partition
 from tpimpi.weights.sources import Source
 from tpimpi.weights.stream import StreamWriter
 
-MOST_RANKS_NAMED = 6  # in the title of the progress
+MAX_RANKS_NAMED = 6  # in the title of the progress
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _job_note(header: Header, location: SliceLocation, *, verify: bool) -> Distr
         fingerprint=header.fingerprint,
         config=header.config.to_dict(),
         formats=header.formats.to_dict(),
-        weights=list(header.partition.weights),
+        weights=list(header.partition.proportions),
         folder=location.folder,
         cache_name=location.cache_name,
         verify=verify,
@@ -154,8 +154,8 @@ def _ranks(count: int) -> str:
 def _named(ranks: Sequence[str]) -> str:
     return (
         ", ".join(ranks)
-        if len(ranks) <= MOST_RANKS_NAMED
-        else f"{', '.join(ranks[: MOST_RANKS_NAMED - 1])} and {len(ranks) - MOST_RANKS_NAMED + 1} more"
+        if len(ranks) <= MAX_RANKS_NAMED
+        else f"{', '.join(ranks[: MAX_RANKS_NAMED - 1])} and {len(ranks) - MAX_RANKS_NAMED + 1} more"
     )
 
 

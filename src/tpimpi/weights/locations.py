@@ -63,7 +63,7 @@ class SliceLocation:
         return self.directory / slice_name(rank, ranks)
 
 
-MOST_NAME_CHARACTERS = 40  # characters of a model's name, and of the shares, in the name of its cache folder
+MAX_NAME_CHARACTERS = 40  # characters of a model's name, and of the shares, in the name of its cache folder
 
 
 def in_cache(path: Path) -> bool:
@@ -82,7 +82,7 @@ def elsewhere(path: Path) -> str:
 def cache_name(source: Source, partition: Partition, formats: ModelFormats) -> str:
     """Folder, within the cache folder, of the slices of this model for this partition in these formats."""
     shares = partition.describe().replace(",", "-")
-    if len(shares) > MOST_NAME_CHARACTERS:
+    if len(shares) > MAX_NAME_CHARACTERS:
         shares = f"{partition.ranks}-ranks-{xxhash.xxh3_64_hexdigest(shares.encode())}"
     before, after = cache_names(source, formats)
     return f"{before}{shares}{after}"
@@ -90,7 +90,7 @@ def cache_name(source: Source, partition: Partition, formats: ModelFormats) -> s
 
 def cache_names(source: Source, formats: ModelFormats) -> tuple[str, str]:
     """What stands before and after the shares in such a name."""
-    name = f"{source.name[:MOST_NAME_CHARACTERS]}-{source.fingerprint()[:12]}"
+    name = f"{source.name[:MAX_NAME_CHARACTERS]}-{source.fingerprint()[:12]}"
     return f"{name}-{formats.key()}-", f"-v{FORMAT_VERSION}"
 
 

@@ -52,10 +52,10 @@ def known(kept: Kept, key: str) -> bool:
 
 def test_what_is_kept_has_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = Kept(RankLink(FrontOptions(socket="")))
-    for number in range(kept_module.MOST_KEPT + 2):
+    for number in range(kept_module.MAX_KEPT + 2):
         ended(kept, str(number))
     assert [known(kept, str(number)) for number in range(4)] == [False, False, True, True]
-    ended(kept, "large", "x" * (kept_module.MOST_KEPT_BYTES - 1000))
+    ended(kept, "large", "x" * (kept_module.MAX_KEPT_BYTES - 1000))
     assert known(kept, "large") and not known(kept, "200")
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + kept_module.KEPT_S + 1)
@@ -65,7 +65,7 @@ def test_what_is_kept_has_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_was_under_way_is_not_forgotten_as_too_much(tmp_path: Path) -> None:
     kept = Kept(RankLink(FrontOptions(socket="")))
     journal = Journal(str(tmp_path / "journal"), PASSPHRASE.encode(), kept.take, kept.records)
-    for number in range(1, kept_module.MOST_KEPT + 3):
+    for number in range(1, kept_module.MAX_KEPT + 3):
         kept.take(Begun(number, "", str(number), "f", time.time(), "m", 1, [ASK]))
 
     async def use() -> None:

@@ -60,7 +60,7 @@ def look_at_processes(server: RunningServer, words: set[str], ids: list[int]) ->
     assert len(shown) > RANKS + 1, "the front is not there: the test sees nothing"
     ranks = [server.rank(rank).pid for rank in range(RANKS)]
     for pid in ranks:
-        assert shown[pid].most_core_bytes <= 1
+        assert shown[pid].max_core_bytes <= 1
         assert any(name.endswith(".so") for name in shown[pid].maps.split()), "nothing is seen of its memory"
     swap = len(Path("/proc/swaps").read_text().splitlines()) > 1
     assert swap or not any(shown[pid].swapped_bytes for pid in ranks)

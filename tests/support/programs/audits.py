@@ -26,7 +26,7 @@ from tpimpi.engine.model import Model
 from tpimpi.engine.rank_memory import MemoryPlanner, RankMemory
 from tpimpi.engine.startup import open_engine
 from tpimpi.errors import AuditError
-from tpimpi.models.kv.pages import PageAccount, SequencePages, rows_of
+from tpimpi.models.kv.pages import PageAllocator, SequencePages, rows_of
 from tpimpi.star import PARTIAL, Pending, Star, connect
 from tpimpi.star.pieces import PieceChannel
 from tpimpi.weights.copies import open_copies
@@ -137,10 +137,10 @@ def batches(memory: RankMemory, random: np.random.Generator, job: dict[str, Any]
     engine = memory.engines[0]
     model: Model = engine.model
     kinds = model.kv_shape.kinds
-    account = PageAccount.of_layers(kinds, 8 * len(kinds))
-    protocol.open_pages(model, model.star, CONTEXT, account)
+    allocator = PageAllocator.of_layers(kinds, 8 * len(kinds))
+    protocol.open_pages(model, model.star, CONTEXT, allocator)
     window = max(model.config.attention_windows)
-    sequences, starts = [SequencePages(account, window) for _ in range(2)], [0, 0]
+    sequences, starts = [SequencePages(allocator, window) for _ in range(2)], [0, 0]
     for n in job["chunks"]:
         counts = [n, 1]
         for sequence, start, count in zip(sequences, starts, counts, strict=True):

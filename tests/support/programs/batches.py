@@ -19,7 +19,7 @@ from tpimpi.engine.rank_memory import MemoryPlanner, RankMemory
 from tpimpi.engine.startup import open_engine
 from tpimpi.errors import InputError
 from tpimpi.models.kv.cache import KINDS, PAGE, pages_of
-from tpimpi.models.kv.pages import PageAccount, SequencePages, rows_of
+from tpimpi.models.kv.pages import PageAllocator, SequencePages, rows_of
 from tpimpi.star import Star, connect
 
 CONTEXT, STEPS, PAGES = 200, 60, 9
@@ -45,14 +45,14 @@ def main() -> None:
     random = np.random.default_rng(int(sys.argv[2]))
     window = max(model.config.attention_windows)
     kinds = model.kv_shape.kinds
-    account = PageAccount.of_layers(kinds, PAGES * len(kinds))
-    protocol.open_pages(model, star, CONTEXT, account)
+    allocator = PageAllocator.of_layers(kinds, PAGES * len(kinds))
+    protocol.open_pages(model, star, CONTEXT, allocator)
     pinned = memory.guard.wanted
     running: list[Sequence] = []
     done: list[Sequence] = []
-    most, steps, least_pinned = 0, 0, pinned
+    most, steps, min_pinned = 0, 0, pinned
     for _ in range(STEPS):
-        change(random, running, done, account, window, model.config.vocab)
+        change(random, running, done, allocator, window, model.config.vocab)
         runs = []
         for one in running:
             n = min(int(random.choice([0, 1, 1, 1, 9, 40])), CONTEXT - len(one.rows))
@@ -69,15 +69,15 @@ def main() -> None:
             at += n
             one.pages.trim()
         most, steps = max(most, len(runs)), steps + 1
-        least_pinned = min(least_pinned, memory.guard.wanted)
+        min_pinned = min(min_pinned, memory.guard.wanted)
     for one in running:
         one.pages.close()
-    assert account.used == 0 and most >= 3 and steps > STEPS // 2, (account.used, most, steps)
+    assert allocator.used == 0 and most >= 3 and steps > STEPS // 2, (allocator.used, most, steps)
     assert model.cache is not None and model.cache.filled_bytes
-    protocol.release_pages(model, star, [account.free_pages(kind) for kind in KINDS])
+    protocol.release_pages(model, star, [allocator.free_pages(kind) for kind in KINDS])
     assert not model.cache.filled_bytes, "memory is not back to the start"
     if bounded:
-        assert least_pinned < pinned, "no pinned tile gave way"
+        assert min_pinned < pinned, "no pinned tile gave way"
         memory.guard.look(time.monotonic())
         memory.guard.look(time.monotonic() + 10)
         assert memory.guard.wanted >= pinned, "tiles did not come back"
@@ -131,7 +131,7 @@ def change(
     random: np.random.Generator,
     running: list[Sequence],
     done: list[Sequence],
-    account: PageAccount,
+    allocator: PageAllocator,
     window: int,
     vocab: int,
 ) -> None:
@@ -139,7 +139,7 @@ def change(
     what = random.integers(6)
     ids = random.integers(3, vocab, CONTEXT).tolist()
     if what < 2 and len(running) < 5:
-        running.append(Sequence(SequencePages(account, window, kept=4), ids, []))
+        running.append(Sequence(SequencePages(allocator, window, kept=4), ids, []))
     elif what == 2 and running and len(running) < 5:  # with the beginning of another
         of = running[int(random.integers(len(running)))]
         pages = len(of.rows) // PAGE

@@ -41,18 +41,18 @@ def main() -> None:
 
     ids = np.random.default_rng(0).integers(3, model.config.vocab, 40).tolist()
     other = [*ids[:12], *ids[30:], *ids[12:22]]
-    assert model.most_kept(64) == 0
+    assert model.max_kept(64) == 0
     protocol.begin(model, star, 30)
     computed(ids[:30], 0)
-    assert (model.most_kept(30), model.most_kept(20)) == (30, 20)
+    assert (model.max_kept(30), model.max_kept(20)) == (30, 20)
     if others_from:
-        assert (model.most_kept(others_from - 1), model.most_kept(others_from)) == (30, 0)
+        assert (model.max_kept(others_from - 1), model.max_kept(others_from)) == (30, 0)
         return end(star, model, memory)
-    assert model.most_kept(50) == 30
+    assert model.max_kept(50) == 30
     protocol.begin(model, star, 50, keep=30)  # with room for more
     longer = computed(ids, 30)
     protocol.begin(model, star, 50, keep=12)  # in the same memory
-    assert model.most_kept(50) == 12
+    assert model.max_kept(50) == 12
     another = computed(other, 12)
     protocol.begin(model, star, 32, keep=30)  # with room for less
     shorter = computed(other, 30)

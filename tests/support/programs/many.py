@@ -21,10 +21,10 @@ from tpimpi.engine import protocol
 from tpimpi.engine.engine import EngineConfig
 from tpimpi.engine.rank_memory import MemoryPlanner, RankMemory
 from tpimpi.engine.startup import open_engine
-from tpimpi.models.kv.pages import PageAccount
+from tpimpi.models.kv.pages import PageAllocator
 from tpimpi.star import connect
 
-CONTEXT, PROMPTS, TOGETHER, MOST_TOKENS = 256, 18, 5, 40
+CONTEXT, PROMPTS, TOGETHER, MAX_TOKENS = 256, 18, 5, 40
 FAILING = 7  # the number of the prompt whose sampler fails
 
 
@@ -95,7 +95,7 @@ def answer_many(memory: RankMemory, seed: int, draft: int) -> dict[str, Any]:
     for _ in range(PROMPTS):
         text = texts[random.integers(len(texts))][: random.integers(0, 181)]
         ids = [*text, *random.integers(3, 90, random.integers(1, 20)).tolist()]
-        most = int(random.integers(1, MOST_TOKENS))
+        most = int(random.integers(1, MAX_TOKENS))
         options = {"max_tokens": most, "context": CONTEXT, "end_ids": ()}
         alone.append(list(generate(model, model.star, engine.embed, ids, greedy, **options)))
         so_far = alone[-1][: random.integers(1, most + 1)] if random.random() < 0.3 else []
@@ -114,9 +114,9 @@ def answer_many(memory: RankMemory, seed: int, draft: int) -> dict[str, Any]:
             whole = next((text for text in found if text[: len(ids)] == ids), None)
             return Prophet(whole[len(ids) :], draft, random) if draft and whole else None
 
-    account = PageAccount.of_layers(model.kv_shape.kinds, 9 * len(model.kv_shape.kinds))
+    allocator = PageAllocator.of_layers(model.kv_shape.kinds, 9 * len(model.kv_shape.kinds))
     report, vocab = Report("", "", "", ""), model.config.vocab
-    llm = BatchedLLM(memory, account, TokenIds(vocab), report, Told(), context=CONTEXT, together=TOGETHER)
+    llm = BatchedLLM(memory, allocator, TokenIds(vocab), report, Told(), context=CONTEXT, together=TOGETHER)
     answering: list[Answering] = []
     while len(answering) < PROMPTS or not llm.is_idle:
         while len(answering) < PROMPTS and random.random() < 0.4:
@@ -138,7 +138,7 @@ def answer_many(memory: RankMemory, seed: int, draft: int) -> dict[str, Any]:
         "filled": filled,
         "cached": sum(one.request.cached or 0 for one in answering),
     }
-    return {"answers": answers, **did, "preempted": report.batch.preempted, "units": account.used, "calls": calls}
+    return {"answers": answers, **did, "preempted": report.batch.preempted, "units": allocator.used, "calls": calls}
 
 
 def count_calls(llm: Any, random: np.random.Generator) -> list[int]:

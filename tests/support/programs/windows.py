@@ -19,7 +19,7 @@ from tpimpi.engine.rank_memory import MemoryPlanner
 from tpimpi.engine.startup import open_engine
 from tpimpi.errors import StarError
 from tpimpi.models.kv.cache import FULL, WINDOWED, pages_of
-from tpimpi.models.kv.pages import PageAccount, SequencePages, rows_of
+from tpimpi.models.kv.pages import PageAllocator, SequencePages, rows_of
 from tpimpi.serving.kept_cache import KeptCache
 from tpimpi.serving.transcript import Turn
 from tpimpi.star import connect
@@ -42,9 +42,9 @@ def check(engine: Engine, files: PageFiles, folder: Path) -> None:
 
     def with_all_pages(ids: list[int]) -> list[bytes]:
         kinds = model.kv_shape.kinds
-        account = PageAccount.of_layers(kinds, pages_of(CONTEXT) * len(kinds))
-        protocol.open_pages(model, star, CONTEXT, account)
-        pages, rows = SequencePages(account), list[bytes]()
+        allocator = PageAllocator.of_layers(kinds, pages_of(CONTEXT) * len(kinds))
+        protocol.open_pages(model, star, CONTEXT, allocator)
+        pages, rows = SequencePages(allocator), list[bytes]()
         for first in range(0, len(ids), CHUNK):
             chunk = ids[first : first + CHUNK]
             assert pages.grow(first + len(chunk))

@@ -20,10 +20,10 @@ _F64 = npt.NDArray[np.float64]
 
 FIXED_LANES = 16  # of sums
 _LANE_SUMS = 1 << 18  # that are computed at once, over positions and experts
-_LEAST_SUM = 1e-300  # is added to the sum of the scores: where all are zero, weights are zero and no NaN
+_MIN_SUM = 1e-300  # is added to the sum of the scores: where all are zero, weights are zero and no NaN
 
 # exp: x = n ln 2 + r; ln 2 in two parts, of which the first times n is exact.
-_LEAST_EXPONENT = -708.0  # under it e^x is taken for zero
+_MIN_EXPONENT = -708.0  # under it e^x is taken for zero
 _LOG2_E = 1.4426950408889634
 _LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 _ROUND = 6755399441055744.0  # 1.5 * 2^52: adding it rounds to an integer, ties to even
@@ -48,7 +48,7 @@ def route(x: F32, router: Array, bias: F32 | None, spec: RouterSpec) -> tuple[I3
     experts = np.argsort(-order, axis=1, kind="stable")[:, : spec.top_k]
     weights = np.take_along_axis(scores, experts, axis=1)
     if spec.normalized:
-        weights = weights / (_in_order(weights) + _LEAST_SUM)
+        weights = weights / (_in_order(weights) + _MIN_SUM)
     return experts.astype(np.int32), (weights * spec.scale).astype(np.float32)
 
 
@@ -97,10 +97,10 @@ def _in_order(numbers: _F64) -> _F64:
 
 def fixed_exp(x: _F64) -> _F64:
     """e^x of x <= 0, of which the same bits are computed everywhere: to within 2 last places; 0 under -708."""
-    x = np.maximum(x, 2 * _LEAST_EXPONENT)
+    x = np.maximum(x, 2 * _MIN_EXPONENT)
     n = (x * _LOG2_E + _ROUND) - _ROUND
     r = (x - n * _LN2_HIGH) - n * _LN2_LOW
     power: Any = _INVERSE_FACTORIALS[0]
     for coefficient in _INVERSE_FACTORIALS[1:]:
         power = power * r + coefficient
-    return np.where(x < _LEAST_EXPONENT, 0.0, np.ldexp(power, np.maximum(n, -1022).astype(np.int32)))
+    return np.where(x < _MIN_EXPONENT, 0.0, np.ldexp(power, np.maximum(n, -1022).astype(np.int32)))

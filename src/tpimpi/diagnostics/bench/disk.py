@@ -38,7 +38,7 @@ ROUNDS = 5
 DEPTHS = (1, 2, 4, 8)  # reads in flight
 BUFFERED = "buffered"
 DIRECT = "O_DIRECT"
-LEAST_READER_BYTES = 1 << 20  # bytes that a reader needs at least
+MIN_READER_BYTES = 1 << 20  # bytes that a reader needs at least
 ENOUGH_READER_BYTES = 64 << 20  # bytes that a reader should have
 
 
@@ -115,7 +115,7 @@ def _size(files: Iterable[Path]) -> int:
 def make_regions(files: Sequence[Path], readers: int) -> list[Region]:
     """A region for each reader: a file each where there are as many, else equal parts of the files, which take turns.
 
-    Raises InputError where one would be under LEAST_READER_BYTES bytes.
+    Raises InputError where one would be under MIN_READER_BYTES bytes.
     """
     regions = []
     for reader in range(readers):
@@ -126,10 +126,10 @@ def make_regions(files: Sequence[Path], readers: int) -> list[Region]:
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}; give a file that can be read") from error
         length = size // parts // PAGE_BYTES * PAGE_BYTES
-        if length < LEAST_READER_BYTES:
+        if length < MIN_READER_BYTES:
             for_each = f", {length} for each of {parts} readers" if parts > 1 else ""
             raise InputError(
-                f"{path} has {size} bytes{for_each}; each needs {LEAST_READER_BYTES} at least: give a larger file"
+                f"{path} has {size} bytes{for_each}; each needs {MIN_READER_BYTES} at least: give a larger file"
             )
         regions.append(Region(path, reader // len(files) * length, length))
     return regions

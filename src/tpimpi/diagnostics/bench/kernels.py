@@ -47,7 +47,7 @@ TORCH = "torch F.linear"
 _PATTERN_ROWS = 256  # rows of random weights, repeated: quantizing all of them would take longer than the measurement
 _TORCH_FORMATS = ("f32", "bf16")
 _METER_BYTES = 256 << 20  # read at least, to measure the bandwidth
-_MOST_COPIES = 4096
+_MAX_COPIES = 4096
 _SLOW_CALL_S = 1.0  # seconds; a kernel that takes longer is called once
 
 
@@ -194,8 +194,8 @@ class _Kernel:
 
 
 def _copies(nbytes: int, cache: int) -> int:
-    """How many of `nbytes` are as large as so many caches; not more than _MOST_COPIES, which suffice for 32 KB each."""
-    return min(max(1, -(-CACHE_RATIO * cache // nbytes)), _MOST_COPIES)
+    """How many of `nbytes` are as large as so many caches; not more than _MAX_COPIES, which suffice for 32 KB each."""
+    return min(max(1, -(-CACHE_RATIO * cache // nbytes)), _MAX_COPIES)
 
 
 def _make_matrices(pattern: F32, rows: int, fmt: str, cache: int) -> list[Matrix]:

@@ -29,7 +29,7 @@ DEAD_HOST_S = 10.0  # seconds that a host which is down may take
 CONNECT_S = 4.0  # seconds for a name, for a connection
 SSH_S = 8.0  # seconds for ssh to say the first word
 PROBE_S = 45.0  # seconds for all of it: a small board takes long to start Python
-MOST_OUTPUT_CHARS = 1 << 20  # characters that a host may say: a login that prints for ever is no answer
+MAX_OUTPUT_CHARS = 1 << 20  # characters that a host may say: a login that prints for ever is no answer
 _HELLO = "tpimpi-doctor"
 _END_OF_PROBE = "TPIMPI_END_OF_PROBE"
 _DAEMONS = {OPEN_MPI: ("prted", "orted"), MPICH: ("hydra_pmi_proxy",)}
@@ -136,9 +136,9 @@ def script(ours: LocalFacts, token: str, back: str) -> str:
 
 
 def _lines(stream: IO[str] | None) -> Iterator[str]:
-    """The lines of a pipe, until it ends or has said MOST_OUTPUT_CHARS characters."""
+    """The lines of a pipe, until it ends or has said MAX_OUTPUT_CHARS characters."""
     assert stream is not None
-    left = MOST_OUTPUT_CHARS
+    left = MAX_OUTPUT_CHARS
     while left > 0 and (line := stream.readline(left)):
         left -= len(line)
         yield line
@@ -195,7 +195,7 @@ class Probe:
         for line in _lines(self._process.stdout):
             said += len(line)
             self._lines.put(line.rstrip("\n"))
-        if said >= MOST_OUTPUT_CHARS:
+        if said >= MAX_OUTPUT_CHARS:
             self._errors.append("it prints without end")
         self._lines.put(None)
 

@@ -10,7 +10,7 @@ from tpimpi.models.config import ModelConfig
 
 # Parts of all experts for which a trace is gone through; between them the curve is taken to be straight.
 PARTS = (0.0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1.0)
-MOST_USES = 200_000  # of experts, from the beginning of a trace: about a second for each part
+MAX_USES = 200_000  # of experts, from the beginning of a trace: about a second for each part
 
 
 class HitCurve:
@@ -26,7 +26,7 @@ class HitCurve:
         self._sparse = [layer for layer in range(config.layers) if config.router(layer) is not None]
         self._trace = None
         if trace is not None:
-            positions = max(8, MOST_USES // (len(self._sparse) * config.experts_per_token))
+            positions = max(8, MAX_USES // (len(self._sparse) * config.experts_per_token))
             self._trace = trace[:positions, self._sparse]
         self._found = {0.0: 0.0, 1.0: 1.0}
 

@@ -8,7 +8,7 @@ and with those of a prompt. The rank that computes longest does not wait for oth
 A control group with a part of a core stops a rank only after it has computed for some milliseconds. So how much of a
 processor a rank gets in the long run is measured by itself, in SUSTAINED_S seconds of nothing but computing.
 
-Peak memory: MOST_WEIGHT_BYTES bytes or a third of what the rank may take; all is given back.
+Peak memory: MAX_WEIGHT_BYTES bytes or a third of what the rank may take; all is given back.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from tpimpi.weights.slices.partition import Partition, make_partition
 SUSTAINED_S = 0.4  # seconds of nothing but computing
 LAYERS_S = 0.15  # seconds of layers of one size, at least one layer in each turn
 _TURNS = 3
-MOST_LAYER_BYTES = 24 << 20  # bytes of the layer on a rank; a larger one is reckoned from this
-MOST_WEIGHT_BYTES = 384 << 20  # bytes of made-up weights, of both sizes and the head
-LEAST_WEIGHT_BYTES = 8 << 20
+MAX_LAYER_BYTES = 24 << 20  # bytes of the layer on a rank; a larger one is reckoned from this
+MAX_WEIGHT_BYTES = 384 << 20  # bytes of made-up weights, of both sizes and the head
+MIN_WEIGHT_BYTES = 8 << 20
 _SIZE_RATIO = 4  # so many times smaller is the second size
 _STALL_RATIO = 4.0  # times as long as usual: the rank was stopped
 
@@ -107,13 +107,13 @@ class LayerBenchmark:
             len(os.sched_getaffinity(0)), settings.cores_shared_by[self.rank.index]
         )
         self.backend: Backend = load_backend(settings.backend, self.threads, settings.kernels)
-        most = _most_weights(settings.memory[self.rank.index] if settings.memory else None)
-        vocab = _rows_within(config, formats.head, min(MOST_LAYER_BYTES, most // 4))
+        most = _max_weights(settings.memory[self.rank.index] if settings.memory else None)
+        vocab = _rows_within(config, formats.head, min(MAX_LAYER_BYTES, most // 4))
         self._config = replace(config.with_layers(1), vocab=vocab, trace_positions=0)
         self._formats = replace(formats, layers=(usual,))
         part = 1 / settings.ranks
         largest = self._token_bytes(self._records(part)[1])
-        part *= min(1.0, MOST_LAYER_BYTES / max(1, largest))
+        part *= min(1.0, MAX_LAYER_BYTES / max(1, largest))
         self._parts = [part, part / _SIZE_RATIO]
         # In a run a rank goes through all of its share for each token: the caches keep what is smaller than they are.
         room = min(config.layers * largest, CACHE_RATIO * last_level_cache(self.threads), most // 3)
@@ -262,10 +262,10 @@ class _Steps:
         return LayerTiming(len(self._x), self._bytes, median(self._walls), median(self._computes), cpu)
 
 
-def _most_weights(promise: int | None) -> int:
+def _max_weights(promise: int | None) -> int:
     """Bytes of made-up weights that this rank has room for."""
     free = headroom(places()) if promise is None else promise - resident_bytes()
-    return min(MOST_WEIGHT_BYTES, max(LEAST_WEIGHT_BYTES, free // 3))
+    return min(MAX_WEIGHT_BYTES, max(MIN_WEIGHT_BYTES, free // 3))
 
 
 def _rows_within(config: ModelConfig, fmt: str, nbytes: int) -> int:

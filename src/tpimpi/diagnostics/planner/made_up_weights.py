@@ -19,7 +19,7 @@ from tpimpi.system.buffers import Pages
 from tpimpi.weights.slices.layout import Record, aligned
 from tpimpi.weights.slices.tile import Tile
 
-_MOST_COPIES = 256  # of a layer, at most
+_MAX_COPIES = 256  # of a layer, at most
 _WEIGHT_BYTE = 0x2C  # of which all weights are made: small normal numbers in every format
 
 
@@ -72,7 +72,7 @@ class WeightRing:
         self.layer_bytes = sum(record.nbytes for record in layer)
         head = [record for record in records if record.block.kind == "head"]
         for group, most in ((layer, room), (head, head_room)):
-            times = max(1, min(_MOST_COPIES, most // max(1, sum(record.nbytes for record in group))))
+            times = max(1, min(_MAX_COPIES, most // max(1, sum(record.nbytes for record in group))))
             turns: dict[Block, list[list[Tile]]] = {record.block: [[] for _ in range(times)] for record in group}
             for turn in range(times):
                 for record in group:

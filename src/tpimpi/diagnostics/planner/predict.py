@@ -323,7 +323,7 @@ class Predictor:
                 load.tiles if window == "all" else int(window) * max(max(kind.attn, kind.mlp) for kind in load.layers)
             )
             whole = held >= load.tiles
-            experts = need.experts if window == "all" else need.least_experts
+            experts = need.experts if window == "all" else need.min_experts
             taken = need.fixed + (load.tiles if whole else held) + experts
             found.append(Holding(taken, 0 if whole else load.tiles, experts))
         return found

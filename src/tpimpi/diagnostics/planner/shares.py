@@ -9,7 +9,7 @@ from tpimpi.diagnostics.planner.predict import Predictor
 from tpimpi.diagnostics.planner.prediction import Prediction
 from tpimpi.weights.slices.partition import make_partition
 
-MOST_WEIGHT = 16  # of a rank: they stay short
+MAX_WEIGHT = 16  # of a rank: they stay short
 # Shares are as good as the best if they are predicted to take at most so many times the best's time.
 EQUAL_SHARES_TOLERANCE = 1.1
 SHORT_SHARES_TOLERANCE = 1.03
@@ -18,17 +18,17 @@ _HALVINGS = 40  # of an interval, in search of a time or a part
 
 
 def best_shares(predictor: Predictor, ranks: int) -> Prediction:
-    """The shares that take least, in whole numbers up to MOST_WEIGHT; of those that are as good the shortest; but equal
+    """The shares that take least, in whole numbers up to MAX_WEIGHT; of those that are as good the shortest; but equal
     ones unless others are clearly better.
 
-    What the ranks can bear in real numbers is rounded in every way that MOST_WEIGHT allows; the best of these is improved by
+    What the ranks can bear in real numbers is rounded in every way that MAX_WEIGHT allows; the best of these is improved by
     steps of one, since heads are not divided.
     """
     equal = (1,) * ranks
     tried = {equal}
     if ranks > 1:
         ideal = _ideal(predictor, ranks)
-        tried |= {_whole(ideal, most) for most in range(1, MOST_WEIGHT + 1)}
+        tried |= {_whole(ideal, most) for most in range(1, MAX_WEIGHT + 1)}
     best = min(tried, key=lambda weights: predictor.predict(weights).s_per_token)
     better: tuple[int, ...] | None = best
     while better is not None and ranks > 1:
@@ -98,11 +98,11 @@ class _RankTime:
         if self._window is not None:
             return 0.0 if self._window == "all" else tiles + part * self._chosen
         left = self._promise - (need.fixed - need.cache) - part * need.cache
-        experts, least = part * need.experts, part * need.least_experts
+        experts, least = part * need.experts, part * need.min_experts
         if tiles + least <= left:
             return part * self._chosen * (1 - self._hits.at(min(1.0, (left - tiles) / experts))) if experts else 0.0
         room = left - need.usual_buffers - least
-        return tiles - max(0.0, room) + part * self._chosen if left >= need.least_buffers + least else math.inf
+        return tiles - max(0.0, room) + part * self._chosen if left >= need.min_buffers + least else math.inf
 
     def largest_part(self, seconds: float) -> float:
         """The largest part with which it takes at most so long; 0 where none does."""
@@ -130,5 +130,5 @@ def _neighbours(weights: Sequence[int]) -> Iterator[tuple[int, ...]]:
     for rank, weight in enumerate(weights):
         for other in (weight - 1, weight + 1):
             changed = (*weights[:rank], other, *weights[rank + 1 :])
-            if 0 <= other <= MOST_WEIGHT and any(changed):
+            if 0 <= other <= MAX_WEIGHT and any(changed):
                 yield changed

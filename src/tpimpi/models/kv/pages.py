@@ -1,4 +1,4 @@
-"""Which page is whose: rank 0's account of the KV pages, the same for all ranks, of which it alone decides.
+"""Which page is whose: rank 0's allocator of the KV pages, the same for all ranks, of which it alone decides.
 
 A sequence has pages of each kind of layers. A page is counted by who uses it: a full page may be of several sequences, and
 of what is kept for later ones, since nobody writes to it again; all others are of one. Pages of windowed layers that no
@@ -18,7 +18,7 @@ from tpimpi.models.kv.cache import FULL, KINDS, PAGE, WINDOWED, StepRows, pages_
 NO_PAGE = -1
 
 
-class PageAccount:
+class PageAllocator:
     """The pages of a run: of each kind `places[kind]` at most, and all together no more than `units`.
 
     A page of a kind takes `sizes[kind]` units (layers of that kind): how many of each there are is not fixed before.
@@ -32,7 +32,7 @@ class PageAccount:
         self._free = [list(range(count - 1, -1, -1)) for count in places]
 
     @classmethod
-    def of_layers(cls, kinds: Sequence[int], units: int) -> PageAccount:
+    def of_layers(cls, kinds: Sequence[int], units: int) -> PageAllocator:
         """For a model whose layers are of these kinds: any part of `units` pages of a layer may be of either kind."""
         sizes = [kinds.count(kind) for kind in KINDS]
         fewest = min(size for size in sizes if size)  # a kind that has no layers has as many pages as the other
@@ -101,7 +101,7 @@ class SequencePages:
     layers; `kept` is how many positions can be taken back at any time, from the greatest length that it has had.
     """
 
-    account: PageAccount
+    allocator: PageAllocator
     window: int = 0
     kept: int = 0
     length: int = 0
@@ -116,10 +116,10 @@ class SequencePages:
 
         Positions that the step's rows see stay until the next `grow`, or `trim`.
         """
-        if not self.account.can_take(self.missing(length)):
+        if not self.allocator.can_take(self.missing(length)):
             return False
         for kind, (table, count) in enumerate(zip(self.tables, self.missing(length), strict=True)):
-            table.extend(self.account.take(kind) for _ in range(count))
+            table.extend(self.allocator.take(kind) for _ in range(count))
         self.length = max(self.length, length)
         return True
 
@@ -132,7 +132,7 @@ class SequencePages:
         for i in range(min(self._first_seen(self.length - self.kept), len(table)) - 1, -1, -1):
             if table[i] == NO_PAGE:
                 break
-            self.account.give_back(WINDOWED, table[i])
+            self.allocator.give_back(WINDOWED, table[i])
             table[i] = NO_PAGE
 
     def holds(self, length: int) -> bool:
@@ -141,7 +141,7 @@ class SequencePages:
         if not 0 <= length <= self.length:
             return False
         ends_within = length % PAGE and any(
-            table[length // PAGE] != NO_PAGE and self.account.users(kind, table[length // PAGE]) > 1
+            table[length // PAGE] != NO_PAGE and self.allocator.users(kind, table[length // PAGE]) > 1
             for kind, table in enumerate(self.tables)
         )
         return not ends_within and all(
@@ -154,29 +154,29 @@ class SequencePages:
         for kind, table in enumerate(self.tables):
             for page in reversed(table[pages_of(length) :]):
                 if page != NO_PAGE:
-                    self.account.give_back(kind, page)
+                    self.allocator.give_back(kind, page)
             del table[pages_of(length) :]
         self.length = length
 
     def shared(self, pages: int) -> SequencePages:
         """A sequence that begins with the first `pages` pages of this one, which are full: `holds(pages * PAGE)`."""
         assert self.holds(pages * PAGE)
-        return self.beginning_with(self.account, [table[:pages] for table in self.tables], self.window, self.kept)
+        return self.beginning_with(self.allocator, [table[:pages] for table in self.tables], self.window, self.kept)
 
     @classmethod
     def beginning_with(
-        cls, account: PageAccount, pages: Sequence[Sequence[int]], window: int = 0, kept: int = 0
+        cls, allocator: PageAllocator, pages: Sequence[Sequence[int]], window: int = 0, kept: int = 0
     ) -> SequencePages:
         """A sequence that begins with these full pages of each kind, which others use: of windowed layers with those that
         the next row sees, which must be there."""
         length = len(pages[FULL]) * PAGE
         first = first_seen(length, window)
-        sequence = cls(account, window, kept, length)
+        sequence = cls(allocator, window, kept, length)
         for kind, (table, theirs) in enumerate(zip(pages, sequence.tables, strict=True)):
             seen = first if kind == WINDOWED else 0
             theirs.extend(NO_PAGE if i < seen else page for i, page in enumerate(table))
             for page in theirs[seen:]:
-                account.share(kind, page)
+                allocator.share(kind, page)
         return sequence
 
     def close(self) -> None:
@@ -185,7 +185,7 @@ class SequencePages:
         for kind, table in enumerate(self.tables):
             for page in reversed(table):
                 if page != NO_PAGE:
-                    self.account.give_back(kind, page)
+                    self.allocator.give_back(kind, page)
             table.clear()
 
 

@@ -1,6 +1,6 @@
 """Prefixes that are kept: a tree of KV pages by token ids, on rank 0.
 
-A node is a page of PAGE ids after those of its parents. It counts as a user of its pages (PageAccount), so that a sequence
+A node is a page of PAGE ids after those of its parents. It counts as a user of its pages (PageAllocator), so that a sequence
 whose ids begin as another's did takes them as they are and computes the rest. Where too few pages are free, nodes go, those
 that nobody used for longest first, leaves before what they rest on. Of windowed layers a sequence needs the last window
 before the position where it goes on: what lies before that in every sequence that ended here goes first.
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tpimpi.models.kv.cache import KINDS, PAGE, WINDOWED
-from tpimpi.models.kv.pages import NO_PAGE, PageAccount, SequencePages, first_seen
+from tpimpi.models.kv.pages import NO_PAGE, PageAllocator, SequencePages, first_seen
 
 
 @dataclass(eq=False)
@@ -37,8 +37,8 @@ class _Node:
 class PrefixTree:
     """The prefixes whose pages are kept. `window` is the longest of the windowed layers, 0 where there are none."""
 
-    def __init__(self, account: PageAccount, window: int = 0) -> None:
-        self._account, self._window = account, window
+    def __init__(self, allocator: PageAllocator, window: int = 0) -> None:
+        self._allocator, self._window = allocator, window
         self._roots: dict[str, _Node] = {}  # by owner, those that have nodes
         self._nodes: dict[_Node, None] = {}  # in the order of their last use
 
@@ -55,7 +55,7 @@ class PrefixTree:
             path.pop()
         self._use(path)
         pages = [[node.pages[kind] for node in path] for kind in KINDS]
-        return SequencePages.beginning_with(self._account, pages, self._window)
+        return SequencePages.beginning_with(self._allocator, pages, self._window)
 
     def add(self, ids: Sequence[int], pages: SequencePages, computed: int, owner: str = "") -> None:
         """Keep for `owner` the full pages of a sequence, of whose `ids` the first `computed` have keys and values."""
@@ -70,12 +70,12 @@ class PrefixTree:
             if found is None:
                 found = _Node(part, node, own)
                 for kind, page in found.held:
-                    self._account.share(kind, page)
+                    self._allocator.share(kind, page)
                 node.children[part] = found
                 self._nodes[found] = None
             elif found.pages[WINDOWED] == NO_PAGE and own[WINDOWED] != NO_PAGE:  # it was given up, and computed again
                 found.pages[WINDOWED] = own[WINDOWED]
-                self._account.share(WINDOWED, own[WINDOWED])
+                self._allocator.share(WINDOWED, own[WINDOWED])
             path.append(found)
             node = found
         self._use(path)
@@ -85,7 +85,7 @@ class PrefixTree:
         for node in self._nodes:
             page = node.pages[WINDOWED]
             if page != NO_PAGE and node.children and self._is_alone(WINDOWED, page) and not self._ends_within(node):
-                self._account.give_back(WINDOWED, page)
+                self._allocator.give_back(WINDOWED, page)
                 node.pages[WINDOWED] = NO_PAGE
                 return True
         for node in self._nodes:
@@ -125,11 +125,11 @@ class PrefixTree:
         return False
 
     def _is_alone(self, kind: int, page: int) -> bool:
-        return self._account.users(kind, page) == 1
+        return self._allocator.users(kind, page) == 1
 
     def _remove(self, node: _Node) -> None:
         for kind, page in node.held:
-            self._account.give_back(kind, page)
+            self._allocator.give_back(kind, page)
         assert node.parent is not None
         del node.parent.children[node.ids]
         del self._nodes[node]

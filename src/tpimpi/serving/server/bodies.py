@@ -15,12 +15,12 @@ from tpimpi.serving.server.kept import HEADER
 from tpimpi.serving.server.problems import ApiError, queue_full
 
 BODY_DIGEST = "tpimpi.body"  # in the scope, once the body of a request with an Idempotency-Key was read
-MOST_BODY_BYTES = 8 << 20
+MAX_BODY_BYTES = 8 << 20
 SMALL_BODY_BYTES = 1 << 18
-MOST_HELD_BYTES = 1 << 28  # of all bodies that are not whole
+MAX_HELD_BYTES = 1 << 28  # of all bodies that are not whole
 BODY_TIME_S = 30.0
-MOST_DEPTH = 100  # of arrays and objects in each other: less than what Python's stack has room for, here and on rank 0
-MOST_PARTS = 100_000  # arrays and objects: each takes far more memory than its two bytes
+MAX_DEPTH = 100  # of arrays and objects in each other: less than what Python's stack has room for, here and on rank 0
+MAX_PARTS = 100_000  # arrays and objects: each takes far more memory than its two bytes
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)  # or what is left behind a quotation mark
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
@@ -53,10 +53,10 @@ class Bodies:
     async def _read(self, request: Request) -> bytes:
         """All of the body. Raises ApiError where it is too large, or too slow to come."""
         closing = {"Connection": "close"}
-        said = f"the body has more than {MOST_BODY_BYTES} bytes"
+        said = f"the body has more than {MAX_BODY_BYTES} bytes"
         too_large = ApiError(413, said, code="request_too_large", headers=closing)
         length = request.headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > MOST_BODY_BYTES:
+        if not length.isdecimal() or int(length) > MAX_BODY_BYTES:
             raise too_large
         body = bytearray()
         try:
@@ -64,9 +64,9 @@ class Bodies:
                 async for part in request.stream():
                     body += part
                     self._held += len(part)
-                    if len(body) > MOST_BODY_BYTES:
+                    if len(body) > MAX_BODY_BYTES:
                         raise too_large
-                    if len(body) > SMALL_BODY_BYTES and self._held > MOST_HELD_BYTES:
+                    if len(body) > SMALL_BODY_BYTES and self._held > MAX_HELD_BYTES:
                         full = queue_full("bodies of other requests that come now are too large together")
                         full.headers |= closing
                         raise full
@@ -82,9 +82,7 @@ class Bodies:
 def _check_nesting(body: bytes) -> None:
     """Raise ApiError for JSON with too many arrays and objects, or too deep ones, before anything is made of it."""
     brackets = _STRING.sub(b"", body).translate(None, _NO_BRACKETS)
-    if len(brackets) > 2 * MOST_PARTS:
-        raise ApiError(400, f"the body has more than {MOST_PARTS} arrays and objects", code="invalid_json")
-    if max(itertools.accumulate(map(_STEPS.__getitem__, brackets)), default=0) > MOST_DEPTH:
-        raise ApiError(
-            400, f"the body has more than {MOST_DEPTH} arrays and objects in each other", code="invalid_json"
-        )
+    if len(brackets) > 2 * MAX_PARTS:
+        raise ApiError(400, f"the body has more than {MAX_PARTS} arrays and objects", code="invalid_json")
+    if max(itertools.accumulate(map(_STEPS.__getitem__, brackets)), default=0) > MAX_DEPTH:
+        raise ApiError(400, f"the body has more than {MAX_DEPTH} arrays and objects in each other", code="invalid_json")

@@ -15,7 +15,7 @@ from tpimpi.serving.server.problems import ApiError, bad_field, not_supported
 from tpimpi.serving.server.wire import Ids, Ready, Text, TokenLogprob
 
 DEFAULT_TOKENS = 16  # OpenAI's
-MOST_PROMPTS = 128
+MAX_PROMPTS = 128
 
 
 class CompletionRequest(Common, kw_only=True):
@@ -46,8 +46,8 @@ class CompletionRequest(Common, kw_only=True):
             return [Text(given)]
         if given and all(_is_id(one) for one in given):
             return [Ids(given)]
-        if not 1 <= len(given) <= MOST_PROMPTS:
-            raise bad_field("prompt", f"give 1 to {MOST_PROMPTS} prompts")
+        if not 1 <= len(given) <= MAX_PROMPTS:
+            raise bad_field("prompt", f"give 1 to {MAX_PROMPTS} prompts")
         found: list[Text | Ids] = []
         for one in given:
             if isinstance(one, str):

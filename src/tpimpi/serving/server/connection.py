@@ -15,7 +15,7 @@ from tpimpi.errors import TpimpiError
 from tpimpi.serving.server.wire import Frames, Question, Reply, decode_question, frame
 
 READ_BYTES = 1 << 18
-MOST_UNSENT_BYTES = 1 << 26  # a front that takes nothing for so long is gone
+MAX_UNSENT_BYTES = 1 << 26  # a front that takes nothing for so long is gone
 LAST_WORDS_S = 1.0  # what is said at the end may take so long to go
 
 
@@ -53,7 +53,7 @@ class Connection:
                 pass
             except OSError as error:
                 raise FrontGoneError(f"the HTTP front has ended ({error.strerror})") from error
-        if len(self._unsent) > MOST_UNSENT_BYTES:
+        if len(self._unsent) > MAX_UNSENT_BYTES:
             raise FrontGoneError(f"the HTTP front has taken nothing of {len(self._unsent)} bytes; it hangs")
 
     def wait(self, seconds: float | None) -> None:

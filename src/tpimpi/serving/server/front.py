@@ -27,7 +27,7 @@ import uvicorn
 
 from tpimpi.errors import InputError, shorten_path
 from tpimpi.serving.server.front_options import FrontOptions, Listening, State
-from tpimpi.serving.server.http_protocol import MOST_HEADER_BYTES, TimedProtocol
+from tpimpi.serving.server.http_protocol import MAX_HEADER_BYTES, TimedProtocol
 from tpimpi.serving.server.journal import OPTION, Journal
 from tpimpi.serving.server.kept import Kept
 from tpimpi.serving.server.keys import Keys
@@ -163,7 +163,7 @@ async def serve(
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=LAST_WORDS_S,
-        h11_max_incomplete_event_size=MOST_HEADER_BYTES,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         ssl_certfile=options.tls_cert,
         ssl_keyfile=options.tls_key,
     )

@@ -11,7 +11,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from tpimpi.serving.server.problems import ApiError
 
 HEADER_TIME_S = 20.0
-MOST_HEADER_BYTES = 1 << 16
+MAX_HEADER_BYTES = 1 << 16
 TAKING_TIME_S = 30.0  # in which a client takes some of what is kept for it, behind what the system keeps
 
 

@@ -23,9 +23,9 @@ from tpimpi.serving.server import wire
 OPTION, KEY_OPTION = "--journal", "--journal-key-file"
 FLUSH_S = 0.2
 WRITE_AGAIN_S = 5.0  # after a disk that was full, say
-MOST_GROWN = 2.0  # times what was kept of it, until it is written anew; and where nothing is under way
-MOST_GROWN_IDLE = 1.25
-LEAST_GROWN_BYTES, LEAST_GROWN_IDLE_BYTES = 1 << 20, 1 << 16
+MAX_GROWN = 2.0  # times what was kept of it, until it is written anew; and where nothing is under way
+MAX_GROWN_IDLE = 1.25
+MIN_GROWN_BYTES, MIN_GROWN_IDLE_BYTES = 1 << 20, 1 << 16
 
 Reply = wire.Began | wire.Part | wire.Done
 
@@ -128,7 +128,7 @@ class Journal:
             except OSError as error:
                 self._fail(error)
             else:
-                if self._file.lines.whole > MOST_GROWN * self._kept_bytes + LEAST_GROWN_BYTES:
+                if self._file.lines.whole > MAX_GROWN * self._kept_bytes + MIN_GROWN_BYTES:
                     self.write_anew()
 
     def try_again(self) -> None:
@@ -155,7 +155,7 @@ class Journal:
 
     def tidy(self, *, empty: bool) -> None:
         """Nothing is under way, or kept either where `empty`: it is written anew if it has grown."""
-        grown = self._file.lines.whole > MOST_GROWN_IDLE * self._kept_bytes + LEAST_GROWN_IDLE_BYTES
+        grown = self._file.lines.whole > MAX_GROWN_IDLE * self._kept_bytes + MIN_GROWN_IDLE_BYTES
         if grown or (empty and self._file.has_records):
             self.write_anew()
 

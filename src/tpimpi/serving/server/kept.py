@@ -22,8 +22,8 @@ from tpimpi.serving.server.problems import ApiError, unavailable
 from tpimpi.serving.server.replies import Replies
 
 KEPT_S = 24 * 3600.0  # since a request came
-MOST_KEPT = 256  # requests that nobody waits for
-MOST_KEPT_BYTES = 1 << 24  # of these, prompts and answers, as messages
+MAX_KEPT = 256  # requests that nobody waits for
+MAX_KEPT_BYTES = 1 << 24  # of these, prompts and answers, as messages
 TIDY_S = 60.0
 HEADER = "Idempotency-Key"
 # A string of RFC 8941, as the draft has it; or without quotation marks, as most clients send it.
@@ -269,7 +269,7 @@ class Kept:
         idle = [one for one in self._by_key.values() if one.is_idle]
         total, oldest = sum(one.bytes for one in idle), time.time() - KEPT_S
         for left, one in zip(range(len(idle), 0, -1), idle, strict=True):  # the first ones came first
-            if left > MOST_KEPT or total > MOST_KEPT_BYTES or one.about.at < oldest:
+            if left > MAX_KEPT or total > MAX_KEPT_BYTES or one.about.at < oldest:
                 total -= one.bytes
                 self.forget(one)
         if self._journal is not None:

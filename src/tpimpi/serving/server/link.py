@@ -21,7 +21,7 @@ from tpimpi.serving.server.problems import ApiError, bad_field, queue_full, unav
 from tpimpi.serving.server.watch import ProcessWatch
 
 READ_BYTES = 1 << 18
-MOST_DEATHS = 3  # of runs, until what they were to answer is given up
+MAX_DEATHS = 3  # of runs, until what they were to answer is given up
 ENDED = "the run has ended: rank 0 is gone"
 
 Heard = wire.Began | wire.Part | wire.Done | ApiError
@@ -282,9 +282,9 @@ class RankLink:
         open_: list[Asked | _Question] = [*self._asked.values(), *self._questions.values()]
         for one in open_:
             one.deaths += 1
-            if one.deaths == MOST_DEATHS:
+            if one.deaths == MAX_DEATHS:
                 one.hear(error)
-        self._asked = {number: asked for number, asked in self._asked.items() if asked.deaths < MOST_DEATHS}
+        self._asked = {number: asked for number, asked in self._asked.items() if asked.deaths < MAX_DEATHS}
 
     def end(self) -> None:
         """Have rank 0 end the run: it finishes what is under way within its grace, and at once if this is said again."""

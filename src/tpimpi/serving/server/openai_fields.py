@@ -10,9 +10,9 @@ import msgspec
 from tpimpi.serving.server.problems import bad_field, not_supported
 from tpimpi.serving.server.wire import Sampling, TokenLogprob
 
-MOST_STOP_CHARACTERS = 1000  # what is looked for after each token: long ones would hold up everybody
-MOST_BIASED = 1024  # tokens of logit_bias: each takes time for every token of an answer
-MOST_STOPS, MOST_CHOICES, MOST_TOP_LOGPROBS = 16, 128, 20
+MAX_STOP_CHARACTERS = 1000  # what is looked for after each token: long ones would hold up everybody
+MAX_BIASED = 1024  # tokens of logit_bias: each takes time for every token of an answer
+MAX_STOPS, MAX_CHOICES, MAX_TOP_LOGPROBS = 16, 128, 20
 
 
 class StreamOptions(msgspec.Struct):
@@ -46,8 +46,8 @@ class Common(msgspec.Struct, kw_only=True):
 
     def choices(self) -> int:
         n = 1 if self.n is None else self.n
-        if not 1 <= n <= MOST_CHOICES:
-            raise bad_field("n", f"it is {n}, must be from 1 to {MOST_CHOICES}")
+        if not 1 <= n <= MAX_CHOICES:
+            raise bad_field("n", f"it is {n}, must be from 1 to {MAX_CHOICES}")
         return n
 
     def stops(self) -> list[str]:
@@ -69,8 +69,8 @@ class Common(msgspec.Struct, kw_only=True):
 
 
 def _bias(given: Mapping[str, float]) -> dict[int, float]:
-    if len(given) > MOST_BIASED:
-        raise bad_field("logit_bias", f"it has {len(given)} tokens, at most {MOST_BIASED} are taken")
+    if len(given) > MAX_BIASED:
+        raise bad_field("logit_bias", f"it has {len(given)} tokens, at most {MAX_BIASED} are taken")
     try:
         return {int(token): value for token, value in given.items()}
     except ValueError as error:
@@ -79,8 +79,8 @@ def _bias(given: Mapping[str, float]) -> dict[int, float]:
 
 def check_stops(param: str, stops: list[str]) -> list[str]:
     """The stop strings. Raises ApiError where they are too many, too long or empty."""
-    if len(stops) > MOST_STOPS or not all(1 <= len(stop) <= MOST_STOP_CHARACTERS for stop in stops):
-        raise bad_field(param, f"give at most {MOST_STOPS} texts, each of 1 to {MOST_STOP_CHARACTERS} characters")
+    if len(stops) > MAX_STOPS or not all(1 <= len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
+        raise bad_field(param, f"give at most {MAX_STOPS} texts, each of 1 to {MAX_STOP_CHARACTERS} characters")
     return stops
 
 
@@ -92,8 +92,8 @@ def check_tokens(param: str, value: int | None) -> int | None:
 
 
 def check_logprobs(param: str, value: int) -> int:
-    if not 0 <= value <= MOST_TOP_LOGPROBS:
-        raise bad_field(param, f"it is {value}, must be from 0 to {MOST_TOP_LOGPROBS}")
+    if not 0 <= value <= MAX_TOP_LOGPROBS:
+        raise bad_field(param, f"it is {value}, must be from 0 to {MAX_TOP_LOGPROBS}")
     return value
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tpimpi.errors import InputError, ModelError
 from tpimpi.serving.batched import Query
-from tpimpi.serving.conversation import MOST_BYTES_A_TOKEN
+from tpimpi.serving.conversation import MAX_BYTES_A_TOKEN
 from tpimpi.serving.grammar import GrammarError, Grammars
 from tpimpi.serving.sampling import Additions, Sampler, failing_alone, make_sampler
 from tpimpi.serving.server.wire import Ask, Chat, Ids, Sampling, Text
@@ -14,7 +14,7 @@ from tpimpi.serving.text.tokenizer import Tokenizer
 
 CONTEXT_EXCEEDED = "context_length_exceeded"
 SAMPLER_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-MOST_CHARACTERS_A_TOKEN = 64  # of any text, in the mean
+MAX_CHARACTERS_A_TOKEN = 64  # of any text, in the mean
 
 
 class RefusedError(InputError):
@@ -29,7 +29,7 @@ def ids_of(tokenizer: Tokenizer | TokenIds, prompt: Chat | Text | Ids, context: 
     """The token ids of a prompt. Raises InputError for one that cannot be used, or that cannot have room in `context`
     positions: what is far too long is not encoded, since everybody would wait for that."""
     text = _text_of(prompt)
-    if len(text) > context * MOST_CHARACTERS_A_TOKEN:
+    if len(text) > context * MAX_CHARACTERS_A_TOKEN:
         raise _too_long(prompt, f"{len(text)} characters", context)
     if isinstance(prompt, Ids):
         if len(prompt.ids) > context:
@@ -84,7 +84,7 @@ def query_of(tokenizer: Tokenizer | TokenIds, ask: Ask, context: int, grammars: 
     raw = not isinstance(ask.prompt, Chat)
     if raw:
         tokenizer.check_params(raw=True, stops=ask.stops)
-    text, usual = _text_of(ask.prompt), context * MOST_BYTES_A_TOKEN
+    text, usual = _text_of(ask.prompt), context * MAX_BYTES_A_TOKEN
     if len(text) > usual and len(ids := tokenizer.encode(text[:usual])) > context:
         raise _too_long(ask.prompt, f"over {len(ids)} tokens", context)
     ids = ids_of(tokenizer, ask.prompt, context)

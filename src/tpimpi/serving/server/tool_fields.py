@@ -11,7 +11,7 @@ from tpimpi.serving.server.exchange import ToolChoice
 from tpimpi.serving.server.problems import bad_field, not_supported
 from tpimpi.serving.server.wire import Grammar
 
-MOST_TOOLS = 128
+MAX_TOOLS = 128
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
 _ANY_OBJECT = Grammar("json_schema", '{"type": "object"}')
 
@@ -47,8 +47,8 @@ def _check_schema(parameters: dict[str, Any], where: str) -> None:
 
 def check_tools(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The tools. Raises ApiError where they are too many, or two have one name."""
-    if len(tools) > MOST_TOOLS:
-        raise bad_field("tools", f"there are {len(tools)}, at most {MOST_TOOLS} are taken")
+    if len(tools) > MAX_TOOLS:
+        raise bad_field("tools", f"there are {len(tools)}, at most {MAX_TOOLS} are taken")
     names = [tool["function"]["name"] for tool in tools]
     if twice := [name for name in names if names.count(name) > 1]:
         raise bad_field("tools", f"two have the name {twice[0]!r}")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-MOST_BYTES = 1 << 28  # of one message
+MAX_BYTES = 1 << 28  # of one message
 _LENGTH = struct.Struct("<I")
 
 
@@ -255,8 +255,8 @@ class Frames:
         found = []
         while len(self._bytes) >= _LENGTH.size:
             (size,) = _LENGTH.unpack_from(self._bytes)
-            if size > MOST_BYTES:
-                raise ValueError(f"a message of {size} bytes, at most {MOST_BYTES} are taken")
+            if size > MAX_BYTES:
+                raise ValueError(f"a message of {size} bytes, at most {MAX_BYTES} are taken")
             if len(self._bytes) < _LENGTH.size + size:
                 break
             found.append(bytes(self._bytes[_LENGTH.size : _LENGTH.size + size]))

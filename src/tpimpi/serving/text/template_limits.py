@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-MOST_BYTES = 256 << 20
+MAX_BYTES = 256 << 20
 COMPILE_TIME_S = 2.0  # of a processor, as below
 # For one text, of which a tokenizer asks for a dozen: far more than a template takes that looks at each message a few times.
 RENDER_TIME_S, RENDER_TIME_A_CHARACTER_S = 0.5, 2e-5
@@ -25,10 +25,10 @@ class TemplateTimeError(Exception):
 @contextmanager
 def bounded(seconds: float) -> Iterator[None]:
     """Raises TemplateTimeError where what is inside takes this thread more than so many seconds of a processor, and
-    MemoryError where it wants more than MOST_BYTES beyond what the process has. The time is limited in the main thread
+    MemoryError where it wants more than MAX_BYTES beyond what the process has. The time is limited in the main thread
     alone, since signals come there."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MOST_BYTES
+    most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MAX_BYTES
     in_main, ends = threading.current_thread() is threading.main_thread(), time.thread_time() + seconds
 
     def look(number: int, frame: FrameType | None) -> None:  # again and again: a library may have swallowed it

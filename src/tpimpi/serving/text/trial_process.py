@@ -26,10 +26,10 @@ from tpimpi.serving.text.tokenizer import Tokenizer
 from tpimpi.system.core_dumps import turn_off_core_dumps
 
 LENGTH = struct.Struct("<Q")
-MOST_CPU_S = 60  # of one tokenizer: those of 30 MB take 2 s on a desktop
+MAX_CPU_S = 60  # of one tokenizer: those of 30 MB take 2 s on a desktop
 # The tokenizers that were seen take up to 20 times the size of their files.
-MOST_BYTES, MOST_TIMES_FILES = 1 << 30, 40
-MOST_PIECES = 1000
+MAX_BYTES, MAX_TIMES_FILES = 1 << 30, 40
+MAX_PIECES = 1000
 PROBES = (
     "Hello, world! The quick brown fox; 1234567 times.",
     " \t\r\n  leading and trailing   \n\n",
@@ -55,7 +55,7 @@ def try_out(tokenizer: Tokenizer | TokenIds) -> None:
         for token in ids:
             stream.push(token)
         stream.flush()
-    for token in range(0, tokenizer.sampled_ids, max(1, tokenizer.sampled_ids // MOST_PIECES)):
+    for token in range(0, tokenizer.sampled_ids, max(1, tokenizer.sampled_ids // MAX_PIECES)):
         tokenizer.piece(token)
     if tokenizer.has_chat_template:
         tokenizer.encode_messages(_MESSAGES)
@@ -85,8 +85,8 @@ def _limit(nbytes: int) -> None:
     used = resource.getrusage(resource.RUSAGE_SELF)
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if _HAS_STATM else 0
     for what, limit in (
-        (resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime) + MOST_CPU_S),
-        (resource.RLIMIT_AS, mapped + MOST_BYTES + MOST_TIMES_FILES * nbytes),
+        (resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime) + MAX_CPU_S),
+        (resource.RLIMIT_AS, mapped + MAX_BYTES + MAX_TIMES_FILES * nbytes),
     ):
         _, hard = resource.getrlimit(what)
         resource.setrlimit(what, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))

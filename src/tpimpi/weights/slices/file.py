@@ -37,7 +37,7 @@ from tpimpi.weights.slices.tile import Tile
 
 T = TypeVar("T")
 _ROWS_BYTES = 1 << 20  # of the embedding, read at a time to check it
-_MOST_HEADER_BYTES = 2**24  # far above any model's; a hostile file may promise to unpack to anything
+_MAX_HEADER_BYTES = 2**24  # far above any model's; a hostile file may promise to unpack to anything
 
 
 class SliceFile:
@@ -165,7 +165,7 @@ class SliceFile:
         if sums.shape != (config.vocab,) or sums.dtype != np.dtype("<u8"):
             raise self._broken(f"the embedding has {sums.shape} checksums, must be {config.vocab}")
         self._check_stored(weight, sums)
-        if sums.nbytes > _MOST_HEADER_BYTES:
+        if sums.nbytes > _MAX_HEADER_BYTES:
             raise self._broken(f"the embedding has {len(sums)} checksums, more than any model")
         self._embedding = weight.id.get_offset()
         for dataset in (weight, sums):
@@ -178,7 +178,7 @@ class SliceFile:
 
     def _small(self, dataset: h5py.Dataset, dtype: np.dtype[Any]) -> Array:
         """All of a dataset that is no tile. [n]"""
-        if dataset.ndim != 1 or dataset.dtype != dtype or dataset.nbytes > _MOST_HEADER_BYTES:
+        if dataset.ndim != 1 or dataset.dtype != dtype or dataset.nbytes > _MAX_HEADER_BYTES:
             raise self._broken(f"{dataset.name} is {dataset.shape} {dataset.dtype}")
         self._check_stored(dataset)
         return np.asarray(dataset[...])

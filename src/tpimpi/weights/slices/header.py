@@ -17,7 +17,7 @@ from tpimpi.weights.slices.layout import NONE, Part, Record, slice_records
 from tpimpi.weights.slices.partition import Partition, Share, Span, make_partition
 
 FORMAT_VERSION = 2
-_MOST_TOKENIZER_BYTES = 2**30
+_MAX_TOKENIZER_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Header:
                 "fingerprint": self.fingerprint,
                 "config": self.config.to_dict(),
                 "plan": {
-                    "weights": self.partition.weights,
+                    "weights": self.partition.proportions,
                     "shares": [_share_to_json(share, self.config) for share in self.partition.shares],
                 },
                 "tiles": [_record_to_json(record) for record in self.records],
@@ -158,7 +158,7 @@ def _tokenizer_sizes(record: Record) -> dict[str, int]:
         name = part.name
         if not isinstance(name, str) or not name or not name.isprintable() or "/" in name or name in sizes:
             raise ValueError(f"a tokenizer file is named {show(name)}")
-        if type(size) is not int or not 0 <= size <= _MOST_TOKENIZER_BYTES:
+        if type(size) is not int or not 0 <= size <= _MAX_TOKENIZER_BYTES:
             raise ValueError(f"tokenizer file {name} has {show(part.shape)} bytes")
         sizes[name] = size
     return sizes

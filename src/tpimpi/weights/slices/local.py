@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 # What the HDF5 of every slice names before its tiles, and the beginning of its header.
 OBJECT_NAMES, HEADER_MARK = (b"header", b"checksums", b"resident"), b'{"tpimpi_slice":'
-MOST_SEARCHED_BYTES = 64 << 20  # of a file, for these
+MAX_SEARCHED_BYTES = 64 << 20  # of a file, for these
 _FINGERPRINT_DIGITS = 12  # digits of a model's fingerprint in the names of its cache folders
 
 
@@ -216,7 +216,7 @@ def is_ours(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        beginning = file.read(MOST_SEARCHED_BYTES)
+        beginning = file.read(MAX_SEARCHED_BYTES)
     return not beginning or HEADER_MARK in beginning or all(name in beginning for name in OBJECT_NAMES)
 
 

@@ -64,9 +64,9 @@ class Share:
 
 @dataclass(frozen=True)
 class Partition:
-    """All ranks' shares, in rank order; `weights` are the proportions they were divided by."""
+    """All ranks' shares, in rank order; `proportions` are what they were divided by."""
 
-    weights: tuple[float, ...]
+    proportions: tuple[float, ...]
     shares: tuple[Share, ...]
 
     @property
@@ -75,7 +75,7 @@ class Partition:
 
     def describe(self) -> str:
         """The proportions as the user writes them: 4,2,2,1. Other proportions have another text."""
-        return describe_shares(self.weights)
+        return describe_shares(self.proportions)
 
 
 @dataclass(frozen=True)
@@ -92,50 +92,50 @@ class AttentionTile:
     q_to_kv: tuple[int, ...]
 
 
-def make_partition(config: ModelConfig, weights: Sequence[float]) -> Partition:
-    """Divide the heads and columns of `config` among len(weights) ranks, in proportion to `weights`.
+def make_partition(config: ModelConfig, proportions: Sequence[float]) -> Partition:
+    """Divide the heads and columns of `config` among len(proportions) ranks, by these proportions.
 
-    Raises InputError where the weights are not non-negative numbers with a positive, finite sum.
+    Raises InputError where the proportions are not non-negative numbers with a positive, finite sum.
     """
     try:
-        weights = [float(weight) + 0.0 for weight in weights]  # and -0.0 is 0.0
+        proportions = [float(proportion) + 0.0 for proportion in proportions]  # and -0.0 is 0.0
     except OverflowError:
-        weights = [math.inf]
-    if any(not 0 <= weight < math.inf for weight in weights) or not 0 < sum(weights) < math.inf:
+        proportions = [math.inf]
+    if any(not 0 <= proportion < math.inf for proportion in proportions) or not 0 < sum(proportions) < math.inf:
         raise InputError(
-            f"--shares is {describe_shares(weights) or 'empty'}; give one number of 0 or more for each rank, not all 0, "
+            f"--shares is {describe_shares(proportions) or 'empty'}; give one number of 0 or more for each rank, not all 0, "
             "such as --shares 2,1,1"
         )
-    head_cuts = _cuts(config.heads, weights)
-    columns = _column_cuts(config.intermediate, weights)
-    experts = _column_cuts(config.expert_intermediate, weights)
-    shared = _column_cuts(config.shared_intermediate, weights)
+    head_cuts = _cuts(config.heads, proportions)
+    columns = _column_cuts(config.intermediate, proportions)
+    experts = _column_cuts(config.expert_intermediate, proportions)
+    shared = _column_cuts(config.shared_intermediate, proportions)
     group = config.heads // config.kv_heads
     shares = []
-    for rank in range(len(weights)):
+    for rank in range(len(proportions)):
         heads = Span(head_cuts[rank], head_cuts[rank + 1])
         kv_heads = Span(heads.start // group, -(-heads.stop // group)) if heads.size else Span(0, 0)
         shares.append(Share(heads, kv_heads, columns[rank], experts[rank], shared[rank]))
-    return Partition(tuple(weights), tuple(shares))
+    return Partition(tuple(proportions), tuple(shares))
 
 
-def describe_shares(weights: Sequence[float]) -> str:
+def describe_shares(proportions: Sequence[float]) -> str:
     """Proportions as the user writes them, "4,2,2,1"; other proportions have another text."""
-    return ",".join(repr(weight).removesuffix(".0") for weight in weights)
+    return ",".join(repr(proportion).removesuffix(".0") for proportion in proportions)
 
 
-def _column_cuts(columns: int, weights: Sequence[float]) -> list[Span]:
+def _column_cuts(columns: int, proportions: Sequence[float]) -> list[Span]:
     """Each rank's of so many columns."""
-    cuts = [min(cut * RUN_COLUMNS, columns) for cut in _cuts(-(-columns // RUN_COLUMNS), weights)]
+    cuts = [min(cut * RUN_COLUMNS, columns) for cut in _cuts(-(-columns // RUN_COLUMNS), proportions)]
     return [Span(first, stop) for first, stop in itertools.pairwise(cuts)]
 
 
-def _cuts(items: int, weights: Sequence[float]) -> list[int]:
-    """Borders of len(weights) contiguous parts of `items`, each border rounded from its exact place.
+def _cuts(items: int, proportions: Sequence[float]) -> list[int]:
+    """Borders of len(proportions) contiguous parts of `items`, each border rounded from its exact place.
 
-    Exact arithmetic: the same weights give the same borders on every host (Python 3.12 sums floats otherwise than 3.11).
+    Exact arithmetic: the same proportions give the same borders on every host (Python 3.12 sums floats otherwise than 3.11).
     """
-    passed = list(itertools.accumulate(map(Fraction, weights)))
+    passed = list(itertools.accumulate(map(Fraction, proportions)))
     return [0, *(math.floor(items * part / passed[-1] + Fraction(1, 2)) for part in passed[:-1]), items]
 
 

@@ -34,7 +34,7 @@ _STRING, _ARRAY = 8, 9
 _SHOWN_CHARACTERS = 80  # of a name from a file that a message shows
 _MAX_HEADER_BYTES = 256 << 20
 # Far above any model's: a file of that many small ones would take gigabytes of memory.
-_MOST_KEYS, _MOST_TENSORS, _MOST_ELEMENTS = 1 << 16, 1 << 20, 1 << 22
+_MAX_KEYS, _MAX_TENSORS, _MAX_ELEMENTS = 1 << 16, 1 << 20, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class GgufHeader:
         if version not in (2, 3):
             raise ModelError(f"{self.path}: is GGUF version {version}; tpimpi reads versions 2 and 3, convert it anew")
         tensor_count, key_count = self.number("Q"), self.number("Q")
-        for what, count, most in (("tensors", tensor_count, _MOST_TENSORS), ("keys", key_count, _MOST_KEYS)):
+        for what, count, most in (("tensors", tensor_count, _MAX_TENSORS), ("keys", key_count, _MAX_KEYS)):
             if count > most:
                 raise self.broken(f"it says that it has {count} {what}, more than {most}")
         metadata: dict[str, Any] = {}
@@ -171,8 +171,8 @@ class GgufHeader:
 
     def array(self, array: GgufArray) -> list[Any]:
         """The elements of an array that `parse` stepped over."""
-        if array.count > _MOST_ELEMENTS:
-            raise self.broken(f"an array of it has {array.count} elements, more than {_MOST_ELEMENTS}")
+        if array.count > _MAX_ELEMENTS:
+            raise self.broken(f"an array of it has {array.count} elements, more than {_MAX_ELEMENTS}")
         self.stream.seek(array.offset)
         self.position = array.offset
         if array.kind == _STRING:

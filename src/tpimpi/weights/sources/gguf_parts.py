@@ -17,7 +17,7 @@ from tpimpi.weights.sources.gguf_header import MAGIC, GgufFile, GgufTensor, alig
 from tpimpi.weights.sources.weight_file import DOWNLOAD_AGAIN, WeightFile, is_file, listed, shown
 
 _NAME = re.compile(r"(?P<model>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE | re.DOTALL)
-_MOST_PARTS = 4096
+_MAX_PARTS = 4096
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _split(part: GgufFile) -> _Split | None:
         return None
     number, count, tensors = values
     numbers = all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values)
-    if not numbers or not number < count <= _MOST_PARTS:
+    if not numbers or not number < count <= _MAX_PARTS:
         raise ModelError(
             f"{part.file.path}: says that it is part {number!r} of {count!r} (split.no, from 0, and split.count), of "
             f"{tensors!r} tensors; {DOWNLOAD_AGAIN}"

@@ -18,7 +18,7 @@ _FOLDER = re.compile(r"models--(?P<name>.+)", re.DOTALL)
 _NAME_PART = r"[A-Za-z0-9_](?:[\w.\-]*[\w])?"
 _MODEL = re.compile(rf"(?P<model>{_NAME_PART}/{_NAME_PART})(?:/(?P<file>.+))?", re.ASCII)
 _MAIN = "main"  # the branch that downloads take where nobody says another
-_MOST_SHOWN = 5  # names in one message
+_MAX_SHOWN = 5  # names in one message
 
 
 def hub_cache(environment: Mapping[str, str] = os.environ) -> Path:
@@ -75,7 +75,7 @@ def resolve_folder(folder: Path) -> Path:
         return _snapshot(folder.parent)
     for root in (folder, folder / "hub"):
         if models := _models(root):
-            names = ", ".join(models[:_MOST_SHOWN]) + (", …" if len(models) > _MOST_SHOWN else "")
+            names = ", ".join(models[:_MAX_SHOWN]) + (", …" if len(models) > _MAX_SHOWN else "")
             raise ModelError(
                 f"{folder}: is a Hugging Face cache, of {len(models)} model{'s' if len(models) > 1 else ''} ({names}); "
                 f"give --model {root / _folder_of(models[0])}"
@@ -135,7 +135,7 @@ def _snapshot(folder: Path) -> Path:
         return there[0]
     if not there:
         raise ModelError(f"{folder}: holds no snapshot of the model; download it again (hf download)")
-    names = ", ".join(path.name for path in there[:_MOST_SHOWN])
+    names = ", ".join(path.name for path in there[:_MAX_SHOWN])
     raise ModelError(
         f"{folder}: holds {len(there)} snapshots ({names}), and refs/{_MAIN} names none of them; give --model {there[0]}"
     )
