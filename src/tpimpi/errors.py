@@ -54,6 +54,10 @@ class StarError(TpimpiError):
     """Another rank did not answer in time, or sent something that the protocol does not allow."""
 
 
+class UnsealError(Exception):
+    """A sealed message does not open; who receives it says whose it was."""
+
+
 class LostError(StarError):
     """The connection to another rank broke: its process died, or its machine or network is gone."""
 

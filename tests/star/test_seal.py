@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from tests.support.launch import PROGRAMS, Launcher
-from tpimpi.errors import StarError
+from tpimpi.errors import StarError, UnsealError
 from tpimpi.star import seal as seal_module
-from tpimpi.star.seal import AES, CHACHA, LinkSecrets, Seal, UnsealError
+from tpimpi.star.seal import AES, CHACHA, LinkSecrets, Seal
 from tpimpi.star.secure import _hear, _Said
 from tpimpi.star.start import seal_given
 from tpimpi.system.link_keys import LinkKeys, make_keys, write_keys
@@ -176,6 +176,10 @@ def test_ranks_have_the_names_that_they_have_proved(said) -> None:
         assert line.startswith(
             "StarError: r1 host-1 says that it is host-2, and has proved with its key that it is host-1"
         )
+
+
+def test_messages_import_nothing(said: list[dict]) -> None:
+    assert [of_rank["imported"] for of_rank in said] == [[]] * RANKS
 
 
 def test_lengths_do_not_tell_how_long_a_prompt_is(said) -> None:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import xxhash
 
 from tpimpi.compute.arrays import Bytes
-from tpimpi.errors import LostError, StarError
+from tpimpi.errors import LostError, StarError, UnsealError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -304,8 +304,6 @@ class Channel:
         """Put a message's bytes where they go, if what is behind them is right. Raises StarError."""
         data = frame.data
         if self.seal is not None:
-            from tpimpi.star.seal import UnsealError
-
             try:
                 self.seal.open(source, tag, frame.number, frame.buffer, data if frame.target is None else frame.target)
             except UnsealError:

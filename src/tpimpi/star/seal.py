@@ -19,16 +19,13 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from tpimpi.compute.arrays import Bytes
+from tpimpi.errors import UnsealError
 from tpimpi.star.noise import KEY_BYTES, Secrets
 
 TAGS = 1 << 14  # tags are below that (pieces.py)
 AES, CHACHA = "AES-256-GCM", "ChaCha20-Poly1305"
 _CIPHERS: dict[str, type[AESGCM] | type[ChaCha20Poly1305]] = {AES: AESGCM, CHACHA: ChaCha20Poly1305}
 _NONCE = struct.Struct("<IQ")  # tag, count
-
-
-class UnsealError(Exception):
-    """A message does not open."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Rank 0 prints a line of JSON: what each rank said of each kind. FOLDER/KIND/RANK
 
 from __future__ import annotations
 
+import builtins
 import json
 import os
 import platform
@@ -117,6 +118,24 @@ def well(star: Star) -> str:
         few.allreduce(ones)
         assert (ones == 2).all()
     return star.sealed or ""
+
+
+def imported(star: Star) -> list[str]:
+    """What sums and other messages import each time: Python's import statement takes longer than to open a message."""
+    found, real = [], builtins.__import__
+
+    def count(name: str, *rest: Any, **named: Any) -> Any:
+        found.append(name)
+        return real(name, *rest, **named)
+
+    builtins.__import__ = count
+    try:
+        star.allreduce(np.ones(576, np.float32))
+        star.broadcast(np.ones(100, np.float32))
+        star.gather_notes(b"note")
+    finally:
+        builtins.__import__ = real
+    return found
 
 
 class Sizes:
@@ -248,6 +267,7 @@ def main() -> None:
         print("not noticed", flush=True)
         return
     said: dict[str, Any] = {"well": well(star)}
+    said["imported"] = imported(star)
     said["padded"] = padded(star)
     said["names"] = names(star)
     for kind in sorted(folder.name for folder in FOLDER.iterdir()):
