@@ -31,7 +31,7 @@ def whole() -> None:
     from tpimpi.cli.main import main
     from tpimpi.engine import overlap
 
-    overlap.OVERLAP_LEAST_POSITIONS = sys.maxsize
+    overlap.OVERLAP_MIN_POSITIONS = sys.maxsize
     main(sys.argv[2:])
 
 

@@ -26,7 +26,7 @@ TOLERANCE = 2e-4
 # kind of tiny model, ranks or shares -> beyond the 1, 2 and 3 equal ranks that every kind gets
 MORE = {
     4: [("smollm", [4, 2, 2, 1]), ("llama-bias", [1, 1, 1, 1])],
-    5: [("qwen3-moe", [1] * 5), ("gpt-oss", [1] * 5), ("glm4-moe", [1] * 5), ("olmoe", [1] * 5)],
+    5: [(kind, [1] * 5) for kind in ("mixtral", "qwen3-moe", "gpt-oss", "olmoe", "granite-moe", "glm4-moe")],
     7: [("mqa", [1] * 7), ("llama-odd", [1] * 7), ("qwen3", [5, 1, 1, 1, 1, 0, 1]), ("cohere2", [5, 1, 1, 1, 1, 0, 1])],
 }
 MIXTURES = (

@@ -20,7 +20,7 @@ from tpimpi.weights.slices.tile import Tile
 DENSE_CHUNK = 128
 MIXTURE_CHUNK = 512  # a chunk reads nearly all experts, however few positions it has
 MAX_CHUNK = 4096
-OVERLAP_LEAST_POSITIONS = 32  # a chunk of so many positions or more is halved
+OVERLAP_MIN_POSITIONS = 32  # a chunk of so many positions or more is halved
 
 
 class Awaits(Enum):
@@ -38,7 +38,7 @@ def half_chunks(positions: int, ranks: int) -> list[slice]:
 
     It depends on nothing else, so that the same chunks give the same numbers to the bit.
     """
-    if ranks == 1 or positions < OVERLAP_LEAST_POSITIONS:
+    if ranks == 1 or positions < OVERLAP_MIN_POSITIONS:
         return [slice(0, positions)]
     half = -(-positions // 2)
     return [slice(0, half), slice(half, positions)]
