@@ -10,7 +10,6 @@ from tpimpi.cli.options import PerplexityOptions
 from tpimpi.cli.perplexity_options import parse_perplexity
 from tpimpi.cli.prepare import prepare, say_what_slows
 from tpimpi.cli.process import Job, print_answer
-from tpimpi.cli.values import read_text
 from tpimpi.engine import startup
 from tpimpi.engine.allotment import print_memory
 from tpimpi.engine.engine import EngineConfig
@@ -21,6 +20,7 @@ from tpimpi.serving.perplexity import Measurement
 from tpimpi.star import Star
 from tpimpi.star.control import stop_others_on_error
 from tpimpi.system.files import write_json
+from tpimpi.system.given_file import read_text
 
 
 def perplexity(star: Star, job: Job) -> int:

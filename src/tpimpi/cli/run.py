@@ -18,7 +18,7 @@ from tpimpi.cli.options import DROP, GenerateOptions, OutputOptions, RunOptions,
 from tpimpi.cli.prepare import prepare, say_what_slows
 from tpimpi.cli.process import Job, leave_on_signals, say
 from tpimpi.cli.run_options import parse_run
-from tpimpi.cli.values import read_passphrase, read_text
+from tpimpi.cli.values import read_passphrase
 from tpimpi.diagnostics.trace_file import left_out, write_trace
 from tpimpi.engine import startup
 from tpimpi.engine.allotment import print_memory
@@ -36,6 +36,7 @@ from tpimpi.serving.transcript import Transcript, Turn
 from tpimpi.star import Star
 from tpimpi.star.control import stop_others_on_error
 from tpimpi.system.files import replacing
+from tpimpi.system.given_file import read_text
 from tpimpi.system.memory import release_freed_memory
 from tpimpi.system.terminal import STDIN, Input, is_terminal
 

@@ -16,7 +16,7 @@ from tpimpi.compute.formats import WEIGHT_FORMATS
 from tpimpi.engine.needs import LONGEST_DRAFT
 from tpimpi.engine.window import SMALLEST_WINDOW
 from tpimpi.errors import InputError, shorten, shorten_path
-from tpimpi.system.terminal import MAX_LINE_BYTES
+from tpimpi.system.given_file import read_text
 from tpimpi.system.units import parse_size
 
 MAX_THREADS = 1024
@@ -24,7 +24,6 @@ MAX_RANKS = 4096
 # Of --shares: those that are predicted to be fastest; of --speculate: as many tokens as pay; of --audit: what costs little.
 AUTO = "auto"
 OFF = "off"  # of --speculate and --audit
-TEXT_FILE_BYTES = MAX_LINE_BYTES  # the most that is read of a prompt file, or of a text that is measured
 
 
 def whole_number(option: str, least: int = 1, most: int | None = None, why: str = "") -> Callable[[str], int]:
@@ -80,26 +79,6 @@ def program_given(option: str) -> Callable[[str], str]:
 def given_model(text: str) -> str:
     """The meaning of `--model`: where the model is. Empty, as an unset variable is, it is no wish for the default model."""
     return path_given("--model", "the path of a model, or leave --model out")(text)
-
-
-def read_text(option: str, path: str) -> str:
-    """A UTF-8 file of at most TEXT_FILE_BYTES, named by an option. Raises InputError where it cannot be read."""
-    try:
-        with Path(path).open("rb") as file:
-            data = file.read(TEXT_FILE_BYTES + 1)
-        if len(data) > TEXT_FILE_BYTES:
-            raise InputError(
-                f"{option} {shorten_path(path)} has over {TEXT_FILE_BYTES} bytes, more than is read; give a shorter file"
-            )
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except OSError as error:
-        raise InputError(
-            f"{option} {shorten_path(path)}: {error.strerror}; give a file that rank 0 can read"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{option} {shorten_path(path)}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
-    except ValueError as error:  # a NUL in the name
-        raise InputError(f"{option} {path!r}: {error}; give a file that rank 0 can read") from error
 
 
 def read_passphrase(option: str, path: str) -> bytes:

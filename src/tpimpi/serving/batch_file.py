@@ -31,9 +31,11 @@ import xxhash
 from tpimpi.errors import InputError, StorageError, shorten, shorten_path
 from tpimpi.serving.report import Answer
 from tpimpi.system.files import replacing
+from tpimpi.system.given_file import read_bytes
 from tpimpi.system.line_file import LineFile
 
 FORMAT_VERSION = 1
+MAX_BATCH_FILE_BYTES = 1 << 30
 PART = ".part"
 _FIRST_KEY = "tpimpi batch"
 
@@ -97,15 +99,7 @@ class Item(msgspec.Struct, frozen=True):
 
 def read_items(given: str) -> tuple[list[Item], str]:
     """The prompts of the file that --batch-file gives, and a hash of it. Raises InputError, naming the first wrong line."""
-    path = Path(given)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"--batch-file {shorten_path(path)}: {error.strerror}; give a file that rank 0 can read"
-        ) from error
-    except ValueError as error:  # a NUL in the name
-        raise InputError(f"--batch-file {shorten(given)!r}: {error}; give the name of a file") from error
+    path, content = Path(given), read_bytes("--batch-file", given, MAX_BATCH_FILE_BYTES)
     items: list[Item] = []
     lines: dict[str, int] = {}  # of each custom_id
 

@@ -26,8 +26,13 @@ def test_a_file_without_keys_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "keys").write_bytes(content)
     with pytest.raises(InputError, match="--api-key-file"):
         Keys(str(tmp_path / "keys"))
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=r"--api-key-file .*missing: No such file"):
         Keys(str(tmp_path / "missing"))
+
+
+def test_a_file_without_end_is_not_read_into_memory() -> None:
+    with pytest.raises(InputError, match=r"--api-key-file /dev/zero has over \d+ bytes"):
+        Keys("/dev/zero")
 
 
 def test_a_key_comes_in_one_of_two_headers() -> None:

@@ -17,7 +17,7 @@ WRONG = {
         "--host is 0.0.0.0, where other machines can ask, and there is no --api-key-file",
     ),
     "half of TLS": (["--tls-cert", "cert.pem"], "--tls-cert is given alone"),
-    "no such keys": (["--api-key-file", "/nowhere/keys"], "--api-key-file /nowhere/keys cannot be read: No such file"),
+    "no such keys": (["--api-key-file", "/nowhere/keys"], "--api-key-file /nowhere/keys: No such file"),
     "no such certificate": (["--tls-cert", "/nowhere/c", "--tls-key", "/nowhere/k"], "--tls-cert /nowhere/c"),
     "an address of nobody": (["--host", "192.0.2.1", "--insecure"], "cannot listen on 192.0.2.1 port 8080"),
     "a port": (["--port", "70000"], "--port is 70000, must be 0 to 65535"),

@@ -6,9 +6,9 @@ import hashlib
 import hmac
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 from tpimpi.errors import InputError, shorten_path
+from tpimpi.system.given_file import read_text
 
 SHORTEST_KEY = 8  # characters
 DIGEST_SHOWN = 16  # hex digits of a key without a name, as its owner
@@ -22,13 +22,8 @@ class Keys:
     """
 
     def __init__(self, path: str) -> None:
-        try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:
-            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-            raise InputError(f"--api-key-file {shorten_path(path)} cannot be read: {why}") from error
         self._owners: list[tuple[bytes, str]] = []
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(read_text("--api-key-file", path).splitlines(), start=1):
             text = line.strip()
             if not text or text.startswith("#"):
                 continue
