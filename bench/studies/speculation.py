@@ -3,7 +3,9 @@
     python -m bench.studies.speculation [--model PATH] [--ranks 1] [--speculate auto] [--rounds 3] [--options "--window 2"]
 
 For each prompt: tokens of the answer, passes, tokens a pass, drafted and accepted tokens, and seconds a token with and
-without, medians of the rounds. Answers must be the same. The prompts are in quoting_prompts.json.
+without, medians of the rounds. Answers must be the same, and those of quoting prompts must not loop: they end before the limit, and
+no run of 8 ids is in one twice, unless it is as often in the user's text. The prompts are in quoting_prompts.json; with
+`--options=--raw`, for a base model, in few_shot_prompts.json, each with two worked examples, and a line ends the answer.
 
     python -m bench.studies.speculation --suffixes TEXT… [--model PATH]
 
@@ -21,16 +23,20 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from bench.experiments.site import ROOT
 from tpimpi.serving.text.load import load_tokenizer
+from tpimpi.serving.text.token_ids import TokenIds
+from tpimpi.serving.text.tokenizer import Tokenizer
 from tpimpi.weights.locations import model_path
 from tpimpi.weights.sources import open_source
 
 PROMPTS = Path(__file__).with_name("quoting_prompts.json")
+FEW_SHOT_PROMPTS = Path(__file__).with_name("few_shot_prompts.json")
 FREE = (
     "Why is the sky blue?",
     "Tell me a short story about a fox that wants to see the sea.",
@@ -38,6 +44,42 @@ FREE = (
 )
 MAX_TOKENS = 220
 LONGEST_SUFFIX = 16  # tokens, that are told apart
+LOOP = 8  # tokens of a run that an answer without loops has once
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt that quotes or edits `text`, the user's; `stop` ends the answer, where there is one."""
+
+    task: str
+    prompt: str
+    text: str
+    stop: str | None = None
+
+
+def quoting_prompts(*, raw: bool) -> list[Prompt]:
+    """The ten of models that follow instructions, or `raw` of those that complete a text."""
+    if not raw:
+        asked = json.loads(PROMPTS.read_text(encoding="utf-8"))
+        return [Prompt(each["task"], each["prompt"], each["prompt"]) for each in asked]
+    shown = json.loads(FEW_SHOT_PROMPTS.read_text(encoding="utf-8"))
+    return [
+        Prompt(
+            each["task"],
+            f"{shown['examples'][each['examples']]}Text: {each['text']}\n{each['answer']}",
+            each["text"],
+            shown["stop"],
+        )
+        for each in shown["prompts"]
+    ]
+
+
+def loops(ids: Sequence[int], text: Sequence[int]) -> bool:
+    """Whether a run of LOOP ids is twice in an answer, and more often than in the text that it quotes."""
+    said, given = (
+        Counter(tuple(of[start : start + LOOP]) for start in range(len(of) - LOOP + 1)) for of in (ids, text)
+    )
+    return any(count > max(1, given[run]) for run, count in said.items())
 
 
 class Runs:
@@ -46,13 +88,14 @@ class Runs:
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder = options, folder
 
-    def run(self, prompt: str, speculate: str) -> dict[str, Any]:
+    def run(self, prompt: str, speculate: str, stop: str | None) -> dict[str, Any]:
         """The report."""
         text, report = self.folder / "prompt.txt", self.folder / "report.json"
         text.write_text(prompt, encoding="utf-8")
         command = [sys.executable, "-m", "tpimpi", "--prompt-file", str(text), "--report", str(report), "--quiet"]
         command += ["--max-tokens", str(MAX_TOKENS), "--speculate", speculate, *self.options.options.split()]
         command += ["--model", self.options.model] if self.options.model else []
+        command += [] if stop is None else ["--stop", stop]
         if self.options.ranks > 1:
             mpirun = shutil.which("mpirun")
             assert mpirun, "no mpirun: source .venv/bin/activate"
@@ -68,12 +111,12 @@ class Runs:
         found: dict[str, Any] = json.loads(report.read_text())
         return found
 
-    def pairs(self, prompt: str) -> dict[str, Any]:
+    def pairs(self, prompt: str, stop: str | None = None) -> dict[str, Any]:
         """With and without in turn: the last report with speculation, and medians of seconds a token."""
         with_it, without = [], []
         for _ in range(self.options.rounds):
-            without.append(self.run(prompt, "off"))
-            with_it.append(self.run(prompt, self.options.speculate))
+            without.append(self.run(prompt, "off", stop))
+            with_it.append(self.run(prompt, self.options.speculate, stop))
         same = all(report["token_ids"] == without[0]["token_ids"] for report in with_it)
         seconds = [median(report["s_per_token_mean"] for report in reports) for reports in (with_it, without)]
         return {**with_it[-1], "same": same, "seconds": seconds}
@@ -84,15 +127,37 @@ def measure(options: argparse.Namespace) -> None:
     os.environ.setdefault("PRTE_MCA_hwloc_default_binding_policy", "none")
     if os.geteuid() == 0:
         os.environ |= {f"{name}_ALLOW_RUN_AS_ROOT{end}": "1" for name in ("OMPI", "PRTE") for end in ("", "_CONFIRM")}
-    quoting = [(each["task"], each["prompt"]) for each in json.loads(PROMPTS.read_text(encoding="utf-8"))]
+    tokenizer = tokenizer_of(options.model)
+    quoting = quoting_prompts(raw="--raw" in options.options.split())
     print(f"{'':22} tokens  passes  a pass  drafted  accepted  s/token  without  times faster")
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(options, Path(folder))
-        for name, prompts in (("quoting", quoting), ("free text", [(text[:22], text) for text in FREE])):
-            found = [show(task, runs.pairs(prompt)) for task, prompt in prompts]
-            tokens, passes = (sum(answer[what] for answer in found) for what in ("tokens", "passes"))
-            faster = median(answer["seconds"][1] / answer["seconds"][0] for answer in found)
-            print(f"{name}: {tokens / passes:.2f} tokens a pass; {faster:.2f} times as fast (median)\n")
+        answers = []
+        for each in quoting:
+            answer = runs.pairs(each.prompt, each.stop)
+            answer["loops"] = loops(answer["token_ids"], tokenizer.encode(each.text, special=False))
+            answers.append(show(each.task, answer))
+        summarize("quoting", answers)
+        clean = sum(answer["finish_reason"] == "stop" and not answer["loops"] for answer in answers)
+        same = sum(answer["same"] for answer in answers)
+        mean = fmean(answer["tokens_per_pass"] for answer in answers)
+        print(
+            f"{clean} of {len(answers)} ended by themselves and do not loop; {same} have the ids of a run without "
+            f"speculation; mean of their tokens a pass: {mean:.2f}\n"
+        )
+        summarize("free text", [show(text[:22], runs.pairs(text)) for text in FREE])
+
+
+def tokenizer_of(model: str | None) -> Tokenizer | TokenIds:
+    with open_source(model_path(model)) as source:
+        return load_tokenizer(source.tokenizer_assets(), source.config.vocab)
+
+
+def summarize(name: str, answers: Sequence[dict[str, Any]]) -> None:
+    """Print what the answers took together."""
+    tokens, passes = (sum(answer[what] for answer in answers) for what in ("tokens", "passes"))
+    faster = median(answer["seconds"][1] / answer["seconds"][0] for answer in answers)
+    print(f"{name}: {tokens / passes:.2f} tokens a pass; {faster:.2f} times as fast (median)")
 
 
 def show(task: str, answer: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +168,9 @@ def show(task: str, answer: dict[str, Any]) -> dict[str, Any]:
     print(
         "{:22} {:6}  {:6}  {:6.2f}  {:7}  {:8}".format(task, *figures),
         f" {with_it:7.4f}  {without:7.4f}  {without / with_it:6.2f}",
-        ("" if answer["same"] else "  OTHER TOKENS") + ("  cut" if answer["finish_reason"] == "length" else ""),
+        ("" if answer["same"] else "  OTHER TOKENS")
+        + ("  cut" if answer["finish_reason"] == "length" else "")
+        + ("  LOOPS" if answer.get("loops") else ""),
         flush=True,
     )
     return answer
@@ -137,8 +204,7 @@ def main() -> None:
     if not options.suffixes:
         measure(options)
         return
-    with open_source(model_path(options.model)) as source:
-        tokenizer = load_tokenizer(source.tokenizer_assets(), source.config.vocab)
+    tokenizer = tokenizer_of(options.model)
     for path in options.suffixes:
         ids = tokenizer.encode(path.read_text(encoding="utf-8"), special=False)
         print(f"{path}: {len(ids)} tokens\nsuffix  tokens  right")
