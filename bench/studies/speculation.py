@@ -3,9 +3,10 @@
     python -m bench.studies.speculation [--model PATH] [--ranks 1] [--speculate auto] [--rounds 3] [--options "--window 2"]
 
 For each prompt: tokens of the answer, passes, tokens a pass, drafted and accepted tokens, and seconds a token with and
-without, medians of the rounds. Answers must be the same, and those of quoting prompts must not loop: they end before the limit, and
-no run of 8 ids is in one twice, unless it is as often in the user's text. The prompts are in quoting_prompts.json; with
-`--options=--raw`, for a base model, in few_shot_prompts.json, each with two worked examples, and a line ends the answer.
+without, medians of the rounds. Answers must be the same, and those of quoting prompts must not loop: they end before the
+limit, and no run of 8 ids is in one twice, unless it is as often in the user's text. The prompts are in
+quoting_prompts.json; with `--options=--raw`, for a base model, in few_shot_prompts.json, each with two worked examples,
+and the end of the line ends the answer.
 
     python -m bench.studies.speculation --suffixes TEXT… [--model PATH]
 
