@@ -167,6 +167,44 @@ def test_drafts_are_drawn_as_without_them_and_answers_go_on(small: Tokenizer) ->
             assert history == alone
 
 
+def test_choices_of_one_request_have_one_compiled_grammar(small: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn in turns, each as if its grammar were its own; another owner has the grammar compiled again."""
+    compiled: list[Grammar] = []
+    compile_grammar = Grammars._compile
+
+    def count(self: Grammars, grammar: Grammar) -> Any:
+        compiled.append(grammar)
+        return compile_grammar(self, grammar)
+
+    monkeypatch.setattr(Grammars, "_compile", count)
+    grammars, histories = Grammars(small), [list[int]() for _ in range(3)]
+    samples = [
+        grammars.constrain(
+            SCHEMA, make_sampler(temperature=1.0, seed=seed), small.answer_stream([], raw=False), 0, "anna"
+        )
+        for seed in range(3)
+    ]
+    assert compiled == [SCHEMA]
+    models = [random_logits(small, seed) for seed in range(3)]
+    for _ in range(24):
+        for history, sample, model in zip(histories, samples, models, strict=True):
+            if not history or history[-1] not in small.end_ids:
+                history.append(sample(next(model), history))
+    for seed, history in enumerate(histories):
+        alone = list[int]()
+        sample = Grammars(small).constrain(
+            SCHEMA, make_sampler(temperature=1.0, seed=seed), small.answer_stream([], raw=False), 0
+        )
+        for logits in random_logits(small, seed):
+            if len(alone) == len(history):
+                break
+            alone.append(sample(logits, alone))
+        assert alone == history
+    assert len({tuple(history) for history in histories}) == 3
+    grammars.constrain(SCHEMA, make_sampler(), small.answer_stream([], raw=False), 0, "bert")
+    assert compiled == [SCHEMA] * 5
+
+
 def test_no_token_is_forced_on_a_vocabulary_that_spells_it_otherwise(small: Tokenizer) -> None:
     """Where text is fixed, every token that begins it may come."""
     grammar = Grammar("regex", "Hello, world!")

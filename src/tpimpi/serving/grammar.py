@@ -45,17 +45,27 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer | TokenIds) -> None:
         self._tokenizer = tokenizer
+        self._last: tuple[str, Grammar, llguidance.LLMatcher] | None = (
+            None  # whose, and compiled; copies of it are used
+        )
 
-    def constrain(self, grammar: Grammar, sample: Sampler, stream: AnswerStream, start: int) -> Sampler:
+    def constrain(
+        self, grammar: Grammar, sample: Sampler, stream: AnswerStream, start: int, owner: str = ""
+    ) -> Sampler:
         """A sampler that draws with `sample` from what the grammar allows.
 
         `stream` is a fresh one, of the answer that begins at place `start` of the histories: tokens that stand there at the
-        first call, as of an answer that goes on, are taken as if they had been drawn. Raises GrammarError, in one line, for
-        a grammar that is wrong or too large; the sampler raises it where the answer cannot go on by it.
+        first call, as of an answer that goes on, are taken as if they had been drawn. A grammar that comes again next, as
+        with several choices of one request, is not compiled again; for another `owner` it is, who would else learn from the
+        time that somebody has it. Raises GrammarError, in one line, for a grammar that is wrong or too large; the sampler
+        raises it where the answer cannot go on by it.
         """
-        return _Constrained(self._matcher(grammar), self._ends, sample, None if grammar.whole else stream, start)
+        if self._last is None or self._last[:2] != (owner, grammar):
+            self._last = (owner, grammar, self._compile(grammar))
+        matcher = self._last[2].deep_copy()
+        return _Constrained(matcher, self._ends, sample, None if grammar.whole else stream, start)
 
-    def _matcher(self, grammar: Grammar) -> llguidance.LLMatcher:
+    def _compile(self, grammar: Grammar) -> llguidance.LLMatcher:
         size = len(grammar.text.encode("utf-8", "replace"))
         if size > MAX_BYTES:
             raise GrammarError(f"the {_name(grammar)} has {size} bytes, at most {MAX_BYTES} are taken; make it smaller")

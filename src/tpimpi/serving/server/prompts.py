@@ -96,7 +96,7 @@ def query_of(tokenizer: Tokenizer | TokenIds, ask: Ask, context: int, grammars: 
     if ask.grammar is not None:
         stream = tokenizer.answer_stream(ids, raw=raw)
         try:
-            sample = grammars.constrain(ask.grammar, sample, stream, len(ids))
+            sample = grammars.constrain(ask.grammar, sample, stream, len(ids), ask.owner)
         except GrammarError as error:
             raise RefusedError(str(error), grammar_field(ask)) from error
     return Query(
