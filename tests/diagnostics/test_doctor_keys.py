@@ -6,6 +6,7 @@ it notes arguments and environment of every process of this machine.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -279,6 +280,22 @@ def test_a_file_that_cannot_be_used_is_found(tmp_path: Path) -> None:
         path.chmod(0o600)
         found = find_keys(path)
         assert piece in found.problem and found.there and keys["a"].private not in found.problem
+
+
+def test_keys_are_written_over_nothing_else(tmp_path: Path) -> None:
+    keys = make_keys(["a"], DAY)["a"]
+    letter, damaged = tmp_path / "letter", tmp_path / "damaged"
+    letter.write_text("Dear Anna")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (letter, tmp_path / "pipe", Path("/dev/null"), tmp_path):
+        with pytest.raises(InputError, match="is no file of link keys, so none are written over it; remove it, or set"):
+            write_keys(keys, path)
+    assert letter.read_text() == "Dear Anna"
+    damaged.write_bytes(encode_keys(keys)[:100])
+    assert find_keys(write_keys(keys, damaged)).problem == ""
+    (tmp_path / "loop").symlink_to("loop")
+    with contextlib.suppress(StorageError):  # "Too many levels of symbolic links", or written in its place
+        write_keys(keys, tmp_path / "loop")
 
 
 # The other end of ssh

@@ -120,7 +120,10 @@ def whole_file(path: Path, *, private: bool = False, temporary: str | None = Non
         with path.open("wb") as stream:
             yield stream
         return
-    target = path.resolve()  # a link stays a link
+    try:
+        target = path.resolve()  # a link stays a link
+    except RuntimeError as error:  # until Python 3.13
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from error
     # Not from `secrets`, which would load 4 MB of OpenSSL.
     partial = target.with_name(temporary or f".{os.getpid()}.{os.urandom(4).hex()}.partial")
     once = os.O_EXCL if temporary is None else os.O_TRUNC | os.O_NOFOLLOW

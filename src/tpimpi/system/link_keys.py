@@ -135,8 +135,10 @@ def read_keys(path: Path | None = None) -> LinkKeys | None:
 
 
 def write_keys(keys: LinkKeys, path: Path | None = None) -> Path:
-    """Put this host's keys into its file, for its owner alone, in place of earlier ones. Raises StorageError."""
+    """Put this host's keys into its file, for its owner alone, in place of earlier ones. Raises StorageError, and InputError
+    where something that is no file of link keys stands there, which is left as it is."""
     path = key_file() if path is None else path
+    _check_replaceable(path)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -147,6 +149,24 @@ def write_keys(keys: LinkKeys, path: Path | None = None) -> Path:
     with replacing(path, PATH_VARIABLE, private=True) as file:
         file.write(encode_keys(keys))
     return path
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise InputError where there is something that keys may not be written over: a device, a pipe, a file of others."""
+    try:
+        if path.is_file():
+            with path.open("rb") as file:
+                data = file.read(_MAX_BYTES)
+            ours = not data or b'"tpimpi link keys"' in data  # a damaged one too
+        else:
+            ours = not path.exists()
+    except OSError:
+        return  # who writes says why that cannot be
+    if not ours:
+        raise InputError(
+            f"{shorten_path(path)} is no file of link keys, so none are written over it; remove it, or set {PATH_VARIABLE} "
+            "to another place for the file"
+        )
 
 
 # What `doctor` is told, and how it puts a file here

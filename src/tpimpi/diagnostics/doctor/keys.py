@@ -166,7 +166,7 @@ def make_own_keys(*, rotate: bool) -> None:
     where there are some and they are not to `rotate`, and StorageError."""
     there = find_keys()
     if there.there and not rotate:
-        state = "cannot be used" if there.problem else f"is of {there.made}"
+        state = f"cannot be used: {there.problem}" if there.problem else f"is of {there.made}"
         raise InputError(f"{there.file} is there already, and {state}; to replace it, give {_ROTATE}")
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     name = platform.node()
