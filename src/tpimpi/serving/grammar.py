@@ -45,9 +45,8 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer | TokenIds) -> None:
         self._tokenizer = tokenizer
-        self._last: tuple[str, Grammar, llguidance.LLMatcher] | None = (
-            None  # whose, and compiled; copies of it are used
-        )
+        # Whose, what, and compiled; copies of it are used.
+        self._last: tuple[str, Grammar, llguidance.LLMatcher] | None = None
 
     def constrain(
         self, grammar: Grammar, sample: Sampler, stream: AnswerStream, start: int, owner: str = ""

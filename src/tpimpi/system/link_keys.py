@@ -30,9 +30,10 @@ MAKE_OWN_KEYS = "python -m tpimpi doctor --make-keys"  # where hosts share a hom
 NEW, REPLACE = "new", "replace"  # what is to be done with a file that comes over ssh
 SAID = "tpimpi-keys "  # what its answer begins with
 _MAX_BYTES = 1 << 20
+_FIRST_KEY = "tpimpi link keys"  # by which a file is known
 
 
-class LinkKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"version": "tpimpi link keys"}):
+class LinkKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"version": _FIRST_KEY}):
     """What the file holds: the name of this host, the day on which the keys of the home were made (ISO 8601), this host's
     private key, and the public keys of all hosts by their names; keys in hexadecimal digits."""
 
@@ -157,7 +158,7 @@ def _check_replaceable(path: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 data = file.read(_MAX_BYTES)
-            ours = not data or b'"tpimpi link keys"' in data  # a damaged one too
+            ours = not data or _FIRST_KEY.encode() in data  # a damaged one too
         else:
             ours = not path.exists()
     except OSError:
