@@ -16,9 +16,10 @@ by what it measures, and a run's answer does not depend on that. The star needs 
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -134,8 +135,8 @@ def star(pieces: PieceChannel, flat: F32) -> Steps:
     inbox = [[pieces.expect(piece, rank, PARTIAL) for rank in others] for piece in cut]
     for piece, partials in zip(cut, inbox, strict=True):
         total = flat[piece]
-        for partial in partials:
-            yield partial.pending
+        for pending, partial in zip(_side_by_side(partials), partials, strict=True):
+            yield pending
             partial.add(total)
         pieces.publish(total, others, SUM)
     yield pieces.sent()
@@ -184,16 +185,27 @@ def mesh(pieces: PieceChannel, flat: F32) -> Steps:
 def _add_in_rank_order(pieces: PieceChannel, total: F32, partials: Mapping[int, IncomingPiece]) -> Steps:
     """Make `total`, this rank's own partial, the sum of all."""
     own = total.copy() if pieces.rank else total
+    ranks = sorted(partials)
+    pending = dict(zip(ranks, _side_by_side([partials[rank] for rank in ranks]), strict=True))
     for rank in range(pieces.size):
         if rank == pieces.rank:
             if rank:
                 total += own
             continue
-        yield partials[rank].pending
+        yield pending[rank]
         if rank:
             partials[rank].add(total)
         else:
             partials[rank].put(total)
+
+
+def _side_by_side(arrivals: Sequence[IncomingPiece]) -> list[Pending]:
+    """What is to be done for each of them, in order: while one is awaited, those behind it are opened as they come, so that
+    after the last one that comes only that is left to be opened."""
+    pending = [arrival.pending for arrival in arrivals]
+    for one, behind in itertools.pairwise(pending):
+        one.behind = behind
+    return pending
 
 
 def ring(pieces: PieceChannel, flat: F32) -> Steps:
@@ -239,8 +251,8 @@ def tree(pieces: PieceChannel, flat: F32) -> Steps:
     sends = []
     for piece, partials in zip(cut, inbox, strict=True):
         total = flat[piece]
-        for partial in partials:
-            yield partial.pending
+        for pending, partial in zip(_side_by_side(partials), partials, strict=True):
+            yield pending
             partial.add(total)
         if rank:
             sends.append(pieces.send(total, rank - lowest, PARTIAL))

@@ -72,6 +72,7 @@ class Pending:
     done: int = 0  # so many of them, from the front, are
     lent: list[Bytes] = field(default_factory=list)  # buffers that are free again when all are
     not_before: float = 0.0  # a time.monotonic() value, before which it is no use to look
+    behind: Pending | None = None  # looked at too: what comes early is opened while this one is awaited
     counted: bool = True  # False: no messages between two ranks
 
 
@@ -198,6 +199,8 @@ class Channel:
 
     def test(self, pending: Pending) -> bool:
         """Whether all of `pending` is done. Raises StarError where a message is not what was sent, or not what is due."""
+        if pending.behind is not None:
+            self.test(pending.behind)
         try:
             for request in pending.requests[pending.done :]:
                 frame = pending.frames[pending.done]

@@ -40,6 +40,7 @@ def main() -> None:
                 _is_the_sum_in_rank_order(world, partial, total)
         _many_in_a_row(star)
     star.algorithm = "star"
+    _early_partials_are_taken_in(star)
     _broadcast_and_notes(star)
     _fewer_ranks(star)
     _silence_is_named(star)
@@ -72,6 +73,30 @@ def _many_in_a_row(star: Star) -> None:
             time.sleep(0.001)
         under_way.wait(time.monotonic() + 60)
         assert (values == sum(range(star.rank.size)) + turn * star.rank.size).all(), turn
+
+
+def _early_partials_are_taken_in(star: Star) -> None:
+    """While rank 0 waits for rank 1's partial, those of the ranks behind it are taken in, and opened, as they come."""
+    world = MPI.COMM_WORLD
+    channel = star._channel
+    if channel is None or star.rank.size < 3:
+        return
+    last = star.rank.size - 1
+    before = channel.received[last] if star.rank.is_hub else 0
+    values = np.full(64, star.rank.index, np.float32)
+    if star.rank.index == 1:
+        world.Barrier()  # until rank 0 has what the others sent
+    total = star.start(values)
+    if star.rank.is_hub:
+        deadline = time.monotonic() + 20
+        while channel.received[last] == before and time.monotonic() < deadline:
+            assert not total.poll()
+            time.sleep(0.001)
+        assert channel.received[last] == before + 1, "the last rank's partial was left lying"
+    if star.rank.index != 1:
+        world.Barrier()
+    total.wait()
+    assert (values == sum(range(star.rank.size))).all()
 
 
 def _broadcast_and_notes(star: Star) -> None:
