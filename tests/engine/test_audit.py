@@ -17,6 +17,7 @@ from tests.support.tiny_models import write_tiny_hf
 from tpimpi._native import levels
 from tpimpi.engine.audit import AuditRequest, answer_parts, one_row, receive_request, split_answer
 from tpimpi.engine.model import block_order
+from tpimpi.engine.readers import Readers
 from tpimpi.engine.watch import AuditedSum, Watch, sums_of
 from tpimpi.engine.window import Window
 from tpimpi.errors import DamagedMemoryError, SliceError, StarError
@@ -195,7 +196,7 @@ def test_a_flipped_bit_of_a_pinned_tile_is_noticed(folder: Path) -> None:
     path = Path(sliced(folder, "llama-bias")["slices"]) / slice_name(1, RANKS)
     file = SliceFile(path)
     order = block_order(file.header)
-    window = Window(file, order)
+    window = Window(file, order, Readers())
     try:
         for block in order:
             for _ in window.tiles(block):
@@ -225,7 +226,7 @@ def test_tiles_out_of_turn_are_those_of_the_file(folder: Path) -> None:
     order = block_order(file.header)
     expected = {record.path: file.load(record) for record in file.records}
     for pinned in (0, 150_000, None):
-        window = Window(file, order, pinned_bytes=pinned)
+        window = Window(file, order, Readers(), pinned_bytes=pinned)
         try:
             for block in order:
                 for tile in window.tiles(block):

@@ -16,6 +16,7 @@ from tests.support.slices import checked_contents
 from tests.support.tiny_models import write_tiny_hf
 from tpimpi.engine.eviction import ExpertKey, LeastRecentlyUsed, Stalest
 from tpimpi.engine.expert_cache import ExpertCache
+from tpimpi.engine.readers import Readers
 from tpimpi.errors import SliceError
 from tpimpi.system.buffers import Bytes
 from tpimpi.weights.make import choose_formats, slice_model
@@ -55,7 +56,7 @@ def _cache(file: SliceFile, places: int | None, reads: int = 2) -> ExpertCache:
     records = {ExpertKey(record.block.layer, record.expert): record for record in file.records_of("experts")}
     assert sorted(records) == [(layer, expert) for layer in LAYERS for expert in range(EXPERTS)]
     size = max(record.nbytes for record in records.values())
-    return ExpertCache(file, records, nbytes=None if places is None else places * size, reads=reads)
+    return ExpertCache(file, records, nbytes=None if places is None else places * size, readers=Readers(reads))
 
 
 def _bytes(tile: Tile) -> bytes:

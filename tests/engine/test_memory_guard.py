@@ -16,6 +16,7 @@ from tpimpi.engine.budget import RESERVE_BYTES
 from tpimpi.engine.cycle import records_of
 from tpimpi.engine.memory_guard import STALL_REPORT_S, MemoryGuard, MemoryTimeline
 from tpimpi.engine.model import block_order
+from tpimpi.engine.readers import Readers
 from tpimpi.engine.ring import ring_bytes
 from tpimpi.engine.window import Window
 from tpimpi.models.blocks import Block
@@ -91,7 +92,7 @@ def _token(window: Window, order: list[Block]) -> None:
 
 def test_a_real_window_gives_back_and_takes_again(file: SliceFile, monkeypatch: pytest.MonkeyPatch) -> None:
     order = block_order(file.header)
-    window = Window(file, order, ring=ring_bytes(records_of(file, order), 2))
+    window = Window(file, order, Readers(), ring=ring_bytes(records_of(file, order), 2))
     total, others = window.total_bytes, 0
     monkeypatch.setattr(keeping, "CHECK_INTERVAL_S", threading.TIMEOUT_MAX)
     monkeypatch.setattr(keeping, "resident_bytes", lambda: BASE + others + window.pinned_bytes + window.buffer_bytes)

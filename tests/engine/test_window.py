@@ -20,6 +20,7 @@ from tests.support.tiny_models import write_tiny_hf
 from tpimpi.engine.cycle import records_of
 from tpimpi.engine.model import block_order
 from tpimpi.engine.pinned_set import pin_order
+from tpimpi.engine.readers import DEFAULT_READS, Readers
 from tpimpi.engine.ring import Ring, ring_bytes
 from tpimpi.engine.window import Window
 from tpimpi.errors import InputError, SliceError
@@ -92,7 +93,7 @@ def test_every_window_gives_the_same_tiles(file: SliceFile, memory: dict[str, fl
     if "pinned_bytes" in options:
         options["pinned_bytes"] = int(options["pinned_bytes"] * total)
         options["ring"] = ring_bytes(records_of(file, order), int(options.pop("ring_tiles")))
-    window = Window(file, order, **options)  # type: ignore[arg-type]
+    window = Window(file, order, Readers(int(options.pop("reads", DEFAULT_READS))), **options)  # type: ignore[arg-type]
     # The head is passed over while a long prompt is read; the cycle must go on.
     for skip_head in (False, True, True, False, True, False):
         seen = _token(window, order, skip_head=skip_head)
@@ -122,7 +123,7 @@ def test_it_never_reads_further_ahead_than_its_blocks(file: SliceFile, blocks: i
         return original(record, piece, buffer)
 
     monkeypatch.setattr(file, "read_piece", watched)
-    window = Window(file, order, blocks=blocks, reads=1)
+    window = Window(file, order, Readers(1), blocks=blocks)
     made.append(window)
     patience = time.monotonic() + 20
     for _ in range(3):
@@ -138,7 +139,7 @@ def test_it_never_reads_further_ahead_than_its_blocks(file: SliceFile, blocks: i
 @pytest.mark.parametrize("blocks", [1, 0, -3])
 def test_less_than_two_blocks_are_refused(file: SliceFile, blocks: int) -> None:
     with pytest.raises(InputError, match=f"window is {blocks}, must be at least 2"):
-        Window(file, block_order(file.header), blocks=blocks)
+        Window(file, block_order(file.header), Readers(), blocks=blocks)
 
 
 @pytest.mark.parametrize("memory", [{"blocks": 2}, {"pinned_bytes": 0}, {}], ids=str)
@@ -152,7 +153,7 @@ def test_what_reading_raises_is_raised_where_the_tile_is_used(slice_path: Path, 
     broken = tmp_path / slice_path.name
     broken.write_bytes(data)
     file = SliceFile(broken)
-    window = Window(file, block_order(file.header), reads=1, **memory)
+    window = Window(file, block_order(file.header), Readers(1), **memory)
     seen = []
     with pytest.raises(SliceError, match="layers/0003/mlp/tile-000 does not match its checksum"):
         for block in block_order(file.header):
@@ -168,7 +169,7 @@ def test_a_tile_that_goes_bad_later_is_noticed_too(slice_path: Path, tmp_path: P
     path.write_bytes(slice_path.read_bytes())
     file = SliceFile(path)
     order = block_order(file.header)
-    window = Window(file, order, pinned_bytes=0, ring=ring_bytes(records_of(file, order), 1))
+    window = Window(file, order, Readers(), pinned_bytes=0, ring=ring_bytes(records_of(file, order), 1))
     _token(window, order)
     record = next(r for r in file.records if r.path == "layers/0004/attn/tile-000")
     with path.open("r+b") as stream:
@@ -193,7 +194,8 @@ def test_a_file_that_another_tool_has_compressed_in_part(slice_path: Path, tmp_p
         old.visititems(copy)
     whole, file = SliceFile(slice_path), SliceFile(packed)
     order = block_order(file.header)
-    window = Window(file, order, **memory)
+    memory = dict(memory)
+    window = Window(file, order, Readers(int(memory.pop("reads", DEFAULT_READS))), **memory)
     for _ in range(3):
         assert _token(window, order) == _expected(whole, order)
     window.close()
@@ -208,7 +210,7 @@ def test_what_is_pinned_is_read_once(file: SliceFile) -> None:
     order = block_order(file.header)
     total, largest = _sizes(file)
     for part in (0.0, 0.25, 0.5, 0.9, 1.0):
-        window = Window(file, order, pinned_bytes=int(part * total), ring=largest)
+        window = Window(file, order, Readers(), pinned_bytes=int(part * total), ring=largest)
         pinned = window.wanted_bytes
         assert part * total - largest < pinned <= part * total
         assert window.streamed_bytes == total - pinned
@@ -225,7 +227,7 @@ def test_what_is_pinned_is_read_once(file: SliceFile) -> None:
 def test_no_more_memory_is_taken_than_was_given(file: SliceFile) -> None:
     order = block_order(file.header)
     total, largest = _sizes(file)
-    window = Window(file, order, pinned_bytes=total // 2, ring=2 * largest, reads=4)
+    window = Window(file, order, Readers(4), pinned_bytes=total // 2, ring=2 * largest)
     for _ in range(3):
         _token(window, order)
     assert window.pinned_bytes <= total // 2
@@ -249,7 +251,7 @@ def test_tiles_are_given_back_and_taken_again(file: SliceFile) -> None:
     order = block_order(file.header)
     expected = _expected(file, order)
     total, largest = _sizes(file)
-    window = Window(file, order, ring=2 * largest)
+    window = Window(file, order, Readers(), ring=2 * largest)
     assert _token(window, order) == expected
     assert window.pinned_bytes == total
     assert window.pin_at_most(total // 2) <= total // 2
@@ -281,7 +283,7 @@ def test_the_tiles_of_a_block_are_held_together_where_they_are_pinned(tmp_path: 
     assert len(records_of(file, [HEAD])) > 2
     order = block_order(file.header)
     expected = _expected(file, order)
-    window = Window(file, order)
+    window = Window(file, order, Readers())
     assert _token(window, order) == expected
     for block in (order[1], HEAD):
         records = records_of(file, [block])
@@ -295,7 +297,7 @@ def test_the_tiles_of_a_block_are_held_together_where_they_are_pinned(tmp_path: 
         assert window.pinned_bytes == window.total_bytes
     assert _token(window, order, hold=True) == expected
     window.close()
-    window = Window(file, order, pinned_bytes=0)
+    window = Window(file, order, Readers(), pinned_bytes=0)
     assert _token(window, order) == expected
     assert window.pinned_tiles(order[1]) is None
     window.close()
@@ -307,7 +309,7 @@ def test_pins_may_change_at_any_moment(file: SliceFile, seed: int) -> None:
     order = block_order(file.header)
     expected = _expected(file, order)
     total, largest = _sizes(file)
-    window = Window(file, order, ring=(1 + seed % 3) * largest, reads=1 + seed % 4)
+    window = Window(file, order, Readers(1 + seed % 4), ring=(1 + seed % 3) * largest)
     choices, done = random.Random(seed), threading.Event()
 
     def disturb() -> None:
@@ -334,7 +336,7 @@ def test_a_head_that_is_skipped_is_not_read(file: SliceFile) -> None:
     order = block_order(file.header)
     total, largest = _sizes(file)
     head = sum(record.nbytes for record in records_of(file, [HEAD]))
-    window = Window(file, order, pinned_bytes=0, ring=largest, reads=1)
+    window = Window(file, order, Readers(1), pinned_bytes=0, ring=largest)
     for _ in range(5):
         window.skip(HEAD)
         _token(window, order, skip_head=True)
@@ -344,7 +346,7 @@ def test_a_head_that_is_skipped_is_not_read(file: SliceFile) -> None:
 
 
 def test_a_rank_without_tiles(file: SliceFile) -> None:
-    window = Window(file, [], pinned_bytes=0)
+    window = Window(file, [], Readers(), pinned_bytes=0)
     assert window.total_bytes == window.streamed_bytes == 0
     window.close()
 

@@ -17,6 +17,7 @@ from tpimpi.compute.backends.reference import NumpyBackend
 from tpimpi.engine.eviction import ExpertKey, LeastRecentlyUsed, Stalest, hit_rate
 from tpimpi.engine.expert_cache import ExpertCache
 from tpimpi.engine.experts import Experts
+from tpimpi.engine.readers import Readers
 from tpimpi.errors import InputError
 from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.names import slice_name
@@ -50,7 +51,7 @@ def test_experts_are_those_of_the_trace_from_its_beginning_again(shape: Path) ->
     trace = _trace()
     file = SliceFile(_synthesize(shape, trace))
     records = {ExpertKey(record.block.layer, record.expert): record for record in file.records_of("experts")}
-    cache = ExpertCache(file, records, nbytes=None, reads=1)
+    cache = ExpertCache(file, records, nbytes=None, readers=Readers(1))
     resident = file.load(file.records_of("resident")[0]).parts
     experts = Experts(file.header.config, resident, cache, NumpyBackend(1))
     h = np.random.default_rng(0).standard_normal((4, file.header.config.hidden)).astype(np.float32)
@@ -63,7 +64,7 @@ def test_experts_are_those_of_the_trace_from_its_beginning_again(shape: Path) ->
 @pytest.mark.parametrize("predicted", [0.0, 0.7, 1.0])
 def test_the_stated_part_is_predicted_rightly(shape: Path, predicted: float) -> None:
     file = SliceFile(_synthesize(shape, _trace(), predicted=predicted))
-    cache = ExpertCache(file, {}, nbytes=None, reads=1)
+    cache = ExpertCache(file, {}, nbytes=None, readers=Readers(1))
     experts = Experts(file.header.config, file.load(file.records_of("resident")[0]).parts, cache, NumpyBackend(1))
     right = [
         np.isin(experts._guesses(chosen, 0, start), chosen).mean()

@@ -25,6 +25,7 @@ from tpimpi.engine.model import Model, block_order
 from tpimpi.engine.needs import needs_of_model
 from tpimpi.engine.overlap import default_chunk
 from tpimpi.engine.page_files import PageFiles
+from tpimpi.engine.readers import Readers
 from tpimpi.engine.trace import Recorder
 from tpimpi.engine.window import Window
 from tpimpi.errors import InputError, SliceError
@@ -168,22 +169,26 @@ class OpenedEngine:
         """Whether sums are audited."""
         return self.settings.audit != 0 and self.star.rank.size > 1
 
-    def open_experts(self, *, nbytes: int | None, reads: int) -> ExpertCache:
+    def open_experts(self, *, nbytes: int | None, readers: Readers) -> ExpertCache:
         """The cache of the experts that there are; see ExpertCache for the parameters."""
         block_index = {block.layer: place for place, block in enumerate(self.order) if block.kind == "mlp"}
         return ExpertCache(
-            self.file, self.expert_records, nbytes=nbytes, reads=reads, recorder=self.recorder, block_index=block_index
+            *(self.file, self.expert_records),
+            nbytes=nbytes,
+            readers=readers,
+            recorder=self.recorder,
+            block_index=block_index,
         )
 
-    def open_window(self, *, pinned: int | None, ring: int | None, blocks: int | None, reads: int) -> Window:
+    def open_window(self, *, pinned: int | None, ring: int | None, blocks: int | None, readers: Readers) -> Window:
         """Start to read the tiles; see Window for the parameters."""
         return Window(
             self.file,
             self.order,
+            readers,
             pinned_bytes=pinned,
             ring=ring,
             blocks=blocks,
-            reads=reads,
             recorder=self.recorder,
         )
 

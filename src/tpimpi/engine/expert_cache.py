@@ -4,7 +4,7 @@ A token uses some of a layer's experts, chosen by its router. All layers share o
 tile. What a block wants is read at once, in the order of the file; what is expected for the next block (`prefetch`) is
 read when that is done, and given up when the block turns out not to want it. An expert that is in use, or
 about to be in this block, keeps its slot as long as another can go. Where there is room for all of them, one reader goes
-on with the rest from the first use on, so that they are soon there.
+on with the rest from the first use on, so that they are soon there. Readers are those of the window too: see readers.
 
 Which bytes are where changes no number: tiles are handed out in the order in which they are asked for.
 """
@@ -16,16 +16,16 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 
 from tpimpi.engine.eviction import ExpertKey, Policy, Stalest
 from tpimpi.engine.figures import ExpertFigures
+from tpimpi.engine.readers import Read, Readers, Urgency
 from tpimpi.engine.trace import READ, WAIT, Recorder
 from tpimpi.system.buffers import BufferPool, Bytes
 from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.layout import Record
 from tpimpi.weights.slices.tile import Tile
-
-JOIN_TIMEOUT_S = 2.0  # a reader that waits for a disk which stalls is left behind
 
 
 def min_slots(experts: int) -> int:
@@ -58,13 +58,13 @@ class ExpertCache:
         records: Mapping[ExpertKey, Record],
         *,
         nbytes: int | None,
-        reads: int,
+        readers: Readers,
         recorder: Recorder | None = None,
         block_index: Mapping[int, int] | None = None,
     ) -> None:
         """`records` are the experts' tiles; `nbytes` is how much memory they may take, None for all of them, and is enough
-        for two. `reads` threads read. `block_index` says for the trace where a layer's block stands in the order."""
-        self._file, self._records, self._recorder = file, records, recorder
+        for two. `readers` read them. `block_index` says for the trace where a layer's block stands in the order."""
+        self._file, self._records, self._readers, self._recorder = file, records, readers, recorder
         self._blocks = block_index or {}
         self.slot_bytes = max((record.nbytes for record in records.values()), default=0)
         self.total_bytes = self.slot_bytes * len(records)
@@ -83,22 +83,15 @@ class ExpertCache:
         self._prefetches: list[_Entry] = []  # all that is expected of the next block
         self._rest: Iterator[ExpertKey] = iter(())  # what may be read when nobody waits, in the order of the file
         self._begun = False  # an expert was used
-        lock = threading.Lock()
-        self._changed = threading.Condition(lock)
-        self._work = threading.Condition(lock)
+        self._changed = threading.Condition(readers.lock)
         self._error: BaseException | None = None
-        self._closed = False
         self._used = self._hits = self._expected = self._expected_used = 0
         self._bytes_read = self._expected_bytes = 0
         self.wait_seconds = 0.0
         self.waiting_since: float | None = None  # time.monotonic(), while `tiles` waits for the disk
         self.waiting_for = ""
-        self._threads = [
-            threading.Thread(target=self._read, args=(lane,), name=f"tpimpi-expert-{lane}", daemon=True)
-            for lane in range(reads if records else 0)
-        ]
-        for thread in self._threads:
-            thread.start()
+        if records:
+            readers.add(self)
 
     # What is held
 
@@ -172,7 +165,7 @@ class ExpertCache:
                 self._prefetches.append(entry)
                 if not entry.begun:
                     self._prefetch_queue.append(entry)
-            self._work.notify_all()
+            self._readers.wake_all()
 
     def begin(self, layer: int, experts: Sequence[int]) -> None:
         """The block of this layer wants these, in this order: they are read from now on. `tiles` hands them out."""
@@ -182,7 +175,7 @@ class ExpertCache:
         with self._changed:
             if not self._begun:
                 self._begun, self._rest = True, iter(self._records)
-                self._work.notify_all()
+                self._readers.wake_all()
             self._order.begin(layer)
             self._begin(keys)
             self._start_reads()
@@ -244,7 +237,7 @@ class ExpertCache:
                     break
                 self._urgent.append(entry)
         if self._urgent:
-            self._work.notify_all()
+            self._readers.wake_all()
 
     def _take_group(self) -> list[Tile]:
         """All that is there, from the first that is wanted on."""
@@ -337,61 +330,57 @@ class ExpertCache:
             self._pool.release(entry.slot)
             del self._buffers[entry.slot]
 
-    # The readers
+    # For the readers
 
-    def _read(self, lane: int) -> None:
-        """A thread: read expert after expert. An error ends all of them, and is raised by `tiles`."""
-        try:
-            while (entry := self._next(lane)) is not None:
-                record, buffer = self._records[entry.key], self._buffers[entry.slot]
-                began = time.monotonic()
-                tile = self._file.read(record, buffer[: record.nbytes])
-                if self._recorder is not None:
-                    block = self._blocks.get(entry.key.layer, -1)
-                    self._recorder.add(READ, block, entry.key.expert, began, time.monotonic(), lane)
-                with self._changed:
-                    entry.reading, entry.tile = False, tile
-                    self._bytes_read += record.nbytes
-                    self._changed.notify_all()
-        except BaseException as error:
-            with self._changed:
-                self._error = self._error or error
-                self._changed.notify_all()
-                self._work.notify_all()
-
-    def _next(self, lane: int) -> _Entry | None:
-        """The next expert for this thread to read, once there is one; None when the cache is closed."""
-        with self._changed:
-            while not self._closed and self._error is None:
-                queue = self._urgent or self._prefetch_queue
-                if queue:
-                    entry = queue.popleft()
-                    if not self._has_slot(entry) or entry.begun:
-                        continue  # given up meanwhile, or read as another's
-                    entry.reading = True
-                    if entry.prefetched:
-                        self._expected += 1
-                        self._expected_bytes += self._records[entry.key].nbytes
-                    return entry
-                if lane == 0 and (rest := self._one_of_the_rest()) is not None:
-                    return rest
-                self._work.wait()
+    def next_read(self, urgency: Urgency) -> Read | None:
+        """The next expert; see ReadSource."""
+        entry = None if self._error is not None else self._next(urgency)
+        if entry is None:
             return None
+        entry.reading = True
+        if entry.prefetched:
+            self._expected += 1
+            self._expected_bytes += self._records[entry.key].nbytes
+        return partial(self._read, entry)
+
+    def _next(self, urgency: Urgency) -> _Entry | None:
+        """The next expert to read of this urgency."""
+        if urgency is Urgency.SPARE:
+            return self._one_of_the_rest()
+        queue = {Urgency.CHOSEN: self._urgent, Urgency.GUESSED: self._prefetch_queue}.get(urgency)
+        while queue:
+            entry = queue.popleft()
+            if self._has_slot(entry) and not entry.begun:  # else given up meanwhile, or read as another's
+                return entry
+        return None
 
     def _one_of_the_rest(self) -> _Entry | None:
         """The next expert that nobody asked for, where all have room."""
         if self.is_whole:
             for key in self._rest:
                 if key not in self._entries and (entry := self._take_slot(key, prefetched=False)) is not None:
-                    entry.reading = True
                     return entry
         return None
 
+    def _read(self, entry: _Entry, lane: int) -> None:
+        """Read an expert."""
+        record, buffer = self._records[entry.key], self._buffers[entry.slot]
+        began = time.monotonic()
+        tile = self._file.read(record, buffer[: record.nbytes])
+        if self._recorder is not None:
+            block = self._blocks.get(entry.key.layer, -1)
+            self._recorder.add(READ, block, entry.key.expert, began, time.monotonic(), lane)
+        with self._changed:
+            entry.reading, entry.tile = False, tile
+            self._bytes_read += record.nbytes
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """`tiles` raises what a reader raised; see ReadSource."""
+        self._error = self._error or error
+        self._changed.notify_all()
+
     def close(self) -> None:
         """Stop reading, and give all memory back; the file may be closed afterwards."""
-        with self._changed:
-            self._closed = True
-            self._work.notify_all()
-        for thread in self._threads:
-            thread.join(JOIN_TIMEOUT_S)
+        self._readers.remove(self)
         self._pool.release_all()

@@ -20,9 +20,10 @@ from tpimpi.engine.figures import LiveFigures, RankFigures
 from tpimpi.engine.memory_guard import MemoryGuard
 from tpimpi.engine.needs import needs_together
 from tpimpi.engine.pinned_check import PinnedCheck
+from tpimpi.engine.readers import DEFAULT_READS, Readers
 from tpimpi.engine.ring import FEWEST_TILES, ring_bytes
 from tpimpi.engine.trace import RankTrace, Recorder
-from tpimpi.engine.window import DEFAULT_READS, Window
+from tpimpi.engine.window import Window
 from tpimpi.errors import InputError
 from tpimpi.models.kv.cache import PAGE, pages_of
 from tpimpi.system.buffers import Bytes, aligned_buffer
@@ -132,8 +133,9 @@ class MemoryPlan:
         with ExitStack() as undo:
             windows, caches = [], []
             for engine, trial in zip(self.planner.engines, self.trials, strict=True):
-                windows.append(undo.enter_context(closing(self._open_window(engine, trial))))
-                caches.append(undo.enter_context(closing(self._open_experts(engine, trial))))
+                readers = Readers(DEFAULT_READS if trial is None else trial.reads)
+                windows.append(undo.enter_context(closing(self._open_window(engine, readers))))
+                caches.append(undo.enter_context(closing(self._open_experts(engine, readers))))
             memory = RankMemory(self, windows, caches, max(rates))
             undo.pop_all()
         return memory
@@ -174,7 +176,7 @@ class MemoryPlan:
         room = self.needs.min_buffers if self.budget is None else self.budget.buffers
         return aligned_buffer(max(READ_BYTES, min(TRIAL_BUFFER_BYTES, room)))
 
-    def _open_window(self, engine: OpenedEngine, trial: DiskTrial | None) -> Window:
+    def _open_window(self, engine: OpenedEngine, readers: Readers) -> Window:
         """The window of one engine, with its part of the budget."""
         blocks = self.planner.settings.window
         pinned, ring = None, None
@@ -186,10 +188,10 @@ class MemoryPlan:
             pinned=pinned,
             ring=ring,
             blocks=blocks if isinstance(blocks, int) else None,
-            reads=DEFAULT_READS if trial is None else trial.reads,
+            readers=readers,
         )
 
-    def _open_experts(self, engine: OpenedEngine, trial: DiskTrial | None) -> ExpertCache:
+    def _open_experts(self, engine: OpenedEngine, readers: Readers) -> ExpertCache:
         """The expert cache of one engine, with its part of the budget."""
         sizes = [record.nbytes for record in engine.expert_records.values()]
         whole, nbytes = len(sizes) * max(sizes, default=0), None
@@ -197,7 +199,7 @@ class MemoryPlan:
             nbytes = self.budget.experts * whole // max(1, self.needs.experts)
         elif self.reads_experts(engine):  # no tile stays under --window
             nbytes = min_slots(len(sizes)) * max(sizes)
-        return engine.open_experts(nbytes=nbytes, reads=DEFAULT_READS if trial is None else trial.reads)
+        return engine.open_experts(nbytes=nbytes, readers=readers)
 
 
 class RankMemory:

@@ -1,4 +1,4 @@
-"""The readers of a window: what is to be read next, and the threads that read it, ahead of its use."""
+"""What is to be read next for a window, ahead of its use."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 
 from tpimpi.engine.cycle import Cycle
 from tpimpi.engine.load import TileLoad
 from tpimpi.engine.pinned_set import PinnedSet
+from tpimpi.engine.readers import Read, Readers, Urgency
 from tpimpi.engine.ring import Ring
 from tpimpi.engine.trace import READ, Recorder
 from tpimpi.system.direct_io import Extent
 from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.tile import Tile
-
-JOIN_TIMEOUT_S = 2.0  # a reader that waits for a disk which stalls is left behind
 
 
 class ReadQueue:
@@ -35,16 +35,14 @@ class ReadQueue:
         ring: Ring,
         *,
         blocks: int | None,
-        reads: int,
+        readers: Readers,
         recorder: Recorder | None,
     ) -> None:
-        """Starts `reads` threads. They stay within a cycle of the turn in use, or within so many `blocks`."""
+        """`readers` read for it from now on. They stay within a cycle of the turn in use, or within so many `blocks`."""
         self._file, self._cycle, self._pinned, self._ring = file, cycle, pinned, ring
-        self._blocks, self._recorder = blocks, recorder
+        self._blocks, self._readers, self._recorder = blocks, readers, recorder
         self._pieces = [file.pieces(record) for record in cycle.records]
-        lock = threading.Lock()
-        self._changed = threading.Condition(lock)  # a tile is there, or never will be: `wait` waits for it
-        self._room = threading.Condition(lock)  # there may be something to read: wakes one reader, which wakes the next
+        self._changed = threading.Condition(readers.lock)  # a tile is there, or never will be: `wait` waits for it
         self.turn = 0  # the turn in use, or next to be used
         self.turns_in_use = 1  # turns in use at once, from there on
         self.bytes_read = 0
@@ -55,14 +53,9 @@ class ReadQueue:
         self._skipped: set[int] = set()  # turns that will not come to be used
         self._current: TileLoad | None = None  # whose pieces are being handed out
         self._next = 0  # the turn that is to be read next
+        self._awaited: int | None = None  # the turn that `wait` waits for
         self._error: BaseException | None = None
-        self._closed = False
-        self._threads = [
-            threading.Thread(target=self._read, args=(lane,), name=f"tpimpi-read-{lane}", daemon=True)
-            for lane in range(reads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        readers.add(self)
 
     # For the window
 
@@ -74,10 +67,14 @@ class ReadQueue:
     def wait(self, turn: int) -> Tile:
         """The tile of a turn, once it is in memory. Raises what reading raised."""
         with self._changed:
-            while (tile := self.loaded(turn)) is None:
-                if self._error is not None:
-                    raise self._error
-                self._changed.wait()
+            self._awaited = turn
+            try:
+                while (tile := self.loaded(turn)) is None:
+                    if self._error is not None:
+                        raise self._error
+                    self._changed.wait()
+            finally:
+                self._awaited = None
             return tile
 
     def advance(self, turn: int) -> None:
@@ -90,7 +87,7 @@ class ReadQueue:
             self._reap()
             self._release_retired()
             self._skipped = {skipped for skipped in self._skipped if skipped >= turn}
-            self._room.notify()
+            self._readers.wake()
 
     def pinned_tiles(self, first: int, last: int) -> list[Tile] | None:
         """The tiles with indices from `first` to before `last`, in use together; None where they are not all pinned."""
@@ -134,16 +131,12 @@ class ReadQueue:
             self._release_retired()
             self._read_again(given_up)
             self._reap()
-            self._room.notify()
+            self._readers.wake()
             return self._pinned.wanted_bytes
 
     def close(self) -> None:
-        """Stop reading; those of the threads that a disk keeps waiting are left behind."""
-        with self._changed:
-            self._closed = True
-            self._room.notify_all()
-        for thread in self._threads:
-            thread.join(JOIN_TIMEOUT_S)
+        """Stop reading; see Readers.remove."""
+        self._readers.remove(self)
 
     # What is in memory; the lock is held
 
@@ -171,41 +164,45 @@ class ReadQueue:
         if not self.stream and self._pinned.all_loaded and self._ring.touched:
             self._ring.release()
 
-    # The readers
+    # For the readers
 
-    def _read(self, lane: int) -> None:
-        """A thread: read piece after piece. An error ends all of them, and is raised by `wait`."""
-        try:
-            while (job := self._take()) is not None:
-                load, piece = job
-                record = self._cycle.records[load.index]
-                began = time.monotonic()
-                if piece is not None:
-                    self._file.read_piece(record, piece, load.buffer)
-                    tile = None
-                else:
-                    tile = self._file.read(record, load.buffer)
-                if self._recorder is not None:
-                    self._recorder.add(READ, *self._cycle.location(load.index), began, time.monotonic(), lane)
-                self._took(load, record.nbytes if piece is None else piece.stop - piece.start, tile)
-        except BaseException as error:
-            with self._changed:
-                self._error = self._error or error
-                self._changed.notify_all()
-                self._room.notify_all()
-
-    def _take(self) -> tuple[TileLoad, Extent | None] | None:
-        """The next piece to read, once there is one; None when the window is closed."""
-        with self._changed:
-            while not self._closed and self._error is None:
-                if self._current is None or not self._current.pieces:
-                    self._current = self._next_load()
-                if self._current is not None:
-                    self._current.pending += 1
-                    self._room.notify()
-                    return self._current, self._current.pieces.popleft()
-                self._room.wait()
+    def next_read(self, urgency: Urgency) -> Read | None:
+        """The next piece; see ReadSource."""
+        if self._error is not None or (urgency is not Urgency.AHEAD and not self._is_awaited(urgency)):
             return None
+        if self._current is None or not self._current.pieces:
+            self._current = self._next_load()
+        if self._current is None:
+            return None
+        self._current.pending += 1
+        return partial(self._read, self._current, self._current.pieces.popleft())
+
+    def _is_awaited(self, urgency: Urgency) -> bool:
+        """Whether the next piece is of the tile that `wait` waits for, or of one that is to be read before it."""
+        if urgency is not Urgency.AWAITED or self._awaited is None:
+            return False
+        current = self._current
+        return self._next <= self._awaited or (
+            current is not None and bool(current.pieces) and current.turn <= self._awaited
+        )
+
+    def fail(self, error: BaseException) -> None:
+        """`wait` raises what a reader raised; see ReadSource."""
+        self._error = self._error or error
+        self._changed.notify_all()
+
+    def _read(self, load: TileLoad, piece: Extent | None, lane: int) -> None:
+        """Read a piece of a tile; None is all of one."""
+        record = self._cycle.records[load.index]
+        began = time.monotonic()
+        if piece is not None:
+            self._file.read_piece(record, piece, load.buffer)
+            tile = None
+        else:
+            tile = self._file.read(record, load.buffer)
+        if self._recorder is not None:
+            self._recorder.add(READ, *self._cycle.location(load.index), began, time.monotonic(), lane)
+        self._took(load, record.nbytes if piece is None else piece.stop - piece.start, tile)
 
     def _next_load(self) -> TileLoad | None:
         """The next tile to read; None where there is nothing to do, or no room."""
@@ -254,7 +251,7 @@ class ReadQueue:
                 if load.retired:
                     self._reap()
                     self._release_retired()
-                    self._room.notify()
+                    self._readers.wake()
                 return
         if tile is None:  # still counted as pending, so that its memory stays
             tile = self._file.tile(self._cycle.records[load.index], load.buffer)

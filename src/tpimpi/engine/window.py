@@ -3,8 +3,8 @@
 The blocks of a model are used in the same order for every token, so the order of reading is a cycle. A cache that keeps
 what was used last would have dropped each tile just before its turn came, and read everything anew for every token. So
 the tiles that fit are *pinned*: read once, and kept. The others pass through a ring of memory that is used again and
-again, read by a few threads that go on across blocks and tokens, while the star waits and while rank 0 samples. A token
-then takes the larger of the time to compute it and the time to read what is not pinned; never their sum.
+again, read by a few threads (see readers) that go on across blocks and tokens, while the star waits and while rank 0
+samples. A token then takes the larger of the time to compute it and the time to read what is not pinned; never their sum.
 
 Which tiles are pinned: any choice of so many bytes leaves as many to read, so what counts is that reading never stops. It
 would where a long run of pinned tiles is computed: the ring fills up, and the disk idles. So the pinned tiles are spread
@@ -18,8 +18,8 @@ disk, a token takes as long as the rank that reads most, wherever its pinned til
 
 `blocks` is the scheduler of arXiv 2410.00531 instead: nothing is pinned, and so many consecutive blocks are in memory.
 
-`PinnedSet` holds the tiles that stay, `Ring` the memory that the others pass through, `ReadQueue` reads both; `Window` is
-what the model sees of them.
+`PinnedSet` holds the tiles that stay, `Ring` the memory that the others pass through, `ReadQueue` says what is read next;
+`Window` is what the model sees of them.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from collections.abc import Iterator, Sequence
 from tpimpi.engine.cycle import Cycle
 from tpimpi.engine.pinned_set import PinnedSet
 from tpimpi.engine.read_queue import ReadQueue
+from tpimpi.engine.readers import Readers
 from tpimpi.engine.ring import USUAL_TILES, Ring, ring_bytes
 from tpimpi.engine.trace import WAIT, Recorder
 from tpimpi.errors import DamagedMemoryError, InputError
@@ -39,7 +40,6 @@ from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.tile import Tile
 
 SMALLEST_WINDOW = 2  # blocks: one computes while the next is read
-DEFAULT_READS = 2  # in flight
 
 
 class Window:
@@ -54,16 +54,16 @@ class Window:
         self,
         file: SliceFile,
         order: Sequence[Block],
+        readers: Readers,
         *,
         pinned_bytes: int | None = None,
         ring: int | None = None,
         blocks: int | None = None,
-        reads: int = DEFAULT_READS,
         recorder: Recorder | None = None,
     ) -> None:
-        """`order` is the cycle of blocks. `pinned_bytes` is how much may be pinned, None for everything; `ring` the bytes
-        of the ring, None for USUAL_TILES tiles; `blocks` the number of them in memory, for the scheduler that pins
-        nothing; `reads` those in flight."""
+        """`order` is the cycle of blocks, which `readers` read. `pinned_bytes` is how much may be pinned, None for
+        everything; `ring` the bytes of the ring, None for USUAL_TILES tiles; `blocks` the number of them in memory, for the
+        scheduler that pins nothing."""
         if blocks is not None and blocks < SMALLEST_WINDOW:
             raise InputError(f"window is {blocks}, must be at least {SMALLEST_WINDOW} blocks; give --window 2 or more")
         self._file = file
@@ -83,7 +83,9 @@ class Window:
         self._ring = Ring(ring)
         self._pinned = PinnedSet(cycle.sizes)
         self._pinned.want(0 if blocks is not None else pinned_bytes)
-        self._queue = ReadQueue(file, cycle, self._pinned, self._ring, blocks=blocks, reads=reads, recorder=recorder)
+        self._queue = ReadQueue(
+            file, cycle, self._pinned, self._ring, blocks=blocks, readers=readers, recorder=recorder
+        )
 
     # What is held
 
