@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -71,25 +71,25 @@ class Experts:
             trace[:, layer] = choices
         return trace
 
-    def prefetch(self, x: F32, layer: int, position: I32, count: int) -> None:
-        """Have read what the next block with experts, that of `layer`, will probably choose: by its router and the residual
-        `x` [n, hidden] at `position` [n], as it is before the layer's attention, which changes it: `count` experts
-        for each position. Guesses from before the block of the layer before are too often wrong: with the last ones they
-        read 15 % more, and took as long.
+    def likely(self, x: F32, layer: int, position: I32, count: int) -> list[int]:
+        """What the next block with experts, that of `layer`, will probably choose and should be read, the likeliest first:
+        by its router and the residual `x` [n, hidden] at `position` [n], as it is before the layer's attention, which
+        changes it: `count` experts for each position. Guesses from before the block of the layer before are too often
+        wrong: with the last ones they read 15 % more, and took as long.
         """
         spec = self.config.router(layer)
         if spec is None or not count or self.cache.is_whole:
-            return
+            return []
         h = self.backend.fixed_rms_norm(x, self.resident["mlp_norm"][layer], self.config.norm_eps)
         likely = replace(spec, top_k=min(spec.experts, count))
         try:
             experts, _ = self._by_router(h, layer, likely)
         except ValueError:
-            return  # which `route` will say
+            return []  # which `route` will say
         if self._routing_trace is not None:
             experts = self._guesses(self._of_trace(layer, position), layer, int(position[0]))
         # The first choice of every position first; what many positions want, once.
-        self.cache.prefetch(layer, list(dict.fromkeys(experts.T.reshape(-1).tolist())))
+        return list(dict.fromkeys(experts.T.reshape(-1).tolist()))
 
     def _by_router(self, h: F32, layer: int, spec: RouterSpec) -> tuple[Choices, F32]:
         """As Backend.route, with the router of this layer."""
@@ -108,17 +108,16 @@ class Experts:
         return np.where(wrong, dice.integers(self.config.experts, size=chosen.shape), chosen)
 
     def route(self, h: F32, layer: int, position: I32) -> Routed:
-        """The choice for the normed vectors `h` [n, hidden] of a layer, at `position` [n]; what is chosen is read from now
-        on. Raises TpimpiError where they are not finite."""
+        """The choice for the normed vectors `h` [n, hidden] of a layer, at `position` [n]. Raises TpimpiError where they are
+        not finite."""
         routed = self.chosen(h, layer, position)
         self._routing_hash.update(routed.experts.tobytes())
         if self._recorded is not None:
             self._recorded.setdefault(layer, []).append(routed.experts.astype(np.uint16))
-        self.cache.begin(layer, np.unique(routed.experts).tolist())
         return routed
 
     def chosen(self, h: F32, layer: int, position: I32) -> Routed:
-        """As `route`, and nothing is read or counted."""
+        """As `route`, and it is not counted."""
         spec = self.config.router(layer)
         assert spec is not None, f"layer {layer} is dense"
         try:
@@ -132,6 +131,10 @@ class Experts:
             experts = self._of_trace(layer, position)
         return Routed(layer, experts, weights)
 
+    def begin(self, routed: Routed) -> None:
+        """What was chosen is read from now on; `add_partial` uses it."""
+        self.cache.begin(routed.layer, np.unique(routed.experts).tolist())
+
     def add_partial(self, partial: F32, h: F32, routed: Routed) -> None:
         """Add what this rank's columns of the chosen experts give for `h` [n, hidden] to `partial` [n, hidden].
 
@@ -142,3 +145,62 @@ class Experts:
         for group in self.cache.tiles():
             uses = [ExpertUse(tile.matrices, tile.parts, *users[tile.record.expert]) for tile in group]
             self.backend.experts(h, uses, self.config.activation, self.config.activation_limit, partial)
+
+
+class ChunkExperts:
+    """The experts of a chunk that goes through the layers as a whole, or in halves by turns: what all its positions chose is
+    read once, and each expert computes at once all positions that chose it.
+
+    In a block each half calls `route`, in order; then each calls `add_partial`.
+    """
+
+    def __init__(self, experts: Experts, halves: Sequence[slice]) -> None:
+        """`halves` are the runs of the chunk's positions."""
+        self._experts, self._halves = experts, halves
+        self._likely: list[int] = []  # that were told to the cache of the block that comes next
+        self._routed: list[Routed] = []  # of the block, of the halves so far
+        self._h: F32 | None = None  # of all halves, [positions, hidden]
+        self._partial: F32 | None = None  # the same
+
+    def prefetch(self, x: F32, layer: int, position: I32, count: int) -> None:
+        """Have read what one half's residual `x` [n, hidden] says; see Experts.likely."""
+        self._likely = list(dict.fromkeys([*self._likely, *self._experts.likely(x, layer, position, count)]))
+        if self._likely:
+            self._experts.cache.prefetch(layer, self._likely)
+
+    def route(self, h: F32, partial: F32, layer: int, position: I32) -> tuple[F32, F32]:
+        """Choose for the normed vectors `h` [n, hidden] of the next half, whose `partial` [n, hidden] is so far; with the
+        last half, what was chosen is read from now on. Returns where both are until `add_partial` was called. Raises as
+        Experts.route."""
+        if len(self._halves) == 1:
+            self._h, self._partial = h, partial
+        else:
+            if not self._routed:
+                shape = (self._halves[-1].stop, h.shape[1])
+                self._h, self._partial = np.empty(shape, np.float32), np.empty(shape, np.float32)
+            assert self._h is not None and self._partial is not None
+            half = self._halves[len(self._routed)]
+            self._h[half], self._partial[half] = h, partial
+            h, partial = self._h[half], self._partial[half]
+        self._routed.append(self._experts.route(h, layer, position))
+        if len(self._routed) == len(self._halves):
+            self._likely = []
+            self._experts.begin(self._together())
+        return h, partial
+
+    @property
+    def due(self) -> bool:
+        """Whether `add_partial` was not called since all halves chose."""
+        return len(self._routed) == len(self._halves)
+
+    def add_partial(self) -> None:
+        """Add to the partials of all halves what the experts give for them."""
+        assert self.due and self._h is not None and self._partial is not None
+        self._experts.add_partial(self._partial, self._h, self._together())
+        self._routed, self._h, self._partial = [], None, None
+
+    def _together(self) -> Routed:
+        """What all halves chose."""
+        experts = np.concatenate([routed.experts for routed in self._routed])
+        weights = np.concatenate([routed.weights for routed in self._routed])
+        return Routed(self._routed[0].layer, experts, weights)

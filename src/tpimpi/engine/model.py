@@ -15,7 +15,7 @@ import numpy as np
 
 from tpimpi.compute.arrays import F32, I32, Array
 from tpimpi.compute.backends import Backend
-from tpimpi.engine.experts import Experts, Routed
+from tpimpi.engine.experts import ChunkExperts, Experts
 from tpimpi.engine.needs import kv_shape_of
 from tpimpi.engine.overlap import DENSE_CHUNK, Awaits, HalfChunk, HalfChunkWork, go_through_blocks, half_chunks
 from tpimpi.engine.partials import Partials, StepState
@@ -231,8 +231,9 @@ class Model:
         x, runs = x.copy(), self._runs(x.shape[0])
         with self._computing():
             watches = [None if watch is None else watch.of_run(run) for run in runs]
+            experts = None if self.experts is None else ChunkExperts(self.experts, runs)
             ways = [
-                self._through_layers(x[run], rows[run], len(runs) > 1, of_run)
+                self._through_layers(x[run], rows[run], len(runs) > 1, experts, of_run)
                 for run, of_run in zip(runs, watches, strict=True)
             ]
             go_through_blocks(self.blocks, self.window, [HalfChunk(way) for way in ways])
@@ -240,41 +241,47 @@ class Model:
 
     def _runs(self, rows: int) -> list[slice]:
         """The runs of so many rows that go through the layers by themselves."""
-        # A half would read experts that the other half wants too.
-        return half_chunks(rows, self.star.rank.size if self.experts is None else 1)
+        return half_chunks(rows, self.star.rank.size)
 
     def rows_of_sum(self, rows: int, row: int) -> int:
         """How many rows there are in a sum that has this row of a step of so many."""
         return next(run.stop - run.start for run in self._runs(rows) if run.start <= row < run.stop)
 
-    def _through_layers(self, x: F32, rows: StepRows, overlapped: bool, watch: Watch | None) -> HalfChunkWork:
+    def _through_layers(
+        self, x: F32, rows: StepRows, overlapped: bool, experts: ChunkExperts | None, watch: Watch | None
+    ) -> HalfChunkWork:
         """Take `x` [n, hidden] of these rows through all layers, in place.
 
-        See overlap.py for the `yield`s: each lets the other half of the chunk go on where it is `overlapped`. `watch` is of
-        a sum that will be audited (rank 0).
+        See overlap.py for the `yield`s: each lets the other half of the chunk go on where it is `overlapped`. `experts` are
+        of both halves. `watch` is of a sum that will be audited (rank 0).
         """
         step = self.state_of(rows)
         h = partial = x
         projections = None
         for place, block in enumerate(self.blocks):
             spec = self.partials.layers[block.layer]
-            if self.experts is not None and block.kind != "mlp":
-                self.experts.prefetch(x, block.layer, rows.position, self._predict)
+            if experts is not None and block.kind != "mlp":
+                experts.prefetch(x, block.layer, rows.position, self._predict)
             if watch is not None:
                 watch.note(x, place)
             if not (spec.parallel and block.kind == "mlp"):  # which goes on with what its attention read and made
                 h, partial = self.partials.normed(x, block), self.partials.empty(x, block)
             if block.kind == "qkv":  # whose partial is of sums of squares
                 projections = Projections(self.backend, self.config.head_dim)
-            routed = self._routed(h, block, rows.position)
+            chosen = experts if block.kind == "mlp" and spec.router is not None else None
+            if chosen is not None:
+                h, partial = chosen.route(h, partial, block.layer, rows.position)
             number = 0
             while (tile := (yield Awaits.TILE)) is not None:
                 with self._recorded(COMPUTE, place, number):
                     partial += self.partials.of_tile(h, tile, step, projections)
                 number += 1
-            if routed is not None and self.experts is not None:
-                with self._recorded(COMPUTE, place, number):
-                    self.experts.add_partial(partial, h, routed)
+            if chosen is not None:
+                yield Awaits.EXPERTS
+                if chosen.due:
+                    with self._recorded(COMPUTE, place, number):
+                        chosen.add_partial()
+                h = x  # what was normed needs memory no more
             self.partials.add_bias(partial, block)
             if spec.parallel and block.kind == "attn":
                 continue
@@ -293,12 +300,6 @@ class Model:
         assert self.cache is not None, "a step before begin"
         of_kind = [rows.for_kind(kind) for kind in KINDS]
         return StepState(self.cache, self.kv_shape.kinds, of_kind, self._angles(rows.position))
-
-    def _routed(self, h: F32, block: Block, position: I32) -> Routed | None:
-        """The experts of a block, from its normed vectors `h` [n, hidden] at `position` [n]; None: it has none."""
-        if self.experts is None or block.kind != "mlp" or self.partials.layers[block.layer].router is None:
-            return None
-        return self.experts.route(h, block.layer, position)
 
     def _angles(self, position: I32) -> dict[Rope, Angles]:
         """Rotary angles of these positions, for each rope that the layers have."""

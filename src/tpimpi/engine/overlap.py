@@ -2,8 +2,12 @@
 sum of the other travels.
 
 The way of a half-chunk through the layers is a generator (`Model._through_layers`). It stops where it needs something,
-a tile or a sum, and says which; `go_through_blocks` decides which half goes on. Only the order is decided here: every half
-meets the same tiles and sums in the same order in any case, so its numbers are the same to the bit.
+a tile, a sum or its other half, and says which; `go_through_blocks` decides which half goes on. Only the order is decided
+here: every half meets the same tiles and sums in the same order in any case, so its numbers are the same to the bit.
+
+Experts compute both halves at once, since one half would read experts that the other wants too. So of a mixture the sums of
+attention are under way while the other half's attention computes, and its router; of the experts' sums the second one is,
+while the first half goes on with the next block.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ class Awaits(Enum):
     """What a half-chunk needs to go on."""
 
     TILE = "the next tile of its block, or None after the last"
+    EXPERTS = "that the other half gets as far: experts compute for both at once"
     SUM = "nothing: its sum is under way, and it would wait for it"
 
 
@@ -67,11 +72,16 @@ class HalfChunk:
             self.take_sum()
         self._awaits = self._work.send(tile)
 
-    def start_sum(self) -> None:
-        """The block has no further tiles: start the sum of its partials over all ranks."""
+    def end_tiles(self) -> None:
+        """The block has no further tiles: start the sum of its partials over all ranks, if no experts are to come."""
         if self._awaits is Awaits.SUM:  # the block had none at all
             self.take_sum()
         self._awaits = self._work.send(None)
+
+    def use_experts(self) -> None:
+        """Both halves have got as far as their experts: have them compute, if the block has any, and start the sum."""
+        if self._awaits is Awaits.EXPERTS:
+            self._awaits = next(self._work)
 
     def take_sum(self) -> None:
         """Wait for the sum that is under way, if one is, and add it."""
@@ -92,6 +102,8 @@ def go_through_blocks(blocks: Iterable[Block], window: Window, halves: Sequence[
             _tile_by_tile(halves, window.tiles(block), count)
         else:  # this rank has no part in the block, but in its sums
             _half_by_half(halves, [])
+        for half in halves:
+            half.use_experts()
         halves[0].take_sum()  # that of the second half: while the next block begins
     _take_sums(halves)
 
@@ -101,7 +113,7 @@ def _half_by_half(halves: Sequence[HalfChunk], tiles: Sequence[Tile]) -> None:
     for half in halves:
         for tile in tiles:
             half.compute(tile)
-        half.start_sum()
+        half.end_tiles()
 
 
 def _tile_by_tile(halves: Sequence[HalfChunk], tiles: Iterable[Tile], count: int) -> None:
@@ -110,7 +122,7 @@ def _tile_by_tile(halves: Sequence[HalfChunk], tiles: Iterable[Tile], count: int
         for half in halves:
             half.compute(tile)
             if number == count:
-                half.start_sum()
+                half.end_tiles()
 
 
 def _take_sums(halves: Sequence[HalfChunk]) -> None:
