@@ -37,8 +37,7 @@ class Machine:
     passes: int = 0
     loads: list[int] = field(default_factory=list)
 
-    @property
-    def seconds(self) -> float:
+    def seconds(self, sequences: int) -> float:
         return self.each
 
     def begin(self, context: int) -> None: ...

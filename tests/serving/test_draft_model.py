@@ -83,8 +83,8 @@ def test_it_drafts_the_same_when_it_was_unloaded_and_loaded_again(tmp_path: Path
         assert drafting.leaves and not lender.calls
         for _ in range(2):
             drafting.load()
-            assert drafting.seconds == 0, "what it took before may be otherwise now"
-            assert drafting.propose(ids, 6) == wanted and drafting.seconds > 0
+            assert drafting.seconds() == 0, "what it took before may be otherwise now"
+            assert drafting.propose(ids, 6) == wanted and drafting.seconds() > 0
             drafting.begin(100)
             assert drafting.propose([*ids, *wanted[:2]], 4) == wanted[2:]
             drafting.unload()

@@ -123,7 +123,7 @@ def test_a_draft_is_as_long_as_pays() -> None:
 class OtherModel:
     """A draft model that says 7 always, each in a tenth of a second."""
 
-    seconds, leaves = 0.1, False
+    leaves, seconds = False, staticmethod(lambda sequences: 0.1)
 
     def room(self, length: int) -> int:
         return 100 - length
@@ -149,7 +149,7 @@ def test_a_draft_model_is_asked_where_the_text_says_little_and_its_time_counts()
     assert drafter.propose(9) == [7], "it has room for one more token"
     drafter.add([7])
     assert drafter.propose(9) == []
-    model.seconds = 2.0
+    model.seconds = lambda sequences: 2.0
     drafter = Drafter([1, 2, 3, 4, 5, 6], times, 4, model=ModelDrafts(cast("Drafting", model), times))
     assert drafter.propose(9) == []
     drafter.add([8])
@@ -161,9 +161,9 @@ def test_a_draft_model_is_asked_where_the_text_says_little_and_its_time_counts()
 def test_of_text_and_model_that_drafts_which_gives_more() -> None:
     """After a suffix of two tokens what followed is right at 0.25; a model at 0.6, unless it takes too long."""
     text = [1, 2, 3, 4, 5, 6, 1, 2]
-    for seconds, found in ((0.1, [7] * 3), (0.45, [3, 4, 5, 6])):
+    for each, found in ((0.1, [7] * 3), (0.45, [3, 4, 5, 6])):
         model, times = OtherModel(), _times(lambda rows: 1.0)
-        model.seconds = seconds
+        model.seconds = lambda sequences, each=each: each
         drafter = Drafter(text, times, 4, model=ModelDrafts(cast("Drafting", model), times))
         # Four of the text: 1.332 tokens in 1 s. Of the model 3: 2.176 in 1.3 s, 1: 1.6 in 1.45 s = 1.103.
         assert drafter.propose(9) == found

@@ -14,6 +14,7 @@ from tpimpi.cli import remarks
 from tpimpi.cli.options import DEFAULT_PARALLEL, RunOptions, SamplingOptions
 from tpimpi.cli.process import Job, leave_on_signals, say
 from tpimpi.cli.run import (
+    draft_engine,
     given_system,
     given_template,
     open_engine,
@@ -55,6 +56,7 @@ def load_batch(star: Star, job: Job, ranks: Sequence[RankInfo], options: RunOpti
     engine = open_engine(star, ranks, options, parallel=together)
     answers.use_model(engine.header.fingerprint)
     tokenizer, tokenizer_bytes = load_tokenizer_of_slices(engine.file, template)
+    draft = draft_engine(ranks, options, tokenizer, engine, parallel=together)
     conversation = Conversation.begin(engine.header, tokenizer, params)
     queries, refused = _queries(items, answers, conversation, own)
     report = Report(engine.header.model, engine.header.format, engine.backend.name, star.algorithm, star.sealed)
@@ -66,6 +68,7 @@ def load_batch(star: Star, job: Job, ranks: Sequence[RankInfo], options: RunOpti
         context=params.context or min(conversation.limit, wanted),
         together=together,
         tokenizer_bytes=tokenizer_bytes,
+        draft=draft,
     )
     job.at_end.callback(llm.close)
     report.prompt_chunk = engine.chunk

@@ -18,9 +18,10 @@ from tpimpi.system.memory import release_freed_memory
 
 
 def open_draft(
-    ranks: Sequence[RankInfo], options: RunOptions, tokenizer: Tokenizer | TokenIds, model: str
+    ranks: Sequence[RankInfo], options: RunOptions, tokenizer: Tokenizer | TokenIds, model: str, parallel: int = 1
 ) -> OpenedEngine:
     """The model that --draft names, for `model`, whose `tokenizer` this is; its slices are made where they are not there.
+    It drafts for so many sequences at once.
 
     Raises InputError where it cannot draft for that."""
     alone = Star(None)
@@ -28,7 +29,7 @@ def open_draft(
     network = replace(options.network, allreduce="star", wire="f32")
     of_draft = ModelOptions(model=options.generate.draft)
     config = prepare(*(alone, ranks[:1], of_draft, compute, network), context=None, quiet=options.output.quiet)
-    config = replace(config, cores_shared_by=cores_shared_by(ranks)[:1])
+    config = replace(config, cores_shared_by=cores_shared_by(ranks)[:1], parallel=parallel)
     release_freed_memory()
     draft = startup.open_engines(alone, config)
     try:

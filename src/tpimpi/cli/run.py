@@ -32,6 +32,8 @@ from tpimpi.serving.llm import LLM, load_llm, load_tokenizer_of_slices
 from tpimpi.serving.report import Report
 from tpimpi.serving.sampling import Sampler, make_sampler, naming_the_model
 from tpimpi.serving.session import Session
+from tpimpi.serving.text.token_ids import TokenIds
+from tpimpi.serving.text.tokenizer import Tokenizer
 from tpimpi.serving.transcript import Transcript, Turn
 from tpimpi.star import Star
 from tpimpi.star.control import stop_others_on_error
@@ -114,11 +116,7 @@ def load(star: Star, job: Job, ranks: Sequence[RankInfo], options: RunOptions) -
         say(remarks.other_system(session, system))
     engine = open_engine(star, ranks, options, draft=params.speculate)
     tokenizer, tokenizer_bytes = load_tokenizer_of_slices(engine.file, template)
-    draft = None
-    if options.generate.draft is not None and params.speculate != 0:
-        from tpimpi.cli.draft import open_draft  # which most runs do without
-
-        draft = open_draft(ranks, options, tokenizer, engine.header.model)
+    draft = draft_engine(ranks, options, tokenizer, engine)
     transcript = Transcript() if session is None and is_chat(options.generate) else session
     conversation = Conversation.begin(engine.header, tokenizer, params, transcript)
     report = Report(engine.header.model, engine.header.format, engine.backend.name, star.algorithm, star.sealed)
@@ -163,6 +161,22 @@ def open_engine(
     if not quiet:
         say(remark)
     return engine
+
+
+def draft_engine(
+    ranks: Sequence[RankInfo],
+    options: RunOptions,
+    tokenizer: Tokenizer | TokenIds,
+    engine: OpenedEngine,
+    *,
+    parallel: int = 1,
+) -> OpenedEngine | None:
+    """The model that drafts for `engine`'s, whose `tokenizer` this is, for so many prompts at once; None without --draft."""
+    if options.generate.draft is None:
+        return None
+    from tpimpi.cli.draft import open_draft  # which most runs do without
+
+    return open_draft(ranks, options, tokenizer, engine.header.model, parallel)
 
 
 # What the options mean

@@ -95,13 +95,18 @@ def _check_generate(generate: GenerateOptions, output: OutputOptions) -> None:
         raise InputError(
             "--session-key-file is given and --session is not, which it encrypts; give both, or leave it out"
         )
-    if generate.draft is not None and generate.speculate == 0:
-        raise InputError("--draft is given and --speculate is off; leave one of them out")
+    check_draft(generate)
     if output.record_routing is not None and (generate.draft is not None or generate.speculate):
         option = "--speculate" if generate.draft is None else "--draft"
         raise InputError(
             f"--record-routing records what the text alone chooses, without {option}; leave one of them out"
         )
+
+
+def check_draft(generate: GenerateOptions) -> None:
+    """Raise InputError for a draft model that is not to draft."""
+    if generate.draft is not None and generate.speculate == 0:
+        raise InputError("--draft is given and --speculate is off; leave one of them out")
 
 
 def _check_batch(generate: GenerateOptions, output: OutputOptions) -> None:
@@ -117,7 +122,6 @@ def _check_batch(generate: GenerateOptions, output: OutputOptions) -> None:
         "--prompt": generate.prompt,
         "--prompt-file": generate.prompt_file,
         "--session": generate.session,
-        "--draft": generate.draft,
         "--record-routing": output.record_routing,
         "--overflow": DROP if generate.overflow == DROP else None,
     }

@@ -251,13 +251,6 @@ def _add_answer(parser: argparse.ArgumentParser) -> None:
         help="one such text a line, read by rank 0 alone",
     )
     add_speculate(group)
-    group.add_argument(
-        "--draft",
-        type=path_given("--draft", "the path of a model"),
-        metavar="MODEL",
-        help="a small model with the same vocabulary, which drafts where the text itself says little; on rank 0 alone, all "
-        "in its memory",
-    )
     group.add_argument("--ignore-eos", action="store_true", help="go on past the model's end of text")
 
 
@@ -279,6 +272,13 @@ def add_speculate(group: argparse._ArgumentGroup) -> None:
         f"token: auto (default: as many as pay by what passes take), off, or N, 1 to {LONGEST_DRAFT}, where one is found",
     )
     offer(speculate, (AUTO, OFF))
+    group.add_argument(
+        "--draft",
+        type=path_given("--draft", "the path of a model"),
+        metavar="MODEL",
+        help="a small model with the same vocabulary, which drafts where the text itself says little; on rank 0 alone, all "
+        "in its memory",
+    )
 
 
 def add_audit(parser: argparse.ArgumentParser) -> None:

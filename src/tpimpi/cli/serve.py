@@ -10,7 +10,7 @@ from functools import partial
 from tpimpi.cli import remarks
 from tpimpi.cli.options import DEFAULT_PARALLEL, ServeOptions
 from tpimpi.cli.process import Job, call_on_signals, say
-from tpimpi.cli.run import given_template, open_engine
+from tpimpi.cli.run import draft_engine, given_template, open_engine
 from tpimpi.cli.serve_options import MAX_CONTEXT, front_options, listening, parse_serve
 from tpimpi.engine import startup
 from tpimpi.engine.allotment import print_memory
@@ -96,6 +96,9 @@ def load(
     most = engine.header.config.context
     if generate.context is not None and generate.context > most:
         raise InputError(f"--context is {generate.context}, this model has {most} positions; give at most that")
+    if generate.draft is not None:
+        progress.say("opening the draft model")
+    draft = draft_engine(ranks, options.run, tokenizer, engine, parallel=together)
     report = Report(engine.header.model, engine.header.format, engine.backend.name, star.algorithm, star.sealed)
     speculate = LONGEST_DRAFT if generate.speculate is None else generate.speculate
     progress.say("taking memory")
@@ -104,6 +107,7 @@ def load(
         context=generate.context or min(most, MAX_CONTEXT),
         together=together,
         tokenizer_bytes=tokenizer_bytes,
+        draft=draft,
     )
     job.at_end.callback(llm.close)
     report.prompt_chunk = engine.chunk

@@ -16,7 +16,7 @@ from tpimpi.cli.options import (
     ServeOptions,
 )
 from tpimpi.cli.parser import Parser
-from tpimpi.cli.run_options import check_combinations, parsed_into
+from tpimpi.cli.run_options import check_combinations, check_draft, parsed_into
 from tpimpi.cli.run_parser import (
     add_audit,
     add_computing,
@@ -154,6 +154,7 @@ def parse_serve(arguments: Sequence[str]) -> ServeOptions:
         context=parsed.context,
         parallel=parsed.parallel,
         speculate=parsed.speculate,
+        draft=parsed.draft,
         chat_template=parsed.chat_template,
     )
     run = RunOptions(
@@ -165,6 +166,7 @@ def parse_serve(arguments: Sequence[str]) -> ServeOptions:
         audit=parsed.audit,
     )
     check_combinations(run.compute, run.network, run.model)
+    check_draft(generate)
     listening = ("host", "port", "api_key_file", "tls_cert", "tls_key", "front")
     names = (*listening, "grace", "queue", "time_limit", "journal", "journal_key_file")
     options = ServeOptions(

@@ -98,6 +98,15 @@ def make_budget(needs: Needs, promise: int, whose: str = "") -> Budget:
     return Budget(buffers, left - buffers, needs.min_experts)
 
 
+def caches_beside_tiles(needs: Needs, promise: int | None, most: int) -> int:
+    """For how many sequences, 1 to `most`, `promise` bytes have room for keys and values beside all tiles; None: no bound.
+
+    So many have them of a draft model too: it is to take nothing from tiles beyond what it needs for one."""
+    if promise is None:
+        return most
+    return 1 + min(most - 1, max(0, promise - needs.most) // max(1, needs.cache))
+
+
 def divide(free: int, needs: Mapping[int, Needs]) -> dict[int, int]:
     """Divide `free` bytes among ranks (by number): so that each reads as much for a token, as far as that can be.
 

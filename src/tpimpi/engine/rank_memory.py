@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from tpimpi.engine.allotment import MemoryAllotment
-from tpimpi.engine.budget import RESERVE_BYTES, Budget, Needs, make_budget
+from tpimpi.engine.budget import RESERVE_BYTES, Budget, Needs, caches_beside_tiles, make_budget
 from tpimpi.engine.engine import OpenedEngine
 from tpimpi.engine.expert_cache import ExpertCache, min_slots
 from tpimpi.engine.figures import LiveFigures, RankFigures
@@ -45,6 +45,7 @@ class MemoryPlanner:
         self.engines, self.tokenizer_bytes, self.draft_engine = list(engines), tokenizer_bytes, draft_engine
         self.star, self.settings = engines[0].star, engines[0].settings
         self.draft_waits = False  # whether tiles have the memory of the draft model for now
+        self.draft_sequences = 1  # of which the draft model has keys and values
         self.base = resident_bytes()
 
     def needs(self, context: int, *, with_draft: bool | None = None) -> Needs:
@@ -64,7 +65,8 @@ class MemoryPlanner:
         """What a draft model needs, where there is one."""
         if self.draft_engine is None:
             return None
-        return self.draft_engine.needs(0, min(context, self.draft_engine.header.config.context))
+        needs = self.draft_engine.needs(0, min(context, self.draft_engine.header.config.context))
+        return replace(needs, cache=needs.cache * self.draft_sequences)
 
     def draft_bytes(self, context: int) -> int:
         """Memory of a draft model that has room for `context` positions; 0 without one."""
@@ -82,6 +84,8 @@ class MemoryPlanner:
         `promise` is None where --window decides. `watched_by` is how many ranks of ours look after the host's free memory
         (--memory auto), 0 where none does. Raises InputError where the promise is too small.
         """
+        if self.draft_engine is not None:
+            self.draft_sequences = caches_beside_tiles(self.needs(context), promise, self.settings.parallel)
         needs, budget = self.needs(context), None
         if promise is not None:
             whose = f"--memory {'auto finds' if watched_by else 'is'} {show_size(promise)}"
@@ -246,7 +250,8 @@ class RankMemory:
             pages = range(pages_of(opened[0].header.config.context) + 1)
             found = bisect_right(pages, spare, key=lambda n: plan.planner.needs(n * PAGE, with_draft=True).cache)
             room = PAGE * (found - 1)
-            units = max(0, spare) // self.engines[0].model.kv_shape.unit_bytes
+            of_draft = planned.cache - plan.planner.needs(plan.context, with_draft=False).cache
+            units = max(0, spare - of_draft) // self.engines[0].model.kv_shape.unit_bytes
         return MemoryAllotment(
             rank=self.star.rank.index,
             host=self.star.rank.host,
@@ -291,6 +296,11 @@ class RankMemory:
     def draft_waits(self) -> bool:
         """Whether tiles have the memory of the draft model for now."""
         return self._plan.planner.draft_waits
+
+    @property
+    def draft_sequences(self) -> int:
+        """Of how many sequences a draft model has keys and values."""
+        return self._plan.planner.draft_sequences
 
     def lend_to_draft(self) -> None:
         """The draft model takes its memory: tiles give way."""

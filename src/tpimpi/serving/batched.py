@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,6 +29,9 @@ from tpimpi.serving.stops import StopFilter
 from tpimpi.serving.text.answer import AnswerStream, Piece
 from tpimpi.serving.text.token_ids import TokenIds
 from tpimpi.serving.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # most runs have none
+    from tpimpi.serving.draft_choice import BatchDrafts
 
 MAX_DELAY = 2.0  # a step with rows of prompts takes so many times as long as one without, at most
 MIN_PROMPT_ROWS = 16  # rows of prompts beside answers, however much they delay these
@@ -100,20 +104,26 @@ def load_batched(
     context: int,
     together: int,
     tokenizer_bytes: int = 0,
+    draft: OpenedEngine | None = None,
 ) -> tuple[BatchedLLM, list[MemoryAllotment]]:
-    """Have every rank take memory to answer so many prompts together, each of `context` positions with its answer.
+    """Have every rank take memory to answer so many prompts together, each of `context` positions with its answer; rank 0
+    also for `draft`, a model that drafts (--draft).
 
     Returns what answers, and what each rank has, in rank order. There are pages for at least one prompt and its answer;
     where memory has no room for all, the others wait. Raises InputError where a rank's promise is too small.
     """
     try:
-        memory, allotments = allot_memory(opened.star, [opened], context, tokenizer_bytes)
+        memory, allotments = allot_memory(opened.star, [opened], context, tokenizer_bytes, draft)
     except InputError as error:
-        raise InputError(f"{error}, or a smaller --parallel (it is {together})") from error
+        without = "" if draft is None else ", or leave --draft out"
+        raise InputError(f"{error}, or a smaller --parallel (it is {together}){without}") from error
     kinds = memory.engines[0].model.kv_shape.kinds
     units, agreed = together * pages_of(context) * len(kinds), agreed_page_units(allotments)
     allocator = PageAllocator.of_layers(kinds, units if agreed is None else min(units, agreed))
-    return BatchedLLM(memory, allocator, tokenizer, report, speculation, context=context, together=together), allotments
+    llm = BatchedLLM(memory, allocator, tokenizer, report, speculation, context=context, together=together)
+    if draft is not None:
+        llm.use_draft(draft)
+    return llm, allotments
 
 
 class BatchedLLM:
@@ -141,7 +151,17 @@ class BatchedLLM:
         self._allocator, self._speculation, self._times = allocator, speculation, speculation.times
         self._together, self._max_rows = together, max_rows
         self._answering: dict[Request, Answering] = {}
+        self._drafts: BatchDrafts | None = None
         open_pages(self._model, self._model.star, context, allocator)
+
+    def use_draft(self, draft: OpenedEngine) -> None:
+        """Have a small model draft."""
+        from tpimpi.serving.draft_choice import BatchDrafts  # which most runs do without
+        from tpimpi.serving.draft_model import BatchedDraftModel
+
+        model = BatchedDraftModel(draft, self._tokenizer.sampled_ids, self.context, self.memory.draft_sequences)
+        speculation = self._speculation
+        self._drafts = BatchDrafts(model, self._times, speculation.longest, always=speculation.always)
 
     def submit(self, query: Query) -> Answering:
         """A query comes: it is answered by `step`, unless what there is of its answer is all. Its prompt has fewer ids than
@@ -200,6 +220,7 @@ class BatchedLLM:
         scheduler, model = self._scheduler, self._model
         began = time.monotonic()
         answers = self._draft()
+        drafted_at = time.monotonic()
         room = self._times.rows_within(answers, MAX_DELAY, self._max_rows) - answers if answers else self._max_rows
         runs = scheduler.next_step(max(MIN_PROMPT_ROWS, room))
         if not runs:
@@ -212,8 +233,8 @@ class BatchedLLM:
         prompt = any(run.n - len(run.draft) > 1 or not run.ends for run in runs)
         hidden = step(model, model.star, self.engine.embed(ids), rows, head=bool(wanted), prompt=prompt)
         logits = model.logits(hidden[wanted]) if wanted else None
-        seconds = time.monotonic() - began
-        self._times.add(len(ids), seconds)
+        ended = time.monotonic()
+        self._times.add(len(ids), ended - drafted_at)
         chosen: list[Answering] = []
         done = 0
         for run in runs:
@@ -224,12 +245,12 @@ class BatchedLLM:
             done += len(of_run)
             chosen.append(self._take_tokens(run, of_run))
         tokens = sum(len(answering.new) for answering in chosen)
-        self.figures.add_step(len(ids), len(runs), tokens, seconds)
+        drafted = sum(len(run.draft) for run in runs)
+        accepted = sum(answering.accepted for answering in chosen)
+        self.figures.add_step(len(ids), len(runs), tokens, ended - began, drafted=drafted, accepted=accepted)
         if model.recorder is not None:
-            drafted = sum(len(run.draft) for run in runs)
-            accepted = sum(answering.accepted for answering in chosen)
             model.recorder.add_pass(
-                PassSpan(began, began + seconds, len(ids), len(runs), drafted=drafted, accepted=accepted, tokens=tokens)
+                PassSpan(drafted_at, ended, len(ids), len(runs), drafted=drafted, accepted=accepted, tokens=tokens)
             )
         self.figures.preempted = scheduler.preempted
         self._give_memory_back()
@@ -250,13 +271,17 @@ class BatchedLLM:
         answering = self._scheduler.answering
         rows = len(answering)
         most = min(rows + DRAFTED_EACH * self._together, self._max_rows - 1)
+        drafters: dict[Request, Drafter] = {}
         for request in answering:
             one = self._answering[request]
             one.drafter = one.drafter or self._speculation.drafter(request.ids)
             if one.drafter is not None:
-                room = min(most - rows, request.most - len(request.ids) - 1)
-                request.draft = one.drafter.propose(room, others=rows - 1)
-                rows += len(request.draft)
+                drafters[request] = one.drafter
+        of_model = {} if self._drafts is None else self._drafts.propose(drafters, most - rows)
+        for request, drafter in drafters.items():
+            room = min(most - rows, request.most - len(request.ids) - 1)
+            request.draft = drafter.propose(room, others=rows - 1, of_model=of_model.get(request, ()))
+            rows += len(request.draft)
         return rows
 
     def _take_tokens(self, run: Run, logits: F32) -> Answering:
@@ -315,6 +340,8 @@ class BatchedLLM:
             self._say(answering, answering.stop.flush())
         answering.ended = why
         self._scheduler.remove(answering.request)
+        if self._drafts is not None:
+            self._drafts.forget(answering.request)
         del self._answering[answering.request]
 
     def _say(self, answering: Answering, pieces: Sequence[Piece]) -> None:
@@ -333,6 +360,8 @@ class BatchedLLM:
     def close(self) -> None:
         """Stop reading, however the run ends."""
         self.memory.close()
+        if self._drafts is not None:
+            self._drafts.close()
 
 
 def _wanted(run: Run, end: int) -> range:

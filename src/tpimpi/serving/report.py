@@ -95,8 +95,8 @@ def _gaps(times: Sequence[tuple[int, float]]) -> list[float]:
 @dataclass
 class BatchFigures:
     """What was done for many prompts at once. `rows` went through the layers in `steps` passes, of `together` sequences at
-    most, `sequences` in all passes; `tokens` were chosen, in `seconds`. `preempted` is how often a sequence gave its memory
-    to others, and was computed again."""
+    most, `sequences` in all passes; `tokens` were chosen, in `seconds`; of `drafted_tokens` so many were `accepted_tokens`.
+    `preempted` is how often a sequence gave its memory to others, and was computed again."""
 
     together: int
     steps: int = 0
@@ -105,14 +105,20 @@ class BatchFigures:
     tokens: int = 0
     seconds: float = 0.0
     preempted: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
-    def add_step(self, rows: int, sequences: int, tokens: int, seconds: float) -> None:
+    def add_step(
+        self, rows: int, sequences: int, tokens: int, seconds: float, *, drafted: int = 0, accepted: int = 0
+    ) -> None:
         """One more pass."""
         self.steps += 1
         self.rows += rows
         self.sequences += sequences
         self.tokens += tokens
         self.seconds += seconds
+        self.drafted_tokens += drafted
+        self.accepted_tokens += accepted
 
 
 @dataclass

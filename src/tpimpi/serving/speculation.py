@@ -13,7 +13,7 @@ another order for several rows: there a near-tie may go the other way, and since
 
 Drafts are from the text itself: what followed the longest suffix of prompt and answer that was there before (prompt
 lookup); or where that was short, from a small model, if there is one (draft_model.py) and it pays (draft_choice.py). How
-long they are is a matter of time alone: see `best_length`.
+long they are is a matter of time alone: see `DraftedPass.best_length`.
 """
 
 from __future__ import annotations
@@ -139,16 +139,42 @@ def expected_tokens(rate: float, drafted: int) -> float:
     return float((1 - rate ** (drafted + 1)) / (1 - rate))
 
 
-def best_length(rate: float, seconds: Callable[[int], float], most: int, *, than: float | None = None) -> int:
-    """How many tokens to draft, 0 to `most`, for most tokens a second; `seconds(n)` is what a pass takes over n rows.
+@dataclass(frozen=True)
+class DraftedPass:
+    """A pass over the last token of each of several sequences, and over drafts of as many tokens for each.
 
-    0 unless another is better by _MIN_GAIN at least, than `than` tokens a second, or those of a pass of one row.
-    """
-    best, speed = 0, _MIN_GAIN * (1 / seconds(1) if than is None else than)
-    for drafted in range(1, most + 1):
-        if (found := expected_tokens(rate, drafted) / seconds(1 + drafted)) > speed:
-            best, speed = drafted, found
-    return best
+    Of sequence i a drafted token is right with probability `rates[i]` if those before it are, and no more than `rooms[i]`
+    are drafted; for `others` none."""
+
+    rates: Sequence[float]
+    rooms: Sequence[int]
+    others: int = 0
+
+    def rows(self, drafted: int) -> int:
+        """Rows with so many tokens drafted for each."""
+        return self.others + sum(1 + min(drafted, room) for room in self.rooms)
+
+    def tokens(self, drafted: int) -> float:
+        """Tokens that it gives then."""
+        each = zip(self.rates, self.rooms, strict=True)
+        return self.others + sum(expected_tokens(rate, min(drafted, room)) for rate, room in each)
+
+    def best_length(self, seconds: Callable[[int], float], most: int, *, than: float | None = None) -> int:
+        """How many tokens to draft for each, 0 to `most`, for most tokens a second; `seconds(n)` is what n take.
+
+        0 unless another is better by _MIN_GAIN at least, than `than` tokens a second, or those without a draft.
+        """
+        best, speed = 0, _MIN_GAIN * (self.tokens(0) / seconds(0) if than is None else than)
+        for drafted in range(1, most + 1):
+            if (found := self.tokens(drafted) / seconds(drafted)) > speed:
+                best, speed = drafted, found
+        return best
+
+
+def best_length(rate: float, seconds: Callable[[int], float], most: int) -> int:
+    """How many tokens to draft for one sequence, 0 to `most`, for most tokens a second; `seconds(n)` is what a pass takes
+    over n rows. 0 unless another is better by _MIN_GAIN at least than a pass of one row."""
+    return DraftedPass((rate,), (most,)).best_length(lambda drafted: seconds(1 + drafted), most)
 
 
 class Acceptance:
@@ -192,33 +218,61 @@ class Drafter:
         self._text, self._times, self._longest, self._always = TextDrafts(ids), times, longest, always
         self._model, self._ids = model, [] if model is None else list(ids)
         self._acceptance = Acceptance()
-        self._whole: list[int] = []  # the draft from the text, before it was cut
+        self._whole: list[int] | None = None  # the draft from the text, before it was cut; None: it is yet to be found
         self._matched = 0
         self._of_model: list[int] = []  # the model's
         self._passes_off, self._trial = 0, _FIRST_TRIAL
 
-    def propose(self, most: int, *, others: int = 0) -> list[int]:
-        """The draft to check in the next pass, at most `most` tokens; [] for none. The pass has so many rows of `others`."""
-        self._whole, self._of_model = self._text.propose(self._longest), []
-        self._matched = self._text.matched
+    def propose(self, most: int, *, others: int = 0, of_model: Sequence[int] = ()) -> list[int]:
+        """The draft to check in the next pass, at most `most` tokens; [] for none. The pass has so many rows of `others`.
+
+        `of_model` is what a model drafted that does so for several sequences, if one `wants_model`: it goes before the
+        text's."""
+        whole, self._of_model = self._from_text(), []
         most = max(0, min(most, self._longest))
-        if self._model is not None and self._matched < _LONG_SUFFIX and most:
+        if self._model is not None and self.wants_model and most:
             length = most if self._always else self._length_of_model(self._model, most)
             self._of_model = self._model.propose(self._ids, length) if length else []
-            if self._of_model:
-                return self._of_model
-        most = min(most, len(self._whole))
+        elif of_model:
+            self._of_model = list(of_model[:most])
+        if self._of_model:
+            return self._of_model
+        most = min(most, len(whole))
         if self._always or not most:
-            return self._whole[:most]
-        return self._whole[: self._length(most, others)]
+            return whole[:most]
+        return whole[: self._length(most, others)]
+
+    @property
+    def wants_model(self) -> bool:
+        """Whether a draft model may know better than the text what follows."""
+        self._from_text()
+        return self._matched < _LONG_SUFFIX
+
+    @property
+    def rate_of_model(self) -> float:
+        """How often a token of a draft model is right."""
+        return self._acceptance.rate(None)
+
+    @property
+    def from_text(self) -> tuple[float, int]:
+        """How often a token from the text is right, and how many it has now."""
+        whole = self._from_text()
+        return self._acceptance.rate(self._matched), len(whole)
+
+    def _from_text(self) -> list[int]:
+        """The draft from the text, before it is cut."""
+        if self._whole is None:
+            self._whole = self._text.propose(self._longest)
+            self._matched = self._text.matched
+        return self._whole
 
     def _length_of_model(self, model: ModelDrafts, most: int) -> int:
         """How many tokens the model is to draft, where those of the text do not give more."""
-        rate, text, times = self._acceptance.rate(self._matched), min(most, len(self._whole)), self._times
+        (rate, text), times = self.from_text, self._times
         otherwise = 0.0
-        if text and times.count(1) and (length := best_length(rate, times.seconds, text)):
+        if text and times.count(1) and (length := best_length(rate, times.seconds, min(most, text))):
             otherwise = expected_tokens(rate, length) / times.seconds(1 + length)
-        return model.length(self._acceptance.rate(None), most, otherwise, len(self._ids))
+        return model.length(self.rate_of_model, most, otherwise, len(self._ids))
 
     def _length(self, most: int, others: int) -> int:
         """How many tokens from the text are worth their time."""
@@ -243,11 +297,11 @@ class Drafter:
     def add(self, ids: Sequence[int]) -> None:
         """The sequence went on with `ids`. What was drafted is compared whether it was checked or not, so that a draft that
         was too dear is known to be good."""
-        for matched, draft in ((self._matched, self._whole), (None, self._of_model)):
+        for matched, draft in ((self._matched, self._whole or []), (None, self._of_model)):
             if compared := min(len(draft), len(ids)):
                 right = next((i for i in range(compared) if draft[i] != ids[i]), compared)
                 self._acceptance.add(matched, right, min(right + 1, compared))
-        self._whole, self._of_model = [], []
+        self._whole, self._of_model = None, []
         self._text.add(ids)
         if self._model is not None:
             self._ids += ids

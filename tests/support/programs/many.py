@@ -70,7 +70,7 @@ class Prophet:
     def __init__(self, answer: list[int], most: int, random: np.random.Generator) -> None:
         self._answer, self._most, self._random = answer, most, random
 
-    def propose(self, most: int, others: int) -> list[int]:
+    def propose(self, most: int, others: int, of_model: Any) -> list[int]:
         found = self._answer[: max(0, min(most, self._most))]
         if found and self._random.random() < 0.4:
             place = self._random.integers(len(found))

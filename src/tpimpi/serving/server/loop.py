@@ -43,6 +43,8 @@ class _Interval:
     tokens: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class ServerLoop:
@@ -96,10 +98,17 @@ class ServerLoop:
                 return self._finish()
             self._admit()
             if self._by_answering:
-                for answering in self._llm.step():
-                    self._tell(answering)
+                self._step()
             self._tell_figures()
             self._connection.flush()
+
+    def _step(self) -> None:
+        figures, interval = self._llm.figures, self._interval
+        drafted, accepted = figures.drafted_tokens, figures.accepted_tokens
+        for answering in self._llm.step():
+            self._tell(answering)
+        interval.drafted_tokens += figures.drafted_tokens - drafted
+        interval.accepted_tokens += figures.accepted_tokens - accepted
 
     def _is_over(self) -> bool:
         return self._ends_by is not None and (not self._open or time.monotonic() >= self._ends_by)
@@ -267,6 +276,8 @@ class ServerLoop:
                 pages_used=llm.pages[0],
                 pages=llm.pages[1],
                 ranks=ranks,
+                drafted_tokens=interval.drafted_tokens,
+                accepted_tokens=interval.accepted_tokens,
             )
         )
         self._interval = _Interval(time.monotonic())

@@ -216,6 +216,8 @@ class Figures(_Said, frozen=True):
     pages_used: int
     pages: int
     ranks: list[RankFigures]
+    drafted_tokens: int = 0  # that were checked in the interval
+    accepted_tokens: int = 0  # of those, right
 
 
 class Ending(_Said, frozen=True):
