@@ -1,11 +1,14 @@
 """Run on every rank: many prompts answered at once, of several models in one launch.
 
-Arguments: a JSON file of jobs ([folder, window, tokens to draft]), and where to write. Prompts come at any step, some begin
+Arguments: a JSON file of jobs ([folder, window, tokens to draft, slices of a model that drafts or null]), and where to
+write. Prompts come at any step, some begin
 as others do, some have a part of their answer from before, some are cancelled, of one the sampler fails; they are of two
 owners; there are pages for some of them alone. Rank 0 writes NAME.json for each: "answers", a list with "ids", those
 generated "alone", and how it "ended"; "cached", "preempted", "drafted" and "accepted" in all, and how many were
 "continued"; "units" that are used, and bytes that are "filled", at the end; and "calls" of the backend for a step of one
-row, and of rows of five sequences.
+row, and of rows of five sequences; of a model that drafts the "passes" ([how many, tokens that were drafted of a
+sequence at most] for each time), how many sequences it drafted for at "once", and of those "long" whose answers it cannot
+read, and the units that it has "left" at the end.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from tpimpi.engine.engine import EngineConfig
 from tpimpi.engine.rank_memory import MemoryPlanner, RankMemory
 from tpimpi.engine.startup import open_engine
 from tpimpi.models.kv.pages import PageAllocator
-from tpimpi.star import connect
+from tpimpi.star import Star, connect
 
 CONTEXT, PROMPTS, TOGETHER, MAX_TOKENS = 256, 18, 5, 40
 FAILING = 7  # the number of the prompt whose sampler fails
@@ -81,7 +84,40 @@ class Prophet:
         self._answer = self._answer[len(ids) :]
 
 
-def answer_many(memory: RankMemory, seed: int, draft: int) -> dict[str, Any]:
+class Watched:
+    """A model that drafts what it is asked for, and what that took."""
+
+    def __init__(self, folder: str) -> None:
+        from tpimpi.serving.draft_model import BatchedDraftModel
+
+        settings = EngineConfig(
+            *(folder, None, "", "", "", "native", 1, "star", 60.0), cores_shared_by=[1], window="all", parallel=TOGETHER
+        )
+        opened = open_engine(Star(None), settings)
+        model = self.model = BatchedDraftModel(opened, opened.header.config.vocab, CONTEXT, TOGETHER - 2)
+        self.passes: list[list[int]] = []
+        self.once, self.context = 0, opened.header.config.context
+        step, propose = model._step, model.propose
+
+        def counted(*arguments: Any) -> Any:
+            self.passes[-1][0] += 1
+            return step(*arguments)
+
+        def watched(asked: Any) -> Any:
+            self.passes.append([0, max(most for _, most in asked.values())])
+            found = propose(asked)
+            assert all(
+                len(found[key]) <= most and len(ids) + most <= self.context
+                for key, (ids, most) in asked.items()
+                if key in found
+            )
+            self.once = max(self.once, len(found))
+            return found
+
+        model._step, model.propose = counted, watched  # type: ignore[method-assign]
+
+
+def answer_many(memory: RankMemory, seed: int, draft: int, of_model: str | None) -> dict[str, Any]:
     from tpimpi.serving.batched import Answering, BatchedLLM, Query
     from tpimpi.serving.generate import generate
     from tpimpi.serving.report import Report
@@ -116,7 +152,14 @@ def answer_many(memory: RankMemory, seed: int, draft: int) -> dict[str, Any]:
 
     allocator = PageAllocator.of_layers(model.kv_shape.kinds, 9 * len(model.kv_shape.kinds))
     report, vocab = Report("", "", "", ""), model.config.vocab
-    llm = BatchedLLM(memory, allocator, TokenIds(vocab), report, Told(), context=CONTEXT, together=TOGETHER)
+    told = Speculation(draft, always=True) if of_model else Told()
+    llm = BatchedLLM(memory, allocator, TokenIds(vocab), report, told, context=CONTEXT, together=TOGETHER)
+    watched = None
+    if of_model:
+        from tpimpi.serving.draft_choice import BatchDrafts
+
+        watched = Watched(of_model)
+        llm._drafts = BatchDrafts(watched.model, told.times, draft, always=True)
     answering: list[Answering] = []
     while len(answering) < PROMPTS or not llm.is_idle:
         while len(answering) < PROMPTS and random.random() < 0.4:
@@ -124,7 +167,8 @@ def answer_many(memory: RankMemory, seed: int, draft: int) -> dict[str, Any]:
         if random.random() < 0.04 and answering:
             llm.cancel(answering[random.integers(len(answering))])
         llm.step()
-    draft = 0
+    left = None if watched is None else watched.model.used
+    draft, llm._drafts, told.longest = 0, None, 0
     calls = count_calls(llm, random)
     llm.forget_prefixes()
     filled = model.cache.filled_bytes
@@ -138,6 +182,10 @@ def answer_many(memory: RankMemory, seed: int, draft: int) -> dict[str, Any]:
         "filled": filled,
         "cached": sum(one.request.cached or 0 for one in answering),
     }
+    if watched is not None:
+        watched.model.close()
+        long = sum(len(query.ids) + query.max_tokens > watched.context for query in queries)
+        did |= {"passes": watched.passes, "once": watched.once, "long": long, "left": left}
     return {"answers": answers, **did, "preempted": report.batch.preempted, "units": allocator.used, "calls": calls}
 
 
@@ -161,7 +209,7 @@ def count_calls(llm: Any, random: np.random.Generator) -> list[int]:
 
 def main() -> None:
     star, out = connect(), Path(sys.argv[2])
-    for seed, (folder, window, draft) in enumerate(json.loads(Path(sys.argv[1]).read_text())):
+    for seed, (folder, window, draft, of_model) in enumerate(json.loads(Path(sys.argv[1]).read_text())):
         settings = EngineConfig(
             *(folder, None, "", "", "", "native", 1, "star", 60.0),
             cores_shared_by=[star.rank.size] * star.rank.size,
@@ -173,7 +221,7 @@ def main() -> None:
         memory = MemoryPlanner([open_engine(star, settings)]).plan(CONTEXT, None, 0).take()
         model = memory.engines[0].model
         if star.rank.is_hub:
-            did = answer_many(memory, seed, draft)
+            did = answer_many(memory, seed, draft, of_model)
             protocol.finish(model, star)
             (out / f"{Path(folder).name}.json").write_text(json.dumps(did))
         else:
