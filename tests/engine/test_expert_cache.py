@@ -17,7 +17,7 @@ from tests.support.tiny_models import write_tiny_hf
 from tpimpi.engine.eviction import ExpertKey, LeastRecentlyUsed, Stalest
 from tpimpi.engine.expert_cache import ExpertCache
 from tpimpi.engine.readers import Readers
-from tpimpi.errors import SliceError
+from tpimpi.errors import DamagedMemoryError, SliceError
 from tpimpi.system.buffers import Bytes
 from tpimpi.weights.make import choose_formats, slice_model
 from tpimpi.weights.slices.file import SliceFile
@@ -115,9 +115,13 @@ def test_slices_hold_the_columns_of_every_expert(model: Path, slices: Path) -> N
 
 
 def test_any_cache_gives_the_same_tiles_in_the_order_asked_for(file: SliceFile) -> None:
+    """Also while a thread checks what is in memory, and finds nothing."""
     expected = {(r.block.layer, r.expert): _bytes(file.load(r)) for r in file.records_of("experts")}
     for places in (2, 3, 7, None):
         cache, dice = _cache(file, places), random.Random(places)
+        ended = threading.Event()
+        checking = threading.Thread(target=_check_until, args=(cache, ended))
+        checking.start()
         for _ in range(60):
             layer = dice.choice(LAYERS)
             if dice.random() < 0.5:
@@ -127,12 +131,40 @@ def test_any_cache_gives_the_same_tiles_in_the_order_asked_for(file: SliceFile) 
             for _ in range(dice.randrange(3)):
                 cache.prefetch(dice.choice(LAYERS), dice.sample(range(EXPERTS), dice.randrange(1, EXPERTS)))
             assert _taken(cache) == [(expert, expected[layer, expert]) for expert in wanted]
+            _until(
+                lambda cache=cache: cache.held_bytes <= cache.limit_bytes, cache
+            )  # one that is checked keeps its memory
             assert cache.held_bytes <= cache.limit_bytes
             if dice.random() < 0.2 and places:
                 cache.limit(dice.randrange(0, 12) * cache.slot_bytes)
                 assert cache.limit_bytes >= cache.min_bytes
         assert cache.figures.used >= cache.figures.hits
+        ended.set()
+        checking.join()
         cache.close()
+
+
+def _check_until(cache: ExpertCache, ended: threading.Event) -> None:
+    while not ended.is_set():
+        cache.check_next()
+
+
+def test_an_expert_that_changes_in_memory_is_noticed(file: SliceFile) -> None:
+    cache = _cache(file, 4)
+    assert cache.check_next() == 0, "none is there"
+    cache.begin(2, [1, 5, 6])
+    held = {tile.record.expert: tile for group in cache.tiles() for tile in group}
+    checked = [cache.check_next() for _ in range(6)]
+    assert checked == [tile.record.nbytes for tile in (held[1], held[5], held[6])] * 2
+    cache.begin(2, [5])
+    _taken(cache)
+    held[5].matrices["up"].data.reshape(-1).view(np.uint8)[100] ^= 16
+    for _ in range(3):
+        cache.check_next()
+    with pytest.raises(DamagedMemoryError, match=r"experts.* of slice file .*rank-1-of-2\.h5") as error:
+        cache.begin(2, [1])
+    assert error.value.exit_code == 1
+    cache.close()
 
 
 def test_what_is_in_memory_is_not_read_again(file: SliceFile) -> None:

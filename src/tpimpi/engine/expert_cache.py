@@ -11,42 +11,21 @@ Which bytes are where changes no number: tiles are handed out in the order in wh
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
 from functools import partial
 
-from tpimpi.engine.eviction import ExpertKey, Policy, Stalest
+from tpimpi.engine.eviction import ExpertKey, Stalest
+from tpimpi.engine.expert_slots import ExpertEntry, ExpertSlots, min_slots
 from tpimpi.engine.figures import ExpertFigures
 from tpimpi.engine.readers import Read, Readers, Urgency
 from tpimpi.engine.trace import READ, WAIT, Recorder
-from tpimpi.system.buffers import BufferPool, Bytes
 from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.layout import Record
 from tpimpi.weights.slices.tile import Tile
-
-
-def min_slots(experts: int) -> int:
-    """Slots without which no expert can be used: one computes while the next is read."""
-    return min(2, experts)
-
-
-@dataclass(eq=False)
-class _Entry:
-    """An expert that has a slot."""
-
-    key: ExpertKey
-    slot: int
-    prefetched: bool  # read because it was expected, and not wanted yet
-    reading: bool = False  # a reader is at it
-    tile: Tile | None = None
-
-    @property
-    def begun(self) -> bool:
-        """Whether its bytes are there, or on their way."""
-        return self.reading or self.tile is not None
 
 
 class ExpertCache:
@@ -68,20 +47,15 @@ class ExpertCache:
         self._blocks = block_index or {}
         self.slot_bytes = max((record.nbytes for record in records.values()), default=0)
         self.total_bytes = self.slot_bytes * len(records)
-        self._pool = BufferPool([self.slot_bytes] * len(records))
-        self._free = list(range(len(records)))[::-1]  # the slot that was given back last is taken first
-        self._peak_slots = 0
-        self._buffers: dict[int, Bytes] = {}  # of the slots that have memory
-        self._entries: dict[ExpertKey, _Entry] = {}
-        self._order: Policy = Stalest(1 + max((key.layer for key in records), default=0))
-        self._limit = len(records) if nbytes is None else min(len(records), nbytes // max(1, self.slot_bytes))
-        assert self._limit >= min_slots(len(records)), "an expert would never find a slot"
+        policy = Stalest(1 + max((key.layer for key in records), default=0))
+        limit = len(records) if nbytes is None else min(len(records), nbytes // max(1, self.slot_bytes))
+        self._slots = ExpertSlots(len(records), self.slot_bytes, limit, policy)
         self._wanted: deque[ExpertKey] = deque()  # by the block, not handed out yet; in order
-        self._in_use: set[ExpertKey] = set()
-        self._urgent: deque[_Entry] = deque()  # to be read, in order
-        self._prefetch_queue: deque[_Entry] = deque()  # to be read if there is nothing urgent
-        self._prefetches: list[_Entry] = []  # all that is expected of the next block
+        self._urgent: deque[ExpertEntry] = deque()  # to be read, in order
+        self._prefetch_queue: deque[ExpertEntry] = deque()  # to be read if there is nothing urgent
+        self._prefetches: list[ExpertEntry] = []  # all that is expected of the next block
         self._rest: Iterator[ExpertKey] = iter(())  # what may be read when nobody waits, in the order of the file
+        self._to_check = itertools.cycle(records)
         self._begun = False  # an expert was used
         self._changed = threading.Condition(readers.lock)
         self._error: BaseException | None = None
@@ -98,17 +72,17 @@ class ExpertCache:
     @property
     def held_bytes(self) -> int:
         """Memory of experts, those on their way included."""
-        return len(self._entries) * self.slot_bytes
+        return len(self._slots.entries) * self.slot_bytes
 
     @property
     def peak_bytes(self) -> int:
         """Memory that experts took, at most."""
-        return self._peak_slots * self.slot_bytes
+        return self._slots.peak * self.slot_bytes
 
     @property
     def limit_bytes(self) -> int:
         """Memory that experts may take."""
-        return self._limit * self.slot_bytes
+        return self._slots.limit * self.slot_bytes
 
     @property
     def min_bytes(self) -> int:
@@ -118,7 +92,7 @@ class ExpertCache:
     @property
     def is_whole(self) -> bool:
         """Whether there is room for all experts."""
-        return self._limit >= len(self._records)
+        return self._slots.limit >= len(self._records)
 
     @property
     def figures(self) -> ExpertFigures:
@@ -138,7 +112,7 @@ class ExpertCache:
         for those in use or being read, which go when they are not any more."""
         with self._changed:
             least = min_slots(len(self._records))
-            self._limit = max(least, min(len(self._records), nbytes // max(1, self.slot_bytes)))
+            self._slots.limit = max(least, min(len(self._records), nbytes // max(1, self.slot_bytes)))
             self._rest = iter(self._records if self._begun else ())
             self._shrink()
             self._start_reads()
@@ -151,14 +125,14 @@ class ExpertCache:
         keys = [ExpertKey(layer, expert) for expert in experts if self._records]
         with self._changed:
             wanted = set(keys)
-            kept = {entry.key: entry for entry in self._prefetches if entry.key in wanted and self._has_slot(entry)}
+            kept = {entry.key: entry for entry in self._prefetches if entry.key in wanted and self._slots.has(entry)}
             self._forget_prefetches(wanted)
             for key in keys:
                 entry = kept.get(key)
-                if entry is None and key in self._entries:
+                if entry is None and key in self._slots.entries:
                     continue
                 # What was expected before and is not wanted is the first to go; what is to be used soon never does.
-                entry = entry or self._take_slot(key, prefetched=True)
+                entry = entry or self._slots.take(key, self._wanted, prefetched=True)
                 if entry is None:
                     break
                 entry.prefetched = True
@@ -168,15 +142,18 @@ class ExpertCache:
             self._readers.wake_all()
 
     def begin(self, layer: int, experts: Sequence[int]) -> None:
-        """The block of this layer wants these, in this order: they are read from now on. `tiles` hands them out."""
+        """The block of this layer wants these, in this order: they are read from now on. `tiles` hands them out. Raises what
+        reading raised, or what `check_next` found."""
         if not self._records:  # a rank may have no columns of experts
             return
         keys = [ExpertKey(layer, expert) for expert in experts]
         with self._changed:
+            if self._error is not None:
+                raise self._error
             if not self._begun:
                 self._begun, self._rest = True, iter(self._records)
                 self._readers.wake_all()
-            self._order.begin(layer)
+            self._slots.policy.begin(layer)
             self._begin(keys)
             self._start_reads()
 
@@ -199,7 +176,7 @@ class ExpertCache:
         wanted = set(self._wanted)
         for key in self._wanted:
             self._used += 1
-            entry = self._entries.get(key)
+            entry = self._slots.entries.get(key)
             if entry is None:
                 continue
             self._hits += entry.begun
@@ -212,27 +189,34 @@ class ExpertCache:
         """What was expected wrongly, since others are wanted, is given up, or is the first to go."""
         for entry in self._prefetches:
             entry.prefetched = False
-            if entry.key in wanted or not self._has_slot(entry):
+            if entry.key in wanted or not self._slots.has(entry):
                 continue
             if entry.begun:
-                self._order.demote(entry.key)
+                self._slots.policy.demote(entry.key)
             else:
-                self._give_back(entry)
+                self._slots.give_back(entry)
         self._prefetches.clear()
         self._prefetch_queue.clear()
 
     def _release(self) -> None:
         """What was handed out is not in use any more."""
-        for key in self._in_use:
-            self._order.use(key)
-        self._in_use.clear()
+        for key in self._slots.in_use:
+            self._slots.policy.use(key)
+        self._slots.in_use.clear()
         self._shrink()
+
+    def _shrink(self) -> None:
+        """Give memory back where there is more than there may be."""
+        for entry in self._slots.shrink():
+            for queue in (self._urgent, self._prefetch_queue):
+                if entry in queue:
+                    queue.remove(entry)
 
     def _start_reads(self) -> None:
         """Find slots for what is wanted and not there, in order, as long as there are any."""
         for key in self._wanted:
-            if key not in self._entries:
-                entry = self._take_slot(key, prefetched=False)
+            if key not in self._slots.entries:
+                entry = self._slots.take(key, self._wanted)
                 if entry is None:
                     break
                 self._urgent.append(entry)
@@ -242,19 +226,19 @@ class ExpertCache:
     def _take_group(self) -> list[Tile]:
         """All that is there, from the first that is wanted on."""
         group: list[Tile] = []
-        while self._wanted and (entry := self._entries.get(self._wanted[0])) is not None and entry.tile is not None:
-            self._in_use.add(self._wanted.popleft())
+        while self._wanted and (entry := self._slots.entries.get(self._wanted[0])) is not None and entry.tile is not None:
+            self._slots.in_use.add(self._wanted.popleft())
             group.append(entry.tile)
         return group
 
     def _wait_for(self, key: ExpertKey) -> None:
         """Wait until this expert is in memory; how long that took is counted."""
-        if (entry := self._entries.get(key)) is not None and entry.tile is not None:
+        if (entry := self._slots.entries.get(key)) is not None and entry.tile is not None:
             return
         began = time.monotonic()
         self.waiting_for, self.waiting_since = self._records[key].path, began
         try:
-            while (entry := self._entries.get(key)) is None or entry.tile is None:
+            while (entry := self._slots.entries.get(key)) is None or entry.tile is None:
                 if self._error is not None:
                     raise self._error
                 self._changed.wait()
@@ -266,69 +250,29 @@ class ExpertCache:
             if self._recorder is not None:
                 self._recorder.add(WAIT, self._blocks.get(key.layer, -1), key.expert, began, ended)
 
-    # Slots; the lock is held
+    def check_next(self) -> int:
+        """Compare the next expert that is in memory with its checksum. Returns its bytes, 0 where none is there. For one
+        thread beside that which uses the experts."""
+        with self._changed:
+            entry = self._next_to_check()
+            if entry is None:
+                return 0
+            entry.busy, record, buffer = True, self._records[entry.key], self._slots.buffer(entry)
+        damage = self._file.damage(record, buffer[: record.nbytes])
+        with self._changed:
+            entry.busy, self._error = False, self._error or damage
+            self._shrink()
+            self._changed.notify_all()
+        return record.nbytes
 
-    def _take_slot(self, key: ExpertKey, *, prefetched: bool) -> _Entry | None:
-        """A slot for an expert, another's if need be; None where none may go now."""
-        if len(self._entries) >= self._limit:
-            victim = self._victim(key, prefetched=prefetched)
-            if victim is None:
-                return None
-            self._give_back(victim)
-        slot = self._free.pop()
-        if slot not in self._buffers:
-            self._buffers[slot] = self._pool.take(slot)
-        self._peak_slots = max(self._peak_slots, len(self._buffers))
-        entry = _Entry(key, slot, prefetched)
-        self._entries[key] = entry
-        self._order.add(key)
-        return entry
-
-    def _victim(self, key: ExpertKey, *, prefetched: bool) -> _Entry | None:
-        """Whose slot goes to `key`: the policy's choice of those that are of no use now; for one that is wanted, if there
-        is no such, the last that the block wants."""
-        wanted = set(self._wanted)
-
-        def may_go(other: ExpertKey) -> bool:
-            entry = self._entries[other]
-            return not (entry.reading or other in wanted or other in self._in_use or (prefetched and entry.prefetched))
-
-        found = self._order.victim(may_go)
-        if found is not None:
-            return self._entries[found]
-        if prefetched:
-            return None
-        for later in reversed(self._wanted):
-            if later == key:
-                return None
-            entry = self._entries.get(later)
-            if entry is not None and not entry.reading and entry.tile is not None:
+    def _next_to_check(self) -> ExpertEntry | None:
+        """The next expert, in the order of the file, that is in memory and nobody is at."""
+        for _ in self._records:
+            key = next(self._to_check)
+            entry = self._slots.entries.get(key)
+            if entry is not None and entry.tile is not None and not entry.busy:
                 return entry
         return None
-
-    def _has_slot(self, entry: _Entry) -> bool:
-        """Whether it still has the slot that it was given."""
-        return self._entries.get(entry.key) is entry
-
-    def _give_back(self, entry: _Entry) -> None:
-        """Its slot is free, for another expert."""
-        del self._entries[entry.key]
-        self._order.remove(entry.key)
-        self._free.append(entry.slot)
-
-    def _shrink(self) -> None:
-        """Give memory back where there is more than there may be."""
-        while len(self._entries) > self._limit:
-            found = self._order.victim(lambda key: not self._entries[key].reading and key not in self._in_use)
-            if found is None:
-                return
-            entry = self._entries[found]
-            for queue in (self._urgent, self._prefetch_queue):
-                if entry in queue:
-                    queue.remove(entry)
-            self._give_back(entry)
-            self._pool.release(entry.slot)
-            del self._buffers[entry.slot]
 
     # For the readers
 
@@ -337,41 +281,41 @@ class ExpertCache:
         entry = None if self._error is not None else self._next(urgency)
         if entry is None:
             return None
-        entry.reading = True
+        entry.busy = True
         if entry.prefetched:
             self._expected += 1
             self._expected_bytes += self._records[entry.key].nbytes
         return partial(self._read, entry)
 
-    def _next(self, urgency: Urgency) -> _Entry | None:
+    def _next(self, urgency: Urgency) -> ExpertEntry | None:
         """The next expert to read of this urgency."""
         if urgency is Urgency.SPARE:
             return self._one_of_the_rest()
         queue = {Urgency.CHOSEN: self._urgent, Urgency.GUESSED: self._prefetch_queue}.get(urgency)
         while queue:
             entry = queue.popleft()
-            if self._has_slot(entry) and not entry.begun:  # else given up meanwhile, or read as another's
+            if self._slots.has(entry) and not entry.begun:  # else given up meanwhile, or read as another's
                 return entry
         return None
 
-    def _one_of_the_rest(self) -> _Entry | None:
+    def _one_of_the_rest(self) -> ExpertEntry | None:
         """The next expert that nobody asked for, where all have room."""
         if self.is_whole:
             for key in self._rest:
-                if key not in self._entries and (entry := self._take_slot(key, prefetched=False)) is not None:
+                if key not in self._slots.entries and (entry := self._slots.take(key, self._wanted)) is not None:
                     return entry
         return None
 
-    def _read(self, entry: _Entry, lane: int) -> None:
+    def _read(self, entry: ExpertEntry, lane: int) -> None:
         """Read an expert."""
-        record, buffer = self._records[entry.key], self._buffers[entry.slot]
+        record, buffer = self._records[entry.key], self._slots.buffer(entry)
         began = time.monotonic()
         tile = self._file.read(record, buffer[: record.nbytes])
         if self._recorder is not None:
             block = self._blocks.get(entry.key.layer, -1)
             self._recorder.add(READ, block, entry.key.expert, began, time.monotonic(), lane)
         with self._changed:
-            entry.reading, entry.tile = False, tile
+            entry.busy, entry.tile = False, tile
             self._bytes_read += record.nbytes
             self._changed.notify_all()
 
@@ -383,4 +327,4 @@ class ExpertCache:
     def close(self) -> None:
         """Stop reading, and give all memory back; the file may be closed afterwards."""
         self._readers.remove(self)
-        self._pool.release_all()
+        self._slots.release_all()

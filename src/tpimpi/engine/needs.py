@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from tpimpi.engine.budget import Needs
-from tpimpi.engine.expert_cache import min_slots
+from tpimpi.engine.expert_slots import min_slots
 from tpimpi.engine.overlap import DENSE_CHUNK
 from tpimpi.engine.ring import FEWEST_TILES, USUAL_TILES
 from tpimpi.models.kv.cache import PAGE, WINDOWED, KVShape, layer_kinds, pages_of, resolve_kv_format

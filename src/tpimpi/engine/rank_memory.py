@@ -15,7 +15,8 @@ from functools import partial
 from tpimpi.engine.allotment import MemoryAllotment
 from tpimpi.engine.budget import RESERVE_BYTES, Budget, Needs, caches_beside_tiles, make_budget
 from tpimpi.engine.engine import OpenedEngine
-from tpimpi.engine.expert_cache import ExpertCache, min_slots
+from tpimpi.engine.expert_cache import ExpertCache
+from tpimpi.engine.expert_slots import min_slots
 from tpimpi.engine.figures import LiveFigures, RankFigures
 from tpimpi.engine.memory_guard import MemoryGuard
 from tpimpi.engine.needs import needs_together
@@ -237,7 +238,7 @@ class RankMemory:
         )
         if plan.watched_by:
             self.guard.limit_pinned(self._max_pinned)  # if other programs end, there may be room for more
-        self._pinned_check = PinnedCheck(windows) if any(opened.audits for opened in plan.planner.engines) else None
+        self._pinned_check = PinnedCheck(windows, caches) if any(e.opened.audits for e in self.engines) else None
         self.allotment = self._allotment(disk_bytes_per_s)
 
     def _allotment(self, disk_bytes_per_s: float) -> MemoryAllotment:
@@ -387,8 +388,7 @@ class RankMemory:
 
     def trace(self) -> RankTrace:
         """What was recorded; the clock's offset is for rank 0 to fill in."""
-        recorder = self.engines[0].opened.recorder or Recorder(0)
-        rank = self.star.rank
+        recorder, rank = self.engines[0].opened.recorder or Recorder(0), self.star.rank
         return RankTrace(rank.index, rank.host, 0.0, recorder.pack(), self.points, recorder.dropped, recorder.passes)
 
     def close(self) -> None:

@@ -176,11 +176,7 @@ class Window:
                 if load is None:
                     continue
                 record = self._cycle.records[self._to_check]
-                if not self._file.matches(record, load.buffer):
-                    self._damage = self._damage or DamagedMemoryError(
-                        f"{record.path} of slice file {self._file.path} was right when it was read, and has changed since "
-                        "now; this machine's memory is bad or overclocked: test it (memtest86+), and take it out of the run"
-                    )
+                self._damage = self._damage or self._file.damage(record, load.buffer)
                 return record.nbytes
         return 0
 

@@ -16,7 +16,7 @@ import xxhash
 
 from tpimpi.compute.arrays import F32, Array
 from tpimpi.compute.formats.packed import decode, row_bytes
-from tpimpi.errors import InputError, SliceError, StorageError
+from tpimpi.errors import DamagedMemoryError, InputError, SliceError, StorageError
 from tpimpi.system.buffers import Bytes, aligned_buffer
 from tpimpi.system.direct_io import Descriptor, Extent, Trial, pieces
 from tpimpi.system.disk import error_number
@@ -225,6 +225,15 @@ class SliceFile:
         for start, stop, _ in record.spans():
             digest.update(buffer[start:stop])
         return digest.intdigest() == int(self._sums[1 + self._index[record.path]])
+
+    def damage(self, record: Record, buffer: Bytes) -> DamagedMemoryError | None:
+        """What is to be said where the tile that was read into `buffer` is not what it was then; None where it is."""
+        if self.matches(record, buffer):
+            return None
+        return DamagedMemoryError(
+            f"{record.path} of slice file {self.path} was right when it was read, and has changed since now; this machine's "
+            "memory is bad or overclocked: test it (memtest86+), and take it out of the run"
+        )
 
     def read(self, record: Record, buffer: Bytes) -> Tile:
         """Read and check a tile: all its pieces, one after another, into `buffer` (page-aligned, record.nbytes)."""
