@@ -33,7 +33,27 @@ def test_a_model_drafts_for_itself_on_two_ranks(
         assert answer["passes"] <= 24 / 3
 
 
-def test_its_memory_is_in_the_promise_of_rank_0(tpimpi, smollm2: Path) -> None:
+def test_it_drafts_for_many_prompts_at_once(on_ranks: Ranks, cache: dict[str, str], tiny: Path, tmp_path: Path) -> None:
+    lines = [{"custom_id": str(n), "prompt": f"{PROMPT} {n}" * (1 + n % 3), "max_tokens": 9 + n} for n in range(9)]
+    (tmp_path / "in").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    found = []
+    for name, more in (("plain", ("--speculate", "off")), ("drafted", ("--draft", str(tiny), "--speculate", "2"))):
+        out, report = tmp_path / name, tmp_path / f"{name}.json"
+        options = ("--model", str(tiny), "--format", "f32", "--ignore-eos", "--batch-file", str(tmp_path / "in"))
+        options = (*options, "--temperature", "0", "--memory", "700M", "--out", str(out), "--report", str(report))
+        result = on_ranks(2, "-m", "tpimpi", *options, *more, env=cache)
+        assert result.code == 0, result.err
+        found.append((out.read_text(), json.loads(report.read_text())))
+    (plain, of_plain), (drafted, of_drafted) = found
+    assert plain == drafted and not of_plain["batch"]["drafted_tokens"]
+    batch, answers = of_drafted["batch"], of_drafted["answers"]
+    assert batch["accepted_tokens"] >= 0.8 * batch["drafted_tokens"] > 0
+    assert batch["steps"] <= 0.6 * of_plain["batch"]["steps"]
+    for name in ("drafted_tokens", "accepted_tokens"):
+        assert batch[name] == sum(answer[name] for answer in answers)
+
+
+def test_its_memory_is_in_the_promise_of_rank_0(tpimpi, smollm2: Path, tmp_path: Path) -> None:
     """A run with too little says what it needs: with a draft model, 97 MB of SmolLM2, so much more."""
     least = []
     for more in ((), ("--draft", str(smollm2))):
@@ -41,6 +61,11 @@ def test_its_memory_is_in_the_promise_of_rank_0(tpimpi, smollm2: Path) -> None:
         assert result.code == 2, result.err
         least.append(int(re.findall(r"needs at least (\d+)\s?M", result.err)[0]))
     assert 90 <= least[1] - least[0] <= 150, least
+    (tmp_path / "in").write_text('{"custom_id": "a", "prompt": "x"}\n')
+    batch = ("--batch-file", str(tmp_path / "in"), "--out", str(tmp_path / "out"))
+    result = tpimpi("--model", str(smollm2), "--memory", f"{least[0]}M", "--draft", str(smollm2), *batch)
+    assert result.code == 2 and "--parallel (it is 1), or leave --draft out" in result.err, result.err
+    assert len(result.our_lines) == 1, result.err
 
 
 @pytest.mark.slow
@@ -89,9 +114,13 @@ def test_another_vocabulary_is_refused(tpimpi, tiny: Path, tmp_path: Path, chang
         text["merges"] = [pair for pair in text["merges"] if "".join(pair) in text["vocab"]]
         (other / "tokenizer.json").write_text(json.dumps(tokenizer))
         shutil.copy(tiny / "tokenizer_config.json", other)
-    result = tpimpi("--model", str(tiny), "--draft", str(other), *OPTIONS, "--prompt", PROMPT)
-    assert result.code == 2, result.err
-    assert re.search(said, result.err), result.err
+    (tmp_path / "in").write_text('{"custom_id": "a", "prompt": "x"}\n')
+    batch = ("--batch-file", str(tmp_path / "in"), "--out", str(tmp_path / "out"))
+    models = ("--model", str(tiny), "--draft", str(other), "--format", "f32")
+    for arguments in ((*models, "--prompt", PROMPT), (*models, *batch), ("serve", "--port", "0", *models)):
+        result = tpimpi(*arguments, "--quiet")
+        assert result.code == 2 and re.search(said, result.err), result.err
+        assert len([line for line in result.our_lines if "tpimpi: http" not in line]) == 1, result.err
 
 
 @pytest.mark.parametrize(

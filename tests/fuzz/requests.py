@@ -158,7 +158,7 @@ def _wire_seeds() -> list[bytes]:
     said: list[Any] = [
         wire.Ask(1, "o", wire.Chat([{"role": "user", "content": "a"}]), wire.Sampling(seed=1), stops=["x"]),
         wire.Part(1, "t", "r", [1, 2], [wire.TokenLogprob(b"a", -0.5, [(b"b", -1.0)])]),
-        wire.Figures(1.0, 1, 2, 3, 4, 5, 6, 7, [wire.RankFigures(0, "h", 1, None, 2, 0.1, 0.2, 0.3)]),
+        wire.Figures(1.0, 1, 2, 3, 4, 5, 6, 7, [wire.RankFigures(0, "h", 1, None, 2, 0.1, 0.2, 0.3)], 8, 9),
         wire.Done(1, "end", 3, 0),
     ]
     return [wire.frame(one) for one in said]

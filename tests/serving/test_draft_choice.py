@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.drawn import examples
-from tpimpi.serving.draft_choice import ModelDrafts
+from tpimpi.serving.draft_choice import BatchDrafts, ModelDrafts
+from tpimpi.serving.draft_model import BatchedDraftModel
 from tpimpi.serving.pass_times import PassTimes
+from tpimpi.serving.scheduler import Request
+from tpimpi.serving.speculation import Drafter
 
 LONGEST = 15
 
@@ -214,3 +219,83 @@ def test_it_waits_for_passes_of_one_row(most: int) -> None:
     times = PassTimes()
     choice = machine.choice(times)
     assert [choice.length(0.6, most) for _ in range(3)] == [0, 0, 0]
+
+
+@dataclass
+class Together:
+    """Several sequences: a pass takes a second, and `more` for each row beyond one of each; the draft model takes `each`
+    seconds for a token of all of them, of which every `right[i]`th of sequence i is wrong, and reads the text for `reading`
+    steps without a draft."""
+
+    more: float
+    each: float
+    right: Sequence[int]
+    reading: int = 0
+    context: int = 1 << 20
+    now: float = 0.0
+    asked: list[list[int]] = field(default_factory=list)
+    kept: Collection[Request] = ()
+
+    def seconds(self, sequences: int) -> float:
+        return 0.0 if self.reading else self.each
+
+    def room(self, length: int) -> int:
+        return max(0, self.context - length)
+
+    def keep(self, keys: Collection[Request]) -> None:
+        self.kept = list(keys)
+
+    def propose(self, asked: Mapping[Request, tuple[Sequence[int], int]]) -> dict[Request, list[int]]:
+        self.asked.append([most for _, most in asked.values()])
+        if self.reading:
+            self.reading -= 1
+            return {}
+        self.now += self.each * max(self.asked[-1])
+        return {one: [len(ids) + n for n in range(most)] for one, (ids, most) in asked.items()}
+
+    def run(self, passes: int, room: int, *, always: bool = False) -> tuple[float, int]:
+        """Tokens a second of so many passes, and tokens that were drafted; the text says nothing."""
+        times = PassTimes()
+        drafts = BatchDrafts(cast("BatchedDraftModel", self), times, LONGEST, always=always)
+        requests = [Request([0, 1, 2, 3], 1 << 30) for _ in self.right]
+        drafters = {one: Drafter(one.ids, times, LONGEST, always=always) for one in requests}
+        made, drafted, began = 0, 0, self.now
+        for _ in range(passes):
+            found = drafts.propose(drafters, room)
+            rows = 0
+            for one, every in zip(requests, self.right, strict=True):
+                draft = drafters[one].propose(room - rows, others=len(requests) - 1 + rows, of_model=found.get(one, ()))
+                rows += len(draft)
+                ids = list(itertools.takewhile(lambda token, every=every: token % every, draft))
+                ids.append(len(one.ids) + len(ids) if len(ids) == len(draft) else -len(one.ids))
+                drafters[one].add(ids)
+                one.ids += ids
+                made, drafted = made + len(ids), drafted + len(draft)
+            times.add(len(requests) + rows, 1 + self.more * rows)
+            self.now += 1 + self.more * rows
+        return made / (self.now - began), drafted
+
+
+def test_many_sequences_are_drafted_for_as_long_as_all_together_gain() -> None:
+    """Each in a pass of 1 s for 4 sequences: a draft is worth what it gives to all of them."""
+    good, bad = 50, 2  # of one every 50th token is wrong, of the other every second
+    speed, _ = Together(more=0.0, each=0.1, right=[good] * 4, reading=3).run(200, 40)
+    assert speed > 0.8 * 4 * 10.5 / 2  # 10 tokens each, of which as many as 9 in 10 are right, in 1 s and 10 tenths
+    for machine in (
+        Together(more=0.4, each=0.01, right=[good] * 4),  # four rows more take longer than what they give
+        Together(more=0.01, each=2.0, right=[good] * 4),  # the model is slow
+        Together(more=0.01, each=0.8, right=[bad] * 4),  # or wrong
+    ):
+        speed, _ = machine.run(300, 40)
+        assert speed > 0.93 * 4, machine
+    # What one sequence gains is not worth what three others lose, nor the other way round.
+    assert Together(more=0.0, each=0.3, right=[good, bad, bad, bad]).run(200, 40)[0] > 4
+    assert Together(more=0.0, each=0.3, right=[good, good, good, bad]).run(200, 40)[0] > 1.3 * 4
+
+
+def test_so_many_tokens_for_each_as_there_is_room_and_none_beyond_what_it_reads() -> None:
+    machine = Together(more=0.0, each=0.1, right=[50] * 3, context=40)
+    _, drafted = machine.run(60, 7, always=True)
+    assert all(most <= 2 for asked in machine.asked for most in asked)  # 7 for three
+    assert 30 < len(machine.asked) * 3 <= drafted <= 3 * 40
+    assert machine.kept == [], "it goes on holding what it cannot read on"

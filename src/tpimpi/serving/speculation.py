@@ -152,12 +152,12 @@ class DraftedPass:
 
     def rows(self, drafted: int) -> int:
         """Rows with so many tokens drafted for each."""
-        return self.others + sum(1 + min(drafted, room) for room in self.rooms)
+        return self.others + len(self.rooms) + sum([min(drafted, room) for room in self.rooms])
 
     def tokens(self, drafted: int) -> float:
         """Tokens that it gives then."""
-        each = zip(self.rates, self.rooms, strict=True)
-        return self.others + sum(expected_tokens(rate, min(drafted, room)) for rate, room in each)
+        lengths = [min(drafted, room) for room in self.rooms]
+        return self.others + sum(map(expected_tokens, self.rates, lengths))
 
     def best_length(self, seconds: Callable[[int], float], most: int, *, than: float | None = None) -> int:
         """How many tokens to draft for each, 0 to `most`, for most tokens a second; `seconds(n)` is what n take.

@@ -22,6 +22,7 @@ WRONG = {
     "an address of nobody": (["--host", "192.0.2.1", "--insecure"], "cannot listen on 192.0.2.1 port 8080"),
     "a port": (["--port", "70000"], "--port is 70000, must be 0 to 65535"),
     "a prompt": (["--prompt", "hello"], "unrecognized arguments: --prompt"),
+    "a draft that is off": (["--draft", "x", "--speculate", "off"], "--draft is given and --speculate is off"),
     "a long context": (["--port", "0", "--context", "9999999"], "--context is 9999999, this model has 8192 positions"),
 }
 
