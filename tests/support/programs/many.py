@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from tpimpi.engine import protocol
-from tpimpi.engine.engine import EngineConfig
+from tpimpi.engine.engine import Engine, EngineConfig
 from tpimpi.engine.rank_memory import MemoryPlanner, RankMemory
 from tpimpi.engine.startup import open_engine
 from tpimpi.models.kv.pages import PageAllocator
@@ -116,16 +116,19 @@ class Watched:
 
         model._step, model.propose = counted, watched  # type: ignore[method-assign]
 
+    def end(self, queries: list[Any]) -> dict[str, Any]:
+        """What it did, of these."""
+        self.model.close()
+        long = sum(len(query.ids) + query.max_tokens > self.context for query in queries)
+        return {"passes": self.passes, "once": self.once, "long": long}
 
-def answer_many(memory: RankMemory, seed: int, draft: int, of_model: str | None) -> dict[str, Any]:
-    from tpimpi.serving.batched import Answering, BatchedLLM, Query
+
+def what_is_asked(engine: Engine, random: np.random.Generator) -> tuple[list[Any], list[list[int]]]:
+    """Queries, and the answer of each alone."""
+    from tpimpi.serving.batched import Query
     from tpimpi.serving.generate import generate
-    from tpimpi.serving.report import Report
-    from tpimpi.serving.speculation import Speculation
-    from tpimpi.serving.text.token_ids import TokenIds
 
-    engine = memory.engines[0]
-    model, random = engine.model, np.random.default_rng(seed)
+    model = engine.model
     texts = [random.integers(3, 90, 180).tolist() for _ in range(3)]
     queries, alone = [], []
     for _ in range(PROMPTS):
@@ -138,6 +141,18 @@ def answer_many(memory: RankMemory, seed: int, draft: int, of_model: str | None)
         sample = failing(most // 2) if len(queries) == FAILING else greedy
         queries.append(Query(ids, most, sample, owner="ab"[random.integers(2)], so_far=so_far))
         texts.append([*ids, *alone[-1]])
+    return queries, alone
+
+
+def answer_many(memory: RankMemory, seed: int, draft: int, of_model: str | None) -> dict[str, Any]:
+    from tpimpi.serving.batched import Answering, BatchedLLM
+    from tpimpi.serving.report import Report
+    from tpimpi.serving.speculation import Speculation
+    from tpimpi.serving.text.token_ids import TokenIds
+
+    engine = memory.engines[0]
+    model, random = engine.model, np.random.default_rng(seed)
+    queries, alone = what_is_asked(engine, random)
 
     class Told(Speculation):
         def drafter(self, ids: Any) -> Any:
@@ -183,9 +198,7 @@ def answer_many(memory: RankMemory, seed: int, draft: int, of_model: str | None)
         "cached": sum(one.request.cached or 0 for one in answering),
     }
     if watched is not None:
-        watched.model.close()
-        long = sum(len(query.ids) + query.max_tokens > watched.context for query in queries)
-        did |= {"passes": watched.passes, "once": watched.once, "long": long, "left": left}
+        did |= {**watched.end(queries), "left": left}
     return {"answers": answers, **did, "preempted": report.batch.preempted, "units": allocator.used, "calls": calls}
 
 
