@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from tests.support.launch import TIMEOUT
 from tests.support.pairs import Pair
-from tpimpi.errors import StarError
+from tpimpi.errors import InputError, StarError
 from tpimpi.system import wake as wake_module
 from tpimpi.system.wake import macs_of, wake
 
@@ -84,8 +85,10 @@ def test_no_network_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_addresses_of_cards(tmp_path: Path) -> None:
     lines = ["desk", "pi slots=2 # 00:11:22:33:44:5f", "# 00:00:00:00:00:00", "mini:2 # 0A-1b-22-33-44-55 x"]
-    lines += ["me@nas # 00:11-22:33-44:55", "old # 00:11:22:33:44", "other # call 00:11:22:33:44:55:66"]
-    lines += ["tv # mac:00:11:22:33:44:56", "nuc # 00-11-22-33-44-57: upstairs", "long # 00:11:22:33:44:550"]
+    lines += ["tv # mac:00:11:22:33:44:56", "nuc # 00-11-22-33-44-57: upstairs"]
+    # Comments that are no addresses of cards.
+    lines += ["a # bought 2024-01-15, wakes at 12:30:00", "b # 2024-01-15T12:30:00", "c # fe80::211:22ff:fe33:4455"]
+    lines += ["d # 2001:db8:1:2:3:4:5:6", "e # call 491761234567", "f # not-to-be-put-off", "g # 192.168.178.20, cafe"]
     (tmp_path / "hosts").write_text("".join(f"{line}\n" for line in lines))
     assert macs_of(str(tmp_path / "hosts")) == {
         "pi": "00:11:22:33:44:5f",
@@ -93,3 +96,31 @@ def test_addresses_of_cards(tmp_path: Path) -> None:
         "tv": "00:11:22:33:44:56",
         "nuc": "00-11-22-33-44-57",
     }
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "00:11-22:33-44:55",
+        "00:11:22:33:44",
+        "00:11:22:33:44:55:66",
+        "00:11:22:33:44:550",
+        "00:11:22:33:44:5g",
+        "0:11:22:33:44:55",
+        "0011.2233.4455",
+        "00112233445f",
+    ],
+)
+def test_an_address_that_is_not_whole_is_not_called_a_missing_one(tmp_path: Path, given: str) -> None:
+    (hosts := tmp_path / "hosts").write_text(f"desk\nmini # 0A-1b-22-33-44-55\npi:2  # card {given}, upstairs\n")
+    remedy = "write six pairs of digits, as: pi # 00:11:22:33:44:55"
+    with pytest.raises(
+        InputError,
+        match=rf"^--wake: '{re.escape(given)}' in line 3 of {hosts} is no address of a network card; {remedy}$",
+    ):
+        macs_of(str(hosts))
+    hosts.write_text("desk\npi # upstairs\n")
+    with pytest.raises(
+        InputError, match=rf"^--wake: no line of {hosts} has the address of a network card; write it there"
+    ):
+        macs_of(str(hosts))

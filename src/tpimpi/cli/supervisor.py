@@ -221,14 +221,9 @@ class Supervisor:
         return ours, usable
 
     def _asleep(self, found: Sequence[HostChecks]) -> list[str]:
-        """Network cards of hosts that are not to be used as they are. Raises InputError where no host has one."""
+        """Network cards of hosts that are not to be used as they are. Raises InputError: see macs_of."""
         assert self._options.hostfile is not None
         macs = macs_of(self._options.hostfile)
-        if not macs:
-            raise InputError(
-                f"--wake: no line of {self._options.hostfile} has the address of a network card; write it there, as: "
-                "desktop.home  # 00:11:22:33:44:55"
-            )
         return [macs[one.host.name] for one in found if one.wrong and one.host.name in macs]
 
     def _wake(self, macs: list[str], found: list[HostChecks], *, wait: bool) -> list[HostChecks]:

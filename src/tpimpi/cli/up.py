@@ -23,7 +23,9 @@ from tpimpi.cli.supervisor import Supervisor
 from tpimpi.cli.values import program_given, whole_number
 from tpimpi.errors import InputError
 from tpimpi.serving.server.front_process import FrontProcess
+from tpimpi.system.hostfile import read_hostfile
 from tpimpi.system.launcher import launched_rank
+from tpimpi.system.wake import macs_of
 
 
 def up_parser() -> argparse.ArgumentParser:
@@ -67,6 +69,10 @@ def up_alone(job: Job) -> int:
         raise InputError("--ranks is for this machine alone; with --hostfile, write NAME slots=N there")
     if options.wake and options.hostfile is None:
         raise InputError("--wake needs --hostfile, with the addresses of network cards; see --help")
+    if options.hostfile is not None:  # before we say that we listen
+        read_hostfile(options.hostfile)
+        if options.wake:
+            macs_of(options.hostfile)
     serving = parse_serve(others)
     if serving.front is not None:
         raise InputError("--front is what up gives serve; leave it out")

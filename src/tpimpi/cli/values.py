@@ -6,10 +6,7 @@ They raise InputError, which argparse lets through, so that a message is ours.
 from __future__ import annotations
 
 import math
-import shlex
-import stat
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from tpimpi.cli.options import MemoryLimit
 from tpimpi.compute.formats import WEIGHT_FORMATS
@@ -21,6 +18,7 @@ from tpimpi.system.units import parse_size
 
 MAX_THREADS = 1024
 MAX_RANKS = 4096
+MAX_PASSPHRASE_BYTES = 1024
 # Of --shares: those that are predicted to be fastest; of --speculate: as many tokens as pay; of --audit: what costs little.
 AUTO = "auto"
 OFF = "off"  # of --speculate and --audit
@@ -82,15 +80,14 @@ def given_model(text: str) -> str:
 
 
 def read_passphrase(option: str, path: str) -> bytes:
-    """The passphrase in a file, which others must not be able to read: its text but for the last line end, in UTF-8.
-
-    Raises InputError."""
-    text = read_text(option, path).removesuffix("\n")
+    """The passphrase in a file, which others must not be able to read: its one line, in UTF-8. Raises InputError."""
+    text = read_text(option, path, MAX_PASSPHRASE_BYTES, secret=True).removesuffix("\n")
     if not text:
         raise InputError(f"{option} {shorten_path(path)} is empty; write a passphrase into it")
-    about = Path(path).stat()
-    if stat.S_ISREG(about.st_mode) and about.st_mode & 0o077:
-        raise InputError(f"{option} {shorten_path(path)} can be read by others; type: chmod 600 {shlex.quote(path)}")
+    if (lines := text.count("\n") + 1) > 1:  # so that none counts by a line end which nobody sees
+        raise InputError(
+            f"{option} {shorten_path(path)} has {lines} lines, must be one; write the passphrase on one line"
+        )
     return text.encode()
 
 

@@ -25,6 +25,7 @@ from tpimpi.models.kv.pages import NO_PAGE
 from tpimpi.serving.session import Session
 from tpimpi.serving.transcript import Turn
 from tpimpi.system.files import replacing
+from tpimpi.system.given_file import open_file
 
 FORMAT_VERSION = 1
 SUFFIX = ".cache"
@@ -54,16 +55,12 @@ class KeptCache:
         self._session = session
         self.path = session.path.with_name(session.path.name + SUFFIX)
         self._taken: list[int] = []
-        try:
-            with self.path.open("rb") as file:
-                self._text: bytes | None = file.read(_MAX_BYTES)
-        except FileNotFoundError:
-            self._text = None
-        except OSError as error:
-            raise InputError(
-                f"--keep-cache has its key in {shorten_path(self.path)}: {error.strerror}; mend that, or give another "
-                "--session"
-            ) from error
+        self._text: bytes | None = None
+        if self.path.exists():
+            with open_file(
+                "--keep-cache has its key in", str(self.path), "mend that, or give another --session"
+            ) as file:
+                self._text = file.read(_MAX_BYTES)
         if self._text and not self._text.startswith((_BEGINNING, _SEALED_BEGINNING)):
             raise InputError(
                 f"--keep-cache has its key in {shorten_path(self.path)}, which is there and is something else; remove it, "

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from shlex import quote
 
 from tpimpi.errors import InputError, shorten
+from tpimpi.system.given_file import open_file
 from tpimpi.system.launcher import OPEN_MPI
 
 MAX_BYTES = 1 << 20
@@ -44,7 +44,7 @@ class Host:
 
 def read_hostfile(given: str) -> list[Host]:
     """The hosts in order, each once, with the ranks of all of its lines. Raises InputError."""
-    text = _read(given).removeprefix(_BYTE_ORDER_MARK)
+    text = hostfile_text(given).removeprefix(_BYTE_ORDER_MARK)
     hosts: dict[str, Host] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         if words := _words(line):
@@ -64,17 +64,15 @@ def read_hostfile(given: str) -> list[Host]:
     return list(hosts.values())
 
 
-def _read(given: str) -> str:
+def hostfile_text(given: str) -> str:
     """The text of a hostfile, with its line ends as they are. Raises InputError."""
     try:
-        with Path(given).open("rb") as file:
+        with open_file("--hostfile", given, "give a file with a host a line") as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise InputError(f"--hostfile {given} has over {MAX_BYTES} bytes; give a file with a host a line")
         return data.decode("utf-8")
-    except OSError as error:
-        raise InputError(f"--hostfile {given}: {error.strerror}; give a file with a host a line") from error
-    except ValueError as error:  # not UTF-8, or a NUL in the name
+    except UnicodeDecodeError as error:
         raise InputError(f"--hostfile {given!r}: {error}; give a text file with a host a line") from error
 
 
@@ -92,7 +90,7 @@ def refused_lines(given: str, launcher: str) -> list[str]:
     As Open MPI 5.0 and MPICH 5.0 were seen to do. Raises InputError where the file cannot be read.
     """
     problems, with_slots = [], dict[str, int]()
-    for number, line in enumerate(_read(given).split("\n"), start=1):
+    for number, line in enumerate(hostfile_text(given).split("\n"), start=1):
         where, said = f"line {number}", line.partition("#")[0]
         if said.startswith(_BYTE_ORDER_MARK):
             problems.append(

@@ -156,6 +156,8 @@ def test_bad_input_is_one_line(arguments: tuple[str, ...], line: str, cache: dic
     )
     lines = [one for one in result.our_lines if not one.startswith("tpimpi: http")]
     assert len(lines) == 1 and result.code == 2, result.err
+    if "--wake" in arguments or "none" in arguments:  # it does not say that it listens first
+        assert result.our_lines == lines
     assert_one_line(type(result)(result.code, result.out, f"{lines[0]}\n"), line)
 
 

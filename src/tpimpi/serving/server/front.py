@@ -34,6 +34,7 @@ from tpimpi.serving.server.keys import Keys
 from tpimpi.serving.server.link import RankLink
 from tpimpi.serving.server.metrics import Metrics
 from tpimpi.serving.server.routes import application
+from tpimpi.system.given_file import open_file
 
 KEEP_ALIVE_S = 30
 LAST_WORDS_S = 2  # clients have so long to take what is said at the end
@@ -82,6 +83,8 @@ def check_certificates(options: FrontOptions) -> None:
     """Raise InputError for files that make no TLS."""
     if options.tls_cert is None or options.tls_key is None:
         return
+    for option, path in (("--tls-cert", options.tls_cert), ("--tls-key", options.tls_key)):
+        open_file(option, path, "give a certificate and its key, in PEM").close()
     try:
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(options.tls_cert, options.tls_key)
     except (OSError, ssl.SSLError) as error:

@@ -36,6 +36,7 @@ from tpimpi.models.config import ModelConfig
 from tpimpi.models.shapes import Shape
 from tpimpi.models.tensors import ModelTensor, model_tensors
 from tpimpi.models.weight_formats import ModelFormats
+from tpimpi.system.given_file import open_file
 from tpimpi.weights.sources import Source, TensorInfo
 
 VERSION = 1  # of the numbers that a seed gives
@@ -65,7 +66,8 @@ def read_trace(config: ModelConfig, name: str, path: Path) -> RoutingTrace:
     """The trace of routing in a .npy file, for the model of this name. Raises InputError where the file is none, or is of
     another number of layers or experts."""
     try:
-        trace = np.load(path, allow_pickle=False)
+        with open_file("--routing", str(path), "give a trace of routing, .npy") as file:
+            trace = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"--routing {path} cannot be read as a .npy file: {error}") from error
     if trace.ndim != 3 or trace.dtype.kind not in "ui" or not len(trace):
