@@ -268,6 +268,7 @@ def test_a_run_keeps_its_conversation_and_the_key_of_its_cache_encrypted(
     key.chmod(0o644)
     assert_one_line(tpimpi(*options, *sealed, "--prompt", "x"), "key can be read by others; type: chmod 600 ")
     key.write_text("\n")
+    key.chmod(0o600)
     assert_one_line(tpimpi(*options, *sealed, "--prompt", "x"), "--session-key-file .* is empty; write a passphrase")
     alone = tpimpi("--model", str(tiny), *sealed, "--prompt", "x")
     assert_one_line(alone, "--session-key-file is given and --session is not")

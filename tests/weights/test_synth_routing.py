@@ -86,7 +86,7 @@ def test_the_stated_part_is_predicted_rightly(shape: Path, predicted: float) -> 
         (_trace()[:, :2], "is of 2 layers and 3 experts a token, .* has 3 and 3"),
         (_trace() + 1, "names experts from 1 to 8, .* a layer has 8"),
         (_trace() * 0, "or one twice"),
-        (None, "cannot be read as a .npy file"),
+        (None, r"No such file or directory; give a trace of routing, \.npy"),
     ],
 )
 def test_a_trace_that_does_not_fit_is_one_line(shape: Path, trace: np.ndarray | None, said: str) -> None:

@@ -50,6 +50,7 @@ Run a large language model across the machines you own.
     python -m tpimpi doctor --hostfile home.txt                      whether these machines can work together; what to mend
     mpirun … python -m tpimpi doctor                                 what each rank has, and what is wrong
     mpirun … python -m tpimpi serve                                  a chat page, and OpenAI's API over HTTP
+    python -m tpimpi up --hostfile home.txt                          such a server, which goes on when a machine is lost
 
 Slices that a run makes are kept in $TPIMPI_CACHE, or in tpimpi in the user's cache folder.
 where mpirun … is: mpirun -np 4 --map-by node --hostfile home.txt    (with MPICH without --map-by node)
