@@ -226,7 +226,9 @@ class ExpertCache:
     def _take_group(self) -> list[Tile]:
         """All that is there, from the first that is wanted on."""
         group: list[Tile] = []
-        while self._wanted and (entry := self._slots.entries.get(self._wanted[0])) is not None and entry.tile is not None:
+        while (
+            self._wanted and (entry := self._slots.entries.get(self._wanted[0])) is not None and entry.tile is not None
+        ):
             self._slots.in_use.add(self._wanted.popleft())
             group.append(entry.tile)
         return group
