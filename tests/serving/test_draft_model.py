@@ -6,7 +6,7 @@ import time
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from tests.support.tiny_models import slice_tiny, write_tiny_hf
 from tpimpi.engine.engine import EngineConfig
 from tpimpi.engine.rank_memory import MemoryPlanner, RankMemory
 from tpimpi.engine.startup import open_engine
-from tpimpi.serving.draft_model import DraftModel
+from tpimpi.serving.draft_model import BatchedDraftModel, DraftModel
 from tpimpi.star import Star
 from tpimpi.weights.make import choose_formats, slice_model
 from tpimpi.weights.slices.partition import make_partition
@@ -49,6 +49,53 @@ def test_a_draft_is_the_same_whatever_was_read_before(tmp_path: Path) -> None:
             assert drafting.propose(prompt, 5) == wanted
             assert drafting.propose([*prompt, wanted[0] + 1], 3), "it goes back by what was wrong"
     assert len(set(map(tuple, alone))) > 1
+
+
+def test_many_sequences_have_the_drafts_that_each_has_alone(tmp_path: Path) -> None:
+    """In a pass a token, whatever was drafted for them before and was wrong; longer ones are read over several steps, and
+    where pages are short some have none."""
+    with open_source(write_tiny_hf(tmp_path / "model", "gemma3", max_position_embeddings=2048)) as source:
+        slice_model(source, make_partition(source.config, [1]), choose_formats(source, "f32"), tmp_path / "s")
+        vocab = source.config.vocab
+    settings = EngineConfig(
+        *(str(tmp_path / "s"), None, "", "", "", "native", 1, "star", 60.0), cores_shared_by=[1], window="all", chunk=48
+    )
+    random, context = np.random.default_rng(2), 400
+    texts = {key: random.integers(3, vocab, n).tolist() for key, n in (("a", 30), ("b", 7), ("c", 170), ("d", 120))}
+    alone = DraftModel(open_engine(Star(None), settings), vocab, context)
+    many = BatchedDraftModel(open_engine(Star(None), replace(settings, parallel=5)), vocab, context, 1)
+    steps: list[int] = []
+    step = many._step
+
+    def counted(*arguments: Any) -> Any:
+        steps.append(len(arguments[0]))
+        return step(*arguments)
+
+    many._step = counted  # type: ignore[method-assign]
+    had = dict.fromkeys(texts, 0)
+    with closing(alone), closing(many):
+        for most in (4, 1, 6, 3, 5, 2, 4, 4, 3, 5):
+            steps.clear()
+            found = many.propose({key: (ids, most) for key, ids in texts.items()})
+            assert len(steps) <= most and max(steps) > 1, "a pass a token, for all of them"
+            for key, draft in found.items():
+                alone.begin(context)
+                assert draft == alone.propose(texts[key], most), key
+                had[key] += 1
+            for ids in texts.values():  # of the draft some are right, then comes another
+                right = found.get(next(key for key in texts if texts[key] is ids), [])[: random.integers(0, most + 1)]
+                ids += [*right, int(random.integers(3, vocab))]
+        assert had["b"] == 10 and 1 < had["c"] < had["d"] < 10, had  # 48 rows a step, for the shortest first
+        texts["e"] = random.integers(3, vocab, 250).tolist()  # for which there are too few pages beside the others
+        assert "e" not in many.propose({key: (ids, 2) for key, ids in texts.items()})
+        many.keep(["e"])
+        assert many.used == 0
+        drafts = [many.propose({"e": (texts["e"], 2)}) for _ in range(6)]
+        alone.begin(context)
+        assert drafts[:5] == [{}] * 5 and drafts[5] == {"e": alone.propose(texts["e"], 2)}
+        assert many.used > 0 and many.room(395) == 5 and many.room(400) == 0
+        many.forget("e")
+        assert many.used == 0
 
 
 class Lender:
