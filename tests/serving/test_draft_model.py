@@ -82,9 +82,9 @@ def test_many_sequences_have_the_drafts_that_each_has_alone(tmp_path: Path) -> N
                 alone.begin(context)
                 assert draft == alone.propose(texts[key], most), key
                 had[key] += 1
-            for ids in texts.values():  # of the draft some are right, then comes another
-                right = found.get(next(key for key in texts if texts[key] is ids), [])[: random.integers(0, most + 1)]
-                ids += [*right, int(random.integers(3, vocab))]
+            for key, ids in texts.items():  # of the draft some are right, then come others
+                right = found.get(key, [])[: random.integers(0, most + 1)]
+                ids += [*right, *random.integers(3, vocab, random.integers(1, 4)).tolist()]
         assert had["b"] == 10 and 1 < had["c"] < had["d"] < 10, had  # 48 rows a step, for the shortest first
         texts["e"] = random.integers(3, vocab, 250).tolist()  # for which there are too few pages beside the others
         assert "e" not in many.propose({key: (ids, 2) for key, ids in texts.items()})
