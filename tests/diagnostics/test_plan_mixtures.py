@@ -20,11 +20,13 @@ from tests.support.tiny_models import SMALL as TINY_SMALL
 from tests.support.tiny_models import TINY
 from tpimpi.cli.synth import SynthOptions, synthesize
 from tpimpi.diagnostics.planner.hits import HitCurve
+from tpimpi.diagnostics.planner.layer_benchmark import LayerBenchmark, LayerBenchmarkConfig
 from tpimpi.diagnostics.planner.loads import LayerLoad, Loads
 from tpimpi.diagnostics.planner.shares import best_shares
 from tpimpi.engine.eviction import Stalest, hit_rate
 from tpimpi.models.config_hf import config_from_hf
 from tpimpi.models.weight_formats import ModelFormats
+from tpimpi.star import Star
 from tpimpi.weights.slices.layout import slice_records
 from tpimpi.weights.slices.partition import make_partition
 
@@ -146,6 +148,34 @@ def test_shares_leave_rank_0_room_for_the_head() -> None:
 
 def _best(found: object) -> object:
     return best_shares(found, 2)
+
+
+def test_a_layer_is_measured_with_as_many_experts_as_positions_choose() -> None:
+    """64 positions that choose 2 of 32 experts by themselves use 32 (1 - (30/32)^64) = 31.5 of them, one position 2."""
+    config = dataclasses.replace(MIXTURE, experts=32, expert_intermediate=64)
+    formats = ModelFormats.for_model("q4_0", config)
+    settings = LayerBenchmarkConfig(
+        config=config.to_dict(),
+        formats=formats.to_dict(),
+        ranks=1,
+        positions=64,
+        start=16,
+        backend="native",
+        threads=1,
+        cores_shared_by=[1],
+        allreduce="star",
+        wire="f32",
+        kv_format="auto",
+        memory=None,
+    )
+    star = Star(None)
+    benchmark = LayerBenchmark(star.rank, settings)
+    token, _, chunk, _ = benchmark.timings(star)  # the larger size first
+    benchmark.close()
+    attn, expert = (4 * 1024 * 1024 * 18 // 32, 3 * 1024 * 64 * 18 // 32)
+    assert (token.positions, token.nbytes) == (1, attn + 2 * expert)
+    assert chunk.positions == 64
+    assert (chunk.nbytes - attn) / expert == pytest.approx(31.5, abs=1.5)
 
 
 # The hit curve

@@ -29,7 +29,7 @@ from tpimpi.compute.arrays import F32
 from tpimpi.compute.backends import Backend, load_backend
 from tpimpi.compute.formats.packed import packed_bytes
 from tpimpi.diagnostics.bench.kernels import CACHE_RATIO
-from tpimpi.diagnostics.planner.made_up_weights import ExpertRing, WeightRing, made_up_resident
+from tpimpi.diagnostics.planner.made_up_weights import TRACE_POSITIONS, ExpertRing, WeightRing, made_up_resident
 from tpimpi.engine.engine import default_threads
 from tpimpi.engine.expert_cache import ExpertCache
 from tpimpi.engine.experts import Experts
@@ -109,7 +109,8 @@ class LayerBenchmark:
         self.backend: Backend = load_backend(settings.backend, self.threads, settings.kernels)
         most = _max_weights(settings.memory[self.rank.index] if settings.memory else None)
         vocab = _rows_within(config, formats.head, min(MAX_LAYER_BYTES, most // 4))
-        self._config = replace(config.with_layers(1), vocab=vocab, trace_positions=0)
+        trace = TRACE_POSITIONS if config.experts else 0
+        self._config = replace(config.with_layers(1), vocab=vocab, trace_positions=trace, trace_predicted=1.0)
         self._formats = replace(formats, layers=(usual,))
         part = 1 / settings.ranks
         largest = self._token_bytes(self._records(part)[1])

@@ -21,16 +21,23 @@ from tpimpi.weights.slices.tile import Tile
 
 _MAX_COPIES = 256  # of a layer, at most
 _WEIGHT_BYTE = 0x2C  # of which all weights are made: small normal numbers in every format
+TRACE_POSITIONS = 1024  # of the made-up choices, after which they begin again
 
 
 def made_up_resident(config: ModelConfig, router: str) -> dict[str, Array]:
-    """The small arrays of a model's layers: norms that change nothing, and a router, in this format, that chooses all
-    experts about as often; the same on every rank."""
+    """The small arrays of a model's layers: norms that change nothing, a router in this format, and choices of experts, all
+    equally likely, for TRACE_POSITIONS; the same on every rank.
+
+    By its router alone, positions would choose the same few experts: attention with made-up weights gives all of them
+    nearly the same vector.
+    """
     ones = {name: np.ones((config.layers, *shape), np.float32) for name, shape in layer_norms(config).items()}
     found: dict[str, Array] = {**ones, "norm": np.ones(config.hidden, np.float32)}
     if config.experts:
-        shape = (config.layers, config.experts, config.hidden)
-        numbers = np.random.default_rng(0).standard_normal(shape, np.float32) / np.float32(config.hidden**0.5)
+        shape, random = (config.layers, config.experts, config.hidden), np.random.default_rng(0)
+        numbers = random.standard_normal(shape, np.float32) / np.float32(config.hidden**0.5)
+        orders = random.random((TRACE_POSITIONS, config.layers, config.experts)).argsort(axis=2)
+        found["trace"] = orders[..., : config.experts_per_token].astype("<u2")
         found["router"] = to_bf16(numbers) if router == "bf16" else numbers
         found["router_bias"] = np.zeros((config.layers, config.experts), np.float32)
     if config.attention_sinks:
