@@ -223,8 +223,8 @@ def test_what_is_said_of_keys(tmp_path: Path) -> None:
         ],
         [
             f"wrong the file of link keys {tmp_path / 'c'} has mode 640 and owner {os.geteuid()}: others can read or "
-            "change it; make new keys (python -m tpimpi doctor --hostfile FILE --make-keys), or, if you know that nobody "
-            "did: chmod 600"
+            "change it; make new keys (python -m tpimpi doctor --hostfile FILE --make-keys --rotate-keys), or, if you know "
+            "that nobody did: chmod 600"
         ],
         ["wrong none, which a run over several hosts needs; type: python -m tpimpi doctor --hostfile FILE --make-keys"],
     ]
@@ -280,6 +280,7 @@ def test_a_file_that_cannot_be_used_is_found(tmp_path: Path) -> None:
         path.chmod(0o600)
         found = find_keys(path)
         assert piece in found.problem and found.there and keys["a"].private not in found.problem
+        assert found.problem.endswith("--make-keys --rotate-keys"), "what replaces a file that is there"
 
 
 def test_keys_are_written_over_nothing_else(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from tpimpi.star.noise import Handshake, HandshakeError
 from tpimpi.star.seal import AES, CHACHA, LinkSecrets, Seal
 from tpimpi.system.cpu import has_aes
 from tpimpi.system.launcher import launcher_kind
-from tpimpi.system.link_keys import MAKE_KEYS, MAKE_OWN_KEYS, LinkKeys, key_file, read_keys
+from tpimpi.system.link_keys import MAKE_KEYS, MAKE_OWN_KEYS, REPLACE_KEYS, LinkKeys, key_file, read_keys
 
 with without_module("typing_extensions"):
     import msgspec
@@ -95,7 +95,7 @@ class _Run:
         if public is None:
             raise InputError(
                 f"{_named(other, self.hosts[other])} has link keys of another home than {self.keys.host}, whose keys are of "
-                f"{self.keys.made}; make new ones for all hosts: {MAKE_KEYS}"
+                f"{self.keys.made}; make new ones for all hosts: {REPLACE_KEYS}"
             )
         return Handshake(self.keys.private_key(), public, msgspec.json.encode(facts), initiator=self.rank == first)
 
@@ -120,7 +120,7 @@ class _Run:
         host = shorten(self.hosts[other])
         return (
             f"{_named(other, self.hosts[other])} has not the key that {self.keys.host} knows {host} by: their keys are of "
-            f"different homes, or somebody poses as {host}; to make new ones for all hosts: {MAKE_KEYS} --rotate-keys"
+            f"different homes, or somebody poses as {host}; to make new ones for all hosts: {REPLACE_KEYS}"
         )
 
 

@@ -26,6 +26,7 @@ FORMAT_VERSION = 1
 KEY_BYTES = 32  # of an X25519 key
 PATH_VARIABLE = "TPIMPI_LINK_KEYS"  # names another file than the usual one: a path, never a key
 MAKE_KEYS = "python -m tpimpi doctor --hostfile FILE --make-keys"
+REPLACE_KEYS = f"{MAKE_KEYS} --rotate-keys"  # where a host has some, good or not
 MAKE_OWN_KEYS = "python -m tpimpi doctor --make-keys"  # where hosts share a home folder
 NEW, REPLACE = "new", "replace"  # what is to be done with a file that comes over ssh
 SAID = "tpimpi-keys "  # what its answer begins with
@@ -92,7 +93,7 @@ def encode_keys(keys: LinkKeys) -> bytes:
 
 def decode_keys(data: bytes, what: str) -> LinkKeys:
     """What the bytes of a file say; `what` names it. Raises InputError."""
-    remedy = f"make new keys: {MAKE_KEYS}"
+    remedy = f"make new keys: {REPLACE_KEYS}"
     try:
         keys = msgspec.json.decode(data, type=LinkKeys)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -125,13 +126,15 @@ def read_keys(path: Path | None = None) -> LinkKeys | None:
             if about.st_mode & 0o077 or about.st_uid not in (os.geteuid(), 0):
                 raise InputError(
                     f"{what} has mode {about.st_mode & 0o777:03o} and owner {about.st_uid}: others can read or change it; "
-                    f"make new keys ({MAKE_KEYS}), or, if you know that nobody did: chmod 600"
+                    f"make new keys ({REPLACE_KEYS}), or, if you know that nobody did: chmod 600"
                 )
             data = file.read(_MAX_BYTES)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise InputError(f"{what}: {error.strerror}; let this user read it, or make new keys: {MAKE_KEYS}") from error
+        raise InputError(
+            f"{what}: {error.strerror}; let this user read it, or make new keys: {REPLACE_KEYS}"
+        ) from error
     return decode_keys(data, what)
 
 
@@ -199,11 +202,13 @@ def _check_pair(keys: LinkKeys, what: str) -> None:
 
     public = X25519PrivateKey.from_private_bytes(keys.private_key()).public_key().public_bytes_raw()
     if public != keys.public_key(keys.host):
-        raise InputError(f"{what}: the private key is not that of the host {keys.host!r}; make new keys: {MAKE_KEYS}")
+        raise InputError(
+            f"{what}: the private key is not that of the host {keys.host!r}; make new keys: {REPLACE_KEYS}"
+        )
     try:
         datetime.date.fromisoformat(keys.made)
     except ValueError:
-        raise InputError(f"{what}: made is {keys.made!r}, must be a day; make new keys: {MAKE_KEYS}") from None
+        raise InputError(f"{what}: made is {keys.made!r}, must be a day; make new keys: {REPLACE_KEYS}") from None
 
 
 def put_keys(data: bytes, *, replace: bool) -> KeysFound:

@@ -21,6 +21,7 @@ from tpimpi.system.link_keys import (
     MAKE_KEYS,
     NEW,
     REPLACE,
+    REPLACE_KEYS,
     SAID,
     KeysFound,
     encode_keys,
@@ -54,12 +55,12 @@ def check_keys(found: Sequence[HostChecks], today: datetime.date | None = None) 
                 "keys",
                 WRONG,
                 f"of {have.made}, and of another home than those of {here}, so that they cannot meet; type: "
-                f"{MAKE_KEYS} --rotate-keys",
+                f"{REPLACE_KEYS}",
             )
         elif (made := _day(have.made)) is None:
-            one.add("keys", WRONG, f"made on no day: {shorten(have.made)!r}; type: {MAKE_KEYS} --rotate-keys")
+            one.add("keys", WRONG, f"made on no day: {shorten(have.made)!r}; type: {REPLACE_KEYS}")
         elif (age := (today - made).days) > OLD_KEYS_DAYS:
-            one.add("keys", NOTE, f"of {have.made}, {age} days old; for new ones type: {MAKE_KEYS} --rotate-keys")
+            one.add("keys", NOTE, f"of {have.made}, {age} days old; for new ones type: {REPLACE_KEYS}")
         else:
             one.add("keys", OK, f"of {have.made}, in {have.file}{_shared(one, have)}")
 

@@ -37,7 +37,12 @@ def key_of(headers: Headers) -> str | None:
         return None
     match = _KEY.fullmatch(given[0].strip()) if len(given) == 1 else None
     if match is None:
-        raise ApiError(400, f"{HEADER} has to be one string of 1 to 255 ASCII characters", param=HEADER)
+        raise ApiError(
+            400,
+            f"{HEADER} has to be one string of 1 to 255 ASCII characters; with a blank or a quotation mark in it between "
+            'quotation marks, as "a key"',
+            param=HEADER,
+        )
     return re.sub(r"\\(.)", r"\1", match[1]) if match[1] is not None else match[2]
 
 
