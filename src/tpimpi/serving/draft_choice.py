@@ -157,9 +157,10 @@ class DraftChoice:
         return True
 
     def _try(self, most: int) -> int:
-        """How many tokens a draft has that is to show what it costs."""
+        """How many tokens a draft has that is to show what it costs: in turn _TRIAL and one less, as it may be that fewer
+        pay and more do not."""
         self._tried += 1
-        return min(most, _TRIAL)
+        return min(most, _TRIAL - (self._tried + 1) % 2)
 
     def _doubt(self, of: DraftedPass, most: int) -> int:
         """It does not pay, it seems: a few drafts more where it would have to be loaded again, else it is off."""
