@@ -31,25 +31,25 @@ struct Traits {
   bool minima;        // a weight has a minimum beside its scale
   bool wide;          // codes take 8 bits, offset by S::kQ8Offset: multiplied by dot_u8
   int offset;         // what is taken off a code; 0 where there are minima; of wide ones S::kQ8Offset
-  int narrow_words;   // of so many words of codes, products with int8 add up within 16 bits
+  int narrow_words;   // where there are minima: of so many words of codes, products with int8 add up within 16 bits
   bool neighbours;    // a line of nibbles holds words 2j and 2j + 1 of a unit; else j and j + 4
 };
 
 constexpr Traits traits(Format format) {
   switch (format) {
     case Format::q8_0: return {false, false, true, 0, 0, false};
-    case Format::q4_0: return {false, false, false, 8, 8, false};
+    case Format::q4_0: return {false, false, false, 8, 0, false};
     case Format::q4_1: return {false, true, false, 0, 8, false};
-    case Format::q5_0: return {false, false, false, 16, 4, false};
+    case Format::q5_0: return {false, false, false, 16, 0, false};
     case Format::q5_1: return {false, true, false, 0, 4, false};
     case Format::q4_k: return {false, true, false, 0, 8, true};
     case Format::q5_k: return {false, true, false, 0, 4, true};
-    case Format::q6_k: return {true, false, false, 32, 2, true};
-    case Format::q3_k: return {true, false, false, 4, 8, true};
+    case Format::q6_k: return {true, false, false, 32, 0, true};
+    case Format::q3_k: return {true, false, false, 4, 0, true};
     case Format::q2_k: return {true, true, false, 0, 8, true};
     case Format::iq4_nl: return {false, false, true, 0, 0, false};
     case Format::iq4_xs: return {false, false, true, 0, 0, true};
-    case Format::mxfp4: return {false, false, false, 12, 4, false};
+    case Format::mxfp4: return {false, false, false, 12, 0, false};
     default: return {};
   }
 }
@@ -103,6 +103,7 @@ TPIMPI_INLINE inline void unrolled(Function function) {
 // A unit's lines of codes as they are packed.
 template <class S, Format format>
 struct PackedCodes {
+  static constexpr bool flips = false;
   const uint8_t* lines;
   template <int k>
   TPIMPI_INLINE typename S::W word() const { return code_word<S, format, k>(lines); }
@@ -115,16 +116,32 @@ struct Numbers {
 };
 
 // A unit taken apart, to be multiplied with one group of positions after another.
+//
+// Where products with weights w of 8 bits are summed in 16 (S::kNarrow), their magnitudes stand here, and after them lines of bytes
+// that are -1 where w < 0. Of x these bits are flipped: that is -x - 1, and |w| (-x - 1) = w x - |w|. The last line is what is then
+// missing: the sum of these |w|. As |w| <= 128 and |x| <= 127, two products make at least -2 * 128 * 128, at most 2 * 127 * 127.
 template <class S, Format format>
 struct alignas(kLine) Unit {
-  uint8_t codes[8][kLine];
+  static constexpr bool flips = traits(format).wide && S::kNarrow;
+  uint8_t codes[flips ? 17 : 8][kLine];
   float numbers[4][kPanelRows];  // as in Numbers; those that the format has
 
   template <int k>
   TPIMPI_INLINE typename S::W word() const { return S::load_line(codes[k]); }
 
   void set(const uint8_t* lines, const Numbers<S>& v) {
-    unrolled<0, 8>([&]<int k>() TPIMPI_INLINE { S::store_line(codes[k], code_word<S, format, k>(lines)); });
+    if constexpr (flips) {
+      auto less = S::set_int(0);
+      unrolled<0, 8>([&]<int k>() TPIMPI_INLINE {
+        const auto w = code_word<S, format, k>(lines), magnitude = S::magnitude(w), negative = S::negative(w);
+        S::store_line(codes[k], magnitude);
+        S::store_line(codes[8 + k], negative);
+        less = S::add_narrow(less, S::narrow(magnitude, negative));
+      });
+      S::store_int(codes[16], S::negated(less));
+    } else {
+      unrolled<0, 8>([&]<int k>() TPIMPI_INLINE { S::store_line(codes[k], code_word<S, format, k>(lines)); });
+    }
     S::store(numbers[0], v.scale);
     if constexpr (traits(format).minima) S::store(numbers[1], v.minimum);
     if constexpr (traits(format).by_16) S::store(numbers[2], v.second_scale);
@@ -146,7 +163,17 @@ struct alignas(kLine) Unit {
 template <class S, Format format, int from, int to, int N, class Codes>
 TPIMPI_INLINE inline void dot_words(const Codes& codes, const int32_t* x, typename S::I* parts) {
   constexpr Traits t = traits(format);
-  if constexpr (t.wide || !S::kNarrow) {
+  if constexpr (Codes::flips) {
+    unrolled<from, to>([&]<int k>() TPIMPI_INLINE {
+      auto magnitude = codes.template word<k>();
+      const auto negative = codes.template word<8 + k>();
+      if constexpr (N > 1) S::compute_now(magnitude);
+      for (int p = 0; p < N; ++p) {
+        parts[p] = S::dot_flipped(parts[p], magnitude, negative, x + k * N + p);
+        if constexpr (N > 1) S::compute_now(parts[p]);
+      }
+    });
+  } else if constexpr (t.wide || !S::kNarrow) {
     unrolled<from, to>([&]<int k>() TPIMPI_INLINE {
       auto w = codes.template word<k>();
       if constexpr (N > 1) S::compute_now(w);
@@ -155,6 +182,18 @@ TPIMPI_INLINE inline void dot_words(const Codes& codes, const int32_t* x, typena
         if constexpr (N > 1) S::compute_now(parts[p]);
       }
     });
+  } else if constexpr (t.offset != 0) {
+    // Half of a word's columns each, from what undoes the offset on; sums within 16 bits at last may have gone round before.
+    static_assert(2 * t.offset * 127 * (to - from) <= 32767);  // a code less its offset is between -offset and offset
+    unrolled<from, to>([&]<int k>() TPIMPI_INLINE {
+      auto w = codes.template word<k>();
+      if constexpr (N > 1) S::compute_now(w);
+      for (int p = 0; p < N; ++p) {
+        parts[p] = S::add_narrow(parts[p], S::narrow(w, x + k * N + p));
+        if constexpr (N > 1) S::compute_now(parts[p]);
+      }
+    });
+    for (int p = 0; p < N; ++p) parts[p] = S::widened(parts[p]);
   } else if constexpr (from < to) {
     constexpr int end = from + t.narrow_words < to ? from + t.narrow_words : to;
     typename S::I narrow[N];
@@ -178,7 +217,12 @@ inline void add_unit(const Codes& codes, const Numbers<S>& v, const int32_t* x, 
   constexpr Traits t = traits(format);
   const float* fx = reinterpret_cast<const float*>(x);
   typename S::I parts[N];
-  for (int p = 0; p < N; ++p) parts[p] = S::set_int(t.minima ? 0 : x[9 * N + p]);
+  for (int p = 0; p < N; ++p) {
+    if constexpr (Codes::flips)
+      parts[p] = S::load_int(codes.codes[16]);
+    else
+      parts[p] = S::set_int(t.minima ? 0 : x[9 * N + p]);
+  }
   if constexpr (t.by_16) {
     typename S::F whole[N];
     dot_words<S, format, 0, 4, N>(codes, x, parts);
@@ -305,7 +349,10 @@ inline void sum_blocks(const uint8_t* w, int64_t columns, int64_t first, const i
 }
 
 // Units of a panel that are taken apart at a time: they stay in the first cache.
-constexpr int kUnitsApart = 16;
+template <class S, Format format>
+constexpr int units_apart() {
+  return Unit<S, format>::flips ? 8 : 16;
+}
 
 // Add to sums [N][16] what `count` units give with N positions; meanwhile memory sends `lines` lines for each, from `ahead` on.
 template <class S, Format format, int N>

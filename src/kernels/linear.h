@@ -17,8 +17,9 @@ namespace {  // each level is compiled with flags of its own: nothing of it may 
 // A group of n positions, prepared: for f32 and f16 [columns][n] floats; for bf16 [columns / 2][n] pairs where a level multiplies
 // those, else [columns][n] floats that are rounded to bf16, up to whole pairs; for quantized
 // weights, for each unit of 32 columns: words [8][n] (4 int8 each), scale [n] (f32), and third [n], which is what the sum starts
-// with, int32 (it undoes the offset of unsigned weights), or for formats with minima the f32 sum of the unit, which its minimum
-// multiplies; where scales are for 16 columns, third is of the first 16, and then comes fourth [n] of the others.
+// with, int32 (it undoes the offset of unsigned weights; where S::kNarrow, of codes below 8 bits, two int16, for the first and the
+// last two columns of each word), or for formats with minima the f32 sum of the unit, which its minimum multiplies; where scales
+// are for 16 columns, third is of the first 16, and then comes fourth [n] of the others.
 template <class S>
 int64_t prepared_words(Format format, int64_t columns) {  // for one position
   if (format == Format::bf16) return divided_up(columns, 2) * (S::kBf16Pairs ? 1 : 2);
@@ -53,7 +54,8 @@ void prepare_block(Format format, const float* x, int32_t* words, int64_t n) {
   float amax, scale = 0;
   std::memcpy(&amax, &greatest, 4);
   int8_t q[kBlock] = {};
-  int32_t sums[2] = {};  // of each 16
+  int32_t sums[2] = {};        // of each 16
+  int32_t columns[2][4] = {};  // of each of the four columns of their words
   if (greatest >= 0x7f800000) {
     scale = NAN;
   } else if (amax >= 1e-30f) {
@@ -64,15 +66,24 @@ void prepare_block(Format format, const float* x, int32_t* words, int64_t n) {
     for (int i = 0; i < kBlock / 2; ++i) sums[0] += rounded[i];
     for (int i = kBlock / 2; i < kBlock; ++i) sums[1] += rounded[i];
     for (int i = 0; i < kBlock; ++i) q[i] = int8_t(rounded[i]);
+    if constexpr (S::kNarrow)
+      for (int i = 0; i < kBlock; ++i) columns[i / 16][i % 4] += rounded[i];
   }
   for (int j = 0; j < 8; ++j) std::memcpy(words + j * n, q + 4 * j, 4);
   std::memcpy(words + 8 * n, &scale, 4);
   const Traits t = traits(format);
-  if (!t.by_16) sums[0] += sums[1];
+  if (!t.by_16) {
+    sums[0] += sums[1];
+    for (int c = 0; c < 4; ++c) columns[0][c] += columns[1][c];
+  }
   for (int i = 0; i < (t.by_16 ? 2 : 1); ++i) {
     if (t.minima) {
       const float scaled = scale * float(sums[i]);
       std::memcpy(words + (9 + i) * n, &scaled, 4);
+    } else if (S::kNarrow && !t.wide) {
+      const int32_t* const c = columns[i];
+      const int16_t halves[2] = {int16_t(-t.offset * (c[0] + c[1])), int16_t(-t.offset * (c[2] + c[3]))};
+      std::memcpy(words + (9 + i) * n, halves, 4);
     } else {
       words[(9 + i) * n] = -sums[i] * (t.wide ? S::kQ8Offset : t.offset);
     }
@@ -250,7 +261,8 @@ void multiply_groups(const Matrix& w, int64_t first, int64_t last, int64_t posit
   constexpr int64_t most = 64, least = 16, cache_words = 48 << 10;  // runs are whole groups but for the last
   const int64_t size = prepared_words<S>(format, w.columns);
   const int64_t run = std::clamp(cache_words / size / least * least, least, most);
-  Unit<S, format> units[kUnitsApart];
+  constexpr int apart = units_apart<S, format>();
+  Unit<S, format> units[apart];
   alignas(kLine) float sums[most * kPanelRows];
   for (int64_t begin = 0; begin < positions; begin += run) {
     const int64_t n = std::min(run, positions - begin);
@@ -262,7 +274,7 @@ void multiply_groups(const Matrix& w, int64_t first, int64_t last, int64_t posit
       for (int count, skipped = int(w.first / kBlock); left > 0; left -= count) {
         const int64_t done = divided_up(w.columns, kBlock) - left;
         const uint8_t* const began = data;
-        for (count = 0; count < left && count + group_units(format) <= kUnitsApart; skipped = 0)
+        for (count = 0; count < left && count + group_units(format) <= apart; skipped = 0)
           each_unit<S, format, 0>(data, left - count, skipped, [&](const uint8_t* lines, const Numbers<S>& numbers) {
             units[count++].set(lines, numbers);
           });

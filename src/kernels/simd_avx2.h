@@ -159,10 +159,36 @@ struct Avx2 {
     const __m256i xs = _mm256_set1_epi32(*x);
     return {_mm256_maddubs_epi16(w.a, xs), _mm256_maddubs_epi16(w.b, xs)};
   }
+  static I narrow(W w, W x) { return {_mm256_maddubs_epi16(w.a, x.a), _mm256_maddubs_epi16(w.b, x.b)}; }
   static I add_narrow(I x, I y) { return {_mm256_add_epi16(x.a, y.a), _mm256_add_epi16(x.b, y.b)}; }
   static I widened(I v) {
     const __m256i one = _mm256_set1_epi16(1);
     return {_mm256_madd_epi16(v.a, one), _mm256_madd_epi16(v.b, one)};
+  }
+  static I negated(I v) {  // of what is narrow, widened
+    const __m256i minus = _mm256_set1_epi16(-1);
+    return {_mm256_madd_epi16(v.a, minus), _mm256_madd_epi16(v.b, minus)};
+  }
+
+  // Of weights q + 128: |q|, and -1 where q < 0.
+  static W magnitude(W w) {
+    const __m256i sign = _mm256_set1_epi8(-128);
+    return {_mm256_abs_epi8(_mm256_xor_si256(w.a, sign)), _mm256_abs_epi8(_mm256_xor_si256(w.b, sign))};
+  }
+  static W negative(W w) {
+    const __m256i sign = _mm256_set1_epi8(-128), zero = _mm256_setzero_si256();
+    return {_mm256_cmpgt_epi8(zero, _mm256_xor_si256(w.a, sign)), _mm256_cmpgt_epi8(zero, _mm256_xor_si256(w.b, sign))};
+  }
+  static I dot_flipped(I sum, W w, W flips, const int32_t* x) {
+    const __m256i xs = _mm256_set1_epi32(*x);
+    return {add_products(sum.a, w.a, _mm256_xor_si256(xs, flips.a)), add_products(sum.b, w.b, _mm256_xor_si256(xs, flips.b))};
+  }
+  static I load_int(const uint8_t* p) {
+    return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
+  }
+  static void store_int(uint8_t* p, I v) {
+    _mm256_storeu_si256((__m256i*)p, v.a);
+    _mm256_storeu_si256((__m256i*)p + 1, v.b);
   }
 #endif
   static I add_int(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
