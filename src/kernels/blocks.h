@@ -29,7 +29,7 @@ inline void fetch_ahead(const uint8_t* w) {
 struct Traits {
   bool by_16;         // scales are for 16 columns: two a unit
   bool minima;        // a weight has a minimum beside its scale
-  bool wide;          // codes take 8 bits, offset by S::kQ8Offset: multiplied by dot_u8
+  bool wide;          // codes take 8 bits, offset by S::kQ8Offset: multiplied by dot_u8; where S::kNarrow with their signs
   int offset;         // what is taken off a code; 0 where there are minima; of wide ones S::kQ8Offset
   int narrow_words;   // where there are minima: of so many words of codes, products with int8 add up within 16 bits
   bool neighbours;    // a line of nibbles holds words 2j and 2j + 1 of a unit; else j and j + 4
@@ -59,8 +59,10 @@ constexpr Traits traits(Format format) {
 constexpr int unit_words(Format format) { return traits(format).by_16 ? 11 : 10; }
 
 // The values of codes of 4 bits that have no even steps, offset so that none is negative: GGML's iq4_nl by 128, as q8_0's codes
-// are packed, and FP4 (E2M1) doubled by 12.
+// are packed, and FP4 (E2M1) doubled by 12. Where S::kNarrow, iq4_nl's are taken as int8, and their magnitudes.
 alignas(16) constexpr uint8_t kIq4[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+alignas(16) constexpr uint8_t kIq4Value[16] = {129, 152, 173, 191, 207, 221, 234, 246, 1, 13, 25, 38, 53, 69, 89, 113};
+alignas(16) constexpr uint8_t kIq4Magnitude[16] = {127, 104, 83, 65, 49, 35, 22, 10, 1, 13, 25, 38, 53, 69, 89, 113};
 alignas(16) constexpr uint8_t kFp4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
 // What is called for each word is to be inlined, however much that is: parts would else stand in memory.
@@ -68,7 +70,7 @@ alignas(16) constexpr uint8_t kFp4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11
 
 // Word k of the codes of a unit whose lines are at q: columns 4k to 4k + 3 of 16 rows, a byte each.
 template <class S, Format format, int k>
-TPIMPI_INLINE inline typename S::W code_word(const uint8_t* q) {
+TPIMPI_INLINE inline typename S::W code_word(const uint8_t* q, [[maybe_unused]] const uint8_t* table = kIq4) {
   constexpr Traits t = traits(format);
   if constexpr (format == Format::q8_0) {
     return S::load_line(q + k * kLine);
@@ -81,13 +83,28 @@ TPIMPI_INLINE inline typename S::W code_word(const uint8_t* q) {
     constexpr int first = unit_lines(format) - 4;  // the lines before those of nibbles hold higher bits
     const auto line = S::load_line(q + (first + (t.neighbours ? k / 2 : k % 4)) * kLine);
     const auto nibbles = (t.neighbours ? k % 2 : k / 4) ? S::high_nibbles(line) : S::low_nibbles(line);
-    if constexpr (format == Format::iq4_nl || format == Format::iq4_xs) return S::lookup(nibbles, kIq4);
+    if constexpr (format == Format::iq4_nl || format == Format::iq4_xs) return S::lookup(nibbles, table);
     if constexpr (format == Format::mxfp4) return S::lookup(nibbles, kFp4);
     if constexpr (format == Format::q5_k || format == Format::q5_0 || format == Format::q5_1)
       return S::combined(nibbles, S::template masked<k - 4>(S::load_line(q), 0x10101010));
     if constexpr (format == Format::q6_k)
       return S::combined(nibbles, S::template masked<2 * (k % 4) - 4>(S::load_line(q + k / 4 * kLine), 0x30303030));
     return nibbles;
+  }
+}
+
+// The same of codes of 8 bits, as int8, and its magnitude.
+template <class S>
+struct Signed {
+  typename S::W value, magnitude;
+};
+template <class S, Format format, int k>
+TPIMPI_INLINE inline Signed<S> signed_word(const uint8_t* q) {
+  if constexpr (format == Format::q8_0) {
+    const auto value = S::without_128(code_word<S, format, k>(q));
+    return {value, S::magnitude(value)};
+  } else {
+    return {code_word<S, format, k>(q, kIq4Value), code_word<S, format, k>(q, kIq4Magnitude)};
   }
 }
 
@@ -107,6 +124,8 @@ struct PackedCodes {
   const uint8_t* lines;
   template <int k>
   TPIMPI_INLINE typename S::W word() const { return code_word<S, format, k>(lines); }
+  template <int k>
+  TPIMPI_INLINE Signed<S> with_sign() const { return signed_word<S, format, k>(lines); }
 };
 
 // The scales of a unit's 16 rows, and what is added for their minima; the second ones where scales are for 16 columns.
@@ -133,10 +152,10 @@ struct alignas(kLine) Unit {
     if constexpr (flips) {
       auto less = S::set_int(0);
       unrolled<0, 8>([&]<int k>() TPIMPI_INLINE {
-        const auto w = code_word<S, format, k>(lines), magnitude = S::magnitude(w), negative = S::negative(w);
-        S::store_line(codes[k], magnitude);
-        S::store_line(codes[8 + k], negative);
-        less = S::add_narrow(less, S::narrow(magnitude, negative));
+        const auto w = signed_word<S, format, k>(lines);
+        S::store_line(codes[k], w.magnitude);
+        S::store_line(codes[8 + k], S::negative(w.value));
+        less = S::add_narrow(less, S::narrow(w.magnitude, S::negative(w.value)));
       });
       S::store_int(codes[16], S::negated(less));
     } else {
@@ -166,14 +185,22 @@ TPIMPI_INLINE inline void dot_words(const Codes& codes, const int32_t* x, typena
   if constexpr (Codes::flips) {
     unrolled<from, to>([&]<int k>() TPIMPI_INLINE {
       auto magnitude = codes.template word<k>();
-      const auto negative = codes.template word<8 + k>();
       if constexpr (N > 1) S::compute_now(magnitude);
       for (int p = 0; p < N; ++p) {
-        parts[p] = S::dot_flipped(parts[p], magnitude, negative, x + k * N + p);
+        parts[p] = S::dot_flipped(parts[p], magnitude, codes.template word<8 + k>(), x + k * N + p);
         if constexpr (N > 1) S::compute_now(parts[p]);
       }
     });
-  } else if constexpr (t.wide || !S::kNarrow) {
+  } else if constexpr (t.wide && S::kNarrow) {
+    unrolled<from, to>([&]<int k>() TPIMPI_INLINE {
+      auto w = codes.template with_sign<k>();
+      if constexpr (N > 1) S::compute_now(w.value), S::compute_now(w.magnitude);
+      for (int p = 0; p < N; ++p) {
+        parts[p] = S::dot_signed(parts[p], w.value, w.magnitude, x + k * N + p);
+        if constexpr (N > 1) S::compute_now(parts[p]);
+      }
+    });
+  } else if constexpr (!S::kNarrow) {
     unrolled<from, to>([&]<int k>() TPIMPI_INLINE {
       auto w = codes.template word<k>();
       if constexpr (N > 1) S::compute_now(w);

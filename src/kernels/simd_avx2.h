@@ -15,7 +15,7 @@ struct Avx2 {
   static constexpr int kQ8Offset = 128;  // dot_u8 takes weights as they are stored: q + 128
 #else
   static constexpr const char* name = "avx2";
-  static constexpr int kQ8Offset = 0;  // dot_u8 makes the weights signed
+  static constexpr int kQ8Offset = 0;  // weights are made signed
 #endif
   static constexpr int together = 6;
   static constexpr int blocks_together = 4;
@@ -144,14 +144,6 @@ struct Avx2 {
     const __m256i xs = _mm256_set1_epi32(*x);
     return {add_products(sum.a, w.a, xs), add_products(sum.b, w.b, xs)};
   }
-  // The instruction multiplies unsigned by signed and saturates sums of two in 16 bits: |w| and x with the sign of w stay
-  // within them (2 * 128 * 127), while w + 128 would not.
-  static I dot_u8(I sum, W w, const int32_t* x) {
-    const __m256i xs = _mm256_set1_epi32(*x), sign = _mm256_set1_epi8(-128);
-    const __m256i a = _mm256_xor_si256(w.a, sign), b = _mm256_xor_si256(w.b, sign);
-    return {add_products(sum.a, _mm256_abs_epi8(a), _mm256_sign_epi8(xs, a)),
-            add_products(sum.b, _mm256_abs_epi8(b), _mm256_sign_epi8(xs, b))};
-  }
 
   // Products of two and their sum fit 16 bits for weights up to 129; their sums for a few of them, if the weights are small.
   static constexpr bool kNarrow = true;
@@ -170,14 +162,20 @@ struct Avx2 {
     return {_mm256_madd_epi16(v.a, minus), _mm256_madd_epi16(v.b, minus)};
   }
 
-  // Of weights q + 128: |q|, and -1 where q < 0.
-  static W magnitude(W w) {
+  // The instruction multiplies unsigned by signed and saturates sums of two in 16 bits: |w| and x with the sign of w, or its bits
+  // flipped where w is negative, stay within them (2 * 128 * 127, -2 * 128 * 128), while w + 128 would not.
+  static W without_128(W w) {
     const __m256i sign = _mm256_set1_epi8(-128);
-    return {_mm256_abs_epi8(_mm256_xor_si256(w.a, sign)), _mm256_abs_epi8(_mm256_xor_si256(w.b, sign))};
+    return {_mm256_xor_si256(w.a, sign), _mm256_xor_si256(w.b, sign)};
   }
+  static W magnitude(W w) { return {_mm256_abs_epi8(w.a), _mm256_abs_epi8(w.b)}; }
   static W negative(W w) {
-    const __m256i sign = _mm256_set1_epi8(-128), zero = _mm256_setzero_si256();
-    return {_mm256_cmpgt_epi8(zero, _mm256_xor_si256(w.a, sign)), _mm256_cmpgt_epi8(zero, _mm256_xor_si256(w.b, sign))};
+    const __m256i zero = _mm256_setzero_si256();
+    return {_mm256_cmpgt_epi8(zero, w.a), _mm256_cmpgt_epi8(zero, w.b)};
+  }
+  static I dot_signed(I sum, W w, W magnitude, const int32_t* x) {
+    const __m256i xs = _mm256_set1_epi32(*x);
+    return {add_products(sum.a, magnitude.a, _mm256_sign_epi8(xs, w.a)), add_products(sum.b, magnitude.b, _mm256_sign_epi8(xs, w.b))};
   }
   static I dot_flipped(I sum, W w, W flips, const int32_t* x) {
     const __m256i xs = _mm256_set1_epi32(*x);
