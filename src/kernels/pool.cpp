@@ -9,7 +9,10 @@
 namespace tpimpi {
 namespace {
 
-constexpr auto kSpin = std::chrono::microseconds(20);
+constexpr auto kSpin = std::chrono::microseconds(20), kLongSpin = std::chrono::microseconds(200);
+// To wake a thread takes some tens of microseconds, on a virtual machine a hundred: what came within this time, that included,
+// would about have been seen within kLongSpin.
+constexpr auto kSoon = std::chrono::microseconds(300);
 
 void relax() {
 #if defined(__x86_64__)
@@ -19,20 +22,24 @@ void relax() {
 #endif
 }
 
-// Until `value` is no longer `old`.
+}  // namespace
+
+// Spins long where the last wait was a short one; not while a rank waits for others.
 template <class T>
-void wait_for_change(const std::atomic<T>& value, T old) {
-  const auto until = std::chrono::steady_clock::now() + kSpin;
+void Pool::Waiter::wait_for_change(const std::atomic<T>& value, T old) {
+  const auto began = std::chrono::steady_clock::now(), until = began + (soon_ ? kLongSpin : kSpin);
   do {
     for (int i = 0; i < 32; ++i) {
-      if (value.load(std::memory_order_acquire) != old) return;
+      if (value.load(std::memory_order_acquire) != old) {
+        soon_ = true;
+        return;
+      }
       relax();
     }
   } while (std::chrono::steady_clock::now() < until);
   value.wait(old, std::memory_order_acquire);
+  soon_ = std::chrono::steady_clock::now() - began < kSoon;
 }
-
-}  // namespace
 
 Pool::Pool(int threads) {
   try {
@@ -62,13 +69,14 @@ void Pool::run(int parts, const std::function<void(int)>& work) {
   }
   work(0);
   if (parts > 1)
-    for (uint32_t left; (left = left_.load(std::memory_order_acquire)) != 0;) wait_for_change(left_, left);
+    for (uint32_t left; (left = left_.load(std::memory_order_acquire)) != 0;) waiter_.wait_for_change(left_, left);
 }
 
 void Pool::serve(int index) {
   uint32_t seen = 0;
+  Waiter waiter;
   while (true) {
-    wait_for_change(turn_, seen);
+    waiter.wait_for_change(turn_, seen);
     seen = turn_.load(std::memory_order_acquire);
     if (closed_) return;
     if (index < parts_) (*work_)(index);

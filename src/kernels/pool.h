@@ -9,8 +9,9 @@
 
 namespace tpimpi {
 
-// `threads - 1` threads beside the caller's. A waiting thread spins for some microseconds (the next kernel usually follows at
-// once), then sleeps in the kernel: an idle rank takes no processor time. Only one thread may call `run`.
+// `threads - 1` threads beside the caller's. A waiting thread spins for some microseconds, and longer where the last wait was
+// short, as between the kernels of a layer; then it sleeps in the kernel: an idle rank takes no processor time. Only one thread
+// may call `run`.
 class Pool {
  public:
   explicit Pool(int threads);  // throws std::system_error where the system has not so many
@@ -24,6 +25,15 @@ class Pool {
   void run(int parts, const std::function<void(int)>& work);
 
  private:
+  class Waiter {
+   public:
+    template <class T>
+    void wait_for_change(const std::atomic<T>& value, T old);  // returns when `value` is no longer `old`
+
+   private:
+    bool soon_ = false;  // whether the last change came soon
+  };
+
   void serve(int index);
   void end();
 
@@ -33,6 +43,7 @@ class Pool {
   std::atomic<uint32_t> turn_{0};  // changes when there is work, or when it is time to end
   std::atomic<uint32_t> left_{0};  // parts that other threads have not finished
   std::atomic<bool> closed_{false};
+  Waiter waiter_;  // the caller's, for the others to be done
 };
 
 }  // namespace tpimpi
