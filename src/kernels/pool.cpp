@@ -27,8 +27,8 @@ void relax() {
 // Spins long where the last wait was a short one; not while a rank waits for others.
 template <class T>
 void Pool::Waiter::wait_for_change(const std::atomic<T>& value, T old) {
-  const auto began = std::chrono::steady_clock::now(), until = began + (soon_ ? kLongSpin : kSpin);
-  do {
+  const auto began = std::chrono::steady_clock::now();
+  for (auto now = began; now < began + (soon_ ? kLongSpin : kSpin); now = std::chrono::steady_clock::now()) {
     for (int i = 0; i < 32; ++i) {
       if (value.load(std::memory_order_acquire) != old) {
         soon_ = true;
@@ -36,7 +36,8 @@ void Pool::Waiter::wait_for_change(const std::atomic<T>& value, T old) {
       }
       relax();
     }
-  } while (std::chrono::steady_clock::now() < until);
+    if (now > began + kSpin) std::this_thread::yield();  // whoever else wants the core has it
+  }
   value.wait(old, std::memory_order_acquire);
   soon_ = std::chrono::steady_clock::now() - began < kSoon;
 }
