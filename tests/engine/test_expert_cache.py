@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.slices import checked_contents
 from tests.support.tiny_models import write_tiny_hf
+from tests.support.waiting import until
 from tpimpi.engine.eviction import ExpertKey, LeastRecentlyUsed, Stalest
 from tpimpi.engine.expert_cache import ExpertCache
 from tpimpi.engine.readers import Readers
@@ -89,12 +90,6 @@ class _SlowDisk:
         monkeypatch.setattr(file, "read", slow)
 
 
-def _until(what: object, cache: ExpertCache, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not what() and time.monotonic() < end:  # type: ignore[operator]
-        time.sleep(0.001)
-
-
 def test_slices_hold_the_columns_of_every_expert(model: Path, slices: Path) -> None:
     with open_source(model) as source:
         files = [SliceFile(slices / slice_name(rank, 2)) for rank in range(2)]
@@ -131,10 +126,8 @@ def test_any_cache_gives_the_same_tiles_in_the_order_asked_for(file: SliceFile) 
             for _ in range(dice.randrange(3)):
                 cache.prefetch(dice.choice(LAYERS), dice.sample(range(EXPERTS), dice.randrange(1, EXPERTS)))
             assert _taken(cache) == [(expert, expected[layer, expert]) for expert in wanted]
-            _until(
-                lambda cache=cache: cache.held_bytes <= cache.limit_bytes, cache
-            )  # one that is checked keeps its memory
-            assert cache.held_bytes <= cache.limit_bytes
+            # One that is checked keeps its memory until then.
+            until(lambda cache=cache: cache.held_bytes <= cache.limit_bytes)
             if dice.random() < 0.2 and places:
                 cache.limit(dice.randrange(0, 12) * cache.slot_bytes)
                 assert cache.limit_bytes >= cache.min_bytes
@@ -186,7 +179,7 @@ def test_what_is_in_memory_is_not_read_again(file: SliceFile) -> None:
 def test_what_is_expected_is_there_when_it_is_wanted(file: SliceFile) -> None:
     cache = _cache(file, 6)
     cache.prefetch(2, [4, 7])
-    _until(lambda: cache.figures.bytes_read == 2 * cache.slot_bytes, cache)
+    until(lambda: cache.figures.bytes_read == 2 * cache.slot_bytes)
     before = cache.wait_seconds
     _take(cache, 2, [4])
     assert cache.wait_seconds == before
@@ -205,7 +198,7 @@ def test_a_better_guess_takes_the_place_of_an_earlier_one(file: SliceFile, monke
     cache.prefetch(2, [4, 7])
     disk.go_on.set()
     _taken(cache)
-    _until(lambda: cache.figures.bytes_read == 3 * cache.slot_bytes, cache)
+    until(lambda: cache.figures.bytes_read == 3 * cache.slot_bytes)
     assert disk.order == [0, 4, 7]
     _take(cache, 2, [7])
     did = cache.figures
@@ -218,8 +211,8 @@ def test_where_all_fit_the_rest_is_read_too(file: SliceFile) -> None:
     time.sleep(0.05)
     assert cache.figures.bytes_read == 0, "nothing computes yet, and the dense tiles come first"
     _take(cache, 2, [3])
-    _until(lambda: cache.held_bytes == cache.total_bytes, cache)
-    _until(lambda: cache.figures.bytes_read == cache.total_bytes, cache)
+    until(lambda: cache.held_bytes == cache.total_bytes)
+    until(lambda: cache.figures.bytes_read == cache.total_bytes)
     assert cache.figures.bytes_read == cache.total_bytes
     assert all(_take(cache, layer, list(range(EXPERTS))) for layer in LAYERS)
     assert (cache.figures.used, cache.figures.hits) == (1 + 2 * EXPERTS, 2 * EXPERTS)

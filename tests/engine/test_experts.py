@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.support.tiny_models import write_tiny_hf
+from tests.support.waiting import until
 from tpimpi.compute.backends.reference import NumpyBackend
 from tpimpi.engine.eviction import ExpertKey
 from tpimpi.engine.expert_cache import ExpertCache
@@ -97,9 +97,7 @@ def test_what_one_half_expects_is_not_given_up_for_the_other(file: SliceFile) ->
     chunk = ChunkExperts(experts, [slice(0, 1), slice(1, 2)])
     for row in range(2):
         chunk.prefetch(x[row : row + 1], LAYER, position[row : row + 1], 1)
-    end = time.monotonic() + 20
-    while experts.cache.figures.bytes_read < 2 * experts.cache.slot_bytes and time.monotonic() < end:
-        time.sleep(0.001)
+    until(lambda: experts.cache.figures.bytes_read >= 2 * experts.cache.slot_bytes)
     experts.cache.begin(LAYER, sorted(first | second))
     assert experts.cache.figures.expected_used == 2
     experts.cache.close()

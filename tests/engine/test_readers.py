@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.tiny_models import write_tiny_hf
+from tests.support.waiting import until
 from tpimpi.engine.cycle import records_of
 from tpimpi.engine.eviction import ExpertKey
 from tpimpi.engine.expert_cache import ExpertCache
@@ -67,13 +67,6 @@ def disk(slice_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Disk]:
     yield disk
     disk.go_on.set()
     disk.file.close()
-
-
-def until(what: Callable[[], bool], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 def _experts(file: SliceFile, readers: Readers, recorder: Recorder | None = None, *, slots: int = 8) -> ExpertCache:

@@ -54,8 +54,8 @@ def check_keys(found: Sequence[HostChecks], today: datetime.date | None = None) 
             one.add(
                 "keys",
                 WRONG,
-                f"of {have.made}, and of another home than those of {here}, so that they cannot meet; type: "
-                f"{REPLACE_KEYS}",
+                f"of {have.made}, and of another home than those of {here}, so that they cannot meet; "
+                f"type: {REPLACE_KEYS}",
             )
         elif (made := _day(have.made)) is None:
             one.add("keys", WRONG, f"made on no day: {shorten(have.made)!r}; type: {REPLACE_KEYS}")
