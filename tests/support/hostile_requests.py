@@ -175,6 +175,8 @@ SCHEMAS: dict[str, Any] = {
     "a regex that tries all ways": text("^(a+)+$"),
     "a regex of many states": text("^((((a{0,99}){0,99}){0,99}){0,99})$"),
     "a long regex": text("(x+x+)+y" * 2000),
+    "a regex of optional letters": {"type": "string", "pattern": "^x" + "a?" * 60_000 + "y$", "maxLength": 50_000},
+    "two steps": {"allOf": [{"type": "integer", "multipleOf": 9973}, {"type": "integer", "multipleOf": 9967}]},
     "a regex that looks around": text("(?=a)b(?<!c)\\1"),
     "no regex": text("((("),
     "elsewhere": {"$ref": "http://127.0.0.1:9/schema"},

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from tpimpi.errors import shorten
 from tpimpi.serving.sampling import Floats, Sampler, SamplingError
+from tpimpi.serving.schema_limits import schemas_in, too_costly, too_long
 from tpimpi.serving.server.lark import json_rule, special_name
 from tpimpi.serving.server.wire import Grammar
 from tpimpi.serving.text.answer import AnswerStream
@@ -68,10 +69,12 @@ class Grammars:
         size = len(grammar.text.encode("utf-8", "replace"))
         if size > MAX_BYTES:
             raise GrammarError(f"the {_name(grammar)} has {size} bytes, at most {MAX_BYTES} are taken; make it smaller")
+        text = _lark(grammar)
+        if (problem := _too_costly(grammar, text)) is not None:
+            raise GrammarError(f"the {_name(grammar)} is too costly: {problem}")
         vocabulary = self._vocabulary
         import llguidance
 
-        text = _lark(grammar)
         limits = llguidance.LLParserLimits(verbose_errors=False)
         matcher = llguidance.LLMatcher(
             vocabulary, llguidance.LLMatcher.grammar_from_lark(text), log_level=0, limits=limits
@@ -195,6 +198,16 @@ def _lark(grammar: Grammar) -> str:
     if not isinstance(schema, dict):
         raise GrammarError(f"the JSON schema is a {type(schema).__name__}, must be an object")
     return f"start: {json_rule(schema)}\n{_OPTIONS}"
+
+
+def _too_costly(grammar: Grammar, lark: str) -> str | None:
+    """Why the grammar, which is `lark` in Lark, is not compiled; None where it may be."""
+    if grammar.kind == "regex":
+        return too_long(len(grammar.text))
+    try:
+        return too_costly(schemas_in(lark))
+    except RecursionError:
+        return "it is nested too deep; make it flatter"
 
 
 def _name(grammar: Grammar) -> str:
