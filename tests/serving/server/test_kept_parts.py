@@ -75,6 +75,15 @@ def test_what_was_under_way_is_not_forgotten_as_too_much(tmp_path: Path) -> None
     assert known(kept, "1") and known(kept, "2")
 
 
+@pytest.mark.parametrize(
+    ("answers", "choices"), [(10**30, [10**30]), (1 << 17, [1 << 17]), (2, [3]), (2, [3, -1]), (-1, [])]
+)
+def test_a_journal_with_answers_that_no_request_has_is_refused(answers: int, choices: list[int]) -> None:
+    asks = [ASK] * len(choices)
+    with pytest.raises(ValueError, match="7"):
+        Kept(RankLink(FrontOptions(socket=""))).take(Begun(7, "", "k", "f", 0.0, "m", answers, asks, choices))
+
+
 def test_with_another_model_clients_that_had_words_ask_again() -> None:
     link = RankLink(FrontOptions(socket=""))
     replies = Kept(link).replies("", "k", "f")

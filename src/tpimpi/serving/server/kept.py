@@ -16,8 +16,10 @@ import msgspec
 from starlette.datastructures import Headers
 
 from tpimpi.serving.server import wire
+from tpimpi.serving.server.completions import MAX_PROMPTS
 from tpimpi.serving.server.journal import Begun, Forgotten, Held, Journal, Record, Replied, Reply
 from tpimpi.serving.server.link import Heard, RankLink
+from tpimpi.serving.server.openai_fields import MAX_CHOICES
 from tpimpi.serving.server.problems import ApiError, unavailable
 from tpimpi.serving.server.replies import Replies
 
@@ -72,10 +74,13 @@ class KeptReplies(Replies):
 
     def __init__(self, link: RankLink, kept: Kept, about: Begun) -> None:
         """`about` has no asks, or those of a request that was under way in another server. Raises ValueError for choices
-        that are not those of its asks."""
+        that are not those of its asks, or more answers than a request can have."""
         super().__init__(link)
         self._kept, self.about = kept, about
         choices = about.choices or [1] * len(about.asks)
+        of_asks = sum(choices) if about.asks else about.answers
+        if not 0 <= of_asks == about.answers <= MAX_PROMPTS * MAX_CHOICES or min(choices, default=1) < 1:
+            raise ValueError(about.number)
         self._asks = [
             _choice(ask, number) for ask, count in zip(about.asks, choices, strict=True) for number in range(count)
         ]
