@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tpimpi.engine.cycle import records_of
 from tpimpi.engine.eviction import ExpertKey
 from tpimpi.engine.expert_cache import ExpertCache
 from tpimpi.engine.model import block_order
-from tpimpi.engine.readers import Readers
+from tpimpi.engine.readers import Read, Readers, Urgency
 from tpimpi.engine.ring import ring_bytes
 from tpimpi.engine.trace import READ, Recorder, unpack
 from tpimpi.engine.window import Window
@@ -122,6 +123,47 @@ def test_a_tile_that_the_compute_waits_for_comes_before_chosen_experts(disk: _Di
     cache.close()
 
 
+def test_what_nobody_asked_for_is_read_by_all_threads_but_one(disk: _Disk) -> None:
+    """So that all experts are soon there, and one that a block chooses does not wait for others."""
+    readers = Readers(3)
+    cache = _experts(disk.file, readers, slots=len(disk.file.records_of("experts")))
+    cache.begin(0, [])
+    disk.begun(2)
+    time.sleep(0.05)
+    assert len(disk.order) == 2
+    cache.begin(2, [7])
+    disk.begun(3)
+    assert disk.order[2:] == _names(cache, 2, [7])
+    disk.go_on.set()
+    cache.close()
+
+
+def test_a_slow_disk_makes_one_spare_read_at_a_time() -> None:
+    """One that is asked for would share the disk with all that have begun."""
+    lock, begun, counts = threading.Lock(), 0, list[int]()
+
+    def read(lane: int) -> None:
+        nonlocal begun
+        with lock:
+            begun += 1
+            counts.append(begun)
+        time.sleep(0.05 * begun)
+        with lock:
+            begun -= 1
+
+    class Spare:
+        def next_read(self, urgency: Urgency) -> Read | None:
+            return read if urgency is Urgency.SPARE and len(counts) < 40 else None
+
+        def fail(self, error: BaseException) -> None: ...
+
+    readers, source = Readers(4), Spare()
+    readers.add(source)
+    until(lambda: len(counts) >= 12)
+    readers.remove(source)
+    assert max(counts[6:]) == 1
+
+
 def test_no_thread_is_seen_to_read_two_things_at_once(slice_path: Path) -> None:
     file, readers, recorder = SliceFile(slice_path), Readers(3), Recorder(5000)
     order = block_order(file.header)
@@ -142,6 +184,58 @@ def test_no_thread_is_seen_to_read_two_things_at_once(slice_path: Path) -> None:
         mine = sorted((s["began"], s["ended"]) for s in spans[(spans["kind"] == READ) & (spans["lane"] == lane)])
         assert mine and all(one[1] <= other[0] for one, other in itertools.pairwise(mine))
     assert set(spans["lane"][spans["kind"] == READ].tolist()) == {0, 1, 2}
+
+
+class _Looks:
+    """A source that wants nothing, and counts how often readers looked for work: they ask it about every urgency."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def next_read(self, urgency: Urgency) -> Read | None:
+        self.count += urgency is Urgency.AWAITED
+        return None
+
+    def fail(self, error: BaseException) -> None:
+        raise AssertionError from error
+
+
+def _settled(looks: _Looks) -> int:
+    """How often readers looked, once they do no more."""
+    count = -1
+    while count != looks.count:
+        count = looks.count
+        time.sleep(0.2)
+    return count
+
+
+def test_readers_are_left_asleep_where_all_is_in_memory(slice_path: Path) -> None:
+    """A reader that looks for work takes the interpreter's lock from the compute: for each block that was a quarter of the
+    time of a small model."""
+    file, readers, looks = SliceFile(slice_path), Readers(2), _Looks()
+    readers.add(looks)
+    order = block_order(file.header)
+    window, cache = Window(file, order, readers), _experts(file, readers)
+
+    def use() -> None:
+        for block in order:
+            time.sleep(0.0005)  # what computes lets go of the interpreter's lock
+            if block in (Block("mlp", 0), Block("mlp", 2)):
+                cache.begin(block.layer, [0, 1, 2])
+                assert sum(len(group) for group in cache.tiles()) == 3
+                cache.prefetch(2, [0, 1, 2])
+            assert len(window.pinned_tiles(block) or list(window.tiles(block))) == window.count(block)
+
+    use()
+    use()
+    before = _settled(looks)
+    for _ in range(10):
+        use()
+    assert _settled(looks) == before
+    window.close()
+    cache.close()
+    readers.remove(looks)
+    file.close()
 
 
 def test_an_error_is_that_of_who_wanted_the_read_and_threads_end_with_the_last_source(

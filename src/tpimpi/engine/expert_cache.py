@@ -3,8 +3,8 @@
 A token uses some of a layer's experts, chosen by its router. All layers share one pool of slots, each large enough for any
 tile. What a block wants is read at once, in the order of the file; what is expected for the next block (`prefetch`) is
 read when that is done, and given up when the block turns out not to want it. An expert that is in use, or
-about to be in this block, keeps its slot as long as another can go. Where there is room for all of them, one reader goes
-on with the rest from the first use on, so that they are soon there. Readers are those of the window too: see readers.
+about to be in this block, keeps its slot as long as another can go. Where there is room for all of them, readers go on
+with the rest from the first use on, so that they are soon there. Readers are those of the window too: see readers.
 
 Which bytes are where changes no number: tiles are handed out in the order in which they are asked for.
 """
@@ -116,6 +116,7 @@ class ExpertCache:
             self._rest = iter(self._records if self._begun else ())
             self._shrink()
             self._start_reads()
+            self._readers.wake_all()  # there may be room for the rest
 
     # Using experts
 
@@ -139,7 +140,8 @@ class ExpertCache:
                 self._prefetches.append(entry)
                 if not entry.begun:
                     self._prefetch_queue.append(entry)
-            self._readers.wake_all()
+            if self._prefetch_queue:
+                self._readers.wake_all()
 
     def begin(self, layer: int, experts: Sequence[int]) -> None:
         """The block of this layer wants these, in this order: they are read from now on. `tiles` hands them out. Raises what

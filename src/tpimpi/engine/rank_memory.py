@@ -28,7 +28,7 @@ from tpimpi.engine.window import Window
 from tpimpi.errors import InputError
 from tpimpi.models.kv.cache import PAGE, pages_of
 from tpimpi.system.buffers import Bytes, aligned_buffer
-from tpimpi.system.direct_io import READ_BYTES, TRIAL_BUFFER_BYTES, Trial
+from tpimpi.system.direct_io import DEPTHS, READ_BYTES, TRIAL_BUFFER_BYTES, Trial
 from tpimpi.system.memory import peak_rss_bytes, resident_bytes
 from tpimpi.system.units import show_size
 
@@ -104,9 +104,8 @@ class MemoryPlanner:
         that stays when the draft model comes."""
         more = self.draft_bytes(context)
         pinned = min(needs.tiles, budget.pinned + more)
-        return replace(
-            budget, pinned=pinned, experts=min(needs.experts, budget.experts + more - pinned + budget.pinned)
-        )
+        experts = min(needs.experts, budget.experts + more - pinned + budget.pinned)
+        return replace(budget, pinned=pinned, experts=experts)
 
 
 @dataclass(frozen=True)
@@ -131,14 +130,11 @@ class MemoryPlan:
 
     def take(self) -> RankMemory:
         """Measure what the disk gives, while the other ranks do, and start reading for good."""
-        rates = [
-            0.0,
-            *(self._rate(engine, trial) for engine, trial in zip(self.planner.engines, self.trials, strict=True)),
-        ]
+        rates = list(map(self._rate, self.planner.engines, self.trials))
         with ExitStack() as undo:
             windows, caches = [], []
             for engine, trial in zip(self.planner.engines, self.trials, strict=True):
-                readers = Readers(DEFAULT_READS if trial is None else trial.reads)
+                readers = Readers(self.reads(engine, trial))
                 windows.append(undo.enter_context(closing(self._open_window(engine, readers))))
                 caches.append(undo.enter_context(closing(self._open_experts(engine, readers))))
             memory = RankMemory(self, windows, caches, max(rates))
@@ -169,6 +165,10 @@ class MemoryPlan:
         records = [*engine.records, *(engine.expert_records.values() if self.reads_experts(engine) else ())]
         trial = engine.file.trial(records)
         return DiskTrial(trial, engine.file.measure(partial(trial.depth, self._trial_buffer())))
+
+    def reads(self, engine: OpenedEngine, trial: DiskTrial | None) -> int:
+        """How many reads are in flight; where all experts will stay, they are read while the first tokens are computed."""
+        return trial.reads if trial is not None else DEPTHS[0] if engine.expert_records else DEFAULT_READS
 
     def _rate(self, engine: OpenedEngine, trial: DiskTrial | None) -> float:
         """Bytes a second that the disk gives; 0 where nothing is streamed."""
@@ -264,7 +264,7 @@ class RankMemory:
             pinned=sum(engine.window.wanted_bytes for engine in self.engines),
             streamed=sum(engine.window.streamed_bytes for engine in self.engines),
             experts=sum(engine.expert_cache.limit_bytes for engine in self.engines),
-            reads=max(DEFAULT_READS if trial is None else trial.reads for trial in plan.trials),
+            reads=max(map(plan.reads, opened, plan.trials)),
             disk_bytes_per_s=disk_bytes_per_s,
             device=opened[0].file.device,
             direct=opened[0].file.direct,

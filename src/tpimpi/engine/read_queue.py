@@ -87,7 +87,8 @@ class ReadQueue:
             self._reap()
             self._release_retired()
             self._skipped = {skipped for skipped in self._skipped if skipped >= turn}
-            self._readers.wake()
+            if self._has_room_to_read():  # to wake a reader for nothing takes the compute's time
+                self._readers.wake()
 
     def pinned_tiles(self, first: int, last: int) -> list[Tile] | None:
         """The tiles with indices from `first` to before `last`, in use together; None where they are not all pinned."""
@@ -204,20 +205,34 @@ class ReadQueue:
             self._recorder.add(READ, *self._cycle.location(load.index), began, time.monotonic(), lane)
         self._took(load, record.nbytes if piece is None else piece.stop - piece.start, tile)
 
+    def _has_room_to_read(self) -> bool:
+        """Whether a reader would find something to read now."""
+        if self._current is not None and self._current.pieces:
+            return True
+        if not self._pass_over():
+            return False
+        index = self._next % self._cycle.count
+        return self._pinned.wants(index) or self._ring.has_room(self._cycle.sizes[index])
+
+    def _pass_over(self) -> bool:
+        """Go on to the next turn whose tile is to be read; False where there is none yet."""
+        if self._pinned.all_loaded:
+            return False
+        self._next, limit = max(self._next, self.turn), self._limit()
+        while self._next < limit:
+            if self._next % self._cycle.count not in self._pinned.loads and self._next not in self._skipped:
+                return True
+            self._next += 1
+        return False
+
     def _next_load(self) -> TileLoad | None:
         """The next tile to read; None where there is nothing to do, or no room."""
-        if self._pinned.all_loaded:
+        if not self._pass_over():
             return None
-        self._next = max(self._next, self.turn)
-        while self._next < self._limit():
-            turn, index = self._next, self._next % self._cycle.count
-            if index not in self._pinned.loads and turn not in self._skipped:
-                load = self._start_load(turn, index)
-                if load is not None:
-                    self._next += 1
-                return load
+        load = self._start_load(self._next, self._next % self._cycle.count)
+        if load is not None:
             self._next += 1
-        return None
+        return load
 
     def _start_load(self, turn: int, index: int) -> TileLoad | None:
         """Take memory for a tile; None where there is no room in the ring."""

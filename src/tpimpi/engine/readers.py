@@ -8,12 +8,14 @@ free it takes what is needed soonest: see Urgency. A read that has begun is not 
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Protocol
 
 DEFAULT_READS = 2  # in flight
+SPARE_DELAY_S = 0.01  # by which spare reads that have begun may delay one that is asked for
 JOIN_TIMEOUT_S = 2.0  # a reader that waits for a disk which stalls is left behind
 
 
@@ -24,7 +26,7 @@ class Urgency(IntEnum):
     CHOSEN = 1  # experts that the block in use has chosen
     AHEAD = 2  # tiles of the window that come later
     GUESSED = 3  # experts that a block will probably choose
-    SPARE = 4  # what nobody has asked for, and has room: one thread at a time
+    SPARE = 4  # what nobody has asked for, and has room: never by all threads, see `_spare_threads`
 
 
 Read = Callable[[int], None]  # reads something, as the thread of this lane
@@ -51,6 +53,7 @@ class Readers:
         self._sources: list[ReadSource] = []
         self._in_flight: Counter[ReadSource] = Counter()  # reads of each
         self._threads: list[threading.Thread] = []
+        self._spare_read_s = 0.0  # what the last spare read would have taken the disk alone
 
     def add(self, source: ReadSource) -> None:
         """From now on read for `source` too."""
@@ -90,19 +93,22 @@ class Readers:
     def _run(self, lane: int) -> None:
         """A thread: make read after read."""
         while (job := self._take(lane)) is not None:
-            source, read = job
+            source, read, urgency = job
             error: BaseException | None = None
+            began, beside = time.monotonic(), sum(self._in_flight.values())
             try:
                 read(lane)
             except BaseException as raised:
                 error = raised
             with self.lock:
                 self._in_flight[source] -= 1
+                if urgency is Urgency.SPARE:
+                    self._spare_read_s = (time.monotonic() - began) / max(1, beside)
                 if error is not None:
                     source.fail(error)
                 self._ended.notify_all()
 
-    def _take(self, lane: int) -> tuple[ReadSource, Read] | None:
+    def _take(self, lane: int) -> tuple[ReadSource, Read, Urgency] | None:
         """What this thread is to read next, once there is something; None where there are no sources."""
         with self.lock:
             while self._sources:
@@ -114,12 +120,18 @@ class Readers:
                 self._work.wait()
             return None
 
-    def _find(self, lane: int) -> tuple[ReadSource, Read] | None:
+    def _find(self, lane: int) -> tuple[ReadSource, Read, Urgency] | None:
         """What is needed soonest."""
         for urgency in Urgency:
-            if urgency is Urgency.SPARE and lane:
+            if urgency is Urgency.SPARE and lane >= self._spare_threads():
                 break
             for source in self._sources:
                 if (read := source.next_read(urgency)) is not None:
-                    return source, read
+                    return source, read, urgency
         return None
+
+    def _spare_threads(self) -> int:
+        """How many threads may read what nobody has asked for: all but one, and one where the disk is slow, since a read
+        that is asked for shares it with those that have begun."""
+        soon = SPARE_DELAY_S / self._spare_read_s if self._spare_read_s else self._reads
+        return max(1, min(self._reads - 1, int(soon)))

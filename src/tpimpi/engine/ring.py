@@ -28,7 +28,7 @@ class Ring:
         self._nbytes = nbytes
         self._live: deque[tuple[int, int]] = deque()
 
-    def allocate(self, nbytes: int) -> int | None:
+    def _find(self, nbytes: int) -> int | None:
         """Offset of `nbytes` free bytes, or None while there are none."""
         start, stop = 0, self._nbytes
         if self._live:
@@ -39,10 +39,18 @@ class Ring:
                 start = last
             else:
                 stop = oldest
-        if start + nbytes > stop:
-            return None
-        self._live.append((start, start + nbytes))
-        self.touched = max(self.touched, start + nbytes)
+        return start if start + nbytes <= stop else None
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether `take` would give so many bytes."""
+        return self._find(nbytes) is not None
+
+    def allocate(self, nbytes: int) -> int | None:
+        """Take `nbytes` free bytes: their offset, or None while there are none."""
+        start = self._find(nbytes)
+        if start is not None:
+            self._live.append((start, start + nbytes))
+            self.touched = max(self.touched, start + nbytes)
         return start
 
     def take(self, nbytes: int) -> Bytes | None:
