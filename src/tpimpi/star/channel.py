@@ -152,12 +152,13 @@ class Channel:
 
     def _send_sealed(self, data: Bytes, ranks: Sequence[int], tag: int) -> Pending:
         assert self.seal is not None
-        requests, lent = [], []
-        for rank in ranks:  # each has keys of its own
-            lent.append(frame := self.buffers.take(data.size + SEAL_BYTES))
+        # Each has keys of its own. All are sealed before the first is sent: MPI's calls push the cipher's code and keys out
+        # of the caches, and the other way round.
+        frames = [self.buffers.take(data.size + SEAL_BYTES) for _ in ranks]
+        for rank, frame in zip(ranks, frames, strict=True):
             self.seal.close(rank, tag, data, frame)
-            requests.append(self._isend(frame, rank, tag))
-        return Pending(requests, ranks, [None] * len(requests), tag, lent=lent)
+        requests = [self._isend(frame, rank, tag) for rank, frame in zip(ranks, frames, strict=True)]
+        return Pending(requests, ranks, [None] * len(requests), tag, lent=frames)
 
     def _isend(self, frame: Bytes, rank: int, tag: int) -> MPI.Request:
         try:
