@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import ROOT, TIMEOUT, Launcher, Result
+from tests.support.launch import ROOT, TIMEOUT, Launcher, Result, code_asked_for
 
 MAX_PROCESSES = 12  # that stay up at a time: the groups used longest ago are ended first
 START_S = 120.0  # in which the ranks of a launch come up
@@ -134,7 +134,7 @@ class _Group:
         out, err = ("".join(path.read_text(errors="replace") for path in paths) for paths in (outs, errs))
         if not all_ended:
             pytest.fail(f"{' '.join(arguments)} took over {timeout:.0f} s\nstdout: {out}\nstderr: {err}\n{more}")
-        return Result(1 if code is None else code, out, err + more)
+        return Result(1 if code is None else code_asked_for(code, err + more), out, err + more)
 
     def _codes(self, deadline: float) -> tuple[int | None, bool]:
         """The worst exit code, None where a rank was ended without one; and whether all of them have ended in time."""
