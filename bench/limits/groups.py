@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from bench.limits.trees import GroupFilesV1, GroupFilesV2, LimitError, Trees, find_trees, read_file
 from tpimpi.system.disk import mount_of
@@ -197,11 +198,14 @@ def _enter(folders: Sequence[Path], argv: Sequence[str], suffix: str = "") -> li
 class RankGroups:
     """A group for each rank of a run that mpirun starts on this machine: NAME-r0, NAME-r1, …; use as Group.
 
-    mpirun -np RANKS … then gets `command(argv)` as its program.
+    mpirun -np RANKS … then gets `command(argv)` as its program. A limit is the same for each rank, or a list of each one's.
     """
 
     def __init__(self, name: str, ranks: int, **limits: object) -> None:
-        self.groups = [Group(f"{name}-r{rank}", **limits) for rank in range(ranks)]  # type: ignore[arg-type]
+        def of(rank: int) -> dict[str, Any]:
+            return {limit: value[rank] if isinstance(value, list) else value for limit, value in limits.items()}
+
+        self.groups = [Group(f"{name}-r{rank}", **of(rank)) for rank in range(ranks)]
 
     def __enter__(self) -> RankGroups:
         with contextlib.ExitStack() as stack:

@@ -11,12 +11,17 @@
     python -m tpimpi synth --shape qwen3-30b-a3b --as gguf --format q4_k_m --out 30b-a3b.gguf --quiet
     python -m bench.studies.beside_llama_cpp --llama-bench ... --model 30b-a3b.gguf --ids --one --memory 4G --tokens 48 \
         --their-tokens 4 --rounds 3
+    python -m bench.studies.beside_llama_cpp --llama-bench ... --model 30b-a3b.gguf --ids --one --tokens 320 --settled \
+        --their-tokens 128 --rounds 3
 
 With --memory both run in a control group of this size (root, bench.limits), and tpimpi's `--memory` is 300 MB less.
 llama.cpp then maps the file (its default copies the weights into an order of its own, and is killed). With --ids tokens are
-drawn at temperature 1, as llama-bench draws its own: greedy answers of random weights repeat themselves.
+drawn at temperature 1, as llama-bench draws its own: greedy answers of random weights repeat themselves. A mixture of
+experts begins to answer before all of it is read; with --settled what counts is the median of the tokens' times, one of when
+all is in memory if more than half of the tokens are, as llama-bench begins when it has read all.
 
-A prompt's rate is its tokens by the time of the first token, which has the sampling and, over ranks, all messages in it.
+Both answer a short prompt first (not with --memory), so that no weights are read in the time that counts. A prompt's rate is
+its tokens by the time of the first token, which has the sampling and, over ranks, all messages in it.
 It compares 1 rank of one thread with llama.cpp's one thread, and 1 rank of two threads and 2 ranks of one with its two.
 Equal shares are the fastest: rank 0's output head is computed when all blocks are done, so with less of the blocks it
 would only wait longer.
@@ -75,10 +80,12 @@ def llama_cpp(program: str, model: Path, threads: int, options: argparse.Namespa
 def tpimpi(model: Path, ranks: int, threads: int, options: argparse.Namespace) -> list[float]:
     """As `llama_cpp`, of tpimpi, whose ranks have `threads` threads each."""
     with tempfile.TemporaryDirectory() as folder:
-        report, prompt = Path(folder, "report.json"), Path(folder, "prompt.txt")
-        word = "7 " if options.ids else "The "
-        prompt.write_text((word * max(1, options.prompt_tokens)).strip())
-        command = [sys.executable, "-m", "tpimpi", "--model", str(model), "--raw", "--prompt-file", str(prompt)]
+        report = Path(folder, "report.json")
+        warm_up, word = ("5 6", "7 ") if options.ids else ("Once", "The ")
+        lines = [(word * max(1, options.prompt_tokens)).strip()]
+        if not options.memory:  # what streams is never warm
+            lines.insert(0, warm_up)
+        command = [sys.executable, "-m", "tpimpi", "--model", str(model), "--raw"]
         command += ["--ignore-eos", "--max-tokens", str(options.tokens), "--threads", str(threads), "--quiet"]
         command += ["--speculate", "off", "--report", str(report)]
         if options.ids:
@@ -91,9 +98,9 @@ def tpimpi(model: Path, ranks: int, threads: int, options: argparse.Namespace) -
             assert mpirun, "no mpirun: source .venv/bin/activate"
             hostfile = str(ROOT / "hostfiles" / "local.txt")
             command = [mpirun, "-np", str(ranks), "--hostfile", hostfile, *command, "--shares", options.shares]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, input="\n".join(lines), text=True)
         found = json.loads(report.read_text())
-        rates = [1 / float(found["s_per_token_mean"])]  # as avg_ts is a mean
+        rates = [1 / float(found["s_per_token" if options.settled else "s_per_token_mean"])]  # avg_ts is a mean
         return rates + ([found["prompt_tokens"] / found["ttft_s"]] if options.prompt_tokens else [])
 
 
@@ -108,6 +115,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", help="of a control group that each runs in, such as 4G (default: no group)")
     parser.add_argument("--their-tokens", type=int, help="llama.cpp decodes so many (default: --tokens)")
+    parser.add_argument("--settled", action="store_true", help="of ours, the median of the tokens' times")
     parser.add_argument("--one", action="store_true", help="only 1 rank, of two threads")
     options = parser.parse_args()
     os.environ.setdefault("PRTE_MCA_hwloc_default_binding_policy", "none")

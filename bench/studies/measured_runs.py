@@ -76,6 +76,7 @@ class Setup:
         inside: RankGroups | None = None,
         around: Group | None = None,
         program: Sequence[str] = PROGRAM,
+        prompt: Sequence[str] = ("--prompt", PROMPT),
     ) -> Values:
         """The report of a run with these options, each rank in its group of `inside`, the whole job in `around`.
 
@@ -86,7 +87,7 @@ class Setup:
             sys.exit("no mpirun: source .venv/bin/activate")
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder, "report.json")
-            command = [sys.executable, *program, "--slices", str(self.slices), "--raw", "--prompt", PROMPT]
+            command = [sys.executable, *program, "--slices", str(self.slices), "--raw", *prompt]
             command += ["--ignore-eos", "--max-tokens", str(self.tokens), "--context", str(self.context)]
             command += ["--speculate", "off", "--report", str(report), "--quiet", *options]
             if inside is not None:
@@ -175,8 +176,8 @@ def common_tile(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def groups_of(setup: Setup, memory: int | None) -> Iterator[RankGroups | None]:
-    """A group for each rank, with this limit, where there are groups."""
+def groups_of(setup: Setup, memory: int | list[int] | None) -> Iterator[RankGroups | None]:
+    """A group for each rank, with this limit, or each with its own, where there are groups."""
     if not setup.found["groups"]:
         yield None
         return

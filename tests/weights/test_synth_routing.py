@@ -131,6 +131,9 @@ def test_made_traces_hit_as_was_measured() -> None:
     trace = make_trace(512, 10, 1, 1200, seed=0)
     for places, measured in ((64, 0.67), (128, 0.81)):
         assert hit_rate(trace, places, LeastRecentlyUsed()) == pytest.approx(measured, abs=0.03)
-    uniform = make_trace(64, 4, 1, 1500, seed=0, uniform=True)
+    uniform = make_trace(64, 4, 1, 1500, seed=0, kind="uniform")
     for policy in (LeastRecentlyUsed(), Stalest(1), FrequencyWithAging(1)):
         assert hit_rate(uniform, 16, policy) == pytest.approx(0.25, abs=0.05)
+    same, cycle = (make_trace(16, 4, 2, 40, seed=0, kind=kind) for kind in ("same", "cycle"))
+    assert hit_rate(same, 8, LeastRecentlyUsed()) == 1  # the first position, which misses, is not counted
+    assert hit_rate(cycle, 2 * 12, LeastRecentlyUsed()) == 0  # each comes again when it has just gone
