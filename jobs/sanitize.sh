@@ -36,6 +36,6 @@ run=(env LD_PRELOAD="$sanitizer" PYTHONMALLOC=malloc TPIMPI_CASES="'$folder/case
   echo "sanitize: the sanitized extension cannot be imported; see $folder" >&2
   exit 1
 }
-# Pytest would else swallow the report of a process that ends.
-part "sanitize: tests" "${run[@]}" -m pytest --capture=sys -p no:cacheprovider tests/compute/test_kernels.py tests/compute/test_native.py \
+# Pytest would else swallow the report of a process that ends. Two at a time, as in jobs/test.sh.
+part "sanitize: tests" "${run[@]}" -m pytest -n 2 --capture=sys -p no:cacheprovider tests/compute/test_kernels.py tests/compute/test_native.py \
   tests/compute/test_native_hostile.py
