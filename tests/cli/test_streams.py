@@ -1,10 +1,9 @@
-"""Streams, signals, terminals, and what else surrounds a run."""
+"""Streams, terminals, and what else surrounds a run."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -12,18 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cli_cases import PROMPT, _assert_gone
+from tests.support.cli_cases import PROMPT, _assert_gone, slicing
 from tests.support.launch import Launcher, run_command
 from tests.support.messages import assert_one_line
 from tests.support.ranks import Ranks
 from tests.support.terminal import terminal
 from tpimpi.system.launcher import all_on_this_host, launched_size
-
-
-def slicing(model: Path, out: Path, *options: str) -> list[str]:
-    """The command that slices a model for two ranks."""
-    program = [sys.executable, "-m", "tpimpi", "slice"]
-    return [*program, "--model", str(model), "--ranks", "2", "--out", str(out), *options]
 
 
 def test_a_byte_order_mark_is_not_part_of_a_prompt(tpimpi, tiny: Path, tmp_path: Path) -> None:
@@ -138,44 +131,6 @@ def test_a_cache_that_is_a_file_is_refused(tpimpi, tiny: Path, tmp_path: Path, p
     env = {"TPIMPI_MODEL": str(tiny), "TPIMPI_CACHE": place.format(file=tmp_path / "file")}
     assert_one_line(tpimpi(*PROMPT, env=env, timeout=60), "TPIMPI_CACHE is .*file is a file; give the path of a folder")
     assert (tmp_path / "file").read_text() == "mine"
-
-
-@pytest.mark.alone
-@pytest.mark.slow_but("15")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_while_slicing_leaves_what_can_go_on(smollm2: Path, tmp_path: Path, number: signal.Signals) -> None:
-    # f32 takes longer than this test does to notice that it has begun.
-    command = slicing(smollm2, tmp_path / "out", "--format", "f32")
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("out/.rank-1*")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert b"Traceback" not in err
-    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
-    assert left <= {f".rank-{rank}-of-2.h5.partial" for rank in range(2)}
-
-
-def test_a_signal_is_heard_inside_a_call_of_a_library() -> None:
-    """The launcher kills soon after its SIGTERM: the line must not wait for a call that takes long, as under a load."""
-    program = (
-        "import ctypes, tpimpi.cli.process as process\n"
-        "process.leave_on_signals(lambda: 'kept')\n"
-        "print('ready', flush=True)\n"
-        "mutex = ctypes.create_string_buffer(64)\n"
-        "while True: ctypes.CDLL(None).pthread_mutex_lock(mutex)\n"  # the second time for ever, whatever the signal
-    )
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout and process.stdout.readline() == b"ready\n"
-    time.sleep(0.2)  # into the call
-    process.terminate()
-    try:
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert (err, process.returncode) == (b"\nkept\n", 128 + signal.SIGTERM)
 
 
 @pytest.mark.slow_but("h5py")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -25,3 +26,9 @@ def _with_argument(mark: str) -> list[int]:
         except OSError:
             continue
     return found
+
+
+def slicing(model: Path, out: Path, *options: str) -> list[str]:
+    """The command that slices a model for two ranks."""
+    program = [sys.executable, "-m", "tpimpi", "slice"]
+    return [*program, "--model", str(model), "--ranks", "2", "--out", str(out), *options]

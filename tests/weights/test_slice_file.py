@@ -16,6 +16,8 @@ from tests.support.launch import ROOT, run_command
 from tests.support.slice_file_cases import SHARES
 from tests.support.slices import checked_contents
 from tpimpi.errors import SliceError, StorageError
+from tpimpi.system import direct_io
+from tpimpi.system.direct_io import Extent
 from tpimpi.weights.make import choose_formats, make_header, slice_model
 from tpimpi.weights.slices.file import SliceFile
 from tpimpi.weights.slices.names import slice_name
@@ -83,6 +85,27 @@ def test_a_tile_is_one_extent_of_the_file(slices: Path) -> None:
         for place, part, following in zip(places, record.parts, places[1:], strict=False):
             assert following == place + -(-part.nbytes // 4096) * 4096
     file.close()
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_past_the_page_cache_an_extent_is_one_read(
+    slices: Path, monkeypatch: pytest.MonkeyPatch, *, direct: bool
+) -> None:
+    """Else as many as it has pieces: what a read takes of the page cache is let go after it."""
+    monkeypatch.setattr(direct_io, "READ_BYTES", 4096)
+    file, seen = SliceFile(slices / slice_name(0, 3)), list[Extent]()
+    descriptor = file._opened()
+    if not descriptor.direct:
+        pytest.skip("this file system has no O_DIRECT")
+    descriptor.direct = direct
+    read = descriptor.read
+    monkeypatch.setattr(descriptor, "read", lambda piece, buffer: (seen.append(piece), read(piece, buffer)))
+    record = max(file.records, key=lambda record: record.nbytes)
+    file.load(record)
+    file.close()
+    pieces = -(-record.nbytes // 4096)
+    assert pieces > 1
+    assert len(seen) == (1 if direct else pieces)
 
 
 @pytest.mark.parametrize("how", [["-f", "GZIP=1"], ["-l", "CHUNK=7x5"], ["-l", "CONTI"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import termios
 from collections.abc import Callable, Iterator
@@ -81,7 +82,9 @@ class LineReader:
         if self._answering and self._interrupts >= INTERRUPTS_TO_LEAVE and callable(self._leave):
             self._leave(number, frame)  # type: ignore[arg-type]
         if not self._answering:
-            say(f"\n{HOW_TO_LEAVE}")
+            # Not through the stream: it may just be writing the prompt, and refuses to be written to in the midst of that.
+            with contextlib.suppress(OSError):
+                os.write(STDERR, f"\n{HOW_TO_LEAVE}\n".encode())
 
     def ask(self) -> str:
         line = next(self._lines, None)

@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 from tpimpi.errors import LostError, StorageError, as_ours
 from tpimpi.star import RELAY_TIME_S, WAIT_FOR_HUB_REPORT_S, Star, launched_rank
 from tpimpi.system.core_dumps import wants_traceback
-from tpimpi.system.terminal import STDERR, STDOUT, Input, open_past_the_launcher
+from tpimpi.system.files import remove_unfinished
+from tpimpi.system.terminal import STDERR, STDOUT, Input, leave_bar, open_past_the_launcher
 
 STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Open MPI's launcher kills ranks half a second after it got one of these; it passes this one on, and leaves them time.
@@ -165,8 +166,13 @@ def print_answer(text: str) -> None:
 
 
 def leave_on_signals(last_line: Callable[[], str | None] | None = None) -> None:
-    """Ctrl-C, or the launcher's word to stop: leave at once. What was printed was flushed as it came. `last_line` is said on
-    stderr then, where there is one to say, and stderr takes it at once; past the launcher, which now drops what it gets."""
+    """Ctrl-C, or the launcher's word to stop: leave at once. What was printed was flushed as it came, and what is no use
+    half-written is removed. `last_line` is said on stderr then, where there is one to say, and stderr takes it at once; past
+    the launcher, which now drops what it gets.
+
+    No exception is raised for that: wherever the main thread is just now, in a callback of a library say, it could be
+    dropped there.
+    """
     left = threading.Lock()
     past = open_past_the_launcher(STDERR) if last_line else None
     stderr = STDERR if past is None else past
@@ -174,12 +180,14 @@ def leave_on_signals(last_line: Callable[[], str | None] | None = None) -> None:
     def leave(number: int, frame: object) -> None:
         if not left.acquire(blocking=False):
             return  # the other thread is leaving
+        leave_bar()
         if launched_rank() not in (None, 0):
             time.sleep(LAST_LINE_TIME_S)
         line = last_line() if last_line else None
         with contextlib.suppress(OSError, ValueError):
             if line and select.select([], [stderr], [], 0)[1]:
                 os.write(stderr, f"\n{line}\n".encode(errors="replace"))
+        remove_unfinished()
         os._exit(128 + number)
 
     for number in STOPPING_SIGNALS:
@@ -192,14 +200,24 @@ def _also_inside_libraries(leave: Callable[[int, object], None]) -> None:
     """Let `leave` be called at once also while the main thread is in a library's call: Python alone would wait for its end.
     Under a load that can be longer than the quarter of a second between the SIGTERM of Open MPI's launcher and its SIGKILL.
     """
+
+    def take(number: int) -> None:
+        if signal.getsignal(number) is leave:  # and not somebody else's for a while
+            leave(number, None)
+
+    _take_in_a_thread(take)
+
+
+def _take_in_a_thread(take: Callable[[int], None]) -> None:
+    """Let a thread of its own take the number of each signal that comes and has a handler of Python's."""
     came, arrives = os.pipe()
     os.set_blocking(arrives, False)
     signal.set_wakeup_fd(arrives, warn_on_full_buffer=False)
 
     def wait() -> None:
         while number := os.read(came, 1):
-            if signal.getsignal(number[0]) is leave:  # and not somebody else's for a while
-                leave(number[0], None)
+            with contextlib.suppress(Exception):  # the next signal is to be heard too
+                take(number[0])
 
     threading.Thread(target=wait, name="signals", daemon=True).start()
 
@@ -211,26 +229,14 @@ def leave_signals_to_rank_0() -> None:
 
 
 def call_on_signals(action: Callable[[], None]) -> None:
-    """Ctrl-C, or the launcher's word to stop: `action` sees to it that the run ends."""
+    """Ctrl-C, or the launcher's word to stop: `action`, in the main thread, sees to it that the run ends. It may come in the
+    midst of anything, so it must not wait for a lock that this thread may have; `call_aside_on_signals` is for what does."""
     for number in ENDING_SIGNALS:
         signal.signal(number, lambda number, frame: action())
 
 
-@contextlib.contextmanager
-def cleaning_up_on_signals() -> Iterator[None]:
-    """While files are half-written, a signal is an exception first, so that they are removed; then we leave."""
-
-    class Signalled(BaseException):
-        pass
-
-    def interrupt(number: int, frame: object) -> None:
-        raise Signalled(number)
-
-    before = [signal.signal(number, interrupt) for number in STOPPING_SIGNALS]
-    try:
-        yield
-    except Signalled as signalled:
-        os._exit(128 + signalled.args[0])
-    finally:
-        for number, handler in zip(STOPPING_SIGNALS, before, strict=True):
-            signal.signal(number, handler)
+def call_aside_on_signals(action: Callable[[], None]) -> None:
+    """As `call_on_signals`, but `action` is called in a thread of its own."""
+    _take_in_a_thread(lambda number: action() if number in ENDING_SIGNALS else None)
+    for number in ENDING_SIGNALS:
+        signal.signal(number, lambda number, frame: None)

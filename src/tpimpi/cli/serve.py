@@ -66,8 +66,10 @@ def _end(loop: ServerLoop, ranks: list[RankInfo], siblings: Siblings) -> None:
     """A signal came: from the user; or from the launcher, which ends all of a run whose rank has died. Raises LostError
     then, where that rank was on this machine: the launcher leaves no time to notice it otherwise."""
     for rank in siblings.ended():
-        raise LostError(died(f"r{rank} {ranks[rank].host}"))
-    loop.end()
+        loop.lost = LostError(died(f"r{rank} {ranks[rank].host}"))
+    loop.end()  # which wakes it
+    if loop.lost is not None:
+        raise loop.lost  # at once, wherever the main thread is; if that is where exceptions are dropped, the loop does it
 
 
 @contextlib.contextmanager

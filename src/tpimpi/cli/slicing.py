@@ -8,7 +8,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from tpimpi.cli.process import cleaning_up_on_signals
 from tpimpi.compute.backends import load_quantizer
 from tpimpi.errors import SliceError
 from tpimpi.models.weight_formats import ModelFormats
@@ -42,7 +41,6 @@ def ensure_slices(
     with contextlib.ExitStack() as stack:
         if location.folder is None and not there:
             stack.enter_context(only_slicing(path.parent, quiet=quiet))
-        stack.enter_context(cleaning_up_on_signals())
         return distribute_slices(star, source, partition, formats, location, verify=verify, quiet=quiet, before=before)
 
 
@@ -70,7 +68,6 @@ def slice_source(
     with (
         progress_bar("looking at what is there", quiet=quiet) as looking,
         progress_bar(f"slicing {source.path.name} for {ranks} as {formats.describe()}", quiet=quiet) as update,
-        cleaning_up_on_signals(),
     ):
         quantizer = load_quantizer(len(os.sched_getaffinity(0)))
         return slice_model(source, partition, formats, folder, update, quantizer, verify=verify, looking=looking)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tpimpi.cli.options import ServeOptions, UpOptions
-from tpimpi.cli.process import call_on_signals, say
+from tpimpi.cli.process import call_aside_on_signals, say
 from tpimpi.diagnostics.doctor.host_findings import WRONG, HostChecks, check_local
 from tpimpi.diagnostics.doctor.hosts import mpirun_options, probe_hosts
 from tpimpi.diagnostics.doctor.keys import check_keys
@@ -33,6 +33,7 @@ END_S = 10.0  # mpirun may take so long to end, once its rank 0 has
 LOOK_S = 0.2  # between looks at mpirun
 BLAMED_AGAIN_S = 120.0  # a host that a run ends for twice within it is left out
 LEFT_OUT_S = 600.0  # for so long
+WRONG_AGAIN_S = 86400.0  # audits that find this machine's own ranks twice within it end up: they cannot be left out
 # One after another, none of them with fewer hosts than the one before, before the first that is well.
 MAX_FAILED_STARTS = 5
 SHORT_LIFE_S = 10.0  # a run that could answer for so short a time has failed too
@@ -44,6 +45,7 @@ WAKE_LOOK_S = 5.0
 _ENDING = re.compile(r"^r(?P<by>\d+) [^:]+: (?:(?P<audit>audit: .*?)?\br(?P<of>\d+) )?|process rank (?P<gone>\d+) ")
 
 _UNREACHED = re.compile(r"^\s*Remote host:\s+(\S+)")  # Open MPI's, of one on which its daemon did not come up
+_MAYBE_OTHERS = "sent it something else"  # in an audit's line: another rank may be the one that is wrong
 _GOES_ON = ("goes on", "slow, not gone")  # of a rank that was waited for
 
 
@@ -57,6 +59,7 @@ class RunUnderMpirun:
     gone_at: float | None = None  # time.monotonic() when rank 0 was gone
     blamed: int | None = None
     computes_wrongly: bool = False  # that rank, as an audit has found
+    maybe_another: bool = False  # or another one
     unreached: set[str] = field(default_factory=set)  # hosts on which the launcher could start nothing
     relay: threading.Thread = field(init=False)
 
@@ -76,6 +79,7 @@ class RunUnderMpirun:
             elif (match := _ENDING.search(line)) is not None and not line.rstrip().endswith(_GOES_ON):
                 self.blamed = int(match["of"] or match["by"] or match["gone"])
                 self.computes_wrongly = match["audit"] is not None
+                self.maybe_another = _MAYBE_OTHERS in line
 
     @property
     def came(self) -> bool:
@@ -98,6 +102,11 @@ class RunUnderMpirun:
             return None
         return hosts[self.blamed]
 
+    @property
+    def is_wrong_here(self) -> bool:
+        """Whether an audit has found a rank on rank 0's machine, and no other can be the reason."""
+        return self.computes_wrongly and not self.maybe_another and self.blamed_host is None
+
     def stop(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
@@ -115,12 +124,13 @@ class Supervisor:
         self._told_to_end = threading.Event()
         self._left_out: dict[str, float] = {}  # hosts, and until when
         self._blamed: dict[str, float] = {}  # hosts, and when last
+        self._wrong_here: float | None = None  # when an audit last found a rank of this machine
         self._here: Host | None = None  # this machine, once it was looked at
         self._front_ended = False  # though nobody told it to
 
     def run(self) -> int:
         """Until we are told to end. Returns the exit code."""
-        call_on_signals(self._end)
+        call_aside_on_signals(self._end)  # an Event has a lock
         threading.Thread(target=self._follow_front, daemon=True).start()
         failed, has_come = 0, False
         while not self._told_to_end.is_set():
@@ -135,17 +145,24 @@ class Supervisor:
                 continue
             if self._told_to_end.is_set():
                 break
+            if self._front_ended:
+                return _front_has_ended()
             before = len(self._left_out)
-            with tempfile.TemporaryDirectory(prefix="tpimpi-") as folder:
+            with tempfile.TemporaryDirectory(dir=self._front.folder, ignore_cleanup_errors=True) as folder:
                 run = self._start(Path(folder), ours, found)
                 code = self._until_end(run)
             if self._front_ended:
-                say("tpimpi: the HTTP front has ended; up ends here")
-                return 1
+                return _front_has_ended()
             if self._told_to_end.is_set() or code == 0:
                 return 0
             has_come |= run.came
             self._blame(run)
+            if run.is_wrong_here and self._note_wrong_here():
+                say(
+                    "tpimpi: audits have found this machine wrong twice in a day, and it cannot be left out; see what the "
+                    "line above says to look at; up ends here"
+                )
+                return InputError.exit_code  # a service manager would begin again after others
             shrunk = len(self._left_out) > before
             if code == InputError.exit_code and not has_come and not shrunk:
                 return code  # rank 0 has said what is wrong
@@ -254,6 +271,11 @@ class Supervisor:
             self._left_out[host.name] = now + LEFT_OUT_S
             say(f"tpimpi: {host.name} is left out for {LEFT_OUT_S / 60:.0f} minutes, for what the lines above say")
 
+    def _note_wrong_here(self) -> bool:
+        """An audit has found a rank of this machine now; whether one had before, not long ago."""
+        last, self._wrong_here = self._wrong_here, time.monotonic()
+        return last is not None and self._wrong_here - last < WRONG_AGAIN_S
+
     # Runs
 
     def _start(self, folder: Path, ours: LocalFacts, found: Sequence[HostChecks]) -> RunUnderMpirun:
@@ -299,6 +321,11 @@ class Supervisor:
             if deadline is not None and now > deadline:
                 run.stop(signal.SIGKILL)
                 deadline = now + END_S
+
+
+def _front_has_ended() -> int:
+    say("tpimpi: the HTTP front has ended; up ends here")
+    return 1
 
 
 def _pause(failed: int) -> float:

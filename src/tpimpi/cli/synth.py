@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tpimpi.cli.parser import Parser, offer
-from tpimpi.cli.process import Job, cleaning_up_on_signals
+from tpimpi.cli.process import Job
 from tpimpi.cli.run_options import parsed_into
 from tpimpi.cli.values import MAX_RANKS, path_given, share_weights, slice_count, whole_number
 from tpimpi.errors import InputError, shorten
@@ -122,8 +122,7 @@ def weight_format(text: str) -> str:
 def synth_alone(job: Job) -> int:
     """The whole command."""
     options = parsed_into(SynthOptions, synth_parser().parse_args(job.arguments[1:]))
-    with cleaning_up_on_signals():
-        synthesize(options)
+    synthesize(options)
     return 0
 
 

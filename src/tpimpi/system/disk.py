@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tpimpi.errors import StorageError
+from tpimpi.system.files import unfinished
 
 SCRATCH_BYTES = 64 << 20  # of a file to measure a disk with, at most
 SCRATCH_WRITE_S = 0.4  # of writing it, at most
@@ -94,7 +95,7 @@ def scratch_file(folder: Path, most: int = SCRATCH_BYTES, write_s: float = SCRAT
     takes longer than `write_s` seconds. It is removed at the end. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".disk-{os.getpid()}.partial"
-    try:
+    with unfinished(path):
         began, data = time.monotonic(), np.random.default_rng().bytes(_SCRATCH_WRITE_BYTES)
         with path.open("wb") as file:
             for _ in range(most // len(data)):
@@ -103,8 +104,6 @@ def scratch_file(folder: Path, most: int = SCRATCH_BYTES, write_s: float = SCRAT
                 if time.monotonic() > began + write_s:
                     break
         yield path
-    finally:
-        path.unlink(missing_ok=True)
 
 
 # What is said of a disk that fails

@@ -109,6 +109,41 @@ def check_folder(folder: Path, option: str) -> None:
         return
 
 
+_unfinished: set[Path] = set()
+
+
+def note_unfinished(*paths: Path) -> None:
+    """Where a signal ends the process these files are removed (see `remove_unfinished`): they are of no use yet."""
+    _unfinished.update(paths)
+
+
+def forget_unfinished(*paths: Path) -> None:
+    """These files are of use, or gone."""
+    _unfinished.difference_update(paths)
+
+
+@contextlib.contextmanager
+def unfinished(*paths: Path) -> Iterator[None]:
+    """These files are removed at the end, and where a signal ends the process before: by that name they are of no use."""
+    note_unfinished(*paths)
+    try:
+        yield
+    finally:
+        _remove(paths)
+        forget_unfinished(*paths)
+
+
+def remove_unfinished() -> None:
+    """For who is about to end the process, wherever it is just now."""
+    _remove(list(_unfinished))
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):  # what went wrong before is said instead
+            path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def whole_file(path: Path, *, private: bool = False, temporary: str | None = None) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of `path` once it is whole; a device or pipe is written as it is.
@@ -127,15 +162,13 @@ def whole_file(path: Path, *, private: bool = False, temporary: str | None = Non
     # Not from `secrets`, which would load 4 MB of OpenSSL.
     partial = target.with_name(temporary or f".{os.getpid()}.{os.urandom(4).hex()}.partial")
     once = os.O_EXCL if temporary is None else os.O_TRUNC | os.O_NOFOLLOW
-    try:
+    with unfinished(partial):
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | once, 0o600 if private else 0o666)
         with os.fdopen(descriptor, "wb") as file:
             if private:
                 os.fchmod(descriptor, 0o600)
             yield file
         partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: Mapping[str, Any], option: str = "--report", *, private: bool = False) -> None:

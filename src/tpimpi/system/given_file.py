@@ -7,6 +7,7 @@ import os
 import shlex
 import stat
 import time
+from pathlib import Path
 from typing import BinaryIO
 
 from tpimpi.errors import InputError, shorten_path
@@ -27,10 +28,8 @@ def read_bytes(option: str, path: str, max_bytes: int, *, secret: bool = False) 
         descriptor = os.open(path, _FLAGS)
         try:
             about = os.fstat(descriptor)
-            if secret and stat.S_ISREG(about.st_mode) and about.st_mode & 0o077:
-                raise InputError(
-                    f"{option} {shorten_path(path)} can be read by others; type: chmod 600 {shlex.quote(path)}"
-                )
+            if secret and (remark := _for_others(option, path, about)) is not None:
+                raise InputError(remark)
             data = _read(descriptor, about.st_mode, max_bytes + 1)
         finally:
             os.close(descriptor)
@@ -58,6 +57,20 @@ def read_text(option: str, path: str, max_bytes: int = TEXT_FILE_BYTES, *, secre
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{option} {shorten_path(path)}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+
+
+def for_others(option: str, path: str) -> str | None:
+    """What is said of a file that others can read, and what to do; None where they cannot, or where it is no file."""
+    try:
+        return _for_others(option, path, Path(path).stat())
+    except (OSError, ValueError):
+        return None
+
+
+def _for_others(option: str, path: str, about: os.stat_result) -> str | None:
+    if not stat.S_ISREG(about.st_mode) or not about.st_mode & 0o077:
+        return None
+    return f"{option} {shorten_path(path)} can be read by others; type: chmod 600 {shlex.quote(path)}"
 
 
 def open_file(option: str, path: str, remedy: str = _READABLE) -> BinaryIO:

@@ -325,6 +325,8 @@ def print_table(table: Any, width: int, stream: TextIO | None = None) -> None:
 
 
 _progress_watcher: Callable[[str, int, int], None] | None = None
+_bars = 0  # that stand at the terminal now
+_NO_BAR = b"\r\x1b[2K\x1b[?25h"  # nothing in the line, and the cursor to be seen: ECMA-48's EL, DECTCEM
 
 
 @contextmanager
@@ -350,8 +352,16 @@ def watch_progress(watcher: Callable[[str, int, int], None] | None) -> None:
     _progress_watcher = watcher
 
 
+def leave_bar() -> None:
+    """For who is about to end the process, wherever it is just now: at a terminal with a bar the cursor is hidden."""
+    if _bars and os.environ.get("TERM") != "dumb":
+        with contextlib.suppress(OSError):
+            os.write(STDERR, _NO_BAR)
+
+
 @contextlib.contextmanager
 def _shown_progress(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    global _bars
     if quiet:
         yield lambda done, total: None
     elif is_terminal(STDERR):
@@ -362,7 +372,11 @@ def _shown_progress(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], 
         columns = (TextColumn(what, markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(what, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+            _bars += 1
+            try:
+                yield lambda done, total: bar.update(task, completed=done, total=total)
+            finally:
+                _bars -= 1
     else:
         said = float("-inf")
 

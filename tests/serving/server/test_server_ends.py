@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,14 +26,20 @@ Start = Callable[..., RunningServer]
 def start(mpirun: Launcher, cache: dict[str, str], smollm2: Path, tmp_path: Path) -> Iterator[Start]:
     running: list[RunningServer] = []
 
+    temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # the path of a socket has 107 bytes at most
+
     def started(*options: str) -> RunningServer:
-        running.append(RunningServer(mpirun, 2, tmp_path / "log", "--model", str(smollm2), *options, env=cache))
+        env = {**cache, "TMPDIR": str(temporary)}
+        running.append(RunningServer(mpirun, 2, tmp_path / "log", "--model", str(smollm2), *options, env=env))
         running[-1].until_ready()
         return running[-1]
 
     yield started
     for one in running:
         one.close()
+    left = list(temporary.glob("tpimpi-*"))
+    shutil.rmtree(temporary)
+    assert not left
 
 
 @pytest.fixture

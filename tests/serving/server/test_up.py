@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -227,6 +228,36 @@ def test_whom_a_run_ends_for(line: str, host: str | None) -> None:
     found = run.blamed_host
     assert (None if found is None else found.name) == host
     assert run.computes_wrongly == ("audit" in line)
+
+
+def test_a_machine_of_rank_0_that_computes_wrongly_twice_ends_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Other machines are left out; without this one there is no server, which would find the same again and again."""
+    hosts = [Host("a", "a", 2), Host("b", "b")]
+    wrong = "r0 a: audit: what r1 a sent into the sum of layer 3 mlp (position 9) is not what its tiles give"
+    maybe = "r0 a: audit: what r1 a sent as its part is not the sum: it added wrongly, or r2 b sent it something else"
+    lines = [wrong.replace("r1 a", "r2 b"), maybe, maybe, wrong, wrong]
+    starts = 0
+
+    def start(*_: object) -> RunUnderMpirun:
+        nonlocal starts
+        run = RunUnderMpirun(Ended(lines[starts]), hosts, came_at=0.0)  # type: ignore[arg-type]
+        run.relay.join()
+        starts += 1
+        return run
+
+    front = SimpleNamespace(socket="front", folder=tmp_path, states=lambda: threading.Event().wait(TIMEOUT) or [])
+    up = Supervisor(cast("Any", None), cast("Any", None), [], cast("Any", front))
+    monkeypatch.setattr(supervisor, "call_aside_on_signals", lambda end: None)
+    monkeypatch.setattr(up, "_look", lambda first: (None, []))
+    monkeypatch.setattr(up, "_start", start)
+    monkeypatch.setattr(up, "_until_end", lambda run: 3)
+    assert up.run() == InputError.exit_code
+    assert starts == len(lines)
+    said = capsys.readouterr().err.splitlines()
+    assert "b is left out for 10 minutes" in said[1]
+    assert said[-1].startswith("tpimpi: audits have found this machine wrong twice in a day")
 
 
 def test_hosts_on_which_the_launcher_starts_nothing() -> None:

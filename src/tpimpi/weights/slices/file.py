@@ -236,12 +236,17 @@ class SliceFile:
         )
 
     def read(self, record: Record, buffer: Bytes) -> Tile:
-        """Read and check a tile: all its pieces, one after another, into `buffer` (page-aligned, record.nbytes)."""
-        wanted = self.pieces(record)
-        if wanted is None:
+        """Read and check a tile, into `buffer` (page-aligned, record.nbytes).
+
+        Past the page cache an extent is one read: where all cores compute, a thread may wait for one for milliseconds after
+        each. Else its pieces are read one after another, so that little of the page cache is taken."""
+        places = self._offsets[record.path]
+        if places is None:
             self._read_chunked(record, buffer)
-        for piece in wanted or []:
-            self.read_piece(record, piece, buffer)
+        else:
+            extents = _extents(places, record.spans())
+            for part in extents if self.direct else pieces(extents):
+                self.read_piece(record, part, buffer)
         return self.tile(record, buffer)
 
     def trial(self, records: Sequence[Record]) -> Trial:

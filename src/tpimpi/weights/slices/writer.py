@@ -23,7 +23,7 @@ from tpimpi.compute.arrays import Array, Bytes
 from tpimpi.compute.formats.packed import row_bytes
 from tpimpi.errors import InputError
 from tpimpi.system.disk import storage_error
-from tpimpi.system.files import try_lock
+from tpimpi.system.files import forget_unfinished, note_unfinished, try_lock
 from tpimpi.weights.locations import elsewhere
 from tpimpi.weights.slices.header import Header
 from tpimpi.weights.slices.layout import ALIGNMENT_BYTES
@@ -104,6 +104,9 @@ class SliceWriter:
                 try:
                     resumed = os.fstat(self._fd).st_size > 0 and self._adopt()
                     if not resumed:
+                        note_unfinished(
+                            self.temporary
+                        )  # until something is written to it: it takes its whole size at once
                         os.ftruncate(self._fd, 0)  # checksums that are not written below are zeros
                         self._offsets, header_hash = write_skeleton(self.temporary, self.header)
                 except (RuntimeError, ValueError) as error:  # what HDF5 raises besides OSError
@@ -266,6 +269,8 @@ class SliceWriter:
     def _complete(self, index: int) -> None:
         self._put_sum(1 + index, self._hashes[index].intdigest())
         self._there[index] = True
+        if self.header.records[index].parts:
+            forget_unfinished(self.temporary)
 
     def _complete_empty_tiles(self) -> None:
         """A tile without parts (a tokenizer of no files) is whole from the start."""
@@ -290,6 +295,7 @@ class SliceWriter:
         hashes = memoryview(_row_sums(rows)).cast("B")
         self._pwrite(hashes, self._offsets["embedding/checksums"] + first_row * 8)
         self._rows_there[first_row : first_row + len(rows)] = True
+        forget_unfinished(self.temporary)
 
     def _put_sum(self, slot: int, value: int) -> None:
         self._pwrite(memoryview(np.array([value], "<u8")).cast("B"), self._offsets["checksums"] + slot * 8)
@@ -353,6 +359,7 @@ class SliceWriter:
             self._close()
 
     def _close(self) -> None:
+        forget_unfinished(self.temporary)  # from now on another process may write it
         with contextlib.suppress(OSError):  # of a file that is left as it is
             self._wait()
         if self._syncer is not None:

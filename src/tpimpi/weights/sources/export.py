@@ -43,6 +43,7 @@ from tpimpi.models.tensors import (
 )
 from tpimpi.system.disk import disk_full, storage_error
 from tpimpi.system.files import check_folder as check_is_folder
+from tpimpi.system.files import unfinished
 from tpimpi.weights.sources.gguf_metadata import add_metadata, check_metadata, rope_tensors
 from tpimpi.weights.sources.synthetic import SyntheticSource
 
@@ -332,10 +333,7 @@ def _temporary(path: Path) -> Path:
 def _storing(path: Path, temporaries: Sequence[Path]) -> Iterator[None]:
     """Turn what the operating system says into one line, and leave no unfinished file behind."""
     try:
-        yield
+        with unfinished(*temporaries):
+            yield
     except OSError as error:
         raise storage_error(path, error, _ELSEWHERE) from error
-    finally:
-        for temporary in temporaries:
-            with contextlib.suppress(OSError):  # what went wrong before is said instead
-                temporary.unlink(missing_ok=True)
