@@ -22,8 +22,8 @@ FIRST_WORDS = set(
     re.findall(
         r"\S+",
         ".venv/bin/tpimpi "
-        "apt-get bash echo export for git mpirun pip printf python python3 qsub ruff sbatch source ssh-copy-id sudo tpimpi "
-        "while",
+        "apt-get bash echo export for git mpirun pip printf python python3 qsub ruff sbatch seq source ssh-copy-id sudo "
+        "tpimpi while",
     )
 )
 

@@ -37,6 +37,7 @@ from tpimpi.serving.server.front_options import (
     FrontOptions,
     is_loopback,
 )
+from tpimpi.system.given_file import for_others
 
 END_WAIT_S = 15.0  # beside its --grace, another server may take so long to end
 MAX_CONTEXT = 8192  # positions of a prompt with its answer, where nothing is said and the model has more
@@ -224,3 +225,6 @@ def listening(url: str, options: ServeOptions) -> Iterator[str]:
     host = options.host
     if options.api_key_file is None and not is_loopback(host):
         yield f"anybody who reaches {host} may ask: --insecure is given, and no --api-key-file"
+    # A remark only: a file of secrets that is handed to a container can often be read by all in it.
+    if options.api_key_file is not None and (remark := for_others("--api-key-file", options.api_key_file)) is not None:
+        yield remark

@@ -36,6 +36,7 @@ def server(
     options = ("--model", str(smollm2), "--parallel", str(TOGETHER), "--queue", str(QUEUE), "--context", "1024")
     options = (*options, "--name", "gpt-4o-mini", "--api-key-file", str(folder / "keys"))
     options = (*options, "--draft", str(smollm2), "--speculate", "2")  # a model that drafts for itself
+    options = (*options, "--audit", "0.3")
     running = RunningServer(mpirun, 2, folder / "log", *options, env=cache)
     yield running
     running.close()
@@ -306,6 +307,7 @@ def test_who_goes_away_makes_room(server: RunningServer, client: openai.OpenAI) 
     assert counts["tpimpi_running"] == counts["tpimpi_waiting"] == 0
     assert counts["tpimpi_tokens_total"] < 2 * 900
     assert 0.5 * counts["tpimpi_tokens_drafted_total"] < counts["tpimpi_tokens_accepted_total"]
+    assert counts["tpimpi_audits_total"] > 0
     assert counts['tpimpi_requests_total{path="/v1/chat/completions",status="200"}'] > 0
     assert {rank["rank"] for rank in figures(server)["ranks"]} == {0, 1}
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from tests.support.launch import Result
 from tests.support.messages import assert_one_line
+from tpimpi.cli.serve_options import listening, parse_serve
 from tpimpi.errors import InputError
 from tpimpi.serving.server import front_process
 
@@ -33,6 +35,17 @@ def test_what_cannot_be_used_is_said_in_a_line(tpimpi: Callable[..., Result], sm
     result = tpimpi("serve", "--quiet", "--model", str(smollm2), *options)
     lines = [one for one in result.err.splitlines() if not one.startswith("tpimpi: http://")]
     assert_one_line(Result(result.code, result.out, "\n".join(lines)), line)
+
+
+def test_keys_that_others_can_read_are_remarked(tmp_path: Path) -> None:
+    file = tmp_path / "my keys"
+    file.write_text("sk-anna-123456\n")
+    options = parse_serve(["--api-key-file", str(file)])
+    file.chmod(0o640)
+    said = list(listening("http://x", options))[1:]
+    assert said == [f"--api-key-file {file} can be read by others; type: chmod 600 '{file}'"]
+    file.chmod(0o600)
+    assert len(list(listening("http://x", options))) == 1
 
 
 def test_a_missing_package_is_said_with_how_to_have_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import logging
 import os
 import resource
 import select
+import shutil
 import signal
 import socket
 import ssl
@@ -70,7 +71,11 @@ def main() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection is one, those that say nothing too
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which is for rank 0, that says what becomes of us
-    asyncio.run(serve(options, listener, link, kept, journal, keys))
+    try:
+        asyncio.run(serve(options, listener, link, kept, journal, keys))
+    finally:
+        if options.folder:  # who made it may have been killed
+            shutil.rmtree(options.folder, ignore_errors=True)
 
 
 def say(what: Listening | State) -> None:

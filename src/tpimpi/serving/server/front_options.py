@@ -12,12 +12,13 @@ DEFAULT_TIME_LIMIT_S = 3600.0
 
 
 class FrontOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`socket` is where rank 0 connects; `outlives` says whether the front stays when rank 0 has gone, for another to come.
-    `queue` is how many requests wait beside those that are answered, `parallel` of these where rank 0 has yet to say it.
-    `names` are other names of the model; times in seconds: for `journal_wait` another server may still have the journal, a
-    file that the passphrase encrypts."""
+    """`socket` is where rank 0 connects; `folder`, if there is one, is removed when the front ends; `outlives` says whether
+    the front stays when rank 0 has gone, for another to come. `queue` is how many requests wait beside those that are
+    answered, `parallel` of these where rank 0 has yet to say it. `names` are other names of the model; times in seconds: for
+    `journal_wait` another server may still have the journal, a file that the passphrase encrypts."""
 
     socket: str
+    folder: str = ""
     host: str = DEFAULT_HOST
     port: int = DEFAULT_PORT
     api_key_file: str | None = None

@@ -29,13 +29,15 @@ def check_installed() -> None:
 
 
 class FrontProcess:
-    """The front, which listens at `url` when this is made, and rank 0 at `socket`. Raises InputError where it cannot."""
+    """The front, which listens at `url` when this is made, and rank 0 at `socket`, in `folder`, which is there until the
+    front ends. Raises InputError where it cannot."""
 
     def __init__(self, options: Callable[[str], FrontOptions]) -> None:
         """`options` are made with the path of the socket."""
         check_installed()
-        self._folder = tempfile.mkdtemp(prefix="tpimpi-")  # for this user alone
-        self.socket = str(Path(self._folder) / "front")
+        # For this user alone; the front removes it too, where we are killed.
+        self.folder = tempfile.mkdtemp(prefix="tpimpi-")
+        self.socket = str(Path(self.folder) / "front")
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "tpimpi.serving.server.front"],  # nothing is imported from the current folder
             stdin=subprocess.PIPE,
@@ -44,7 +46,7 @@ class FrontProcess:
             start_new_session=True,  # the launcher's signals are for rank 0
         )
         try:
-            self.url = self._start(options(self.socket))
+            self.url = self._start(msgspec.structs.replace(options(self.socket), folder=self.folder))
         except BaseException:
             self.close()
             raise
@@ -83,4 +85,4 @@ class FrontProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)

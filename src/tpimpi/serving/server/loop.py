@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tpimpi.engine.figures import LiveFigures
 from tpimpi.engine.protocol import live_figures
-from tpimpi.errors import InputError, TpimpiError, as_ours
+from tpimpi.errors import InputError, LostError, TpimpiError, as_ours
 from tpimpi.serving.batched import Answering, BatchedLLM, Query
 from tpimpi.serving.grammar import Grammars
 from tpimpi.serving.logprobs import Logprob
@@ -74,9 +74,11 @@ class ServerLoop:
         self._by_answering: dict[Answering, _Open] = {}
         self._interval = _Interval(time.monotonic())
         self._before: list[LiveFigures] | None = None
+        self._audits_told = 0
         self._told_idle = True  # the front knows that nothing is under way
         self._ends_by: float | None = None  # time.monotonic(), once the run is to end
         self._ending = False
+        self.lost: LostError | None = None  # what a signal's handler found, and `run` raises at the latest
 
     def end(self) -> None:
         """Take no more, finish what is under way within the grace, at once where this is said again; from a signal's handler
@@ -86,11 +88,13 @@ class ServerLoop:
         self._connection.wake()
 
     def run(self) -> None:
-        """Until the end. Raises FrontGoneError where the front has ended."""
+        """Until the end. Raises FrontGoneError where the front has ended, and `lost`."""
         self._connection.say(self._ready())
         told_ending = False
         while True:
             self._hear()
+            if self.lost is not None:
+                raise self.lost
             if self._ending and not told_ending:
                 told_ending = True
                 self._connection.say(wire.Ending())
@@ -265,6 +269,7 @@ class ServerLoop:
             for rank, (one, last) in enumerate(zip(found, before, strict=True))
         ]
         self._before = found
+        audits = 0 if model.auditor is None else model.auditor.figures.audits
         self._connection.say(
             wire.Figures(
                 interval_s=seconds,
@@ -278,8 +283,10 @@ class ServerLoop:
                 ranks=ranks,
                 drafted_tokens=interval.drafted_tokens,
                 accepted_tokens=interval.accepted_tokens,
+                audits=audits - self._audits_told,
             )
         )
+        self._audits_told = audits
         self._interval = _Interval(time.monotonic())
 
 

@@ -218,6 +218,7 @@ class Figures(_Said, frozen=True):
     ranks: list[RankFigures]
     drafted_tokens: int = 0  # that were checked in the interval
     accepted_tokens: int = 0  # of those, right
+    audits: int = 0  # sums that were audited in the interval, and had no fault
 
 
 class Ending(_Said, frozen=True):
