@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "link_cipher.h"
 #include "pack.h"
 #include "session.h"
 
@@ -288,6 +289,37 @@ double multiply_peak(Session& session, int format, double seconds) {
   return session.multiply_peak(Format(format), seconds);
 }
 
+// A contiguous buffer of Python's, without the way through DLPack, for messages of some microseconds.
+class Buffer {
+ public:
+  Buffer(nb::handle from, bool written) {
+    if (PyObject_GetBuffer(from.ptr(), &view_, written ? PyBUF_WRITABLE : PyBUF_SIMPLE)) throw nb::python_error();
+  }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { PyBuffer_Release(&view_); }
+
+  uint8_t* data() const { return static_cast<uint8_t*>(view_.buf); }
+  int64_t size() const { return view_.len; }
+
+ private:
+  Py_buffer view_;
+};
+
+// Both hold the GIL: a cipher is used by one thread at a time.
+void seal(LinkCipher& cipher, uint32_t tag, uint64_t number, nb::handle data, nb::handle frame) {
+  const Buffer from(data, false), to(frame, true);
+  check(!cipher.opens(), "this cipher opens messages");
+  check(from.size() <= LinkCipher::kMostBytes && to.size() == from.size() + LinkCipher::kTagBytes, "frame has another size");
+  cipher.seal(tag, number, from.data(), from.size(), to.data());
+}
+
+bool open(LinkCipher& cipher, uint32_t tag, uint64_t number, nb::handle frame, nb::handle into) {
+  const Buffer from(frame, false), to(into, true);
+  check(cipher.opens(), "this cipher seals messages");
+  check(to.size() <= LinkCipher::kMostBytes && from.size() == to.size() + LinkCipher::kTagBytes, "into has another size");
+  return cipher.open(tag, number, from.data(), to.size(), to.data());
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -295,6 +327,13 @@ NB_MODULE(_native, m) {
   m.def("levels", &level_names, "Levels (instruction sets) that this build has and this processor runs, best first.");
   m.def("pack", &pack_rows, "format"_a, "stored"_a.noconvert(), "columns"_a, "first"_a, "out"_a.noconvert(),
         "Rows in row form, uint8 [rows, row_bytes], in packed form into out; see pack.h.");
+  nb::class_<LinkCipher>(m, "LinkCipher", "See link_cipher.h.")
+      .def("__init__", [](LinkCipher* self, const std::string& name, const nb::bytes& key, bool opens) {
+             check(int64_t(key.size()) == LinkCipher::kKeyBytes, "key must have 32 bytes");
+             new (self) LinkCipher(name, static_cast<const uint8_t*>(key.data()), opens);
+           }, "name"_a, "key"_a, "opens"_a)
+      .def("seal", &seal, "tag"_a, "number"_a, "data"_a, "frame"_a)
+      .def("open", &open, "tag"_a, "number"_a, "frame"_a, "into"_a, "False where it is not what was sealed.");
   nb::class_<Session>(m, "Session")
       .def("__init__", [](Session* self, const std::string& level, int threads) {
              check(threads >= 1, "threads must be 1 or more");

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+
+import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from noise.connection import Keypair, NoiseConnection
 
-from tpimpi.star.noise import PROTOCOL, Handshake, HandshakeError, Secrets
+from tpimpi.errors import StarError
+from tpimpi.star.handshake_process import answer_all
+from tpimpi.star.handshakes import Answered, Asked, HandshakeError, HandshakeProcess, Known, Secrets
+from tpimpi.star.noise import MESSAGE_BYTES, PROTOCOL, Handshake, NoiseHandshakes
 
 PROLOGUE = b"who, and where"
 
@@ -29,7 +36,7 @@ def _oracle(private: bytes, remote: bytes, *, initiator: bool) -> NoiseConnectio
 @pytest.mark.parametrize("initiator", [True, False])
 def test_another_implementation_gets_the_same_keys(initiator: bool) -> None:
     (ours, our_public), (theirs, their_public) = _keys(), _keys()
-    here = Handshake(ours, their_public, PROLOGUE, initiator=initiator)
+    here = Handshake(Known(ours, their_public, PROLOGUE), initiator=initiator)
     there = _oracle(theirs, our_public, initiator=not initiator)
     if initiator:
         assert there.read_message(here.write_first()) == b""
@@ -62,8 +69,8 @@ def _shake(first: Handshake, second: Handshake, *, flip: int | None = None, at: 
 def _pair(prologues: tuple[bytes, bytes] = (PROLOGUE, PROLOGUE)) -> tuple[Handshake, Handshake]:
     (ours, our_public), (theirs, their_public) = _keys(), _keys()
     return (
-        Handshake(ours, their_public, prologues[0], initiator=True),
-        Handshake(theirs, our_public, prologues[1], initiator=False),
+        Handshake(Known(ours, their_public, prologues[0]), initiator=True),
+        Handshake(Known(theirs, our_public, prologues[1]), initiator=False),
     )
 
 
@@ -71,8 +78,8 @@ def test_both_get_the_same_and_never_the_same_again() -> None:
     (ours, our_public), (theirs, their_public) = _keys(), _keys()
     seen = set()
     for _ in range(3):
-        first = Handshake(ours, their_public, PROLOGUE, initiator=True)
-        one, other = _shake(first, Handshake(theirs, our_public, PROLOGUE, initiator=False))
+        first = Handshake(Known(ours, their_public, PROLOGUE), initiator=True)
+        one, other = _shake(first, Handshake(Known(theirs, our_public, PROLOGUE), initiator=False))
         assert one == other
         seen |= {one.initiator, one.responder}
     assert len(seen) == 6
@@ -92,12 +99,12 @@ def test_another_prologue_is_refused() -> None:
 
 def test_who_has_not_the_key_is_refused() -> None:
     (ours, our_public), (_, their_public), (another, _) = _keys(), _keys(), _keys()
-    first = Handshake(ours, their_public, PROLOGUE, initiator=True)
+    first = Handshake(Known(ours, their_public, PROLOGUE), initiator=True)
     with pytest.raises(HandshakeError):
-        _shake(first, Handshake(another, our_public, PROLOGUE, initiator=False))
-    first = Handshake(another, our_public, PROLOGUE, initiator=True)  # who begins in another's name
+        _shake(first, Handshake(Known(another, our_public, PROLOGUE), initiator=False))
+    first = Handshake(Known(another, our_public, PROLOGUE), initiator=True)  # who begins in another's name
     with pytest.raises(HandshakeError):
-        _shake(first, Handshake(ours, their_public, PROLOGUE, initiator=False))
+        _shake(first, Handshake(Known(ours, their_public, PROLOGUE), initiator=False))
 
 
 @pytest.mark.parametrize("message", [b"", b"\5" * 47, b"\5" * 49, bytes(48), b"\1" + bytes(47)], ids=len)
@@ -105,3 +112,29 @@ def test_what_is_no_handshake_is_refused(message: bytes) -> None:
     """Among it keys of small order, whose product with every key is zero."""
     with pytest.raises(HandshakeError):
         _pair()[1].read_first(message)
+
+
+def test_a_process_makes_the_same_handshakes() -> None:
+    (ours, our_public), (theirs, their_public) = _keys(), _keys()
+    here, there = Known(ours, their_public, PROLOGUE), Known(theirs, our_public, PROLOGUE)
+    asked, answered = io.BytesIO(msgspec.json.encode(Asked(1, here)) + b"\n"), io.BytesIO()
+    answer_all(asked, answered)
+    assert len(msgspec.json.decode(answered.getvalue(), type=Answered).message) == MESSAGE_BYTES
+    with contextlib.closing(HandshakeProcess()) as process:
+        answer, secrets = NoiseHandshakes().answer(there, process.begin(1, here))
+        changed = bytes([answer[0] ^ 1, *answer[1:]])
+        with pytest.raises(HandshakeError):
+            process.finish(1, changed)
+        answer, secrets = NoiseHandshakes().answer(there, process.begin(2, here))
+        assert process.finish(2, answer) == secrets
+        begun = NoiseHandshakes()
+        first = begun.begin(0, there)
+        with pytest.raises(HandshakeError):
+            process.answer(here, first[:-1])
+        answer, secrets = process.answer(here, first)
+        assert begun.finish(0, answer) == secrets
+        ended = process._process
+        ended.kill()
+        with pytest.raises(StarError, match="handshakes has ended"):
+            process.begin(1, here)
+    assert ended.returncode is not None

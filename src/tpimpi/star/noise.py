@@ -8,31 +8,17 @@ that was said), `ck` (chaining key), `e` and `s` (ephemeral and static keys), `r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256, Hash
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from tpimpi.star.ciphers import KEY_BYTES
+from tpimpi.star.handshakes import HandshakeError, Known, Secrets
+
 PROTOCOL = b"Noise_KK_25519_ChaChaPoly_SHA256"
-KEY_BYTES = 32
 MESSAGE_BYTES = KEY_BYTES + 16  # of each of the two: an ephemeral key, and the tag of an empty payload
-
-
-class HandshakeError(Exception):
-    """The other side has not the key that it should have, or its message was changed on its way."""
-
-
-@dataclass(frozen=True)
-class Secrets:
-    """What both sides share after the handshake: 32 bytes for what the initiator sends, 32 for what the responder sends, and
-    the hash of the handshake."""
-
-    initiator: bytes
-    responder: bytes
-    hash: bytes
 
 
 class Handshake:
@@ -40,25 +26,22 @@ class Handshake:
 
     def __init__(
         self,
-        static: bytes,
-        remote_static: bytes,
-        prologue: bytes,
+        known: Known,
         *,
         initiator: bool,
         ephemeral: X25519PrivateKey | None = None,
     ) -> None:
-        """`static` is our private key, `remote_static` the other's public one, 32 bytes each; `prologue` is what both sides
-        must have understood alike. `ephemeral` is given in tests alone."""
-        self._s, self._rs = X25519PrivateKey.from_private_bytes(static), _public(remote_static)
+        """`ephemeral` is given in tests alone."""
+        self._s, self._rs = X25519PrivateKey.from_private_bytes(known.ours), _public(known.theirs)
         self._e = X25519PrivateKey.generate() if ephemeral is None else ephemeral
         self._re: X25519PublicKey | None = None
         self._initiator = initiator
         assert len(PROTOCOL) == 32  # a name of that length is the first hash as it is
         self._h = self._ck = PROTOCOL
         self._key = b""
-        self._mix_hash(prologue)
+        self._mix_hash(known.prologue)
         ours = self._s.public_key().public_bytes_raw()
-        for key in (ours, remote_static) if initiator else (remote_static, ours):
+        for key in (ours, known.theirs) if initiator else (known.theirs, ours):
             self._mix_hash(key)
 
     def write_first(self) -> bytes:
@@ -140,3 +123,29 @@ class Handshake:
 
 def _public(key: bytes) -> X25519PublicKey:
     return X25519PublicKey.from_public_bytes(key)
+
+
+class NoiseHandshakes:
+    """A rank's handshakes with the others (see handshakes.Handshakes)."""
+
+    def __init__(self) -> None:
+        self._begun: dict[int, Handshake] = {}  # by the other's rank
+
+    def begin(self, other: int, known: Known) -> bytes:
+        """The first message to another."""
+        self._begun[other] = Handshake(known, initiator=True)
+        return self._begun[other].write_first()
+
+    def finish(self, other: int, message: bytes) -> Secrets:
+        """What is shared with another that answered so to the first message. Raises HandshakeError."""
+        return self._begun[other].read_second(message)
+
+    def answer(self, known: Known, message: bytes) -> tuple[bytes, Secrets]:
+        """The answer to another that began so, and what is shared with it. Raises HandshakeError."""
+        handshake = Handshake(known, initiator=False)
+        handshake.read_first(message)
+        return handshake.write_second()
+
+    def close(self) -> None:
+        """No more are made."""
+        self._begun.clear()

@@ -8,24 +8,17 @@ was changed, repeated, left out, exchanged for another or sent by somebody else 
 
 from __future__ import annotations
 
-import struct
+import hmac
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-
 from tpimpi.compute.arrays import Bytes
 from tpimpi.errors import UnsealError
-from tpimpi.star.noise import KEY_BYTES, Secrets
+from tpimpi.star.ciphers import make_cipher
+from tpimpi.star.handshakes import Secrets
 
 TAGS = 1 << 14  # tags are below that (pieces.py)
-AES, CHACHA = "AES-256-GCM", "ChaCha20-Poly1305"
-_CIPHERS: dict[str, type[AESGCM] | type[ChaCha20Poly1305]] = {AES: AESGCM, CHACHA: ChaCha20Poly1305}
-_NONCE = struct.Struct("<IQ")  # tag, count
 
 
 @dataclass(frozen=True)
@@ -54,15 +47,19 @@ class Seal:
         """`cipher` is AES or CHACHA; `secrets` by the other's rank; `communicator` names which of the run's it is; `hosts`
         are those whose keys the ranks have proved to have, in rank order."""
         self.cipher, self._secrets, self._communicator, self.hosts = cipher, dict(secrets), communicator, tuple(hosts)
-        make = _CIPHERS[cipher]
-        self._to = {peer: make(self._key(link.sent, link.hash)) for peer, link in secrets.items()}
-        self._from = {peer: make(self._key(link.received, link.hash)) for peer, link in secrets.items()}
+        self._to = {
+            peer: make_cipher(cipher, self._key(link.sent, link.hash), opens=False) for peer, link in secrets.items()
+        }
+        self._from = {
+            peer: make_cipher(cipher, self._key(link.received, link.hash), opens=True) for peer, link in secrets.items()
+        }
         self._sent: dict[int, array[int]] = {}  # by peer: how many messages of each tag
         self._due: dict[int, array[int]] = {}
 
     def _key(self, secret: bytes, handshake: bytes) -> bytes:
+        """HKDF of RFC 5869 with SHA-256, whose first block is the key."""
         info = f"tpimpi {self.cipher} {self._communicator}".encode()
-        return HKDF(SHA256(), KEY_BYTES, salt=handshake, info=info).derive(secret)
+        return hmac.digest(hmac.digest(handshake, secret, "sha256"), info + b"\x01", "sha256")
 
     def derive(self, communicator: str) -> Seal:
         """The same links' seal for another communicator, with keys of its own."""
@@ -70,8 +67,7 @@ class Seal:
 
     def close(self, peer: int, tag: int, data: Bytes, frame: Bytes) -> None:
         """Seal the next message to `peer`: uint8 [n] into uint8 [n + SEAL_BYTES]."""
-        nonce = _NONCE.pack(tag, self._next(self._sent, peer, tag))
-        self._to[peer].encrypt_into(nonce, memoryview(data), None, memoryview(frame))
+        self._to[peer].seal(tag, self._next(self._sent, peer, tag), data, frame)
 
     def expect(self, peer: int, tag: int) -> int:
         """The number of the next message from `peer`; messages are to be received in the order in which this is asked."""
@@ -79,11 +75,8 @@ class Seal:
 
     def open(self, peer: int, tag: int, number: int, frame: Bytes, into: Bytes) -> None:
         """Open a message: uint8 [n + SEAL_BYTES] into uint8 [n], also the frame's own beginning. Raises UnsealError."""
-        nonce = _NONCE.pack(tag, number)
-        try:
-            self._from[peer].decrypt_into(nonce, memoryview(frame), None, memoryview(into))
-        except InvalidTag as error:
-            raise UnsealError from error
+        if not self._from[peer].open(tag, number, frame, into):
+            raise UnsealError
 
     @staticmethod
     def _next(counts: dict[int, array[int]], peer: int, tag: int) -> int:

@@ -10,6 +10,7 @@ cipher, the hosts of all ranks, and which two ranks these are.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import time
@@ -23,8 +24,9 @@ from tpimpi import __version__
 from tpimpi.errors import InputError, StarError, TpimpiError, shorten
 from tpimpi.modules import without_module
 from tpimpi.star.channel import HANDSHAKE, Channel
-from tpimpi.star.noise import Handshake, HandshakeError
-from tpimpi.star.seal import AES, CHACHA, LinkSecrets, Seal
+from tpimpi.star.ciphers import AES, CHACHA
+from tpimpi.star.handshakes import HandshakeError, Handshakes, Known, open_handshakes
+from tpimpi.star.seal import LinkSecrets, Seal
 from tpimpi.system.cpu import has_aes
 from tpimpi.system.launcher import launcher_kind
 from tpimpi.system.link_keys import MAKE_KEYS, MAKE_OWN_KEYS, REPLACE_KEYS, LinkKeys, key_file, read_keys
@@ -66,13 +68,15 @@ class _Told(msgspec.Struct, frozen=True):
 M = TypeVar("M", _Said, _Told)
 
 
-def seal_channel(channel: Channel) -> Seal:
-    """Every rank calls it, before anything else is sent: shake hands with all others, and seal the channel.
+def seal_channel(channel: Channel, handshakes: Handshakes | None = None) -> Seal:
+    """Every rank calls it, before anything else is sent: shake hands with all others, and seal the channel. Closes
+    `handshakes`, which make them.
 
     Raises InputError where a host has no keys, keys of another home, or not the key of the host that it says it is: on rank
     0 with what to say; on the others too, which have nothing to say. Raises StarError where one does not answer.
     """
-    channel.seal = _seal_as_hub(channel) if channel.rank == 0 else _seal_as_other(channel)
+    with contextlib.closing(handshakes or open_handshakes()) as opened:
+        channel.seal = (_seal_as_hub if channel.rank == 0 else _seal_as_other)(channel, opened)
     return channel.seal
 
 
@@ -80,6 +84,7 @@ def seal_channel(channel: Channel) -> Seal:
 class _Run:
     """What a rank knows before it shakes hands: `hosts` are those of the ranks' keys, `names` see _names."""
 
+    handshakes: Handshakes
     keys: LinkKeys
     job: str
     cipher: str
@@ -87,8 +92,8 @@ class _Run:
     names: tuple[str, ...]
     rank: int
 
-    def handshake(self, other: int) -> Handshake:
-        """With another rank; the lower one begins. Raises InputError."""
+    def _known(self, other: int) -> Known:
+        """Raises InputError."""
         first, second = sorted((self.rank, other))
         facts = (PROTOCOL_VERSION, __version__, self.job, self.cipher, self.hosts, self.names, first, second)
         public = self.keys.public_key(self.hosts[other])
@@ -97,23 +102,26 @@ class _Run:
                 f"{_named(other, self.hosts[other])} has link keys of another home than {self.keys.host}, whose keys are of "
                 f"{self.keys.made}; make new ones for all hosts: {REPLACE_KEYS}"
             )
-        return Handshake(self.keys.private_key(), public, msgspec.json.encode(facts), initiator=self.rank == first)
+        return Known(self.keys.private_key(), public, msgspec.json.encode(facts))
 
-    def finish(self, other: int, handshake: Handshake, message: str) -> LinkSecrets:
+    def begin(self, other: int) -> str:
+        """The first message of this rank, which is the lower one, to another. Raises InputError."""
+        return self.handshakes.begin(other, self._known(other)).hex()
+
+    def finish(self, other: int, message: str) -> LinkSecrets:
         """What this rank, which began, shares with another, which answered so. Raises InputError."""
         try:
-            return LinkSecrets.of(handshake.read_second(_from_hex(message)), initiator=True)
+            return LinkSecrets.of(self.handshakes.finish(other, _from_hex(message)), initiator=True)
         except HandshakeError:
             raise InputError(self._not_its_key(other)) from None
 
     def answer(self, other: int, message: str) -> tuple[str, LinkSecrets]:
         """Our answer to another, which began so, and what we share with it then. Raises InputError."""
-        handshake = self.handshake(other)
+        known = self._known(other)
         try:
-            handshake.read_first(_from_hex(message))
+            ours, secrets = self.handshakes.answer(known, _from_hex(message))
         except HandshakeError:
             raise InputError(self._not_its_key(other)) from None
-        ours, secrets = handshake.write_second()
         return ours.hex(), LinkSecrets.of(secrets, initiator=False)
 
     def _not_its_key(self, other: int) -> str:
@@ -140,12 +148,12 @@ def _own_keys() -> LinkKeys:
     return keys
 
 
-def _seal_as_hub(channel: Channel) -> Seal:
+def _seal_as_hub(channel: Channel, handshakes: Handshakes) -> Seal:
     others = range(1, channel.size)
     try:
-        run, shaking = _open(channel)
+        run = _open(channel, handshakes)
         heard = _hear_all(channel, run.hosts)
-        secrets = {rank: run.finish(rank, shaking[rank], heard[rank].messages.get(0, "")) for rank in others}
+        secrets = {rank: run.finish(rank, heard[rank].messages.get(0, "")) for rank in others}
         for _ in range(2):  # the first messages of the other pairs, then their answers
             for rank in others:
                 theirs = {by: said.messages[rank] for by, said in heard.items() if rank in said.messages}
@@ -160,8 +168,8 @@ def _seal_as_hub(channel: Channel) -> Seal:
     return Seal(run.cipher, secrets, hosts=run.names)
 
 
-def _open(channel: Channel) -> tuple[_Run, dict[int, Handshake]]:
-    """Rank 0: who all are, and its handshakes with them, which are begun."""
+def _open(channel: Channel, handshakes: Handshakes) -> _Run:
+    """Rank 0: who all are; its handshakes with them are begun."""
     keys, others = _own_keys(), range(1, channel.size)
     heard = _hear_all(channel, [""] * channel.size)
     for rank, said in heard.items():
@@ -173,11 +181,11 @@ def _open(channel: Channel) -> tuple[_Run, dict[int, Handshake]]:
     cipher = AES if has_aes() and all(said.aes for said in heard.values()) else CHACHA
     hosts = (keys.host, *(heard[rank].host for rank in others))
     names = _names(hosts, (platform.node(), *(heard[rank].machine for rank in others)))
-    run = _Run(keys, os.urandom(16).hex(), cipher, hosts, names, 0)
-    shaking = {rank: run.handshake(rank) for rank in others}
-    for rank, handshake in shaking.items():
-        _tell(channel, rank, _Told(run.job, cipher, hosts, names, {0: handshake.write_first().hex()}))
-    return run, shaking
+    run = _Run(handshakes, keys, os.urandom(16).hex(), cipher, hosts, names, 0)
+    firsts = {rank: run.begin(rank) for rank in others}
+    for rank, first in firsts.items():
+        _tell(channel, rank, _Told(run.job, cipher, hosts, names, {0: first}))
+    return run
 
 
 def _names(hosts: Sequence[str], machines: Sequence[str]) -> tuple[str, ...]:
@@ -204,7 +212,7 @@ def _hear_all(channel: Channel, hosts: tuple[str, ...] | list[str]) -> dict[int,
     return heard
 
 
-def _seal_as_other(channel: Channel) -> Seal:
+def _seal_as_other(channel: Channel, handshakes: Handshakes) -> Seal:
     ours = channel.rank
     try:
         keys = _own_keys()
@@ -214,11 +222,10 @@ def _seal_as_other(channel: Channel) -> Seal:
         names = (keys.host, shorten(platform.node()))
         if not whole or told.hosts[ours] != keys.host or told.names[ours] not in names:
             raise StarError("rank 0 took this host for another one: something on the network changes messages")
-        run = _Run(keys, told.job, told.cipher, told.hosts, told.names, ours)
+        run = _Run(handshakes, keys, told.job, told.cipher, told.hosts, told.names, ours)
         answer, found = run.answer(0, told.messages.get(0, ""))
         secrets = {0: found}
-        begun = {rank: run.handshake(rank) for rank in range(ours + 1, channel.size)}
-        firsts = {rank: handshake.write_first().hex() for rank, handshake in begun.items()}
+        firsts = {rank: run.begin(rank) for rank in range(ours + 1, channel.size)}
         _tell(channel, 0, _Said(messages={0: answer} | firsts))
         theirs = _heed(channel).messages
         answers = {}
@@ -226,7 +233,7 @@ def _seal_as_other(channel: Channel) -> Seal:
             answers[rank], secrets[rank] = run.answer(rank, theirs.get(rank, ""))
         _tell(channel, 0, _Said(messages=answers))
         seconds = _heed(channel).messages
-        secrets |= {rank: run.finish(rank, handshake, seconds.get(rank, "")) for rank, handshake in begun.items()}
+        secrets |= {rank: run.finish(rank, seconds.get(rank, "")) for rank in firsts}
         _tell(channel, 0, _Said())
     except (InputError, StarError) as error:
         if not isinstance(error, _RefusedError):

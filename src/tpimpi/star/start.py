@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from tpimpi.errors import InputError, LostError, StarError
 from tpimpi.star.channel import Channel
@@ -17,6 +18,9 @@ from tpimpi.star.heartbeat import DEFAULT_SILENCE_S, WAIT_FOR_HUB_REPORT_S, Hear
 from tpimpi.star.pieces import EAGER_BYTES
 from tpimpi.star.star import Star
 from tpimpi.system.launcher import all_on_this_host, launched_rank, launched_size, launcher_kind
+
+if TYPE_CHECKING:
+    from tpimpi.star.handshakes import Handshakes
 
 SEAL_OPTION = "--seal"
 SEALS = AUTO, ON, OFF = ("auto", "on", "off")
@@ -56,8 +60,12 @@ def connect(*, quiet: bool = False, seal: str = AUTO) -> Star:
     os.environ.setdefault("UCX_LOG_FILE", "stderr")  # of MPICH: else its warnings stand in the answer
     os.environ.update(OMPI_MCA_btl_tcp_eager_limit=str(EAGER_BYTES))  # the same on all hosts, or messages find no room
     sealed = launched_size() > 1 and (seal == ON or (seal == AUTO and not all_on_this_host()))  # or it is not known
-    if sealed:
-        import tpimpi.star.secure  # noqa: F401 - now, so that no rank keeps the others waiting for its first word
+    handshakes = None
+    if sealed:  # now, so that no rank keeps the others waiting for its first word
+        import tpimpi.star.secure  # noqa: F401
+        from tpimpi.star.handshakes import open_handshakes
+
+        handshakes = open_handshakes()
     with _report_slow_start(quiet=quiet):
         from mpi4py import MPI
 
@@ -79,8 +87,8 @@ def connect(*, quiet: bool = False, seal: str = AUTO) -> Star:
         star = Star(world.Clone())
         beats = world.Clone() if world.size > 1 and _has_thread_multiple() else None
     if star._channel is not None and star.rank.size > 1:
-        if sealed:
-            _seal(star)
+        if handshakes is not None:
+            _seal(star, handshakes)
         if beats is not None:
             star.threads = True
             channel = Channel(beats)
@@ -90,14 +98,14 @@ def connect(*, quiet: bool = False, seal: str = AUTO) -> Star:
     return star
 
 
-def _seal(star: Star) -> None:
+def _seal(star: Star, handshakes: Handshakes) -> None:
     """Seal the links. A rank that is not answered, or to which what comes makes no sense, says so, and ends the job: the
     others may wait for it."""
     from tpimpi.star.secure import seal_channel
 
     assert star._channel is not None
     try:
-        seal = seal_channel(star._channel)
+        seal = seal_channel(star._channel, handshakes)
         star.rank = replace(star.rank, host=seal.hosts[star.rank.index])  # as the others name this rank too
         star.set_rank_names(lambda rank: f"r{rank} {seal.hosts[rank]}")
     except StarError as error:
