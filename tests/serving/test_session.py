@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tpimpi.errors import InputError
+from tpimpi.serving import record_file
 from tpimpi.serving.sampling import make_sampler
 from tpimpi.serving.session import Session
 from tpimpi.serving.text.load import load_tokenizer
@@ -172,6 +173,17 @@ def test_a_file_that_is_something_else_is_never_written(tmp_path: Path, content:
     with pytest.raises(InputError, match="is there, and is no session; give the name of a new file, or of a session"):
         Session(str(path))
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_line_beyond_all_measure_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    """Nor taken for a last line that is not whole, and cut off."""
+    path, found = tmp_path / "s", FIRST + LINES[0] + "7" * 5000 + end
+    path.write_text(found)
+    monkeypatch.setattr(record_file, "MAX_LINE_BYTES", 5000)
+    with pytest.raises(InputError, match=f"{path} is broken in line 3, which has 5000 bytes or more; cut it off"):
+        Session(str(path))
+    assert path.read_text() == found
 
 
 def test_another_version_of_the_format(tmp_path: Path) -> None:

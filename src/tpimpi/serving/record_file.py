@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from tpimpi.errors import InputError, shorten, shorten_path
 from tpimpi.serving.sealed_lines import LineSeal, WrongPassphraseError
@@ -11,6 +12,7 @@ from tpimpi.system.line_file import LineFile
 
 MAX_LINE_SHOWN = 60  # characters of a broken line
 _MAX_FIRST_LINE_BYTES = 4096
+MAX_LINE_BYTES = 1 << 27  # twice what the longest request makes; twice as much memory is taken meanwhile
 
 
 class RecordFile:
@@ -58,7 +60,7 @@ class RecordFile:
             whole, number, line = 0, 0, first
             if self.passphrase is not None:
                 self.seal = self._open_seal(self.passphrase, first)
-                whole, number, line = len(first), 1, file.readline()
+                whole, number, line = len(first), 1, self._next(file, 2)
             while line.endswith(b"\n"):
                 number += 1
                 try:
@@ -68,8 +70,18 @@ class RecordFile:
                     remedy = "cut it off before that line, or give another file"
                     raise self.wrong(f" is broken in line {number}, {found!r}; {remedy}") from error
                 whole += len(line)
-                line = file.readline()
+                line = self._next(file, number + 1)
         return whole
+
+    def _next(self, file: BinaryIO, number: int) -> bytes:
+        """The next line, whole or not. Raises InputError for one that none of ours can be."""
+        line = file.readline(MAX_LINE_BYTES)
+        if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+            raise self.wrong(
+                f" is broken in line {number}, which has {MAX_LINE_BYTES} bytes or more; cut it off before that line, or "
+                "give another file"
+            )
+        return line
 
     def _check_what(self, first: bytes, *, alone: bool) -> None:
         """Raise InputError where a file that begins so is none of the wanted kind. `alone`: the line is whole, or nothing
