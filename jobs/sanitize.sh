@@ -38,4 +38,4 @@ run=(env LD_PRELOAD="$sanitizer" PYTHONMALLOC=malloc TPIMPI_CASES="'$folder/case
 }
 # Pytest would else swallow the report of a process that ends. Two at a time, as in jobs/test.sh.
 part "sanitize: tests" "${run[@]}" -m pytest -n 2 --capture=sys -p no:cacheprovider tests/compute/test_kernels.py tests/compute/test_native.py \
-  tests/compute/test_native_hostile.py
+  tests/compute/test_native_hostile.py tests/star/test_ciphers.py

@@ -21,7 +21,7 @@ from mpi4py import MPI
 
 from tpimpi.engine.ranks import gather_rank_infos
 from tpimpi.errors import TpimpiError
-from tpimpi.star import PARTIAL, Star, connect, secure
+from tpimpi.star import PARTIAL, Star, ciphers, connect, handshakes, secure
 from tpimpi.star.channel import HANDSHAKE, Channel
 from tpimpi.star.control import Note, gather_notes
 from tpimpi.star.seal import LinkSecrets
@@ -242,6 +242,19 @@ def names_in_one_home_folder() -> list[str]:
         platform.node = node
 
 
+def with_the_package() -> list[float]:
+    """Rank 1 finds no OpenSSL for the extension: what every rank gets of the one before it."""
+    use_keys("good")
+    if RANK == 1:
+        ciphers.native_cipher = handshakes.native_cipher = lambda: None  # type: ignore[assignment]
+    channel, got = Channel(MPI.COMM_WORLD.Clone()), np.zeros(3, np.float32)
+    seal_channel(channel)
+    sent = channel.send(np.full(3, RANK, np.float32), (RANK + 1) % channel.size, PARTIAL)
+    for pending in (channel.receive(got, (RANK - 1) % channel.size, PARTIAL), sent):
+        channel.wait(pending, time.monotonic() + 10)
+    return list(map(float, got))
+
+
 def long_handshake() -> str:
     """2 MiB before anybody has proved who he is: what rank 0 says."""
     channel = Channel(MPI.COMM_WORLD.Clone())
@@ -275,6 +288,7 @@ def main() -> None:
         said[f"keys: {kind}"] = keys_of(kind)
     said["one home folder"] = names_in_one_home_folder()
     said["long handshake"] = long_handshake()
+    said["package"] = with_the_package()
     for kind in ALTERATIONS:
         MPI.COMM_WORLD.Barrier()
         said[kind] = altered(star, kind)
