@@ -11,8 +11,7 @@ from tpimpi.star import ciphers
 
 
 def record_opened(path: Path) -> None:
-    """From now on; before anything has imported what makes ciphers. Of whom a message is, is not noted: it counts as rank
-    0's."""
+    """From now on, of ciphers that are made. Of whom a message is, is not noted: it counts as rank 0's."""
     make, log = ciphers.make_cipher, Log(path)
 
     def make_recorded(name: str, key: bytes, *, opens: bool) -> Any:

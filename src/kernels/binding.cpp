@@ -300,23 +300,28 @@ class Buffer {
 
   uint8_t* data() const { return static_cast<uint8_t*>(view_.buf); }
   int64_t size() const { return view_.len; }
+  bool apart(const Buffer& other) const {
+    return data() == other.data() || data() + size() <= other.data() || other.data() + other.size() <= data();
+  }
 
  private:
   Py_buffer view_;
 };
 
 // Both hold the GIL: a cipher is used by one thread at a time.
-void seal(LinkCipher& cipher, uint32_t tag, uint64_t number, nb::handle data, nb::handle frame) {
+void seal_message(LinkCipher& cipher, uint32_t tag, uint64_t number, nb::handle data, nb::handle frame) {
   const Buffer from(data, false), to(frame, true);
   check(!cipher.opens(), "this cipher opens messages");
   check(from.size() <= LinkCipher::kMostBytes && to.size() == from.size() + LinkCipher::kTagBytes, "frame has another size");
+  check(from.apart(to), "data and frame overlap");
   cipher.seal(tag, number, from.data(), from.size(), to.data());
 }
 
-bool open(LinkCipher& cipher, uint32_t tag, uint64_t number, nb::handle frame, nb::handle into) {
+bool open_message(LinkCipher& cipher, uint32_t tag, uint64_t number, nb::handle frame, nb::handle into) {
   const Buffer from(frame, false), to(into, true);
   check(cipher.opens(), "this cipher seals messages");
   check(to.size() <= LinkCipher::kMostBytes && from.size() == to.size() + LinkCipher::kTagBytes, "into has another size");
+  check(from.apart(to), "frame and into overlap");
   return cipher.open(tag, number, from.data(), to.size(), to.data());
 }
 
@@ -332,8 +337,8 @@ NB_MODULE(_native, m) {
              check(int64_t(key.size()) == LinkCipher::kKeyBytes, "key must have 32 bytes");
              new (self) LinkCipher(name, static_cast<const uint8_t*>(key.data()), opens);
            }, "name"_a, "key"_a, "opens"_a)
-      .def("seal", &seal, "tag"_a, "number"_a, "data"_a, "frame"_a)
-      .def("open", &open, "tag"_a, "number"_a, "frame"_a, "into"_a, "False where it is not what was sealed.");
+      .def("seal", &seal_message, "tag"_a, "number"_a, "data"_a, "frame"_a)
+      .def("open", &open_message, "tag"_a, "number"_a, "frame"_a, "into"_a, "False where it is not what was sealed.");
   nb::class_<Session>(m, "Session")
       .def("__init__", [](Session* self, const std::string& level, int threads) {
              check(threads >= 1, "threads must be 1 or more");

@@ -19,10 +19,11 @@ class LinkCipher {
 
   bool opens() const { return opens_; }
 
-  // Both: the nonce is the tag (4 bytes) and the number (8), little-endian.
+  // Both, of one that seals and of one that opens, with size at most kMostBytes: the nonce is the tag (4 bytes) and the number
+  // (8), little-endian. What is read and what is written begin at the same place, or do not overlap.
   // data [size] into frame [size + kTagBytes]. Throws std::runtime_error.
   void seal(uint32_t tag, uint64_t number, const uint8_t* data, int64_t size, uint8_t* frame);
-  // frame [size + kTagBytes] into `into` [size], also the frame's own beginning; false, and zeros, where it is not what was sealed.
+  // frame [size + kTagBytes] into `into` [size]; false, and zeros, where it is not what was sealed.
   bool open(uint32_t tag, uint64_t number, const uint8_t* frame, int64_t size, uint8_t* into);
 
  private:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tpimpi.errors import InputError
-from tpimpi.serving import record_file
+from tpimpi.serving import session as session_module
 from tpimpi.serving.sampling import make_sampler
 from tpimpi.serving.session import Session
 from tpimpi.serving.text.load import load_tokenizer
@@ -180,7 +180,7 @@ def test_a_line_beyond_all_measure_is_not_read(tmp_path: Path, monkeypatch: pyte
     """Nor taken for a last line that is not whole, and cut off."""
     path, found = tmp_path / "s", FIRST + LINES[0] + "7" * 5000 + end
     path.write_text(found)
-    monkeypatch.setattr(record_file, "MAX_LINE_BYTES", 5000)
+    monkeypatch.setattr(session_module, "MAX_LINE_BYTES", 5000)
     with pytest.raises(InputError, match=f"{path} is broken in line 3, which has 5000 bytes or more; cut it off"):
         Session(str(path))
     assert path.read_text() == found

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from tests.support.launch import PROGRAMS, Launcher
 from tpimpi.errors import StarError, UnsealError
+from tpimpi.star import ciphers
 from tpimpi.star import seal as seal_module
 from tpimpi.star.ciphers import AES, CHACHA
 from tpimpi.star.seal import LinkSecrets, Seal
@@ -73,7 +74,7 @@ def test_keys_are_those_of_hkdf() -> None:
     made: list[bytes] = []
     secrets = LinkSecrets(bytes(range(32)), bytes(range(32, 64)), bytes(range(64, 96)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(seal_module, "make_cipher", lambda name, key, opens: made.append(key))
+        patch.setattr(ciphers, "make_cipher", lambda name, key, opens: made.append(key))
         Seal(AES, {1: secrets}).derive("heartbeat")
     expected = [
         HKDF(SHA256(), 32, salt=secrets.hash, info=b"tpimpi AES-256-GCM " + communicator).derive(secret)

@@ -12,20 +12,22 @@ from tpimpi.system.line_file import LineFile
 
 MAX_LINE_SHOWN = 60  # characters of a broken line
 _MAX_FIRST_LINE_BYTES = 4096
-MAX_LINE_BYTES = 1 << 27  # twice what the longest request makes; twice as much memory is taken meanwhile
 
 
 class RecordFile:
     """The file, for one run at a time. Its first line says `what` it is; with a `passphrase` all others are sealed, and
-    without one this line is a record too. `option` and `key_option` gave the file and that of the passphrase."""
+    without one this line is a record too. `option` and `key_option` gave the file and that of the passphrase. None of
+    ours has a line of `max_line_bytes`."""
 
-    def __init__(self, given: str, what: str, option: str, key_option: str, passphrase: bytes | None) -> None:
+    def __init__(
+        self, given: str, what: str, option: str, key_option: str, passphrase: bytes | None, max_line_bytes: int
+    ) -> None:
         """Raises InputError for an empty name."""
         if not given:
             raise InputError(f"{option} is empty; give the name of a file")
         self.path, self.passphrase = Path(given), passphrase
         self.seal: LineSeal | None = None  # where there is a passphrase, and a first line
-        self._what, self._option, self._key_option = what, option, key_option
+        self._what, self._option, self._key_option, self._max_line_bytes = what, option, key_option, max_line_bytes
         self._file: LineFile | None = None
 
     def open(self, take: Callable[[bytes], None]) -> None:
@@ -75,12 +77,10 @@ class RecordFile:
 
     def _next(self, file: BinaryIO, number: int) -> bytes:
         """The next line, whole or not. Raises InputError for one that none of ours can be."""
-        line = file.readline(MAX_LINE_BYTES)
-        if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-            raise self.wrong(
-                f" is broken in line {number}, which has {MAX_LINE_BYTES} bytes or more; cut it off before that line, or "
-                "give another file"
-            )
+        line, most = file.readline(self._max_line_bytes), self._max_line_bytes
+        if len(line) == most and not line.endswith(b"\n"):
+            remedy = "cut it off before that line, or give another file"
+            raise self.wrong(f" is broken in line {number}, which has {most} bytes or more; {remedy}")
         return line
 
     def _check_what(self, first: bytes, *, alone: bool) -> None:

@@ -56,6 +56,9 @@ _FIRST_LINE_TYPES: dict[str, type | None] = {  # what it holds
 }
 
 
+MAX_LINE_BYTES = 1 << 25  # of the longest prompt with its ids, sealed, 17 MB
+
+
 class Session(Transcript):
     """A conversation in a file, which is locked; with a `passphrase` it is encrypted."""
 
@@ -64,7 +67,7 @@ class Session(Transcript):
 
         Raises InputError, having changed nothing, where it is no session or is in use."""
         super().__init__()
-        self._records = RecordFile(given, "session", option, "--session-key-file", passphrase)
+        self._records = RecordFile(given, "session", option, "--session-key-file", passphrase, MAX_LINE_BYTES)
         self._header: dict[str, Any] | None = None
         self._new_header: dict[str, Any] = {}  # a first line to be written
         self.keep_reasoning(False)

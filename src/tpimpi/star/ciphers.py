@@ -12,12 +12,12 @@ import struct
 from typing import TYPE_CHECKING, Protocol
 
 from tpimpi.compute.arrays import Bytes
+from tpimpi.system.link_keys import KEY_BYTES
 
 if TYPE_CHECKING:
     from tpimpi._native import LinkCipher
 
 AES, CHACHA = "AES-256-GCM", "ChaCha20-Poly1305"
-KEY_BYTES = 32
 _NONCE = struct.Struct("<IQ")  # tag, number
 
 
@@ -28,25 +28,25 @@ class Cipher(Protocol):
         """uint8 [n] into uint8 [n + SEAL_BYTES]."""
 
     def open(self, tag: int, number: int, frame: Bytes, into: Bytes, /) -> bool:
-        """uint8 [n + SEAL_BYTES] into uint8 [n], also the frame's own beginning; False where it is not what was sealed."""
+        """uint8 [n + SEAL_BYTES] into uint8 [n], also the frame's own beginning; False, and zeros, where it is not what was
+        sealed."""
 
 
 def make_cipher(name: str, key: bytes, *, opens: bool) -> Cipher:
     """`name` is AES or CHACHA; `key` has KEY_BYTES. It opens messages, or seals them."""
-    native = native_cipher()
+    native = native_cipher(name)
     return PackageCipher(name, key) if native is None else native(name, key, opens)
 
 
 @functools.cache
-def native_cipher() -> type[LinkCipher] | None:
-    """The extension's class, where there is an OpenSSL that it finds; else None."""
+def native_cipher(name: str) -> type[LinkCipher] | None:
+    """The extension's class, where it finds an OpenSSL that has this cipher; else None."""
     try:
-        import hashlib  # noqa: F401 - Python's own brings its OpenSSL along, in whatever folder that is
+        import hashlib  # noqa: F401 - where Python's is not linked into it, that loads its OpenSSL, in whatever folder that is
 
         from tpimpi._native import LinkCipher
 
-        for name in (AES, CHACHA):
-            LinkCipher(name, bytes(KEY_BYTES), False)
+        LinkCipher(name, bytes(KEY_BYTES), False)
     except (ImportError, RuntimeError):
         return None
     return LinkCipher
@@ -71,5 +71,6 @@ class PackageCipher:
         try:
             self._cipher.decrypt_into(_NONCE.pack(tag, number), memoryview(frame), None, memoryview(into))
         except self._wrong:
+            into[:] = 0
             return False
         return True

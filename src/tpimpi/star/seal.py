@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from tpimpi.compute.arrays import Bytes
 from tpimpi.errors import UnsealError
-from tpimpi.star.ciphers import make_cipher
+from tpimpi.star import ciphers
 from tpimpi.star.handshakes import Secrets
 
 TAGS = 1 << 14  # tags are below that (pieces.py)
@@ -47,12 +47,9 @@ class Seal:
         """`cipher` is AES or CHACHA; `secrets` by the other's rank; `communicator` names which of the run's it is; `hosts`
         are those whose keys the ranks have proved to have, in rank order."""
         self.cipher, self._secrets, self._communicator, self.hosts = cipher, dict(secrets), communicator, tuple(hosts)
-        self._to = {
-            peer: make_cipher(cipher, self._key(link.sent, link.hash), opens=False) for peer, link in secrets.items()
-        }
-        self._from = {
-            peer: make_cipher(cipher, self._key(link.received, link.hash), opens=True) for peer, link in secrets.items()
-        }
+        make, links = ciphers.make_cipher, secrets.items()
+        self._to = {peer: make(cipher, self._key(link.sent, link.hash), opens=False) for peer, link in links}
+        self._from = {peer: make(cipher, self._key(link.received, link.hash), opens=True) for peer, link in links}
         self._sent: dict[int, array[int]] = {}  # by peer: how many messages of each tag
         self._due: dict[int, array[int]] = {}
 

@@ -23,7 +23,7 @@ from tpimpi.serving.server import kept as kept_module
 from tpimpi.serving.server import wire
 from tpimpi.serving.server.bodies import BODY_DIGEST, Bodies
 from tpimpi.serving.server.front_options import FrontOptions
-from tpimpi.serving.server.journal import Begun, Held, Journal, Record, Replied
+from tpimpi.serving.server.journal import Begun, Held, Journal, Record, Replied, Reply
 from tpimpi.serving.server.kept import Kept, key_of
 from tpimpi.serving.server.link import RankLink
 from tpimpi.serving.server.problems import ApiError
@@ -214,6 +214,28 @@ def test_what_could_not_be_written_is_tried_again_though_nothing_comes(
         assert b"Done" in written(path)
 
     asyncio.run(use())
+
+
+def test_what_is_written_anew_can_be_read_again_however_long_an_answer_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer that is kept, or whose tokens come at once, is in lines of some replies each."""
+    monkeypatch.setattr(journal_module, "MAX_LINE_BYTES", 3000)
+    monkeypatch.setattr(journal_module, "MAX_REPLIES", 10)
+    replies: list[tuple[int, int, Reply]] = [(1, 0, wire.Part(1, "x" * 20, "", [number])) for number in range(95)]
+    path, found = tmp_path / "journal", list[Record]()
+    journal = Journal(str(path), PASSPHRASE.encode(), found.append, lambda: [Replied(replies)])
+
+    async def use() -> None:
+        for reply in replies:
+            journal.add(Replied([reply]))
+        journal.flush()
+
+    asyncio.run(use())
+    copy = tmp_path / "copy"
+    copy.write_bytes(path.read_bytes())
+    Journal(str(copy), PASSPHRASE.encode(), found.append, list)
+    assert [reply for record in found if isinstance(record, Replied) for reply in record.replies] == replies * 2
 
 
 def test_a_file_that_cannot_be_written_anew_is_refused_or_grows(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 
@@ -26,6 +26,8 @@ WRITE_AGAIN_S = 5.0  # after a disk that was full, say
 MAX_GROWN = 2.0  # times what was kept of it, until it is written anew; and where nothing is under way
 MAX_GROWN_IDLE = 1.25
 MIN_GROWN_BYTES, MIN_GROWN_IDLE_BYTES = 1 << 20, 1 << 16
+MAX_REPLIES = 2048  # in one line: of tokens with all their logprobs, 2 MB
+MAX_LINE_BYTES = 1 << 27  # twice what the longest request takes
 
 Reply = wire.Began | wire.Part | wire.Done
 
@@ -87,7 +89,7 @@ class Journal:
         """Read it, or make it; `take` gets each record that is there, and raises KeyError or ValueError for one that cannot
         follow those before it. `everything` gives what stands in a file that is written anew, as it is here at once. Raises
         InputError where it cannot be used."""
-        self._file = RecordFile(given, "journal", OPTION, KEY_OPTION, passphrase)
+        self._file = RecordFile(given, "journal", OPTION, KEY_OPTION, passphrase, MAX_LINE_BYTES)
         self._file.open(lambda line: take(_decode(line)))
         self._file.make_key()
         self._pending: list[Record] = []
@@ -118,7 +120,7 @@ class Journal:
     def flush(self) -> None:
         """Write what is not written yet. What cannot be written is said once, and tried again later."""
         self._stop_timer()
-        lines = b"".join(msgspec.json.encode(record) + b"\n" for record in self._pending)
+        lines = b"".join(_lines(self._pending))
         self._pending = []
         if self._failed_at is not None:
             self.try_again()
@@ -150,7 +152,7 @@ class Journal:
             self._failed_at = None
 
     def _replace(self) -> None:
-        self._file.replace(b"".join(msgspec.json.encode(record) + b"\n" for record in self._everything()))
+        self._file.replace(b"".join(_lines(self._everything())))
         self._kept_bytes = self._file.lines.whole
 
     def tidy(self, *, empty: bool) -> None:
@@ -176,3 +178,12 @@ class Journal:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _lines(records: Iterable[Record]) -> Iterator[bytes]:
+    for record in records:
+        if isinstance(record, Replied):  # of which a whole answer may be one
+            for first in range(0, len(record.replies), MAX_REPLIES):
+                yield msgspec.json.encode(Replied(record.replies[first : first + MAX_REPLIES])) + b"\n"
+        else:
+            yield msgspec.json.encode(record) + b"\n"
