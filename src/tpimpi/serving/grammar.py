@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from tpimpi.errors import shorten
+from tpimpi.serving.grammar_process import compile_lark, vocabulary_of
+from tpimpi.serving.grammar_trial import CostlyError, GrammarTrial
 from tpimpi.serving.sampling import Floats, Sampler, SamplingError
-from tpimpi.serving.schema_limits import schemas_in, too_costly, too_long
+from tpimpi.serving.schema_limits import is_plain, too_costly
 from tpimpi.serving.server.lark import json_rule, special_name
 from tpimpi.serving.server.wire import Grammar
 from tpimpi.serving.text.answer import AnswerStream
@@ -48,6 +51,8 @@ class Grammars:
         self._tokenizer = tokenizer
         # Whose, what, and compiled; copies of it are used.
         self._last: tuple[str, Grammar, llguidance.LLMatcher] | None = None
+        self._trial = GrammarTrial()
+        weakref.finalize(self, self._trial.close)  # at the end of this process, too
 
     def constrain(
         self, grammar: Grammar, sample: Sampler, stream: AnswerStream, start: int, owner: str = ""
@@ -61,26 +66,30 @@ class Grammars:
         raises it where the answer cannot go on by it.
         """
         if self._last is None or self._last[:2] != (owner, grammar):
-            self._last = (owner, grammar, self._compile(grammar))
+            self._last = (owner, grammar, self._compile(grammar, owner))
         matcher = self._last[2].deep_copy()
         return _Constrained(matcher, self._ends, sample, None if grammar.whole else stream, start)
 
-    def _compile(self, grammar: Grammar) -> llguidance.LLMatcher:
+    def _compile(self, grammar: Grammar, owner: str) -> llguidance.LLMatcher:
+        """What is not plain is tried in a process of its own first; where there can be none, only what its shape makes
+        likely to be harmless is compiled."""
         size = len(grammar.text.encode("utf-8", "replace"))
         if size > MAX_BYTES:
             raise GrammarError(f"the {_name(grammar)} has {size} bytes, at most {MAX_BYTES} are taken; make it smaller")
         text = _lark(grammar)
-        if (problem := _too_costly(grammar, text)) is not None:
-            raise GrammarError(f"the {_name(grammar)} is too costly: {problem}")
         vocabulary = self._vocabulary
-        import llguidance
-
-        limits = llguidance.LLParserLimits(verbose_errors=False)
-        matcher = llguidance.LLMatcher(
-            vocabulary, llguidance.LLMatcher.grammar_from_lark(text), log_level=0, limits=limits
-        )
-        if not matcher.is_error():
-            matcher.compute_bitmask()  # what is too complex for a first token is refused before the answer begins
+        try:
+            if not is_plain(grammar.kind, grammar.text):
+                error = self._trial.problem(text, self._names, owner)
+                if error is None and (likely := too_costly(grammar.kind, grammar.text)) is not None:
+                    raise CostlyError(likely)
+                if error:
+                    raise GrammarError(f"the {_name(grammar)} cannot be used: {_reason(error)}")
+        except RecursionError:
+            raise GrammarError(f"the {_name(grammar)} is nested too deep; make it flatter") from None
+        except CostlyError as error:
+            raise GrammarError(f"the {_name(grammar)} is too costly: {error}") from error
+        matcher = compile_lark(vocabulary, text)
         if matcher.is_error():
             raise GrammarError(f"the {_name(grammar)} cannot be used: {_reason(matcher.get_error())}")
         if matcher.is_stopped() and not matcher.is_accepting():
@@ -95,7 +104,7 @@ class Grammars:
     def _vocabulary(self) -> llguidance.LLTokenizer:
         """The bytes of every token; of those that are no text, the name: `<|python_tag|>`, `<|[TOOL_CALLS]|>`."""
         try:
-            import llguidance
+            import llguidance  # noqa: F401
         except ImportError as error:
             raise GrammarError(
                 "answers with a grammar need the package llguidance; run: pip install llguidance"
@@ -109,23 +118,13 @@ class Grammars:
         textless = [token_id for token_id, piece in enumerate(pieces) if not piece or token_id in tokenizer.end_ids]
         for token_id in textless:
             pieces[token_id] = special_name(names.get(token_id, f"token {token_id}")).encode("utf-8")
-        ends = sorted(tokenizer.end_ids)
-        told = _Pieces(ends[0], tokenizer.bos_id, pieces, textless)
-        wrapper: Any = llguidance.TokenizerWrapper(told)
-        found = llguidance.LLTokenizer(wrapper, n_vocab=len(pieces), eos_token=ends)
-        told.tokens = wrapper.tokens = []  # which it has copied
-        return found
+        return vocabulary_of(pieces, textless, sorted(tokenizer.end_ids), tokenizer.bos_id)
 
-
-class _Pieces:
-    """What llguidance is told of a vocabulary."""
-
-    def __init__(self, eos: int, bos: int | None, pieces: list[bytes], special: list[int]) -> None:
-        self.eos_token_id, self.bos_token_id, self.tokens, self.special_token_ids = eos, bos, pieces, special
-
-    def __call__(self, text: bytes) -> list[int]:
-        """The tokens of a text, which nothing asks for (see `_OPTIONS`)."""
-        return []
+    @cached_property
+    def _names(self) -> list[str]:
+        """Of control tokens, as grammars have them."""
+        assert isinstance(self._tokenizer, Tokenizer)
+        return sorted({special_name(name) for name in self._tokenizer.control_names.values()})
 
 
 class _Constrained:
@@ -198,16 +197,6 @@ def _lark(grammar: Grammar) -> str:
     if not isinstance(schema, dict):
         raise GrammarError(f"the JSON schema is a {type(schema).__name__}, must be an object")
     return f"start: {json_rule(schema)}\n{_OPTIONS}"
-
-
-def _too_costly(grammar: Grammar, lark: str) -> str | None:
-    """Why the grammar, which is `lark` in Lark, is not compiled; None where it may be."""
-    if grammar.kind == "regex":
-        return too_long(len(grammar.text))
-    try:
-        return too_costly(schemas_in(lark))
-    except RecursionError:
-        return "it is nested too deep; make it flatter"
 
 
 def _name(grammar: Grammar) -> str:

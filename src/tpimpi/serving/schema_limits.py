@@ -1,22 +1,32 @@
-"""What a JSON schema may ask of llguidance, beside its size: some short schemas take it minutes, or all memory.
+"""What a grammar's shape tells of what llguidance takes to compile it: which are plain, so that they take little for sure;
+and, where none can be tried (see grammar_trial), which are likely to take minutes, or all memory.
 
-Measured with llguidance 1.9.1: a pattern of n optional letters, "^x" + "a?" * n + "y$" with a maxLength, takes memory by the
-square of n (8000: 128 MB, 0.5 s; 60000: 6.9 GB, 30 s); numbers that are multiples of m take a state for each remainder
-(99991: 51 MB, 0.5 s), and of two m together one for each of their least common multiple (9973 and 9967: minutes); what is
-required beside alternatives is copied into each (8000 names and 15000 values: all memory), and compared with each of
-patternProperties (1000 with 200: 4 s).
+Measured with llguidance 1.9.1 on a desktop. Of a pattern of n optional letters memory goes by the square of n ("a?" * n with
+a maxLength: 8000 128 MB, 60000 6.9 GB); several patterns for one text multiply (20 of ".*a.{9}b": 27 s, 2.3 GB); numbers
+that are multiples of m take a state for each remainder (999983: 7 s, 340 MB), and of two m together one for each of their
+least common multiple (9973 and 9967: minutes), but few where it is made of small primes (3600000: 0.1 s). What is required
+beside alternatives is copied into each (1500 names and 2500 empty alternatives: 1.8 s, 330 MB), and patternProperties are
+compared with each other (400: 6 s and more). Without these, 16 KiB of a schema took 0.3 s and 30 MB at most, whatever stood
+in it: for bounds of lengths, numbers and lists, formats, $ref and products of alternatives llguidance has limits of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
-from json import JSONDecoder
 from typing import Any
 
+# Plain grammars
+PLAIN_BYTES = 1 << 14
+PLAIN_REGEX_CHARACTERS = 256
+PLAIN_COPIES = 50_000  # of fields into alternatives, see MAX_COPIES
+_MULTIPLYING = frozenset(("pattern", "patternProperties", "multipleOf", "x-guidance"))
+
+# Where none can be tried
 MAX_PATTERN_CHARACTERS = 1 << 13  # of one pattern; of several the root of the sum of their squares
 MAX_MULTIPLE = 100_000  # of what multipleOf says, as a whole number of its last decimal place; see _multiple
 MAX_COPIES = 5_000_000  # of fields into alternatives: all fields, times all alternatives and references
@@ -27,19 +37,35 @@ _ALTERNATIVES = ("anyOf", "oneOf", "allOf", "enum")
 _MERGED = ("anyOf", "oneOf", "allOf", "$ref")  # by these a value is to follow several schemas
 
 
-def too_costly(schemas: Iterable[Any]) -> str | None:
-    """Why these schemas of one grammar, as JSON is read, are not compiled; None where they may be."""
+def is_plain(kind: str, text: str) -> bool:
+    """Whether this grammar is small, and has nothing that may multiply. Raises RecursionError."""
+    if kind == "regex":
+        return len(text) <= PLAIN_REGEX_CHARACTERS and "{" not in text
+    if len(text) > PLAIN_BYTES:
+        return False
+    schemas, rest = _schemas_of(kind, text)
     parts = list(_objects(schemas))
-    patterns, named, fields, alternatives = list[int](), 0, 0, 0
+    fields, alternatives = _counts(parts)
+    return (
+        fields * alternatives <= PLAIN_COPIES
+        and not any(_MULTIPLYING & part.keys() for part in parts)
+        and re.search(r"\{\d", rest) is None  # a counted repetition
+    )
+
+
+def too_costly(kind: str, text: str) -> str | None:
+    """Why this grammar is not compiled where it cannot be tried before; None where it may be. Raises RecursionError."""
+    if kind == "regex":
+        return _too_long(len(text))
+    parts = list(_objects(_schemas_of(kind, text)[0]))
+    patterns, named = list[int](), 0
     for part in parts:
         if isinstance(pattern := part.get("pattern"), str):
             patterns.append(len(pattern))
         if isinstance(by_pattern := part.get("patternProperties"), dict):
             patterns += map(len, by_pattern)
             named += len(by_pattern)
-        fields += sum(len(part[name]) for name in _FIELDS if isinstance(part.get(name), (list, dict)))
-        alternatives += sum(len(part[name]) for name in _ALTERNATIVES if isinstance(part.get(name), list))
-        alternatives += "$ref" in part
+    fields, alternatives = _counts(parts)
     if fields * alternatives > MAX_COPIES:
         return f"{fields} fields may be copied into {alternatives} alternatives; leave some out"
     if sum(patterns) * alternatives > MAX_TRIED:
@@ -48,7 +74,14 @@ def too_costly(schemas: Iterable[Any]) -> str | None:
         return f"{named} patternProperties are compared with {fields} fields and with each other; leave some out"
     if _multiple(parts) > MAX_MULTIPLE:
         return f"its multipleOf, or their least common multiple, are over {MAX_MULTIPLE}; leave some out"
-    return too_long(math.isqrt(sum(length**2 for length in patterns)))
+    return _too_long(math.isqrt(sum(length**2 for length in patterns)))
+
+
+def _counts(parts: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """Of all fields, and of all alternatives and references, that these have."""
+    fields = sum(len(part[name]) for part in parts for name in _FIELDS if isinstance(part.get(name), (list, dict)))
+    listed = sum(len(part[name]) for part in parts for name in _ALTERNATIVES if isinstance(part.get(name), list))
+    return fields, listed + sum("$ref" in part for part in parts)
 
 
 def _multiple(parts: Sequence[dict[str, Any]]) -> int:
@@ -62,18 +95,26 @@ def _multiple(parts: Sequence[dict[str, Any]]) -> int:
     return max((int(one.scaleb(place)) for one, place in zip(digits, places, strict=True)), default=1)
 
 
-def too_long(characters: int) -> str | None:
+def _too_long(characters: int) -> str | None:
     """Why regular expressions of so many characters are not compiled; None where they may be."""
     if characters <= MAX_PATTERN_CHARACTERS:
         return None
     return f"its patterns have {characters} characters, at most {MAX_PATTERN_CHARACTERS} are taken; make them shorter"
 
 
-def schemas_in(lark: str) -> Iterator[Any]:
-    """The JSON schemas in a grammar in llguidance's Lark, and what looks like one within a text. Raises RecursionError."""
-    for found in re.finditer("%json ", lark):
+def _schemas_of(kind: str, text: str) -> tuple[list[Any], str]:
+    """The JSON schemas of a grammar, as JSON is read, and the rest of its text: in llguidance's Lark also what looks like a
+    schema within a text. Raises RecursionError."""
+    if kind == "json_schema":
+        return [json.loads(text)], ""
+    schemas, rest, end = list[Any](), "", 0
+    for found in re.finditer("%json ", text):
         with contextlib.suppress(ValueError):  # within a text: ours are JSON
-            yield JSONDecoder().raw_decode(lark, found.end())[0]
+            schema, behind = json.JSONDecoder().raw_decode(text, found.end())
+            schemas.append(schema)
+            rest += text[end : found.start()]
+            end = max(end, behind)
+    return schemas, rest + text[end:]
 
 
 def _objects(values: Iterable[Any]) -> Iterator[dict[str, Any]]:
