@@ -67,8 +67,8 @@ def compile_lark(vocabulary: llguidance.LLTokenizer, lark: str) -> llguidance.LL
 @lru_cache(maxsize=1)
 def _small_vocabulary(names: tuple[str, ...]) -> llguidance.LLTokenizer:
     """One over which a grammar takes as much as over a model's: what llguidance computes ahead over all tokens it bounds by
-    its own limits, which single bytes do not reach, but pairs of characters and numbers do. Measured over all that
-    `tests/serving/test_grammar.py` compiles, and the 128256 tokens of Llama 3.1: the same memory to 2 MB, the same time."""
+    its own limits, which single bytes do not reach, but pairs of characters and numbers do. Measured beside the 128256
+    tokens of Llama 3.1: of "a?" * 8000 149 MB with single bytes, 279 MB with these, 279 MB with Llama's."""
     pieces = [bytes([byte]) for byte in range(256)]
     pieces += [first + second for first, second in itertools.product(_PRINTABLE, repeat=2)]
     pieces += [f"{number:03}".encode() for number in range(1000)]
@@ -84,7 +84,7 @@ def problem_of(lark: str, names: tuple[str, ...]) -> str:
     except BaseException as raised:
         return grave(raised, "a grammar")
     # What another vocabulary may be right for is left to rank 0.
-    return error if "JSON schema" in error else ""
+    return error if "JSON schema" in error or error.startswith("panic: ") else ""
 
 
 def _answer(request: bytes) -> str:

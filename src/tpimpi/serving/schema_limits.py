@@ -4,10 +4,11 @@ and, where none can be tried (see grammar_trial), which are likely to take minut
 Measured with llguidance 1.9.1 on a desktop. Of a pattern of n optional letters memory goes by the square of n ("a?" * n with
 a maxLength: 8000 128 MB, 60000 6.9 GB); several patterns for one text multiply (20 of ".*a.{9}b": 27 s, 2.3 GB); numbers
 that are multiples of m take a state for each remainder (999983: 7 s, 340 MB), and of two m together one for each of their
-least common multiple (9973 and 9967: minutes), but few where it is made of small primes (3600000: 0.1 s). What is required
-beside alternatives is copied into each (1500 names and 2500 empty alternatives: 1.8 s, 330 MB), and patternProperties are
-compared with each other (400: 6 s and more). Without these, 16 KiB of a schema took 0.3 s and 30 MB at most, whatever stood
-in it: for bounds of lengths, numbers and lists, formats, $ref and products of alternatives llguidance has limits of its own.
+least common multiple (9973 and 9967: minutes), but few where it is made of small primes (3600000: 0.1 s). What stands beside
+alternatives is copied into each (1500 names and 2500 empty alternatives: 1.8 s, 330 MB), so that objects in objects double
+(12 with oneOf [{}, {}]: 210 MB, 20: all memory), and patternProperties are compared with each other (400: 6 s and more).
+Without these, of 10000 random schemas of up to 16 KiB none took over 0.07 s and 11 MB: for bounds of lengths, numbers and
+lists, formats and references llguidance has limits of its own.
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ from typing import Any
 # Plain grammars
 PLAIN_BYTES = 1 << 14
 PLAIN_REGEX_CHARACTERS = 256
-PLAIN_COPIES = 50_000  # of fields into alternatives, see MAX_COPIES
+PLAIN_COPIES = 10_000  # of fields into alternatives, see MAX_COPIES
 _MULTIPLYING = frozenset(("pattern", "patternProperties", "multipleOf", "x-guidance"))
+# What may stand beside anyOf or $ref, and has nothing to be merged with it.
+_REMARKS = frozenset(
+    "title description default examples deprecated readOnly writeOnly $defs definitions $schema $id $comment".split()
+)
 
 # Where none can be tried
 MAX_PATTERN_CHARACTERS = 1 << 13  # of one pattern; of several the root of the sum of their squares
@@ -48,7 +53,7 @@ def is_plain(kind: str, text: str) -> bool:
     fields, alternatives = _counts(parts)
     return (
         fields * alternatives <= PLAIN_COPIES
-        and not any(_MULTIPLYING & part.keys() for part in parts)
+        and not any(_MULTIPLYING & part.keys() or _is_merged(part) for part in parts)
         and re.search(r"\{\d", rest) is None  # a counted repetition
     )
 
@@ -75,6 +80,15 @@ def too_costly(kind: str, text: str) -> str | None:
     if _multiple(parts) > MAX_MULTIPLE:
         return f"its multipleOf, or their least common multiple, are over {MAX_MULTIPLE}; leave some out"
     return _too_long(math.isqrt(sum(length**2 for length in patterns)))
+
+
+def _is_merged(part: dict[str, Any]) -> bool:
+    """Whether a value is to follow several schemas here."""
+    merged = [name for name in _MERGED if name in part]
+    if not merged:
+        return False
+    several = part.keys() - _REMARKS - set(merged) or len(merged) > 1
+    return bool(several) or (merged == ["allOf"] and not (isinstance(part["allOf"], list) and len(part["allOf"]) < 2))
 
 
 def _counts(parts: Sequence[dict[str, Any]]) -> tuple[int, int]:
