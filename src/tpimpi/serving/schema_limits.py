@@ -25,10 +25,13 @@ from typing import Any
 PLAIN_BYTES = 1 << 14
 PLAIN_REGEX_CHARACTERS = 256
 PLAIN_COPIES = 10_000  # of fields into alternatives, see MAX_COPIES
-_MULTIPLYING = frozenset(("pattern", "patternProperties", "multipleOf", "x-guidance"))
+_MULTIPLYING = frozenset(("pattern", "patternProperties", "multipleOf"))
 # What may stand beside anyOf or $ref, and has nothing to be merged with it.
 _REMARKS = frozenset(
-    "title description default examples deprecated readOnly writeOnly $defs definitions $schema $id $comment".split()
+    (
+        *("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"),
+        *("$defs", "definitions", "$schema", "$id", "$comment"),
+    )
 )
 
 # Where none can be tried
