@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.hostile_requests import SCHEMAS
 from tests.support.tokenizer_cases import CHATML
 from tpimpi.serving import grammar_trial
 from tpimpi.serving.grammar import GrammarError, Grammars
@@ -73,19 +74,9 @@ def takes(grammars: Grammars, schema: Any, text: str) -> bool:
         return False
 
 
-def nested(levels: int, **beside: Any) -> dict[str, Any]:
-    schema: dict[str, Any] = {"type": "object", "properties": {"z": {}}}
-    for _ in range(levels):
-        schema = {"type": "object", "properties": {"a": schema}, **beside}
-    return schema
-
-
 EXPLODING: dict[str, Any] = {
-    "two steps": {"allOf": [{"type": "integer", "multipleOf": m} for m in (9973, 9967)]},
-    "objects in objects, with alternatives": nested(20, oneOf=[{}, {}]),
-    "patterns at once": {"allOf": [{"type": "string", "pattern": f".*{chr(97 + n)}.{{{n}}}b"} for n in range(20)]},
-    "names by patterns": {"patternProperties": {f"a{n}$": {} for n in range(400)}},
-    "fields of alternatives": {"required": [f"a{n}" for n in range(8000)], "enum": [{}] * 9000},
+    **{name: SCHEMAS[name] for name in ("two steps", "objects in objects", "patterns at once", "names by patterns")},
+    "fields of alternatives": SCHEMAS["fields of alternatives"],
     "optional letters": "a?" * 30000,
 }
 

@@ -166,6 +166,14 @@ def text(pattern: str) -> dict[str, Any]:
     return {"type": "string", "pattern": pattern}
 
 
+def nested(levels: int) -> dict[str, Any]:
+    """Objects in objects, which double where each has two alternatives."""
+    schema: dict[str, Any] = {"type": "object", "properties": {"z": {}}}
+    for _ in range(levels):
+        schema = {"type": "object", "properties": {"a": schema}, "oneOf": [{}, {}]}
+    return schema
+
+
 SCHEMAS: dict[str, Any] = {
     **{f"doubling {kind}": doubling(kind) for kind in ("anyOf", "allOf", "oneOf")},
     "deep": json.loads(deep(45, '{"type": "array", "items": ', "}").replace("1", '{"type": "integer"}')),
@@ -194,4 +202,8 @@ SCHEMAS: dict[str, Any] = {
     },
     "nothing": {"type": "integer", "minimum": 5, "maximum": 1},
     "a tiny step": {"type": "number", "multipleOf": 1e-300},
+    "objects in objects": nested(20),
+    "patterns at once": {"allOf": [text(f".*{chr(97 + n)}.{{{n}}}b") for n in range(20)]},
+    "names by patterns": {"patternProperties": {f"a{n}$": {} for n in range(400)}},
+    "fields of alternatives": {"required": [f"a{n}" for n in range(8000)], "enum": [{}] * 9000},
 }

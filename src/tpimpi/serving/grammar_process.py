@@ -9,6 +9,7 @@ else is wrong with it.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,13 @@ if TYPE_CHECKING:
     import llguidance
 
 MAX_BYTES = 400 << 20  # of one grammar: rank 0 keeps somewhat more of it, for a vocabulary of its own
-# llguidance's own is 200000: too few for a multiple of 1000000 where a token can be three digits.
-STEP_FUEL = 500_000
+# llguidance's own is 200000: too few for a multiple of 1000000 where a token can be three digits. Of hostile grammars a mask
+# takes up to 0.5 s with this.
+STEP_FUEL = 400_000
+# Of a number that goes on, each digit is many states: 200 digits of a multiple of 3600000 take 350 MB with llguidance's own
+# limit, which long texts with a maxLength need.
+MAX_STATES_OF_MULTIPLES = 50_000
+_LARGE_MULTIPLE = re.compile(r'"multipleOf": *[0-9.]{6}')
 _PRINTABLE = [bytes([byte]) for byte in range(0x20, 0x7F)]
 
 
@@ -54,7 +60,8 @@ def compile_lark(vocabulary: llguidance.LLTokenizer, lark: str) -> llguidance.LL
     """What is too complex for a first token is in error, too."""
     import llguidance
 
-    limits = llguidance.LLParserLimits(verbose_errors=False, step_lexer_fuel=STEP_FUEL)
+    states = MAX_STATES_OF_MULTIPLES if _LARGE_MULTIPLE.search(lark) else None
+    limits = llguidance.LLParserLimits(verbose_errors=False, step_lexer_fuel=STEP_FUEL, max_lexer_states=states)
     matcher = llguidance.LLMatcher(vocabulary, llguidance.LLMatcher.grammar_from_lark(lark), log_level=0, limits=limits)
     if not matcher.is_error():
         matcher.compute_bitmask()
