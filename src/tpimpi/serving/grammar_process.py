@@ -1,9 +1,9 @@
 """How grammars are compiled; and the process in which those that are not plain are compiled before rank 0 does it,
 `python -m tpimpi.serving.grammar_process`: some short ones take llguidance minutes, or all memory.
 
-A request (see system/trial) is MessagePack: a grammar in llguidance's Lark, the names of the model's control tokens, and
-seconds of a processor. The answer is text: why rank 0 is not to compile it; empty where it may, and may then say itself what
-else is wrong with it.
+A request (see system/helper_process) is MessagePack: a grammar in llguidance's Lark, the names of the model's control
+tokens, and seconds of a processor. The answer is text: why rank 0 is not to compile it; empty where it may, and may then say
+itself what else is wrong with it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from tpimpi.system.trial import grave, limit_cpu, limit_memory, serve
+from tpimpi.system.helper_process import grave, limit_cpu, limit_memory, serve
 
 if TYPE_CHECKING:
     import llguidance

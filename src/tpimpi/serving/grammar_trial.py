@@ -3,7 +3,6 @@ minutes, or all memory, takes them there, and the run says one line."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -11,7 +10,7 @@ import msgspec
 
 from tpimpi.errors import shorten
 from tpimpi.serving.grammar_process import MAX_BYTES
-from tpimpi.system.trial import MAX_REASON_CHARACTERS, EndedError, Trial
+from tpimpi.system.helper_process import MAX_REASON_CHARACTERS, EndedError, HelperProcess
 
 MAX_CPU_S = 4  # of a processor, for one grammar: rank 0 takes as long again
 MAX_WAIT_S = 20.0  # on a machine that does other things too
@@ -22,7 +21,7 @@ class CostlyError(Exception):
     """A grammar takes too much: one line of how, what is needed, and what to do."""
 
 
-class GrammarTrial(Trial):
+class GrammarTrial(HelperProcess):
     """A process in which grammars are tried, one after another, and what it has found."""
 
     def __init__(self) -> None:
@@ -36,6 +35,8 @@ class GrammarTrial(Trial):
         The same grammar is not tried again for the same owner; another would else learn from the time that somebody has
         it. Raises CostlyError.
         """
+        import hashlib  # with OpenSSL, 3 MB, which runs without such grammars do without
+
         key = hashlib.sha256(f"{owner}\0{lark}".encode("utf-8", "backslashreplace")).digest()
         found = self._found.get(key)
         if found is None:

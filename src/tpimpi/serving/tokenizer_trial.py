@@ -19,7 +19,7 @@ from tpimpi import __version__
 from tpimpi.errors import InputError, ModelError, TpimpiError, shorten, shorten_path
 from tpimpi.serving.text.checks import needing
 from tpimpi.serving.text.trial_process import MAX_CPU_S
-from tpimpi.system.trial import MAX_REASON_CHARACTERS, EndedError, Trial
+from tpimpi.system.helper_process import MAX_REASON_CHARACTERS, EndedError, HelperProcess
 from tpimpi.weights.locations import cache_folder
 
 FOLDER = "tokenizers"  # in the cache folder
@@ -66,7 +66,7 @@ def _seen(assets: Mapping[str, bytes], vocab: int) -> Path | None:
         return None
 
 
-class TokenizerTrial(Trial):
+class TokenizerTrial(HelperProcess):
     """A process in which tokenizers are tried, one after another; where one has ended it, the next gets another."""
 
     def __init__(self) -> None:

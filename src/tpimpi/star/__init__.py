@@ -11,8 +11,8 @@ as JSON), HANDSHAKE (before all others, where links are sealed: see `secure`), C
 clock in seconds; only where a run is traced), and BULK (tiles of slices, to the rank that needs them). Prompt, token ids
 and text are in none of them.
 
-`channel` has single messages and waiting, `seal` their encryption, `secure` and `noise` how its keys come about,
-`codec` the numbers on the wire, `pieces` how arrays are cut, `allreduce` the
+`channel` has single messages and waiting, `seal` and `ciphers` their encryption, `secure` how its keys come about (with
+`noise` and `handshakes` of tpimpi.system), `codec` the numbers on the wire, `pieces` how arrays are cut, `allreduce` the
 sums, `heartbeat` who is gone, `control` the notes, `star` what other packages use. mpi4py is imported only in this
 package, by `connect`, in a launched run; without mpirun a star of one rank needs no MPI.
 """

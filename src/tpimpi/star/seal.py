@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from tpimpi.compute.arrays import Bytes
 from tpimpi.errors import UnsealError
 from tpimpi.star import ciphers
-from tpimpi.star.handshakes import Secrets
+from tpimpi.system.handshakes import Secrets
 
 TAGS = 1 << 14  # tags are below that (pieces.py)
 

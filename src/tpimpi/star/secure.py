@@ -10,7 +10,6 @@ cipher, the hosts of all ranks, and which two ranks these are.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import time
@@ -24,10 +23,10 @@ from tpimpi import __version__
 from tpimpi.errors import InputError, StarError, TpimpiError, shorten
 from tpimpi.modules import without_module
 from tpimpi.star.channel import HANDSHAKE, Channel
-from tpimpi.star.ciphers import AES, CHACHA
-from tpimpi.star.handshakes import HandshakeError, Handshakes, Known, open_handshakes
+from tpimpi.star.ciphers import AES, CHACHA, native_cipher
 from tpimpi.star.seal import LinkSecrets, Seal
 from tpimpi.system.cpu import has_aes
+from tpimpi.system.handshakes import HandshakeError, Handshakes, Known, open_handshakes
 from tpimpi.system.launcher import launcher_kind
 from tpimpi.system.link_keys import MAKE_KEYS, MAKE_OWN_KEYS, REPLACE_KEYS, LinkKeys, key_file, read_keys
 
@@ -68,15 +67,18 @@ class _Told(msgspec.Struct, frozen=True):
 M = TypeVar("M", _Said, _Told)
 
 
-def seal_channel(channel: Channel, handshakes: Handshakes | None = None) -> Seal:
-    """Every rank calls it, before anything else is sent: shake hands with all others, and seal the channel. Closes
-    `handshakes`, which make them.
+def begin_handshakes() -> Handshakes:
+    """For `seal_channel`; before MPI begins, so that no rank keeps the others waiting for its first word. To be closed."""
+    return open_handshakes(own_process=None not in map(native_cipher, (AES, CHACHA)))
+
+
+def seal_channel(channel: Channel, handshakes: Handshakes) -> Seal:
+    """Every rank calls it, before anything else is sent: shake hands with all others, and seal the channel.
 
     Raises InputError where a host has no keys, keys of another home, or not the key of the host that it says it is: on rank
     0 with what to say; on the others too, which have nothing to say. Raises StarError where one does not answer.
     """
-    with contextlib.closing(handshakes or open_handshakes()) as opened:
-        channel.seal = (_seal_as_hub if channel.rank == 0 else _seal_as_other)(channel, opened)
+    channel.seal = (_seal_as_hub if channel.rank == 0 else _seal_as_other)(channel, handshakes)
     return channel.seal
 
 

@@ -20,7 +20,9 @@ from tpimpi.star.star import Star
 from tpimpi.system.launcher import all_on_this_host, launched_rank, launched_size, launcher_kind
 
 if TYPE_CHECKING:
-    from tpimpi.star.handshakes import Handshakes
+    from mpi4py import MPI
+
+    from tpimpi.system.handshakes import Handshakes
 
 SEAL_OPTION = "--seal"
 SEALS = AUTO, ON, OFF = ("auto", "on", "off")
@@ -60,42 +62,47 @@ def connect(*, quiet: bool = False, seal: str = AUTO) -> Star:
     os.environ.setdefault("UCX_LOG_FILE", "stderr")  # of MPICH: else its warnings stand in the answer
     os.environ.update(OMPI_MCA_btl_tcp_eager_limit=str(EAGER_BYTES))  # the same on all hosts, or messages find no room
     sealed = launched_size() > 1 and (seal == ON or (seal == AUTO and not all_on_this_host()))  # or it is not known
-    handshakes = None
-    if sealed:  # now, so that no rank keeps the others waiting for its first word
-        import tpimpi.star.secure  # noqa: F401
-        from tpimpi.star.handshakes import open_handshakes
+    with contextlib.ExitStack() as to_close:
+        handshakes = None
+        if sealed:
+            from tpimpi.star.secure import begin_handshakes
 
-        handshakes = open_handshakes()
-    with _report_slow_start(quiet=quiet):
-        from mpi4py import MPI
-
-        world = MPI.COMM_WORLD
-        wanted = launched_size()
-        if wanted != world.size:
-            library = MPI.Get_library_version().split(",")[0].split("\n")[0].strip()
-            if launcher_kind() == "Slurm":
-                raise InputError(
-                    f"srun started {wanted} ranks, but this process sees {world.size}: srun and the MPI library ({library}) "
-                    "do not find each other; type srun --mpi=pmix (or pmi2, as srun --mpi=list says), or mpirun in the job"
-                )
-            raise InputError(
-                f"mpirun started {wanted} ranks, but this process sees {world.size}: mpirun and the MPI library ({library}) "
-                "are of two kinds; use the mpirun of that library, or set MPI4PY_MPIABI=mpich (or openmpi) to change the "
-                "library"
-            )
-        # Communicators of our own, so that no other library's messages meet ours. These are the first messages.
-        star = Star(world.Clone())
-        beats = world.Clone() if world.size > 1 and _has_thread_multiple() else None
-    if star._channel is not None and star.rank.size > 1:
-        if handshakes is not None:
+            handshakes = to_close.enter_context(contextlib.closing(begin_handshakes()))
+        with _report_slow_start(quiet=quiet):
+            star, beats = _join_world()
+        if handshakes is not None and star.rank.size > 1:
             _seal(star, handshakes)
-        if beats is not None:
-            star.threads = True
-            channel = Channel(beats)
-            channel.seal = star._channel.seal.derive("heartbeat") if star._channel.seal else None
-            star.heartbeat = Heartbeat(channel, star.rank, DEFAULT_SILENCE_S, star._channel)
-            star.set_rank_names(star.heartbeat.name)
+    if beats is not None:
+        assert star._channel is not None
+        star.threads = True
+        channel = Channel(beats)
+        channel.seal = star._channel.seal.derive("heartbeat") if star._channel.seal else None
+        star.heartbeat = Heartbeat(channel, star.rank, DEFAULT_SILENCE_S, star._channel)
+        star.set_rank_names(star.heartbeat.name)
     return star
+
+
+def _join_world() -> tuple[Star, MPI.Intracomm | None]:
+    """Start MPI: the star, and a communicator for the heartbeat where there is to be one. Raises InputError."""
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    wanted = launched_size()
+    if wanted != world.size:
+        library = MPI.Get_library_version().split(",")[0].split("\n")[0].strip()
+        if launcher_kind() == "Slurm":
+            raise InputError(
+                f"srun started {wanted} ranks, but this process sees {world.size}: srun and the MPI library ({library}) "
+                "do not find each other; type srun --mpi=pmix (or pmi2, as srun --mpi=list says), or mpirun in the job"
+            )
+        raise InputError(
+            f"mpirun started {wanted} ranks, but this process sees {world.size}: mpirun and the MPI library ({library}) "
+            "are of two kinds; use the mpirun of that library, or set MPI4PY_MPIABI=mpich (or openmpi) to change the "
+            "library"
+        )
+    # Communicators of our own, so that no other library's messages meet ours. These are the first messages.
+    star = Star(world.Clone())
+    return star, world.Clone() if world.size > 1 and _has_thread_multiple() else None
 
 
 def _seal(star: Star, handshakes: Handshakes) -> None:

@@ -6,6 +6,7 @@ Rank 0 prints a line of JSON: what each rank said of each kind. FOLDER/KIND/RANK
 from __future__ import annotations
 
 import builtins
+import contextlib
 import json
 import os
 import platform
@@ -21,7 +22,7 @@ from mpi4py import MPI
 
 from tpimpi.engine.ranks import gather_rank_infos
 from tpimpi.errors import TpimpiError
-from tpimpi.star import PARTIAL, Star, ciphers, connect, handshakes, secure
+from tpimpi.star import PARTIAL, Star, ciphers, connect, secure
 from tpimpi.star.channel import HANDSHAKE, Channel
 from tpimpi.star.control import Note, gather_notes
 from tpimpi.star.seal import LinkSecrets
@@ -218,6 +219,14 @@ def altered(star: Star, kind: str) -> str:
     return "ok"
 
 
+def sealed_channel() -> Channel:
+    """Raises what `seal_channel` does."""
+    channel = Channel(MPI.COMM_WORLD.Clone())
+    with contextlib.closing(secure.begin_handshakes()) as handshakes:
+        seal_channel(channel, handshakes)
+    return channel
+
+
 def keys_of(kind: str) -> str:
     """A handshake with keys of that kind: what this rank says."""
     use_keys(kind)
@@ -225,7 +234,7 @@ def keys_of(kind: str) -> str:
     if kind == "forging" and RANK == 2:  # says nothing of what it finds wrong
         secure._Run.answer = lambda *_: (os.urandom(48).hex(), LinkSecrets(bytes(32), bytes(32), b""))  # type: ignore
     try:
-        return seal_channel(Channel(MPI.COMM_WORLD.Clone())).cipher
+        return sealed_channel().seal.cipher
     except TpimpiError as error:
         return f"{type(error).__name__} {error.exit_code}, {error.where}: {error}"
     finally:
@@ -237,7 +246,7 @@ def names_in_one_home_folder() -> list[str]:
     use_keys("one host")
     node, platform.node = platform.node, lambda: f"node-{min(RANK, 1)}"
     try:
-        return list(seal_channel(Channel(MPI.COMM_WORLD.Clone())).hosts)
+        return list(sealed_channel().seal.hosts)
     finally:
         platform.node = node
 
@@ -246,9 +255,8 @@ def with_the_package() -> list[float]:
     """Rank 1 finds no OpenSSL for the extension: what every rank gets of the one before it."""
     use_keys("good")
     if RANK == 1:
-        ciphers.native_cipher = handshakes.native_cipher = lambda: None  # type: ignore[assignment]
-    channel, got = Channel(MPI.COMM_WORLD.Clone()), np.zeros(3, np.float32)
-    seal_channel(channel)
+        ciphers.native_cipher = secure.native_cipher = lambda name: None  # type: ignore[assignment]
+    channel, got = sealed_channel(), np.zeros(3, np.float32)
     sent = channel.send(np.full(3, RANK, np.float32), (RANK + 1) % channel.size, PARTIAL)
     for pending in (channel.receive(got, (RANK - 1) % channel.size, PARTIAL), sent):
         channel.wait(pending, time.monotonic() + 10)

@@ -1,7 +1,8 @@
 """The process in which tokenizers are tried, `python -m tpimpi.serving.text.trial_process`: what ends it ends no run.
 
-A request (see system/trial) is MessagePack: assets as in `load`, and the rows of the model's embedding table. The answer
-is text: why a run is not to load that tokenizer; empty where it may, and may then say itself what else is wrong with it.
+A request (see system/helper_process) is MessagePack: assets as in `load`, and the rows of the model's embedding table. The
+answer is text: why a run is not to load that tokenizer; empty where it may, and may then say itself what else is wrong with
+it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from tpimpi.errors import ModelError
 from tpimpi.serving.text.load import load_tokenizer
 from tpimpi.serving.text.token_ids import TokenIds
 from tpimpi.serving.text.tokenizer import Tokenizer
-from tpimpi.system.trial import grave, limit_cpu, limit_memory, serve
+from tpimpi.system.helper_process import grave, limit_cpu, limit_memory, serve
 
 MAX_CPU_S = 60  # of one tokenizer: those of 30 MB take 2 s on a desktop
 # The tokenizers that were seen take up to 20 times the size of their files.

@@ -1,9 +1,10 @@
-"""Trials: what may end a whole process, or take all memory, is first done in a process that is there for it.
+"""Processes that are there for one thing: to try what may end a whole process or take all memory, or to hold what is needed
+for a moment.
 
-`Trial` is the side of the run: it starts the process, asks, and tells how the process ended where it did. `serve` is the
-other side, the main function of that process. They speak over pipes: a length (8 bytes, little-endian), and so many bytes;
-an empty answer, before any request, says that the process has begun. It ends where its standard input does, so it outlives
-nobody; one that is asked nothing for a while ends by itself.
+`HelperProcess` is the side of the run: it starts the process, asks, and tells how the process ended where it did. `serve` is
+the other side, the main function of that process. They speak over pipes: a length (8 bytes, little-endian), and so many
+bytes; an empty answer, before any request, says that the process has begun. It ends where its standard input does, so it
+outlives nobody; one that is asked nothing for a while ends by itself.
 """
 
 from __future__ import annotations
@@ -51,14 +52,18 @@ class EndedError(Exception):
         self.from_outside, self.busy = from_outside, busy
 
 
-class Trial:
-    """A process in which one thing after another is tried; where one has ended it, the next gets another."""
+class HelperProcess:
+    """A process that does one thing after another; where one has ended it, the next gets another."""
 
     def __init__(self, module: str) -> None:
         """`module` is the one whose main function is `serve`."""
         self._module = module
         self._process: subprocess.Popen[bytes] | None = None
         self._said = b""  # the end of what it has written to standard error for this request
+
+    def start(self, max_wait_s: float) -> bool:
+        """As `say` does where there is none yet. Returns False where there can be no such process."""
+        return (self._process or self._start(max_wait_s)) is not None
 
     def say(self, request: bytes, max_wait_s: float) -> bool:
         """Give it a request; returns False where there can be no such process. `hear` has to follow."""
@@ -79,7 +84,7 @@ class Trial:
             self.close()  # it had nothing to do for so long that it has ended
         return False
 
-    def hear(self, *, max_cpu_s: int, max_wait_s: float) -> bytes:
+    def hear(self, *, max_wait_s: float, max_cpu_s: int = 0) -> bytes:
         """Its answer. `max_cpu_s` is what it was given of a processor, for the message. Raises EndedError."""
         process = self._process
         assert process is not None

@@ -1,34 +1,30 @@
-"""A rank's handshakes with the others (see noise), made in a process that exits: `python -m tpimpi.star.handshake_process`.
+"""A rank's handshakes with the others (see noise), made in a process that exits.
 
-What they need, the package cryptography, takes 9 MB, which a rank would hold as long as it runs. The process gets keys and
-messages over its standard input, and answers over its standard output, a line of JSON each. Where there can be none, or
-where the package is needed anyway (see ciphers), the rank makes its handshakes itself.
+What they need, the package cryptography, takes 9 MB, which a rank would hold as long as it runs; the process has 30 MB, for
+a moment. It gets keys and messages over its standard input.
 """
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
-import sys
 from dataclasses import dataclass
 from typing import Protocol
 
 from tpimpi.errors import StarError
 from tpimpi.modules import without_module
-from tpimpi.star.ciphers import native_cipher
-from tpimpi.system.launcher import environment_without_launcher
+from tpimpi.system.helper_process import EndedError, HelperProcess
 
 with without_module("typing_extensions"):
     import msgspec
 
-END_TIMEOUT_S = 5.0  # after its input was closed
+START_WAIT_S = 60.0  # on a machine whose disk is slow, or which does other things too
+ANSWER_WAIT_S = 5.0  # which takes a millisecond
 
 
 class HandshakeError(Exception):
     """The other side has not the key that it should have, or its message was changed on its way."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Secrets:
     """What both sides share after the handshake: 32 bytes for what the initiator sends, 32 for what the responder sends, and
     the hash of the handshake."""
@@ -38,7 +34,7 @@ class Secrets:
     hash: bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Known:
     """What a side knows before: its own private key, the other's public one, 32 bytes each, and what both must have
     understood alike."""
@@ -80,31 +76,29 @@ class Answered(msgspec.Struct, frozen=True):
     wrong: bool = False
 
 
-def open_handshakes() -> Handshakes:
-    """Begin: as early as possible, as a process takes a while to start."""
-    if native_cipher() is not None:
-        with contextlib.suppress(OSError):
-            return HandshakeProcess()
-    from tpimpi.star.noise import NoiseHandshakes
+def open_handshakes(*, own_process: bool) -> Handshakes:
+    """Made in a process of their own, which has begun; or in this one, where that is wanted, or there can be none."""
+    if own_process:
+        process = HandshakeProcess()
+        if process.start():
+            return process
+    from tpimpi.system.noise import NoiseHandshakes
 
     return NoiseHandshakes()
 
 
 class HandshakeProcess:
-    """Handshakes that a process of their own makes. Raises OSError where it cannot be started."""
+    """Handshakes that a process of their own makes. All raise StarError where that has ended."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            # -P: the current folder may be that of a model, and has no say in what is imported.
-            [sys.executable, "-P", "-m", "tpimpi.star.handshake_process"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment_without_launcher(),
-            start_new_session=True,  # the signals of launcher and terminal are for the rank
-        )
+        self._process = HelperProcess("tpimpi.system.handshake_process")
+
+    def start(self) -> bool:
+        """Returns False where there can be none."""
+        return self._process.start(START_WAIT_S)
 
     def begin(self, other: int, known: Known) -> bytes:
-        """See Handshakes; so are those below. Raises StarError where the process has ended."""
+        """See Handshakes; so are those below."""
         return self._ask(Asked(other, known)).message
 
     def finish(self, other: int, message: bytes) -> Secrets:
@@ -117,28 +111,20 @@ class HandshakeProcess:
         return answered.message, _secrets(answered)
 
     def close(self) -> None:
-        """End the process, which has nothing that is worth waiting for."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            with contextlib.suppress(OSError):
-                pipe.close()
-        try:
-            self._process.wait(END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        """End it."""
+        self._process.close()
 
     def _ask(self, asked: Asked) -> Answered:
-        assert self._process.stdin is not None and self._process.stdout is not None
         try:
-            self._process.stdin.write(msgspec.json.encode(asked) + b"\n")
-            self._process.stdin.flush()
-            answered = msgspec.json.decode(self._process.stdout.readline(), type=Answered)
-        except (OSError, msgspec.MsgspecError) as error:
+            if not self._process.say(msgspec.json.encode(asked), START_WAIT_S):
+                raise EndedError("could not be started")
+            answer = self._process.hear(max_wait_s=ANSWER_WAIT_S)
+        except EndedError as error:
             raise StarError(
-                "the process that makes this rank's handshakes has ended; see what is said above, and whether there is "
-                "memory for it"
+                f"the process that makes this rank's handshakes {error}; see whether this machine has memory for it, and "
+                "start again"
             ) from error
+        answered = msgspec.json.decode(answer, type=Answered)
         if answered.wrong:
             raise HandshakeError
         return answered

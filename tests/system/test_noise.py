@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import signal
+import sys
 
 import msgspec
 import pytest
@@ -11,9 +12,10 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from noise.connection import Keypair, NoiseConnection
 
 from tpimpi.errors import StarError
-from tpimpi.star.handshake_process import answer_all
-from tpimpi.star.handshakes import Answered, Asked, HandshakeError, HandshakeProcess, Known, Secrets
-from tpimpi.star.noise import MESSAGE_BYTES, PROTOCOL, Handshake, NoiseHandshakes
+from tpimpi.system import handshakes
+from tpimpi.system.handshake_process import answers
+from tpimpi.system.handshakes import Answered, Asked, HandshakeError, HandshakeProcess, Known, Secrets, open_handshakes
+from tpimpi.system.noise import MESSAGE_BYTES, PROTOCOL, Handshake, NoiseHandshakes
 
 PROLOGUE = b"who, and where"
 
@@ -117,10 +119,10 @@ def test_what_is_no_handshake_is_refused(message: bytes) -> None:
 def test_a_process_makes_the_same_handshakes() -> None:
     (ours, our_public), (theirs, their_public) = _keys(), _keys()
     here, there = Known(ours, their_public, PROLOGUE), Known(theirs, our_public, PROLOGUE)
-    asked, answered = io.BytesIO(msgspec.json.encode(Asked(1, here)) + b"\n"), io.BytesIO()
-    answer_all(asked, answered)
-    assert len(msgspec.json.decode(answered.getvalue(), type=Answered).message) == MESSAGE_BYTES
-    with contextlib.closing(HandshakeProcess()) as process:
+    answered = answers()(msgspec.json.encode(Asked(1, here)))
+    assert len(msgspec.json.decode(answered, type=Answered).message) == MESSAGE_BYTES
+    with contextlib.closing(open_handshakes(own_process=True)) as process:
+        assert isinstance(process, HandshakeProcess)
         answer, secrets = NoiseHandshakes().answer(there, process.begin(1, here))
         changed = bytes([answer[0] ^ 1, *answer[1:]])
         with pytest.raises(HandshakeError):
@@ -133,8 +135,38 @@ def test_a_process_makes_the_same_handshakes() -> None:
             process.answer(here, first[:-1])
         answer, secrets = process.answer(here, first)
         assert begun.finish(0, answer) == secrets
-        ended = process._process
+        ended = process._process._process
+        assert ended is not None
         ended.kill()
-        with pytest.raises(StarError, match="handshakes has ended"):
+        with pytest.raises(
+            StarError, match=r"^the process that makes this rank's handshakes was ended by SIGKILL; see"
+        ):
             process.begin(1, here)
     assert ended.returncode is not None
+
+
+def test_keys_are_in_no_message_of_an_error() -> None:
+    key = bytes(range(65, 65 + 32))
+    for holds in (
+        Known(key, key, b""),
+        Secrets(key, key, key),
+        Asked(1, Known(key, key, b"")),
+        Answered(b"", Secrets(key, key, key)),
+    ):
+        assert "ABCDEF" not in repr(holds)
+
+
+@pytest.mark.parametrize("program", ["/nonexistent", "/bin/false", "/bin/true"])
+def test_a_rank_makes_them_itself_where_no_process_begins(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", program)
+    assert isinstance(open_handshakes(own_process=True), NoiseHandshakes)
+
+
+def test_a_process_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handshakes, "ANSWER_WAIT_S", 0.2)
+    (ours, _), (_, their_public) = _keys(), _keys()
+    with contextlib.closing(open_handshakes(own_process=True)) as process:
+        assert isinstance(process, HandshakeProcess) and process._process._process is not None
+        process._process._process.send_signal(signal.SIGSTOP)
+        with pytest.raises(StarError, match="handshakes took more than 0 s"):
+            process.begin(1, Known(ours, their_public, PROLOGUE))

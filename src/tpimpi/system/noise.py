@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256, Hash
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from tpimpi.star.ciphers import KEY_BYTES
-from tpimpi.star.handshakes import HandshakeError, Known, Secrets
+from tpimpi.system.handshakes import HandshakeError, Known, Secrets
+from tpimpi.system.link_keys import KEY_BYTES
 
 PROTOCOL = b"Noise_KK_25519_ChaChaPoly_SHA256"
 MESSAGE_BYTES = KEY_BYTES + 16  # of each of the two: an ephemeral key, and the tag of an empty payload
