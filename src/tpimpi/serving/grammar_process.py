@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import llguidance
 
 MAX_BYTES = 400 << 20  # of one grammar: rank 0 keeps somewhat more of it, for a vocabulary of its own
+MAX_ERROR_CHARACTERS = 2000
 # llguidance's own is 200000: too few for a multiple of 1000000 where a token can be three digits. Of hostile grammars a mask
 # takes up to 0.5 s with this.
 STEP_FUEL = 400_000
@@ -91,7 +92,7 @@ def problem_of(lark: str, names: tuple[str, ...]) -> str:
     except BaseException as raised:
         return grave(raised, "a grammar")
     # What another vocabulary may be right for is left to rank 0.
-    return error if "JSON schema" in error or error.startswith("panic: ") else ""
+    return error[:MAX_ERROR_CHARACTERS] if "JSON schema" in error or error.startswith("panic: ") else ""
 
 
 def _answer(request: bytes) -> str:
