@@ -17,8 +17,10 @@ from tests.support.hostile_requests import SCHEMAS
 from tests.support.tokenizer_cases import CHATML
 from tpimpi.serving import grammar_trial
 from tpimpi.serving.grammar import GrammarError, Grammars
+from tpimpi.serving.grammar_process import _small_vocabulary, compile_lark
 from tpimpi.serving.grammar_trial import GrammarTrial
 from tpimpi.serving.sampling import make_sampler
+from tpimpi.serving.server.lark import json_rule
 from tpimpi.serving.server.wire import Grammar
 from tpimpi.serving.text.load import load_tokenizer
 from tpimpi.serving.text.tokenizer import Tokenizer
@@ -124,6 +126,20 @@ def test_words_that_look_like_keywords_are_no_keywords(grammars: Grammars) -> No
     compile_one(grammars, {"enum": [value, 1]})
     schema = {"type": "object", "properties": {"pattern": {"type": "boolean"}}, "required": ["pattern"]}
     assert takes(grammars, {**schema, "default": value, "examples": [value]}, '{"pattern": true}')
+
+
+def test_a_number_that_goes_on_has_an_end() -> None:
+    """Each digit of a large multiple is many states more, where a token can be several."""
+    schema = {"type": "integer", "multipleOf": 3_600_000}
+    vocabulary, rng = _small_vocabulary(()), np.random.default_rng(1)
+    matcher = compile_lark(vocabulary, f"start: {json_rule(schema)}")
+    for _ in range(200):
+        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        if matcher.is_error():
+            break
+        allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little")[: vocabulary.eos_token])
+        assert matcher.consume_token(int(rng.choice(allowed)))
+    assert "too many states" in matcher.get_error()
 
 
 def test_plain_ones_need_no_process(tokenizer: Tokenizer) -> None:
